@@ -1,0 +1,34 @@
+"""The whole configuration of a run: one frozen object made of the components' dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megaforge.config.model_config import ModelConfig
+from megaforge.config.run_config import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sections, as they stand in YAML. ``name`` is the preset's."""
+
+    name: str = "custom"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def validate(self) -> None:
+        """Each section's own checks; :func:`megaforge.config.check_layout.check_layout` checks them against each other."""
+        for section in (self.model, self.parallel, self.data, self.optimizer, self.training, self.checkpoint, self.logging):
+            section.validate()

@@ -1,0 +1,30 @@
+"""How a configuration dataclass declares a flag: a dataclass field with its help, choices and aliases."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[Any] | None = None,
+    aliases: Sequence[str] = (),
+    metavar: str | None = None,
+) -> Any:
+    """A dataclass field that is also the flag ``--field-name`` and the YAML key ``field_name``.
+
+    Args:
+        default: value when neither the command line nor a file sets it.
+        help: one line; what it does, in which unit.
+        choices: the allowed values, when there are few.
+        aliases: further flags for it, e.g. ``--tp``; as YAML keys they are written without dashes.
+        metavar: what ``--help`` calls the value.
+    """
+    metadata = {"help": help, "choices": tuple(choices) if choices else None, "aliases": tuple(aliases), "metavar": metavar}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)

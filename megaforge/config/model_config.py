@@ -1,0 +1,107 @@
+"""The model's own numbers. Everything here changes what is trained; a checkpoint refuses a different value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megaforge.config.fields import flag
+from megaforge.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a :class:`megaforge.models.hybrid.HybridModel`."""
+
+    num_layers: int = flag(12, "number of blocks (a mixer and its FFN) when the pattern comes from --layer-schedule")
+    hidden_size: int = flag(768, "width of the residual stream (d_model)")
+    ffn_hidden_size: int | None = flag(None, "inner width of the FFN, or of each expert (default: 4 x hidden size)")
+    num_attention_heads: int = flag(12, "query heads of an attention block")
+    num_query_groups: int | None = flag(None, "key/value heads (grouped-query attention); default: one a query head")
+    kv_channels: int | None = flag(None, "channels of an attention head (default: hidden size / heads)")
+    hybrid_layer_pattern: str | None = flag(
+        None, "sublayers in order: R RWKV-7, * attention, E MoE FFN, - dense FFN; e.g. RERERE*E. Overrides --layer-schedule"
+    )
+    layer_schedule: str = flag(
+        "interleave-x", "where the attention blocks go", choices=("interleave-x", "top-of-x", "hybrid", "attention", "rwkv")
+    )
+    transformer_pct: float = flag(25.0, "share of attention blocks in percent; their number is round(L * pct / 100)")
+    ffn: str = flag("moe", "FFN of the blocks made by --layer-schedule", choices=("moe", "dense"))
+    activation: str = flag("relu2", "FFN activation", choices=("relu2", "swiglu", "gelu"))
+    normalization: str = flag("rmsnorm", "norm of the residual stream", choices=("rmsnorm", "layernorm"))
+    norm_epsilon: float = flag(1e-6, "epsilon of the norms")
+    untie_embeddings_and_output_weights: bool = flag(False, "give the output head a matrix of its own")
+    position_embedding_type: str = flag("rope", "positions in attention blocks", choices=("rope", "none"))
+    rotary_base: float = flag(10000.0, "base of the rotary frequencies")
+    rotary_percent: float = flag(1.0, "share of each head's channels that rotates")
+    add_bias_linear: bool = flag(False, "biases in attention and FFN projections")
+    vocab_size: int | None = flag(None, "true vocabulary size (default: the tokenizer's)")
+    make_vocab_size_divisible_by: int = flag(128, "pad the vocabulary to this multiple, at every layout alike")
+    max_position_embeddings: int | None = flag(None, "longest sequence the model is meant for (default: --seq-length)")
+    num_experts: int = flag(8, "experts of a MoE FFN")
+    moe_router_topk: int = flag(2, "experts a token goes to")
+    moe_aux_loss_coeff: float = flag(1e-2, "weight of the per-sequence load-balancing loss")
+    moe_z_loss_coeff: float = flag(1e-3, "weight of the router z-loss")
+    rwkv_head_size: int = flag(64, "channels of an RWKV-7 head")
+    rwkv_decay_rank: int | None = flag(None, "rank of the decay (w) LoRA; default: the published rule of the width")
+    rwkv_iclr_rank: int | None = flag(None, "rank of the in-context learning rate (a) LoRA; default: the published rule")
+    rwkv_value_rank: int | None = flag(None, "rank of the value-residual (v) LoRA; default: the published rule")
+    rwkv_gate_rank: int | None = flag(None, "rank of the gate (g) LoRA; default: the published rule")
+    rwkv_init: str = flag(
+        "orthogonal",
+        "RWKV-7 projections at step 0: the published orthogonal rule, or normal of the same scale (for widths whose QR is too slow)",
+        choices=("orthogonal", "normal"),
+    )
+    init_std: float = flag(0.02, "standard deviation of normal initial weights")
+    init_std_scale: float = flag(1.0, "factor on every random initial weight")
+    reset_at_document_boundaries: bool = flag(
+        True, "packed documents do not see each other: attention mask, positions, token shift and RWKV state restart"
+    )
+
+    @property
+    def ffn_size(self) -> int:
+        return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def head_dim(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_groups(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: the vocabulary padded to ``make_vocab_size_divisible_by``, whatever the layout."""
+        if self.vocab_size is None:
+            raise UserError("--vocab-size is not set and no tokenizer gave one; pass --tokenizer-model or --vocab-size")
+        multiple = self.make_vocab_size_divisible_by
+        return -(-self.vocab_size // multiple) * multiple
+
+    def validate(self) -> None:
+        """Checks what can be checked without a layout.
+
+        Raises:
+            UserError: naming the flag, its value and one that works.
+        """
+        for name in ("num_layers", "hidden_size", "num_attention_heads", "num_experts", "moe_router_topk", "rwkv_head_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"--hidden-size {self.hidden_size} does not divide by --num-attention-heads {self.num_attention_heads}; "
+                f"choose a divisor of {self.hidden_size} or set --kv-channels"
+            )
+        if self.num_attention_heads % self.query_groups:
+            raise UserError(
+                f"--num-query-groups {self.query_groups} does not divide --num-attention-heads {self.num_attention_heads}"
+            )
+        if self.hidden_size % self.rwkv_head_size and "R" in (self.hybrid_layer_pattern or "R"):
+            raise UserError(
+                f"--hidden-size {self.hidden_size} does not divide by --rwkv-head-size {self.rwkv_head_size}; "
+                f"use a multiple of {self.rwkv_head_size}"
+            )
+        if self.moe_router_topk > self.num_experts:
+            raise UserError(f"--moe-router-topk {self.moe_router_topk} exceeds --num-experts {self.num_experts}")
+        if not 0 <= self.transformer_pct <= 100:
+            raise UserError(f"--transformer-pct {self.transformer_pct}: give a share between 0 and 100")
+        if not 0 < self.rotary_percent <= 1:
+            raise UserError(f"--rotary-percent {self.rotary_percent}: give a share in (0, 1]")

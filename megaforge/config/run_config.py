@@ -1,0 +1,148 @@
+"""How a model is trained: layout, data, optimizer, loop, checkpoints, logs. One dataclass a component."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megaforge.config.fields import flag
+from megaforge.errors import UserError
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The layout: it changes nothing but speed."""
+
+    tensor_model_parallel_size: int = flag(1, "ranks that share each matrix", aliases=("--tp",))
+    pipeline_model_parallel_size: int = flag(1, "pipeline stages", aliases=("--pp",))
+    context_parallel_size: int = flag(1, "ranks that share each sequence", aliases=("--cp",))
+    expert_model_parallel_size: int = flag(1, "ranks that share the experts", aliases=("--ep",))
+    sequence_parallel: bool = flag(False, "shard norms and the residual stream over the sequence within tp", aliases=("--sp",))
+    overlap_grad_reduce: bool = flag(True, "reduce gradient buckets while the backward pass still runs")
+    ddp_bucket_size: int = flag(25_000_000, "elements of a gradient bucket")
+    distributed_backend: str = flag("auto", "process-group backend; auto is nccl on GPUs and gloo on CPUs", choices=("auto", "gloo", "nccl", "mpi"))
+    distributed_timeout_minutes: float = flag(30.0, "minutes after which a collective that does not end aborts the run")
+
+    def validate(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        if self.distributed_timeout_minutes <= 0:
+            raise UserError(f"--distributed-timeout-minutes {self.distributed_timeout_minutes}: must be positive")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how documents become samples."""
+
+    data_path: tuple[str, ...] = flag((), "dataset prefix, or weight prefix weight prefix ... for a blend", metavar="PREFIX")
+    split: str = flag("99,1,0", "train,validation,test shares of every source's documents")
+    tokenizer_type: str = flag(
+        "HuggingFaceTokenizer", "what --tokenizer-model holds", choices=("HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer")
+    )
+    tokenizer_model: str | None = flag(None, "tokenizer file (tokenizer.json or .model), or the vocabulary size of a NullTokenizer")
+    seq_length: int = flag(1024, "tokens of a sample")
+    eod_mask_loss: bool = flag(False, "do not train on the end-of-document token")
+    num_workers: int = flag(1, "threads that read samples ahead; 0 reads in the training thread")
+
+    def validate(self) -> None:
+        if self.seq_length < 1:
+            raise UserError(f"--seq-length {self.seq_length}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and the learning-rate schedule."""
+
+    optimizer: str = flag("adamw", "update rule", choices=("adamw",))
+    lr: float = flag(3e-4, "peak learning rate")
+    min_lr: float = flag(0.0, "learning rate at the end of the decay")
+    lr_decay_style: str = flag("cosine", "shape of the decay", choices=("cosine", "linear", "constant", "WSD"))
+    lr_warmup_iters: int = flag(0, "iterations of linear warm-up")
+    lr_decay_iters: int | None = flag(None, "iterations until --min-lr (default: --train-iters)")
+    lr_wsd_decay_iters: int | None = flag(None, "length of the final decay of WSD (default: a tenth of --lr-decay-iters)")
+    weight_decay: float = flag(0.1, "decoupled weight decay of matrices")
+    adam_beta1: float = flag(0.9, "decay of the first moment")
+    adam_beta2: float = flag(0.95, "decay of the second moment")
+    adam_eps: float = flag(1e-8, "epsilon of Adam")
+    clip_grad: float = flag(1.0, "largest global gradient norm; 0 switches clipping off")
+    initial_loss_scale: float = flag(65536.0, "fp16: loss scale at the start")
+    min_loss_scale: float = flag(1.0, "fp16: smallest loss scale")
+    loss_scale_window: int = flag(1000, "fp16: clean iterations before the scale grows by 2")
+    hysteresis: int = flag(2, "fp16: overflows in a row before the scale shrinks by 0.5")
+
+    def validate(self) -> None:
+        if self.lr <= 0:
+            raise UserError(f"--lr {self.lr}: must be positive")
+        if not 0 <= self.min_lr <= self.lr:
+            raise UserError(f"--min-lr {self.min_lr}: must lie between 0 and --lr {self.lr}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must lie in [0, 1)")
+        for name in ("lr_warmup_iters", "weight_decay", "clip_grad"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop: how long, how large a batch, in which precision, on what."""
+
+    micro_batch_size: int = flag(1, "sequences a rank computes at once")
+    global_batch_size: int | None = flag(None, "sequences of one optimizer step (default: micro batch x dp)")
+    train_iters: int = flag(100, "optimizer steps of the run")
+    seed: int = flag(1234, "seed of initial weights and of the data order")
+    bf16: bool = flag(False, "compute in bfloat16; master weights stay in fp32")
+    fp16: bool = flag(False, "compute in float16 with dynamic loss scaling; master weights stay in fp32")
+    fp64: bool = flag(False, "compute in float64 (for parity checks)")
+    device: str = flag("auto", "where to compute", choices=("cpu", "cuda", "auto"))
+    float32_matmul_precision: str = flag(
+        "auto",
+        "torch's matmul precision; auto takes 'medium' on a CPU where a self-check shows it exact to 1e-6",
+        choices=("auto", "highest", "high", "medium"),
+    )
+    deterministic: bool = flag(True, "torch's deterministic algorithms")
+    eval_interval: int = flag(0, "iterations between evaluations; 0: only at the end when --eval-iters is set")
+    eval_iters: int = flag(0, "global batches of one evaluation; 0: no evaluation")
+    early_stopping_patience: int = flag(0, "evaluations without a better --early-stopping-metric before the run ends; 0: never")
+    early_stopping_metric: str = flag("loss", "what early stopping and --keep-best watch", choices=("loss", "perplexity", "bits_per_byte", "accuracy"))
+
+    def validate(self) -> None:
+        if self.bf16 + self.fp16 + self.fp64 > 1:
+            raise UserError("--bf16, --fp16 and --fp64 exclude each other; choose one")
+        if self.micro_batch_size < 1:
+            raise UserError(f"--micro-batch-size {self.micro_batch_size}: must be at least 1")
+        if self.train_iters < 0:
+            raise UserError(f"--train-iters {self.train_iters}: must not be negative")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Where the run's state goes and comes from."""
+
+    save: str | None = flag(None, "directory of checkpoints", metavar="DIR")
+    load: str | None = flag(None, "checkpoint directory to continue from, at any layout", metavar="DIR")
+    save_interval: int = flag(0, "iterations between checkpoints; 0: only at the end")
+    keep_last: int = flag(3, "newest checkpoints to keep; 0: all")
+    keep_best: int = flag(0, "checkpoints with the best validation loss to keep besides")
+    finetune: bool = flag(False, "load the weights only and start the run at iteration 0")
+
+    def validate(self) -> None:
+        for name in ("save_interval", "keep_last", "keep_best"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What the run says about itself, and where."""
+
+    log_interval: int = flag(10, "iterations between console lines")
+    metrics_file: str | None = flag(None, "JSONL: one object a step and one an evaluation", metavar="FILE")
+    tensorboard_dir: str | None = flag(None, "TensorBoard event files", metavar="DIR")
+    wandb_project: str | None = flag(None, "Weights & Biases project (needs the extra 'track')")
+    mlflow_experiment: str | None = flag(None, "MLflow experiment (needs the extra 'track')")
+    run_name: str | None = flag(None, "name of the run in trackers")
+
+    def validate(self) -> None:
+        if self.log_interval < 1:
+            raise UserError(f"--log-interval {self.log_interval}: must be at least 1")

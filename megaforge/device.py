@@ -1,0 +1,50 @@
+"""The one place that knows which accelerator there is. Everything else takes its device from its input tensors."""
+
+from __future__ import annotations
+
+import torch
+
+from megaforge.errors import UserError
+
+
+def resolve_device(requested: str, local_rank: int = 0) -> torch.device:
+    """Turns ``--device cpu|cuda|auto`` into a device; ``auto`` takes a GPU when torch sees one.
+
+    Raises:
+        UserError: ``cuda`` was asked for and is not there, or has fewer devices than local ranks.
+    """
+    if requested not in ("cpu", "cuda", "auto"):
+        raise UserError(f"--device {requested}: choose cpu, cuda or auto")
+    if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: this torch sees no CUDA device; use --device cpu or install a CUDA build of torch")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"--device {requested}: local rank {local_rank} has no device of its own ({count} visible); "
+            f"start at most {count} processes on this node (--nproc-per-node {count})"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def communication_backend(device: torch.device) -> str:
+    """The torch.distributed backend that serves tensors of ``device``."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for queued work on ``device``; a CPU has none."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most bytes allocated on ``device`` so far (on a CPU: the process's peak resident set)."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

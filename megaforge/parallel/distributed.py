@@ -1,0 +1,124 @@
+"""Finding out which rank this process is, however it was launched, and joining the others."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from megaforge.device import communication_backend
+from megaforge.errors import UserError
+
+# (launcher, rank, world size, local rank), in the order they are tried: torchrun inside an sbatch script sets both
+# its own variables and SLURM's, and its own are the right ones.
+_LAUNCHERS = (
+    ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("OpenMPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How this process was started."""
+
+    launcher: str = "python"
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+
+def discover_launch(env: dict[str, str] | None = None) -> Launch:
+    """Reads rank, world size and local rank from the launcher's environment; a plain process is rank 0 of 1."""
+    env = dict(os.environ) if env is None else env
+    for launcher, rank, size, local in _LAUNCHERS:
+        if rank not in env or size not in env:
+            continue
+        # An sbatch script's own shell carries SLURM_NTASKS without being one of the tasks that srun starts.
+        if launcher == "srun" and "SLURM_STEP_ID" not in env:
+            continue
+        return Launch(launcher, int(env[rank]), int(env[size]), int(env.get(local, 0)))
+    return Launch()
+
+
+def _mpi_address(launch: Launch) -> tuple[str, int]:
+    """Rank 0 picks a free port of its host and tells the others through MPI."""
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise UserError(
+            f"started by {launch.launcher} without MASTER_ADDR/MASTER_PORT, and mpi4py is not there to agree on an "
+            f"address ({error}); export both variables or install it: pip install 'megaforge[mpi]'"
+        ) from error
+    offer: tuple[str, int] | None = None
+    if launch.rank == 0:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            offer = ("127.0.0.1" if _one_node(MPI) else socket.getfqdn(), probe.getsockname()[1])
+    else:
+        _one_node(MPI)
+    address: tuple[str, int] = MPI.COMM_WORLD.bcast(offer, root=0)
+    return address
+
+
+def _one_node(mpi: Any) -> bool:
+    """Whether all MPI ranks share a host (collective)."""
+    return len(set(mpi.COMM_WORLD.allgather(socket.gethostname()))) == 1
+
+
+def initialize(device: Any, backend: str = "auto", timeout_minutes: float = 30.0) -> Launch:
+    """Joins the default process group when the launcher started more than one process.
+
+    Args:
+        device: this rank's torch.device; decides what ``auto`` means.
+        backend: auto, gloo, nccl or mpi.
+        timeout_minutes: after which a collective that does not end aborts.
+
+    Raises:
+        UserError: the backend is not part of the installed torch, or the ranks have no address to meet at.
+    """
+    launch = discover_launch()
+    if launch.world_size == 1:
+        return launch
+    if backend == "mpi" and not dist.is_mpi_available():
+        raise UserError(
+            "--distributed-backend mpi: the installed torch was built without MPI; use --distributed-backend gloo "
+            "(mpirun may still launch the ranks) or a torch built from source with MPI"
+        )
+    chosen = communication_backend(device) if backend == "auto" else backend
+    if launch.launcher != "torchrun":
+        _export(launch)
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    dist.init_process_group(chosen, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    return launch
+
+
+def _export(launch: Launch) -> None:
+    """Writes what torchrun would have written, so that env:// rendezvous and libraries find it."""
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        if launch.launcher == "srun":
+            raise UserError(
+                "started by srun without MASTER_ADDR and MASTER_PORT; export them in the sbatch script "
+                "(see run_scripts/slurm) or start torchrun with srun"
+            )
+        host, port = _mpi_address(launch)
+        os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
+    os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
+
+
+def shutdown() -> None:
+    """Leaves the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def say_once(message: str) -> None:
+    """Prints ``message`` to standard error on rank 0: the one place where a fallback speaks up."""
+    if discover_launch().rank == 0:
+        print(message, file=sys.stderr, flush=True)

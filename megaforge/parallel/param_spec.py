@@ -1,0 +1,159 @@
+"""What a parameter is, declared once: its global identity, how it is split, and how it is treated.
+
+Initialisation, gradient reduction, norm and clipping, the optimizer's groups, checkpoints and import/export all read
+:class:`ParamSpec`; nothing derives these facts again from names or shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.init_rules import InitRule
+
+Box = tuple[tuple[int, int], ...]  # (start, stop) per dimension
+
+
+@dataclass(frozen=True)
+class ShardPiece:
+    """One rectangular piece of a parameter: where it lies in the global tensor and in this rank's local tensor."""
+
+    global_box: Box
+    local_box: Box
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in self.global_box)
+
+    def local_view(self, local: torch.Tensor) -> torch.Tensor:
+        """The part of this rank's ``local`` tensor that the piece names (a view)."""
+        return local[tuple(slice(start, stop) for start, stop in self.local_box)]
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """Everything the engine must know about one parameter.
+
+    Attributes:
+        name: global name, the same at every layout, e.g. ``layers.3.mixer.key.weight``.
+        shape: global (unsharded) shape.
+        init: the rule that fills it (:mod:`megaforge.parallel.init_rules`).
+        shard_dim: the dimension that is split, or None when every rank holds the whole tensor.
+        shard_axis: the axis it is split over.
+        parts: sizes along ``shard_dim`` of the logical tensors fused into one (q|k|v, gate|up). Each part is split
+            on its own, so a rank's local tensor is the concatenation of its share of every part. Empty: one part.
+        tp_partial_grad: the tensor is replicated over tp but each rank computes only a part of its gradient
+            (its own heads, experts' columns or sequence share), so gradients are summed over tp.
+        weight_decay: whether decoupled weight decay applies.
+        lr_mult: factor on the learning rate.
+        keep_fp32: stays in fp32 when the model computes in a 16-bit type (decays, norms, router).
+        kind: what it is for people and planners: ``embedding``, ``head``, ``attention``, ``rwkv``, ``moe``,
+            ``router``, ``ffn``, ``norm``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    init: InitRule
+    shard_dim: int | None = None
+    shard_axis: Literal["tp", "ep"] = "tp"
+    parts: tuple[int, ...] = ()
+    tp_partial_grad: bool = False
+    weight_decay: bool = True
+    lr_mult: float = 1.0
+    keep_fp32: bool = False
+    kind: str = "other"
+
+    def __post_init__(self) -> None:
+        if self.shard_dim is not None and self.tp_partial_grad and self.shard_axis == "tp":
+            raise ValueError(f"{self.name}: a tensor split over tp holds its own gradient whole")
+        if self.parts and (self.shard_dim is None or sum(self.parts) != self.shape[self.shard_dim]):
+            raise ValueError(f"{self.name}: parts {self.parts} do not add up to dim {self.shard_dim} of {self.shape}")
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the global tensor."""
+        return math.prod(self.shape)
+
+    def shards(self, ctx: ParallelContext) -> int:
+        """Into how many shards the tensor is cut."""
+        return 1 if self.shard_dim is None else ctx.axis(self.shard_axis).size
+
+    def pieces(self, ctx: ParallelContext) -> tuple[ShardPiece, ...]:
+        """The pieces of the global tensor that this rank holds, one per logical part.
+
+        Raises:
+            ValueError: a part does not divide by the number of shards.
+        """
+        whole: list[tuple[int, int]] = [(0, size) for size in self.shape]
+        if self.shard_dim is None:
+            return (ShardPiece(tuple(whole), tuple(whole)),)
+        axis, dim = ctx.axis(self.shard_axis), self.shard_dim
+        pieces, part_start, local_start = [], 0, 0
+        for part in self.parts or (self.shape[dim],):
+            share, rest = divmod(part, axis.size)
+            if rest:
+                raise ValueError(f"{self.name}: {part} along dim {dim} does not divide by {axis.name}={axis.size}")
+            start = part_start + axis.rank * share
+            global_box = (*whole[:dim], (start, start + share), *whole[dim + 1 :])
+            local_box = (*whole[:dim], (local_start, local_start + share), *whole[dim + 1 :])
+            pieces.append(ShardPiece(global_box, local_box))
+            part_start += part
+            local_start += share
+        return tuple(pieces)
+
+    def local_shape(self, ctx: ParallelContext) -> tuple[int, ...]:
+        """Shape of this rank's tensor."""
+        shape = list(self.shape)
+        if self.shard_dim is not None:
+            shape[self.shard_dim] //= ctx.axis(self.shard_axis).size
+        return tuple(shape)
+
+    def take_local(self, full: torch.Tensor, ctx: ParallelContext) -> torch.Tensor:
+        """This rank's tensor cut out of the ``full`` global one (a new tensor)."""
+        if tuple(full.shape) != self.shape:
+            raise ValueError(f"{self.name}: expected the global shape {self.shape}, got {tuple(full.shape)}")
+        local = full.new_empty(self.local_shape(ctx))
+        for piece in self.pieces(ctx):
+            piece.local_view(local).copy_(full[tuple(slice(a, b) for a, b in piece.global_box)])
+        return local
+
+
+def make_parameter(spec: ParamSpec, ctx: ParallelContext, dtype: torch.dtype) -> nn.Parameter:
+    """An uninitialised local parameter that carries ``spec``; :func:`megaforge.parallel.init.initialize_parameters` fills it."""
+    spec.pieces(ctx)  # divisibility is an error here, at construction, not at first use
+    dtype = torch.float32 if spec.keep_fp32 and dtype in (torch.bfloat16, torch.float16) else dtype
+    parameter = nn.Parameter(torch.empty(spec.local_shape(ctx), dtype=dtype, device=ctx.device))
+    parameter.spec = spec  # type: ignore[attr-defined]
+    return parameter
+
+
+def spec_of(parameter: nn.Parameter) -> ParamSpec:
+    """The declaration of ``parameter``.
+
+    Raises:
+        ValueError: it has none: it was not made by :func:`make_parameter`.
+    """
+    spec = getattr(parameter, "spec", None)
+    if not isinstance(spec, ParamSpec):
+        raise ValueError(f"a parameter of shape {tuple(parameter.shape)} carries no ParamSpec; make it with make_parameter")
+    return spec
+
+
+def named_specs(module: nn.Module) -> Iterator[tuple[ParamSpec, nn.Parameter]]:
+    """Every distinct parameter of ``module`` with its declaration, in module order.
+
+    Raises:
+        ValueError: two different parameters claim one global name.
+    """
+    seen: dict[str, int] = {}
+    for parameter in module.parameters():
+        spec = spec_of(parameter)
+        if seen.setdefault(spec.name, id(parameter)) != id(parameter):
+            raise ValueError(f"two parameters are both called {spec.name}")
+        yield spec, parameter
