@@ -1,0 +1,57 @@
+# Sourced by the scripts of this folder: gives them a Python with torch and MegaForge in it.
+#
+#   use_environment EXTRAS     e.g. use_environment data,train
+#
+# An active environment that already holds a suitable torch (a GPU image, your own venv) is used as it is, its torch
+# untouched; otherwise a venv is made in .venv. Running it again changes nothing. Sets $PYTHON and puts it on PATH.
+#
+# MEGAFORGE_TORCH_INDEX   package index for torch, e.g. https://download.pytorch.org/whl/cpu (default: pip's own)
+
+REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
+fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+torch_version_of() {
+    "$1" -c 'import torch; print(torch.__version__.split("+")[0])' 2>/dev/null
+}
+
+use_environment() {
+    local extras="$1" active version stamp wanted constraints
+    command -v python3 >/dev/null || fail "python3 is not on PATH; install Python 3.11 or newer"
+    command -v g++ >/dev/null || fail "g++ is not on PATH; install gcc (Debian: apt-get install build-essential)"
+    active="$(command -v python3)"
+    version="$(torch_version_of "$active" || true)"
+    case "$version" in
+        2.11.*|2.12.*|2.13.*)
+            PYTHON="$active"
+            say "using the active Python ($PYTHON) and its torch $version" ;;
+        *)
+            PYTHON="$REPO/.venv/bin/python"
+            if [ ! -x "$PYTHON" ]; then
+                say "making a virtual environment in .venv"
+                python3 -m venv "$REPO/.venv" || fail "python3 -m venv failed (Debian: apt-get install python3-venv)"
+            fi
+            export PATH="$REPO/.venv/bin:$PATH"
+            version="$(torch_version_of "$PYTHON" || true)"
+            if [ "torch==$version" != "$(grep '^torch==' "$REPO/constraints.txt")" ]; then
+                say "installing torch (constraints.txt pins $(grep '^torch==' "$REPO/constraints.txt"))"
+                "$PYTHON" -m pip install -q -c "$REPO/constraints.txt" ${MEGAFORGE_TORCH_INDEX:+--index-url "$MEGAFORGE_TORCH_INDEX"} torch numpy
+                version="$(torch_version_of "$PYTHON")"
+            fi ;;
+    esac
+    wanted="$extras $version $(cat "$REPO/pyproject.toml" "$REPO/setup.py" "$REPO/constraints.txt" | cksum) $(find "$REPO/csrc" -type f -exec cksum {} + | sort | cksum) $REPO"
+    stamp="$("$PYTHON" -c 'import sys; print(sys.prefix)')/.megaforge-$(printf '%s' "$extras" | tr ',' '-')"
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && "$PYTHON" -c 'import megaforge' 2>/dev/null; then
+        say "MegaForge [$extras] is already installed"
+        return
+    fi
+    say "building and installing MegaForge [$extras]"
+    constraints="$(mktemp)"
+    grep -v '^torch==' "$REPO/constraints.txt" >"$constraints"
+    echo "torch==$version" >>"$constraints"
+    "$PYTHON" -m pip install -q -c "$constraints" "setuptools>=77" wheel pybind11 ninja
+    "$PYTHON" -m pip install -q -c "$constraints" --no-build-isolation -e "$REPO[$extras]"
+    rm -f "$constraints"
+    { printf '%s' "$wanted" >"$stamp"; } 2>/dev/null || true
+}
