@@ -1,0 +1,195 @@
+"""The order in which training reads one source: documents shuffled each epoch, cut by a token cursor.
+
+Epoch after epoch, a source's documents are laid end to end in a fresh order; a window is any range of that endless
+token stream. All epochs have the same number of tokens, so a cursor finds its epoch by one division and its document
+by one binary search: nothing is built for the length of a run. Windows of any length continue from a cursor, so a later
+stage with longer sequences goes on where the shorter ones stopped.
+
+The order of an epoch is a pure function of (seed, source content, epoch): documents sorted by SplitMix64 of a keyed
+counter (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014). It is written out here
+because NumPy keeps the right to change what its generators' ``permutation`` returns.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megaforge.data.manifest import digest_of
+
+ORDER_VERSION = 1
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_EPOCHS_HELD = 2  # the one being read and the one a window runs over into
+_LOOP_DOCUMENTS = 24  # up to so many documents a window, a loop of slices beats one vectorised gather
+
+
+def key_of(*parts: object) -> int:
+    """A 64-bit key from JSON-like parts."""
+    return int(digest_of(list(parts))[:16], 16)
+
+
+def splitmix64(key: int, counters: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64's output for each counter, from the state ``key``; distinct counters give distinct values."""
+    z = np.uint64(key) + (counters + np.uint64(1)) * _GAMMA
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def shuffled(key: int, items: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
+    """The permutation that sorts ``items`` (distinct, >= 0) by their keyed hash: int64 [len(items)]."""
+    # No two hashes are equal (SplitMix64 is a bijection of the counter), so any sorting algorithm gives one result.
+    return np.argsort(splitmix64(key, items.astype(np.uint64)))
+
+
+class EpochOrder:
+    """One epoch's documents in reading order: where each begins in the stream and in the token file.
+
+    Args:
+        table: int64 [2, documents + 1]; row 0 the running token count from 0, row 1 each document's first token in the
+            file (its last entry is unused).
+    """
+
+    def __init__(self, table: npt.NDArray[np.int64]) -> None:
+        self.bounds, self.starts = table[0], table[1]
+        # Scalar reads through a memoryview give plain ints in half the time of an array's.
+        self._bounds_view, self._starts_view = memoryview(self.bounds), memoryview(self.starts)
+        self._documents = len(self.bounds) - 1
+
+    def copy(
+        self, tokens: np.ndarray, offset: int, out: npt.NDArray[np.int64], marks: npt.NDArray[np.bool_], filled: int
+    ) -> int:
+        """Copies the epoch's tokens from ``offset`` on into ``out[filled:]`` until either ends.
+
+        ``marks`` (as long as ``out``) is set to True where a document's first token lands. Returns the new ``filled``.
+        """
+        bounds, starts, documents = self._bounds_view, self._starts_view, self._documents
+        document = int(self.bounds.searchsorted(offset, "right")) - 1
+        length = len(out)
+        horizon = bounds[min(document + _LOOP_DOCUMENTS, documents)]
+        if horizon - offset < length - filled and document + _LOOP_DOCUMENTS < documents:
+            return self._gather(tokens, offset, out, marks, filled, document)
+        begin = bounds[document]
+        while filled < length and document < documents:
+            end = bounds[document + 1]
+            stop = min(filled + end - offset, length)
+            source = starts[document] + offset - begin
+            out[filled:stop] = tokens[source : source + stop - filled]
+            if offset == begin:
+                marks[filled] = True
+            filled = stop
+            offset = begin = end
+            document += 1
+        return filled
+
+    def _gather(
+        self,
+        tokens: np.ndarray,
+        offset: int,
+        out: npt.NDArray[np.int64],
+        marks: npt.NDArray[np.bool_],
+        filled: int,
+        first: int,
+    ) -> int:
+        """As :meth:`copy`, in one indexed read, for windows over many short documents."""
+        stop = min(offset + len(out) - filled, int(self.bounds[-1]))
+        last = int(self.bounds.searchsorted(stop, "left"))
+        edges = np.clip(self.bounds[first : last + 1], offset, stop)
+        shift = np.repeat(self.starts[first:last] - self.bounds[first:last], np.diff(edges))
+        end = filled + stop - offset
+        out[filled:end] = tokens[np.arange(offset, stop) + shift]
+        marks[filled:end][self.bounds[first + (self.bounds[first] < offset) : last] - offset] = True
+        return end
+
+
+class TokenStream:
+    """A source's endless token stream: its documents, epoch after epoch, each epoch in its own order.
+
+    Args:
+        tokens: integer [any], the source's token file.
+        starts, lengths: int64 [documents], where each document of the split lies in ``tokens``.
+        documents: int64 [documents], the documents' numbers in the file; with ``key`` they decide the order.
+        key: JSON-like identity of the source and seed.
+        cache_dir: where to share the epochs' tables between processes; None keeps them in memory (16 bytes a document).
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        starts: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int64],
+        documents: npt.NDArray[np.int64],
+        key: list[object],
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        full = np.flatnonzero(lengths)  # an empty document would only lengthen the search
+        self._tokens = tokens
+        self._starts, self._lengths, self._documents = starts[full], lengths[full], documents[full]
+        self.num_tokens = int(self._lengths.sum())
+        self._key = [ORDER_VERSION, *key]
+        self._cache_dir = None if cache_dir is None else Path(cache_dir)
+        self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def copy(self, cursor: int, out: npt.NDArray[np.int64], marks: npt.NDArray[np.bool_]) -> None:
+        """Fills ``out`` int64 [length] with the tokens from ``cursor`` on; sets ``marks`` at document starts."""
+        epoch, offset = divmod(cursor, self.num_tokens)
+        filled, length = 0, len(out)
+        while filled < length:
+            order = self._orders.get(epoch) or self.order(epoch)
+            filled = order.copy(self._tokens, offset, out, marks, filled)
+            epoch, offset = epoch + 1, 0
+
+    def order(self, epoch: int) -> EpochOrder:
+        """The order of one epoch; the least recently built of more than two is dropped."""
+        with self._lock:
+            order = self._orders.get(epoch)
+            if order is None:
+                order = EpochOrder(self._cached(epoch) if self._cache_dir else self._build(epoch))
+                self._orders[epoch] = order
+                while len(self._orders) > _EPOCHS_HELD:
+                    self._orders.popitem(last=False)
+        return order
+
+    def _build(self, epoch: int) -> npt.NDArray[np.int64]:
+        permutation = shuffled(key_of(*self._key, epoch), self._documents)
+        table = np.zeros((2, len(permutation) + 1), np.int64)
+        np.cumsum(self._lengths[permutation], out=table[0, 1:])
+        table[1, :-1] = self._starts[permutation]
+        return table
+
+    def _cached(self, epoch: int) -> npt.NDArray[np.int64]:
+        """The table from the cache, built and published first if it is not there. Any process may do that.
+
+        The file's name is the digest of all that determines its content, and it appears by rename: whoever finds it
+        finds the whole of it. Two builders at once write the same bytes.
+        """
+        assert self._cache_dir is not None
+        shape = (2, len(self._documents) + 1)
+        name = digest_of([*self._key, epoch, int(self._documents[0]), shape[1], self.num_tokens])
+        path = self._cache_dir / f"epoch-order-{name[:40]}.npy"
+        try:
+            table = np.load(path, mmap_mode="r", allow_pickle=False)
+            if table.shape == shape and table.dtype == np.int64 and table[0, -1] == self.num_tokens:
+                return np.asarray(table)
+        except (OSError, ValueError, zipfile.BadZipFile):
+            pass  # absent or damaged: it is only a copy of what can be built
+        built = self._build(epoch)
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
+        try:
+            self._cache_dir.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                np.save(file, built, allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # a full or read-only cache costs memory, not the run
+            return built
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))

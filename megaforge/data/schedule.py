@@ -1,0 +1,153 @@
+"""What a run reads when: the seed, the sequence lengths and the weights, over global sample numbers.
+
+A schedule never mentions how long the run is, how many ranks it has or how they batch, so none of these can change
+which sample is the k-th. A change at a later sample leaves everything before it as it was.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megaforge.data.blend import Blend
+from megaforge.data.manifest import digest_of
+from megaforge.errors import UserError
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ScheduleChange:
+    """From global sample ``start_sample`` on: another sequence length, other source weights, or both (None keeps)."""
+
+    start_sample: int
+    sequence_length: int | None = None
+    weights: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class SampleSchedule:
+    """The seed of the order, the sequence length in tokens, and later changes in ascending ``start_sample``."""
+
+    seed: int
+    sequence_length: int
+    changes: tuple[ScheduleChange, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of samples of one length and mix; ``cursors`` is each source's token cursor where it begins."""
+
+    start: int
+    sequence_length: int
+    blend: Blend
+    cursors: tuple[int, ...]
+
+    def cursors_after(self, samples: int) -> tuple[int, ...]:
+        """Each source's token cursor when ``samples`` of this stage have been read."""
+        counts = self.blend.counts(samples)
+        return tuple(c + n * self.sequence_length for c, n in zip(self.cursors, counts, strict=True))
+
+
+class Plan:
+    """A schedule applied to ``weights``: finds the stage, source and token cursor of any sample.
+
+    Raises:
+        UserError: a sequence length or a weight that cannot be, or changes out of order.
+    """
+
+    def __init__(self, schedule: SampleSchedule, weights: Sequence[float]) -> None:
+        self.seed = schedule.seed
+        length, mix = schedule.sequence_length, tuple(weights)
+        self.stages = [Stage(0, _checked_length(length), Blend(_checked_mix(mix, len(mix))), (0,) * len(mix))]
+        for change in schedule.changes:
+            last = self.stages[-1]
+            if change.start_sample <= last.start:
+                raise UserError(
+                    f"the sample schedule changes at sample {change.start_sample}, which does not come after "
+                    f"{last.start}; list its changes in ascending order, from sample 1 on"
+                )
+            length = length if change.sequence_length is None else _checked_length(change.sequence_length)
+            mix = mix if change.weights is None else _checked_mix(change.weights, len(mix))
+            cursors = last.cursors_after(change.start_sample - last.start)
+            self.stages.append(Stage(change.start_sample, length, Blend(mix), cursors))
+        self.starts = [stage.start for stage in self.stages]
+
+    def stage_at(self, sample: int) -> Stage:
+        """The stage that ``sample`` (>= 0) belongs to."""
+        if sample < 0:
+            raise IndexError(f"sample {sample}: samples count from 0")
+        return self.stages[0] if len(self.stages) == 1 else self.stages[bisect_right(self.starts, sample) - 1]
+
+    def tokens_before(self, sample: int) -> int:
+        """Tokens (labels) in samples [0, sample)."""
+        stops = [*self.starts[1:], math.inf]
+        return sum(
+            int(max(0, min(stop, sample) - stage.start)) * stage.sequence_length
+            for stage, stop in zip(self.stages, stops, strict=True)
+        )
+
+    def describe(self, consumed_samples: int) -> list[dict[str, Any]]:
+        """The stages that ``consumed_samples`` has entered, for the state; later ones are free to change."""
+        entered = [stage for stage in self.stages if stage.start < max(consumed_samples, 1)]
+        return [
+            {"start_sample": s.start, "sequence_length": s.sequence_length, "weights": list(s.blend.weights)}
+            for s in entered
+        ]
+
+
+def _checked_length(length: int) -> int:
+    if length < 1:
+        raise UserError(f"--seq-length {length}: a sequence needs at least one token")
+    return length
+
+
+def _checked_mix(weights: tuple[float, ...], sources: int) -> tuple[float, ...]:
+    if len(weights) != sources or not all(0 <= w < math.inf for w in weights) or not sum(weights) > 0:
+        raise UserError(f"the weights {list(weights)} are not {sources} numbers >= 0 with a sum above zero")
+    return weights
+
+
+def make_state(plan: Plan, manifest_digest: str, split: Sequence[float], consumed_samples: int) -> dict[str, Any]:
+    """What a checkpoint keeps of the data: where it is, and what the order up to there depended on. JSON-like."""
+    stages = plan.describe(consumed_samples)
+    return {
+        "version": STATE_VERSION,
+        "consumed_samples": consumed_samples,
+        "consumed_tokens": plan.tokens_before(consumed_samples),
+        "seed": plan.seed,
+        "manifest_digest": manifest_digest,
+        "schedule_digest": digest_of([list(split), stages]),
+        "split": list(split),
+        "stages": stages,
+    }
+
+
+_FIELDS = {
+    "version": "the version of the data order",
+    "seed": "--seed",
+    "manifest_digest": "the content of the --data-path files",
+    "split": "--split",
+    "stages": "--seq-length or the weights in --data-path",
+    "schedule_digest": "the sample schedule",
+    "consumed_tokens": "the number of tokens read",
+}
+
+
+def check_state(current: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Compares a saved state with that of the present run at the same sample.
+
+    Raises:
+        UserError: they differ; the message names the first differing field and both values.
+    """
+    for field, meaning in _FIELDS.items():
+        if field not in saved:
+            raise UserError(f"the checkpoint's data state has no field '{field}'; it cannot be continued exactly")
+        if saved[field] != current[field]:
+            raise UserError(
+                f"the checkpoint was trained on another order of samples: {meaning} ({field}) was {saved[field]} "
+                f"and is now {current[field]}; restore it to continue this run, or start a new one without --load"
+            )
