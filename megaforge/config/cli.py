@@ -1,0 +1,213 @@
+"""The command line: flags made from the configuration's dataclasses, on top of ``--config NAME|FILE.yaml``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from megaforge.config.config import Config
+from megaforge.config.entry import launched_rank, run_entry
+from megaforge.config.schema import (
+    Setting,
+    build_config,
+    config_from_dict,
+    config_to_dict,
+    sections,
+    settings,
+    suggestion,
+)
+from megaforge.config.yaml_files import Layer, load_layer, preset_names
+from megaforge.errors import UserError
+
+__all__ = ["ParsedConfig", "config_from_dict", "config_to_dict", "format_config", "parse_config", "run_entry"]
+
+# Megatron-LM's spellings of what one of our flags says with a value.
+_MEGATRON_SPELLINGS: Mapping[str, tuple[str, ...]] = {
+    "--swiglu": ("--activation", "swiglu"),
+    "--squared-relu": ("--activation", "relu2"),
+    "--disable-bias-linear": ("--no-add-bias-linear",),
+    "--no-position-embedding": ("--position-embedding-type", "none"),
+    "--layernorm-epsilon": ("--norm-epsilon",),
+    "--hybrid-override-pattern": ("--hybrid-layer-pattern",),
+}
+# Words people type that no flag can obey, and what to do instead.
+_DP_ADVICE = "data parallelism is what --tp, --pp and --cp leave of the ranks you start; leave this flag out"
+_ADVICE: Mapping[str, str] = {"--dp": _DP_ADVICE, "--data-parallel-size": _DP_ADVICE}
+
+
+@dataclass(frozen=True)
+class ParsedConfig:
+    """A configuration and where each of its values came from: ``origins["section.name"]`` is ``default``,
+    ``preset NAME``, ``FILE:LINE`` or ``command line FLAG``."""
+
+    config: Config
+    origins: Mapping[str, str]
+
+
+def parse_config(
+    argv: Sequence[str] | None = None, prog: str | None = None, description: str | None = None
+) -> ParsedConfig:
+    """Turns arguments into a validated configuration. With ``--print-config`` it prints it and ends the program.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+        prog: the program's name in messages.
+        description: one line for ``--help``.
+
+    Raises:
+        UserError: naming the flag or the file and key, its value and what would work.
+    """
+    parser = _make_parser(prog, description)
+    arguments = _respell(sys.argv[1:] if argv is None else argv)
+    namespace, rest = parser.parse_known_args(arguments)
+    if rest:
+        raise UserError(_unknown(rest[0]))
+    layer = load_layer(namespace.config) if namespace.config else Layer("custom")
+    origins = dict.fromkeys(settings(), "default") | layer.origins
+    values = dict(layer.values)
+    for setting in settings().values():
+        given = getattr(namespace, setting.key, None)
+        if given is not None:
+            spelling, value = given
+            values[setting.key] = value
+            origins[setting.key] = f"command line {spelling}"
+    config = build_config(layer.name, values)
+    if namespace.print_config and launched_rank()[0] == 0:
+        print(format_config(ParsedConfig(config, origins)))
+    config.validate()
+    if namespace.print_config:
+        sys.exit(0)
+    return ParsedConfig(config, origins)
+
+
+def format_config(parsed: ParsedConfig) -> str:
+    """The configuration as YAML that ``--config`` reads back, each value followed by its origin as a comment."""
+    lines = [f"name: {_show(parsed.config.name)}"]
+    rows = {
+        setting.key: f"  {setting.name}: {_show(getattr(getattr(parsed.config, setting.section), setting.name))}"
+        for setting in settings().values()
+    }
+    width = min(56, max(map(len, rows.values())))
+    for section in sections():
+        lines.append(f"{section}:")
+        lines += [
+            f"{rows[setting.key]:<{width}}  # {parsed.origins[setting.key]}"
+            for setting in settings().values()
+            if setting.section == section
+        ]
+    return "\n".join(lines)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_show, value)) + "]"
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z./][\w./-]*", value) and value.lower() not in ("null", "none"):
+        return value
+    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Any complaint of argparse becomes the one line that entry scripts print."""
+        raise UserError(message.removeprefix("argument "))
+
+
+class _Record(argparse.Action):
+    """Keeps (the spelling used, the value) of a setting, for its origin."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, setting: Setting, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, **kwargs)
+        self.setting = setting
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        spelling = option_string or self.setting.flag
+        if self.nargs == 0:
+            setattr(namespace, self.dest, (spelling, not spelling.startswith("--no-")))
+            return
+        texts = values if self.setting.sequence else [values]
+        try:
+            parsed = [self.setting.parse(text) for text in texts]
+        except ValueError as error:
+            raise UserError(f"{spelling} {' '.join(texts)}: {error}") from error
+        setattr(namespace, self.dest, (spelling, tuple(parsed) if self.setting.sequence else parsed[0]))
+
+
+def _make_parser(prog: str | None, description: str | None) -> argparse.ArgumentParser:
+    usage = "%(prog)s [--config NAME|FILE.yaml] [flags]"
+    parser = _Parser(
+        prog=prog, usage=usage, description=description, allow_abbrev=False, formatter_class=_HelpFormatter
+    )
+    parser.add_argument(
+        "--config",
+        metavar="NAME|FILE.yaml",
+        help=f"start from a preset ({', '.join(preset_names())}) or from a YAML file; other flags override it",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print every value with its origin, and exit")
+    for section, cls in sections().items():
+        group = parser.add_argument_group(section, (cls.__doc__ or "").split("\n\n")[0].replace(":class:", ""))
+        for setting in settings().values():
+            if setting.section == section:
+                _add_flag(group, setting)
+    return parser
+
+
+def _add_flag(group: argparse._ArgumentGroup, setting: Setting) -> None:
+    spellings = [setting.flag, *setting.aliases]
+    # SUPPRESS keeps argparse from writing defaults: only what was typed reaches the namespace.
+    common: dict[str, Any] = {"dest": setting.key, "setting": setting, "action": _Record, "default": argparse.SUPPRESS}
+    default = " ".join(map(str, setting.default)) if setting.sequence else setting.default
+    shown = "" if setting.default in (None, ()) else f" [{default}]"
+    help_text = (setting.help + shown).replace("%", "%%")
+    if setting.kind is bool and not setting.optional and not setting.sequence:
+        negatives = ["--no-" + spelling.removeprefix("--") for spelling in spellings]
+        group.add_argument(*spellings, *negatives, nargs=0, help=help_text, **common)
+        return
+    metavar = setting.metavar or ("{" + ",".join(map(str, setting.choices)) + "}" if setting.choices else None)
+    metavar = metavar or {int: "N", float: "X", str: "TEXT", bool: "BOOL"}[setting.kind]
+    group.add_argument(*spellings, nargs="+" if setting.sequence else None, metavar=metavar, help=help_text, **common)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=min(120, int(os.environ.get("COLUMNS", "110"))))
+
+
+def _respell(argv: Sequence[str]) -> list[str]:
+    """Flags with underscores or Megatron's other names, rewritten to ours."""
+    out: list[str] = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            flag = flag.replace("_", "-")
+            out += _MEGATRON_SPELLINGS.get(flag, (flag,))
+            if equals:
+                out[-1] += "=" + value
+        else:
+            out.append(word)
+    return out
+
+
+def _unknown(word: str) -> str:
+    flag = word.partition("=")[0]
+    if flag in _ADVICE:
+        return f"{flag}: {_ADVICE[flag]}"
+    if not flag.startswith("-"):
+        return f"{word}: no flag takes this word; see --help"
+    known = ["--config", "--print-config", *_MEGATRON_SPELLINGS]
+    for setting in settings().values():
+        known += [setting.flag, *setting.aliases]
+        if setting.kind is bool:
+            known.append("--no-" + setting.flag.removeprefix("--"))
+    return f"{flag}: unknown flag{suggestion(flag, known) or '; see --help'}"

@@ -1,0 +1,170 @@
+"""Configurations in YAML: the presets of this package and the user's own files.
+
+A file holds the sections of :class:`megaforge.config.config.Config`, and may name another one to start from::
+
+    base: cdrmix-core-1b        # a preset, or a file beside this one
+    optimizer:
+      lr: 2e-4
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megaforge.config.schema import Setting, sections, setting_of, settings, suggestion
+from megaforge.errors import UserError
+
+_TOP_LEVEL = ("name", "base")
+
+
+@dataclass
+class Layer:
+    """Settings from files: values and where each came from (``preset NAME`` or ``FILE:LINE``), by key."""
+
+    name: str
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+
+
+def preset_names() -> list[str]:
+    """Names that ``--config`` knows."""
+    folder = resources.files("megaforge.config") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_layer(name_or_file: str, beside: Path | None = None, including: tuple[str, ...] = ()) -> Layer:
+    """Reads a preset by name, or a YAML file by path, on top of its ``base``.
+
+    Args:
+        name_or_file: what ``--config`` or ``base:`` says; a path when it ends in .yaml or .yml or holds a slash.
+        beside: directory that a relative path starts from.
+        including: the files that led here, to refuse a circle.
+
+    Raises:
+        UserError: no such preset or file, text that is no YAML, unknown sections or keys, values of a wrong type.
+    """
+    is_path = name_or_file.endswith((".yaml", ".yml")) or "/" in name_or_file
+    if is_path:
+        path = Path(beside or ".", name_or_file)
+        identity, label = str(path), str(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"--config {path}: cannot read it: {reason}") from error
+    else:
+        if name_or_file not in preset_names():
+            hint = suggestion(name_or_file, preset_names())
+            raise UserError(
+                f"--config {name_or_file}: no preset has this name{hint}\n"
+                f"presets: {', '.join(preset_names())}; a file of your own must end in .yaml"
+            )
+        path, identity, label = None, name_or_file, f"preset {name_or_file}"
+        text = (resources.files("megaforge.config") / "presets" / f"{name_or_file}.yaml").read_text(encoding="utf-8")
+    if identity in including:
+        raise UserError(f"{label}: 'base' goes round in a circle: {' -> '.join((*including, identity))}")
+
+    entries = _mapping(_compose(text, label), label, "the file")
+    layer = Layer(Path(name_or_file).stem if is_path else name_or_file)
+    if "base" in entries:
+        base = load_layer(_text(entries["base"], label, "base"), path.parent if path else None, (*including, identity))
+        layer.values, layer.origins = base.values, base.origins
+    if "name" in entries:
+        layer.name = _text(entries["name"], label, "name")
+    for section, node in entries.items():
+        if section in _TOP_LEVEL:
+            continue
+        if section not in sections():
+            hint = suggestion(section, [*sections(), *_TOP_LEVEL])
+            raise UserError(f"{_at(label, node)}: unknown section '{section}'{hint}")
+        _read_section(layer, section, node, label)
+    return layer
+
+
+def _read_section(layer: Layer, section: str, node: yaml.Node, label: str) -> None:
+    written: dict[str, str] = {}
+    for name, value in _mapping(node, label, f"section '{section}'").items():
+        setting = setting_of(section, name)
+        if setting is None:
+            raise UserError(f"{_at(label, value)}: unknown key '{section}.{name}'{_nearest(section, name)}")
+        if setting.key in written:
+            raise UserError(f"{_at(label, value)}: '{name}' is '{written[setting.key]}' in other words; keep one")
+        written[setting.key] = name
+        try:
+            layer.values[setting.key] = _value(setting, value)
+        except ValueError as error:
+            raise UserError(f"{_at(label, value)}: {section}.{name}: {error}") from error
+        layer.origins[setting.key] = label if label.startswith("preset ") else _at(label, value)
+
+
+def _nearest(section: str, name: str) -> str:
+    """A hint for an unknown key: the nearest of its section, or the section it belongs to."""
+    for other in sections():
+        moved = setting_of(other, name)
+        if moved is not None:
+            return f"; it belongs in section '{other}'"
+    return suggestion(name.replace("-", "_"), [one.name for one in settings().values() if one.section == section])
+
+
+def _value(setting: Setting, node: yaml.Node) -> Any:
+    """The setting's value from a node; scalars are read by the declared type, so ``1e-3`` is a number in YAML too."""
+    if setting.sequence:
+        elements = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        return tuple(_scalar(setting, element) for element in elements)
+    return _scalar(setting, node)
+
+
+def _scalar(setting: Setting, node: yaml.Node) -> Any:
+    if not isinstance(node, yaml.ScalarNode):
+        raise ValueError("expected one value, got a " + ("list" if isinstance(node, yaml.SequenceNode) else "mapping"))
+    quoted = node.style in ("'", '"')
+    if node.tag == "tag:yaml.org,2002:null":
+        if not setting.optional:
+            raise ValueError("needs a value")
+        return None
+    if quoted and setting.kind is not str:
+        raise ValueError(f"got the text '{node.value}' in quotes; leave the quotes out")
+    try:
+        return setting.parse(node.value)
+    except ValueError as error:
+        raise ValueError(f"{error}, got '{node.value}'") from error
+
+
+def _compose(text: str, label: str) -> yaml.Node | None:
+    try:
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{label}:{mark.line + 1}" if mark else label
+        raise UserError(f"{where}: this is no YAML: {getattr(error, 'problem', None) or error}") from error
+
+
+def _mapping(node: yaml.Node | None, label: str, what: str) -> dict[str, yaml.Node]:
+    """The entries of a mapping node by key; an empty file or section has none."""
+    if node is None or node.tag == "tag:yaml.org,2002:null":
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{_at(label, node)}: {what} must hold 'key: value' lines")
+    entries: dict[str, yaml.Node] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise UserError(f"{_at(label, key)}: a key must be a word")
+        if key.value in entries:
+            raise UserError(f"{_at(label, key)}: '{key.value}' stands twice; keep one")
+        entries[key.value] = value
+    return entries
+
+
+def _text(node: yaml.Node, label: str, key: str) -> str:
+    if not isinstance(node, yaml.ScalarNode) or not node.value:
+        raise UserError(f"{_at(label, node)}: '{key}' must be a name")
+    return node.value
+
+
+def _at(label: str, node: yaml.Node) -> str:
+    return f"{label}:{node.start_mark.line + 1}"
