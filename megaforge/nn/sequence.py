@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -15,6 +17,7 @@ class SequenceInfo:
         document_ids_BS: int64 [b, s], 0, 1, ... within each sequence.
         has_boundaries: whether any document starts after position 0 (a Python bool: layers branch on it for free).
         offset: tokens of these sequences that a recurrent state has already consumed.
+        shared: what layers derive from the above and share with later layers (rotary tables).
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class SequenceInfo:
             self.document_start_SB = torch.zeros(length, batch, dtype=torch.bool, device=device)
             if offset == 0:
                 self.document_start_SB[0] = True
+        self.shared: dict[Any, Any] = {}
         self._mask: torch.Tensor | None = None
 
     @property

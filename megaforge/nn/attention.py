@@ -1,0 +1,145 @@
+"""Causal self-attention (Vaswani et al., arXiv 1706.03762) with grouped queries (Ainslie et al., arXiv 2305.13245)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaforge.config.model_config import ModelConfig
+from megaforge.errors import UserError
+from megaforge.nn.rope import apply_rotary, rotary_tables
+from megaforge.nn.sequence import SequenceInfo
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.init_rules import Normal
+from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megaforge.parallel.region import TensorParallelRegion
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far, this rank's heads: [b, groups/tp, capacity, d], ``length`` in use."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    length: int = 0
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds [b, groups/tp, s, d] and returns all keys and values so far. Capacity doubles when it is exhausted."""
+        new_length = self.length + keys.shape[2]
+        if self.keys is None or self.values is None or new_length > self.keys.shape[2]:
+            capacity = max(64, 2 * new_length)
+            grown = [t.new_empty((*t.shape[:2], capacity, t.shape[3])) for t in (keys, values)]
+            if self.keys is not None and self.values is not None:
+                for target, source in zip(grown, (self.keys, self.values), strict=True):
+                    target[:, :, : self.length] = source[:, :, : self.length]
+            self.keys, self.values = grown
+        self.keys[:, :, self.length : new_length] = keys
+        self.values[:, :, self.length : new_length] = values
+        self.length = new_length
+        return self.keys[:, :, :new_length], self.values[:, :, :new_length]
+
+
+class SelfAttention(nn.Module):
+    """Multi-head or grouped-query attention, its heads split over tp; q, k and v come from one fused matrix."""
+
+    def __init__(
+        self,
+        ctx: ParallelContext,
+        name: str,
+        cfg: ModelConfig,
+        *,
+        num_layers: int,
+        region: TensorParallelRegion,
+        dtype: torch.dtype,
+    ) -> None:
+        """``num_layers`` is the depth of the model: the output projection starts smaller by 1/sqrt(2 layers) (GPT-2).
+
+        Raises:
+            UserError: the key/value heads do not divide by tp.
+        """
+        super().__init__()
+        if cfg.query_groups % ctx.tp.size:
+            flag = "--num-query-groups" if cfg.num_query_groups else "--num-attention-heads"
+            raise UserError(
+                f"{flag} {cfg.query_groups} does not divide by --tp {ctx.tp.size}; use a --tp that divides it"
+            )
+        self.cfg = cfg
+        self.region = region
+        self.head_dim = cfg.head_dim
+        self.heads = cfg.num_attention_heads // ctx.tp.size
+        self.groups = cfg.query_groups // ctx.tp.size
+        self.rotary_channels = (
+            int(cfg.head_dim * cfg.rotary_percent) // 2 * 2 if cfg.position_embedding_type == "rope" else 0
+        )
+        queries, shared = cfg.num_attention_heads * cfg.head_dim, cfg.query_groups * cfg.head_dim
+        std = cfg.init_std * cfg.init_std_scale
+        self.qkv = ColumnParallelLinear(
+            ctx,
+            f"{name}.qkv",
+            cfg.hidden_size,
+            queries + 2 * shared,
+            init=Normal(std),
+            bias=cfg.add_bias_linear,
+            parts=(queries, shared, shared),
+            dtype=dtype,
+            kind="attention",
+        )
+        self.output = RowParallelLinear(
+            ctx,
+            f"{name}.output",
+            queries,
+            cfg.hidden_size,
+            init=Normal(std / math.sqrt(2 * num_layers)),
+            region=region,
+            bias=cfg.add_bias_linear,
+            dtype=dtype,
+            kind="attention",
+        )
+
+    def forward(self, x: Tensor, info: SequenceInfo, cache: KVCache | None = None) -> Tensor:
+        """Normed residual stream [s(/tp), b, h] -> residual stream [s(/tp), b, h].
+
+        With a ``cache`` the tokens continue the ones it holds, and it takes them in.
+        """
+        fused = self.qkv(self.region.enter(x))
+        length, batch = fused.shape[:2]
+        width = self.head_dim
+        # split, not slices: its backward is one concatenation
+        query_key, value = fused.split(((self.heads + self.groups) * width, self.groups * width), dim=-1)
+        query_key = query_key.view(length, batch, self.heads + self.groups, width)
+        if self.rotary_channels:
+            cos, sin = rotary_tables(info, self.rotary_channels, self.cfg.rotary_base, fused.dtype)
+            query_key = apply_rotary(query_key, cos, sin)
+        query, key = query_key.permute(1, 2, 0, 3).split((self.heads, self.groups), dim=1)
+        value = value.view(length, batch, self.groups, width).permute(1, 2, 0, 3)
+        mask = info.attention_mask()
+        if cache is not None:
+            key, value = cache.append(key, value)
+            mask = _continuation_mask(length, key.shape[2], mask)
+        context = _attend(query, key, value, mask)
+        return self.output(context.permute(2, 0, 1, 3).reshape(length, batch, self.heads * width))
+
+
+def _continuation_mask(queries: int, keys: int, mask: Tensor | None) -> Tensor | None:
+    """The mask of ``queries`` tokens that follow ``keys - queries`` cached ones; ``mask`` when nothing was cached."""
+    if queries == keys:
+        return mask
+    if mask is not None:
+        raise ValueError("packed documents cannot continue from a cache")
+    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention, [b, heads, s, d] x [b, groups, t, d] -> [b, heads, s, d]; causal where ``mask`` is None."""
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=None if mask is None else mask.to(query.device),
+        is_causal=mask is None,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )

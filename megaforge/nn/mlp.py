@@ -1,0 +1,190 @@
+"""Feed-forward sublayers: the activations, the dense FFN and RWKV's channel mix."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaforge.config.model_config import ModelConfig
+from megaforge.nn.sequence import SequenceInfo
+from megaforge.nn.token_shift import token_shift
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.init_rules import Constant, Elementwise, InitRule, Normal, Orthogonal
+from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megaforge.parallel.param_spec import ParamSpec, make_parameter
+from megaforge.parallel.region import TensorParallelRegion
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """``max(x, 0)^2``; keeps max(x, 0) only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = x.relu()
+        ctx.save_for_backward(positive)
+        return positive.square()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return (grad * positive).mul_(2)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """``silu(gate) * up`` of the fused [gate | up]; both gradients are written into one fused tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, fused: Tensor) -> Tensor:
+        ctx.save_for_backward(fused)
+        gate, up = fused.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (fused,) = ctx.saved_tensors
+        gate, up = fused.chunk(2, dim=-1)
+        out = torch.empty_like(fused)
+        grad_gate, grad_up = out.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return out
+
+
+def activate(kind: str, x: Tensor) -> Tensor:
+    """The FFN's nonlinearity: ``relu2`` (arXiv 2109.08668), ``gelu`` (tanh form) or ``swiglu`` (arXiv 2002.05202).
+
+    Args:
+        kind: as ``--activation``.
+        x: [..., f]; for swiglu [..., 2f], gate before up.
+
+    Returns:
+        [..., f].
+    """
+    if kind == "relu2":
+        return _SquaredReLU.apply(x)
+    if kind == "swiglu":
+        return _SwiGLU.apply(x)
+    return F.gelu(x, approximate="tanh")
+
+
+def inner_parts(cfg: ModelConfig) -> tuple[int, ...]:
+    """Sizes of the logical matrices fused in an FFN's first projection: gate and up, or one."""
+    return (cfg.ffn_size,) * (2 if cfg.activation == "swiglu" else 1)
+
+
+def ffn_init(cfg: ModelConfig, num_layers: int, channel_mix: bool) -> tuple[InitRule, InitRule]:
+    """Initial weights of an FFN's first and second projection.
+
+    After attention GPT-2's rule: normal, the second smaller by 1/sqrt(2 layers). After RWKV-7 the published rule of
+    RWKV-LM: the first orthogonal with gain 1 (``--rwkv-init normal``: normal of the same scale), the second zero.
+    """
+    if not channel_mix:
+        std = cfg.init_std * cfg.init_std_scale
+        return Normal(std), Normal(std / math.sqrt(2 * num_layers))
+    gain = cfg.init_std_scale
+    if cfg.rwkv_init == "orthogonal":
+        return Orthogonal(gain), Constant(0.0)
+    return Normal(gain / math.sqrt(max(sum(inner_parts(cfg)), cfg.hidden_size))), Constant(0.0)
+
+
+@dataclass
+class FFNState:
+    """What a channel mix remembers between calls of generation: its last input, [b, h]."""
+
+    shift: Tensor | None = None
+
+
+class ChannelMix(nn.Module):
+    """RWKV-7's mix of a token with its predecessor in front of an FFN: ``x + (shift(x) - x) * x_k`` (RWKV-LM, x070)."""
+
+    def __init__(
+        self,
+        ctx: ParallelContext,
+        name: str,
+        cfg: ModelConfig,
+        *,
+        layer_index: int,
+        num_layers: int,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        size, power = cfg.hidden_size, (1 - layer_index / num_layers) ** 4
+        spec = ParamSpec(
+            f"{name}.x_k",
+            (size,),
+            Elementwise(lambda channel: 1 - (channel / size) ** power),
+            tp_partial_grad=True,
+            weight_decay=False,
+            kind="rwkv",
+        )
+        self.x_k = make_parameter(spec, ctx, dtype)
+
+    def forward(self, x: Tensor, info: SequenceInfo, shift_state: Tensor | None) -> Tensor:
+        """[s, b, h] inside the region -> [s, b, h]; ``shift_state`` [b, h] is the token before the first one."""
+        return x + (token_shift(x, info, shift_state) - x) * self.x_k
+
+
+class DenseFFN(nn.Module):
+    """Two projections with an activation between, the inner width split over tp; after an RWKV mixer, a channel mix."""
+
+    def __init__(
+        self,
+        ctx: ParallelContext,
+        name: str,
+        cfg: ModelConfig,
+        *,
+        layer_index: int,
+        num_layers: int,
+        channel_mix: bool,
+        region: TensorParallelRegion,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.region = region
+        self.activation = cfg.activation
+        mix = {"layer_index": layer_index, "num_layers": num_layers, "dtype": dtype}
+        self.mix = ChannelMix(ctx, name, cfg, **mix) if channel_mix else None  # type: ignore[arg-type]
+        first, second = ffn_init(cfg, num_layers, channel_mix)
+        parts = inner_parts(cfg)
+        self.up = ColumnParallelLinear(
+            ctx,
+            f"{name}.up",
+            cfg.hidden_size,
+            sum(parts),
+            init=first,
+            bias=cfg.add_bias_linear,
+            parts=parts,
+            dtype=dtype,
+            kind="ffn",
+        )
+        self.down = RowParallelLinear(
+            ctx,
+            f"{name}.down",
+            cfg.ffn_size,
+            cfg.hidden_size,
+            init=second,
+            region=region,
+            bias=cfg.add_bias_linear,
+            dtype=dtype,
+            kind="ffn",
+        )
+
+    def forward(self, x: Tensor, info: SequenceInfo, state: FFNState | None = None) -> Tensor:
+        """Normed residual stream [s(/tp), b, h] -> residual stream [s(/tp), b, h]."""
+        x = mixed_input(self.mix, self.region.enter(x), info, state)
+        return self.down(activate(self.activation, self.up(x)))
+
+
+def mixed_input(mix: ChannelMix | None, x: Tensor, info: SequenceInfo, state: FFNState | None) -> Tensor:
+    """The FFN's input inside the region: ``x``, or its channel mix; ``state`` takes in the last token."""
+    if mix is None:
+        return x
+    mixed = mix(x, info, None if state is None else state.shift)
+    if state is not None:
+        state.shift = x[-1]
+    return mixed

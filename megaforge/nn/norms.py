@@ -1,0 +1,118 @@
+"""Norms of the residual stream, with statistics in fp32 (fp64 for fp64 input)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaforge.config.model_config import ModelConfig
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.init_rules import Constant
+from megaforge.parallel.param_spec import ParamSpec, make_parameter
+from megaforge.parallel.region import TensorParallelRegion
+
+
+class _RMSNorm(torch.autograd.Function):
+    """``y = x / rms(x) * weight``; keeps x and 1/rms only and forms the gradient in one go."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        wide = x.to(weight.dtype)
+        # A norm reads x once and keeps no x^2.
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean_square.add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed = x.to(weight.dtype) * scale
+        grad = grad.to(weight.dtype)
+        product = grad * normed
+        grad_weight = product.flatten(0, -2).sum(0)
+        along = (product @ weight).div_(x.shape[-1]).unsqueeze(-1)
+        grad_x = (grad * weight).addcmul_(normed, along, value=-1).mul_(scale)
+        return grad_x.to(x.dtype), grad_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Root-mean-square norm over the last dimension (Zhang and Sennrich, arXiv 1910.07467).
+
+    Args:
+        x: [..., h], any float dtype.
+        weight: [h], fp32 (fp64 for fp64 ``x``); the arithmetic is done in its dtype.
+        epsilon: added to the mean square.
+
+    Returns:
+        [..., h] of the dtype of ``x``.
+    """
+    return _RMSNorm.apply(x, weight, epsilon)
+
+
+class RMSNorm(nn.Module):
+    """:func:`rms_norm` with a learned weight that stays in fp32."""
+
+    def __init__(
+        self,
+        ctx: ParallelContext,
+        name: str,
+        size: int,
+        epsilon: float,
+        *,
+        region: TensorParallelRegion,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = make_parameter(_norm_spec(f"{name}.weight", size, 1.0, region), ctx, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.epsilon)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm (Ba et al., arXiv 1607.06450) with weight and bias in fp32."""
+
+    def __init__(
+        self,
+        ctx: ParallelContext,
+        name: str,
+        size: int,
+        epsilon: float,
+        *,
+        region: TensorParallelRegion,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = make_parameter(_norm_spec(f"{name}.weight", size, 1.0, region), ctx, dtype)
+        self.bias = make_parameter(_norm_spec(f"{name}.bias", size, 0.0, region), ctx, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(self.weight.dtype)
+        return F.layer_norm(wide, self.weight.shape, self.weight, self.bias, self.epsilon).to(x.dtype)
+
+
+def _norm_spec(name: str, size: int, value: float, region: TensorParallelRegion) -> ParamSpec:
+    """A norm lives on the residual stream: under sequence parallelism it sees only this rank's tokens."""
+    return ParamSpec(
+        name,
+        (size,),
+        Constant(value),
+        tp_partial_grad=region.norm_grad_is_partial,
+        weight_decay=False,
+        keep_fp32=True,
+        kind="norm",
+    )
+
+
+def make_norm(
+    cfg: ModelConfig, ctx: ParallelContext, name: str, *, region: TensorParallelRegion, dtype: torch.dtype
+) -> RMSNorm | LayerNorm:
+    """The norm that ``--normalization`` names, over the hidden size."""
+    kind = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}[cfg.normalization]
+    return kind(ctx, name, cfg.hidden_size, cfg.norm_epsilon, region=region, dtype=dtype)
