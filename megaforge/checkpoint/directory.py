@@ -1,0 +1,154 @@
+"""The directory of a run's checkpoints: names, the commit, what is kept, what is set aside.
+
+step_0000100/            a committed checkpoint
+step_0000200.damaged/    one that did not verify, set aside so that its name is free again
+.tmp_step_0000300/       one being written, or left by a run that was killed while writing
+latest                   name of the newest commit: a hint; the newest directory that verifies is the truth
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+from megaforge.checkpoint.errors import DamagedCheckpointError
+from megaforge.checkpoint.manifest import Manifest, read_manifest, write_and_sync, write_manifest
+
+logger = logging.getLogger(__name__)
+
+LATEST_FILE = "latest"
+_STEP = re.compile(r"step_(\d+)")
+# A committed checkpoint that a second save of the same step has moved out of the way: valid until that one is in place.
+_REPLACED = re.compile(r"\.replaced_step_(\d+)")
+_LEFTOVER = re.compile(r"\.(tmp|trash)_step_\d+")
+
+
+def step_name(step: int) -> str:
+    """Name of the checkpoint of iteration ``step``."""
+    return f"step_{step:07d}"
+
+
+def temporary_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is written before it is committed."""
+    return directory / f".tmp_{step_name(step)}"
+
+
+def is_step_directory(path: Path) -> bool:
+    """Whether ``path`` is named like one checkpoint rather than a directory of checkpoints."""
+    return bool(_STEP.fullmatch(path.name))
+
+
+def list_steps(directory: Path) -> list[tuple[int, Path]]:
+    """Committed checkpoints (not verified), newest first."""
+    found = []
+    for path in directory.iterdir():
+        match = _STEP.fullmatch(path.name) or _REPLACED.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), bool(_STEP.fullmatch(path.name)), path))
+    return [(step, path) for step, _, path in sorted(found, reverse=True)]
+
+
+def fsync_directory(directory: Path) -> None:
+    """Makes the names in ``directory`` durable; fsync of a file says nothing about its name."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def prepare_temporary(directory: Path, step: int) -> Path:
+    """Removes what killed runs left in ``directory`` and makes an empty temporary checkpoint directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in directory.iterdir():
+        replaced = _REPLACED.fullmatch(path.name)
+        if _LEFTOVER.fullmatch(path.name) or (replaced and (directory / path.name.removeprefix(".replaced_")).is_dir()):
+            shutil.rmtree(path)
+    temporary = temporary_path(directory, step)
+    temporary.mkdir()
+    return temporary
+
+
+def commit(directory: Path, manifest: Manifest) -> Path:
+    """Turns the written temporary directory into a checkpoint: either it is there and whole, or it is not there.
+
+    Raises:
+        OSError: nothing has changed but the temporary directory.
+    """
+    temporary, final = temporary_path(directory, manifest.step), directory / step_name(manifest.step)
+    write_manifest(temporary, manifest)
+    fsync_directory(temporary)
+    replaced = directory / f".replaced_{final.name}"
+    if final.exists():
+        os.rename(final, replaced)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, final)
+        raise
+    fsync_directory(directory)
+    try:
+        write_and_sync(directory / f".{LATEST_FILE}", f"{final.name}\n".encode())
+        os.replace(directory / f".{LATEST_FILE}", directory / LATEST_FILE)
+        fsync_directory(directory)
+    except OSError as error:
+        logger.warning("%s is committed, but the hint %s was not updated: %s", final, LATEST_FILE, error)
+    if replaced.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def discard_temporary(directory: Path, step: int) -> None:
+    """Removes a checkpoint that was not committed."""
+    shutil.rmtree(temporary_path(directory, step), ignore_errors=True)
+
+
+def quarantine(path: Path) -> Path | None:
+    """Renames the damaged checkpoint ``path`` to ``NAME.damaged`` and returns that, or None on read-only media."""
+    name = path.name.removeprefix(".replaced_")
+    target, count = path.with_name(f"{name}.damaged"), 0
+    while target.exists():
+        count += 1
+        target = path.with_name(f"{name}.damaged.{count}")
+    try:
+        os.rename(path, target)
+        fsync_directory(path.parent)
+    except OSError:
+        return None
+    return target
+
+
+def excess_checkpoints(directory: Path, keep_last: int, keep_best: int, newest: Path) -> list[Path]:
+    """The checkpoints that may go: not among the ``keep_last`` newest (0: all stay), nor the ``keep_best`` of lowest
+    metric, nor ``newest``, which was just written."""
+    if not keep_last:
+        return []
+    steps = [path for _, path in list_steps(directory)]
+    kept = {newest, *steps[:keep_last]}
+    if keep_best:
+        scored = []
+        for path in steps:
+            try:
+                metric = read_manifest(path).metric
+            except (DamagedCheckpointError, OSError):
+                continue  # no metric to be best by; whether it is damaged is for the next load to say
+            if metric is not None:
+                scored.append((metric, path))
+        kept.update(path for _, path in sorted(scored)[:keep_best])
+    return [path for path in steps if path not in kept]
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Deletes a checkpoint: it disappears at once, so that no reader meets half of it."""
+    trash = path.with_name(f".trash_{path.name.removeprefix('.replaced_')}")
+    try:
+        if trash.exists():
+            shutil.rmtree(trash)
+        os.rename(path, trash)
+        shutil.rmtree(trash)
+    except OSError as error:
+        logger.warning("the old checkpoint %s could not be removed: %s", path, error)

@@ -1,0 +1,160 @@
+"""``manifest.json``: what a checkpoint holds, where, and how its files must hash. JSON and plain values only.
+
+``SHA256SUMS`` beside it covers the manifest itself and every file, so that ``sha256sum -c SHA256SUMS`` checks a
+checkpoint without this package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megaforge.checkpoint.errors import DamagedCheckpointError
+from megaforge.checkpoint.safetensors_file import DTYPES, FileRecord
+
+MANIFEST_FILE = "manifest.json"
+SUMS_FILE = "SHA256SUMS"
+FORMAT = "megaforge-checkpoint"
+VERSION = 1
+
+
+class ChunkRecord(NamedTuple):
+    """Where one saved piece lies: file, and box in the global tensor."""
+
+    file: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+class TensorRecord(NamedTuple):
+    """One global tensor: safetensors' name of its type, global shape, and its pieces."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[ChunkRecord, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about a checkpoint except the tensors' bytes.
+
+    Attributes:
+        step: iteration at which it was taken.
+        layout: size of each parallel axis at the time, and of the world.
+        meta: what the trainer wants to keep (JSON).
+        metric: score by which ``--keep-best`` ranks it, or None; lower is better (see save_checkpoint).
+        files: name -> length and hash.
+        tensors: key -> where its pieces are.
+    """
+
+    step: int
+    layout: Mapping[str, int]
+    meta: dict[str, Any]
+    metric: float | None
+    files: Mapping[str, FileRecord]
+    tensors: Mapping[str, TensorRecord]
+
+    def encode(self) -> bytes:
+        """UTF-8 JSON, one line a file and a tensor."""
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": self.step,
+            "layout": dict(self.layout),
+            "metric": self.metric,
+            "meta": self.meta,
+        }
+        lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
+        files = [f"{json.dumps(name)}: {json.dumps(record._asdict())}" for name, record in sorted(self.files.items())]
+        tensors = []
+        for key, record in sorted(self.tensors.items()):
+            entry = {
+                "dtype": record.dtype,
+                "shape": record.shape,
+                "chunks": [chunk._asdict() for chunk in record.chunks],
+            }
+            tensors.append(f"{json.dumps(key)}: {json.dumps(entry)}")
+        lines.append('"files": {\n' + ",\n".join(files) + "\n}")
+        lines.append('"tensors": {\n' + ",\n".join(tensors) + "\n}")
+        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Writes and fsyncs ``manifest.json`` and ``SHA256SUMS`` into ``directory``."""
+    content = manifest.encode()
+    sums = {name: record.sha256 for name, record in sorted(manifest.files.items())}
+    sums[MANIFEST_FILE] = hashlib.sha256(content).hexdigest()
+    write_and_sync(directory / MANIFEST_FILE, content)
+    write_and_sync(directory / SUMS_FILE, "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode())
+
+
+def write_and_sync(path: Path, content: bytes) -> None:
+    """Writes ``content`` to ``path`` and waits until the disk has it."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of the checkpoint ``directory``, its own hash checked.
+
+    Raises:
+        DamagedCheckpointError: missing, altered, or not this format.
+        OSError: it cannot be read for another reason (permissions, I/O error).
+    """
+    try:
+        content = (directory / MANIFEST_FILE).read_bytes()
+        sums = (directory / SUMS_FILE).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError as error:
+        raise DamagedCheckpointError(f"{directory}: {Path(error.filename).name} is missing") from error
+    if f"{hashlib.sha256(content).hexdigest()}  {MANIFEST_FILE}" not in sums.splitlines():
+        raise DamagedCheckpointError(f"{directory}: {MANIFEST_FILE} is not what {SUMS_FILE} says")
+    try:
+        fields = json.loads(content)
+        if fields.get("format") != FORMAT or fields.get("version") != VERSION:
+            raise DamagedCheckpointError(
+                f"{directory}: {MANIFEST_FILE} is {fields.get('format')!r} version {fields.get('version')!r}; "
+                f"this program reads {FORMAT!r} version {VERSION}"
+            )
+        return _decode(directory, fields)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(
+            f"{directory}: {MANIFEST_FILE} is malformed ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _decode(directory: Path, fields: dict[str, Any]) -> Manifest:
+    files = {
+        str(name): FileRecord(int(record["bytes"]), str(record["sha256"])) for name, record in fields["files"].items()
+    }
+    for name in files:
+        if name != os.path.basename(name) or name in ("", ".", ".."):
+            raise DamagedCheckpointError(f"{directory}: {MANIFEST_FILE} names {name!r}, which is no plain file name")
+    tensors = {}
+    for key, entry in fields["tensors"].items():
+        chunks = tuple(
+            ChunkRecord(str(chunk["file"]), tuple(map(int, chunk["offsets"])), tuple(map(int, chunk["sizes"])))
+            for chunk in entry["chunks"]
+        )
+        unknown = {chunk.file for chunk in chunks} - files.keys()
+        if unknown or entry["dtype"] not in DTYPES:
+            raise DamagedCheckpointError(
+                f"{directory}: {MANIFEST_FILE}: {key} is of type {entry['dtype']}, in unlisted files {sorted(unknown)}"
+            )
+        tensors[str(key)] = TensorRecord(entry["dtype"], tuple(map(int, entry["shape"])), chunks)
+    metric = fields["metric"]
+    return Manifest(
+        step=int(fields["step"]),
+        layout={str(axis): int(size) for axis, size in fields["layout"].items()},
+        meta=dict(fields["meta"]),
+        metric=None if metric is None or math.isnan(float(metric)) else float(metric),
+        files=files,
+        tensors=tensors,
+    )

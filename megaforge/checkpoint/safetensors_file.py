@@ -1,0 +1,185 @@
+"""The safetensors file format, written as a stream that is hashed on its way to the disk, and read through mmap.
+
+The format (https://github.com/huggingface/safetensors): 8 bytes little-endian length of the header, a JSON header
+``{name: {"dtype", "shape", "data_offsets": [begin, end]}}`` padded with spaces to a multiple of 8, then the raw
+row-major bytes without holes. The package of that name serialises a whole file before it can be hashed; here each
+tensor goes from its own memory through the hash to the file, a block at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from megaforge.checkpoint.errors import DamagedCheckpointError
+
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+# sha256 by measurement: 1.7 GB a CPU-second on Zen 5 through hashlib (its SHA instructions are in x86 since 2017 and
+# in ARMv8) against 1.05 for blake2b and 0.55 for blake2s, and everybody has sha256sum at hand.
+HASH = "sha256"
+_BLOCK = 1 << 20  # hashed while it is still in the second-level cache that the write then reads from
+_MAX_HEADER = 100_000_000  # the safetensors package's own bound
+
+
+class Slot(NamedTuple):
+    """One tensor's place in a file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class FileRecord(NamedTuple):
+    """What a finished file must look like: its length in bytes and the hex sha256 of its content."""
+
+    bytes: int
+    sha256: str
+
+
+def file_order(slot: Slot) -> tuple[int, str]:
+    """Sort key of the slots of one file: wide types first, so that every tensor is aligned without holes."""
+    return -slot.dtype.itemsize, slot.name
+
+
+def _encode_header(slots: Sequence[Slot]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for slot in slots:
+        if slot.name in entries:
+            raise ValueError(f"two tensors of one file are both called {slot.name}")
+        entries[slot.name] = {
+            "dtype": DTYPE_NAMES[slot.dtype],
+            "shape": list(slot.shape),
+            "data_offsets": [begin, begin + slot.nbytes],
+        }
+        begin += slot.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The row-major bytes of ``tensor``: its own memory when that is contiguous and on the CPU, else a copy."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def write_safetensors(path: Path, slots: Sequence[Slot], tensors: Iterable[torch.Tensor]) -> FileRecord:
+    """Writes and fsyncs ``path``; ``tensors`` is consumed one at a time, in the order of ``slots``.
+
+    Raises:
+        OSError: the file cannot be written (disk full among others); the half-written file is left behind.
+        ValueError: a tensor is not what its slot says.
+    """
+    digest, written = hashlib.new(HASH), 0
+    with open(path, "xb", buffering=0) as file:
+
+        def put(data: memoryview) -> None:
+            nonlocal written
+            for start in range(0, len(data), _BLOCK):
+                block = data[start : start + _BLOCK]
+                digest.update(block)
+                while block:
+                    block = block[file.write(block) :]
+            written += len(data)
+
+        put(memoryview(_encode_header(slots)))
+        for slot, tensor in zip(slots, tensors, strict=True):
+            if tensor.dtype != slot.dtype or tuple(tensor.shape) != slot.shape:
+                raise ValueError(
+                    f"{slot.name}: {tensor.dtype} {tuple(tensor.shape)} in a slot for {slot.dtype} {slot.shape}"
+                )
+            put(_raw_bytes(tensor))
+        os.fsync(file.fileno())
+    return FileRecord(written, digest.hexdigest())
+
+
+class SafetensorsFile:
+    """A memory-mapped safetensors file. Reading writes nothing and works on read-only media.
+
+    Raises:
+        DamagedCheckpointError: it is no safetensors file, or its header contradicts its length.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER + 1
+            if length > min(_MAX_HEADER, size - 8):
+                raise DamagedCheckpointError(
+                    f"{path}: not a safetensors file (header of {length} bytes in a file of {size})"
+                )
+            self._header = self._parse(file.read(length), size - 8 - length)
+            # A private mapping: torch warns about tensors over read-only buffers, and nobody writes to these.
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._data_start = 8 + length
+
+    def _parse(self, text: bytes, data_bytes: int) -> dict[str, tuple[Slot, int]]:
+        try:
+            entries = json.loads(text)
+            entries.pop("__metadata__", None)
+            slots: list[tuple[int, int, Slot]] = []
+            for name, entry in entries.items():
+                begin, end = map(int, entry["data_offsets"])
+                slots.append((begin, end, Slot(str(name), DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])))))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedCheckpointError(
+                f"{self.path}: unreadable safetensors header ({type(error).__name__}: {error})"
+            ) from error
+        header: dict[str, tuple[Slot, int]] = {}
+        expected = 0
+        for begin, end, slot in sorted(slots, key=lambda entry: entry[:2]):
+            if begin != expected or end - begin != slot.nbytes or any(size < 0 for size in slot.shape):
+                raise DamagedCheckpointError(f"{self.path}: tensor {slot.name} claims bytes {begin} to {end}")
+            header[slot.name] = (slot, begin)
+            expected = end
+        if expected != data_bytes:
+            raise DamagedCheckpointError(f"{self.path}: {data_bytes} bytes of data where the header lists {expected}")
+        return header
+
+    def slots(self) -> list[Slot]:
+        """What the file holds, in file order."""
+        return [slot for slot, _ in self._header.values()]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor called ``name`` as a view of the mapped file.
+
+        Raises:
+            DamagedCheckpointError: the file has no such tensor.
+        """
+        if name not in self._header:
+            raise DamagedCheckpointError(f"{self.path}: holds no tensor {name}")
+        slot, begin = self._header[name]
+        if not slot.nbytes:
+            return torch.empty(slot.shape, dtype=slot.dtype)
+        flat = torch.frombuffer(
+            self._map, dtype=slot.dtype, count=math.prod(slot.shape), offset=self._data_start + begin
+        )
+        return flat.reshape(slot.shape)
