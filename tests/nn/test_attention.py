@@ -1,0 +1,117 @@
+"""Attention against a written-out fp64 form: loops over batch and heads, RoPE by complex rotation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from megaforge.config.model_config import ModelConfig
+from megaforge.errors import UserError
+from megaforge.nn.attention import KVCache, SelfAttention
+from megaforge.nn.sequence import SequenceInfo
+from tests.nn.support import CTX, REGION, assert_agrees, assert_close, filled, random
+
+LENGTH, BATCH, HIDDEN, HEADS = 7, 2, 24, 4
+CPU = torch.device("cpu")
+
+
+def config(**changes: object) -> ModelConfig:
+    return ModelConfig(hidden_size=HIDDEN, num_attention_heads=HEADS, **changes)  # type: ignore[arg-type]
+
+
+def attention(cfg: ModelConfig, dtype: torch.dtype = torch.float64) -> SelfAttention:
+    return filled(SelfAttention(CTX, "a", cfg, num_layers=3, region=REGION, dtype=dtype))
+
+
+def rotate(x: Tensor, positions: Tensor, channels: int, base: float) -> Tensor:
+    """[s, d]: channel pairs (i, i + channels/2) as complex numbers times exp(i position base^(-2i/channels))."""
+    half = channels // 2
+    angle = positions[:, None] * base ** (-torch.arange(half, dtype=torch.float64) / half)
+    turned = torch.complex(x[:, :half], x[:, half:channels]) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([turned.real, turned.imag, x[:, channels:]], dim=1)
+
+
+def oracle_of(cfg: ModelConfig, info: SequenceInfo):
+    """One sequence and one head at a time."""
+
+    def oracle(x: Tensor, w: dict[str, Tensor]) -> Tensor:
+        d, groups = cfg.head_dim, cfg.query_groups
+        bias = w.get("a.qkv.bias", torch.zeros(w["a.qkv.weight"].shape[0], dtype=torch.float64))
+        q, k, v = (x @ w["a.qkv.weight"].T + bias).split((HEADS * d, groups * d, groups * d), dim=-1)
+        rows = []
+        for b in range(x.shape[1]):
+            outs = []
+            for h in range(HEADS):
+                g = h * groups // HEADS
+                query, key, value = (
+                    q[:, b, h * d : (h + 1) * d],
+                    k[:, b, g * d : (g + 1) * d],
+                    v[:, b, g * d : (g + 1) * d],
+                )
+                if cfg.position_embedding_type == "rope":
+                    turned = int(d * cfg.rotary_percent) // 2 * 2
+                    query = rotate(query, info.position_ids_BS[b], turned, cfg.rotary_base)
+                    key = rotate(key, info.position_ids_BS[b], turned, cfg.rotary_base)
+                scores = query @ key.T / math.sqrt(d)
+                documents = info.document_ids_BS[b]
+                hidden = (documents[:, None] != documents[None, :]) | ~torch.ones_like(scores, dtype=torch.bool).tril()
+                outs.append(scores.masked_fill(hidden, -math.inf).softmax(dim=-1) @ value)
+            rows.append(torch.cat(outs, dim=-1))
+        return torch.stack(rows, dim=1) @ w["a.output.weight"].T + w.get(
+            "a.output.bias", torch.zeros(1, dtype=torch.float64)
+        )
+
+    return oracle
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_query_groups": 2, "add_bias_linear": True},
+        {"num_query_groups": 1, "rotary_percent": 0.5, "rotary_base": 100.0},
+        {"position_embedding_type": "none", "kv_channels": 10},
+    ],
+)
+def test_values_and_gradients(changes: dict, packed: bool) -> None:
+    cfg = config(**changes)
+    start = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+    start[0, 2], start[0, 3], start[1, 5] = packed, packed, packed
+    info = SequenceInfo(BATCH, LENGTH, CPU, start)
+    module = attention(cfg)
+    assert_agrees(module, lambda x: module(x, info), oracle_of(cfg, info), random(LENGTH, BATCH, HIDDEN))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cuts", [(1, 1, 1, 1, 1, 1, 1), (4, 1, 1, 1), (3, 4)])
+def test_cache_continues_the_parallel_form(cuts: tuple[int, ...]) -> None:
+    module = attention(config(num_query_groups=2))
+    x = random(LENGTH, BATCH, HIDDEN)
+    whole = module(x, SequenceInfo(BATCH, LENGTH, CPU))
+    cache, outs, seen = KVCache(), [], 0
+    for piece in x.split(cuts):
+        outs.append(module(piece, SequenceInfo(BATCH, piece.shape[0], CPU, None, seen), cache))
+        seen += piece.shape[0]
+    assert cache.length == LENGTH
+    assert_close(torch.cat(outs), whole, 1e-13, "output")
+
+
+@torch.no_grad()
+def test_cache_grows_beyond_its_first_capacity() -> None:
+    module = attention(config())
+    x = random(150, 1, HIDDEN)
+    whole = module(x, SequenceInfo(1, 150, CPU))
+    cache = KVCache()
+    pieces = [module(piece, SequenceInfo(1, 50, CPU, None, 50 * n), cache) for n, piece in enumerate(x.split(50))]
+    assert_close(torch.cat(pieces), whole, 1e-13, "output")
+
+
+def test_heads_that_do_not_divide_are_named() -> None:
+    with pytest.raises(UserError, match="--num-query-groups 2 does not divide by --tp 4"):
+        SelfAttention(
+            CTX.with_axis("tp", 4, 0), "a", config(num_query_groups=2), num_layers=1, region=REGION, dtype=torch.float32
+        )

@@ -1,0 +1,44 @@
+"""Document boundaries of a micro-batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megaforge.nn.sequence import SequenceInfo
+
+CPU = torch.device("cpu")
+
+
+def test_boundaries_restart_positions_and_close_the_mask() -> None:
+    start = torch.tensor([[0, 0, 1, 0, 1], [1, 0, 0, 0, 0]], dtype=torch.bool)
+    info = SequenceInfo(2, 5, CPU, start)
+    assert info.has_boundaries
+    assert info.position_ids_BS.tolist() == [[0, 1, 0, 1, 0], [0, 1, 2, 3, 4]]
+    assert info.document_ids_BS.tolist() == [[0, 0, 1, 1, 2], [0, 0, 0, 0, 0]]
+    assert info.document_start_SB.t().tolist() == [[True, False, True, False, True], [True, False, False, False, False]]
+    mask = info.attention_mask()
+    assert mask is not None and mask.shape == (2, 1, 5, 5)
+    for query in range(5):
+        for key in range(5):
+            same = info.document_ids_BS[0, query] == info.document_ids_BS[0, key]
+            assert bool(mask[0, 0, query, key]) == bool(same and key <= query)
+    assert torch.equal(mask[1, 0], torch.ones(5, 5, dtype=torch.bool).tril())
+
+
+def test_a_start_at_position_zero_is_no_boundary() -> None:
+    start = torch.zeros(2, 4, dtype=torch.bool)
+    start[:, 0] = True
+    info = SequenceInfo(2, 4, CPU, start)
+    assert not info.has_boundaries and info.attention_mask() is None
+    assert info.document_start_SB[0].all() and not info.document_start_SB[1:].any()
+
+
+def test_a_continued_sequence_counts_on() -> None:
+    info = SequenceInfo(1, 3, CPU, None, offset=7)
+    assert info.position_ids_BS.tolist() == [[7, 8, 9]]
+    assert not info.document_start_SB.any()
+    with pytest.raises(ValueError, match="continues"):
+        SequenceInfo(1, 3, CPU, torch.zeros(1, 3, dtype=torch.bool), offset=7)
+    with pytest.raises(ValueError, match="shape"):
+        SequenceInfo(2, 3, CPU, torch.zeros(1, 3, dtype=torch.bool))
