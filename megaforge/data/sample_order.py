@@ -12,9 +12,9 @@ because NumPy keeps the right to change what its generators' ``permutation`` ret
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -175,10 +175,10 @@ class TokenStream:
         name = digest_of([*self._key, epoch, int(self._documents[0]), shape[1], self.num_tokens])
         path = self._cache_dir / f"epoch-order-{name[:40]}.npy"
         try:
-            table = np.load(path, mmap_mode="r", allow_pickle=False)
+            table = np.lib.format.open_memmap(path, mode="r")
             if table.shape == shape and table.dtype == np.int64 and table[0, -1] == self.num_tokens:
                 return np.asarray(table)
-        except (OSError, ValueError, zipfile.BadZipFile):
+        except (OSError, ValueError):
             pass  # absent or damaged: it is only a copy of what can be built
         built = self._build(epoch)
         temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
@@ -190,6 +190,7 @@ class TokenStream:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except OSError:
-            temporary.unlink(missing_ok=True)  # a full or read-only cache costs memory, not the run
-            return built
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            return built  # a full or read-only cache costs memory, not the run
+        return np.asarray(np.lib.format.open_memmap(path, mode="r"))
