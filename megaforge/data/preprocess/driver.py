@@ -1,0 +1,240 @@
+"""JSONL text to Megatron's ``.bin/.idx``: the whole run, from the flags to the published dataset.
+
+The input is cut into shards; each worker turns one shard after another into a dataset of its own and no token ever
+crosses a process; joining them is concatenating bytes. So the result does not depend on workers, ranks or restarts.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megaforge.data.fast_bpe import FastEncoder, fast_definition, prove
+from megaforge.data.indexed_dataset import optimal_dtype
+from megaforge.data.jsonl import LineReader, is_compressed
+from megaforge.data.preprocess.plan import (
+    PreprocessSettings,
+    ShardQueue,
+    Source,
+    WorkDirectory,
+    cut_into_shards,
+    shard_bytes,
+)
+from megaforge.data.preprocess.pool import run_shards, single_threaded
+from megaforge.data.preprocess.progress import Progress
+from megaforge.data.preprocess.publish import Job, SourceHasher, publish, up_to_date
+from megaforge.data.preprocess.ranks import RankGroup, discover_ranks
+from megaforge.data.preprocess.shard import Encoder, WorkerSpec
+from megaforge.data.tokenizer import Tokenizer, load_tokenizer
+from megaforge.errors import UserError, require
+
+_PROOF_BYTES = 48 << 10
+
+
+def preprocess(settings: PreprocessSettings) -> list[str]:
+    """Writes ``PREFIX_KEY_document.bin``, ``.idx`` and ``.json`` for every JSON key; returns these dataset prefixes.
+
+    A dataset that is already there, made from the same text with the same settings, is left as it is. Shards of a
+    killed run are kept. Under mpirun or srun all ranks call this; rank 0 joins what they made.
+
+    Raises:
+        UserError: on every rank, when any rank met a mistake.
+    """
+    settings.validate()
+    single_threaded()
+    group = discover_ranks(settings.output_prefix)
+    outputs = []
+    try:
+        for key in settings.json_keys:
+            output = f"{settings.output_prefix}_{key}_document"
+            with _lock(output, group) as held:
+                _one_dataset(settings, key, output, group, held)
+            outputs.append(output)
+    except Exception:
+        group.close()
+        raise
+    group.close()
+    return outputs
+
+
+def _one_dataset(settings: PreprocessSettings, key: str, output: str, group: RankGroup, lock_error: str | None) -> None:
+    encoder: Encoder | None = None
+
+    def prepare() -> dict[str, Any] | None:
+        nonlocal encoder
+        if group.rank:
+            return None
+        if lock_error:
+            raise UserError(lock_error)
+        job, encoder = _prepare(settings, key, output)
+        return job
+
+    prepared = _together(group, prepare)
+    if prepared[0] is None:
+        return
+    job = Job.from_json(prepared[0])
+    hasher = SourceHasher([source.path for source in job.sources]) if group.rank == 0 else None
+    try:
+        _together(group, lambda: _tokenize(job, settings.workers, group, encoder))
+        _together(group, lambda: publish(job, hasher) if hasher is not None else None)
+    finally:
+        if hasher is not None:
+            hasher.stop()
+
+
+def _together(group: RankGroup, action: Callable[[], Any]) -> list[Any]:
+    """Runs ``action`` on every rank; if it fails on one, all raise, so that none waits for a rank that has left."""
+    value: Any = None
+    failure: Exception | None = None
+    try:
+        value = action()
+    except Exception as error:
+        failure = error
+    message = None if failure is None else f"{'' if group.size == 1 else f'rank {group.rank}: '}{failure}"
+    answers = group.gather([value, message])
+    if failure is not None and not isinstance(failure, UserError):
+        raise failure
+    failures = [str(error) for _, error in answers if error is not None]
+    if failures:
+        raise UserError(failures[0])
+    return [value for value, _ in answers]
+
+
+def _prepare(settings: PreprocessSettings, key: str, output: str) -> tuple[dict[str, Any] | None, FastEncoder | None]:
+    """Rank 0: checks everything that can be checked and makes the job's JSON, None if there is nothing to do.
+
+    The proven fast encoder, if there is one, comes with it.
+    """
+    require("orjson", extra="data", purpose="reading JSONL")
+    sources = [Source.of(path) for path in settings.inputs]
+    if not any(source.bytes for source in sources):
+        raise UserError(f"--input {' '.join(settings.inputs)}: the corpus is empty")
+    tokenizer = load_tokenizer(settings.tokenizer_type, settings.tokenizer_model, settings.eod_token)
+    if settings.append_eod and tokenizer.eod is None:
+        raise UserError(
+            f"--append-eod: {settings.tokenizer_model} names no end-of-document token; name one with --eod-token"
+        )
+    described: dict[str, Any] = {
+        "format": "megaforge-dataset",
+        "version": 1,
+        "tokenizer": {
+            "type": tokenizer.type,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eod": tokenizer.eod,
+        },
+        "settings": {"append_eod": settings.append_eod, "json_key": key, "on_error": settings.on_error},
+        "dtype": optimal_dtype(tokenizer.vocab_size).name,
+    }
+    if not settings.force and up_to_date(output, described, sources):
+        print(f"{output}: already made from this text with these settings (--force makes it again)", file=sys.stderr)
+        return None, None
+    size = shard_bytes(sources, settings.shard_mb)
+    work = WorkDirectory(Path(f"{output}.partial"))
+    work.prepare({**described, "shard_bytes": size, "sources": [list(vars(source).values()) for source in sources]})
+    fast, encoder = _fast_path(tokenizer, key, sources, work) if settings.fast else (None, None)
+    spec = WorkerSpec(
+        tokenizer_type=settings.tokenizer_type,
+        tokenizer_model=settings.tokenizer_model,
+        eod_token=settings.eod_token,
+        fast=fast,
+        eod=tokenizer.eod if settings.append_eod else None,
+        dtype=described["dtype"],
+        json_key=key,
+        on_error=settings.on_error,
+        work_directory=str(work.path),
+        sources=settings.inputs,
+    )
+    groups = [[shard.to_json() for shard in group] for group in cut_into_shards(sources, size)]
+    job = {
+        "output": output,
+        "spec": spec.to_json(),
+        "sources": [vars(source) for source in sources],
+        "groups": groups,
+        "sidecar": described,
+    }
+    return job, encoder
+
+
+def _fast_path(
+    tokenizer: Tokenizer, key: str, sources: Sequence[Source], work: WorkDirectory
+) -> tuple[str | None, FastEncoder | None]:
+    """The fast encoder, proven, and the file of its definition; or neither (and one line why)."""
+    definition = fast_definition(tokenizer)
+    if definition is None:
+        return None, None
+    encoder = None
+    try:
+        encoder = FastEncoder(definition)
+        difference = prove(tokenizer, encoder, list(_first_texts(sources, key)))
+    except ImportError:
+        difference = "it is not installed (pip install 'megaforge[data]')"
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # its refusals and its Rust panics (no Exception) cost speed, not the run
+        difference = f"it cannot load this tokenizer ({error})"
+    if difference is not None:
+        print(f"the fast path (gigatoken) is off: {difference}; using tokenizers instead", file=sys.stderr)
+        return None, None
+    path = work.path / "fast_tokenizer.json"
+    path.write_text(definition, encoding="utf-8")
+    return str(path), encoder
+
+
+def _first_texts(sources: Sequence[Source], key: str) -> Iterator[str]:
+    """Text from the beginning of the corpus, for the proof; bad lines are somebody else's business."""
+    loads = require("orjson", extra="data", purpose="reading JSONL").loads
+    room = _PROOF_BYTES
+    with LineReader(next(source.path for source in sources if source.bytes)) as reader:
+        for lines in reader.chunks(_PROOF_BYTES, _PROOF_BYTES):
+            for line in lines:
+                try:
+                    text = loads(line)[key][: min(room, 1 << 14)]
+                except (ValueError, KeyError, TypeError, IndexError):
+                    continue
+                room -= len(text)
+                if isinstance(text, str):
+                    yield text
+                if room <= 0:
+                    return
+
+
+def _tokenize(job: Job, workers: int, group: RankGroup, encoder: Encoder | None) -> None:
+    known = not any(is_compressed(source.path) for source in job.sources)
+    total = sum(source.bytes for source in job.sources) // group.size if known else None
+    label = "tokenise" if group.size == 1 else f"tokenise (rank {group.rank} of {group.size})"
+    progress = Progress(total, label)
+    run_shards(ShardQueue(job.groups, group.rank, group.size), job.spec, workers, progress, encoder)
+    progress.finish()
+
+
+@contextmanager
+def _lock(output: str, group: RankGroup) -> Iterator[str | None]:
+    """Holds ``OUTPUT.partial/lock`` on rank 0; yields what is wrong if another run holds it. Removes an empty rest."""
+    if group.rank:
+        yield None
+        return
+    directory = Path(f"{output}.partial")
+    try:
+        directory.mkdir(exist_ok=True)
+        file = (directory / "lock").open("w")
+    except OSError as error:
+        yield f"cannot write {directory}: {error.strerror}; choose another --output-prefix"
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield f"another process is writing {output} (it holds {directory / 'lock'}); wait for it to end"
+            return
+        try:
+            yield None
+        finally:
+            if os.listdir(directory) == ["lock"]:
+                (directory / "lock").unlink()
+                directory.rmdir()

@@ -1,0 +1,289 @@
+"""Tokenizers behind one small face: text to ids and back, and a fingerprint of what defines the ids.
+
+A control token (end of document, beginning of text, padding, ...) marks structure, so it may only be put there by the
+program. The same characters inside a document are text: :meth:`Tokenizer.encode` never turns them into a control id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megaforge.errors import UserError, require
+
+TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer")
+
+# End-of-document names in the order in which published tokenizers mean them when no configuration names one.
+_EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eod|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>")
+
+
+class Tokenizer(ABC):
+    """Text to ids and back.
+
+    Attributes:
+        type: one of :data:`TOKENIZER_TYPES`.
+        model_path: the file (or the number, for NullTokenizer) it was loaded from.
+        vocab_size: the largest id + 1.
+        eod: the end-of-document id, or None where the tokenizer has none.
+        fingerprint: SHA-256 (hex) over the content that defines the ids.
+    """
+
+    type: str
+    model_path: str
+    vocab_size: int
+    eod: int | None
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of ``text``; no control id is added, and none comes from literal control tokens in the text."""
+        return self.encode_batch([text])[0]
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """:meth:`encode` of every text."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``; control ids are left out."""
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A ``tokenizer.json`` (or a directory that holds one), run by Hugging Face's ``tokenizers``.
+
+    The file's special tokens are its control tokens, and so is the end-of-document token in every case. Truncation
+    and padding that the file may ask for are ignored: a document is encoded whole.
+    """
+
+    def __init__(self, model: str, eod_token: str | None = None) -> None:
+        tokenizers = require("tokenizers", extra="data", purpose=f"--tokenizer-model {model}")
+        self.type, self.model_path = "HuggingFaceTokenizer", model
+        path = Path(model) / "tokenizer.json" if Path(model).is_dir() else Path(model)
+        self.definition = _read_tokenizer_json(path)
+        before = [dict(token) for token in self.definition["added_tokens"]]
+        eod = eod_token or _eod_from_config(path.with_name("tokenizer_config.json")) or self._guess_eod()
+        if eod is not None:
+            self._make_control(eod, path)
+        try:
+            if before == self.definition["added_tokens"]:
+                self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            else:
+                self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self.definition))
+        except Exception as error:  # the library raises bare Exception for whatever it cannot read
+            raise UserError(f"--tokenizer-model {path}: 'tokenizers' cannot load it ({error})") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self.control_tokens = {t["content"]: int(t["id"]) for t in self.definition["added_tokens"] if t["special"]}
+        self.vocab_size = _largest_id(self.definition) + 1
+        self.eod = None if eod is None else self.control_tokens[eod]
+        self.fingerprint = _fingerprint(self.definition)
+        self._leaky = self._find_leaks()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See :class:`Tokenizer`."""
+        if self._leaky is not None:
+            return [self._encode_guarded(text) for text in texts]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See :class:`Tokenizer`."""
+        return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True))
+
+    def definition_without_controls(self) -> dict[str, Any]:
+        """The ``tokenizer.json`` content less its control tokens: every encoder of it treats them as text."""
+        kept = [token for token in self.definition["added_tokens"] if not token["special"]]
+        return {**self.definition, "added_tokens": kept, "post_processor": None}
+
+    def _guess_eod(self) -> str | None:
+        names = {token["content"] for token in self.definition["added_tokens"]}
+        return next((name for name in _EOD_NAMES if name in names), None)
+
+    def _make_control(self, eod: str, path: Path) -> None:
+        for token in self.definition["added_tokens"]:
+            if token["content"] == eod:
+                token["special"] = True
+                return
+        known = ", ".join(token["content"] for token in self.definition["added_tokens"][:8]) or "none"
+        raise UserError(f"--tokenizer-model {path} has no token {eod!r} to end documents; its added tokens: {known}")
+
+    def _find_leaks(self) -> re.Pattern[str] | None:
+        """A pattern of the control tokens whose text alone would give their id, as some models' own merges do."""
+        leaks = []
+        for literal, control_id in self.control_tokens.items():
+            probes = [literal, f"a{literal}b", f" {literal} ", f"\n{literal}\n", literal + literal]
+            encodings = self._tokenizer.encode_batch_fast(probes, add_special_tokens=False)
+            if any(control_id in encoding.ids for encoding in encodings):
+                leaks.append(literal)
+        return re.compile("|".join(map(re.escape, sorted(leaks, key=len, reverse=True)))) if leaks else None
+
+    def _encode_guarded(self, text: str) -> list[int]:
+        """Encodes around literal control tokens: cut after their first character, no piece can become the id."""
+        assert self._leaky is not None
+        cuts = [0, *(match.start() + 1 for match in self._leaky.finditer(text)), len(text)]
+        pieces = [text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+        ids = [i for e in self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False) for i in e.ids]
+        found = self._leaky.search(text)
+        if found is not None and not set(ids).isdisjoint(self.control_tokens.values()):
+            raise UserError(
+                f"--tokenizer-model {self.model_path}: the text contains the control token {found.group()!r} and this "
+                "tokenizer cannot write it as ordinary text; remove it from the text or choose another tokenizer"
+            )
+        return ids
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece ``.model``; its own end-of-sentence piece (``</s>``) ends documents.
+
+    The library never produces control pieces from text, so literal ones need no further care.
+    """
+
+    def __init__(self, model: str, eod_token: str | None = None) -> None:
+        sentencepiece = require("sentencepiece", extra="data", purpose=f"--tokenizer-model {model}")
+        self.type, self.model_path = "SentencePieceTokenizer", model
+        content = _read_bytes(Path(model))
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except Exception as error:  # protobuf's RuntimeError, or whatever a later version raises
+            raise UserError(f"--tokenizer-model {model}: not a SentencePiece model ({error})") from error
+        self.vocab_size = int(self._model.get_piece_size())
+        self.eod = self._eod(eod_token)
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See :class:`Tokenizer`."""
+        return [list(ids) for ids in self._model.encode(list(texts), num_threads=1)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See :class:`Tokenizer`."""
+        return str(self._model.decode([int(i) for i in ids if not self._model.is_control(int(i))]))
+
+    def _eod(self, eod_token: str | None) -> int | None:
+        if eod_token is not None:
+            token_id = int(self._model.piece_to_id(eod_token))
+            if not self._model.is_control(token_id):
+                raise UserError(f"--tokenizer-model {self.model_path} has no control piece {eod_token!r}; try '</s>'")
+            return token_id
+        eos = int(self._model.eos_id())
+        return eos if eos >= 0 else None
+
+
+class NullTokenizer(Tokenizer):
+    """``--tokenizer-model N``: text is space-separated integers below N, and N itself ends documents."""
+
+    def __init__(self, model: str, eod_token: str | None = None) -> None:
+        if not model.isdecimal() or int(model) < 1:
+            raise UserError(f"--tokenizer-model {model}: NullTokenizer takes its number of ids, for example 32000")
+        if eod_token is not None:
+            raise UserError(f"--eod-token {eod_token}: NullTokenizer has no named tokens; id {model} ends documents")
+        self.type, self.model_path = "NullTokenizer", model
+        self.eod = int(model)
+        self.vocab_size = self.eod + 1
+        self.fingerprint = hashlib.sha256(f"NullTokenizer:{self.eod}".encode()).hexdigest()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See :class:`Tokenizer`.
+
+        Raises:
+            UserError: a word is no integer in [0, N).
+        """
+        return [[self._id(word) for word in text.split()] for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See :class:`Tokenizer`."""
+        return " ".join(str(int(i)) for i in ids if int(i) != self.eod)
+
+    def _id(self, word: str) -> int:
+        if not word.isdecimal() or int(word) >= int(self.model_path):
+            raise UserError(f"NullTokenizer: {word!r} is no integer in [0, {self.model_path})")
+        return int(word)
+
+
+def load_tokenizer(tokenizer_type: str, tokenizer_model: str, eod_token: str | None = None) -> Tokenizer:
+    """The tokenizer that ``--tokenizer-type`` and ``--tokenizer-model`` name.
+
+    ``eod_token`` names the token that ends documents; by default the model's own configuration does.
+
+    Raises:
+        UserError: the type is unknown, the file is missing or of another kind, or an extra is not installed.
+    """
+    classes: dict[str, type[HuggingFaceTokenizer | SentencePieceTokenizer | NullTokenizer]] = {
+        "HuggingFaceTokenizer": HuggingFaceTokenizer,
+        "SentencePieceTokenizer": SentencePieceTokenizer,
+        "NullTokenizer": NullTokenizer,
+    }
+    if tokenizer_type not in classes:
+        raise UserError(f"--tokenizer-type {tokenizer_type} is unknown; choose one of {', '.join(TOKENIZER_TYPES)}")
+    if not tokenizer_model:
+        raise UserError("--tokenizer-model is missing; give a tokenizer.json or a SentencePiece .model")
+    return classes[tokenizer_type](tokenizer_model, eod_token)
+
+
+def guess_tokenizer_type(tokenizer_model: str) -> str:
+    """The type a ``--tokenizer-model`` alone implies: ``.model`` is SentencePiece, a number Null, else Hugging Face."""
+    if tokenizer_model.isdecimal() and not os.path.exists(tokenizer_model):
+        return "NullTokenizer"
+    return "SentencePieceTokenizer" if tokenizer_model.endswith(".model") else "HuggingFaceTokenizer"
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"--tokenizer-model {path}: {error.strerror}; make one with tools/train_tokenizer.py"
+        ) from error
+
+
+def _read_tokenizer_json(path: Path) -> dict[str, Any]:
+    try:
+        definition = json.loads(_read_bytes(path))
+    except ValueError as error:
+        raise UserError(f"--tokenizer-model {path}: not a tokenizer.json ({error})") from error
+    if not isinstance(definition, dict) or not isinstance(definition.get("model"), dict):
+        raise UserError(f"--tokenizer-model {path}: not a tokenizer.json (it has no 'model')")
+    definition["added_tokens"] = definition.get("added_tokens") or []
+    definition["truncation"] = definition["padding"] = None
+    return definition
+
+
+def _largest_id(definition: dict[str, Any]) -> int:
+    """The largest id of the model's vocabulary (a map, or a list in id order) and of the added tokens."""
+    vocab = definition["model"].get("vocab") or {}
+    largest = max(vocab.values(), default=-1) if isinstance(vocab, dict) else len(vocab) - 1
+    return max([largest, *(int(token["id"]) for token in definition["added_tokens"])])
+
+
+def _fingerprint(definition: dict[str, Any]) -> str:
+    """SHA-256 over the definition in a canonical form, so that saving a tokenizer again does not change it.
+
+    Vocabulary and merges, nearly all of it, are hashed as joined text: much quicker than canonical JSON of the whole.
+    """
+    model = dict(definition["model"])
+    digest = hashlib.sha256()
+    if isinstance(model.get("vocab"), dict):
+        vocab = sorted(model.pop("vocab").items(), key=lambda item: item[1])
+        digest.update("\0".join(token for token, _ in vocab).encode("utf-8", "surrogatepass"))
+        digest.update(b"\0" + ",".join(str(number) for _, number in vocab).encode())
+    if isinstance(model.get("merges"), list):  # older files hold "a b", newer ones ["a", "b"]
+        merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model.pop("merges"))
+        digest.update("\0\n".join(["", *merges]).encode("utf-8", "surrogatepass"))
+    rest = {**{name: value for name, value in definition.items() if name != "version"}, "model": model}
+    digest.update(b"\0\n" + json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
+    return digest.hexdigest()
+
+
+def _eod_from_config(path: Path) -> str | None:
+    """The ``eos_token`` of a ``tokenizer_config.json`` beside the tokenizer, if there is one."""
+    try:
+        token = json.loads(path.read_bytes()).get("eos_token")
+    except (OSError, ValueError, AttributeError):
+        return None
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None

@@ -1,0 +1,72 @@
+#!/usr/bin/env python3
+"""Tokenises JSONL text into Megatron's .bin/.idx files.
+
+    python tools/preprocess_data.py --input corpus.jsonl.zst --output-prefix data/corpus \\
+        --tokenizer-model tokenizer.json --append-eod --workers 8
+
+writes data/corpus_text_document.bin, .idx and .json (the sidecar). Run again after a kill, it continues. Under mpirun
+or srun the ranks share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: no idle threads in a tool that never multiplies
+
+from megaforge.data.preprocess.driver import preprocess
+from megaforge.data.preprocess.plan import PreprocessSettings
+from megaforge.data.tokenizer import TOKENIZER_TYPES, guess_tokenizer_type
+from megaforge.errors import UserError
+
+
+def parse_arguments(arguments: list[str] | None = None) -> PreprocessSettings:
+    """The settings that the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".jsonl, .jsonl.gz or .jsonl.zst")
+    parser.add_argument("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin, .idx and .json")
+    parser.add_argument("--tokenizer-model", required=True, help="tokenizer.json or its directory, .model, or a number")
+    parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: told from --tokenizer-model")
+    parser.add_argument("--eod-token", help="the token that ends documents; default: the tokenizer's own")
+    parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="one dataset each (text)")
+    parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
+    parser.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="what a bad line does (fail)")
+    parser.add_argument("--workers", type=int, default=1, help="processes, on each rank (1)")
+    parser.add_argument("--shard-mb", type=int, help="MiB of input to a unit of work (default: by the input's size)")
+    parser.add_argument("--no-fast", action="store_true", help="do not use gigatoken even where it is proven equal")
+    parser.add_argument("--force", action="store_true", help="make the dataset again although it is up to date")
+    flags = parser.parse_args(arguments)
+    return PreprocessSettings(
+        inputs=tuple(flags.input),
+        output_prefix=flags.output_prefix,
+        tokenizer_type=flags.tokenizer_type or guess_tokenizer_type(flags.tokenizer_model),
+        tokenizer_model=flags.tokenizer_model,
+        eod_token=flags.eod_token,
+        json_keys=tuple(flags.json_keys),
+        append_eod=flags.append_eod,
+        on_error=flags.on_error,
+        workers=flags.workers,
+        shard_mb=flags.shard_mb,
+        fast=not flags.no_fast,
+        force=flags.force,
+    )
+
+
+def main() -> int:
+    """Runs the command; 0 when the datasets are published."""
+    try:
+        preprocess(parse_arguments())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the finished shards are kept; run the same command again to continue", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
