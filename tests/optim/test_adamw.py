@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+
+from megaforge.config.run_config import OptimizerConfig
+from megaforge.optim import AdamW, adamw, build_optimizer
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.param_spec import named_specs
+from tests.optim.small_model import SPECS, SmallModel, global_gradients, set_gradients
+
+CONFIG = OptimizerConfig(lr=1e-2, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8)
+RATES = (1e-2, 2e-2, 5e-3, 1e-3)
+
+
+def reference(start: dict[str, torch.Tensor], gradients: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Algorithm 2 of arXiv 1711.05101 in fp64, one parameter after another."""
+    weights = {}
+    for spec in SPECS:
+        weight = start[spec.name].double().clone()
+        mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
+        for t, (rate, gradient) in enumerate(zip(RATES, gradients, strict=True), start=1):
+            lr = rate * spec.lr_mult
+            weight *= 1 - lr * (0.1 if spec.weight_decay else 0.0)
+            mean = 0.9 * mean + 0.1 * gradient[spec.name]
+            square = 0.95 * square + 0.05 * gradient[spec.name] ** 2
+            weight -= lr * (mean / (1 - 0.9**t)) / ((square / (1 - 0.95**t)).sqrt() + 1e-8)
+        weights[spec.name] = weight
+    return weights
+
+
+def run_steps(optimizer: AdamW, model: SmallModel, ctx: ParallelContext, steps: range) -> None:
+    for step in steps:
+        set_gradients(model, ctx, global_gradients(step))
+        optimizer.step(RATES[step])
+
+
+def masters(optimizer: AdamW) -> dict[str, torch.Tensor]:
+    return {key: tensor.clone() for key, _, tensor in optimizer.weight_entries()}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+def test_steps_follow_the_paper(dtype: torch.dtype, tolerance: float) -> None:
+    ctx = ParallelContext.single()
+    model = SmallModel(ctx, dtype)
+    optimizer = build_optimizer(CONFIG, model, ctx)
+    start = masters(optimizer)
+    run_steps(optimizer, model, ctx, range(4))
+    expected = reference(start, [global_gradients(step) for step in range(4)])
+    for spec, parameter in named_specs(model):
+        wide_difference = (parameter.detach().double() - expected[spec.name]).norm() / expected[spec.name].norm()
+        assert wide_difference < (2e-6 if spec.name == "mix" and dtype != torch.float64 else tolerance), spec.name
+
+
+def test_bf16_parameters_have_fp32_masters_that_keep_small_updates() -> None:
+    ctx = ParallelContext.single()
+    model = SmallModel(ctx, torch.bfloat16)
+    optimizer = build_optimizer(CONFIG, model, ctx)
+    start = masters(optimizer)
+    assert [p.dtype for p in model.parameters()] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert all(tensor.dtype == torch.float32 for _, _, tensor in optimizer.entries())
+    run_steps(optimizer, model, ctx, range(4))
+    expected = reference(start, [global_gradients(step) for step in range(4)])
+    after = masters(optimizer)
+    for spec, parameter in named_specs(model):
+        assert (after[spec.name].double() - expected[spec.name]).norm() < 2e-6 * expected[spec.name].norm()
+        assert torch.equal(parameter.detach(), after[spec.name].to(parameter.dtype))
+    assert not torch.equal(after["row.weight"], after["row.weight"].bfloat16().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reloaded_optimizer_continues_bit_for_bit(dtype: torch.dtype) -> None:
+    ctx = ParallelContext.single()
+    model = SmallModel(ctx, dtype)
+    optimizer = build_optimizer(CONFIG, model, ctx)
+    run_steps(optimizer, model, ctx, range(2))
+    saved = {key: tensor.clone() for key, _, tensor in optimizer.entries()}
+    state = optimizer.state()
+
+    other_model = SmallModel(ctx, dtype)
+    other = build_optimizer(CONFIG, other_model, ctx)
+    for key, _, tensor in other.entries():
+        tensor.copy_(saved[key])
+    other.load_state(state)
+    other.after_load()
+    for one, two in zip(model.parameters(), other_model.parameters(), strict=True):
+        assert torch.equal(one, two)
+    run_steps(optimizer, model, ctx, range(2, 4))
+    run_steps(other, other_model, ctx, range(2, 4))
+    for (key, _, one), (_, _, two) in zip(optimizer.entries(), other.entries(), strict=True):
+        assert torch.equal(one, two), key
+    assert other.state() == {"step": 4}
+
+
+def test_entries_name_weights_and_moments() -> None:
+    ctx = ParallelContext.single()
+    model = SmallModel(ctx)
+    model.declared[1].requires_grad_(False)
+    optimizer = build_optimizer(CONFIG, model, ctx)
+    assert [(key, spec.name) for key, spec, _ in optimizer.entries()] == [
+        ("column.weight", "column.weight"),
+        ("row.weight", "row.weight"),
+        ("mix", "mix"),
+        ("optimizer.exp_avg.column.weight", "column.weight"),
+        ("optimizer.exp_avg_sq.column.weight", "column.weight"),
+        ("optimizer.exp_avg.mix", "mix"),
+        ("optimizer.exp_avg_sq.mix", "mix"),
+    ]
+
+
+def test_shards_take_the_steps_of_the_whole() -> None:
+    whole_ctx = ParallelContext.single()
+    whole_model = SmallModel(whole_ctx, torch.float64)
+    whole = build_optimizer(CONFIG, whole_model, whole_ctx)
+    run_steps(whole, whole_model, whole_ctx, range(4))
+    expected = masters(whole)
+    for rank in range(2):
+        ctx = whole_ctx.with_axis("tp", 2, rank)
+        model = SmallModel(ctx, torch.float64)
+        optimizer = build_optimizer(CONFIG, model, ctx)
+        run_steps(optimizer, model, ctx, range(4))
+        for key, spec, tensor in optimizer.weight_entries():
+            torch.testing.assert_close(tensor, spec.take_local(expected[key], ctx), rtol=1e-13, atol=1e-14)
+
+
+class FusedAdamStandIn(torch.optim.Optimizer):
+    """What NVIDIA's FusedAdam documents: its arguments, its two moments, and one step count per group."""
+
+    def __init__(self, params: list, lr: float, betas: tuple, eps: float, adam_w_mode: bool, weight_decay: float = 0.0):
+        assert adam_w_mode
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                mean, square = self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"]
+                mean.lerp_(p.grad, 1 - beta1)
+                square.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                unbiased = (square / (1 - beta2 ** group["step"])).sqrt() + group["eps"]
+                p.sub_(group["lr"] * (mean / (1 - beta1 ** group["step"])) / unbiased)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, **modules: types.ModuleType) -> None:
+    for name, module in modules.items():
+        module.__spec__ = types.SimpleNamespace(name=name)  # type: ignore[assignment]
+        monkeypatch.setitem(sys.modules, name.replace("__", "."), module)
+
+
+def test_nvidia_fused_adam_is_told_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizers = types.ModuleType("apex.optimizers")
+    optimizers.FusedAdam = FusedAdamStandIn  # type: ignore[attr-defined]
+    install(monkeypatch, apex=types.ModuleType("apex"), apex__optimizers=optimizers, amp_C=types.ModuleType("amp_C"))
+    found = adamw._nvidia_fused_adam()
+    assert found is FusedAdamStandIn
+    ctx = ParallelContext.single()
+    model, peer_model = SmallModel(ctx), SmallModel(ctx)
+    peer = build_optimizer(CONFIG, peer_model, ctx)
+    assert peer.implementation == "torch fused AdamW"  # a CPU never takes apex
+    monkeypatch.setattr(adamw, "_uses_cuda", lambda ctx: True)
+    optimizer = build_optimizer(CONFIG, model, ctx)
+    assert optimizer.implementation == "NVIDIA apex FusedAdam"
+    run_steps(optimizer, model, ctx, range(2))
+    run_steps(peer, peer_model, ctx, range(2))
+    optimizer.load_state(optimizer.state())
+    run_steps(optimizer, model, ctx, range(2, 4))
+    run_steps(peer, peer_model, ctx, range(2, 4))
+    for (key, _, one), (_, _, two) in zip(optimizer.entries(), peer.entries(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6, msg=key)
+
+
+def test_the_other_package_called_apex_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "apex.optimizers", raising=False)
+    install(monkeypatch, apex=types.ModuleType("apex"))
+    assert adamw._nvidia_fused_adam() is None
+    install(monkeypatch, amp_C=types.ModuleType("amp_C"))
+    assert adamw._nvidia_fused_adam() is None
