@@ -14,7 +14,7 @@ import re
 import shutil
 from pathlib import Path
 
-from megaforge.checkpoint.errors import DamagedCheckpointError
+from megaforge.checkpoint.errors import CheckpointError
 from megaforge.checkpoint.manifest import Manifest, read_manifest, write_and_sync, write_manifest
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def excess_checkpoints(directory: Path, keep_last: int, keep_best: int, newest: 
         for path in steps:
             try:
                 metric = read_manifest(path).metric
-            except (DamagedCheckpointError, OSError):
+            except (CheckpointError, OSError):
                 continue  # no metric to be best by; whether it is damaged is for the next load to say
             if metric is not None:
                 scored.append((metric, path))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from megaforge.checkpoint.agree import exchange, from_first_rank
 from megaforge.checkpoint.directory import is_step_directory, list_steps, quarantine
-from megaforge.checkpoint.errors import DamagedCheckpointError
+from megaforge.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from megaforge.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from megaforge.checkpoint.safetensors_file import HASH, FileRecord
 from megaforge.errors import UserError
@@ -46,6 +46,8 @@ def _read_files(path: Path) -> tuple[Mapping[str, FileRecord], Problem | None]:
         return read_manifest(path).files, None
     except DamagedCheckpointError as error:
         return {}, Problem(str(error), True)
+    except CheckpointError as error:
+        return {}, Problem(str(error), False)
     except OSError as error:
         return {}, Problem(f"{MANIFEST_FILE} cannot be read: {error}", False)
 

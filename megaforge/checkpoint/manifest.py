@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megaforge.checkpoint.errors import DamagedCheckpointError
+from megaforge.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from megaforge.checkpoint.safetensors_file import DTYPES, FileRecord
 
 MANIFEST_FILE = "manifest.json"
@@ -106,7 +106,8 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of the checkpoint ``directory``, its own hash checked.
 
     Raises:
-        DamagedCheckpointError: missing, altered, or not this format.
+        DamagedCheckpointError: missing or altered.
+        CheckpointError: whole, but of a format or version that this program does not read.
         OSError: it cannot be read for another reason (permissions, I/O error).
     """
     try:
@@ -119,7 +120,7 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         fields = json.loads(content)
         if fields.get("format") != FORMAT or fields.get("version") != VERSION:
-            raise DamagedCheckpointError(
+            raise CheckpointError(
                 f"{directory}: {MANIFEST_FILE} is {fields.get('format')!r} version {fields.get('version')!r}; "
                 f"this program reads {FORMAT!r} version {VERSION}"
             )
