@@ -1,0 +1,300 @@
+"""The time-mix of RWKV-7 "Goose" (Peng et al., arXiv 2503.14456), as in BlinkDL/RWKV-LM's x070, heads split over tp."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaforge.config.model_config import ModelConfig
+from megaforge.kernels.wkv7 import wkv7
+from megaforge.nn.sequence import SequenceInfo
+from megaforge.nn.token_shift import token_shift
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.init_rules import Constant, Elementwise, InitRule, Normal, Orthogonal
+from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megaforge.parallel.param_spec import ParamSpec, make_parameter
+from megaforge.parallel.region import TensorParallelRegion
+
+DECAY_SCALE = -math.exp(-0.5)  # log w = DECAY_SCALE * sigmoid(.), so w > exp(-exp(-0.5)) = 0.5452
+GROUP_NORM_EPSILON = 64e-5  # the published value, at any head size
+
+
+@dataclass
+class RWKV7State:
+    """What a time-mix remembers of the tokens it has seen; nothing before the first.
+
+    Attributes:
+        shift: [b, h], the last (normed) input.
+        wkv: [b, H/tp, N (value), N (key)] in fp32 (fp64 for fp64 models), this rank's heads.
+    """
+
+    shift: Tensor | None = None
+    wkv: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LoraRanks:
+    """Inner sizes of the low-rank maps that make decay, in-context learning rate, value mix and gate."""
+
+    decay: int
+    iclr: int
+    value: int
+    gate: int
+
+
+def lora_ranks(cfg: ModelConfig) -> LoraRanks:
+    """The ranks that ``cfg`` names; unnamed ones by the published rule of the width (published models also differ
+    from it, so an imported model names all of them)."""
+
+    def rule(factor: float) -> int:
+        return max(32, round(factor * math.sqrt(cfg.hidden_size) / 32) * 32)
+
+    return LoraRanks(
+        decay=cfg.rwkv_decay_rank or rule(2.5),
+        iclr=cfg.rwkv_iclr_rank or rule(2.5),
+        value=cfg.rwkv_value_rank or rule(1.7),
+        gate=cfg.rwkv_gate_rank or rule(5.0),
+    )
+
+
+@dataclass(frozen=True)
+class PublishedInit:
+    """RWKV-LM's initial values for one layer, as functions of the channel index i."""
+
+    hidden_size: int
+    head_size: int
+    layer_index: int
+    num_layers: int
+
+    def mix(self, power: float) -> Elementwise:
+        """Token-shift coefficient ``1 - (i / C)^(power * (1 - l / L))``: zero at channel 0, more for early layers."""
+        exponent = power * (1 - self.layer_index / self.num_layers)
+        return Elementwise(lambda i: 1 - (i / self.hidden_size) ** exponent)
+
+    def vector(self, formula: Callable[[Tensor, Tensor], Tensor]) -> Elementwise:
+        """``formula(linear, zigzag)``: linear runs over the channels from -0.5 to 0.5, zigzag over those of each head
+        from -1 to 1 (signed square)."""
+        half = max(self.head_size - 1, 1) / 2
+
+        def fill(i: Tensor) -> Tensor:
+            zigzag = (i % self.head_size - half) / half
+            return formula(i / max(self.hidden_size - 1, 1) - 0.5, zigzag * zigzag.abs())
+
+        return Elementwise(fill)
+
+    @property
+    def decay(self) -> Elementwise:
+        """w0: fast decay in the last channels of every head, slower overall in the early channels."""
+        depth = self.layer_index / max(self.num_layers - 1, 1)
+        power = 1 + depth**0.3
+        return self.vector(lambda linear, zigzag: -5.5 + 6 * (linear + 0.5) ** power + 2.5 * zigzag)
+
+
+def random_matrix(cfg: ModelConfig, gain: float, shape: tuple[int, int]) -> InitRule:
+    """RWKV-7's rule for a projection: orthogonal times ``gain``, or Gaussian with the same mean square."""
+    gain *= cfg.init_std_scale
+    if cfg.rwkv_init == "normal":
+        return Normal(gain / math.sqrt(max(shape)))
+    return Orthogonal(gain)
+
+
+class RWKV7TimeMix(nn.Module):
+    """RWKV-7's sequence mixer.
+
+    Between ``region.enter`` and ``region.exit`` every rank sees every token and computes its own heads: projections,
+    second LoRA factors and per-channel vectors are split over tp, and nothing else communicates. The token-shift
+    coefficients and first LoRA factors are replicated, and each rank has a part of their gradient.
+    """
+
+    # Token-shift coefficients [C]; first [C, rank] and second [rank, C/tp] LoRA factors; per-channel vectors [C/tp].
+    x_r: nn.Parameter
+    x_w: nn.Parameter
+    x_k: nn.Parameter
+    x_v: nn.Parameter
+    x_a: nn.Parameter
+    x_g: nn.Parameter
+    w1: nn.Parameter
+    w2: nn.Parameter
+    a1: nn.Parameter
+    a2: nn.Parameter
+    g1: nn.Parameter
+    g2: nn.Parameter
+    v1: nn.Parameter
+    v2: nn.Parameter
+    w0: nn.Parameter
+    a0: nn.Parameter
+    v0: nn.Parameter
+    k_k: nn.Parameter
+    k_a: nn.Parameter
+    r_k: nn.Parameter  # [H/tp, N]
+    ln_x_weight: nn.Parameter
+    ln_x_bias: nn.Parameter
+
+    def __init__(
+        self,
+        ctx: ParallelContext,
+        name: str,
+        cfg: ModelConfig,
+        layer_index: int,
+        num_layers: int,
+        region: TensorParallelRegion,
+        dtype: torch.dtype = torch.float32,
+        *,
+        makes_v_first: bool | None = None,
+    ) -> None:
+        """Declares the parameters, uninitialised.
+
+        Args:
+            ctx: the layout; ``hidden_size / rwkv_head_size`` heads must divide by tp.
+            name: prefix of the global parameter names.
+            cfg: the model's numbers.
+            layer_index: this block's place among the ``num_layers`` blocks; initial values depend on it.
+            num_layers: blocks in the model.
+            region: the tensor-parallel region.
+            dtype: of the matrices; vectors stay in fp32 where this is a 16-bit type.
+            makes_v_first: whether this is the model's first RWKV-7 layer, whose values the others mix in.
+                Default: ``layer_index == 0``.
+
+        Raises:
+            ValueError: the heads do not divide by tp.
+        """
+        super().__init__()
+        size, head = cfg.hidden_size, cfg.rwkv_head_size
+        if size % head or (size // head) % ctx.tp.size:
+            raise ValueError(f"{name}: {size} channels in heads of {head} do not divide by tp={ctx.tp.size}")
+        self.ctx, self.name, self.region, self.dtype = ctx, name, region, dtype
+        self.size, self.head_size, self.local_heads = size, head, size // head // ctx.tp.size
+        self.makes_v_first = layer_index == 0 if makes_v_first is None else makes_v_first
+        init = PublishedInit(size, head, layer_index, num_layers)
+
+        for letter, power in (("r", 0.2), ("w", 0.9), ("k", 0.7), ("v", 0.7), ("a", 0.9), ("g", 0.2)):
+            self._declare(f"x_{letter}", (size,), init.mix(power), tp_partial_grad=True, keep_fp32=True)
+        ranks = lora_ranks(cfg)
+        self._declare_lora(cfg, "w", ranks.decay)
+        self._declare_lora(cfg, "a", ranks.iclr)
+        self._declare_lora(cfg, "g", ranks.gate)
+        self._declare_channels("w0", init.decay, lr_mult=2.0)
+        self._declare_channels("a0", init.vector(lambda linear, zigzag: -0.19 + 0.3 * zigzag + 0.4 * linear))
+        if not self.makes_v_first:
+            self._declare_lora(cfg, "v", ranks.value)
+            self._declare_channels("v0", init.vector(lambda linear, zigzag: 0.73 - 0.4 * linear))
+        self._declare_channels("k_k", init.vector(lambda linear, zigzag: 0.71 - 0.1 * linear))
+        self._declare_channels("k_a", Constant(1.02))
+        self._declare("r_k", (size // head, head), Constant(-0.04), shard_dim=0, keep_fp32=True)
+        self._declare_channels("ln_x.weight", Constant(((1 + layer_index) / num_layers) ** 0.7))
+        self._declare_channels("ln_x.bias", Constant(0.0))
+        self.receptance = self._column(cfg, "receptance", 1.0)
+        self.key = self._column(cfg, "key", 0.1)
+        self.value = self._column(cfg, "value", 1.0)
+        self.output = RowParallelLinear(
+            ctx, f"{name}.output", size, size, init=Constant(0.0), region=region, dtype=dtype, kind="rwkv"
+        )
+
+    def _declare(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        init: InitRule,
+        *,
+        shard_dim: int | None = None,
+        tp_partial_grad: bool = False,
+        keep_fp32: bool = False,
+        lr_mult: float = 1.0,
+    ) -> None:
+        """Registers ``self.<name>`` (dots become underscores): a parameter without weight decay."""
+        spec = ParamSpec(
+            f"{self.name}.{name}",
+            shape,
+            init,
+            shard_dim=shard_dim,
+            tp_partial_grad=tp_partial_grad,
+            weight_decay=False,
+            lr_mult=lr_mult,
+            keep_fp32=keep_fp32,
+            kind="rwkv",
+        )
+        self.register_parameter(name.replace(".", "_"), make_parameter(spec, self.ctx, self.dtype))
+
+    def _declare_channels(self, name: str, init: InitRule, lr_mult: float = 1.0) -> None:
+        self._declare(name, (self.size,), init, shard_dim=0, keep_fp32=True, lr_mult=lr_mult)
+
+    def _declare_lora(self, cfg: ModelConfig, letter: str, rank: int) -> None:
+        self._declare(f"{letter}1", (self.size, rank), Constant(0.0), tp_partial_grad=True)
+        self._declare(f"{letter}2", (rank, self.size), random_matrix(cfg, 0.1, (rank, self.size)), shard_dim=1)
+
+    def _column(self, cfg: ModelConfig, name: str, gain: float) -> ColumnParallelLinear:
+        init = random_matrix(cfg, gain, (self.size, self.size))
+        return ColumnParallelLinear(
+            self.ctx, f"{self.name}.{name}", self.size, self.size, init=init, dtype=self.dtype, kind="rwkv"
+        )
+
+    def forward(
+        self, x: Tensor, info: SequenceInfo, v_first: Tensor | None = None, state: RWKV7State | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mixes the tokens of each document.
+
+        Args:
+            x: [s(/tp), b, h], normed, on the residual stream.
+            info: the micro-batch's document boundaries.
+            v_first: [s, b, C/tp], values of the first RWKV-7 layer; None in that layer.
+            state: continues the sequence from it and is updated in place.
+
+        Returns:
+            The residual update [s(/tp), b, h] and ``v_first`` for the layers above.
+
+        Raises:
+            ValueError: ``v_first`` is missing in a layer that mixes it in.
+        """
+        x = self.region.enter(x)
+        previous = token_shift(x, info, None if state is None else state.shift)
+        r, log_w, k, v, a, gate = self._project(x, previous - x, v_first)
+        v_first = v if v_first is None else v_first
+        heads = (*x.shape[:2], self.local_heads, self.head_size)
+        # The vectors are fp32, so what follows is computed in fp32 and rounded once to the model's type.
+        kk = F.normalize((k * self.k_k).view(heads), dim=-1, eps=1e-12)
+        k = (k * (1 + (a - 1) * self.k_a)).to(x.dtype).view(heads)
+        b = (kk * a.view(heads)).to(x.dtype)
+        r, v, removal = r.view(heads), v.view(heads), -kk.to(x.dtype)
+        y, final = wkv7(
+            r,
+            log_w.view(heads),
+            k,
+            v,
+            removal,
+            b,
+            None if state is None else state.wkv,
+            info.document_start_SB if info.has_boundaries else None,
+        )
+        if state is not None:
+            state.shift, state.wkv = x[-1], final
+        return self.output(self._finish(y, r, k, v) * gate), v_first
+
+    def _project(self, x: Tensor, d: Tensor, v_first: Tensor | None) -> tuple[Tensor, ...]:
+        """r, log w (fp32), k, v, a (fp32) and the gate, each [s, b, C/tp]; ``d`` is the previous token minus ``x``."""
+
+        def mixed(coefficient: Tensor) -> Tensor:
+            return torch.addcmul(x, d, coefficient.to(x.dtype))
+
+        r, k = self.receptance(mixed(self.x_r)), self.key(mixed(self.x_k))
+        x_v = mixed(self.x_v)
+        v = self.value(x_v)
+        if not self.makes_v_first:
+            if v_first is None:
+                raise ValueError(f"{self.name}: v_first is missing; the model's first mixer must be an RWKV-7 layer")
+            v = v + (v_first - v) * torch.sigmoid(self.v0 + x_v @ self.v1 @ self.v2).to(v.dtype)
+        log_w = DECAY_SCALE * torch.sigmoid(self.w0 + torch.tanh(mixed(self.x_w) @ self.w1) @ self.w2)
+        a = torch.sigmoid(self.a0 + mixed(self.x_a) @ self.a1 @ self.a2)
+        gate = torch.sigmoid(mixed(self.x_g) @ self.g1) @ self.g2
+        return r, log_w, k, v, a, gate
+
+    def _finish(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Norm over each head, and the current token's own value; [s, b, H/tp, N] -> [s, b, C/tp]."""
+        normed = F.layer_norm(y.to(self.r_k.dtype), (self.head_size,), eps=GROUP_NORM_EPSILON).flatten(2)
+        normed = torch.addcmul(self.ln_x_bias, normed, self.ln_x_weight)
+        bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
+        return (normed + bonus.flatten(2)).to(v.dtype)
