@@ -1,0 +1,172 @@
+"""Trains a tokenizer on JSONL text: byte-level BPE by Hugging Face ``tokenizers``, or SentencePiece.
+
+Both see at most about ``max_bytes`` of text. A larger corpus is sampled by document, by a hash of each document's text,
+so the sample is spread over the whole corpus, the same every time, and memory does not grow with the corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megaforge.data.jsonl import LineReader, is_compressed
+from megaforge.errors import UserError, require
+
+END_OF_TEXT = "<|endoftext|>"
+KINDS = ("bpe", "sentencepiece")
+_LEAST_VOCAB = {"bpe": 257, "sentencepiece": 260}  # 256 bytes and the control tokens
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """The flags of ``tools/train_tokenizer.py``."""
+
+    inputs: tuple[str, ...]
+    output: str
+    vocab_size: int
+    kind: str = "bpe"
+    json_key: str = "text"
+    max_bytes: int = 256 << 20
+    special_tokens: tuple[str, ...] = ()
+
+    def validate(self) -> None:
+        """Raises UserError where the flags alone are wrong."""
+        if self.kind not in KINDS:
+            raise UserError(f"--type {self.kind}: choose one of {', '.join(KINDS)}")
+        least = _LEAST_VOCAB[self.kind] + len(self.special_tokens)
+        if self.vocab_size < least:
+            raise UserError(f"--vocab-size {self.vocab_size} has no room for all bytes; at least {least} is needed")
+        suffix = {"bpe": ".json", "sentencepiece": ".model"}[self.kind]
+        if not self.output.endswith(suffix):
+            raise UserError(f"--output {self.output}: a {self.kind} tokenizer is kept in a file that ends in {suffix}")
+        if self.max_bytes < 1:
+            raise UserError(f"--max-bytes {self.max_bytes}: choose a positive number")
+
+
+def train_tokenizer(settings: TokenizerSettings) -> int:
+    """Writes the tokenizer file, atomically; returns its vocabulary size, which a small corpus may keep below the goal.
+
+    Raises:
+        UserError: a flag is wrong, a line is bad, the corpus is empty, or too small for the vocabulary.
+    """
+    settings.validate()
+    texts = _Texts(settings)
+    content, size = (_train_bpe if settings.kind == "bpe" else _train_sentencepiece)(settings, texts)
+    if not texts.count:
+        raise UserError(f"--input {' '.join(settings.inputs)}: the corpus is empty")
+    temporary = Path(f"{settings.output}.tmp-{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, settings.output)
+    except OSError as error:
+        raise UserError(f"cannot write {settings.output}: {error.strerror}; choose a writable --output") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    note = "" if size == settings.vocab_size else f" (asked for {settings.vocab_size:,}: the text has no more to merge)"
+    print(
+        f"{settings.output}: {size:,} tokens{note}, from {texts.count:,} documents, {texts.size / 1e6:,.1f} MB",
+        file=sys.stderr,
+    )
+    return size
+
+
+class _Texts:
+    """The sample's texts, in input order, with what was taken."""
+
+    def __init__(self, settings: TokenizerSettings) -> None:
+        self._settings = settings
+        self._loads = require("orjson", extra="data", purpose="reading JSONL").loads
+        self.count = self.size = 0
+
+    def __iter__(self) -> Iterator[str]:
+        total = sum(self._bytes_of(path) for path in self._settings.inputs)
+        share = self._settings.max_bytes / total if total > self._settings.max_bytes else 1.0
+        for path in self._settings.inputs:
+            for text in self._texts(path):
+                if share < 1.0:
+                    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+                    if int.from_bytes(digest, "big") >= share * 2.0**64:
+                        continue
+                self.count += 1
+                self.size += len(text)
+                yield text
+
+    def _texts(self, path: str) -> Iterator[str]:
+        key, number = self._settings.json_key, 0
+        with LineReader(path) as reader:
+            for lines in reader.chunks(None):
+                for line in lines:
+                    number += 1
+                    if line.isspace():
+                        continue
+                    try:
+                        text = self._loads(line)[key]
+                    except (ValueError, KeyError, TypeError, IndexError) as error:
+                        raise UserError(
+                            f"--input {path}, line {number}: no JSON object with {key!r} ({error})"
+                        ) from error
+                    if not isinstance(text, str):
+                        raise UserError(f"--input {path}, line {number}: {key!r} is no string")
+                    yield text
+
+    @staticmethod
+    def _bytes_of(path: str) -> int:
+        if not is_compressed(path):
+            with LineReader(path):  # says in one way what is wrong with a missing file
+                return os.path.getsize(path)
+        with LineReader(path) as reader:
+            return sum(len(line) for lines in reader.chunks(None) for line in lines)
+
+
+def _train_bpe(settings: TokenizerSettings, texts: _Texts) -> tuple[bytes, int]:
+    """GPT-2's byte-level BPE (Radford et al. 2019): any text can be written, and read back byte for byte."""
+    tokenizers = require("tokenizers", extra="data", purpose="training a BPE tokenizer")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = byte_level(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        special_tokens=[END_OF_TEXT, *settings.special_tokens],
+        initial_alphabet=sorted(byte_level.alphabet()),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str(pretty=True).encode(), int(tokenizer.get_vocab_size())
+
+
+def _train_sentencepiece(settings: TokenizerSettings, texts: _Texts) -> tuple[bytes, int]:
+    """SentencePiece BPE (Kudo and Richardson 2018) that keeps white space and falls back to bytes, like Llama 2's."""
+    sentencepiece = require("sentencepiece", extra="data", purpose="--type sentencepiece")
+    model = io.BytesIO()
+    options: dict[str, Any] = {
+        "vocab_size": settings.vocab_size,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "split_digits": True,
+        "allow_whitespace_only_pieces": True,
+        "remove_extra_whitespaces": False,
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "max_sentence_length": 1 << 16,
+        "num_threads": 1,
+        "minloglevel": 2,
+        "control_symbols": list(settings.special_tokens),
+    }
+    lines = (line for text in texts for line in text.split("\n") if line)
+    try:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **options)
+    except RuntimeError as error:
+        if not texts.count:
+            return b"", 0
+        raise UserError(
+            f"--vocab-size {settings.vocab_size}: SentencePiece cannot train it ({error}); choose a smaller one"
+        ) from error
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    return model.getvalue(), int(processor.get_piece_size())

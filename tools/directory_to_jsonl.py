@@ -1,0 +1,65 @@
+#!/usr/bin/env python3
+"""Gathers the text and source files of directories into JSONL, one document a line.
+
+    python tools/directory_to_jsonl.py --input notes/ src/ --output train.jsonl \\
+        --holdout-fraction 0.02 --holdout-output heldout.jsonl
+
+Reads .txt, .md, .rst, source files of some eighty languages, .json and .jsonl (also .gz and .zst, with the text under
+--json-key); lists what it skipped, with the reason. --python-stdlib takes the running Python's standard library
+(without its tests) and the language reference that help() shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from megaforge.data.corpus.directory import DirectorySettings, directory_to_jsonl, print_report
+from megaforge.errors import UserError
+
+
+def parse_arguments(arguments: list[str] | None = None) -> DirectorySettings:
+    """The settings that the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", default=[], metavar="PATH", help="directories (recursive) or files")
+    parser.add_argument("--python-stdlib", action="store_true", help="the running Python's library and documentation")
+    parser.add_argument("--output", required=True, help="the JSONL file; .gz and .zst are compressed")
+    parser.add_argument("--json-key", default="text", help="the key of the text, read and written (text)")
+    parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="names or relative paths, with *")
+    parser.add_argument("--max-file-mb", type=float, default=16.0, help="larger files are skipped, JSONL apart (16)")
+    parser.add_argument("--holdout-fraction", type=float, default=0.0, help="share of the documents to hold out")
+    parser.add_argument("--holdout-output", help="the JSONL file of the documents held out")
+    parser.add_argument("--keep-duplicates", action="store_true", help="keep documents equal to an earlier one")
+    flags = parser.parse_args(arguments)
+    return DirectorySettings(
+        inputs=tuple(flags.input),
+        output=flags.output,
+        json_key=flags.json_key,
+        exclude=tuple(flags.exclude),
+        max_file_mb=flags.max_file_mb,
+        python_stdlib=flags.python_stdlib,
+        holdout_fraction=flags.holdout_fraction,
+        holdout_output=flags.holdout_output,
+        keep_duplicates=flags.keep_duplicates,
+    )
+
+
+def main() -> int:
+    """Runs the command; 0 when the files are published."""
+    settings = parse_arguments()
+    try:
+        print_report(directory_to_jsonl(settings), settings)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+#!/usr/bin/env python3
+"""Trains a tokenizer on JSONL text.
+
+    python tools/train_tokenizer.py --input train.jsonl --vocab-size 4096 --output tok.json
+    python tools/train_tokenizer.py --input train.jsonl.zst --vocab-size 32000 --type sentencepiece --output sp.model
+
+The first is byte-level BPE with <|endoftext|> (Hugging Face tokenizers); the second a SentencePiece model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from megaforge.data.train_tokenizer import KINDS, TokenizerSettings, train_tokenizer
+from megaforge.errors import UserError
+
+
+def parse_arguments(arguments: list[str] | None = None) -> TokenizerSettings:
+    """The settings that the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".jsonl, .jsonl.gz or .jsonl.zst")
+    parser.add_argument("--output", required=True, help="a .json file, or .model for SentencePiece")
+    parser.add_argument("--vocab-size", type=int, required=True, help="number of tokens, control tokens included")
+    parser.add_argument("--type", choices=KINDS, default="bpe", help="the kind of tokenizer (bpe)")
+    parser.add_argument("--json-key", default="text", help="the key of the text (text)")
+    parser.add_argument("--max-bytes", type=int, default=256 << 20, help="train on a sample of about this size (2^28)")
+    parser.add_argument("--special-tokens", nargs="+", default=[], metavar="TOKEN", help="further control tokens")
+    flags = parser.parse_args(arguments)
+    return TokenizerSettings(
+        inputs=tuple(flags.input),
+        output=flags.output,
+        vocab_size=flags.vocab_size,
+        kind=flags.type,
+        json_key=flags.json_key,
+        max_bytes=flags.max_bytes,
+        special_tokens=tuple(flags.special_tokens),
+    )
+
+
+def main() -> int:
+    """Runs the command; 0 when the tokenizer is written."""
+    try:
+        train_tokenizer(parse_arguments())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
