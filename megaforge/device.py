@@ -48,3 +48,18 @@ def peak_memory_bytes(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def get_random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of torch's default generators that code on ``device`` draws from: name -> uint8 [n], host memory."""
+    states = {"rng_cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["rng_cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_state(device: torch.device, states: dict[str, torch.Tensor]) -> None:
+    """Takes back what :func:`get_random_state` gave."""
+    torch.set_rng_state(states["rng_cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["rng_cuda"], device)

@@ -1,0 +1,89 @@
+"""Sinks over other people's trackers. Each package is imported when its sink is made, and is an extra."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megaforge.errors import require
+from megaforge.monitor.sinks import Kind
+
+_PREFIX = {"step": "train", "evaluation": "valid"}
+
+
+def _tagged(kind: Kind, values: Mapping[str, float | int]) -> dict[str, float | int]:
+    return {f"{_PREFIX[kind]}/{name}": value for name, value in values.items()}
+
+
+class TensorBoardSink:
+    """TensorBoard event files; a resumed run hides what the interrupted one wrote beyond its checkpoint."""
+
+    def __init__(self, directory: str, resume_iteration: int) -> None:
+        require("tensorboard", extra="train", purpose="--tensorboard-dir")
+        writer = require("torch.utils.tensorboard", extra="train", purpose="--tensorboard-dir").SummaryWriter
+        self._writer = writer(directory, purge_step=resume_iteration + 1 if resume_iteration else None)
+
+    def write(self, kind: Kind, iteration: int, values: Mapping[str, float | int]) -> None:
+        for name, value in _tagged(kind, values).items():
+            self._writer.add_scalar(name, value, iteration)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    """Weights & Biases. Without WANDB_MODE and credentials the run is kept on disk (``wandb sync`` sends it)."""
+
+    def __init__(self, project: str, run_name: str | None, config: Mapping[str, Any]) -> None:
+        wandb = require("wandb", extra="track", purpose="--wandb-project")
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_credentials() else "offline")
+        self._run = wandb.init(project=project, name=run_name, config=dict(config), mode=mode)
+
+    def write(self, kind: Kind, iteration: int, values: Mapping[str, float | int]) -> None:
+        # The tracker's own step only grows, so the iteration travels as a value of its own.
+        self._run.log({**_tagged(kind, values), "iteration": iteration})
+
+    def flush(self) -> None:
+        """The client writes its own log as it goes."""
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _has_wandb_credentials() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    return netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace")
+
+
+class MlflowSink:
+    """An MLflow run, at MLFLOW_TRACKING_URI or in the local default store."""
+
+    def __init__(self, experiment: str, run_name: str | None, config: Mapping[str, Any]) -> None:
+        self._mlflow = require("mlflow", extra="track", purpose="--mlflow-experiment")
+        self._mlflow.set_experiment(experiment)
+        self._mlflow.start_run(run_name=run_name)
+        self._mlflow.log_params(_flat(config))
+
+    def write(self, kind: Kind, iteration: int, values: Mapping[str, float | int]) -> None:
+        self._mlflow.log_metrics({name: float(v) for name, v in _tagged(kind, values).items()}, step=iteration)
+
+    def flush(self) -> None:
+        """The client sends each record as it is logged."""
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as MLflow's flat parameters: ``{"model.hidden_size": "768"}``."""
+    out: dict[str, str] = {}
+    for name, value in config.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": str(value)}
+    return out

@@ -1,0 +1,162 @@
+"""What happens around the train step: evaluation, early stopping, checkpoints, metric sinks.
+
+Callbacks run in list order after every step, and the order means something: the step is recorded, then evaluated,
+then judged, then saved, so that a checkpoint holds its own iteration's verdict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megaforge.errors import UserError
+from megaforge.monitor.sinks import MetricSink
+
+if TYPE_CHECKING:
+    from megaforge.training.metrics import EvaluationMetrics, StepMetrics
+    from megaforge.training.trainer import Trainer
+
+LARGER_IS_BETTER = frozenset({"accuracy"})
+
+
+class Callback:
+    """Hooks of a run; each does nothing unless overridden. All ranks call them in the same order.
+
+    A callback with state of its own gives it a name under which checkpoints keep it.
+    """
+
+    state_name: str | None = None
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """The state is loaded, the first step is about to run."""
+
+    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        """An optimizer step is done; ``trainer.finished`` says whether it was the last."""
+
+    def on_evaluate(self, trainer: Trainer, metrics: EvaluationMetrics) -> None:
+        """The model was evaluated after ``trainer.iteration``."""
+
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        """The run's state was written to ``path``."""
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """The loop is over, by its end or by an exception."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold for this callback to go on (JSON)."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes back what :meth:`state` gave."""
+
+
+class MetricsWriter(Callback):
+    """Hands every step and evaluation to the sinks; lives on the first rank."""
+
+    def __init__(self, sinks: Sequence[MetricSink]) -> None:
+        self.sinks = list(sinks)
+
+    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        for sink in self.sinks:
+            sink.write("step", metrics.iteration, metrics.values())
+
+    def on_evaluate(self, trainer: Trainer, metrics: EvaluationMetrics) -> None:
+        for sink in self.sinks:
+            sink.write("evaluation", metrics.iteration, metrics.values())
+
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        for sink in self.sinks:
+            sink.flush()
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+class Evaluation(Callback):
+    """Evaluates every ``interval`` iterations (0: never in between) and after the last one."""
+
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+
+    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        if trainer.finished or (self.interval and metrics.iteration % self.interval == 0):
+            trainer.evaluate()
+
+
+class EarlyStopping(Callback):
+    """Watches one evaluation metric: remembers the best, and ends the run after ``patience`` evaluations without a
+    better one (0: never ends it)."""
+
+    state_name = "early_stopping"
+
+    def __init__(self, metric: str, patience: int) -> None:
+        self.metric = metric
+        self.patience = patience
+        self.best: float | None = None
+        self.best_iteration = 0
+        self.bad_evaluations = 0
+
+    def on_evaluate(self, trainer: Trainer, metrics: EvaluationMetrics) -> None:
+        value = metrics.values().get(self.metric)
+        if value is None:
+            raise UserError(
+                f"--early-stopping-metric {self.metric}: this evaluation has no such number (a dataset without its "
+                f".json description knows no bytes); use --early-stopping-metric loss"
+            )
+        if not math.isnan(value) and self._better(value):
+            self.best, self.best_iteration, self.bad_evaluations = value, metrics.iteration, 0
+            return
+        self.bad_evaluations += 1
+        if self.patience and self.bad_evaluations >= self.patience:
+            trainer.stop(
+                f"{self.metric} did not improve on {self.best} (iteration {self.best_iteration}) in "
+                f"{self.bad_evaluations} evaluations"
+            )
+
+    def _better(self, value: float) -> bool:
+        if self.best is None:
+            return True
+        return value > self.best if self.metric in LARGER_IS_BETTER else value < self.best
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "metric": self.metric,
+            "best": self.best,
+            "best_iteration": self.best_iteration,
+            "bad_evaluations": self.bad_evaluations,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        # Another metric is another judgement: what was the best of the old one says nothing.
+        if state.get("metric") == self.metric:
+            self.best = state["best"]
+            self.best_iteration = state["best_iteration"]
+            self.bad_evaluations = state["bad_evaluations"]
+
+
+class Checkpointing(Callback):
+    """Saves every ``interval`` iterations (0: never in between) and after the last one."""
+
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+
+    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        if trainer.finished or (self.interval and metrics.iteration % self.interval == 0):
+            trainer.save()
+
+
+class ExitInterval(Callback):
+    """Ends the run after an iteration that divides by ``interval``: for queues that grant little time at once.
+
+    It comes first in the list, so that the others see the last step as the last.
+    """
+
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+
+    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        if metrics.iteration % self.interval == 0 and not trainer.finished:
+            trainer.stop(f"--exit-interval {self.interval}")

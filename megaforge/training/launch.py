@@ -1,0 +1,153 @@
+"""From a configuration to a trainer that is ready to train: what every pretraining entry script does."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from megaforge.checkpoint.agree import together
+from megaforge.config.check_layout import Layout, check_layout, with_tokenizer_vocab
+from megaforge.config.config import Config
+from megaforge.config.schema import config_to_dict
+from megaforge.data.blend import parse_data_path
+from megaforge.data.samples import SampleSchedule, TrainingData
+from megaforge.data.tokenizer import Tokenizer, load_tokenizer
+from megaforge.device import resolve_device
+from megaforge.errors import UserError
+from megaforge.kernels.matmul_precision import choose_matmul_precision
+from megaforge.models.hybrid import HybridModel
+from megaforge.monitor.sinks import JsonlSink, MetricSink
+from megaforge.monitor.trackers import MlflowSink, TensorBoardSink, WandbSink
+from megaforge.optim import build_optimizer
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.distributed import discover_launch, initialize, say_once
+from megaforge.parallel.init import initialize_parameters
+from megaforge.training.callbacks import (
+    Callback,
+    Checkpointing,
+    EarlyStopping,
+    Evaluation,
+    ExitInterval,
+    MetricsWriter,
+)
+from megaforge.training.console import ConsoleLog
+from megaforge.training.state import check_save_directory, compute_dtype, load_run, tokenizer_identity
+from megaforge.training.trainer import Trainer
+
+
+def prepare(config: Config) -> tuple[Config, Layout, Tokenizer | None]:
+    """Everything that can be checked before a process group exists; the vocabulary size is filled in.
+
+    Raises:
+        UserError: the same on every rank, which makes it safe to leave.
+    """
+    if not config.data.data_path:
+        raise UserError("--data-path is missing; give the prefix of a dataset, such as corpus/train_text_document")
+    if config.training.early_stopping_patience and not config.training.eval_iters:
+        raise UserError(
+            f"--early-stopping-patience {config.training.early_stopping_patience} judges evaluations, and there are "
+            "none: set --eval-iters and --eval-interval"
+        )
+    tokenizer = None
+    if config.data.tokenizer_model is not None:
+        tokenizer = load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+        config = with_tokenizer_vocab(config, tokenizer.vocab_size)
+    layout = check_layout(config, discover_launch().world_size)
+    config.model.padded_vocab_size()
+    for note in layout.notes:
+        say_once(note)
+    return config, layout, tokenizer
+
+
+def join(config: Config) -> ParallelContext:
+    """This rank's device and its place among the others; joins the process group if there are others."""
+    device = resolve_device(config.training.device, discover_launch().local_rank)
+    set_numerics(config, device)
+    initialize(device, config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes)
+    return ParallelContext.create(tp=config.parallel.tensor_model_parallel_size, device=device)
+
+
+def set_numerics(config: Config, device: torch.device) -> None:
+    """Seeds, deterministic algorithms and matmul precision of the process."""
+    torch.manual_seed(config.training.seed)
+    choose_matmul_precision(config.training.float32_matmul_precision, device)
+    if config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first cuBLAS handle is made
+        torch.use_deterministic_algorithms(True)
+        # Filling every new tensor with NaN finds reads of uninitialised memory, and costs a pass over it.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, ctx: ParallelContext) -> Trainer:
+    """The model, its optimizer and its data, fresh or continued from ``--load``. Collective.
+
+    Raises:
+        UserError: on every rank: bad data, no place to save, or a checkpoint that cannot be continued.
+    """
+    opened: list[TrainingData] = []
+    together(ctx, lambda: opened.append(_open_data(config, tokenizer)))
+    save = config.checkpoint.save
+    if save is not None:
+        together(ctx, lambda: check_save_directory(save) if ctx.is_first_rank else None)
+    model = HybridModel(
+        config.model, ctx, sequence_parallel=config.parallel.sequence_parallel, dtype=compute_dtype(config.training)
+    )
+    initialize_parameters(model, ctx, config.training.seed)
+    trainer = Trainer(
+        config,
+        ctx,
+        model,
+        build_optimizer(config.optimizer, model, ctx),
+        opened[0],
+        tokenizer=None if tokenizer is None else tokenizer_identity(tokenizer),
+        global_batch_size=layout.global_batch_size,
+        callbacks=_callbacks(config),
+    )
+    if config.checkpoint.load is not None:
+        say_once(f"loading {load_run(trainer)}")
+    sinks: list[MetricSink] = []
+    together(ctx, lambda: sinks.extend(_sinks(config, trainer.iteration)) if ctx.is_first_rank else None)
+    trainer.callbacks.insert(0, MetricsWriter(sinks))
+    return trainer
+
+
+def _open_data(config: Config, tokenizer: Tokenizer | None) -> TrainingData:
+    data = TrainingData(
+        parse_data_path(config.data.data_path),
+        config.data.split,
+        SampleSchedule(config.training.seed, config.data.seq_length),
+        vocab_size=config.model.vocab_size,
+        tokenizer_fingerprint=None if tokenizer is None else tokenizer.fingerprint,
+        eod_mask_loss=config.data.eod_mask_loss,
+    )
+    for notice in data.notices:
+        say_once(notice)
+    return data
+
+
+def _callbacks(config: Config) -> list[Callback]:
+    training, checkpoint = config.training, config.checkpoint
+    callbacks: list[Callback] = [ExitInterval(training.exit_interval)] if training.exit_interval else []
+    callbacks.append(ConsoleLog(config.logging.log_interval))
+    if training.eval_iters:
+        callbacks.append(Evaluation(training.eval_interval))
+        callbacks.append(EarlyStopping(training.early_stopping_metric, training.early_stopping_patience))
+    if checkpoint.save is not None:
+        callbacks.append(Checkpointing(checkpoint.save_interval))
+    return callbacks
+
+
+def _sinks(config: Config, iteration: int) -> list[MetricSink]:
+    """The sinks that the flags of the logging section name."""
+    logging, sinks = config.logging, list[MetricSink]()
+    described = config_to_dict(config)
+    if logging.metrics_file is not None:
+        sinks.append(JsonlSink(logging.metrics_file, iteration))
+    if logging.tensorboard_dir is not None:
+        sinks.append(TensorBoardSink(logging.tensorboard_dir, iteration))
+    if logging.wandb_project is not None:
+        sinks.append(WandbSink(logging.wandb_project, logging.run_name, described))
+    if logging.mlflow_experiment is not None:
+        sinks.append(MlflowSink(logging.mlflow_experiment, logging.run_name, described))
+    return sinks

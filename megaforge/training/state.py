@@ -1,0 +1,163 @@
+"""A run's state as checkpoints hold it: what is saved, and how a run goes on from it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import megaforge
+from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta, save_checkpoint
+from megaforge.checkpoint.compatible import check_compatible, describe_run
+from megaforge.checkpoint.find import find_checkpoint
+from megaforge.checkpoint.shards import TensorEntry
+from megaforge.config.run_config import TrainingConfig
+from megaforge.data.tokenizer import Tokenizer
+from megaforge.device import get_random_state, set_random_state
+from megaforge.errors import UserError
+from megaforge.parallel.param_spec import ParamSpec
+from megaforge.training.callbacks import LARGER_IS_BETTER
+
+if TYPE_CHECKING:
+    from megaforge.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a checkpoint keeps of the tokenizer: enough to refuse another one, and where this one was."""
+    model = tokenizer.model_path
+    return {
+        "type": tokenizer.type,
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "model": os.path.abspath(model) if os.path.exists(model) else model,
+    }
+
+
+def save_run(trainer: Trainer) -> Path:
+    """Writes everything that continuing ``trainer`` needs below ``--save``. Collective.
+
+    Raises:
+        UserError: on every rank, when any could not write; earlier checkpoints stay valid.
+    """
+    config = trainer.config
+    if config.checkpoint.save is None:
+        raise UserError("--save is not set, so there is nowhere to write a checkpoint")
+    return save_checkpoint(
+        config.checkpoint.save,
+        trainer.iteration,
+        _entries(trainer.optimizer.entries()),
+        run_meta(trainer),
+        trainer.ctx,
+        get_random_state(trainer.ctx.device),
+        keep_last=config.checkpoint.keep_last,
+        keep_best=config.checkpoint.keep_best,
+        metric=_score(trainer),
+    )
+
+
+def _entries(tensors: Iterable[tuple[str, ParamSpec, torch.Tensor]]) -> list[TensorEntry]:
+    return [TensorEntry(*entry) for entry in tensors]
+
+
+def run_meta(trainer: Trainer) -> dict[str, Any]:
+    """The JSON part of a checkpoint."""
+    return describe_run(trainer.config, trainer.tokenizer) | {
+        "megaforge_version": megaforge.__version__,
+        "iteration": trainer.iteration,
+        "data": trainer.data.state(trainer.consumed_samples),
+        "optimizer": trainer.optimizer.state(),
+        "scaler": trainer.scaler.state(),
+        "schedule": trainer.schedule.digest,
+        "callbacks": {c.state_name: c.state() for c in trainer.callbacks if c.state_name is not None},
+    }
+
+
+def _score(trainer: Trainer) -> float | None:
+    """What ``--keep-best`` ranks this checkpoint by, lower being better; None if this iteration was not evaluated."""
+    evaluation = trainer.last_evaluation
+    if evaluation is None or evaluation.iteration != trainer.iteration:
+        return None
+    metric = trainer.config.training.early_stopping_metric
+    value = evaluation.values().get(metric)
+    return -value if value is not None and metric in LARGER_IS_BETTER else value
+
+
+def load_run(trainer: Trainer) -> Path:
+    """Fills ``trainer`` from the newest valid checkpoint of ``--load``; ``--finetune``: its weights only. Collective.
+
+    Raises:
+        UserError: on every rank: no valid checkpoint, one of another model or tokenizer, or another order of data.
+    """
+    config, ctx, optimizer = trainer.config, trainer.ctx, trainer.optimizer
+    if config.checkpoint.load is None:
+        raise UserError("--load is not set, so there is nothing to continue from")
+    path = find_checkpoint(config.checkpoint.load, ctx)
+    meta = read_meta(path)
+    check_compatible(meta, config, trainer.tokenizer, source=str(path))
+    if config.checkpoint.finetune:
+        load_checkpoint(path, _entries(optimizer.weight_entries()), ctx, verify=False, allow_extra=("",), cast=True)
+        optimizer.after_load()
+        return path
+    _check_is_run(meta, path)
+    trainer.data.check_state(meta["data"])
+    random_state = {name: state.clone() for name, state in get_random_state(ctx.device).items()}
+    load_checkpoint(path, _entries(optimizer.entries()), ctx, random_state, verify=False)
+    optimizer.load_state(meta["optimizer"])
+    optimizer.after_load()
+    set_random_state(ctx.device, random_state)
+    _restore_progress(trainer, meta)
+    return path
+
+
+def _check_is_run(meta: dict[str, Any], path: Path) -> None:
+    missing = [key for key in ("iteration", "data", "optimizer", "scaler", "schedule", "callbacks") if key not in meta]
+    if missing:
+        raise UserError(
+            f"--load {path}: it holds weights but no training run to continue (no {', '.join(missing)}); "
+            "add --finetune to start a new run from its weights"
+        )
+
+
+def _restore_progress(trainer: Trainer, meta: dict[str, Any]) -> None:
+    trainer.iteration = int(meta["iteration"])
+    trainer.consumed_samples = int(meta["data"]["consumed_samples"])
+    trainer.scaler.load_state(meta["scaler"])
+    for callback in trainer.callbacks:
+        if callback.state_name in meta["callbacks"]:
+            callback.load_state(meta["callbacks"][callback.state_name])
+    if meta["schedule"] != trainer.schedule.digest and trainer.ctx.is_first_rank:
+        logger.warning(
+            "the learning-rate schedule is not the one that the checkpoint was trained with until iteration %d: "
+            "this run follows its own from here on",
+            trainer.iteration,
+        )
+
+
+def check_save_directory(directory: str) -> None:
+    """Makes sure that ``--save`` can be written before any work is done.
+
+    Raises:
+        UserError: it cannot.
+    """
+    probe = Path(directory) / ".writable"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--save {directory}: checkpoints cannot be written there ({error.strerror})") from error
+
+
+def compute_dtype(training: TrainingConfig) -> torch.dtype:
+    """The type the model computes in, from ``--bf16``, ``--fp16`` and ``--fp64``."""
+    if training.bf16:
+        return torch.bfloat16
+    if training.fp16:
+        return torch.float16
+    return torch.float64 if training.fp64 else torch.float32

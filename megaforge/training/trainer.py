@@ -1,0 +1,250 @@
+"""The training loop and its one step. What is not the step is a callback (:mod:`megaforge.training.callbacks`)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaforge.config.config import Config
+from megaforge.data.loader import Batch, GlobalBatchLoader
+from megaforge.data.samples import TrainingData
+from megaforge.device import synchronize
+from megaforge.errors import UserError
+from megaforge.models.hybrid import HybridModel, ModelOutput
+from megaforge.optim import AdamW, LearningRateSchedule, LossScaler, clip_gradients
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.data_parallel import GradientReducer
+from megaforge.training.metrics import EvaluationMetrics, StepMetrics, balance_entropy_bits
+from megaforge.training.state import save_run
+
+if TYPE_CHECKING:
+    from megaforge.training.callbacks import Callback
+
+
+class Trainer:
+    """Trains ``model`` on ``data``; every rank of the run has one and calls the same methods in the same order.
+
+    Attributes:
+        iteration: optimizer steps done, from the run's beginning.
+        consumed_samples: samples trained on, from the run's beginning.
+        validation: what :meth:`evaluate` reads, or None without ``--eval-iters``.
+        last_evaluation: the newest result of :meth:`evaluate`.
+        stop_reason: why the run ends before ``--train-iters``, or None.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        ctx: ParallelContext,
+        model: HybridModel,
+        optimizer: AdamW,
+        data: TrainingData,
+        *,
+        tokenizer: dict[str, Any] | None = None,
+        global_batch_size: int,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        """``tokenizer``: its identity as checkpoints keep it (:func:`megaforge.training.state.tokenizer_identity`)."""
+        self.config, self.ctx, self.model, self.optimizer, self.data = config, ctx, model, optimizer, data
+        self.tokenizer = tokenizer
+        self.global_batch_size = global_batch_size
+        self.callbacks = list(callbacks)
+        self.reducer = GradientReducer(
+            model, ctx, bucket_size=config.parallel.ddp_bucket_size, overlap=config.parallel.overlap_grad_reduce
+        )
+        self.schedule = LearningRateSchedule(config.optimizer, config.training.train_iters)
+        self.scaler = LossScaler(config.optimizer, enabled=config.training.fp16)
+        self.validation = data.validation("valid") if config.training.eval_iters else None
+        self.iteration = 0
+        self.consumed_samples = 0
+        self.last_evaluation: EvaluationMetrics | None = None
+        self.stop_reason: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step follows: ``--train-iters`` is reached, or a callback stopped the run."""
+        return self.iteration >= self.config.training.train_iters or self.stop_reason is not None
+
+    @property
+    def consumed_tokens(self) -> int:
+        """Tokens trained on, from the run's beginning."""
+        return int(self.data.state(self.consumed_samples)["consumed_tokens"])
+
+    def stop(self, reason: str) -> None:
+        """Ends the run after this iteration's callbacks."""
+        self.stop_reason = self.stop_reason or reason
+
+    def train(self) -> None:
+        """Runs until :attr:`finished`."""
+        loader = self._loader(self.data, self.consumed_samples)
+        self._emit("on_train_start")
+        try:
+            with closing(iter(loader)) as batches:  # type: ignore[type-var]
+                while not self.finished:
+                    self._emit("on_step_end", self._timed_step(batches))
+        finally:
+            self._emit("on_train_end")
+
+    def train_step(self, micro_batches: Sequence[Batch]) -> StepMetrics:
+        """One optimizer step over this rank's micro-batches of a global batch."""
+        lr = self.schedule(self.iteration + 1)
+        tokens = self._global_token_count(micro_batches)
+        totals = _Totals(self.ctx)
+        self.reducer.zero()
+        for number, batch in enumerate(micro_batches, 1):
+            self.reducer.set_last_microbatch(number == len(micro_batches))
+            output = self._forward(batch)
+            loss = self._loss(output, tokens, batch.tokens.shape[1])
+            (loss * self.scaler.scale).backward()
+            totals.add(output)
+        self.reducer.finish()
+        grad_norm = clip_gradients(self.model, self.ctx, self.config.optimizer.clip_grad, self.scaler.scale)
+        updated = self._update(grad_norm, lr)
+        totals.reduce()
+        self.iteration += 1
+        self.consumed_samples += self.global_batch_size
+        return self._metrics(totals, tokens, grad_norm, lr, micro_batches[0].tokens.shape[1], updated)
+
+    def _loss(self, output: ModelOutput, tokens: float, length: int) -> Tensor:
+        """What this micro-batch adds to the global batch's mean loss: every sum is divided by a global count."""
+        cfg, sequences = self.config.model, self.global_batch_size
+        return (
+            output.loss_sum / tokens
+            + cfg.moe_aux_loss_coeff * output.load_balance_sum / sequences
+            + cfg.moe_z_loss_coeff * output.z_loss_sum / (sequences * length)
+        )
+
+    def _update(self, grad_norm: float, lr: float) -> bool:
+        """Steps the optimizer unless the gradient overflowed; all ranks see the same norm, so they agree."""
+        finite = math.isfinite(grad_norm)
+        if finite:
+            self.optimizer.step(lr)
+        elif not self.scaler.enabled or self.scaler.scale <= self.config.optimizer.min_loss_scale:
+            raise UserError(
+                f"iteration {self.iteration + 1}: the gradient norm is {grad_norm}, so the run ends before it can harm "
+                f"the weights; --load the last checkpoint with a lower --lr than {self.config.optimizer.lr}, or start "
+                "anew with a longer --lr-warmup-iters"
+            )
+        self.scaler.update(finite)
+        return finite
+
+    @torch.no_grad()
+    def evaluate(self) -> EvaluationMetrics:
+        """Measures the model on the first ``--eval-iters`` global batches of the validation split."""
+        if self.validation is None:
+            raise ValueError("this run has no validation data: --eval-iters is 0")
+        totals = _Totals(self.ctx)
+        with closing(iter(self._loader(self.validation, 0))) as batches:  # type: ignore[type-var]
+            for micro_batches in islice(batches, self.config.training.eval_iters):
+                for batch in micro_batches:
+                    totals.add(self._forward(batch), float(batch.loss_mask.sum(dtype=torch.float64)))
+        totals.reduce()
+        ratio = self.data.bytes_per_token("valid")
+        metrics = EvaluationMetrics(
+            iteration=self.iteration,
+            nats=totals.loss_sum,
+            tokens=round(totals.tokens),
+            correct=round(totals.correct),
+            text_bytes=None if ratio is None else totals.tokens * ratio,
+        )
+        self.last_evaluation = metrics
+        self._emit("on_evaluate", metrics)
+        return metrics
+
+    def save(self) -> None:
+        """Writes a checkpoint below ``--save``."""
+        self._emit("on_checkpoint", save_run(self))
+
+    def _loader(self, data: Any, consumed_samples: int) -> GlobalBatchLoader:
+        return GlobalBatchLoader(
+            data,
+            self.global_batch_size,
+            self.config.training.micro_batch_size,
+            self.ctx.dp.rank,
+            self.ctx.dp.size,
+            consumed_samples,
+            self.config.data.num_workers,
+        )
+
+    def _forward(self, batch: Batch) -> ModelOutput:
+        fields = (batch.tokens, batch.labels, batch.loss_mask, batch.document_start)
+        output: ModelOutput = self.model(*(field.to(self.ctx.device) for field in fields))
+        return output
+
+    def _global_token_count(self, micro_batches: Sequence[Batch]) -> float:
+        """Labels that count in the whole global batch; at least one, so that an all-masked batch gives zero loss."""
+        own = sum(float(batch.loss_mask.sum(dtype=torch.float64)) for batch in micro_batches)
+        count = torch.tensor(own, dtype=torch.float64, device=self.ctx.device)
+        if self.ctx.dp.group is not None:
+            dist.all_reduce(count, group=self.ctx.dp.group)
+        return max(count.item(), 1.0)
+
+    def _metrics(
+        self, totals: _Totals, tokens: float, grad_norm: float, lr: float, length: int, updated: bool
+    ) -> StepMetrics:
+        sequences = self.global_batch_size
+        extra: dict[str, float] = {}
+        if totals.tokens_per_expert:
+            extra["load_balance_loss"] = totals.load_balance_sum / sequences
+            extra["z_loss"] = totals.z_loss_sum / (sequences * length)
+            extra["expert_entropy_bits"] = balance_entropy_bits(totals.tokens_per_expert)
+        if self.scaler.enabled:
+            extra |= {"loss_scale": self.scaler.scale, "skipped": float(not updated)}
+        return StepMetrics(
+            iteration=self.iteration,
+            loss=totals.loss_sum / tokens,
+            grad_norm=grad_norm,
+            lr=lr,
+            tokens=self.consumed_tokens,
+            consumed_samples=self.consumed_samples,
+            step_tokens=sequences * length,
+            extra=extra,
+        )
+
+    def _timed_step(self, batches: Any) -> StepMetrics:
+        """The next global batch's step; its time includes the wait for the batch."""
+        started = time.perf_counter()
+        metrics = self.train_step(next(batches))
+        synchronize(self.ctx.device)
+        return metrics.after(time.perf_counter() - started)
+
+    def _emit(self, event: str, *args: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *args)
+
+
+class _Totals:
+    """Sums of :class:`ModelOutput` over micro-batches, then over dp; fp64, so that their order hardly matters."""
+
+    def __init__(self, ctx: ParallelContext) -> None:
+        self._ctx = ctx
+        self._sums = torch.zeros(5, dtype=torch.float64, device=ctx.device)
+        self._experts: Tensor | None = None
+        self.loss_sum = self.load_balance_sum = self.z_loss_sum = self.correct = self.tokens = 0.0
+        self.tokens_per_expert: list[list[float]] = []
+
+    def add(self, output: ModelOutput, tokens: float = 0.0) -> None:
+        """Takes in one micro-batch of ``tokens`` counted labels."""
+        parts = (output.loss_sum, output.load_balance_sum, output.z_loss_sum, output.correct)
+        self._sums[:4] += torch.stack([part.detach().double() for part in parts])
+        self._sums[4] += tokens
+        experts = output.tokens_per_expert.double()
+        self._experts = experts if self._experts is None else self._experts + experts
+
+    def reduce(self) -> None:
+        """Sums over dp and brings the numbers to the host."""
+        experts = self._sums.new_zeros((0, 0)) if self._experts is None else self._experts
+        packed = torch.cat([self._sums, experts.flatten()])
+        if self._ctx.dp.group is not None:
+            dist.all_reduce(packed, group=self._ctx.dp.group)
+        values = packed.tolist()
+        self.loss_sum, self.load_balance_sum, self.z_loss_sum, self.correct, self.tokens = values[:5]
+        self.tokens_per_expert = packed[5:].view(experts.shape).tolist()
