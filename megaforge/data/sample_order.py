@@ -26,7 +26,7 @@ from megaforge.data.manifest import digest_of
 ORDER_VERSION = 1
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _EPOCHS_HELD = 2  # the one being read and the one a window runs over into
-_LOOP_DOCUMENTS = 24  # up to so many documents a window, a loop of slices beats one vectorised gather
+_LOOP_DOCUMENTS = 16  # up to so many documents a window, a loop of slices beats one vectorised gather
 
 
 def key_of(*parts: object) -> int:
@@ -100,11 +100,15 @@ class EpochOrder:
         """As :meth:`copy`, in one indexed read, for windows over many short documents."""
         stop = min(offset + len(out) - filled, int(self.bounds[-1]))
         last = int(self.bounds.searchsorted(stop, "left"))
-        edges = np.clip(self.bounds[first : last + 1], offset, stop)
-        shift = np.repeat(self.starts[first:last] - self.bounds[first:last], np.diff(edges))
+        edges = self.bounds[first : last + 1].copy()
+        shift = self.starts[first:last] - edges[:-1]
+        begun = int(edges[0] < offset)  # the first document began in an earlier window
+        edges[0], edges[-1] = offset, stop
+        places = np.arange(offset, stop)
+        places += np.repeat(shift, edges[1:] - edges[:-1])
         end = filled + stop - offset
-        out[filled:end] = tokens[np.arange(offset, stop) + shift]
-        marks[filled:end][self.bounds[first + (self.bounds[first] < offset) : last] - offset] = True
+        out[filled:end] = tokens.take(places)
+        marks[filled:end][edges[begun:-1] - offset] = True
         return end
 
 
@@ -114,7 +118,7 @@ class TokenStream:
     Args:
         tokens: integer [any], the source's token file.
         starts, lengths: int64 [documents], where each document of the split lies in ``tokens``.
-        documents: int64 [documents], the documents' numbers in the file; with ``key`` they decide the order.
+        first_document: the first one's number in the file; the numbers and ``key`` decide the order.
         key: JSON-like identity of the source and seed.
         cache_dir: where to share the epochs' tables between processes; None keeps them in memory (16 bytes a document).
     """
@@ -124,14 +128,17 @@ class TokenStream:
         tokens: np.ndarray,
         starts: npt.NDArray[np.int64],
         lengths: npt.NDArray[np.int64],
-        documents: npt.NDArray[np.int64],
+        first_document: int,
         key: list[object],
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        full = np.flatnonzero(lengths)  # an empty document would only lengthen the search
-        self._tokens = tokens
-        self._starts, self._lengths, self._documents = starts[full], lengths[full], documents[full]
-        self.num_tokens = int(self._lengths.sum())
+        self._tokens, self._first = tokens, first_document
+        self._full: npt.NDArray[np.int64] | None = None
+        if not lengths.all():  # an empty document would only lengthen the search
+            self._full = np.flatnonzero(lengths)
+            starts, lengths = starts[self._full], lengths[self._full]
+        self._starts, self._lengths = starts, lengths
+        self.num_tokens = int(lengths.sum())
         self._key = [ORDER_VERSION, *key]
         self._cache_dir = None if cache_dir is None else Path(cache_dir)
         self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
@@ -158,7 +165,8 @@ class TokenStream:
         return order
 
     def _build(self, epoch: int) -> npt.NDArray[np.int64]:
-        permutation = shuffled(key_of(*self._key, epoch), self._documents)
+        numbers = (np.arange(len(self._starts)) if self._full is None else self._full) + self._first
+        permutation = shuffled(key_of(*self._key, epoch), numbers)
         table = np.zeros((2, len(permutation) + 1), np.int64)
         np.cumsum(self._lengths[permutation], out=table[0, 1:])
         table[1, :-1] = self._starts[permutation]
@@ -171,8 +179,8 @@ class TokenStream:
         finds the whole of it. Two builders at once write the same bytes.
         """
         assert self._cache_dir is not None
-        shape = (2, len(self._documents) + 1)
-        name = digest_of([*self._key, epoch, int(self._documents[0]), shape[1], self.num_tokens])
+        shape = (2, len(self._starts) + 1)
+        name = digest_of([*self._key, epoch, self._first, shape[1], self.num_tokens])
         path = self._cache_dir / f"epoch-order-{name[:40]}.npy"
         try:
             table = np.lib.format.open_memmap(path, mode="r")

@@ -108,8 +108,7 @@ class TrainingData:
             # The content names the source, so that listing another beside it does not reshuffle it. The same files
             # listed twice are told apart by their count.
             key = [schedule.seed, digests[-1], Counter(digests)[digests[-1]]]
-            documents = np.arange(first, stop)
-            stream = TokenStream(source.dataset.tokens, *source.extents("train"), documents, key, cache_dir)
+            stream = TokenStream(source.dataset.tokens, *source.extents("train"), first, key, cache_dir)
             if stream.num_tokens == 0:
                 raise UserError(
                     f"--split {split} leaves no training tokens in {prefix}: {stop - first} of its "

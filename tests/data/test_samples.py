@@ -190,6 +190,9 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path, monkeypatch: pyte
     make(prefix, vocab_size=1000)
     with pytest.raises(UserError, match="d.bin holds ids of a tokenizer of 1,000.*d.json.*500"):
         make(prefix, vocab_size=500)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="token id 999"):
+        patch.setattr(samples_module, "_SCAN_CHUNK", 2)
+        make(write_dataset(tmp_path / "late", [[1, 2], [3], [999]]), vocab_size=500)
     negative = write_dataset(tmp_path / "n", [[1, -2], [3]], "int32")
     with pytest.raises(UserError, match="n.bin holds token id -2"):
         make(negative, vocab_size=500)
@@ -251,6 +254,7 @@ def test_validation_predicts_every_token_once_in_order(tmp_path: Path) -> None:
         assert sample.tokens[: sample.targets + 1].tolist() == flat[k * 10 : k * 10 + 11]
     assert labels == flat[1:] and len(labels) == view.num_targets
     assert len(view) == 6 and view.sample(5).tokens[6:].tolist() == [0] * 5
+    assert view.sample(5).document_start.tolist() == [False] * 6 + [True] + [False] * 4, "padding is a document apart"
     with pytest.raises(IndexError):
         view.sample(6)
 
