@@ -144,8 +144,6 @@ class RWKV7TimeMix(nn.Module):
         num_layers: int,
         region: TensorParallelRegion,
         dtype: torch.dtype = torch.float32,
-        *,
-        makes_v_first: bool | None = None,
     ) -> None:
         """Declares the parameters, uninitialised.
 
@@ -153,12 +151,11 @@ class RWKV7TimeMix(nn.Module):
             ctx: the layout; ``hidden_size / rwkv_head_size`` heads must divide by tp.
             name: prefix of the global parameter names.
             cfg: the model's numbers.
-            layer_index: this block's place among the ``num_layers`` blocks; initial values depend on it.
+            layer_index: this block's place among the ``num_layers`` blocks; initial values depend on it. The values
+                of block 0 (v_first) are mixed in by all others.
             num_layers: blocks in the model.
             region: the tensor-parallel region.
             dtype: of the matrices; vectors stay in fp32 where this is a 16-bit type.
-            makes_v_first: whether this is the model's first RWKV-7 layer, whose values the others mix in.
-                Default: ``layer_index == 0``.
 
         Raises:
             ValueError: the heads do not divide by tp.
@@ -169,7 +166,7 @@ class RWKV7TimeMix(nn.Module):
             raise ValueError(f"{name}: {size} channels in heads of {head} do not divide by tp={ctx.tp.size}")
         self.ctx, self.name, self.region, self.dtype = ctx, name, region, dtype
         self.size, self.head_size, self.local_heads = size, head, size // head // ctx.tp.size
-        self.makes_v_first = layer_index == 0 if makes_v_first is None else makes_v_first
+        self.makes_v_first = layer_index == 0
         init = PublishedInit(size, head, layer_index, num_layers)
 
         for letter, power in (("r", 0.2), ("w", 0.9), ("k", 0.7), ("v", 0.7), ("a", 0.9), ("g", 0.2)):
