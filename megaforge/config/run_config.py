@@ -90,6 +90,7 @@ class TrainingConfig:
     micro_batch_size: int = flag(1, "sequences a rank computes at once")
     global_batch_size: int | None = flag(None, "sequences of one optimizer step (default: micro batch x dp)")
     train_iters: int = flag(100, "optimizer steps of the run")
+    exit_interval: int = flag(0, "save and leave after each iteration that divides by this; 0: run to --train-iters")
     seed: int = flag(1234, "seed of initial weights and of the data order")
     bf16: bool = flag(False, "compute in bfloat16; master weights stay in fp32")
     fp16: bool = flag(False, "compute in float16 with dynamic loss scaling; master weights stay in fp32")
@@ -111,8 +112,9 @@ class TrainingConfig:
             raise UserError("--bf16, --fp16 and --fp64 exclude each other; choose one")
         if self.micro_batch_size < 1:
             raise UserError(f"--micro-batch-size {self.micro_batch_size}: must be at least 1")
-        if self.train_iters < 0:
-            raise UserError(f"--train-iters {self.train_iters}: must not be negative")
+        for name in ("train_iters", "exit_interval", "eval_interval", "eval_iters", "early_stopping_patience"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
 
 
 @dataclass(frozen=True)
