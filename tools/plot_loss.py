@@ -62,7 +62,8 @@ def draw(files: list[str], output: str, smooth: float) -> None:
         axes.plot(iterations, running_mean(losses, smooth), color=color, label=label)
         evaluated = curve(records, "evaluation")
         if evaluated[0]:
-            axes.plot(*evaluated, "o--", color=color, markersize=4, markeredgecolor="black", label=f"{label}: validation")
+            style = {"color": color, "markersize": 4, "markeredgecolor": "black"}
+            axes.plot(*evaluated, "o--", label=f"{label}: validation", **style)
     axes.set(xlabel="iteration", ylabel="loss in nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
