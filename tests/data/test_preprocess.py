@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,21 @@ def test_a_fast_path_that_errs_is_not_used(
     (prefix,) = preprocess(settings(corpus, tmp_path / "p", bpe))
     assert digests(prefix) == digests(expected)
     assert capsys.readouterr().err.count("the fast path (gigatoken) is off") == 1
+
+
+def test_the_slow_encoder_may_cut_long_documents(bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", bpe)
+    assert tokenizer.cuts_at_lines
+    monkeypatch.setattr(shard_module, "_SLOW_BATCH", 40)
+    source = random.Random(0)
+    ends = ["\n", "\n\n", " \n", "\n  ", "\r\n", "\n\t", "\n'", "\n\u2028"]
+    texts = ["".join(source.choices(["a1", "return", ";", " x", "é", "'s", *ends], k=80)) for _ in range(30)]
+    texts += ["short", "", *documents(40, seed=4, longest=200)]
+    texts += ["\n".join(source.choices(["a", "b)", "12", "", " d", "é", "'ll"], k=400)) for _ in range(30)]
+    cuts = [list(shard_module._cut_at_lines(text)) for text in texts]
+    assert max(map(len, cuts)) > 5 and ["".join(parts) for parts in cuts] == texts
+    expected = tokenizer.encode_batch(texts)
+    assert [array.tolist() for array in SlowEncoder(tokenizer).encode(texts)] == expected
 
 
 def test_sentencepiece_and_null_tokenizers(tmp_path: Path) -> None:
