@@ -48,7 +48,9 @@ class ParallelContext:
         return cls(device=torch.device(device), **axes)
 
     @classmethod
-    def create(cls, *, tp: int = 1, cp: int = 1, pp: int = 1, ep: int = 1, device: torch.device | str = "cpu") -> ParallelContext:
+    def create(
+        cls, *, tp: int = 1, cp: int = 1, pp: int = 1, ep: int = 1, device: torch.device | str = "cpu"
+    ) -> ParallelContext:
         """The context of this rank in the initialised default process group; dp is what the other sizes leave.
 
         The layout must have been checked (:func:`megaforge.config.check_layout.check_layout`).

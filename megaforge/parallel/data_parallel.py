@@ -27,14 +27,16 @@ class _Bucket:
 
 
 class GradientReducer:
-    """Gives each parameter a ``main_grad`` (fp32; fp64 for fp64 parameters) and sums it over dp and, where declared, tp.
+    """Gives each parameter a ``main_grad`` (fp32; fp64 for fp64 ones) and sums it over dp and, where declared, tp.
 
     For parameters in the buffer's own dtype, ``.grad`` is a view of the buffer and autograd accumulates straight into
     it; 16-bit gradients are added to it as they arrive. Buckets are filled in reverse module order, which is about
     the order in which the backward pass produces gradients (Li et al., arXiv 2006.15704).
     """
 
-    def __init__(self, module: nn.Module, ctx: ParallelContext, *, bucket_size: int = 25_000_000, overlap: bool = True) -> None:
+    def __init__(
+        self, module: nn.Module, ctx: ParallelContext, *, bucket_size: int = 25_000_000, overlap: bool = True
+    ) -> None:
         self.ctx = ctx
         self.overlap = overlap and ctx.dp.size > 1
         self._last_microbatch = True
@@ -122,7 +124,7 @@ def _main_dtype(parameter: Tensor) -> torch.dtype:
 
 
 def _pack(parameters: list[nn.Parameter], bucket_size: int) -> list[list[nn.Parameter]]:
-    """Cuts the list into runs of one main dtype of at most ``bucket_size`` elements (a larger parameter stands alone)."""
+    """Cuts the list into runs of one main dtype of at most ``bucket_size`` elements (a larger one stands alone)."""
     groups: list[list[nn.Parameter]] = []
     filled = 0
     for parameter in parameters:

@@ -125,7 +125,7 @@ class ParamSpec:
 
 
 def make_parameter(spec: ParamSpec, ctx: ParallelContext, dtype: torch.dtype) -> nn.Parameter:
-    """An uninitialised local parameter that carries ``spec``; :func:`megaforge.parallel.init.initialize_parameters` fills it."""
+    """An uninitialised local parameter that carries ``spec``; :func:`.init.initialize_parameters` fills it."""
     spec.pieces(ctx)  # divisibility is an error here, at construction, not at first use
     dtype = torch.float32 if spec.keep_fp32 and dtype in (torch.bfloat16, torch.float16) else dtype
     parameter = nn.Parameter(torch.empty(spec.local_shape(ctx), dtype=dtype, device=ctx.device))
@@ -141,7 +141,9 @@ def spec_of(parameter: nn.Parameter) -> ParamSpec:
     """
     spec = getattr(parameter, "spec", None)
     if not isinstance(spec, ParamSpec):
-        raise ValueError(f"a parameter of shape {tuple(parameter.shape)} carries no ParamSpec; make it with make_parameter")
+        raise ValueError(
+            f"a parameter of shape {tuple(parameter.shape)} carries no ParamSpec; make it with make_parameter"
+        )
     return spec
 
 
