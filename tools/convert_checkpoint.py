@@ -4,7 +4,8 @@
     python tools/convert_checkpoint.py --from rwkv7 RWKV-x070-World-0.1B.pth --save checkpoints/rwkv7-0.1b
 
 The checkpoint holds the model's configuration and its weights, exactly. Continue from it with
-``pretrain_cdrmix.py --load DIR --finetune``, or use it with tools/generate.py and tools/evaluate.py.
+``pretrain_cdrmix.py --config DIR/model.yaml --load DIR --finetune ...``, or use it with tools/generate.py and
+tools/evaluate.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from megaforge.checkpoint.import_rwkv7 import import_rwkv7
+from megaforge.checkpoint.import_rwkv7 import MODEL_FILE, import_rwkv7
 from megaforge.config.config import Config
 from megaforge.config.entry import run_entry
 from megaforge.data.tokenizer import TOKENIZER_TYPES, guess_tokenizer_type, load_tokenizer
@@ -44,7 +45,8 @@ def main() -> int:
         data = dataclasses.replace(config.data, tokenizer_type=kind, tokenizer_model=flags.tokenizer_model)
         config = dataclasses.replace(config, data=data)
     path = import_rwkv7(flags.file, flags.save, config, identity)
-    print(f"{path}: written from {flags.file}; use it with --load {flags.save}")
+    print(f"{path}: written from {flags.file}")
+    print(f"continue from it with: --config {os.path.join(flags.save, MODEL_FILE)} --load {flags.save} --finetune")
     return 0
 
 

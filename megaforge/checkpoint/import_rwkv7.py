@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 import megaforge
@@ -21,6 +22,8 @@ from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import ParamSpec, named_specs
+
+MODEL_FILE = "model.yaml"
 
 _TOP = {
     "emb": "embedding",
@@ -166,7 +169,8 @@ def read_pth(file: str | Path) -> dict[str, Tensor]:
 def import_rwkv7(
     file: str | Path, directory: str | Path, config: Config | None = None, tokenizer: Mapping[str, Any] | None = None
 ) -> Path:
-    """Writes the published weights ``file`` as a checkpoint of step 0 below ``directory``.
+    """Writes the published weights ``file`` as a checkpoint of step 0 below ``directory``, and beside it the model's
+    configuration (``model.yaml``), which a run that continues from it takes as ``--config``.
 
     Args:
         file: ``.pth``.
@@ -200,4 +204,13 @@ def import_rwkv7(
         "source": {"format": "rwkv7", "file": Path(file).name, "sha256": digest},
     }
     entries = [TensorEntry(name, specs[name], tensor) for name, tensor in tensors.items()]
-    return save_checkpoint(directory, 0, entries, meta, ParallelContext.single())
+    path = save_checkpoint(directory, 0, entries, meta, ParallelContext.single())
+    (Path(directory) / MODEL_FILE).write_text(_as_yaml(cfg, Path(file).name), encoding="utf-8")
+    return path
+
+
+def _as_yaml(cfg: ModelConfig, source: str) -> str:
+    """``cfg`` as a file for ``--config``: what differs from the defaults."""
+    default = dataclasses.asdict(ModelConfig())
+    model = {name: value for name, value in dataclasses.asdict(cfg).items() if value != default[name]}
+    return f"# The model of {source}, for --config.\n" + yaml.safe_dump({"model": model}, sort_keys=False)

@@ -38,7 +38,7 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 # sha256 by measurement: 1.7 GB a CPU-second on Zen 5 through hashlib (its SHA instructions are in x86 since 2017 and
 # in ARMv8) against 1.05 for blake2b and 0.55 for blake2s, and everybody has sha256sum at hand.
 HASH = "sha256"
-_BLOCK = 1 << 20  # hashed while it is still in the second-level cache that the write then reads from
+_BLOCK = 1 << 20  # still in the cache when the write reads what the hash has read
 _MAX_HEADER = 100_000_000  # the safetensors package's own bound
 
 

@@ -200,9 +200,9 @@ class CheckpointReader(StorageReader):
 
     def _chunk(self, index: MetadataIndex) -> tuple[TensorRecord, ChunkRecord]:
         record = self.manifest.tensors[index.fqn]
-        if index.index is not None:
-            return record, record.chunks[index.index]
-        return record, next(chunk for chunk in record.chunks if chunk.offsets == index.offset)
+        if index.index is None:
+            raise ValueError(f"{index.fqn}: a read was planned without the number of the saved piece")
+        return record, record.chunks[index.index]
 
     def _copy(self, item: ReadItem, saved: torch.Tensor, planner: LoadPlanner) -> None:
         record, chunk = self._chunk(item.storage_index)

@@ -154,10 +154,10 @@ def _global_batch_size(config: Config, dp: int) -> int:
     if given is None:
         return micro * dp
     step = micro * dp
-    if given < 1 or given % step:
+    if given % step:
         below = given // step * step
         working = _either(size for size in (below, below + step) if size > 0)
-        smaller = next((size for size in range(micro - 1, 0, -1) if given > 0 and given % (size * dp) == 0), None)
+        smaller = next((size for size in range(micro - 1, 0, -1) if given % (size * dp) == 0), None)
         raise UserError(
             f"--global-batch-size {given} does not divide by --micro-batch-size {micro} x dp {dp} = {step}; "
             f"use --global-batch-size {working}" + (f", or --micro-batch-size {smaller}" if smaller else "")

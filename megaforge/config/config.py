@@ -29,6 +29,14 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def validate(self) -> None:
-        """Each section's own checks; :func:`megaforge.config.check_layout.check_layout` checks them against each other."""
-        for section in (self.model, self.parallel, self.data, self.optimizer, self.training, self.checkpoint, self.logging):
+        """Each section's own checks; :mod:`megaforge.config.check_layout` checks them against each other."""
+        for section in (
+            self.model,
+            self.parallel,
+            self.data,
+            self.optimizer,
+            self.training,
+            self.checkpoint,
+            self.logging,
+        ):
             section.validate()

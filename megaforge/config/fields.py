@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from megaforge.errors import UserError
+
 
 def flag(
     default: Any,
@@ -24,7 +26,35 @@ def flag(
         aliases: further flags for it, e.g. ``--tp``; as YAML keys they are written without dashes.
         metavar: what ``--help`` calls the value.
     """
-    metadata = {"help": help, "choices": tuple(choices) if choices else None, "aliases": tuple(aliases), "metavar": metavar}
+    metadata = {
+        "help": help,
+        "choices": tuple(choices) if choices else None,
+        "aliases": tuple(aliases),
+        "metavar": metavar,
+    }
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def require_at_least(section: object, minimum: float, *names: str) -> None:
+    """Checks that each named field of ``section`` is None or not below ``minimum``.
+
+    Raises:
+        UserError: naming the flag and its value.
+    """
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value < minimum:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {minimum}")
+
+
+def require_positive(section: object, *names: str) -> None:
+    """Checks that each named field of ``section`` is above 0.
+
+    Raises:
+        UserError: naming the flag and its value.
+    """
+    for name in names:
+        if getattr(section, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(section, name)}: must be positive")

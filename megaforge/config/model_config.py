@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megaforge.config.fields import flag
+from megaforge.config.fields import flag, require_at_least, require_positive
 from megaforge.errors import UserError
 
 
@@ -19,10 +19,13 @@ class ModelConfig:
     num_query_groups: int | None = flag(None, "key/value heads (grouped-query attention); default: one a query head")
     kv_channels: int | None = flag(None, "channels of an attention head (default: hidden size / heads)")
     hybrid_layer_pattern: str | None = flag(
-        None, "sublayers in order: R RWKV-7, * attention, E MoE FFN, - dense FFN; e.g. RERERE*E. Overrides --layer-schedule"
+        None,
+        "sublayers in order: R RWKV-7, * attention, E MoE FFN, - dense FFN; e.g. RERERE*E. Overrides --layer-schedule",
     )
     layer_schedule: str = flag(
-        "interleave-x", "where the attention blocks go", choices=("interleave-x", "top-of-x", "hybrid", "attention", "rwkv")
+        "interleave-x",
+        "where the attention blocks go",
+        choices=("interleave-x", "top-of-x", "hybrid", "attention", "rwkv"),
     )
     transformer_pct: float = flag(25.0, "share of attention blocks in percent; their number is round(L * pct / 100)")
     ffn: str = flag("moe", "FFN of the blocks made by --layer-schedule", choices=("moe", "dense"))
@@ -43,12 +46,15 @@ class ModelConfig:
     moe_z_loss_coeff: float = flag(1e-3, "weight of the router z-loss")
     rwkv_head_size: int = flag(64, "channels of an RWKV-7 head")
     rwkv_decay_rank: int | None = flag(None, "rank of the decay (w) LoRA; default: the published rule of the width")
-    rwkv_iclr_rank: int | None = flag(None, "rank of the in-context learning rate (a) LoRA; default: the published rule")
+    rwkv_iclr_rank: int | None = flag(
+        None, "rank of the in-context learning rate (a) LoRA; default: the published rule"
+    )
     rwkv_value_rank: int | None = flag(None, "rank of the value-residual (v) LoRA; default: the published rule")
     rwkv_gate_rank: int | None = flag(None, "rank of the gate (g) LoRA; default: the published rule")
     rwkv_init: str = flag(
         "orthogonal",
-        "RWKV-7 projections at step 0: the published orthogonal rule, or normal of the same scale (for widths whose QR is too slow)",
+        "RWKV-7 projections at step 0: the published orthogonal rule, or normal of the same scale "
+        "(for widths whose QR is too slow)",
         choices=("orthogonal", "normal"),
     )
     init_std: float = flag(0.02, "standard deviation of normal initial weights")
@@ -82,17 +88,21 @@ class ModelConfig:
         Raises:
             UserError: naming the flag, its value and one that works.
         """
-        for name in ("num_layers", "hidden_size", "num_attention_heads", "num_experts", "moe_router_topk", "rwkv_head_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        require_at_least(self, 1, "num_layers", "hidden_size", "num_attention_heads", "num_experts", "moe_router_topk")
+        require_at_least(self, 1, "ffn_hidden_size", "num_query_groups", "kv_channels", "rwkv_head_size")
+        require_at_least(self, 1, "rwkv_decay_rank", "rwkv_iclr_rank", "rwkv_value_rank", "rwkv_gate_rank")
+        require_at_least(self, 1, "vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings")
+        require_at_least(self, 0, "moe_aux_loss_coeff", "moe_z_loss_coeff", "init_std", "init_std_scale")
+        require_positive(self, "norm_epsilon", "rotary_base")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise UserError(
-                f"--hidden-size {self.hidden_size} does not divide by --num-attention-heads {self.num_attention_heads}; "
-                f"choose a divisor of {self.hidden_size} or set --kv-channels"
+                f"--hidden-size {self.hidden_size} does not divide by --num-attention-heads "
+                f"{self.num_attention_heads}; choose a divisor of {self.hidden_size} or set --kv-channels"
             )
         if self.num_attention_heads % self.query_groups:
             raise UserError(
-                f"--num-query-groups {self.query_groups} does not divide --num-attention-heads {self.num_attention_heads}"
+                f"--num-query-groups {self.query_groups} does not divide "
+                f"--num-attention-heads {self.num_attention_heads}"
             )
         if self.hidden_size % self.rwkv_head_size and "R" in (self.hybrid_layer_pattern or "R"):
             raise UserError(

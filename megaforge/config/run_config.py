@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megaforge.config.fields import flag
+from megaforge.config.fields import flag, require_at_least, require_positive
 from megaforge.errors import UserError
 
 
@@ -16,37 +16,45 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = flag(1, "pipeline stages", aliases=("--pp",))
     context_parallel_size: int = flag(1, "ranks that share each sequence", aliases=("--cp",))
     expert_model_parallel_size: int = flag(1, "ranks that share the experts", aliases=("--ep",))
-    sequence_parallel: bool = flag(False, "shard norms and the residual stream over the sequence within tp", aliases=("--sp",))
+    sequence_parallel: bool = flag(
+        False, "shard norms and the residual stream over the sequence within tp", aliases=("--sp",)
+    )
     overlap_grad_reduce: bool = flag(True, "reduce gradient buckets while the backward pass still runs")
     ddp_bucket_size: int = flag(25_000_000, "elements of a gradient bucket")
-    distributed_backend: str = flag("auto", "process-group backend; auto is nccl on GPUs and gloo on CPUs", choices=("auto", "gloo", "nccl", "mpi"))
+    distributed_backend: str = flag(
+        "auto", "process-group backend; auto is nccl on GPUs and gloo on CPUs", choices=("auto", "gloo", "nccl", "mpi")
+    )
     distributed_timeout_minutes: float = flag(30.0, "minutes after which a collective that does not end aborts the run")
 
     def validate(self) -> None:
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        if self.distributed_timeout_minutes <= 0:
-            raise UserError(f"--distributed-timeout-minutes {self.distributed_timeout_minutes}: must be positive")
+        require_at_least(self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        require_at_least(self, 1, "context_parallel_size", "expert_model_parallel_size", "ddp_bucket_size")
+        require_positive(self, "distributed_timeout_minutes")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """What is read, and how documents become samples."""
 
-    data_path: tuple[str, ...] = flag((), "dataset prefix, or weight prefix weight prefix ... for a blend", metavar="PREFIX")
+    data_path: tuple[str, ...] = flag(
+        (), "dataset prefix, or weight prefix weight prefix ... for a blend", metavar="PREFIX"
+    )
     split: str = flag("99,1,0", "train,validation,test shares of every source's documents")
     tokenizer_type: str = flag(
-        "HuggingFaceTokenizer", "what --tokenizer-model holds", choices=("HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer")
+        "HuggingFaceTokenizer",
+        "what --tokenizer-model holds",
+        choices=("HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"),
     )
-    tokenizer_model: str | None = flag(None, "tokenizer file (tokenizer.json or .model), or the vocabulary size of a NullTokenizer")
+    tokenizer_model: str | None = flag(
+        None, "tokenizer file (tokenizer.json or .model), or the vocabulary size of a NullTokenizer"
+    )
     seq_length: int = flag(1024, "tokens of a sample")
     eod_mask_loss: bool = flag(False, "do not train on the end-of-document token")
     num_workers: int = flag(1, "threads that read samples ahead; 0 reads in the training thread")
 
     def validate(self) -> None:
-        if self.seq_length < 1:
-            raise UserError(f"--seq-length {self.seq_length}: must be at least 1")
+        require_at_least(self, 1, "seq_length")
+        require_at_least(self, 0, "num_workers")
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,9 @@ class OptimizerConfig:
     lr_decay_style: str = flag("cosine", "shape of the decay", choices=("cosine", "linear", "constant", "WSD"))
     lr_warmup_iters: int = flag(0, "iterations of linear warm-up")
     lr_decay_iters: int | None = flag(None, "iterations until --min-lr (default: --train-iters)")
-    lr_wsd_decay_iters: int | None = flag(None, "length of the final decay of WSD (default: a tenth of --lr-decay-iters)")
+    lr_wsd_decay_iters: int | None = flag(
+        None, "length of the final decay of WSD (default: a tenth of --lr-decay-iters)"
+    )
     weight_decay: float = flag(0.1, "decoupled weight decay of matrices")
     adam_beta1: float = flag(0.9, "decay of the first moment")
     adam_beta2: float = flag(0.95, "decay of the second moment")
@@ -71,16 +81,14 @@ class OptimizerConfig:
     hysteresis: int = flag(2, "fp16: overflows in a row before the scale shrinks by 0.5")
 
     def validate(self) -> None:
-        if self.lr <= 0:
-            raise UserError(f"--lr {self.lr}: must be positive")
+        require_positive(self, "lr", "adam_eps", "initial_loss_scale", "min_loss_scale")
         if not 0 <= self.min_lr <= self.lr:
             raise UserError(f"--min-lr {self.min_lr}: must lie between 0 and --lr {self.lr}")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must lie in [0, 1)")
-        for name in ("lr_warmup_iters", "weight_decay", "clip_grad"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
+        require_at_least(self, 0, "lr_warmup_iters", "weight_decay", "clip_grad")
+        require_at_least(self, 1, "lr_decay_iters", "lr_wsd_decay_iters", "loss_scale_window", "hysteresis")
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ class TrainingConfig:
     micro_batch_size: int = flag(1, "sequences a rank computes at once")
     global_batch_size: int | None = flag(None, "sequences of one optimizer step (default: micro batch x dp)")
     train_iters: int = flag(100, "optimizer steps of the run")
+    exit_interval: int = flag(0, "save and leave after each iteration that divides by this; 0: run to --train-iters")
     seed: int = flag(1234, "seed of initial weights and of the data order")
     bf16: bool = flag(False, "compute in bfloat16; master weights stay in fp32")
     fp16: bool = flag(False, "compute in float16 with dynamic loss scaling; master weights stay in fp32")
@@ -103,16 +112,19 @@ class TrainingConfig:
     deterministic: bool = flag(True, "torch's deterministic algorithms")
     eval_interval: int = flag(0, "iterations between evaluations; 0: only at the end when --eval-iters is set")
     eval_iters: int = flag(0, "global batches of one evaluation; 0: no evaluation")
-    early_stopping_patience: int = flag(0, "evaluations without a better --early-stopping-metric before the run ends; 0: never")
-    early_stopping_metric: str = flag("loss", "what early stopping and --keep-best watch", choices=("loss", "perplexity", "bits_per_byte", "accuracy"))
+    early_stopping_patience: int = flag(
+        0, "evaluations without a better --early-stopping-metric before the run ends; 0: never"
+    )
+    early_stopping_metric: str = flag(
+        "loss", "what early stopping and --keep-best watch", choices=("loss", "perplexity", "bits_per_byte", "accuracy")
+    )
 
     def validate(self) -> None:
         if self.bf16 + self.fp16 + self.fp64 > 1:
             raise UserError("--bf16, --fp16 and --fp64 exclude each other; choose one")
-        if self.micro_batch_size < 1:
-            raise UserError(f"--micro-batch-size {self.micro_batch_size}: must be at least 1")
-        if self.train_iters < 0:
-            raise UserError(f"--train-iters {self.train_iters}: must not be negative")
+        require_at_least(self, 1, "micro_batch_size", "global_batch_size")
+        require_at_least(self, 0, "train_iters", "exit_interval", "eval_interval", "eval_iters")
+        require_at_least(self, 0, "seed", "early_stopping_patience")
 
 
 @dataclass(frozen=True)
@@ -127,9 +139,7 @@ class CheckpointConfig:
     finetune: bool = flag(False, "load the weights only and start the run at iteration 0")
 
     def validate(self) -> None:
-        for name in ("save_interval", "keep_last", "keep_best"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
+        require_at_least(self, 0, "save_interval", "keep_last", "keep_best")
 
 
 @dataclass(frozen=True)
@@ -144,5 +154,4 @@ class LoggingConfig:
     run_name: str | None = flag(None, "name of the run in trackers")
 
     def validate(self) -> None:
-        if self.log_interval < 1:
-            raise UserError(f"--log-interval {self.log_interval}: must be at least 1")
+        require_at_least(self, 1, "log_interval")

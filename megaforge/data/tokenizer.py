@@ -32,6 +32,8 @@ class Tokenizer(ABC):
         vocab_size: the largest id + 1.
         eod: the end-of-document id, or None where the tokenizer has none.
         fingerprint: SHA-256 (hex) over the content that defines the ids.
+        cuts_at_lines: whether text may be cut after a line end between two printable ASCII characters without a change
+            of its ids; long documents can then be encoded in parts.
     """
 
     type: str
@@ -39,6 +41,7 @@ class Tokenizer(ABC):
     vocab_size: int
     eod: int | None
     fingerprint: str
+    cuts_at_lines: bool = False
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``; no control id is added, and none comes from literal control tokens in the text."""
@@ -83,6 +86,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = _largest_id(self.definition) + 1
         self.eod = None if eod is None else self.control_tokens[eod]
         self.fingerprint = _fingerprint(self.definition)
+        self.cuts_at_lines = _splits_like_gpt2(self.definition)
         self._leaky = self._find_leaks()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -252,6 +256,13 @@ def _read_tokenizer_json(path: Path) -> dict[str, Any]:
     return definition
 
 
+def _splits_like_gpt2(definition: dict[str, Any]) -> bool:
+    """Whether words are found by GPT-2's expression alone, which never looks across a line end within text."""
+    split = definition.get("pre_tokenizer") or {}
+    plain = split.get("type") == "ByteLevel" and split.get("use_regex", True) and not split.get("add_prefix_space")
+    return plain and not definition.get("normalizer") and all(t["special"] for t in definition["added_tokens"])
+
+
 def _largest_id(definition: dict[str, Any]) -> int:
     """The largest id of the model's vocabulary (a map, or a list in id order) and of the added tokens."""
     vocab = definition["model"].get("vocab") or {}
@@ -271,7 +282,9 @@ def _fingerprint(definition: dict[str, Any]) -> str:
         digest.update("\0".join(token for token, _ in vocab).encode("utf-8", "surrogatepass"))
         digest.update(b"\0" + ",".join(str(number) for _, number in vocab).encode())
     if isinstance(model.get("merges"), list):  # older files hold "a b", newer ones ["a", "b"]
-        merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model.pop("merges"))
+        merges = model.pop("merges")
+        if merges and not isinstance(merges[0], str):
+            merges = map(" ".join, merges)
         digest.update("\0\n".join(["", *merges]).encode("utf-8", "surrogatepass"))
     rest = {**{name: value for name, value in definition.items() if name != "version"}, "model": model}
     digest.update(b"\0\n" + json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())

@@ -120,13 +120,14 @@ class ChannelMix(nn.Module):
             Elementwise(lambda channel: 1 - (channel / size) ** power),
             tp_partial_grad=True,
             weight_decay=False,
+            keep_fp32=True,
             kind="rwkv",
         )
         self.x_k = make_parameter(spec, ctx, dtype)
 
     def forward(self, x: Tensor, info: SequenceInfo, shift_state: Tensor | None) -> Tensor:
         """[s, b, h] inside the region -> [s, b, h]; ``shift_state`` [b, h] is the token before the first one."""
-        return x + (token_shift(x, info, shift_state) - x) * self.x_k
+        return torch.addcmul(x, token_shift(x, info, shift_state) - x, self.x_k.to(x.dtype))
 
 
 class DenseFFN(nn.Module):

@@ -114,5 +114,5 @@ def make_norm(
     cfg: ModelConfig, ctx: ParallelContext, name: str, *, region: TensorParallelRegion, dtype: torch.dtype
 ) -> RMSNorm | LayerNorm:
     """The norm that ``--normalization`` names, over the hidden size."""
-    kind = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}[cfg.normalization]
+    kind: type[RMSNorm] | type[LayerNorm] = RMSNorm if cfg.normalization == "rmsnorm" else LayerNorm
     return kind(ctx, name, cfg.hidden_size, cfg.norm_epsilon, region=region, dtype=dtype)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megaforge.config.model_config import ModelConfig
 from megaforge.kernels.wkv7 import wkv7
 from megaforge.nn.sequence import SequenceInfo
-from megaforge.nn.token_shift import token_shift
+from megaforge.nn.token_shift import mix_tokens, token_shift
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init_rules import Constant, Elementwise, InitRule, Normal, Orthogonal
 from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -249,7 +249,7 @@ class RWKV7TimeMix(nn.Module):
         """
         x = self.region.enter(x)
         previous = token_shift(x, info, None if state is None else state.shift)
-        r, log_w, k, v, a, gate = self._project(x, previous - x, v_first)
+        r, log_w, k, v, a, gate = self._project(x, previous, v_first)
         v_first = v if v_first is None else v_first
         heads = (*x.shape[:2], self.local_heads, self.head_size)
         # The vectors are fp32, so what follows is computed in fp32 and rounded once to the model's type.
@@ -271,23 +271,18 @@ class RWKV7TimeMix(nn.Module):
             state.shift, state.wkv = x[-1], final
         return self.output(self._finish(y, r, k, v) * gate), v_first
 
-    def _project(self, x: Tensor, d: Tensor, v_first: Tensor | None) -> tuple[Tensor, ...]:
-        """r, log w (fp32), k, v, a (fp32) and the gate, each [s, b, C/tp]; ``d`` is the previous token minus ``x``."""
-
-        def mixed(coefficient: Tensor) -> Tensor:
-            return torch.addcmul(x, d, coefficient.to(x.dtype))
-
-        r, k = self.receptance(mixed(self.x_r)), self.key(mixed(self.x_k))
-        x_v = mixed(self.x_v)
-        v = self.value(x_v)
+    def _project(self, x: Tensor, previous: Tensor, v_first: Tensor | None) -> tuple[Tensor, ...]:
+        """r, log w (fp32), k, v, a (fp32) and the gate, each [s, b, C/tp]."""
+        coefficients = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        x_r, x_w, x_k, x_v, x_a, x_g = mix_tokens(x, previous, coefficients)
+        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         if not self.makes_v_first:
             if v_first is None:
                 raise ValueError(f"{self.name}: v_first is missing; the model's first mixer must be an RWKV-7 layer")
             v = v + (v_first - v) * torch.sigmoid(self.v0 + x_v @ self.v1 @ self.v2).to(v.dtype)
-        log_w = DECAY_SCALE * torch.sigmoid(self.w0 + torch.tanh(mixed(self.x_w) @ self.w1) @ self.w2)
-        a = torch.sigmoid(self.a0 + mixed(self.x_a) @ self.a1 @ self.a2)
-        gate = torch.sigmoid(mixed(self.x_g) @ self.g1) @ self.g2
-        return r, log_w, k, v, a, gate
+        log_w = DECAY_SCALE * torch.sigmoid(self.w0 + torch.tanh(x_w @ self.w1) @ self.w2)
+        a = torch.sigmoid(self.a0 + x_a @ self.a1 @ self.a2)
+        return r, log_w, k, v, a, torch.sigmoid(x_g @ self.g1) @ self.g2
 
     def _finish(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Norm over each head, and the current token's own value; [s, b, H/tp, N] -> [s, b, C/tp]."""

@@ -83,6 +83,8 @@ def test_damaged_newest_is_set_aside_and_the_one_before_it_is_used(tmp_path, cap
     assert find_checkpoint(tmp_path, CTX) == old
     assert _names(tmp_path) == ["latest", "step_0000001", "step_0000002.damaged"]
     assert len(caplog.records) == 1 and "renamed to step_0000002.damaged" in caplog.text
+    if damage in ("truncated", "longer"):
+        assert "bytes instead of" in caplog.text
     assert find_checkpoint(tmp_path, CTX) == old
     assert len(caplog.records) == 1
     assert _assert_whole(old) == 1.0
@@ -155,7 +157,7 @@ def test_unreadable_is_not_damaged(tmp_path, monkeypatch):
 
 
 def _die_at(call: int, action) -> int:
-    """Runs ``action`` in a child that kills itself before its ``call``-th durable operation; returns its exit signal."""
+    """Runs ``action`` in a child that dies before its ``call``-th durable operation; returns its exit code."""
     child = os.fork()
     if child == 0:
         seen = 0

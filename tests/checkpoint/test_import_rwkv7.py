@@ -13,8 +13,9 @@ from torch import Tensor
 from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta
 from megaforge.checkpoint.compatible import check_compatible
 from megaforge.checkpoint.find import find_checkpoint
-from megaforge.checkpoint.import_rwkv7 import convert_rwkv7, import_rwkv7, our_name, read_pth
+from megaforge.checkpoint.import_rwkv7 import MODEL_FILE, convert_rwkv7, import_rwkv7, our_name, read_pth
 from megaforge.checkpoint.shards import TensorEntry
+from megaforge.config.cli import parse_config
 from megaforge.config.config import Config
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
@@ -63,6 +64,7 @@ def test_a_file_becomes_a_checkpoint_that_loads_at_any_layout(weights: dict[str,
     whole = ParallelContext.single()
     path = find_checkpoint(tmp_path / "save", whole)
     meta = read_meta(path)
+    assert parse_config(["--config", str(tmp_path / "save" / MODEL_FILE)]).config.model == cfg
     check_compatible(meta, Config(model=ModelConfig(**meta["config"]["model"])))
     assert meta["config"]["model"]["rwkv_iclr_rank"] == 48 and meta["source"]["file"] == "model.pth"
     for rank in range(2):

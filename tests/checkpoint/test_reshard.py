@@ -11,6 +11,7 @@ import torch
 from megaforge.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from megaforge.checkpoint.errors import CheckpointError
 from megaforge.checkpoint.manifest import MANIFEST_FILE
+from megaforge.checkpoint.safetensors_file import SafetensorsFile
 from megaforge.checkpoint.shards import TensorEntry
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import ParamSpec
@@ -55,6 +56,13 @@ def test_single_rank_file_is_plain_safetensors(tmp_path):
     for name in whole:
         tensor = loaded[f"model.{name}"]
         assert torch.equal(tensor, full_tensor(f"model.{name}", tuple(tensor.shape), tensor.dtype))
+
+
+def test_tensors_of_a_file_are_aligned_to_their_type(tmp_path):
+    path = _save_one(tmp_path, [_entry("a", (3,), torch.bfloat16), _entry("b", (3,)), _entry("c", (1,), torch.uint8)])
+    file = SafetensorsFile(path / "rank_00000.safetensors")
+    assert [slot.name for slot in file.slots()] == ["b", "a", "c"]
+    assert all(file.tensor(slot.name).data_ptr() % slot.dtype.itemsize == 0 for slot in file.slots())
 
 
 def test_rank_tensors_return_only_at_the_same_layout(tmp_path, caplog):

@@ -137,6 +137,11 @@ def test_files_that_cannot_be_read(write) -> None:
         (["--lr"], "--lr: expected one argument"),
         (["--data-path"], "--data-path: expected at least one argument"),
         (["stray"], "stray: no flag takes this word; see --help"),
+        (["--global-batch-size", "0"], "--global-batch-size 0: must be at least 1"),
+        (["--make-vocab-size-divisible-by", "0"], "--make-vocab-size-divisible-by 0: must be at least 1"),
+        (["--weight-decay", "-0.1"], "--weight-decay -0.1: must be at least 0"),
+        (["--lr", "0"], "--lr 0.0: must be positive"),
+        (["--min-lr", "1"], "--min-lr 1.0: must lie between 0 and --lr 0.0003"),
         (["--bf16", "--fp16"], "--bf16, --fp16 and --fp64 exclude each other; choose one"),
     ],
 )  # fmt: skip

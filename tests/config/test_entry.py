@@ -21,8 +21,9 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(body: str, rank: int, size: int) -> subprocess.Popen[str]:
-    script = "from megaforge.config.entry import run_entry\nfrom megaforge.errors import UserError\n"
-    script += "def main():\n" + textwrap.indent(textwrap.dedent(body), "    ") + "\nrun_entry(main)\n"
+    script = "from megaforge.config import entry\nfrom megaforge.errors import UserError\n"
+    script += "entry._SECONDS_FOR_RANK_0 = 0.1\n"
+    script += "def main():\n" + textwrap.indent(textwrap.dedent(body), "    ") + "\nentry.run_entry(main)\n"
     environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(size)}
     return subprocess.Popen(
         [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -89,7 +90,9 @@ def test_torchrun_prints_a_common_mistake_once(tmp_path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "from megaforge.config.entry import run_entry\nfrom megaforge.errors import UserError\n"
-        'def main():\n    raise UserError("a common mistake")\nrun_entry(main)\n'
+        "import os, time\n"
+        'def main():\n    time.sleep(0.2 * (os.environ["RANK"] == "0"))\n    raise UserError("a common mistake")\n'
+        "run_entry(main)\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}

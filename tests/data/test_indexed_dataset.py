@@ -221,6 +221,24 @@ with module.IndexedDatasetWriter(sys.argv[1], "uint16") as writer:
 @pytest.mark.parametrize("survived", range(5))
 def test_killed_writer_shows_no_half_dataset(tmp_path: Path, survived: int) -> None:
     """Killed before each of its five durable steps (three syncs, two renames), no index is ever visible."""
+    kill_writer(tmp_path, survived)
+    assert not (tmp_path / "d.idx").exists()
+    with pytest.raises(UserError, match="does not exist"):
+        IndexedDataset(tmp_path / "d")
+
+
+@pytest.mark.parametrize("survived", range(5))
+def test_killed_writer_never_pairs_old_and_new(tmp_path: Path, survived: int) -> None:
+    """Over an older dataset of the same size, a kill leaves the old one whole or none at all."""
+    prefix = write_dataset(tmp_path / "d", [[7], [8, 9]])
+    kill_writer(tmp_path, survived)
+    if survived < 3:
+        assert second_reader(prefix) == [[[7]], [[8, 9]]]
+    else:
+        assert not (tmp_path / "d.idx").exists()
+
+
+def kill_writer(tmp_path: Path, survived: int) -> None:
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     root = Path(indexed_dataset.__file__).parents[2]
@@ -230,6 +248,3 @@ def test_killed_writer_shows_no_half_dataset(tmp_path: Path, survived: int) -> N
         check=False,
     )
     assert result.returncode == -signal.SIGKILL
-    assert not (tmp_path / "d.idx").exists()
-    with pytest.raises(UserError, match="does not exist"):
-        IndexedDataset(tmp_path / "d")

@@ -47,14 +47,14 @@ def make_stream(
     return TokenStream(tokens, starts, lengths, first, [seed, "content", 1], cache_dir)
 
 
-def oracle(documents: list[list[int]], seed: int, stop: int) -> tuple[list[int], list[bool]]:
+def oracle(documents: list[list[int]], seed: int, stop: int, first: int = 0) -> tuple[list[int], list[bool]]:
     """The stream's first tokens and document starts, document by document in plain Python."""
     tokens: list[int] = []
     marks: list[bool] = []
     epoch = 0
     while len(tokens) < stop:
         key = key_of(sample_order.ORDER_VERSION, seed, "content", 1, epoch)
-        hashes = {i: int(splitmix64(key, np.array([i], np.uint64))[0]) for i in range(len(documents))}
+        hashes = {i: int(splitmix64(key, np.array([first + i], np.uint64))[0]) for i in range(len(documents))}
         for number in sorted(hashes, key=hashes.__getitem__):
             tokens += documents[number]
             marks += [True, *[False] * (len(documents[number]) - 1)] if documents[number] else []
@@ -72,13 +72,19 @@ documents_strategy = st.lists(st.lists(st.integers(0, 65535), max_size=7), min_s
 
 
 @settings(max_examples=120, deadline=None)
-@given(documents_strategy, st.integers(0, 5), st.integers(1, 150), st.lists(st.integers(0, 300), max_size=6))
+@given(
+    documents_strategy,
+    st.integers(0, 5),
+    st.integers(1, 150),
+    st.lists(st.integers(0, 300), max_size=6),
+    st.integers(0, 9),
+)
 def test_windows_are_cut_from_the_shuffled_documents(
-    documents: list[list[int]], seed: int, length: int, cursors: list[int]
+    documents: list[list[int]], seed: int, length: int, cursors: list[int], first: int
 ) -> None:
     """Empty documents, one-token corpora, windows over many documents and several epochs, in any order of access."""
-    stream = make_stream(documents, seed=seed)
-    tokens, marks = oracle(documents, seed, 460)
+    stream = make_stream(documents, first, seed=seed)
+    tokens, marks = oracle(documents, seed, 460, first)
     for cursor in [*cursors, 0]:
         assert window(stream, cursor, length) == (tokens[cursor : cursor + length], marks[cursor : cursor + length])
 

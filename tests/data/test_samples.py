@@ -186,6 +186,8 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path, monkeypatch: pyte
     make(prefix, vocab_size=1000)
     with pytest.raises(UserError, match="d.bin holds token id 999.*0..499"):
         make(prefix, vocab_size=500)
+    with pytest.raises(UserError, match="d.bin holds token id 999.*0..998"):
+        make(prefix, vocab_size=999)
     write_sidecar(prefix)
     make(prefix, vocab_size=1000)
     with pytest.raises(UserError, match="d.bin holds ids of a tokenizer of 1,000.*d.json.*500"):
@@ -193,6 +195,8 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patch, pytest.raises(UserError, match="token id 999"):
         patch.setattr(samples_module, "_SCAN_CHUNK", 2)
         make(write_dataset(tmp_path / "late", [[1, 2], [3], [999]]), vocab_size=500)
+    with pytest.raises(UserError, match="token id -1"):
+        make(write_dataset(tmp_path / "small", [[1, -1]], "int8"), vocab_size=500)
     negative = write_dataset(tmp_path / "n", [[1, -2], [3]], "int32")
     with pytest.raises(UserError, match="n.bin holds token id -2"):
         make(negative, vocab_size=500)

@@ -168,16 +168,26 @@ def test_nvidia_fused_adam_is_told_everything(monkeypatch: pytest.MonkeyPatch) -
     assert optimizer.implementation == "NVIDIA apex FusedAdam"
     run_steps(optimizer, model, ctx, range(2))
     run_steps(peer, peer_model, ctx, range(2))
-    optimizer.load_state(optimizer.state())
+    resumed = build_optimizer(CONFIG, model, ctx)
+    for (_, _, new), (_, _, old) in zip(resumed.entries(), optimizer.entries(), strict=True):
+        new.copy_(old)
+    resumed.load_state(optimizer.state())
+    optimizer = resumed
     run_steps(optimizer, model, ctx, range(2, 4))
     run_steps(peer, peer_model, ctx, range(2, 4))
     for (key, _, one), (_, _, two) in zip(optimizer.entries(), peer.entries(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6, msg=key)
+    in_fp64 = build_optimizer(CONFIG, SmallModel(ctx, torch.float64), ctx)
+    assert in_fp64.implementation == "torch fused AdamW"  # apex has no fp64
 
 
-def test_the_other_package_called_apex_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_other_package_called_apex_and_one_without_cuda_code_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "apex.optimizers", raising=False)
-    install(monkeypatch, apex=types.ModuleType("apex"))
+    monkeypatch.delitem(sys.modules, "amp_C", raising=False)
+    install(monkeypatch, apex=types.ModuleType("apex"), amp_C=types.ModuleType("amp_C"))
     assert adamw._nvidia_fused_adam() is None
-    install(monkeypatch, amp_C=types.ModuleType("amp_C"))
+    monkeypatch.delitem(sys.modules, "amp_C")
+    optimizers = types.ModuleType("apex.optimizers")
+    optimizers.FusedAdam = FusedAdamStandIn  # type: ignore[attr-defined]
+    install(monkeypatch, apex__optimizers=optimizers)
     assert adamw._nvidia_fused_adam() is None

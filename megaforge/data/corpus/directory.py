@@ -126,7 +126,6 @@ def print_report(report: Report, settings: DirectorySettings) -> None:
 def _documents(settings: DirectorySettings, report: Report) -> Iterator[tuple[str, str]]:
     """(source, text) of every document, in order; what cannot be used goes into the report."""
     ours = {os.path.realpath(name) for name in (settings.output, settings.holdout_output) if name}
-    limit = int(settings.max_file_mb * (1 << 20))
     excludes = (*DEFAULT_EXCLUDES, *settings.exclude)
     roots = [(root, excludes) for root in settings.inputs]
     if settings.python_stdlib:
@@ -135,7 +134,7 @@ def _documents(settings: DirectorySettings, report: Report) -> Iterator[tuple[st
         for path, name in _files(root, patterns, report):
             if os.path.realpath(path) in ours:
                 continue
-            yield from _file(path, name, settings.json_key, limit, report)
+            yield from _file(path, name, settings.json_key, settings.max_file_mb, report)
     if settings.python_stdlib:
         yield from pydoc_topics()
 
@@ -166,7 +165,7 @@ def _excluded(relative: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(relative, pattern) or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _file(path: str, name: str, key: str, limit: int, report: Report) -> Iterator[tuple[str, str]]:
+def _file(path: str, name: str, key: str, max_mb: float, report: Report) -> Iterator[tuple[str, str]]:
     lower = os.path.basename(name).lower()
     suffix = os.path.splitext(lower)[1]
     try:
@@ -178,8 +177,8 @@ def _file(path: str, name: str, key: str, limit: int, report: Report) -> Iterato
         )
         if not known:
             report.skipped.append((name, f"no text or source file by its name ({suffix or 'no extension'})"))
-        elif os.path.getsize(path) > limit:
-            report.skipped.append((name, f"larger than --max-file-mb {limit / (1 << 20):g}"))
+        elif os.path.getsize(path) > max_mb * (1 << 20):
+            report.skipped.append((name, f"larger than --max-file-mb {max_mb:g}"))
         else:
             text = decode(Path(path).read_bytes())
             if suffix == ".json":

@@ -9,11 +9,12 @@ import importlib
 import sysconfig
 from collections.abc import Iterator
 
-# Tests and their fixtures, installed packages, and files that describe this machine's build; the topics are taken as
-# documents of their own.
+# Tests and their fixtures, installed packages, and files that describe this machine's build. Topics are taken as
+# documents of their own. The codecs of old character sets are tables of numbers.
 STDLIB_EXCLUDES = (
     *("test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "config-*", "_bundled"),
     *("_sysconfigdata*", "pydoc_data/topics.py"),
+    *("encodings/cp*.py", "encodings/iso*.py", "encodings/mac_*.py", "encodings/koi8*.py"),
 )
 
 

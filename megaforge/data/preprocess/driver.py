@@ -137,6 +137,9 @@ def _prepare(settings: PreprocessSettings, key: str, output: str) -> tuple[dict[
     size = shard_bytes(sources, settings.shard_mb)
     work = WorkDirectory(Path(f"{output}.partial"))
     work.prepare({**described, "shard_bytes": size, "sources": [list(vars(source).values()) for source in sources]})
+    finished = len(list(work.path.glob("*.manifest.json")))
+    if finished:
+        print(f"{output}: continuing a run that finished {finished:,} shards", file=sys.stderr)
     fast, encoder = _fast_path(tokenizer, key, sources, work) if settings.fast else (None, None)
     spec = WorkerSpec(
         tokenizer_type=settings.tokenizer_type,

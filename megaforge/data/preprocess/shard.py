@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,8 @@ from megaforge.errors import UserError, require
 
 Report = Callable[[int, int], None]
 MAX_REPORTED = 1000
+_SLOW_BATCH = 1 << 16  # characters
+_LINE_END = re.compile(r"(?<=[!-~])\n(?=[!-~])")
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,34 @@ class SlowEncoder:
         self._tokenizer = tokenizer
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One int32 array a text."""
+        """One int32 array a text. Few texts at a time: the library needs some hundred bytes a token while it works."""
+        arrays: list[np.ndarray] = []
+        batch: list[str] = []
+        size = 0
+        for text in texts:
+            if len(text) > _SLOW_BATCH and self._tokenizer.cuts_at_lines:
+                parts = [self._arrays([part])[0] for part in _cut_at_lines(text)]
+                arrays += [*self._arrays(batch), np.concatenate(parts)]
+                batch, size = [], 0
+                continue
+            batch.append(text)
+            size += len(text)
+            if size >= _SLOW_BATCH:
+                arrays += self._arrays(batch)
+                batch, size = [], 0
+        return arrays + self._arrays(batch)
+
+    def _arrays(self, texts: list[str]) -> list[np.ndarray]:
         return [np.array(ids, np.int32) for ids in self._tokenizer.encode_batch(texts)]
+
+
+def _cut_at_lines(text: str) -> Iterator[str]:
+    """Parts of a long text that are encoded alike alone and together; see ``Tokenizer.cuts_at_lines``."""
+    start = 0
+    while found := _LINE_END.search(text, start + _SLOW_BATCH):
+        yield text[start : found.end()]
+        start = found.end()
+    yield text[start:]
 
 
 def make_encoder(spec: WorkerSpec) -> Encoder:

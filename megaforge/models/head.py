@@ -1,0 +1,87 @@
+"""The two ends of the model: initial weights of embedding and head, and the output head over a split vocabulary."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaforge.config.model_config import ModelConfig
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.cross_entropy import vocab_parallel_linear_cross_entropy
+from megaforge.parallel.init_rules import InitRule, Normal, Orthogonal, Uniform
+from megaforge.parallel.mappings import gather_from_tensor_parallel
+from megaforge.parallel.param_spec import ParamSpec, make_parameter
+from megaforge.parallel.region import TensorParallelRegion
+
+# A tied head reads a token's own embedding back: where the blocks start at zero, the logit of the input token is
+# h * std. Held at 4, its e^4 is lost in a softmax over thousands of tokens, and the loss starts at ln(vocabulary).
+TIED_OWN_LOGIT = 4.0
+
+
+def embedding_init(cfg: ModelConfig, *, published_rwkv: bool) -> InitRule:
+    """Initial embedding: RWKV-LM's U(+-1e-4) for its own untied LayerNorm models, otherwise normal."""
+    if published_rwkv:
+        return Uniform(1e-4 * cfg.init_std_scale, cfg.vocab_size)
+    std = cfg.init_std
+    if not cfg.untie_embeddings_and_output_weights:
+        std = min(std, TIED_OWN_LOGIT / cfg.hidden_size)
+    return Normal(std * cfg.init_std_scale, cfg.vocab_size)
+
+
+def head_init(cfg: ModelConfig, *, published_rwkv: bool) -> InitRule:
+    """Initial untied head: RWKV-LM's orthogonal matrix of gain 0.5 sqrt(V/h) for its own models, otherwise normal."""
+    vocab, hidden = cfg.vocab_size or cfg.padded_vocab_size(), cfg.hidden_size
+    if not published_rwkv:
+        return Normal(cfg.init_std * cfg.init_std_scale, cfg.vocab_size)
+    gain = 0.5 * math.sqrt(max(1.0, vocab / hidden)) * cfg.init_std_scale
+    if cfg.rwkv_init == "orthogonal":
+        return Orthogonal(gain, cfg.vocab_size)
+    return Normal(gain / math.sqrt(max(vocab, hidden)), cfg.vocab_size)
+
+
+class OutputHead(nn.Module):
+    """Scores of the vocabulary, its rows split over tp; the matrix is its own (``head.weight``) or the embedding's."""
+
+    def __init__(
+        self,
+        ctx: ParallelContext,
+        cfg: ModelConfig,
+        tied_weight: nn.Parameter | None,
+        *,
+        init: InitRule,
+        region: TensorParallelRegion,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.ctx = ctx
+        self.region = region
+        self.vocab_size = cfg.vocab_size or cfg.padded_vocab_size()
+        if tied_weight is None:
+            spec = ParamSpec("head.weight", (cfg.padded_vocab_size(), cfg.hidden_size), init, shard_dim=0, kind="head")
+            tied_weight = make_parameter(spec, ctx, dtype)
+        self.weight = tied_weight
+
+    def loss(self, x: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of every token, without ever holding all logits.
+
+        Args:
+            x: normed residual stream [s(/tp), b, h].
+            labels_BS: int64 [b, s].
+
+        Returns:
+            Losses [s, b] in nats (fp32; fp64 for fp64) and whether the label scored highest, bool [s, b].
+        """
+        hidden = self.region.enter(x)
+        labels = labels_BS.t().reshape(-1)
+        losses, correct = vocab_parallel_linear_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]), self.weight, labels, ctx=self.ctx, vocab_size=self.vocab_size
+        )
+        return losses.view(hidden.shape[:2]), correct.view(hidden.shape[:2])
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Normed residual stream [s(/tp), b, h] -> [b, s, vocabulary], whole and unpadded on every rank."""
+        local = F.linear(self.region.enter(x), self.weight)
+        return gather_from_tensor_parallel(local, self.ctx.tp)[..., : self.vocab_size].transpose(0, 1)

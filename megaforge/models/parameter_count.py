@@ -1,0 +1,66 @@
+"""How many parameters a configuration has, per component, without building them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megaforge.config.model_config import ModelConfig
+from megaforge.models.hybrid import HybridModel
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.param_spec import ParamSpec, named_specs
+
+COMPONENTS = {
+    "embedding": "embedding",
+    "rwkv": "RWKV-7 mixers, channel mixes",
+    "attention": "attention",
+    "moe": "experts",
+    "router": "routers",
+    "ffn": "dense FFN",
+    "norm": "norms",
+    "head": "output head",
+}
+
+
+@dataclass(frozen=True)
+class ComponentCount:
+    """One component: ``tensors`` parameters of ``stored`` elements, of which a token uses ``active``."""
+
+    component: str
+    tensors: int
+    stored: int
+    active: int
+
+
+def active_elements(spec: ParamSpec, cfg: ModelConfig) -> int:
+    """How many elements of a parameter take part in one token: of expert stacks the chosen ones, else all.
+
+    The whole embedding counts, as is usual, though a token looks up one row.
+    """
+    return spec.numel * cfg.moe_router_topk // cfg.num_experts if spec.kind == "moe" else spec.numel
+
+
+def count_parameters(cfg: ModelConfig) -> list[ComponentCount]:
+    """Counts by component, in the order of :data:`COMPONENTS`; a tied head is counted once, as the embedding.
+
+    Raises:
+        UserError: the configuration cannot be built.
+    """
+    model = HybridModel(cfg, ParallelContext.single("meta"))
+    specs = [spec for spec, _ in named_specs(model)]
+    counts = []
+    for kind, component in COMPONENTS.items():
+        own = [spec for spec in specs if spec.kind == kind]
+        if own:
+            stored, active = sum(s.numel for s in own), sum(active_elements(s, cfg) for s in own)
+            counts.append(ComponentCount(component, len(own), stored, active))
+    missing = sorted({spec.kind for spec in specs} - COMPONENTS.keys())
+    if missing:
+        raise ValueError(f"parameters of unknown kind: {missing}")
+    return counts
+
+
+def total(counts: list[ComponentCount]) -> ComponentCount:
+    """The sum of all components."""
+    return ComponentCount(
+        "total", sum(c.tensors for c in counts), sum(c.stored for c in counts), sum(c.active for c in counts)
+    )

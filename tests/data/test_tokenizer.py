@@ -1,0 +1,185 @@
+"""Tokenizers: round trips, control tokens in text, fingerprints, errors; and their training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megaforge.data.tokenizer import Tokenizer, guess_tokenizer_type, load_tokenizer
+from megaforge.data.train_tokenizer import TokenizerSettings, train_tokenizer
+from megaforge.errors import UserError
+from tests.data.corpus_files import bpe_tokenizer, documents, write_jsonl
+
+pytest.importorskip("tokenizers", reason="needs the data extra")
+pytest.importorskip("sentencepiece", reason="needs the data extra")
+
+
+@pytest.fixture(scope="module")
+def bpe_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return bpe_tokenizer(tmp_path_factory.mktemp("bpe") / "tok.json")
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("sp")
+    corpus = write_jsonl(directory / "c.jsonl", documents(300, seed=5))
+    train_tokenizer(TokenizerSettings((str(corpus),), str(directory / "sp.model"), 420, kind="sentencepiece"))
+    return str(directory / "sp.model")
+
+
+def load(path: str) -> Tokenizer:
+    return load_tokenizer(guess_tokenizer_type(path), path)
+
+
+@pytest.mark.parametrize("name", ["bpe_file", "sentencepiece_file"])
+def test_text_comes_back_and_holds_no_control_id(name: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = load(request.getfixturevalue(name))
+    assert tokenizer.eod is not None
+    texts = [
+        *documents(50, seed=1),
+        "<|endoftext|>",
+        "</s>",
+        "<s>a</s>",
+        "a<|endoftext|><|endoftext|>b",
+        "<unk><|pad|>",
+    ]
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode([*ids, tokenizer.eod]) == text
+        assert tokenizer.eod not in ids
+        assert ids == tokenizer.encode(text)
+        assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+def test_the_library_alone_would_have_made_control_ids(bpe_file: str) -> None:
+    """What the guard guards against: without it the literal becomes the id."""
+    import tokenizers
+
+    tokenizer = load(bpe_file)
+    plain = tokenizers.Tokenizer.from_file(bpe_file)
+    assert tokenizer.eod in plain.encode("a<|endoftext|>b", add_special_tokens=False).ids
+    assert tokenizer.eod not in tokenizer.encode("a<|endoftext|>b")
+
+
+def test_a_control_token_that_the_merges_can_spell_is_still_text(tmp_path: Path) -> None:
+    vocab = {"<": 0, "e": 1, ">": 2, "<e": 3, "<e>": 4, "a": 5}
+    definition = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": 4, "content": "<e>", "special": True}
+            | {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        ],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "BPE", "vocab": vocab, "merges": [["<", "e"], ["<e", ">"]]},
+    }
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(definition))
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", str(tmp_path), eod_token="<e>")
+    assert tokenizer.eod == 4
+    assert tokenizer.encode("a<e>a<e") == [5, 0, 1, 2, 5, 3]
+    assert tokenizer.decode(tokenizer.encode("a<e>a")) == "a<e>a"
+
+
+def test_the_end_of_document_token_need_not_be_marked_special(bpe_file: str, tmp_path: Path) -> None:
+    definition = json.loads(Path(bpe_file).read_text())
+    for token in definition["added_tokens"]:
+        token["special"] = False
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(definition))
+    tokenizer = load(str(path))
+    assert tokenizer.eod not in tokenizer.encode("x<|endoftext|>y")
+
+
+def test_tokenizer_config_names_the_end_of_document_token(bpe_file: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(Path(bpe_file).read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|pad|>"}}))
+    assert load_tokenizer("HuggingFaceTokenizer", str(tmp_path)).eod == 1
+    assert load(bpe_file).eod == 0
+
+
+def test_truncation_and_padding_in_the_file_are_ignored(bpe_file: str, tmp_path: Path) -> None:
+    import tokenizers
+
+    other = tokenizers.Tokenizer.from_file(bpe_file)
+    other.enable_truncation(4)
+    other.enable_padding(length=16)
+    other.save(str(tmp_path / "t.json"))
+    text = "tensor parallel loss state attention"
+    assert load(str(tmp_path / "t.json")).encode(text) == load(bpe_file).encode(text)
+
+
+def test_fingerprint_follows_the_ids_not_the_file(bpe_file: str, tmp_path: Path) -> None:
+    import tokenizers
+
+    original = load(bpe_file)
+    again = tmp_path / "again.json"
+    tokenizers.Tokenizer.from_file(bpe_file).save(str(again), pretty=False)
+    assert load(str(again)).fingerprint == original.fingerprint
+
+    definition = json.loads(Path(bpe_file).read_text())
+    definition["model"]["merges"][10], definition["model"]["merges"][11] = (
+        definition["model"]["merges"][11],
+        definition["model"]["merges"][10],
+    )
+    (tmp_path / "merges.json").write_text(json.dumps(definition))
+    assert load(str(tmp_path / "merges.json")).fingerprint != original.fingerprint
+
+
+def test_null_tokenizer() -> None:
+    tokenizer = load("50")
+    assert (tokenizer.encode("3 1 49"), tokenizer.eod, tokenizer.vocab_size) == ([3, 1, 49], 50, 51)
+    assert tokenizer.decode([3, 1, 50]) == "3 1"
+    with pytest.raises(UserError, match="'50'"):
+        tokenizer.encode("50")
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "message"),
+    [
+        ("HuggingFaceTokenizer", "missing.json", "No such file"),
+        ("HuggingFaceTokenizer", "{bad}", "not a tokenizer.json"),
+        ("SentencePieceTokenizer", "{bad}", "not a SentencePiece model"),
+        ("GPT9Tokenizer", "x", "choose one of"),
+        ("NullTokenizer", "-3", "32000"),
+    ],
+)
+def test_errors_name_the_flag(kind: str, model: str, message: str, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.json"
+    bad.write_text("[1, 2]")
+    with pytest.raises(UserError, match=message) as error:
+        load_tokenizer(kind, model.format(bad=bad))
+    assert "--tokenizer-" in str(error.value)
+
+
+def test_training_is_deterministic_and_bounded(tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", documents(400, seed=3))
+    files = [tmp_path / f"{n}.json" for n in "abc"]
+    for path in files[:2]:
+        assert train_tokenizer(TokenizerSettings((str(corpus),), str(path), 380)) == 380
+    assert files[0].read_bytes() == files[1].read_bytes()
+    train_tokenizer(TokenizerSettings((str(corpus),), str(files[2]), 380, max_bytes=2000))
+    assert files[2].read_bytes() != files[0].read_bytes()
+
+
+def test_training_refuses_what_cannot_work(tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", documents(20))
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "a"}\n{"body": "b"}\n')
+    cases = [
+        (TokenizerSettings((str(corpus),), str(tmp_path / "t.json"), 100), "--vocab-size 100"),
+        (TokenizerSettings((str(corpus),), str(tmp_path / "t.bin"), 300), "--output"),
+        (TokenizerSettings((str(empty),), str(tmp_path / "t.json"), 300), "empty"),
+        (TokenizerSettings((str(empty),), str(tmp_path / "t.model"), 300, kind="sentencepiece"), "empty"),
+        (TokenizerSettings((str(bad),), str(tmp_path / "t.json"), 300), "bad.jsonl, line 2"),
+    ]
+    for settings, message in cases:
+        with pytest.raises(UserError, match=message):
+            train_tokenizer(settings)
+    assert not list(tmp_path.glob("t.*"))

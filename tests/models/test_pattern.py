@@ -1,0 +1,68 @@
+"""Layer patterns and schedules."""
+
+from __future__ import annotations
+
+import pytest
+
+from megaforge.config.model_config import ModelConfig
+from megaforge.errors import UserError
+from megaforge.models.pattern import BlockKind, attention_positions, blocks_of, layer_pattern, parse_pattern
+
+
+def pattern(**changes: object) -> str:
+    return layer_pattern(ModelConfig(**changes))  # type: ignore[arg-type]
+
+
+def test_parse() -> None:
+    assert parse_pattern("RE*-R*E") == (
+        BlockKind("rwkv7", "moe"),
+        BlockKind("attention", "dense"),
+        BlockKind("rwkv7", None),
+        BlockKind("attention", "moe"),
+    )
+    assert [kind.channel_mix for kind in parse_pattern("R-*-")] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("", "holds no block"),
+        ("REX", "unknown letter 'X' at position 2"),
+        ("-R-", "FFN '-' at position 0 has no mixer before it"),
+        ("RE-", "FFN '-' at position 2 has no mixer"),
+        ("RE|*E", "pipeline cuts are not available"),
+        ("RE/*E", "multi-token prediction blocks are not available"),
+        ("RMRE", "Mamba layers are not available"),
+        ("*ERE", "first mixer must be R"),
+    ],
+)
+def test_mistakes_are_named(text: str, message: str) -> None:
+    with pytest.raises(UserError, match="--hybrid-layer-pattern") as caught:
+        parse_pattern(text)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("schedule", ["interleave-x", "top-of-x", "hybrid"])
+@pytest.mark.parametrize("layers", range(1, 65))
+def test_every_schedule_has_exactly_its_share_and_starts_with_rwkv(schedule: str, layers: int) -> None:
+    for percent in (0, 10, 25, 33.4, 50, 75, 99, 100):
+        blocks = blocks_of(ModelConfig(num_layers=layers, layer_schedule=schedule, transformer_pct=percent))
+        mixers = [block.mixer for block in blocks]
+        assert len(mixers) == layers
+        assert mixers.count("attention") == round(layers * percent / 100)
+        assert mixers[0] == "rwkv7" or "rwkv7" not in mixers
+
+
+def test_placements() -> None:
+    assert pattern(num_layers=8, ffn="dense") == "R-R-R-*-R-R-R-*-"
+    assert pattern(num_layers=8, layer_schedule="top-of-x") == "RERERERERERE*E*E"
+    assert attention_positions("interleave-x", 24, 6) == (3, 7, 11, 15, 19, 23)
+    assert attention_positions("hybrid", 24, 6) == (6, 13, 20, 21, 22, 23)
+    assert pattern(num_layers=3, layer_schedule="attention", ffn="dense") == "*-*-*-"
+    assert pattern(num_layers=3, layer_schedule="rwkv") == "RERERE"
+    assert pattern(num_layers=3, hybrid_layer_pattern="R*") == "R*"
+
+
+def test_unknown_schedule_is_named() -> None:
+    with pytest.raises(UserError, match="--layer-schedule sideways"):
+        pattern(layer_schedule="sideways")

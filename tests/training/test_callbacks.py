@@ -1,0 +1,130 @@
+"""Callbacks against a stand-in for the trainer."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from megaforge.errors import UserError
+from megaforge.training.callbacks import Callback, Checkpointing, EarlyStopping, Evaluation, ExitInterval, MetricsWriter
+from megaforge.training.metrics import EvaluationMetrics, StepMetrics
+from megaforge.training.trainer import Trainer
+
+
+class FakeTrainer:
+    """Runs callbacks over steps, with evaluation losses that are given."""
+
+    def __init__(self, iterations: int, callbacks: list[Callback], losses: dict[int, float] | None = None) -> None:
+        self.iterations, self.callbacks, self.losses = iterations, callbacks, losses or {}
+        self.iteration = 0
+        self.reason: str | None = None
+        self.evaluated: list[int] = []
+        self.saved: list[int] = []
+
+    @property
+    def finished(self) -> bool:
+        return self.iteration >= self.iterations or self.reason is not None
+
+    def stop(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
+    def evaluate(self) -> None:
+        self.evaluated.append(self.iteration)
+        metrics = EvaluationMetrics(self.iteration, 10 * self.losses.get(self.iteration, 1.0), 10, correct=5)
+        for callback in self.callbacks:
+            callback.on_evaluate(cast(Trainer, self), metrics)
+
+    def save(self) -> None:
+        self.saved.append(self.iteration)
+
+    def run(self) -> FakeTrainer:
+        while not self.finished:
+            self.iteration += 1
+            for callback in self.callbacks:
+                callback.on_step_end(cast(Trainer, self), step(self.iteration))
+        return self
+
+
+def step(iteration: int) -> StepMetrics:
+    return StepMetrics(iteration, 2.0, 1.0, 1e-3, 100 * iteration, iteration, 100)
+
+
+def test_evaluation_and_checkpoints_come_at_their_intervals_and_at_the_end() -> None:
+    trainer = FakeTrainer(7, [Evaluation(3), Checkpointing(2)]).run()
+    assert trainer.evaluated == [3, 6, 7]
+    assert trainer.saved == [2, 4, 6, 7]
+
+
+def test_interval_zero_means_only_at_the_end() -> None:
+    trainer = FakeTrainer(4, [Evaluation(0), Checkpointing(0)]).run()
+    assert (trainer.evaluated, trainer.saved) == ([4], [4])
+
+
+def test_an_end_that_falls_on_the_interval_is_saved_once() -> None:
+    assert FakeTrainer(4, [Checkpointing(2)]).run().saved == [2, 4]
+
+
+def test_exit_interval_ends_saved() -> None:
+    trainer = FakeTrainer(9, [ExitInterval(4), Evaluation(0), Checkpointing(0)]).run()
+    assert (trainer.iteration, trainer.saved, trainer.evaluated) == (4, [4], [4])
+    assert trainer.reason == "--exit-interval 4"
+
+
+def test_early_stopping_counts_evaluations_without_a_better_one() -> None:
+    losses = {1: 3.0, 2: 2.0, 3: 2.5, 4: 1.9, 5: 2.0, 6: 1.9, 7: 1.0}
+    trainer = FakeTrainer(9, [Evaluation(1), EarlyStopping("loss", 2), Checkpointing(0)], losses).run()
+    assert trainer.iteration == 6, "1.9 again is not better than 1.9"
+    assert trainer.saved == [6], "the checkpoint callback must see the stop as the last step"
+    assert trainer.reason is not None and "1.9 (iteration 4)" in trainer.reason
+
+
+def test_patience_zero_only_remembers_the_best() -> None:
+    stopping = EarlyStopping("loss", 0)
+    trainer = FakeTrainer(5, [Evaluation(1), stopping], {2: 0.5}).run()
+    assert trainer.iteration == 5
+    assert (stopping.best, stopping.best_iteration) == (0.5, 2)
+
+
+def test_accuracy_is_better_when_larger() -> None:
+    stopping = EarlyStopping("accuracy", 9)
+    for iteration, correct in ((1, 4), (2, 6), (3, 5)):
+        stopping.on_evaluate(cast(Trainer, None), EvaluationMetrics(iteration, 1.0, 10, correct))
+    assert (stopping.best, stopping.best_iteration, stopping.bad_evaluations) == (0.6, 2, 1)
+
+
+def test_state_goes_on_where_it_was_but_not_for_another_metric() -> None:
+    first = EarlyStopping("loss", 2)
+    FakeTrainer(2, [Evaluation(1), first], {1: 1.0, 2: 2.0}).run()
+    again, other = EarlyStopping("loss", 2), EarlyStopping("perplexity", 2)
+    again.load_state(first.state())
+    other.load_state(first.state())
+    assert (again.best, again.bad_evaluations) == (1.0, 1)
+    assert other.best is None
+    trainer = FakeTrainer(9, [Evaluation(1), again], {1: 2.0}).run()
+    assert trainer.iteration == 1
+
+
+def test_a_metric_that_does_not_exist_is_named() -> None:
+    with pytest.raises(UserError, match="--early-stopping-metric bits_per_byte"):
+        FakeTrainer(1, [Evaluation(1), EarlyStopping("bits_per_byte", 1)]).run()
+
+
+def test_the_writer_passes_everything_on_and_closes() -> None:
+    told: list[Any] = []
+
+    class Sink:
+        def write(self, kind: str, iteration: int, values: dict[str, float]) -> None:
+            told.append((kind, iteration, values["loss"]))
+
+        def flush(self) -> None:
+            told.append("flush")
+
+        def close(self) -> None:
+            told.append("close")
+
+    writer = MetricsWriter([Sink()])
+    trainer = FakeTrainer(2, [writer, Evaluation(2)]).run()
+    writer.on_checkpoint(cast(Trainer, trainer), cast(Any, None))
+    writer.on_train_end(cast(Trainer, trainer))
+    assert told == [("step", 1, 2.0), ("step", 2, 2.0), ("evaluation", 2, 1.0), "flush", "close"]

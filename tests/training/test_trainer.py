@@ -1,0 +1,174 @@
+"""The train step against a written-out one, and the loop's state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megaforge.data.loader import Batch, GlobalBatchLoader
+from megaforge.errors import UserError
+from megaforge.parallel.param_spec import named_specs
+from tests.training.tiny import VOCAB, arguments, make_trainer, record, weights, write_dataset
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_dataset(tmp_path_factory.mktemp("data") / "train_text_document")
+
+
+def uneven(batch: Batch, number: int) -> Batch:
+    """The batch with another share of its labels masked in each micro-batch."""
+    mask = batch.loss_mask.clone()
+    mask[:, : 5 * number] = 0.0
+    return Batch(batch.tokens, batch.labels, mask, batch.document_start)
+
+
+def test_the_gradient_is_that_of_the_global_mean(prefix: str) -> None:
+    """Micro-batches of unequal token counts: the mean is over the global batch's tokens, not a mean of means."""
+    trainer = make_trainer(arguments(prefix, "--fp64", "--clip-grad", "0"))
+    loader = GlobalBatchLoader(trainer.data, 8, 2)
+    batches = [uneven(batch, number) for number, batch in enumerate(next(iter(loader)))]
+    whole = Batch(*(torch.cat([getattr(b, f) for b in batches]) for f in Batch.__dataclass_fields__))
+    output = trainer.model(whole.tokens, whole.labels, whole.loss_mask, whole.document_start)
+    cfg = trainer.config.model
+    total = (
+        output.loss_sum / whole.loss_mask.sum()
+        + cfg.moe_aux_loss_coeff * output.load_balance_sum / 8
+        + cfg.moe_z_loss_coeff * output.z_loss_sum / (8 * 24)
+    )
+    parameters = [parameter for _, parameter in named_specs(trainer.model)]
+    expected = torch.autograd.grad(total, parameters)
+    metrics = trainer.train_step(batches)
+    assert metrics.loss == pytest.approx((output.loss_sum / whole.loss_mask.sum()).item(), rel=1e-12)
+    assert metrics.extra["z_loss"] == pytest.approx(output.z_loss_sum.item() / 192, rel=1e-12)
+    assert metrics.grad_norm == pytest.approx(torch.stack([g.norm() for g in expected]).norm().item(), rel=1e-12)
+    for parameter, grad in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.main_grad, grad, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("micro", ["1", "8"])
+def test_micro_batches_change_nothing(prefix: str, micro: str) -> None:
+    one = make_trainer(arguments(prefix, "--fp64", "--train-iters", "3"))
+    other = make_trainer(arguments(prefix, "--fp64", "--train-iters", "3", "--micro-batch-size", micro))
+    records = record(one), record(other)
+    one.train()
+    other.train()
+    for a, b in zip(records[0].records, records[1].records, strict=True):
+        assert a.keys() == b.keys()
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-10)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-9)
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(tensor, weights(other)[name], rtol=1e-8, atol=1e-10)
+
+
+def test_records_count_from_one_and_the_rate_follows_the_schedule(prefix: str) -> None:
+    trainer = make_trainer(arguments(prefix, "--train-iters", "4", "--lr-warmup-iters", "2"))
+    recorder = record(trainer)
+    trainer.train()
+    assert [r["iteration"] for r in recorder.records] == [1, 2, 3, 4]
+    assert [r["lr"] for r in recorder.records] == [trainer.schedule(i) for i in (1, 2, 3, 4)]
+    assert [r["consumed_samples"] for r in recorder.records] == [8, 16, 24, 32]
+    assert recorder.records[-1]["tokens"] == 32 * 24
+    assert 0 < recorder.records[0]["expert_entropy_bits"] <= 2
+
+
+def test_evaluation_counts_every_token_of_the_split_once(prefix: str) -> None:
+    trainer = make_trainer(arguments(prefix, "--eval-iters", "1000", "--fp64"))
+    metrics = trainer.evaluate()
+    view = trainer.data.validation("valid")
+    assert metrics.tokens == view.num_targets
+    nats = 0.0
+    for k in range(len(view)):
+        sample = view.sample(k)
+        tokens = sample.tokens[None]
+        logits = trainer.model.logits(tokens[:, :-1], sample.document_start[None, :-1])
+        picked = logits.log_softmax(-1)[0].gather(-1, tokens[0, 1:, None])[: sample.targets]
+        nats -= picked.sum().item()
+    assert metrics.nats == pytest.approx(nats, rel=1e-10)
+    assert metrics.loss == pytest.approx(nats / metrics.tokens)
+
+
+def test_resuming_is_bit_identical(prefix: str, tmp_path: Path) -> None:
+    """Weights, moments, records and the counters of early stopping, whatever the step it was cut at."""
+    more = ("--eval-iters", "2", "--eval-interval", "2", "--train-iters", "6", "--bf16")
+    whole = make_trainer(arguments(prefix, *more, "--early-stopping-patience", "9"))
+    recorder = record(whole)
+    whole.train()
+    save = str(tmp_path / "run")
+    first = make_trainer(arguments(prefix, *more, "--save", save, "--exit-interval", "4"))
+    first.train()
+    second = make_trainer(arguments(prefix, *more, "--save", save, "--load", save))
+    resumed = record(second)
+    assert second.iteration == 4
+    second.train()
+    expected = [r for r in recorder.records if r["iteration"] > 4]
+    assert resumed.records == expected
+    for (name, _, a), (_, _, b) in zip(whole.optimizer.entries(), second.optimizer.entries(), strict=True):
+        assert torch.equal(a, b), name
+    states = [[c.state() for c in t.callbacks if c.state_name] for t in (whole, second)]
+    assert states[0] == states[1] and states[0][0]["best"] is not None
+
+
+def test_finetuning_takes_the_weights_and_starts_anew(prefix: str, tmp_path: Path) -> None:
+    save = str(tmp_path / "run")
+    trained = make_trainer(arguments(prefix, "--save", save, "--train-iters", "2"))
+    trained.train()
+    tuned = make_trainer(arguments(prefix, "--load", save, "--finetune", "--seed", "9"))
+    assert (tuned.iteration, tuned.consumed_samples) == (0, 0)
+    for name, tensor in weights(trained).items():
+        assert torch.equal(tensor, weights(tuned)[name]), name
+    assert all(not moment.any() for _, _, moment in tuned.optimizer.moment_entries())
+    assert next(p for s, p in named_specs(tuned.model) if s.name == "embedding.weight").equal(
+        weights(trained)["embedding.weight"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (("--num-experts", "2", "--moe-router-topk", "1"), ("--num-experts", "--moe-router-topk")),
+        (("--tokenizer-model", "70"), ("--vocab-size 62", "fingerprint")),
+        (("--seed", "77"), ("--seed",)),
+        (("--seq-length", "16"), ("--seq-length",)),
+        (("--split", "70,30,0"), ("--split",)),
+    ],
+)
+def test_a_different_run_is_refused_by_name(
+    prefix: str, tmp_path: Path, change: tuple[str, ...], names: tuple[str, ...]
+) -> None:
+    save = str(tmp_path / "run")
+    make_trainer(arguments(prefix, "--save", save, "--train-iters", "1")).train()
+    with pytest.raises(UserError) as caught:
+        make_trainer(arguments(prefix, "--load", save, *change))
+    assert all(name in str(caught.value) for name in names), str(caught.value)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_update(prefix: str) -> None:
+    trainer = make_trainer(arguments(prefix))
+    with torch.no_grad():
+        next(iter(trainer.model.parameters()))[0, 0] = float("nan")
+    before = weights(trainer)
+    with pytest.raises(UserError, match="iteration 1: the gradient norm is nan"):
+        trainer.train()
+    for name, tensor in weights(trainer).items():
+        assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num()), name
+
+
+def test_fp16_skips_an_overflow_and_halves_the_scale(prefix: str) -> None:
+    flags = ("--fp16", "--initial-loss-scale", "1e30", "--hysteresis", "1", "--train-iters", "2")
+    trainer = make_trainer(arguments(prefix, *flags))
+    recorder, before = record(trainer), weights(trainer)
+    trainer.train()
+    assert [r["skipped"] for r in recorder.records] == [1.0, 1.0]
+    assert [r["loss_scale"] for r in recorder.records] == [0.5e30, 0.25e30]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
+
+
+def test_the_loss_falls(prefix: str) -> None:
+    trainer = make_trainer(arguments(prefix, "--train-iters", "30", "--lr", "5e-3"))
+    recorder = record(trainer)
+    trainer.train()
+    assert recorder.records[0]["loss"] == pytest.approx(torch.tensor(float(VOCAB)).log().item(), abs=0.15)
+    assert recorder.records[-1]["loss"] < recorder.records[0]["loss"] - 0.5

@@ -1,0 +1,78 @@
+"""A tiny run in this process: what the trainer's own tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megaforge.config.cli import parse_config
+from megaforge.config.config import Config
+from megaforge.data.indexed_dataset import IndexedDatasetWriter
+from megaforge.parallel.context import ParallelContext
+from megaforge.training.launch import build_trainer, prepare
+from megaforge.training.trainer import Trainer
+
+VOCAB = 61
+
+
+def write_dataset(prefix: Path, *, documents: int = 40, vocab: int = VOCAB, seed: int = 0) -> str:
+    """Documents of a drifting counter with noise: learnable, and no two alike."""
+    rng = np.random.default_rng(seed)
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        for _ in range(documents):
+            length = int(rng.integers(5, 90))
+            writer.add_document(((np.arange(length) + rng.integers(0, vocab)) * 3 + rng.integers(0, 2, length)) % vocab)
+    return str(prefix)
+
+
+def arguments(prefix: str, *more: str) -> list[str]:
+    """Flags of a model that trains in milliseconds; ``more`` come last and win."""
+    return [
+        *("--hidden-size", "32", "--num-attention-heads", "4", "--ffn-hidden-size", "48", "--rwkv-head-size", "8"),
+        *("--hybrid-layer-pattern", "RE*E", "--num-experts", "4", "--moe-router-topk", "2"),
+        *("--data-path", prefix, "--split", "80,20,0", "--seq-length", "24", "--device", "cpu", "--num-workers", "0"),
+        *("--tokenizer-type", "NullTokenizer", "--tokenizer-model", str(VOCAB), "--log-interval", "1"),
+        *("--micro-batch-size", "2", "--global-batch-size", "8", "--train-iters", "6", "--lr", "1e-3"),
+        *more,
+    ]
+
+
+def make_config(argv: list[str]) -> Config:
+    return parse_config(argv, prog="test").config
+
+
+def make_trainer(argv: list[str], ctx: ParallelContext | None = None) -> Trainer:
+    """A trainer as the entry script builds it, without touching process-wide settings."""
+    config, layout, tokenizer = prepare(make_config(argv))
+    return build_trainer(config, layout, tokenizer, ctx or ParallelContext.single())
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, _, tensor in trainer.optimizer.weight_entries()}
+
+
+class Recorder:
+    """A sink that remembers."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def write(self, kind: str, iteration: int, values: dict[str, Any]) -> None:
+        timeless = {k: v for k, v in values.items() if k != "tokens_per_second"}
+        self.records.append({"kind": kind, "iteration": iteration, **timeless})
+
+    def flush(self) -> None:
+        """Nothing to flush."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def record(trainer: Trainer) -> Recorder:
+    """Adds a recorder to the run's sinks."""
+    recorder = Recorder()
+    trainer.callbacks[0].sinks.append(recorder)  # type: ignore[attr-defined]
+    return recorder

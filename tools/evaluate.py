@@ -1,0 +1,126 @@
+#!/usr/bin/env python3
+"""Perplexity and bits per byte of a trained model on a text file or a dataset.
+
+    python tools/evaluate.py --load runs/small --input book.txt
+    torchrun --nproc-per-node 2 tools/evaluate.py --load runs/small --input data/heldout_text_document --json
+    python tools/evaluate.py --load runs/small --input data/heldout_text_document \\
+        --baseline bigram --train-data data/train_text_document
+
+Every token is predicted once, from the tokens before it in a window of the training length; of a dataset the run was
+trained on, only its validation part counts. Under torchrun the ranks share the model (--tp) and the windows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from typing import Any
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from megaforge.config.cli import run_entry
+from megaforge.errors import UserError
+from megaforge.parallel.distributed import shutdown
+from megaforge.training.bigram import BigramModel
+from megaforge.training.evaluation import (
+    PARTS,
+    Stream,
+    check_fingerprint,
+    evaluate_stream,
+    is_text,
+    read_dataset,
+    read_text,
+    trained_on,
+)
+from megaforge.training.metrics import EvaluationMetrics
+from megaforge.training.restore import TrainedModel, load_trained_model
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--load", required=True, metavar="DIR", help="a run's --save directory, or one checkpoint")
+    parser.add_argument("--input", required=True, help="a .txt, .md or .jsonl file, or a dataset's prefix")
+    parser.add_argument("--part", choices=(*PARTS, "all"), help="which documents of a dataset (default: see above)")
+    parser.add_argument("--json-key", default="text", metavar="KEY", help="where a JSONL line has its text (text)")
+    parser.add_argument("--tokenizer-model", metavar="FILE", help="where the tokenizer is now, if it was moved")
+    parser.add_argument("--seq-length", type=int, help="tokens of a window (default: as in training)")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows computed at once (8)")
+    parser.add_argument("--tp", type=int, help="tensor-parallel size (default: all ranks)")
+    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto")
+    parser.add_argument("--baseline", choices=("bigram",), help="also fit this model and print it beside ours")
+    parser.add_argument("--train-data", metavar="PREFIX", help="what the baseline is fitted on")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    flags = parser.parse_args(arguments)
+    if (flags.baseline is None) != (flags.train_data is None):
+        raise UserError("--baseline bigram and --train-data PREFIX need each other")
+    for name in ("seq_length", "batch_size"):
+        if (value := getattr(flags, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    return flags
+
+
+def load_stream(flags: argparse.Namespace, trained: TrainedModel) -> Stream:
+    """The tokens to predict."""
+    if is_text(flags.input):
+        return read_text(flags.input, trained.load_tokenizer(flags.tokenizer_model), flags.json_key)
+    check_fingerprint(flags.input, trained)
+    return read_dataset(flags.input, trained.config, flags.part)
+
+
+def fit_baseline(flags: argparse.Namespace, trained: TrainedModel, stream: Stream) -> EvaluationMetrics:
+    """A bigram model of the run's training documents, measured on the same tokens."""
+    check_fingerprint(flags.train_data, trained)
+    prefix = flags.train_data.removesuffix(".bin").removesuffix(".idx")
+    part = "train" if trained_on(prefix, trained.config) else "all"
+    train = read_dataset(flags.train_data, trained.config, part)
+    model = BigramModel(train.tokens, trained.config.model.vocab_size or trained.config.model.padded_vocab_size())
+    return EvaluationMetrics(0, model.nats(stream.tokens), len(stream.tokens) - 1, None, stream.text_bytes)
+
+
+def print_table(rows: dict[str, EvaluationMetrics]) -> None:
+    """One line a model."""
+    print(f"{'model':<10} {'bits per byte':>14} {'perplexity':>12} {'loss':>9} {'accuracy':>9}")
+    for name, metrics in rows.items():
+        bits = "unknown" if metrics.bits_per_byte is None else f"{metrics.bits_per_byte:.4f}"
+        accuracy = "" if metrics.accuracy is None else f"{metrics.accuracy:.1%}"
+        print(f"{name:<10} {bits:>14} {metrics.perplexity:>12,.2f} {metrics.loss:>9.4f} {accuracy:>9}")
+
+
+def main() -> int:
+    flags = parse_arguments()
+    trained = load_trained_model(flags.load, tp=flags.tp, device=flags.device)
+    stream = load_stream(flags, trained)
+    seq_length = flags.seq_length or trained.config.data.seq_length
+    rows = {"ours": evaluate_stream(trained, stream, seq_length=seq_length, batch_size=flags.batch_size)}
+    if trained.ctx.is_first_rank:
+        if flags.baseline is not None:
+            rows[flags.baseline] = fit_baseline(flags, trained, stream)
+        report(flags, trained, stream, rows)
+    shutdown()
+    return 0
+
+
+def report(
+    flags: argparse.Namespace, trained: TrainedModel, stream: Stream, rows: dict[str, EvaluationMetrics]
+) -> None:
+    """Prints the result, as a table or as JSON."""
+    if flags.json:
+        described: dict[str, Any] = {name: finite(metrics.values()) for name, metrics in rows.items()}
+        facts = {"checkpoint": str(trained.path), "iteration": rows["ours"].iteration, "input": flags.input}
+        print(json.dumps(facts | {"documents": stream.documents, "text_bytes": stream.text_bytes} | described))
+        return
+    print(f"{trained.path} on {flags.input}: {stream.documents:,} documents, {rows['ours'].tokens:,} tokens predicted")
+    print_table(rows)
+
+
+def finite(values: dict[str, float | int]) -> dict[str, float | int | None]:
+    """JSON has no infinity: an overflowing perplexity becomes null."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+if __name__ == "__main__":
+    run_entry(main)
