@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from tests.parallel.pool import RankPool  # noqa: E402
+from tests.parallel.pool import RankPool
 
 torch.set_num_threads(1)
 

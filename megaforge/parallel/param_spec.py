@@ -94,9 +94,12 @@ class ParamSpec:
         inner = 1 if self.shard_dim is None else ctx.axis(self.shard_axis).size
         return inner * (1 if self.expert_dim is None else ctx.ep.size)
 
-    def copies(self, ctx: ParallelContext) -> int:
-        """How many ranks of this pipeline stage hold the same elements as this one, itself included."""
-        return ctx.dp_cp.size * ctx.tp.size // self.shards(ctx)
+    def is_first_copy(self, ctx: ParallelContext) -> bool:
+        """Whether this rank is the one, of all that hold this shard in its pipeline stage, that counts and writes it."""
+        if self.shard_dim is None:
+            inner = ctx.tp if self.expert_dim is None else ctx.etp
+            return inner.rank == 0 and ctx.axis(self.replica_axis).rank == 0
+        return ctx.axis(self.replica_axis).rank == 0
 
     def pieces(self, ctx: ParallelContext) -> tuple[ShardPiece, ...]:
         """The pieces of the global tensor that this rank holds, one per logical part.
