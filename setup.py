@@ -62,7 +62,10 @@ def native_extensions() -> dict[str, object]:
                 )
             )
     os.environ.setdefault("MAX_JOBS", "2")
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)}}
+    return {
+        "ext_modules": extensions,
+        "cmdclass": {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
+    }
 
 
 setup(**native_extensions())

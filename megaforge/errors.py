@@ -24,5 +24,6 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"{purpose} needs the Python package '{module}' ({error}); install it with: pip install 'megaforge[{extra}]'"
+            f"{purpose} needs the Python package '{module}' ({error}); "
+            f"install it with: pip install 'megaforge[{extra}]'"
         ) from error

@@ -76,6 +76,7 @@ def check_layout(config: Config, world_size: int) -> Layout:
             raise UserError(f"--tp {tp} does not divide {label}; use --tp {_working_tp(config, world_size)}")
     _check_lengths(config)
     _check_backend(config)
+    _check_schedule(config)
     dp = world_size // tp
     global_batch_size = _global_batch_size(config, dp)
     micro_batches = global_batch_size // (config.training.micro_batch_size * dp)
@@ -146,6 +147,16 @@ def _check_backend(config: Config) -> None:
         raise UserError("--distributed-backend nccl does not serve --device cpu; use --distributed-backend gloo")
     if backend == "nccl" and not dist.is_nccl_available():
         raise UserError("--distributed-backend nccl: this torch was built without NCCL; use --distributed-backend gloo")
+
+
+def _check_schedule(config: Config) -> None:
+    final = config.optimizer.lr_wsd_decay_iters
+    decay_iters = config.optimizer.lr_decay_iters or config.training.train_iters
+    if config.optimizer.lr_decay_style == "WSD" and final is not None and final > decay_iters > 0:
+        raise UserError(
+            f"--lr-wsd-decay-iters {final} exceeds the schedule's {decay_iters} iterations "
+            f"(--lr-decay-iters, or --train-iters); use --lr-wsd-decay-iters {decay_iters} or fewer"
+        )
 
 
 def _global_batch_size(config: Config, dp: int) -> int:

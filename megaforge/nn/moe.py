@@ -207,8 +207,25 @@ class MoEFFN(nn.Module):
         self.router = Router(ctx, f"{name}.router", cfg, dtype=dtype)
         first, second = ffn_init(cfg, num_layers, channel_mix)
         experts, hidden, parts = cfg.num_experts, cfg.hidden_size, inner_parts(cfg)
-        up = ParamSpec(f"{name}.up.weight", (experts, sum(parts), hidden), first, shard_dim=1, shard_axis="etp", expert_dim=0, parts=parts, kind="moe")
-        down = ParamSpec(f"{name}.down.weight", (experts, hidden, cfg.ffn_size), second, shard_dim=2, shard_axis="etp", expert_dim=0, kind="moe")
+        up = ParamSpec(
+            f"{name}.up.weight",
+            (experts, sum(parts), hidden),
+            first,
+            shard_dim=1,
+            shard_axis="etp",
+            expert_dim=0,
+            parts=parts,
+            kind="moe",
+        )
+        down = ParamSpec(
+            f"{name}.down.weight",
+            (experts, hidden, cfg.ffn_size),
+            second,
+            shard_dim=2,
+            shard_axis="etp",
+            expert_dim=0,
+            kind="moe",
+        )
         self.up = make_parameter(up, ctx, dtype)
         self.down = make_parameter(down, ctx, dtype)
 

@@ -57,20 +57,27 @@ class AdamW:
             self.implementation = "torch fused AdamW"
             self._optimizer = torch.optim.AdamW(param_groups, fused=True, **arguments)
         self._steps = 0
-        self._make_state()
-
-    def _make_state(self) -> None:
-        """Zero moments from the start, so that a checkpoint can be loaded into them before the first step."""
-        for master in self._masters.values():
-            self._optimizer.state[master] = {moment: torch.zeros_like(master) for moment in _MOMENTS}
         self._write_steps()
+
+    def _moments_of(self, spec: ParamSpec) -> dict[str, Tensor]:
+        """The state of one parameter. Zero moments are made when first asked for: a checkpoint can be loaded into them
+        before the first step, and who only loads weights pays no memory for them."""
+        master = self._masters[spec.name]
+        state = self._optimizer.state[master]
+        if not state:
+            state.update({moment: torch.zeros_like(master) for moment in _MOMENTS}, step=self._step_tensor(master))
+        return state
+
+    def _step_tensor(self, master: Tensor) -> Tensor:
+        return torch.tensor(float(self._steps), dtype=torch.float32, device=master.device)
 
     def _write_steps(self) -> None:
         """Tells the implementation how many steps have been made: torch keeps that per parameter, apex per group."""
         for group in self._optimizer.param_groups:
             group["step"] = self._steps
         for master, state in self._optimizer.state.items():
-            state["step"] = torch.tensor(float(self._steps), dtype=torch.float32, device=master.device)
+            if state:
+                state["step"] = self._step_tensor(master)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -79,6 +86,7 @@ class AdamW:
             group["lr"] = lr * group["lr_mult"]
         for spec, parameter in self._trained:
             self._masters[spec.name].grad = parameter.main_grad  # type: ignore[attr-defined]
+            self._moments_of(spec)
         self._optimizer.step()
         self._steps += 1
         self._round_into_model()
@@ -99,7 +107,7 @@ class AdamW:
     def moment_entries(self) -> list[Entry]:
         """(``optimizer.exp_avg.NAME`` or ``optimizer.exp_avg_sq.NAME``, the parameter's declaration, local moment)."""
         return [
-            (f"optimizer.{moment}.{spec.name}", spec, self._optimizer.state[self._masters[spec.name]][moment])
+            (f"optimizer.{moment}.{spec.name}", spec, self._moments_of(spec)[moment])
             for spec, _ in self._trained
             for moment in _MOMENTS
         ]

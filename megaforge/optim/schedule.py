@@ -7,7 +7,6 @@ import json
 import math
 
 from megaforge.config.run_config import OptimizerConfig
-from megaforge.errors import UserError
 
 
 class LearningRateSchedule:
@@ -24,11 +23,6 @@ class LearningRateSchedule:
         self.warmup_iters = config.lr_warmup_iters
         self.decay_iters = config.lr_decay_iters or train_iters
         self.wsd_decay_iters = config.lr_wsd_decay_iters or max(1, self.decay_iters // 10)
-        if self.style == "WSD" and self.wsd_decay_iters > self.decay_iters > 0:
-            raise UserError(
-                f"--lr-wsd-decay-iters {self.wsd_decay_iters} exceeds --lr-decay-iters {self.decay_iters}; "
-                f"use at most {self.decay_iters}"
-            )
 
     def __call__(self, iteration: int) -> float:
         """The learning rate of optimizer step ``iteration``; the first step is 1.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -54,7 +54,12 @@ class ParallelContext:
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> ParallelContext:
         """The context of a process on its own; needs no process group."""
-        return cls(device=torch.device(device), **{name: Axis(name) for name in AXES})
+        return cls._of_axes(torch.device(device), {name: Axis(name) for name in AXES})
+
+    @classmethod
+    def _of_axes(cls, device: torch.device, axes: dict[str, Axis]) -> ParallelContext:
+        fields: dict[str, Any] = dict(axes)
+        return cls(device=device, **fields)
 
     @classmethod
     def of_rank(
@@ -81,7 +86,7 @@ class ParallelContext:
             for name, size in zip(reversed(names), reversed(sizes), strict=True):
                 rest, coordinate = divmod(rest, size)
                 axes[name] = Axis(name, size, coordinate)
-        return cls(device=torch.device(device), **axes)
+        return cls._of_axes(torch.device(device), axes)
 
     @classmethod
     def create(
@@ -108,11 +113,12 @@ class ParallelContext:
             for name, size in zip(names, sizes, strict=True):
                 if size > 1 and name not in axes:
                     axes[name] = dataclasses.replace(ctx.axis(name), group=mesh.get_group(name))
-        return dataclasses.replace(ctx, **axes)
+        return cls._of_axes(device, {name: axes.get(name, ctx.axis(name)) for name in AXES})
 
     def axis(self, name: str) -> Axis:
         """The axis called ``name``, one of :data:`AXES`."""
-        return getattr(self, name)
+        axis: Axis = getattr(self, name)
+        return axis
 
     @property
     def is_first_rank(self) -> bool:

@@ -28,15 +28,18 @@ class _Bucket:
 
 
 class GradientReducer:
-    """Gives each parameter a ``main_grad`` (fp32; fp64 for fp64 parameters) and sums it over its replicas (dp and cp; for experts edp)
-    and, where declared, over tp.
+    """Gives each parameter a ``main_grad`` (fp32; fp64 for fp64 ones), summed over replicas and, where declared, tp.
+
+    The replicas of a dense parameter are the ranks of dp and cp, those of an expert the ranks of edp.
 
     For parameters in the buffer's own dtype, ``.grad`` is a view of the buffer and autograd accumulates straight into
     it; 16-bit gradients are added to it as they arrive. Buckets are filled in reverse module order, which is about
     the order in which the backward pass produces gradients (Li et al., arXiv 2006.15704).
     """
 
-    def __init__(self, module: nn.Module, ctx: ParallelContext, *, bucket_size: int = 25_000_000, overlap: bool = True) -> None:
+    def __init__(
+        self, module: nn.Module, ctx: ParallelContext, *, bucket_size: int = 25_000_000, overlap: bool = True
+    ) -> None:
         self.ctx = ctx
         self.overlap = overlap
         self._last_microbatch = True
@@ -103,7 +106,7 @@ class GradientReducer:
         self._sent += 1
 
     def finish(self) -> None:
-        """Waits until every ``main_grad`` holds the sum over its replicas, and over tp where each rank had only a part."""
+        """Waits until every ``main_grad`` holds the sum over its replicas, and over tp where ranks had only parts."""
         # Buckets are still unsent without overlap, or where a parameter had no gradient in this batch.
         while self._sent < len(self.buckets):
             self._send_next()
@@ -126,7 +129,7 @@ def _main_dtype(parameter: Tensor) -> torch.dtype:
 
 
 def _pack(parameters: list[nn.Parameter], bucket_size: int) -> list[list[nn.Parameter]]:
-    """Cuts the list into runs of one main dtype of at most ``bucket_size`` elements (a larger parameter stands alone)."""
+    """Cuts the list into runs of one main dtype of at most ``bucket_size`` elements (a larger one stands alone)."""
     groups: list[list[nn.Parameter]] = []
     filled = 0
     for parameter in parameters:

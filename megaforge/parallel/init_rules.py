@@ -40,7 +40,11 @@ def _stream(seed: int, name: str, tile: tuple[int, ...]) -> np.random.Generator:
 
 
 def _fill_tiles(
-    seed: int, name: str, shape: tuple[int, ...], box: Box, draw: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
+    seed: int,
+    name: str,
+    shape: tuple[int, ...],
+    box: Box,
+    draw: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray],
 ) -> torch.Tensor:
     """Draws the tiles that ``box`` touches and copies out their overlap with it."""
     edges = tuple(1 if dim < len(shape) - 2 else TILE for dim in range(len(shape)))
@@ -61,7 +65,7 @@ def _fill_tiles(
 
 @dataclass(frozen=True)
 class Normal:
-    """Gaussian with mean 0 and standard deviation ``std``; rows from ``valid_rows`` on (vocabulary padding) are zero."""
+    """Gaussian of mean 0 and standard deviation ``std``; rows from ``valid_rows`` on (vocabulary padding) are zero."""
 
     std: float
     valid_rows: int | None = None
@@ -127,7 +131,9 @@ class Orthogonal:
         rows = rows if self.valid_rows is None else self.valid_rows
         for index in itertools.product(*lead):
             part = (*((i, i + 1) for i in index), (0, rows), (0, cols))
-            gaussian = _fill_tiles(seed, name, (*shape[:-2], rows, cols), part, lambda rng, size: rng.standard_normal(size))
+            gaussian = _fill_tiles(
+                seed, name, (*shape[:-2], rows, cols), part, lambda rng, size: rng.standard_normal(size)
+            )
             gaussian = gaussian.reshape(rows, cols)
             q, r = torch.linalg.qr(gaussian if rows >= cols else gaussian.T)
             q = q * r.diagonal().sign()

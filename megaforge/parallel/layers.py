@@ -35,7 +35,13 @@ class ColumnParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         weight = ParamSpec(
-            f"{name}.weight", (out_features, in_features), init, shard_dim=0, parts=parts, weight_decay=weight_decay, kind=kind
+            f"{name}.weight",
+            (out_features, in_features),
+            init,
+            shard_dim=0,
+            parts=parts,
+            weight_decay=weight_decay,
+            kind=kind,
         )
         self.weight = make_parameter(weight, ctx, dtype)
         self.bias: nn.Parameter | None = None
@@ -69,7 +75,9 @@ class RowParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.region = region
-        weight = ParamSpec(f"{name}.weight", (out_features, in_features), init, shard_dim=1, weight_decay=weight_decay, kind=kind)
+        weight = ParamSpec(
+            f"{name}.weight", (out_features, in_features), init, shard_dim=1, weight_decay=weight_decay, kind=kind
+        )
         self.weight = make_parameter(weight, ctx, dtype)
         self.bias: nn.Parameter | None = None
         if bias:

@@ -145,7 +145,7 @@ def reduce_from_tensor_parallel(x: Tensor, axis: Axis) -> Tensor:
 
 
 def gather_from_sequence_parallel(x: Tensor, axis: Axis) -> Tensor:
-    """[s/n, ...] -> [s, ...], entering a region whose gradients are partial. Forward all-gather, backward reduce-scatter."""
+    """[s/n, ...] -> [s, ...], entering a region of partial gradients. Forward all-gather, backward reduce-scatter."""
     return x if axis.size == 1 else _GatherFromSequenceParallel.apply(x, axis)
 
 

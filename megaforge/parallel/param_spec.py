@@ -95,7 +95,7 @@ class ParamSpec:
         return inner * (1 if self.expert_dim is None else ctx.ep.size)
 
     def is_first_copy(self, ctx: ParallelContext) -> bool:
-        """Whether this rank is the one, of all that hold this shard in its pipeline stage, that counts and writes it."""
+        """Whether this rank, of all in its pipeline stage that hold this shard, is the one that counts it."""
         if self.shard_dim is None:
             inner = ctx.tp if self.expert_dim is None else ctx.etp
             return inner.rank == 0 and ctx.axis(self.replica_axis).rank == 0
@@ -153,7 +153,7 @@ def _share(name: str, size: int, dim: int, axis: Axis) -> tuple[int, int]:
 
 
 def make_parameter(spec: ParamSpec, ctx: ParallelContext, dtype: torch.dtype) -> nn.Parameter:
-    """An uninitialised local parameter that carries ``spec``; :func:`megaforge.parallel.init.initialize_parameters` fills it."""
+    """An uninitialised local parameter that carries ``spec``; :func:`.init.initialize_parameters` fills it."""
     spec.pieces(ctx)  # divisibility is an error here, at construction, not at first use
     dtype = torch.float32 if spec.keep_fp32 and dtype in (torch.bfloat16, torch.float16) else dtype
     parameter = nn.Parameter(torch.empty(spec.local_shape(ctx), dtype=dtype, device=ctx.device))
@@ -169,7 +169,9 @@ def spec_of(parameter: nn.Parameter) -> ParamSpec:
     """
     spec = getattr(parameter, "spec", None)
     if not isinstance(spec, ParamSpec):
-        raise ValueError(f"a parameter of shape {tuple(parameter.shape)} carries no ParamSpec; make it with make_parameter")
+        raise ValueError(
+            f"a parameter of shape {tuple(parameter.shape)} carries no ParamSpec; make it with make_parameter"
+        )
     return spec
 
 

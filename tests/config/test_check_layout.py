@@ -59,6 +59,9 @@ RWKV = ("--layer-schedule", "rwkv")
         (1, ["--seq-length", "64", "--max-position-embeddings", "32"],
          "--seq-length 64 exceeds --max-position-embeddings 32; "
          "use --seq-length 32 or raise --max-position-embeddings"),
+        (1, ["--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "200"],
+         "--lr-wsd-decay-iters 200 exceeds the schedule's 100 iterations (--lr-decay-iters, or --train-iters); "
+         "use --lr-wsd-decay-iters 100 or fewer"),
         (2, ["--distributed-backend", "nccl", "--device", "cpu"],
          "--distributed-backend nccl does not serve --device cpu; use --distributed-backend gloo"),
     ],

@@ -111,6 +111,14 @@ def test_entries_name_weights_and_moments() -> None:
     ]
 
 
+def test_who_only_loads_weights_pays_for_no_moments() -> None:
+    ctx = ParallelContext.single()
+    optimizer = build_optimizer(CONFIG, SmallModel(ctx, torch.bfloat16), ctx)
+    optimizer.weight_entries()
+    optimizer.after_load()
+    assert not any(optimizer._optimizer.state.values())
+
+
 def test_shards_take_the_steps_of_the_whole() -> None:
     whole_ctx = ParallelContext.single()
     whole_model = SmallModel(whole_ctx, torch.float64)

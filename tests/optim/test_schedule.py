@@ -6,7 +6,6 @@ import math
 import pytest
 
 from megaforge.config.run_config import OptimizerConfig
-from megaforge.errors import UserError
 from megaforge.optim import LearningRateSchedule
 
 CONFIG = OptimizerConfig(lr=1.0, min_lr=0.1, lr_warmup_iters=10)
@@ -69,8 +68,3 @@ def test_digest_changes_with_the_rates_only() -> None:
     different += [schedule("cosine", lr=2.0), schedule("cosine", min_lr=0.0), schedule("cosine", lr_warmup_iters=9)]
     different += [schedule("WSD", lr_wsd_decay_iters=12)]
     assert len({one.digest for one in different}) == len(different)
-
-
-def test_a_wsd_decay_longer_than_the_run_is_refused() -> None:
-    with pytest.raises(UserError, match="--lr-wsd-decay-iters 200 exceeds --lr-decay-iters 110; use at most 110"):
-        schedule("WSD", lr_wsd_decay_iters=200)

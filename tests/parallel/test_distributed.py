@@ -21,7 +21,14 @@ from megaforge.parallel.distributed import Launch, discover_launch, initialize
         ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Launch("torchrun", 3, 8, 1)),
         # torchrun started by srun: its own variables win
         (
-            {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "RANK": "5", "WORLD_SIZE": "16", "LOCAL_RANK": "5"},
+            {
+                "SLURM_PROCID": "1",
+                "SLURM_NTASKS": "2",
+                "SLURM_STEP_ID": "0",
+                "RANK": "5",
+                "WORLD_SIZE": "16",
+                "LOCAL_RANK": "5",
+            },
             Launch("torchrun", 5, 16, 5),
         ),
         (

@@ -29,12 +29,16 @@ class TinyModel(nn.Module):
         self.ctx = ctx
         self.region = region = TensorParallelRegion(ctx, sequence_parallel)
         init = Normal(0.3)
-        self.embedding = VocabParallelEmbedding(ctx, "embedding", PADDED, HIDDEN, init=Normal(0.5, VOCAB), region=region, dtype=dtype)
+        self.embedding = VocabParallelEmbedding(
+            ctx, "embedding", PADDED, HIDDEN, init=Normal(0.5, VOCAB), region=region, dtype=dtype
+        )
         scale = ParamSpec("scale", (HIDDEN,), Uniform(2.0), tp_partial_grad=region.norm_grad_is_partial)
         mix = ParamSpec("mix", (HIDDEN,), Uniform(2.0), tp_partial_grad=True)
         self.scale = make_parameter(scale, ctx, dtype)
         self.mix = make_parameter(mix, ctx, dtype)
-        self.column = ColumnParallelLinear(ctx, "column", HIDDEN, 2 * INNER, init=init, bias=True, parts=(INNER, INNER), dtype=dtype)
+        self.column = ColumnParallelLinear(
+            ctx, "column", HIDDEN, 2 * INNER, init=init, bias=True, parts=(INNER, INNER), dtype=dtype
+        )
         self.row = RowParallelLinear(ctx, "row", INNER, HIDDEN, init=init, region=region, bias=True, dtype=dtype)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -61,7 +65,9 @@ def gather_full(spec: ParamSpec, local: Tensor, ctx: ParallelContext) -> Tensor:
     return mappings.reduce_from_tensor_parallel(full, ctx.tp) if spec.shard_dim is not None else full
 
 
-def run_tiny(tp: int, sequence_parallel: bool, dtype: torch.dtype, overlap: bool) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
+def run_tiny(
+    tp: int, sequence_parallel: bool, dtype: torch.dtype, overlap: bool
+) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
     """Two micro-batches a dp rank of the same global batch; returns loss, weights and gradients as global tensors."""
     ctx = ParallelContext.create(tp=tp)
     model = TinyModel(ctx, sequence_parallel, dtype)
@@ -90,8 +96,20 @@ def run_tiny(tp: int, sequence_parallel: bool, dtype: torch.dtype, overlap: bool
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-13), (torch.float32, 1e-6)])
-@pytest.mark.parametrize("world,tp,sequence_parallel,overlap", [(2, 2, False, True), (2, 2, True, True), (4, 4, True, True), (2, 1, False, True), (4, 2, True, False), (4, 2, False, True)])
-def test_layout_changes_nothing(ranks, world: int, tp: int, sequence_parallel: bool, overlap: bool, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    "world,tp,sequence_parallel,overlap",
+    [
+        (2, 2, False, True),
+        (2, 2, True, True),
+        (4, 4, True, True),
+        (2, 1, False, True),
+        (4, 2, True, False),
+        (4, 2, False, True),
+    ],
+)
+def test_layout_changes_nothing(
+    ranks, world: int, tp: int, sequence_parallel: bool, overlap: bool, dtype: torch.dtype, tolerance: float
+) -> None:
     loss, weights, grads = ranks.run(1, run_tiny, 1, False, dtype, True)[0]
     for other_loss, other_weights, other_grads in ranks.run(world, run_tiny, tp, sequence_parallel, dtype, overlap):
         assert abs(other_loss - loss) <= tolerance * abs(loss)
@@ -119,7 +137,9 @@ def test_one_rank_agrees_with_plain_torch() -> None:
         assert torch.allclose(value.grad, grads[name], rtol=1e-11, atol=1e-14), name
 
 
-@pytest.mark.parametrize("rule", [Normal(0.7), Uniform(0.1), Orthogonal(0.5), Elementwise(lambda i: i * 0.5 - 3), Normal(1.0, 500)])
+@pytest.mark.parametrize(
+    "rule", [Normal(0.7), Uniform(0.1), Orthogonal(0.5), Elementwise(lambda i: i * 0.5 - 3), Normal(1.0, 500)]
+)
 @pytest.mark.parametrize("dim", [0, 1])
 def test_initial_weights_do_not_depend_on_the_split(rule, dim: int) -> None:
     single = ParallelContext.single()
