@@ -198,8 +198,8 @@ class MoEFFN(nn.Module):
         UserError: the experts' inner width does not divide by tp.
         """
         super().__init__()
-        if cfg.ffn_size % ctx.tp.size:
-            raise UserError(f"--ffn-hidden-size {cfg.ffn_size} does not divide by --tp {ctx.tp.size}")
+        if cfg.ffn_size % ctx.etp.size:
+            raise UserError(f"--ffn-hidden-size {cfg.ffn_size} does not divide by --tp {ctx.etp.size}")
         self.region = region
         self.activation = cfg.activation
         mix = {"layer_index": layer_index, "num_layers": num_layers, "dtype": dtype}
@@ -207,8 +207,25 @@ class MoEFFN(nn.Module):
         self.router = Router(ctx, f"{name}.router", cfg, dtype=dtype)
         first, second = ffn_init(cfg, num_layers, channel_mix)
         experts, hidden, parts = cfg.num_experts, cfg.hidden_size, inner_parts(cfg)
-        up = ParamSpec(f"{name}.up.weight", (experts, sum(parts), hidden), first, shard_dim=1, parts=parts, kind="moe")
-        down = ParamSpec(f"{name}.down.weight", (experts, hidden, cfg.ffn_size), second, shard_dim=2, kind="moe")
+        up = ParamSpec(
+            f"{name}.up.weight",
+            (experts, sum(parts), hidden),
+            first,
+            shard_dim=1,
+            shard_axis="etp",
+            expert_dim=0,
+            parts=parts,
+            kind="moe",
+        )
+        down = ParamSpec(
+            f"{name}.down.weight",
+            (experts, hidden, cfg.ffn_size),
+            second,
+            shard_dim=2,
+            shard_axis="etp",
+            expert_dim=0,
+            kind="moe",
+        )
         self.up = make_parameter(up, ctx, dtype)
         self.down = make_parameter(down, ctx, dtype)
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.param_spec import ParamSpec, named_specs
+from megaforge.parallel.param_spec import named_specs
 
 # Squares are summed in fp64, block by block: a block of fp64 stays in a CPU's cache (4x the speed of one fp64 copy),
 # while a GPU wants few and large ones.
@@ -27,7 +27,7 @@ def global_grad_norm(model: nn.Module, ctx: ParallelContext) -> float:
         if parameter.requires_grad:
             share = _sum_of_squares(parameter.main_grad)  # type: ignore[attr-defined]
             # Copies on other ranks are multiplied by 0 rather than left out: 0 x inf = nan reaches every rank.
-            total += share if _is_counted_here(spec, ctx) else share * 0.0
+            total += share if spec.is_first_copy(ctx) else share * 0.0
     if ctx.world.size > 1:
         dist.all_reduce(total, group=ctx.world.group)
     return math.sqrt(total.item())
@@ -56,14 +56,6 @@ def clip_gradients(model: nn.Module, ctx: ParallelContext, max_norm: float, loss
             if parameter.requires_grad:
                 parameter.main_grad.mul_(factor)  # type: ignore[attr-defined]
     return norm
-
-
-def _is_counted_here(spec: ParamSpec, ctx: ParallelContext) -> bool:
-    """Whether this rank is the one whose copy of its shard counts: rank 0 of every axis that holds copies of it."""
-    holders = [ctx.dp, ctx.cp]
-    if spec.shard_dim is None or spec.shard_axis != "tp":
-        holders.append(ctx.tp)
-    return all(axis.rank == 0 for axis in holders)
 
 
 def _sum_of_squares(gradient: Tensor) -> Tensor:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 # Slowest to fastest, which is Megatron-LM's default rank order tp-cp-ep-dp-pp read backwards: tensor-parallel
-# neighbours are neighbouring ranks. Expert parallelism will fold into dp, cp and tp and is no axis of this mesh.
-MESH_AXES = ("pp", "dp", "cp", "tp")
+# neighbours are neighbouring ranks. Three meshes fold the same ranks differently: attention and dense layers, experts
+# (whose etp x ep x edp equals tp x cp x dp, "parallel folding"), and replicas of dense parameters.
+DENSE_MESH = ("pp", "dp", "cp", "tp")
+EXPERT_MESH = ("pp", "edp", "ep", "etp")
+REPLICA_MESH = ("pp", "dp_cp", "tp")
+AXES = ("tp", "cp", "dp", "pp", "ep", "etp", "edp", "dp_cp", "world")
 
 
 @dataclass(frozen=True)
@@ -30,55 +34,103 @@ class Axis:
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """All axes of this rank, and its device. A world of one is the same object with axes of size one."""
+    """All axes of this rank, and its device. A world of one is the same object with axes of size one.
+
+    Dense layers are laid out over tp, cp, dp and pp; experts over etp (their inner width), ep (which experts) and edp
+    (their replicas), folded from the same ranks of a pipeline stage. ``dp_cp`` are the replicas of a dense parameter.
+    """
 
     tp: Axis
     cp: Axis
     dp: Axis
     pp: Axis
     ep: Axis
+    etp: Axis
+    edp: Axis
+    dp_cp: Axis
     world: Axis
     device: torch.device
-    mesh: DeviceMesh | None = None
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> ParallelContext:
         """The context of a process on its own; needs no process group."""
-        axes = {name: Axis(name) for name in ("tp", "cp", "dp", "pp", "ep", "world")}
-        return cls(device=torch.device(device), **axes)
+        return cls._of_axes(torch.device(device), {name: Axis(name) for name in AXES})
+
+    @classmethod
+    def _of_axes(cls, device: torch.device, axes: dict[str, Axis]) -> ParallelContext:
+        fields: dict[str, Any] = dict(axes)
+        return cls(device=device, **fields)
+
+    @classmethod
+    def of_rank(
+        cls,
+        rank: int,
+        world_size: int,
+        *,
+        tp: int = 1,
+        cp: int = 1,
+        pp: int = 1,
+        ep: int = 1,
+        etp: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> ParallelContext:
+        """Where ``rank`` of ``world_size`` stands, without any group: what planners, dry runs and offline tools ask.
+
+        dp is what the other sizes leave; ``etp``, the tensor parallelism of experts, is ``tp`` unless given. The
+        layout must have been checked (:func:`megaforge.config.check_layout.check_layout`).
+        """
+        etp = tp if etp is None else etp
+        axes = {"world": Axis("world", world_size, rank)}
+        for names, sizes in _meshes(world_size, tp, cp, pp, ep, etp).items():
+            rest = rank
+            for name, size in zip(reversed(names), reversed(sizes), strict=True):
+                rest, coordinate = divmod(rest, size)
+                axes[name] = Axis(name, size, coordinate)
+        return cls._of_axes(torch.device(device), axes)
 
     @classmethod
     def create(
-        cls, *, tp: int = 1, cp: int = 1, pp: int = 1, ep: int = 1, device: torch.device | str = "cpu"
+        cls,
+        *,
+        tp: int = 1,
+        cp: int = 1,
+        pp: int = 1,
+        ep: int = 1,
+        etp: int | None = None,
+        device: torch.device | str = "cpu",
     ) -> ParallelContext:
-        """The context of this rank in the initialised default process group; dp is what the other sizes leave.
-
-        The layout must have been checked (:func:`megaforge.config.check_layout.check_layout`).
-        """
+        """:meth:`of_rank` for this rank of the initialised default process group, with the groups to communicate in."""
         device = torch.device(device)
         if not dist.is_initialized():
             return cls.single(device)
         world_size = dist.get_world_size()
-        dp = world_size // (tp * cp * pp)
-        mesh = init_device_mesh(device.type, (pp, dp, cp, tp), mesh_dim_names=MESH_AXES)
-        axes = {}
-        for name in MESH_AXES:
-            size = mesh.size(MESH_AXES.index(name))
-            group = mesh.get_group(name) if size > 1 else None
-            axes[name] = Axis(name, size, mesh.get_local_rank(name), group)
-        world = Axis("world", world_size, dist.get_rank(), dist.group.WORLD if world_size > 1 else None)
-        return cls(device=device, mesh=mesh, world=world, ep=Axis("ep", ep, 0), **axes)
+        ctx = cls.of_rank(dist.get_rank(), world_size, tp=tp, cp=cp, pp=pp, ep=ep, etp=etp, device=device)
+        if world_size == 1:
+            return ctx
+        axes = {"world": dataclasses.replace(ctx.world, group=dist.group.WORLD)}
+        for names, sizes in _meshes(world_size, tp, cp, pp, ep, ctx.etp.size).items():
+            mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+            for name, size in zip(names, sizes, strict=True):
+                if size > 1 and name not in axes:
+                    axes[name] = dataclasses.replace(ctx.axis(name), group=mesh.get_group(name))
+        return cls._of_axes(device, {name: axes.get(name, ctx.axis(name)) for name in AXES})
 
     def axis(self, name: str) -> Axis:
-        """The axis called ``name`` (tp, cp, dp, pp, ep or world)."""
-        return getattr(self, name)
+        """The axis called ``name``, one of :data:`AXES`."""
+        axis: Axis = getattr(self, name)
+        return axis
 
     @property
     def is_first_rank(self) -> bool:
         """Whether this rank speaks for the run (prints, writes metrics)."""
         return self.world.rank == 0
 
-    def with_axis(self, name: str, size: int, rank: int) -> ParallelContext:
-        """A copy whose axis ``name`` pretends to be ``rank`` of ``size`` without a group: what offline tools and
-        planners use to ask what another rank would hold."""
-        return dataclasses.replace(self, **{name: Axis(name, size, rank)})
+
+def _meshes(world_size: int, tp: int, cp: int, pp: int, ep: int, etp: int) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """The three foldings of the ranks: names and sizes of their axes, slowest first."""
+    replicas = world_size // (tp * pp)
+    return {
+        DENSE_MESH: (pp, replicas // cp, cp, tp),
+        EXPERT_MESH: (pp, world_size // (pp * ep * etp), ep, etp),
+        REPLICA_MESH: (pp, replicas, tp),
+    }

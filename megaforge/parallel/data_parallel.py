@@ -1,4 +1,4 @@
-"""Gradient reduction: flat buckets, summed over dp while the backward pass still runs.
+"""Gradient reduction: flat buckets, summed over replicas while the backward pass still runs.
 
 Losses are divided by counts over the global batch before the backward pass, so every reduction is a plain sum and
 no factor depends on the layout.
@@ -12,22 +12,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.context import Axis, ParallelContext
 from megaforge.parallel.param_spec import named_specs
 
 
 @dataclass
 class _Bucket:
-    """Neighbouring parameters whose gradients share one flat buffer and one all-reduce."""
+    """Neighbouring parameters whose gradients share one flat buffer and one all-reduce over the ranks with copies."""
 
     flat: Tensor
     parameters: list[nn.Parameter]
+    replicas: Axis
     waiting: set[int] = field(default_factory=set)
     work: dist.Work | None = None
 
 
 class GradientReducer:
-    """Gives each parameter a ``main_grad`` (fp32; fp64 for fp64 ones) and sums it over dp and, where declared, tp.
+    """Gives each parameter a ``main_grad`` (fp32; fp64 for fp64 ones), summed over replicas and, where declared, tp.
+
+    The replicas of a dense parameter are the ranks of dp and cp, those of an expert the ranks of edp.
 
     For parameters in the buffer's own dtype, ``.grad`` is a view of the buffer and autograd accumulates straight into
     it; 16-bit gradients are added to it as they arrive. Buckets are filled in reverse module order, which is about
@@ -38,20 +41,22 @@ class GradientReducer:
         self, module: nn.Module, ctx: ParallelContext, *, bucket_size: int = 25_000_000, overlap: bool = True
     ) -> None:
         self.ctx = ctx
-        self.overlap = overlap and ctx.dp.size > 1
+        self.overlap = overlap
         self._last_microbatch = True
         self._sent = 0
         declared = [(spec, parameter) for spec, parameter in named_specs(module) if parameter.requires_grad]
         self._tp_partial = [p for spec, p in declared if spec.tp_partial_grad] if ctx.tp.size > 1 else []
         self.buckets: list[_Bucket] = []
         self._bucket_of: dict[int, _Bucket] = {}
-        for group in _pack([p for _, p in reversed(declared)], bucket_size):
-            self._add_bucket(group)
+        for name in ("dp_cp", "edp"):
+            own = [p for spec, p in reversed(declared) if spec.replica_axis == name]
+            for group in _pack(own, bucket_size):
+                self._add_bucket(group, ctx.axis(name))
 
-    def _add_bucket(self, parameters: list[nn.Parameter]) -> None:
+    def _add_bucket(self, parameters: list[nn.Parameter], replicas: Axis) -> None:
         wide = _main_dtype(parameters[0])
         flat = torch.zeros(sum(p.numel() for p in parameters), dtype=wide, device=parameters[0].device)
-        bucket = _Bucket(flat, parameters)
+        bucket = _Bucket(flat, parameters, replicas)
         offset = 0
         for parameter in parameters:
             parameter.main_grad = flat[offset : offset + parameter.numel()].view(parameter.shape)  # type: ignore[attr-defined]
@@ -96,17 +101,17 @@ class GradientReducer:
 
     def _send_next(self) -> None:
         bucket = self.buckets[self._sent]
-        bucket.work = dist.all_reduce(bucket.flat, group=self.ctx.dp.group, async_op=True)
+        if bucket.replicas.group is not None:
+            bucket.work = dist.all_reduce(bucket.flat, group=bucket.replicas.group, async_op=True)
         self._sent += 1
 
     def finish(self) -> None:
-        """Waits until every ``main_grad`` holds the sum over dp, and over tp where each rank had only a part."""
-        if self.ctx.dp.size > 1:
-            # Buckets are still unsent without overlap, or where a parameter had no gradient in this batch.
-            while self._sent < len(self.buckets):
-                self._send_next()
-            for bucket in self.buckets:
-                assert bucket.work is not None
+        """Waits until every ``main_grad`` holds the sum over its replicas, and over tp where ranks had only parts."""
+        # Buckets are still unsent without overlap, or where a parameter had no gradient in this batch.
+        while self._sent < len(self.buckets):
+            self._send_next()
+        for bucket in self.buckets:
+            if bucket.work is not None:
                 bucket.work.wait()
         self._sum_partial_over_tp()
 

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.context import Axis, ParallelContext
 from megaforge.parallel.init_rules import InitRule
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) per dimension
@@ -45,7 +45,8 @@ class ParamSpec:
         shape: global (unsharded) shape.
         init: the rule that fills it (:mod:`megaforge.parallel.init_rules`).
         shard_dim: the dimension that is split, or None when every rank holds the whole tensor.
-        shard_axis: the axis it is split over.
+        shard_axis: the axis it is split over: etp for experts, tp otherwise.
+        expert_dim: the dimension of a stack of experts that counts the experts and is split over ep.
         parts: sizes along ``shard_dim`` of the logical tensors fused into one (q|k|v, gate|up). Each part is split
             on its own, so a rank's local tensor is the concatenation of its share of every part. Empty: one part.
         tp_partial_grad: the tensor is replicated over tp but each rank computes only a part of its gradient
@@ -61,7 +62,8 @@ class ParamSpec:
     shape: tuple[int, ...]
     init: InitRule
     shard_dim: int | None = None
-    shard_axis: Literal["tp", "ep"] = "tp"
+    shard_axis: Literal["tp", "etp"] = "tp"
+    expert_dim: int | None = None
     parts: tuple[int, ...] = ()
     tp_partial_grad: bool = False
     weight_decay: bool = True
@@ -70,8 +72,10 @@ class ParamSpec:
     kind: str = "other"
 
     def __post_init__(self) -> None:
-        if self.shard_dim is not None and self.tp_partial_grad and self.shard_axis == "tp":
-            raise ValueError(f"{self.name}: a tensor split over tp holds its own gradient whole")
+        if self.tp_partial_grad and (self.shard_dim is not None or self.expert_dim is not None):
+            raise ValueError(f"{self.name}: a tensor that is split holds the whole gradient of its shard")
+        if self.expert_dim is not None and (self.shard_axis != "etp" or self.expert_dim == self.shard_dim):
+            raise ValueError(f"{self.name}: a stack of experts is split over ep and etp along different dimensions")
         if self.parts and (self.shard_dim is None or sum(self.parts) != self.shape[self.shard_dim]):
             raise ValueError(f"{self.name}: parts {self.parts} do not add up to dim {self.shard_dim} of {self.shape}")
 
@@ -80,31 +84,45 @@ class ParamSpec:
         """Number of elements of the global tensor."""
         return math.prod(self.shape)
 
+    @property
+    def replica_axis(self) -> str:
+        """The axis whose ranks hold copies of the same shard and share the work on it: edp for experts, else dp_cp."""
+        return "dp_cp" if self.expert_dim is None else "edp"
+
     def shards(self, ctx: ParallelContext) -> int:
         """Into how many shards the tensor is cut."""
-        return 1 if self.shard_dim is None else ctx.axis(self.shard_axis).size
+        inner = 1 if self.shard_dim is None else ctx.axis(self.shard_axis).size
+        return inner * (1 if self.expert_dim is None else ctx.ep.size)
+
+    def is_first_copy(self, ctx: ParallelContext) -> bool:
+        """Whether this rank, of all in its pipeline stage that hold this shard, is the one that counts it."""
+        if self.shard_dim is None:
+            inner = ctx.tp if self.expert_dim is None else ctx.etp
+            return inner.rank == 0 and ctx.axis(self.replica_axis).rank == 0
+        return ctx.axis(self.replica_axis).rank == 0
 
     def pieces(self, ctx: ParallelContext) -> tuple[ShardPiece, ...]:
         """The pieces of the global tensor that this rank holds, one per logical part.
 
         Raises:
-            ValueError: a part does not divide by the number of shards.
+            ValueError: a part, or the number of experts, does not divide by the number of shards.
         """
         whole: list[tuple[int, int]] = [(0, size) for size in self.shape]
+        held, local = list(whole), list(whole)
+        if self.expert_dim is not None:
+            held[self.expert_dim] = _share(self.name, self.shape[self.expert_dim], self.expert_dim, ctx.ep)
+            local[self.expert_dim] = (0, held[self.expert_dim][1] - held[self.expert_dim][0])
         if self.shard_dim is None:
-            return (ShardPiece(tuple(whole), tuple(whole)),)
+            return (ShardPiece(tuple(held), tuple(local)),)
         axis, dim = ctx.axis(self.shard_axis), self.shard_dim
         pieces, part_start, local_start = [], 0, 0
         for part in self.parts or (self.shape[dim],):
-            share, rest = divmod(part, axis.size)
-            if rest:
-                raise ValueError(f"{self.name}: {part} along dim {dim} does not divide by {axis.name}={axis.size}")
-            start = part_start + axis.rank * share
-            global_box = (*whole[:dim], (start, start + share), *whole[dim + 1 :])
-            local_box = (*whole[:dim], (local_start, local_start + share), *whole[dim + 1 :])
-            pieces.append(ShardPiece(global_box, local_box))
+            start, stop = _share(self.name, part, dim, axis)
+            held[dim] = (part_start + start, part_start + stop)
+            local[dim] = (local_start, local_start + stop - start)
+            pieces.append(ShardPiece(tuple(held), tuple(local)))
             part_start += part
-            local_start += share
+            local_start += stop - start
         return tuple(pieces)
 
     def local_shape(self, ctx: ParallelContext) -> tuple[int, ...]:
@@ -112,6 +130,8 @@ class ParamSpec:
         shape = list(self.shape)
         if self.shard_dim is not None:
             shape[self.shard_dim] //= ctx.axis(self.shard_axis).size
+        if self.expert_dim is not None:
+            shape[self.expert_dim] //= ctx.ep.size
         return tuple(shape)
 
     def take_local(self, full: torch.Tensor, ctx: ParallelContext) -> torch.Tensor:
@@ -122,6 +142,14 @@ class ParamSpec:
         for piece in self.pieces(ctx):
             piece.local_view(local).copy_(full[tuple(slice(a, b) for a, b in piece.global_box)])
         return local
+
+
+def _share(name: str, size: int, dim: int, axis: Axis) -> tuple[int, int]:
+    """This rank's equal share (start, stop) of ``size`` elements."""
+    share, rest = divmod(size, axis.size)
+    if rest:
+        raise ValueError(f"{name}: {size} along dim {dim} does not divide by {axis.name}={axis.size}")
+    return axis.rank * share, (axis.rank + 1) * share
 
 
 def make_parameter(spec: ParamSpec, ctx: ParallelContext, dtype: torch.dtype) -> nn.Parameter:

@@ -13,7 +13,7 @@ from megaforge.checkpoint.checkpoint import layout_of
 from megaforge.checkpoint.planner import ShardSavePlanner
 from megaforge.checkpoint.shards import TensorEntry, build_shards
 from megaforge.checkpoint.storage import CheckpointHead, CheckpointWriter
-from megaforge.parallel.context import Axis, ParallelContext
+from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init_rules import Constant
 from megaforge.parallel.param_spec import ParamSpec
 
@@ -39,11 +39,7 @@ def full_tensor(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.T
 
 def context(tp: int, dp: int, rank: int) -> ParallelContext:
     """Rank ``rank`` of a tp x dp world, without a process group."""
-    ctx = ParallelContext.single()
-    for name, size, axis_rank in (("tp", tp, rank % tp), ("dp", dp, rank // tp), ("world", tp * dp, rank)):
-        ctx = ctx.with_axis(name, size, axis_rank)
-    assert isinstance(ctx.world, Axis)
-    return ctx
+    return ParallelContext.of_rank(rank, tp * dp, tp=tp)
 
 
 def model_entries(ctx: ParallelContext, *, filled: bool) -> list[TensorEntry]:

@@ -68,7 +68,7 @@ def test_a_file_becomes_a_checkpoint_that_loads_at_any_layout(weights: dict[str,
     check_compatible(meta, Config(model=ModelConfig(**meta["config"]["model"])))
     assert meta["config"]["model"]["rwkv_iclr_rank"] == 48 and meta["source"]["file"] == "model.pth"
     for rank in range(2):
-        ctx = whole.with_axis("tp", 2, rank)
+        ctx = ParallelContext.of_rank(rank, 2, tp=2)
         model = HybridModel(cfg, ctx)
         entries = [TensorEntry(spec.name, spec, p.detach()) for spec, p in named_specs(model)]
         load_checkpoint(path, entries, ctx)

@@ -12,6 +12,7 @@ from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
 from megaforge.nn.attention import KVCache, SelfAttention
 from megaforge.nn.sequence import SequenceInfo
+from megaforge.parallel.context import ParallelContext
 from tests.nn.support import CTX, REGION, assert_agrees, assert_close, filled, random
 
 LENGTH, BATCH, HIDDEN, HEADS = 7, 2, 24, 4
@@ -113,5 +114,10 @@ def test_cache_grows_beyond_its_first_capacity() -> None:
 def test_heads_that_do_not_divide_are_named() -> None:
     with pytest.raises(UserError, match="--num-query-groups 2 does not divide by --tp 4"):
         SelfAttention(
-            CTX.with_axis("tp", 4, 0), "a", config(num_query_groups=2), num_layers=1, region=REGION, dtype=torch.float32
+            ParallelContext.of_rank(0, 4, tp=4),
+            "a",
+            config(num_query_groups=2),
+            num_layers=1,
+            region=REGION,
+            dtype=torch.float32,
         )

@@ -14,6 +14,7 @@ from megaforge.errors import UserError
 from megaforge.nn.mlp import DenseFFN, FFNState
 from megaforge.nn.moe import MoEFFN, make_plan
 from megaforge.nn.sequence import SequenceInfo
+from megaforge.parallel.context import ParallelContext
 from tests.nn.support import CTX, REGION, assert_agrees, assert_close, filled, random
 
 LENGTH, BATCH, HIDDEN, INNER, EXPERTS, TOPK = 7, 2, 8, 10, 5, 2
@@ -87,7 +88,7 @@ def test_experts_and_router_losses(activation: str, channel_mix: bool, topk: int
             for t in range(LENGTH):
                 logits = w["f.router.weight"] @ x[t, b]
                 everyone = logits.softmax(dim=0)
-                chosen = sorted(range(EXPERTS), key=lambda e: -float(everyone[e].detach()))[:topk]  # noqa: B023
+                chosen = sorted(range(EXPERTS), key=lambda e: -float(everyone[e].detach()))[:topk]
                 total = sum(everyone[e] for e in chosen)
                 for e in chosen:
                     inner = nonlinearity(activation, w["f.up.weight"][e] @ x[t, b])
@@ -160,7 +161,7 @@ def test_shift_state_continues_the_parallel_form(kind: type) -> None:
 def test_expert_width_that_does_not_divide_is_named() -> None:
     with pytest.raises(UserError, match="--ffn-hidden-size 10 does not divide by --tp 4"):
         MoEFFN(
-            CTX.with_axis("tp", 4, 0),
+            ParallelContext.of_rank(0, 4, tp=4),
             "f",
             config(),
             layer_index=0,

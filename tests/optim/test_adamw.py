@@ -126,7 +126,7 @@ def test_shards_take_the_steps_of_the_whole() -> None:
     run_steps(whole, whole_model, whole_ctx, range(4))
     expected = masters(whole)
     for rank in range(2):
-        ctx = whole_ctx.with_axis("tp", 2, rank)
+        ctx = ParallelContext.of_rank(rank, 2, tp=2)
         model = SmallModel(ctx, torch.float64)
         optimizer = build_optimizer(CONFIG, model, ctx)
         run_steps(optimizer, model, ctx, range(4))

@@ -36,9 +36,8 @@ def test_every_layout_has_the_norm_and_the_gradients_of_one_rank(ranks: RankPool
     results = ranks.run(world_size, clip_as_rank, tp, 0.5 * expected)
     assert len({norm for norm, _, _ in results}) == 1  # the same bits everywhere
     assert results[0][0] == pytest.approx(expected, rel=1e-14)
-    single = ParallelContext.single()
     for _, local, tp_rank in results:
-        ctx = single.with_axis("tp", tp, tp_rank)
+        ctx = ParallelContext.of_rank(tp_rank, tp, tp=tp)
         for spec, _ in named_specs(SmallModel(ctx)):
             share = spec.take_local(0.5 * gradients[spec.name], ctx)
             torch.testing.assert_close(local[spec.name], share, rtol=1e-13, atol=0)

@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch.distributed as dist
 
 from megaforge.errors import UserError
-from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.context import AXES, ParallelContext
 from megaforge.parallel.distributed import Launch, discover_launch, initialize
 
 
@@ -96,3 +97,24 @@ def test_ranks_meet_under_mpirun() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("sum 3.0") == 2
+
+
+def folded_ranks() -> dict[str, tuple[int, ...]]:
+    ctx = ParallelContext.create(tp=2, ep=2, etp=1)
+    members = {}
+    for name in ("tp", "ep", "edp", "dp_cp"):
+        axis = ctx.axis(name)
+        ranks = [None] * axis.size
+        dist.all_gather_object(ranks, ctx.world.rank, group=axis.group)
+        members[name] = tuple(ranks)
+    planned = ParallelContext.of_rank(ctx.world.rank, 4, tp=2, ep=2, etp=1)
+    for name in AXES:
+        assert (planned.axis(name).size, planned.axis(name).rank) == (ctx.axis(name).size, ctx.axis(name).rank)
+    return members
+
+
+def test_experts_fold_over_the_same_ranks(ranks) -> None:
+    """tp 2 x dp 2 for dense layers is ep 2 x edp 2 for experts: expert-parallel neighbours are neighbouring ranks."""
+    members = ranks.run(4, folded_ranks)
+    assert members[0] == {"tp": (0, 1), "ep": (0, 1), "edp": (0, 2), "dp_cp": (0, 2)}
+    assert members[3] == {"tp": (2, 3), "ep": (2, 3), "edp": (1, 3), "dp_cp": (1, 3)}

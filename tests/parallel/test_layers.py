@@ -154,7 +154,7 @@ def test_initial_weights_do_not_depend_on_the_split(rule, dim: int) -> None:
 
     full = filled(single)
     for rank in range(4):
-        ctx = single.with_axis("tp", 4, rank)
+        ctx = ParallelContext.of_rank(rank, 4, tp=4)
         assert torch.equal(filled(ctx), spec.take_local(full, ctx))
 
 
