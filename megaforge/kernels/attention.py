@@ -1,7 +1,8 @@
 """Causal softmax attention: one face over torch's fused kernels and, for 16-bit tensors on a CPU, a blockwise form.
 
-torch's fused CPU kernel makes little of the CPU's 16-bit matrix products; the blockwise form is made of them. Both need memory
-linear in the sequence length.
+torch's fused CPU kernel makes little of the CPU's 16-bit matrix products; the blockwise form is made of them. Both need
+memory linear in the sequence length.
+"""
 
 from __future__ import annotations
 
