@@ -1,8 +1,8 @@
 """Tokens per second of a whole training step against Hugging Face transformers' Llama of the same shape, on the CPU.
 
-A dense attention model of 34M parameters (d 512, 8 layers, 8 heads, SwiGLU 1408, vocabulary 8,192, untied head) on
-4 x 512 tokens: forward, backward, gradient clipping, AdamW. Ours goes through the real model, gradient reducer, clip and
-optimizer. Both sides are checked first to compute the same loss from the same weights.
+A dense attention model of 34M parameters (d 512, 8 layers, 8 heads, SwiGLU 1408, vocabulary 8,192, untied head)
+on 4 x 512 tokens: forward, backward, gradient clipping, AdamW. Ours goes through the real model, gradient reducer,
+clip and optimizer. Both sides are checked first to compute the same loss from the same weights.
 
 Cases:
     fp32            ours as the trainer runs it (faster matmuls after a self-check that they are exact) against
