@@ -48,7 +48,7 @@ use_environment() {
     fi
     say "building and installing MegaForge [$extras]"
     constraints="$(mktemp)"
-    grep -v '^torch==' "$REPO/constraints.txt" >"$constraints"
+    sed '/^torch==/d' "$REPO/constraints.txt" >"$constraints"
     echo "torch==$version" >>"$constraints"
     "$PYTHON" -m pip install -q -c "$constraints" "setuptools>=77" wheel pybind11 ninja
     "$PYTHON" -m pip install -q -c "$constraints" --no-build-isolation -e "$REPO[$extras]"
