@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from megaforge.parallel.context import Axis, ParallelContext
-from megaforge.parallel.param_spec import named_specs
+from megaforge.parallel.param_spec import ParamSpec, named_specs
 
 SLICE_ALIGNMENT = 8  # elements: 16 bytes of the narrowest type, what vectorised kernels ask for
 
@@ -82,16 +83,30 @@ def main_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
-def make_buckets(module: nn.Module, ctx: ParallelContext, bucket_size: int) -> list[Bucket]:
-    """Packs the trained parameters of ``module`` into buckets of at most ``bucket_size`` elements, in the order in
-    which the backward pass should complete them; the same on every rank of a pipeline stage.
+def make_lanes(chunks: Sequence[nn.Module], ctx: ParallelContext, bucket_size: int) -> list[list[Bucket]]:
+    """The buckets of each chunk of a model (the virtual pipeline stages of this rank), and last those of parameters
+    that several chunks share, for which no single chunk can say when their gradients are complete."""
+    owners: dict[int, set[int]] = defaultdict(set)
+    for number, chunk in enumerate(chunks):
+        for parameter in chunk.parameters():
+            owners[id(parameter)].add(number)
+    declared = [[(s, p) for s, p in named_specs(chunk) if p.requires_grad] for chunk in chunks]
+    lanes = [[(s, p) for s, p in chunk if len(owners[id(p)]) == 1] for chunk in declared]
+    lanes.append(list({id(p): (s, p) for chunk in declared for s, p in chunk if len(owners[id(p)]) > 1}.values()))
+    return [_make_buckets(trained, ctx, bucket_size) for trained in lanes]
+
+
+def _make_buckets(
+    trained: list[tuple[ParamSpec, nn.Parameter]], ctx: ParallelContext, bucket_size: int
+) -> list[Bucket]:
+    """Packs parameters, given in module order, into buckets of at most ``bucket_size`` elements, in the order in which
+    the backward pass should complete them; the same on every rank of a pipeline stage.
 
     Parameters are taken in reverse module order, which is about the order of their gradients (Li et al.,
     arXiv 2006.15704). Each kind (replicas, dtype) fills buckets of its own, and a bucket is due with its last
     parameter. One larger than ``bucket_size`` stands alone, and so does one with the attribute ``alone_in_bucket``:
     a tied weight whose copies on two pipeline stages must be cut alike.
     """
-    trained = [(spec, parameter) for spec, parameter in named_specs(module) if parameter.requires_grad]
     runs: dict[tuple[str, torch.dtype], list[list[tuple[int, nn.Parameter]]]] = defaultdict(list)
     filled: dict[tuple[str, torch.dtype], float] = {}
     for due, (spec, parameter) in enumerate(reversed(trained)):

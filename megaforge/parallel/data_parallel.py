@@ -6,11 +6,13 @@ no factor depends on the layout.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megaforge.parallel.buckets import Bucket, main_dtype, make_buckets
+from megaforge.parallel.buckets import Bucket, main_dtype, make_lanes
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.grad_compression import Finish, PlainSum, Reduction
 from megaforge.parallel.param_spec import spec_of
@@ -92,6 +94,29 @@ class _Gradients:
         return full
 
 
+class _Lane:
+    """The buckets of one chunk of the model, sent strictly in order: ranks may finish them in different orders (an
+    expert without tokens has no gradient), but collectives must start in the same order everywhere."""
+
+    def __init__(self, buckets: list[Bucket], *, sharded: bool, transient: bool) -> None:
+        self.gradients = [_Gradients(bucket, sharded=sharded, transient=transient) for bucket in buckets]
+        self.last_microbatch = self.started = False
+        self.sent = 0
+
+    def zero(self) -> None:
+        """Forgets the gradients, and that any were sent."""
+        self.last_microbatch = self.started = False
+        self.sent = 0
+        for gradients in self.gradients:
+            gradients.zero()
+
+    def expect_all(self) -> None:
+        """All buckets wait for all of their gradients again."""
+        self.sent = 0
+        for gradients in self.gradients:
+            gradients.expect_all()
+
+
 class GradientReducer:
     """Sums every gradient over its replicas (dp and cp; for experts edp) and, where declared, over tp, into the
     parameter's ``main_grad`` (fp32; fp64 for fp64 parameters).
@@ -101,6 +126,9 @@ class GradientReducer:
     ``free_buffers`` (ZeRO-2) each micro-batch is reduced into the shares at once and full buffers live only while
     they fill and travel; the price is a reduction per micro-batch.
 
+    Several modules are the chunks of one model on this rank (virtual pipeline stages): each is told of its own last
+    micro-batch, and is sent while the others still compute.
+
     Args:
         bucket_size: elements of a bucket; with ``shards`` their buckets are used.
         overlap: reduce during the backward pass; otherwise afterwards, with the same numbers.
@@ -109,7 +137,7 @@ class GradientReducer:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: nn.Module | Sequence[nn.Module],
         ctx: ParallelContext,
         *,
         bucket_size: int = 25_000_000,
@@ -125,46 +153,48 @@ class GradientReducer:
         self.shards = shards
         self._every_microbatch = free_buffers
         self._reduction = PlainSum() if reduction is None else reduction
-        self._last_microbatch = True
-        self._started = False
-        self._sent = 0
-        buckets = make_buckets(module, ctx, bucket_size) if shards is None else shards.buckets
-        self._all = [_Gradients(bucket, sharded=shards is not None, transient=free_buffers) for bucket in buckets]
+        if shards is None:
+            chunks = [module] if isinstance(module, nn.Module) else list(module)
+            lanes = make_lanes(chunks, ctx, bucket_size)
+        else:
+            lanes = shards.lanes
+        if free_buffers and len(lanes) > 2:
+            raise ValueError("gradients of several chunks of a model cannot be reduced after every micro-batch")
+        self._lanes = [_Lane(lane, sharded=shards is not None, transient=free_buffers) for lane in lanes]
         self._in_flight: list[tuple[_Gradients, Tensor, Finish]] = []
-        self._gradients_of = {id(p): gradients for gradients in self._all for p in gradients.bucket.parameters}
-        for bucket in buckets:
-            for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(self._on_gradient)
-        parameters = [p for bucket in buckets for p in bucket.parameters]
+        self._place_of: dict[int, tuple[_Lane, _Gradients]] = {}
+        for lane in self._lanes:
+            for gradients in lane.gradients:
+                for parameter in gradients.bucket.parameters:
+                    self._place_of[id(parameter)] = lane, gradients
+                    parameter.register_post_accumulate_grad_hook(self._on_gradient)
+        parameters = [p for bucket in self.buckets for p in bucket.parameters]
         self._tp_partial = [p for p in parameters if spec_of(p).tp_partial_grad] if ctx.tp.size > 1 else []
 
     @property
     def buckets(self) -> list[Bucket]:
-        """In the order in which they are sent."""
-        return [gradients.bucket for gradients in self._all]
+        """Chunk by chunk, in the order in which they are sent."""
+        return [gradients.bucket for lane in self._lanes for gradients in lane.gradients]
 
     def zero(self) -> None:
         """Forgets all gradients; call once before a global batch."""
-        self._sent = 0
-        self._started = False
         self._in_flight = []
-        for gradients in self._all:
-            gradients.zero()
+        for lane in self._lanes:
+            lane.zero()
 
-    def set_last_microbatch(self, last: bool) -> None:
-        """Call before each micro-batch's backward pass; says whether it is the last of the global batch, for only
-        then are buckets sent (under ZeRO-2 after every one)."""
-        if self._every_microbatch and self._started:
-            self._send_rest()
-            self._sent = 0
-            for gradients in self._all:
-                gradients.expect_all()
-        self._started = True
-        self._last_microbatch = last
+    def set_last_microbatch(self, last: bool, chunk: int = 0) -> None:
+        """Call before each micro-batch's backward pass through ``chunk``; says whether it is the chunk's last of the
+        global batch, for only then are buckets sent (under ZeRO-2 after every one)."""
+        lane = self._lanes[chunk]
+        if self._every_microbatch and lane.started:
+            self._send_rest(lane)
+            lane.expect_all()
+        lane.started = True
+        lane.last_microbatch = last
 
     def _on_gradient(self, parameter: Tensor) -> None:
         """Takes in a gradient that autograd has just accumulated, and sends its bucket when that was the last one."""
-        gradients = self._gradients_of[id(parameter)]
+        lane, gradients = self._place_of[id(parameter)]
         if self.shards is not None:
             self.shards.check_used_whole(parameter)
         if gradients.sent and (gradients.bucket.replicas.size > 1 or self._every_microbatch):
@@ -173,29 +203,27 @@ class GradientReducer:
                 "set_last_microbatch must precede each backward pass, and the last must be the last"
             )
         gradients.take_in(parameter)
-        if self._last_microbatch or self._every_microbatch:
+        if lane.last_microbatch or self._every_microbatch:
             gradients.waiting.discard(id(parameter))
             if self.overlap:
-                self._send_ready()
+                self._send_ready(lane)
 
-    def _send_ready(self) -> None:
-        """Sends buckets strictly in order: ranks may finish them in different orders (an expert without tokens has no
-        gradient), but collectives must start in the same order everywhere."""
-        while self._sent < len(self._all) and not self._all[self._sent].waiting:
-            self._send_next()
+    def _send_ready(self, lane: _Lane) -> None:
+        while lane.sent < len(lane.gradients) and not lane.gradients[lane.sent].waiting:
+            self._send_next(lane)
 
-    def _send_rest(self) -> None:
+    def _send_rest(self, lane: _Lane) -> None:
         """Sends what is left: without overlap, or where a parameter had no gradient."""
-        while self._sent < len(self._all):
-            self._send_next()
+        while lane.sent < len(lane.gradients):
+            self._send_next(lane)
 
-    def _send_next(self) -> None:
-        gradients = self._all[self._sent]
+    def _send_next(self, lane: _Lane) -> None:
+        gradients = lane.gradients[lane.sent]
         gradients.sent = True
         full = gradients.take_full()
         finish = self._reduction.start(gradients.bucket, full, scatter=gradients.own is not None)
         self._in_flight.append((gradients, full, finish))
-        self._sent += 1
+        lane.sent += 1
         if self._every_microbatch:
             self._land(keep=1)  # so that no more than two full buffers live besides the one that fills
 
@@ -209,7 +237,8 @@ class GradientReducer:
 
     def finish(self) -> None:
         """Waits until every ``main_grad`` holds the sum over its replicas, and over tp where each rank had a part."""
-        self._send_rest()
+        for lane in self._lanes:
+            self._send_rest(lane)
         self._land()
         self._sum_partial_over_tp()
 

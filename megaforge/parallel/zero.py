@@ -6,6 +6,7 @@ masters and moments. The updated slices travel while the next forward pass alrea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaforge.config.run_config import ParallelConfig
-from megaforge.parallel.buckets import Bucket, make_buckets
+from megaforge.parallel.buckets import Bucket, make_lanes
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_share import FlatShare, held_part
 from megaforge.parallel.param_spec import spec_of
@@ -41,7 +42,7 @@ class _Gather:
 
 class ShardedParameters:
     """Moves the trained parameters of ``module`` into flat buckets and gives each a ``share``: the range of it
-    (:class:`FlatShare`) that this rank updates.
+    (:class:`FlatShare`) that this rank updates. Several modules are the chunks of one model (virtual stages).
 
     Made once, after the parameters have their initial values and before the optimizer and the gradient reducer.
 
@@ -51,16 +52,29 @@ class ShardedParameters:
     """
 
     def __init__(
-        self, module: nn.Module, ctx: ParallelContext, *, bucket_size: int = 25_000_000, overlap: bool = True
+        self,
+        module: nn.Module | Sequence[nn.Module],
+        ctx: ParallelContext,
+        *,
+        bucket_size: int = 25_000_000,
+        overlap: bool = True,
     ) -> None:
-        self.buckets = make_buckets(module, ctx, bucket_size)
+        chunks = [module] if isinstance(module, nn.Module) else list(module)
+        self.lanes = make_lanes(chunks, ctx, bucket_size)
         self.overlap = overlap
-        self._gathers = [_Gather(bucket) for bucket in self.buckets]
+        # In the order of the forward pass: chunks as they come, each from its first bucket to be used.
+        self._gathers = [_Gather(bucket) for lane in (self.lanes[-1], *self.lanes[:-1]) for bucket in reversed(lane)]
         self._gather_of: dict[int, _Gather] = {}
         for gather in self._gathers:
             self._adopt(gather)
         if overlap:
-            self._wait_before_forward(module)
+            for chunk in chunks:
+                self._wait_before_forward(chunk)
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """All of them, lane by lane."""
+        return [bucket for lane in self.lanes for bucket in lane]
 
     @torch.no_grad()
     def _adopt(self, gather: _Gather) -> None:
@@ -99,14 +113,14 @@ class ShardedParameters:
 
     def gather(self) -> None:
         """Spreads what every rank has written into its own ranges. Collective; returns before it is done."""
-        for gather in reversed(self._gathers):
+        for gather in self._gathers:
             gather.start()
         if not self.overlap:
             self.wait()
 
     def wait(self) -> None:
         """Returns once every parameter is whole and up to date."""
-        for gather in reversed(self._gathers):
+        for gather in self._gathers:
             gather.wait()
 
     def check_used_whole(self, parameter: Tensor) -> None:
@@ -119,7 +133,9 @@ class ShardedParameters:
             )
 
 
-def shard_parameters(config: ParallelConfig, module: nn.Module, ctx: ParallelContext) -> ShardedParameters | None:
+def shard_parameters(
+    config: ParallelConfig, module: nn.Module | Sequence[nn.Module], ctx: ParallelContext
+) -> ShardedParameters | None:
     """What ``--zero`` asks for; None at stage 0. ``module`` must be initialised, and have no optimizer yet."""
     if config.zero_stage == 0:
         return None

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from megaforge.parallel.buckets import SLICE_ALIGNMENT, make_buckets
+from megaforge.parallel.buckets import SLICE_ALIGNMENT, make_lanes
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_share import FlatShare, flat_boxes, held_part
 from megaforge.parallel.init_rules import Constant
@@ -92,7 +92,8 @@ def test_shares_make_up_every_parameter_once(world: int, tp: int, ep: int, etp: 
 
 def test_buckets_are_packed_by_kind_and_due_with_their_last_parameter() -> None:
     ctx = ParallelContext.of_rank(0, 4, ep=2)
-    buckets = make_buckets(Holder(ctx, torch.bfloat16), ctx, 60)
+    buckets, shared = make_lanes([Holder(ctx, torch.bfloat16)], ctx, 60)
+    assert not shared
     names = [[p.spec.name for p in bucket.parameters] for bucket in buckets]
     assert names == [["norm", "router"], ["expert_scale", "up"], ["scale", "row"], ["qkv"], ["embedding"]]
     assert {bucket.replicas.name for bucket in buckets} == {"dp_cp", "edp"}
@@ -107,6 +108,6 @@ def test_a_tied_weight_can_ask_for_a_bucket_of_its_own() -> None:
     ctx = ParallelContext.of_rank(1, 2)
     model = Holder(ctx, torch.float32)
     model.declared[1].alone_in_bucket = True
-    names = [[p.spec.name for p in bucket.parameters] for bucket in make_buckets(model, ctx, 1000)]
+    names = [[p.spec.name for p in bucket.parameters] for bucket in make_lanes([model], ctx, 1000)[0]]
     assert ["qkv"] in names
     assert sorted(name for bucket in names for name in bucket) == sorted(spec.name for spec in SPECS)

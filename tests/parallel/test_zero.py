@@ -115,6 +115,10 @@ class Layout:
     overlap: bool = True
     bucket_size: int = 150
 
+    def __str__(self) -> str:
+        shape = f"zero{self.zero}-world{self.world}-tp{self.tp}-ep{self.ep}"
+        return f"{shape}-{'overlap' if self.overlap else 'after'}-bucket{self.bucket_size}"
+
     def context(self) -> ParallelContext:
         return ParallelContext.create(tp=self.tp, ep=self.ep, etp=self.etp)
 
@@ -309,7 +313,7 @@ def memory_between_microbatches(zero: int) -> tuple[int, int]:
     run.reducer.set_last_microbatch(False)
     run.loss(0, 0).backward()
     run.reducer.set_last_microbatch(True)
-    alive = sum(gradients.full is not None for gradients in run.reducer._all)
+    alive = sum(gradients.full is not None for lane in run.reducer._lanes for gradients in lane.gradients)
     return alive, sum(p.grad is not None for p in run.model.parameters())
 
 
@@ -373,6 +377,7 @@ def test_reading_parameters_before_they_arrived_is_an_error(ranks) -> None:
 def a_gradient_too_late() -> str:
     run = Run("small", Layout(2, 1), torch.float32)
     run.reducer.zero()
+    run.reducer.set_last_microbatch(True)
     run.loss(0, 0).backward()
     try:
         run.loss(1, 0).backward()
@@ -385,6 +390,55 @@ def a_gradient_too_late() -> str:
 
 def test_a_gradient_after_its_bucket_was_sent_is_an_error(ranks) -> None:
     assert all("got a gradient after its bucket was sent" in text for text in ranks.run(2, a_gradient_too_late))
+
+
+class Chunk(nn.Module):
+    """One virtual stage: a matrix of its own and one that all stages share."""
+
+    def __init__(self, ctx: ParallelContext, number: int, shared: nn.Parameter) -> None:
+        super().__init__()
+        spec = ParamSpec(f"own.{number}", (HIDDEN, HIDDEN), Normal(0.5))
+        self.own, self.shared = make_parameter(spec, ctx, torch.float64), shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.own) @ self.shared
+
+
+def train_chunks(zero: int) -> tuple[dict[str, Tensor], list[int]]:
+    """Two chunks whose last micro-batches come at different times, as in a pipeline; two steps over four samples."""
+    ctx = ParallelContext.create()
+    tied = make_parameter(ParamSpec("tied", (HIDDEN, HIDDEN), Normal(0.5)), ctx, torch.float64)
+    chunks = [Chunk(ctx, number, tied) for number in range(2)]
+    model = nn.ModuleList(chunks)
+    initialize_parameters(model, ctx, seed=5)
+    shards = ShardedParameters(chunks, ctx) if zero else None
+    optimizer = build_optimizer(OptimizerConfig(), model, ctx, shards)
+    reducer = GradientReducer(chunks, ctx, shards=shards)
+    sent_before_the_end = []
+    for step in range(2):
+        reducer.zero()
+        own = range(ctx.dp.rank, BATCH, ctx.dp.size)
+        for number in (1, 0):  # all of one chunk's micro-batches, then all of the other's
+            for sample in own:
+                reducer.set_last_microbatch(sample == own[-1], chunk=number)
+                generator = torch.Generator().manual_seed(100 * step + sample)
+                x = torch.randn(5, HIDDEN, generator=generator, dtype=torch.float64)
+                chunks[number](x).square().mean().backward()
+            sent_before_the_end.append(sum(lane.sent for lane in reducer._lanes))
+        reducer.finish()
+        clip_gradients(model, ctx, 0.1)
+        optimizer.step(LEARNING_RATE)
+    optimizer.wait_for_parameters()
+    return {spec.name: p.detach().clone() for spec, p in named_specs(model)}, sent_before_the_end
+
+
+def test_chunks_are_sent_each_at_its_own_end_and_what_they_share_at_the_last(ranks) -> None:
+    expected, _ = train_chunks(0)
+    for zero in (0, 1):
+        for found, sent in ranks.run(2, train_chunks, zero):
+            assert sent == [1, 2, 1, 2]
+            for name, weight in expected.items():
+                torch.testing.assert_close(found[name], weight, rtol=1e-12, atol=1e-13)
 
 
 def save_trained(directory: Path, layout: Layout) -> dict[str, Tensor]:
