@@ -98,6 +98,7 @@ class AdamW:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """One update from every ``main_grad``, at the learning rate ``lr`` times each parameter's own factor."""
+        self.wait_for_parameters()  # a part of the model that no forward pass has used may still be on its way
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_mult"]
         for spec, parameter in self._trained:
