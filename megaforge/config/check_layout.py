@@ -77,10 +77,11 @@ def check_layout(config: Config, world_size: int) -> Layout:
     _check_lengths(config)
     _check_backend(config)
     _check_schedule(config)
+    _check_gradients(config)
     dp = world_size // tp
     global_batch_size = _global_batch_size(config, dp)
     micro_batches = global_batch_size // (config.training.micro_batch_size * dp)
-    return Layout(world_size, tp, dp, global_batch_size, micro_batches, tuple(_notes(config)))
+    return Layout(world_size, tp, dp, global_batch_size, micro_batches, tuple(_notes(config, dp)))
 
 
 def mixer_kinds(model: ModelConfig) -> frozenset[str]:
@@ -159,6 +160,30 @@ def _check_schedule(config: Config) -> None:
         )
 
 
+def _check_gradients(config: Config) -> None:
+    """How gradients are sharded and sent must fit each other and the precision."""
+    parallel, training = config.parallel, config.training
+    zero, pp, kind = parallel.zero_stage, parallel.pipeline_model_parallel_size, parallel.grad_compression
+    if zero == 2 and pp > 1:
+        raise UserError(
+            f"--zero 2 with --pp {pp} would reduce every micro-batch of the pipeline on its own; use --zero 1"
+        )
+    if kind == "none":
+        if parallel.grad_reduce_in_bf16 and training.fp64:
+            raise UserError("--grad-reduce-in-bf16 would undo --fp64; drop one of the two")
+        return
+    if parallel.grad_reduce_in_bf16:
+        raise UserError(f"--grad-reduce-in-bf16 and --grad-compression {kind} exclude each other; drop one of the two")
+    if zero == 2:
+        raise UserError(f"--grad-compression {kind} needs whole gradients, which --zero 2 does not keep; use --zero 1")
+    if training.fp16:
+        raise UserError(
+            f"--grad-compression {kind} carries losses over to steps with another --fp16 loss scale; use --bf16"
+        )
+    if training.fp64 and kind == "bf16":
+        raise UserError("--grad-compression bf16 would undo --fp64; drop one of the two")
+
+
 def _global_batch_size(config: Config, dp: int) -> int:
     micro = config.training.micro_batch_size
     given = config.training.global_batch_size
@@ -176,8 +201,17 @@ def _global_batch_size(config: Config, dp: int) -> int:
     return given
 
 
-def _notes(config: Config) -> list[str]:
+def _notes(config: Config, dp: int) -> list[str]:
     notes = []
+    parallel = config.parallel
+    if parallel.zero_stage and dp == 1:
+        notes.append(f"--zero {parallel.zero_stage} has nothing to share out at dp 1: it saves nothing")
+    if parallel.grad_compression != "none":
+        notes.append(
+            f"--grad-compression {parallel.grad_compression}: what is learned now depends on the number of "
+            "data-parallel ranks"
+            + (f", and at dp {dp} nothing is sent" if dp == 1 else "; --load starts without the losses kept so far")
+        )
     if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
         notes.append("--sequence-parallel has nothing to share at --tp 1: it changes nothing")
     decay_iters = config.optimizer.lr_decay_iters or config.training.train_iters

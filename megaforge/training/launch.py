@@ -23,6 +23,7 @@ from megaforge.optim import build_optimizer
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.distributed import discover_launch, initialize, say_once
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.zero import shard_parameters
 from megaforge.training.callbacks import (
     Callback,
     Checkpointing,
@@ -96,7 +97,7 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
         config,
         ctx,
         model,
-        build_optimizer(config.optimizer, model, ctx),
+        build_optimizer(config.optimizer, model, ctx, shard_parameters(config.parallel, model, ctx)),
         opened[0],
         tokenizer=None if tokenizer is None else tokenizer_identity(tokenizer),
         global_batch_size=layout.global_batch_size,

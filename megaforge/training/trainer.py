@@ -22,6 +22,7 @@ from megaforge.models.hybrid import HybridModel, ModelOutput
 from megaforge.optim import AdamW, LearningRateSchedule, LossScaler, clip_gradients
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
+from megaforge.parallel.grad_compression import make_reduction
 from megaforge.training.metrics import EvaluationMetrics, StepMetrics, balance_entropy_bits
 from megaforge.training.state import save_run
 
@@ -58,7 +59,13 @@ class Trainer:
         self.global_batch_size = global_batch_size
         self.callbacks = list(callbacks)
         self.reducer = GradientReducer(
-            model, ctx, bucket_size=config.parallel.ddp_bucket_size, overlap=config.parallel.overlap_grad_reduce
+            model,
+            ctx,
+            bucket_size=config.parallel.ddp_bucket_size,
+            overlap=config.parallel.overlap_grad_reduce,
+            shards=optimizer.shards,
+            free_buffers=config.parallel.zero_stage == 2,
+            reduction=make_reduction(config.parallel),
         )
         self.schedule = LearningRateSchedule(config.optimizer, config.training.train_iters)
         self.scaler = LossScaler(config.optimizer, enabled=config.training.fp16)
@@ -90,6 +97,7 @@ class Trainer:
             with closing(iter(loader)) as batches:  # type: ignore[type-var]
                 while not self.finished:
                     self._emit("on_step_end", self._timed_step(batches))
+            self.optimizer.wait_for_parameters()
         finally:
             self._emit("on_train_end")
 
@@ -161,6 +169,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint below ``--save``."""
+        self.optimizer.wait_for_parameters()
         self._emit("on_checkpoint", save_run(self))
 
     def _loader(self, data: Any, consumed_samples: int) -> GlobalBatchLoader:

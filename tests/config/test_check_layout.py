@@ -62,6 +62,16 @@ RWKV = ("--layer-schedule", "rwkv")
         (1, ["--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "200"],
          "--lr-wsd-decay-iters 200 exceeds the schedule's 100 iterations (--lr-decay-iters, or --train-iters); "
          "use --lr-wsd-decay-iters 100 or fewer"),
+        (2, ["--grad-reduce-in-bf16", "--fp64"],
+         "--grad-reduce-in-bf16 would undo --fp64; drop one of the two"),
+        (2, ["--grad-reduce-in-bf16", "--grad-compression", "powersgd"],
+         "--grad-reduce-in-bf16 and --grad-compression powersgd exclude each other; drop one of the two"),
+        (2, ["--grad-compression", "bf16", "--zero", "2"],
+         "--grad-compression bf16 needs whole gradients, which --zero 2 does not keep; use --zero 1"),
+        (2, ["--grad-compression", "powersgd", "--fp16"],
+         "--grad-compression powersgd carries losses over to steps with another --fp16 loss scale; use --bf16"),
+        (2, ["--grad-compression", "bf16", "--fp64"],
+         "--grad-compression bf16 would undo --fp64; drop one of the two"),
         (2, ["--distributed-backend", "nccl", "--device", "cpu"],
          "--distributed-backend nccl does not serve --device cpu; use --distributed-backend gloo"),
     ],
@@ -111,6 +121,17 @@ def test_a_torch_without_a_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 def test_notes_on_what_changes_nothing() -> None:
     layout = check_layout(parse_config(["--sp", "--lr-warmup-iters", "200"]).config, 1)
     assert [note.split()[0] for note in layout.notes] == ["--sequence-parallel", "--lr-warmup-iters"]
+
+
+def test_notes_on_sharing_and_compression() -> None:
+    alone = check_layout(parse_config(["--zero", "2"]).config, 1)
+    assert alone.notes == ("--zero 2 has nothing to share out at dp 1: it saves nothing",)
+    [note] = check_layout(parse_config(["--zero", "1", "--grad-compression", "powersgd"]).config, 2).notes
+    assert note.startswith("--grad-compression powersgd: what is learned now depends on the number of data-parallel")
+    assert note.endswith("--load starts without the losses kept so far")
+    [_, note] = check_layout(parse_config(["--zero", "1", "--grad-compression", "bf16"]).config, 1).notes
+    assert note.endswith("at dp 1 nothing is sent")
+    assert check_layout(parse_config(["--zero-stage", "2", "--bf16"]).config, 2).notes == ()
 
 
 def test_the_vocabulary_comes_from_the_tokenizer_unless_given() -> None:
