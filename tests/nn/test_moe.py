@@ -184,6 +184,10 @@ def test_capacity_by_position_and_by_weight() -> None:
     assert by_position.squeeze(-1).t().tolist() == [[True, True, False, True], [True, True, True, False]]
     by_weight = within_capacity(experts, weights, 2, 2, "probs")
     assert by_weight.squeeze(-1).t().tolist() == [[False, True, True, True], [True, False, True, True]]
+    rounding = torch.tensor([1.0, 1 + 1e-7, 1 - 1e-7, 1.0]).view(4, 1, 1).expand(4, 2, 1)
+    assert within_capacity(experts, rounding, 2, 1, "probs").equal(
+        within_capacity(experts, rounding, 2, 1, "position")
+    )
 
 
 def test_nothing_is_dropped_outside_training() -> None:

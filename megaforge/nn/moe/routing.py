@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megaforge.config.model_config import ModelConfig
 
+_RESOLUTION = 2.0**-12  # to which routing weights are compared when an expert is full
 _TINY = 1e-20  # DeepSeek-V3's guard of the normalisation
 
 
@@ -91,7 +92,8 @@ def within_capacity(experts_SBK: Tensor, weights_SBK: Tensor, number: int, capac
         experts_SBK, weights_SBK: of all S tokens of each sequence, in order.
         number: experts.
         policy: ``position`` keeps the first, so that a token's fate depends on earlier tokens only; ``probs`` those
-            of the largest weight, which looks ahead; equal weights by position.
+            of the largest weight, which looks ahead. Weights that agree to 2^-12 go by position: equal tokens at the
+            beginnings of packed documents have equal weights, and rounding must not choose between them.
 
     Returns:
         Bool [S, b, k].
@@ -99,7 +101,7 @@ def within_capacity(experts_SBK: Tensor, weights_SBK: Tensor, number: int, capac
     slot = _slot(experts_SBK, number).flatten()
     order = torch.arange(slot.numel(), device=slot.device)
     if policy == "probs":
-        order = weights_SBK.detach().flatten().argsort(descending=True, stable=True)
+        order = (weights_SBK.detach().flatten() / _RESOLUTION).round().argsort(descending=True, stable=True)
     order = order[slot[order].argsort(stable=True)]
     in_order = slot[order]
     place = torch.arange(slot.numel(), device=slot.device) - torch.searchsorted(in_order, in_order)
