@@ -42,9 +42,7 @@ class ModelConfig:
     max_position_embeddings: int | None = flag(None, "longest sequence the model is meant for (default: --seq-length)")
     num_experts: int = flag(8, "experts of a MoE FFN")
     moe_router_topk: int = flag(2, "experts a token goes to")
-    moe_router_score_function: str = flag(
-        "softmax", "how router logits become scores", choices=("softmax", "sigmoid")
-    )
+    moe_router_score_function: str = flag("softmax", "how router logits become scores", choices=("softmax", "sigmoid"))
     moe_router_topk_scaling_factor: float | None = flag(None, "factor on the routing weights of the chosen experts")
     moe_router_num_groups: int | None = flag(
         None, "groups of neighbouring experts; a token's experts come from --moe-router-group-topk of them"

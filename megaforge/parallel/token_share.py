@@ -161,5 +161,3 @@ class OwnTokens(EveryToken):
 def make_token_share(ctx: ParallelContext, region: TensorParallelRegion) -> EveryToken:
     """The cheaper of the two that the layout allows: no exchange at all while experts are laid out like dense layers."""
     return EveryToken(ctx, region) if ctx.ep.size == 1 and ctx.etp.size == ctx.tp.size else OwnTokens(ctx, region)
-
-

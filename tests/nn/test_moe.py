@@ -185,9 +185,7 @@ def test_capacity_by_position_and_by_weight() -> None:
     by_weight = within_capacity(experts, weights, 2, 2, "probs")
     assert by_weight.squeeze(-1).t().tolist() == [[False, True, True, True], [True, False, True, True]]
     rounding = torch.tensor([1.0, 1 + 1e-7, 1 - 1e-7, 1.0]).view(4, 1, 1).expand(4, 2, 1)
-    assert within_capacity(experts, rounding, 2, 1, "probs").equal(
-        within_capacity(experts, rounding, 2, 1, "position")
-    )
+    assert within_capacity(experts, rounding, 2, 1, "probs").equal(within_capacity(experts, rounding, 2, 1, "position"))
 
 
 def test_nothing_is_dropped_outside_training() -> None:
@@ -284,7 +282,10 @@ def test_splits_that_do_not_divide_are_named(sizes: dict[str, int], message: str
     [
         ({"moe_router_enable_expert_bias": True}, "add --moe-router-score-function sigmoid"),
         ({"moe_router_num_groups": 3}, "set both or neither"),
-        ({**GROUPS, "moe_router_num_groups": 4}, "--moe-router-num-groups 4 does not divide --num-experts 6; use 1, 2, 3 or 6"),
+        (
+            {**GROUPS, "moe_router_num_groups": 4},
+            "--moe-router-num-groups 4 does not divide --num-experts 6; use 1, 2, 3 or 6",
+        ),
         ({**GROUPS, "moe_router_topk": 3}, "--moe-router-group-topk 2: .*with --moe-router-topk 3 and 3 groups; use 3"),
         ({"moe_expert_capacity_factor": 0.0}, "--moe-expert-capacity-factor 0.0: must be positive"),
     ],

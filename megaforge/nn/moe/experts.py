@@ -124,9 +124,7 @@ class SharedExpert(nn.Module):
         self.up = ColumnParallelLinear(
             ctx, f"{name}.up", cfg.hidden_size, sum(parts), init=init[0], parts=parts, dtype=dtype, kind="ffn"
         )
-        down = ParamSpec(
-            f"{name}.down.weight", (cfg.hidden_size, shared.ffn_size), init[1], shard_dim=1, kind="ffn"
-        )
+        down = ParamSpec(f"{name}.down.weight", (cfg.hidden_size, shared.ffn_size), init[1], shard_dim=1, kind="ffn")
         self.down = make_parameter(down, ctx, dtype)
 
     def forward(self, x: Tensor) -> Tensor:

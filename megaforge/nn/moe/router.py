@@ -96,7 +96,9 @@ class Router(nn.Module):
         spec = ParamSpec(
             name, (self.cfg.num_experts,), Constant(value), weight_decay=False, keep_fp32=True, kind="router"
         )
-        return make_parameter(spec, ctx, dtype).requires_grad_(False)
+        state = make_parameter(spec, ctx, dtype)
+        state.requires_grad = False
+        return state
 
     def forward(self, x_SBH: Tensor, length: int) -> tuple[Routing, RouterLosses]:
         """Routes this rank's tokens.
@@ -108,9 +110,7 @@ class Router(nn.Module):
         logits = F.linear(x_SBH.to(self.weight.dtype), self.weight)
         weights, experts, probability = route(logits, self.expert_bias, self.cfg)
         kept = self._kept(experts, weights, length)
-        routing = Routing(
-            weights.flatten(0, 1), experts.flatten(0, 1), None if kept is None else kept.flatten(0, 1)
-        )
+        routing = Routing(weights.flatten(0, 1), experts.flatten(0, 1), None if kept is None else kept.flatten(0, 1))
         return routing, self._losses(logits, experts, probability)
 
     def _kept(self, experts: Tensor, weights: Tensor, length: int) -> Tensor | None:
@@ -164,7 +164,7 @@ class Router(nn.Module):
         if self.previous_load is not None:
             self.previous_load.copy_(counts / counts.sum())
         if self.expert_bias is not None:
-            self.expert_bias += self.cfg.moe_router_bias_update_rate * (counts.mean() - counts).sign()
+            self.expert_bias.add_((counts.mean() - counts).sign(), alpha=self.cfg.moe_router_bias_update_rate)
 
 
 def update_routers(model: nn.Module, tokens_per_expert: Tensor) -> None:
