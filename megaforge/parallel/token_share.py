@@ -107,14 +107,23 @@ class EveryToken:
         enters the loss on every tp rank, and gradients inside the region come out partial."""
         return scale_gradient(partial, 1 / self.tp.size)
 
-    def gather(self, x: Tensor, length: int) -> Tensor:
-        """Facts about own tokens, [own, ...] -> those of all ranks that share the sequence, in order of rank: [S, ...].
-        Not differentiable. ``length``: tokens of the sequence on a cp rank."""
-        return x if self.cp.size == 1 else _gather_rows(x, self.cp, length * self.cp.size)
+    def gather(self, x: Tensor, places_S: Tensor) -> Tensor:
+        """Facts about own tokens, [own, ...] -> those about all S tokens of the sequences, in order: [S, ...]. Not
+        differentiable.
 
-    def own(self, x: Tensor, length: int) -> Tensor:
+        Args:
+            places_S: int64 [s], where in its sequence each of the cp rank's tokens is.
+        """
+        if self.cp.size == 1:
+            return x
+        length = places_S.shape[0] * self.cp.size
+        whole = torch.empty((length, *x.shape[1:]), dtype=x.dtype, device=x.device)
+        whole[_gather_rows(places_S, self.cp, length)] = _gather_rows(x, self.cp, length)
+        return whole
+
+    def own(self, x: Tensor, places_S: Tensor) -> Tensor:
         """This rank's rows of what :meth:`gather` gave: [S, ...] -> [own, ...]."""
-        return x[self.cp.rank * length : (self.cp.rank + 1) * length]
+        return x[places_S]
 
     def sequence_total(self, counts: Tensor) -> Tensor:
         """Counts over a cp rank's tokens -> over the sequence. Not differentiable."""
@@ -150,14 +159,15 @@ class OwnTokens(EveryToken):
     def total(self, partial: Tensor) -> Tensor:
         return reduce_from_tensor_parallel(partial, self.tp)
 
-    def gather(self, x: Tensor, length: int) -> Tensor:
-        return super().gather(x if self.tp.size == 1 else _gather_rows(x, self.tp, length), length)
+    def gather(self, x: Tensor, places_S: Tensor) -> Tensor:
+        x = x if self.tp.size == 1 else _gather_rows(x, self.tp, places_S.shape[0])
+        return super().gather(x, places_S)
 
-    def own(self, x: Tensor, length: int) -> Tensor:
-        start, stop = _own_rows(length, self.tp)
-        return super().own(x, length)[start:stop]
+    def own(self, x: Tensor, places_S: Tensor) -> Tensor:
+        start, stop = _own_rows(places_S.shape[0], self.tp)
+        return super().own(x, places_S[start:stop])
 
 
 def make_token_share(ctx: ParallelContext, region: TensorParallelRegion) -> EveryToken:
-    """The cheaper of the two that the layout allows: no exchange at all while experts are laid out like dense layers."""
+    """The cheaper one that the layout allows: no exchange at all while experts are laid out like dense layers."""
     return EveryToken(ctx, region) if ctx.ep.size == 1 and ctx.etp.size == ctx.tp.size else OwnTokens(ctx, region)

@@ -256,7 +256,7 @@ def test_router_stays_in_fp32() -> None:
     assert module.router.weight.dtype == torch.float32 and module.experts.up.dtype == torch.bfloat16
     assert module.router.expert_bias is not None and module.router.expert_bias.dtype == torch.float32
     x = random(LENGTH, BATCH, HIDDEN).bfloat16()
-    routing, losses = module.router(x, LENGTH)
+    routing, losses = module.router(x, packed_info())
     assert routing.weights.dtype == torch.float32 == losses.load_balance_sum.dtype
     out, _ = module(x, packed_info())
     assert out.dtype == torch.bfloat16

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.run_config import OptimizerConfig
 from megaforge.models.hybrid import HybridModel, ModelOutput
-from megaforge.nn.moe import update_routers
+from megaforge.nn.moe import MoEFFN, update_routers
+from megaforge.nn.sequence import SequenceInfo
 from megaforge.optim import build_optimizer, clip_gradients
-from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.context import Axis, ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.param_spec import Box, named_specs
+from megaforge.parallel.region import TensorParallelRegion
 from tests.nn.support import perturb
 from tests.parallel.pool import RankPool
 
@@ -270,3 +272,57 @@ def test_experts_without_tokens(ranks: RankPool, sizes: dict[str, int]) -> None:
         assert torch.equal(got_counts, counts)
         torch.testing.assert_close(got_loss, loss, rtol=1e-12, atol=0)
         assert_pieces_agree(got, gradients, 1e-10, "gradient")
+
+
+class SharedSequences(SequenceInfo):
+    """Sequences of which each rank of cp holds one chunk from the front and its mirror image from the back."""
+
+    def __init__(self, batch: int, whole: int, axis: Axis) -> None:
+        super().__init__(batch, whole // axis.size, torch.device("cpu"))
+        chunks = torch.arange(whole).chunk(2 * axis.size)
+        self._places = torch.cat([chunks[axis.rank], chunks[2 * axis.size - 1 - axis.rank]])
+
+    @property
+    def places_S(self) -> Tensor:
+        return self._places
+
+
+def route_shared_sequences(sizes: dict[str, int], sequence_parallel: bool, variant: str) -> dict[str, Any]:
+    """One layer on sequences of 16 tokens that the ranks of cp share."""
+    ctx = ParallelContext.create(**sizes)
+    cfg = ModelConfig(**{**SHAPE, **VARIANTS[variant]})
+    region = TensorParallelRegion(ctx, sequence_parallel)
+    layer = MoEFFN(ctx, "f", cfg, layer_index=0, num_layers=1, channel_mix=False, region=region, dtype=torch.float64)
+    initialize_parameters(layer, ctx, seed=3)
+    perturb(layer, ctx)
+    reducer = GradientReducer(layer, ctx)
+    reducer.zero()
+    info = SharedSequences(2, 16, ctx.cp)
+    x, direction = (torch.randn(16, 2, 16, generator=torch.Generator().manual_seed(n)).double() for n in (1, 2))
+    x, direction = x[info.places_S], direction[info.places_S]
+    if region.sequence_parallel:
+        x, direction = x.chunk(ctx.tp.size)[ctx.tp.rank], direction.chunk(ctx.tp.size)[ctx.tp.rank]
+    out, losses = layer(x, info)
+    ((out * direction).sum() + losses.load_balance_sum + losses.z_loss_sum).backward()
+    reducer.finish()
+    sums = torch.stack([losses.load_balance_sum, losses.z_loss_sum]).detach()
+    counts = losses.tokens_per_expert
+    if ctx.cp.group is not None:
+        dist.all_reduce(sums, group=ctx.cp.group)
+        dist.all_reduce(counts, group=ctx.cp.group)
+    return {"sums": sums, "counts": counts, "gradients": pieces_of(layer, ctx, gradients=True)}
+
+
+@pytest.mark.parametrize(
+    ("world", "sizes", "sequence_parallel"),
+    [(2, {"cp": 2}, False), (2, {"cp": 2, "ep": 2}, False), (4, {"tp": 2, "cp": 2, "ep": 2}, True)],
+)
+def test_sequences_that_ranks_share(
+    ranks: RankPool, world: int, sizes: dict[str, int], sequence_parallel: bool
+) -> None:
+    for variant in ("softmax", "capacity", "capacity by weight"):
+        expected = route_shared_sequences({}, False, variant)
+        for got in ranks.run(world, route_shared_sequences, sizes, sequence_parallel, variant):
+            torch.testing.assert_close(got["sums"], expected["sums"], rtol=1e-12, atol=0)
+            assert torch.equal(got["counts"], expected["counts"])
+            assert_pieces_agree(got["gradients"], expected["gradients"], 1e-11, "gradient")

@@ -55,7 +55,7 @@ class MoEFFN(nn.Module):
         """Normed residual stream [s(/tp), b, h] -> residual stream [s(/tp), b, h], and the layer's losses."""
         mix = None if self.mix is None else lambda inside: mixed_input(self.mix, inside, info, state)
         own, inside = self.share.enter(x, mix, self.shared is not None)
-        routing, losses = self.router(own, info.length)
+        routing, losses = self.router(own, info)
         tokens, dispatcher = own.flatten(0, 1), self.dispatcher
         rows, weights, plan = dispatcher.dispatch_preprocess(tokens, routing.weights, routing.experts, routing.kept)
         rows, weights = dispatcher.token_dispatch(rows, weights, plan)

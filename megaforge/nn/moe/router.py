@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.nn.moe.routing import count_per_sequence, expert_capacity, route, within_capacity
+from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init_rules import Constant, Normal
 from megaforge.parallel.param_spec import ParamSpec, make_parameter
@@ -100,35 +101,35 @@ class Router(nn.Module):
         state.requires_grad = False
         return state
 
-    def forward(self, x_SBH: Tensor, length: int) -> tuple[Routing, RouterLosses]:
+    def forward(self, x_SBH: Tensor, info: SequenceInfo) -> tuple[Routing, RouterLosses]:
         """Routes this rank's tokens.
 
         Args:
             x_SBH: [own, b, h], as :meth:`EveryToken.enter` gave them.
-            length: tokens of each sequence on this cp rank.
+            info: the micro-batch's sequences.
         """
         logits = F.linear(x_SBH.to(self.weight.dtype), self.weight)
         weights, experts, probability = route(logits, self.expert_bias, self.cfg)
-        kept = self._kept(experts, weights, length)
+        kept = self._kept(experts, weights, info)
         routing = Routing(weights.flatten(0, 1), experts.flatten(0, 1), None if kept is None else kept.flatten(0, 1))
         return routing, self._losses(logits, experts, probability)
 
-    def _kept(self, experts: Tensor, weights: Tensor, length: int) -> Tensor | None:
+    def _kept(self, experts: Tensor, weights: Tensor, info: SequenceInfo) -> Tensor | None:
         """Decided for whole sequences, on every rank alike: a share of the capacity for each rank would make the
         model depend on the layout. In ``eval`` mode nothing is dropped."""
         if not self.training or self.cfg.moe_expert_capacity_factor is None:
             return None
-        everyone = self.share.gather(experts, length)
+        everyone = self.share.gather(experts, info.places_S)
         capacity = expert_capacity(self.cfg, everyone.shape[0])
         assert capacity is not None
         kept = within_capacity(
             everyone,
-            self.share.gather(weights.detach(), length),
+            self.share.gather(weights.detach(), info.places_S),
             self.cfg.num_experts,
             capacity,
             self.cfg.moe_token_drop_policy,
         )
-        return self.share.own(kept, length)
+        return self.share.own(kept, info.places_S)
 
     def _losses(self, logits: Tensor, experts: Tensor, probability: Tensor) -> RouterLosses:
         number = self.cfg.num_experts
