@@ -39,7 +39,7 @@ def wkv7(
         r, k, v, a, b: [s, b, H, N], any floating-point dtype. RWKV-7 calls it with a = -kk and b = kk * (in-context
             learning rate).
         log_w: [s, b, H, N], logarithm of the decay; RWKV-7's lies in (-exp(-0.5), 0). The chunked path is exact to
-            rounding down to -2 a token and overflows below -5.
+            rounding down to -2 a token and overflows from -2.7 on, far beyond any RWKV-7 decay.
         initial_state: [b, H, N (value), N (key)], zero when None.
         document_start: bool [s, b]; the state is zero before a token where it is true.
 

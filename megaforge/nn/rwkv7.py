@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
+from megaforge.kernels.rwkv7_inputs import rwkv7_inputs
 from megaforge.kernels.wkv7 import wkv7
 from megaforge.nn.sequence import SequenceInfo
 from megaforge.nn.token_shift import mix_tokens, token_shift
@@ -20,7 +21,6 @@ from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megaforge.parallel.param_spec import ParamSpec, make_parameter
 from megaforge.parallel.region import TensorParallelRegion
 
-DECAY_SCALE = -math.exp(-0.5)  # log w = DECAY_SCALE * sigmoid(.), so w > exp(-exp(-0.5)) = 0.5452
 GROUP_NORM_EPSILON = 64e-5  # the published value, at any head size
 
 
@@ -249,40 +249,29 @@ class RWKV7TimeMix(nn.Module):
         """
         x = self.region.enter(x)
         previous = token_shift(x, info, None if state is None else state.shift)
-        r, log_w, k, v, a, gate = self._project(x, previous, v_first)
+        r, decay, key, v, rate, gate = self._project(x, previous, v_first)
         v_first = v if v_first is None else v_first
         heads = (*x.shape[:2], self.local_heads, self.head_size)
-        # The vectors are fp32, so what follows is computed in fp32 and rounded once to the model's type.
-        kk = F.normalize((k * self.k_k).view(heads), dim=-1, eps=1e-12)
-        k = (k * (1 + (a - 1) * self.k_a)).to(x.dtype).view(heads)
-        b = (kk * a.view(heads)).to(x.dtype)
-        r, v, removal = r.view(heads), v.view(heads), -kk.to(x.dtype)
-        y, final = wkv7(
-            r,
-            log_w.view(heads),
-            k,
-            v,
-            removal,
-            b,
-            None if state is None else state.wkv,
-            info.document_start_SB if info.has_boundaries else None,
-        )
+        r, v = r.view(heads), v.view(heads)
+        log_w, k, a, b = rwkv7_inputs(decay, self.w0, rate, self.a0, key, self.k_k, self.k_a, self.head_size)
+        starts = info.document_start_SB if info.has_boundaries else None
+        y, final = wkv7(r, log_w, k, v, a, b, None if state is None else state.wkv, starts)
         if state is not None:
             state.shift, state.wkv = x[-1], final
         return self.output(self._finish(y, r, k, v) * gate), v_first
 
     def _project(self, x: Tensor, previous: Tensor, v_first: Tensor | None) -> tuple[Tensor, ...]:
-        """r, log w (fp32), k, v, a (fp32) and the gate, each [s, b, C/tp]."""
+        """r, decay before its bias, key, v, in-context learning rate before its bias, gate: each [s, b, C/tp]."""
         coefficients = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         x_r, x_w, x_k, x_v, x_a, x_g = mix_tokens(x, previous, coefficients)
-        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
+        r, key, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         if not self.makes_v_first:
             if v_first is None:
                 raise ValueError(f"{self.name}: v_first is missing; the model's first mixer must be an RWKV-7 layer")
             v = v + (v_first - v) * torch.sigmoid(self.v0 + x_v @ self.v1 @ self.v2).to(v.dtype)
-        log_w = DECAY_SCALE * torch.sigmoid(self.w0 + torch.tanh(x_w @ self.w1) @ self.w2)
-        a = torch.sigmoid(self.a0 + x_a @ self.a1 @ self.a2)
-        return r, log_w, k, v, a, torch.sigmoid(x_g @ self.g1) @ self.g2
+        decay = torch.tanh(x_w @ self.w1) @ self.w2
+        gate = torch.sigmoid(x_g @ self.g1) @ self.g2
+        return r, decay, key, v, x_a @ self.a1 @ self.a2, gate
 
     def _finish(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Norm over each head, and the current token's own value; [s, b, H/tp, N] -> [s, b, C/tp]."""

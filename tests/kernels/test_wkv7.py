@@ -59,6 +59,12 @@ def test_fp32_matches_the_recurrence_with_all_gradients(s: int, minimum_decay: b
     assert_close(run(_ChunkedWKV7.apply, inputs, None, torch.float64), expected, 1e-13)
 
 
+def test_decays_far_below_the_minimum_do_not_overflow() -> None:
+    inputs = [x.float().double() for x in make_inputs(100)]
+    inputs[1] = torch.full_like(inputs[1], -2.0)
+    assert_close(run(wkv7, inputs, None, torch.float32), run(wkv7_recurrent, inputs, None, torch.float64), 5e-6)
+
+
 @pytest.mark.parametrize("starts", [[0], [5], [31, 32, 33], [16, 17, 64], [1, 2, 3, 40, 99], list(range(70))])
 @pytest.mark.parametrize("minimum_decay", [False, True])
 def test_resets_anywhere_match_the_recurrence(starts: list[int], minimum_decay: bool) -> None:

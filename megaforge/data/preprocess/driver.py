@@ -232,9 +232,11 @@ def _lock(output: str, group: RankGroup) -> Iterator[str | None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             yield f"another process is writing {output} (it holds {directory / 'lock'}); wait for it to end"
             return
+        except OSError as error:  # some network file systems have no locks; the run itself needs none
+            print(f"{directory}: cannot be locked ({error.strerror}); start no second run on it", file=sys.stderr)
         try:
             yield None
         finally:

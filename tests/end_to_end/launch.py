@@ -1,0 +1,87 @@
+"""Starting the real scripts as a user does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megaforge.monitor.sinks import read_metrics
+
+REPO = Path(__file__).resolve().parents[2]
+LIMIT = 300  # seconds after which a run counts as hung; a busy machine is slow to start Python
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines in which the script complains."""
+        return [line for line in self.err.splitlines() if line.startswith("error")]
+
+
+def command(ranks: int, script: str, *arguments: str) -> list[str]:
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*launcher, str(REPO / script), *arguments]
+
+
+def environment() -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+def run(ranks: int, script: str, *arguments: str, **popen: Any) -> Outcome:
+    """Runs to the end.
+
+    Raises:
+        subprocess.TimeoutExpired: it hangs.
+    """
+    done = subprocess.run(
+        command(ranks, script, *arguments), capture_output=True, text=True, timeout=LIMIT, env=environment(), **popen
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def run_and_kill_a_rank(ranks: int, script: str, *arguments: str, metrics: Path, step: int) -> None:
+    """Starts a run and kills its last rank with SIGKILL once ``metrics`` shows ``step``; waits until all have ended."""
+    process = subprocess.Popen(
+        command(ranks, script, *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
+    )
+    deadline = time.monotonic() + LIMIT
+    try:
+        while not (metrics.exists() and f'"iteration": {step},' in metrics.read_text()):
+            assert process.poll() is None, f"ended before step {step} with status {process.returncode}"
+            assert time.monotonic() < deadline, f"step {step} was not reached"
+            time.sleep(0.005)
+        victim = process.pid if ranks == 1 else children(process.pid)[-1]
+        os.kill(victim, signal.SIGKILL)
+        assert process.wait(timeout=LIMIT) != 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def children(pid: int) -> list[int]:
+    """Process ids of the direct children, as the kernel lists them."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += [int(word) for word in (task / "children").read_text().split()]
+    return sorted(found)
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """What a run wrote, without the one number that depends on the clock."""
+    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_metrics(path)]
