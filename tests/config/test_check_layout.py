@@ -39,7 +39,8 @@ RWKV = ("--layer-schedule", "rwkv")
         (8, ["--etp", "3"],
          "--etp 3 does not divide both --ffn-hidden-size 3072 and the 8 ranks of a pipeline stage; "
          "use --etp 1, 2, 4 or 8"),
-        (2, [*ATTENTION, "--ep", "2"], "--ep 2 splits experts, and this model has none; leave it out, or use --ffn moe"),
+        (2, [*ATTENTION, "--ep", "2"],
+         "--ep 2 splits experts, and this model has none; leave it out, or use --ffn moe"),
         (2, [*ATTENTION, "--etp", "2"],
          "--etp 2 splits experts, and this model has none; leave it out, or use --ffn moe"),
         (4, [*RWKV, "--tp", "4", "--moe-shared-expert-intermediate-size", "90"],
