@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from megaforge.config.config import Config
+from megaforge.config.fields import divisors, either
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
 
@@ -61,7 +61,6 @@ def check_layout(config: Config, world_size: int) -> Layout:
     for flag, size, what in (
         ("--pp", parallel.pipeline_model_parallel_size, "pipeline parallelism"),
         ("--cp", parallel.context_parallel_size, "context parallelism"),
-        ("--ep", parallel.expert_model_parallel_size, "expert parallelism"),
     ):
         if size > 1:
             raise UserError(f"{flag} {size}: {what} is not implemented yet; use {flag} 1")
@@ -74,6 +73,7 @@ def check_layout(config: Config, world_size: int) -> Layout:
     for label, value in _split_over_tp(config):
         if value % tp:
             raise UserError(f"--tp {tp} does not divide {label}; use --tp {_working_tp(config, world_size)}")
+    _check_experts(config, world_size)
     _check_lengths(config)
     _check_backend(config)
     _check_schedule(config)
@@ -95,6 +95,39 @@ def mixer_kinds(model: ModelConfig) -> frozenset[str]:
     return frozenset(kind for kind, there in present.items() if there)
 
 
+def ffn_kinds(model: ModelConfig) -> frozenset[str]:
+    """Which FFNs the model has: ``E`` for mixture of experts, ``-`` for dense."""
+    if model.hybrid_layer_pattern is not None:
+        return frozenset("E-") & frozenset(model.hybrid_layer_pattern)
+    return frozenset("E" if model.ffn == "moe" else "-")
+
+
+def _check_experts(config: Config, world_size: int) -> None:
+    """Experts fold the ranks of a pipeline stage, tp x cp x dp of them, into etp x ep x edp."""
+    parallel, model = config.parallel, config.model
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_size
+    given = parallel.expert_tensor_parallel_size is not None
+    if "E" not in ffn_kinds(model):
+        if ep > 1 or given:
+            flag = f"--ep {ep}" if ep > 1 else f"--etp {etp}"
+            raise UserError(f"{flag} splits experts, and this model has none; leave it out, or use --ffn moe")
+        return
+    ranks = world_size // parallel.pipeline_model_parallel_size
+    fitting_etp = [size for size in divisors(ranks) if model.ffn_size % size == 0]
+    if etp not in fitting_etp:
+        raise UserError(
+            f"--etp {etp} does not divide both --ffn-hidden-size {model.ffn_size} and the {ranks} ranks of a pipeline "
+            f"stage; use --etp {either(fitting_etp)}"
+        )
+    fitting_ep = [size for size in divisors(ranks // etp) if model.num_experts % size == 0]
+    if ep not in fitting_ep:
+        source = "" if given else " (--etp is --tp unless given)"
+        raise UserError(
+            f"--ep {ep} does not divide both --num-experts {model.num_experts} and the {ranks // etp} ranks that "
+            f"--etp {etp} leaves of the {ranks} of a pipeline stage{source}; use --ep {either(fitting_ep)}"
+        )
+
+
 def _split_over_tp(config: Config) -> list[tuple[str, int]]:
     """(how to name it, size) of everything that tensor parallelism cuts."""
     model, kinds = config.model, mixer_kinds(config.model)
@@ -107,7 +140,12 @@ def _split_over_tp(config: Config) -> list[tuple[str, int]]:
         sizes.append(
             (f"the {heads} RWKV heads (--hidden-size {model.hidden_size} / --rwkv-head-size {head_size})", heads)
         )
-    sizes.append((f"--ffn-hidden-size {model.ffn_size}", model.ffn_size))
+    ffns = ffn_kinds(model)
+    if "-" in ffns or ("E" in ffns and config.parallel.expert_tensor_parallel_size is None):
+        sizes.append((f"--ffn-hidden-size {model.ffn_size}", model.ffn_size))
+    shared = model.moe_shared_expert_intermediate_size
+    if "E" in ffns and shared is not None:
+        sizes.append((f"--moe-shared-expert-intermediate-size {shared}", shared))
     if model.vocab_size is not None:
         padded = model.padded_vocab_size()
         multiple = f"--make-vocab-size-divisible-by {model.make_vocab_size_divisible_by}"
@@ -120,12 +158,7 @@ def _split_over_tp(config: Config) -> list[tuple[str, int]]:
 def _working_tp(config: Config, world_size: int) -> str:
     """The tensor-parallel sizes that would work, as words."""
     sizes = [value for _, value in _split_over_tp(config)]
-    return _either(size for size in range(1, world_size + 1) if not any(n % size for n in (world_size, *sizes)))
-
-
-def _either(values: Iterable[int]) -> str:
-    words = [str(value) for value in values]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+    return either(size for size in range(1, world_size + 1) if not any(n % size for n in (world_size, *sizes)))
 
 
 def _check_lengths(config: Config) -> None:
@@ -192,7 +225,7 @@ def _global_batch_size(config: Config, dp: int) -> int:
     step = micro * dp
     if given % step:
         below = given // step * step
-        working = _either(size for size in (below, below + step) if size > 0)
+        working = either(size for size in (below, below + step) if size > 0)
         smaller = next((size for size in range(micro - 1, 0, -1) if given % (size * dp) == 0), None)
         raise UserError(
             f"--global-batch-size {given} does not divide by --micro-batch-size {micro} x dp {dp} = {step}; "

@@ -16,6 +16,9 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = flag(1, "pipeline stages", aliases=("--pp",))
     context_parallel_size: int = flag(1, "ranks that share each sequence", aliases=("--cp",))
     expert_model_parallel_size: int = flag(1, "ranks that share the experts", aliases=("--ep",))
+    expert_tensor_parallel_size: int | None = flag(
+        None, "ranks that share each expert's matrices (default: --tp)", aliases=("--etp",)
+    )
     sequence_parallel: bool = flag(
         False, "shard norms and the residual stream over the sequence within tp", aliases=("--sp",)
     )
@@ -42,10 +45,14 @@ class ParallelConfig:
     )
     distributed_timeout_minutes: float = flag(30.0, "minutes after which a collective that does not end aborts the run")
 
+    @property
+    def expert_tensor_size(self) -> int:
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
     def validate(self) -> None:
         require_at_least(self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size")
         require_at_least(self, 1, "context_parallel_size", "expert_model_parallel_size", "ddp_bucket_size")
-        require_at_least(self, 1, "grad_compression_rank")
+        require_at_least(self, 1, "grad_compression_rank", "expert_tensor_parallel_size")
         require_positive(self, "distributed_timeout_minutes")
 
 

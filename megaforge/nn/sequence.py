@@ -69,6 +69,11 @@ class SequenceInfo:
         return self.document_start_SB.shape[1]
 
     @property
+    def places_S(self) -> torch.Tensor:
+        """int64 [s], where in its sequence each token is, documents notwithstanding."""
+        return torch.arange(self.length, device=self.document_start_SB.device)
+
+    @property
     def length(self) -> int:
         return self.document_start_SB.shape[0]
 

@@ -103,7 +103,12 @@ def _present_config(meta: dict[str, Any], path: Path, tp: int, device: str) -> C
     return dataclasses.replace(
         config,
         parallel=dataclasses.replace(
-            config.parallel, tensor_model_parallel_size=tp, sequence_parallel=False, zero_stage=0
+            config.parallel,
+            tensor_model_parallel_size=tp,
+            expert_model_parallel_size=1,
+            expert_tensor_parallel_size=None,
+            sequence_parallel=False,
+            zero_stage=0,
         ),
         training=dataclasses.replace(config.training, micro_batch_size=1, global_batch_size=None, device=device),
     )

@@ -19,6 +19,7 @@ from megaforge.data.samples import TrainingData
 from megaforge.device import synchronize
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel, ModelOutput
+from megaforge.nn.moe import update_routers
 from megaforge.optim import AdamW, LearningRateSchedule, LossScaler, clip_gradients
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
@@ -117,6 +118,8 @@ class Trainer:
         grad_norm = clip_gradients(self.model, self.ctx, self.config.optimizer.clip_grad, self.scaler.scale)
         updated = self._update(grad_norm, lr)
         totals.reduce()
+        if updated:
+            update_routers(self.model, torch.tensor(totals.tokens_per_expert, dtype=torch.float64))
         self.iteration += 1
         self.consumed_samples += self.global_batch_size
         return self._metrics(totals, tokens, grad_norm, lr, micro_batches[0].tokens.shape[1], updated)

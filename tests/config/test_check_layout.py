@@ -30,7 +30,21 @@ RWKV = ("--layer-schedule", "rwkv")
     [
         (2, ["--pp", "2"], "--pp 2: pipeline parallelism is not implemented yet; use --pp 1"),
         (2, ["--cp", "2"], "--cp 2: context parallelism is not implemented yet; use --cp 1"),
-        (2, ["--ep", "2"], "--ep 2: expert parallelism is not implemented yet; use --ep 1"),
+        (8, ["--ep", "4", "--num-experts", "6"],
+         "--ep 4 does not divide both --num-experts 6 and the 8 ranks that --etp 1 leaves of the 8 of a pipeline stage "
+         "(--etp is --tp unless given); use --ep 1 or 2"),
+        (8, ["--ep", "8", "--tp", "2"],
+         "--ep 8 does not divide both --num-experts 8 and the 4 ranks that --etp 2 leaves of the 8 of a pipeline stage "
+         "(--etp is --tp unless given); use --ep 1, 2 or 4"),
+        (8, ["--etp", "3"],
+         "--etp 3 does not divide both --ffn-hidden-size 3072 and the 8 ranks of a pipeline stage; "
+         "use --etp 1, 2, 4 or 8"),
+        (2, [*ATTENTION, "--ep", "2"],
+         "--ep 2 splits experts, and this model has none; leave it out, or use --ffn moe"),
+        (2, [*ATTENTION, "--etp", "2"],
+         "--etp 2 splits experts, and this model has none; leave it out, or use --ffn moe"),
+        (4, [*RWKV, "--tp", "4", "--moe-shared-expert-intermediate-size", "90"],
+         "--tp 4 does not divide --moe-shared-expert-intermediate-size 90; use --tp 1 or 2"),
         (4, ["--tp", "3"],
          "--tp 3 does not divide the 4 ranks that were started; use --tp 1, 2 or 4, or start 3 ranks"),
         (1, ["--tp", "2"],
@@ -87,6 +101,7 @@ def test_only_what_the_model_has_must_divide() -> None:
     )
     check_layout(parse_config(["--tp", "2", "--seq-length", "33"]).config, 2)
     check_layout(parse_config(["--tp", "4", "--vocab-size", "50257"]).config, 4)
+    check_layout(parse_config(["--tp", "4", "--etp", "1", "--ep", "8", "--ffn-hidden-size", "1001"]).config, 8)
 
 
 @pytest.mark.parametrize(
