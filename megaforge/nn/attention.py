@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
+from megaforge.nn.attention_context import attend, shared_attention
 from megaforge.nn.rope import apply_rotary, rotary_tables
 from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.context import ParallelContext
@@ -114,13 +114,17 @@ class SelfAttention(nn.Module):
         if self.rotary_channels:
             cos, sin = rotary_tables(info, self.rotary_channels, self.cfg.rotary_base, fused.dtype)
             query_key = apply_rotary(query_key, cos, sin)
-        query, key = query_key.permute(1, 2, 0, 3).split((self.heads, self.groups), dim=1)
-        value = value.view(length, batch, self.groups, width).permute(1, 2, 0, 3)
-        mask = info.attention_mask()
-        if cache is not None:
-            key, value = cache.append(key, value)
-            mask = _continuation_mask(length, key.shape[2], mask)
-        context = _attend(query, key, value, mask)
+        query, key = query_key.split((self.heads, self.groups), dim=2)
+        value = value.view(length, batch, self.groups, width)
+        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        if info.shards.axis.size > 1:
+            context = shared_attention(query, key, value, info)
+        else:
+            mask = info.attention_mask()
+            if cache is not None:
+                key, value = cache.append(key, value)
+                mask = _continuation_mask(length, key.shape[2], mask)
+            context = attend(query, key, value, mask)
         return self.output(context.permute(2, 0, 1, 3).reshape(length, batch, self.heads * width))
 
 
@@ -131,15 +135,3 @@ def _continuation_mask(queries: int, keys: int, mask: Tensor | None) -> Tensor |
     if mask is not None:
         raise ValueError("packed documents cannot continue from a cache")
     return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention, [b, heads, s, d] x [b, groups, t, d] -> [b, heads, s, d]; causal where ``mask`` is None."""
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=None if mask is None else mask.to(query.device),
-        is_causal=mask is None,
-        enable_gqa=key.shape[1] != query.shape[1],
-    )

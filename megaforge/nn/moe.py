@@ -15,7 +15,7 @@ from megaforge.nn.mlp import ChannelMix, FFNState, activate, ffn_init, inner_par
 from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init_rules import Normal
-from megaforge.parallel.mappings import scale_gradient
+from megaforge.parallel.mappings import all_reduced, scale_gradient
 from megaforge.parallel.param_spec import ParamSpec, make_parameter
 from megaforge.parallel.region import TensorParallelRegion
 
@@ -27,6 +27,7 @@ class RouterLosses:
     Attributes:
         load_balance_sum: over sequences, of E * sum_e f_e P_e, where f_e is the share of the sequence's assignments
             that go to expert e and P_e its mean router probability (Fedus et al., arXiv 2101.03961); 1 when balanced.
+            Of sequences that the ranks of cp share, each rank has a part of the sum.
         z_loss_sum: over tokens, of the squared log-sum-exp of the router's logits (Zoph et al., arXiv 2202.08906).
         tokens_per_expert: int64 [E], assignments of this micro-batch.
     """
@@ -43,6 +44,7 @@ class Router(nn.Module):
         super().__init__()
         self.topk = cfg.moe_router_topk
         self.share = 1 / ctx.tp.size
+        self.context = ctx.cp
         # The experts' outputs are partial sums over tp, so the router's gradient is partial too.
         spec = ParamSpec(
             f"{name}.weight",
@@ -64,8 +66,11 @@ class Router(nn.Module):
         shared = scale_gradient(logits, self.share)
         number = shared.shape[-1]
         counts = _count_per_sequence(experts, number)
-        fraction = counts.to(logits.dtype) / (self.topk * length)
-        probability = shared.softmax(dim=-1).mean(dim=0)
+        # The ranks of cp share each sequence. Its counts are those of all of them and carry no gradient; the loss is
+        # linear in the probabilities, so each rank adds the share of its own tokens and their sum is the whole.
+        whole = length * self.context.size
+        fraction = all_reduced(counts, self.context).to(logits.dtype) / (self.topk * whole)
+        probability = shared.softmax(dim=-1).sum(dim=0) / whole
         losses = RouterLosses(
             load_balance_sum=number * (fraction * probability).sum(),
             z_loss_sum=shared.logsumexp(dim=-1).square().sum(),

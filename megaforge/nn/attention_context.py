@@ -1,0 +1,49 @@
+"""Softmax attention, and the same over sequences that the ranks of cp share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megaforge.nn.sequence import SequenceInfo
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention, [b, heads, s, d] x [b, groups, t, d] -> [b, heads, s, d]; causal where ``mask`` is None."""
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=None if mask is None else mask.to(query.device),
+        is_causal=mask is None,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+
+
+def shared_attention(query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
+    """Causal attention, within documents, of this rank's tokens to all tokens of the sequence.
+
+    Keys and values of all ranks of cp are gathered (their gradients are summed and scattered back), in one collective
+    each way. A chunk of queries is given the keys up to its own end only, so that all ranks compute the same amount.
+
+    Args:
+        query: [b, heads, s / cp, d].
+        key, value: [b, groups, s / cp, d].
+        info: the micro-batch.
+
+    Returns:
+        [b, heads, s / cp, d].
+    """
+    # [s / cp, b, groups, 2d]: the gather is along dim 0
+    local = torch.cat([key, value], dim=-1).permute(2, 0, 1, 3)
+    key, value = info.shards.gather(local).permute(1, 2, 0, 3).chunk(2, dim=-1)
+    mask = info.attention_mask()
+    if mask is None:
+        raise ValueError("sequences that are shared by ranks need an explicit mask")
+    chunks = info.shards.chunks
+    out = []
+    for number, rows, visible in zip(chunks, query.chunk(len(chunks), 2), mask.chunk(len(chunks), 2), strict=True):
+        end = (number + 1) * rows.shape[2]
+        out.append(attend(rows, key[:, :, :end], value[:, :, :end], visible[..., :end]))
+    return torch.cat(out, dim=2)

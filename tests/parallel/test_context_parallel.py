@@ -1,0 +1,163 @@
+"""Sequences shared by the ranks of cp: a whole model trained at cp x tp x sp x dp against one rank.
+
+Compared on every rank: loss, router statistics, every gradient, the gradient norm and every weight after the steps,
+with the real reducer, clip and AdamW. Every sequence of the batch has another set of documents: one, ends at the
+borders of the chunks, ends next to them, and documents that span several chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from megaforge.config.model_config import ModelConfig
+from megaforge.config.run_config import OptimizerConfig
+from megaforge.models.hybrid import HybridModel
+from megaforge.optim.adamw import AdamW
+from megaforge.optim.clip import clip_gradients
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.data_parallel import GradientReducer
+from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.mappings import reduce_from_tensor_parallel
+from megaforge.parallel.param_spec import named_specs
+from tests.nn.support import perturb
+from tests.parallel.pool import RankPool
+from tests.parallel.test_model_parity import SMALL, whole
+
+LENGTH, STEPS = 48, 2
+NOISE, LEARNING_RATE = 0.05, 1e-3
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
+# Where documents begin, one line a sequence. The chunks are 12 tokens long at cp 2 and 6 at cp 4.
+PACKED = ((), (6, 12, 18, 24, 30, 36, 42), (5, 7, 11, 13, 23, 25, 35, 37, 47), (3, 40))
+ALONE = ((),) * 4
+
+CASES = {
+    "attention": {"hybrid_layer_pattern": "*-*-", "activation": "swiglu", "num_query_groups": 2},
+    "RWKV-7": {
+        "hybrid_layer_pattern": "R-R-",
+        "normalization": "layernorm",
+        "untie_embeddings_and_output_weights": True,
+    },
+    "experts": {"hybrid_layer_pattern": "*ERE", "activation": "swiglu"},
+    "hybrid": {"hybrid_layer_pattern": "RE*-RE*E", "rotary_percent": 0.5},
+}
+CASES["experts"]["hybrid_layer_pattern"] = "REREE"[:4]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layout: dp is what the other sizes leave of the ranks."""
+
+    world: int
+    tp: int = 1
+    cp: int = 1
+    sequence_parallel: bool = False
+
+
+ONE = Shape(1)
+SHAPES = (Shape(2, cp=2), Shape(4, cp=4), Shape(4, tp=2, cp=2), Shape(4, 2, 2, True), Shape(4, cp=2))
+FEW = (Shape(2, cp=2), Shape(4, cp=4))
+
+
+@dataclass
+class Outcome:
+    """What a run gave: numbers of every step, and global tensors by parameter name."""
+
+    numbers: dict[str, float]
+    experts: list[Tensor]
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def global_batch(vocab: int, documents: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
+    """Tokens, labels, uneven loss mask and document starts, each [b, s]."""
+    generator = torch.Generator().manual_seed(3)
+    batch = len(documents)
+    ids = torch.randint(0, vocab, (batch, LENGTH + 1), generator=generator)
+    # The mask is uneven over sequences and over chunks.
+    likely = torch.linspace(0.2, 1, batch)[:, None] * torch.linspace(1, 0.3, LENGTH)
+    mask = (torch.rand(batch, LENGTH, generator=generator) < likely).float()
+    start = torch.zeros(batch, LENGTH, dtype=torch.bool)
+    for row, places in enumerate(documents):
+        start[row, list(places)] = True
+    return ids[:, :-1], ids[:, 1:], mask, start
+
+
+def train(case: str, shape: Shape, dtype: torch.dtype, documents: tuple[tuple[int, ...], ...]) -> Outcome:
+    """Some steps, two micro-batches a dp rank."""
+    ctx = ParallelContext.create(tp=shape.tp, cp=shape.cp)
+    cfg = ModelConfig(**{**SMALL, **CASES[case]})  # type: ignore[arg-type]
+    model = HybridModel(cfg, ctx, sequence_parallel=shape.sequence_parallel, dtype=dtype)
+    initialize_parameters(model, ctx, seed=5)
+    perturb(model, ctx, NOISE)
+    reducer = GradientReducer(model, ctx, bucket_size=5000)
+    optimizer = AdamW(OptimizerConfig(lr=LEARNING_RATE), model, ctx)
+    batch = global_batch(cfg.vocab_size or 0, documents)
+    tokens, sequences = float(batch[2].sum()), len(documents)
+    own = [part.chunk(ctx.dp.size)[ctx.dp.rank].chunk(2) for part in batch]
+    outcome = Outcome({}, [], {}, {})
+    for step in range(STEPS):
+        reducer.zero()
+        sums = torch.zeros(4, dtype=torch.float64)
+        experts = torch.zeros(cfg.hybrid_layer_pattern.count("E"), cfg.num_experts, dtype=torch.int64)  # type: ignore[union-attr]
+        for number, micro in enumerate(zip(*own, strict=True)):
+            reducer.set_last_microbatch(number == 1)
+            out = model(*micro)
+            parts = (out.loss_sum, out.load_balance_sum, out.z_loss_sum, out.correct)
+            loss = out.loss_sum / tokens + cfg.moe_aux_loss_coeff * out.load_balance_sum / sequences
+            loss = loss + cfg.moe_z_loss_coeff * out.z_loss_sum / (sequences * LENGTH)
+            loss.backward()
+            sums += torch.stack([part.detach().double() for part in parts])
+            experts += out.tokens_per_expert
+        reducer.finish()
+        totals = reduce_from_tensor_parallel(sums, ctx.dp_cp).tolist()
+        names = ("loss", "load balance", "z-loss", "correct")
+        outcome.numbers |= {f"{name} {step}": value for name, value in zip(names, totals, strict=True)}
+        outcome.experts.append(reduce_from_tensor_parallel(experts, ctx.dp_cp))
+        if step == 0:
+            outcome.gradients = {s.name: whole(s, p.main_grad, ctx) for s, p in named_specs(model)}  # type: ignore[attr-defined]
+        outcome.numbers[f"norm {step}"] = clip_gradients(model, ctx, 0.5)
+        optimizer.step(LEARNING_RATE)
+    outcome.weights = {s.name: whole(s, p.detach(), ctx) for s, p in named_specs(model)}
+    return outcome
+
+
+def differences(
+    case: str, shape: Shape, dtype: torch.dtype, documents: tuple[tuple[int, ...], ...], expected: Outcome
+) -> dict[str, float]:
+    """Everything of this rank's run that differs from ``expected`` by more than the tolerance, and by how much."""
+    found = train(case, shape, dtype, documents)
+    errors = {
+        name: abs(found.numbers[name] - value) / max(abs(value), 1e-9) for name, value in expected.numbers.items()
+    }
+    for step, (ours, theirs) in enumerate(zip(found.experts, expected.experts, strict=True)):
+        errors[f"tokens per expert {step}"] = float((ours - theirs).abs().sum())
+    for kind in ("gradients", "weights"):
+        for name, value in getattr(expected, kind).items():
+            errors[f"{kind} of {name}"] = float((getattr(found, kind)[name] - value).norm() / value.norm())
+    return {name: error for name, error in errors.items() if not error <= TOLERANCE[dtype]}
+
+
+def assert_same(
+    ranks: RankPool,
+    case: str,
+    dtype: torch.dtype,
+    shapes: tuple[Shape, ...],
+    documents: tuple[tuple[int, ...], ...] = PACKED,
+) -> None:
+    expected = train(case, ONE, dtype, documents)
+    for name, gradient in expected.gradients.items():
+        assert bool(gradient.any()), f"{name}: its gradient is trivially zero"
+    assert expected.numbers["norm 0"] > 0.5, "clipping must be at work"
+    for shape in shapes:
+        for rank, wrong in enumerate(ranks.run(shape.world, differences, case, shape, dtype, documents, expected)):
+            assert not wrong, f"{shape}, rank {rank}: {wrong}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("case", CASES)
+def test_sharing_sequences_changes_nothing(ranks: RankPool, case: str, dtype: torch.dtype) -> None:
+    assert_same(ranks, case, dtype, SHAPES)
