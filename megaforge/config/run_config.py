@@ -15,6 +15,12 @@ class ParallelConfig:
     tensor_model_parallel_size: int = flag(1, "ranks that share each matrix", aliases=("--tp",))
     pipeline_model_parallel_size: int = flag(1, "pipeline stages", aliases=("--pp",))
     context_parallel_size: int = flag(1, "ranks that share each sequence", aliases=("--cp",))
+    cp_comm_type: str = flag(
+        "allgather",
+        "how attention gets the keys and values of other --cp ranks: all at once, or in a ring (p2p), which never holds "
+        "more than two ranks' at a time",
+        choices=("allgather", "p2p"),
+    )
     expert_model_parallel_size: int = flag(1, "ranks that share the experts", aliases=("--ep",))
     sequence_parallel: bool = flag(
         False, "shard norms and the residual stream over the sequence within tp", aliases=("--sp",)

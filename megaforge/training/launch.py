@@ -65,7 +65,12 @@ def join(config: Config) -> ParallelContext:
     device = resolve_device(config.training.device, discover_launch().local_rank)
     set_numerics(config, device)
     initialize(device, config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes)
-    return ParallelContext.create(tp=config.parallel.tensor_model_parallel_size, device=device)
+    parallel = config.parallel
+    return ParallelContext.create(
+        tp=parallel.tensor_model_parallel_size,
+        cp=parallel.context_parallel_size,
+        device=device,
+    )
 
 
 def set_numerics(config: Config, device: torch.device) -> None:

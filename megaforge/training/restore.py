@@ -102,6 +102,11 @@ def _present_config(meta: dict[str, Any], path: Path, tp: int, device: str) -> C
     config = config_from_dict(meta["config"], source=str(path))
     return dataclasses.replace(
         config,
-        parallel=dataclasses.replace(config.parallel, tensor_model_parallel_size=tp, sequence_parallel=False),
+        parallel=dataclasses.replace(
+            config.parallel,
+            tensor_model_parallel_size=tp,
+            context_parallel_size=1,
+            sequence_parallel=False,
+        ),
         training=dataclasses.replace(config.training, micro_batch_size=1, global_batch_size=None, device=device),
     )

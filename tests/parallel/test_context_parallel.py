@@ -41,10 +41,9 @@ CASES = {
         "normalization": "layernorm",
         "untie_embeddings_and_output_weights": True,
     },
-    "experts": {"hybrid_layer_pattern": "*ERE", "activation": "swiglu"},
+    "experts": {"hybrid_layer_pattern": "RE*E", "activation": "swiglu"},
     "hybrid": {"hybrid_layer_pattern": "RE*-RE*E", "rotary_percent": 0.5},
 }
-CASES["experts"]["hybrid_layer_pattern"] = "REREE"[:4]
 
 
 @dataclass(frozen=True)
