@@ -137,7 +137,9 @@ def _check_context(config: Config, world_size: int) -> None:
         return
     ranks = world_size // tp
     inner = tp if parallel.sequence_parallel else 1
-    working = [size for size in range(1, ranks + 1) if ranks % size == 0 and (size == 1 or not length % (2 * size * inner))]
+    working = [
+        size for size in range(1, ranks + 1) if ranks % size == 0 and (size == 1 or not length % (2 * size * inner))
+    ]
     if ranks % cp:
         raise UserError(
             f"--cp {cp} does not divide the {ranks} ranks that --tp {tp} leaves of the {world_size} that were started; "
@@ -145,7 +147,11 @@ def _check_context(config: Config, world_size: int) -> None:
         )
     unit = 2 * cp * inner
     if length % unit:
-        why = f"2 x cp x tp = {unit} (--sequence-parallel cuts each chunk over --tp {tp})" if inner > 1 else f"2 x cp = {unit}"
+        why = (
+            f"2 x cp x tp = {unit} (--sequence-parallel cuts each chunk over --tp {tp})"
+            if inner > 1
+            else f"2 x cp = {unit}"
+        )
         lengths = [size for size in (length // unit * unit, (length // unit + 1) * unit) if size]
         raise UserError(
             f"--seq-length {length} does not divide by {why}: --cp {cp} cuts each sequence into {2 * cp} chunks; "

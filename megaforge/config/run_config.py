@@ -18,7 +18,7 @@ class ParallelConfig:
     cp_comm_type: str = flag(
         "allgather",
         "how attention gets the keys and values of other --cp ranks: all at once, or in a ring (p2p), which never holds "
-        "more than two ranks' at a time",
+        "all of them",
         choices=("allgather", "p2p"),
     )
     expert_model_parallel_size: int = flag(1, "ranks that share the experts", aliases=("--ep",))

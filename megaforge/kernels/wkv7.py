@@ -322,9 +322,7 @@ class _Layout:
             starts = padded[:, rows].unflatten(0, (self.chunks, CHUNK)).transpose(1, 2)
         return _masks(starts, self.dtype, self.device)
 
-    def prepare(
-        self, inputs: tuple[torch.Tensor, ...], document_start: torch.Tensor | None, group: slice
-    ) -> _Chunks:
+    def prepare(self, inputs: tuple[torch.Tensor, ...], document_start: torch.Tensor | None, group: slice) -> _Chunks:
         return _prepare(tuple(self.cut(x, group) for x in inputs), self.masks(document_start, group))
 
 

@@ -132,6 +132,7 @@ class HybridModel(nn.Module):
         *,
         sequence_parallel: bool = False,
         dtype: torch.dtype = torch.float32,
+        cp_comm_type: str = "allgather",
     ) -> None:
         """Raises:
         UserError: the pattern, the vocabulary or a width does not fit the configuration or ``--tp``.
@@ -140,7 +141,7 @@ class HybridModel(nn.Module):
         self.cfg = cfg
         self.ctx = ctx
         self.region = TensorParallelRegion(ctx, sequence_parallel)
-        self.shards = ContextShards(ctx.cp)
+        self.shards = ContextShards(ctx.cp, cp_comm_type)
         kinds = blocks_of(cfg)
         has_rwkv = any(kind.mixer == "rwkv7" for kind in kinds)
         published = has_rwkv and cfg.normalization == "layernorm" and cfg.untie_embeddings_and_output_weights

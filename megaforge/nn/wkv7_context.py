@@ -43,12 +43,14 @@ def shared_wkv7(
     count = len(shards.chunks)
     starts = [None] * count if document_start is None else document_start.chunk(count)
     pieces = list(zip(*(x.chunk(count) for x in (r, log_w, k, v, a, b)), strict=True))
-    summaries = [torch.stack(wkv7_summary(*piece, start)) for piece, start in zip(pieces, starts, strict=True)]
+    summaries = [
+        torch.stack(wkv7_summary(*piece, document_start=start)) for piece, start in zip(pieces, starts, strict=True)
+    ]
     through, added = shards.gather(torch.stack(summaries)).unbind(1)
     states = _states_before(through, added)
     out = []
     for number, piece, start in zip(shards.chunks, pieces, starts, strict=True):
-        out.append(wkv7(*piece, states[number], start))
+        out.append(wkv7(*piece, initial_state=states[number], document_start=start))
     outputs, finals = (torch.stack(part) for part in zip(*out, strict=True))
     inputs = (x.detach() for x in (r, log_w, k, v, a, b))
     return _PassStateGradient.apply(outputs, finals, through, *inputs, document_start, shards).flatten(0, 1)
@@ -75,9 +77,7 @@ class _PassStateGradient(torch.autograd.Function):
     comes from the outputs of all later chunks, on whichever rank; one all-gather."""
 
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, finals: Tensor, through: Tensor, *rest: Any
-    ) -> Tensor:
+    def forward(ctx: Any, y: Tensor, finals: Tensor, through: Tensor, *rest: Any) -> Tensor:
         *inputs, document_start, shards = rest
         ctx.save_for_backward(through, *inputs, document_start)
         ctx.shards, ctx.final_dtype = shards, finals.dtype

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megaforge.parallel.context import Axis
@@ -20,13 +22,16 @@ class ContextShards:
     """
 
     axis: Axis = Axis("cp")
+    comm_type: str = "allgather"  # how attention gets other ranks' keys and values, as --cp-comm-type
 
     @property
     def chunks(self) -> tuple[int, ...]:
         """The numbers of this rank's chunks, in the order in which it holds them."""
-        if self.axis.size == 1:
-            return (0,)
-        return self.axis.rank, 2 * self.axis.size - 1 - self.axis.rank
+        return self.chunks_of(self.axis.rank)
+
+    def chunks_of(self, rank: int) -> tuple[int, ...]:
+        """The numbers of the chunks of ``rank``, in the order in which it holds them."""
+        return (0,) if self.axis.size == 1 else (rank, 2 * self.axis.size - 1 - rank)
 
     def take(self, x: Tensor, dim: int) -> Tensor:
         """This rank's chunks of ``x``, which is whole along ``dim``.
@@ -59,3 +64,38 @@ class ContextShards:
         every = self.gather(ends)
         shifted = torch.cat([torch.zeros_like(every[:1]), every[:-1]])
         return torch.stack([shifted[number] for number in self.chunks])
+
+
+class _Passing:
+    """A tensor on its way from the previous rank of a ring, while this rank's is on its way to the next."""
+
+    def __init__(self, x: Tensor, axis: Axis) -> None:
+        self._sent, self._coming = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        ahead, behind = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
+        self._works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, self._sent, group=axis.group, group_peer=ahead),
+                dist.P2POp(dist.irecv, self._coming, group=axis.group, group_peer=behind),
+            ]
+        )
+
+    def wait(self) -> Tensor:
+        """What the previous rank sent."""
+        for work in self._works:
+            work.wait()
+        return self._coming
+
+
+def pass_on(x: Tensor, axis: Axis) -> _Passing:
+    """Sends ``x`` to the next rank and receives that of the previous one. Not differentiable."""
+    return _Passing(x, axis)
+
+
+def ring(x: Tensor, axis: Axis) -> Iterator[tuple[int, Tensor]]:
+    """(rank, its ``x``) of every rank of the axis, this one first; the next is on its way meanwhile. The caller must
+    exhaust it. Not differentiable."""
+    for step in range(axis.size):
+        coming = pass_on(x, axis) if step + 1 < axis.size else None
+        yield (axis.rank - step) % axis.size, x
+        if coming is not None:
+            x = coming.wait()

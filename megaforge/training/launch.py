@@ -96,7 +96,11 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
     if save is not None:
         together(ctx, lambda: check_save_directory(save) if ctx.is_first_rank else None)
     model = HybridModel(
-        config.model, ctx, sequence_parallel=config.parallel.sequence_parallel, dtype=compute_dtype(config.training)
+        config.model,
+        ctx,
+        sequence_parallel=config.parallel.sequence_parallel,
+        dtype=compute_dtype(config.training),
+        cp_comm_type=config.parallel.cp_comm_type,
     )
     initialize_parameters(model, ctx, config.training.seed)
     trainer = Trainer(

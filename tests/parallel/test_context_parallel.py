@@ -8,11 +8,15 @@ borders of the chunks, ends next to them, and documents that span several chunks
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from megaforge.config.check_layout import check_layout, with_tokenizer_vocab
+from megaforge.config.cli import parse_config
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.run_config import OptimizerConfig
 from megaforge.models.hybrid import HybridModel
@@ -23,9 +27,11 @@ from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.mappings import reduce_from_tensor_parallel
 from megaforge.parallel.param_spec import named_specs
+from megaforge.training.launch import build_trainer
 from tests.nn.support import perturb
 from tests.parallel.pool import RankPool
 from tests.parallel.test_model_parity import SMALL, whole
+from tests.training.tiny import VOCAB, arguments, record, write_dataset
 
 LENGTH, STEPS = 48, 2
 NOISE, LEARNING_RATE = 0.05, 1e-3
@@ -54,11 +60,12 @@ class Shape:
     tp: int = 1
     cp: int = 1
     sequence_parallel: bool = False
+    comm_type: str = "allgather"
 
 
 ONE = Shape(1)
 SHAPES = (Shape(2, cp=2), Shape(4, cp=4), Shape(4, tp=2, cp=2), Shape(4, 2, 2, True), Shape(4, cp=2))
-FEW = (Shape(2, cp=2), Shape(4, cp=4))
+RINGS = (Shape(2, cp=2, comm_type="p2p"), Shape(4, cp=4, comm_type="p2p"), Shape(4, 2, 2, True, "p2p"))
 
 
 @dataclass
@@ -89,7 +96,7 @@ def train(case: str, shape: Shape, dtype: torch.dtype, documents: tuple[tuple[in
     """Some steps, two micro-batches a dp rank."""
     ctx = ParallelContext.create(tp=shape.tp, cp=shape.cp)
     cfg = ModelConfig(**{**SMALL, **CASES[case]})  # type: ignore[arg-type]
-    model = HybridModel(cfg, ctx, sequence_parallel=shape.sequence_parallel, dtype=dtype)
+    model = HybridModel(cfg, ctx, sequence_parallel=shape.sequence_parallel, dtype=dtype, cp_comm_type=shape.comm_type)
     initialize_parameters(model, ctx, seed=5)
     perturb(model, ctx, NOISE)
     reducer = GradientReducer(model, ctx, bucket_size=5000)
@@ -160,3 +167,38 @@ def assert_same(
 @pytest.mark.parametrize("case", CASES)
 def test_sharing_sequences_changes_nothing(ranks: RankPool, case: str, dtype: torch.dtype) -> None:
     assert_same(ranks, case, dtype, SHAPES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("documents", [PACKED, ALONE], ids=["packed", "alone"])
+def test_a_ring_changes_nothing(ranks: RankPool, documents: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> None:
+    assert_same(ranks, "attention", dtype, RINGS, documents)
+
+
+@pytest.mark.parametrize("case", ["RWKV-7", "hybrid"])
+def test_one_document_carries_its_state_through_all_chunks(ranks: RankPool, case: str) -> None:
+    assert_same(ranks, case, torch.float64, (Shape(2, cp=2), Shape(4, cp=4)), ALONE)
+
+
+def run_trainer(prefix: str, *more: str) -> list[dict[str, Any]]:
+    """What a whole run writes to its sinks: training and evaluation."""
+    argv = arguments(prefix, "--fp64", "--train-iters", "2", "--eval-iters", "2", "--eod-mask-loss", *more)
+    config = with_tokenizer_vocab(parse_config(argv).config, VOCAB)
+    ctx = ParallelContext.create(cp=config.parallel.context_parallel_size)
+    trainer = build_trainer(config, check_layout(config, ctx.world.size), None, ctx)
+    recorder = record(trainer)
+    trainer.train()
+    return recorder.records
+
+
+def test_a_run_counts_every_label_once(ranks: RankPool, tmp_path: Path) -> None:
+    """The losses that are trained on and reported, and the tokens of an evaluation, are those of one rank."""
+    prefix = write_dataset(tmp_path / "text_document")
+    expected = run_trainer(prefix)
+    assert {entry["kind"] for entry in expected} == {"step", "evaluation"}
+    for world in (2, 4):
+        found = ranks.run(world, run_trainer, prefix, "--cp", "2")[0]
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.keys() == theirs.keys()
+            for name, value in theirs.items():
+                assert ours[name] == (pytest.approx(value, rel=1e-10) if isinstance(value, float) else value), name
