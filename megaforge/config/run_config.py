@@ -17,8 +17,7 @@ class ParallelConfig:
     context_parallel_size: int = flag(1, "ranks that share each sequence", aliases=("--cp",))
     cp_comm_type: str = flag(
         "allgather",
-        "how attention gets the keys and values of other --cp ranks: all at once, or in a ring (p2p), which never holds "
-        "all of them",
+        "how attention gets other --cp ranks' keys and values: all at once, or in a ring (p2p) that never holds all",
         choices=("allgather", "p2p"),
     )
     expert_model_parallel_size: int = flag(1, "ranks that share the experts", aliases=("--ep",))

@@ -108,9 +108,9 @@ class RWKV7TimeMix(nn.Module):
     """RWKV-7's sequence mixer.
 
     Between ``region.enter`` and ``region.exit`` every rank sees every token and computes its own heads: projections,
-    second LoRA factors and per-channel vectors are split over tp. The token-shift coefficients and first LoRA factors
-    are replicated, and each rank has a part of their gradient. Nothing else communicates over tp; the ranks of cp, which
-    share each sequence, pass on the last token of every chunk and summaries of the states.
+    second LoRA factors and per-channel vectors are split over tp, and nothing else communicates over it. The
+    token-shift coefficients and first LoRA factors are replicated, and each rank has a part of their gradient. The
+    ranks of cp, which share each sequence, give each other the last token of every chunk and summaries of the states.
     """
 
     # Token-shift coefficients [C]; first [C, rank] and second [rank, C/tp] LoRA factors; per-channel vectors [C/tp].

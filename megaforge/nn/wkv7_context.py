@@ -8,7 +8,7 @@ flash-linear-attention and RWKV-LM's ``run_rwkv7_context_parallelism.py``.)
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from megaforge.kernels.wkv7 import wkv7, wkv7_state_gradient, wkv7_summary
 from megaforge.parallel.context_parallel import ContextShards
+
+_Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def shared_wkv7(
@@ -42,15 +44,13 @@ def shared_wkv7(
         return wkv7(r, log_w, k, v, a, b, None, document_start)[0]
     count = len(shards.chunks)
     starts = [None] * count if document_start is None else document_start.chunk(count)
-    pieces = list(zip(*(x.chunk(count) for x in (r, log_w, k, v, a, b)), strict=True))
-    summaries = [
-        torch.stack(wkv7_summary(*piece, document_start=start)) for piece, start in zip(pieces, starts, strict=True)
-    ]
+    pieces = cast("list[_Inputs]", list(zip(*(x.chunk(count) for x in (r, log_w, k, v, a, b)), strict=True)))
+    summaries = [torch.stack(wkv7_summary(*piece, start)) for piece, start in zip(pieces, starts, strict=True)]
     through, added = shards.gather(torch.stack(summaries)).unbind(1)
     states = _states_before(through, added)
     out = []
     for number, piece, start in zip(shards.chunks, pieces, starts, strict=True):
-        out.append(wkv7(*piece, initial_state=states[number], document_start=start))
+        out.append(wkv7(*piece, states[number], start))
     outputs, finals = (torch.stack(part) for part in zip(*out, strict=True))
     inputs = (x.detach() for x in (r, log_w, k, v, a, b))
     return _PassStateGradient.apply(outputs, finals, through, *inputs, document_start, shards).flatten(0, 1)

@@ -227,7 +227,7 @@ class Trainer:
 
 
 class _Totals:
-    """Sums of :class:`ModelOutput` over micro-batches, then over dp and cp; fp64, so that their order hardly matters."""
+    """Sums of :class:`ModelOutput` over micro-batches, then dp and cp; fp64, so that their order hardly matters."""
 
     def __init__(self, ctx: ParallelContext) -> None:
         self._ctx = ctx
