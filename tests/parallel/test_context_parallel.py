@@ -23,6 +23,7 @@ from megaforge.models.hybrid import HybridModel
 from megaforge.optim.adamw import AdamW
 from megaforge.optim.clip import clip_gradients
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.context_parallel import ContextShards, ring
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.mappings import reduce_from_tensor_parallel
@@ -161,6 +162,35 @@ def assert_same(
     for shape in shapes:
         for rank, wrong in enumerate(ranks.run(shape.world, differences, case, shape, dtype, documents, expected)):
             assert not wrong, f"{shape}, rank {rank}: {wrong}"
+
+
+def exchange() -> tuple[Tensor, ...]:
+    """Whole again after being shared; the chunks' predecessors; gradients of both; a tour of the ring."""
+    ctx = ParallelContext.create(cp=3)
+    shards = ContextShards(ctx.cp)
+    x = torch.arange(36.0, dtype=torch.float64).view(12, 3)
+    own = shards.take(x, 0).requires_grad_()
+    again = shards.gather(own)
+    (again * again.detach() * (ctx.cp.rank + 1)).sum().backward()
+    ends = torch.tensor([float(number) for number in shards.chunks]).requires_grad_()
+    before = shards.before(ends)
+    (before * (ctx.cp.rank + 1)).sum().backward()
+    seen = torch.tensor([[rank, int(value)] for rank, value in ring(torch.tensor([ctx.cp.rank]), ctx.cp)])
+    assert own.grad is not None and ends.grad is not None
+    return again.detach(), own.detach(), own.grad, before.detach(), ends.grad, seen
+
+
+def test_exchanges_between_three_ranks(ranks: RankPool) -> None:
+    x = torch.arange(36.0, dtype=torch.float64).view(12, 3)
+    for rank, (again, own, grad, before, ends_grad, seen) in enumerate(ranks.run(3, exchange)):
+        assert torch.equal(again, x)
+        assert torch.equal(grad, 6 * own), "every rank's gradient counts: 1 + 2 + 3"
+        chunks = (rank, 5 - rank)
+        assert before.tolist() == [max(number - 1, 0) for number in chunks]
+        # The end of chunk n is used by the rank that holds chunk n + 1, that of the last chunk by none.
+        holder = (0, 1, 2, 2, 1, 0)
+        assert ends_grad.tolist() == [holder[n + 1] + 1 if n < 5 else 0 for n in chunks]
+        assert seen.tolist() == [[(rank - step) % 3] * 2 for step in range(3)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
