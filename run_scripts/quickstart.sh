@@ -55,7 +55,9 @@ common=(--config cdrmix-tiny --tokenizer-model "$out/tok.json" --data-path "$out
     --device cpu --save "$out/checkpoints" --metrics-file "$out/metrics.jsonl" --tensorboard-dir "$out/tensorboard")
 pretrain() { run torchrun --standalone --nproc-per-node 2 pretrain_cdrmix.py "${common[@]}" --tp 2 "$@"; }
 first=$((iters * 9 / 10))
-pretrain --train-iters "$iters" --exit-interval "$first" --save-interval "$first"
+resume=()
+compgen -G "$out/checkpoints/step_*" >/dev/null && resume=(--load "$out/checkpoints")
+pretrain --train-iters "$iters" --exit-interval "$first" --save-interval "$first" "${resume[@]}"
 
 say "5/7 resuming from the checkpoint for the rest of the run"
 pretrain --train-iters "$iters" --load "$out/checkpoints"

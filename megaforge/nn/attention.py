@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
-from megaforge.nn.attention_context import attend, shared_attention
+from megaforge.kernels.attention import causal_attention
+from megaforge.nn.attention_context import shared_attention
 from megaforge.nn.rope import apply_rotary, rotary_tables
 from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.context import ParallelContext
@@ -114,24 +115,23 @@ class SelfAttention(nn.Module):
         if self.rotary_channels:
             cos, sin = rotary_tables(info, self.rotary_channels, self.cfg.rotary_base, fused.dtype)
             query_key = apply_rotary(query_key, cos, sin)
-        query, key = query_key.split((self.heads, self.groups), dim=2)
-        value = value.view(length, batch, self.groups, width)
-        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        query, key = query_key.permute(1, 2, 0, 3).split((self.heads, self.groups), dim=1)
+        value = value.view(length, batch, self.groups, width).permute(1, 2, 0, 3)
         if info.shards.axis.size > 1:
             context = shared_attention(query, key, value, info)
         else:
             mask = info.attention_mask()
             if cache is not None:
                 key, value = cache.append(key, value)
-                mask = _continuation_mask(length, key.shape[2], mask)
-            context = attend(query, key, value, mask)
+                mask = _continuation_mask(length, key.shape[2], mask, x.device)
+            context = causal_attention(query, key, value, mask)
         return self.output(context.permute(2, 0, 1, 3).reshape(length, batch, self.heads * width))
 
 
-def _continuation_mask(queries: int, keys: int, mask: Tensor | None) -> Tensor | None:
+def _continuation_mask(queries: int, keys: int, mask: Tensor | None, device: torch.device) -> Tensor | None:
     """The mask of ``queries`` tokens that follow ``keys - queries`` cached ones; ``mask`` when nothing was cached."""
     if queries == keys:
         return mask
     if mask is not None:
         raise ValueError("packed documents cannot continue from a cache")
-    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

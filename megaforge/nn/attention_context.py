@@ -1,25 +1,13 @@
-"""Softmax attention, and the same over sequences that the ranks of cp share."""
+"""Softmax attention over sequences that the ranks of cp share."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from megaforge.kernels.attention import causal_attention
 from megaforge.nn.ring_attention import ring_attention
 from megaforge.nn.sequence import SequenceInfo
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention, [b, heads, s, d] x [b, groups, t, d] -> [b, heads, s, d]; causal where ``mask`` is None."""
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=None if mask is None else mask.to(query.device),
-        is_causal=mask is None,
-        enable_gqa=key.shape[1] != query.shape[1],
-    )
 
 
 def shared_attention(query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
@@ -49,5 +37,5 @@ def shared_attention(query: Tensor, key: Tensor, value: Tensor, info: SequenceIn
     out = []
     for number, rows, visible in zip(chunks, query.chunk(len(chunks), 2), mask.chunk(len(chunks), 2), strict=True):
         end = (number + 1) * rows.shape[2]
-        out.append(attend(rows, key[:, :, :end], value[:, :, :end], visible[..., :end]))
+        out.append(causal_attention(rows, key[:, :, :end], value[:, :, :end], visible[..., :end]))
     return torch.cat(out, dim=2)

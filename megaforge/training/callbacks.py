@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaforge.errors import UserError
 from megaforge.monitor.sinks import MetricSink
 
 if TYPE_CHECKING:
@@ -100,12 +99,7 @@ class EarlyStopping(Callback):
         self.bad_evaluations = 0
 
     def on_evaluate(self, trainer: Trainer, metrics: EvaluationMetrics) -> None:
-        value = metrics.values().get(self.metric)
-        if value is None:
-            raise UserError(
-                f"--early-stopping-metric {self.metric}: this evaluation has no such number (a dataset without its "
-                f".json description knows no bytes); use --early-stopping-metric loss"
-            )
+        value = float(metrics.values()[self.metric])
         if not math.isnan(value) and self._better(value):
             self.best, self.best_iteration, self.bad_evaluations = value, metrics.iteration, 0
             return

@@ -92,9 +92,7 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
     """
     opened: list[TrainingData] = []
     together(ctx, lambda: opened.append(_open_data(config, tokenizer)))
-    save = config.checkpoint.save
-    if save is not None:
-        together(ctx, lambda: check_save_directory(save) if ctx.is_first_rank else None)
+    together(ctx, lambda: check_save_directory(config.checkpoint) if ctx.is_first_rank else None)
     model = HybridModel(
         config.model,
         ctx,
@@ -125,13 +123,19 @@ def _open_data(config: Config, tokenizer: Tokenizer | None) -> TrainingData:
     data = TrainingData(
         parse_data_path(config.data.data_path),
         config.data.split,
-        SampleSchedule(config.training.seed, config.data.seq_length),
+        SampleSchedule(config.training.seed, config.data.seq_length, lanes=config.data.data_lanes),
         vocab_size=config.model.vocab_size,
         tokenizer_fingerprint=None if tokenizer is None else tokenizer.fingerprint,
         eod_mask_loss=config.data.eod_mask_loss,
     )
     for notice in data.notices:
         say_once(notice)
+    watched = config.training.early_stopping_metric
+    if config.training.eval_iters and watched == "bits_per_byte" and data.bytes_per_token("valid") is None:
+        raise UserError(
+            "--early-stopping-metric bits_per_byte: a dataset without its .json description knows no bytes; "
+            "use --early-stopping-metric loss"
+        )
     return data
 
 

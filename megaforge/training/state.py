@@ -13,9 +13,10 @@ import torch
 import megaforge
 from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from megaforge.checkpoint.compatible import check_compatible, describe_run
+from megaforge.checkpoint.directory import list_steps
 from megaforge.checkpoint.find import find_checkpoint
 from megaforge.checkpoint.shards import TensorEntry
-from megaforge.config.run_config import TrainingConfig
+from megaforge.config.run_config import CheckpointConfig, TrainingConfig
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.device import get_random_state, set_random_state
 from megaforge.errors import UserError
@@ -139,19 +140,30 @@ def _restore_progress(trainer: Trainer, meta: dict[str, Any]) -> None:
         )
 
 
-def check_save_directory(directory: str) -> None:
-    """Makes sure that ``--save`` can be written before any work is done.
+def check_save_directory(config: CheckpointConfig) -> None:
+    """Makes sure, before any work is done, that ``--save`` can be written and holds no other run's checkpoints: those
+    of later iterations would be taken for this run's newest.
 
     Raises:
-        UserError: it cannot.
+        UserError: it cannot, or it does.
     """
-    probe = Path(directory) / ".writable"
+    if config.save is None:
+        return
+    directory = Path(config.save)
+    probe = directory / ".writable"
     try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
         raise UserError(f"--save {directory}: checkpoints cannot be written there ({error.strerror})") from error
+    steps = list_steps(directory)
+    loaded = None if config.load is None or config.finetune else Path(config.load).resolve()
+    if steps and (loaded is None or directory.resolve() not in (loaded, loaded.parent)):
+        raise UserError(
+            f"--save {directory}: a run has left its checkpoints there (the newest is {steps[0][1].name}); "
+            f"add --load {directory} to continue it, or name another directory"
+        )
 
 
 def compute_dtype(training: TrainingConfig) -> torch.dtype:

@@ -24,14 +24,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in MODULES:
             file.write(json.dumps({"text": (library / f"{name}.py").read_text(encoding="utf-8")}) + "\n")
     source, tokenizer = str(folder / "text.jsonl"), str(folder / "tok.json")
-    for tool, arguments in (
-        ("train_tokenizer", ("--input", source, "--vocab-size", "600", "--output", tokenizer)),
-        (
-            "preprocess_data",
-            ("--input", source, "--output-prefix", str(folder / "text"), "--tokenizer-model", tokenizer, "--append-eod"),
-        ),
-    ):
-        outcome = run(1, f"tools/{tool}.py", *arguments)
+    learn = ("--vocab-size", "600", "--output", tokenizer)
+    write = ("--output-prefix", str(folder / "text"), "--tokenizer-model", tokenizer, "--append-eod")
+    for tool, arguments in (("train_tokenizer", learn), ("preprocess_data", write)):
+        outcome = run(1, f"tools/{tool}.py", "--input", source, *arguments)
         assert outcome.status == 0, outcome.err
     return folder
 

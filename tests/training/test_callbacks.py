@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import pytest
-
-from megaforge.errors import UserError
 from megaforge.training.callbacks import Callback, Checkpointing, EarlyStopping, Evaluation, ExitInterval, MetricsWriter
 from megaforge.training.metrics import EvaluationMetrics, StepMetrics
 from megaforge.training.trainer import Trainer
@@ -103,11 +100,6 @@ def test_state_goes_on_where_it_was_but_not_for_another_metric() -> None:
     assert other.best is None
     trainer = FakeTrainer(9, [Evaluation(1), again], {1: 2.0}).run()
     assert trainer.iteration == 1
-
-
-def test_a_metric_that_does_not_exist_is_named() -> None:
-    with pytest.raises(UserError, match="--early-stopping-metric bits_per_byte"):
-        FakeTrainer(1, [Evaluation(1), EarlyStopping("bits_per_byte", 1)]).run()
 
 
 def test_the_writer_passes_everything_on_and_closes() -> None:
