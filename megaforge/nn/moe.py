@@ -15,7 +15,7 @@ from megaforge.nn.mlp import ChannelMix, FFNState, activate, ffn_init, inner_par
 from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init_rules import Normal
-from megaforge.parallel.mappings import all_reduced, scale_gradient
+from megaforge.parallel.mappings import reduce_from_tensor_parallel, scale_gradient
 from megaforge.parallel.param_spec import ParamSpec, make_parameter
 from megaforge.parallel.region import TensorParallelRegion
 
@@ -69,7 +69,8 @@ class Router(nn.Module):
         # The ranks of cp share each sequence. Its counts are those of all of them and carry no gradient; the loss is
         # linear in the probabilities, so each rank adds the share of its own tokens and their sum is the whole.
         whole = length * self.context.size
-        fraction = all_reduced(counts, self.context).to(logits.dtype) / (self.topk * whole)
+        assigned = reduce_from_tensor_parallel(counts, self.context)
+        fraction = assigned.to(logits.dtype) / (self.topk * whole)
         probability = shared.softmax(dim=-1).sum(dim=0) / whole
         losses = RouterLosses(
             load_balance_sum=number * (fraction * probability).sum(),

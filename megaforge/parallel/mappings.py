@@ -198,11 +198,6 @@ def gather_from_context_parallel(x: Tensor, axis: Axis) -> Tensor:
     return x if axis.size == 1 else _GatherFromContextParallel.apply(x, axis)
 
 
-def all_reduced(x: Tensor, axis: Axis) -> Tensor:
-    """The sum of ``x`` over the axis: for counts, which carry no gradient."""
-    return x if axis.size == 1 else _all_reduce(x.detach(), axis)
-
-
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """``x`` itself, whose gradient is multiplied by ``factor``: a value that every rank of an axis computes in full
     enters a sum over that axis with 1/size."""
