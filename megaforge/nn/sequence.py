@@ -72,7 +72,7 @@ class SequenceInfo:
         else:
             position_ids_BS = positions.expand(batch, length)
             self._documents_BS = torch.zeros(1, 1, dtype=torch.long, device=device).expand(batch, length)
-        self._places_S = self.local(positions - offset, dim=0)  # of this rank's tokens in the whole sequence
+        self._places_S = self.local(positions - offset, dim=0)
         self.position_ids_BS = self.local(position_ids_BS)
         self.document_ids_BS = self.local(self._documents_BS)
         self.document_start_SB = self.local(start).t().contiguous()
@@ -82,6 +82,11 @@ class SequenceInfo:
     @property
     def batch(self) -> int:
         return self.document_start_SB.shape[1]
+
+    @property
+    def places_S(self) -> torch.Tensor:
+        """int64 [s], where in the whole sequence each of this rank's tokens is, documents notwithstanding."""
+        return self._places_S
 
     @property
     def length(self) -> int:
@@ -100,8 +105,8 @@ class SequenceInfo:
         if not self.has_boundaries and self.shards.axis.size == 1:
             return None
         if self._mask is None:
-            places = torch.arange(self._documents_BS.shape[1], device=self._places_S.device)
-            mask = (self._places_S[:, None] >= places)[None]
+            places = torch.arange(self._documents_BS.shape[1], device=self.places_S.device)
+            mask = (self.places_S[:, None] >= places)[None]
             if self.has_boundaries:
                 mask = mask & (self.document_ids_BS[:, :, None] == self._documents_BS[:, None, :])
             self._mask = mask[:, None]

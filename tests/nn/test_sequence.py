@@ -61,6 +61,7 @@ def test_ranks_that_share_sequences_describe_their_own_tokens_of_the_whole(size:
         own = torch.tensor([first, first + 1, last, last + 1])
         info = SequenceInfo(2, length, CPU, start, shards=ContextShards(Axis("cp", size, rank)))
         assert (info.batch, info.length, info.has_boundaries) == (2, 4, packed)
+        assert torch.equal(info.places_S, own)
         assert torch.equal(info.position_ids_BS, whole.position_ids_BS[:, own])
         assert torch.equal(info.document_ids_BS, whole.document_ids_BS[:, own])
         assert torch.equal(info.document_start_SB, whole.document_start_SB[own])
