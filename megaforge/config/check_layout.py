@@ -18,7 +18,7 @@ class Layout:
     """What follows from a configuration and a number of ranks.
 
     Attributes:
-        world_size, tp, dp: ranks, and their tensor- and data-parallel sizes.
+        world_size, tp, cp, dp: ranks, and their tensor-, context- and data-parallel sizes.
         global_batch_size: sequences of one optimizer step.
         micro_batches: micro-batches a rank computes in one optimizer step.
         notes: what is legal but may surprise; rank 0 prints each once.
@@ -26,6 +26,7 @@ class Layout:
 
     world_size: int
     tp: int
+    cp: int
     dp: int
     global_batch_size: int
     micro_batches: int
@@ -60,7 +61,6 @@ def check_layout(config: Config, world_size: int) -> Layout:
     parallel = config.parallel
     for flag, size, what in (
         ("--pp", parallel.pipeline_model_parallel_size, "pipeline parallelism"),
-        ("--cp", parallel.context_parallel_size, "context parallelism"),
     ):
         if size > 1:
             raise UserError(f"{flag} {size}: {what} is not implemented yet; use {flag} 1")
@@ -73,15 +73,17 @@ def check_layout(config: Config, world_size: int) -> Layout:
     for label, value in _split_over_tp(config):
         if value % tp:
             raise UserError(f"--tp {tp} does not divide {label}; use --tp {_working_tp(config, world_size)}")
+    _check_context(config, world_size)
     _check_experts(config, world_size)
     _check_lengths(config)
     _check_backend(config)
     _check_schedule(config)
     _check_gradients(config)
-    dp = world_size // tp
+    cp = parallel.context_parallel_size
+    dp = world_size // (tp * cp)
     global_batch_size = _global_batch_size(config, dp)
     micro_batches = global_batch_size // (config.training.micro_batch_size * dp)
-    return Layout(world_size, tp, dp, global_batch_size, micro_batches, tuple(_notes(config, dp)))
+    return Layout(world_size, tp, cp, dp, global_batch_size, micro_batches, tuple(_notes(config, dp * cp)))
 
 
 def mixer_kinds(model: ModelConfig) -> frozenset[str]:
@@ -150,7 +152,7 @@ def _split_over_tp(config: Config) -> list[tuple[str, int]]:
         padded = model.padded_vocab_size()
         multiple = f"--make-vocab-size-divisible-by {model.make_vocab_size_divisible_by}"
         sizes.append((f"the vocabulary of {model.vocab_size} padded to {padded} ({multiple})", padded))
-    if config.parallel.sequence_parallel:
+    if config.parallel.sequence_parallel and config.parallel.context_parallel_size == 1:
         sizes.append((f"--seq-length {config.data.seq_length}, which --sequence-parallel cuts", config.data.seq_length))
     return sizes
 
@@ -159,6 +161,36 @@ def _working_tp(config: Config, world_size: int) -> str:
     """The tensor-parallel sizes that would work, as words."""
     sizes = [value for _, value in _split_over_tp(config)]
     return either(size for size in range(1, world_size + 1) if not any(n % size for n in (world_size, *sizes)))
+
+
+def _check_context(config: Config, world_size: int) -> None:
+    """cp ranks share a sequence in 2 cp equal chunks, which --sequence-parallel cuts further over tp."""
+    parallel, length = config.parallel, config.data.seq_length
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    if cp == 1:
+        return
+    ranks = world_size // tp
+    inner = tp if parallel.sequence_parallel else 1
+    working = [
+        size for size in range(1, ranks + 1) if ranks % size == 0 and (size == 1 or not length % (2 * size * inner))
+    ]
+    if ranks % cp:
+        raise UserError(
+            f"--cp {cp} does not divide the {ranks} ranks that --tp {tp} leaves of the {world_size} that were started; "
+            f"use --cp {either(working)}"
+        )
+    unit = 2 * cp * inner
+    if length % unit:
+        why = (
+            f"2 x cp x tp = {unit} (--sequence-parallel cuts each chunk over --tp {tp})"
+            if inner > 1
+            else f"2 x cp = {unit}"
+        )
+        lengths = [size for size in (length // unit * unit, (length // unit + 1) * unit) if size]
+        raise UserError(
+            f"--seq-length {length} does not divide by {why}: --cp {cp} cuts each sequence into {2 * cp} chunks; "
+            f"use --seq-length {either(lengths)}, or --cp {either(working)}"
+        )
 
 
 def _check_lengths(config: Config) -> None:
@@ -234,19 +266,21 @@ def _global_batch_size(config: Config, dp: int) -> int:
     return given
 
 
-def _notes(config: Config, dp: int) -> list[str]:
+def _notes(config: Config, replicas: int) -> list[str]:
     notes = []
     parallel = config.parallel
-    if parallel.zero_stage and dp == 1:
+    if parallel.zero_stage and replicas == 1:
         notes.append(f"--zero {parallel.zero_stage} has nothing to share out at dp 1: it saves nothing")
     if parallel.grad_compression != "none":
         notes.append(
             f"--grad-compression {parallel.grad_compression}: what is learned now depends on the number of "
             "data-parallel ranks"
-            + (f", and at dp {dp} nothing is sent" if dp == 1 else "; --load starts without the losses kept so far")
+            + (", and at dp 1 nothing is sent" if replicas == 1 else "; --load starts without the losses kept so far")
         )
     if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
         notes.append("--sequence-parallel has nothing to share at --tp 1: it changes nothing")
+    if config.parallel.context_parallel_size == 1 and config.parallel.cp_comm_type != "allgather":
+        notes.append(f"--cp-comm-type {config.parallel.cp_comm_type} has nothing to exchange at --cp 1")
     decay_iters = config.optimizer.lr_decay_iters or config.training.train_iters
     if 0 < decay_iters < config.optimizer.lr_warmup_iters:
         notes.append(

@@ -15,6 +15,11 @@ class ParallelConfig:
     tensor_model_parallel_size: int = flag(1, "ranks that share each matrix", aliases=("--tp",))
     pipeline_model_parallel_size: int = flag(1, "pipeline stages", aliases=("--pp",))
     context_parallel_size: int = flag(1, "ranks that share each sequence", aliases=("--cp",))
+    cp_comm_type: str = flag(
+        "allgather",
+        "how attention gets other --cp ranks' keys and values: all at once, or in a ring (p2p) that never holds all",
+        choices=("allgather", "p2p"),
+    )
     expert_model_parallel_size: int = flag(1, "ranks that share the experts", aliases=("--ep",))
     expert_tensor_parallel_size: int | None = flag(
         None, "ranks that share each expert's matrices (default: --tp)", aliases=("--etp",)

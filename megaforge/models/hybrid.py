@@ -18,6 +18,7 @@ from megaforge.nn.norms import make_norm
 from megaforge.nn.rwkv7 import RWKV7State, RWKV7TimeMix
 from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.context_parallel import ContextShards
 from megaforge.parallel.layers import VocabParallelEmbedding
 from megaforge.parallel.region import TensorParallelRegion
 
@@ -25,6 +26,8 @@ from megaforge.parallel.region import TensorParallelRegion
 @dataclass(frozen=True)
 class ModelOutput:
     """What one micro-batch gives, as sums and counts, so that the caller divides by the global batch's counts.
+
+    Of sequences that the ranks of cp share, each rank has a part of every sum.
 
     Attributes:
         loss_sum: sum over tokens of loss mask * cross-entropy, in nats.
@@ -129,6 +132,7 @@ class HybridModel(nn.Module):
         *,
         sequence_parallel: bool = False,
         dtype: torch.dtype = torch.float32,
+        cp_comm_type: str = "allgather",
     ) -> None:
         """Raises:
         UserError: the pattern, the vocabulary or a width does not fit the configuration or ``--tp``.
@@ -137,6 +141,7 @@ class HybridModel(nn.Module):
         self.cfg = cfg
         self.ctx = ctx
         self.region = TensorParallelRegion(ctx, sequence_parallel)
+        self.shards = ContextShards(ctx.cp, cp_comm_type)
         kinds = blocks_of(cfg)
         has_rwkv = any(kind.mixer == "rwkv7" for kind in kinds)
         published = has_rwkv and cfg.normalization == "layernorm" and cfg.untie_embeddings_and_output_weights
@@ -185,12 +190,14 @@ class HybridModel(nn.Module):
         if not self.cfg.reset_at_document_boundaries:
             document_start_BS = None
         batch, length = tokens_BS.shape
-        return SequenceInfo(batch, length, tokens_BS.device, document_start_BS, offset)
+        return SequenceInfo(batch, length, tokens_BS.device, document_start_BS, offset, self.shards)
 
     def forward(
         self, tokens: Tensor, labels: Tensor, loss_mask: Tensor, document_start: Tensor | None = None
     ) -> ModelOutput:
-        """The losses of one micro-batch.
+        """The losses of one micro-batch: sums over the tokens that this rank holds, which is all unless cp > 1.
+
+        Every rank of cp gets the same whole sequences and takes its chunks of them.
 
         Args:
             tokens: int64 [b, s].
@@ -198,7 +205,9 @@ class HybridModel(nn.Module):
             loss_mask: float [b, s], weight of each token's loss.
             document_start: bool [b, s], where documents of a packed sample begin; None: one document each.
         """
-        x, routed = self._trunk(tokens, self._info(tokens, document_start), None)
+        info = self._info(tokens, document_start)
+        tokens, labels, loss_mask = (info.local(whole) for whole in (tokens, labels, loss_mask))
+        x, routed = self._trunk(tokens, info, None)
         losses, correct = self.head.loss(x, labels)
         mask = loss_mask.t().to(losses.dtype)
         zero = losses.new_zeros(())
@@ -230,7 +239,12 @@ class HybridModel(nn.Module):
 
         Returns:
             [b, s, vocabulary] ([b, 1, vocabulary]) in the dtype of the model.
+
+        Raises:
+            ValueError: the model's sequences are shared by the ranks of cp.
         """
+        if self.ctx.cp.size > 1:
+            raise ValueError(f"logits are for models that hold whole sequences: cp is {self.ctx.cp.size}, not 1")
         info = self._info(tokens, document_start, 0 if state is None else state.length)
         x, _ = self._trunk(tokens, info, state)
         if state is not None:

@@ -15,6 +15,7 @@ from megaforge.kernels.rwkv7_inputs import rwkv7_inputs
 from megaforge.kernels.wkv7 import wkv7
 from megaforge.nn.sequence import SequenceInfo
 from megaforge.nn.token_shift import mix_tokens, token_shift
+from megaforge.nn.wkv7_context import shared_wkv7
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init_rules import Constant, Elementwise, InitRule, Normal, Orthogonal
 from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -107,8 +108,9 @@ class RWKV7TimeMix(nn.Module):
     """RWKV-7's sequence mixer.
 
     Between ``region.enter`` and ``region.exit`` every rank sees every token and computes its own heads: projections,
-    second LoRA factors and per-channel vectors are split over tp, and nothing else communicates. The token-shift
-    coefficients and first LoRA factors are replicated, and each rank has a part of their gradient.
+    second LoRA factors and per-channel vectors are split over tp, and nothing else communicates over it. The
+    token-shift coefficients and first LoRA factors are replicated, and each rank has a part of their gradient. The
+    ranks of cp, which share each sequence, give each other the last token of every chunk and summaries of the states.
     """
 
     # Token-shift coefficients [C]; first [C, rank] and second [rank, C/tp] LoRA factors; per-channel vectors [C/tp].
@@ -255,9 +257,11 @@ class RWKV7TimeMix(nn.Module):
         r, v = r.view(heads), v.view(heads)
         log_w, k, a, b = rwkv7_inputs(decay, self.w0, rate, self.a0, key, self.k_k, self.k_a, self.head_size)
         starts = info.document_start_SB if info.has_boundaries else None
-        y, final = wkv7(r, log_w, k, v, a, b, None if state is None else state.wkv, starts)
-        if state is not None:
-            state.shift, state.wkv = x[-1], final
+        if state is None:
+            y = shared_wkv7(r, log_w, k, v, a, b, starts, info.shards)
+        else:
+            y, state.wkv = wkv7(r, log_w, k, v, a, b, state.wkv, starts)
+            state.shift = x[-1]
         return self.output(self._finish(y, r, k, v) * gate), v_first
 
     def _project(self, x: Tensor, previous: Tensor, v_first: Tensor | None) -> tuple[Tensor, ...]:

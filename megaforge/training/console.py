@@ -100,8 +100,9 @@ def describe(trainer: Trainer) -> str:
     stored = sum(spec.numel for spec, _ in named_specs(trainer.model))
     epoch = sum(trainer.data.epoch_tokens)
     planned = config.training.train_iters * trainer.global_batch_size * config.data.seq_length
+    layout = f"tp {ctx.tp.size} x " + (f"cp {ctx.cp.size} x " if ctx.cp.size > 1 else "") + f"dp {ctx.dp.size}"
     return (
-        f"{config.name}: {stored:,} parameters | tp {ctx.tp.size} x dp {ctx.dp.size} on {ctx.device.type} | "
+        f"{config.name}: {stored:,} parameters | {layout} on {ctx.device.type} | "
         f"{trainer.global_batch_size} x {config.data.seq_length} tokens a step | {trainer.optimizer.implementation} | "
         f"{epoch:,} training tokens, {planned / epoch:.2f} epochs planned"
     )

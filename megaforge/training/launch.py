@@ -71,6 +71,7 @@ def join(config: Config) -> ParallelContext:
         tp=parallel.tensor_model_parallel_size,
         ep=parallel.expert_model_parallel_size,
         etp=parallel.expert_tensor_size,
+        cp=parallel.context_parallel_size,
         device=device,
     )
 
@@ -96,7 +97,11 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
     together(ctx, lambda: opened.append(_open_data(config, tokenizer)))
     together(ctx, lambda: check_save_directory(config.checkpoint) if ctx.is_first_rank else None)
     model = HybridModel(
-        config.model, ctx, sequence_parallel=config.parallel.sequence_parallel, dtype=compute_dtype(config.training)
+        config.model,
+        ctx,
+        sequence_parallel=config.parallel.sequence_parallel,
+        dtype=compute_dtype(config.training),
+        cp_comm_type=config.parallel.cp_comm_type,
     )
     initialize_parameters(model, ctx, config.training.seed)
     trainer = Trainer(

@@ -105,6 +105,7 @@ def _present_config(meta: dict[str, Any], path: Path, tp: int, device: str) -> C
         parallel=dataclasses.replace(
             config.parallel,
             tensor_model_parallel_size=tp,
+            context_parallel_size=1,
             expert_model_parallel_size=1,
             expert_tensor_parallel_size=None,
             sequence_parallel=False,

@@ -156,7 +156,9 @@ class Trainer:
         with closing(iter(self._loader(self.validation, 0))) as batches:  # type: ignore[type-var]
             for micro_batches in islice(batches, self.config.training.eval_iters):
                 for batch in micro_batches:
-                    totals.add(self._forward(batch), float(batch.loss_mask.sum(dtype=torch.float64)))
+                    # The ranks of cp hold the same samples: one of them counts the labels.
+                    counted = batch.loss_mask.sum(dtype=torch.float64) if self.ctx.cp.rank == 0 else 0.0
+                    totals.add(self._forward(batch), float(counted))
         totals.reduce()
         ratio = self.data.bytes_per_token("valid")
         metrics = EvaluationMetrics(
@@ -192,7 +194,10 @@ class Trainer:
         return output
 
     def _global_token_count(self, micro_batches: Sequence[Batch]) -> float:
-        """Labels that count in the whole global batch; at least one, so that an all-masked batch gives zero loss."""
+        """Labels that count in the whole global batch; at least one, so that an all-masked batch gives zero loss.
+
+        The ranks of cp hold the same whole samples, so the sum over dp counts every label once.
+        """
         own = sum(float(batch.loss_mask.sum(dtype=torch.float64)) for batch in micro_batches)
         count = torch.tensor(own, dtype=torch.float64, device=self.ctx.device)
         if self.ctx.dp.group is not None:
@@ -234,7 +239,7 @@ class Trainer:
 
 
 class _Totals:
-    """Sums of :class:`ModelOutput` over micro-batches, then over dp; fp64, so that their order hardly matters."""
+    """Sums of :class:`ModelOutput` over micro-batches, then dp and cp; fp64, so that their order hardly matters."""
 
     def __init__(self, ctx: ParallelContext) -> None:
         self._ctx = ctx
@@ -252,11 +257,11 @@ class _Totals:
         self._experts = experts if self._experts is None else self._experts + experts
 
     def reduce(self) -> None:
-        """Sums over dp and brings the numbers to the host."""
+        """Sums over dp and cp and brings the numbers to the host."""
         experts = self._sums.new_zeros((0, 0)) if self._experts is None else self._experts
         packed = torch.cat([self._sums, experts.flatten()])
-        if self._ctx.dp.group is not None:
-            dist.all_reduce(packed, group=self._ctx.dp.group)
+        if self._ctx.dp_cp.group is not None:
+            dist.all_reduce(packed, group=self._ctx.dp_cp.group)
         values = packed.tolist()
         self.loss_sum, self.load_balance_sum, self.z_loss_sum, self.correct, self.tokens = values[:5]
         self.tokens_per_expert = packed[5:].view(experts.shape).tolist()

@@ -21,6 +21,12 @@ def test_dp_and_micro_batches_follow() -> None:
     assert (inferred.global_batch_size, inferred.micro_batches, inferred.notes) == (12, 1, ())
 
 
+def test_context_parallel_ranks_share_samples() -> None:
+    layout = check_layout(parse_config(["--tp", "2", "--cp", "2", "--global-batch-size", "6"]).config, 8)
+    assert (layout.tp, layout.cp, layout.dp, layout.micro_batches) == (2, 2, 2, 3)
+    check_layout(parse_config(["--tp", "2", "--cp", "2", "--seq-length", "12"]).config, 4)
+
+
 ATTENTION = ("--layer-schedule", "attention", "--ffn", "dense")
 RWKV = ("--layer-schedule", "rwkv")
 
@@ -29,7 +35,6 @@ RWKV = ("--layer-schedule", "rwkv")
     ("world_size", "argv", "message"),
     [
         (2, ["--pp", "2"], "--pp 2: pipeline parallelism is not implemented yet; use --pp 1"),
-        (2, ["--cp", "2"], "--cp 2: context parallelism is not implemented yet; use --cp 1"),
         (8, ["--ep", "4", "--num-experts", "6"],
          "--ep 4 does not divide both --num-experts 6 and the 8 ranks that --etp 1 leaves of the 8 of a pipeline stage "
          "(--etp is --tp unless given); use --ep 1 or 2"),
@@ -45,6 +50,17 @@ RWKV = ("--layer-schedule", "rwkv")
          "--etp 2 splits experts, and this model has none; leave it out, or use --ffn moe"),
         (4, [*RWKV, "--tp", "4", "--moe-shared-expert-intermediate-size", "90"],
          "--tp 4 does not divide --moe-shared-expert-intermediate-size 90; use --tp 1 or 2"),
+        (12, ["--tp", "2", "--cp", "4", "--seq-length", "24"],
+         "--cp 4 does not divide the 6 ranks that --tp 2 leaves of the 12 that were started; use --cp 1, 2, 3 or 6"),
+        (6, ["--cp", "3", "--seq-length", "1024"],
+         "--seq-length 1024 does not divide by 2 x cp = 6: --cp 3 cuts each sequence into 6 chunks; "
+         "use --seq-length 1020 or 1026, or --cp 1 or 2"),
+        (4, ["--cp", "4", "--seq-length", "7"],
+         "--seq-length 7 does not divide by 2 x cp = 8: --cp 4 cuts each sequence into 8 chunks; "
+         "use --seq-length 8, or --cp 1"),
+        (4, ["--tp", "2", "--sp", "--cp", "2", "--seq-length", "12"],
+         "--seq-length 12 does not divide by 2 x cp x tp = 8 (--sequence-parallel cuts each chunk over --tp 2): --cp 2 "
+         "cuts each sequence into 4 chunks; use --seq-length 8 or 16, or --cp 1"),
         (4, ["--tp", "3"],
          "--tp 3 does not divide the 4 ranks that were started; use --tp 1, 2 or 4, or start 3 ranks"),
         (1, ["--tp", "2"],
