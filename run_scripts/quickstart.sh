@@ -51,7 +51,7 @@ done
 
 say "4/7 training on two ranks (tp 2)"
 export OMP_NUM_THREADS=1
-common=(--config cdrmix-tiny --tokenizer-model "$out/tok.json" --data-path "$out/train_text_document"
+common=(--config cdrmix-tiny --micro-batch-size 8 --tokenizer-model "$out/tok.json" --data-path "$out/train_text_document"
     --device cpu --save "$out/checkpoints" --metrics-file "$out/metrics.jsonl" --tensorboard-dir "$out/tensorboard")
 pretrain() { run torchrun --standalone --nproc-per-node 2 pretrain_cdrmix.py "${common[@]}" --tp 2 "$@"; }
 first=$((iters * 9 / 10))
