@@ -1,0 +1,1 @@
+"""Pipeline parallelism: schedules as data, a simulator that checks and draws them, one executor that runs them."""

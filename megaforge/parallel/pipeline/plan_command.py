@@ -1,0 +1,127 @@
+"""``tools/plan.py schedule``: what a pipeline schedule costs, before any device is paid for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megaforge.errors import UserError
+from megaforge.parallel.pipeline.actions import Schedule, format_schedule, parse_schedule
+from megaforge.parallel.pipeline.drawing import draw_png, draw_text
+from megaforge.parallel.pipeline.program import Post, Program, build_program, check_program
+from megaforge.parallel.pipeline.schedules import SCHEDULES, build_schedule
+from megaforge.parallel.pipeline.simulator import Costs, Timeline, simulate
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Adds the command ``schedule`` to the sub-commands of ``tools/plan.py`` and returns its parser."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "schedule", help="timeline, bubble share and peak live activations of a pipeline schedule"
+    )
+    names = "; ".join(f"{name}: {text}" for name, text in SCHEDULES.items())
+    parser.add_argument("--schedule", default="1f1b", help=names, metavar="NAME")
+    parser.add_argument(
+        "--schedule-file", type=Path, help="a schedule of your own: one line of actions per rank, F0.3 B0.3 ..."
+    )
+    parser.add_argument("--pp", type=int, default=4, help="pipeline ranks")
+    parser.add_argument("--vpp", type=int, help="stages per rank; 2 for interleaved and zb-v, else 1, unless given")
+    parser.add_argument(
+        "--microbatches", type=int, default=8, help="microbatches of a global batch per data-parallel replica"
+    )
+    parser.add_argument(
+        "--placement", default="loop", choices=("loop", "v"), help="where --schedule-file has its stages"
+    )
+    parser.add_argument("--forward-cost", type=float, default=1.0, help="time of a stage's forward pass, in any unit")
+    parser.add_argument(
+        "--backward-input-cost", type=float, default=1.0, help="time of the input half of its backward pass"
+    )
+    parser.add_argument(
+        "--backward-weight-cost", type=float, default=1.0, help="time of the weight half of its backward pass"
+    )
+    parser.add_argument("--communication-cost", type=float, default=0.0, help="time of a transfer between two ranks")
+    parser.add_argument("--columns", type=int, help="cut the text timeline to this many characters")
+    parser.add_argument(
+        "--png", type=Path, help="where to draw the timeline; schedule-NAME-ppP-vppV-mM.png unless given"
+    )
+    parser.add_argument("--no-png", action="store_true", help="print only")
+    parser.add_argument(
+        "--print-actions", action="store_true", help="also print every rank's actions, as --schedule-file reads them"
+    )
+    return parser
+
+
+def run(arguments: Sequence[str], prog: str = "plan.py") -> int:
+    """``schedule`` as a command of its own, for scripts without sub-parsers; see :func:`main`."""
+    parser = argparse.ArgumentParser(prog=prog)
+    add_parser(parser.add_subparsers())
+    return main(parser.parse_args(["schedule", *arguments]))
+
+
+def main(args: argparse.Namespace) -> int:
+    """Checks, simulates, prints and draws the schedule.
+
+    Raises:
+        UserError: the schedule is not defined for these numbers, is incomplete, or could deadlock.
+    """
+    schedule = _schedule(args)
+    costs = Costs(args.forward_cost, args.backward_input_cost, args.backward_weight_cost, args.communication_cost)
+    for flag in ("forward_cost", "backward_input_cost", "backward_weight_cost"):
+        if getattr(args, flag) <= 0:
+            raise UserError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}, but must be above 0")
+    if args.communication_cost < 0:
+        raise UserError(f"--communication-cost is {args.communication_cost}, but must be 0 or above")
+    program = build_program(schedule, costs)
+    check_program(schedule, program)
+    timeline = simulate(schedule, costs)
+    print(draw_text(timeline, args.columns))
+    print()
+    print(summary(timeline, program))
+    if args.print_actions:
+        print("\n" + format_schedule(schedule))
+    if not args.no_png:
+        name = (
+            f"schedule-{args.schedule}-pp{schedule.num_ranks}-vpp{schedule.num_chunks}-m{schedule.num_microbatches}.png"
+        )
+        path = args.png or Path(name)
+        draw_png(timeline, path)
+        print(f"\ndrawn: {path}")
+    return 0
+
+
+def _schedule(args: argparse.Namespace) -> Schedule:
+    if args.schedule_file is None:
+        vpp = args.vpp or (2 if args.schedule in ("interleaved", "zb-v") else 1)
+        return build_schedule(args.schedule, pp=args.pp, vpp=vpp, microbatches=args.microbatches)
+    try:
+        text = args.schedule_file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--schedule-file {args.schedule_file}: {error.strerror}") from error
+    args.schedule = args.schedule_file.stem
+    return parse_schedule(text, str(args.schedule_file), args.vpp or 1, args.placement)
+
+
+def summary(timeline: Timeline, program: Program) -> str:
+    """A table by rank, and the shares of all ranks together."""
+    schedule, costs = timeline.schedule, timeline.costs
+    lines = [
+        f"{schedule.name}: {schedule.num_ranks} ranks, {schedule.num_chunks} stages each, "
+        f"{schedule.num_microbatches} microbatches",
+        f"assumed per stage and microbatch: forward {costs.forward:g}, backward inputs {costs.backward_input:g}, "
+        f"weights {costs.backward_weight:g}, transfer {costs.communication:g}",
+        "checked: every action once and in order; no deadlock, even if sends and receives blocked",
+        "",
+        "rank  stages        busy   bubble  idle inside  peak live activations  transfers",
+        "                                   own window   (stages' / whole rank's)",
+    ]
+    for rank in range(schedule.num_ranks):
+        peak = timeline.peak_live(rank)
+        transfers = sum(len(step.transfers) for step in program[rank] if isinstance(step, Post))
+        stages = ",".join(map(str, schedule.stages_of(rank)))
+        lines.append(
+            f"{rank:>4}  {stages:<10} {timeline.busy(rank):>7g}  {100 * timeline.bubble_share(rank):>6.2f}%  "
+            f"{timeline.window_bubble(rank):>11g}  {peak:>10g} / {peak / schedule.num_chunks:<9g} {transfers:>9}"
+        )
+    lines.append(f"all: time {timeline.makespan:g}, bubble share {100 * timeline.bubble_share():.2f}%")
+    return "\n".join(lines)

@@ -1,0 +1,91 @@
+"""Every schedule on real ranks against the whole model in one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.parallel.pipeline.toy import HIDDEN, TOKENS, VALUES, ToyRun, oracle, run_toy
+from tests.parallel.pool import RankPool
+
+LAYERS = 8
+SCHEDULES = [
+    *[(name, pp, 1, microbatches) for name in ("gpipe", "1f1b", "zb-h1") for pp, microbatches in ((2, 5), (4, 6))],
+    ("interleaved", 2, 2, 4),
+    ("interleaved", 4, 2, 8),
+    ("zb-v", 2, 2, 5),
+    ("zb-v", 4, 2, 9),
+    ("zb-v", 4, 2, 3),
+]
+
+
+def run(ranks: RankPool, name: str, pp: int, *args: object) -> list[ToyRun]:
+    if pp == 1:
+        return [run_toy(name, pp, *args)]
+    return ranks.run(pp, run_toy, name, pp, *args)
+
+
+def assert_matches_oracle(results: list[ToyRun], num_layers: int, microbatches: int, tied: bool = False) -> None:
+    loss, expected = oracle(num_layers, microbatches, tied)
+    total = sum(value for result in results for value in result.losses.values())
+    torch.testing.assert_close(total, loss, rtol=1e-12, atol=1e-12)
+    found = set()
+    for result in results:
+        assert result.executed == result.planned
+        assert result.losses == result.evaluation
+        for name, gradient in result.gradients.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-11, atol=1e-12, msg=name)
+            found.add(name)
+    assert found == set(expected)
+
+
+@pytest.mark.parametrize(("name", "pp", "vpp", "microbatches"), SCHEDULES)
+def test_loss_and_every_gradient_equal_the_oracle(
+    ranks: RankPool, name: str, pp: int, vpp: int, microbatches: int
+) -> None:
+    results = run(ranks, name, pp, vpp, microbatches, LAYERS, (), False)
+    assert_matches_oracle(results, LAYERS, microbatches)
+    for result in results:
+        assert set(result.hook_calls.values()) == {microbatches}
+        assert [chunk for chunk, last in result.announced if last] == sorted(range(vpp), reverse=True) or name == "zb-v"
+        assert sorted(chunk for chunk, last in result.announced if last) == list(range(vpp))
+        assert len(result.announced) == vpp * microbatches
+
+
+@pytest.mark.parametrize(("name", "vpp"), [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("interleaved", 3), ("zb-v", 2)])
+def test_one_rank(ranks: RankPool, name: str, vpp: int) -> None:
+    assert_matches_oracle(run(ranks, name, 1, vpp, 3, 4, (), False), 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "pp", "vpp"), [("1f1b", 4, 1), ("interleaved", 2, 2), ("zb-v", 2, 2), ("interleaved", 2, 4)]
+)
+def test_carried_tensors_travel_once_to_every_rank(ranks: RankPool, name: str, pp: int, vpp: int) -> None:
+    microbatches = 4
+    results = run(ranks, name, pp, vpp, microbatches, LAYERS, (), False)
+    sent = [shape for result in results for shape in result.sent]
+    # Forward to every other rank and, for the differentiable one, its gradient back.
+    assert sent.count((TOKENS, VALUES)) == 2 * (pp - 1) * microbatches
+    assert sent.count((TOKENS,)) == (pp - 1) * microbatches
+    crossings = (pp - 1) * vpp if name == "zb-v" else pp * vpp - 1
+    assert sent.count((TOKENS, HIDDEN)) == 2 * crossings * microbatches
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb-h1"])
+@pytest.mark.parametrize("layer_cuts", [(1, 1, 2), (2, 3, 3), (0, 1, 2)], ids=["middle", "head-only", "embedding-only"])
+def test_stage_without_layers(ranks: RankPool, name: str, layer_cuts: tuple[int, ...]) -> None:
+    results = run(ranks, name, 4, 1, 4, 3, layer_cuts, False)
+    assert_matches_oracle(results, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "pp", "vpp"), [("1f1b", 2, 1), ("zb-h1", 4, 1), ("interleaved", 2, 2), ("zb-v", 2, 2)]
+)
+def test_weight_tied_over_first_and_last_stage(ranks: RankPool, name: str, pp: int, vpp: int) -> None:
+    results = run(ranks, name, pp, vpp, 4, 4, (), True)
+    for result in results:
+        if "head" in result.gradients:
+            result.gradients["embedding"] = result.gradients.pop("head")
+    assert_matches_oracle(results, 4, 4, tied=True)
+    copies = [result.gradients["embedding"] for result in results if "embedding" in result.gradients]
+    assert all(torch.equal(copy, copies[0]) for copy in copies)
