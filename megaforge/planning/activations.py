@@ -209,8 +209,8 @@ WKV_TEMPORARIES = 40  # of the portable path, in fp32 tensors as wide as this ra
 
 
 def head_working_set(sizes: Sizes) -> float:
-    """Bytes of temporaries of the head and its loss: three chunks of logits and the gradient of its matrix."""
+    """Bytes of temporaries of the head and its loss: a chunk of logits in both types, the gradient of its matrix."""
     cfg, layout = sizes.cfg, sizes.layout
     vocabulary = cfg.padded_vocab_size() / layout.tp
-    logits = 3 * min(CHUNK_TOKENS, sizes.tokens) * vocabulary * layout.wide_size
+    logits = min(CHUNK_TOKENS, sizes.tokens) * vocabulary * (layout.wide_size + layout.element_size)
     return logits + vocabulary * cfg.hidden_size * (layout.wide_size + layout.element_size) + sizes.inside

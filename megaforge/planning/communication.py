@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,10 +39,10 @@ def stage_traffic(parts: ModelParts, layout: PlannedLayout, stage: StagePart) ->
     again: dict[str, float] = {}
     sizes = Sizes(parts.cfg, layout)
     full, selective = layout.recompute == "full", layout.recompute == "selective"
-    for index in stage.blocks:
+    for index, count in parts.alike(stage.blocks).items():
         kind = parts.blocks[index].kind
-        mixer = _mixer_traffic(sizes, kind.mixer)
-        ffn = {} if kind.ffn is None else _ffn_traffic(sizes, kind.ffn, kind.channel_mix)
+        mixer = _times(count, _mixer_traffic(sizes, kind.mixer))
+        ffn = {} if kind.ffn is None else _times(count, _ffn_traffic(sizes, kind.ffn, kind.channel_mix))
         _add(forward, mixer, ffn)
         _add(again, mixer if full or selective else {})
         _add(again, ffn if full or (layout.recompute == "moe" and kind.ffn == "moe") else {})
@@ -56,6 +57,10 @@ def _add(total: dict[str, float], *parts: dict[str, float]) -> None:
     for part in parts:
         for axis, size in part.items():
             total[axis] = total.get(axis, 0.0) + size
+
+
+def _times(count: int, traffic: dict[str, float]) -> dict[str, float]:
+    return {axis: count * size for axis, size in traffic.items()}
 
 
 def _region(sizes: Sizes) -> dict[str, float]:
@@ -81,9 +86,7 @@ def _mixer_traffic(sizes: Sizes, mixer: str) -> dict[str, float]:
 
 def _ffn_traffic(sizes: Sizes, ffn: str, channel_mix: bool) -> dict[str, float]:
     cfg, layout = sizes.cfg, sizes.layout
-    if ffn == "dense" or not (layout.shares_tokens or layout.ep > 1 or layout.etp > 1):
-        return _region(sizes)
-    if not layout.shares_tokens and layout.ep == 1:
+    if ffn == "dense" or (layout.ep == 1 and layout.etp == layout.tp):
         return _region(sizes)
     rows = sizes.routed_tokens * cfg.moe_router_topk * cfg.hidden_size * layout.element_size
     traffic = {"ep": 2 * ring(rows, layout.ep)} if layout.ep > 1 else {}
@@ -112,14 +115,12 @@ class GradientTraffic:
     gathered: float
 
 
-def gradient_traffic(held: Sequence[Held], layout: PlannedLayout) -> GradientTraffic:
+def gradient_traffic(held: Sequence[tuple[Held, int]], layout: PlannedLayout) -> GradientTraffic:
     """The reduction of gradients over dp (and cp; edp for experts), and ZeRO's all-gather of parameters."""
     ctx = layout.context()
     reduced = gathered = 0.0
-    for item in held:
-        count = 1.0
-        for size in item.spec.local_shape(ctx):
-            count *= size
+    for item, copies in held:
+        count = float(copies * math.prod(item.spec.local_shape(ctx)))
         ranks = ctx.axis(item.spec.replica_axis).size
         sent = ring(count * max(4, item.element_size), ranks)
         if layout.zero:
@@ -162,6 +163,6 @@ def step_traffic(parts: ModelParts, layout: PlannedLayout, stages: Sequence[Stag
             total[axis] += traffic.total(axis) * layout.micro_batches
         crossings = (not stage.last) + (not stage.first)
         total["pp"] += crossings * crossing_bytes(Sizes(parts.cfg, layout)) * layout.micro_batches
-    gradients = gradient_traffic(list(stage_parameters(parts, own).values()), layout)
+    gradients = gradient_traffic(stage_parameters(parts, own), layout)
     total["dp"] = gradients.reduced + gradients.gathered
     return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 
 import torch
 
@@ -90,10 +90,10 @@ class PlannedLayout:
         """Bytes of what is kept in fp32 (fp64 for fp64 models)."""
         return max(4, self.dtype.itemsize)
 
-    @cached_property
+    @property
     def schedule(self) -> Schedule:
         """The pipeline schedule; one rank's is 1F1B."""
-        return build_schedule(self.schedule_name, pp=self.pp, vpp=self.vpp, microbatches=self.micro_batches)
+        return _schedule(self.schedule_name, self.pp, self.vpp, self.micro_batches)
 
     def context(self, rank: int = 0) -> ParallelContext:
         """Where ``rank`` stands, on the meta device."""
@@ -112,6 +112,11 @@ class PlannedLayout:
         words.append(f"--recompute {self.recompute}" if self.recompute != "none" else "")
         words.append(f"--micro-batch-size {self.micro_batch_size}")
         return " ".join(word for word in words if word)
+
+
+@lru_cache(maxsize=64)
+def _schedule(name: str, pp: int, vpp: int, microbatches: int) -> Schedule:
+    return build_schedule(name, pp=pp, vpp=vpp, microbatches=microbatches)
 
 
 def roomy_etp(tp: int, ep: int, stage_ranks: int) -> int:

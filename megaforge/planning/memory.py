@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -39,23 +40,21 @@ class StateBytes:
     elements: int
 
 
-def state_bytes(held: Iterable[Held], ctx: ParallelContext, layout: PlannedLayout) -> StateBytes:
+def state_bytes(held: Iterable[tuple[Held, int]], ctx: ParallelContext, layout: PlannedLayout) -> StateBytes:
     """The state of the parameters ``held`` on the rank of ``ctx``.
 
     ZeRO shares out masters and moments (``--zero 2``: gradients too) over a parameter's replicas; the largest share is
     counted, without the few elements that fill up buckets.
     """
     sums = dict.fromkeys(("parameters", "gradients", "optimizer", "elements"), 0)
-    for item in held:
-        count = 1
-        for size in item.spec.local_shape(ctx):
-            count *= size
+    for item, copies in held:
+        count = math.prod(item.spec.local_shape(ctx))
         wide = max(4, item.element_size)
         share = -(-count // (ctx.axis(item.spec.replica_axis).size if layout.zero else 1))
-        sums["elements"] += count
-        sums["parameters"] += count * item.element_size
-        sums["gradients"] += (share if layout.zero > 1 else count) * wide
-        sums["optimizer"] += share * (MOMENTS * wide + (wide if item.element_size < wide else 0))
+        sums["elements"] += copies * count
+        sums["parameters"] += copies * count * item.element_size
+        sums["gradients"] += copies * (share if layout.zero > 1 else count) * wide
+        sums["optimizer"] += copies * share * (MOMENTS * wide + (wide if item.element_size < wide else 0))
     return StateBytes(**sums)
 
 
@@ -103,10 +102,11 @@ def peak_activations(schedule: Schedule, rank: int, stage_bytes: Sequence[float]
 def stage_activations(parts: ModelParts, layout: PlannedLayout, stage: StagePart) -> float:
     """Bytes that one micro-batch keeps on a stage between its forward and its backward pass."""
     sizes = Sizes(parts.cfg, layout)
-    kept = sum(block_kept(sizes, parts.blocks[index].kind, index == 0) for index in stage.blocks)
+    alike = parts.alike(stage.blocks)
+    kept = sum(count * block_kept(sizes, parts.blocks[index].kind, index == 0) for index, count in alike.items())
     kept += sum(ends_saved(sizes, first=stage.first, last=stage.last).values())
     keeps_v_first = not stage.first or layout.recompute in ("selective", "full")
-    if keeps_v_first and any(parts.blocks[index].kind.mixer == "rwkv7" for index in stage.blocks):
+    if keeps_v_first and any(parts.blocks[index].kind.mixer == "rwkv7" for index in alike):
         kept += sizes.split
     return kept
 
@@ -116,7 +116,7 @@ def stage_temporaries(parts: ModelParts, layout: PlannedLayout, stage: StagePart
     sizes = Sizes(parts.cfg, layout)
     worst = max(
         working_set(sizes, parts.blocks[index].kind) + recomputed_at_once(sizes, parts.blocks[index].kind, index == 0)
-        for index in stage.blocks
+        for index in parts.alike(stage.blocks)
     )
     return max(worst, head_working_set(sizes)) if stage.last else worst
 
@@ -133,19 +133,13 @@ def rank_memory(
     activations, in_flight = peak_activations(schedule, rank, kept)
     buffers = max(stage_temporaries(parts, layout, stage) for stage in own) + _largest_gradient(held, ctx)
     buffers += _buckets(layout) + libraries
-    return RankMemory(rank, own, state_bytes(held.values(), ctx, layout), in_flight, activations, buffers)
+    return RankMemory(rank, own, state_bytes(held, ctx, layout), in_flight, activations, buffers)
 
 
-def _largest_gradient(held: dict[str, Held], ctx: ParallelContext) -> float:
+def _largest_gradient(held: Iterable[tuple[Held, int]], ctx: ParallelContext) -> float:
     """A 16-bit gradient lives until it is added to its fp32 sum."""
-    largest = 0
-    for item in held.values():
-        if item.element_size < 4:
-            count = item.element_size
-            for size in item.spec.local_shape(ctx):
-                count *= size
-            largest = max(largest, count)
-    return float(largest)
+    narrow = (item for item, _ in held if item.element_size < 4)
+    return max((float(math.prod(item.spec.local_shape(ctx)) * item.element_size) for item in narrow), default=0.0)
 
 
 def _buckets(layout: PlannedLayout) -> float:

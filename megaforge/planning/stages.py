@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import nn
@@ -50,6 +51,16 @@ class ModelParts:
     def tied(self) -> bool:
         """Whether the head is the embedding's matrix."""
         return not self.cfg.untie_embeddings_and_output_weights
+
+    @cached_property
+    def _models(self) -> tuple[int, ...]:
+        first: dict[tuple[BlockKind, bool], int] = {}
+        return tuple(first.setdefault((block.kind, index == 0), index) for index, block in enumerate(self.blocks))
+
+    def alike(self, blocks: range) -> Counter[int]:
+        """How many of ``blocks`` have the sizes of block i, for the first i of every kind: a model has few kinds of
+        block, and RWKV-7's very first is one of its own."""
+        return Counter(self._models[index] for index in blocks)
 
     def block_flops(self, index: int, sequence_length: int) -> tuple[float, float]:
         """Forward FLOPs of one token in the mixer and in the FFN of a block, over all ranks."""
@@ -113,12 +124,16 @@ def cut_stages(parts: ModelParts, layout: PlannedLayout, cuts: Sequence[int] = (
     return tuple(StagePart(blocks, index == 0, index == last) for index, blocks in enumerate(ranges))
 
 
-def stage_parameters(parts: ModelParts, stages: Sequence[StagePart]) -> dict[str, Held]:
-    """The parameters of a rank with these stages, by global name: a matrix that two of them share is held once."""
-    held: list[Held] = []
+def stage_parameters(parts: ModelParts, stages: Sequence[StagePart]) -> list[tuple[Held, int]]:
+    """The parameters of a rank with these stages, each with the number of blocks that have one like it. A matrix that
+    embedding and head share is held once."""
+    ends = {}
+    counts: Counter[int] = Counter()
     for stage in stages:
-        held += parts.embedding if stage.first else ()
-        for index in stage.blocks:
-            held += parts.blocks[index].mixer + parts.blocks[index].ffn
-        held += parts.final_norm + parts.head if stage.last else ()
-    return {item.spec.name: item for item in held}
+        counts.update(parts.alike(stage.blocks))
+        held = (parts.embedding if stage.first else ()) + (parts.final_norm + parts.head if stage.last else ())
+        ends.update({item.spec.name: item for item in held})
+    own = [(item, 1) for item in ends.values()]
+    for index, count in counts.items():
+        own += [(item, count) for item in parts.blocks[index].mixer + parts.blocks[index].ffn]
+    return own

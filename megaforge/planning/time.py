@@ -20,7 +20,6 @@ from megaforge.planning.memory import state_bytes
 from megaforge.planning.stages import ModelParts, StagePart, stage_parameters
 
 FORWARD_PASSES = 3.0  # over kept activations: written, read by the next operation, and once for what is not kept
-BACKWARD_PASSES = 5.0  # read again, gradients written and read
 OPTIMIZER_PASSES = 2.0  # masters and moments are read and written
 
 
@@ -90,13 +89,13 @@ def block_forward_seconds(
 def stage_time(
     parts: ModelParts, layout: PlannedLayout, stage: StagePart, gpu: Gpu, efficiency: Efficiency
 ) -> StageTime:
-    """The roofline of one micro-batch on a stage. The backward pass does each product twice; half of its arithmetic
-    is for the weights. Communication over tp, cp, ep and etp is not hidden."""
+    """The roofline of one micro-batch on a stage. The backward pass costs two forward passes, one of them for the
+    weights. Communication over tp, cp, ep and etp is not hidden."""
     mixers = ffns = experts = 0.0
-    for index in stage.blocks:
+    for index, count in parts.alike(stage.blocks).items():
         mixer, ffn = block_forward_seconds(parts, layout, index, gpu, efficiency)
-        mixers, ffns = mixers + mixer, ffns + ffn
-        experts += ffn if parts.blocks[index].kind.ffn == "moe" else 0.0
+        mixers, ffns = mixers + count * mixer, ffns + count * ffn
+        experts += count * ffn if parts.blocks[index].kind.ffn == "moe" else 0.0
     sizes = Sizes(parts.cfg, layout)
     moving = gpu.memory_bandwidth * efficiency.memory / FORWARD_PASSES
     ends = sum(ends_saved(sizes, first=stage.first, last=stage.last).values()) / moving
@@ -111,8 +110,7 @@ def stage_time(
         for name, way in (("forward", traffic.forward), ("backward", traffic.backward))
     }
     compute = mixers + ffns + ends
-    both = compute * (BACKWARD_PASSES / FORWARD_PASSES + 2) / 2  # between the elementwise ratio and that of products
-    return StageTime(compute + sent["forward"], both / 2 + again + sent["backward"], both / 2)
+    return StageTime(compute + sent["forward"], compute + again + sent["backward"], compute)
 
 
 def step_time(
@@ -170,7 +168,7 @@ def _step_end(
     exposed = update = 0.0
     for rank in range(layout.pp):
         own = layout.schedule.stages_of(rank)
-        held = list(stage_parameters(parts, [stages[stage] for stage in own]).values())
+        held = stage_parameters(parts, [stages[stage] for stage in own])
         sent = gradient_traffic(held, layout)
         hidden_back = sum(times[stage].backward_input + times[stage].backward_weight for stage in own)
         hidden_front = sum(times[stage].forward for stage in own)
