@@ -106,8 +106,6 @@ def _attention(sizes: Sizes) -> Saved:
     }
     if cfg.position_embedding_type == "rope":
         saved["rotated q, k"] = scale * (queries + shared)
-    if layout.micro_batch_size > 1:
-        saved["context, tokens first"] = scale * queries
     if layout.cp > 1:
         saved["keys and values of all cp ranks"] = scale * 2 * shared * layout.cp
     return saved

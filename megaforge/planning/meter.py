@@ -61,15 +61,18 @@ def _identity(tensor: Tensor) -> int:
 class MetaRun(StorageMeter):
     """Runs model code on the meta device: no memory, no arithmetic, no peers.
 
-    Collectives of a fake process group return at once. Where code waits for numbers from the device, the rows of each expert, it gets those of
-    an even spread of the assignments that were sorted last.
+    Collectives of a fake process group return at once. Where code waits for numbers from the device, the rows of each
+    expert, it gets those of an even spread of the assignments that were sorted last.
+
+    Attributes:
+        sent: bytes handed to collectives, by name.
     """
 
     def __init__(self, num_experts: int, known: Iterable[Tensor] = ()) -> None:
         super().__init__(known)
         self.num_experts = num_experts
         self.assignments = 0
-        self.sent: dict[str, int] = {}  # collective -> bytes handed to it
+        self.sent: dict[str, int] = {}
         aten = torch.ops.aten
         self._special: dict[Any, Callable[..., Any]] = {
             aten.bincount.default: self._bincount,

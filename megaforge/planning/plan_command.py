@@ -32,7 +32,7 @@ _FIELDS = {
     "vpp": ("virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),
     "schedule_name": ("pipeline_schedule",),
     "etp": ("expert_tensor_parallel_size",),
-    "zero": ("zero",),
+    "zero": ("zero_stage",),
     "recompute": ("recompute",),
 }
 

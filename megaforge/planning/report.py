@@ -32,7 +32,7 @@ def gigabytes(size: float) -> str:
 
 def memory_table(memories: Sequence[RankMemory], gpu: Gpu) -> str:
     """One row a pipeline rank, in GB."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("pp rank", "blocks", "elements", "parameters", "gradients", "optimizer", "in flight", "activations", "buffers")
         + ("total GB", "of GPU")
     ]

@@ -145,13 +145,16 @@ def pipeline_timeline(
 ) -> Timeline:
     """The schedule with the stages' own times; the shares of forward, inputs and weights are the mean stage's."""
     mean = sum(time.total for time in times) / len(times)
+    speed = bandwidth(layout, "pp", gpu, efficiency)
     scale = tuple(time.total / mean for time in times)
-    shares = [
-        sum(getattr(time, name) for time in times) / len(times)
-        for name in ("forward", "backward_input", "backward_weight")
-    ]
-    sent = crossing_bytes(Sizes(parts.cfg, layout)) / bandwidth(layout, "pp", gpu, efficiency) if layout.pp > 1 else 0.0
-    return simulate(layout.schedule, Costs(*shares, communication=sent, stage_scale=scale))
+    costs = Costs(
+        forward=sum(time.forward for time in times) / len(times),
+        backward_input=sum(time.backward_input for time in times) / len(times),
+        backward_weight=sum(time.backward_weight for time in times) / len(times),
+        communication=0.0 if layout.pp == 1 else crossing_bytes(Sizes(parts.cfg, layout)) / speed,
+        stage_scale=scale,
+    )
+    return simulate(layout.schedule, costs)
 
 
 def _step_end(
