@@ -59,7 +59,7 @@ class TextPrinter:
         self.show()
 
     def show(self, final: bool = False) -> None:
-        """Prints what is new. A character whose last bytes are still to come (shown as U+FFFD) waits, unless ``final``."""
+        """Prints what is new. A character whose last bytes are to come (U+FFFD at the end) waits, unless ``final``."""
         text = self.tokenizer.decode(self.tokens)
         if final or (text.startswith(self.shown) and not text.endswith("\ufffd")):
             print(text[len(self.shown) :], end="", flush=True)

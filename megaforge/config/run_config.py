@@ -49,11 +49,14 @@ class DataConfig:
         None, "tokenizer file (tokenizer.json or .model), or the vocabulary size of a NullTokenizer"
     )
     seq_length: int = flag(1024, "tokens of a sample")
+    data_lanes: int = flag(
+        32, "streams each source's documents are dealt out to and read from in turn, so that a batch mixes documents"
+    )
     eod_mask_loss: bool = flag(False, "do not train on the end-of-document token")
     num_workers: int = flag(1, "threads that read samples ahead; 0 reads in the training thread")
 
     def validate(self) -> None:
-        require_at_least(self, 1, "seq_length")
+        require_at_least(self, 1, "seq_length", "data_lanes")
         require_at_least(self, 0, "num_workers")
 
 

@@ -118,7 +118,7 @@ class TokenStream:
     Args:
         tokens: integer [any], the source's token file.
         starts, lengths: int64 [documents], where each document of the split lies in ``tokens``.
-        first_document: the first one's number in the file; the numbers and ``key`` decide the order.
+        numbers: int64 [documents], each document's number in the file; the numbers and ``key`` decide the order.
         key: JSON-like identity of the source and seed.
         cache_dir: where to share the epochs' tables between processes; None keeps them in memory (16 bytes a document).
     """
@@ -128,16 +128,15 @@ class TokenStream:
         tokens: np.ndarray,
         starts: npt.NDArray[np.int64],
         lengths: npt.NDArray[np.int64],
-        first_document: int,
+        numbers: npt.NDArray[np.int64],
         key: list[object],
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        self._tokens, self._first = tokens, first_document
-        self._full: npt.NDArray[np.int64] | None = None
+        self._tokens = tokens
         if not lengths.all():  # an empty document would only lengthen the search
-            self._full = np.flatnonzero(lengths)
-            starts, lengths = starts[self._full], lengths[self._full]
-        self._starts, self._lengths = starts, lengths
+            full = np.flatnonzero(lengths)
+            starts, lengths, numbers = starts[full], lengths[full], numbers[full]
+        self._starts, self._lengths, self._numbers = starts, lengths, numbers
         self.num_tokens = int(lengths.sum())
         self._key = [ORDER_VERSION, *key]
         self._cache_dir = None if cache_dir is None else Path(cache_dir)
@@ -165,8 +164,7 @@ class TokenStream:
         return order
 
     def _build(self, epoch: int) -> npt.NDArray[np.int64]:
-        numbers = (np.arange(len(self._starts)) if self._full is None else self._full) + self._first
-        permutation = shuffled(key_of(*self._key, epoch), numbers)
+        permutation = shuffled(key_of(*self._key, epoch), self._numbers)
         table = np.zeros((2, len(permutation) + 1), np.int64)
         np.cumsum(self._lengths[permutation], out=table[0, 1:])
         table[1, :-1] = self._starts[permutation]
@@ -180,7 +178,7 @@ class TokenStream:
         """
         assert self._cache_dir is not None
         shape = (2, len(self._starts) + 1)
-        name = digest_of([*self._key, epoch, self._first, shape[1], self.num_tokens])
+        name = digest_of([*self._key, epoch, int(self._numbers[0]), shape[1], self.num_tokens])
         path = self._cache_dir / f"epoch-order-{name[:40]}.npy"
         try:
             table = np.lib.format.open_memmap(path, mode="r")

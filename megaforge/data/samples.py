@@ -20,7 +20,7 @@ from megaforge.data.blend import parse_split, split_ranges
 from megaforge.data.indexed_dataset import IndexedDataset
 from megaforge.data.loader import Batch, GlobalBatchLoader
 from megaforge.data.manifest import Sidecar, content_digest, digest_of, read_sidecar
-from megaforge.data.sample_order import EpochOrder, TokenStream, key_of
+from megaforge.data.sample_order import EpochOrder, TokenStream, key_of, shuffled
 from megaforge.data.schedule import Plan, SampleSchedule, check_state, make_state
 from megaforge.errors import UserError
 
@@ -38,13 +38,15 @@ class Sample(NamedTuple):
         tokens: int64 [S + 1].
         document_start: bool [S + 1], True where the first token of a document lies.
         targets: how many labels count, from the left; S except in a validation split's last window.
-        source, cursor: the source's number and its token cursor, which together identify a training sample.
+        source, lane, cursor: the source's number, its token stream's, and the cursor in that stream, which together
+            identify a training sample.
     """
 
     tokens: torch.Tensor
     document_start: torch.Tensor
     targets: int
     source: int
+    lane: int
     cursor: int
 
 
@@ -96,10 +98,13 @@ class TrainingData:
         self.eod_mask_loss = eod_mask_loss
         self.notices: list[str] = []
         self.split_text, self.split = split, parse_split(split)
-        self.plan = Plan(schedule, [weight for weight, _ in sources])
+        weights = [weight for weight, _ in sources]
+        Plan(schedule, weights)  # a schedule that cannot be is an error before any file is opened
         self._vocab_size = vocab_size
         self._sources: list[_Source] = []
         self._streams: list[TokenStream] = []
+        self._lane_of: list[tuple[int, int]] = []
+        shares: list[list[float]] = []
         digests: list[str] = []
         for _, prefix in sources:
             source = self._open(prefix, tokenizer_fingerprint)
@@ -108,17 +113,39 @@ class TrainingData:
             # The content names the source, so that listing another beside it does not reshuffle it. The same files
             # listed twice are told apart by their count.
             key = [schedule.seed, digests[-1], Counter(digests)[digests[-1]]]
-            stream = TokenStream(source.dataset.tokens, *source.extents("train"), first, key, cache_dir)
-            if stream.num_tokens == 0:
+            tokens = int(source.extents("train")[1].sum())
+            if tokens == 0:
                 raise UserError(
                     f"--split {split} leaves no training tokens in {prefix}: {stop - first} of its "
                     f"{source.dataset.num_documents} documents are for training; give the first number a larger share"
                 )
+            lanes = self._lanes(source, key, schedule.lanes, cache_dir)
+            shares.append([lane.num_tokens / tokens for lane in lanes])
+            self._lane_of += [(len(self._sources), number) for number in range(len(lanes))]
             self._sources.append(source)
-            self._streams.append(stream)
+            self._streams += lanes
+        self.plan = Plan(schedule, weights, shares)
         self._read_checks = [self._must_check_reads(source) for source in self._sources]
         self.digest = digest_of(digests)
         self._sample_key = key_of("sample", schedule.seed, self.digest)
+
+    def _lanes(
+        self, source: _Source, key: list[object], lanes: int, cache_dir: str | os.PathLike[str] | None
+    ) -> list[TokenStream]:
+        """The source's training documents dealt out, in a keyed order, to ``lanes`` streams of about equal size."""
+        starts, lengths = source.extents("train")
+        numbers = np.arange(source.ranges[0][0], source.ranges[0][1])
+        full = np.flatnonzero(lengths)
+        lanes = min(lanes, len(full))
+        dealt = full if lanes == 1 else full[shuffled(key_of("lanes", *key), numbers[full])]
+        streams = []
+        for lane in range(lanes):
+            own = np.sort(dealt[lane::lanes])
+            lane_key = [*key, lanes, lane]
+            streams.append(
+                TokenStream(source.dataset.tokens, starts[own], lengths[own], numbers[own], lane_key, cache_dir)
+            )
+        return streams
 
     @property
     def stage_starts(self) -> list[int]:
@@ -128,17 +155,22 @@ class TrainingData:
     @property
     def epoch_tokens(self) -> list[int]:
         """Training tokens of one epoch of each source."""
-        return [stream.num_tokens for stream in self._streams]
+        return [int(source.extents("train")[1].sum()) for source in self._sources]
 
     def sequence_length(self, k: int) -> int:
         """S of sample ``k``."""
         return self.plan.stage_at(k).sequence_length
 
-    def locate(self, k: int) -> tuple[int, int]:
-        """(source, token cursor) of sample ``k``: its identity."""
+    def locate(self, k: int) -> tuple[int, int, int]:
+        """(source, lane, token cursor) of sample ``k``: its identity."""
+        stream, cursor = self._stream_at(k)
+        return (*self._lane_of[stream], cursor)
+
+    def _stream_at(self, k: int) -> tuple[int, int]:
+        """The token stream that sample ``k`` comes from, and its cursor there."""
         stage = self.plan.stage_at(k)
-        source, ordinal = stage.blend.locate(k - stage.start)
-        return source, stage.cursors[source] + ordinal * stage.sequence_length
+        stream, ordinal = stage.blend.locate(k - stage.start)
+        return stream, stage.cursors[stream] + ordinal * stage.sequence_length
 
     def sample(self, k: int) -> Sample:
         """Sample ``k`` >= 0 of the run.
@@ -148,8 +180,8 @@ class TrainingData:
         """
         length = self.plan.stage_at(k).sequence_length
         tokens, marks = np.empty(length + 1, np.int64), np.zeros(length + 1, np.bool_)
-        source, cursor = self._read(k, tokens, marks)
-        return Sample(torch.from_numpy(tokens), torch.from_numpy(marks), length, source, cursor)
+        self._read(k, tokens, marks)
+        return Sample(torch.from_numpy(tokens), torch.from_numpy(marks), length, *self.locate(k))
 
     def fill(self, k: int, tokens: npt.NDArray[np.int64], marks: npt.NDArray[np.bool_]) -> int:
         """Writes sample ``k`` into ``tokens`` int64 [S + 1] and its document starts into ``marks`` (False before).
@@ -159,12 +191,12 @@ class TrainingData:
         self._read(k, tokens, marks)
         return len(tokens) - 1
 
-    def _read(self, k: int, tokens: npt.NDArray[np.int64], marks: npt.NDArray[np.bool_]) -> tuple[int, int]:
-        source, cursor = self.locate(k)
-        self._streams[source].copy(cursor, tokens, marks)
+    def _read(self, k: int, tokens: npt.NDArray[np.int64], marks: npt.NDArray[np.bool_]) -> None:
+        stream, cursor = self._stream_at(k)
+        self._streams[stream].copy(cursor, tokens, marks)
+        source = self._lane_of[stream][0]
         if self._read_checks[source]:
             self._check_ids(source, tokens)
-        return source, cursor
 
     def generator(self, k: int) -> np.random.Generator:
         """Randomness that belongs to sample ``k``: counter-based Philox, keyed by the data, the seed and ``k``."""
@@ -309,7 +341,7 @@ class ValidationData:
         tokens, marks = np.empty(self._length + 1, np.int64), np.zeros(self._length + 1, np.bool_)
         targets = self.fill(k, tokens, marks)
         source, cursor = int(self._source[k]), int(self._window[k]) * self._length
-        return Sample(torch.from_numpy(tokens), torch.from_numpy(marks), targets, source, cursor)
+        return Sample(torch.from_numpy(tokens), torch.from_numpy(marks), targets, source, 0, cursor)
 
     def fill(self, k: int, tokens: npt.NDArray[np.int64], marks: npt.NDArray[np.bool_]) -> int:
         """As :meth:`TrainingData.fill`; past the end padding only, and 0, so that all ranks end together."""

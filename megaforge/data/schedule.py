@@ -30,39 +30,65 @@ class ScheduleChange:
 
 @dataclass(frozen=True)
 class SampleSchedule:
-    """The seed of the order, the sequence length in tokens, and later changes in ascending ``start_sample``."""
+    """The seed of the order, the sequence length in tokens, and later changes in ascending ``start_sample``.
+
+    ``lanes`` is how many token streams each source is read from in turn, so that consecutive samples come from
+    different documents even where documents are many windows long.
+    """
 
     seed: int
     sequence_length: int
     changes: tuple[ScheduleChange, ...] = ()
+    lanes: int = 1
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of samples of one length and mix; ``cursors`` is each source's token cursor where it begins."""
+    """A stretch of samples of one length and mix.
+
+    Attributes:
+        start, sequence_length: its first sample, and the tokens of each.
+        weights: of the sources; they add up to 1.
+        blend: the order of the token streams, of which a source may have several.
+        cursors: each stream's token cursor where the stage begins.
+    """
 
     start: int
     sequence_length: int
+    weights: tuple[float, ...]
     blend: Blend
     cursors: tuple[int, ...]
 
     def cursors_after(self, samples: int) -> tuple[int, ...]:
-        """Each source's token cursor when ``samples`` of this stage have been read."""
+        """Each stream's token cursor when ``samples`` of this stage have been read."""
         counts = self.blend.counts(samples)
         return tuple(c + n * self.sequence_length for c, n in zip(self.cursors, counts, strict=True))
 
 
 class Plan:
-    """A schedule applied to ``weights``: finds the stage, source and token cursor of any sample.
+    """A schedule applied to the sources' ``weights``: finds the stage, stream and token cursor of any sample.
+
+    ``shares`` gives, for each source, the shares of its tokens that its streams hold; one stream each without it.
 
     Raises:
         UserError: a sequence length or a weight that cannot be, or changes out of order.
     """
 
-    def __init__(self, schedule: SampleSchedule, weights: Sequence[float]) -> None:
-        self.seed = schedule.seed
+    def __init__(
+        self, schedule: SampleSchedule, weights: Sequence[float], shares: Sequence[Sequence[float]] | None = None
+    ) -> None:
+        self.seed, self.lanes = schedule.seed, schedule.lanes
         length, mix = schedule.sequence_length, tuple(weights)
-        self.stages = [Stage(0, _checked_length(length), Blend(_checked_mix(mix, len(mix))), (0,) * len(mix))]
+        shares = [[1.0]] * len(mix) if shares is None else shares
+
+        def stage(start: int, cursors: tuple[int, ...]) -> Stage:
+            streams = [weight * share for weight, own in zip(mix, shares, strict=True) for share in own]
+            total = math.fsum(mix)
+            return Stage(start, length, tuple(weight / total for weight in mix), Blend(streams), cursors)
+
+        _checked_length(length)
+        _checked_mix(mix, len(mix))
+        self.stages = [stage(0, (0,) * sum(map(len, shares)))]
         for change in schedule.changes:
             last = self.stages[-1]
             if change.start_sample <= last.start:
@@ -73,7 +99,7 @@ class Plan:
             length = length if change.sequence_length is None else _checked_length(change.sequence_length)
             mix = mix if change.weights is None else _checked_mix(change.weights, len(mix))
             cursors = last.cursors_after(change.start_sample - last.start)
-            self.stages.append(Stage(change.start_sample, length, Blend(mix), cursors))
+            self.stages.append(stage(change.start_sample, cursors))
         self.starts = [stage.start for stage in self.stages]
 
     def stage_at(self, sample: int) -> Stage:
@@ -94,7 +120,7 @@ class Plan:
         """The stages that ``consumed_samples`` has entered, for the state; later ones are free to change."""
         entered = [stage for stage in self.stages if stage.start < max(consumed_samples, 1)]
         return [
-            {"start_sample": s.start, "sequence_length": s.sequence_length, "weights": list(s.blend.weights)}
+            {"start_sample": s.start, "sequence_length": s.sequence_length, "weights": list(s.weights)}
             for s in entered
         ]
 
@@ -119,6 +145,7 @@ def make_state(plan: Plan, manifest_digest: str, split: Sequence[float], consume
         "consumed_samples": consumed_samples,
         "consumed_tokens": plan.tokens_before(consumed_samples),
         "seed": plan.seed,
+        "lanes": plan.lanes,
         "manifest_digest": manifest_digest,
         "schedule_digest": digest_of([list(split), stages]),
         "split": list(split),
@@ -129,6 +156,7 @@ def make_state(plan: Plan, manifest_digest: str, split: Sequence[float], consume
 _FIELDS = {
     "version": "the version of the data order",
     "seed": "--seed",
+    "lanes": "--data-lanes",
     "manifest_digest": "the content of the --data-path files",
     "split": "--split",
     "stages": "--seq-length or the weights in --data-path",

@@ -1,6 +1,6 @@
 """Which sublayers a model has, in order: the hybrid layer pattern, written out or made by a schedule.
 
-The letters are Megatron-LM's (``megatron/core/models/hybrid``), with R for RWKV-7: R and * are mixers, E and - are FFNs.
+The letters are Megatron-LM's, with R for RWKV-7: R and * are mixers, E and - are FFNs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def parse_pattern(pattern: str) -> tuple[BlockKind, ...]:
         elif letter in FFNS:
             if not open_mixer:
                 raise UserError(
-                    f"{flag}: the FFN {letter!r} at position {place} has no mixer before it; write R{letter} or *{letter}"
+                    f"{flag}: the FFN {letter!r} at position {place} has no mixer before it; "
+                    f"write R{letter} or *{letter}"
                 )
             blocks[-1] = BlockKind(blocks[-1].mixer, FFNS[letter])
             open_mixer = False
@@ -83,8 +84,8 @@ def attention_count(num_layers: int, transformer_pct: float) -> int:
 def attention_positions(schedule: str, num_layers: int, count: int) -> tuple[int, ...]:
     """Block indices that are attention; block 0 never is one unless all are.
 
-    ``interleave-x`` spreads them evenly, each at the end of its stretch (25 %: R R R *), ``top-of-x`` makes them the last
-    blocks, ``hybrid`` puts half of them (rounded down) on top and spreads the others over the blocks below.
+    ``interleave-x`` spreads them evenly, each at the end of its stretch (25 %: R R R *), ``top-of-x`` makes them the
+    last blocks, ``hybrid`` puts half of them (rounded down) on top and spreads the others over the blocks below.
 
     Raises:
         UserError: an unknown schedule.

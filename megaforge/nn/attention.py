@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
+from megaforge.kernels.attention import causal_attention
 from megaforge.nn.rope import apply_rotary, rotary_tables
 from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.context import ParallelContext
@@ -119,27 +119,15 @@ class SelfAttention(nn.Module):
         mask = info.attention_mask()
         if cache is not None:
             key, value = cache.append(key, value)
-            mask = _continuation_mask(length, key.shape[2], mask)
-        context = _attend(query, key, value, mask)
+            mask = _continuation_mask(length, key.shape[2], mask, x.device)
+        context = causal_attention(query, key, value, mask)
         return self.output(context.permute(2, 0, 1, 3).reshape(length, batch, self.heads * width))
 
 
-def _continuation_mask(queries: int, keys: int, mask: Tensor | None) -> Tensor | None:
+def _continuation_mask(queries: int, keys: int, mask: Tensor | None, device: torch.device) -> Tensor | None:
     """The mask of ``queries`` tokens that follow ``keys - queries`` cached ones; ``mask`` when nothing was cached."""
     if queries == keys:
         return mask
     if mask is not None:
         raise ValueError("packed documents cannot continue from a cache")
-    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention, [b, heads, s, d] x [b, groups, t, d] -> [b, heads, s, d]; causal where ``mask`` is None."""
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=None if mask is None else mask.to(query.device),
-        is_causal=mask is None,
-        enable_gqa=key.shape[1] != query.shape[1],
-    )
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

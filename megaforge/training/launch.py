@@ -114,7 +114,7 @@ def _open_data(config: Config, tokenizer: Tokenizer | None) -> TrainingData:
     data = TrainingData(
         parse_data_path(config.data.data_path),
         config.data.split,
-        SampleSchedule(config.training.seed, config.data.seq_length),
+        SampleSchedule(config.training.seed, config.data.seq_length, lanes=config.data.data_lanes),
         vocab_size=config.model.vocab_size,
         tokenizer_fingerprint=None if tokenizer is None else tokenizer.fingerprint,
         eod_mask_loss=config.data.eod_mask_loss,

@@ -1,8 +1,8 @@
 """Tokens per second of a whole training step against Hugging Face transformers' Llama of the same shape, on the CPU.
 
-A dense attention model of 34M parameters (d 512, 8 layers, 8 heads, SwiGLU 1408, vocabulary 8,192, untied head) on
-4 x 512 tokens: forward, backward, gradient clipping, AdamW. Ours goes through the real model, gradient reducer, clip and
-optimizer. Both sides are checked first to compute the same loss from the same weights.
+A dense attention model of 34M parameters (d 512, 8 layers, 8 heads, SwiGLU 1408, vocabulary 8,192, untied head)
+on 4 x 512 tokens: forward, backward, gradient clipping, AdamW. Ours goes through the real model, gradient reducer,
+clip and optimizer. Both sides are checked first to compute the same loss from the same weights.
 
 Cases:
     fp32            ours as the trainer runs it (faster matmuls after a self-check that they are exact) against
@@ -39,6 +39,7 @@ from tests.bench.harness import interleaved_ratio, print_json, print_table
 
 BATCH, LENGTH, VOCAB, HIDDEN, LAYERS, HEADS, INNER = 4, 512, 8192, 512, 8, 8, 1408
 LEARNING_RATE = 1e-4
+CASES = ("fp32", "fp32_same_matmul", "bf16")
 Step = Callable[[], float]
 
 
@@ -135,14 +136,14 @@ def copy_into_llama(ours: HybridModel, llama: torch.nn.Module) -> None:
             theirs[f"{them}.{name}.weight"].copy_(value_of)
 
 
-def rate(step: Step, precision: str) -> Callable[[], float]:
-    """A measure: tokens per second of one step at torch's matmul ``precision``."""
+def rate(step: Step, precision: str, clock: Callable[[], float]) -> Callable[[], float]:
+    """A measure: tokens per second of ``clock`` of one step at torch's matmul ``precision``."""
 
     def measure() -> float:
         torch.set_float32_matmul_precision(precision)
-        start = time.perf_counter()
+        start = clock()
         step()
-        return BATCH * LENGTH / (time.perf_counter() - start)
+        return BATCH * LENGTH / (clock() - start)
 
     return measure
 
@@ -159,6 +160,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="measured pairs of steps a case")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="torch threads")
+    parser.add_argument(
+        "--cpu-seconds", action="store_true", help="count CPU time, for a machine that others use too; with --threads 1"
+    )
+    parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES, help="which cases (all)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     tokens = torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
@@ -166,6 +171,7 @@ def main() -> None:
     print(
         f"{torch.get_num_threads()} threads; fp32 matmuls at '{chosen}': error {matmul_error(chosen):.1e} against fp64"
     )
+    clock = time.process_time if arguments.cpu_seconds else time.perf_counter
     rows: list[list[object]] = []
     cases = {}
     for name, dtype, ours_at, theirs_at, goal, peer_name in (
@@ -173,11 +179,13 @@ def main() -> None:
         ("fp32_same_matmul", torch.float32, chosen, chosen, None, f"transformers Llama, fp32 at '{chosen}'"),
         ("bf16", torch.bfloat16, chosen, chosen, 1.2, f"transformers Llama, bf16 autocast, '{chosen}'"),
     ):
+        if name not in arguments.cases:
+            continue
         torch.set_float32_matmul_precision(chosen)
         ours, model = our_step(dtype, tokens)
         peer = peer_step(dtype == torch.bfloat16, tokens, model)
         check_same_model(ours, peer, 1e-2 if dtype == torch.bfloat16 else 1e-5)
-        result = interleaved_ratio(rate(ours, ours_at), rate(peer, theirs_at), arguments.rounds)
+        result = interleaved_ratio(rate(ours, ours_at, clock), rate(peer, theirs_at, clock), arguments.rounds)
         rows.append([name, result.candidate, result.peer, result.median, result.min, result.max, goal or "-"])
         cases[name] = result.case(peer_name)
     print_table("training step, tokens/s", ["case", "ours", "transformers", "ratio", "min", "max", "goal"], rows)

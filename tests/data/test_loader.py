@@ -25,7 +25,7 @@ def prefixes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def make(prefixes: list[str], **options: object) -> TrainingData:
-    schedule = SampleSchedule(3, LENGTH, options.pop("changes", ()))  # type: ignore[arg-type]
+    schedule = SampleSchedule(3, LENGTH, options.pop("changes", ()), lanes=5)  # type: ignore[arg-type]
     return TrainingData(list(zip((0.75, 0.25), prefixes, strict=True)), "98,2", schedule, **options)  # type: ignore[arg-type]
 
 

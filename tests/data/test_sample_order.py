@@ -44,7 +44,7 @@ def make_stream(
     tokens = np.array([token for document in documents for token in document], np.uint16)
     lengths = np.array([len(document) for document in documents], np.int64)
     starts = np.cumsum(lengths) - lengths
-    return TokenStream(tokens, starts, lengths, first, [seed, "content", 1], cache_dir)
+    return TokenStream(tokens, starts, lengths, first + np.arange(len(lengths)), [seed, "content", 1], cache_dir)
 
 
 def oracle(documents: list[list[int]], seed: int, stop: int, first: int = 0) -> tuple[list[int], list[bool]]:

@@ -27,7 +27,7 @@ def other(tmp_path: Path) -> str:
 
 
 def make(*prefixes: str, split: str = "1", length: int = 16, seed: int = 5, **options: Any) -> TrainingData:
-    schedule = SampleSchedule(seed, length, options.pop("changes", ()))
+    schedule = SampleSchedule(seed, length, options.pop("changes", ()), options.pop("lanes", 1))
     return TrainingData([(1.0, prefix) for prefix in prefixes], split, schedule, **options)
 
 
@@ -89,6 +89,32 @@ def test_longer_sequences_continue_where_the_shorter_stopped(prefix: str, other:
     assert [data.sample(k).tokens.tolist() for k in range(23)] == [
         make(prefix, other).sample(k).tokens.tolist() for k in range(23)
     ]
+
+
+def test_lanes_mix_documents_and_an_epoch_still_predicts_every_token_once(tmp_path: Path) -> None:
+    """Eight lanes of long documents: neighbouring samples differ in document, and the lanes together read them all."""
+    documents = [[i] * 160 for i in range(1, 33)]
+    prefix = write_dataset(tmp_path / "d", documents)
+    data = make(prefix, length=16, lanes=8)
+    read = [data.sample(k) for k in range(32 * 160 // 16)]
+    assert [sample.lane for sample in read[:8]] == list(range(8))
+    assert len({int(sample.tokens[0]) for sample in read[:8]}) == 8
+    counts = np.bincount(np.concatenate([sample.tokens[:-1].numpy() for sample in read]), minlength=33)
+    assert counts[1:].tolist() == [160] * 32
+    assert len({int(sample.tokens[0]) for sample in map(make(prefix, length=16).sample, range(8))}) == 1
+
+
+def test_lanes_continue_across_a_change_of_length(tmp_path: Path) -> None:
+    """Each lane is one stream, read without gap or repeat whatever the stage."""
+    prefix = write_dataset(tmp_path / "d", random_documents(3, 40, 30))
+    data = make(prefix, lanes=3, changes=(ScheduleChange(20, sequence_length=40),))
+    ends: dict[int, tuple[int, int]] = {}
+    for k in range(50):
+        sample = data.sample(k)
+        cursor, token = ends.get(sample.lane, (0, int(sample.tokens[0])))
+        assert (sample.cursor, int(sample.tokens[0])) == (cursor, token)
+        ends[sample.lane] = (sample.cursor + sample.targets, int(sample.tokens[-1]))
+    assert len(ends) == 3
 
 
 def test_schedule_errors() -> None:

@@ -102,6 +102,8 @@ def test_resuming_is_bit_identical(prefix: str, tmp_path: Path) -> None:
     second = make_trainer(arguments(prefix, *more, "--save", save, "--load", save))
     resumed = record(second)
     assert second.iteration == 4
+    judged = [[c.state() for c in t.callbacks if c.state_name] for t in (first, second)]
+    assert judged[0] == judged[1] and judged[0][0]["best_iteration"] > 0
     second.train()
     expected = [r for r in recorder.records if r["iteration"] > 4]
     assert resumed.records == expected

@@ -32,9 +32,16 @@ class _WeightGroup:
 class DeferredWeightGradients:
     """The second half, ready to run. Keeps the stage's graph and its saved activations alive until then."""
 
-    def __init__(self, groups: list[_WeightGroup], arrived: dict[Node, Sequence[Tensor | None]]) -> None:
+    def __init__(
+        self,
+        groups: list[_WeightGroup],
+        arrived: dict[Node, Sequence[Tensor | None]],
+        roots: Sequence[GradientEdge],
+    ) -> None:
         self._groups = groups
         self._arrived = arrived
+        # Python objects of nodes written in Python need not keep them alive; edges do (their ownership token).
+        self._roots = list(roots)
 
     def run(self) -> None:
         """Accumulates the gradients into the weights' ``.grad``; their post-accumulate hooks run as usual."""
@@ -56,7 +63,7 @@ class DeferredWeightGradients:
             finally:
                 for handle in handles:
                     handle.remove()
-        self._groups, self._arrived = [], {}
+        self._groups, self._arrived, self._roots = [], {}, []
 
 
 def _replace_by(gradients: Sequence[Tensor | None]) -> Callable[..., tuple[Tensor | None, ...]]:
@@ -96,7 +103,7 @@ def backward_input(
     finally:
         for handle in handles:
             handle.remove()
-    return input_gradients, DeferredWeightGradients(groups, arrived)
+    return input_gradients, DeferredWeightGradients(groups, arrived, roots)
 
 
 def _edges_upwards(roots: Sequence[Node]) -> dict[Node, list[Node]]:

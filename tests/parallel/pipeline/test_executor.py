@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
+from torch import nn
 
+from megaforge.parallel.context import Axis
+from megaforge.parallel.pipeline.executor import PipelineExecutor, StageOutput
+from megaforge.parallel.pipeline.payload import PayloadTensor
+from megaforge.parallel.pipeline.schedules import build_schedule
 from tests.parallel.pipeline.toy import HIDDEN, TOKENS, VALUES, ToyRun, oracle, run_toy
 from tests.parallel.pool import RankPool
 
@@ -89,3 +96,58 @@ def test_weight_tied_over_first_and_last_stage(ranks: RankPool, name: str, pp: i
     assert_matches_oracle(results, 4, 4, tied=True)
     copies = [result.gradients["embedding"] for result in results if "embedding" in result.gradients]
     assert all(torch.equal(copy, copies[0]) for copy in copies)
+
+
+def test_sent_output_is_not_kept_for_the_backward_pass() -> None:
+    """Between its passes a stage keeps its graph, but not the storage of what it handed on."""
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+
+    def step(chunk: nn.Module, _: None, payload: dict[str, torch.Tensor]) -> StageOutput:
+        if not payload:
+            hidden = chunk(torch.ones(1, 2))
+            made.append(weakref.ref(hidden))
+            return StageOutput({"hidden": hidden})
+        alive.append(made[-1]() is not None)
+        return StageOutput(loss=chunk(payload["hidden"]).sum())
+
+    schedule = build_schedule("zb-v", pp=1, vpp=2, microbatches=1)
+    payload = {"hidden": PayloadTensor((1, 2), torch.float32)}
+    PipelineExecutor(schedule, Axis("pp"), [nn.Linear(2, 2), nn.Linear(2, 2)], step, payload).run([None])
+    assert alive == [False]
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ({"hidden": torch.ones(2, 2), "c": torch.ones(1)}, r"'hidden' as \(2, 2\) torch.float32; declared is \(1, 2\)"),
+        ({"hidden": torch.ones(1, 2).double(), "c": torch.ones(1)}, "torch.float64"),
+        ({"hidden": torch.ones(1, 2)}, "stage 0 did not return the payload tensor 'c'"),
+        (
+            {"hidden": torch.ones(1, 2), "c": torch.ones(1)},
+            "stage 1 changed the carried payload tensor 'c', made by",
+        ),
+    ],
+)
+def test_payload_that_is_not_as_declared_is_an_error(output: dict[str, torch.Tensor], expected: str) -> None:
+    schedule = build_schedule("interleaved", pp=1, vpp=3, microbatches=1)
+    payload = {
+        "hidden": PayloadTensor((1, 2), torch.float32),
+        "c": PayloadTensor((1,), torch.float32, carried=True),
+    }
+    executor = PipelineExecutor(schedule, Axis("pp"), [nn.Identity()] * 3, lambda *_: StageOutput(output), payload)
+    with pytest.raises(ValueError, match=expected):
+        executor.run([None], gradients=False)
+
+
+def test_loss_scale_multiplies_gradients_only() -> None:
+    found = []
+    for scale in (1.0, 8.0):
+        stage = nn.Linear(2, 1)
+        nn.init.constant_(stage.weight, 0.5)
+        nn.init.zeros_(stage.bias)
+        schedule = build_schedule("zb-h1", pp=1, vpp=1, microbatches=2)
+        executor = PipelineExecutor(schedule, Axis("pp"), [stage], lambda c, x, _: StageOutput(loss=c(x).sum()), {})
+        result = executor.run([torch.ones(1, 2)] * 2, loss_scale=scale)
+        found.append((float(sum(result.losses.values())), stage.weight.grad[0, 0].item()))
+    assert found == [(2.0, 2.0), (2.0, 16.0)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from megaforge.parallel.pipeline.split_backward import backward_input
+from megaforge.parallel.pipeline.split_backward import DeferredWeightGradients, backward_input
+from tests.parallel.pipeline.toy import Product
 
 
 def randn(*shape: int) -> Tensor:
@@ -131,3 +134,37 @@ def test_first_half_computes_no_weight_gradient_and_second_no_input_gradient() -
     computed.clear()
     deferred.run()
     assert sorted(computed) == ["weight 0", "weight 1"]
+
+
+def test_second_half_needs_nobody_else_to_keep_the_graph_of_python_nodes() -> None:
+    weights = [nn.Parameter(randn(4, 4)) for _ in range(2)]
+
+    def first_half() -> DeferredWeightGradients:
+        leaf = randn(4, 4).requires_grad_()
+        y = Product.apply(Product.apply(leaf, weights[0]), weights[1])
+        return backward_input([get_gradient_edge(y)], [torch.ones(4, 4).double()], [leaf], weights)[1]
+
+    deferred = first_half()
+    gc.collect()
+    deferred.run()
+    assert all(weight.grad is not None and weight.grad.any() for weight in weights)
+
+
+def test_saved_activations_are_freed_after_the_second_half() -> None:
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            ctx.saved = x * 2
+            saved.append(weakref.ref(ctx.saved))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient: Tensor) -> Tensor:
+            return gradient * ctx.saved
+
+    saved: list[weakref.ref[Tensor]] = []
+    weight, leaf = nn.Parameter(randn(4, 4)), randn(4, 4).requires_grad_()
+    _, deferred = backward_input([get_gradient_edge(Watched.apply(leaf @ weight))], [randn(4, 4)], [leaf], [weight])
+    deferred.run()
+    gc.collect()
+    assert saved[0]() is None
