@@ -102,6 +102,9 @@ def test_live_activations_follow_the_schedule() -> None:
     sizes = [3.0, 5.0, 7.0, 11.0]
     one = build_schedule("1f1b", pp=4, vpp=1, microbatches=8)
     assert [peak_activations(one, rank, sizes) for rank in range(4)] == [(12.0, 4), (15.0, 3), (14.0, 2), (11.0, 1)]
+    # The weight half of a backward pass needs the activations, so they live until it is done.
+    split = build_schedule("zb-h1", pp=4, vpp=1, microbatches=8)
+    assert [peak_activations(split, rank, sizes)[1] for rank in range(4)] == [4, 4, 4, 4]
     everything = build_schedule("gpipe", pp=4, vpp=1, microbatches=8)
     assert peak_activations(everything, 2, sizes) == (56.0, 8)
 
