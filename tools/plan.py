@@ -2,8 +2,13 @@
 """Plans a run before it starts.
 
     python tools/plan.py params --config cdrmix-core-1b [any model flag]
+    python tools/plan.py memory --config cdrmix-core-40b --tp 8 --sp --pp 4 --ep 8 --dp 4 --zero 1 --gpu h100-80g
+    python tools/plan.py memory --config cdrmix-core-40b --gpu h100-80g --search --gpus 256
+    python tools/plan.py schedule --pp 4 --vpp 2 --microbatches 8 --schedule zb-v
 
-``params`` prints the stored parameters of each component and the active ones (those that one token uses).
+``params`` prints the stored parameters of each component and the active ones (those that one token uses). ``memory``
+prints memory, communication, bubble, step time and MFU of a layout, or the fastest layouts that fit. ``schedule``
+draws a pipeline schedule.
 """
 
 from __future__ import annotations
@@ -11,19 +16,23 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from megaforge.config.cli import parse_config, run_entry
-from megaforge.config.config import Config
 from megaforge.data.tokenizer import load_tokenizer
 from megaforge.errors import UserError
 from megaforge.models.parameter_count import count_parameters, total
 from megaforge.models.pattern import layer_pattern
+from megaforge.parallel.pipeline import plan_command as schedule
+from megaforge.planning import plan_command as memory
+from megaforge.planning.report import table
 
 
-def params(config: Config) -> None:
+def params(arguments: Sequence[str], prog: str) -> None:
     """Prints the table of parameter counts."""
+    config = parse_config(arguments, prog=prog).config
     model = config.model
     if model.vocab_size is None and config.data.tokenizer_model is not None:
         tokenizer = load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
@@ -35,19 +44,12 @@ def params(config: Config) -> None:
         (c.component, f"{c.tensors:,}", f"{c.stored:,}", f"{c.active:,}", f"{c.stored / whole.stored:.1%}")
         for c in [*counts, whole]
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     print(f"{config.name}: {layer_pattern(model)}")
-    for row in rows:
-        print(
-            "  ".join(
-                cell.rjust(w) if column else cell.ljust(w)
-                for column, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-        )
+    print(table(rows))
     print(f"{whole.stored / 1e9:.3f}B stored, {whole.active / 1e9:.3f}B active")
 
 
-COMMANDS = {"params": params}
+COMMANDS = {"params": params, "memory": memory.run, "schedule": schedule.run}
 
 
 def main() -> int:
@@ -58,7 +60,7 @@ def main() -> int:
         given = sys.argv[1] if len(sys.argv) > 1 else "nothing"
         raise UserError(f"plan.py: {given}: choose a command: {', '.join(COMMANDS)}")
     command = sys.argv[1]
-    COMMANDS[command](parse_config(sys.argv[2:], prog=f"plan.py {command}").config)
+    COMMANDS[command](sys.argv[2:], f"plan.py {command}")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megaforge.config.dry_run_config import DryRunConfig
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.run_config import (
     CheckpointConfig,
@@ -27,6 +28,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    dry_run: DryRunConfig = field(default_factory=DryRunConfig)
 
     def validate(self) -> None:
         """Each section's own checks; :mod:`megaforge.config.check_layout` checks them against each other."""
@@ -38,5 +40,6 @@ class Config:
             self.training,
             self.checkpoint,
             self.logging,
+            self.dry_run,
         ):
             section.validate()

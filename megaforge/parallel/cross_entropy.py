@@ -10,6 +10,8 @@ from torch import Tensor
 
 from megaforge.parallel.context import Axis, ParallelContext
 
+CHUNK_TOKENS = 1024  # rows of logits that exist at once
+
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Forward: per-token loss, with all-reduces of [chunk] maxima and sums. Backward: local gradients, no collective.
@@ -79,7 +81,13 @@ def _own_labels(labels: Tensor, first_row: int, valid_rows: int) -> tuple[Tensor
 
 
 def vocab_parallel_linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, ctx: ParallelContext, vocab_size: int, chunk_tokens: int = 1024
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ctx: ParallelContext,
+    vocab_size: int,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of ``softmax(hidden @ weight^T)`` over a vocabulary split over tp.
 

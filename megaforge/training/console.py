@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from megaforge.models.flops import model_flops_per_token
 from megaforge.parallel.param_spec import named_specs
 from megaforge.training.callbacks import Callback
-from megaforge.training.flops import measure_matmul_peak, model_flops_per_token
+from megaforge.training.flops import measure_matmul_peak
 from megaforge.training.metrics import EvaluationMetrics, StepMetrics
 from megaforge.training.state import compute_dtype
 

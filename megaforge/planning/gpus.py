@@ -1,0 +1,76 @@
+"""The accelerators the planner knows, and what share of their datasheet it counts on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megaforge.errors import UserError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One accelerator in its usual server, by its vendor's datasheet; bandwidths are of one GPU in one direction.
+
+    Attributes:
+        memory: bytes, decimal, as sold (what a driver reports is a little more).
+        matmul: dense 16-bit tensor-core FLOP/s, without sparsity.
+        memory_bandwidth: bytes/s.
+        node_bandwidth: bytes/s to the other GPUs of the server (NVLink).
+        network_bandwidth: bytes/s to other servers.
+        node_size: GPUs of a server.
+    """
+
+    name: str
+    memory: float
+    matmul: float
+    memory_bandwidth: float
+    node_bandwidth: float
+    network_bandwidth: float
+    node_size: int = 8
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100-80g", 80e9, 312e12, 2.039e12, 300e9, 25e9),  # SXM, DGX A100: 8 x 200 Gbit/s
+        Gpu("h100-80g", 80e9, 989e12, 3.35e12, 450e9, 50e9),  # SXM, DGX H100: 8 x 400 Gbit/s
+        Gpu("h200-141g", 141e9, 989e12, 4.8e12, 450e9, 50e9),
+        Gpu("b200-180g", 180e9, 2250e12, 7.7e12, 900e9, 50e9),  # DGX B200: 8 x 400 Gbit/s
+    )
+}
+
+
+def gpu_named(name: str) -> Gpu:
+    """The GPU that ``--gpu`` names.
+
+    Raises:
+        UserError: it is not in the table.
+    """
+    if name not in GPUS:
+        raise UserError(f"--gpu {name} is unknown; choose {', '.join(GPUS)}")
+    return GPUS[name]
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Shares of the datasheet that a well-tuned run reaches; every prediction of time rests on them.
+
+    Attributes:
+        matmul: of dense products (MFU reported for dense models of this size on H100 is 40-50 % with everything else
+            included: Megatron-LM's README).
+        grouped_matmul: of experts' products, whose matrices are smaller.
+        attention: of the attention kernel (FlashAttention, backward pass included).
+        wkv: of a fused, chunked WKV-7 kernel counted in recurrent FLOPs: 8 ms forward and backward for 4,096 channels
+            and 32,768 tokens on H100 (github.com/johanwind/wind_rwkv).
+        memory: of memory bandwidth, in elementwise work.
+        node: of the bandwidth within a server.
+        network: of the bandwidth between servers.
+    """
+
+    matmul: float = 0.65
+    grouped_matmul: float = 0.50
+    attention: float = 0.45
+    wkv: float = 0.035
+    memory: float = 0.75
+    node: float = 0.75
+    network: float = 0.80

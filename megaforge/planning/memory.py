@@ -1,0 +1,147 @@
+"""Bytes on every pipeline rank: parameters, gradients and optimizer state exactly, activations by formula."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.pipeline.actions import Kind, Schedule
+from megaforge.planning.activations import (
+    Sizes,
+    block_kept,
+    ends_saved,
+    head_working_set,
+    recomputed_at_once,
+    working_set,
+)
+from megaforge.planning.layout import PlannedLayout
+from megaforge.planning.stages import Held, ModelParts, StagePart, stage_parameters
+
+MOMENTS = 2
+LIBRARIES = 2e9  # CUDA context, cuBLAS workspaces, NCCL's channels: assumed, it differs by driver and number of groups
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """What training keeps between micro-batches on one rank.
+
+    Attributes:
+        parameters: in their own types.
+        gradients: the fp32 sums (fp64 for fp64 models).
+        optimizer: fp32 masters of 16-bit parameters, and two moments.
+        elements: number of parameters.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    elements: int
+
+
+def state_bytes(held: Iterable[tuple[Held, int]], ctx: ParallelContext, layout: PlannedLayout) -> StateBytes:
+    """The state of the parameters ``held`` on the rank of ``ctx``.
+
+    ZeRO shares out masters and moments (``--zero 2``: gradients too) over a parameter's replicas; the largest share is
+    counted, without the few elements that fill up buckets.
+    """
+    sums = dict.fromkeys(("parameters", "gradients", "optimizer", "elements"), 0)
+    for item, copies in held:
+        count = math.prod(item.spec.local_shape(ctx))
+        wide = max(4, item.element_size)
+        share = -(-count // (ctx.axis(item.spec.replica_axis).size if layout.zero else 1))
+        sums["elements"] += copies * count
+        sums["parameters"] += copies * count * item.element_size
+        sums["gradients"] += copies * (share if layout.zero > 1 else count) * wide
+        sums["optimizer"] += copies * share * (MOMENTS * wide + (wide if item.element_size < wide else 0))
+    return StateBytes(**sums)
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """One pipeline rank's bytes at the worst moment of a step.
+
+    Attributes:
+        rank: along pp.
+        stages: its stages, and which blocks each holds.
+        in_flight: most micro-batches (of a stage each) whose activations are alive at once.
+        activations: what they keep.
+        buffers: temporaries of one backward pass, recomputed activations, communication buckets, libraries.
+    """
+
+    rank: int
+    stages: tuple[StagePart, ...]
+    state: StateBytes
+    in_flight: int
+    activations: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        state = self.state
+        return state.parameters + state.gradients + state.optimizer + self.activations + self.buffers
+
+
+def peak_activations(schedule: Schedule, rank: int, stage_bytes: Sequence[float]) -> tuple[float, int]:
+    """(most bytes of activations alive at once on ``rank``, most activations alive), walking its actions.
+
+    A backward pass split in two halves keeps its activations until the second, as the executor does.
+    """
+    live = peak = 0.0
+    count = most = 0
+    for action in schedule.actions[rank]:
+        if action.kind is Kind.FORWARD:
+            live, count = live + stage_bytes[action.stage], count + 1
+            peak, most = max(peak, live), max(most, count)
+        elif action.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT):
+            live, count = live - stage_bytes[action.stage], count - 1
+    return peak, most
+
+
+def stage_activations(parts: ModelParts, layout: PlannedLayout, stage: StagePart) -> float:
+    """Bytes that one micro-batch keeps on a stage between its forward and its backward pass."""
+    sizes = Sizes(parts.cfg, layout)
+    alike = parts.alike(stage.blocks)
+    kept = sum(count * block_kept(sizes, parts.blocks[index].kind, index == 0) for index, count in alike.items())
+    kept += sum(ends_saved(sizes, first=stage.first, last=stage.last).values())
+    keeps_v_first = not stage.first or layout.recompute in ("selective", "full")
+    if keeps_v_first and any(parts.blocks[index].kind.mixer == "rwkv7" for index in alike):
+        kept += sizes.split
+    return kept
+
+
+def stage_temporaries(parts: ModelParts, layout: PlannedLayout, stage: StagePart) -> float:
+    """Bytes that the backward pass of one micro-batch needs for a while on a stage."""
+    sizes = Sizes(parts.cfg, layout)
+    worst = max(
+        working_set(sizes, parts.blocks[index].kind) + recomputed_at_once(sizes, parts.blocks[index].kind, index == 0)
+        for index in parts.alike(stage.blocks)
+    )
+    return max(worst, head_working_set(sizes)) if stage.last else worst
+
+
+def rank_memory(
+    parts: ModelParts, layout: PlannedLayout, stages: Sequence[StagePart], rank: int, libraries: float = LIBRARIES
+) -> RankMemory:
+    """The memory of pipeline rank ``rank``: of its largest rank along the other axes."""
+    schedule = layout.schedule
+    own = tuple(stages[stage] for stage in schedule.stages_of(rank))
+    ctx = layout.context(rank * layout.stage_ranks)
+    held = stage_parameters(parts, own)
+    kept = [stage_activations(parts, layout, stage) if stage in own else 0.0 for stage in stages]
+    activations, in_flight = peak_activations(schedule, rank, kept)
+    buffers = max(stage_temporaries(parts, layout, stage) for stage in own) + _largest_gradient(held, ctx)
+    buffers += _buckets(layout) + libraries
+    return RankMemory(rank, own, state_bytes(held, ctx, layout), in_flight, activations, buffers)
+
+
+def _largest_gradient(held: Iterable[tuple[Held, int]], ctx: ParallelContext) -> float:
+    """A 16-bit gradient lives until it is added to its fp32 sum."""
+    narrow = (item for item, _ in held if item.element_size < 4)
+    return max((float(math.prod(item.spec.local_shape(ctx)) * item.element_size) for item in narrow), default=0.0)
+
+
+def _buckets(layout: PlannedLayout) -> float:
+    """Gradients that have arrived but are not yet shared out, under ``--zero 2``: two buckets."""
+    return 2.0 * layout.bucket_size * layout.wide_size if layout.zero > 1 else 0.0

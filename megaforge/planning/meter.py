@@ -1,0 +1,121 @@
+"""Counts the bytes of tensors that are alive while code runs, for real tensors and for ones on the meta device."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class StorageMeter(TorchDispatchMode):
+    """Follows every storage that an operation makes, forward or backward, until it is freed.
+
+    Attributes:
+        live: bytes alive now, of storages made inside the mode.
+        peak: the most they have been.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        """``known``: tensors whose storages do not count (parameters, gradient buffers)."""
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: set[int] = {_identity(tensor) for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = self.call(func, args, kwargs or {})
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor.untyped_storage())
+        return result
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Runs one operation."""
+        return func(*args, **kwargs)
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+def _identity(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class MetaRun(StorageMeter):
+    """Runs model code on the meta device: no memory, no arithmetic, no peers.
+
+    Collectives of a fake process group return at once. Where code waits for numbers from the device, the rows of each
+    expert, it gets those of an even spread of the assignments that were sorted last.
+
+    Attributes:
+        sent: bytes handed to collectives, by name.
+    """
+
+    def __init__(self, num_experts: int, known: Iterable[Tensor] = ()) -> None:
+        super().__init__(known)
+        self.num_experts = num_experts
+        self.assignments = 0
+        self.sent: dict[str, int] = {}
+        aten = torch.ops.aten
+        self._special: dict[Any, Callable[..., Any]] = {
+            aten.bincount.default: self._bincount,
+            aten.sort.stable: self._sort,
+            aten.sort.default: self._sort,
+            aten._to_copy.default: self._to_host,
+        }
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func.namespace == "c10d":
+            self._count(func, args)
+        special = self._special.get(func)
+        return func(*args, **kwargs) if special is None else special(func, args, kwargs)
+
+    def _bincount(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        length = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
+        out: Tensor = args[0].new_empty(length)
+        return out
+
+    def _sort(self, func: Any, args: Any, kwargs: Any) -> Any:
+        self.assignments = args[0].numel()
+        return func(*args, **kwargs)
+
+    def _to_host(self, func: Any, args: Any, kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        if args[0].device.type != "meta" or device is None or device.type != "cpu":
+            return func(*args, **kwargs)
+        return torch.full(args[0].shape, self.assignments // self.num_experts, dtype=args[0].dtype)
+
+    def _count(self, func: Any, args: Any) -> None:
+        name = func._schema.name.removeprefix("c10d::").strip("_")
+        size = sum(t.numel() * t.element_size() for t in tree_iter(args[0]) if isinstance(t, Tensor))
+        self.sent[name] = self.sent.get(name, 0) + size
+
+
+class FusedAttention(TorchFunctionMode):
+    """Takes the fused attention kernel where torch would write out all scores: it does so on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, key, value = args[:3]
+        if key.shape[1] != query.shape[1]:
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return kernel(query, key, value, 0.0, bool((kwargs or {}).get("is_causal")))[0]

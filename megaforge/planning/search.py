@@ -1,0 +1,145 @@
+"""Every valid layout of a model on some GPUs, and the fastest that fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megaforge.config.config import Config
+from megaforge.errors import UserError
+from megaforge.planning.gpus import Efficiency, Gpu
+from megaforge.planning.layout import RECOMPUTE, PlannedLayout, check_sizes, roomy_etp
+from megaforge.planning.memory import RankMemory, rank_memory
+from megaforge.planning.stages import ModelParts, StagePart, cut_stages, model_parts
+from megaforge.planning.time import StepTime, stage_time, step_time
+
+SCHEDULES = (("1f1b", 1), ("interleaved", 2), ("interleaved", 4), ("zb-h1", 1), ("zb-v", 2))
+MICRO_BATCHES = (1, 2, 4)
+ROUNDS = 4  # micro-batches, in multiples of the stages, after which a pipeline repeats itself
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layout that fits: its fullest rank, and its step."""
+
+    layout: PlannedLayout
+    memory: RankMemory
+    time: StepTime
+
+
+def divisors(number: int, largest: int) -> list[int]:
+    """The divisors of ``number`` up to ``largest``."""
+    return [size for size in range(1, min(number, largest) + 1) if number % size == 0]
+
+
+def candidates(config: Config, gpus: int, gpu: Gpu, dtype: torch.dtype) -> Iterator[PlannedLayout]:
+    """Valid layouts without recomputation: tp and etp within a server, sequence parallelism wherever there is tp,
+    ZeRO-1, every schedule that the micro-batches allow. ``--cp`` is the configuration's."""
+    cfg, cp = config.model, config.parallel.context_parallel_size
+    for tp in divisors(gpus, gpu.node_size):
+        for pp in divisors(gpus // tp, 64):
+            stage_ranks = gpus // pp
+            for ep in divisors(cfg.num_experts, stage_ranks):
+                for etp in sorted({1, roomy_etp(tp, ep, stage_ranks)} - {0}):
+                    for micro in MICRO_BATCHES:
+                        for name, vpp in SCHEDULES if pp > 1 else SCHEDULES[:1]:
+                            layout = PlannedLayout(
+                                world_size=gpus,
+                                tp=tp,
+                                cp=cp,
+                                pp=pp,
+                                vpp=vpp,
+                                ep=ep,
+                                etp=etp,
+                                sequence_parallel=tp > 1,
+                                schedule_name=name,
+                                zero=1,
+                                micro_batch_size=micro,
+                                global_batch_size=config.training.global_batch_size or gpus,
+                                sequence_length=config.data.seq_length,
+                                bucket_size=config.parallel.ddp_bucket_size,
+                                dtype=dtype,
+                            )
+                            if _is_valid(config, layout):
+                                yield layout
+
+
+def _is_valid(config: Config, layout: PlannedLayout) -> bool:
+    try:
+        check_sizes(config.model, layout)
+        if layout.micro_batches >= layout.pp:
+            _ = _shortened(layout).schedule
+    except UserError:
+        return False
+    return layout.micro_batches >= layout.pp
+
+
+def _shortened(layout: PlannedLayout) -> PlannedLayout:
+    """The layout with so few micro-batches that its schedule is quick to walk, and as much memory in flight."""
+    count = min(layout.micro_batches, ROUNDS * layout.pp * layout.vpp + layout.micro_batches % layout.pp)
+    return dataclasses.replace(layout, global_batch_size=count * layout.micro_batch_size * layout.dp)
+
+
+def _seconds(
+    parts: ModelParts, layout: PlannedLayout, stages: tuple[StagePart, ...], gpu: Gpu, efficiency: Efficiency
+) -> float:
+    """The step's time, from few micro-batches: every further one costs the busiest rank's work."""
+    short = _shortened(layout)
+    further = layout.micro_batches - short.micro_batches
+    step = step_time(parts, short, stages, gpu, efficiency)
+    return step.total + further * step.compute / short.micro_batches
+
+
+def worst_rank(parts: ModelParts, layout: PlannedLayout, stages: tuple[StagePart, ...]) -> RankMemory:
+    """The fullest pipeline rank."""
+    ranks = (rank_memory(parts, layout, stages, rank) for rank in range(layout.pp))
+    return max(ranks, key=lambda memory: memory.total)
+
+
+def search(
+    config: Config, gpus: int, gpu: Gpu, dtype: torch.dtype, *, share: float = 0.9, count: int = 10
+) -> list[Found]:
+    """The ``count`` fastest layouts whose fullest rank needs at most ``share`` of the memory, fastest first.
+
+    Of each layout the cheapest recomputation that fits is taken. Layouts whose busiest stage alone is slower than what
+    is found already are not simulated.
+    """
+    parts, efficiency = model_parts(config.model, dtype), Efficiency()
+    fitting = []
+    cut: dict[int, tuple[StagePart, ...]] = {}
+    for number, plain in enumerate(candidates(config, gpus, gpu, dtype)):
+        number_of_stages = plain.pp * plain.vpp
+        stages = cut[number_of_stages] = cut.get(number_of_stages) or cut_stages(parts, plain)
+        for recompute in RECOMPUTE:
+            layout = dataclasses.replace(plain, recompute=recompute)
+            short = _shortened(layout)
+            if all(rank_memory(parts, short, stages, r).total <= share * gpu.memory for r in {0, layout.pp - 1}):
+                fitting.append((_bound(parts, layout, stages, gpu, efficiency), number, layout, stages))
+                break
+    best: list[tuple[float, int, PlannedLayout, tuple[StagePart, ...]]] = []
+    for bound, number, layout, stages in sorted(fitting, key=lambda item: item[:2]):
+        if len(best) == count and bound >= best[-1][0]:
+            break
+        memory = worst_rank(parts, _shortened(layout), stages)
+        if memory.total <= share * gpu.memory:
+            seconds = _seconds(parts, layout, stages, gpu, efficiency)
+            best = heapq.nsmallest(count, [*best, (seconds, number, layout, stages)])
+    return [
+        Found(layout, worst_rank(parts, layout, stages), step_time(parts, layout, stages, gpu, efficiency))
+        for _, _, layout, stages in best
+    ]
+
+
+def _bound(
+    parts: ModelParts, layout: PlannedLayout, stages: tuple[StagePart, ...], gpu: Gpu, efficiency: Efficiency
+) -> float:
+    """A time that the step cannot beat: the busiest rank's work without any wait."""
+    busy, placed = [0.0] * layout.pp, _shortened(layout).schedule
+    for number, stage in enumerate(stages):
+        rank = placed.rank_of(number)
+        busy[rank] += stage_time(parts, layout, stage, gpu, efficiency).total * layout.micro_batches
+    return max(busy)

@@ -1,0 +1,139 @@
+"""What each pipeline stage holds: the parameters that the real model declares, and its arithmetic."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import torch
+from torch import nn
+
+from megaforge.config.model_config import ModelConfig
+from megaforge.models.flops import matmul_elements, mixing_flops
+from megaforge.models.hybrid import HybridModel
+from megaforge.models.pattern import BlockKind, blocks_of
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.param_spec import ParamSpec, named_specs
+from megaforge.parallel.pipeline.partition import partition_layers
+from megaforge.planning.layout import PlannedLayout
+
+
+@dataclass(frozen=True)
+class Held:
+    """One parameter as it is declared, and the bytes of one of its elements."""
+
+    spec: ParamSpec
+    element_size: int
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """One block: its kind and the parameters of its mixer (with norm) and of its FFN (with norm)."""
+
+    kind: BlockKind
+    mixer: tuple[Held, ...]
+    ffn: tuple[Held, ...]
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """The whole model, as declared at construction; sizes at any layout follow from each declaration."""
+
+    cfg: ModelConfig
+    embedding: tuple[Held, ...]
+    blocks: tuple[BlockParts, ...]
+    final_norm: tuple[Held, ...]
+    head: tuple[Held, ...]
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding's matrix."""
+        return not self.cfg.untie_embeddings_and_output_weights
+
+    @cached_property
+    def _models(self) -> tuple[int, ...]:
+        first: dict[tuple[BlockKind, bool], int] = {}
+        return tuple(first.setdefault((block.kind, index == 0), index) for index, block in enumerate(self.blocks))
+
+    def alike(self, blocks: range) -> Counter[int]:
+        """How many of ``blocks`` have the sizes of block i, for the first i of every kind: a model has few kinds of
+        block, and RWKV-7's very first is one of its own."""
+        return Counter(self._models[index] for index in blocks)
+
+    def block_flops(self, index: int, sequence_length: int) -> tuple[float, float]:
+        """Forward FLOPs of one token in the mixer and in the FFN of a block, over all ranks."""
+        block = self.blocks[index]
+        mixer = 2.0 * matmul_elements((held.spec for held in block.mixer), self.cfg)
+        mixer += mixing_flops(self.cfg, block.kind, sequence_length)
+        return mixer, 2.0 * matmul_elements((held.spec for held in block.ffn), self.cfg)
+
+    @property
+    def head_flops(self) -> float:
+        """Forward FLOPs of one token's scores, over all ranks."""
+        return 2.0 * self.cfg.padded_vocab_size() * self.cfg.hidden_size
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Forward and backward FLOPs of one token, recomputation not counted."""
+        blocks = sum(sum(self.block_flops(index, sequence_length)) for index in range(len(self.blocks)))
+        return 3.0 * (blocks + self.head_flops)
+
+
+@cache
+def model_parts(cfg: ModelConfig, dtype: torch.dtype) -> ModelParts:
+    """Builds the real model on the meta device and takes down what it declares."""
+    model = HybridModel(cfg, ParallelContext.single("meta"), dtype=dtype)
+    blocks = []
+    for kind, block in zip(blocks_of(cfg), model.layers, strict=True):
+        ffn = [] if kind.ffn is None else [block.ffn_norm, block.ffn]
+        blocks.append(BlockParts(kind, _held([block.mixer_norm, block.mixer]), _held(ffn)))
+    return ModelParts(
+        cfg,
+        _held([model.embedding, model.embedding_norm]),
+        tuple(blocks),
+        _held([model.final_norm]),
+        _held([model.head]),
+    )
+
+
+def _held(modules: Iterable[nn.Module | torch.Tensor]) -> tuple[Held, ...]:
+    pairs = (pair for module in modules if isinstance(module, nn.Module) for pair in named_specs(module))
+    return tuple(Held(spec, parameter.element_size()) for spec, parameter in pairs)
+
+
+@dataclass(frozen=True)
+class StagePart:
+    """One pipeline stage: its blocks, and whether it has the embedding and the head."""
+
+    blocks: range
+    first: bool
+    last: bool
+
+
+def cut_stages(parts: ModelParts, layout: PlannedLayout, cuts: Sequence[int] = ()) -> tuple[StagePart, ...]:
+    """The stages of the model, balanced by forward FLOPs, the head's included, unless ``cuts`` says where they end.
+
+    Raises:
+        UserError: there are more stages than blocks.
+    """
+    costs = [sum(parts.block_flops(index, layout.sequence_length)) for index in range(len(parts.blocks))]
+    costs[-1] += parts.head_flops
+    ranges = partition_layers(costs, layout.pp * layout.vpp, cuts)
+    last = len(ranges) - 1
+    return tuple(StagePart(blocks, index == 0, index == last) for index, blocks in enumerate(ranges))
+
+
+def stage_parameters(parts: ModelParts, stages: Sequence[StagePart]) -> list[tuple[Held, int]]:
+    """The parameters of a rank with these stages, each with the number of blocks that have one like it. A matrix that
+    embedding and head share is held once."""
+    ends = {}
+    counts: Counter[int] = Counter()
+    for stage in stages:
+        counts.update(parts.alike(stage.blocks))
+        held = (parts.embedding if stage.first else ()) + (parts.final_norm + parts.head if stage.last else ())
+        ends.update({item.spec.name: item for item in held})
+    own = [(item, 1) for item in ends.values()]
+    for index, count in counts.items():
+        own += [(item, count) for item in parts.blocks[index].mixer + parts.blocks[index].ffn]
+    return own

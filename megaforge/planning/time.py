@@ -1,0 +1,186 @@
+"""How long a step takes: a roofline of every stage, the pipeline schedule simulated with it, and what is not hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megaforge.models.flops import matmul_elements, mixing_flops
+from megaforge.parallel.pipeline.simulator import Costs, Timeline, simulate
+from megaforge.planning.activations import Sizes, ends_saved, ffn_saved, mixer_saved
+from megaforge.planning.communication import (
+    bandwidth,
+    crossing_bytes,
+    gradient_traffic,
+    stage_traffic,
+)
+from megaforge.planning.gpus import Efficiency, Gpu
+from megaforge.planning.layout import PlannedLayout
+from megaforge.planning.memory import state_bytes
+from megaforge.planning.stages import ModelParts, StagePart, stage_parameters
+
+FORWARD_PASSES = 3.0  # over kept activations: written, read by the next operation, and once for what is not kept
+OPTIMIZER_PASSES = 2.0  # masters and moments are read and written
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Seconds of one micro-batch on one stage; recomputation is part of ``backward_input``."""
+
+    forward: float
+    backward_input: float
+    backward_weight: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward_input + self.backward_weight
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A step's seconds and where they go.
+
+    Attributes:
+        compute: forward and backward passes of the busiest pipeline rank, their tp, cp and ep communication included.
+        bubble: share of the pipeline's time in which the ranks wait, on average.
+        pipeline: from the first forward to the last backward pass.
+        reduction: gradient reduction and parameter gathering that nothing hides.
+        optimizer: the update.
+        mfu: model FLOPs (recomputation not counted) of the step / (seconds x peak of all GPUs).
+    """
+
+    compute: float
+    bubble: float
+    pipeline: float
+    reduction: float
+    optimizer: float
+    mfu: float
+    tokens_per_second: float
+
+    @property
+    def total(self) -> float:
+        return self.pipeline + self.reduction + self.optimizer
+
+
+def block_forward_seconds(
+    parts: ModelParts, layout: PlannedLayout, index: int, gpu: Gpu, efficiency: Efficiency
+) -> tuple[float, float]:
+    """Seconds of one micro-batch's forward pass in a block's mixer and in its FFN, without communication."""
+    cfg, block, sizes = parts.cfg, parts.blocks[index], Sizes(parts.cfg, layout)
+    peak, tokens = gpu.matmul, sizes.tokens
+    # First LoRA factors and the router are not split over tp.
+    whole = [h.spec for h in block.mixer if h.spec.shard_dim is None]
+    split = [h.spec for h in block.mixer if h.spec.shard_dim is not None]
+    mixer = 2 * tokens * (matmul_elements(whole, cfg) + matmul_elements(split, cfg) / layout.tp)
+    mixing = mixing_flops(cfg, block.kind, layout.sequence_length) * tokens / layout.tp
+    kernel = efficiency.attention if block.kind.mixer == "attention" else efficiency.wkv
+    moving = gpu.memory_bandwidth * efficiency.memory / FORWARD_PASSES
+    mixer_seconds = mixer / (peak * efficiency.matmul) + mixing / (peak * kernel)
+    mixer_seconds += sum(mixer_saved(sizes, block.kind, index == 0).values()) / moving
+    if block.kind.ffn is None:
+        return mixer_seconds, 0.0
+    experts = matmul_elements((h.spec for h in block.ffn if h.spec.kind == "moe"), cfg)
+    dense = matmul_elements((h.spec for h in block.ffn if h.spec.kind != "moe"), cfg)
+    ffn_seconds = 2 * tokens * experts / layout.tp / (peak * efficiency.grouped_matmul)
+    ffn_seconds += 2 * tokens * dense / layout.tp / (peak * efficiency.matmul)
+    return mixer_seconds, ffn_seconds + sum(ffn_saved(sizes, block.kind).values()) / moving
+
+
+def stage_time(
+    parts: ModelParts, layout: PlannedLayout, stage: StagePart, gpu: Gpu, efficiency: Efficiency
+) -> StageTime:
+    """The roofline of one micro-batch on a stage. The backward pass costs two forward passes, one of them for the
+    weights. Communication over tp, cp, ep and etp is not hidden."""
+    mixers = ffns = experts = 0.0
+    for index, count in parts.alike(stage.blocks).items():
+        mixer, ffn = block_forward_seconds(parts, layout, index, gpu, efficiency)
+        mixers, ffns = mixers + count * mixer, ffns + count * ffn
+        experts += count * ffn if parts.blocks[index].kind.ffn == "moe" else 0.0
+    sizes = Sizes(parts.cfg, layout)
+    moving = gpu.memory_bandwidth * efficiency.memory / FORWARD_PASSES
+    ends = sum(ends_saved(sizes, first=stage.first, last=stage.last).values()) / moving
+    if stage.last:
+        ends += parts.head_flops * sizes.tokens / layout.tp / (gpu.matmul * efficiency.matmul)
+    again = {"none": 0.0, "selective": mixers, "moe": experts, "full": mixers + ffns}[layout.recompute]
+    again += ends if stage.last else 0.0  # the head computes its logits again
+    traffic = stage_traffic(parts, layout, stage)
+    speeds = {axis: bandwidth(layout, axis, gpu, efficiency) for axis in {*traffic.forward, *traffic.backward}}
+    sent = {
+        name: sum(size / speeds[axis] for axis, size in way.items())
+        for name, way in (("forward", traffic.forward), ("backward", traffic.backward))
+    }
+    compute = mixers + ffns + ends
+    return StageTime(compute + sent["forward"], compute + again + sent["backward"], compute)
+
+
+def step_time(
+    parts: ModelParts,
+    layout: PlannedLayout,
+    stages: Sequence[StagePart],
+    gpu: Gpu,
+    efficiency: Efficiency | None = None,
+) -> StepTime:
+    """The predicted step of ``layout``."""
+    efficiency = efficiency or Efficiency()
+    times = [stage_time(parts, layout, stage, gpu, efficiency) for stage in stages]
+    timeline = pipeline_timeline(parts, layout, times, gpu, efficiency)
+    reduction, optimizer = _step_end(parts, layout, stages, times, gpu, efficiency)
+    ranks = range(layout.pp)
+    total = timeline.makespan + reduction + optimizer
+    tokens = layout.global_batch_size * layout.sequence_length
+    flops = parts.flops_per_token(layout.sequence_length) * tokens
+    return StepTime(
+        compute=max(timeline.busy(rank) for rank in ranks),
+        bubble=timeline.bubble_share(),
+        pipeline=timeline.makespan,
+        reduction=reduction,
+        optimizer=optimizer,
+        mfu=flops / (total * gpu.matmul * layout.world_size),
+        tokens_per_second=tokens / total,
+    )
+
+
+def pipeline_timeline(
+    parts: ModelParts, layout: PlannedLayout, times: Sequence[StageTime], gpu: Gpu, efficiency: Efficiency
+) -> Timeline:
+    """The schedule with the stages' own times; the shares of forward, inputs and weights are the mean stage's."""
+    mean = sum(time.total for time in times) / len(times)
+    speed = bandwidth(layout, "pp", gpu, efficiency)
+    scale = tuple(time.total / mean for time in times)
+    costs = Costs(
+        forward=sum(time.forward for time in times) / len(times),
+        backward_input=sum(time.backward_input for time in times) / len(times),
+        backward_weight=sum(time.backward_weight for time in times) / len(times),
+        communication=0.0 if layout.pp == 1 else crossing_bytes(Sizes(parts.cfg, layout)) / speed,
+        stage_scale=scale,
+    )
+    return simulate(layout.schedule, costs)
+
+
+def _step_end(
+    parts: ModelParts,
+    layout: PlannedLayout,
+    stages: Sequence[StagePart],
+    times: Sequence[StageTime],
+    gpu: Gpu,
+    efficiency: Efficiency,
+) -> tuple[float, float]:
+    """(reduction that nothing hides, update) in seconds, of the slowest pipeline rank. Overlapped, reduction hides
+    behind the last micro-batch's backward pass and ZeRO's gathering behind the next forward pass."""
+    speed = bandwidth(layout, "dp", gpu, efficiency)
+    exposed = update = 0.0
+    for rank in range(layout.pp):
+        own = layout.schedule.stages_of(rank)
+        held = stage_parameters(parts, [stages[stage] for stage in own])
+        sent = gradient_traffic(held, layout)
+        hidden_back = sum(times[stage].backward_input + times[stage].backward_weight for stage in own)
+        hidden_front = sum(times[stage].forward for stage in own)
+        hidden_back *= layout.micro_batches if layout.zero > 1 else 1
+        if not layout.overlap:
+            hidden_back = hidden_front = 0.0
+        waiting = max(0.0, sent.reduced / speed - hidden_back) + max(0.0, sent.gathered / speed - hidden_front)
+        state = state_bytes(held, layout.context(rank * layout.stage_ranks), layout)
+        touched = OPTIMIZER_PASSES * state.optimizer + state.gradients + state.parameters
+        exposed = max(exposed, waiting)
+        update = max(update, touched / (gpu.memory_bandwidth * efficiency.memory))
+    return exposed, update

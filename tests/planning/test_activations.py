@@ -1,0 +1,131 @@
+"""Predicted activation bytes against what autograd really keeps on a CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from megaforge.config.cli import parse_config
+from megaforge.models.hybrid import HybridModel
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.pipeline.schedules import build_schedule
+from megaforge.planning.activations import Sizes, block_kept, recomputed_at_once
+from megaforge.planning.layout import PlannedLayout
+from megaforge.planning.memory import peak_activations, stage_activations
+from megaforge.planning.meter import StorageMeter
+from megaforge.planning.stage_run import run_stage
+from megaforge.planning.stages import StagePart, cut_stages, model_parts
+
+BASE = ["--config", "cdrmix-test", "--vocab-size", "500", "--seq-length", "128"]
+CASES = {
+    "hybrid MoE": [],
+    "hybrid MoE, bf16": ["--bf16"],
+    "dense RWKV": ["--layer-schedule", "rwkv", "--ffn", "dense"],
+    "dense attention, SwiGLU, GQA": [
+        "--layer-schedule", "attention", "--ffn", "dense", "--activation", "swiglu", "--num-query-groups", "2",
+    ],
+    "MoE SwiGLU, LayerNorm, untied": [
+        "--activation", "swiglu", "--normalization", "layernorm", "--untie-embeddings-and-output-weights",
+    ],
+}  # fmt: skip
+
+
+def kept_by_autograd(model: HybridModel, layout: PlannedLayout) -> int:
+    """Bytes of the distinct storages that autograd saves for one micro-batch, parameters not counted."""
+    known = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    tokens = torch.randint(0, 500, (layout.micro_batch_size, layout.sequence_length))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = model(tokens, tokens, torch.ones(tokens.shape))
+        total = output.loss_sum + output.load_balance_sum + output.z_loss_sum
+    size = sum(saved.values())
+    total.backward()
+    return size
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_prediction_is_what_autograd_keeps(case: str, batch: int) -> None:
+    config = parse_config([*BASE, *CASES[case]]).config
+    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+    layout = PlannedLayout(1, sequence_length=128, micro_batch_size=batch, global_batch_size=batch, dtype=dtype)
+    model = HybridModel(config.model, ParallelContext.single(), dtype=dtype)
+    initialize_parameters(model, ParallelContext.single(), 1)
+    parts = model_parts(config.model, dtype)
+    predicted = stage_activations(parts, layout, StagePart(range(len(parts.blocks)), True, True))
+    measured = kept_by_autograd(model, layout)
+    error = predicted / measured - 1
+    print(f"{case}, micro-batch {batch}: predicted {predicted:,.0f}, kept {measured:,} bytes, error {error:+.2%}")
+    assert predicted == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_meta_device_shows_what_a_gpu_would_keep(case: str) -> None:
+    config = parse_config([*BASE, *CASES[case]]).config
+    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+    layout = PlannedLayout(1, sequence_length=128, micro_batch_size=2, global_batch_size=2, dtype=dtype)
+    model = HybridModel(config.model, ParallelContext.single("meta"), dtype=dtype)
+    parts = model_parts(config.model, dtype)
+    whole = StagePart(range(len(parts.blocks)), True, True)
+    measured = run_stage(model, whole, layout)
+    assert stage_activations(parts, layout, whole) == pytest.approx(measured.kept, rel=0.03)
+    assert measured.peak > measured.kept
+
+
+def test_recomputation_keeps_less_and_brings_back_the_difference() -> None:
+    config = parse_config(BASE).config
+    parts = model_parts(config.model, torch.bfloat16)
+    plain = PlannedLayout(1, sequence_length=128)
+    kept = {}
+    for recompute in ("none", "selective", "moe", "full"):
+        sizes = Sizes(config.model, dataclasses.replace(plain, recompute=recompute))
+        kept[recompute] = block_kept(sizes, parts.blocks[1].kind, False)
+        assert bool(recomputed_at_once(sizes, parts.blocks[1].kind, False)) == (recompute != "none")
+    assert kept["full"] == 128 * 64 * 2
+    assert kept["full"] < kept["selective"] < kept["none"]
+    assert kept["full"] < kept["moe"] < kept["none"]
+    # Each of the two halves keeps its input when the other one's tensors are dropped.
+    assert kept["selective"] + kept["moe"] == kept["none"] + 2 * kept["full"]
+
+
+def test_live_activations_follow_the_schedule() -> None:
+    sizes = [3.0, 5.0, 7.0, 11.0]
+    one = build_schedule("1f1b", pp=4, vpp=1, microbatches=8)
+    assert [peak_activations(one, rank, sizes) for rank in range(4)] == [(12.0, 4), (15.0, 3), (14.0, 2), (11.0, 1)]
+    # The weight half of a backward pass needs the activations, so they live until it is done.
+    split = build_schedule("zb-h1", pp=4, vpp=1, microbatches=8)
+    assert [peak_activations(split, rank, sizes)[1] for rank in range(4)] == [4, 4, 4, 4]
+    everything = build_schedule("gpipe", pp=4, vpp=1, microbatches=8)
+    assert peak_activations(everything, 2, sizes) == (56.0, 8)
+
+
+def test_stages_are_cut_by_arithmetic() -> None:
+    config = parse_config(["--config", "cdrmix-core-1b"]).config
+    parts = model_parts(config.model, torch.bfloat16)
+    layout = PlannedLayout(4, pp=4, global_batch_size=4, sequence_length=2048)
+    stages = cut_stages(parts, layout)
+    assert [block for stage in stages for block in stage.blocks] == list(range(24))
+    assert len(stages[-1].blocks) < max(len(stage.blocks) for stage in stages)  # the head takes its share
+
+
+def test_the_meter_counts_storages_once_and_forgets_freed_ones() -> None:
+    parameter = torch.zeros(100)
+    with StorageMeter([parameter]) as meter:
+        first = parameter + 1
+        view = first[10:]
+        second = view * 2
+        assert meter.live == 400 + 360
+        del first, view
+        assert meter.live == 360
+        del second
+    assert (meter.live, meter.peak) == (0, 760)

@@ -1,0 +1,153 @@
+"""``tools/plan.py memory``, its search, and the predictions behind them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from megaforge.config.cli import parse_config
+from megaforge.errors import UserError
+from megaforge.planning.communication import bandwidth, gradient_traffic, ring, stage_traffic, step_traffic
+from megaforge.planning.gpus import GPUS, Efficiency
+from megaforge.planning.layout import PlannedLayout, check_sizes, layout_of, roomy_etp
+from megaforge.planning.memory import rank_memory
+from megaforge.planning.plan_command import run
+from megaforge.planning.search import _bound as search_bound
+from megaforge.planning.search import candidates, search, worst_rank
+from megaforge.planning.stages import StagePart, cut_stages, model_parts, stage_parameters
+from megaforge.planning.time import step_time
+
+H100 = GPUS["h100-80g"]
+SMALL = ["--config", "cdrmix-test", "--vocab-size", "500", "--global-batch-size", "16", "--micro-batch-size", "1"]
+
+
+def test_memory_of_one_layout_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--config cdrmix-core-40b --tp 8 --pp 4 --ep 8 --dp 4 --zero 1 --gpu h100-80g".split())
+    text = capsys.readouterr().out
+    assert text.startswith("cdrmix-core-40b on 128 x h100-80g: --tp 8 --pp 4 --pipeline-schedule 1f1b --ep 8 --etp 4")
+    rows = [line.split() for line in text.splitlines() if line[:1].isdigit() or line.startswith("pp rank")]
+    assert [row[0] for row in rows] == ["pp", "0", "1", "2", "3"] * 2
+    for word in ("fullest rank", "bubble", "MFU", "assumed:", "tokens/s"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--gpu h100", "--gpu h100 is unknown; choose a100-80g"),
+        ("--search", "--search needs --gpus"),
+        ("--tp 3 --dp 1", "--tp 3 does not divide"),
+        ("--ep 3 --dp 3", "--ep 3 does not divide --num-experts 4"),
+        ("--tp 4 --ep 4 --etp 4 --dp 2", "use --etp 2"),
+        ("--pp 8 --dp 1", "use --pp 4 or fewer"),
+        ("--dp 3 --tp 1", "does not divide by --micro-batch-size 1 x dp 3; use --global-batch-size 15"),
+        ("--dp 1 --recompute some", "--recompute some is unknown; choose none, selective, moe, full"),
+        ("--pp 2 --vpp 2 --pipeline-schedule 1f1b --dp 1", "--pipeline-schedule 1f1b with --vpp 2"),
+        ("--gpus 6 --tp 4", "does not divide 6 ranks"),
+    ],
+)
+def test_impossible_plans_are_refused_by_name(arguments: str, words: str) -> None:
+    with pytest.raises(UserError) as refused:
+        run([*SMALL, *arguments.split()])
+    assert words in str(refused.value)
+
+
+def test_experts_get_the_tensor_parallelism_that_leaves_room() -> None:
+    assert [roomy_etp(8, 8, 32), roomy_etp(8, 1, 32), roomy_etp(8, 4, 32), roomy_etp(2, 3, 8)] == [4, 8, 8, 0]
+    layout = layout_of(parse_config([*SMALL, "--tp", "4", "--ep", "4"]).config, 8, torch.bfloat16)
+    assert (layout.etp, layout.dp) == (2, 2)
+
+
+def test_search_lists_the_fastest_that_fit() -> None:
+    config = parse_config([*SMALL, "--bf16"]).config
+    found = search(config, 4, H100, torch.bfloat16, count=5)
+    assert [item.time.total for item in found] == sorted(item.time.total for item in found)
+    assert len({item.layout for item in found}) == 5
+    for item in found:
+        check_sizes(config.model, item.layout)
+        assert item.memory.total <= 0.9 * H100.memory
+    # Everything but the libraries would have to go: nothing fits, and nothing is listed.
+    tight = dataclasses.replace(H100, memory=2e9)
+    assert search(config, 4, tight, torch.bfloat16) == []
+
+
+def test_search_finds_what_trying_everything_finds() -> None:
+    """The bound that saves simulations must never throw the best away."""
+    config = parse_config([*SMALL, "--bf16"]).config
+    parts = model_parts(config.model, torch.bfloat16)
+    times = []
+    for layout in candidates(config, 4, H100, torch.bfloat16):
+        stages = cut_stages(parts, layout)
+        if worst_rank(parts, layout, stages).total <= 0.9 * H100.memory:
+            times.append(step_time(parts, layout, stages, H100).total)
+            assert search_bound(parts, layout, stages, H100, Efficiency()) <= times[-1]
+    found = [item.time.total for item in search(config, 4, H100, torch.bfloat16, count=5)]
+    assert found == pytest.approx(sorted(times)[:5], rel=0.01)
+
+
+def test_traffic_of_every_axis() -> None:
+    config = parse_config(SMALL).config
+    parts = model_parts(config.model, torch.bfloat16)
+    middle, whole = StagePart(range(1, 2), False, False), StagePart(range(4), True, True)
+    tokens, width = 64, 64
+
+    def sent(**sizes: int | bool) -> dict[str, float]:
+        layout = PlannedLayout(8, **({"etp": 1} | sizes), sequence_length=tokens, global_batch_size=8)  # type: ignore[arg-type]
+        traffic = stage_traffic(parts, layout, middle)
+        return {axis: traffic.total(axis) for axis in ("tp", "sp", "cp", "ep", "etp")}
+
+    inside = tokens * width * 2
+    reduce = inside  # a ring of two: each rank sends half of it twice
+    # Two sublayers, each an all-reduce forward and one backward; the same bytes as gathers and scatters.
+    assert sent(tp=2, etp=2) == {"tp": 4 * reduce, "sp": 0, "cp": 0, "ep": 0, "etp": 0}
+    assert sent(tp=2, etp=2, sequence_parallel=True) == {"tp": 0, "sp": 4 * reduce, "cp": 0, "ep": 0, "etp": 0}
+    # Two experts a token: rows go out and come back, forward and backward.
+    assert sent(ep=4)["ep"] == 4 * 2 * inside * 3 / 4
+    assert sent(cp=2)["cp"] > 0
+    layout = PlannedLayout(8, ep=2, sequence_length=tokens, global_batch_size=8)
+    held = stage_parameters(parts, [whole])
+    experts = sum(h.spec.numel * count / 2 for h, count in held if h.spec.expert_dim is not None)
+    dense = sum(h.spec.numel * count for h, count in held if h.spec.expert_dim is None)
+    reduced = gradient_traffic(held, layout).reduced
+    assert reduced == pytest.approx(2 * 4 * (ring(dense, 8) + ring(experts, 4)))
+    shared = gradient_traffic(held, dataclasses.replace(layout, zero=1))
+    assert shared.reduced == reduced / 2 and 0 < shared.gathered < shared.reduced
+
+
+def test_recomputation_costs_time_and_a_pipeline_has_a_bubble() -> None:
+    config = parse_config(["--config", "cdrmix-core-40b"]).config
+    parts = model_parts(config.model, torch.bfloat16)
+    plain = PlannedLayout(
+        128, tp=8, etp=8, sequence_parallel=True, pp=4, zero=1, sequence_length=2048, global_batch_size=64
+    )
+    stages = cut_stages(parts, plain)
+    times = {
+        name: step_time(parts, dataclasses.replace(plain, recompute=name), stages, H100)
+        for name in ("none", "selective", "moe", "full")
+    }
+    assert times["none"].total < times["selective"].total < times["full"].total
+    assert times["none"].total < times["moe"].total < times["full"].total
+    # 16 micro-batches on 4 stages: (p - 1) / (m + p - 1), and a little for unequal stages and transfers.
+    assert 3 / 19 <= times["none"].bubble < 3 / 19 + 0.05
+    assert 0.05 < times["none"].mfu < Efficiency().matmul
+
+
+def test_groups_that_leave_the_server_are_slower() -> None:
+    layout = PlannedLayout(128, tp=8, pp=4, ep=8, etp=1, global_batch_size=128)
+    speed = {axis: bandwidth(layout, axis, H100, Efficiency()) for axis in ("tp", "ep", "dp", "pp")}
+    assert speed["tp"] == speed["ep"] == H100.node_bandwidth * Efficiency().node
+    assert speed["dp"] == speed["pp"] == H100.network_bandwidth * Efficiency().network
+    alone = PlannedLayout(128, global_batch_size=128)  # eight ranks of the ring in a server share its eight links
+    assert bandwidth(alone, "dp", H100, Efficiency()) == min(8 * speed["dp"], speed["tp"])
+
+
+def test_every_rank_of_a_pipeline_is_planned() -> None:
+    config = parse_config([*SMALL, "--pp", "2"]).config
+    layout = layout_of(config, 4, torch.bfloat16)
+    parts = model_parts(config.model, torch.bfloat16)
+    stages = cut_stages(parts, layout)
+    first, last = (rank_memory(parts, layout, stages, rank) for rank in (0, 1))
+    assert (first.in_flight, last.in_flight) == (2, 1)
+    assert step_traffic(parts, layout, stages, 0)["pp"] == step_traffic(parts, layout, stages, 1)["pp"] > 0
