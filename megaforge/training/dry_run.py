@@ -248,7 +248,7 @@ def _registered(config: Config, ctx: ParallelContext, modules: nn.Module) -> Sta
     extra += [tensor for _, _, tensor in optimizer.moment_entries()]
     return StateBytes(
         parameters=sum(p.numel() * p.element_size() for p in parameters),
-        gradients=sum(bucket.flat.numel() * bucket.flat.element_size() for bucket in reducer.buckets),
+        gradients=sum(p.numel() * bucket.main_dtype.itemsize for bucket in reducer.buckets for p in bucket.parameters),
         optimizer=sum(t.numel() * t.element_size() for t in extra),
         elements=sum(p.numel() for p in parameters),
     )

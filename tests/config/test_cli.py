@@ -238,4 +238,5 @@ def test_the_base_size() -> None:
 
 
 def test_sections_are_the_fields_of_config() -> None:
-    assert list(sections()) == ["model", "parallel", "data", "optimizer", "training", "checkpoint", "logging", "dry_run"]
+    expected = ["model", "parallel", "data", "optimizer", "training", "checkpoint", "logging", "dry_run"]
+    assert list(sections()) == expected
