@@ -59,7 +59,6 @@ def check_layout(config: Config, world_size: int) -> Layout:
     """
     parallel = config.parallel
     for flag, size, what in (
-        ("--pp", parallel.pipeline_model_parallel_size, "pipeline parallelism"),
         ("--cp", parallel.context_parallel_size, "context parallelism"),
         ("--ep", parallel.expert_model_parallel_size, "expert parallelism"),
     ):
@@ -74,10 +73,11 @@ def check_layout(config: Config, world_size: int) -> Layout:
     for label, value in _split_over_tp(config):
         if value % tp:
             raise UserError(f"--tp {tp} does not divide {label}; use --tp {_working_tp(config, world_size)}")
+    _check_pipeline(config, world_size)
     _check_lengths(config)
     _check_backend(config)
     _check_schedule(config)
-    dp = world_size // tp
+    dp = world_size // (tp * parallel.pipeline_model_parallel_size)
     global_batch_size = _global_batch_size(config, dp)
     micro_batches = global_batch_size // (config.training.micro_batch_size * dp)
     return Layout(world_size, tp, dp, global_batch_size, micro_batches, tuple(_notes(config)))
@@ -125,6 +125,18 @@ def _working_tp(config: Config, world_size: int) -> str:
 def _either(values: Iterable[int]) -> str:
     words = [str(value) for value in values]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _check_pipeline(config: Config, world_size: int) -> None:
+    """pp divides the ranks that tp leaves; :func:`megaforge.models.stages.plan_pipeline` checks stages and schedule."""
+    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    rest = world_size // tp
+    if rest % pp:
+        working = _either(size for size in range(1, rest + 1) if rest % size == 0)
+        raise UserError(
+            f"--pp {pp} does not divide the {rest} ranks that --tp {tp} leaves of the {world_size} that were started; "
+            f"use --pp {working}"
+        )
 
 
 def _check_lengths(config: Config) -> None:
@@ -178,6 +190,8 @@ def _global_batch_size(config: Config, dp: int) -> int:
 
 def _notes(config: Config) -> list[str]:
     notes = []
+    if config.parallel.cpu_offload_activations and config.training.device == "cpu":
+        notes.append("--cpu-offload-activations has nothing to move on --device cpu: it changes nothing")
     if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
         notes.append("--sequence-parallel has nothing to share at --tp 1: it changes nothing")
     decay_iters = config.optimizer.lr_decay_iters or config.training.train_iters

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
 from megaforge.kernels.attention import causal_attention
+from megaforge.nn.recompute import recomputed
 from megaforge.nn.rope import apply_rotary, rotary_tables
 from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.context import ParallelContext
@@ -62,6 +63,7 @@ class SelfAttention(nn.Module):
             UserError: the key/value heads do not divide by tp.
         """
         super().__init__()
+        self.recompute_core = False
         if cfg.query_groups % ctx.tp.size:
             flag = "--num-query-groups" if cfg.num_query_groups else "--num-attention-heads"
             raise UserError(
@@ -120,7 +122,7 @@ class SelfAttention(nn.Module):
         if cache is not None:
             key, value = cache.append(key, value)
             mask = _continuation_mask(length, key.shape[2], mask, x.device)
-        context = causal_attention(query, key, value, mask)
+        context = recomputed(self.recompute_core, causal_attention, query, key, value, mask)
         return self.output(context.permute(2, 0, 1, 3).reshape(length, batch, self.heads * width))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megaforge.config.model_config import ModelConfig
 from megaforge.kernels.rwkv7_inputs import rwkv7_inputs
 from megaforge.kernels.wkv7 import wkv7
+from megaforge.nn.recompute import recomputed
 from megaforge.nn.sequence import SequenceInfo
 from megaforge.nn.token_shift import mix_tokens, token_shift
 from megaforge.parallel.context import ParallelContext
@@ -167,6 +168,7 @@ class RWKV7TimeMix(nn.Module):
         self.ctx, self.name, self.region, self.dtype = ctx, name, region, dtype
         self.size, self.head_size, self.local_heads = size, head, size // head // ctx.tp.size
         self.makes_v_first = layer_index == 0
+        self.recompute_core = False
         init = PublishedInit(size, head, layer_index, num_layers)
 
         for letter, power in (("r", 0.2), ("w", 0.9), ("k", 0.7), ("v", 0.7), ("a", 0.9), ("g", 0.2)):
@@ -253,12 +255,27 @@ class RWKV7TimeMix(nn.Module):
         v_first = v if v_first is None else v_first
         heads = (*x.shape[:2], self.local_heads, self.head_size)
         r, v = r.view(heads), v.view(heads)
-        log_w, k, a, b = rwkv7_inputs(decay, self.w0, rate, self.a0, key, self.k_k, self.k_a, self.head_size)
         starts = info.document_start_SB if info.has_boundaries else None
-        y, final = wkv7(r, log_w, k, v, a, b, None if state is None else state.wkv, starts)
+        memory = None if state is None else state.wkv
+        y, k, final = recomputed(self.recompute_core, self._recurrence, r, v, decay, key, rate, memory, starts)
         if state is not None:
             state.shift, state.wkv = x[-1], final
         return self.output(self._finish(y, r, k, v) * gate), v_first
+
+    def _recurrence(
+        self,
+        r: Tensor,
+        v: Tensor,
+        decay: Tensor,
+        key: Tensor,
+        rate: Tensor,
+        memory: Tensor | None,
+        starts: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """WKV and the arithmetic in front of it: y and k [s, b, H/tp, N], and the final state."""
+        log_w, k, a, b = rwkv7_inputs(decay, self.w0, rate, self.a0, key, self.k_k, self.k_a, self.head_size)
+        y, final = wkv7(r, log_w, k, v, a, b, memory, starts)
+        return y, k, final
 
     def _project(self, x: Tensor, previous: Tensor, v_first: Tensor | None) -> tuple[Tensor, ...]:
         """r, decay before its bias, key, v, in-context learning rate before its bias, gate: each [s, b, C/tp]."""

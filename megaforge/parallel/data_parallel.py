@@ -6,6 +6,7 @@ no factor depends on the layout.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,12 +39,22 @@ class GradientReducer:
     """
 
     def __init__(
-        self, module: nn.Module, ctx: ParallelContext, *, bucket_size: int = 25_000_000, overlap: bool = True
+        self,
+        module: nn.Module,
+        ctx: ParallelContext,
+        *,
+        bucket_size: int = 25_000_000,
+        overlap: bool = True,
+        shared: Sequence[nn.Parameter] = (),
     ) -> None:
+        """``shared``: parameters that two pipeline stages on this rank use, so that the last micro-batch gives them
+        two gradients."""
         self.ctx = ctx
         self.overlap = overlap
         self._last_microbatch = True
         self._sent = 0
+        self._shared = {id(parameter) for parameter in shared}
+        self._expects_another: set[int] = set()
         declared = [(spec, parameter) for spec, parameter in named_specs(module) if parameter.requires_grad]
         self._tp_partial = [p for spec, p in declared if spec.tp_partial_grad] if ctx.tp.size > 1 else []
         self.buckets: list[_Bucket] = []
@@ -68,6 +79,7 @@ class GradientReducer:
     def zero(self) -> None:
         """Forgets all gradients; call once before a global batch."""
         self._sent = 0
+        self._expects_another = set(self._shared)
         for bucket in self.buckets:
             bucket.flat.zero_()
             bucket.waiting = {id(p) for p in bucket.parameters}
@@ -88,6 +100,9 @@ class GradientReducer:
             main_grad.add_(parameter.grad)
             parameter.grad = main_grad if parameter.dtype == main_grad.dtype else None
         if not self._last_microbatch:
+            return
+        if id(parameter) in self._expects_another:
+            self._expects_another.discard(id(parameter))
             return
         bucket.waiting.discard(id(parameter))
         if self.overlap:

@@ -9,8 +9,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megaforge.models.flops import active_matmul_parameters, model_flops_per_token
 from megaforge.parallel.param_spec import named_specs
-from megaforge.training.flops import active_matmul_parameters, measure_matmul_peak, model_flops_per_token
+from megaforge.training.flops import measure_matmul_peak
 from tests.training.tiny import arguments, make_trainer, write_dataset
 
 

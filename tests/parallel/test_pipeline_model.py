@@ -1,0 +1,141 @@
+"""Pipeline stages change nothing: real trainers at pp x vpp x tp x dp against one rank.
+
+Compared after two steps: loss and every other metric, every gradient, the gradient norm and every updated weight.
+Noise on all weights keeps every gradient busy; the first blocks have no experts, so that some stages have none.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.mappings import reduce_from_tensor_parallel
+from megaforge.parallel.param_spec import ParamSpec, named_specs
+from megaforge.training.trainer import Trainer
+from tests.nn.support import perturb
+from tests.parallel.pool import RankPool
+from tests.training.tiny import arguments, make_config, make_trainer, record, write_dataset
+
+MODEL = ("--hybrid-layer-pattern", "R-*-RE*E", "--moe-aux-loss-coeff", "0.1", "--moe-z-loss-coeff", "0.1")
+UNTIED = ("--untie-embeddings-and-output-weights",)
+TOLERANCE = {"--fp64": 1e-10, "--fp32": 2e-5}
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_dataset(tmp_path_factory.mktemp("data") / "train_text_document")
+
+
+def flags(prefix: str, *more: str) -> list[str]:
+    common = ("--train-iters", "2", "--eval-iters", "2", "--eval-interval", "1", "--log-interval", "100")
+    return arguments(prefix, *MODEL, *common, "--lr", "1e-3", "--clip-grad", "0.5", *more)
+
+
+def trainer_of(argv: list[str]) -> Trainer:
+    """As the entry script makes it, on one rank of a group that exists already or without one."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    parallel = make_config(argv).parallel
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+    try:
+        ctx = ParallelContext.create(tp=parallel.tensor_model_parallel_size, pp=parallel.pipeline_model_parallel_size)
+        return make_trainer(argv, ctx)
+    finally:
+        del os.environ["RANK"], os.environ["WORLD_SIZE"]
+
+
+def whole(spec: ParamSpec, local: Tensor, ctx: ParallelContext) -> Tensor:
+    """The global tensor from this rank's share of it and its tp neighbours'."""
+    full = local.new_zeros(spec.shape)
+    for piece in spec.pieces(ctx):
+        full[tuple(slice(a, b) for a, b in piece.global_box)] = piece.local_view(local)
+    return full if spec.shard_dim is None else reduce_from_tensor_parallel(full, ctx.tp)
+
+
+def train(argv: list[str], noise: float = 0.05) -> dict[str, Any]:
+    """A whole run; every rank's records, and the gradients (of the last step) and weights that it holds."""
+    trainer = trainer_of(argv)
+    if noise:
+        perturb(trainer.model, trainer.ctx, noise)
+    recorder = record(trainer)
+    trainer.train()
+    named = list(named_specs(trainer.model))
+    return {
+        "records": recorder.records,
+        "gradients": {s.name: whole(s, p.main_grad, trainer.ctx) for s, p in named},  # type: ignore[attr-defined]
+        "weights": {s.name: whole(s, p.detach(), trainer.ctx) for s, p in named},
+        "moments": {key: whole(s, t, trainer.ctx) for key, s, t in trainer.optimizer.moment_entries()},
+        "executed": trainer.pipeline.plan.describe(),
+    }
+
+
+def compare(found: list[dict[str, Any]], expected: dict[str, Any], tolerance: float) -> None:
+    """Each rank's records and tensors equal those of one rank, and all ranks together hold everything."""
+    for rank, outcome in enumerate(found):
+        assert len(outcome["records"]) == len(expected["records"])
+        for ours, theirs in zip(outcome["records"], expected["records"], strict=True):
+            assert ours.keys() == theirs.keys()
+            for name, value in theirs.items():
+                assert ours[name] == pytest.approx(value, rel=tolerance), f"rank {rank}: {name}"
+    for kind in ("gradients", "weights", "moments"):
+        held = [(rank, name) for rank, outcome in enumerate(found) for name in outcome[kind]]
+        assert {name for _, name in held} == set(expected[kind])
+        for rank, name in held:
+            theirs = expected[kind][name]
+            assert bool(theirs.any()), f"{kind} of {name} is trivially zero"
+            error = float((found[rank][kind][name] - theirs).norm() / theirs.norm())
+            assert error <= tolerance, f"rank {rank}: {kind} of {name} differs by {error:.1e}"
+
+
+LAYOUTS = {
+    "pp2": (2, ("--pp", "2")),
+    "pp2, gpipe, untied": (2, ("--pp", "2", "--pipeline-schedule", "gpipe", *UNTIED)),
+    "pp2, vpp2": (2, ("--pp", "2", "--vpp", "2")),
+    "pp2, one layer a stage": (2, ("--pp", "2", "--num-layers-per-virtual-pipeline-stage", "1", *UNTIED)),
+    "pp2, zb-h1": (2, ("--pp", "2", "--pipeline-schedule", "zb-h1")),
+    "pp2, zb-v": (2, ("--pp", "2", "--pipeline-schedule", "zb-v")),
+    "pp2, zb-v, untied": (2, ("--pp", "2", "--pipeline-schedule", "zb-v", *UNTIED)),
+    "pp2, cut by hand": (2, ("--pp", "2", "--hybrid-layer-pattern", "R-|*-RE*E")),
+    "pp4": (4, ("--pp", "4")),
+    "pp2 x tp2": (4, ("--pp", "2", "--tp", "2")),
+    "pp2 x tp2, sp, vpp2": (4, ("--pp", "2", "--tp", "2", "--sp", "--vpp", "2")),
+    "pp2 x dp2, zb-v": (4, ("--pp", "2", "--pipeline-schedule", "zb-v", "--ddp-bucket-size", "2000")),
+}
+
+
+@pytest.fixture(scope="module")
+def one_rank(prefix: str) -> dict[tuple[str, bool], dict[str, Any]]:
+    return {
+        (dtype, untied): train(flags(prefix, *_dtype(dtype), *(UNTIED if untied else ())))
+        for dtype in TOLERANCE
+        for untied in (False, True)
+    }
+
+
+def _dtype(name: str) -> tuple[str, ...]:
+    return ("--fp64",) if name == "--fp64" else ()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stages_change_nothing_fp64(
+    ranks: RankPool, prefix: str, one_rank: dict[tuple[str, bool], dict[str, Any]], layout: str
+) -> None:
+    world, more = LAYOUTS[layout]
+    expected = one_rank["--fp64", UNTIED[0] in more]
+    found = ranks.run(world, train, flags(prefix, "--fp64", *more))
+    assert found[0]["executed"].startswith(f"pp {more[1]} (")
+    compare(found, expected, TOLERANCE["--fp64"])
+
+
+@pytest.mark.parametrize("layout", ["pp2, vpp2", "pp2, zb-v", "pp4", "pp2 x tp2, sp, vpp2"])
+def test_stages_change_nothing_fp32(
+    ranks: RankPool, prefix: str, one_rank: dict[tuple[str, bool], dict[str, Any]], layout: str
+) -> None:
+    world, more = LAYOUTS[layout]
+    compare(ranks.run(world, train, flags(prefix, *more)), one_rank["--fp32", False], TOLERANCE["--fp32"])
