@@ -84,11 +84,11 @@ def _stages_per_rank(parallel: ParallelConfig, num_layers: int) -> int:
     if each is None:
         return parallel.virtual_pipeline_model_parallel_size or (2 if parallel.pipeline_schedule == "zb-v" else 1)
     if num_layers % (pp * each):
-        valid = [size for size in range(1, num_layers + 1) if num_layers % (pp * size) == 0]
+        sizes = [str(size) for size in range(1, num_layers + 1) if num_layers % (pp * size) == 0]
+        valid = f"valid: {', '.join(sizes)}" if sizes else f"use --vpp, or a --pp that divides {num_layers}"
         raise UserError(
-            f"--num-layers-per-virtual-pipeline-stage {each}: the model's {num_layers} blocks do not divide by --pp {pp} "
-            f"times it; "
-            + (f"valid: {', '.join(map(str, valid))}" if valid else f"use --vpp, or a --pp that divides {num_layers}")
+            f"--num-layers-per-virtual-pipeline-stage {each}: the model's {num_layers} blocks do not divide by "
+            f"--pp {pp} times it; {valid}"
         )
     return num_layers // (pp * each)
 

@@ -6,7 +6,14 @@ import pytest
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
-from megaforge.models.pattern import BlockKind, attention_positions, blocks_of, layer_pattern, parse_pattern, pipeline_cuts
+from megaforge.models.pattern import (
+    BlockKind,
+    attention_positions,
+    blocks_of,
+    layer_pattern,
+    parse_pattern,
+    pipeline_cuts,
+)
 
 
 def pattern(**changes: object) -> str:
