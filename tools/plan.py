@@ -2,8 +2,11 @@
 """Plans a run before it starts.
 
     python tools/plan.py params --config cdrmix-core-1b [any model flag]
+    python tools/plan.py schedule --pp 4 --vpp 2 --microbatches 8 --schedule zb-v
 
 ``params`` prints the stored parameters of each component and the active ones (those that one token uses).
+``schedule`` prints and draws a pipeline schedule: timeline, bubble and live activations of every rank (--help lists its
+flags); a schedule that could deadlock is refused.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Callable
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -20,10 +24,12 @@ from megaforge.data.tokenizer import load_tokenizer
 from megaforge.errors import UserError
 from megaforge.models.parameter_count import count_parameters, total
 from megaforge.models.pattern import layer_pattern
+from megaforge.parallel.pipeline import plan_command
 
 
-def params(config: Config) -> None:
+def params(arguments: list[str]) -> int:
     """Prints the table of parameter counts."""
+    config: Config = parse_config(arguments, prog="plan.py params").config
     model = config.model
     if model.vocab_size is None and config.data.tokenizer_model is not None:
         tokenizer = load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
@@ -45,9 +51,10 @@ def params(config: Config) -> None:
             )
         )
     print(f"{whole.stored / 1e9:.3f}B stored, {whole.active / 1e9:.3f}B active")
+    return 0
 
 
-COMMANDS = {"params": params}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"params": params, "schedule": plan_command.run}
 
 
 def main() -> int:
@@ -57,9 +64,7 @@ def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         given = sys.argv[1] if len(sys.argv) > 1 else "nothing"
         raise UserError(f"plan.py: {given}: choose a command: {', '.join(COMMANDS)}")
-    command = sys.argv[1]
-    COMMANDS[command](parse_config(sys.argv[2:], prog=f"plan.py {command}").config)
-    return 0
+    return COMMANDS[sys.argv[1]](sys.argv[2:])
 
 
 if __name__ == "__main__":

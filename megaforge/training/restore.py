@@ -78,8 +78,8 @@ def load_trained_model(directory: str, *, tp: int | None = None, pp: int = 1, de
     """
     if pp != 1:
         raise UserError(
-            f"--pp {pp}: a trained model runs with one pipeline stage, whatever stages its checkpoint was written from; "
-            "use --pp 1, and --tp to share it over ranks"
+            f"--pp {pp}: a trained model runs on one pipeline stage, whatever stages wrote its checkpoint; use --pp 1, "
+            "and --tp to share it over ranks"
         )
     launch = discover_launch()
     tp = launch.world_size if tp is None else tp
