@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 
 from megaforge.data.loader import Batch
 from megaforge.models.hybrid import HybridModel, ModelOutput, Stream
 from megaforge.models.stages import PipelinePlan, StagedModel, make_payload, tied_weight
+from megaforge.nn.offload import HostMemory
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.pipeline.executor import PipelineExecutor, StageOutput
@@ -96,7 +96,8 @@ class StageRunner:
         return StageOutput(leaving, loss, _detached(output))
 
     def _saving(self) -> AbstractContextManager[object]:
-        return save_on_cpu(pin_memory=True) if self._offload and torch.is_grad_enabled() else nullcontext()
+        active = self._offload and torch.is_grad_enabled()
+        return HostMemory(self._model.parameters()) if active else nullcontext()
 
 
 def _detached(output: ModelOutput) -> ModelOutput:

@@ -68,9 +68,13 @@ class Trainer:
             overlap=config.parallel.overlap_grad_reduce,
             shared=shared_weights(model),
         )
-        offload = config.parallel.cpu_offload_activations and ctx.device.type != "cpu"
         self.pipeline = StageRunner(
-            model, ctx, plan, self.reducer, dtype=compute_dtype(config.training), offload=offload
+            model,
+            ctx,
+            plan,
+            self.reducer,
+            dtype=compute_dtype(config.training),
+            offload=config.parallel.cpu_offload_activations,
         )
         self.schedule = LearningRateSchedule(config.optimizer, config.training.train_iters)
         self.scaler = LossScaler(config.optimizer, enabled=config.training.fp16)

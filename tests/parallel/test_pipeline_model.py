@@ -175,6 +175,10 @@ def test_checkpoints_go_between_stages_and_one_rank(
     compare(found[-1], expected, 1e-10)
 
 
+def test_offloading_on_a_cpu_changes_nothing(prefix: str, one_rank: dict[tuple[str, bool], dict[str, Any]]) -> None:
+    compare([train(flags(prefix, "--fp64", "--cpu-offload-activations"))], one_rank["--fp64", False], 0.0)
+
+
 @pytest.mark.parametrize("recompute", ["full", "selective", "moe"])
 @pytest.mark.parametrize("layout", [("--pp", "1"), ("--pp", "2", "--tp", "2", "--vpp", "2")])
 def test_recomputation_changes_nothing(
