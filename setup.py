@@ -1,9 +1,8 @@
-"""Builds the native ops ahead of time.
+"""Builds the native code ahead of time; everything else is in pyproject.toml.
 
-Every folder of ``csrc`` is one op: ``csrc/OP/cpu/*.cpp`` becomes the extension ``megaforge.kernels._OP_cpu`` (or, for a
-helper without tensors, whatever its folder's name says), and ``csrc/OP/cuda/*.cu`` with its binding becomes
-``megaforge.kernels._OP_cuda`` where ``nvcc`` and a CUDA build of torch are present. Everything else is in
-pyproject.toml.
+Every folder of ``csrc`` is one op. ``csrc/OP/cpu/*.cpp`` becomes the extension that :data:`PYTHON_MODULES` names, or
+``megaforge.kernels._OP_cpu``, which is built against torch. ``csrc/OP/cuda/*.cu`` with its binding becomes
+``megaforge.kernels._OP_cuda`` where ``nvcc`` and a CUDA build of torch are present.
 """
 
 from __future__ import annotations
@@ -12,9 +11,12 @@ import os
 import shutil
 from pathlib import Path
 
+from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
 ROOT = Path(__file__).parent
+# Helpers without tensors: they need pybind11 and NumPy, not torch.
+PYTHON_MODULES = {"data_helpers": "megaforge.data._data_helpers"}
 CPU_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 CUDA_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo"]
 
@@ -23,11 +25,19 @@ def _sources(folder: Path, *patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in folder.glob(pattern))
 
 
-def native_extensions() -> dict[str, object]:
-    """Arguments of setup() for the ops under csrc; empty when there is none to build."""
-    ops = sorted(path for path in (ROOT / "csrc").iterdir() if path.is_dir())
+def helper_extensions() -> list[Pybind11Extension]:
+    """The helpers of :data:`PYTHON_MODULES`."""
+    return [
+        Pybind11Extension(module, _sources(ROOT / "csrc" / op / "cpu", "*.cpp"), cxx_std=20, extra_compile_args=["-O3"])
+        for op, module in PYTHON_MODULES.items()
+    ]
+
+
+def torch_extensions() -> tuple[list[object], dict[str, object]]:
+    """The ops on tensors and the build command they need; nothing when there is none."""
+    ops = sorted(path for path in (ROOT / "csrc").iterdir() if path.is_dir() and path.name not in PYTHON_MODULES)
     if not any(_sources(op / "cpu", "*.cpp") for op in ops):
-        return {}
+        return [], {}
     try:
         import torch
         from torch.utils import cpp_extension
@@ -36,7 +46,7 @@ def native_extensions() -> dict[str, object]:
             "building MegaForge needs torch in the environment: pip install -c constraints.txt torch, "
             "then pip install --no-build-isolation -e ."
         ) from error
-    extensions = []
+    extensions: list[object] = []
     with_cuda = torch.version.cuda is not None and shutil.which("nvcc") is not None
     for op in ops:
         include = [str(op)]
@@ -62,10 +72,8 @@ def native_extensions() -> dict[str, object]:
                 )
             )
     os.environ.setdefault("MAX_JOBS", "2")
-    return {
-        "ext_modules": extensions,
-        "cmdclass": {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
-    }
+    return extensions, {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)}
 
 
-setup(**native_extensions())
+on_tensors, commands = torch_extensions()
+setup(ext_modules=[*helper_extensions(), *on_tensors], cmdclass=commands)

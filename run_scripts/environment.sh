@@ -18,6 +18,7 @@ torch_version_of() {
 
 use_environment() {
     local extras="$1" active version stamp wanted constraints
+    local pins="$REPO/constraints.txt"
     command -v python3 >/dev/null || fail "python3 is not on PATH; install Python 3.11 or newer"
     command -v g++ >/dev/null || fail "g++ is not on PATH; install gcc (Debian: apt-get install build-essential)"
     active="$(command -v python3)"
@@ -25,6 +26,7 @@ use_environment() {
     case "$version" in
         2.11.*|2.12.*|2.13.*)
             PYTHON="$active"
+            pins="" # what the image has stays as it is
             say "using the active Python ($PYTHON) and its torch $version" ;;
         *)
             PYTHON="$REPO/.venv/bin/python"
@@ -48,7 +50,7 @@ use_environment() {
     fi
     say "building and installing MegaForge [$extras]"
     constraints="$(mktemp)"
-    grep -v '^torch==' "$REPO/constraints.txt" >"$constraints"
+    [ -z "$pins" ] || sed '/^torch==/d' "$pins" >"$constraints"
     echo "torch==$version" >>"$constraints"
     "$PYTHON" -m pip install -q -c "$constraints" "setuptools>=77" wheel pybind11 ninja
     "$PYTHON" -m pip install -q -c "$constraints" --no-build-isolation -e "$REPO[$extras]"

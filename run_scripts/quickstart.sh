@@ -4,13 +4,13 @@
 #
 #   bash run_scripts/quickstart.sh                        the running Python's own standard library as the corpus
 #   bash run_scripts/quickstart.sh --input DIR|FILE.jsonl your text instead
-#   --iters N      optimizer steps (default 300)          --output DIR   where everything goes (default runs/quickstart)
+#   --iters N      optimizer steps (default 450)          --output DIR   where everything goes (default runs/quickstart)
 #
 # Run again, it keeps what is there: environment, corpus, dataset and checkpoints.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-input="" iters=300 out="$REPO/runs/quickstart"
+input="" iters=450 out="$REPO/runs/quickstart"
 while [ $# -gt 0 ]; do
     [ $# -ge 2 ] || fail "$1 needs a value; see the head of run_scripts/quickstart.sh"
     case "$1" in
@@ -41,7 +41,7 @@ fi
 
 say "2/7 tokenizer"
 [ -s "$out/tok.json" ] && echo "keeping $out/tok.json" ||
-    run "$PYTHON" tools/train_tokenizer.py --input "$train" --vocab-size 4096 --output "$out/tok.json"
+    run "$PYTHON" tools/train_tokenizer.py --input "$train" --vocab-size 2048 --output "$out/tok.json"
 
 say "3/7 dataset"
 for part in train heldout; do
@@ -51,7 +51,7 @@ done
 
 say "4/7 training on two ranks (tp 2)"
 export OMP_NUM_THREADS=1
-common=(--config cdrmix-tiny --tokenizer-model "$out/tok.json" --data-path "$out/train_text_document"
+common=(--config cdrmix-tiny --micro-batch-size 8 --tokenizer-model "$out/tok.json" --data-path "$out/train_text_document"
     --device cpu --save "$out/checkpoints" --metrics-file "$out/metrics.jsonl" --tensorboard-dir "$out/tensorboard")
 pretrain() { run torchrun --standalone --nproc-per-node 2 pretrain_cdrmix.py "${common[@]}" --tp 2 "$@"; }
 first=$((iters * 9 / 10))

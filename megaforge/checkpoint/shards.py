@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.flat_share import FlatShare
 from megaforge.parallel.param_spec import ParamSpec
 
 RANK_PREFIX = "rank_"  # keys of tensors that belong to one rank: rank_00003/NAME
@@ -18,11 +19,12 @@ RANK_PREFIX = "rank_"  # keys of tensors that belong to one rank: rank_00003/NAM
 class TensorEntry(NamedTuple):
     """One tensor of a checkpoint: its key there, how it is split, and this rank's part of it.
 
-    Optimizer moments use their parameter's ``spec`` under another ``key``.
+    Optimizer moments use their parameter's ``spec`` under another ``key``. A rank that holds a range of the flattened
+    local tensor (ZeRO) says so by a :class:`FlatShare` in its place, and gives that range, 1-d.
     """
 
     key: str
-    spec: ParamSpec
+    spec: ParamSpec | FlatShare
     tensor: torch.Tensor
 
 
@@ -109,7 +111,7 @@ def chunk_name(key: str, offsets: Sequence[int], sizes: Sequence[int], shape: Se
 
 
 def build_shards(
-    entries: Iterable[TensorEntry | tuple[str, ParamSpec, torch.Tensor]],
+    entries: Iterable[TensorEntry | tuple[str, ParamSpec | FlatShare, torch.Tensor]],
     rank_tensors: Mapping[str, torch.Tensor],
     ctx: ParallelContext,
 ) -> dict[str, Shard]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from megaforge.config.config import Config
+from megaforge.config.fields import divisors, either
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
 
@@ -18,7 +18,7 @@ class Layout:
     """What follows from a configuration and a number of ranks.
 
     Attributes:
-        world_size, tp, dp: ranks, and their tensor- and data-parallel sizes.
+        world_size, tp, cp, dp: ranks, and their tensor-, context- and data-parallel sizes.
         global_batch_size: sequences of one optimizer step.
         micro_batches: micro-batches a rank computes in one optimizer step.
         notes: what is legal but may surprise; rank 0 prints each once.
@@ -26,6 +26,7 @@ class Layout:
 
     world_size: int
     tp: int
+    cp: int
     dp: int
     global_batch_size: int
     micro_batches: int
@@ -58,12 +59,6 @@ def check_layout(config: Config, world_size: int) -> Layout:
         UserError: naming the flag, its value and one that would work.
     """
     parallel = config.parallel
-    for flag, size, what in (
-        ("--cp", parallel.context_parallel_size, "context parallelism"),
-        ("--ep", parallel.expert_model_parallel_size, "expert parallelism"),
-    ):
-        if size > 1:
-            raise UserError(f"{flag} {size}: {what} is not implemented yet; use {flag} 1")
     tp = parallel.tensor_model_parallel_size
     if world_size % tp:
         raise UserError(
@@ -74,13 +69,17 @@ def check_layout(config: Config, world_size: int) -> Layout:
         if value % tp:
             raise UserError(f"--tp {tp} does not divide {label}; use --tp {_working_tp(config, world_size)}")
     _check_pipeline(config, world_size)
+    _check_context(config, world_size)
+    _check_experts(config, world_size)
     _check_lengths(config)
     _check_backend(config)
     _check_schedule(config)
-    dp = world_size // (tp * parallel.pipeline_model_parallel_size)
+    _check_gradients(config)
+    cp = parallel.context_parallel_size
+    dp = world_size // (tp * parallel.pipeline_model_parallel_size * cp)
     global_batch_size = _global_batch_size(config, dp)
     micro_batches = global_batch_size // (config.training.micro_batch_size * dp)
-    return Layout(world_size, tp, dp, global_batch_size, micro_batches, tuple(_notes(config)))
+    return Layout(world_size, tp, cp, dp, global_batch_size, micro_batches, tuple(_notes(config, dp * cp)))
 
 
 def mixer_kinds(model: ModelConfig) -> frozenset[str]:
@@ -92,6 +91,39 @@ def mixer_kinds(model: ModelConfig) -> frozenset[str]:
     attention_blocks = round(model.num_layers * model.transformer_pct / 100)
     present = {"*": attention_blocks > 0, "R": attention_blocks < model.num_layers}
     return frozenset(kind for kind, there in present.items() if there)
+
+
+def ffn_kinds(model: ModelConfig) -> frozenset[str]:
+    """Which FFNs the model has: ``E`` for mixture of experts, ``-`` for dense."""
+    if model.hybrid_layer_pattern is not None:
+        return frozenset("E-") & frozenset(model.hybrid_layer_pattern)
+    return frozenset("E" if model.ffn == "moe" else "-")
+
+
+def _check_experts(config: Config, world_size: int) -> None:
+    """Experts fold the ranks of a pipeline stage, tp x cp x dp of them, into etp x ep x edp."""
+    parallel, model = config.parallel, config.model
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_size
+    given = parallel.expert_tensor_parallel_size is not None
+    if "E" not in ffn_kinds(model):
+        if ep > 1 or given:
+            flag = f"--ep {ep}" if ep > 1 else f"--etp {etp}"
+            raise UserError(f"{flag} splits experts, and this model has none; leave it out, or use --ffn moe")
+        return
+    ranks = world_size // parallel.pipeline_model_parallel_size
+    fitting_etp = [size for size in divisors(ranks) if model.ffn_size % size == 0]
+    if etp not in fitting_etp:
+        raise UserError(
+            f"--etp {etp} does not divide both --ffn-hidden-size {model.ffn_size} and the {ranks} ranks of a pipeline "
+            f"stage; use --etp {either(fitting_etp)}"
+        )
+    fitting_ep = [size for size in divisors(ranks // etp) if model.num_experts % size == 0]
+    if ep not in fitting_ep:
+        source = "" if given else " (--etp is --tp unless given)"
+        raise UserError(
+            f"--ep {ep} does not divide both --num-experts {model.num_experts} and the {ranks // etp} ranks that "
+            f"--etp {etp} leaves of the {ranks} of a pipeline stage{source}; use --ep {either(fitting_ep)}"
+        )
 
 
 def _split_over_tp(config: Config) -> list[tuple[str, int]]:
@@ -106,12 +138,17 @@ def _split_over_tp(config: Config) -> list[tuple[str, int]]:
         sizes.append(
             (f"the {heads} RWKV heads (--hidden-size {model.hidden_size} / --rwkv-head-size {head_size})", heads)
         )
-    sizes.append((f"--ffn-hidden-size {model.ffn_size}", model.ffn_size))
+    ffns = ffn_kinds(model)
+    if "-" in ffns or ("E" in ffns and config.parallel.expert_tensor_parallel_size is None):
+        sizes.append((f"--ffn-hidden-size {model.ffn_size}", model.ffn_size))
+    shared = model.moe_shared_expert_intermediate_size
+    if "E" in ffns and shared is not None:
+        sizes.append((f"--moe-shared-expert-intermediate-size {shared}", shared))
     if model.vocab_size is not None:
         padded = model.padded_vocab_size()
         multiple = f"--make-vocab-size-divisible-by {model.make_vocab_size_divisible_by}"
         sizes.append((f"the vocabulary of {model.vocab_size} padded to {padded} ({multiple})", padded))
-    if config.parallel.sequence_parallel:
+    if config.parallel.sequence_parallel and config.parallel.context_parallel_size == 1:
         sizes.append((f"--seq-length {config.data.seq_length}, which --sequence-parallel cuts", config.data.seq_length))
     return sizes
 
@@ -119,12 +156,39 @@ def _split_over_tp(config: Config) -> list[tuple[str, int]]:
 def _working_tp(config: Config, world_size: int) -> str:
     """The tensor-parallel sizes that would work, as words."""
     sizes = [value for _, value in _split_over_tp(config)]
-    return _either(size for size in range(1, world_size + 1) if not any(n % size for n in (world_size, *sizes)))
+    return either(size for size in range(1, world_size + 1) if not any(n % size for n in (world_size, *sizes)))
 
 
-def _either(values: Iterable[int]) -> str:
-    words = [str(value) for value in values]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+def _check_context(config: Config, world_size: int) -> None:
+    """cp ranks share a sequence in 2 cp equal chunks, which --sequence-parallel cuts further over tp."""
+    parallel, length = config.parallel, config.data.seq_length
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    if cp == 1:
+        return
+    pp = parallel.pipeline_model_parallel_size
+    ranks = world_size // (tp * pp)
+    inner = tp if parallel.sequence_parallel else 1
+    working = [
+        size for size in range(1, ranks + 1) if ranks % size == 0 and (size == 1 or not length % (2 * size * inner))
+    ]
+    if ranks % cp:
+        others = f"--tp {tp} and --pp {pp} leave" if pp > 1 else f"--tp {tp} leaves"
+        raise UserError(
+            f"--cp {cp} does not divide the {ranks} ranks that {others} of the {world_size} that were started; "
+            f"use --cp {either(working)}"
+        )
+    unit = 2 * cp * inner
+    if length % unit:
+        why = (
+            f"2 x cp x tp = {unit} (--sequence-parallel cuts each chunk over --tp {tp})"
+            if inner > 1
+            else f"2 x cp = {unit}"
+        )
+        lengths = [size for size in (length // unit * unit, (length // unit + 1) * unit) if size]
+        raise UserError(
+            f"--seq-length {length} does not divide by {why}: --cp {cp} cuts each sequence into {2 * cp} chunks; "
+            f"use --seq-length {either(lengths)}, or --cp {either(working)}"
+        )
 
 
 def _check_pipeline(config: Config, world_size: int) -> None:
@@ -132,7 +196,7 @@ def _check_pipeline(config: Config, world_size: int) -> None:
     tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     rest = world_size // tp
     if rest % pp:
-        working = _either(size for size in range(1, rest + 1) if rest % size == 0)
+        working = either(divisors(rest))
         raise UserError(
             f"--pp {pp} does not divide the {rest} ranks that --tp {tp} leaves of the {world_size} that were started; "
             f"use --pp {working}"
@@ -171,6 +235,30 @@ def _check_schedule(config: Config) -> None:
         )
 
 
+def _check_gradients(config: Config) -> None:
+    """How gradients are sharded and sent must fit each other and the precision."""
+    parallel, training = config.parallel, config.training
+    zero, pp, kind = parallel.zero_stage, parallel.pipeline_model_parallel_size, parallel.grad_compression
+    if zero == 2 and pp > 1:
+        raise UserError(
+            f"--zero 2 with --pp {pp} would reduce every micro-batch of the pipeline on its own; use --zero 1"
+        )
+    if kind == "none":
+        if parallel.grad_reduce_in_bf16 and training.fp64:
+            raise UserError("--grad-reduce-in-bf16 would undo --fp64; drop one of the two")
+        return
+    if parallel.grad_reduce_in_bf16:
+        raise UserError(f"--grad-reduce-in-bf16 and --grad-compression {kind} exclude each other; drop one of the two")
+    if zero == 2:
+        raise UserError(f"--grad-compression {kind} needs whole gradients, which --zero 2 does not keep; use --zero 1")
+    if training.fp16:
+        raise UserError(
+            f"--grad-compression {kind} carries losses over to steps with another --fp16 loss scale; use --bf16"
+        )
+    if training.fp64 and kind == "bf16":
+        raise UserError("--grad-compression bf16 would undo --fp64; drop one of the two")
+
+
 def _global_batch_size(config: Config, dp: int) -> int:
     micro = config.training.micro_batch_size
     given = config.training.global_batch_size
@@ -179,7 +267,7 @@ def _global_batch_size(config: Config, dp: int) -> int:
     step = micro * dp
     if given % step:
         below = given // step * step
-        working = _either(size for size in (below, below + step) if size > 0)
+        working = either(size for size in (below, below + step) if size > 0)
         smaller = next((size for size in range(micro - 1, 0, -1) if given % (size * dp) == 0), None)
         raise UserError(
             f"--global-batch-size {given} does not divide by --micro-batch-size {micro} x dp {dp} = {step}; "
@@ -188,12 +276,23 @@ def _global_batch_size(config: Config, dp: int) -> int:
     return given
 
 
-def _notes(config: Config) -> list[str]:
+def _notes(config: Config, replicas: int) -> list[str]:
     notes = []
-    if config.parallel.cpu_offload_activations and config.training.device == "cpu":
+    parallel = config.parallel
+    if parallel.cpu_offload_activations and config.training.device == "cpu":
         notes.append("--cpu-offload-activations has nothing to move on --device cpu: it changes nothing")
+    if parallel.zero_stage and replicas == 1:
+        notes.append(f"--zero {parallel.zero_stage} has nothing to share out at dp 1: it saves nothing")
+    if parallel.grad_compression != "none":
+        notes.append(
+            f"--grad-compression {parallel.grad_compression}: what is learned now depends on the number of "
+            "data-parallel ranks"
+            + (", and at dp 1 nothing is sent" if replicas == 1 else "; --load starts without the losses kept so far")
+        )
     if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
         notes.append("--sequence-parallel has nothing to share at --tp 1: it changes nothing")
+    if config.parallel.context_parallel_size == 1 and config.parallel.cp_comm_type != "allgather":
+        notes.append(f"--cp-comm-type {config.parallel.cp_comm_type} has nothing to exchange at --cp 1")
     decay_iters = config.optimizer.lr_decay_iters or config.training.train_iters
     if 0 < decay_iters < config.optimizer.lr_warmup_iters:
         notes.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megaforge.errors import UserError
@@ -58,3 +58,14 @@ def require_positive(section: object, *names: str) -> None:
     for name in names:
         if getattr(section, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(section, name)}: must be positive")
+
+
+def divisors(number: int) -> list[int]:
+    """The positive integers that divide ``number``, ascending."""
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def either(values: Iterable[object]) -> str:
+    """What would work, as words: ``1, 2 or 4``."""
+    words = [str(value) for value in values]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megaforge.config.fields import flag, require_at_least, require_positive
+from megaforge.config.fields import divisors, either, flag, require_at_least, require_positive
 from megaforge.errors import UserError
 
 
@@ -43,8 +43,34 @@ class ModelConfig:
     max_position_embeddings: int | None = flag(None, "longest sequence the model is meant for (default: --seq-length)")
     num_experts: int = flag(8, "experts of a MoE FFN")
     moe_router_topk: int = flag(2, "experts a token goes to")
-    moe_aux_loss_coeff: float = flag(1e-2, "weight of the per-sequence load-balancing loss")
+    moe_router_score_function: str = flag("softmax", "how router logits become scores", choices=("softmax", "sigmoid"))
+    moe_router_topk_scaling_factor: float | None = flag(None, "factor on the routing weights of the chosen experts")
+    moe_router_num_groups: int | None = flag(
+        None, "groups of neighbouring experts; a token's experts come from --moe-router-group-topk of them"
+    )
+    moe_router_group_topk: int | None = flag(None, "groups a token goes to")
+    moe_router_enable_expert_bias: bool = flag(
+        False, "balance without a loss: a bias in the choice of experts (sigmoid), moved once a step against their load"
+    )
+    moe_router_bias_update_rate: float = flag(1e-3, "step of the expert bias")
+    moe_router_load_balancing_type: str = flag(
+        "seq_aux_loss",
+        "load-balancing loss: over each sequence, with the load of the previous global batch, or none",
+        choices=("seq_aux_loss", "global_aux_loss", "none"),
+    )
+    moe_aux_loss_coeff: float = flag(1e-2, "weight of the load-balancing loss")
     moe_z_loss_coeff: float = flag(1e-3, "weight of the router z-loss")
+    moe_expert_capacity_factor: float | None = flag(
+        None, "an expert takes at most this times its even share of each sequence's tokens (default: every token)"
+    )
+    moe_token_drop_policy: str = flag(
+        "position",
+        "which tokens a full expert takes: the first of the sequence, or those of the largest weight (looks ahead)",
+        choices=("position", "probs"),
+    )
+    moe_shared_expert_intermediate_size: int | None = flag(
+        None, "inner width of an expert that every token goes to besides (default: none)"
+    )
     rwkv_head_size: int = flag(64, "channels of an RWKV-7 head")
     rwkv_decay_rank: int | None = flag(None, "rank of the decay (w) LoRA; default: the published rule of the width")
     rwkv_iclr_rank: int | None = flag(
@@ -110,9 +136,42 @@ class ModelConfig:
                 f"--hidden-size {self.hidden_size} does not divide by --rwkv-head-size {self.rwkv_head_size}; "
                 f"use a multiple of {self.rwkv_head_size}"
             )
-        if self.moe_router_topk > self.num_experts:
-            raise UserError(f"--moe-router-topk {self.moe_router_topk} exceeds --num-experts {self.num_experts}")
+        self._validate_moe()
         if not 0 <= self.transformer_pct <= 100:
             raise UserError(f"--transformer-pct {self.transformer_pct}: give a share between 0 and 100")
         if not 0 < self.rotary_percent <= 1:
             raise UserError(f"--rotary-percent {self.rotary_percent}: give a share in (0, 1]")
+
+    def _validate_moe(self) -> None:
+        require_at_least(self, 1, "moe_router_num_groups", "moe_router_group_topk")
+        require_at_least(self, 1, "moe_shared_expert_intermediate_size")
+        require_at_least(self, 0, "moe_router_bias_update_rate")
+        if self.moe_router_topk > self.num_experts:
+            raise UserError(f"--moe-router-topk {self.moe_router_topk} exceeds --num-experts {self.num_experts}")
+        for name in ("moe_expert_capacity_factor", "moe_router_topk_scaling_factor"):
+            if getattr(self, name) is not None:
+                require_positive(self, name)
+        if self.moe_router_enable_expert_bias and self.moe_router_score_function != "sigmoid":
+            raise UserError(
+                "--moe-router-enable-expert-bias balances sigmoid scores; add --moe-router-score-function sigmoid"
+            )
+        if (self.moe_router_num_groups is None) != (self.moe_router_group_topk is None):
+            raise UserError("--moe-router-num-groups and --moe-router-group-topk belong together; set both or neither")
+        if self.moe_router_num_groups is not None and self.moe_router_group_topk is not None:
+            self._validate_groups(self.moe_router_num_groups, self.moe_router_group_topk)
+
+    def _validate_groups(self, groups: int, group_topk: int) -> None:
+        if self.num_experts % groups:
+            raise UserError(
+                f"--moe-router-num-groups {groups} does not divide --num-experts {self.num_experts}; "
+                f"use {either(divisors(self.num_experts))}"
+            )
+        fitting = [k for k in divisors(self.moe_router_topk) if self.moe_router_topk // k <= self.num_experts // groups]
+        fitting = [k for k in fitting if k <= groups]
+        if group_topk not in fitting:
+            raise UserError(
+                f"--moe-router-group-topk {group_topk}: each of the chosen groups gives topk / group-topk of its "
+                f"{self.num_experts // groups} experts, with --moe-router-topk {self.moe_router_topk} and "
+                f"{groups} groups; "
+                + (f"use {either(fitting)}" if fitting else "use fewer groups or a smaller --moe-router-topk")
+            )

@@ -26,7 +26,15 @@ class ParallelConfig:
         choices=("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"),
     )
     context_parallel_size: int = flag(1, "ranks that share each sequence", aliases=("--cp",))
+    cp_comm_type: str = flag(
+        "allgather",
+        "how attention gets other --cp ranks' keys and values: all at once, or in a ring (p2p) that never holds all",
+        choices=("allgather", "p2p"),
+    )
     expert_model_parallel_size: int = flag(1, "ranks that share the experts", aliases=("--ep",))
+    expert_tensor_parallel_size: int | None = flag(
+        None, "ranks that share each expert's matrices (default: --tp)", aliases=("--etp",)
+    )
     sequence_parallel: bool = flag(
         False, "shard norms and the residual stream over the sequence within tp", aliases=("--sp",)
     )
@@ -41,15 +49,36 @@ class ParallelConfig:
     )
     overlap_grad_reduce: bool = flag(True, "reduce gradient buckets while the backward pass still runs")
     ddp_bucket_size: int = flag(25_000_000, "elements of a gradient bucket")
+    zero_stage: int = flag(
+        0,
+        "what data-parallel ranks share out: 1 masters and moments of the optimizer, 2 gradients too, reduced after "
+        "every micro-batch",
+        choices=(0, 1, 2),
+        aliases=("--zero",),
+    )
+    overlap_param_gather: bool = flag(True, "with --zero, gather updated parameters while the next forward pass runs")
+    grad_reduce_in_bf16: bool = flag(False, "sum gradients over data-parallel ranks in bfloat16 instead of fp32")
+    grad_compression: str = flag(
+        "none",
+        "what data-parallel ranks send of gradients, losses made up for in the next step; other than none, the layout "
+        "changes what is learned",
+        choices=("none", "bf16", "powersgd"),
+    )
+    grad_compression_rank: int = flag(4, "rank of the factors of --grad-compression powersgd")
     distributed_backend: str = flag(
         "auto", "process-group backend; auto is nccl on GPUs and gloo on CPUs", choices=("auto", "gloo", "nccl", "mpi")
     )
     distributed_timeout_minutes: float = flag(30.0, "minutes after which a collective that does not end aborts the run")
 
+    @property
+    def expert_tensor_size(self) -> int:
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
     def validate(self) -> None:
         require_at_least(self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size")
         require_at_least(self, 1, "context_parallel_size", "expert_model_parallel_size", "ddp_bucket_size")
         require_at_least(self, 1, "virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage")
+        require_at_least(self, 1, "grad_compression_rank", "expert_tensor_parallel_size")
         require_positive(self, "distributed_timeout_minutes")
         if None not in (self.virtual_pipeline_model_parallel_size, self.num_layers_per_virtual_pipeline_stage):
             raise UserError(

@@ -20,7 +20,7 @@ from megaforge.data.blend import parse_split, split_ranges
 from megaforge.data.indexed_dataset import IndexedDataset
 from megaforge.data.loader import Batch, GlobalBatchLoader
 from megaforge.data.manifest import Sidecar, content_digest, digest_of, read_sidecar
-from megaforge.data.sample_order import EpochOrder, TokenStream, key_of, shuffled
+from megaforge.data.sample_order import EpochOrder, TokenStream, has_native_copy, key_of, shuffled
 from megaforge.data.schedule import Plan, SampleSchedule, check_state, make_state
 from megaforge.errors import UserError
 
@@ -97,6 +97,11 @@ class TrainingData:
     ) -> None:
         self.eod_mask_loss = eod_mask_loss
         self.notices: list[str] = []
+        if not has_native_copy():
+            self.notices.append(
+                "reading samples with NumPy: the extension megaforge.data._data_helpers was not built "
+                "(pip install --no-build-isolation -e .); short documents are read several times slower"
+            )
         self.split_text, self.split = split, parse_split(split)
         weights = [weight for weight, _ in sources]
         Plan(schedule, weights)  # a schedule that cannot be is an error before any file is opened

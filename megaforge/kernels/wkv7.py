@@ -7,6 +7,10 @@ Per head, with a state S of [value, key] channels::
 :func:`wkv7` is the one door. :func:`wkv7_recurrent` is the definition, token by token: the oracle of the others, and
 what generation steps with. :class:`_ChunkedWKV7` is the portable fast path: within a chunk the recurrence is a few
 small matrix products, and only one [N, N] state a chunk is passed on.
+
+A span of tokens maps the state before it to the state after it as ``S' = S P + Q``. :func:`wkv7_summary` gives P and Q,
+:func:`wkv7_state_gradient` the gradient that the span's own outputs send to the state before it: with these, spans on
+different ranks are joined by [N, N] matrices alone (:mod:`megaforge.nn.wkv7_context`).
 """
 
 from __future__ import annotations
@@ -49,6 +53,71 @@ def wkv7(
     if r.shape[0] <= 2:
         return wkv7_recurrent(r, log_w, k, v, a, b, initial_state, document_start)
     return _ChunkedWKV7.apply(r, log_w, k, v, a, b, initial_state, document_start)
+
+
+@torch.no_grad()
+def wkv7_summary(
+    r: torch.Tensor,
+    log_w: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    document_start: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How the tokens change whatever state they start from: ``S' = S P + Q``; no gradient.
+
+    Args:
+        r, log_w, k, v, a, b, document_start: as :func:`wkv7`.
+
+    Returns:
+        P [b, H, N (key), N (key)], zero where a document starts among the tokens, and Q [b, H, N (value), N (key)],
+        the state that they leave behind a zero one; fp32 (fp64 for fp64 inputs).
+    """
+    layout = _Layout(v)
+    shape = (layout.rows, layout.n, layout.n)
+    through, state = (torch.empty(shape, dtype=layout.dtype, device=v.device) for _ in range(2))
+    for group in layout.groups:
+        chunk = layout.prepare((r, log_w, k, v, a, b), document_start, group)
+        increment = chunk.uv.transpose(-1, -2) @ chunk.carry_out
+        product, total = chunk.transition[0], increment[0]
+        for n in range(1, layout.chunks):
+            product = product @ chunk.transition[n]
+            total = torch.baddbmm(increment[n], total, chunk.transition[n])
+        through[group], state[group] = product, total
+    return through.unflatten(0, v.shape[1:3]), state.unflatten(0, v.shape[1:3])
+
+
+@torch.no_grad()
+def wkv7_state_gradient(
+    r: torch.Tensor,
+    log_w: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    dy: torch.Tensor,
+    document_start: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Gradient of the initial state that comes from ``dy`` alone, at a small part of the cost of the backward pass.
+
+    Args:
+        r, log_w, k, v, a, b, document_start: as :func:`wkv7`.
+        dy: gradient of y, [s, b, H, N].
+
+    Returns:
+        [b, H, N (value), N (key)] in fp32 (fp64 for fp64 inputs).
+    """
+    layout = _Layout(v)
+    result = torch.empty(layout.rows, layout.n, layout.n, dtype=layout.dtype, device=v.device)
+    for group in layout.groups:
+        chunk = layout.prepare((r, log_w, k, v, a, b), document_start, group)
+        increment = layout.cut(dy, group).transpose(-1, -2) @ chunk.read
+        total = increment[-1]
+        for n in reversed(range(layout.chunks - 1)):
+            total = torch.baddbmm(increment[n], total, chunk.transition[n].transpose(-1, -2))
+        result[group] = total
+    return result.unflatten(0, v.shape[1:3])
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -253,6 +322,9 @@ class _Layout:
             starts = padded[:, rows].unflatten(0, (self.chunks, CHUNK)).transpose(1, 2)
         return _masks(starts, self.dtype, self.device)
 
+    def prepare(self, inputs: tuple[torch.Tensor, ...], document_start: torch.Tensor | None, group: slice) -> _Chunks:
+        return _prepare(tuple(self.cut(x, group) for x in inputs), self.masks(document_start, group))
+
 
 class _ChunkedWKV7(torch.autograd.Function):
     """Forward: the chunked WKV-7. Backward: its gradients, from the inputs and the saved first state of every chunk
@@ -276,8 +348,7 @@ class _ChunkedWKV7(torch.autograd.Function):
         if initial_state is not None:
             states[0] = initial_state.flatten(0, 1)
         for group in layout.groups:
-            inputs = tuple(layout.cut(x, group) for x in (r, log_w, k, v, a, b))
-            chunk = _prepare(inputs, layout.masks(document_start, group))
+            chunk = layout.prepare((r, log_w, k, v, a, b), document_start, group)
             y[:, :, group] = _forward_chunks(chunk, states[:, group]).transpose(1, 2)
         ctx.save_for_backward(r, log_w, k, v, a, b, states[:-1], document_start)
         ctx.state_dtype = None if initial_state is None else initial_state.dtype

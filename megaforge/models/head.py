@@ -78,14 +78,22 @@ class OutputHead(nn.Module):
         Returns:
             Losses [s, b] in nats (fp32; fp64 for fp64) and whether the label scored highest, bool [s, b].
         """
+        scored: tuple[Tensor, Tensor] = self(x, labels_BS)
+        return scored
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Normed residual stream [s(/tp), b, h] -> [b, s, vocabulary], whole and unpadded on every rank."""
+        scores: Tensor = self(x)
+        return scores
+
+    def forward(self, x: Tensor, labels_BS: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """:meth:`loss` with labels, :meth:`logits` without. Called as a module, so that its hooks run."""
         hidden = self.region.enter(x)
+        if labels_BS is None:
+            local = F.linear(hidden, self.weight)
+            return gather_from_tensor_parallel(local, self.ctx.tp)[..., : self.vocab_size].transpose(0, 1)
         labels = labels_BS.t().reshape(-1)
         losses, correct = vocab_parallel_linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]), self.weight, labels, ctx=self.ctx, vocab_size=self.vocab_size
         )
         return losses.view(hidden.shape[:2]), correct.view(hidden.shape[:2])
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Normed residual stream [s(/tp), b, h] -> [b, s, vocabulary], whole and unpadded on every rank."""
-        local = F.linear(self.region.enter(x), self.weight)
-        return gather_from_tensor_parallel(local, self.ctx.tp)[..., : self.vocab_size].transpose(0, 1)

@@ -19,6 +19,7 @@ from megaforge.nn.recompute import recomputed
 from megaforge.nn.rwkv7 import RWKV7State, RWKV7TimeMix
 from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.context_parallel import ContextShards
 from megaforge.parallel.layers import VocabParallelEmbedding
 from megaforge.parallel.region import TensorParallelRegion
 
@@ -26,6 +27,8 @@ from megaforge.parallel.region import TensorParallelRegion
 @dataclass(frozen=True)
 class ModelOutput:
     """What one micro-batch gives, as sums and counts, so that the caller divides by the global batch's counts.
+
+    Of sequences that the ranks of cp share, each rank has a part of every sum.
 
     Attributes:
         loss_sum: sum over tokens of loss mask * cross-entropy, in nats.
@@ -158,6 +161,7 @@ class HybridModel(nn.Module):
         *,
         sequence_parallel: bool = False,
         dtype: torch.dtype = torch.float32,
+        cp_comm_type: str = "allgather",
         recompute: str = "none",
         layers: range | None = None,
         embedding_weight: nn.Parameter | None = None,
@@ -176,6 +180,7 @@ class HybridModel(nn.Module):
         self.cfg = cfg
         self.ctx = ctx
         self.region = TensorParallelRegion(ctx, sequence_parallel)
+        self.shards = ContextShards(ctx.cp, cp_comm_type)
         kinds = blocks_of(cfg)
         self.stage_layers = range(len(kinds)) if layers is None else layers
         self.is_first, self.is_last = self.stage_layers.start == 0, self.stage_layers.stop == len(kinds)
@@ -232,12 +237,14 @@ class HybridModel(nn.Module):
         if not self.cfg.reset_at_document_boundaries:
             document_start_BS = None
         batch, length = tokens_BS.shape
-        return SequenceInfo(batch, length, tokens_BS.device, document_start_BS, offset)
+        return SequenceInfo(batch, length, tokens_BS.device, document_start_BS, offset, self.shards)
 
     def forward(
         self, tokens: Tensor, labels: Tensor, loss_mask: Tensor, document_start: Tensor | None = None
     ) -> ModelOutput:
-        """The losses of one micro-batch.
+        """The losses of one micro-batch: sums over the tokens that this rank holds, which is all unless cp > 1.
+
+        Every rank of cp gets the same whole sequences and takes its chunks of them.
 
         Args:
             tokens: int64 [b, s].
@@ -263,7 +270,9 @@ class HybridModel(nn.Module):
         Args:
             arrived: what the stage before made; None in the first. Only the last stage has a ``loss_sum``.
         """
-        stream, routed = self._trunk(tokens, self._info(tokens, document_start), None, arrived)
+        info = self._info(tokens, document_start)
+        tokens, labels, loss_mask = (info.local(whole) for whole in (tokens, labels, loss_mask))
+        stream, routed = self._trunk(tokens, info, None, arrived)
         zero = torch.zeros((), dtype=self.loss_dtype, device=stream.x.device)
         loss_sum = correct_sum = zero
         if self.is_last:
@@ -299,7 +308,12 @@ class HybridModel(nn.Module):
 
         Returns:
             [b, s, vocabulary] ([b, 1, vocabulary]) in the dtype of the model.
+
+        Raises:
+            ValueError: the model's sequences are shared by the ranks of cp.
         """
+        if self.ctx.cp.size > 1:
+            raise ValueError(f"logits are for models that hold whole sequences: cp is {self.ctx.cp.size}, not 1")
         info = self._info(tokens, document_start, 0 if state is None else state.length)
         stream, _ = self._trunk(tokens, info, state)
         x = self.final_norm(stream.x)

@@ -76,6 +76,11 @@ def plan_pipeline(cfg: ModelConfig, parallel: ParallelConfig, micro_batches: int
             "compute the blocks again once for each weight; use --recompute selective or none, or --pipeline-schedule "
             + ("interleaved" if vpp > 1 else "1f1b")
         )
+    if vpp > 1 and parallel.zero_stage == 2:
+        raise UserError(
+            f"--zero 2 with --vpp {vpp}: gradients of several stages on a rank cannot be reduced after every "
+            "micro-batch; use --zero 1, or --vpp 1"
+        )
     return PipelinePlan(name, pp, vpp, tuple(stage_layers(cfg, pp * vpp, sequence_length)), schedule)
 
 
@@ -143,6 +148,7 @@ def build_model(
     *,
     sequence_parallel: bool = False,
     dtype: torch.dtype = torch.float32,
+    cp_comm_type: str = "allgather",
     recompute: str = "none",
 ) -> HybridModel | StagedModel:
     """This rank's part of the model, not yet initialised: the whole :class:`HybridModel` where there is one stage.
@@ -159,12 +165,17 @@ def build_model(
             ctx,
             sequence_parallel=sequence_parallel,
             dtype=dtype,
+            cp_comm_type=cp_comm_type,
             recompute=recompute,
             layers=plan.layers[stage],
             embedding_weight=shared,
         )
         chunks.append(chunk)
-    return chunks[0] if plan.num_stages == 1 else StagedModel(cfg, chunks)
+    model = chunks[0] if plan.num_stages == 1 else StagedModel(cfg, chunks)
+    tied = tied_weight(model, plan)
+    if tied is not None:
+        tied.alone_in_bucket = True  # type: ignore[attr-defined]  # so that ZeRO cuts both copies alike
+    return model
 
 
 def tied_weight(model: HybridModel | StagedModel, plan: PipelinePlan) -> nn.Parameter | None:
@@ -175,18 +186,6 @@ def tied_weight(model: HybridModel | StagedModel, plan: PipelinePlan) -> nn.Para
     if model.chunks[0].is_first:
         return model.chunks[0].embedding.weight
     return model.chunks[-1].head.weight if model.chunks[-1].is_last else None
-
-
-def shared_weights(model: HybridModel | StagedModel) -> list[nn.Parameter]:
-    """Parameters that two stages of this rank use, so that two backward passes of a micro-batch reach them."""
-    chunks = model.chunks
-    seen: set[int] = set()
-    shared = []
-    for chunk in chunks:
-        own = {id(parameter): parameter for parameter in chunk.parameters()}
-        shared += [parameter for key, parameter in own.items() if key in seen]
-        seen |= own.keys()
-    return shared
 
 
 def make_payload(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
 from megaforge.kernels.attention import causal_attention
+from megaforge.nn.attention_context import shared_attention
 from megaforge.nn.recompute import recomputed
 from megaforge.nn.rope import apply_rotary, rotary_tables
 from megaforge.nn.sequence import SequenceInfo
@@ -118,11 +119,14 @@ class SelfAttention(nn.Module):
             query_key = apply_rotary(query_key, cos, sin)
         query, key = query_key.permute(1, 2, 0, 3).split((self.heads, self.groups), dim=1)
         value = value.view(length, batch, self.groups, width).permute(1, 2, 0, 3)
-        mask = info.attention_mask()
-        if cache is not None:
-            key, value = cache.append(key, value)
-            mask = _continuation_mask(length, key.shape[2], mask, x.device)
-        context = recomputed(self.recompute_core, causal_attention, query, key, value, mask)
+        if info.shards.axis.size > 1:
+            context = recomputed(self.recompute_core, shared_attention, query, key, value, info)
+        else:
+            mask = info.attention_mask()
+            if cache is not None:
+                key, value = cache.append(key, value)
+                mask = _continuation_mask(length, key.shape[2], mask, x.device)
+            context = recomputed(self.recompute_core, causal_attention, query, key, value, mask)
         return self.output(context.permute(2, 0, 1, 3).reshape(length, batch, self.heads * width))
 
 

@@ -16,7 +16,9 @@ from megaforge.kernels.wkv7 import wkv7
 from megaforge.nn.recompute import recomputed
 from megaforge.nn.sequence import SequenceInfo
 from megaforge.nn.token_shift import mix_tokens, token_shift
+from megaforge.nn.wkv7_context import shared_wkv7
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.context_parallel import ContextShards
 from megaforge.parallel.init_rules import Constant, Elementwise, InitRule, Normal, Orthogonal
 from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megaforge.parallel.param_spec import ParamSpec, make_parameter
@@ -108,8 +110,9 @@ class RWKV7TimeMix(nn.Module):
     """RWKV-7's sequence mixer.
 
     Between ``region.enter`` and ``region.exit`` every rank sees every token and computes its own heads: projections,
-    second LoRA factors and per-channel vectors are split over tp, and nothing else communicates. The token-shift
-    coefficients and first LoRA factors are replicated, and each rank has a part of their gradient.
+    second LoRA factors and per-channel vectors are split over tp, and nothing else communicates over it. The
+    token-shift coefficients and first LoRA factors are replicated, and each rank has a part of their gradient. The
+    ranks of cp, which share each sequence, give each other the last token of every chunk and summaries of the states.
     """
 
     # Token-shift coefficients [C]; first [C, rank] and second [rank, C/tp] LoRA factors; per-channel vectors [C/tp].
@@ -257,7 +260,8 @@ class RWKV7TimeMix(nn.Module):
         r, v = r.view(heads), v.view(heads)
         starts = info.document_start_SB if info.has_boundaries else None
         memory = None if state is None else state.wkv
-        y, k, final = recomputed(self.recompute_core, self._recurrence, r, v, decay, key, rate, memory, starts)
+        inputs = (r, v, decay, key, rate, memory, starts, info.shards)
+        y, k, final = recomputed(self.recompute_core, self._recurrence, *inputs)
         if state is not None:
             state.shift, state.wkv = x[-1], final
         return self.output(self._finish(y, r, k, v) * gate), v_first
@@ -271,9 +275,12 @@ class RWKV7TimeMix(nn.Module):
         rate: Tensor,
         memory: Tensor | None,
         starts: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """WKV and the arithmetic in front of it: y and k [s, b, H/tp, N], and the final state."""
+        shards: ContextShards,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """WKV and the arithmetic in front of it: y and k [s, b, H/tp, N], and with a ``memory`` the final state."""
         log_w, k, a, b = rwkv7_inputs(decay, self.w0, rate, self.a0, key, self.k_k, self.k_a, self.head_size)
+        if memory is None and shards.axis.size > 1:
+            return shared_wkv7(r, log_w, k, v, a, b, starts, shards), k, None
         y, final = wkv7(r, log_w, k, v, a, b, memory, starts)
         return y, k, final
 

@@ -6,16 +6,23 @@ from typing import Any
 
 import torch
 
+from megaforge.parallel.context_parallel import ContextShards
+
 
 class SequenceInfo:
     """Document boundaries and positions of ``batch`` sequences of ``length`` tokens. Treat it as read-only.
+
+    Under context parallelism it is made from whole sequences, and describes the s = length / cp tokens of each that
+    this rank holds: positions and documents count from the beginning of the whole.
 
     Attributes:
         document_start_SB: bool [s, b], true where a token sees nothing before it. Position 0 of a fresh sequence
             always does.
         position_ids_BS: int64 [b, s], position within the token's document.
         document_ids_BS: int64 [b, s], 0, 1, ... within each sequence.
-        has_boundaries: whether any document starts after position 0 (a Python bool: layers branch on it for free).
+        has_boundaries: whether any document starts after position 0, on whichever rank (a Python bool: layers branch
+            on it for free, and all ranks of cp alike).
+        shards: the part of the sequences that this rank holds.
         offset: tokens of these sequences that a recurrent state has already consumed.
         shared: what layers derive from the above and share with later layers (rotary tables).
     """
@@ -27,40 +34,48 @@ class SequenceInfo:
         device: torch.device,
         document_start_BS: torch.Tensor | None = None,
         offset: int = 0,
+        shards: ContextShards | None = None,
     ) -> None:
         """Builds the description.
 
         Args:
             batch: sequences.
-            length: tokens of each.
+            length: tokens of each whole sequence.
             device: where the tensors live.
             document_start_BS: bool [b, s]; None when no document starts after position 0.
             offset: tokens already consumed by a recurrent state: the sequences continue, so position 0 starts nothing
                 and positions count on from here.
+            shards: what this rank holds of a sequence that the ranks of cp share; None: all of it.
 
         Raises:
-            ValueError: boundaries of another shape, or together with an offset.
+            ValueError: boundaries of another shape, or together with an offset; sequences that are shared by ranks
+                continue from a state, or do not divide into chunks.
         """
         if document_start_BS is not None and document_start_BS.shape != (batch, length):
             raise ValueError(f"document_start has shape {tuple(document_start_BS.shape)}, expected {(batch, length)}")
         if document_start_BS is not None and offset:
             raise ValueError("a sequence that continues from a state cannot hold document boundaries")
+        self.shards = ContextShards() if shards is None else shards
+        if offset and self.shards.axis.size > 1:
+            raise ValueError("a sequence that continues from a state cannot be shared by the ranks of cp")
         self.offset = offset
         self.has_boundaries = document_start_BS is not None and bool(document_start_BS[:, 1:].any())
         positions = torch.arange(offset, offset + length, device=device)
+        start = torch.zeros(batch, length, dtype=torch.bool, device=device)
         if self.has_boundaries and document_start_BS is not None:
-            start = document_start_BS.to(device=device, dtype=torch.bool).clone()
+            start |= document_start_BS.to(device=device, dtype=torch.bool)
+        if offset == 0:
             start[:, 0] = True
+        if self.has_boundaries:
             begun = torch.where(start, positions, 0).cummax(dim=1).values
-            self.position_ids_BS = positions - begun
-            self.document_ids_BS = start.long().cumsum(dim=1) - 1
-            self.document_start_SB = start.t().contiguous()
+            position_ids_BS, self._documents_BS = positions - begun, start.long().cumsum(dim=1) - 1
         else:
-            self.position_ids_BS = positions.expand(batch, length)
-            self.document_ids_BS = torch.zeros(1, 1, dtype=torch.long, device=device).expand(batch, length)
-            self.document_start_SB = torch.zeros(length, batch, dtype=torch.bool, device=device)
-            if offset == 0:
-                self.document_start_SB[0] = True
+            position_ids_BS = positions.expand(batch, length)
+            self._documents_BS = torch.zeros(1, 1, dtype=torch.long, device=device).expand(batch, length)
+        self._places_S = self.local(positions - offset, dim=0)
+        self.position_ids_BS = self.local(position_ids_BS)
+        self.document_ids_BS = self.local(self._documents_BS)
+        self.document_start_SB = self.local(start).t().contiguous()
         self.shared: dict[Any, Any] = {}
         self._mask: torch.Tensor | None = None
 
@@ -69,17 +84,30 @@ class SequenceInfo:
         return self.document_start_SB.shape[1]
 
     @property
+    def places_S(self) -> torch.Tensor:
+        """int64 [s], where in the whole sequence each of this rank's tokens is, documents notwithstanding."""
+        return self._places_S
+
+    @property
     def length(self) -> int:
         return self.document_start_SB.shape[0]
 
+    def local(self, x_BS: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """This rank's tokens of ``x_BS``, which is whole along ``dim``."""
+        return self.shards.take(x_BS, dim)
+
     def attention_mask(self) -> torch.Tensor | None:
-        """Bool [b, 1, s, s], true where query (dim 2) may see key (dim 3): causal and within one document.
+        """Bool [b or 1, 1, s, length], true where query (dim 2, this rank's tokens) may see key (dim 3, the whole
+        sequence): causal and within one document.
 
         None when plain causal attention is the same; made at the first call and kept for the other layers.
         """
-        if not self.has_boundaries:
+        if not self.has_boundaries and self.shards.axis.size == 1:
             return None
         if self._mask is None:
-            same = self.document_ids_BS[:, :, None] == self.document_ids_BS[:, None, :]
-            self._mask = same.tril()[:, None]
+            places = torch.arange(self._documents_BS.shape[1], device=self.places_S.device)
+            mask = (self.places_S[:, None] >= places)[None]
+            if self.has_boundaries:
+                mask = mask & (self.document_ids_BS[:, :, None] == self._documents_BS[:, None, :])
+            self._mask = mask[:, None]
         return self._mask

@@ -17,7 +17,8 @@ def token_shift(x_SBH: torch.Tensor, info: SequenceInfo, shift_state: torch.Tens
     """Each token's predecessor, zero where a document starts.
 
     Args:
-        x_SBH: [s, b, h], every token of the sequence in order (inside a tensor-parallel region).
+        x_SBH: [s, b, h], this rank's tokens of the sequence in order (inside a tensor-parallel region). Under context
+            parallelism the last token of the chunk before each of them comes from the rank that holds it.
         info: the micro-batch's document boundaries.
         shift_state: [b, h], the token before ``x_SBH[0]`` when the sequence continues one seen earlier
             (generation). Position 0 then continues that document; only later boundaries reset.
@@ -25,11 +26,17 @@ def token_shift(x_SBH: torch.Tensor, info: SequenceInfo, shift_state: torch.Tens
     Returns:
         [s, b, h] of the dtype of ``x_SBH``. The state for the next call is ``x_SBH[-1]``.
     """
-    first = torch.zeros_like(x_SBH[:1]) if shift_state is None else shift_state.to(x_SBH.dtype).unsqueeze(0)
-    previous = torch.cat([first, x_SBH[:-1]])
+    chunks = x_SBH.chunk(len(info.shards.chunks))
+    if shift_state is not None:
+        firsts = shift_state.to(x_SBH.dtype).unsqueeze(0)
+    else:
+        firsts = info.shards.before(torch.stack([chunk[-1] for chunk in chunks]))
+    previous = torch.cat([part for n, chunk in enumerate(chunks) for part in (firsts[n : n + 1], chunk[:-1])])
     if info.has_boundaries:
-        starts = info.document_start_SB.clone()
-        starts[0] = False  # position 0 already holds zero or the state
+        starts = info.document_start_SB
+        if shift_state is not None:
+            starts = starts.clone()
+            starts[0] = False  # it continues the state's document
         previous = previous.masked_fill(starts.unsqueeze(-1), 0)
     return previous
 

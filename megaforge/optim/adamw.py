@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from megaforge.config.run_config import OptimizerConfig
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.flat_share import FlatShare, held_part
 from megaforge.parallel.param_spec import ParamSpec, named_specs
+from megaforge.parallel.zero import ShardedParameters
 
-Entry = tuple[str, ParamSpec, Tensor]
+Entry = tuple[str, ParamSpec | FlatShare, Tensor]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -27,14 +29,21 @@ class AdamW:
     in a 16-bit type has an fp32 master here, which is what is updated, stored in checkpoints, and rounded into the
     model; wider parameters are their own masters. Gradients are read from ``parameter.main_grad``.
 
+    With ``shards`` (ZeRO) all of this is about the share of each parameter that this rank holds; after an update the
+    shares are gathered while the caller goes on (:meth:`wait_for_parameters`).
+
     Attributes:
         implementation: which code computes the update, for the log.
+        shards: how parameters are shared out, or None.
     """
 
-    def __init__(self, config: OptimizerConfig, model: nn.Module, ctx: ParallelContext) -> None:
+    def __init__(
+        self, config: OptimizerConfig, model: nn.Module, ctx: ParallelContext, shards: ShardedParameters | None = None
+    ) -> None:
+        self.shards = shards
         self._parameters = list(named_specs(model))
         self._trained = [(spec, parameter) for spec, parameter in self._parameters if parameter.requires_grad]
-        self._masters = {spec.name: _master_of(parameter) for spec, parameter in self._trained}
+        self._masters = {spec.name: self._master_of(parameter) for spec, parameter in self._trained}
         groups: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
         for spec, _ in self._trained:
             groups[spec.weight_decay, spec.lr_mult].append(self._masters[spec.name])
@@ -59,6 +68,13 @@ class AdamW:
         self._steps = 0
         self._write_steps()
 
+    def _master_of(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What is updated in place of ``parameter``: an fp32 copy of a 16-bit one; itself, or its share of memory."""
+        held = parameter if self.shards is None else self.shards.own(parameter)
+        if held.dtype in (torch.bfloat16, torch.float16):
+            return nn.Parameter(held.detach().float())
+        return parameter if self.shards is None else nn.Parameter(held)
+
     def _moments_of(self, spec: ParamSpec) -> dict[str, Tensor]:
         """The state of one parameter. Zero moments are made when first asked for: a checkpoint can be loaded into them
         before the first step, and who only loads weights pays no memory for them."""
@@ -82,6 +98,7 @@ class AdamW:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """One update from every ``main_grad``, at the learning rate ``lr`` times each parameter's own factor."""
+        self.wait_for_parameters()  # a part of the model that no forward pass has used may still be on its way
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_mult"]
         for spec, parameter in self._trained:
@@ -89,26 +106,37 @@ class AdamW:
             self._moments_of(spec)
         self._optimizer.step()
         self._steps += 1
-        self._round_into_model()
+        self._write_into_model()
 
     @torch.no_grad()
-    def _round_into_model(self) -> None:
+    def _write_into_model(self) -> None:
+        """Rounds masters into the model, and spreads the shares."""
         for spec, parameter in self._trained:
             master = self._masters[spec.name]
-            if master is not parameter:
-                parameter.copy_(master)
+            if master.dtype != parameter.dtype:
+                held = parameter if self.shards is None else self.shards.own(parameter)
+                held.copy_(master)
+        if self.shards is not None:
+            self.shards.gather()
+
+    def wait_for_parameters(self) -> None:
+        """Returns once every parameter of the model is up to date. Modules wait for their own before their forward;
+        call this before reading parameters in another way."""
+        if self.shards is not None:
+            self.shards.wait()
 
     def weight_entries(self) -> list[Entry]:
         """(global name, declaration, local master) of every parameter; a frozen one is its own master."""
         return [
-            (spec.name, spec, self._masters.get(spec.name, parameter).detach()) for spec, parameter in self._parameters
+            (spec.name, held_part(parameter), self._masters.get(spec.name, parameter).detach())
+            for spec, parameter in self._parameters
         ]
 
     def moment_entries(self) -> list[Entry]:
         """(``optimizer.exp_avg.NAME`` or ``optimizer.exp_avg_sq.NAME``, the parameter's declaration, local moment)."""
         return [
-            (f"optimizer.{moment}.{spec.name}", spec, self._moments_of(spec)[moment])
-            for spec, _ in self._trained
+            (f"optimizer.{moment}.{spec.name}", held_part(parameter), self._moments_of(spec)[moment])
+            for spec, parameter in self._trained
             for moment in _MOMENTS
         ]
 
@@ -126,14 +154,8 @@ class AdamW:
         self._write_steps()
 
     def after_load(self) -> None:
-        """Rounds freshly loaded masters into the model."""
-        self._round_into_model()
-
-
-def _master_of(parameter: nn.Parameter) -> nn.Parameter:
-    if parameter.dtype in (torch.bfloat16, torch.float16):
-        return nn.Parameter(parameter.detach().float())
-    return parameter
+        """Brings freshly loaded masters into the model."""
+        self._write_into_model()
 
 
 def _uses_cuda(ctx: ParallelContext) -> bool:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.flat_share import held_part
 from megaforge.parallel.param_spec import named_specs
 
 # Squares are summed in fp64, block by block: a block of fp64 stays in a CPU's cache (4x the speed of one fp64 copy),
@@ -18,16 +19,17 @@ _BLOCK = {"cpu": 1 << 16, "cuda": 1 << 24}
 
 @torch.no_grad()
 def global_grad_norm(model: nn.Module, ctx: ParallelContext) -> float:
-    """The 2-norm of all ``main_grad`` together, each element of the global model counted once.
+    """The 2-norm of all ``main_grad`` together, each element of the global model counted once: whole gradients on the
+    first rank that has one, shares (ZeRO) on every rank of one copy.
 
     Gradients must be reduced already. A value that is not finite on any rank makes the norm inf or nan on all.
     """
     total = torch.zeros((), dtype=torch.float64, device=ctx.device)
-    for spec, parameter in named_specs(model):
+    for _, parameter in named_specs(model):
         if parameter.requires_grad:
-            share = _sum_of_squares(parameter.main_grad)  # type: ignore[attr-defined]
+            squares = _sum_of_squares(parameter.main_grad)  # type: ignore[attr-defined]
             # Copies on other ranks are multiplied by 0 rather than left out: 0 x inf = nan reaches every rank.
-            total += share if spec.is_first_copy(ctx) else share * 0.0
+            total += squares if held_part(parameter).is_first_copy(ctx) else squares * 0.0
     if ctx.world.size > 1:
         dist.all_reduce(total, group=ctx.world.group)
     return math.sqrt(total.item())

@@ -7,151 +7,246 @@ no factor depends on the layout.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megaforge.parallel.context import Axis, ParallelContext
-from megaforge.parallel.param_spec import named_specs
+from megaforge.parallel.buckets import Bucket, main_dtype, make_lanes
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.grad_compression import Finish, PlainSum, Reduction
+from megaforge.parallel.param_spec import spec_of
+from megaforge.parallel.zero import ShardedParameters
 
 
-@dataclass
-class _Bucket:
-    """Neighbouring parameters whose gradients share one flat buffer and one all-reduce over the ranks with copies."""
+class _Gradients:
+    """The gradients of one bucket.
 
-    flat: Tensor
-    parameters: list[nn.Parameter]
-    replicas: Axis
-    waiting: set[int] = field(default_factory=set)
-    work: dist.Work | None = None
+    Attributes:
+        full: [bucket.size] what this rank's backward passes have added up; None while there is nothing (ZeRO-2).
+        own: [bucket.slice_size] the sum over replicas that this rank keeps; None without ZeRO.
+        waiting: parameters without a gradient since the last send.
+        sent: whether the reduction was started and no further gradient may come.
+    """
+
+    def __init__(self, bucket: Bucket, *, sharded: bool, transient: bool) -> None:
+        self.bucket = bucket
+        self.full: Tensor | None = None
+        self.own: Tensor | None = None
+        self.waiting: set[int] = set()
+        self.sent = False
+        self._transient = transient
+        self._views: dict[int, Tensor] = {}
+        if not transient:
+            self._allocate()
+        if sharded and self.full is not None:
+            self.own = bucket.own_slice(self.full)
+        elif sharded:
+            self.own = torch.zeros(bucket.slice_size, dtype=bucket.main_dtype, device=bucket.device)
+        if self.own is not None:
+            held = bucket.own_views(self.own)
+        else:
+            held = [self.view_of(parameter) for parameter in bucket.parameters]
+        for parameter, view in zip(bucket.parameters, held, strict=True):
+            parameter.main_grad = view  # type: ignore[attr-defined]
+
+    def _allocate(self) -> Tensor:
+        bucket = self.bucket
+        self.full = torch.zeros(bucket.size, dtype=bucket.main_dtype, device=bucket.device)
+        self._views = dict(zip(map(id, bucket.parameters), bucket.views(self.full), strict=True))
+        return self.full
+
+    def view_of(self, parameter: Tensor) -> Tensor:
+        """Where gradients of ``parameter`` add up, in its shape."""
+        if self.full is None:
+            self._allocate()
+        return self._views[id(parameter)]
+
+    def zero(self) -> None:
+        """Forgets everything, and lets autograd write straight into the buffer where types agree."""
+        for buffer in (self.full, self.own):
+            if buffer is not None:
+                buffer.zero_()
+        for parameter in self.bucket.parameters:
+            parameter.grad = None
+            if not self._transient and parameter.dtype == self.bucket.main_dtype:
+                parameter.grad = self.view_of(parameter)
+        self.expect_all()
+
+    def expect_all(self) -> None:
+        self.waiting = {id(parameter) for parameter in self.bucket.parameters}
+        self.sent = False
+
+    def take_in(self, parameter: Tensor) -> None:
+        """Adds the gradient that autograd has left at ``parameter``, unless it already lies in the buffer."""
+        grad = parameter.grad
+        view = self.view_of(parameter)
+        if grad is not None and grad.data_ptr() != view.data_ptr():
+            view.add_(grad)
+            in_place = not self._transient and parameter.dtype == view.dtype
+            parameter.grad = view if in_place else None
+
+    def take_full(self) -> Tensor:
+        """The buffer, to be reduced; ZeRO-2 lets go of it."""
+        full = self._allocate() if self.full is None else self.full
+        if self._transient:
+            self.full, self._views = None, {}
+        return full
+
+
+class _Lane:
+    """The buckets of one chunk of the model, sent strictly in order: ranks may finish them in different orders (an
+    expert without tokens has no gradient), but collectives must start in the same order everywhere."""
+
+    def __init__(self, buckets: list[Bucket], *, sharded: bool, transient: bool) -> None:
+        self.gradients = [_Gradients(bucket, sharded=sharded, transient=transient) for bucket in buckets]
+        self.last_microbatch = self.started = False
+        self.sent = 0
+
+    def zero(self) -> None:
+        """Forgets the gradients, and that any were sent."""
+        self.last_microbatch = self.started = False
+        self.sent = 0
+        for gradients in self.gradients:
+            gradients.zero()
+
+    def expect_all(self) -> None:
+        """All buckets wait for all of their gradients again."""
+        self.sent = 0
+        for gradients in self.gradients:
+            gradients.expect_all()
 
 
 class GradientReducer:
-    """Gives each parameter a ``main_grad`` (fp32; fp64 for fp64 ones), summed over replicas and, where declared, tp.
+    """Sums every gradient over its replicas (dp and cp; for experts edp) and, where declared, over tp, into the
+    parameter's ``main_grad`` (fp32; fp64 for fp64 parameters).
 
-    The replicas of a dense parameter are the ranks of dp and cp, those of an expert the ranks of edp.
+    Without ``shards`` every rank gets the whole sum in the parameter's shape. With them (ZeRO) buckets are
+    reduce-scattered, and ``main_grad`` is 1-d: that of :func:`megaforge.parallel.flat_share.held_part`. With
+    ``free_buffers`` (ZeRO-2) each micro-batch is reduced into the shares at once and full buffers live only while
+    they fill and travel; the price is a reduction per micro-batch.
 
-    For parameters in the buffer's own dtype, ``.grad`` is a view of the buffer and autograd accumulates straight into
-    it; 16-bit gradients are added to it as they arrive. Buckets are filled in reverse module order, which is about
-    the order in which the backward pass produces gradients (Li et al., arXiv 2006.15704).
+    Several modules are the chunks of one model on this rank (virtual pipeline stages): each is told of its own last
+    micro-batch, and is sent while the others still compute.
+
+    Args:
+        bucket_size: elements of a bucket; with ``shards`` their buckets are used.
+        overlap: reduce during the backward pass; otherwise afterwards, with the same numbers.
+        reduction: how a bucket is summed; by default in the type of ``main_grad``.
     """
 
     def __init__(
         self,
-        module: nn.Module,
+        module: nn.Module | Sequence[nn.Module],
         ctx: ParallelContext,
         *,
         bucket_size: int = 25_000_000,
         overlap: bool = True,
-        shared: Sequence[nn.Parameter] = (),
+        shards: ShardedParameters | None = None,
+        free_buffers: bool = False,
+        reduction: Reduction | None = None,
     ) -> None:
-        """``shared``: parameters that two pipeline stages on this rank use, so that the last micro-batch gives them
-        two gradients."""
+        if free_buffers and shards is None:
+            raise ValueError("gradient buffers can be freed only where gradients are sharded")
         self.ctx = ctx
         self.overlap = overlap
-        self._last_microbatch = True
-        self._sent = 0
-        self._shared = {id(parameter) for parameter in shared}
-        self._expects_another: set[int] = set()
-        declared = [(spec, parameter) for spec, parameter in named_specs(module) if parameter.requires_grad]
-        self._tp_partial = [p for spec, p in declared if spec.tp_partial_grad] if ctx.tp.size > 1 else []
-        self.buckets: list[_Bucket] = []
-        self._bucket_of: dict[int, _Bucket] = {}
-        for name in ("dp_cp", "edp"):
-            own = [p for spec, p in reversed(declared) if spec.replica_axis == name]
-            for group in _pack(own, bucket_size):
-                self._add_bucket(group, ctx.axis(name))
+        self.shards = shards
+        self._every_microbatch = free_buffers
+        self._reduction = PlainSum() if reduction is None else reduction
+        if shards is None:
+            chunks = [module] if isinstance(module, nn.Module) else list(module)
+            lanes = make_lanes(chunks, ctx, bucket_size)
+        else:
+            lanes = shards.lanes
+        if free_buffers and len(lanes) > 2:
+            raise ValueError("gradients of several chunks of a model cannot be reduced after every micro-batch")
+        self._lanes = [_Lane(lane, sharded=shards is not None, transient=free_buffers) for lane in lanes]
+        self._in_flight: list[tuple[_Gradients, Tensor, Finish]] = []
+        self._place_of: dict[int, tuple[_Lane, _Gradients]] = {}
+        for lane in self._lanes:
+            for gradients in lane.gradients:
+                for parameter in gradients.bucket.parameters:
+                    self._place_of[id(parameter)] = lane, gradients
+                    parameter.register_post_accumulate_grad_hook(self._on_gradient)
+        parameters = [p for bucket in self.buckets for p in bucket.parameters]
+        self._tp_partial = [p for p in parameters if spec_of(p).tp_partial_grad] if ctx.tp.size > 1 else []
 
-    def _add_bucket(self, parameters: list[nn.Parameter], replicas: Axis) -> None:
-        wide = _main_dtype(parameters[0])
-        flat = torch.zeros(sum(p.numel() for p in parameters), dtype=wide, device=parameters[0].device)
-        bucket = _Bucket(flat, parameters, replicas)
-        offset = 0
-        for parameter in parameters:
-            parameter.main_grad = flat[offset : offset + parameter.numel()].view(parameter.shape)  # type: ignore[attr-defined]
-            offset += parameter.numel()
-            self._bucket_of[id(parameter)] = bucket
-            parameter.register_post_accumulate_grad_hook(self._on_gradient)
-        self.buckets.append(bucket)
+    @property
+    def buckets(self) -> list[Bucket]:
+        """Chunk by chunk, in the order in which they are sent."""
+        return [gradients.bucket for lane in self._lanes for gradients in lane.gradients]
 
     def zero(self) -> None:
         """Forgets all gradients; call once before a global batch."""
-        self._sent = 0
-        self._expects_another = set(self._shared)
-        for bucket in self.buckets:
-            bucket.flat.zero_()
-            bucket.waiting = {id(p) for p in bucket.parameters}
-            bucket.work = None
-            for parameter in bucket.parameters:
-                direct = parameter.dtype == bucket.flat.dtype
-                parameter.grad = parameter.main_grad if direct else None  # type: ignore[attr-defined]
+        self._in_flight = []
+        for lane in self._lanes:
+            lane.zero()
 
-    def set_last_microbatch(self, last: bool) -> None:
-        """Says whether the coming backward pass is the last of the global batch: only then are buckets sent."""
-        self._last_microbatch = last
+    def set_last_microbatch(self, last: bool, chunk: int = 0) -> None:
+        """Call before each micro-batch's backward pass through ``chunk``; says whether it is the chunk's last of the
+        global batch, for only then are buckets sent (under ZeRO-2 after every one)."""
+        lane = self._lanes[chunk]
+        if self._every_microbatch and lane.started:
+            self._send_rest(lane)
+            lane.expect_all()
+        lane.started = True
+        lane.last_microbatch = last
 
     def _on_gradient(self, parameter: Tensor) -> None:
         """Takes in a gradient that autograd has just accumulated, and sends its bucket when that was the last one."""
-        bucket = self._bucket_of[id(parameter)]
-        main_grad: Tensor = parameter.main_grad  # type: ignore[attr-defined]
-        if parameter.grad is not None and parameter.grad.data_ptr() != main_grad.data_ptr():
-            main_grad.add_(parameter.grad)
-            parameter.grad = main_grad if parameter.dtype == main_grad.dtype else None
-        if not self._last_microbatch:
-            return
-        if id(parameter) in self._expects_another:
-            self._expects_another.discard(id(parameter))
-            return
-        bucket.waiting.discard(id(parameter))
-        if self.overlap:
-            self._send_ready()
+        lane, gradients = self._place_of[id(parameter)]
+        if self.shards is not None:
+            self.shards.check_used_whole(parameter)
+        if gradients.sent and (gradients.bucket.replicas.size > 1 or self._every_microbatch):
+            raise RuntimeError(
+                f"{spec_of(parameter).name} got a gradient after its bucket was sent: "  # type: ignore[arg-type]
+                "set_last_microbatch must precede each backward pass, and the last must be the last"
+            )
+        gradients.take_in(parameter)
+        if lane.last_microbatch or self._every_microbatch:
+            gradients.waiting.discard(id(parameter))
+            if self.overlap:
+                self._send_ready(lane)
 
-    def _send_ready(self) -> None:
-        """Sends buckets strictly in order: ranks may finish them in different orders (an expert without tokens has no
-        gradient), but collectives must start in the same order everywhere."""
-        while self._sent < len(self.buckets) and not self.buckets[self._sent].waiting:
-            self._send_next()
+    def _send_ready(self, lane: _Lane) -> None:
+        while lane.sent < len(lane.gradients) and not lane.gradients[lane.sent].waiting:
+            self._send_next(lane)
 
-    def _send_next(self) -> None:
-        bucket = self.buckets[self._sent]
-        if bucket.replicas.group is not None:
-            bucket.work = dist.all_reduce(bucket.flat, group=bucket.replicas.group, async_op=True)
-        self._sent += 1
+    def _send_rest(self, lane: _Lane) -> None:
+        """Sends what is left: without overlap, or where a parameter had no gradient."""
+        while lane.sent < len(lane.gradients):
+            self._send_next(lane)
+
+    def _send_next(self, lane: _Lane) -> None:
+        gradients = lane.gradients[lane.sent]
+        gradients.sent = True
+        full = gradients.take_full()
+        finish = self._reduction.start(gradients.bucket, full, scatter=gradients.own is not None)
+        self._in_flight.append((gradients, full, finish))
+        lane.sent += 1
+        if self._every_microbatch:
+            self._land(keep=1)  # so that no more than two full buffers live besides the one that fills
+
+    def _land(self, keep: int = 0) -> None:
+        """Waits for all but the ``keep`` newest reductions."""
+        while len(self._in_flight) > keep:
+            gradients, full, finish = self._in_flight.pop(0)
+            finish()
+            if self._every_microbatch and gradients.own is not None:
+                gradients.own.add_(gradients.bucket.own_slice(full))
 
     def finish(self) -> None:
-        """Waits until every ``main_grad`` holds the sum over its replicas, and over tp where ranks had only parts."""
-        # Buckets are still unsent without overlap, or where a parameter had no gradient in this batch.
-        while self._sent < len(self.buckets):
-            self._send_next()
-        for bucket in self.buckets:
-            if bucket.work is not None:
-                bucket.work.wait()
+        """Waits until every ``main_grad`` holds the sum over its replicas, and over tp where each rank had a part."""
+        for lane in self._lanes:
+            self._send_rest(lane)
+        self._land()
         self._sum_partial_over_tp()
 
     def _sum_partial_over_tp(self) -> None:
-        for dtype in sorted({_main_dtype(p) for p in self._tp_partial}, key=str):
-            grads = [p.main_grad for p in self._tp_partial if _main_dtype(p) == dtype]  # type: ignore[attr-defined]
+        """Sums whole gradients or shares: ranks along tp hold the same ranges."""
+        for dtype in sorted({main_dtype(p) for p in self._tp_partial}, key=str):
+            grads = [p.main_grad for p in self._tp_partial if main_dtype(p) == dtype]  # type: ignore[attr-defined]
             flat = torch.cat([grad.reshape(-1) for grad in grads])
             dist.all_reduce(flat, group=self.ctx.tp.group)
             for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
                 grad.copy_(total.view_as(grad))
-
-
-def _main_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
-
-
-def _pack(parameters: list[nn.Parameter], bucket_size: int) -> list[list[nn.Parameter]]:
-    """Cuts the list into runs of one main dtype of at most ``bucket_size`` elements (a larger one stands alone)."""
-    groups: list[list[nn.Parameter]] = []
-    filled = 0
-    for parameter in parameters:
-        full = filled + parameter.numel() > bucket_size
-        if not groups or full or _main_dtype(groups[-1][0]) != _main_dtype(parameter):
-            groups.append([])
-            filled = 0
-        groups[-1].append(parameter)
-        filled += parameter.numel()
-    return groups

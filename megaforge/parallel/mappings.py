@@ -121,6 +121,24 @@ class _GatherFromTensorParallel(torch.autograd.Function):
         return _own_slice(grad, grad.dim() - 1, ctx.axis), None
 
 
+class _GatherFromContextParallel(torch.autograd.Function):
+    """Forward: all-gather along dim 0 and all chunks put in order. Backward: chunks put back, reduce-scatter.
+
+    Rank r of n holds chunks r and 2n - 1 - r of 2n, one after the other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        pairs = _all_gather_first(x, axis).unflatten(0, (axis.size, 2, -1))
+        return torch.cat([pairs[:, 0], pairs[:, 1].flip(0)]).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        early, late = grad.unflatten(0, (2, ctx.axis.size, -1))
+        return _reduce_scatter_first(torch.stack([early, late.flip(0)], 1).flatten(0, 2), ctx.axis), None
+
+
 class _ScaleGradient(torch.autograd.Function):
     """Forward: identity. Backward: multiply by a constant."""
 
@@ -170,6 +188,14 @@ def scatter_to_sequence_parallel(x: Tensor, axis: Axis) -> Tensor:
 def gather_from_tensor_parallel(x: Tensor, axis: Axis) -> Tensor:
     """[..., c/n] -> [..., c], to be used alike on every rank. Forward all-gather, backward own slice."""
     return x if axis.size == 1 else _GatherFromTensorParallel.apply(x, axis)
+
+
+def gather_from_context_parallel(x: Tensor, axis: Axis) -> Tensor:
+    """This rank's two chunks [s/n, ...] -> the whole sequence [s, ...]. Forward all-gather, backward reduce-scatter.
+
+    The chunks are held as :class:`megaforge.parallel.context_parallel.ContextShards` says.
+    """
+    return x if axis.size == 1 else _GatherFromContextParallel.apply(x, axis)
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:

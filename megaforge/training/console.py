@@ -104,9 +104,11 @@ def describe(trainer: Trainer, stored: int) -> str:
     config, ctx = trainer.config, trainer.ctx
     epoch = sum(trainer.data.epoch_tokens)
     planned = config.training.train_iters * trainer.global_batch_size * config.data.seq_length
-    pipeline = f"{trainer.pipeline.plan.describe()} x " if trainer.pipeline.plan.num_stages > 1 else ""
+    layout = f"tp {ctx.tp.size} x " + (f"cp {ctx.cp.size} x " if ctx.cp.size > 1 else "") + f"dp {ctx.dp.size}"
+    if trainer.pipeline.plan.num_stages > 1:
+        layout = f"{trainer.pipeline.plan.describe()} x {layout}"
     return (
-        f"{config.name}: {stored:,} parameters | {pipeline}tp {ctx.tp.size} x dp {ctx.dp.size} on {ctx.device.type} | "
+        f"{config.name}: {stored:,} parameters | {layout} on {ctx.device.type} | "
         f"{trainer.global_batch_size} x {config.data.seq_length} tokens a step | {trainer.optimizer.implementation} | "
         f"{epoch:,} training tokens, {planned / epoch:.2f} epochs planned"
     )

@@ -23,6 +23,7 @@ from megaforge.optim import build_optimizer
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.distributed import discover_launch, initialize, say_once
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.zero import shard_parameters
 from megaforge.training.callbacks import (
     Callback,
     Checkpointing,
@@ -68,7 +69,12 @@ def join(config: Config) -> ParallelContext:
     initialize(device, config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes)
     parallel = config.parallel
     return ParallelContext.create(
-        tp=parallel.tensor_model_parallel_size, pp=parallel.pipeline_model_parallel_size, device=device
+        tp=parallel.tensor_model_parallel_size,
+        pp=parallel.pipeline_model_parallel_size,
+        ep=parallel.expert_model_parallel_size,
+        etp=parallel.expert_tensor_size,
+        cp=parallel.context_parallel_size,
+        device=device,
     )
 
 
@@ -108,6 +114,7 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
         plan,
         sequence_parallel=config.parallel.sequence_parallel,
         dtype=compute_dtype(config.training),
+        cp_comm_type=config.parallel.cp_comm_type,
         recompute=config.parallel.recompute,
     )
     initialize_parameters(model, ctx, config.training.seed)
@@ -115,7 +122,7 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
         config,
         ctx,
         model,
-        build_optimizer(config.optimizer, model, ctx),
+        build_optimizer(config.optimizer, model, ctx, shard_parameters(config.parallel, model.chunks, ctx)),
         opened[0],
         plan=plan,
         tokenizer=None if tokenizer is None else tokenizer_identity(tokenizer),

@@ -81,7 +81,7 @@ class StageRunner:
                 self._forward_step,
                 make_payload(self._model, self.plan, batch, length, self._dtype),
                 device=self._ctx.device,
-                before_weight_gradients=lambda _, last: self._reducer.set_last_microbatch(last),
+                before_weight_gradients=lambda chunk, last: self._reducer.set_last_microbatch(last, chunk),
             )
         return self._executors[count, shape]
 

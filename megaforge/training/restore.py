@@ -116,7 +116,11 @@ def _present_config(meta: dict[str, Any], path: Path, tp: int, device: str) -> C
             num_layers_per_virtual_pipeline_stage=None,
             pipeline_schedule=None,
             recompute="none",
+            context_parallel_size=1,
+            expert_model_parallel_size=1,
+            expert_tensor_parallel_size=None,
             sequence_parallel=False,
+            zero_stage=0,
         ),
         training=dataclasses.replace(config.training, micro_batch_size=1, global_batch_size=None, device=device),
     )

@@ -20,7 +20,7 @@ from megaforge.config.run_config import CheckpointConfig, TrainingConfig
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.device import get_random_state, set_random_state
 from megaforge.errors import UserError
-from megaforge.parallel.param_spec import ParamSpec
+from megaforge.optim.adamw import Entry
 from megaforge.training.callbacks import LARGER_IS_BETTER
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def save_run(trainer: Trainer) -> Path:
     )
 
 
-def _entries(tensors: Iterable[tuple[str, ParamSpec, torch.Tensor]]) -> list[TensorEntry]:
+def _entries(tensors: Iterable[Entry]) -> list[TensorEntry]:
     return [TensorEntry(*entry) for entry in tensors]
 
 

@@ -19,10 +19,12 @@ from megaforge.data.samples import TrainingData
 from megaforge.device import synchronize
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel, ModelOutput
-from megaforge.models.stages import PipelinePlan, StagedModel, shared_weights
+from megaforge.models.stages import PipelinePlan, StagedModel
+from megaforge.nn.moe import update_routers
 from megaforge.optim import AdamW, LearningRateSchedule, LossScaler, clip_gradients
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
+from megaforge.parallel.grad_compression import make_reduction
 from megaforge.training.metrics import EvaluationMetrics, StepMetrics, balance_entropy_bits
 from megaforge.training.pipeline import StageRunner
 from megaforge.training.state import compute_dtype, save_run
@@ -62,11 +64,13 @@ class Trainer:
         self.global_batch_size = global_batch_size
         self.callbacks = list(callbacks)
         self.reducer = GradientReducer(
-            model,
+            model.chunks,
             ctx,
             bucket_size=config.parallel.ddp_bucket_size,
             overlap=config.parallel.overlap_grad_reduce,
-            shared=shared_weights(model),
+            shards=optimizer.shards,
+            free_buffers=config.parallel.zero_stage == 2,
+            reduction=make_reduction(config.parallel),
         )
         self.pipeline = StageRunner(
             model,
@@ -106,6 +110,7 @@ class Trainer:
             with closing(iter(loader)) as batches:  # type: ignore[type-var]
                 while not self.finished:
                     self._emit("on_step_end", self._timed_step(batches))
+            self.optimizer.wait_for_parameters()
         finally:
             self._emit("on_train_end")
 
@@ -125,6 +130,10 @@ class Trainer:
         totals = _Totals(self.ctx)
         totals.add(outputs)
         totals.reduce()
+        if updated:
+            for stage in self.model.chunks:
+                own = [totals.tokens_per_expert[row] for row in stage.moe_rows]
+                update_routers(stage, torch.tensor(own, dtype=torch.float64))
         self.iteration += 1
         self.consumed_samples += self.global_batch_size
         return self._metrics(totals, tokens, grad_norm, lr, length, updated)
@@ -178,6 +187,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint below ``--save``."""
+        self.optimizer.wait_for_parameters()
         self._emit("on_checkpoint", save_run(self))
 
     def _loader(self, data: Any, consumed_samples: int) -> GlobalBatchLoader:
@@ -192,7 +202,10 @@ class Trainer:
         )
 
     def _global_token_count(self, micro_batches: Sequence[Batch]) -> float:
-        """Labels that count in the whole global batch; at least one, so that an all-masked batch gives zero loss."""
+        """Labels that count in the whole global batch; at least one, so that an all-masked batch gives zero loss.
+
+        The ranks of cp and pp hold the same whole samples, so the sum over dp counts every label once.
+        """
         count = torch.tensor(_token_count(micro_batches), dtype=torch.float64, device=self.ctx.device)
         if self.ctx.dp.group is not None:
             dist.all_reduce(count, group=self.ctx.dp.group)

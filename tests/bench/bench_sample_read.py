@@ -67,7 +67,9 @@ def main() -> None:
             prefix = f"{folder}/{mean_document}"
             if not Path(f"{prefix}.idx").exists():
                 write_corpus(prefix, arguments.samples, mean_document)
-            data = TrainingData([(1.0, prefix)] * sources, "1", SampleSchedule(seed=1, sequence_length=LENGTH, lanes=32))
+            data = TrainingData(
+                [(1.0, prefix)] * sources, "1", SampleSchedule(seed=1, sequence_length=LENGTH, lanes=32)
+            )
             tokens = IndexedDataset(prefix).tokens
 
             def flat(number: int, tokens: np.ndarray = tokens) -> torch.Tensor:

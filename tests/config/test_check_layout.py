@@ -23,6 +23,12 @@ def test_dp_and_micro_batches_follow() -> None:
     assert (staged.dp, staged.micro_batches) == (2, 4)
 
 
+def test_context_parallel_ranks_share_samples() -> None:
+    layout = check_layout(parse_config(["--tp", "2", "--cp", "2", "--global-batch-size", "6"]).config, 8)
+    assert (layout.tp, layout.cp, layout.dp, layout.micro_batches) == (2, 2, 2, 3)
+    check_layout(parse_config(["--tp", "2", "--cp", "2", "--seq-length", "12"]).config, 4)
+
+
 ATTENTION = ("--layer-schedule", "attention", "--ffn", "dense")
 RWKV = ("--layer-schedule", "rwkv")
 
@@ -34,8 +40,32 @@ RWKV = ("--layer-schedule", "rwkv")
          "--pp 3 does not divide the 4 ranks that --tp 2 leaves of the 8 that were started; use --pp 1, 2 or 4"),
         (1, ["--vpp", "2", "--num-layers-per-virtual-pipeline-stage", "1"],
          "--num-layers-per-virtual-pipeline-stage 1 and --vpp 2 say the same thing twice; give one of them"),
-        (2, ["--cp", "2"], "--cp 2: context parallelism is not implemented yet; use --cp 1"),
-        (2, ["--ep", "2"], "--ep 2: expert parallelism is not implemented yet; use --ep 1"),
+        (8, ["--ep", "4", "--num-experts", "6"],
+         "--ep 4 does not divide both --num-experts 6 and the 8 ranks that --etp 1 leaves of the 8 of a pipeline stage "
+         "(--etp is --tp unless given); use --ep 1 or 2"),
+        (8, ["--ep", "8", "--tp", "2"],
+         "--ep 8 does not divide both --num-experts 8 and the 4 ranks that --etp 2 leaves of the 8 of a pipeline stage "
+         "(--etp is --tp unless given); use --ep 1, 2 or 4"),
+        (8, ["--etp", "3"],
+         "--etp 3 does not divide both --ffn-hidden-size 3072 and the 8 ranks of a pipeline stage; "
+         "use --etp 1, 2, 4 or 8"),
+        (2, [*ATTENTION, "--ep", "2"],
+         "--ep 2 splits experts, and this model has none; leave it out, or use --ffn moe"),
+        (2, [*ATTENTION, "--etp", "2"],
+         "--etp 2 splits experts, and this model has none; leave it out, or use --ffn moe"),
+        (4, [*RWKV, "--tp", "4", "--moe-shared-expert-intermediate-size", "90"],
+         "--tp 4 does not divide --moe-shared-expert-intermediate-size 90; use --tp 1 or 2"),
+        (12, ["--tp", "2", "--cp", "4", "--seq-length", "24"],
+         "--cp 4 does not divide the 6 ranks that --tp 2 leaves of the 12 that were started; use --cp 1, 2, 3 or 6"),
+        (6, ["--cp", "3", "--seq-length", "1024"],
+         "--seq-length 1024 does not divide by 2 x cp = 6: --cp 3 cuts each sequence into 6 chunks; "
+         "use --seq-length 1020 or 1026, or --cp 1 or 2"),
+        (4, ["--cp", "4", "--seq-length", "7"],
+         "--seq-length 7 does not divide by 2 x cp = 8: --cp 4 cuts each sequence into 8 chunks; "
+         "use --seq-length 8, or --cp 1"),
+        (4, ["--tp", "2", "--sp", "--cp", "2", "--seq-length", "12"],
+         "--seq-length 12 does not divide by 2 x cp x tp = 8 (--sequence-parallel cuts each chunk over --tp 2): --cp 2 "
+         "cuts each sequence into 4 chunks; use --seq-length 8 or 16, or --cp 1"),
         (4, ["--tp", "3"],
          "--tp 3 does not divide the 4 ranks that were started; use --tp 1, 2 or 4, or start 3 ranks"),
         (1, ["--tp", "2"],
@@ -67,6 +97,16 @@ RWKV = ("--layer-schedule", "rwkv")
         (1, ["--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "200"],
          "--lr-wsd-decay-iters 200 exceeds the schedule's 100 iterations (--lr-decay-iters, or --train-iters); "
          "use --lr-wsd-decay-iters 100 or fewer"),
+        (2, ["--grad-reduce-in-bf16", "--fp64"],
+         "--grad-reduce-in-bf16 would undo --fp64; drop one of the two"),
+        (2, ["--grad-reduce-in-bf16", "--grad-compression", "powersgd"],
+         "--grad-reduce-in-bf16 and --grad-compression powersgd exclude each other; drop one of the two"),
+        (2, ["--grad-compression", "bf16", "--zero", "2"],
+         "--grad-compression bf16 needs whole gradients, which --zero 2 does not keep; use --zero 1"),
+        (2, ["--grad-compression", "powersgd", "--fp16"],
+         "--grad-compression powersgd carries losses over to steps with another --fp16 loss scale; use --bf16"),
+        (2, ["--grad-compression", "bf16", "--fp64"],
+         "--grad-compression bf16 would undo --fp64; drop one of the two"),
         (2, ["--distributed-backend", "nccl", "--device", "cpu"],
          "--distributed-backend nccl does not serve --device cpu; use --distributed-backend gloo"),
     ],
@@ -82,6 +122,7 @@ def test_only_what_the_model_has_must_divide() -> None:
     )
     check_layout(parse_config(["--tp", "2", "--seq-length", "33"]).config, 2)
     check_layout(parse_config(["--tp", "4", "--vocab-size", "50257"]).config, 4)
+    check_layout(parse_config(["--tp", "4", "--etp", "1", "--ep", "8", "--ffn-hidden-size", "1001"]).config, 8)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +157,17 @@ def test_a_torch_without_a_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 def test_notes_on_what_changes_nothing() -> None:
     layout = check_layout(parse_config(["--sp", "--lr-warmup-iters", "200"]).config, 1)
     assert [note.split()[0] for note in layout.notes] == ["--sequence-parallel", "--lr-warmup-iters"]
+
+
+def test_notes_on_sharing_and_compression() -> None:
+    alone = check_layout(parse_config(["--zero", "2"]).config, 1)
+    assert alone.notes == ("--zero 2 has nothing to share out at dp 1: it saves nothing",)
+    [note] = check_layout(parse_config(["--zero", "1", "--grad-compression", "powersgd"]).config, 2).notes
+    assert note.startswith("--grad-compression powersgd: what is learned now depends on the number of data-parallel")
+    assert note.endswith("--load starts without the losses kept so far")
+    [_, note] = check_layout(parse_config(["--zero", "1", "--grad-compression", "bf16"]).config, 1).notes
+    assert note.endswith("at dp 1 nothing is sent")
+    assert check_layout(parse_config(["--zero-stage", "2", "--bf16"]).config, 2).notes == ()
 
 
 def test_the_vocabulary_comes_from_the_tokenizer_unless_given() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,18 @@ from hypothesis import strategies as st
 
 from megaforge.data import sample_order
 from megaforge.data.sample_order import TokenStream, key_of, shuffled, splitmix64
+
+
+@pytest.fixture(autouse=True, scope="module", params=["native", "numpy"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test reads through the C++ helper, and again through NumPy."""
+    if request.param == "native":
+        assert sample_order.has_native_copy(), "the extension megaforge.data._data_helpers is not built"
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample_order, "_native", None)
+        yield
 
 
 def test_splitmix64_gives_its_published_sequence() -> None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from megaforge.nn.sequence import SequenceInfo
+from megaforge.parallel.context import Axis
+from megaforge.parallel.context_parallel import ContextShards
 
 CPU = torch.device("cpu")
 
@@ -42,3 +44,34 @@ def test_a_continued_sequence_counts_on() -> None:
         SequenceInfo(1, 3, CPU, torch.zeros(1, 3, dtype=torch.bool), offset=7)
     with pytest.raises(ValueError, match="shape"):
         SequenceInfo(2, 3, CPU, torch.zeros(1, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("packed", [True, False])
+def test_ranks_that_share_sequences_describe_their_own_tokens_of_the_whole(size: int, packed: bool) -> None:
+    length = 4 * size
+    start = torch.zeros(2, length, dtype=torch.bool)
+    start[0, [2, 5, length - 1]] = packed
+    whole = SequenceInfo(2, length, CPU, start)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    mask = whole.attention_mask() if packed else causal[None, None]
+    assert mask is not None
+    for rank in range(size):
+        first, last = 2 * rank, 2 * (2 * size - 1 - rank)  # of the two chunks of two tokens each
+        own = torch.tensor([first, first + 1, last, last + 1])
+        info = SequenceInfo(2, length, CPU, start, shards=ContextShards(Axis("cp", size, rank)))
+        assert (info.batch, info.length, info.has_boundaries) == (2, 4, packed)
+        assert torch.equal(info.places_S, own)
+        assert torch.equal(info.position_ids_BS, whole.position_ids_BS[:, own])
+        assert torch.equal(info.document_ids_BS, whole.document_ids_BS[:, own])
+        assert torch.equal(info.document_start_SB, whole.document_start_SB[own])
+        assert torch.equal(info.local(start), start[:, own])
+        assert info.attention_mask() is not None and torch.equal(info.attention_mask(), mask[:, :, own])
+
+
+def test_sequences_that_cannot_be_shared() -> None:
+    shards = ContextShards(Axis("cp", 2, 0))
+    with pytest.raises(ValueError, match="2 x cp = 4"):
+        SequenceInfo(1, 6, CPU, shards=shards)
+    with pytest.raises(ValueError, match="continues from a state"):
+        SequenceInfo(1, 8, CPU, offset=1, shards=shards)

@@ -1,0 +1,132 @@
+"""The experts' arithmetic: a stack of two-matrix FFNs, each on its own rows, and the one that sees every token."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaforge.config.model_config import ModelConfig
+from megaforge.nn.mlp import activate, inner_parts
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.init_rules import InitRule
+from megaforge.parallel.layers import ColumnParallelLinear
+from megaforge.parallel.param_spec import ParamSpec, make_parameter
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """``y_n = x_n W_e^T`` for rows sorted by expert, ``counts[e]`` rows for expert e. The gradient of W is written
+    expert by expert into one tensor; an expert without rows gets zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.counts = counts
+        out = x.new_empty(x.shape[0], weight.shape[1])
+        for matrix, rows, result in zip(weight, x.split(counts), out.split(counts), strict=True):
+            torch.mm(rows, matrix.t(), out=result)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+        pieces = zip(
+            weight, grad_weight, x.split(ctx.counts), grad.split(ctx.counts), grad_x.split(ctx.counts), strict=True
+        )
+        for matrix, grad_matrix, rows, grad_rows, out in pieces:
+            torch.mm(grad_rows, matrix, out=out)
+            torch.mm(grad_rows.t(), rows, out=grad_matrix)
+        return grad_x, grad_weight, None
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """Each expert's own linear map on its own rows.
+
+    Args:
+        x: [N, in], rows sorted by expert.
+        weight: [E, out, in].
+        counts: rows of each expert; they add up to N.
+
+    Returns:
+        [N, out].
+    """
+    return _GroupedLinear.apply(x, weight, counts)
+
+
+class Experts(nn.Module):
+    """This rank's experts: E/ep of them, their inner width split over etp.
+
+    ``up`` is [E, f, h] ([E, 2f, h] for swiglu) and ``down`` [E, h, f].
+    """
+
+    def __init__(
+        self,
+        ctx: ParallelContext,
+        name: str,
+        cfg: ModelConfig,
+        *,
+        init: tuple[InitRule, InitRule],
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.activation = cfg.activation
+        number, hidden, parts = cfg.num_experts, cfg.hidden_size, inner_parts(cfg)
+        stack = ParamSpec(
+            f"{name}.up.weight",
+            (number, sum(parts), hidden),
+            init[0],
+            shard_dim=1,
+            shard_axis="etp",
+            expert_dim=0,
+            parts=parts,
+            kind="moe",
+        )
+        down = dataclasses.replace(
+            stack,
+            name=f"{name}.down.weight",
+            shape=(number, hidden, cfg.ffn_size),
+            init=init[1],
+            shard_dim=2,
+            parts=(),
+        )
+        self.up = make_parameter(stack, ctx, dtype)
+        self.down = make_parameter(down, ctx, dtype)
+
+    def forward(self, rows: Tensor, weights: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """Rows [R, h] sorted by expert and their routing weights [R] -> weighted partial sums over etp [R, h]."""
+        inner = activate(self.activation, grouped_linear(rows, self.up, counts))
+        # The routing weight goes in front of the second projection: its gradient then needs no saved expert output.
+        inner = inner * weights.to(inner.dtype).unsqueeze(1)
+        return grouped_linear(inner, self.down, counts)
+
+
+class SharedExpert(nn.Module):
+    """The FFN of ``--moe-shared-expert-intermediate-size`` that every token goes to, whatever its router says
+    (DeepSeekMoE, arXiv 2401.06066); laid out over tp like a dense FFN."""
+
+    def __init__(
+        self,
+        ctx: ParallelContext,
+        name: str,
+        cfg: ModelConfig,
+        *,
+        init: tuple[InitRule, InitRule],
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.activation = cfg.activation
+        shared = dataclasses.replace(cfg, ffn_hidden_size=cfg.moe_shared_expert_intermediate_size)
+        parts = inner_parts(shared)
+        self.up = ColumnParallelLinear(
+            ctx, f"{name}.up", cfg.hidden_size, sum(parts), init=init[0], parts=parts, dtype=dtype, kind="ffn"
+        )
+        down = ParamSpec(f"{name}.down.weight", (cfg.hidden_size, shared.ffn_size), init[1], shard_dim=1, kind="ffn")
+        self.down = make_parameter(down, ctx, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Every token [s, b, h], inside the region -> partial sums over tp [s, b, h]."""
+        return F.linear(activate(self.activation, self.up(x)), self.down)

@@ -1,0 +1,188 @@
+"""The router: scores, choice, losses, and the state that one optimizer step hands to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaforge.config.model_config import ModelConfig
+from megaforge.nn.moe.routing import count_per_sequence, expert_capacity, route, within_capacity
+from megaforge.nn.sequence import SequenceInfo
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.init_rules import Constant, Normal
+from megaforge.parallel.param_spec import ParamSpec, make_parameter
+from megaforge.parallel.token_share import EveryToken
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where T tokens go.
+
+    Attributes:
+        weights: [T, k] in the router's dtype.
+        experts: int64 [T, k].
+        kept: bool [T, k], false where an expert's capacity is exceeded; None: nothing is dropped.
+    """
+
+    weights: Tensor
+    experts: Tensor
+    kept: Tensor | None
+
+
+@dataclass(frozen=True)
+class RouterLosses:
+    """What one MoE layer adds to the loss of a micro-batch, as sums, so that no layout enters.
+
+    All three are over the tokens of this cp rank, the same on every tp rank; their sums over dp, cp and micro-batches
+    are those of the global batch. Dropped assignments count: they are what the router asked for.
+
+    Attributes:
+        load_balance_sum: over sequences, of E * sum_e f_e P_e, where P_e is expert e's mean router probability in the
+            sequence, and f_e its share of assignments (Fedus et al., arXiv 2101.03961): in the same sequence, or in
+            the previous global batch (see :class:`Router`). 1 when balanced.
+        z_loss_sum: over tokens, of the squared log-sum-exp of the router's logits (Zoph et al., arXiv 2202.08906).
+        tokens_per_expert: int64 [E], assignments of this micro-batch.
+    """
+
+    load_balance_sum: Tensor
+    z_loss_sum: Tensor
+    tokens_per_expert: Tensor
+
+
+class Router(nn.Module):
+    """Top-k of a softmax or of sigmoids. Never in 16 bit.
+
+    What balances the experts' load, by ``--moe-router-load-balancing-type``:
+
+    - ``seq_aux_loss``: E * sum_e f_e P_e with f and P of each sequence.
+    - ``global_aux_loss``: f of the global batch, which lets experts specialise (Qiu et al., arXiv 2501.11873). The
+      first micro-batch's gradient would need the routing of the last one's. Summing f over what has been seen so far
+      would make the model depend on the micro-batch size and on dp, so f is that of the *previous* global batch: a
+      tensor of the model that :func:`update_routers` renews after each optimizer step and that checkpoints keep. It
+      is 1/E at the beginning, where the loss is constant and gives no gradient.
+    - ``none``.
+
+    ``--moe-router-enable-expert-bias`` balances without a loss (Wang et al., arXiv 2408.15664): a bias enters the
+    choice of experts but not their weights, and moves by a fixed step against each expert's excess load in the global
+    batch, after each optimizer step. It too is a tensor of the model that no gradient trains.
+    """
+
+    def __init__(
+        self, ctx: ParallelContext, name: str, cfg: ModelConfig, share: EveryToken, *, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.cfg, self.share = cfg, share
+        # A rank routes its own tokens, or has partial sums over tp for all: its gradient is partial either way.
+        spec = ParamSpec(
+            f"{name}.weight",
+            (cfg.num_experts, cfg.hidden_size),
+            Normal(cfg.init_std * cfg.init_std_scale),
+            tp_partial_grad=True,
+            keep_fp32=True,
+            kind="router",
+        )
+        self.weight = make_parameter(spec, ctx, dtype)
+        self.expert_bias: nn.Parameter | None = None
+        self.previous_load: nn.Parameter | None = None
+        if cfg.moe_router_enable_expert_bias:
+            self.expert_bias = self._state(ctx, f"{name}.expert_bias", 0.0, dtype)
+        if cfg.moe_router_load_balancing_type == "global_aux_loss":
+            self.previous_load = self._state(ctx, f"{name}.previous_load", 1 / cfg.num_experts, dtype)
+
+    def _state(self, ctx: ParallelContext, name: str, value: float, dtype: torch.dtype) -> nn.Parameter:
+        """A value for each expert that no gradient trains; declared like a parameter, so that checkpoints hold it."""
+        spec = ParamSpec(
+            name, (self.cfg.num_experts,), Constant(value), weight_decay=False, keep_fp32=True, kind="router"
+        )
+        state = make_parameter(spec, ctx, dtype)
+        state.requires_grad = False
+        return state
+
+    def forward(self, x_SBH: Tensor, info: SequenceInfo) -> tuple[Routing, RouterLosses]:
+        """Routes this rank's tokens.
+
+        Args:
+            x_SBH: [own, b, h], as :meth:`EveryToken.enter` gave them.
+            info: the micro-batch's sequences.
+        """
+        logits = F.linear(x_SBH.to(self.weight.dtype), self.weight)
+        weights, experts, probability = route(logits, self.expert_bias, self.cfg)
+        kept = self._kept(experts, weights, info)
+        routing = Routing(weights.flatten(0, 1), experts.flatten(0, 1), None if kept is None else kept.flatten(0, 1))
+        return routing, self._losses(logits, experts, probability)
+
+    def _kept(self, experts: Tensor, weights: Tensor, info: SequenceInfo) -> Tensor | None:
+        """Decided for whole sequences, on every rank alike: a share of the capacity for each rank would make the
+        model depend on the layout. In ``eval`` mode nothing is dropped."""
+        if not self.training or self.cfg.moe_expert_capacity_factor is None:
+            return None
+        everyone = self.share.gather(experts, info.places_S)
+        capacity = expert_capacity(self.cfg, everyone.shape[0])
+        assert capacity is not None
+        kept = within_capacity(
+            everyone,
+            self.share.gather(weights.detach(), info.places_S),
+            self.cfg.num_experts,
+            capacity,
+            self.cfg.moe_token_drop_policy,
+        )
+        return self.share.own(kept, info.places_S)
+
+    def _losses(self, logits: Tensor, experts: Tensor, probability: Tensor) -> RouterLosses:
+        number = self.cfg.num_experts
+        counts = count_per_sequence(experts, number)
+        z_sum = logits.logsumexp(dim=-1).square().sum()
+        # One sum over tp for all of them; in fp64 counts stay exact.
+        sums = torch.cat([counts.flatten(), probability.sum(dim=0).flatten(), z_sum.view(1)]).double()
+        sums = self.share.total(sums)
+        cut = [counts.numel(), counts.numel(), 1]
+        counts, probability_sum, z_sum = (part for part in sums.split(cut))
+        counts, probability_sum = counts.detach().view(-1, number), probability_sum.view(-1, number)
+        return RouterLosses(
+            load_balance_sum=self._load_balance(counts, probability_sum).to(logits.dtype),
+            z_loss_sum=z_sum.sum().to(logits.dtype),
+            tokens_per_expert=counts.sum(dim=0).round().long(),
+        )
+
+    def _load_balance(self, counts: Tensor, probability_sum: Tensor) -> Tensor:
+        """E * sum_e f_e P_e, summed over sequences; [b, E] counts and sums of probabilities of this cp rank's tokens.
+        P is linear in the tokens, so that cp ranks' values add up."""
+        kind, number = self.cfg.moe_router_load_balancing_type, self.cfg.num_experts
+        if kind == "none":
+            return probability_sum.new_zeros(())
+        counts = self.share.sequence_total(counts)
+        assignments = counts.sum(dim=1, keepdim=True)
+        share = counts / assignments if self.previous_load is None else self.previous_load.double()
+        return number * self.cfg.moe_router_topk * (share * probability_sum / assignments).sum()
+
+    @torch.no_grad()
+    def update(self, tokens_per_expert: Tensor) -> None:
+        """Takes in the assignments of a finished global batch, [E]."""
+        counts = tokens_per_expert.to(device=self.weight.device, dtype=torch.float64)
+        if self.previous_load is not None:
+            self.previous_load.copy_(counts / counts.sum())
+        if self.expert_bias is not None:
+            self.expert_bias.add_((counts.mean() - counts).sign(), alpha=self.cfg.moe_router_bias_update_rate)
+
+
+def update_routers(model: nn.Module, tokens_per_expert: Tensor) -> None:
+    """Renews what routers remember of the global batch. Call once after each optimizer step, on every rank.
+
+    Args:
+        model: the model, or this rank's stage of it.
+        tokens_per_expert: [MoE layers of ``model``, E], summed over micro-batches, dp and cp, in module order; a stage
+            without experts passes [0, E] (or anything empty).
+
+    Raises:
+        ValueError: the counts are of another number of layers.
+    """
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    if not routers:
+        return
+    if len(routers) != len(tokens_per_expert):
+        raise ValueError(f"counts of {len(tokens_per_expert)} MoE layers for a model that has {len(routers)}")
+    for router, counts in zip(routers, tokens_per_expert, strict=True):
+        router.update(counts)

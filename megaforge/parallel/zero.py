@@ -1,0 +1,152 @@
+"""Parameters whose updates are shared out over their replicas (ZeRO: Rajbhandari et al., arXiv 1910.02054).
+
+Every rank computes with whole parameters, and updates only its slice of each bucket, for which alone it keeps fp32
+masters and moments. The updated slices travel while the next forward pass already runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megaforge.config.run_config import ParallelConfig
+from megaforge.parallel.buckets import Bucket, make_lanes
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.flat_share import FlatShare, held_part
+from megaforge.parallel.param_spec import spec_of
+
+
+class _Gather:
+    """The flat parameters of one bucket, and the all-gather that is filling them."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.bucket = bucket
+        self.flat = torch.zeros(bucket.size, dtype=bucket.dtype, device=bucket.device)
+        self.work: dist.Work | None = None
+
+    def start(self) -> None:
+        group = self.bucket.replicas.group
+        if group is not None:
+            own = self.bucket.own_slice(self.flat)
+            self.work = dist.all_gather_into_tensor(self.flat, own, group=group, async_op=True)
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+
+
+class ShardedParameters:
+    """Moves the trained parameters of ``module`` into flat buckets and gives each a ``share``: the range of it
+    (:class:`FlatShare`) that this rank updates. Several modules are the chunks of one model (virtual stages).
+
+    Made once, after the parameters have their initial values and before the optimizer and the gradient reducer.
+
+    After an update the slices are gathered bucket by bucket in the order of the forward pass, and each module waits,
+    in front of its own forward, for the buckets that hold its parameters. A module without a ``forward`` of its own
+    is waited for by the one around it. Whoever reads parameters in another way calls :meth:`wait` first.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module | Sequence[nn.Module],
+        ctx: ParallelContext,
+        *,
+        bucket_size: int = 25_000_000,
+        overlap: bool = True,
+    ) -> None:
+        chunks = [module] if isinstance(module, nn.Module) else list(module)
+        self.lanes = make_lanes(chunks, ctx, bucket_size)
+        self.overlap = overlap
+        # In the order of the forward pass: chunks as they come, each from its first bucket to be used.
+        self._gathers = [_Gather(bucket) for lane in (self.lanes[-1], *self.lanes[:-1]) for bucket in reversed(lane)]
+        self._gather_of: dict[int, _Gather] = {}
+        for gather in self._gathers:
+            self._adopt(gather)
+        if overlap:
+            for chunk in chunks:
+                self._wait_before_forward(chunk)
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """All of them, lane by lane."""
+        return [bucket for lane in self.lanes for bucket in lane]
+
+    @torch.no_grad()
+    def _adopt(self, gather: _Gather) -> None:
+        """Makes the bucket's parameters views of its flat buffer."""
+        bucket = gather.bucket
+        ranges = bucket.own_ranges()
+        for parameter, view, held in zip(bucket.parameters, bucket.views(gather.flat), ranges, strict=True):
+            view.copy_(parameter)
+            parameter.data = view
+            parameter.share = FlatShare(spec_of(parameter), *held)  # type: ignore[attr-defined]
+            self._gather_of[id(parameter)] = gather
+
+    def _wait_before_forward(self, module: nn.Module) -> None:
+        """Registers the hooks; a module around one without a forward takes over that one's parameters."""
+        waits: dict[nn.Module, dict[int, _Gather]] = {}
+
+        def visit(current: nn.Module, around: nn.Module) -> None:
+            if type(current).forward is not nn.Module.forward:
+                around = current
+            for parameter in current.parameters(recurse=False):
+                if id(parameter) in self._gather_of:
+                    waits.setdefault(around, {})[id(self._gather_of[id(parameter)])] = self._gather_of[id(parameter)]
+            for child in current.children():
+                visit(child, around)
+
+        visit(module, module)
+        for waiter, gathers in waits.items():
+            waiter.register_forward_pre_hook(_waiter(tuple(gathers.values())))
+
+    def own(self, parameter: nn.Parameter) -> Tensor:
+        """This rank's range of ``parameter``, flattened [share]: a view of the model's memory."""
+        share = held_part(parameter)
+        if not isinstance(share, FlatShare):
+            raise ValueError(f"{share.name} is not shared out")
+        return parameter.detach().view(-1)[share.start : share.stop]
+
+    def gather(self) -> None:
+        """Spreads what every rank has written into its own ranges. Collective; returns before it is done."""
+        for gather in self._gathers:
+            gather.start()
+        if not self.overlap:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns once every parameter is whole and up to date."""
+        for gather in self._gathers:
+            gather.wait()
+
+    def check_used_whole(self, parameter: Tensor) -> None:
+        """Raises RuntimeError when a gradient reached ``parameter`` before anybody waited for its values: a forward
+        pass read it past the hooks, and computed with what was there before."""
+        if self._gather_of[id(parameter)].work is not None:
+            raise RuntimeError(
+                f"{spec_of(parameter).name} was used before its new values were waited for: "  # type: ignore[arg-type]
+                "its module was not called as module(...); call wait() in front of that code"
+            )
+
+
+def shard_parameters(
+    config: ParallelConfig, module: nn.Module | Sequence[nn.Module], ctx: ParallelContext
+) -> ShardedParameters | None:
+    """What ``--zero`` asks for; None at stage 0. ``module`` must be initialised, and have no optimizer yet."""
+    if config.zero_stage == 0:
+        return None
+    return ShardedParameters(module, ctx, bucket_size=config.ddp_bucket_size, overlap=config.overlap_param_gather)
+
+
+def _waiter(gathers: tuple[_Gather, ...]) -> Any:
+    """A forward pre-hook that waits for ``gathers``."""
+
+    def before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
+        for gather in gathers:
+            gather.wait()
+
+    return before_forward
