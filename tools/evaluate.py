@@ -50,6 +50,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seq-length", type=int, help="tokens of a window (default: as in training)")
     parser.add_argument("--batch-size", type=int, default=8, help="windows computed at once (8)")
     parser.add_argument("--tp", type=int, help="tensor-parallel size (default: all ranks)")
+    parser.add_argument("--pp", type=int, default=1, help="pipeline stages: 1, whatever the run was trained at")
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto")
     parser.add_argument("--baseline", choices=("bigram",), help="also fit this model and print it beside ours")
     parser.add_argument("--train-data", metavar="PREFIX", help="what the baseline is fitted on")
@@ -92,7 +93,7 @@ def print_table(rows: dict[str, EvaluationMetrics]) -> None:
 
 def main() -> int:
     flags = parse_arguments()
-    trained = load_trained_model(flags.load, tp=flags.tp, device=flags.device)
+    trained = load_trained_model(flags.load, tp=flags.tp, pp=flags.pp, device=flags.device)
     stream = load_stream(flags, trained)
     seq_length = flags.seq_length or trained.config.data.seq_length
     rows = {"ours": evaluate_stream(trained, stream, seq_length=seq_length, batch_size=flags.batch_size)}

@@ -38,6 +38,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     parser.add_argument("--tokenizer-model", metavar="FILE", help="where the tokenizer is now, if it was moved")
     parser.add_argument("--tp", type=int, help="tensor-parallel size (default: all ranks)")
+    parser.add_argument("--pp", type=int, default=1, help="pipeline stages: 1, whatever the run was trained at")
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto")
     flags = parser.parse_args(arguments)
     if flags.max_new_tokens < 0:
@@ -83,7 +84,7 @@ def write_continuation(flags: argparse.Namespace, trained: TrainedModel, tokeniz
 
 def main() -> int:
     flags = parse_arguments()
-    trained = load_trained_model(flags.load, tp=flags.tp, device=flags.device)
+    trained = load_trained_model(flags.load, tp=flags.tp, pp=flags.pp, device=flags.device)
     write_continuation(flags, trained, trained.load_tokenizer(flags.tokenizer_model))
     shutdown()
     return 0

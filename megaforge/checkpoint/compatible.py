@@ -69,6 +69,8 @@ def _model_differences(saved: dict[str, Any], current: ModelConfig) -> list[str]
         before, now = getattr(then, attribute), getattr(current, attribute)
         if name == "max_position_embeddings" and None in (before, now):
             continue  # it follows --seq-length, which may change
+        if name == "hybrid_layer_pattern":  # its | are layout, not model
+            before, now = (None if pattern is None else pattern.replace("|", "") for pattern in (before, now))
         if before != now:
             differences.append(f"--{name.replace('_', '-')} {before} in the checkpoint, {now} here")
     return sorted(differences)

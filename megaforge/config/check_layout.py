@@ -59,11 +59,6 @@ def check_layout(config: Config, world_size: int) -> Layout:
         UserError: naming the flag, its value and one that would work.
     """
     parallel = config.parallel
-    for flag, size, what in (
-        ("--pp", parallel.pipeline_model_parallel_size, "pipeline parallelism"),
-    ):
-        if size > 1:
-            raise UserError(f"{flag} {size}: {what} is not implemented yet; use {flag} 1")
     tp = parallel.tensor_model_parallel_size
     if world_size % tp:
         raise UserError(
@@ -73,6 +68,7 @@ def check_layout(config: Config, world_size: int) -> Layout:
     for label, value in _split_over_tp(config):
         if value % tp:
             raise UserError(f"--tp {tp} does not divide {label}; use --tp {_working_tp(config, world_size)}")
+    _check_pipeline(config, world_size)
     _check_context(config, world_size)
     _check_experts(config, world_size)
     _check_lengths(config)
@@ -80,7 +76,7 @@ def check_layout(config: Config, world_size: int) -> Layout:
     _check_schedule(config)
     _check_gradients(config)
     cp = parallel.context_parallel_size
-    dp = world_size // (tp * cp)
+    dp = world_size // (tp * parallel.pipeline_model_parallel_size * cp)
     global_batch_size = _global_batch_size(config, dp)
     micro_batches = global_batch_size // (config.training.micro_batch_size * dp)
     return Layout(world_size, tp, cp, dp, global_batch_size, micro_batches, tuple(_notes(config, dp * cp)))
@@ -169,14 +165,16 @@ def _check_context(config: Config, world_size: int) -> None:
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     if cp == 1:
         return
-    ranks = world_size // tp
+    pp = parallel.pipeline_model_parallel_size
+    ranks = world_size // (tp * pp)
     inner = tp if parallel.sequence_parallel else 1
     working = [
         size for size in range(1, ranks + 1) if ranks % size == 0 and (size == 1 or not length % (2 * size * inner))
     ]
     if ranks % cp:
+        others = f"--tp {tp} and --pp {pp} leave" if pp > 1 else f"--tp {tp} leaves"
         raise UserError(
-            f"--cp {cp} does not divide the {ranks} ranks that --tp {tp} leaves of the {world_size} that were started; "
+            f"--cp {cp} does not divide the {ranks} ranks that {others} of the {world_size} that were started; "
             f"use --cp {either(working)}"
         )
     unit = 2 * cp * inner
@@ -190,6 +188,18 @@ def _check_context(config: Config, world_size: int) -> None:
         raise UserError(
             f"--seq-length {length} does not divide by {why}: --cp {cp} cuts each sequence into {2 * cp} chunks; "
             f"use --seq-length {either(lengths)}, or --cp {either(working)}"
+        )
+
+
+def _check_pipeline(config: Config, world_size: int) -> None:
+    """pp divides the ranks that tp leaves; :func:`megaforge.models.stages.plan_pipeline` checks stages and schedule."""
+    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    rest = world_size // tp
+    if rest % pp:
+        working = either(divisors(rest))
+        raise UserError(
+            f"--pp {pp} does not divide the {rest} ranks that --tp {tp} leaves of the {world_size} that were started; "
+            f"use --pp {working}"
         )
 
 
@@ -269,6 +279,8 @@ def _global_batch_size(config: Config, dp: int) -> int:
 def _notes(config: Config, replicas: int) -> list[str]:
     notes = []
     parallel = config.parallel
+    if parallel.cpu_offload_activations and config.training.device == "cpu":
+        notes.append("--cpu-offload-activations has nothing to move on --device cpu: it changes nothing")
     if parallel.zero_stage and replicas == 1:
         notes.append(f"--zero {parallel.zero_stage} has nothing to share out at dp 1: it saves nothing")
     if parallel.grad_compression != "none":

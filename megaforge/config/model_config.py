@@ -20,7 +20,8 @@ class ModelConfig:
     kv_channels: int | None = flag(None, "channels of an attention head (default: hidden size / heads)")
     hybrid_layer_pattern: str | None = flag(
         None,
-        "sublayers in order: R RWKV-7, * attention, E MoE FFN, - dense FFN; e.g. RERERE*E. Overrides --layer-schedule",
+        "sublayers in order: R RWKV-7, * attention, E MoE FFN, - dense FFN, | pipeline cut; e.g. RERE|RE*E. "
+        "Overrides --layer-schedule",
     )
     layer_schedule: str = flag(
         "interleave-x",

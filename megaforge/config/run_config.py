@@ -14,6 +14,17 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = flag(1, "ranks that share each matrix", aliases=("--tp",))
     pipeline_model_parallel_size: int = flag(1, "pipeline stages", aliases=("--pp",))
+    virtual_pipeline_model_parallel_size: int | None = flag(
+        None, "stages on each pipeline rank (default: 2 for zb-v, else 1)", aliases=("--vpp",)
+    )
+    num_layers_per_virtual_pipeline_stage: int | None = flag(
+        None, "blocks of a stage, another way to say --vpp: blocks / pp / this"
+    )
+    pipeline_schedule: str | None = flag(
+        None,
+        "order of forward and backward passes (default: 1f1b, or interleaved with --vpp above 1)",
+        choices=("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"),
+    )
     context_parallel_size: int = flag(1, "ranks that share each sequence", aliases=("--cp",))
     cp_comm_type: str = flag(
         "allgather",
@@ -26,6 +37,15 @@ class ParallelConfig:
     )
     sequence_parallel: bool = flag(
         False, "shard norms and the residual stream over the sequence within tp", aliases=("--sp",)
+    )
+    recompute: str = flag(
+        "none",
+        "what is computed again in the backward pass instead of kept: full: every block; selective: attention's and "
+        "RWKV-7's mixing of tokens; moe: the mixture-of-experts FFNs",
+        choices=("none", "full", "selective", "moe"),
+    )
+    cpu_offload_activations: bool = flag(
+        False, "keep what the backward pass needs in host memory (GPUs; slow, and it fits what nothing else fits)"
     )
     overlap_grad_reduce: bool = flag(True, "reduce gradient buckets while the backward pass still runs")
     ddp_bucket_size: int = flag(25_000_000, "elements of a gradient bucket")
@@ -57,8 +77,14 @@ class ParallelConfig:
     def validate(self) -> None:
         require_at_least(self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size")
         require_at_least(self, 1, "context_parallel_size", "expert_model_parallel_size", "ddp_bucket_size")
+        require_at_least(self, 1, "virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage")
         require_at_least(self, 1, "grad_compression_rank", "expert_tensor_parallel_size")
         require_positive(self, "distributed_timeout_minutes")
+        if None not in (self.virtual_pipeline_model_parallel_size, self.num_layers_per_virtual_pipeline_stage):
+            raise UserError(
+                f"--num-layers-per-virtual-pipeline-stage {self.num_layers_per_virtual_pipeline_stage} and "
+                f"--vpp {self.virtual_pipeline_model_parallel_size} say the same thing twice; give one of them"
+            )
 
 
 @dataclass(frozen=True)

@@ -54,13 +54,17 @@ class OutputHead(nn.Module):
         init: InitRule,
         region: TensorParallelRegion,
         dtype: torch.dtype,
+        tied: bool = False,
     ) -> None:
+        """``tied`` without a ``tied_weight``: the embedding is on another pipeline rank, and this is its copy."""
         super().__init__()
         self.ctx = ctx
         self.region = region
         self.vocab_size = cfg.vocab_size or cfg.padded_vocab_size()
         if tied_weight is None:
-            spec = ParamSpec("head.weight", (cfg.padded_vocab_size(), cfg.hidden_size), init, shard_dim=0, kind="head")
+            name, kind = ("embedding.weight", "embedding") if tied else ("head.weight", "head")
+            shape = (cfg.padded_vocab_size(), cfg.hidden_size)
+            spec = ParamSpec(name, shape, init, shard_dim=0, is_tied_copy=tied, kind=kind)
             tied_weight = make_parameter(spec, ctx, dtype)
         self.weight = tied_weight
 

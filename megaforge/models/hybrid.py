@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from megaforge.nn.attention import KVCache, SelfAttention
 from megaforge.nn.mlp import DenseFFN, FFNState
 from megaforge.nn.moe import MoEFFN, RouterLosses
 from megaforge.nn.norms import make_norm
+from megaforge.nn.recompute import recomputed
 from megaforge.nn.rwkv7 import RWKV7State, RWKV7TimeMix
 from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.context import ParallelContext
@@ -34,7 +35,7 @@ class ModelOutput:
         load_balance_sum: sum over MoE layers and sequences (see :class:`megaforge.nn.moe.RouterLosses`); 0 without MoE.
         z_loss_sum: sum over MoE layers and tokens; 0 without MoE.
         correct: sum over tokens of loss mask * (the label scored highest); no gradient.
-        tokens_per_expert: int64 [MoE layers, E].
+        tokens_per_expert: int64 [MoE layers, E]; a pipeline stage's own layers.
     """
 
     loss_sum: Tensor
@@ -42,6 +43,19 @@ class ModelOutput:
     z_loss_sum: Tensor
     correct: Tensor
     tokens_per_expert: Tensor
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What goes from block to block, and from one pipeline stage to the next.
+
+    Attributes:
+        x: the residual stream [s(/tp), b, h].
+        v_first: values of the first RWKV-7 block [s, b, h/tp], which later ones lean on; None in a model without.
+    """
+
+    x: Tensor
+    v_first: Tensor | None
 
 
 @dataclass
@@ -72,16 +86,19 @@ class Block(nn.Module):
         num_layers: int,
         region: TensorParallelRegion,
         dtype: torch.dtype,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
         name = f"layers.{index}"
         self.kind = kind
+        self.recompute = recompute
         self.mixer_norm = make_norm(cfg, ctx, f"{name}.mixer_norm", region=region, dtype=dtype)
-        self.mixer: nn.Module
+        self.mixer: RWKV7TimeMix | SelfAttention
         if kind.mixer == "rwkv7":
             self.mixer = RWKV7TimeMix(ctx, f"{name}.mixer", cfg, index, num_layers, region, dtype)
         else:
             self.mixer = SelfAttention(ctx, f"{name}.mixer", cfg, num_layers=num_layers, region=region, dtype=dtype)
+        self.mixer.recompute_core = recompute == "selective"
         self.ffn: nn.Module | None = None
         if kind.ffn is not None:
             self.ffn_norm = make_norm(cfg, ctx, f"{name}.ffn_norm", region=region, dtype=dtype)
@@ -104,6 +121,11 @@ class Block(nn.Module):
         ``v_first`` [s, b, h/tp] are the values of the first RWKV block, which later ones lean on; attention passes
         them through.
         """
+        return recomputed(self.recompute == "full", self._forward, x, v_first, info, state)
+
+    def _forward(
+        self, x: Tensor, v_first: Tensor | None, info: SequenceInfo, state: BlockState | None
+    ) -> tuple[Tensor, Tensor | None, RouterLosses | None]:
         memory = None if state is None else state.mixer
         if self.kind.mixer == "rwkv7":
             out, v_first = self.mixer(self.mixer_norm(x), info, v_first, memory)
@@ -112,13 +134,20 @@ class Block(nn.Module):
         x = x + out
         if self.ffn is None:
             return x, v_first, None
-        out = self.ffn(self.ffn_norm(x), info, None if state is None else state.ffn)
+        active = self.recompute == "moe" and self.kind.ffn == "moe"
+        out = recomputed(active, self._feed_forward, x, info, None if state is None else state.ffn)
         out, losses = out if self.kind.ffn == "moe" else (out, None)
         return x + out, v_first, losses
 
+    def _feed_forward(self, x: Tensor, info: SequenceInfo, state: FFNState | None) -> Any:
+        return cast(nn.Module, self.ffn)(self.ffn_norm(x), info, state)
+
 
 class HybridModel(nn.Module):
-    """A causal language model of RWKV-7 and attention blocks with dense or mixture-of-experts FFNs.
+    """A causal language model of RWKV-7 and attention blocks with dense or mixture-of-experts FFNs, or the part of it
+    that one pipeline stage holds: the stage of the first block has the embedding, that of the last the head.
+
+    ``stage_layers`` are its blocks, ``moe_rows`` its MoE layers' places among the model's ``num_moe_layers``.
 
     Parameters are not initialised here: call :func:`megaforge.parallel.init.initialize_parameters`. In a 16-bit
     ``dtype`` the residual stream and the projections are in that type (as in Megatron-LM); norms, router, decays,
@@ -133,9 +162,19 @@ class HybridModel(nn.Module):
         sequence_parallel: bool = False,
         dtype: torch.dtype = torch.float32,
         cp_comm_type: str = "allgather",
+        recompute: str = "none",
+        layers: range | None = None,
+        embedding_weight: nn.Parameter | None = None,
     ) -> None:
-        """Raises:
-        UserError: the pattern, the vocabulary or a width does not fit the configuration or ``--tp``.
+        """
+        Args:
+            recompute: as ``--recompute``.
+            layers: the blocks of this stage; None is the whole model. Parameters have the same global names.
+            embedding_weight: a tied head of a stage without the embedding: the first stage's matrix where this rank
+                has that stage too. None: the head has a copy of its own.
+
+        Raises:
+            UserError: the pattern, the vocabulary or a width does not fit the configuration or ``--tp``.
         """
         super().__init__()
         self.cfg = cfg
@@ -143,48 +182,56 @@ class HybridModel(nn.Module):
         self.region = TensorParallelRegion(ctx, sequence_parallel)
         self.shards = ContextShards(ctx.cp, cp_comm_type)
         kinds = blocks_of(cfg)
+        self.stage_layers = range(len(kinds)) if layers is None else layers
+        self.is_first, self.is_last = self.stage_layers.start == 0, self.stage_layers.stop == len(kinds)
+        moe_layers = [index for index, kind in enumerate(kinds) if kind.ffn == "moe"]
+        self.num_moe_layers = len(moe_layers)
+        self.moe_rows = [row for row, index in enumerate(moe_layers) if index in self.stage_layers]
+        self.loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         has_rwkv = any(kind.mixer == "rwkv7" for kind in kinds)
         published = has_rwkv and cfg.normalization == "layernorm" and cfg.untie_embeddings_and_output_weights
-        self.embedding = VocabParallelEmbedding(
-            ctx,
-            "embedding",
-            cfg.padded_vocab_size(),
-            cfg.hidden_size,
-            init=embedding_init(cfg, published_rwkv=published),
-            region=self.region,
-            dtype=dtype,
-        )
-        # RWKV-LM's ln0
-        self.embedding_norm = (
-            make_norm(cfg, ctx, "embedding_norm", region=self.region, dtype=dtype)
-            if cfg.normalization == "layernorm"
-            else nn.Identity()
-        )
+        make: dict[str, Any] = {"region": self.region, "dtype": dtype}
+        if self.is_first:
+            self.embedding = VocabParallelEmbedding(
+                ctx,
+                "embedding",
+                cfg.padded_vocab_size(),
+                cfg.hidden_size,
+                init=embedding_init(cfg, published_rwkv=published),
+                **make,
+            )
+            # RWKV-LM's ln0
+            layernorm = cfg.normalization == "layernorm"
+            self.embedding_norm = make_norm(cfg, ctx, "embedding_norm", **make) if layernorm else nn.Identity()
+            embedding_weight = self.embedding.weight
         self.layers = nn.ModuleList(
-            Block(ctx, cfg, kind, index, len(kinds), self.region, dtype) for index, kind in enumerate(kinds)
+            Block(ctx, cfg, kinds[index], index, len(kinds), self.region, dtype, recompute)
+            for index in self.stage_layers
         )
-        self.final_norm = make_norm(cfg, ctx, "final_norm", region=self.region, dtype=dtype)
-        self.head = OutputHead(
-            ctx,
-            cfg,
-            None if cfg.untie_embeddings_and_output_weights else self.embedding.weight,
-            init=head_init(cfg, published_rwkv=published),
-            region=self.region,
-            dtype=dtype,
-        )
+        if self.is_last:
+            self.final_norm = make_norm(cfg, ctx, "final_norm", **make)
+            tied = not cfg.untie_embeddings_and_output_weights
+            init = (embedding_init if tied else head_init)(cfg, published_rwkv=published)
+            self.head = OutputHead(ctx, cfg, embedding_weight if tied else None, init=init, tied=tied, **make)
+
+    @property
+    def chunks(self) -> list[HybridModel]:
+        """The stages that this rank holds, as :class:`megaforge.models.stages.StagedModel` has several."""
+        return [self]
 
     def _trunk(
-        self, tokens_BS: Tensor, info: SequenceInfo, state: GenerationState | None
-    ) -> tuple[Tensor, list[RouterLosses]]:
-        """Tokens -> normed residual stream [s(/tp), b, h] and the losses of the MoE layers."""
-        x = self.embedding_norm(self.embedding(tokens_BS))
-        v_first: Tensor | None = None
+        self, tokens_BS: Tensor, info: SequenceInfo, state: GenerationState | None, arrived: Stream | None = None
+    ) -> tuple[Stream, list[RouterLosses]]:
+        """Tokens, or what an earlier stage made of them, through the blocks; with the losses of the MoE layers."""
+        if arrived is None:
+            arrived = Stream(self.embedding_norm(self.embedding(tokens_BS)), None)
+        x, v_first = arrived.x, arrived.v_first
         routed: list[RouterLosses] = []
         for index, block in enumerate(self.layers):
             x, v_first, losses = block(x, v_first, info, None if state is None else state.blocks[index])
             if losses is not None:
                 routed.append(losses)
-        return self.final_norm(x), routed
+        return Stream(x, v_first), routed
 
     def _info(self, tokens_BS: Tensor, document_start_BS: Tensor | None, offset: int = 0) -> SequenceInfo:
         if not self.cfg.reset_at_document_boundaries:
@@ -205,21 +252,43 @@ class HybridModel(nn.Module):
             loss_mask: float [b, s], weight of each token's loss.
             document_start: bool [b, s], where documents of a packed sample begin; None: one document each.
         """
+        if not (self.is_first and self.is_last):
+            raise ValueError(f"blocks {self.stage_layers} are one pipeline stage: call run_stage")
+        return self.run_stage(tokens, labels, loss_mask, document_start)[0]
+
+    def run_stage(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        loss_mask: Tensor,
+        document_start: Tensor | None = None,
+        *,
+        arrived: Stream | None = None,
+    ) -> tuple[ModelOutput, Stream]:
+        """:meth:`forward` of one pipeline stage: what it adds to the sums, and what the next stage goes on from.
+
+        Args:
+            arrived: what the stage before made; None in the first. Only the last stage has a ``loss_sum``.
+        """
         info = self._info(tokens, document_start)
         tokens, labels, loss_mask = (info.local(whole) for whole in (tokens, labels, loss_mask))
-        x, routed = self._trunk(tokens, info, None)
-        losses, correct = self.head.loss(x, labels)
-        mask = loss_mask.t().to(losses.dtype)
-        zero = losses.new_zeros(())
-        return ModelOutput(
-            loss_sum=(losses * mask).sum(),
+        stream, routed = self._trunk(tokens, info, None, arrived)
+        zero = torch.zeros((), dtype=self.loss_dtype, device=stream.x.device)
+        loss_sum = correct_sum = zero
+        if self.is_last:
+            losses, correct = self.head.loss(self.final_norm(stream.x), labels)
+            mask = loss_mask.t().to(losses.dtype)
+            loss_sum, correct_sum = (losses * mask).sum(), (correct * mask).sum()
+        output = ModelOutput(
+            loss_sum=loss_sum,
             load_balance_sum=sum((r.load_balance_sum for r in routed), zero),
             z_loss_sum=sum((r.z_loss_sum for r in routed), zero),
-            correct=(correct * mask).sum(),
+            correct=correct_sum,
             tokens_per_expert=torch.stack([r.tokens_per_expert for r in routed])
             if routed
             else tokens.new_zeros((0, self.cfg.num_experts)),
         )
+        return output, stream
 
     def logits(
         self,
@@ -246,7 +315,8 @@ class HybridModel(nn.Module):
         if self.ctx.cp.size > 1:
             raise ValueError(f"logits are for models that hold whole sequences: cp is {self.ctx.cp.size}, not 1")
         info = self._info(tokens, document_start, 0 if state is None else state.length)
-        x, _ = self._trunk(tokens, info, state)
+        stream, _ = self._trunk(tokens, info, state)
+        x = self.final_norm(stream.x)
         if state is not None:
             state.length += tokens.shape[1]
         if last_only and not self.region.sequence_parallel:

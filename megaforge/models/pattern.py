@@ -1,6 +1,6 @@
 """Which sublayers a model has, in order: the hybrid layer pattern, written out or made by a schedule.
 
-The letters are Megatron-LM's, with R for RWKV-7: R and * are mixers, E and - are FFNs.
+The letters are Megatron-LM's, with R for RWKV-7: R and * are mixers, E and - are FFNs, | cuts pipeline stages.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from megaforge.errors import UserError
 
 MIXERS = {"R": "rwkv7", "*": "attention"}
 FFNS = {"E": "moe", "-": "dense"}
+CUT = "|"
 NOT_YET = {
     "M": "Mamba layers are not available",
-    "|": "pipeline cuts are not available",
     "/": "multi-token prediction blocks are not available",
 }
 
@@ -33,7 +33,7 @@ class BlockKind:
 
 
 def parse_pattern(pattern: str) -> tuple[BlockKind, ...]:
-    """Reads a pattern such as ``RERERE*E``.
+    """Reads a pattern such as ``RERERE*E`` or ``RERE|RE*E``.
 
     Raises:
         UserError: it is empty, holds an unknown or unavailable letter, or has an FFN without a mixer before it.
@@ -53,6 +53,8 @@ def parse_pattern(pattern: str) -> tuple[BlockKind, ...]:
                 )
             blocks[-1] = BlockKind(blocks[-1].mixer, FFNS[letter])
             open_mixer = False
+        elif letter == CUT:
+            open_mixer = False
         elif letter in NOT_YET:
             raise UserError(
                 f"{flag}: {letter!r} at position {place}: {NOT_YET[letter]} in this version; use R, *, E and -"
@@ -60,12 +62,19 @@ def parse_pattern(pattern: str) -> tuple[BlockKind, ...]:
         else:
             raise UserError(
                 f"{flag}: unknown letter {letter!r} at position {place}; "
-                "use R (RWKV-7), * (attention), E (mixture of experts) and - (dense FFN)"
+                "use R (RWKV-7), * (attention), E (mixture of experts), - (dense FFN) and | (pipeline cut)"
             )
     if not blocks:
         raise UserError(f"{flag}: holds no block; a small model is RERERE*E")
     _check_first_block(blocks, flag)
     return tuple(blocks)
+
+
+def pipeline_cuts(cfg: ModelConfig) -> tuple[int, ...]:
+    """How many blocks stand before each ``|`` of the pattern; empty: the cuts are chosen by cost."""
+    before = layer_pattern(cfg).split(CUT)[:-1]
+    counts = [sum(letter in MIXERS for letter in part) for part in before]
+    return tuple(sum(counts[: number + 1]) for number in range(len(counts)))
 
 
 def _check_first_block(blocks: list[BlockKind], flag: str) -> None:

@@ -12,6 +12,7 @@ from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
 from megaforge.kernels.attention import causal_attention
 from megaforge.nn.attention_context import shared_attention
+from megaforge.nn.recompute import recomputed
 from megaforge.nn.rope import apply_rotary, rotary_tables
 from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.context import ParallelContext
@@ -63,6 +64,7 @@ class SelfAttention(nn.Module):
             UserError: the key/value heads do not divide by tp.
         """
         super().__init__()
+        self.recompute_core = False
         if cfg.query_groups % ctx.tp.size:
             flag = "--num-query-groups" if cfg.num_query_groups else "--num-attention-heads"
             raise UserError(
@@ -118,13 +120,13 @@ class SelfAttention(nn.Module):
         query, key = query_key.permute(1, 2, 0, 3).split((self.heads, self.groups), dim=1)
         value = value.view(length, batch, self.groups, width).permute(1, 2, 0, 3)
         if info.shards.axis.size > 1:
-            context = shared_attention(query, key, value, info)
+            context = recomputed(self.recompute_core, shared_attention, query, key, value, info)
         else:
             mask = info.attention_mask()
             if cache is not None:
                 key, value = cache.append(key, value)
                 mask = _continuation_mask(length, key.shape[2], mask, x.device)
-            context = causal_attention(query, key, value, mask)
+            context = recomputed(self.recompute_core, causal_attention, query, key, value, mask)
         return self.output(context.permute(2, 0, 1, 3).reshape(length, batch, self.heads * width))
 
 

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from megaforge.config.model_config import ModelConfig
 from megaforge.kernels.rwkv7_inputs import rwkv7_inputs
 from megaforge.kernels.wkv7 import wkv7
+from megaforge.nn.recompute import recomputed
 from megaforge.nn.sequence import SequenceInfo
 from megaforge.nn.token_shift import mix_tokens, token_shift
 from megaforge.nn.wkv7_context import shared_wkv7
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.context_parallel import ContextShards
 from megaforge.parallel.init_rules import Constant, Elementwise, InitRule, Normal, Orthogonal
 from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megaforge.parallel.param_spec import ParamSpec, make_parameter
@@ -169,6 +171,7 @@ class RWKV7TimeMix(nn.Module):
         self.ctx, self.name, self.region, self.dtype = ctx, name, region, dtype
         self.size, self.head_size, self.local_heads = size, head, size // head // ctx.tp.size
         self.makes_v_first = layer_index == 0
+        self.recompute_core = False
         init = PublishedInit(size, head, layer_index, num_layers)
 
         for letter, power in (("r", 0.2), ("w", 0.9), ("k", 0.7), ("v", 0.7), ("a", 0.9), ("g", 0.2)):
@@ -255,14 +258,31 @@ class RWKV7TimeMix(nn.Module):
         v_first = v if v_first is None else v_first
         heads = (*x.shape[:2], self.local_heads, self.head_size)
         r, v = r.view(heads), v.view(heads)
-        log_w, k, a, b = rwkv7_inputs(decay, self.w0, rate, self.a0, key, self.k_k, self.k_a, self.head_size)
         starts = info.document_start_SB if info.has_boundaries else None
-        if state is None:
-            y = shared_wkv7(r, log_w, k, v, a, b, starts, info.shards)
-        else:
-            y, state.wkv = wkv7(r, log_w, k, v, a, b, state.wkv, starts)
-            state.shift = x[-1]
+        memory = None if state is None else state.wkv
+        inputs = (r, v, decay, key, rate, memory, starts, info.shards)
+        y, k, final = recomputed(self.recompute_core, self._recurrence, *inputs)
+        if state is not None:
+            state.shift, state.wkv = x[-1], final
         return self.output(self._finish(y, r, k, v) * gate), v_first
+
+    def _recurrence(
+        self,
+        r: Tensor,
+        v: Tensor,
+        decay: Tensor,
+        key: Tensor,
+        rate: Tensor,
+        memory: Tensor | None,
+        starts: Tensor | None,
+        shards: ContextShards,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """WKV and the arithmetic in front of it: y and k [s, b, H/tp, N], and with a ``memory`` the final state."""
+        log_w, k, a, b = rwkv7_inputs(decay, self.w0, rate, self.a0, key, self.k_k, self.k_a, self.head_size)
+        if memory is None and shards.axis.size > 1:
+            return shared_wkv7(r, log_w, k, v, a, b, starts, shards), k, None
+        y, final = wkv7(r, log_w, k, v, a, b, memory, starts)
+        return y, k, final
 
     def _project(self, x: Tensor, previous: Tensor, v_first: Tensor | None) -> tuple[Tensor, ...]:
         """r, decay before its bias, key, v, in-context learning rate before its bias, gate: each [s, b, C/tp]."""

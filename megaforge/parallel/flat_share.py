@@ -103,6 +103,8 @@ class FlatShare:
     def is_first_copy(self, ctx: ParallelContext) -> bool:
         """Whether this rank counts the share: of the ranks along tp that hold a copy, the first. The replicas' shares
         are parts of one copy."""
+        if self.spec.is_tied_copy:
+            return False
         if self.spec.shard_dim is not None:
             return True
         return (ctx.tp if self.spec.expert_dim is None else ctx.etp).rank == 0

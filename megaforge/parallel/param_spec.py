@@ -54,6 +54,8 @@ class ParamSpec:
         weight_decay: whether decoupled weight decay applies.
         lr_mult: factor on the learning rate.
         keep_fp32: stays in fp32 when the model computes in a 16-bit type (decays, norms, router).
+        is_tied_copy: a second copy, on the last pipeline stage, of a parameter of the first (the embedding that is
+            also the head): its gradient is summed with the first's, and it is not counted in the norm.
         kind: what it is for people and planners: ``embedding``, ``head``, ``attention``, ``rwkv``, ``moe``,
             ``router``, ``ffn``, ``norm``.
     """
@@ -69,6 +71,7 @@ class ParamSpec:
     weight_decay: bool = True
     lr_mult: float = 1.0
     keep_fp32: bool = False
+    is_tied_copy: bool = False
     kind: str = "other"
 
     def __post_init__(self) -> None:
@@ -95,7 +98,9 @@ class ParamSpec:
         return inner * (1 if self.expert_dim is None else ctx.ep.size)
 
     def is_first_copy(self, ctx: ParallelContext) -> bool:
-        """Whether this rank, of all in its pipeline stage that hold this shard, is the one that counts it."""
+        """Whether this rank, of all that hold this shard, is the one that counts it."""
+        if self.is_tied_copy:
+            return False
         if self.shard_dim is None:
             inner = ctx.tp if self.expert_dim is None else ctx.etp
             return inner.rank == 0 and ctx.axis(self.replica_axis).rank == 0

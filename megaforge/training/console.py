@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from megaforge.models.flops import model_flops_per_token
+from megaforge.models.hybrid import HybridModel
+from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import named_specs
 from megaforge.training.callbacks import Callback
 from megaforge.training.flops import measure_matmul_peak
@@ -35,8 +37,10 @@ class ConsoleLog(Callback):
     def on_train_start(self, trainer: Trainer) -> None:
         dtype = compute_dtype(trainer.config.training)
         self._peak = measure_matmul_peak(trainer.ctx, dtype)
-        self._flops_per_token = model_flops_per_token(trainer.model, trainer.config.data.seq_length)
-        self._print(trainer, describe(trainer))
+        # A rank may hold only some stages of the model: the whole one is built without memory.
+        whole = HybridModel(trainer.config.model, ParallelContext.single("meta"))
+        self._flops_per_token = model_flops_per_token(whole, trainer.config.data.seq_length)
+        self._print(trainer, describe(trainer, sum(spec.numel for spec, _ in named_specs(whole))))
         peak, each = _si(self._peak, "FLOP/s"), _si(self._flops_per_token, "FLOP")
         self._print(trainer, f"a token costs {each}; matrix products reach {peak} here in {str(dtype)[6:]}")
         if trainer.iteration:
@@ -95,13 +99,14 @@ class ConsoleLog(Callback):
             self.stream.flush()
 
 
-def describe(trainer: Trainer) -> str:
-    """One line on the run: model, layout, batch, data."""
+def describe(trainer: Trainer, stored: int) -> str:
+    """One line on the run: model with ``stored`` parameters, layout, batch, data."""
     config, ctx = trainer.config, trainer.ctx
-    stored = sum(spec.numel for spec, _ in named_specs(trainer.model))
     epoch = sum(trainer.data.epoch_tokens)
     planned = config.training.train_iters * trainer.global_batch_size * config.data.seq_length
     layout = f"tp {ctx.tp.size} x " + (f"cp {ctx.cp.size} x " if ctx.cp.size > 1 else "") + f"dp {ctx.dp.size}"
+    if trainer.pipeline.plan.num_stages > 1:
+        layout = f"{trainer.pipeline.plan.describe()} x {layout}"
     return (
         f"{config.name}: {stored:,} parameters | {layout} on {ctx.device.type} | "
         f"{trainer.global_batch_size} x {config.data.seq_length} tokens a step | {trainer.optimizer.implementation} | "

@@ -16,7 +16,7 @@ from megaforge.data.tokenizer import Tokenizer, load_tokenizer
 from megaforge.device import resolve_device
 from megaforge.errors import UserError
 from megaforge.kernels.matmul_precision import choose_matmul_precision
-from megaforge.models.hybrid import HybridModel
+from megaforge.models.stages import PipelinePlan, build_model, plan_pipeline
 from megaforge.monitor.sinks import JsonlSink, MetricSink
 from megaforge.monitor.trackers import MlflowSink, TensorBoardSink, WandbSink
 from megaforge.optim import build_optimizer
@@ -56,6 +56,7 @@ def prepare(config: Config) -> tuple[Config, Layout, Tokenizer | None]:
         config = with_tokenizer_vocab(config, tokenizer.vocab_size)
     layout = check_layout(config, discover_launch().world_size)
     config.model.padded_vocab_size()
+    plan_of(config, layout)
     for note in layout.notes:
         say_once(note)
     return config, layout, tokenizer
@@ -69,11 +70,21 @@ def join(config: Config) -> ParallelContext:
     parallel = config.parallel
     return ParallelContext.create(
         tp=parallel.tensor_model_parallel_size,
+        pp=parallel.pipeline_model_parallel_size,
         ep=parallel.expert_model_parallel_size,
         etp=parallel.expert_tensor_size,
         cp=parallel.context_parallel_size,
         device=device,
     )
+
+
+def plan_of(config: Config, layout: Layout) -> PipelinePlan:
+    """Which blocks go to which pipeline stage, and the schedule.
+
+    Raises:
+        UserError: the model, the flags and the number of micro-batches allow none; needs no process group.
+    """
+    return plan_pipeline(config.model, config.parallel, layout.micro_batches, config.data.seq_length)
 
 
 def set_numerics(config: Config, device: torch.device) -> None:
@@ -96,20 +107,24 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
     opened: list[TrainingData] = []
     together(ctx, lambda: opened.append(_open_data(config, tokenizer)))
     together(ctx, lambda: check_save_directory(config.checkpoint) if ctx.is_first_rank else None)
-    model = HybridModel(
+    plan = plan_of(config, layout)
+    model = build_model(
         config.model,
         ctx,
+        plan,
         sequence_parallel=config.parallel.sequence_parallel,
         dtype=compute_dtype(config.training),
         cp_comm_type=config.parallel.cp_comm_type,
+        recompute=config.parallel.recompute,
     )
     initialize_parameters(model, ctx, config.training.seed)
     trainer = Trainer(
         config,
         ctx,
         model,
-        build_optimizer(config.optimizer, model, ctx, shard_parameters(config.parallel, model, ctx)),
+        build_optimizer(config.optimizer, model, ctx, shard_parameters(config.parallel, model.chunks, ctx)),
         opened[0],
+        plan=plan,
         tokenizer=None if tokenizer is None else tokenizer_identity(tokenizer),
         global_batch_size=layout.global_batch_size,
         callbacks=_callbacks(config),

@@ -64,17 +64,23 @@ class TrainedModel:
         return tokenizer
 
 
-def load_trained_model(directory: str, *, tp: int | None = None, device: str = "auto") -> TrainedModel:
+def load_trained_model(directory: str, *, tp: int | None = None, pp: int = 1, device: str = "auto") -> TrainedModel:
     """Joins the other ranks, if there are any, and loads the newest valid checkpoint of ``directory``. Collective.
 
     Args:
         directory: a run's ``--save`` directory, or one checkpoint in it.
         tp: tensor-parallel size; None takes all ranks.
+        pp: pipeline stages; only 1 will do.
         device: cpu, cuda or auto.
 
     Raises:
         UserError: no valid checkpoint, or its model does not divide over ``tp``.
     """
+    if pp != 1:
+        raise UserError(
+            f"--pp {pp}: a trained model runs on one pipeline stage, whatever stages wrote its checkpoint; use --pp 1, "
+            "and --tp to share it over ranks"
+        )
     launch = discover_launch()
     tp = launch.world_size if tp is None else tp
     if tp < 1 or launch.world_size % tp:
@@ -105,6 +111,11 @@ def _present_config(meta: dict[str, Any], path: Path, tp: int, device: str) -> C
         parallel=dataclasses.replace(
             config.parallel,
             tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=1,
+            virtual_pipeline_model_parallel_size=None,
+            num_layers_per_virtual_pipeline_stage=None,
+            pipeline_schedule=None,
+            recompute="none",
             context_parallel_size=1,
             expert_model_parallel_size=1,
             expert_tensor_parallel_size=None,

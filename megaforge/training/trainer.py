@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,15 @@ from megaforge.data.samples import TrainingData
 from megaforge.device import synchronize
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel, ModelOutput
+from megaforge.models.stages import PipelinePlan, StagedModel
 from megaforge.nn.moe import update_routers
 from megaforge.optim import AdamW, LearningRateSchedule, LossScaler, clip_gradients
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.grad_compression import make_reduction
 from megaforge.training.metrics import EvaluationMetrics, StepMetrics, balance_entropy_bits
-from megaforge.training.state import save_run
+from megaforge.training.pipeline import StageRunner
+from megaforge.training.state import compute_dtype, save_run
 
 if TYPE_CHECKING:
     from megaforge.training.callbacks import Callback
@@ -46,27 +48,37 @@ class Trainer:
         self,
         config: Config,
         ctx: ParallelContext,
-        model: HybridModel,
+        model: HybridModel | StagedModel,
         optimizer: AdamW,
         data: TrainingData,
         *,
+        plan: PipelinePlan,
         tokenizer: dict[str, Any] | None = None,
         global_batch_size: int,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        """``tokenizer``: its identity as checkpoints keep it (:func:`megaforge.training.state.tokenizer_identity`)."""
+        """``model``: this rank's stages by ``plan``; ``tokenizer``: its identity as checkpoints keep it
+        (:func:`megaforge.training.state.tokenizer_identity`)."""
         self.config, self.ctx, self.model, self.optimizer, self.data = config, ctx, model, optimizer, data
         self.tokenizer = tokenizer
         self.global_batch_size = global_batch_size
         self.callbacks = list(callbacks)
         self.reducer = GradientReducer(
-            model,
+            model.chunks,
             ctx,
             bucket_size=config.parallel.ddp_bucket_size,
             overlap=config.parallel.overlap_grad_reduce,
             shards=optimizer.shards,
             free_buffers=config.parallel.zero_stage == 2,
             reduction=make_reduction(config.parallel),
+        )
+        self.pipeline = StageRunner(
+            model,
+            ctx,
+            plan,
+            self.reducer,
+            dtype=compute_dtype(config.training),
+            offload=config.parallel.cpu_offload_activations,
         )
         self.schedule = LearningRateSchedule(config.optimizer, config.training.train_iters)
         self.scaler = LossScaler(config.optimizer, enabled=config.training.fp16)
@@ -106,26 +118,28 @@ class Trainer:
         """One optimizer step over this rank's micro-batches of a global batch."""
         lr = self.schedule(self.iteration + 1)
         tokens = self._global_token_count(micro_batches)
-        totals = _Totals(self.ctx)
+        length = micro_batches[0].tokens.shape[1]
         self.reducer.zero()
-        for number, batch in enumerate(micro_batches, 1):
-            self.reducer.set_last_microbatch(number == len(micro_batches))
-            output = self._forward(batch)
-            loss = self._loss(output, tokens, batch.tokens.shape[1])
-            (loss * self.scaler.scale).backward()
-            totals.add(output)
+        outputs = self.pipeline.forward_backward(
+            micro_batches, lambda output: self._loss(output, tokens, length), self.scaler.scale
+        )
         self.reducer.finish()
+        self.pipeline.sum_tied_gradient()
         grad_norm = clip_gradients(self.model, self.ctx, self.config.optimizer.clip_grad, self.scaler.scale)
         updated = self._update(grad_norm, lr)
+        totals = _Totals(self.ctx)
+        totals.add(outputs)
         totals.reduce()
         if updated:
-            update_routers(self.model, torch.tensor(totals.tokens_per_expert, dtype=torch.float64))
+            for stage in self.model.chunks:
+                own = [totals.tokens_per_expert[row] for row in stage.moe_rows]
+                update_routers(stage, torch.tensor(own, dtype=torch.float64))
         self.iteration += 1
         self.consumed_samples += self.global_batch_size
-        return self._metrics(totals, tokens, grad_norm, lr, micro_batches[0].tokens.shape[1], updated)
+        return self._metrics(totals, tokens, grad_norm, lr, length, updated)
 
     def _loss(self, output: ModelOutput, tokens: float, length: int) -> Tensor:
-        """What this micro-batch adds to the global batch's mean loss: every sum is divided by a global count."""
+        """What a micro-batch's stage adds to the global batch's mean loss: every sum is divided by a global count."""
         cfg, sequences = self.config.model, self.global_batch_size
         return (
             output.loss_sum / tokens
@@ -155,10 +169,9 @@ class Trainer:
         totals = _Totals(self.ctx)
         with closing(iter(self._loader(self.validation, 0))) as batches:  # type: ignore[type-var]
             for micro_batches in islice(batches, self.config.training.eval_iters):
-                for batch in micro_batches:
-                    # The ranks of cp hold the same samples: one of them counts the labels.
-                    counted = batch.loss_mask.sum(dtype=torch.float64) if self.ctx.cp.rank == 0 else 0.0
-                    totals.add(self._forward(batch), float(counted))
+                # The ranks of pp and cp hold the same samples: one of them counts the labels.
+                counts = self.ctx.pp.rank == self.ctx.cp.rank == 0
+                totals.add(self.pipeline.forward(micro_batches), _token_count(micro_batches) if counts else 0.0)
         totals.reduce()
         ratio = self.data.bytes_per_token("valid")
         metrics = EvaluationMetrics(
@@ -188,18 +201,12 @@ class Trainer:
             self.config.data.num_workers,
         )
 
-    def _forward(self, batch: Batch) -> ModelOutput:
-        fields = (batch.tokens, batch.labels, batch.loss_mask, batch.document_start)
-        output: ModelOutput = self.model(*(field.to(self.ctx.device) for field in fields))
-        return output
-
     def _global_token_count(self, micro_batches: Sequence[Batch]) -> float:
         """Labels that count in the whole global batch; at least one, so that an all-masked batch gives zero loss.
 
-        The ranks of cp hold the same whole samples, so the sum over dp counts every label once.
+        The ranks of cp and pp hold the same whole samples, so the sum over dp counts every label once.
         """
-        own = sum(float(batch.loss_mask.sum(dtype=torch.float64)) for batch in micro_batches)
-        count = torch.tensor(own, dtype=torch.float64, device=self.ctx.device)
+        count = torch.tensor(_token_count(micro_batches), dtype=torch.float64, device=self.ctx.device)
         if self.ctx.dp.group is not None:
             dist.all_reduce(count, group=self.ctx.dp.group)
         return max(count.item(), 1.0)
@@ -238,8 +245,14 @@ class Trainer:
             getattr(callback, event)(self, *args)
 
 
+def _token_count(micro_batches: Sequence[Batch]) -> float:
+    """Labels that count in this rank's micro-batches."""
+    return sum(float(batch.loss_mask.sum(dtype=torch.float64)) for batch in micro_batches)
+
+
 class _Totals:
-    """Sums of :class:`ModelOutput` over micro-batches, then dp and cp; fp64, so that their order hardly matters."""
+    """Sums of :class:`ModelOutput` over micro-batches and this rank's stages, then over dp, cp and pp; fp64, so that
+    their order hardly matters. Every rank ends with the numbers of the whole model."""
 
     def __init__(self, ctx: ParallelContext) -> None:
         self._ctx = ctx
@@ -248,20 +261,23 @@ class _Totals:
         self.loss_sum = self.load_balance_sum = self.z_loss_sum = self.correct = self.tokens = 0.0
         self.tokens_per_expert: list[list[float]] = []
 
-    def add(self, output: ModelOutput, tokens: float = 0.0) -> None:
-        """Takes in one micro-batch of ``tokens`` counted labels."""
-        parts = (output.loss_sum, output.load_balance_sum, output.z_loss_sum, output.correct)
-        self._sums[:4] += torch.stack([part.detach().double() for part in parts])
+    def add(self, outputs: Iterable[tuple[HybridModel, ModelOutput]], tokens: float = 0.0) -> None:
+        """Takes in what stages put out for some micro-batches, which hold ``tokens`` counted labels."""
         self._sums[4] += tokens
-        experts = output.tokens_per_expert.double()
-        self._experts = experts if self._experts is None else self._experts + experts
+        for stage, output in outputs:
+            parts = (output.loss_sum, output.load_balance_sum, output.z_loss_sum, output.correct)
+            self._sums[:4] += torch.stack([part.double() for part in parts])
+            if self._experts is None:
+                self._experts = self._sums.new_zeros((stage.num_moe_layers, output.tokens_per_expert.shape[1]))
+            self._experts[stage.moe_rows] += output.tokens_per_expert
 
     def reduce(self) -> None:
-        """Sums over dp and cp and brings the numbers to the host."""
+        """Sums over dp, cp and pp and brings the numbers to the host."""
         experts = self._sums.new_zeros((0, 0)) if self._experts is None else self._experts
         packed = torch.cat([self._sums, experts.flatten()])
-        if self._ctx.dp_cp.group is not None:
-            dist.all_reduce(packed, group=self._ctx.dp_cp.group)
+        for axis in (self._ctx.dp_cp, self._ctx.pp):
+            if axis.group is not None:
+                dist.all_reduce(packed, group=axis.group)
         values = packed.tolist()
         self.loss_sum, self.load_balance_sum, self.z_loss_sum, self.correct, self.tokens = values[:5]
         self.tokens_per_expert = packed[5:].view(experts.shape).tolist()

@@ -19,6 +19,8 @@ def test_dp_and_micro_batches_follow() -> None:
     assert (layout.tp, layout.dp, layout.global_batch_size, layout.micro_batches) == (2, 4, 24, 2)
     inferred = check_layout(parse_config(["--tp", "2", "--micro-batch-size", "3"]).config, 8)
     assert (inferred.global_batch_size, inferred.micro_batches, inferred.notes) == (12, 1, ())
+    staged = check_layout(parse_config(["--tp", "2", "--pp", "2", "--global-batch-size", "8"]).config, 8)
+    assert (staged.dp, staged.micro_batches) == (2, 4)
 
 
 def test_context_parallel_ranks_share_samples() -> None:
@@ -34,7 +36,10 @@ RWKV = ("--layer-schedule", "rwkv")
 @pytest.mark.parametrize(
     ("world_size", "argv", "message"),
     [
-        (2, ["--pp", "2"], "--pp 2: pipeline parallelism is not implemented yet; use --pp 1"),
+        (8, ["--tp", "2", "--pp", "3"],
+         "--pp 3 does not divide the 4 ranks that --tp 2 leaves of the 8 that were started; use --pp 1, 2 or 4"),
+        (1, ["--vpp", "2", "--num-layers-per-virtual-pipeline-stage", "1"],
+         "--num-layers-per-virtual-pipeline-stage 1 and --vpp 2 say the same thing twice; give one of them"),
         (8, ["--ep", "4", "--num-experts", "6"],
          "--ep 4 does not divide both --num-experts 6 and the 8 ranks that --etp 1 leaves of the 8 of a pipeline stage "
          "(--etp is --tp unless given); use --ep 1 or 2"),

@@ -6,7 +6,14 @@ import pytest
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
-from megaforge.models.pattern import BlockKind, attention_positions, blocks_of, layer_pattern, parse_pattern
+from megaforge.models.pattern import (
+    BlockKind,
+    attention_positions,
+    blocks_of,
+    layer_pattern,
+    parse_pattern,
+    pipeline_cuts,
+)
 
 
 def pattern(**changes: object) -> str:
@@ -30,7 +37,7 @@ def test_parse() -> None:
         ("REX", "unknown letter 'X' at position 2"),
         ("-R-", "FFN '-' at position 0 has no mixer before it"),
         ("RE-", "FFN '-' at position 2 has no mixer"),
-        ("RE|*E", "pipeline cuts are not available"),
+        ("R|E*E", "FFN 'E' at position 2 has no mixer"),
         ("RE/*E", "multi-token prediction blocks are not available"),
         ("RMRE", "Mamba layers are not available"),
         ("*ERE", "first mixer must be R"),
@@ -61,6 +68,12 @@ def test_placements() -> None:
     assert pattern(num_layers=3, layer_schedule="attention", ffn="dense") == "*-*-*-"
     assert pattern(num_layers=3, layer_schedule="rwkv") == "RERERE"
     assert pattern(num_layers=3, hybrid_layer_pattern="R*") == "R*"
+
+
+def test_cuts_are_no_part_of_the_model() -> None:
+    assert parse_pattern("RE|*E|R-") == parse_pattern("RE*ER-")
+    assert pipeline_cuts(ModelConfig(hybrid_layer_pattern="RE*E|R|R-*")) == (2, 3)
+    assert pipeline_cuts(ModelConfig(num_layers=8)) == ()
 
 
 def test_unknown_schedule_is_named() -> None:

@@ -22,6 +22,7 @@ class PayloadTensor:
             comes back once from every rank.
         made_by: the stage that makes a carried tensor.
         differentiable: whether a gradient comes back.
+        read_until: the last stage that reads a carried tensor; it is not sent further. None: the last of all.
     """
 
     shape: tuple[int, ...]
@@ -29,6 +30,7 @@ class PayloadTensor:
     carried: bool = False
     made_by: int = 0
     differentiable: bool = True
+    read_until: int | None = None
 
 
 Payload = Mapping[str, PayloadTensor]
@@ -46,7 +48,8 @@ def crossing_names(schedule: Schedule, payload: Payload) -> list[tuple[str, ...]
         crossing = []
         for name, tensor in sorted(payload.items()):
             holders = {schedule.rank_of(s) for s in range(tensor.made_by, stage + 1)}
-            if not tensor.carried or (stage >= tensor.made_by and receiver not in holders):
+            last = schedule.num_stages - 1 if tensor.read_until is None else tensor.read_until
+            if not tensor.carried or (tensor.made_by <= stage < last and receiver not in holders):
                 crossing.append(name)
         names.append(tuple(crossing))
     return names

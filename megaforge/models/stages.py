@@ -1,0 +1,208 @@
+"""A model cut into pipeline stages: which blocks go where, what each rank builds, and what travels between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from megaforge.config.model_config import ModelConfig
+from megaforge.config.run_config import ParallelConfig
+from megaforge.errors import UserError
+from megaforge.models.flops import matmul_elements, mixing_flops
+from megaforge.models.hybrid import HybridModel
+from megaforge.models.pattern import blocks_of, pipeline_cuts
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.param_spec import named_specs
+from megaforge.parallel.pipeline.actions import Schedule
+from megaforge.parallel.pipeline.partition import partition_layers
+from megaforge.parallel.pipeline.payload import Payload, PayloadTensor
+from megaforge.parallel.pipeline.schedules import build_schedule
+from megaforge.parallel.pipeline.tied import tied_ranks
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """How the model is cut and run.
+
+    Attributes:
+        name: the schedule, as in ``--pipeline-schedule``.
+        pp, vpp: pipeline ranks, and stages on each.
+        layers: the blocks of every stage.
+        schedule: for the micro-batches of a global batch.
+    """
+
+    name: str
+    pp: int
+    vpp: int
+    layers: tuple[range, ...]
+    schedule: Schedule
+
+    @property
+    def num_stages(self) -> int:
+        return self.pp * self.vpp
+
+    def with_micro_batches(self, count: int) -> Schedule:
+        """The schedule for another number of micro-batches.
+
+        Raises:
+            UserError: it is not defined for that number.
+        """
+        if count == self.schedule.num_microbatches:
+            return self.schedule
+        return build_schedule(self.name, pp=self.pp, vpp=self.vpp, microbatches=count)
+
+    def describe(self) -> str:
+        """For the log: ``pp 2 (interleaved, vpp 2)``."""
+        return f"pp {self.pp} ({self.name}" + (f", vpp {self.vpp})" if self.vpp > 1 else ")")
+
+
+def plan_pipeline(cfg: ModelConfig, parallel: ParallelConfig, micro_batches: int, sequence_length: int) -> PipelinePlan:
+    """The plan that the flags ask for. Needs no process group and no memory.
+
+    Raises:
+        UserError: more stages than blocks, cuts in the pattern that make another number of stages, or a schedule that
+            is not defined for these numbers.
+    """
+    pp = parallel.pipeline_model_parallel_size
+    vpp = _stages_per_rank(parallel, len(blocks_of(cfg)))
+    name = parallel.pipeline_schedule or ("1f1b" if vpp == 1 else "interleaved")
+    schedule = build_schedule(name, pp=pp, vpp=vpp, microbatches=micro_batches)
+    if name.startswith("zb") and parallel.recompute in ("full", "moe"):
+        raise UserError(
+            f"--recompute {parallel.recompute} with --pipeline-schedule {name}: the deferred weight gradients would "
+            "compute the blocks again once for each weight; use --recompute selective or none, or --pipeline-schedule "
+            + ("interleaved" if vpp > 1 else "1f1b")
+        )
+    if vpp > 1 and parallel.zero_stage == 2:
+        raise UserError(
+            f"--zero 2 with --vpp {vpp}: gradients of several stages on a rank cannot be reduced after every "
+            "micro-batch; use --zero 1, or --vpp 1"
+        )
+    return PipelinePlan(name, pp, vpp, tuple(stage_layers(cfg, pp * vpp, sequence_length)), schedule)
+
+
+def _stages_per_rank(parallel: ParallelConfig, num_layers: int) -> int:
+    pp, each = parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage
+    if each is None:
+        return parallel.virtual_pipeline_model_parallel_size or (2 if parallel.pipeline_schedule == "zb-v" else 1)
+    if num_layers % (pp * each):
+        sizes = [str(size) for size in range(1, num_layers + 1) if num_layers % (pp * size) == 0]
+        valid = f"valid: {', '.join(sizes)}" if sizes else f"use --vpp, or a --pp that divides {num_layers}"
+        raise UserError(
+            f"--num-layers-per-virtual-pipeline-stage {each}: the model's {num_layers} blocks do not divide by "
+            f"--pp {pp} times it; {valid}"
+        )
+    return num_layers // (pp * each)
+
+
+def stage_layers(cfg: ModelConfig, num_stages: int, sequence_length: int) -> list[range]:
+    """The blocks of every stage: as the ``|`` of the layer pattern cut it, or balanced by :func:`block_costs`. One
+    stage is the whole model, whatever the pattern's cuts.
+
+    Raises:
+        UserError: more stages than blocks, or cuts that make another number of stages or an empty one.
+    """
+    count = len(blocks_of(cfg))
+    if num_stages == 1:
+        return [range(count)]
+    if num_stages > count:
+        raise UserError(
+            f"--pp times --vpp is {num_stages} stages, but the model has only {count} blocks; "
+            f"use at most {count} stages"
+        )
+    return partition_layers(block_costs(cfg, sequence_length), num_stages, pipeline_cuts(cfg))
+
+
+def block_costs(cfg: ModelConfig, sequence_length: int) -> list[float]:
+    """Forward FLOPs of one token in each block: RWKV-7, attention over ``sequence_length`` tokens, the chosen experts
+    or the dense FFN. The last one's include the output head; looking up an embedding is no arithmetic."""
+    model = HybridModel(cfg, ParallelContext.single("meta"))
+    costs = []
+    for kind, block in zip(blocks_of(cfg), model.layers, strict=True):
+        matrices = matmul_elements((spec for spec, _ in named_specs(block)), cfg)
+        costs.append(2.0 * matrices + mixing_flops(cfg, kind, sequence_length))
+    costs[-1] += 2.0 * cfg.padded_vocab_size() * cfg.hidden_size
+    return costs
+
+
+class StagedModel(nn.Module):
+    """The stages of one pipeline rank, ``chunks`` in the order of the model."""
+
+    def __init__(self, cfg: ModelConfig, chunks: Sequence[HybridModel]) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.stages = nn.ModuleList(chunks)
+
+    @property
+    def chunks(self) -> list[HybridModel]:
+        return [chunk for chunk in self.stages if isinstance(chunk, HybridModel)]
+
+
+def build_model(
+    cfg: ModelConfig,
+    ctx: ParallelContext,
+    plan: PipelinePlan,
+    *,
+    sequence_parallel: bool = False,
+    dtype: torch.dtype = torch.float32,
+    cp_comm_type: str = "allgather",
+    recompute: str = "none",
+) -> HybridModel | StagedModel:
+    """This rank's part of the model, not yet initialised: the whole :class:`HybridModel` where there is one stage.
+
+    Raises:
+        UserError: see :class:`HybridModel`.
+    """
+    chunks: list[HybridModel] = []
+    for stage in plan.schedule.stages_of(ctx.pp.rank):
+        # In a V the first rank has the last stage too: a tied head is the embedding itself.
+        shared = chunks[0].embedding.weight if chunks and chunks[0].is_first else None
+        chunk = HybridModel(
+            cfg,
+            ctx,
+            sequence_parallel=sequence_parallel,
+            dtype=dtype,
+            cp_comm_type=cp_comm_type,
+            recompute=recompute,
+            layers=plan.layers[stage],
+            embedding_weight=shared,
+        )
+        chunks.append(chunk)
+    model = chunks[0] if plan.num_stages == 1 else StagedModel(cfg, chunks)
+    tied = tied_weight(model, plan)
+    if tied is not None:
+        tied.alone_in_bucket = True  # type: ignore[attr-defined]  # so that ZeRO cuts both copies alike
+    return model
+
+
+def tied_weight(model: HybridModel | StagedModel, plan: PipelinePlan) -> nn.Parameter | None:
+    """This rank's copy of a matrix that the first and the last pipeline rank both have; None without such a copy."""
+    first, last = tied_ranks(plan.schedule)
+    if model.cfg.untie_embeddings_and_output_weights or first == last:
+        return None
+    if model.chunks[0].is_first:
+        return model.chunks[0].embedding.weight
+    return model.chunks[-1].head.weight if model.chunks[-1].is_last else None
+
+
+def make_payload(
+    model: HybridModel | StagedModel, plan: PipelinePlan, batch: int, length: int, dtype: torch.dtype
+) -> Payload:
+    """What travels between stages for micro-batches of ``batch`` sequences of ``length`` tokens: the residual stream,
+    and RWKV-7's v_first as far as a later stage reads it."""
+    if plan.num_stages == 1:
+        return {}
+    cfg, chunk = model.cfg, model.chunks[0]
+    ctx = chunk.ctx
+    length //= ctx.cp.size
+    rows = length // ctx.tp.size if chunk.region.sequence_parallel else length
+    payload = {"x": PayloadTensor((rows, batch, cfg.hidden_size), dtype)}
+    mixers = [kind.mixer for kind in blocks_of(cfg)]
+    readers = [stage for stage, layers in enumerate(plan.layers) if any(mixers[i] == "rwkv7" for i in layers)]
+    if readers and readers[-1] > 0:
+        shape = (length, batch, cfg.hidden_size // ctx.tp.size)
+        payload["v_first"] = PayloadTensor(shape, dtype, carried=True, made_by=0, read_until=readers[-1])
+    return payload
