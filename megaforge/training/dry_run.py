@@ -23,6 +23,7 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.distributed import discover_launch
 from megaforge.parallel.param_spec import Box, named_specs
+from megaforge.parallel.zero import shard_parameters
 from megaforge.planning.layout import PlannedLayout
 from megaforge.planning.memory import StateBytes, peak_activations, stage_activations, state_bytes
 from megaforge.planning.plan_command import planned_layout
@@ -238,8 +239,11 @@ def _modules(model: HybridModel, stages: Sequence[StagePart]) -> nn.ModuleList:
 
 def _registered(config: Config, ctx: ParallelContext, modules: nn.Module) -> StateBytes:
     """Bytes that the model, the gradient reducer and the optimizer hold after registering the parameters."""
-    reducer = GradientReducer(modules, ctx, bucket_size=config.parallel.ddp_bucket_size, overlap=False)
-    optimizer = build_optimizer(config.optimizer, modules, ctx)
+    shards = shard_parameters(config.parallel, modules, ctx)
+    freed = config.parallel.zero_stage == 2
+    bucket_size = config.parallel.ddp_bucket_size
+    reducer = GradientReducer(modules, ctx, bucket_size=bucket_size, overlap=False, shards=shards, free_buffers=freed)
+    optimizer = build_optimizer(config.optimizer, modules, ctx, shards)
     parameters = [parameter for _, parameter in named_specs(modules)]
     masters = [tensor for _, _, tensor in optimizer.weight_entries()]
     # A wide parameter is its own master: the same storage, counted with the parameters.
@@ -248,7 +252,10 @@ def _registered(config: Config, ctx: ParallelContext, modules: nn.Module) -> Sta
     extra += [tensor for _, _, tensor in optimizer.moment_entries()]
     return StateBytes(
         parameters=sum(p.numel() * p.element_size() for p in parameters),
-        gradients=sum(p.numel() * bucket.main_dtype.itemsize for bucket in reducer.buckets for p in bucket.parameters),
+        gradients=sum(
+            bucket.main_dtype.itemsize * (bucket.slice_size if freed else sum(p.numel() for p in bucket.parameters))
+            for bucket in reducer.buckets
+        ),
         optimizer=sum(t.numel() * t.element_size() for t in extra),
         elements=sum(p.numel() for p in parameters),
     )

@@ -43,7 +43,7 @@ def test_memory_of_one_layout_is_printed(capsys: pytest.CaptureFixture[str]) -> 
         ("--tp 4 --ep 4 --etp 4 --dp 2", "use --etp 2"),
         ("--pp 8 --dp 1", "use --pp 4 or fewer"),
         ("--dp 3 --tp 1", "does not divide by --micro-batch-size 1 x dp 3; use --global-batch-size 15"),
-        ("--dp 1 --recompute some", "--recompute some is unknown; choose none, selective, moe, full"),
+        ("--dp 1 --recompute some", "--recompute some: choose none, full, selective or moe"),
         ("--pp 2 --vpp 2 --pipeline-schedule 1f1b --dp 1", "--pipeline-schedule 1f1b with --vpp 2"),
         ("--gpus 6 --tp 4", "does not divide 6 ranks"),
     ],
