@@ -14,9 +14,9 @@ from megaforge.config.model_config import ModelConfig
 from megaforge.models.flops import matmul_elements, mixing_flops
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.pattern import BlockKind, blocks_of
+from megaforge.models.stages import stage_layers
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import ParamSpec, named_specs
-from megaforge.parallel.pipeline.partition import partition_layers
 from megaforge.planning.layout import PlannedLayout
 
 
@@ -111,15 +111,13 @@ class StagePart:
     last: bool
 
 
-def cut_stages(parts: ModelParts, layout: PlannedLayout, cuts: Sequence[int] = ()) -> tuple[StagePart, ...]:
-    """The stages of the model, balanced by forward FLOPs, the head's included, unless ``cuts`` says where they end.
+def cut_stages(parts: ModelParts, layout: PlannedLayout) -> tuple[StagePart, ...]:
+    """The stages that training would make of the model: :func:`megaforge.models.stages.stage_layers`.
 
     Raises:
-        UserError: there are more stages than blocks.
+        UserError: there are more stages than blocks, or the pattern's cuts make another number of stages.
     """
-    costs = [sum(parts.block_flops(index, layout.sequence_length)) for index in range(len(parts.blocks))]
-    costs[-1] += parts.head_flops
-    ranges = partition_layers(costs, layout.pp * layout.vpp, cuts)
+    ranges = stage_layers(parts.cfg, layout.pp * layout.vpp, layout.sequence_length)
     last = len(ranges) - 1
     return tuple(StagePart(blocks, index == 0, index == last) for index, blocks in enumerate(ranges))
 
