@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megaforge.parallel.collectives import all_gather_single, reduce_scatter_single
 from megaforge.parallel.context import Axis
 
 
@@ -23,7 +24,7 @@ def _all_reduce(x: Tensor, axis: Axis) -> Tensor:
 
 def _all_gather_first(x: Tensor, axis: Axis) -> Tensor:
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group)
+    all_gather_single(out, x.contiguous(), group=axis.group)
     return out
 
 
@@ -31,7 +32,7 @@ def _reduce_scatter_first(x: Tensor, axis: Axis) -> Tensor:
     if x.shape[0] % axis.size:
         raise ValueError(f"dim 0 of {tuple(x.shape)} does not divide by {axis.name}={axis.size}")
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group)
+    reduce_scatter_single(out, x.contiguous(), group=axis.group)
     return out
 
 
