@@ -5,10 +5,11 @@
     python tools/plan.py memory --config cdrmix-core-40b --tp 8 --sp --pp 4 --ep 8 --dp 4 --zero 1 --gpu h100-80g
     python tools/plan.py memory --config cdrmix-core-40b --gpu h100-80g --search --gpus 256
     python tools/plan.py schedule --pp 4 --vpp 2 --microbatches 8 --schedule zb-v
+    python tools/plan.py ladders
 
 ``params`` prints the stored parameters of each component and the active ones (those that one token uses). ``memory``
 prints memory, communication, bubble, step time and MFU of a layout, or the fastest layouts that fit. ``schedule``
-draws a pipeline schedule.
+draws a pipeline schedule. ``ladders`` dry-runs the jobs of run_scripts/slurm/cdrmix-*.sbatch, every rank of them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from megaforge.models.pattern import layer_pattern
 from megaforge.parallel.pipeline import plan_command as schedule
 from megaforge.planning import plan_command as memory
 from megaforge.planning.report import table
+from megaforge.training import ladders
 
 
 def params(arguments: Sequence[str], prog: str) -> None:
@@ -49,7 +51,7 @@ def params(arguments: Sequence[str], prog: str) -> None:
     print(f"{whole.stored / 1e9:.3f}B stored, {whole.active / 1e9:.3f}B active")
 
 
-COMMANDS = {"params": params, "memory": memory.run, "schedule": schedule.run}
+COMMANDS = {"params": params, "memory": memory.run, "schedule": schedule.run, "ladders": ladders.run}
 
 
 def main() -> int:
