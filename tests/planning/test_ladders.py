@@ -61,9 +61,12 @@ def test_one_rank_of_a_large_one_is_built(name: str) -> None:
     config = job.config
     middle = job.gpus // config.parallel.pipeline_model_parallel_size + 1
     one = dataclasses.replace(config, dry_run=dataclasses.replace(config.dry_run, dry_run_ranks=str(middle)))
-    _, (tried,) = try_ranks(one, job.gpus)
-    assert tried.rank == middle
+    layout, (tried,) = try_ranks(one, job.gpus)
+    parts = model_parts(config.model, layout.dtype)
+    planned = rank_memory(parts, layout, cut_stages(parts, layout), 1)
+    assert tried.rank == middle and tried.stages == planned.stages
     assert tried.planned_activations == pytest.approx(tried.activations, rel=0.03)
+    assert planned.total == pytest.approx(tried.total, rel=0.03)
     assert tried.total <= LIMIT
 
 
