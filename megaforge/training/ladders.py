@@ -14,6 +14,7 @@ from megaforge.config.cli import parse_config
 from megaforge.config.config import Config
 from megaforge.errors import UserError
 from megaforge.planning.gpus import GPUS, gpu_named
+from megaforge.planning.layout import PlannedLayout
 from megaforge.planning.memory import rank_memory
 from megaforge.planning.report import gigabytes, table
 from megaforge.planning.stages import cut_stages, model_parts
@@ -48,6 +49,33 @@ def read_job(script: Path) -> Job:
     return Job(script.stem, int(sizes[0][1]) * int(sizes[1][1]), tuple(shlex.split(command[1])))
 
 
+@dataclass(frozen=True)
+class Tried:
+    """A job's dry run: the bytes of its fullest rank, as built (``fullest``) and as planned."""
+
+    layout: PlannedLayout
+    shapes: int
+    fullest: float
+    planned: float
+    seconds: float
+
+
+def try_job(job: Job) -> Tried:
+    """Dry-runs all ranks of a job.
+
+    Raises:
+        UserError: it would not start.
+    """
+    started = time.perf_counter()
+    config = job.config
+    layout, ranks = try_ranks(config, job.gpus)
+    seconds = time.perf_counter() - started
+    parts = model_parts(config.model, layout.dtype)
+    stages = cut_stages(parts, layout)
+    planned = max(rank_memory(parts, layout, stages, rank).total for rank in range(layout.pp))
+    return Tried(layout, len(ranks), max(rank.total for rank in ranks), planned, seconds)
+
+
 def run(arguments: Sequence[str], prog: str = "plan.py ladders") -> None:
     """Tries every job with all of its ranks and prints the fullest rank and the seconds of each.
 
@@ -69,20 +97,14 @@ def run(arguments: Sequence[str], prog: str = "plan.py ladders") -> None:
     rows = [("job", "ranks", "shapes", "GB", "planned GB", f"of {gpu.memory / 1e9:g} GB", "seconds")]
     too_large = []
     for script in scripts:
-        started = time.perf_counter()
         job = read_job(script)
-        layout, ranks = try_ranks(job.config, job.gpus)
-        seconds = time.perf_counter() - started
-        parts = model_parts(job.config.model, layout.dtype)
-        stages = cut_stages(parts, layout)
-        planned = max(rank_memory(parts, layout, stages, rank).total for rank in range(layout.pp))
-        total = max(rank.total for rank in ranks)
-        if total > own.share * gpu.memory:
+        tried = try_job(job)
+        if tried.fullest > own.share * gpu.memory:
             too_large.append(job.name)
-        share = f"{total / gpu.memory:.0%}"
-        row = (job.name, f"{job.gpus}", f"{len(ranks)}", gigabytes(total), gigabytes(planned), share, f"{seconds:.1f}")
-        rows.append(row)
-        print(f"{job.name}: {layout.describe()} (dp {layout.dp}): {row[3]} GB, {row[-1]} s", flush=True)
+        sizes = (gigabytes(tried.fullest), gigabytes(tried.planned), f"{tried.fullest / gpu.memory:.0%}")
+        rows.append((job.name, f"{job.gpus}", f"{tried.shapes}", *sizes, f"{tried.seconds:.1f}"))
+        layout = tried.layout
+        print(f"{job.name}: {layout.describe()} (dp {layout.dp}): {sizes[0]} GB, {tried.seconds:.1f} s", flush=True)
     print("\n" + table(rows))
     if too_large:
         raise UserError(f"{', '.join(too_large)}: more than {own.share:.0%} of {gpu.memory / 1e9:g} GB")
