@@ -192,7 +192,7 @@ def shared_saved(sizes: Sizes, attention: bool) -> Saved:
     if attention and cfg.position_embedding_type == "rope":
         channels = int(cfg.head_dim * cfg.rotary_percent) // 2 * 2
         saved["rotary tables"] = sizes.tokens * channels * layout.element_size
-    if attention and layout.cp > 1:
+    if attention and layout.cp > 1 and layout.cp_comm_type == "allgather":
         saved["mask"] = length * length / layout.cp
     if layout.recompute in ("full", "moe"):
         saved["positions"] = 2 * length * INDEX + length * layout.micro_batch_size

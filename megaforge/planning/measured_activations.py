@@ -72,7 +72,8 @@ def comparison_rows() -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("model", "predicted bytes", "kept bytes", "error")]
     for label, arguments in CASES.items():
         found = compare(arguments)
-        rows.append((label, f"{found.predicted:,.0f}", f"{found.measured:,.0f}", f"{found.error:+.2%}".replace("-0.00", "0.00").replace("+0.00", "0.00")))
+        error = "0.00%" if abs(found.error) < 5e-5 else f"{found.error:+.2%}"
+        rows.append((label, f"{found.predicted:,.0f}", f"{found.measured:,.0f}", error))
     return rows
 
 
