@@ -76,11 +76,6 @@ def plan_pipeline(cfg: ModelConfig, parallel: ParallelConfig, micro_batches: int
             "compute the blocks again once for each weight; use --recompute selective or none, or --pipeline-schedule "
             + ("interleaved" if vpp > 1 else "1f1b")
         )
-    if vpp > 1 and parallel.zero_stage == 2:
-        raise UserError(
-            f"--zero 2 with --vpp {vpp}: gradients of several stages on a rank cannot be reduced after every "
-            "micro-batch; use --zero 1, or --vpp 1"
-        )
     return PipelinePlan(name, pp, vpp, tuple(stage_layers(cfg, pp * vpp, sequence_length)), schedule)
 
 
