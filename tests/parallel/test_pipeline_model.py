@@ -65,6 +65,7 @@ def trainer_of(argv: list[str]) -> Trainer:
             pp=parallel.pipeline_model_parallel_size,
             cp=parallel.context_parallel_size,
             ep=parallel.expert_model_parallel_size,
+            etp=parallel.expert_tensor_parallel_size,
         )
         return make_trainer(argv, ctx)
     finally:
