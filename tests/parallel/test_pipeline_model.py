@@ -242,11 +242,26 @@ def test_recomputation_changes_nothing(
     compare(found, one_rank["--fp64", False], TOLERANCE["--fp64"])
 
 
-def test_selective_recomputation_goes_with_split_backward(
-    ranks: RankPool, prefix: str, one_rank: dict[tuple[str, bool], dict[str, Any]]
+@pytest.mark.parametrize(
+    ("world", "schedule", "more"),
+    [
+        (2, "zb-v", ("--recompute", "selective")),
+        (2, "zb-v", ("--recompute", "full")),
+        (2, "zb-h1", ("--recompute", "moe")),
+        (4, "zb-h1", ("--recompute", "full", "--tp", "2", "--sp")),
+        (4, "zb-v", ("--recompute", "full", "--zero", "2", "--ep", "2", *MICRO)),
+    ],
+)
+def test_recomputation_goes_with_split_backward(
+    ranks: RankPool,
+    prefix: str,
+    one_rank: dict[tuple[str, bool], dict[str, Any]],
+    world: int,
+    schedule: str,
+    more: tuple[str, ...],
 ) -> None:
-    argv = flags(prefix, "--fp64", "--pp", "2", "--pipeline-schedule", "zb-v", "--recompute", "selective")
-    compare(ranks.run(2, train, argv), one_rank["--fp64", False], TOLERANCE["--fp64"])
+    argv = flags(prefix, "--fp64", "--pp", "2", "--pipeline-schedule", schedule, *more)
+    compare(ranks.run(world, train, argv), one_rank["--fp64", False], TOLERANCE["--fp64"])
 
 
 def kept_bytes(recompute: str) -> int:
@@ -289,7 +304,6 @@ def test_recomputation_keeps_less() -> None:
         (2, ("--pp", "2", "--hybrid-layer-pattern", "*-|R-"), ("first mixer must be R",)),
         (2, ("--pp", "2", "--num-layers-per-virtual-pipeline-stage", "3"), ("stage 3", "4 blocks", "valid: 1, 2")),
         (2, ("--pp", "2", "--num-layers-per-virtual-pipeline-stage", "1", "--vpp", "2"), ("twice",)),
-        (2, ("--pp", "2", "--pipeline-schedule", "zb-h1", "--recompute", "full"), ("--recompute full", "zb-h1")),
     ],
 )
 def test_impossible_pipelines_are_refused_before_any_process_group(
