@@ -94,11 +94,11 @@ def write_directory(
         UserError: the tensors are not those of the model that ``source`` names, the model does not divide over the
             layout, or ``directory`` holds checkpoints or cannot be written.
     """
-    directory, parallel = Path(directory), parallel or ParallelConfig()
+    directory = Path(directory)
+    parallel, world_size = _fill_in(parallel or ParallelConfig(), dp)
     if directory.is_dir() and list_steps(directory):
         raise UserError(f"--save {directory}: it holds checkpoints; name another directory")
     config = _config_at(source, parallel)
-    world_size = _world_size(parallel, dp)
     check_layout(config, world_size)
     keys = _keys_of_parameters(source, config)
     plan = plan_pipeline(config.model, parallel, parallel.pipeline_model_parallel_size, config.data.seq_length)
@@ -172,17 +172,25 @@ def _context(rank: int, world_size: int, parallel: ParallelConfig) -> ParallelCo
         cp=parallel.context_parallel_size,
         pp=parallel.pipeline_model_parallel_size,
         ep=parallel.expert_model_parallel_size,
-        etp=parallel.expert_tensor_size,
+        etp=parallel.expert_tensor_parallel_size,
         device="meta",
     )
 
 
-def _world_size(parallel: ParallelConfig, dp: int | None) -> int:
-    inner = parallel.tensor_model_parallel_size * parallel.context_parallel_size
-    experts = parallel.expert_model_parallel_size * parallel.expert_tensor_size
+def _fill_in(parallel: ParallelConfig, dp: int | None) -> tuple[ParallelConfig, int]:
+    """The layout with the experts' tensor parallelism that was left open, and its number of ranks."""
+    tp, ep, etp = (
+        parallel.tensor_model_parallel_size,
+        parallel.expert_model_parallel_size,
+        parallel.expert_tensor_parallel_size,
+    )
+    inner = tp * parallel.context_parallel_size
     if dp is None:
-        dp = experts // math.gcd(experts, inner)
-    return parallel.pipeline_model_parallel_size * inner * dp
+        dp = math.lcm(inner, ep * (etp or tp)) // inner
+    if etp is None and ep > 1:
+        room = (size for size in range(tp, 0, -1) if tp % size == 0 and inner * dp % (ep * size) == 0)
+        parallel = dataclasses.replace(parallel, expert_tensor_parallel_size=next(room, 1))
+    return parallel, parallel.pipeline_model_parallel_size * inner * dp
 
 
 def _config_at(source: TensorSource, parallel: ParallelConfig) -> Config:

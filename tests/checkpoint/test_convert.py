@@ -87,7 +87,9 @@ def test_a_round_trip_through_file_and_layouts_keeps_every_bit(
     cut = tmp_path / "cut"
     layout = ("--tp", "2", "--pp", "2", "--ep", "2", "--etp", "1", "--dp", "2")
     run_tool(monkeypatch, "--load", one, "--save", cut, *layout)
-    run_tool(monkeypatch, "--load", cut, "--save", tmp_path / "whole", "--pp", "3")
+    run_tool(monkeypatch, "--load", cut, "--save", tmp_path / "small", "--tp", "2", "--ep", "2", "--dp", "1")
+    assert read_manifest(tmp_path / "small" / "step_0000007").layout["world"] == 2, "experts are split over ep alone"
+    run_tool(monkeypatch, "--load", tmp_path / "small", "--save", tmp_path / "whole", "--pp", "3")
     run_tool(monkeypatch, "--load", tmp_path / "whole", "--save", again, "--optimizer")
     assert again.read_bytes() == one.read_bytes()
     manifest = read_manifest(cut / "step_0000007")
