@@ -65,7 +65,7 @@ def parity_config(
         UserError: a flag is wrong, or ``layout`` cannot carry this model; needs no process group.
     """
     run = ("--train-iters", str(STEPS), "--global-batch-size", str(GLOBAL_BATCH), "--eval-iters", "0")
-    batch = ("--micro-batch-size", "4" if layout is None else "2", "--num-workers", "0")
+    batch = ("--micro-batch-size", str(GLOBAL_BATCH if layout is None else GLOBAL_BATCH // 2), "--num-workers", "0")
     exact = ("--float32-matmul-precision", "highest", *(("--fp64",) if dtype == "fp64" else ()))
     place = ("--data-path", data_path, "--split", "100,0,0", *(() if layout is None else layout.flags))
     argv = ["--config", name, *run, *batch, *exact, *flags, *place]
@@ -94,7 +94,7 @@ class Record:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
-class _Recorder(Callback):
+class Recorder(Callback):
     """Fills a :class:`Record`."""
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ def train(config: Config, ctx: ParallelContext) -> tuple[HybridModel | StagedMod
     """The whole run on this rank. Collective."""
     trainer = build_trainer(config, check_layout(config, ctx.world.size), None, ctx)
     _add_noise(trainer.model, ctx, config.training.seed)
-    recorder = _Recorder()
+    recorder = Recorder()
     trainer.callbacks[:] = [recorder]
     trainer.train()
     recorder.record.weights = {spec.name: p.detach() for spec, p in named_specs(trainer.model)}
@@ -157,7 +157,7 @@ def compare(config: Config, reference_config: Config, device: torch.device) -> C
     ctx = context_of(config, device)
     reference = _spread(one_rank(reference_config, device) if ctx.is_first_rank else None, reference_config, ctx)
     model, found = train(config, ctx)
-    worst = {kind: (0.0, "") for kind in KINDS}
+    worst = dict.fromkeys(KINDS, (0.0, ""))
 
     def take(kind: str, error: float, where: str) -> None:
         if not error <= worst[kind][0]:
@@ -220,7 +220,7 @@ def _spread(record: Record | None, config: Config, ctx: ParallelContext) -> Reco
     return Record(numbers.tolist(), gradients, {name: next(pieces).view(shape) for name, shape, _ in declared})
 
 
-def together(comparisons: Iterable[Comparison], config: Config) -> Comparison:
+def combined(comparisons: Iterable[Comparison], config: Config) -> Comparison:
     """The worst of all ranks. A parameter that no rank holds differs without bound."""
     parts = list(comparisons)
     worst = {kind: max((part.worst[kind] for part in parts), key=lambda pair: pair[0]) for kind in KINDS}
