@@ -6,7 +6,9 @@ no factor depends on the layout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -117,6 +119,17 @@ class _Lane:
             gradients.expect_all()
 
 
+def _calls(method: weakref.WeakMethod[Any]) -> Callable[[Tensor], None]:
+    """``method`` as long as its object lives, then nothing."""
+
+    def hook(parameter: Tensor) -> None:
+        alive = method()
+        if alive is not None:
+            alive(parameter)
+
+    return hook
+
+
 class GradientReducer:
     """Sums every gradient over its replicas (dp and cp; for experts edp) and, where declared, over tp, into the
     parameter's ``main_grad`` (fp32; fp64 for fp64 parameters).
@@ -163,11 +176,14 @@ class GradientReducer:
         self._lanes = [_Lane(lane, sharded=shards is not None, transient=free_buffers) for lane in lanes]
         self._in_flight: list[tuple[_Gradients, Tensor, Finish]] = []
         self._place_of: dict[int, tuple[_Lane, _Gradients]] = {}
+        # The collector cannot see a cycle through a parameter's hook: a strong reference here would keep the model and
+        # its process groups (and their threads) for good.
+        on_gradient = weakref.WeakMethod(self._on_gradient)
         for lane in self._lanes:
             for gradients in lane.gradients:
                 for parameter in gradients.bucket.parameters:
                     self._place_of[id(parameter)] = lane, gradients
-                    parameter.register_post_accumulate_grad_hook(self._on_gradient)
+                    parameter.register_post_accumulate_grad_hook(_calls(on_gradient))
         parameters = [p for bucket in self.buckets for p in bucket.parameters]
         self._tp_partial = [p for p in parameters if spec_of(p).tp_partial_grad] if ctx.tp.size > 1 else []
 
