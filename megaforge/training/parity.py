@@ -44,11 +44,11 @@ _NUMBERS = ("loss", "norm", "load balance", "z-loss")  # in front of the tokens 
 
 
 def write_documents(prefix: str, vocabulary: int) -> str:
-    """A small dataset of documents of all lengths, the same wherever it is written; returns ``prefix``."""
+    """A small dataset of runs of short documents and long ones, the same wherever it is written; returns ``prefix``."""
     rng = np.random.default_rng(7)
     with IndexedDatasetWriter(prefix, optimal_dtype(vocabulary)) as writer:
-        for _ in range(60):
-            length = int(rng.integers(2, 70))
+        for number in range(200):
+            length = int(rng.integers(1, 6) if number // 4 % 2 else rng.integers(10, 60))
             # A counter with noise can be learned, so the loss moves.
             counter = (np.arange(length) + rng.integers(0, vocabulary)) * 3 + rng.integers(0, 2, length)
             writer.add_document(counter % vocabulary)
@@ -65,10 +65,11 @@ def parity_config(
         UserError: a flag is wrong, or ``layout`` cannot carry this model; needs no process group.
     """
     run = ("--train-iters", str(STEPS), "--global-batch-size", str(GLOBAL_BATCH), "--eval-iters", "0")
-    batch = ("--micro-batch-size", str(GLOBAL_BATCH if layout is None else GLOBAL_BATCH // 2), "--num-workers", "0")
+    batch = ("--micro-batch-size", str(GLOBAL_BATCH if layout is None else GLOBAL_BATCH // 2))
+    packed = ("--eod-mask-loss", "--data-lanes", "1", "--num-workers", "0")
     exact = ("--float32-matmul-precision", "highest", *(("--fp64",) if dtype == "fp64" else ()))
     place = ("--data-path", data_path, "--split", "100,0,0", *(() if layout is None else layout.flags))
-    argv = ["--config", name, *run, *batch, *exact, *flags, *place]
+    argv = ["--config", name, *run, *batch, *packed, *exact, *flags, *place]
     config = parse_config(argv, prog="parity").config
     if config.model.vocab_size is None:
         config = parse_config([*argv, "--vocab-size", str(VOCABULARY)], prog="parity").config
