@@ -149,9 +149,12 @@ def build_model(
     sequence_parallel: bool = False,
     dtype: torch.dtype = torch.float32,
     cp_comm_type: str = "allgather",
+    overlap_tp_comm: bool = True,
     recompute: str = "none",
 ) -> HybridModel | StagedModel:
     """This rank's part of the model, not yet initialised: the whole :class:`HybridModel` where there is one stage.
+
+    ``overlap_tp_comm`` holds only where the schedule computes a layer's gradients of input and weight together.
 
     Raises:
         UserError: see :class:`HybridModel`.
@@ -166,6 +169,7 @@ def build_model(
             sequence_parallel=sequence_parallel,
             dtype=dtype,
             cp_comm_type=cp_comm_type,
+            overlap_tp_comm=overlap_tp_comm and not plan.schedule.splits_backward,
             recompute=recompute,
             layers=plan.layers[stage],
             embedding_weight=shared,

@@ -120,6 +120,7 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
         sequence_parallel=config.parallel.sequence_parallel,
         dtype=compute_dtype(config.training),
         cp_comm_type=config.parallel.cp_comm_type,
+        overlap_tp_comm=config.parallel.overlap_tp_comm,
         recompute=config.parallel.recompute,
     )
     initialize_parameters(model, ctx, config.training.seed)
