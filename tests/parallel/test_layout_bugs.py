@@ -306,12 +306,22 @@ def test_17_the_first_values_of_rwkv7_go_through_all_stages(
 
 
 @pytest.mark.parametrize("policy", ["position", "probs"])
-@pytest.mark.parametrize("flags", ["--cp 2 --ep 2", "--tp 2 --sp --ep 2 --etp 1", "--micro-batch-size 1"])
-def test_18_capacity_is_that_of_whole_sequences(ranks: RankPool, documents: str, flags: str, policy: str) -> None:
+@pytest.mark.parametrize(
+    ("world", "flags"),
+    [
+        (2, "--cp 2 --ep 2"),
+        (2, "--tp 2 --sp --ep 2 --etp 1"),
+        (2, "--micro-batch-size 1"),
+        (4, "--tp 2 --sp --cp 2 --ep 2"),
+    ],
+)
+def test_18_capacity_is_that_of_whole_sequences(
+    ranks: RankPool, documents: str, world: int, flags: str, policy: str
+) -> None:
     full = ("--moe-expert-capacity-factor", "0.7", "--moe-token-drop-policy", policy)
     dropped, all_kept = (one_rank(configured(documents, None, "*E", *more), CPU) for more in (full, ()))
     assert dropped.numbers[0][0] != all_kept.numbers[0][0], "tokens must be dropped for this to prove anything"
-    assert_same(ranks, documents, 2, flags, "*E", *full)
+    assert_same(ranks, documents, world, flags, "*E", *full)
 
 
 def test_20_a_stage_without_experts_does_not_hang(ranks: RankPool, documents: str) -> None:
