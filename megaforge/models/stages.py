@@ -70,17 +70,6 @@ def plan_pipeline(cfg: ModelConfig, parallel: ParallelConfig, micro_batches: int
     vpp = _stages_per_rank(parallel, len(blocks_of(cfg)))
     name = parallel.pipeline_schedule or ("1f1b" if vpp == 1 else "interleaved")
     schedule = build_schedule(name, pp=pp, vpp=vpp, microbatches=micro_batches)
-    if name.startswith("zb") and parallel.recompute in ("full", "moe"):
-        raise UserError(
-            f"--recompute {parallel.recompute} with --pipeline-schedule {name}: the deferred weight gradients would "
-            "compute the blocks again once for each weight; use --recompute selective or none, or --pipeline-schedule "
-            + ("interleaved" if vpp > 1 else "1f1b")
-        )
-    if vpp > 1 and parallel.zero_stage == 2:
-        raise UserError(
-            f"--zero 2 with --vpp {vpp}: gradients of several stages on a rank cannot be reduced after every "
-            "micro-batch; use --zero 1, or --vpp 1"
-        )
     return PipelinePlan(name, pp, vpp, tuple(stage_layers(cfg, pp * vpp, sequence_length)), schedule)
 
 

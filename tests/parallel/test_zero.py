@@ -404,8 +404,9 @@ class Chunk(nn.Module):
         return torch.tanh(x @ self.own) @ self.shared
 
 
-def train_chunks(zero: int) -> tuple[dict[str, Tensor], list[int]]:
-    """Two chunks whose last micro-batches come at different times, as in a pipeline; two steps over four samples."""
+def train_chunks(zero: int) -> tuple[dict[str, Tensor], list[int], int]:
+    """Two chunks whose last micro-batches come at different times, as in a pipeline; two steps over four samples.
+    Weights, buckets sent after each chunk's last, and the most full buffers that lived between backward passes."""
     ctx = ParallelContext.create()
     tied = make_parameter(ParamSpec("tied", (HIDDEN, HIDDEN), Normal(0.5)), ctx, torch.float64)
     chunks = [Chunk(ctx, number, tied) for number in range(2)]
@@ -413,14 +414,15 @@ def train_chunks(zero: int) -> tuple[dict[str, Tensor], list[int]]:
     initialize_parameters(model, ctx, seed=5)
     shards = ShardedParameters(chunks, ctx) if zero else None
     optimizer = build_optimizer(OptimizerConfig(), model, ctx, shards)
-    reducer = GradientReducer(chunks, ctx, shards=shards)
-    sent_before_the_end = []
+    reducer = GradientReducer(chunks, ctx, shards=shards, free_buffers=zero == 2)
+    sent_before_the_end, alive = [], 0
     for step in range(2):
         reducer.zero()
         own = range(ctx.dp.rank, BATCH, ctx.dp.size)
         for number in (1, 0):  # all of one chunk's micro-batches, then all of the other's
             for sample in own:
                 reducer.set_last_microbatch(sample == own[-1], chunk=number)
+                alive = max(alive, sum(g.full is not None for lane in reducer._lanes for g in lane.gradients))
                 generator = torch.Generator().manual_seed(100 * step + sample)
                 x = torch.randn(5, HIDDEN, generator=generator, dtype=torch.float64)
                 chunks[number](x).square().mean().backward()
@@ -429,14 +431,15 @@ def train_chunks(zero: int) -> tuple[dict[str, Tensor], list[int]]:
         clip_gradients(model, ctx, 0.1)
         optimizer.step(LEARNING_RATE)
     optimizer.wait_for_parameters()
-    return {spec.name: p.detach().clone() for spec, p in named_specs(model)}, sent_before_the_end
+    return {spec.name: p.detach().clone() for spec, p in named_specs(model)}, sent_before_the_end, alive
 
 
 def test_chunks_are_sent_each_at_its_own_end_and_what_they_share_at_the_last(ranks) -> None:
-    expected, _ = train_chunks(0)
-    for zero in (0, 1):
-        for found, sent in ranks.run(2, train_chunks, zero):
-            assert sent == [1, 2, 1, 2]
+    expected, _, _ = train_chunks(0)
+    for zero in (0, 1, 2):
+        for found, sent, alive in ranks.run(2, train_chunks, zero):
+            assert sent == [1, 1, 1, 1] if zero == 2 else sent == [1, 2, 1, 2]
+            assert alive == (0 if zero == 2 else 3), "full buffers between backward passes"
             for name, weight in expected.items():
                 torch.testing.assert_close(found[name], weight, rtol=1e-12, atol=1e-13)
 
