@@ -62,7 +62,14 @@ LAYOUTS: tuple[ParityLayout, ...] = (
     _layout("tp2-pp2-dp2", 8, "--tp 2 --pp 2 --micro-batch-size 2"),
     _layout("tp2-sp-cp2-dp2-ep4-zero2", 8, "--tp 2 --sp --cp 2 --ep 4 --etp 1 --zero 2 --micro-batch-size 2"),
     _layout("tp2-sp-pp2-cp2-vpp2", 8, "--tp 2 --sp --pp 2 --cp 2 --vpp 2"),
+    _layout("pp2-dp2-zero2", 4, "--pp 2 --zero 2 --micro-batch-size 2 --ddp-bucket-size 5000"),
+    _layout(
+        "pp2-ep2-zero2-zb-h1",
+        4,
+        "--pp 2 --ep 2 --zero 2 --pipeline-schedule zb-h1 --recompute full --micro-batch-size 2",
+    ),
     _layout("tp2-pp2-ep4-zero1-zb-h1", 8, "--tp 2 --pp 2 --ep 4 --etp 1 --zero 1 --pipeline-schedule zb-h1"),
+    _layout("tp2-pp2-vpp2-zero2", 8, "--tp 2 --pp 2 --vpp 2 --zero 2 --micro-batch-size 2"),
     _layout("tp4-sp-dp2-ep4-etp2", 8, "--tp 4 --sp --ep 4 --etp 2"),
     _layout("pp4-vpp2-dp2-ep2", 8, "--pp 4 --vpp 2 --ep 2 --micro-batch-size 1"),
 )
