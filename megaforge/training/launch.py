@@ -67,6 +67,11 @@ def join(config: Config) -> ParallelContext:
     device = resolve_device(config.training.device, discover_launch().local_rank)
     set_numerics(config, device)
     initialize(device, config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes)
+    return context_of(config, device)
+
+
+def context_of(config: Config, device: torch.device) -> ParallelContext:
+    """This rank's place in the layout of ``config``, among the ranks of the default process group."""
     parallel = config.parallel
     return ParallelContext.create(
         tp=parallel.tensor_model_parallel_size,
