@@ -245,11 +245,7 @@ def _check_schedule(config: Config) -> None:
 def _check_gradients(config: Config) -> None:
     """How gradients are sharded and sent must fit each other and the precision."""
     parallel, training = config.parallel, config.training
-    zero, pp, kind = parallel.zero_stage, parallel.pipeline_model_parallel_size, parallel.grad_compression
-    if zero == 2 and pp > 1:
-        raise UserError(
-            f"--zero 2 with --pp {pp} would reduce every micro-batch of the pipeline on its own; use --zero 1"
-        )
+    zero, kind = parallel.zero_stage, parallel.grad_compression
     if kind == "none":
         if parallel.grad_reduce_in_bf16 and training.fp64:
             raise UserError("--grad-reduce-in-bf16 would undo --fp64; drop one of the two")

@@ -57,6 +57,9 @@ class ParallelConfig:
         False, "keep what the backward pass needs in host memory (GPUs; slow, and it fits what nothing else fits)"
     )
     overlap_grad_reduce: bool = flag(True, "reduce gradient buckets while the backward pass still runs")
+    overlap_tp_comm: bool = flag(
+        True, "reduce gradients over tp ranks while weight gradients are computed (not with zero-bubble schedules)"
+    )
     ddp_bucket_size: int = flag(25_000_000, "elements of a gradient bucket")
     zero_stage: int = flag(
         0,

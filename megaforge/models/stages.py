@@ -74,30 +74,14 @@ def plan_pipeline(cfg: ModelConfig, parallel: ParallelConfig, micro_batches: int
 
 
 def pipeline_shape(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[str, int]:
-    """(schedule, stages on each pipeline rank) that the flags ask for, checked against the other flags.
+    """(schedule, stages on each pipeline rank) that the flags ask for.
 
     Raises:
-        UserError: the schedule does not go with them.
+        UserError: ``--num-layers-per-virtual-pipeline-stage`` does not divide the blocks.
     """
     vpp = _stages_per_rank(parallel, len(blocks_of(cfg)))
     name = parallel.pipeline_schedule or ("1f1b" if vpp == 1 else "interleaved")
-    if parallel.recompute not in allowed_recompute(name):
-        raise UserError(
-            f"--recompute {parallel.recompute} with --pipeline-schedule {name}: the deferred weight gradients would "
-            "compute the blocks again once for each weight; use --recompute selective or none, or --pipeline-schedule "
-            + ("interleaved" if vpp > 1 else "1f1b")
-        )
-    if vpp > 1 and parallel.zero_stage == 2:
-        raise UserError(
-            f"--zero 2 with --vpp {vpp}: gradients of several stages on a rank cannot be reduced after every "
-            "micro-batch; use --zero 1, or --vpp 1"
-        )
     return name, vpp
-
-
-def allowed_recompute(schedule: str) -> tuple[str, ...]:
-    """The values of ``--recompute`` that go with a schedule, cheapest first."""
-    return ("none", "selective") if schedule.startswith("zb") else ("none", "selective", "moe", "full")
 
 
 def _stages_per_rank(parallel: ParallelConfig, num_layers: int) -> int:
@@ -166,9 +150,12 @@ def build_model(
     sequence_parallel: bool = False,
     dtype: torch.dtype = torch.float32,
     cp_comm_type: str = "allgather",
+    overlap_tp_comm: bool = True,
     recompute: str = "none",
 ) -> HybridModel | StagedModel:
     """This rank's part of the model, not yet initialised: the whole :class:`HybridModel` where there is one stage.
+
+    ``overlap_tp_comm`` holds only where the schedule computes a layer's gradients of input and weight together.
 
     Raises:
         UserError: see :class:`HybridModel`.
@@ -183,6 +170,7 @@ def build_model(
             sequence_parallel=sequence_parallel,
             dtype=dtype,
             cp_comm_type=cp_comm_type,
+            overlap_tp_comm=overlap_tp_comm and not plan.schedule.splits_backward,
             recompute=recompute,
             layers=plan.layers[stage],
             embedding_weight=shared,

@@ -15,7 +15,6 @@ from megaforge.config.config import Config
 from megaforge.config.run_config import ParallelConfig, roomy_etp
 from megaforge.errors import UserError
 from megaforge.models.pattern import blocks_of
-from megaforge.models.stages import allowed_recompute
 from megaforge.planning.gpus import Efficiency, Gpu
 from megaforge.planning.layout import PlannedLayout, layout_of
 from megaforge.planning.memory import RankMemory, rank_memory
@@ -24,6 +23,7 @@ from megaforge.planning.time import StepTime, stage_time, step_time
 
 SCHEDULES = (("1f1b", 1), ("interleaved", 2), ("interleaved", 4), ("zb-h1", 1), ("zb-v", 2))
 MICRO_BATCHES = (1, 2, 4)
+RECOMPUTE = ("none", "selective", "moe", "full")  # cheapest first
 ROUNDS = 4  # micro-batches, in multiples of the stages, after which a pipeline repeats itself
 
 
@@ -121,7 +121,7 @@ def search(
     for number, plain in enumerate(candidates(config, gpus, dtype, gpu.node_size)):
         number_of_stages = plain.pp * plain.vpp
         stages = cut[number_of_stages] = cut.get(number_of_stages) or cut_stages(parts, plain)
-        for recompute in allowed_recompute(plain.schedule_name):
+        for recompute in RECOMPUTE:
             layout = dataclasses.replace(plain, recompute=recompute)
             short = _shortened(layout)
             if all(rank_memory(parts, short, stages, r).total <= share * gpu.memory for r in {0, layout.pp - 1}):

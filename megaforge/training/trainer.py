@@ -39,6 +39,7 @@ class Trainer:
         consumed_samples: samples trained on, from the run's beginning.
         validation: what :meth:`evaluate` reads, or None without ``--eval-iters``.
         last_evaluation: the newest result of :meth:`evaluate`.
+        tokens_per_expert: of the newest step's global batch, tokens that each expert of each MoE layer was chosen for.
         stop_reason: why the run ends before ``--train-iters``, or None.
     """
 
@@ -77,6 +78,7 @@ class Trainer:
         self.consumed_samples = 0
         self.last_evaluation: EvaluationMetrics | None = None
         self.stop_reason: str | None = None
+        self.tokens_per_expert: list[list[float]] = []
 
     @property
     def finished(self) -> bool:
@@ -124,6 +126,7 @@ class Trainer:
             for stage in self.model.chunks:
                 own = [totals.tokens_per_expert[row] for row in stage.moe_rows]
                 update_routers(stage, torch.tensor(own, dtype=torch.float64))
+        self.tokens_per_expert = totals.tokens_per_expert
         self.iteration += 1
         self.consumed_samples += self.global_batch_size
         return self._metrics(totals, tokens, grad_norm, lr, length, updated)

@@ -96,6 +96,9 @@ def test_live_activations_follow_the_schedule() -> None:
     # The weight half of a backward pass needs the activations, so they live until it is done.
     split = build_schedule("zb-h1", pp=4, vpp=1, microbatches=8)
     assert [peak_activations(split, rank, sizes)[1] for rank in range(4)] == [4, 4, 4, 4]
+    # So does what the input half computes again for it: of rank + 1 micro-batches, the later ranks' halves being apart.
+    again = [peak_activations(split, rank, sizes, [100.0] * 4)[0] for rank in range(4)]
+    assert again == [4 * size + 100 * (rank + 1) for rank, size in enumerate(sizes)]
     everything = build_schedule("gpipe", pp=4, vpp=1, microbatches=8)
     assert peak_activations(everything, 2, sizes) == (56.0, 8)
 
