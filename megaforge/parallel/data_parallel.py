@@ -83,7 +83,7 @@ class _Gradients:
         """Adds the gradient that autograd has left at ``parameter``, unless it already lies in the buffer."""
         grad = parameter.grad
         view = self.view_of(parameter)
-        if grad is not None and grad.data_ptr() != view.data_ptr():
+        if grad is not None and grad is not view:
             view.add_(grad)
             in_place = not self._transient and parameter.dtype == view.dtype
             parameter.grad = view if in_place else None
@@ -188,6 +188,11 @@ class GradientReducer:
         ]
         parameters = [p for bucket in self.buckets for p in bucket.parameters]
         self._tp_partial = [p for p in parameters if spec_of(p).tp_partial_grad] if ctx.tp.size > 1 else []
+
+    @property
+    def frees_buffers(self) -> bool:
+        """Whether full buckets live only while they fill and travel (ZeRO-2)."""
+        return self._every_microbatch
 
     @property
     def buckets(self) -> list[Bucket]:

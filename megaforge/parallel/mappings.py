@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from megaforge.parallel.collectives import all_gather_single, reduce_scatter_single
 from megaforge.parallel.context import Axis
 
 
@@ -25,7 +26,7 @@ def _all_reduce(x: Tensor, axis: Axis) -> Tensor:
 
 def _all_gather_first(x: Tensor, axis: Axis) -> Tensor:
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group)
+    all_gather_single(out, x.contiguous(), group=axis.group)
     return out
 
 
@@ -33,7 +34,7 @@ def _reduce_scatter_first(x: Tensor, axis: Axis) -> Tensor:
     if x.shape[0] % axis.size:
         raise ValueError(f"dim 0 of {tuple(x.shape)} does not divide by {axis.name}={axis.size}")
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group)
+    reduce_scatter_single(out, x.contiguous(), group=axis.group)
     return out
 
 
@@ -165,7 +166,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
             if ctx.sequence_parallel:
                 partial = grad_input
                 grad_input = partial.new_empty((inside.shape[0] // ctx.axis.size, *inside.shape[1:]))
-                work = dist.reduce_scatter_tensor(grad_input, partial, group=ctx.axis.group, async_op=True)
+                work = reduce_scatter_single(grad_input, partial, group=ctx.axis.group, async_op=True)
             else:
                 work = dist.all_reduce(grad_input, group=ctx.axis.group, async_op=True)
         if needs_weight:

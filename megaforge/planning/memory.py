@@ -14,6 +14,7 @@ from megaforge.planning.activations import (
     ends_saved,
     head_working_set,
     recomputed_at_once,
+    shared_saved,
     working_set,
 )
 from megaforge.planning.layout import PlannedLayout
@@ -114,7 +115,9 @@ def stage_activations(parts: ModelParts, layout: PlannedLayout, stage: StagePart
     alike = parts.alike(stage.blocks)
     kept = sum(count * block_kept(sizes, parts.blocks[index].kind, index == 0) for index, count in alike.items())
     kept += sum(ends_saved(sizes, first=stage.first, last=stage.last).values())
-    keeps_v_first = not stage.first or layout.recompute in ("selective", "full")
+    kept += sum(shared_saved(sizes, any(parts.blocks[index].kind.mixer == "attention" for index in alike)).values())
+    # Blocks that are computed again each start from it; the first stage's own block made it and need not keep it.
+    keeps_v_first = not stage.first or (layout.recompute == "full" and len(stage.blocks) > 1)
     if keeps_v_first and any(parts.blocks[index].kind.mixer == "rwkv7" for index in alike):
         kept += sizes.split
     return kept

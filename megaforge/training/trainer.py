@@ -23,10 +23,8 @@ from megaforge.models.stages import PipelinePlan, StagedModel
 from megaforge.nn.moe import update_routers
 from megaforge.optim import AdamW, LearningRateSchedule, LossScaler, clip_gradients
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.data_parallel import GradientReducer
-from megaforge.parallel.grad_compression import make_reduction
 from megaforge.training.metrics import EvaluationMetrics, StepMetrics, balance_entropy_bits
-from megaforge.training.pipeline import StageRunner
+from megaforge.training.pipeline import StageRunner, make_reducer
 from megaforge.training.state import compute_dtype, save_run
 
 if TYPE_CHECKING:
@@ -64,15 +62,7 @@ class Trainer:
         self.tokenizer = tokenizer
         self.global_batch_size = global_batch_size
         self.callbacks = list(callbacks)
-        self.reducer = GradientReducer(
-            model.chunks,
-            ctx,
-            bucket_size=config.parallel.ddp_bucket_size,
-            overlap=config.parallel.overlap_grad_reduce,
-            shards=optimizer.shards,
-            free_buffers=config.parallel.zero_stage == 2,
-            reduction=make_reduction(config.parallel),
-        )
+        self.reducer = make_reducer(config.parallel, model, ctx, optimizer.shards)
         self.pipeline = StageRunner(
             model,
             ctx,

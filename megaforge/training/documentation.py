@@ -1,0 +1,94 @@
+"""``tools/plan.py docs``: writes what the planner and the dry run say now into the documents that quote them.
+
+A document marks such a place with ``<!-- begin NAME -->`` and ``<!-- end NAME -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megaforge.config.cli import parse_config
+from megaforge.errors import UserError
+from megaforge.planning.gpus import GPUS
+from megaforge.planning.measured_activations import comparison_rows
+from megaforge.planning.plan_command import planned_dtype
+from megaforge.planning.report import assumptions, search_text
+from megaforge.planning.search import search
+from megaforge.planning.stages import cut_stages, model_parts
+from megaforge.planning.time import step_time
+from megaforge.training.ladders import read_job, try_job
+
+DOCUMENTS = ("README.md", "docs/planner.md")
+GPU = GPUS["h100-80g"]
+LAYOUTS_LISTED = 8
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table, numbers to the right."""
+    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:]))
+
+
+def _search(name: str, gpus: int) -> str:
+    config = parse_config(["--config", name]).config
+    found = search(config, gpus, GPU, planned_dtype(config), count=LAYOUTS_LISTED)
+    text = search_text(found, GPU, name, gpus, 0.9).rpartition("\n\nassumed:")[0]
+    command = f"$ python tools/plan.py memory --config {name} --gpu {GPU.name} --search --gpus {gpus} --top"
+    return f"```\n{command} {LAYOUTS_LISTED}\n{text}\n```"
+
+
+def _ladders() -> str:
+    rows = [("variant", "GPUs", "layout", "fullest rank, GB", "predicted MFU")]
+    for script in sorted(Path("run_scripts/slurm").glob("cdrmix-*.sbatch")):
+        job = read_job(script)
+        tried = try_job(job)
+        parts = model_parts(job.config.model, tried.layout.dtype)
+        time = step_time(parts, tried.layout, cut_stages(parts, tried.layout), GPU)
+        flags = " ".join(job.arguments[2:])
+        rows.append((f"`{job.name}`", f"{job.gpus:,}", f"`{flags}`", f"{tried.fullest / 1e9:.1f}", f"{time.mfu:.0%}"))
+    return markdown(rows)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "activations": lambda: markdown(comparison_rows()),
+    "assumptions": lambda: assumptions(GPU).removeprefix("assumed: "),
+    "search-40b": lambda: _search("cdrmix-core-40b", 128),
+    "search-200b": lambda: _search("cdrmix-core-200b", 1024),
+    "ladders": _ladders,
+}
+
+
+def blocks_of(text: str) -> dict[str, str]:
+    """The marked places of a document and what stands there."""
+    return dict(re.findall(r"<!-- begin ([\w-]+) -->\n(.*?)\n<!-- end \1 -->", text, re.DOTALL))
+
+
+def rewritten(text: str, blocks: dict[str, str]) -> str:
+    """The document with these places filled anew."""
+    for name, block in blocks.items():
+        place = re.compile(rf"(<!-- begin {name} -->\n).*?(\n<!-- end {name} -->)", re.DOTALL)
+        text = place.sub(lambda found, block=block: found[1] + block + found[2], text)  # type: ignore[misc]
+    return text
+
+
+def run(arguments: Sequence[str], prog: str = "plan.py docs") -> None:
+    """Fills the marked places of the documents, all of them or those that are named.
+
+    Raises:
+        UserError: an unknown place.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=run.__doc__, exit_on_error=False)
+    parser.add_argument("names", nargs="*", help=f"default: all: {', '.join(BLOCKS)}")
+    own = parser.parse_args(arguments)
+    names = own.names or list(BLOCKS)
+    unknown = [name for name in names if name not in BLOCKS]
+    if unknown:
+        raise UserError(f"{unknown[0]}: there is no such place; choose {', '.join(BLOCKS)}")
+    made = {name: BLOCKS[name]() for name in names}
+    for document in map(Path, DOCUMENTS):
+        text = document.read_text()
+        document.write_text(rewritten(text, made))
+        print(f"{document}: {', '.join(name for name in blocks_of(text) if name in made) or 'nothing'}")
