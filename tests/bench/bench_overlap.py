@@ -58,7 +58,8 @@ class _Done:
 def silence() -> Iterator[None]:
     """Every collective of a step returns at once and leaves its output as it is."""
     with contextlib.ExitStack() as stack:
-        for module, name in ((dist, "all_reduce"), (mappings, "all_gather_single"), (mappings, "reduce_scatter_single")):
+        own = ((mappings, "all_gather_single"), (mappings, "reduce_scatter_single"))
+        for module, name in ((dist, "all_reduce"), *own):
             stack.enter_context(mock.patch.object(module, name, lambda *_, **__: _Done()))
         yield
 
