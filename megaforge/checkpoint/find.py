@@ -132,8 +132,8 @@ def _candidates(directory: Path) -> list[Path]:
     if not directory.is_dir():
         if directory.is_file():
             raise UserError(
-                f"--load {directory}: is a file, not a directory of checkpoints; a converted one becomes a directory by "
-                f"tools/convert_checkpoint.py --load {directory} --save DIR"
+                f"--load {directory}: is a file, not a directory of checkpoints; a converted one becomes a directory "
+                f"by tools/convert_checkpoint.py --load {directory} --save DIR"
             )
         raise UserError(f"--load {directory}: does not exist; name the directory that a run was given as --save")
     if is_step_directory(directory) or (directory / MANIFEST_FILE).exists():
