@@ -299,6 +299,11 @@ def _notes(config: Config, world_size: int, replicas: int) -> list[str]:
             "data-parallel ranks"
             + (", and at dp 1 nothing is sent" if replicas == 1 else "; --load starts without the losses kept so far")
         )
+    if parallel.grad_reduce_in_bf16 and replicas > 1:
+        notes.append(
+            "--grad-reduce-in-bf16: gradients are rounded before they are summed, so what is learned now depends a "
+            "little on the number of data-parallel ranks"
+        )
     if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
         notes.append("--sequence-parallel has nothing to share at --tp 1: it changes nothing")
     if config.parallel.context_parallel_size == 1 and config.parallel.cp_comm_type != "allgather":

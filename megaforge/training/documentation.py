@@ -12,18 +12,40 @@ from pathlib import Path
 
 from megaforge.config.cli import parse_config
 from megaforge.errors import UserError
+from megaforge.planning.communication import step_traffic
 from megaforge.planning.gpus import GPUS
 from megaforge.planning.measured_activations import comparison_rows
-from megaforge.planning.plan_command import planned_dtype
+from megaforge.planning.plan_command import planned_dtype, planned_layout
 from megaforge.planning.report import assumptions, search_text
-from megaforge.planning.search import search
+from megaforge.planning.search import search, worst_rank
 from megaforge.planning.stages import cut_stages, model_parts
 from megaforge.planning.time import step_time
 from megaforge.training.ladders import read_job, try_job
 
-DOCUMENTS = ("README.md", "docs/planner.md")
+DOCUMENTS = ("README.md", "docs/planner.md", "docs/layouts.md")
 GPU = GPUS["h100-80g"]
 LAYOUTS_LISTED = 8
+# Of docs/layouts.md: flags of cdrmix-core-4b on 32 GPUs.
+EFFECTS = (
+    "",
+    "--zero 1",
+    "--zero 2",
+    "--tp 4 --zero 1",
+    "--tp 4 --sp --zero 1",
+    "--cp 4 --zero 1",
+    "--cp 4 --cp-comm-type p2p --zero 1",
+    "--pp 4 --zero 1",
+    "--pp 4 --vpp 3 --zero 1",
+    "--pp 4 --pipeline-schedule gpipe --zero 1",
+    "--pp 4 --pipeline-schedule zb-h1 --zero 1",
+    "--pp 4 --pipeline-schedule zb-v --zero 1",
+    "--ep 8 --zero 1",
+    "--ep 8 --zero 1 --recompute selective",
+    "--ep 8 --zero 1 --recompute moe",
+    "--ep 8 --zero 1 --recompute full",
+    "--tp 4 --sp --ep 8 --zero 1",
+    "--tp 4 --sp --ep 8 --etp 1 --zero 1",
+)
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -52,12 +74,30 @@ def _ladders() -> str:
     return markdown(rows)
 
 
+def _effects() -> str:
+    rows = [("flags", "state", "activations", "in all", "sent in a step", "bubble", "step, s")]
+    for flags in EFFECTS:
+        config = parse_config(["--config", "cdrmix-core-4b", *flags.split()]).config
+        layout = planned_layout(config, 32)
+        parts = model_parts(config.model, layout.dtype)
+        stages = cut_stages(parts, layout)
+        fullest = worst_rank(parts, layout, stages)
+        held, time = fullest.state, step_time(parts, layout, stages, GPU)
+        sent = step_traffic(parts, layout, stages, 0)
+        sizes = (held.parameters + held.gradients + held.optimizer, fullest.activations, fullest.total)
+        axes = ", ".join(f"{axis} {size / 1e9:.1f}" for axis, size in sent.items() if size)
+        shown = f"`{flags}`" if flags else "none"
+        rows.append((shown, *(f"{size / 1e9:.1f}" for size in sizes), axes, f"{time.bubble:.1%}", f"{time.total:.2f}"))
+    return markdown(rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "activations": lambda: markdown(comparison_rows()),
     "assumptions": lambda: assumptions(GPU).removeprefix("assumed: "),
     "search-40b": lambda: _search("cdrmix-core-40b", 128),
     "search-200b": lambda: _search("cdrmix-core-200b", 1024),
     "ladders": _ladders,
+    "effects": _effects,
 }
 
 

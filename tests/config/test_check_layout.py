@@ -191,6 +191,9 @@ def test_notes_on_sharing_and_compression() -> None:
     [_, note] = check_layout(parse_config(["--zero", "1", "--grad-compression", "bf16"]).config, 1).notes
     assert note.endswith("at dp 1 nothing is sent")
     assert check_layout(parse_config(["--zero-stage", "2", "--bf16"]).config, 2).notes == ()
+    rounded = parse_config(["--grad-reduce-in-bf16"]).config
+    assert check_layout(rounded, 1).notes == ()
+    assert [note.split(":")[0] for note in check_layout(rounded, 2).notes] == ["--grad-reduce-in-bf16"]
 
 
 def test_the_vocabulary_comes_from_the_tokenizer_unless_given() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from megaforge.config.check_layout import check_layout
 from megaforge.config.cli import parse_config
+from megaforge.config.schema import settings
 from megaforge.errors import UserError
 from megaforge.training import documentation
 from megaforge.training.documentation import BLOCKS, DOCUMENTS, blocks_of, markdown, rewritten
@@ -23,7 +24,7 @@ def test_every_place_is_filled_by_somebody() -> None:
     assert {name for places in QUOTED.values() for name in places} == set(BLOCKS)
 
 
-@pytest.mark.parametrize("name", ["assumptions", "activations"])
+@pytest.mark.parametrize("name", ["assumptions", "activations", "effects"])
 def test_what_is_quick_to_compute_is_up_to_date(name: str) -> None:
     fresh = BLOCKS[name]()
     for places in QUOTED.values():
@@ -40,6 +41,18 @@ def test_listed_layouts_would_start(name: str, gpus: int) -> None:
     for flags in listed:
         config = parse_config(["--config", f"cdrmix-core-{name}", *flags.split()]).config
         plan_of(config, check_layout(config, gpus))
+
+
+def test_the_page_of_layouts_names_every_flag_and_its_commands_would_start() -> None:
+    text = (REPOSITORY / "docs/layouts.md").read_text()
+    for setting in settings().values():
+        if setting.section == "parallel":
+            assert f"{setting.flag}" in text, setting.flag
+    commands = re.findall(r"^torchrun --nproc-per-node (\d+) pretrain_cdrmix\.py (.*) \$DATA$", text, re.MULTILINE)
+    assert len(commands) == text.count("torchrun") > 10
+    for ranks, flags in commands:
+        config = parse_config(flags.split()).config
+        plan_of(config, check_layout(config, int(ranks)))
 
 
 def test_the_ladders_are_those_of_the_scripts() -> None:
