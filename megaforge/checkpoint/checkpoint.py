@@ -180,7 +180,7 @@ def _why_ranks_differ(manifest: Manifest, ctx: ParallelContext) -> str | None:
     if dict(manifest.layout) != layout_of(ctx):
         return f"was written at layout {dict(manifest.layout)}, this is {layout_of(ctx)}"
     if not any(key.startswith(RANK_PREFIX) for key in manifest.tensors):
-        return "holds none of its ranks' own tensors"
+        return "was not written by the ranks of a run"
     return None
 
 

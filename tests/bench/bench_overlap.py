@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.models.hybrid import HybridModel
+from megaforge.parallel import mappings
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.init import initialize_parameters
@@ -55,21 +56,11 @@ class _Done:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Every collective of torch.distributed returns at once and leaves its output as it is."""
-    names = [
-        name
-        for name in (
-            "all_reduce",
-            "all_gather_into_tensor",
-            "reduce_scatter_tensor",
-            "all_gather_single",
-            "reduce_scatter_single",
-        )
-        if hasattr(dist, name)
-    ]
+    """Every collective of a step returns at once and leaves its output as it is."""
     with contextlib.ExitStack() as stack:
-        for name in names:
-            stack.enter_context(mock.patch.object(dist, name, lambda *_, **__: _Done()))
+        own = ((mappings, "all_gather_single"), (mappings, "reduce_scatter_single"))
+        for module, name in ((dist, "all_reduce"), *own):
+            stack.enter_context(mock.patch.object(module, name, lambda *_, **__: _Done()))
         yield
 
 
