@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -55,7 +56,8 @@ class Comparison:
         return self.predicted / self.measured - 1
 
 
-def compare(arguments: Sequence[str]) -> Comparison:
+@cache
+def compare(arguments: tuple[str, ...]) -> Comparison:
     """Runs one micro-batch of the model that the flags describe, with random tokens, in this process."""
     config = parse_config(arguments).config
     layout: PlannedLayout = layout_of(config, 1, torch.bfloat16 if config.training.bf16 else torch.float32)
