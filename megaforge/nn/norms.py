@@ -87,6 +87,7 @@ class LayerNorm(_StreamNorm):
     """Layer norm (Ba et al., arXiv 1607.06450) with weight and bias."""
 
     has_bias = True
+    bias: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., h]."""
