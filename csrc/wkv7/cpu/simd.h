@@ -11,9 +11,9 @@
 
 using Int = std::int64_t;
 
-constexpr Int kTile = 16;  // tokens that the forward pass prepares at once, and looks ahead
-constexpr Int kRun = 16;   // tokens whose states the backward pass holds at once
-constexpr int kRows = 4;   // rows of the state that the backward pass works on at once
+constexpr Int kTile = 16;   // tokens that the forward pass prepares at once, and looks ahead
+constexpr Int kRun = 16;    // tokens whose states the backward pass holds at once
+constexpr int kRows = 4;    // rows of the state that the backward pass works on at once
 
 template <int W>
 struct Lanes {
@@ -128,7 +128,7 @@ struct Tokens {
     read<W>(t, count, n, width, out, Same<W>());
   }
 
-  // The same, where they are if they can be read there.
+  // The same without f, where they are if they can be read there.
   template <int W>
   MEGAFORGE_INLINE Floats floats(Int t, Int count, Int n, Int width, float* room) const {
     if (type == Type::f32 && n == width && data != nullptr) {
@@ -178,22 +178,22 @@ struct Result {
 
   template <int W>
   MEGAFORGE_INLINE void write(Int t, Int n, const float* from) const {
-    Int j = 0;
+    const Int whole = n - n % W;
     if (type == Type::bf16) {
       auto* to = reinterpret_cast<std::uint16_t*>(data + t * stride);
       using Bits = typename Lanes<W>::Bits;
-      for (; j + W <= n; j += W) {
+      for (Int j = 0; j < whole; j += W) {
         const Vec<W> x = load<W>(from + j);
         const Bits bits = (Bits)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
         const Bits chosen = x == x ? rounded : (bits >> 16) | 0x40u;
         *reinterpret_cast<typename Lanes<W>::UnalignedHalf*>(to + j) =
             __builtin_convertvector(chosen, typename Lanes<W>::Half);
       }
-      for (; j < n; ++j) to[j] = to_bf16(from[j]);
+      for (Int j = whole; j < n; ++j) to[j] = to_bf16(from[j]);
     } else {
       auto* to = reinterpret_cast<float*>(data + t * stride);
-      for (; j + W <= n; j += W) store<W>(to + j, load<W>(from + j));
-      for (; j < n; ++j) to[j] = from[j];
+      for (Int j = 0; j < whole; j += W) store<W>(to + j, load<W>(from + j));
+      for (Int j = whole; j < n; ++j) to[j] = from[j];
     }
   }
 };
