@@ -1,4 +1,4 @@
-"""WKV-7 on a CPU: the compiled operator against flash-linear-attention's recurrence, our own torch forms and the machine.
+"""WKV-7 on a CPU: the compiled operator against flash-linear-attention's recurrence, our torch forms and the machine.
 
 Width 512 (8 heads of 64 channels), fp32. Rates are tokens a CPU-second on one thread, so that a machine that others use
 too can be measured; "two threads" are tokens a second of wall time, two against one.
