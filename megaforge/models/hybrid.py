@@ -162,12 +162,14 @@ class HybridModel(nn.Module):
         sequence_parallel: bool = False,
         dtype: torch.dtype = torch.float32,
         cp_comm_type: str = "allgather",
+        overlap_tp_comm: bool = True,
         recompute: str = "none",
         layers: range | None = None,
         embedding_weight: nn.Parameter | None = None,
     ) -> None:
         """
         Args:
+            overlap_tp_comm: see :class:`TensorParallelRegion`.
             recompute: as ``--recompute``.
             layers: the blocks of this stage; None is the whole model. Parameters have the same global names.
             embedding_weight: a tied head of a stage without the embedding: the first stage's matrix where this rank
@@ -179,7 +181,7 @@ class HybridModel(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.ctx = ctx
-        self.region = TensorParallelRegion(ctx, sequence_parallel)
+        self.region = TensorParallelRegion(ctx, sequence_parallel, overlap=overlap_tp_comm)
         self.shards = ContextShards(ctx.cp, cp_comm_type)
         kinds = blocks_of(cfg)
         self.stage_layers = range(len(kinds)) if layers is None else layers
