@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <math.h>
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
