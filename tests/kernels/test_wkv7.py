@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from megaforge.kernels.wkv7 import _ChunkedWKV7, wkv7, wkv7_recurrent
+from megaforge.kernels.wkv7 import wkv7, wkv7_chunked, wkv7_recurrent
+from megaforge.kernels.wkv7.native import available
 
 NAMES = ("r", "log_w", "k", "v", "a", "b", "initial_state")
 MIN_LOG_DECAY = -math.exp(-0.5)
@@ -56,7 +57,7 @@ def test_fp32_matches_the_recurrence_with_all_gradients(s: int, minimum_decay: b
     inputs = [x.float().double() for x in make_inputs(s, minimum_decay=minimum_decay, seed=s)]
     expected = run(wkv7_recurrent, inputs, None, torch.float64)
     assert_close(run(wkv7, inputs, None, torch.float32), expected, 5e-6)
-    assert_close(run(_ChunkedWKV7.apply, inputs, None, torch.float64), expected, 1e-13)
+    assert_close(run(wkv7_chunked, inputs, None, torch.float64), expected, 1e-13)
 
 
 def test_decays_far_below_the_minimum_do_not_overflow() -> None:
@@ -114,10 +115,10 @@ def test_gradcheck(with_resets: bool) -> None:
 
 def test_groups_of_heads_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(80)
-    expected = run(wkv7, inputs, None, torch.float64)
+    expected = run(wkv7_chunked, inputs, None, torch.float64)
     for at_once in (3, 6, 1000):  # one head, two heads, all heads at once
-        monkeypatch.setattr("megaforge.kernels.wkv7.CPU_CHUNKS_AT_ONCE", at_once)
-        assert_close(run(wkv7, inputs, None, torch.float64), expected, 1e-13)
+        monkeypatch.setattr("megaforge.kernels.wkv7.chunked.CPU_CHUNKS_AT_ONCE", at_once)
+        assert_close(run(wkv7_chunked, inputs, None, torch.float64), expected, 1e-13)
 
 
 def test_bf16_inputs_keep_an_fp32_state() -> None:
@@ -130,12 +131,15 @@ def test_bf16_inputs_keep_an_fp32_state() -> None:
     torch.testing.assert_close(state.double(), expected_state, rtol=1e-4, atol=1e-5)
 
 
-def test_memory_of_inputs_is_not_kept_twice() -> None:
-    """What is saved for backward beyond the inputs is one fp32 state a chunk."""
+@pytest.mark.parametrize("function", [wkv7, wkv7_chunked])
+def test_memory_of_inputs_is_not_kept_twice(function) -> None:
+    """What is saved for backward beyond the inputs: a state a chunk, or one in 64 tokens and S a."""
     saved = []
     inputs = [x.float().requires_grad_() for x in make_inputs(64)[:6]]
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        wkv7(*inputs)
+        function(*inputs)
     own = {x.data_ptr() for x in inputs}
     extra = sum(x.numel() for x in saved if x.data_ptr() not in own)
-    assert extra == 2 * 2 * 3 * 16 * 16  # two chunks of batch 2, 3 heads, 16 x 16
+    batch, heads, n = inputs[0].shape[1:]
+    native = function is wkv7 and available("cpu")
+    assert extra == batch * heads * (n * n + 64 * n if native else 2 * n * n)
