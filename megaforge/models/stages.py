@@ -150,6 +150,7 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     cp_comm_type: str = "allgather",
     recompute: str = "none",
+    wkv_backend: str = "auto",
 ) -> HybridModel | StagedModel:
     """This rank's part of the model, not yet initialised: the whole :class:`HybridModel` where there is one stage.
 
@@ -167,6 +168,7 @@ def build_model(
             dtype=dtype,
             cp_comm_type=cp_comm_type,
             recompute=recompute,
+            wkv_backend=wkv_backend,
             layers=plan.layers[stage],
             embedding_weight=shared,
         )

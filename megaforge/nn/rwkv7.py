@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.kernels.rwkv7_inputs import rwkv7_inputs
-from megaforge.kernels.wkv7 import wkv7
+from megaforge.kernels.wkv7.backend import wkv7_backend
 from megaforge.nn.recompute import recomputed
 from megaforge.nn.sequence import SequenceInfo
 from megaforge.nn.token_shift import mix_tokens, token_shift
@@ -148,6 +148,7 @@ class RWKV7TimeMix(nn.Module):
         num_layers: int,
         region: TensorParallelRegion,
         dtype: torch.dtype = torch.float32,
+        wkv_backend: str = "auto",
     ) -> None:
         """Declares the parameters, uninitialised.
 
@@ -160,9 +161,11 @@ class RWKV7TimeMix(nn.Module):
             num_layers: blocks in the model.
             region: the tensor-parallel region.
             dtype: of the matrices; vectors stay in fp32 where this is a 16-bit type.
+            wkv_backend: as ``--wkv-backend``.
 
         Raises:
             ValueError: the heads do not divide by tp.
+            UserError: ``wkv_backend`` cannot run on the layout's device.
         """
         super().__init__()
         size, head = cfg.hidden_size, cfg.rwkv_head_size
@@ -172,6 +175,7 @@ class RWKV7TimeMix(nn.Module):
         self.size, self.head_size, self.local_heads = size, head, size // head // ctx.tp.size
         self.makes_v_first = layer_index == 0
         self.recompute_core = False
+        self.wkv7 = wkv7_backend(wkv_backend, ctx.device, dtype, head)
         init = PublishedInit(size, head, layer_index, num_layers)
 
         for letter, power in (("r", 0.2), ("w", 0.9), ("k", 0.7), ("v", 0.7), ("a", 0.9), ("g", 0.2)):
@@ -280,8 +284,8 @@ class RWKV7TimeMix(nn.Module):
         """WKV and the arithmetic in front of it: y and k [s, b, H/tp, N], and with a ``memory`` the final state."""
         log_w, k, a, b = rwkv7_inputs(decay, self.w0, rate, self.a0, key, self.k_k, self.k_a, self.head_size)
         if memory is None and shards.axis.size > 1:
-            return shared_wkv7(r, log_w, k, v, a, b, starts, shards), k, None
-        y, final = wkv7(r, log_w, k, v, a, b, memory, starts)
+            return shared_wkv7(r, log_w, k, v, a, b, starts, shards, self.wkv7), k, None
+        y, final = self.wkv7(r, log_w, k, v, a, b, memory, starts)
         return y, k, final
 
     def _project(self, x: Tensor, previous: Tensor, v_first: Tensor | None) -> tuple[Tensor, ...]:

@@ -116,6 +116,7 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
         dtype=compute_dtype(config.training),
         cp_comm_type=config.parallel.cp_comm_type,
         recompute=config.parallel.recompute,
+        wkv_backend=config.training.wkv_backend,
     )
     initialize_parameters(model, ctx, config.training.seed)
     trainer = Trainer(
