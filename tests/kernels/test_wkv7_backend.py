@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from megaforge.models.hybrid import HybridModel
 from megaforge.nn.rwkv7 import RWKV7TimeMix
 from megaforge.parallel.context import ParallelContext
 from tests.kernels.test_wkv7 import assert_close, make_inputs, run
+from tests.training.tiny import arguments, make_trainer, write_dataset
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -94,3 +96,9 @@ def test_the_layers_of_a_model_call_the_one_that_it_was_given(name: str) -> None
     assert len(mixers) == 2
     for mixer in mixers:
         assert mixer.wkv7 is wkv7_backend(name, CPU, torch.float32, 16)
+
+
+def test_the_flag_reaches_the_layers(tmp_path: Path) -> None:
+    trainer = make_trainer(arguments(write_dataset(tmp_path / "train_text_document"), "--wkv-backend", "torch"))
+    mixers = [module for module in trainer.model.modules() if isinstance(module, RWKV7TimeMix)]
+    assert mixers and all(mixer.wkv7 is wkv7_torch for mixer in mixers)
