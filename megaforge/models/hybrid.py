@@ -163,6 +163,7 @@ class HybridModel(nn.Module):
         sequence_parallel: bool = False,
         dtype: torch.dtype = torch.float32,
         cp_comm_type: str = "allgather",
+        overlap_tp_comm: bool = True,
         recompute: str = "none",
         wkv_backend: str = "auto",
         layers: range | None = None,
@@ -170,6 +171,7 @@ class HybridModel(nn.Module):
     ) -> None:
         """
         Args:
+            overlap_tp_comm: see :class:`TensorParallelRegion`.
             recompute: as ``--recompute``.
             wkv_backend: as ``--wkv-backend``.
             layers: the blocks of this stage; None is the whole model. Parameters have the same global names.
@@ -183,7 +185,7 @@ class HybridModel(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.ctx = ctx
-        self.region = TensorParallelRegion(ctx, sequence_parallel)
+        self.region = TensorParallelRegion(ctx, sequence_parallel, overlap=overlap_tp_comm)
         self.shards = ContextShards(ctx.cp, cp_comm_type)
         kinds = blocks_of(cfg)
         self.stage_layers = range(len(kinds)) if layers is None else layers

@@ -81,6 +81,10 @@ class MetaRun(StorageMeter):
             aten._to_copy.default: self._to_host,
         }
 
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        if storage.device.type == "meta":  # what is on the host (states of random generators) takes no device memory
+            super()._follow(storage)
+
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func.namespace == "c10d":
             self._count(func, args)
@@ -118,4 +122,5 @@ class FusedAttention(TorchFunctionMode):
         if key.shape[1] != query.shape[1]:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-        return kernel(query, key, value, 0.0, bool((kwargs or {}).get("is_causal")))[0]
+        options = kwargs or {}
+        return kernel(query, key, value, 0.0, bool(options.get("is_causal")), attn_mask=options.get("attn_mask"))[0]
