@@ -3,7 +3,7 @@
 # Triton goes into build/triton, out of the way: beside a CPU build of torch, other packages take it for a sign of a GPU.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-use_environment test
+use_environment data,train,test
 cd "$REPO"
 "$PYTHON" -c 'import triton' 2>/dev/null || export PYTHONPATH="$REPO/build/triton${PYTHONPATH:+:$PYTHONPATH}"
 "$PYTHON" -c 'import triton' 2>/dev/null || "$PYTHON" -m pip install -q --no-deps --target build/triton "triton==3.6.0"
