@@ -1,8 +1,11 @@
-"""WKV-7 on a GPU: compiled CUDA, fla-core's Triton kernels and plain chunked torch, turn about in one process.
+"""RWKV-7's kernels on a GPU, turn about in one process.
+
+WKV-7: compiled CUDA, fla-core's Triton kernels and plain chunked torch.
 
 bf16 inputs, fp32 log decays and states, [s, b, H, 64]. Cases are sequences x length x heads, forward alone (nothing
 kept) and forward + backward: the time of each and its peak memory beyond the inputs, and how many times as long as the
-first implementation it takes. The machine's copy bandwidth and TF32 matrix rate are measured beside them.
+first implementation it takes. The arithmetic around it: the Triton kernels (first) and the same in plain torch, forward
++ backward. The machine's copy bandwidth and TF32 matrix rate are measured beside them.
 
     python tests/bench/bench_gpu_kernels.py [--rounds 20] [--write docs/gpu_kernels.md]
 """
@@ -15,6 +18,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,14 +26,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megaforge.errors import UserError
+from megaforge.kernels import rwkv7_fused
 from megaforge.kernels.wkv7.backend import wkv7_backend
+from megaforge.nn.token_shift import mix_tokens
 from tests.bench.harness import Measure, interleaved_ratio, print_json, print_table, seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ((8, 4096, 32), (1, 4096, 32), (1, 16384, 64), (16, 512, 12))  # b, s, H
 N = 64
 NAMES = ("native", "fla", "torch")
-HEADER = ["b x s x H", "pass", "implementation", "ms", "times the first", "range", "peak MiB"]
+POINTWISE_SHAPES = ((8, 4096, 32), (1, 4096, 12))  # b, s, H
+HEADER = ["b x s x H", "what", "implementation", "ms", "times the first", "range", "peak MiB"]
 
 
 def inputs(b: int, s: int, heads: int) -> list[torch.Tensor]:
@@ -108,20 +115,66 @@ def machine() -> str:
     )
 
 
-def measure_case(shape: tuple[int, int, int], rounds: int, names: list[str]) -> tuple[list[list[object]], dict]:
-    """Rows of the table, and the JSON cases, of one shape."""
+def unfused_mixes(x: torch.Tensor, first: None, starts: None, c: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """What a layer does without the kernel."""
+    return mix_tokens(x, torch.cat([torch.zeros_like(x[:1]), x[:-1]]), c)
+
+
+def pointwise(b: int, s: int, heads: int) -> dict[str, dict[str, Callable[[], object]]]:
+    """Forward + backward of each fused operation and of its definition."""
+    tokens = [torch.randn(s, b, heads * N, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
+    per_head = [torch.randn(s, b, heads, N, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(4)]
+    vectors = [torch.rand(heads * N, device="cuda", requires_grad=True) for _ in range(8)]
+    finish = [*per_head, tokens[1], *vectors[:2], vectors[2].detach().view(heads, N).requires_grad_()]
+    grad = torch.randn_like(tokens[0])
+    mixes = (rwkv7_fused.shifted_mixes, unfused_mixes)
+    norms = (rwkv7_fused.norm_bonus_gate, rwkv7_fused.norm_bonus_gate_reference)
+
+    def mix(function: Callable[..., tuple[torch.Tensor, ...]]) -> object:
+        return torch.autograd.grad(function(tokens[0], None, None, vectors[:6]), [tokens[0], *vectors[:6]], [grad] * 6)
+
+    def norm(function: Callable[..., torch.Tensor]) -> object:
+        return torch.autograd.grad(function(*finish, 64e-5), finish, grad)
+
+    return {
+        "shift and 6 mixes": {name: partial(mix, f) for name, f in zip(("triton", "torch"), mixes, strict=True)},
+        "norm, bonus, gate": {name: partial(norm, f) for name, f in zip(("triton", "torch"), norms, strict=True)},
+    }
+
+
+def compare(label: str, what: str, functions: dict[str, Callable[[], object]], rounds: int) -> tuple[list, dict]:
+    """Rows of the table, and the JSON cases: everything against the first of ``functions``."""
+    rows, cases = [], {}
+    first = next(iter(functions))
+    for name, function in functions.items():
+        ratio = interleaved_ratio(on_gpu(function), on_gpu(functions[first]), rounds, warmup=3)
+        spread = f"{ratio.min:.2f}-{ratio.max:.2f}"
+        rows.append([label, what, name, 1e3 * ratio.candidate, ratio.median, spread, peak(function)])
+        if name != first:
+            cases[f"{label} {what} {name}"] = ratio.case(first, ms=round(1e3 * ratio.candidate, 4))
+    return rows, cases
+
+
+def measured(rounds: int) -> tuple[list[list[object]], dict]:
+    names = runnable()
     rows: list[list[object]] = []
-    cases = {}
-    label = " x ".join(map(str, shape))
-    six = inputs(*shape)
-    for title, make in (("fwd", forward), ("fwd+bwd", forward_backward)):
-        functions = {name: make(name, six) for name in names}
-        for name in names:
-            ratio = interleaved_ratio(on_gpu(functions[name]), on_gpu(functions[names[0]]), rounds, warmup=3)
-            spread = f"{ratio.min:.2f}-{ratio.max:.2f}"
-            rows.append([label, title, name, 1e3 * ratio.candidate, ratio.median, spread, peak(functions[name])])
-            if name != names[0]:
-                cases[f"{label} {title} {name}"] = ratio.case(names[0], ms=round(1e3 * ratio.candidate, 4))
+    cases: dict = {}
+
+    def add(*arguments: object) -> None:
+        more, found = compare(*arguments, rounds)
+        rows.extend(more)
+        cases.update(found)
+
+    for shape in SHAPES:
+        six, label = inputs(*shape), " x ".join(map(str, shape))
+        add(label, "WKV-7 fwd", {name: forward(name, six) for name in names})
+        add(label, "WKV-7 fwd+bwd", {name: forward_backward(name, six) for name in names})
+    if not rwkv7_fused.fused(torch.empty(0, device="cuda")):
+        print("without the fused arithmetic: Triton is not installed (extra 'gpu'), or MEGAFORGE_NATIVE=0")
+        return rows, cases
+    for shape in POINTWISE_SHAPES:
+        for what, functions in pointwise(*shape).items():
+            add(" x ".join(map(str, shape)), what, functions)
     return rows, cases
 
 
@@ -129,7 +182,7 @@ def write(path: Path, about: str, rows: list[list[object]]) -> None:
     """The table as a page of documentation."""
     command = "bash run_scripts/bench.sh gpu_kernels --write docs/gpu_kernels.md"
     lines = ["# Kernels on a GPU", "", f"Written by `{command}`."]
-    lines += ["", "## WKV-7", "", f"{about}.", "", "| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
+    lines += ["", "## RWKV-7", "", f"{about}.", "", "| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
     for row in rows:
         lines.append("| " + " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row) + " |")
     path.write_text("\n".join(lines) + "\n")
@@ -144,16 +197,10 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("bench gpu_kernels: torch sees no CUDA device; nothing measured")
         return
-    names = runnable()
     about = machine()
     print(about)
-    rows: list[list[object]] = []
-    cases: dict = {}
-    for shape in SHAPES:
-        more, found = measure_case(shape, args.rounds, names)
-        rows += more
-        cases |= found
-    print_table("WKV-7", HEADER, rows)
+    rows, cases = measured(args.rounds)
+    print_table("RWKV-7", HEADER, rows)
     if args.write:
         write(args.write, about, rows)
     print_json("gpu_kernels", cases)
