@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.kernels.wkv7 import CHUNK
+from megaforge.kernels.wkv7 import saved_for_backward
 from megaforge.models.pattern import BlockKind
 from megaforge.nn.rwkv7 import lora_ranks
 from megaforge.parallel.cross_entropy import CHUNK_TOKENS
@@ -98,7 +98,8 @@ def _rwkv7(sizes: Sizes, first: bool) -> Saved:
         "k": sizes.split,
         "a, b": 2 * sizes.split,
         "log w": wide,
-        "WKV states": (-(-sequence // CHUNK) + 1) * state,
+        "WKV states": layout.micro_batch_size * heads * layout.wide_size
+        * saved_for_backward(sequence, cfg.rwkv_head_size, layout.device_type),
         "y and its norm": 2 * wide + 2 * sizes.tokens * heads * layout.wide_size,
         "bonus": sizes.split + sizes.tokens * heads * layout.wide_size,
         "ungated and gated output": 2 * sizes.split,

@@ -1,7 +1,7 @@
 """What WKV-7 costs a whole RWKV-7 layer: the layer as it is against the same layer without the recurrence.
 
-One block (time-mix, channel-mix, their norms) of width 512 in fp32, forward and backward. "Without" passes the values on
-in place of WKV's output; everything else stays. Ratios of tokens a CPU-second on one thread; 0.88 is the goal: the
+One block (time-mix, channel-mix, their norms) of width 512 in fp32, forward and backward. "Without" passes the values
+on in place of WKV's output; everything else stays. Ratios of tokens a CPU-second on one thread; 0.88 is the goal: the
 recurrence may take 12 %. The same with the portable torch path is shown beside it.
 
     python tests/bench/bench_layer.py [--rounds 5] [--lengths 512 1024 2048] [--batch 4]
@@ -65,7 +65,7 @@ class Layer:
         model = HybridModel(cfg, ctx)
         initialize_parameters(model, ctx, seed=0)
         self.block = model.layers[1]  # the first makes v_first, all others mix it in
-        self.info = SequenceInfo(None, batch, length)
+        self.info = SequenceInfo(batch, length, torch.device("cpu"))
         self.x = torch.randn(length, batch, WIDTH, requires_grad=True)
         self.v_first = torch.randn(length, batch, WIDTH, requires_grad=True)
         self.dy = torch.randn(length, batch, WIDTH)

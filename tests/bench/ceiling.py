@@ -43,7 +43,8 @@ extern "C" std::int64_t multiply_adds(std::int64_t rounds, float* out) {
 """
 # With glibc's defaults every large tensor is mapped, cleared by the kernel and unmapped again at each use, which costs
 # more than many an operator: memory once had is kept.
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_TOP_PAD_": "67108864"}
+_BYTES = {"MALLOC_MMAP_THRESHOLD_": 1 << 32, "MALLOC_TRIM_THRESHOLD_": 1 << 32, "MALLOC_TOP_PAD_": 1 << 26}
+_MALLOC = {name: str(count) for name, count in _BYTES.items()}
 
 
 def keep_freed_memory() -> None:

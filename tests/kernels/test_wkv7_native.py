@@ -71,7 +71,7 @@ def test_float64_is_exact(long_case) -> None:
 
 @pytest.mark.parametrize("n", [64, 20])
 def test_bfloat16_rounds_once(isa: str, n: int) -> None:
-    """As a layer calls it: everything in bfloat16 but the decay; each result within bfloat16's rounding of the exact."""
+    """As a layer calls it, everything in bfloat16 but the decay: results are exact up to their own rounding."""
     inputs = [x.bfloat16().double() for x in make_inputs(70, n=n)]
     inputs[1] = make_inputs(70, n=n)[1].float().double()
     expected = run(wkv7_recurrent, inputs, None, torch.float64)
@@ -117,7 +117,8 @@ def test_strided_inputs(isa: str) -> None:
     apart = leaves[0].detach().permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
     y, state = wkv7(*fused.split(64, -1), apart, *leaves[1:])
     assert apart.stride(-1) != 1
-    assert_close({"y": y.detach().double(), "state": state.detach().double()}, {k: expected[k] for k in ("y", "state")}, 5e-6)
+    both = {"y": y.detach().double(), "state": state.detach().double()}
+    assert_close(both, {name: expected[name] for name in both}, 5e-6)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
     (got,) = torch.autograd.grad(y, fused, dy.float().transpose(0, 1).contiguous().transpose(0, 1))
     doubles = [x.clone().requires_grad_() for x in inputs]

@@ -14,10 +14,13 @@ import torch
 
 from megaforge.kernels.native import say_fallback
 from megaforge.kernels.wkv7.chunked import CHUNK, wkv7_chunked, wkv7_state_gradient, wkv7_summary
-from megaforge.kernels.wkv7.native import available, takes, wkv7_native
+from megaforge.kernels.wkv7.native import SAVING, available, takes, wkv7_native
 from megaforge.kernels.wkv7.reference import state_dtype, wkv7_recurrent
 
-__all__ = ["CHUNK", "state_dtype", "wkv7", "wkv7_chunked", "wkv7_recurrent", "wkv7_state_gradient", "wkv7_summary"]
+__all__ = [
+    "CHUNK", "saved_for_backward", "state_dtype", "wkv7", "wkv7_chunked", "wkv7_recurrent", "wkv7_state_gradient",
+    "wkv7_summary",
+]  # fmt: skip
 
 
 def wkv7(
@@ -51,3 +54,11 @@ def wkv7(
     if r.shape[0] <= 2:
         return wkv7_recurrent(r, log_w, k, v, a, b, initial_state, document_start)
     return wkv7_chunked(r, log_w, k, v, a, b, initial_state, document_start)
+
+
+def saved_for_backward(length: int, channels: int, device_type: str) -> int:
+    """Numbers, in the precision of states, that one head keeps of ``length`` tokens besides the inputs."""
+    if not available(device_type):
+        return (-(-length // CHUNK) + 1) * channels**2
+    interval, removed = SAVING[device_type]
+    return -(-length // interval) * channels**2 + (length * channels if removed else 0)

@@ -28,7 +28,8 @@ torch.library.define(
 torch.library.define(
     "megaforge::wkv7_backward",
     f"({SIX}, Tensor? document_start, Tensor states, Tensor removed, Tensor? dy, Tensor? dfinal_state,"
-    " int state_interval) -> (Tensor dr, Tensor dlog_w, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor dinitial_state)",
+    " int state_interval)"
+    " -> (Tensor dr, Tensor dlog_w, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor dinitial_state)",
 )
 
 
