@@ -80,7 +80,7 @@ def route_statistics(logits: Tensor, probability: Tensor, sequences: int) -> tup
     """(log-sum-exp [T], sums of probabilities fp64 [sequences, E], sum of squared log-sum-exps fp64 []), of tokens
     that lie [tokens of a sequence, sequences]."""
     lse = logits.logsumexp(dim=-1)
-    per_sequence = probability.unflatten(0, (-1, sequences)) if logits.shape[0] else probability.view(0, sequences, -1)
+    per_sequence = probability.reshape(len(logits) // sequences, sequences, logits.shape[1])
     return lse, per_sequence.sum(dim=0, dtype=torch.float64), lse.square().sum(dtype=torch.float64)
 
 

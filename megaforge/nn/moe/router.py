@@ -120,10 +120,9 @@ class Router(nn.Module):
         rank would make the model depend on the layout. In ``eval`` mode nothing is dropped."""
         if not self.training or self.cfg.moe_expert_capacity_factor is None:
             return None
-        experts, weights = (
-            self.share.gather(x.unflatten(0, (-1, len(route.counts))), info.places_S)
-            for x in (route.experts.long(), route.weights.detach())
-        )
+        shape = (len(route.lse) // len(route.counts), len(route.counts), self.cfg.moe_router_topk)
+        experts = self.share.gather(route.experts.long().view(shape), info.places_S)
+        weights = self.share.gather(route.weights.detach().view(shape), info.places_S)
         capacity = expert_capacity(self.cfg, experts.shape[0])
         assert capacity is not None
         kept = within_capacity(experts, weights, self.cfg.num_experts, capacity, self.cfg.moe_token_drop_policy)
