@@ -1,7 +1,6 @@
 // Element types. Everything here is force-inlined, so that code for different instruction sets never shares a symbol.
 #pragma once
 
-#include <bit>
 #include <cstddef>
 #include <cstdint>
 
