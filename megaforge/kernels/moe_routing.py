@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megaforge.kernels import moe_routing_reference as reference
 from megaforge.kernels.moe_routing_reference import RoutingRule
+from megaforge.kernels.native import say_fallback, why_missing
 
 __all__ = ["Permutation", "Route", "RoutingRule", "moe_permutation", "moe_permute", "moe_route", "moe_unpermute"]
 
@@ -66,6 +67,9 @@ def moe_route(logits: Tensor, rule: RoutingRule, expert_bias: Tensor | None = No
         expert_bias: [E], added to the scores for the choice only (Wang et al., arXiv 2408.15664).
         sequences: divides T.
     """
+    device = logits.device.type
+    if device not in _COMPILED and device != "meta":
+        say_fallback("moe_routing", device, "plain torch, several times slower")
     groups = rule.num_groups is not None and rule.group_topk is not None
     return Route(
         *torch.ops.megaforge.moe_route(
@@ -291,3 +295,5 @@ def _register() -> None:
 
 
 _register()
+# Loaded here and not at the first call, which torch.compile may be tracing.
+_COMPILED = {device for device in ("cpu", "cuda") if why_missing("moe_routing", device) is None}
