@@ -125,8 +125,9 @@ MEGAFORGE_INLINE void route_wide(const Route<float>& a, const Part<float>& part,
   float* const total = score + wide;          // [wide]
   float* const picked = total + wide;         // [top_wide]
   float* const weight = picked + top_wide;    // [top_wide]
-  float* const values = weight + top_wide;    // [topk + 2 * groups]
-  auto* const order = reinterpret_cast<std::int32_t*>(values + topk + 2 * groups);  // [topk + groups]
+  float* const values = weight + top_wide;    // [top_wide + 2 * groups]
+  auto* const best = reinterpret_cast<std::int32_t*>(values + top_wide + 2 * groups);  // [top_wide]
+  auto* const order = best + top_wide;                                                 // [topk + groups]
   const F minus_infinity = set(-__builtin_inff());
   const auto scale = static_cast<float>(a.rule.scaling_factor);
   for (int c = 0; c < vectors; ++c) store(total + c * kLanes, set(0.0f));
@@ -154,8 +155,10 @@ MEGAFORGE_INLINE void route_wide(const Route<float>& a, const Part<float>& part,
       store(choice + from, choose);
     }
     if (groups > 0) keep_best_groups(choice, experts, a.rule, values, order);
-    select(choice, experts, vectors, topk, chosen, values);
-    peak = set(largest(peak));
+    select(choice, experts, vectors, topk, best, values);
+    for (std::int64_t j = 0; j < topk; ++j) chosen[j] = best[j];
+    const float highest = largest(peak);
+    peak = set(highest);
     F whole_lanes = set(0.0f);
     for (int c = 0; c < vectors; ++c) {
       const std::int64_t from = static_cast<std::int64_t>(c) * kLanes;
@@ -189,7 +192,7 @@ MEGAFORGE_INLINE void route_wide(const Route<float>& a, const Part<float>& part,
     const int place = static_cast<int>((row - part.first) % kLanes);
     if (place == 0) store(wholes, set(1.0f)), store(peaks, set(0.0f));
     wholes[place] = whole;
-    peaks[place] = sum(pick(less(iota(), set(1)), peak, set(0.0f)));
+    peaks[place] = highest;
     if (place + 1 < kLanes && row + 1 < part.last) continue;
     const F lse = add(load(peaks), log_of_positive(load(wholes)));
     store(logs, lse);
@@ -203,7 +206,7 @@ MEGAFORGE_INLINE void route_wide(const Route<float>& a, const Part<float>& part,
 inline std::int64_t scratch_bytes(std::int64_t experts, const Rule& rule) {
   const std::int64_t wide = vectors_of(experts) * kLanes, top_wide = vectors_of(rule.topk) * kLanes;
   const std::int64_t narrow = 3 * experts * kLanes;
-  const std::int64_t rows = 3 * wide + 2 * top_wide + 2 * rule.topk + 3 * rule.num_groups + kLanes;
+  const std::int64_t rows = 3 * wide + 4 * top_wide + rule.topk + 3 * rule.num_groups;
   return 4 * (experts <= kNarrow && narrow > rows ? narrow : rows);
 }
 

@@ -25,49 +25,57 @@ MEGAFORGE_INLINE void select_any(const T* scores, std::int64_t n, std::int64_t k
   }
 }
 
-// For each of sixteen scores, how many of the first n come before it.
-MEGAFORGE_INLINE I ranks(const float* scores, int n) {
+// For each of sixteen scores, how many are larger.
+MEGAFORGE_INLINE I larger_ones(const float* scores) {
+  const F x = load(scores);
+  I rank = set(0);
+#pragma GCC unroll 16
+  for (int j = 0; j < kLanes; ++j) rank = count(rank, less(x, set(scores[j])));
+  return rank;
+}
+
+// For each of sixteen scores, how many come before it.
+MEGAFORGE_INLINE I ranks_of_equals(const float* scores) {
   const F x = load(scores);
   const I lane = iota();
   I rank = set(0);
-  for (int j = 0; j < n; ++j) {
+  for (int j = 0; j < kLanes; ++j) {
     const F other = set(scores[j]);
     rank = count(rank, either(less(x, other), both(not_above(x, other), less(set(j), lane))));
   }
   return rank;
 }
 
-// As select_any, for scores padded with -infinity to `vectors` vectors. The k-th largest of the maxima of sixteen
-// columns is not above the k-th score, so few candidates are left; these are ranked against each other.
+// As select_any, for scores padded with -infinity to `vectors` vectors; `chosen` and `values` have room for a whole
+// number of vectors. The k-th largest of the maxima of sixteen columns is not above the k-th score, so few candidates
+// are left; these are ranked against each other.
 MEGAFORGE_INLINE void select(const float* scores, std::int64_t n, int vectors, std::int64_t k, std::int32_t* chosen,
                              float* values) {
   if (k > kLanes) return select_any(scores, n, k, chosen, values);
-  alignas(64) float column[kLanes], candidate[kLanes];
-  alignas(64) std::int32_t rank[kLanes], index[kLanes];
+  alignas(64) float column[kLanes], candidate[2 * kLanes];
+  alignas(64) std::int32_t rank[kLanes], index[2 * kLanes];
   F best = load(scores);
   for (int c = 1; c < vectors; ++c) best = max(best, load(scores + c * kLanes));
   store(column, best);
-  const I column_rank = ranks(column, kLanes);
-  const std::uint32_t kth = bits(both(negated(less(column_rank, set(static_cast<std::int32_t>(k - 1)))),
-                                      less(column_rank, set(static_cast<std::int32_t>(k)))));
-  if (kth == 0) return select_any(scores, n, k, chosen, values);  // NaNs
-  const F threshold = set(column[__builtin_ctz(kth)]);
+  const M among = less(larger_ones(column), set(static_cast<std::int32_t>(k)));
+  const F threshold = set(least(among, best));
+  const F nothing = set(__builtin_nanf(""));
+  store(candidate, nothing);
   int held = 0;
-  store(candidate, set(-__builtin_inff()));
-  for (int c = 0; c < vectors; ++c) {
-    std::uint32_t above = bits(not_above(threshold, load(scores + c * kLanes)));
-    for (; above != 0; above &= above - 1) {
-      const int i = c * kLanes + __builtin_ctz(above);
-      if (i >= n) break;
-      if (held == kLanes) return select_any(scores, n, k, chosen, values);
-      candidate[held] = scores[i];
-      index[held++] = i;
-    }
+  for (int c = 0; c < vectors && held <= kLanes; ++c) {
+    const F x = load(scores + c * kLanes);
+    const I i = offset(iota(), c * kLanes);
+    held += compress(candidate + held, index + held, x, i, not_above(threshold, x));
   }
-  if (held < k) return select_any(scores, n, k, chosen, values);
-  store(rank, ranks(candidate, held));
-  for (int i = 0; i < held; ++i) {
-    if (rank[i] < k) chosen[rank[i]] = index[i];
+  // Too many equal ones, NaNs, or padding.
+  if (held > kLanes || held < k || index[held - 1] >= n) return select_any(scores, n, k, chosen, values);
+  store(candidate + held, nothing);
+  I before = larger_ones(candidate);
+  if (total(before) != held * (held - 1) / 2) before = ranks_of_equals(candidate);  // two share a rank
+  store(rank, before);
+  for (int i = kLanes - 1; i >= 0; --i) {  // what is not held has rank 0 and is overwritten
+    chosen[rank[i]] = index[i];
+    values[rank[i]] = candidate[i];
   }
 }
 
@@ -79,7 +87,18 @@ MEGAFORGE_INLINE void keep_best_groups(T* scores, std::int64_t experts, const Ru
   const std::int64_t size = experts / rule.num_groups, each = rule.topk / rule.group_topk;
   T* worth = values + rule.topk;
   for (std::int64_t g = 0; g < rule.num_groups; ++g) {
-    select_any(scores + g * size, size, each, order, values);
+    const T* const group = scores + g * size;
+    if (each <= 2) {
+      T first = -static_cast<T>(__builtin_inf()), second = first;
+      for (std::int64_t e = 0; e < size; ++e) {
+        const T smaller = group[e] < first ? group[e] : first;
+        first = group[e] < first ? first : group[e];
+        second = smaller < second ? second : smaller;
+      }
+      worth[g] = each == 1 ? first : first + second;
+      continue;
+    }
+    select_any(group, size, each, order, values);
     worth[g] = 0;
     for (std::int64_t j = 0; j < each; ++j) worth[g] += values[j];
   }

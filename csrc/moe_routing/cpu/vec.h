@@ -62,6 +62,15 @@ MEGAFORGE_INLINE F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEA
 MEGAFORGE_INLINE F times_power_of_two(F x, F n) { return _mm512_scalef_ps(x, n); }
 MEGAFORGE_INLINE float sum(F x) { return _mm512_reduce_add_ps(x); }
 MEGAFORGE_INLINE float largest(F x) { return _mm512_reduce_max_ps(x); }
+MEGAFORGE_INLINE float least(M m, F x) { return _mm512_mask_reduce_min_ps(m, x); }
+MEGAFORGE_INLINE std::int32_t total(I x) { return _mm512_reduce_add_epi32(x); }
+MEGAFORGE_INLINE I offset(I x, std::int32_t by) { return _mm512_add_epi32(x, set(by)); }
+// Lanes of m, close together; returns their number. Writes sixteen lanes whatever it is.
+MEGAFORGE_INLINE int compress(float* to, std::int32_t* to_index, F x, I index, M m) {
+  store(to, _mm512_maskz_compress_ps(m, x));
+  store(to_index, _mm512_maskz_compress_epi32(m, index));
+  return __builtin_popcount(m);
+}
 MEGAFORGE_INLINE F exponent(F x) { return _mm512_getexp_ps(x); }
 MEGAFORGE_INLINE F mantissa(F x) { return _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src); }
 MEGAFORGE_INLINE F load(const std::uint16_t* p) {
@@ -69,88 +78,151 @@ MEGAFORGE_INLINE F load(const std::uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
-#else  // GCC and Clang vectors: two of AVX2, or whatever else there is
+#else  // pieces of what the machine has: two of AVX2, four of SSE or NEON
 
-typedef float F __attribute__((vector_size(64), aligned(64)));
-typedef std::int32_t I __attribute__((vector_size(64), aligned(64)));
-typedef std::uint32_t U __attribute__((vector_size(64), aligned(64)));
-typedef std::uint16_t H __attribute__((vector_size(32), aligned(32)));
-using M = I;
-
-MEGAFORGE_INLINE F set(float x) { return F{} + x; }
-MEGAFORGE_INLINE I set(std::int32_t x) { return I{} + x; }
-MEGAFORGE_INLINE I iota() { return I{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
-MEGAFORGE_INLINE F load(const float* p) { F x; __builtin_memcpy(&x, p, sizeof x); return x; }
-MEGAFORGE_INLINE F load(const float* p, int n, float rest) { F x = set(rest); __builtin_memcpy(&x, p, 4 * n); return x; }
-MEGAFORGE_INLINE I load(const std::int32_t* p) { I x; __builtin_memcpy(&x, p, sizeof x); return x; }
-MEGAFORGE_INLINE void store(float* p, F x) { __builtin_memcpy(p, &x, sizeof x); }
-MEGAFORGE_INLINE void store(float* p, F x, int n) { __builtin_memcpy(p, &x, 4 * n); }
-MEGAFORGE_INLINE void store(std::int32_t* p, I x) { __builtin_memcpy(p, &x, sizeof x); }
-MEGAFORGE_INLINE void stream(float* p, F x) {
 #if defined(MEGAFORGE_AVX2)
-  _mm256_stream_ps(p, __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7));
-  _mm256_stream_ps(p + 8, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
+constexpr int kPiece = 8;
 #else
-  store(p, x);
+constexpr int kPiece = 4;
+#endif
+constexpr int kPieces = kLanes / kPiece;
+typedef float FPiece __attribute__((vector_size(4 * kPiece)));
+typedef std::int32_t IPiece __attribute__((vector_size(4 * kPiece)));
+typedef std::uint32_t UPiece __attribute__((vector_size(4 * kPiece)));
+typedef std::uint16_t HPiece __attribute__((vector_size(2 * kPiece)));
+struct F { FPiece at[kPieces]; };
+struct I { IPiece at[kPieces]; };
+using M = I;  // all bits of a lane, or none
+
+#define MEGAFORGE_PIECES(Result, expression) \
+  Result out;                                \
+  for (int p = 0; p < kPieces; ++p) out.at[p] = (expression); \
+  return out
+
+MEGAFORGE_INLINE F set(float x) { MEGAFORGE_PIECES(F, FPiece{} + x); }
+MEGAFORGE_INLINE I set(std::int32_t x) { MEGAFORGE_PIECES(I, IPiece{} + x); }
+MEGAFORGE_INLINE I load(const std::int32_t* from) { I x; __builtin_memcpy(&x, from, sizeof x); return x; }
+MEGAFORGE_INLINE I iota() {
+  alignas(64) static constexpr std::int32_t lanes[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load(lanes);
+}
+MEGAFORGE_INLINE F load(const float* from) { F x; __builtin_memcpy(&x, from, sizeof x); return x; }
+MEGAFORGE_INLINE F load(const float* from, int n, float rest) {
+  alignas(64) float lanes[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane < n ? from[lane] : rest;
+  return load(lanes);
+}
+MEGAFORGE_INLINE void store(float* to, F x) { __builtin_memcpy(to, &x, sizeof x); }
+MEGAFORGE_INLINE void store(float* to, F x, int n) {
+  if (n == kLanes) return store(to, x);
+  alignas(64) float lanes[kLanes];
+  store(lanes, x);
+  for (int lane = 0; lane < n; ++lane) to[lane] = lanes[lane];
+}
+MEGAFORGE_INLINE void store(std::int32_t* to, I x) { __builtin_memcpy(to, &x, sizeof x); }
+MEGAFORGE_INLINE void stream(float* to, F x) {
+#if defined(MEGAFORGE_AVX2)
+  for (int p = 0; p < kPieces; ++p) _mm256_stream_ps(to + p * kPiece, reinterpret_cast<__m256>(x.at[p]));
+#else
+  store(to, x);
 #endif
 }
-MEGAFORGE_INLINE F gather(const float* p, std::int64_t stride, int n) {
-  F x{};
-  for (int lane = 0; lane < n; ++lane) x[lane] = p[lane * stride];
-  return x;
+MEGAFORGE_INLINE F gather(const float* from, std::int64_t stride, int n) {
+  alignas(64) float lanes[kLanes] = {};
+  for (int lane = 0; lane < n; ++lane) lanes[lane] = from[lane * stride];
+  return load(lanes);
 }
-MEGAFORGE_INLINE F add(F a, F b) { return a + b; }
-MEGAFORGE_INLINE F sub(F a, F b) { return a - b; }
-MEGAFORGE_INLINE F mul(F a, F b) { return a * b; }
-MEGAFORGE_INLINE F div(F a, F b) { return a / b; }
-MEGAFORGE_INLINE F fma(F a, F b, F c) { return a * b + c; }
-MEGAFORGE_INLINE F max(F a, F b) { return a > b ? a : b; }
-MEGAFORGE_INLINE F negative_abs(F x) { return reinterpret_cast<F>(reinterpret_cast<I>(x) | set(INT32_MIN)); }
-MEGAFORGE_INLINE M less(F a, F b) { return a < b; }
-MEGAFORGE_INLINE M not_above(F a, F b) { return a <= b; }
-MEGAFORGE_INLINE M less(I a, I b) { return a < b; }
-MEGAFORGE_INLINE M negated(M m) { return ~m; }
-MEGAFORGE_INLINE M either(M a, M b) { return a | b; }
-MEGAFORGE_INLINE M both(M a, M b) { return a & b; }
-MEGAFORGE_INLINE F pick(M m, F yes, F no) { return m ? yes : no; }
-MEGAFORGE_INLINE I pick(M m, I yes, I no) { return m ? yes : no; }
-MEGAFORGE_INLINE I count(I x, M m) { return x - m; }
+MEGAFORGE_INLINE F add(F a, F b) { MEGAFORGE_PIECES(F, a.at[p] + b.at[p]); }
+MEGAFORGE_INLINE F sub(F a, F b) { MEGAFORGE_PIECES(F, a.at[p] - b.at[p]); }
+MEGAFORGE_INLINE F mul(F a, F b) { MEGAFORGE_PIECES(F, a.at[p] * b.at[p]); }
+MEGAFORGE_INLINE F div(F a, F b) { MEGAFORGE_PIECES(F, a.at[p] / b.at[p]); }
+MEGAFORGE_INLINE F fma(F a, F b, F c) { MEGAFORGE_PIECES(F, a.at[p] * b.at[p] + c.at[p]); }
+MEGAFORGE_INLINE F max(F a, F b) { MEGAFORGE_PIECES(F, a.at[p] > b.at[p] ? a.at[p] : b.at[p]); }
+MEGAFORGE_INLINE F negative_abs(F x) {
+  MEGAFORGE_PIECES(F, reinterpret_cast<FPiece>(reinterpret_cast<IPiece>(x.at[p]) | INT32_MIN));
+}
+MEGAFORGE_INLINE M less(F a, F b) { MEGAFORGE_PIECES(M, a.at[p] < b.at[p]); }
+MEGAFORGE_INLINE M not_above(F a, F b) { MEGAFORGE_PIECES(M, a.at[p] <= b.at[p]); }
+MEGAFORGE_INLINE M less(I a, I b) { MEGAFORGE_PIECES(M, a.at[p] < b.at[p]); }
+MEGAFORGE_INLINE M negated(M m) { MEGAFORGE_PIECES(M, ~m.at[p]); }
+MEGAFORGE_INLINE M either(M a, M b) { MEGAFORGE_PIECES(M, a.at[p] | b.at[p]); }
+MEGAFORGE_INLINE M both(M a, M b) { MEGAFORGE_PIECES(M, a.at[p] & b.at[p]); }
+MEGAFORGE_INLINE I pick(M m, I yes, I no) { MEGAFORGE_PIECES(I, (m.at[p] & yes.at[p]) | (~m.at[p] & no.at[p])); }
+MEGAFORGE_INLINE F pick(M m, F yes, F no) {
+  MEGAFORGE_PIECES(F, reinterpret_cast<FPiece>((m.at[p] & reinterpret_cast<IPiece>(yes.at[p])) |
+                                               (~m.at[p] & reinterpret_cast<IPiece>(no.at[p]))));
+}
+MEGAFORGE_INLINE I count(I x, M m) { MEGAFORGE_PIECES(I, x.at[p] - m.at[p]); }
+MEGAFORGE_INLINE I offset(I x, std::int32_t by) { MEGAFORGE_PIECES(I, x.at[p] + by); }
 MEGAFORGE_INLINE std::uint32_t bits(M m) {
-#if defined(MEGAFORGE_AVX2)
-  const __m256i low = reinterpret_cast<__m256i>(__builtin_shufflevector(m, m, 0, 1, 2, 3, 4, 5, 6, 7));
-  const __m256i high = reinterpret_cast<__m256i>(__builtin_shufflevector(m, m, 8, 9, 10, 11, 12, 13, 14, 15));
-  return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(low))) |
-         static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(high))) << 8;
-#else
   std::uint32_t out = 0;
-  for (int lane = 0; lane < kLanes; ++lane) out |= static_cast<std::uint32_t>(m[lane] & 1) << lane;
-  return out;
+#if defined(MEGAFORGE_AVX2)
+  for (int p = 0; p < kPieces; ++p) {
+    const auto lanes = static_cast<std::uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(m.at[p])));
+    out |= lanes << (p * kPiece);
+  }
+#else
+  alignas(64) std::int32_t lanes[kLanes];
+  store(lanes, m);
+  for (int lane = 0; lane < kLanes; ++lane) out |= static_cast<std::uint32_t>(lanes[lane] & 1) << lane;
 #endif
+  return out;
 }
-MEGAFORGE_INLINE F round(F x) { return (x + 12582912.0f) - 12582912.0f; }  // |x| < 2^22
+// Lanes of m, close together; returns their number.
+MEGAFORGE_INLINE int compress(float* to, std::int32_t* to_index, F x, I index, M m) {
+  alignas(64) float lanes[kLanes];
+  alignas(64) std::int32_t index_lanes[kLanes];
+  store(lanes, x);
+  store(index_lanes, index);
+  int held = 0;
+  for (std::uint32_t left = bits(m); left != 0; left &= left - 1) {
+    to[held] = lanes[__builtin_ctz(left)];
+    to_index[held++] = index_lanes[__builtin_ctz(left)];
+  }
+  return held;
+}
+MEGAFORGE_INLINE F round(F x) { MEGAFORGE_PIECES(F, (x.at[p] + 12582912.0f) - 12582912.0f); }  // |x| < 2^22
 MEGAFORGE_INLINE F times_power_of_two(F x, F n) {
-  const I bits = (__builtin_convertvector(n, I) + 127) << 23;
-  return n < -126.0f ? F{} : x * reinterpret_cast<F>(bits);
+  const F factor = [&] {
+    MEGAFORGE_PIECES(F, reinterpret_cast<FPiece>((__builtin_convertvector(n.at[p], IPiece) + 127) << 23));
+  }();
+  return pick(less(n, set(-126.0f)), set(0.0f), mul(x, factor));
 }
 MEGAFORGE_INLINE float sum(F x) {
-  for (int half = 8; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) x[lane] += x[lane + half];
+  alignas(64) float lanes[kLanes];
+  store(lanes, x);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   }
-  return x[0];
+  return lanes[0];
 }
-MEGAFORGE_INLINE float largest(F x) {
-  float out = x[0];
-  for (int lane = 1; lane < kLanes; ++lane) out = x[lane] > out ? x[lane] : out;
+MEGAFORGE_INLINE std::int32_t total(I x) {
+  alignas(64) std::int32_t lanes[kLanes];
+  store(lanes, x);
+  std::int32_t out = 0;
+  for (int lane = 0; lane < kLanes; ++lane) out += lanes[lane];
   return out;
 }
-MEGAFORGE_INLINE F exponent(F x) { return __builtin_convertvector(((reinterpret_cast<I>(x) >> 23) & 255) - 127, F); }
-MEGAFORGE_INLINE F mantissa(F x) {
-  return reinterpret_cast<F>((reinterpret_cast<I>(x) & 0x007fffff) | 0x3f800000);
+MEGAFORGE_INLINE float largest(F x) {
+  alignas(64) float lanes[kLanes];
+  store(lanes, x);
+  float out = lanes[0];
+  for (int lane = 1; lane < kLanes; ++lane) out = lanes[lane] > out ? lanes[lane] : out;
+  return out;
 }
-MEGAFORGE_INLINE F load(const std::uint16_t* p) {
-  H narrow;
-  __builtin_memcpy(&narrow, p, sizeof narrow);
-  return reinterpret_cast<F>(__builtin_convertvector(narrow, I) << 16);
+MEGAFORGE_INLINE float least(M m, F x) {
+  return -largest(pick(m, sub(set(0.0f), x), set(-__builtin_inff())));
+}
+MEGAFORGE_INLINE F exponent(F x) {
+  MEGAFORGE_PIECES(F, __builtin_convertvector(((reinterpret_cast<IPiece>(x.at[p]) >> 23) & 255) - 127, FPiece));
+}
+MEGAFORGE_INLINE F mantissa(F x) {
+  MEGAFORGE_PIECES(F, reinterpret_cast<FPiece>((reinterpret_cast<IPiece>(x.at[p]) & 0x007fffff) | 0x3f800000));
+}
+MEGAFORGE_INLINE F load(const std::uint16_t* from) {
+  HPiece narrow[kPieces];
+  __builtin_memcpy(narrow, from, sizeof narrow);
+  MEGAFORGE_PIECES(F, reinterpret_cast<FPiece>(__builtin_convertvector(narrow[p], UPiece) << 16));
 }
 
 #endif
@@ -198,7 +270,7 @@ MEGAFORGE_INLINE F sigmoid(F x) {
 }
 
 // To the nearest bf16, ties to even; a NaN stays one.
-MEGAFORGE_INLINE void store(std::uint16_t* p, F x) {
+MEGAFORGE_INLINE void store(std::uint16_t* to, F x) {
 #if defined(MEGAFORGE_AVX512)
   const I b = _mm512_castps_si512(x);
   const I odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), set(1));
@@ -206,12 +278,16 @@ MEGAFORGE_INLINE void store(std::uint16_t* p, F x) {
   const I nan = _mm512_or_si512(_mm512_srli_epi32(b, 16), set(0x40));
   const M is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   const __m256i narrow = _mm512_cvtepi32_epi16(pick(is_nan, nan, rounded));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow);
 #else
-  const U b = reinterpret_cast<U>(x);
-  const U rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
-  const H narrow = __builtin_convertvector((b & 0x7fffffffu) > 0x7f800000u ? (b >> 16) | 0x40u : rounded, H);
-  __builtin_memcpy(p, &narrow, sizeof narrow);
+  HPiece narrow[kPieces];
+  for (int p = 0; p < kPieces; ++p) {
+    const auto b = reinterpret_cast<UPiece>(x.at[p]);
+    const auto is_nan = reinterpret_cast<UPiece>(x.at[p] != x.at[p]);
+    const UPiece rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+    narrow[p] = __builtin_convertvector((is_nan & ((b >> 16) | 0x40u)) | (~is_nan & rounded), HPiece);
+  }
+  __builtin_memcpy(to, narrow, sizeof narrow);
 #endif
 }
 
