@@ -20,7 +20,7 @@ namespace {
 #include "simd.h"
 }  // namespace
 
-const Kernels avx2_f32 = {forward_scratch<8>, forward_row<8, 2>, backward_scratch<8>, backward_row<8>};
+const Kernels avx2_f32 = {forward_scratch<8>, forward_rows<8, 2>, backward_scratch<8>, backward_rows<8>};
 
 }  // namespace megaforge::wkv7
 

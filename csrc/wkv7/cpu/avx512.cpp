@@ -20,7 +20,7 @@ namespace {
 #include "simd.h"
 }  // namespace
 
-const Kernels avx512_f32 = {forward_scratch<16>, forward_row<16, 4>, backward_scratch<16>, backward_row<16>};
+const Kernels avx512_f32 = {forward_scratch<16>, forward_rows<16, 4>, backward_scratch<16>, backward_rows<16>};
 
 }  // namespace megaforge::wkv7
 

@@ -27,7 +27,8 @@ const Kernels& choose(const Inputs& in) {
 }
 
 template <typename Args>
-void run(const Args& args, std::int64_t scratch_bytes, void (*kernel)(const Args&, std::int64_t, void*), int threads) {
+void run(const Args& args, std::int64_t scratch_bytes,
+         void (*kernel)(const Args&, std::int64_t, std::int64_t, void*), int threads) {
   const std::int64_t rows = args.in.shape.b * args.in.shape.h;
   threads = static_cast<int>(std::clamp<std::int64_t>(rows, 1, std::max(threads, 1)));
   std::atomic<bool> out_of_memory{false};  // an exception must not leave a parallel region
@@ -37,8 +38,8 @@ void run(const Args& args, std::int64_t scratch_bytes, void (*kernel)(const Args
     void* scratch = ::operator new(static_cast<std::size_t>(scratch_bytes), alignment, std::nothrow);
     if (scratch == nullptr) out_of_memory = true;
 #pragma omp for schedule(static)
-    for (std::int64_t row = 0; row < rows; ++row) {
-      if (scratch != nullptr) kernel(args, row, scratch);
+    for (int part = 0; part < threads; ++part) {
+      if (scratch != nullptr) kernel(args, rows * part / threads, rows * (part + 1) / threads, scratch);
     }
     ::operator delete(scratch, alignment);
   }

@@ -81,7 +81,7 @@ std::int64_t forward_scratch(const Forward& args) {
 }
 
 template <typename T>
-void forward_row(const Forward& args, std::int64_t row, void* scratch) {
+void forward_head(const Forward& args, std::int64_t row, void* scratch) {
   const Inputs& in = args.in;
   const auto [s, batches, heads, n] = in.shape;
   const std::int64_t rows = batches * heads, batch = row / heads, head = row % heads, square = n * n;
@@ -120,7 +120,7 @@ std::int64_t backward_scratch(const Backward& args) {
 }
 
 template <typename T>
-void backward_row(const Backward& args, std::int64_t row, void* scratch) {
+void backward_head(const Backward& args, std::int64_t row, void* scratch) {
   const Inputs& in = args.in;
   const auto [s, batches, heads, n] = in.shape;
   const std::int64_t rows = batches * heads, batch = row / heads, head = row % heads, square = n * n;
@@ -190,9 +190,21 @@ void backward_row(const Backward& args, std::int64_t row, void* scratch) {
   std::copy_n(grad, square, static_cast<T*>(args.dinitial_state) + row * square);
 }
 
+template <typename T>
+void forward_heads(const Forward& args, std::int64_t first, std::int64_t last, void* scratch) {
+  for (std::int64_t row = first; row < last; ++row) forward_head<T>(args, row, scratch);
+}
+
+template <typename T>
+void backward_heads(const Backward& args, std::int64_t first, std::int64_t last, void* scratch) {
+  for (std::int64_t row = first; row < last; ++row) backward_head<T>(args, row, scratch);
+}
+
 }  // namespace
 
-const Kernels scalar_f32 = {forward_scratch<float>, forward_row<float>, backward_scratch<float>, backward_row<float>};
-const Kernels scalar_f64 = {forward_scratch<double>, forward_row<double>, backward_scratch<double>, backward_row<double>};
+const Kernels scalar_f32 = {forward_scratch<float>, forward_heads<float>, backward_scratch<float>,
+                            backward_heads<float>};
+const Kernels scalar_f64 = {forward_scratch<double>, forward_heads<double>, backward_scratch<double>,
+                            backward_heads<double>};
 
 }  // namespace megaforge::wkv7

@@ -11,9 +11,9 @@
 
 using Int = std::int64_t;
 
-constexpr int kTile = 8;   // tokens converted at a time in the forward pass
-constexpr int kRun = 16;   // tokens whose states the backward pass holds at once
-constexpr int kRows = 4;   // rows of the state that the backward pass works on at once
+constexpr Int kTile = 16;   // tokens that the forward pass prepares at once, and looks ahead
+constexpr Int kRun = 16;    // tokens whose states the backward pass holds at once
+constexpr int kRows = 4;    // rows of the state that the backward pass works on at once
 
 template <int W>
 struct Lanes {
@@ -67,6 +67,37 @@ MEGAFORGE_INLINE Vec<W> exponential(Vec<W> x) {
   return p * (Vec<W>)((__builtin_convertvector(n, Word) + 127) << 23);
 }
 
+template <int W>
+struct Exponential {
+  MEGAFORGE_INLINE Vec<W> operator()(Vec<W> x) const { return exponential<W>(x); }
+};
+
+template <int W>
+struct Same {
+  MEGAFORGE_INLINE Vec<W> operator()(Vec<W> x) const { return x; }
+};
+
+template <int W>
+struct FromFloat {
+  MEGAFORGE_INLINE Vec<W> operator()(const float* from) const { return load<W>(from); }
+};
+
+template <int W>
+struct FromHalf {
+  MEGAFORGE_INLINE Vec<W> operator()(const std::uint16_t* from) const {
+    const typename Lanes<W>::Half half = *reinterpret_cast<const typename Lanes<W>::UnalignedHalf*>(from);
+    return (Vec<W>)(__builtin_convertvector(half, typename Lanes<W>::Bits) << 16);
+  }
+};
+
+// Tokens as floats; a stride in floats.
+struct Floats {
+  float* data;
+  Int stride;
+
+  MEGAFORGE_INLINE float* token(Int t) const { return data + t * stride; }
+};
+
 // One head's tokens of a tensor.
 struct Tokens {
   const char* data;
@@ -80,51 +111,92 @@ struct Tokens {
     data = static_cast<const char*>(view.data) + (batch * view.stride_b + head * view.stride_h) * size;
   }
 
-  // Channels of `count` tokens from t on as floats, `width` apart; those from n to width are zero.
+  // f(vector of W channels) of `count` tokens from t on as floats, `width` apart; what is beyond channel n is f(0).
+  template <int W, typename F>
+  MEGAFORGE_INLINE void read(Int t, Int count, Int n, Int width, float* out, F f) const {
+    if (data == nullptr || count == 0) {
+      for (Int j = 0; j < count * width; j += W) store<W>(out + j, f(Vec<W>{}));
+    } else if (type == Type::bf16) {
+      read_as<W, std::uint16_t>(t, count, n, width, out, f, FromHalf<W>());
+    } else {
+      read_as<W, float>(t, count, n, width, out, f, FromFloat<W>());
+    }
+  }
+
   template <int W>
   MEGAFORGE_INLINE void read(Int t, Int count, Int n, Int width, float* out) const {
+    read<W>(t, count, n, width, out, Same<W>());
+  }
+
+  // The same without f, where they are if they can be read there.
+  template <int W>
+  MEGAFORGE_INLINE Floats floats(Int t, Int count, Int n, Int width, float* room) const {
+    if (type == Type::f32 && n == width && data != nullptr) {
+      return {reinterpret_cast<float*>(const_cast<char*>(data + t * stride)), stride / 4};
+    }
+    read<W>(t, count, n, width, room);
+    return {room, width};
+  }
+
+  // Asks for the line of memory that channel j of token t is in. The token may lie beyond the last one.
+  MEGAFORGE_INLINE void prefetch(Int t, Int j) const {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(data) + t * stride + j * size_of(type)));
+  }
+
+ private:
+  template <int W, typename T, typename F, typename Convert>
+  MEGAFORGE_INLINE void read_as(Int t, Int count, Int n, Int width, float* out, F f, Convert convert) const {
     for (Int i = 0; i < count; ++i, out += width) {
-      const char* token = data + (t + i) * stride;
+      const T* from = reinterpret_cast<const T*>(data + (t + i) * stride);
       Int j = 0;
-      if (data == nullptr) {
-        n = 0;
-      } else if (type == Type::bf16) {
-        const auto* from = reinterpret_cast<const std::uint16_t*>(token);
-        for (; j + W <= n; j += W) {
-          const typename Lanes<W>::Half half = *reinterpret_cast<const typename Lanes<W>::UnalignedHalf*>(from + j);
-          store<W>(out + j, (Vec<W>)(__builtin_convertvector(half, typename Lanes<W>::Bits) << 16));
-        }
-        for (; j < n; ++j) out[j] = from_bf16(from[j]);
-      } else {
-        const auto* from = reinterpret_cast<const float*>(token);
-        for (; j + W <= n; j += W) store<W>(out + j, load<W>(from + j));
-        for (; j < n; ++j) out[j] = from[j];
+      for (; j + W <= n; j += W) store<W>(out + j, f(convert(from + j)));
+      for (; j < width; j += W) {
+        T rest[W]{};
+        for (Int m = 0; j + m < n; ++m) rest[m] = from[j + m];
+        store<W>(out + j, f(convert(rest)));
       }
-      for (; j < width; ++j) out[j] = 0;
     }
   }
 };
 
-template <int W>
-MEGAFORGE_INLINE void write(void* data, Type type, Int offset, Int n, const float* from) {
-  Int j = 0;
-  if (type == Type::bf16) {
-    auto* to = static_cast<std::uint16_t*>(data) + offset;
-    using Bits = typename Lanes<W>::Bits;
-    for (; j + W <= n; j += W) {
-      const Vec<W> x = load<W>(from + j);
-      const Bits bits = (Bits)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-      const Bits chosen = x == x ? rounded : (bits >> 16) | 0x40u;
-      *reinterpret_cast<typename Lanes<W>::UnalignedHalf*>(to + j) =
-          __builtin_convertvector(chosen, typename Lanes<W>::Half);
-    }
-    for (; j < n; ++j) to[j] = to_bf16(from[j]);
-  } else {
-    auto* to = static_cast<float*>(data) + offset;
-    for (; j + W <= n; j += W) store<W>(to + j, load<W>(from + j));
-    for (; j < n; ++j) to[j] = from[j];
+// One head's tokens of a contiguous result.
+struct Result {
+  char* data;
+  Type type;
+  Int stride;  // bytes
+
+  MEGAFORGE_INLINE Result(void* data, Type type, Int rows, Int row, Int n)
+      : data(data == nullptr ? nullptr : static_cast<char*>(data) + row * n * static_cast<Int>(size_of(type))),
+        type(type),
+        stride(rows * n * static_cast<Int>(size_of(type))) {}
+
+  // Where tokens from t on are written: their own place if that takes whole vectors of floats.
+  MEGAFORGE_INLINE Floats floats(Int t, Int n, Int width, float* room) const {
+    if (type == Type::f32 && n == width && data != nullptr) return {reinterpret_cast<float*>(data + t * stride), stride / 4};
+    return {room, width};
   }
-}
+
+  template <int W>
+  MEGAFORGE_INLINE void write(Int t, Int n, const float* from) const {
+    const Int whole = n - n % W;
+    if (type == Type::bf16) {
+      auto* to = reinterpret_cast<std::uint16_t*>(data + t * stride);
+      using Bits = typename Lanes<W>::Bits;
+      for (Int j = 0; j < whole; j += W) {
+        const Vec<W> x = load<W>(from + j);
+        const Bits bits = (Bits)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        const Bits chosen = x == x ? rounded : (bits >> 16) | 0x40u;
+        *reinterpret_cast<typename Lanes<W>::UnalignedHalf*>(to + j) =
+            __builtin_convertvector(chosen, typename Lanes<W>::Half);
+      }
+      for (Int j = whole; j < n; ++j) to[j] = to_bf16(from[j]);
+    } else {
+      auto* to = reinterpret_cast<float*>(data + t * stride);
+      for (Int j = 0; j < whole; j += W) store<W>(to + j, load<W>(from + j));
+      for (Int j = whole; j < n; ++j) to[j] = from[j];
+    }
+  }
+};
 
 // to[j][i] = from[i][j] for a W x W block: log2 W rounds of exchanges between rows `Half` apart.
 template <int W, int Half, int... I>
@@ -167,10 +239,11 @@ void transpose(const float* from, Int from_stride, float* to, Int to_stride, Int
 // ---- forward ----
 
 struct ForwardScratch {
-  Int width;                         // n rounded up to whole vectors
-  float *r, *w, *k, *v, *a, *b, *y;  // [kTile (a: + 1), width]
-  float* removed;                    // [kTile + 1, width]: S a; its last row is the next tile's first
-  float* state;                      // for each group of value channels [n, group]
+  Int width;                            // n rounded up to whole vectors
+  float *r, *w, *k, *v, *a, *b;         // [kTile, width]
+  float *y, *removed;                   // [kTile, width]
+  float *last_a, *carry;                // [width]: a after the last token; S a of the next token
+  float* state;                         // [width / group, n, group]: groups of value channels
   Int floats;
 
   template <int W>
@@ -178,54 +251,16 @@ struct ForwardScratch {
     ForwardScratch out{};
     const Int width = out.width = round_up(n, W);
     float* place = base;
-    for (float** x : {&out.r, &out.w, &out.k, &out.v, &out.b, &out.y}) *x = place, place += kTile * width;
-    out.a = place, place += (kTile + 1) * width;
-    out.removed = place, place += (kTile + 1) * width;
+    for (float** x : {&out.r, &out.w, &out.k, &out.v, &out.a, &out.b, &out.y, &out.removed}) {
+      *x = place, place += kTile * width;
+    }
+    out.last_a = place, place += width;
+    out.carry = place, place += width;
     out.state = place, place += n * width;
     out.floats = place - base;
     return out;
   }
 };
-
-// `count` tokens for G vectors of value channels from `column` on. `state` [n, G * W] is read and replaced.
-template <int W, int G>
-void forward_tokens(const ForwardScratch& tile, Int column, Int n, Int count, const bool* starts, Int starts_stride,
-                    float* state) {
-  const Int width = tile.width;
-  Vec<W> removed[G];
-  for (int g = 0; g < G; ++g) removed[g] = load<W>(tile.removed + column + g * W);
-  for (Int t = 0; t < count; ++t) {
-    const float *r = tile.r + t * width, *w = tile.w + t * width, *k = tile.k + t * width, *b = tile.b + t * width,
-                *next_a = tile.a + (t + 1) * width;
-    if (starts != nullptr && starts[t * starts_stride]) {
-      clear(state, n * G * W);
-      for (int g = 0; g < G; ++g) removed[g] = Vec<W>{};
-    }
-    Vec<W> v[G], y[G], next[G];
-    for (int g = 0; g < G; ++g) {
-      v[g] = load<W>(tile.v + t * width + column + g * W);
-      y[g] = next[g] = Vec<W>{};
-      store<W>(tile.removed + t * width + column + g * W, removed[g]);
-    }
-    float* row = state;
-#pragma GCC unroll 2
-    for (Int j = 0; j < n; ++j, row += G * W) {
-      const float r_j = r[j], w_j = w[j], k_j = k[j], b_j = b[j], a_j = next_a[j];
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) {
-        const Vec<W> x = load<W>(row + g * W) * w_j + removed[g] * b_j + v[g] * k_j;
-        store<W>(row + g * W, x);
-        y[g] += x * r_j;
-        next[g] += x * a_j;
-      }
-    }
-    for (int g = 0; g < G; ++g) {
-      store<W>(tile.y + t * width + column + g * W, y[g]);
-      removed[g] = next[g];
-    }
-  }
-  for (int g = 0; g < G; ++g) store<W>(tile.removed + count * width + column + g * W, removed[g]);
-}
 
 template <int G>
 struct Group {
@@ -240,63 +275,170 @@ MEGAFORGE_INLINE void for_groups(Int width, F f) {
   for (; column < width; column += W) f(column, Group<1>());
 }
 
-template <int W, int G>
-void forward_row(const Forward& args, Int row, void* memory) {
-  const Inputs& in = args.in;
-  const Int s = in.shape.s, batches = in.shape.b, heads = in.shape.h, n = in.shape.n;
-  const Int rows = batches * heads, batch = row / heads, head = row % heads;
-  const ForwardScratch tile = ForwardScratch::lay_out<W>(n, static_cast<float*>(memory));
-  const Int width = tile.width;
-  const Tokens r(in.r, batch, head), w(in.log_w, batch, head), k(in.k, batch, head), v(in.v, batch, head),
-      a(in.a, batch, head), b(in.b, batch, head);
-  const auto channels = [&](Int column, Int lanes) { return least(n - column, lanes); };
-  clear(tile.state, n * width);
-  clear(tile.removed, width);
-  if (args.initial_state != nullptr) {
+// Tokens of one head, and what is made of them.
+struct Tile {
+  Int first, count;
+  const bool* starts;  // or null
+  Int starts_stride;
+  Floats r, w, k, v, a, b, y, removed;  // a from the second token on
+};
+
+// One head's forward pass. N is the head's channels where they are known beforehand, or 0.
+template <int W, int G, int N>
+struct ForwardHead {
+  const Forward& args;
+  const ForwardScratch scratch;
+  Int row, batch, n;
+  Tokens r, w, k, v, a, b;
+  Result y, removed;
+
+  MEGAFORGE_INLINE ForwardHead(const Forward& args, Int row, Int batch, Int head, float* memory)
+      : args(args),
+        scratch(ForwardScratch::lay_out<W>(args.in.shape.n, memory)),
+        row(row),
+        batch(batch),
+        n(N > 0 ? N : args.in.shape.n),
+        r(args.in.r, batch, head),
+        w(args.in.log_w, batch, head),
+        k(args.in.k, batch, head),
+        v(args.in.v, batch, head),
+        a(args.in.a, batch, head),
+        b(args.in.b, batch, head),
+        y(args.y, args.y_type, rows(), row, n),
+        removed(args.removed, Type::f32, rows(), row, n) {}
+
+  MEGAFORGE_INLINE Int rows() const { return args.in.shape.b * args.in.shape.h; }
+  MEGAFORGE_INLINE Int width() const { return N > 0 ? round_up(N, W) : scratch.width; }
+
+  // The state before the first token, and what that will read from it.
+  MEGAFORGE_INLINE void begin() const {
+    clear(scratch.state, n * width());
+    clear(scratch.carry, width());
+    clear(scratch.last_a, width());
+    if (args.initial_state == nullptr) return;
     const float* from = static_cast<const float*>(args.initial_state) + row * n * n;
-    for_groups<W, G>(width, [&](Int column, auto g) {
-      constexpr int lanes = decltype(g)::size * W;
-      transpose<W>(from + column * n, n, tile.state + column * n, lanes, channels(column, lanes), n);
-    });
-    a.read<W>(0, 1, n, width, tile.a);
-    for_groups<W, G>(width, [&](Int column, auto g) {
+    a.read<W>(0, 1, n, width(), scratch.a);
+    for_groups<W, G>(width(), [&](Int column, auto g) {
       constexpr int size = decltype(g)::size;
-      const float* state = tile.state + column * n;
+      float* state = scratch.state + column * n;
+      transpose<W>(from + column * n, n, state, size * W, least(n - column, size * W), n);
       for (int i = 0; i < size; ++i) {
         Vec<W> sum{};
-        for (Int j = 0; j < n; ++j) sum += load<W>(state + (j * size + i) * W) * tile.a[j];
-        store<W>(tile.removed + column + i * W, sum);
+        for (Int j = 0; j < n; ++j) sum += load<W>(state + (j * size + i) * W) * scratch.a[j];
+        store<W>(scratch.carry + column + i * W, sum);
       }
     });
   }
-  const auto save = [&](float* to) {
-    for_groups<W, G>(width, [&](Int column, auto g) {
+
+  // Writes the state as [value, key].
+  MEGAFORGE_INLINE void save(void* states, Int number) const {
+    float* to = static_cast<float*>(states) + (number * rows() + row) * n * n;
+    for_groups<W, G>(width(), [&](Int column, auto g) {
       constexpr int lanes = decltype(g)::size * W;
-      transpose<W>(tile.state + column * n, lanes, to + column * n, n, n, channels(column, lanes));
+      transpose<W>(scratch.state + column * n, lanes, to + column * n, n, n, least(n - column, lanes));
     });
-  };
-  for (Int t = 0, count = 0; t < s; t += count) {
-    if (args.states != nullptr && t % in.interval == 0) {
-      save(static_cast<float*>(args.states) + (t / in.interval * rows + row) * n * n);
-    }
-    count = least(kTile, least(s, (t / in.interval + 1) * in.interval) - t);
-    r.read<W>(t, count, n, width, tile.r), w.read<W>(t, count, n, width, tile.w), k.read<W>(t, count, n, width, tile.k);
-    v.read<W>(t, count, n, width, tile.v), b.read<W>(t, count, n, width, tile.b);
-    a.read<W>(t + 1, least(count, s - t - 1), n, width, tile.a + width);
-    if (t + count == s) clear(tile.a + count * width, width);
-    for (Int j = 0; j < count * width; j += W) store<W>(tile.w + j, exponential<W>(load<W>(tile.w + j)));
-    const bool* starts = in.document_start == nullptr ? nullptr : in.document_start + t * batches + batch;
-    const Int offset = (t * rows + row) * n;
-    for_groups<W, G>(width, [&](Int column, auto g) {
-      forward_tokens<W, decltype(g)::size>(tile, column, n, count, starts, batches, tile.state + column * n);
-    });
-    for (Int i = 0; i < count; ++i) {
-      write<W>(args.y, args.y_type, offset + i * rows * n, n, tile.y + i * width);
-      if (args.removed != nullptr) write<W>(args.removed, Type::f32, offset + i * rows * n, n, tile.removed + i * width);
-    }
-    copy(tile.removed, tile.removed + count * width, width);
   }
-  save(static_cast<float*>(args.final_state) + row * n * n);
+
+  MEGAFORGE_INLINE Tile prepare(Int t, Int count) const {
+    const Int batches = args.in.shape.b, size = width();
+    w.template read<W>(t, count, n, size, scratch.w, Exponential<W>());
+    return {t,
+            count,
+            args.in.document_start == nullptr ? nullptr : args.in.document_start + t * batches + batch,
+            batches,
+            r.floats<W>(t, count, n, size, scratch.r),
+            {scratch.w, size},
+            k.floats<W>(t, count, n, size, scratch.k),
+            v.floats<W>(t, count, n, size, scratch.v),
+            a.floats<W>(t + 1, least(count, args.in.shape.s - t - 1), n, size, scratch.a),
+            b.floats<W>(t, count, n, size, scratch.b),
+            y.floats(t, n, size, scratch.y),
+            removed.floats(t, n, size, scratch.removed)};
+  }
+
+  // Asks for a line of each input some tokens ahead: memory takes about as long to deliver them as the arithmetic takes.
+  MEGAFORGE_INLINE void prefetch(Int t, Int j) const {
+    r.prefetch(t, j), w.prefetch(t, j), k.prefetch(t, j), v.prefetch(t, j), a.prefetch(t + 1, j), b.prefetch(t, j);
+  }
+
+  // A tile for Size vectors of value channels from `column` on.
+  template <int Size>
+  MEGAFORGE_INLINE void advance(const Tile& tile, Int column) const {
+    constexpr Int kAtOnce = 16;  // rows between requests for memory
+    float* const state = scratch.state + column * n;
+    Vec<W> removed[Size];
+    for (int g = 0; g < Size; ++g) removed[g] = load<W>(scratch.carry + column + g * W);
+    for (Int t = 0; t < tile.count; ++t) {
+      const float *r = tile.r.token(t), *w = tile.w.token(t), *k = tile.k.token(t), *b = tile.b.token(t);
+      const float* next_a = tile.first + t + 1 < args.in.shape.s ? tile.a.token(t) : scratch.last_a;
+      if (tile.starts != nullptr && tile.starts[t * tile.starts_stride]) {
+        clear(state, n * Size * W);
+        for (int g = 0; g < Size; ++g) removed[g] = Vec<W>{};
+      }
+      Vec<W> v[Size], y[Size], next[Size];
+      for (int g = 0; g < Size; ++g) {
+        v[g] = load<W>(tile.v.token(t) + column + g * W);
+        y[g] = next[g] = Vec<W>{};
+        store<W>(tile.removed.token(t) + column + g * W, removed[g]);
+      }
+      for (Int from = 0; from < n; from += kAtOnce) {
+        if (column == 0) prefetch(tile.first + t + kTile, from);
+        float* x = state + from * Size * W;
+        const Int to = least(n, from + kAtOnce);
+#pragma GCC unroll 2
+        for (Int j = from; j < to; ++j, x += Size * W) {
+          const float r_j = r[j], w_j = w[j], k_j = k[j], b_j = b[j], a_j = next_a[j];
+#pragma GCC unroll 4
+          for (int g = 0; g < Size; ++g) {
+            const Vec<W> s = load<W>(x + g * W) * w_j + removed[g] * b_j + v[g] * k_j;
+            store<W>(x + g * W, s);
+            y[g] += s * r_j;
+            next[g] += s * a_j;
+          }
+        }
+      }
+      for (int g = 0; g < Size; ++g) {
+        store<W>(tile.y.token(t) + column + g * W, y[g]);
+        removed[g] = next[g];
+      }
+    }
+    for (int g = 0; g < Size; ++g) store<W>(scratch.carry + column + g * W, removed[g]);
+  }
+
+  MEGAFORGE_INLINE void finish(const Tile& tile) const {
+    for (Int t = 0; t < tile.count; ++t) {
+      if (tile.y.data == scratch.y) y.template write<W>(tile.first + t, n, tile.y.token(t));
+      if (tile.removed.data == scratch.removed && args.removed != nullptr) {
+        removed.template write<W>(tile.first + t, n, tile.removed.token(t));
+      }
+    }
+  }
+
+  MEGAFORGE_INLINE void run() const {
+    const Int s = args.in.shape.s, interval = args.in.interval;
+    begin();
+    for (Int t = 0, count = 0; t < s; t += count) {
+      if (args.states != nullptr && t % interval == 0) save(args.states, t / interval);
+      count = least(kTile, least(s, (t / interval + 1) * interval) - t);
+      const Tile tile = prepare(t, count);
+      for_groups<W, G>(width(), [&](Int column, auto g) { advance<decltype(g)::size>(tile, column); });
+      finish(tile);
+    }
+    save(args.final_state, 0);
+  }
+};
+
+template <int W, int G>
+void forward_rows(const Forward& args, Int first, Int last, void* memory) {
+  const Int heads = args.in.shape.h;
+  float* floats = static_cast<float*>(memory);
+  for (Int row = first; row < last; ++row) {
+    if (args.in.shape.n == 64) {
+      ForwardHead<W, G, 64>(args, row, row / heads, row % heads, floats).run();
+    } else {
+      ForwardHead<W, G, 0>(args, row, row / heads, row % heads, floats).run();
+    }
+  }
 }
 
 template <int W>
@@ -479,14 +621,17 @@ void backward_vectors(const Backward& args, Int row, void* memory) {
   const Tokens r(in.r, batch, head), w(in.log_w, batch, head), k(in.k, batch, head), v(in.v, batch, head),
       a(in.a, batch, head), b(in.b, batch, head), dy(args.dy, batch, head),
       removed(View{args.removed, Type::f32, rows * n, heads * n, n}, batch, head);
+  const auto result = [&](const Gradient& x) { return Result(x.data, x.type, rows, row, n); };
+  const Result dr = result(args.dr), dw = result(args.dlog_w), dk = result(args.dk), dv = result(args.dv),
+               da = result(args.da), db = result(args.db);
   const auto pad = [&](const float* from, float* to) {
     clear(to, square);
     for (Int i = 0; i < n; ++i) copy(to + i * width, from + i * n, n);
   };
   const auto read_state_inputs = [&](Int t, Int count) {
-    w.read<W>(t, count, n, width, run.w), k.read<W>(t, count, n, width, run.k), v.read<W>(t, count, n, width, run.v);
-    b.read<W>(t, count, n, width, run.b), removed.read<W>(t, count, n, width, run.removed);
-    for (Int j = 0; j < count * width; j += W) store<W>(run.w + j, exponential<W>(load<W>(run.w + j)));
+    w.read<W>(t, count, n, width, run.w, Exponential<W>()), k.read<W>(t, count, n, width, run.k);
+    v.read<W>(t, count, n, width, run.v), b.read<W>(t, count, n, width, run.b);
+    removed.read<W>(t, count, n, width, run.removed);
   };
   const auto starts = [&](Int t) { return in.document_start == nullptr ? nullptr : in.document_start + t * batches + batch; };
   clear(run.zero, kRows * width);
@@ -516,13 +661,9 @@ void backward_vectors(const Backward& args, Int row, void* memory) {
       }
       for (Int j = 0; j < count * width; j += W) store<W>(run.dw + j, load<W>(run.dw + j) * load<W>(run.w + j));
       for (Int i = 0; i < count; ++i) {
-        const Int offset = ((t + i) * rows + row) * n;
-        write<W>(args.dr.data, args.dr.type, offset, n, run.dr + i * width);
-        write<W>(args.dlog_w.data, args.dlog_w.type, offset, n, run.dw + i * width);
-        write<W>(args.dk.data, args.dk.type, offset, n, run.dk + i * width);
-        write<W>(args.dv.data, args.dv.type, offset, n, run.dv + i * width);
-        write<W>(args.da.data, args.da.type, offset, n, run.da + i * width);
-        write<W>(args.db.data, args.db.type, offset, n, run.db + i * width);
+        dr.write<W>(t + i, n, run.dr + i * width), dw.write<W>(t + i, n, run.dw + i * width);
+        dk.write<W>(t + i, n, run.dk + i * width), dv.write<W>(t + i, n, run.dv + i * width);
+        da.write<W>(t + i, n, run.da + i * width), db.write<W>(t + i, n, run.db + i * width);
       }
     }
   }
@@ -539,12 +680,14 @@ MEGAFORGE_INLINE Int vectors(Int n) {
 }
 
 template <int W>
-void backward_row(const Backward& args, Int row, void* memory) {
+void backward_rows(const Backward& args, Int first, Int last, void* memory) {
   const Int count = vectors<W>(args.in.shape.n);
-  if (count == 1) return backward_vectors<W, 1>(args, row, memory);
-  if (count == 2) return backward_vectors<W, 2>(args, row, memory);
-  if (count == 4) return backward_vectors<W, 4>(args, row, memory);
-  return backward_vectors<W, 8>(args, row, memory);
+  for (Int row = first; row < last; ++row) {
+    if (count == 1) backward_vectors<W, 1>(args, row, memory);
+    if (count == 2) backward_vectors<W, 2>(args, row, memory);
+    if (count == 4) backward_vectors<W, 4>(args, row, memory);
+    if (count == 8) backward_vectors<W, 8>(args, row, memory);
+  }
 }
 
 template <int W>

@@ -55,12 +55,12 @@ struct Backward {
   void* dinitial_state;  // [b, H, N, N]
 };
 
-// One instruction set's code for one head: row = batch * H + head. Scratch is 64-byte aligned.
+// One instruction set's code for the heads [first, last), counted as batch * H + head. Scratch is 64-byte aligned.
 struct Kernels {
   std::int64_t (*forward_scratch)(const Forward&);  // bytes
-  void (*forward)(const Forward&, std::int64_t row, void* scratch);
+  void (*forward)(const Forward&, std::int64_t first, std::int64_t last, void* scratch);
   std::int64_t (*backward_scratch)(const Backward&);
-  void (*backward)(const Backward&, std::int64_t row, void* scratch);
+  void (*backward)(const Backward&, std::int64_t first, std::int64_t last, void* scratch);
 };
 
 extern const Kernels scalar_f32, scalar_f64;
@@ -68,7 +68,7 @@ extern const Kernels scalar_f32, scalar_f64;
 extern const Kernels avx2_f32, avx512_f32;
 #endif
 
-// All rows, on at most `threads` threads; a row is one thread's, so results do not depend on their number.
+// All heads, on at most `threads` threads; a head is one thread's, so results do not depend on their number.
 void forward(const Forward& args, int threads);
 void backward(const Backward& args, int threads);
 
