@@ -12,6 +12,7 @@
 #include "common/isa.h"
 #include "common/testing.h"
 #include "cpu/moe_routing.h"
+#include "cuda/tiles.h"
 
 using namespace megaforge::moe;
 using megaforge::Isa;
@@ -122,6 +123,7 @@ void check_rows(Random& random) {
     unpermute(args, copies.data(), weights.data(), out.data(), 2);
     unpermute_backward(args, x.data(), copies.data(), weights.data(), dy.data(), dweights.data(), 2);
     std::vector<double> sums(x.size()), dots(weights.size());
+    bool copied = true, scaled = true;
     for (std::size_t a = 0; a < chosen.size(); ++a) {
       const std::size_t t = a / static_cast<std::size_t>(topk);
       expect((position[a] >= 0) == (kept[a] != 0), "dropped");
@@ -130,18 +132,44 @@ void check_rows(Random& random) {
       for (std::size_t i = 0; i < static_cast<std::size_t>(width); ++i) {
         const float value = x[t * width + i];
         const std::size_t row = static_cast<std::size_t>(position[a]) * width + i;
-        expect(copies[row] == value, "a copy");
-        expect(dy[row] == weights[a] * value, "a row's gradient");
+        copied &= copies[row] == value;
+        scaled &= dy[row] == weights[a] * value;
         sums[t * width + i] += double{weights[a]} * value;
         dots[a] += double{value} * value;
       }
     }
+    expect(copied && scaled, "copies and their gradients");
     expect_close(wide(out), sums, 1e-6, "sums");
     expect_close(wide(dweights), dots, 1e-6, "gradient of weights");
   }
 }
 
+// Every token is one routing block's, every expert one lane's: the CUDA kernels' cut, which needs no GPU to be walked.
+void check_tiles() {
+  using namespace megaforge::moe::cuda;
+  for (const std::int64_t sequences : {1, 3, 8}) {
+    for (const std::int64_t rows : {1, 127, 128, 129, 1000}) {
+      std::vector<int> seen(static_cast<std::size_t>(rows * sequences));
+      for (std::int64_t block = 0; block < routing_blocks(rows, sequences); ++block) {
+        const Share share = share_of(block, rows, sequences);
+        expect(share.first / kRows == block / sequences && share.last > share.first, "rows of a block");
+        for (std::int64_t row = share.first; row < share.last; ++row) {
+          ++seen.at(static_cast<std::size_t>(row * sequences + share.sequence));
+        }
+      }
+      expect(std::count(seen.begin(), seen.end(), 1) == rows * sequences, "tokens of blocks");
+    }
+  }
+  for (std::int64_t experts = 1; experts <= kMostExperts; ++experts) {
+    for (const std::int64_t groups : {0, 4}) {
+      const int lanes = lanes_for(experts, groups), held = held_by_lane(experts, lanes);
+      expect(lanes * held >= experts && held <= 32 && (held == 1 || lanes == 32), "experts of lanes");
+    }
+  }
+}
+
 int main() {
+  check_tiles();
   for (const auto& [name, isa] : {std::pair{"scalar", Isa::scalar}, {"avx2", Isa::avx2}, {"avx512", Isa::avx512}}) {
     if (!megaforge::cpu_has(isa)) continue;
     setenv("MEGAFORGE_CPU_ISA", name, 1);
