@@ -12,6 +12,7 @@ from megaforge.parallel.cross_entropy import CHUNK_TOKENS
 from megaforge.planning.layout import PlannedLayout
 
 INDEX = 8  # bytes of an int64
+SHORT_INDEX = 4  # and of the kernels' int32
 Saved = dict[str, float]  # what -> bytes
 
 
@@ -159,12 +160,11 @@ def _experts(sizes: Sizes) -> Saved:
     rows = sizes.expert_rows
     inner = rows * cfg.ffn_size / layout.etp * layout.element_size
     routed, topk = sizes.routed_tokens, cfg.moe_router_topk
-    probabilities = routed * (2 * cfg.num_experts + 1 + topk) * layout.wide_size
     assignments = routed * topk
     return {
         "router's input": routed * cfg.hidden_size * layout.wide_size,
-        "router": probabilities + assignments * INDEX,
-        "dispatch plan": 3 * assignments * INDEX,
+        "logits, log-sum-exp": routed * (cfg.num_experts + 1) * layout.wide_size,
+        "experts and their order": 2 * assignments * SHORT_INDEX,
         "rows of experts": rows * cfg.hidden_size * layout.element_size,
         "inner": (_inner(cfg) + 1) * inner,
         "weights": rows * layout.element_size,
