@@ -1,7 +1,8 @@
 """Builds the native code ahead of time; everything else is in pyproject.toml.
 
 Every folder of ``csrc`` is one op. ``csrc/OP/cpu/*.cpp`` becomes the extension that :data:`PYTHON_MODULES` names, or
-``megaforge.kernels._OP_cpu``, which is built against torch. ``csrc/OP/cuda/*.cu`` with its binding becomes
+``megaforge.kernels._OP_cpu``, which is built against torch; ``csrc/common`` holds what ops share. ``csrc/OP/cuda/*.cu``
+with its binding becomes
 ``megaforge.kernels._OP_cuda`` where ``nvcc`` and a CUDA build of torch are present.
 """
 
@@ -17,7 +18,11 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 # Helpers without tensors: they need pybind11 and NumPy, not torch.
 PYTHON_MODULES = {"data_helpers": "megaforge.data._data_helpers"}
-CPU_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+# One build runs everywhere: code for an instruction set says so in its own file; csrc/common/isa.h chooses.
+CPU_FLAGS = [
+    "-O3", "-std=c++20", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-g0", "-Wall",
+    "-Wno-unknown-pragmas",
+]  # fmt: skip
 CUDA_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo"]
 
 
@@ -49,7 +54,7 @@ def torch_extensions() -> tuple[list[object], dict[str, object]]:
     extensions: list[object] = []
     with_cuda = torch.version.cuda is not None and shutil.which("nvcc") is not None
     for op in ops:
-        include = [str(op)]
+        include = [str(op), str(ROOT / "csrc")]
         cpu = _sources(op / "cpu", "*.cpp")
         if cpu:
             extensions.append(

@@ -246,7 +246,7 @@ def _try_rank(
 ) -> DryRank:
     stages = cut_stages(parts, layout)
     with _fake_ranks(rank, layout.world_size):
-        ctx = context_of(config, layout.world_size, "meta")
+        ctx = context_of(config, "meta")
         _serve_meta(ctx)
         model = build_stages(config, ctx, plan)
         shards = shard_parameters(config.parallel, model.chunks, ctx)

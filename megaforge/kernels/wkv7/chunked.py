@@ -1,12 +1,6 @@
-"""WKV-7, the recurrence of RWKV-7 (Peng et al., arXiv 2503.14456), for one decay, key and value per channel.
+"""WKV-7 in chunks, in plain torch: the portable path, and summaries of spans of tokens.
 
-Per head, with a state S of [value, key] channels::
-
-    S_t = S_{t-1} diag(w_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T        y_t = S_t r_t
-
-:func:`wkv7` is the one door. :func:`wkv7_recurrent` is the definition, token by token: the oracle of the others, and
-what generation steps with. :class:`_ChunkedWKV7` is the portable fast path: within a chunk the recurrence is a few
-small matrix products, and only one [N, N] state a chunk is passed on.
+Within a chunk the recurrence is a few small matrix products, and only one [N, N] state a chunk is passed on.
 
 A span of tokens maps the state before it to the state after it as ``S' = S P + Q``. :func:`wkv7_summary` gives P and Q,
 :func:`wkv7_state_gradient` the gradient that the span's own outputs send to the state before it: with these, spans on
@@ -21,38 +15,12 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from megaforge.kernels.wkv7.reference import state_dtype
+
 CHUNK = 32
 # Chunks (of one head) that the portable path works on at once on a CPU: enough to amortise the calls, few enough
 # that what they pass to each other stays in cache and peak memory does not grow with batch and heads.
 CPU_CHUNKS_AT_ONCE = 64
-
-
-def wkv7(
-    r: torch.Tensor,
-    log_w: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    initial_state: torch.Tensor | None = None,
-    document_start: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """WKV-7 over whole sequences, differentiable in every floating-point argument.
-
-    Args:
-        r, k, v, a, b: [s, b, H, N], any floating-point dtype. RWKV-7 calls it with a = -kk and b = kk * (in-context
-            learning rate).
-        log_w: [s, b, H, N], logarithm of the decay; RWKV-7's lies in (-exp(-0.5), 0). The chunked path is exact to
-            rounding down to -2 a token and overflows from -2.7 on, far beyond any RWKV-7 decay.
-        initial_state: [b, H, N (value), N (key)], zero when None.
-        document_start: bool [s, b]; the state is zero before a token where it is true.
-
-    Returns:
-        y [s, b, H, N] in the dtype of ``v`` and the final state [b, H, N, N], kept in fp32 (fp64 for fp64 inputs).
-    """
-    if r.shape[0] <= 2:
-        return wkv7_recurrent(r, log_w, k, v, a, b, initial_state, document_start)
-    return _ChunkedWKV7.apply(r, log_w, k, v, a, b, initial_state, document_start)
 
 
 @torch.no_grad()
@@ -68,7 +36,7 @@ def wkv7_summary(
     """How the tokens change whatever state they start from: ``S' = S P + Q``; no gradient.
 
     Args:
-        r, log_w, k, v, a, b, document_start: as :func:`wkv7`.
+        r, log_w, k, v, a, b, document_start: as :func:`megaforge.kernels.wkv7.wkv7`.
 
     Returns:
         P [b, H, N (key), N (key)], zero where a document starts among the tokens, and Q [b, H, N (value), N (key)],
@@ -102,7 +70,7 @@ def wkv7_state_gradient(
     """Gradient of the initial state that comes from ``dy`` alone, at a small part of the cost of the backward pass.
 
     Args:
-        r, log_w, k, v, a, b, document_start: as :func:`wkv7`.
+        r, log_w, k, v, a, b, document_start: as :func:`megaforge.kernels.wkv7.wkv7`.
         dy: gradient of y, [s, b, H, N].
 
     Returns:
@@ -118,37 +86,6 @@ def wkv7_state_gradient(
             total = torch.baddbmm(increment[n], total, chunk.transition[n].transpose(-1, -2))
         result[group] = total
     return result.unflatten(0, v.shape[1:3])
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision that states and chunk products are kept in for inputs of ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def wkv7_recurrent(
-    r: torch.Tensor,
-    log_w: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    initial_state: torch.Tensor | None = None,
-    document_start: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, one token after the other; arguments and results as :func:`wkv7`."""
-    s, batch, heads, n = r.shape
-    dtype = state_dtype(v.dtype)
-    state = v.new_zeros(batch, heads, n, n, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    y_dtype = v.dtype
-    r, w, k, v, a, b = (x.to(dtype) for x in (r, log_w.to(dtype).exp(), k, v, a, b))
-    y = []
-    for t in range(s):
-        if document_start is not None:
-            state = state.masked_fill(document_start[t][:, None, None, None], 0)
-        removed = state @ a[t][..., None]
-        state = state * w[t][..., None, :] + removed * b[t][..., None, :] + v[t][..., None] * k[t][..., None, :]
-        y.append((state @ r[t][..., None]).squeeze(-1))
-    return torch.stack(y).to(y_dtype), state
 
 
 class _Masks(NamedTuple):
@@ -371,3 +308,17 @@ class _ChunkedWKV7(torch.autograd.Function):
         if ctx.state_dtype is None:
             return *joined, None, None
         return *joined, dinitial.unflatten(0, dy.shape[1:3]).to(ctx.state_dtype), None
+
+
+def wkv7_chunked(
+    r: torch.Tensor,
+    log_w: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    document_start: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Arguments and results as :func:`megaforge.kernels.wkv7.wkv7`."""
+    return _ChunkedWKV7.apply(r, log_w, k, v, a, b, initial_state, document_start)

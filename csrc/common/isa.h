@@ -1,0 +1,40 @@
+// The instruction set that a kernel's CPU code runs with: one build holds all of them.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace megaforge {
+
+enum class Isa { scalar, avx2, avx512 };
+
+inline bool cpu_has(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::avx512) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+  }
+  if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return isa == Isa::scalar;
+}
+
+// The best that this CPU has, or what MEGAFORGE_CPU_ISA (avx512, avx2, scalar) asks for.
+// Throws std::runtime_error for a name it does not know and for one that this CPU lacks.
+inline Isa cpu_isa() {
+  const char* wanted = std::getenv("MEGAFORGE_CPU_ISA");
+  if (wanted != nullptr && *wanted != '\0') {
+    for (auto [name, isa] : {std::pair{"avx512", Isa::avx512}, {"avx2", Isa::avx2}, {"scalar", Isa::scalar}}) {
+      if (std::strcmp(wanted, name) != 0) continue;
+      if (cpu_has(isa)) return isa;
+      throw std::runtime_error("MEGAFORGE_CPU_ISA=" + std::string(wanted) + ": this CPU lacks it; unset it");
+    }
+    throw std::runtime_error("MEGAFORGE_CPU_ISA=" + std::string(wanted) + ": choose avx512, avx2 or scalar");
+  }
+  if (cpu_has(Isa::avx512)) return Isa::avx512;
+  return cpu_has(Isa::avx2) ? Isa::avx2 : Isa::scalar;
+}
+
+}  // namespace megaforge

@@ -1,0 +1,64 @@
+"""WKV-7, the recurrence of RWKV-7 (Peng et al., arXiv 2503.14456), for one decay, key and value per channel.
+
+Per head, with a state S of [value, key] channels::
+
+    S_t = S_{t-1} diag(w_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T        y_t = S_t r_t
+
+:func:`wkv7` is the one door. :func:`wkv7_recurrent` is the definition, token by token: the oracle of the others.
+:mod:`.native` is compiled code, used where there is some for the tensors' device; :mod:`.chunked` is plain torch.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megaforge.kernels.native import say_fallback
+from megaforge.kernels.wkv7.chunked import CHUNK, wkv7_chunked, wkv7_state_gradient, wkv7_summary
+from megaforge.kernels.wkv7.native import SAVING, available, takes, wkv7_native
+from megaforge.kernels.wkv7.reference import state_dtype, wkv7_recurrent
+
+__all__ = [
+    "CHUNK", "saved_for_backward", "state_dtype", "wkv7", "wkv7_chunked", "wkv7_recurrent", "wkv7_state_gradient",
+    "wkv7_summary",
+]  # fmt: skip
+
+
+def wkv7(
+    r: torch.Tensor,
+    log_w: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    document_start: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """WKV-7 over whole sequences, differentiable in every floating-point argument.
+
+    Args:
+        r, k, v, a, b: [s, b, H, N], any floating-point dtype. RWKV-7 calls it with a = -kk and b = kk * (in-context
+            learning rate).
+        log_w: [s, b, H, N], logarithm of the decay; RWKV-7's lies in (-exp(-0.5), 0). Compiled code takes any; the
+            chunked path is exact to rounding down to -2 a token and overflows from -2.7 on, far beyond RWKV-7's.
+        initial_state: [b, H, N (value), N (key)], zero when None.
+        document_start: bool [s, b]; the state is zero before a token where it is true.
+
+    Returns:
+        y [s, b, H, N] in the dtype of ``v`` and the final state [b, H, N, N], kept in fp32 (fp64 for fp64 inputs).
+    """
+    device = v.device.type
+    if available(device) and takes(device, v.dtype, v.shape[-1]):
+        return wkv7_native(r, log_w, k, v, a, b, initial_state, document_start)
+    if device != "meta":
+        say_fallback("wkv7", device, "plain torch, several times slower")
+    if r.shape[0] <= 2:
+        return wkv7_recurrent(r, log_w, k, v, a, b, initial_state, document_start)
+    return wkv7_chunked(r, log_w, k, v, a, b, initial_state, document_start)
+
+
+def saved_for_backward(length: int, channels: int, device_type: str) -> int:
+    """Numbers, in the precision of states, that one head keeps of ``length`` tokens besides the inputs."""
+    if not available(device_type):
+        return (-(-length // CHUNK) + 1) * channels**2
+    interval, removed = SAVING[device_type]
+    return -(-length // interval) * channels**2 + (length * channels if removed else 0)

@@ -1,0 +1,145 @@
+"""WKV-7 as compiled operators of torch, ``megaforge::wkv7`` and ``megaforge::wkv7_backward``.
+
+Here are their schemas, shapes and autograd. The code is in ``csrc/wkv7``: its CPU and CUDA modules register one
+implementation each for the same two operators.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megaforge.kernels.native import why_missing
+from megaforge.kernels.wkv7.reference import state_dtype
+
+SIX = "Tensor r, Tensor log_w, Tensor k, Tensor v, Tensor a, Tensor b"
+
+# y [s, b, H, N] in the dtype of v; final_state [b, H, N, N]; for the backward pass: states [ceil(s / state_interval),
+# b, H, N, N], those before tokens 0, state_interval, 2 * state_interval, ... (none for state_interval 0), and removed
+# [s, b, H, N], S_{t-1} a_t of every token (no tokens unless save_removed). All but y in fp32 (fp64 for fp64 inputs).
+torch.library.define(
+    "megaforge::wkv7",
+    f"({SIX}, Tensor? initial_state, Tensor? document_start, int state_interval, bool save_removed)"
+    " -> (Tensor y, Tensor final_state, Tensor states, Tensor removed)",
+)
+# Gradients in the dtypes of their inputs; the initial state's in fp32 (fp64). An absent dy or dfinal_state is zero.
+torch.library.define(
+    "megaforge::wkv7_backward",
+    f"({SIX}, Tensor? document_start, Tensor states, Tensor removed, Tensor? dy, Tensor? dfinal_state,"
+    " int state_interval)"
+    " -> (Tensor dr, Tensor dlog_w, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor dinitial_state)",
+)
+
+
+class Saving(NamedTuple):
+    """What the forward pass on a device keeps for the backward pass, besides the inputs."""
+
+    state_interval: int  # tokens from one kept state to the next
+    removed: bool  # whether S_{t-1} a_t is kept, too
+
+
+SAVING = {"cpu": Saving(64, True), "cuda": Saving(16, False)}
+CUDA_CHANNELS = (32, 64)
+# Loaded here and not at the first call, which torch.compile may be tracing.
+_AVAILABLE = {device_type for device_type in SAVING if why_missing("wkv7", device_type) is None}
+
+
+def available(device_type: str) -> bool:
+    """Whether there is compiled code for tensors of ``device_type``."""
+    return device_type in _AVAILABLE
+
+
+def takes(device_type: str, dtype: torch.dtype, channels: int) -> bool:
+    """Whether the code for ``device_type`` takes values of ``dtype`` in heads of ``channels``."""
+    return device_type != "cuda" or (dtype != torch.float64 and channels in CUDA_CHANNELS)
+
+
+def wkv7_native(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    initial_state: Tensor | None = None,
+    document_start: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results as :func:`megaforge.kernels.wkv7.wkv7`, by compiled code, which must be available."""
+    dtype, y_dtype = state_dtype(v.dtype), v.dtype
+    inputs = [x if x.dtype in (dtype, _also(dtype)) else x.to(dtype) for x in (r, log_w, k, v, a, b)]
+    saving = SAVING[v.device.type]
+    differentiable = (*inputs, initial_state) if initial_state is not None else inputs
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)):
+        saving = Saving(0, False)
+    state = None if initial_state is None else initial_state.to(dtype)
+    y, final, _, _ = torch.ops.megaforge.wkv7(*inputs, state, document_start, *saving)
+    return y.to(y_dtype), final
+
+
+def _also(dtype: torch.dtype) -> torch.dtype:
+    """The other dtype that the operators take inputs in when they keep states in ``dtype``."""
+    return torch.bfloat16 if dtype == torch.float32 else dtype
+
+
+@torch.library.register_fake("megaforge::wkv7")
+def _(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    initial_state: Tensor | None,
+    document_start: Tensor | None,
+    state_interval: int,
+    save_removed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    s, batch, heads, n = v.shape
+    dtype = state_dtype(v.dtype)
+    kept = -(-s // state_interval) if state_interval else 0
+    return (
+        v.new_empty(v.shape),
+        v.new_empty(batch, heads, n, n, dtype=dtype),
+        v.new_empty(kept, batch, heads, n, n, dtype=dtype),
+        v.new_empty(s if save_removed else 0, batch, heads, n, dtype=dtype),
+    )
+
+
+@torch.library.register_fake("megaforge::wkv7_backward")
+def _(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    document_start: Tensor | None,
+    states: Tensor,
+    removed: Tensor,
+    dy: Tensor | None,
+    dfinal_state: Tensor | None,
+    state_interval: int,
+) -> tuple[Tensor, ...]:
+    gradients = [x.new_empty(x.shape) for x in (r, log_w, k, v, a, b)]
+    return *gradients, states.new_empty(states.shape[1:])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *six, initial_state, document_start, ctx.state_interval, _ = inputs
+    _, _, states, removed = output
+    ctx.save_for_backward(*six, document_start, states, removed)
+    ctx.has_initial_state = initial_state is not None
+    ctx.mark_non_differentiable(states, removed)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dy is None and dfinal is None:
+        return (None,) * 10
+    *gradients, dinitial = torch.ops.megaforge.wkv7_backward(*ctx.saved_tensors, dy, dfinal, ctx.state_interval)
+    return *gradients, dinitial if ctx.has_initial_state else None, None, None, None
+
+
+torch.library.register_autograd("megaforge::wkv7", _differentiate, setup_context=_save)
