@@ -74,10 +74,10 @@ def plan_pipeline(cfg: ModelConfig, parallel: ParallelConfig, micro_batches: int
 
 
 def pipeline_shape(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[str, int]:
-    """(schedule, stages on each pipeline rank) that the flags ask for, checked against the other flags.
+    """(schedule, stages on each pipeline rank) that the flags ask for.
 
     Raises:
-        UserError: the schedule does not go with them.
+        UserError: ``--num-layers-per-virtual-pipeline-stage`` does not divide the blocks.
     """
     vpp = _stages_per_rank(parallel, len(blocks_of(cfg)))
     name = parallel.pipeline_schedule or ("1f1b" if vpp == 1 else "interleaved")

@@ -225,6 +225,28 @@ def recomputed_at_once(sizes: Sizes, kind: BlockKind, first: bool) -> float:
     return max(0.0, again - sizes.residual) if again else 0.0
 
 
+def weight_gradients_wait_for(sizes: Sizes, kind: BlockKind) -> float:
+    """Bytes of gradients that a block's weights wait for between the halves of a split backward pass: of the outputs
+    of every operation with a weight."""
+    cfg, layout, ranks = sizes.cfg, sizes.layout, lora_ranks(sizes.cfg)
+    wide = sizes.split * layout.wide_size / layout.element_size
+    if kind.mixer == "rwkv7":
+        lora = sizes.tokens * (ranks.decay + ranks.iclr + ranks.gate + ranks.value) * layout.element_size
+        # Token-shift mixes; r, k, v and four LoRAs; log w, k, a and b; what scales the norm of each head.
+        mixer = 6 * sizes.inside + 7 * sizes.split + lora + (wide + 3 * sizes.split) + wide
+    else:
+        channels = (cfg.num_attention_heads + 2 * cfg.query_groups) * cfg.head_dim
+        mixer = sizes.tokens * channels / layout.tp * layout.element_size
+    mixer += sizes.residual + sizes.inside  # of the norm and of the output projection
+    if kind.ffn is None:
+        return mixer
+    ffn = sizes.residual + (sizes.inside if kind.channel_mix else 0.0)
+    width = cfg.ffn_size * (_inner(cfg) - 1)
+    if kind.ffn == "moe":
+        return mixer + ffn + sizes.expert_rows * (width / layout.etp + cfg.hidden_size) * layout.element_size
+    return mixer + ffn + sizes.tokens * width / layout.tp * layout.element_size + sizes.inside
+
+
 def working_set(sizes: Sizes, kind: BlockKind) -> float:
     """Bytes of temporaries at the worst moment of a block's backward pass, gradients of its inputs included."""
     cfg, layout = sizes.cfg, sizes.layout

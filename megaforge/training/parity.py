@@ -156,7 +156,7 @@ class Comparison:
 def compare(config: Config, reference_config: Config, device: torch.device) -> Comparison:
     """Trains at the layout of ``config`` and compares this rank's numbers, and its part of every tensor, with the
     reference, which rank 0 computes. Collective over the default process group, if there is one."""
-    ctx = context_of(config, dist.get_world_size() if dist.is_initialized() else 1, device)
+    ctx = context_of(config, device)
     reference = _spread(one_rank(reference_config, device) if ctx.is_first_rank else None, reference_config, ctx)
     model, found = train(config, ctx)
     worst = dict.fromkeys(KINDS, (0.0, ""))
