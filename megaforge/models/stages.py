@@ -152,6 +152,7 @@ def build_model(
     cp_comm_type: str = "allgather",
     overlap_tp_comm: bool = True,
     recompute: str = "none",
+    wkv_backend: str = "auto",
 ) -> HybridModel | StagedModel:
     """This rank's part of the model, not yet initialised: the whole :class:`HybridModel` where there is one stage.
 
@@ -172,6 +173,7 @@ def build_model(
             cp_comm_type=cp_comm_type,
             overlap_tp_comm=overlap_tp_comm and not plan.schedule.splits_backward,
             recompute=recompute,
+            wkv_backend=wkv_backend,
             layers=plan.layers[stage],
             embedding_weight=shared,
         )

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.kernels.wkv7 import CHUNK
+from megaforge.kernels.wkv7 import saved_for_backward
 from megaforge.models.pattern import BlockKind
 from megaforge.nn.rwkv7 import lora_ranks
 from megaforge.parallel.cross_entropy import CHUNK_TOKENS
 from megaforge.planning.layout import PlannedLayout
 
 INDEX = 8  # bytes of an int64
+SHORT_INDEX = 4  # and of the kernels' int32
 Saved = dict[str, float]  # what -> bytes
 
 
@@ -98,7 +99,8 @@ def _rwkv7(sizes: Sizes, first: bool) -> Saved:
         "k": sizes.split,
         "a, b": 2 * sizes.split,
         "log w": wide,
-        "WKV states": (-(-sequence // CHUNK) + 1) * state,
+        "WKV states": layout.micro_batch_size * heads * layout.wide_size
+        * saved_for_backward(sequence, cfg.rwkv_head_size, layout.device_type),
         "y and its norm": 2 * wide + 2 * sizes.tokens * heads * layout.wide_size,
         "bonus": sizes.split + sizes.tokens * heads * layout.wide_size,
         "ungated and gated output": 2 * sizes.split,
@@ -158,12 +160,11 @@ def _experts(sizes: Sizes) -> Saved:
     rows = sizes.expert_rows
     inner = rows * cfg.ffn_size / layout.etp * layout.element_size
     routed, topk = sizes.routed_tokens, cfg.moe_router_topk
-    probabilities = routed * (2 * cfg.num_experts + 1 + topk) * layout.wide_size
     assignments = routed * topk
     return {
         "router's input": routed * cfg.hidden_size * layout.wide_size,
-        "router": probabilities + assignments * INDEX,
-        "dispatch plan": 3 * assignments * INDEX,
+        "logits, log-sum-exp": routed * (cfg.num_experts + 1) * layout.wide_size,
+        "experts and their order": 2 * assignments * SHORT_INDEX,
         "rows of experts": rows * cfg.hidden_size * layout.element_size,
         "inner": (_inner(cfg) + 1) * inner,
         "weights": rows * layout.element_size,

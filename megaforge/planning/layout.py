@@ -25,6 +25,7 @@ class PlannedLayout:
         zero: 0, 1 (optimizer state shared out) or 2 (gradients too).
         recompute: what the backward pass computes again, as ``--recompute``.
         dtype: of parameters and activations.
+        device_type: whose kernels keep what they keep; ``meta``: plain torch.
     """
 
     world_size: int
@@ -45,6 +46,7 @@ class PlannedLayout:
     bucket_size: int = 25_000_000
     overlap: bool = True
     dtype: torch.dtype = torch.bfloat16
+    device_type: str = "meta"
 
     @property
     def stage_ranks(self) -> int:

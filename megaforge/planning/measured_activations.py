@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,7 +59,8 @@ class Comparison:
 def compare(arguments: Sequence[str]) -> Comparison:
     """Runs one micro-batch of the model that the flags describe, with random tokens, in this process."""
     config = parse_config(arguments).config
-    layout: PlannedLayout = layout_of(config, 1, torch.bfloat16 if config.training.bf16 else torch.float32)
+    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+    layout: PlannedLayout = dataclasses.replace(layout_of(config, 1, dtype), device_type="cpu")
     ctx = ParallelContext.single()
     model = HybridModel(config.model, ctx, dtype=layout.dtype, recompute=layout.recompute)
     initialize_parameters(model, ctx, config.training.seed)

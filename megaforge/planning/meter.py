@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from megaforge.kernels.moe_routing import Route
+
 
 class StorageMeter(TorchDispatchMode):
     """Follows every storage that an operation makes, forward or backward, until it is freed.
@@ -62,7 +64,7 @@ class MetaRun(StorageMeter):
     """Runs model code on the meta device: no memory, no arithmetic, no peers.
 
     Collectives of a fake process group return at once. Where code waits for numbers from the device, the rows of each
-    expert, it gets those of an even spread of the assignments that were sorted last.
+    expert, it gets those of an even spread of the assignments that were routed last.
 
     Attributes:
         sent: bytes handed to collectives, by name.
@@ -75,9 +77,7 @@ class MetaRun(StorageMeter):
         self.sent: dict[str, int] = {}
         aten = torch.ops.aten
         self._special: dict[Any, Callable[..., Any]] = {
-            aten.bincount.default: self._bincount,
-            aten.sort.stable: self._sort,
-            aten.sort.default: self._sort,
+            torch.ops.megaforge.moe_route.default: self._route,
             aten._to_copy.default: self._to_host,
         }
 
@@ -91,14 +91,10 @@ class MetaRun(StorageMeter):
         special = self._special.get(func)
         return func(*args, **kwargs) if special is None else special(func, args, kwargs)
 
-    def _bincount(self, func: Any, args: Any, kwargs: Any) -> Tensor:
-        length = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
-        out: Tensor = args[0].new_empty(length)
-        return out
-
-    def _sort(self, func: Any, args: Any, kwargs: Any) -> Any:
-        self.assignments = args[0].numel()
-        return func(*args, **kwargs)
+    def _route(self, func: Any, args: Any, kwargs: Any) -> Any:
+        results = func(*args, **kwargs)
+        self.assignments = Route(*results).experts.numel()
+        return results
 
     def _to_host(self, func: Any, args: Any, kwargs: Any) -> Any:
         device = kwargs.get("device")

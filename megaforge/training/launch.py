@@ -147,6 +147,7 @@ def build_stages(config: Config, ctx: ParallelContext, plan: PipelinePlan) -> Hy
         cp_comm_type=config.parallel.cp_comm_type,
         overlap_tp_comm=config.parallel.overlap_tp_comm,
         recompute=config.parallel.recompute,
+        wkv_backend=config.training.wkv_backend,
     )
 
 

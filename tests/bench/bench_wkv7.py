@@ -36,7 +36,6 @@ from tests.bench.harness import Ratio, interleaved_ratio, print_json, print_tabl
 from tests.kernels.test_wkv7 import make_inputs
 
 HEADS, N = 8, 64
-PEER_LENGTH, PEER_BATCH = 128, 2  # of the token-by-token peers, whose rate does not depend on it
 Function = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -124,12 +123,12 @@ def main() -> None:
         rows.append([name, ratio.candidate, ratio.peer, ratio.median, ratio.min, ratio.max, goal or "-"])
         cases[name] = ratio.case(peer)
 
-    for name, function, length, batch, goal, words in (
-        ("fla_recurrence", fla(), PEER_LENGTH, PEER_BATCH, 40.0, "fla-core dplr_recurrence"),
-        ("chunked", wkv7_chunked, arguments.length, arguments.batch, 5.0, "our chunked torch path"),
-        ("recurrent", wkv7_recurrent, PEER_LENGTH, PEER_BATCH, None, "our token-by-token torch form"),
+    for name, function, goal, words in (
+        ("fla_recurrence", fla(), 40.0, "fla-core dplr_recurrence"),
+        ("chunked", wkv7_chunked, 5.0, "our chunked torch path"),
+        ("recurrent", wkv7_recurrent, None, "our token-by-token torch form"),
     ):
-        peer = Subject(function, length, batch)
+        peer = Subject(function, arguments.length, arguments.batch)
         report(name, interleaved_ratio(ours, peer.rate(peer.both, clock), rounds), words, goal)
     for name, run, slots, goal in (
         ("forward_ceiling", native.forward, 5, 0.65),
