@@ -204,15 +204,13 @@ def block_kept(sizes: Sizes, kind: BlockKind, first: bool) -> float:
     """Bytes that one block keeps until its backward pass under ``--recompute``."""
     recompute = sizes.layout.recompute
     saved = ffn_saved(sizes, kind)
-    # The dispatch of an earlier pass through the experts outlives it: it is no tensor that autograd saves.
-    again = sizes.residual + saved.get("dispatch plan", 0.0)
     if recompute == "full":
-        return again
+        return sizes.residual
     mixer, ffn = sum(mixer_saved(sizes, kind, first).values()), sum(saved.values())
     if recompute == "selective":
         mixer -= mixing_saved(sizes, kind, first)
     if recompute == "moe" and kind.ffn == "moe":
-        ffn = again
+        ffn = sizes.residual
     return mixer + ffn
 
 
