@@ -203,10 +203,9 @@ def shared_saved(sizes: Sizes, attention: bool) -> Saved:
 def block_kept(sizes: Sizes, kind: BlockKind, first: bool) -> float:
     """Bytes that one block keeps until its backward pass under ``--recompute``."""
     recompute = sizes.layout.recompute
-    saved = ffn_saved(sizes, kind)
     if recompute == "full":
         return sizes.residual
-    mixer, ffn = sum(mixer_saved(sizes, kind, first).values()), sum(saved.values())
+    mixer, ffn = sum(mixer_saved(sizes, kind, first).values()), sum(ffn_saved(sizes, kind).values())
     if recompute == "selective":
         mixer -= mixing_saved(sizes, kind, first)
     if recompute == "moe" and kind.ffn == "moe":
