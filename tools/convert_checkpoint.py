@@ -1,11 +1,15 @@
 #!/usr/bin/env python3
-"""Turns weights published by others into a checkpoint that --load takes.
+"""Converts checkpoints: to one safetensors file, from it, to another layout, and from weights published by others.
 
+    python tools/convert_checkpoint.py --load runs/1b --save 1b.safetensors --optimizer
+    python tools/convert_checkpoint.py --load 1b.safetensors --save runs/1b-tp2 --tp 2 --pp 2
+    python tools/convert_checkpoint.py --load runs/1b --save runs/1b-tp8 --tp 8
     python tools/convert_checkpoint.py --from rwkv7 RWKV-x070-World-0.1B.pth --save checkpoints/rwkv7-0.1b
 
-The checkpoint holds the model's configuration and its weights, exactly. Continue from it with
-``pretrain_cdrmix.py --config DIR/model.yaml --load DIR --finetune ...``, or use it with tools/generate.py and
-tools/evaluate.py.
+A directory is what a run was given as --save (its newest valid checkpoint is taken) or one step_N in it. A file has
+whole tensors by their global names, weights alone or with --optimizer everything that continuing the run needs; its
+metadata carry step and configuration as JSON. Any directory loads at any layout; --tp, --pp, ... decide into which
+files it is cut. Values stay the same bits, and memory holds one tensor at a time.
 """
 
 from __future__ import annotations
@@ -17,27 +21,91 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from megaforge.checkpoint.convert import STATE_PREFIX, write_directory, write_file
 from megaforge.checkpoint.import_rwkv7 import MODEL_FILE, import_rwkv7
+from megaforge.checkpoint.sources import SUFFIX, TensorSource, open_source
 from megaforge.config.config import Config
 from megaforge.config.entry import run_entry
+from megaforge.config.run_config import ParallelConfig
 from megaforge.data.tokenizer import TOKENIZER_TYPES, guess_tokenizer_type, load_tokenizer
+from megaforge.errors import UserError
 from megaforge.training.state import tokenizer_identity
+
+LAYOUT = {  # flag -> field of the parallel section
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", metavar="FILE", help="the published weights")
-    parser.add_argument("--from", dest="source", required=True, choices=("rwkv7",), help="whose format FILE is in")
-    parser.add_argument("--save", required=True, metavar="DIR", help="where the checkpoint goes")
-    parser.add_argument("--tokenizer-model", help="the model's tokenizer, recorded in the checkpoint")
+    parser.add_argument("file", metavar="FILE", nargs="?", help="with --from: the published weights")
+    parser.add_argument("--load", metavar="DIR|FILE.safetensors", help="what is converted")
+    parser.add_argument("--save", required=True, metavar="DIR|FILE.safetensors", help="where it goes; must be new")
+    parser.add_argument("--optimizer", action="store_true", help="with --save FILE: optimizer and run state too")
+    for name, field in LAYOUT.items():
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"with --save DIR: {field.replace('_', ' ')}")
+    parser.add_argument("--dp", type=int, metavar="N", help="with --save DIR: data-parallel size")
+    parser.add_argument("--from", dest="source", choices=("rwkv7",), help="whose format FILE is in")
+    parser.add_argument("--tokenizer-model", help="with --from: the model's tokenizer, recorded in the checkpoint")
     parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: told from --tokenizer-model")
     return parser.parse_args(arguments)
 
 
 def main() -> int:
-    """Runs the command; 0 when the checkpoint is published."""
+    """Runs the command; 0 when the result is published."""
     flags = parse_arguments()
+    if (flags.load is None) == (flags.source is None) or (flags.source is None) != (flags.file is None):
+        raise UserError("give either --load DIR|FILE.safetensors, or --from rwkv7 FILE")
+    if flags.source is not None:
+        _import(flags)
+    elif flags.save.endswith(SUFFIX):
+        _to_file(flags)
+    else:
+        _to_directory(flags)
+    return 0
+
+
+def _given_layout(flags: argparse.Namespace) -> dict[str, int]:
+    return {name: getattr(flags, name) for name in (*LAYOUT, "dp") if getattr(flags, name) is not None}
+
+
+def _to_file(flags: argparse.Namespace) -> None:
+    if _given_layout(flags):
+        name = next(iter(_given_layout(flags)))
+        raise UserError(f"--{name}: one file has no layout; leave it out, or give --save a directory")
+    source = open_source(flags.load)
+    record = write_file(source, flags.save, optimizer=flags.optimizer)
+    print(f"{flags.save}: step {source.step} of {source.path}, {record.bytes:,} bytes, SHA-256 {record.sha256}")
+
+
+def _to_directory(flags: argparse.Namespace) -> None:
+    if flags.optimizer:
+        raise UserError("--optimizer is for --save FILE.safetensors; a directory gets all that --load has")
+    given = _given_layout(flags)
+    wrong = next((name for name, size in given.items() if size < 1), None)
+    if wrong is not None:
+        raise UserError(f"--{wrong} {given[wrong]} must be at least 1")
+    dp = given.pop("dp", None)
+    source = open_source(flags.load)
+    parallel = ParallelConfig(**{LAYOUT[name]: size for name, size in given.items()})  # type: ignore[arg-type]
+    path = write_directory(source, flags.save, parallel, dp)
+    print(f"{path}: step {source.step} of {source.path}, {_describe(source)}")
+
+
+def _describe(source: TensorSource) -> str:
+    has_state = any(key.startswith(STATE_PREFIX) for key in source.tensors)
+    size = sum(info.nbytes for info in source.tensors.values())
+    note = "" if has_state else " (weights only: --load needs --finetune)"
+    return f"{len(source.tensors)} tensors{note}, {size:,} bytes"
+
+
+def _import(flags: argparse.Namespace) -> None:
     config, identity = Config(), None
     if flags.tokenizer_model:
         kind = flags.tokenizer_type or guess_tokenizer_type(flags.tokenizer_model)
@@ -47,7 +115,6 @@ def main() -> int:
     path = import_rwkv7(flags.file, flags.save, config, identity)
     print(f"{path}: written from {flags.file}")
     print(f"continue from it with: --config {os.path.join(flags.save, MODEL_FILE)} --load {flags.save} --finetune")
-    return 0
 
 
 if __name__ == "__main__":

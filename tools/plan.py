@@ -5,10 +5,15 @@
     python tools/plan.py memory --config cdrmix-core-40b --tp 8 --sp --pp 4 --ep 8 --dp 4 --zero 1 --gpu h100-80g
     python tools/plan.py memory --config cdrmix-core-40b --gpu h100-80g --search --gpus 256
     python tools/plan.py schedule --pp 4 --vpp 2 --microbatches 8 --schedule zb-v
+    python tools/plan.py ladders
+    python tools/plan.py activations
+    python tools/plan.py docs
 
 ``params`` prints the stored parameters of each component and the active ones (those that one token uses). ``memory``
 prints memory, communication, bubble, step time and MFU of a layout, or the fastest layouts that fit. ``schedule``
-draws a pipeline schedule.
+draws a pipeline schedule. ``ladders`` dry-runs the jobs of run_scripts/slurm/cdrmix-*.sbatch, every rank of them.
+``activations`` compares predicted activation bytes with those that a CPU keeps.
+``docs`` writes what these say into the documents that quote them.
 """
 
 from __future__ import annotations
@@ -26,8 +31,10 @@ from megaforge.errors import UserError
 from megaforge.models.parameter_count import count_parameters, total
 from megaforge.models.pattern import layer_pattern
 from megaforge.parallel.pipeline import plan_command as schedule
+from megaforge.planning import measured_activations as activations
 from megaforge.planning import plan_command as memory
 from megaforge.planning.report import table
+from megaforge.training import documentation, ladders
 
 
 def params(arguments: Sequence[str], prog: str) -> None:
@@ -49,7 +56,14 @@ def params(arguments: Sequence[str], prog: str) -> None:
     print(f"{whole.stored / 1e9:.3f}B stored, {whole.active / 1e9:.3f}B active")
 
 
-COMMANDS = {"params": params, "memory": memory.run, "schedule": schedule.run}
+COMMANDS = {
+    "params": params,
+    "memory": memory.run,
+    "schedule": schedule.run,
+    "activations": activations.run,
+    "ladders": ladders.run,
+    "docs": documentation.run,
+}
 
 
 def main() -> int:

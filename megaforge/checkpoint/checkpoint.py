@@ -26,7 +26,7 @@ from megaforge.checkpoint.errors import CheckpointError
 from megaforge.checkpoint.find import verify_checkpoint
 from megaforge.checkpoint.manifest import Manifest, read_manifest
 from megaforge.checkpoint.planner import ShardLoadPlanner, ShardSavePlanner
-from megaforge.checkpoint.shards import TensorEntry, build_shards
+from megaforge.checkpoint.shards import RANK_PREFIX, TensorEntry, build_shards
 from megaforge.checkpoint.storage import CheckpointHead, CheckpointReader, CheckpointWriter
 from megaforge.errors import UserError
 from megaforge.parallel.context import ParallelContext
@@ -137,7 +137,8 @@ def load_checkpoint(
         path: one checkpoint, as :func:`megaforge.checkpoint.find.find_checkpoint` returns it.
         entries: the tensors to fill; each of their elements must be in the checkpoint exactly once.
         rank_tensors: this rank's own tensors to fill; they are left alone, with a warning on rank 0, when the
-            checkpoint was written at another layout, where "the same rank" has no meaning.
+            checkpoint was written at another layout, where "the same rank" has no meaning, or has none (a converted
+            one).
         verify: check every file's hash first; False when ``find_checkpoint`` has just done so.
         allow_extra: prefixes of keys in the checkpoint that may go unread (``("optimizer.",)``; ``("",)``: any).
         cast: convert element types that differ instead of refusing them.
@@ -156,15 +157,10 @@ def load_checkpoint(
     manifests: list[Manifest] = []
     together(ctx, lambda: manifests.append(read_manifest(path)))
     manifest = manifests[0]
-    same_layout = dict(manifest.layout) == layout_of(ctx)
-    if rank_tensors and not same_layout and ctx.is_first_rank:
-        logger.warning(
-            "%s was written at layout %s, this is %s: the ranks' own tensors (random states) start afresh",
-            path,
-            dict(manifest.layout),
-            layout_of(ctx),
-        )
-    shards = build_shards_together(entries, rank_tensors if same_layout else None, ctx)
+    why = _why_ranks_differ(manifest, ctx)
+    if rank_tensors and why and ctx.is_first_rank:
+        logger.warning("%s %s: the ranks' own tensors (random states) start afresh", path, why)
+    shards = build_shards_together(entries, None if why else rank_tensors, ctx)
     try:
         with _quiet():
             state_dict_loader.load(
@@ -177,6 +173,15 @@ def load_checkpoint(
     except CheckpointException as error:
         raise _translate(error, f"--load {path}") from error
     return manifest.meta
+
+
+def _why_ranks_differ(manifest: Manifest, ctx: ParallelContext) -> str | None:
+    """Why no rank here can take what a rank there kept for itself; None when it can."""
+    if dict(manifest.layout) != layout_of(ctx):
+        return f"was written at layout {dict(manifest.layout)}, this is {layout_of(ctx)}"
+    if not any(key.startswith(RANK_PREFIX) for key in manifest.tensors):
+        return "was not written by the ranks of a run"
+    return None
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:

@@ -130,8 +130,12 @@ def find_checkpoint(directory: str | Path, ctx: ParallelContext, *, quarantine_d
 
 def _candidates(directory: Path) -> list[Path]:
     if not directory.is_dir():
-        what = "is a file, not a directory of checkpoints" if directory.exists() else "does not exist"
-        raise UserError(f"--load {directory}: {what}; name the directory that a run was given as --save")
+        if directory.is_file():
+            raise UserError(
+                f"--load {directory}: is a file, not a directory of checkpoints; a converted one becomes a directory "
+                f"by tools/convert_checkpoint.py --load {directory} --save DIR"
+            )
+        raise UserError(f"--load {directory}: does not exist; name the directory that a run was given as --save")
     if is_step_directory(directory) or (directory / MANIFEST_FILE).exists():
         return [directory]
     candidates = [path for _, path in list_steps(directory)]

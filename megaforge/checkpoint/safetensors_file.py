@@ -14,7 +14,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,8 +66,8 @@ def file_order(slot: Slot) -> tuple[int, str]:
     return -slot.dtype.itemsize, slot.name
 
 
-def _encode_header(slots: Sequence[Slot]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _encode_header(slots: Sequence[Slot], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     begin = 0
     for slot in slots:
         if slot.name in entries:
@@ -89,8 +89,11 @@ def _raw_bytes(tensor: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def write_safetensors(path: Path, slots: Sequence[Slot], tensors: Iterable[torch.Tensor]) -> FileRecord:
-    """Writes and fsyncs ``path``; ``tensors`` is consumed one at a time, in the order of ``slots``.
+def write_safetensors(
+    path: Path, slots: Sequence[Slot], tensors: Iterable[torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> FileRecord:
+    """Writes and fsyncs ``path``; ``tensors`` is consumed one at a time, in the order of ``slots``. ``metadata`` goes
+    into the header.
 
     Raises:
         OSError: the file cannot be written (disk full among others); the half-written file is left behind.
@@ -108,7 +111,7 @@ def write_safetensors(path: Path, slots: Sequence[Slot], tensors: Iterable[torch
                     block = block[file.write(block) :]
             written += len(data)
 
-        put(memoryview(_encode_header(slots)))
+        put(memoryview(_encode_header(slots, metadata or {})))
         for slot, tensor in zip(slots, tensors, strict=True):
             if tensor.dtype != slot.dtype or tuple(tensor.shape) != slot.shape:
                 raise ValueError(
@@ -122,12 +125,16 @@ def write_safetensors(path: Path, slots: Sequence[Slot], tensors: Iterable[torch
 class SafetensorsFile:
     """A memory-mapped safetensors file. Reading writes nothing and works on read-only media.
 
+    Attributes:
+        metadata: the strings that its header carries beside the tensors.
+
     Raises:
         DamagedCheckpointError: it is no safetensors file, or its header contradicts its length.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.metadata: dict[str, str] = {}
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
@@ -144,7 +151,7 @@ class SafetensorsFile:
     def _parse(self, text: bytes, data_bytes: int) -> dict[str, tuple[Slot, int]]:
         try:
             entries = json.loads(text)
-            entries.pop("__metadata__", None)
+            self.metadata = {str(key): str(value) for key, value in entries.pop("__metadata__", {}).items()}
             slots: list[tuple[int, int, Slot]] = []
             for name, entry in entries.items():
                 begin, end = map(int, entry["data_offsets"])

@@ -19,6 +19,7 @@ class Layout:
 
     Attributes:
         world_size, tp, cp, dp: ranks, and their tensor-, context- and data-parallel sizes.
+        etp: ranks that share each expert's matrices.
         global_batch_size: sequences of one optimizer step.
         micro_batches: micro-batches a rank computes in one optimizer step.
         notes: what is legal but may surprise; rank 0 prints each once.
@@ -28,6 +29,7 @@ class Layout:
     tp: int
     cp: int
     dp: int
+    etp: int
     global_batch_size: int
     micro_batches: int
     notes: tuple[str, ...]
@@ -65,7 +67,7 @@ def check_layout(config: Config, world_size: int) -> Layout:
             f"--tp {tp} does not divide the {world_size} ranks that were started; "
             f"use --tp {_working_tp(config, world_size)}, or start {tp} ranks"
         )
-    for label, value in _split_over_tp(config):
+    for label, value in _split_over_tp(config, world_size):
         if value % tp:
             raise UserError(f"--tp {tp} does not divide {label}; use --tp {_working_tp(config, world_size)}")
     _check_pipeline(config, world_size)
@@ -79,7 +81,9 @@ def check_layout(config: Config, world_size: int) -> Layout:
     dp = world_size // (tp * parallel.pipeline_model_parallel_size * cp)
     global_batch_size = _global_batch_size(config, dp)
     micro_batches = global_batch_size // (config.training.micro_batch_size * dp)
-    return Layout(world_size, tp, cp, dp, global_batch_size, micro_batches, tuple(_notes(config, dp * cp)))
+    etp = parallel.expert_tensor_size(world_size)
+    notes = tuple(_notes(config, world_size, dp * cp))
+    return Layout(world_size, tp, cp, dp, etp, global_batch_size, micro_batches, notes)
 
 
 def mixer_kinds(model: ModelConfig) -> frozenset[str]:
@@ -103,7 +107,7 @@ def ffn_kinds(model: ModelConfig) -> frozenset[str]:
 def _check_experts(config: Config, world_size: int) -> None:
     """Experts fold the ranks of a pipeline stage, tp x cp x dp of them, into etp x ep x edp."""
     parallel, model = config.parallel, config.model
-    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_size
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_size(world_size)
     given = parallel.expert_tensor_parallel_size is not None
     if "E" not in ffn_kinds(model):
         if ep > 1 or given:
@@ -119,15 +123,15 @@ def _check_experts(config: Config, world_size: int) -> None:
         )
     fitting_ep = [size for size in divisors(ranks // etp) if model.num_experts % size == 0]
     if ep not in fitting_ep:
-        source = "" if given else " (--etp is --tp unless given)"
+        left = f"the {ranks // etp} ranks that --etp {etp} leaves of the {ranks}" if given else f"the {ranks} ranks"
         raise UserError(
-            f"--ep {ep} does not divide both --num-experts {model.num_experts} and the {ranks // etp} ranks that "
-            f"--etp {etp} leaves of the {ranks} of a pipeline stage{source}; use --ep {either(fitting_ep)}"
+            f"--ep {ep} does not divide both --num-experts {model.num_experts} and {left} of a pipeline stage; "
+            f"use --ep {either(fitting_ep)}"
         )
 
 
-def _split_over_tp(config: Config) -> list[tuple[str, int]]:
-    """(how to name it, size) of everything that tensor parallelism cuts."""
+def _split_over_tp(config: Config, world_size: int) -> list[tuple[str, int]]:
+    """(how to name it, size) of everything that tensor parallelism cuts on ``world_size`` ranks."""
     model, kinds = config.model, mixer_kinds(config.model)
     sizes = []
     if "*" in kinds:
@@ -139,7 +143,10 @@ def _split_over_tp(config: Config) -> list[tuple[str, int]]:
             (f"the {heads} RWKV heads (--hidden-size {model.hidden_size} / --rwkv-head-size {head_size})", heads)
         )
     ffns = ffn_kinds(model)
-    if "-" in ffns or ("E" in ffns and config.parallel.expert_tensor_parallel_size is None):
+    parallel = config.parallel
+    follows_tp = parallel.expert_tensor_parallel_size is None
+    follows_tp = follows_tp and parallel.expert_tensor_size(world_size) == parallel.tensor_model_parallel_size
+    if "-" in ffns or ("E" in ffns and follows_tp):
         sizes.append((f"--ffn-hidden-size {model.ffn_size}", model.ffn_size))
     shared = model.moe_shared_expert_intermediate_size
     if "E" in ffns and shared is not None:
@@ -148,14 +155,14 @@ def _split_over_tp(config: Config) -> list[tuple[str, int]]:
         padded = model.padded_vocab_size()
         multiple = f"--make-vocab-size-divisible-by {model.make_vocab_size_divisible_by}"
         sizes.append((f"the vocabulary of {model.vocab_size} padded to {padded} ({multiple})", padded))
-    if config.parallel.sequence_parallel and config.parallel.context_parallel_size == 1:
+    if parallel.sequence_parallel and parallel.context_parallel_size == 1:
         sizes.append((f"--seq-length {config.data.seq_length}, which --sequence-parallel cuts", config.data.seq_length))
     return sizes
 
 
 def _working_tp(config: Config, world_size: int) -> str:
     """The tensor-parallel sizes that would work, as words."""
-    sizes = [value for _, value in _split_over_tp(config)]
+    sizes = [value for _, value in _split_over_tp(config, world_size)]
     return either(size for size in range(1, world_size + 1) if not any(n % size for n in (world_size, *sizes)))
 
 
@@ -238,11 +245,7 @@ def _check_schedule(config: Config) -> None:
 def _check_gradients(config: Config) -> None:
     """How gradients are sharded and sent must fit each other and the precision."""
     parallel, training = config.parallel, config.training
-    zero, pp, kind = parallel.zero_stage, parallel.pipeline_model_parallel_size, parallel.grad_compression
-    if zero == 2 and pp > 1:
-        raise UserError(
-            f"--zero 2 with --pp {pp} would reduce every micro-batch of the pipeline on its own; use --zero 1"
-        )
+    zero, kind = parallel.zero_stage, parallel.grad_compression
     if kind == "none":
         if parallel.grad_reduce_in_bf16 and training.fp64:
             raise UserError("--grad-reduce-in-bf16 would undo --fp64; drop one of the two")
@@ -276,9 +279,16 @@ def _global_batch_size(config: Config, dp: int) -> int:
     return given
 
 
-def _notes(config: Config, replicas: int) -> list[str]:
+def _notes(config: Config, world_size: int, replicas: int) -> list[str]:
     notes = []
     parallel = config.parallel
+    tp, etp = parallel.tensor_model_parallel_size, parallel.expert_tensor_size(world_size)
+    if parallel.expert_tensor_parallel_size is None and etp < tp and "E" in ffn_kinds(config.model):
+        notes.append(
+            f"--etp {etp}, as none was given: the largest divisor of --tp {tp} that leaves room for "
+            f"--ep {parallel.expert_model_parallel_size} among the "
+            f"{world_size // parallel.pipeline_model_parallel_size} ranks of a pipeline stage"
+        )
     if parallel.cpu_offload_activations and config.training.device == "cpu":
         notes.append("--cpu-offload-activations has nothing to move on --device cpu: it changes nothing")
     if parallel.zero_stage and replicas == 1:
@@ -288,6 +298,11 @@ def _notes(config: Config, replicas: int) -> list[str]:
             f"--grad-compression {parallel.grad_compression}: what is learned now depends on the number of "
             "data-parallel ranks"
             + (", and at dp 1 nothing is sent" if replicas == 1 else "; --load starts without the losses kept so far")
+        )
+    if parallel.grad_reduce_in_bf16 and replicas > 1:
+        notes.append(
+            "--grad-reduce-in-bf16: gradients are rounded before they are summed, so what is learned now depends a "
+            "little on the number of data-parallel ranks"
         )
     if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
         notes.append("--sequence-parallel has nothing to share at --tp 1: it changes nothing")

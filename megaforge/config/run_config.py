@@ -8,6 +8,12 @@ from megaforge.config.fields import flag, require_at_least, require_positive
 from megaforge.errors import UserError
 
 
+def roomy_etp(tp: int, ep: int, stage_ranks: int) -> int:
+    """The tensor parallelism of experts that nobody chose: the largest divisor of ``tp`` that leaves room for ``ep``
+    among the ranks of a pipeline stage; 1 where none does."""
+    return next((etp for etp in range(tp, 0, -1) if tp % etp == 0 and stage_ranks % (etp * ep) == 0), 1)
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """The layout: it changes nothing but speed."""
@@ -33,7 +39,10 @@ class ParallelConfig:
     )
     expert_model_parallel_size: int = flag(1, "ranks that share the experts", aliases=("--ep",))
     expert_tensor_parallel_size: int | None = flag(
-        None, "ranks that share each expert's matrices (default: --tp)", aliases=("--etp",)
+        None,
+        "ranks that share each expert's matrices (default: the largest divisor of --tp that leaves room for --ep among "
+        "the ranks of a pipeline stage)",
+        aliases=("--etp",),
     )
     sequence_parallel: bool = flag(
         False, "shard norms and the residual stream over the sequence within tp", aliases=("--sp",)
@@ -48,6 +57,9 @@ class ParallelConfig:
         False, "keep what the backward pass needs in host memory (GPUs; slow, and it fits what nothing else fits)"
     )
     overlap_grad_reduce: bool = flag(True, "reduce gradient buckets while the backward pass still runs")
+    overlap_tp_comm: bool = flag(
+        True, "reduce gradients over tp ranks while weight gradients are computed (not with zero-bubble schedules)"
+    )
     ddp_bucket_size: int = flag(25_000_000, "elements of a gradient bucket")
     zero_stage: int = flag(
         0,
@@ -70,9 +82,12 @@ class ParallelConfig:
     )
     distributed_timeout_minutes: float = flag(30.0, "minutes after which a collective that does not end aborts the run")
 
-    @property
-    def expert_tensor_size(self) -> int:
-        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+    def expert_tensor_size(self, world_size: int) -> int:
+        """``--etp`` on ``world_size`` ranks: as given, or :func:`roomy_etp`."""
+        if self.expert_tensor_parallel_size is not None:
+            return self.expert_tensor_parallel_size
+        stage_ranks = world_size // self.pipeline_model_parallel_size
+        return roomy_etp(self.tensor_model_parallel_size, self.expert_model_parallel_size, stage_ranks)
 
     def validate(self) -> None:
         require_at_least(self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size")
@@ -168,6 +183,12 @@ class TrainingConfig:
         choices=("auto", "highest", "high", "medium"),
     )
     deterministic: bool = flag(True, "torch's deterministic algorithms")
+    wkv_backend: str = flag(
+        "auto",
+        "RWKV-7's recurrence: native is compiled code, torch plain torch, fla the Triton kernels of fla-core (GPUs; "
+        "extra 'gpu'); auto is native where there is some for the device, else torch",
+        choices=("auto", "native", "fla", "torch"),
+    )
     eval_interval: int = flag(0, "iterations between evaluations; 0: only at the end when --eval-iters is set")
     eval_iters: int = flag(0, "global batches of one evaluation; 0: no evaluation")
     early_stopping_patience: int = flag(
@@ -180,6 +201,9 @@ class TrainingConfig:
     def validate(self) -> None:
         if self.bf16 + self.fp16 + self.fp64 > 1:
             raise UserError("--bf16, --fp16 and --fp64 exclude each other; choose one")
+        if self.wkv_backend == "fla" and (self.device == "cpu" or self.fp64):
+            given = "--device cpu" if self.device == "cpu" else "--fp64"
+            raise UserError(f"--wkv-backend fla with {given}: it computes on GPUs, not in fp64; use --wkv-backend auto")
         require_at_least(self, 1, "micro_batch_size", "global_batch_size")
         require_at_least(self, 0, "train_iters", "exit_interval", "eval_interval", "eval_iters")
         require_at_least(self, 0, "seed", "early_stopping_patience")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -67,21 +68,20 @@ def plan_pipeline(cfg: ModelConfig, parallel: ParallelConfig, micro_batches: int
             is not defined for these numbers.
     """
     pp = parallel.pipeline_model_parallel_size
+    name, vpp = pipeline_shape(cfg, parallel)
+    schedule = build_schedule(name, pp=pp, vpp=vpp, microbatches=micro_batches)
+    return PipelinePlan(name, pp, vpp, tuple(stage_layers(cfg, pp * vpp, sequence_length)), schedule)
+
+
+def pipeline_shape(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[str, int]:
+    """(schedule, stages on each pipeline rank) that the flags ask for.
+
+    Raises:
+        UserError: ``--num-layers-per-virtual-pipeline-stage`` does not divide the blocks.
+    """
     vpp = _stages_per_rank(parallel, len(blocks_of(cfg)))
     name = parallel.pipeline_schedule or ("1f1b" if vpp == 1 else "interleaved")
-    schedule = build_schedule(name, pp=pp, vpp=vpp, microbatches=micro_batches)
-    if name.startswith("zb") and parallel.recompute in ("full", "moe"):
-        raise UserError(
-            f"--recompute {parallel.recompute} with --pipeline-schedule {name}: the deferred weight gradients would "
-            "compute the blocks again once for each weight; use --recompute selective or none, or --pipeline-schedule "
-            + ("interleaved" if vpp > 1 else "1f1b")
-        )
-    if vpp > 1 and parallel.zero_stage == 2:
-        raise UserError(
-            f"--zero 2 with --vpp {vpp}: gradients of several stages on a rank cannot be reduced after every "
-            "micro-batch; use --zero 1, or --vpp 1"
-        )
-    return PipelinePlan(name, pp, vpp, tuple(stage_layers(cfg, pp * vpp, sequence_length)), schedule)
+    return name, vpp
 
 
 def _stages_per_rank(parallel: ParallelConfig, num_layers: int) -> int:
@@ -116,7 +116,8 @@ def stage_layers(cfg: ModelConfig, num_stages: int, sequence_length: int) -> lis
     return partition_layers(block_costs(cfg, sequence_length), num_stages, pipeline_cuts(cfg))
 
 
-def block_costs(cfg: ModelConfig, sequence_length: int) -> list[float]:
+@lru_cache(maxsize=8)
+def block_costs(cfg: ModelConfig, sequence_length: int) -> tuple[float, ...]:
     """Forward FLOPs of one token in each block: RWKV-7, attention over ``sequence_length`` tokens, the chosen experts
     or the dense FFN. The last one's include the output head; looking up an embedding is no arithmetic."""
     model = HybridModel(cfg, ParallelContext.single("meta"))
@@ -125,7 +126,7 @@ def block_costs(cfg: ModelConfig, sequence_length: int) -> list[float]:
         matrices = matmul_elements((spec for spec, _ in named_specs(block)), cfg)
         costs.append(2.0 * matrices + mixing_flops(cfg, kind, sequence_length))
     costs[-1] += 2.0 * cfg.padded_vocab_size() * cfg.hidden_size
-    return costs
+    return tuple(costs)
 
 
 class StagedModel(nn.Module):
@@ -149,9 +150,13 @@ def build_model(
     sequence_parallel: bool = False,
     dtype: torch.dtype = torch.float32,
     cp_comm_type: str = "allgather",
+    overlap_tp_comm: bool = True,
     recompute: str = "none",
+    wkv_backend: str = "auto",
 ) -> HybridModel | StagedModel:
     """This rank's part of the model, not yet initialised: the whole :class:`HybridModel` where there is one stage.
+
+    ``overlap_tp_comm`` holds only where the schedule computes a layer's gradients of input and weight together.
 
     Raises:
         UserError: see :class:`HybridModel`.
@@ -166,7 +171,9 @@ def build_model(
             sequence_parallel=sequence_parallel,
             dtype=dtype,
             cp_comm_type=cp_comm_type,
+            overlap_tp_comm=overlap_tp_comm and not plan.schedule.splits_backward,
             recompute=recompute,
+            wkv_backend=wkv_backend,
             layers=plan.layers[stage],
             embedding_weight=shared,
         )

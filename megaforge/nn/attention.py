@@ -71,7 +71,6 @@ class SelfAttention(nn.Module):
                 f"{flag} {cfg.query_groups} does not divide by --tp {ctx.tp.size}; use a --tp that divides it"
             )
         self.cfg = cfg
-        self.region = region
         self.head_dim = cfg.head_dim
         self.heads = cfg.num_attention_heads // ctx.tp.size
         self.groups = cfg.query_groups // ctx.tp.size
@@ -86,6 +85,7 @@ class SelfAttention(nn.Module):
             cfg.hidden_size,
             queries + 2 * shared,
             init=Normal(std),
+            region=region,
             bias=cfg.add_bias_linear,
             parts=(queries, shared, shared),
             dtype=dtype,
@@ -108,7 +108,7 @@ class SelfAttention(nn.Module):
 
         With a ``cache`` the tokens continue the ones it holds, and it takes them in.
         """
-        fused = self.qkv(self.region.enter(x))
+        fused = self.qkv(x)
         length, batch = fused.shape[:2]
         width = self.head_dim
         # split, not slices: its backward is one concatenation

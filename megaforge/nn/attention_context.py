@@ -15,7 +15,8 @@ def shared_attention(query: Tensor, key: Tensor, value: Tensor, info: SequenceIn
 
     With ``--cp-comm-type allgather`` keys and values of all ranks of cp are gathered (their gradients are summed and
     scattered back), in one collective each way; a chunk of queries is given the keys up to its own end only, so that
-    all ranks compute the same amount. With p2p they travel in a ring.
+    all ranks compute the same amount; the mask has s * s / cp entries. With p2p keys and values travel in a ring, and
+    no tensor grows faster than the sequence.
 
     Args:
         query: [b, heads, s / cp, d].
@@ -25,11 +26,12 @@ def shared_attention(query: Tensor, key: Tensor, value: Tensor, info: SequenceIn
     Returns:
         [b, heads, s / cp, d].
     """
+    if info.shards.comm_type == "p2p":
+        documents = info.all_document_ids_BS if info.has_boundaries else None
+        return ring_attention(query, key, value, documents, info.shards)
     mask = info.attention_mask()
     if mask is None:
         raise ValueError("sequences that are shared by ranks need an explicit mask")
-    if info.shards.comm_type == "p2p":
-        return ring_attention(query, key, value, mask, info.shards)
     # [s / cp, b, groups, 2d]: the gather is along dim 0
     local = torch.cat([key, value], dim=-1).permute(2, 0, 1, 3)
     key, value = info.shards.gather(local).permute(1, 2, 0, 3).chunk(2, dim=-1)

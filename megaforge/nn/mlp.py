@@ -158,6 +158,7 @@ class DenseFFN(nn.Module):
             cfg.hidden_size,
             sum(parts),
             init=first,
+            region=None if channel_mix else region,
             bias=cfg.add_bias_linear,
             parts=parts,
             dtype=dtype,
@@ -177,7 +178,8 @@ class DenseFFN(nn.Module):
 
     def forward(self, x: Tensor, info: SequenceInfo, state: FFNState | None = None) -> Tensor:
         """Normed residual stream [s(/tp), b, h] -> residual stream [s(/tp), b, h]."""
-        x = mixed_input(self.mix, self.region.enter(x), info, state)
+        if self.mix is not None:
+            x = mixed_input(self.mix, self.region.enter(x), info, state)
         return self.down(activate(self.activation, self.up(x)))
 
 

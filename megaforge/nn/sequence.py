@@ -92,6 +92,11 @@ class SequenceInfo:
     def length(self) -> int:
         return self.document_start_SB.shape[0]
 
+    @property
+    def all_document_ids_BS(self) -> torch.Tensor:
+        """As ``document_ids_BS``, of the whole sequences, wherever their tokens are."""
+        return self._documents_BS
+
     def local(self, x_BS: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """This rank's tokens of ``x_BS``, which is whole along ``dim``."""
         return self.shards.take(x_BS, dim)

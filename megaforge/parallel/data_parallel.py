@@ -6,7 +6,9 @@ no factor depends on the layout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,7 +83,7 @@ class _Gradients:
         """Adds the gradient that autograd has left at ``parameter``, unless it already lies in the buffer."""
         grad = parameter.grad
         view = self.view_of(parameter)
-        if grad is not None and grad.data_ptr() != view.data_ptr():
+        if grad is not None and grad is not view:
             view.add_(grad)
             in_place = not self._transient and parameter.dtype == view.dtype
             parameter.grad = view if in_place else None
@@ -100,12 +102,12 @@ class _Lane:
 
     def __init__(self, buckets: list[Bucket], *, sharded: bool, transient: bool) -> None:
         self.gradients = [_Gradients(bucket, sharded=sharded, transient=transient) for bucket in buckets]
-        self.last_microbatch = self.started = False
+        self.last_microbatch = False
         self.sent = 0
 
     def zero(self) -> None:
         """Forgets the gradients, and that any were sent."""
-        self.last_microbatch = self.started = False
+        self.last_microbatch = False
         self.sent = 0
         for gradients in self.gradients:
             gradients.zero()
@@ -115,6 +117,17 @@ class _Lane:
         self.sent = 0
         for gradients in self.gradients:
             gradients.expect_all()
+
+
+def _calls(method: weakref.WeakMethod[Any]) -> Callable[[Tensor], None]:
+    """``method`` as long as its object lives, then nothing."""
+
+    def hook(parameter: Tensor) -> None:
+        alive = method()
+        if alive is not None:
+            alive(parameter)
+
+    return hook
 
 
 class GradientReducer:
@@ -127,7 +140,9 @@ class GradientReducer:
     they fill and travel; the price is a reduction per micro-batch.
 
     Several modules are the chunks of one model on this rank (virtual pipeline stages): each is told of its own last
-    micro-batch, and is sent while the others still compute.
+    micro-batch, and is sent while the others still compute. What chunks share is sent once at the end; with
+    ``free_buffers`` after every backward pass through one of its owners. A chunk's buckets are all under way before
+    the next backward pass begins, so that replicas start their collectives in the same order.
 
     Args:
         bucket_size: elements of a bucket; with ``shards`` their buckets are used.
@@ -153,23 +168,31 @@ class GradientReducer:
         self.shards = shards
         self._every_microbatch = free_buffers
         self._reduction = PlainSum() if reduction is None else reduction
-        if shards is None:
-            chunks = [module] if isinstance(module, nn.Module) else list(module)
-            lanes = make_lanes(chunks, ctx, bucket_size)
-        else:
-            lanes = shards.lanes
-        if free_buffers and len(lanes) > 2:
-            raise ValueError("gradients of several chunks of a model cannot be reduced after every micro-batch")
+        chunks = [module] if isinstance(module, nn.Module) else list(module)
+        lanes = make_lanes(chunks, ctx, bucket_size) if shards is None else shards.lanes
+        self._active: int | None = None  # the chunk of the last backward pass
         self._lanes = [_Lane(lane, sharded=shards is not None, transient=free_buffers) for lane in lanes]
         self._in_flight: list[tuple[_Gradients, Tensor, Finish]] = []
         self._place_of: dict[int, tuple[_Lane, _Gradients]] = {}
+        # The collector cannot see a cycle through a parameter's hook: a strong reference here would keep the model and
+        # its process groups (and their threads) for good.
+        on_gradient = weakref.WeakMethod(self._on_gradient)
         for lane in self._lanes:
             for gradients in lane.gradients:
                 for parameter in gradients.bucket.parameters:
                     self._place_of[id(parameter)] = lane, gradients
-                    parameter.register_post_accumulate_grad_hook(self._on_gradient)
+                    parameter.register_post_accumulate_grad_hook(_calls(on_gradient))
+        owned = [{id(parameter) for parameter in chunk.parameters()} for chunk in chunks]
+        self._shared_of = [
+            [g for g in self._lanes[-1].gradients if any(id(p) in own for p in g.bucket.parameters)] for own in owned
+        ]
         parameters = [p for bucket in self.buckets for p in bucket.parameters]
         self._tp_partial = [p for p in parameters if spec_of(p).tp_partial_grad] if ctx.tp.size > 1 else []
+
+    @property
+    def frees_buffers(self) -> bool:
+        """Whether full buckets live only while they fill and travel (ZeRO-2)."""
+        return self._every_microbatch
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -179,31 +202,44 @@ class GradientReducer:
     def zero(self) -> None:
         """Forgets all gradients; call once before a global batch."""
         self._in_flight = []
+        self._active = None
         for lane in self._lanes:
             lane.zero()
 
     def set_last_microbatch(self, last: bool, chunk: int = 0) -> None:
         """Call before each micro-batch's backward pass through ``chunk``; says whether it is the chunk's last of the
         global batch, for only then are buckets sent (under ZeRO-2 after every one)."""
-        lane = self._lanes[chunk]
-        if self._every_microbatch and lane.started:
+        self._end_backward()
+        self._active = chunk
+        self._lanes[chunk].last_microbatch = last
+
+    def _end_backward(self) -> None:
+        """The backward pass that was announced last is over: sends what is due and was not sent during it."""
+        if self._active is None:
+            return
+        lane, shared = self._lanes[self._active], self._shared_of[self._active]
+        self._active = None
+        if lane.last_microbatch or self._every_microbatch:
             self._send_rest(lane)
+        if self._every_microbatch:
+            for gradients in shared:
+                self._send(gradients)
+                gradients.expect_all()
             lane.expect_all()
-        lane.started = True
-        lane.last_microbatch = last
 
     def _on_gradient(self, parameter: Tensor) -> None:
         """Takes in a gradient that autograd has just accumulated, and sends its bucket when that was the last one."""
         lane, gradients = self._place_of[id(parameter)]
         if self.shards is not None:
             self.shards.check_used_whole(parameter)
-        if gradients.sent and (gradients.bucket.replicas.size > 1 or self._every_microbatch):
+        unannounced = self._every_microbatch and self._active is None
+        if unannounced or (gradients.sent and (gradients.bucket.replicas.size > 1 or self._every_microbatch)):
             raise RuntimeError(
                 f"{spec_of(parameter).name} got a gradient after its bucket was sent: "  # type: ignore[arg-type]
                 "set_last_microbatch must precede each backward pass, and the last must be the last"
             )
         gradients.take_in(parameter)
-        if lane.last_microbatch or self._every_microbatch:
+        if lane.last_microbatch or (self._every_microbatch and lane is not self._lanes[-1]):
             gradients.waiting.discard(id(parameter))
             if self.overlap:
                 self._send_ready(lane)
@@ -218,12 +254,14 @@ class GradientReducer:
             self._send_next(lane)
 
     def _send_next(self, lane: _Lane) -> None:
-        gradients = lane.gradients[lane.sent]
+        self._send(lane.gradients[lane.sent])
+        lane.sent += 1
+
+    def _send(self, gradients: _Gradients) -> None:
         gradients.sent = True
         full = gradients.take_full()
         finish = self._reduction.start(gradients.bucket, full, scatter=gradients.own is not None)
         self._in_flight.append((gradients, full, finish))
-        lane.sent += 1
         if self._every_microbatch:
             self._land(keep=1)  # so that no more than two full buffers live besides the one that fills
 
@@ -237,8 +275,10 @@ class GradientReducer:
 
     def finish(self) -> None:
         """Waits until every ``main_grad`` holds the sum over its replicas, and over tp where each rank had a part."""
-        for lane in self._lanes:
-            self._send_rest(lane)
+        self._end_backward()
+        if not self._every_microbatch:
+            for lane in self._lanes:
+                self._send_rest(lane)
         self._land()
         self._sum_partial_over_tp()
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
 from megaforge.device import communication_backend
 from megaforge.errors import UserError
@@ -97,6 +99,19 @@ def initialize(device: Any, backend: str = "auto", timeout_minutes: float = 30.0
     timeout = datetime.timedelta(minutes=timeout_minutes)
     dist.init_process_group(chosen, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     return launch
+
+
+def open_store() -> Store:
+    """Where the ranks that the launcher started leave each other notes, without a process group. Collective.
+
+    Raises:
+        UserError: they have no address to meet at.
+    """
+    launch = discover_launch()
+    if launch.launcher != "torchrun":
+        _export(launch)
+    store: Store = next(rendezvous("env://"))[0]
+    return store
 
 
 def _export(launch: Launch) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megaforge.config.run_config import ParallelConfig
 from megaforge.parallel.buckets import Bucket
+from megaforge.parallel.collectives import reduce_scatter_single
 from megaforge.parallel.param_spec import spec_of
 
 Finish = Callable[[], None]
@@ -51,7 +52,7 @@ def _sum(bucket: Bucket, payload: Tensor, scatter: bool) -> dist.Work:
     """Sums ``payload`` in place, or only this rank's slice of it."""
     group = bucket.replicas.group
     work = (
-        dist.reduce_scatter_tensor(bucket.own_slice(payload), payload, group=group, async_op=True)
+        reduce_scatter_single(bucket.own_slice(payload), payload, group=group, async_op=True)
         if scatter
         else dist.all_reduce(payload, group=group, async_op=True)
     )

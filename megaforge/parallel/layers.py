@@ -15,8 +15,9 @@ from megaforge.parallel.region import TensorParallelRegion
 class ColumnParallelLinear(nn.Module):
     """``y = x W^T + b`` with the rows of W (the output features) split over tp.
 
-    The input is inside a :class:`TensorParallelRegion`: every token, on every rank. ``parts`` names the logical
-    matrices fused in W (q|k|v, gate|up); each is split on its own.
+    The input is inside a :class:`TensorParallelRegion`: every token, on every rank; with a ``region`` it is the
+    residual stream, and the layer enters the region on its way in. ``parts`` names the logical matrices fused in W
+    (q|k|v, gate|up); each is split on its own.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class ColumnParallelLinear(nn.Module):
         out_features: int,
         *,
         init: InitRule,
+        region: TensorParallelRegion | None = None,
         bias: bool = False,
         parts: tuple[int, ...] = (),
         dtype: torch.dtype = torch.float32,
@@ -34,6 +36,7 @@ class ColumnParallelLinear(nn.Module):
         kind: str = "other",
     ) -> None:
         super().__init__()
+        self.region = region
         weight = ParamSpec(
             f"{name}.weight",
             (out_features, in_features),
@@ -52,7 +55,9 @@ class ColumnParallelLinear(nn.Module):
             self.bias = make_parameter(spec, ctx, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out/tp]."""
+        """[..., in] -> [..., out/tp]; with a region [s(/tp), b, in] -> [s, b, out/tp]."""
+        if self.region is not None:
+            return self.region.enter_linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
+from megaforge.parallel.collectives import all_gather_single, reduce_scatter_single
 from megaforge.parallel.context import Axis
 
 
@@ -23,7 +26,7 @@ def _all_reduce(x: Tensor, axis: Axis) -> Tensor:
 
 def _all_gather_first(x: Tensor, axis: Axis) -> Tensor:
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group)
+    all_gather_single(out, x.contiguous(), group=axis.group)
     return out
 
 
@@ -31,7 +34,7 @@ def _reduce_scatter_first(x: Tensor, axis: Axis) -> Tensor:
     if x.shape[0] % axis.size:
         raise ValueError(f"dim 0 of {tuple(x.shape)} does not divide by {axis.name}={axis.size}")
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group)
+    reduce_scatter_single(out, x.contiguous(), group=axis.group)
     return out
 
 
@@ -139,6 +142,42 @@ class _GatherFromContextParallel(torch.autograd.Function):
         return _reduce_scatter_first(torch.stack([early, late.flip(0)], 1).flatten(0, 2), ctx.axis), None
 
 
+class _ColumnParallelLinear(torch.autograd.Function):
+    """Forward: identity, or all-gather along dim 0, and a linear layer. Backward: the input's gradient is on its way
+    (all-reduce, or reduce-scatter along dim 0) while the weight's is computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, sequence_parallel: bool
+    ) -> Tensor:
+        inside = _all_gather_first(x, axis) if sequence_parallel else x
+        ctx.axis, ctx.sequence_parallel = axis, sequence_parallel
+        ctx.save_for_backward(inside, weight)
+        return F.linear(inside, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        inside, weight = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_input = grad_weight = grad_bias = work = None
+        if needs_input:
+            grad_input = grad @ weight
+            if ctx.sequence_parallel:
+                partial = grad_input
+                grad_input = partial.new_empty((inside.shape[0] // ctx.axis.size, *inside.shape[1:]))
+                work = reduce_scatter_single(grad_input, partial, group=ctx.axis.group, async_op=True)
+            else:
+                work = dist.all_reduce(grad_input, group=ctx.axis.group, async_op=True)
+        if needs_weight:
+            grad_weight = grad.flatten(0, -2).t() @ inside.flatten(0, -2)
+        if needs_bias:
+            grad_bias = grad.flatten(0, -2).sum(0)
+        if work is not None:
+            work.wait()
+        return grad_input, grad_weight, grad_bias, None, None
+
+
 class _ScaleGradient(torch.autograd.Function):
     """Forward: identity. Backward: multiply by a constant."""
 
@@ -183,6 +222,19 @@ def scatter_to_sequence_parallel(x: Tensor, axis: Axis) -> Tensor:
         ValueError: the sequence does not divide by the axis.
     """
     return x if axis.size == 1 else _ScatterToSequenceParallel.apply(x, axis)
+
+
+def column_parallel_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, *, sequence_parallel: bool
+) -> Tensor:
+    """:func:`copy_to_tensor_parallel` (under sequence parallelism :func:`gather_from_sequence_parallel`) and a linear
+    layer, [s(/n), ..., in] -> [s, ..., out/n], whose backward hides the collective behind the weight's gradient.
+
+    As Megatron-LM's LinearWithGradAccumulationAndAsyncCommunication; the whole input is kept, not gathered twice.
+    """
+    if axis.size == 1:
+        return F.linear(x, weight, bias)
+    return _ColumnParallelLinear.apply(x, weight, bias, axis, sequence_parallel)
 
 
 def gather_from_tensor_parallel(x: Tensor, axis: Axis) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.mappings import (
+    column_parallel_linear,
     copy_to_tensor_parallel,
     gather_from_sequence_parallel,
     reduce_from_tensor_parallel,
@@ -21,8 +23,10 @@ class TensorParallelRegion:
     gradient inside is a partial sum over tp.
     """
 
-    def __init__(self, ctx: ParallelContext, sequence_parallel: bool) -> None:
+    def __init__(self, ctx: ParallelContext, sequence_parallel: bool, *, overlap: bool = True) -> None:
+        """``overlap``: a linear layer at the door computes its weight's gradient while its input's travels."""
         self.axis = ctx.tp
+        self.overlap = overlap
         self.sequence_parallel = sequence_parallel and ctx.tp.size > 1
         self._enter = gather_from_sequence_parallel if self.sequence_parallel else copy_to_tensor_parallel
         self._exit = reduce_scatter_to_sequence_parallel if self.sequence_parallel else reduce_from_tensor_parallel
@@ -35,6 +39,12 @@ class TensorParallelRegion:
     def enter(self, x: Tensor) -> Tensor:
         """Residual stream -> region: [s(/tp), b, h] -> [s, b, h]."""
         return self._enter(x, self.axis)
+
+    def enter_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """:meth:`enter` and a column-parallel linear layer: [s(/tp), b, h] -> [s, b, out/tp]."""
+        if self.overlap:
+            return column_parallel_linear(x, weight, bias, self.axis, sequence_parallel=self.sequence_parallel)
+        return F.linear(self.enter(x), weight, bias)
 
     def exit(self, x: Tensor) -> Tensor:
         """Partial sums [s, b, h] -> residual stream [s(/tp), b, h]."""

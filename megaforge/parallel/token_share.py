@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from megaforge.parallel.collectives import all_gather_single
 from megaforge.parallel.context import Axis, ParallelContext
 from megaforge.parallel.mappings import reduce_from_tensor_parallel, scale_gradient
 from megaforge.parallel.region import TensorParallelRegion
@@ -34,7 +34,7 @@ def _gather_rows(x: Tensor, axis: Axis, length: int) -> Tensor:
     missing = share - x.shape[0]
     if missing:
         x = torch.cat([x, x.new_zeros((missing, *x.shape[1:]))])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group)
+    all_gather_single(out, x.contiguous(), group=axis.group)
     return out[:length]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megaforge.config.run_config import ParallelConfig
 from megaforge.parallel.buckets import Bucket, make_lanes
+from megaforge.parallel.collectives import all_gather_single
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_share import FlatShare, held_part
 from megaforge.parallel.param_spec import spec_of
@@ -32,7 +33,7 @@ class _Gather:
         group = self.bucket.replicas.group
         if group is not None:
             own = self.bucket.own_slice(self.flat)
-            self.work = dist.all_gather_into_tensor(self.flat, own, group=group, async_op=True)
+            self.work = all_gather_single(self.flat, own, group=group, async_op=True)
 
     def wait(self) -> None:
         if self.work is not None:

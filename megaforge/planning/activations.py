@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.kernels.wkv7 import CHUNK
+from megaforge.kernels.wkv7 import saved_for_backward
 from megaforge.models.pattern import BlockKind
 from megaforge.nn.rwkv7 import lora_ranks
 from megaforge.parallel.cross_entropy import CHUNK_TOKENS
@@ -70,25 +70,44 @@ def mixer_saved(sizes: Sizes, kind: BlockKind, first: bool) -> Saved:
     return saved | (_rwkv7(sizes, first) if kind.mixer == "rwkv7" else _attention(sizes))
 
 
+# What a mixer computes again under ``--recompute selective``: what its mixing of tokens keeps besides its inputs and
+# outputs.
+MIXING_OF_TOKENS = (
+    ("log w", "a, b", "WKV states", "summaries of all chunks")  # RWKV-7
+    + ("log-sum-exp", "keys and values of all cp ranks", "context of each chunk")  # attention
+)
+
+
+def mixing_saved(sizes: Sizes, kind: BlockKind, first: bool) -> float:
+    """Bytes that the mixing of tokens keeps."""
+    saved = mixer_saved(sizes, kind, first)
+    return sum(saved.get(what, 0.0) for what in MIXING_OF_TOKENS)
+
+
 def _rwkv7(sizes: Sizes, first: bool) -> Saved:
     cfg, layout, ranks = sizes.cfg, sizes.layout, lora_ranks(sizes.cfg)
     wide = sizes.split * layout.wide_size / layout.element_size
     heads = cfg.hidden_size // cfg.rwkv_head_size / layout.tp
     sequence = sizes.tokens // layout.micro_batch_size
-    states = (-(-sequence // CHUNK) + 1) * layout.micro_batch_size * heads * cfg.rwkv_head_size**2
+    state = layout.micro_batch_size * heads * cfg.rwkv_head_size**2 * layout.wide_size
     lora = ranks.decay + ranks.iclr + ranks.gate + (0 if first else ranks.value)
     saved = {
         "input and its shift": 2 * sizes.inside,
         "token-shift mixes": 6 * sizes.inside,
         "inside the LoRAs": sizes.tokens * lora * layout.element_size,
         "r, key, v, decay, rate, gate": 6 * sizes.split,
-        "k, a, b": 3 * sizes.split,
+        "k": sizes.split,
+        "a, b": 2 * sizes.split,
         "log w": wide,
-        "WKV states": states * layout.wide_size,
+        "WKV states": layout.micro_batch_size * heads * layout.wide_size
+        * saved_for_backward(sequence, cfg.rwkv_head_size, layout.device_type),
         "y and its norm": 2 * wide + 2 * sizes.tokens * heads * layout.wide_size,
         "bonus": sizes.split + sizes.tokens * heads * layout.wide_size,
         "ungated and gated output": 2 * sizes.split,
     }
+    if layout.cp > 1:
+        # P and Q of the 2 cp chunks of each sequence; and this rank has two chunks, each with a first state.
+        saved["summaries of all chunks"] = (2 * 2 * layout.cp + 1) * state
     if not first:
         rounded = sizes.split if layout.element_size != layout.wide_size else 0
         saved["value residual"] = sizes.split + wide + rounded
@@ -107,8 +126,11 @@ def _attention(sizes: Sizes) -> Saved:
     }
     if cfg.position_embedding_type == "rope":
         saved["rotated q, k"] = scale * (queries + shared)
-    if layout.cp > 1:
+    if layout.cp > 1 and layout.cp_comm_type == "allgather":
         saved["keys and values of all cp ranks"] = scale * 2 * shared * layout.cp
+        saved["context of each chunk"] = scale * queries
+        if layout.recompute != "selective":  # this rank's own keys and values live on in all ranks' only
+            del saved["q, k, v"]
     return saved
 
 
@@ -164,16 +186,33 @@ def ends_saved(sizes: Sizes, *, first: bool, last: bool) -> Saved:
     return saved
 
 
+def shared_saved(sizes: Sizes, attention: bool) -> Saved:
+    """What the blocks of a stage share for one micro-batch; ``attention``: whether any of them is attention."""
+    cfg, layout, saved = sizes.cfg, sizes.layout, Saved()
+    length = layout.sequence_length
+    if attention and cfg.position_embedding_type == "rope":
+        channels = int(cfg.head_dim * cfg.rotary_percent) // 2 * 2
+        saved["rotary tables"] = sizes.tokens * channels * layout.element_size
+    if attention and layout.cp > 1 and layout.cp_comm_type == "allgather":
+        saved["mask"] = length * length / layout.cp
+    if layout.recompute in ("full", "moe"):
+        saved["positions"] = 2 * length * INDEX + length * layout.micro_batch_size
+    return saved
+
+
 def block_kept(sizes: Sizes, kind: BlockKind, first: bool) -> float:
     """Bytes that one block keeps until its backward pass under ``--recompute``."""
     recompute = sizes.layout.recompute
+    saved = ffn_saved(sizes, kind)
+    # The dispatch of an earlier pass through the experts outlives it: it is no tensor that autograd saves.
+    again = sizes.residual + saved.get("dispatch plan", 0.0)
     if recompute == "full":
-        return sizes.residual
-    mixer, ffn = sum(mixer_saved(sizes, kind, first).values()), sum(ffn_saved(sizes, kind).values())
+        return again
+    mixer, ffn = sum(mixer_saved(sizes, kind, first).values()), sum(saved.values())
     if recompute == "selective":
-        mixer = sizes.residual
+        mixer -= mixing_saved(sizes, kind, first)
     if recompute == "moe" and kind.ffn == "moe":
-        ffn = sizes.residual
+        ffn = again
     return mixer + ffn
 
 
@@ -181,8 +220,32 @@ def recomputed_at_once(sizes: Sizes, kind: BlockKind, first: bool) -> float:
     """Bytes that the backward pass of one block brings back for a while: what is computed again at once."""
     recompute = sizes.layout.recompute
     mixer, ffn = sum(mixer_saved(sizes, kind, first).values()), sum(ffn_saved(sizes, kind).values())
-    again = {"none": 0.0, "selective": mixer, "moe": ffn if kind.ffn == "moe" else 0.0, "full": mixer + ffn}[recompute]
+    if recompute == "selective":
+        return mixing_saved(sizes, kind, first)
+    again = {"none": 0.0, "moe": ffn if kind.ffn == "moe" else 0.0, "full": mixer + ffn}[recompute]
     return max(0.0, again - sizes.residual) if again else 0.0
+
+
+def weight_gradients_wait_for(sizes: Sizes, kind: BlockKind) -> float:
+    """Bytes of gradients that a block's weights wait for between the halves of a split backward pass: of the outputs
+    of every operation with a weight."""
+    cfg, layout, ranks = sizes.cfg, sizes.layout, lora_ranks(sizes.cfg)
+    wide = sizes.split * layout.wide_size / layout.element_size
+    if kind.mixer == "rwkv7":
+        lora = sizes.tokens * (ranks.decay + ranks.iclr + ranks.gate + ranks.value) * layout.element_size
+        # Token-shift mixes; r, k, v and four LoRAs; log w, k, a and b; what scales the norm of each head.
+        mixer = 6 * sizes.inside + 7 * sizes.split + lora + (wide + 3 * sizes.split) + wide
+    else:
+        channels = (cfg.num_attention_heads + 2 * cfg.query_groups) * cfg.head_dim
+        mixer = sizes.tokens * channels / layout.tp * layout.element_size
+    mixer += sizes.residual + sizes.inside  # of the norm and of the output projection
+    if kind.ffn is None:
+        return mixer
+    ffn = sizes.residual + (sizes.inside if kind.channel_mix else 0.0)
+    width = cfg.ffn_size * (_inner(cfg) - 1)
+    if kind.ffn == "moe":
+        return mixer + ffn + sizes.expert_rows * (width / layout.etp + cfg.hidden_size) * layout.element_size
+    return mixer + ffn + sizes.tokens * width / layout.tp * layout.element_size + sizes.inside
 
 
 def working_set(sizes: Sizes, kind: BlockKind) -> float:

@@ -38,13 +38,14 @@ def stage_traffic(parts: ModelParts, layout: PlannedLayout, stage: StagePart) ->
     forward: dict[str, float] = {}
     again: dict[str, float] = {}
     sizes = Sizes(parts.cfg, layout)
-    full, selective = layout.recompute == "full", layout.recompute == "selective"
+    full = layout.recompute == "full"
     for index, count in parts.alike(stage.blocks).items():
         kind = parts.blocks[index].kind
         mixer = _times(count, _mixer_traffic(sizes, kind.mixer))
         ffn = {} if kind.ffn is None else _times(count, _ffn_traffic(sizes, kind.ffn, kind.channel_mix))
         _add(forward, mixer, ffn)
-        _add(again, mixer if full or selective else {})
+        mixing = {axis: size for axis, size in mixer.items() if axis == "cp"}
+        _add(again, mixer if full else mixing if layout.recompute == "selective" else {})
         _add(again, ffn if full or (layout.recompute == "moe" and kind.ffn == "moe") else {})
     ends = _region(sizes) if stage.last else {}
     _add(forward, _region(sizes) if stage.first else {}, ends)

@@ -14,6 +14,8 @@ from megaforge.planning.activations import (
     ends_saved,
     head_working_set,
     recomputed_at_once,
+    shared_saved,
+    weight_gradients_wait_for,
     working_set,
 )
 from megaforge.planning.layout import PlannedLayout
@@ -21,6 +23,7 @@ from megaforge.planning.stages import Held, ModelParts, StagePart, stage_paramet
 
 MOMENTS = 2
 LIBRARIES = 2e9  # CUDA context, cuBLAS workspaces, NCCL's channels: assumed, it differs by driver and number of groups
+NEEDED_BY_WEIGHTS = 0.55  # of what a block keeps; measured in CPU runs: 0.44 to 0.55, by kind of block
 
 
 @dataclass(frozen=True)
@@ -83,19 +86,27 @@ class RankMemory:
         return state.parameters + state.gradients + state.optimizer + self.activations + self.buffers
 
 
-def peak_activations(schedule: Schedule, rank: int, stage_bytes: Sequence[float]) -> tuple[float, int]:
+def peak_activations(
+    schedule: Schedule, rank: int, stage_bytes: Sequence[float], brought_back: Sequence[float] | None = None
+) -> tuple[float, int]:
     """(most bytes of activations alive at once on ``rank``, most activations alive), walking its actions.
 
-    A backward pass split in two halves keeps its activations until the second, as the executor does.
+    A backward pass split in two halves keeps its activations until the second, as the executor does, and with them
+    the ``brought_back`` bytes that the first half computed again.
     """
+    again = [0.0] * len(stage_bytes) if brought_back is None else brought_back
     live = peak = 0.0
     count = most = 0
     for action in schedule.actions[rank]:
         if action.kind is Kind.FORWARD:
             live, count = live + stage_bytes[action.stage], count + 1
-            peak, most = max(peak, live), max(most, count)
-        elif action.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT):
+        elif action.kind is Kind.BACKWARD_INPUT:
+            live += again[action.stage]
+        elif action.kind is Kind.BACKWARD_WEIGHT:
+            live, count = live - stage_bytes[action.stage] - again[action.stage], count - 1
+        else:
             live, count = live - stage_bytes[action.stage], count - 1
+        peak, most = max(peak, live), max(most, count)
     return peak, most
 
 
@@ -105,10 +116,27 @@ def stage_activations(parts: ModelParts, layout: PlannedLayout, stage: StagePart
     alike = parts.alike(stage.blocks)
     kept = sum(count * block_kept(sizes, parts.blocks[index].kind, index == 0) for index, count in alike.items())
     kept += sum(ends_saved(sizes, first=stage.first, last=stage.last).values())
-    keeps_v_first = not stage.first or layout.recompute in ("selective", "full")
+    kept += sum(shared_saved(sizes, any(parts.blocks[index].kind.mixer == "attention" for index in alike)).values())
+    # Blocks that are computed again each start from it; the first stage's own block made it and need not keep it.
+    keeps_v_first = not stage.first or (layout.recompute == "full" and len(stage.blocks) > 1)
     if keeps_v_first and any(parts.blocks[index].kind.mixer == "rwkv7" for index in alike):
         kept += sizes.split
     return kept
+
+
+def stage_brought_back(parts: ModelParts, layout: PlannedLayout, stage: StagePart) -> float:
+    """Bytes that the first half of a split backward pass leaves for the second: gradients, and what it has computed
+    again. The first stage's first half has nothing to do, and mixing of tokens has few weights."""
+    sizes, alike = Sizes(parts.cfg, layout), parts.alike(stage.blocks)
+    if not layout.schedule.splits_backward:
+        return 0.0
+    if stage.first:
+        return sizes.residual + (sizes.split if any(b.kind.mixer == "rwkv7" for b in parts.blocks) else 0.0)
+    waiting = sum(count * weight_gradients_wait_for(sizes, parts.blocks[i].kind) for i, count in alike.items())
+    if layout.recompute not in ("full", "moe"):
+        return waiting
+    again = sum(count * recomputed_at_once(sizes, parts.blocks[i].kind, i == 0) for i, count in alike.items())
+    return waiting + NEEDED_BY_WEIGHTS * again
 
 
 def stage_temporaries(parts: ModelParts, layout: PlannedLayout, stage: StagePart) -> float:
@@ -130,7 +158,8 @@ def rank_memory(
     ctx = layout.context(rank * layout.stage_ranks)
     held = stage_parameters(parts, own)
     kept = [stage_activations(parts, layout, stage) if stage in own else 0.0 for stage in stages]
-    activations, in_flight = peak_activations(schedule, rank, kept)
+    again = [stage_brought_back(parts, layout, stage) if stage in own else 0.0 for stage in stages]
+    activations, in_flight = peak_activations(schedule, rank, kept, again)
     buffers = max(stage_temporaries(parts, layout, stage) for stage in own) + _largest_gradient(held, ctx)
     buffers += _buckets(layout) + libraries
     return RankMemory(rank, own, state_bytes(held, ctx, layout), in_flight, activations, buffers)

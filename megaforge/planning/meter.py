@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -81,6 +81,10 @@ class MetaRun(StorageMeter):
             aten._to_copy.default: self._to_host,
         }
 
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        if storage.device.type == "meta":  # what is on the host (states of random generators) takes no device memory
+            super()._follow(storage)
+
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func.namespace == "c10d":
             self._count(func, args)
@@ -104,14 +108,18 @@ class MetaRun(StorageMeter):
         self.sent[name] = self.sent.get(name, 0) + size
 
 
-class FusedAttention(TorchFunctionMode):
+@contextmanager
+def fused_attention() -> Iterator[None]:
     """Takes the fused attention kernel where torch would write out all scores: it does so on the meta device."""
+    kernel, plain = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, F.scaled_dot_product_attention
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        query, key, value = args[:3]
+    def fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Any:
         if key.shape[1] != query.shape[1]:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-        return kernel(query, key, value, 0.0, bool((kwargs or {}).get("is_causal")))[0]
+        return kernel(query, key, value, 0.0, bool(options.get("is_causal")), attn_mask=attn_mask)[0]
+
+    F.scaled_dot_product_attention = fused  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain

@@ -10,31 +10,13 @@ import torch
 
 from megaforge.config.cli import parse_config
 from megaforge.config.config import Config
-from megaforge.config.schema import settings
 from megaforge.data.tokenizer import load_tokenizer
 from megaforge.errors import UserError
 from megaforge.planning.gpus import GPUS, gpu_named
-from megaforge.planning.layout import RECOMPUTE, PlannedLayout, layout_of
+from megaforge.planning.layout import PlannedLayout, layout_of
 from megaforge.planning.report import plan_text, search_text
 from megaforge.planning.search import search
 from megaforge.planning.stages import model_parts
-
-# Layout flags by the name under which a plan knows them: spellings, type, help.
-_LAYOUT_FLAGS = {
-    "vpp": (("--vpp",), int, "pipeline stages on each pipeline rank"),
-    "schedule_name": (("--pipeline-schedule",), str, "gpipe, 1f1b, interleaved, zb-h1 or zb-v"),
-    "etp": (("--etp", "--expert-tensor-parallel-size"), int, "tensor parallelism of experts"),
-    "zero": (("--zero",), int, "0, 1 (optimizer state shared out) or 2 (gradients too)"),
-    "recompute": (("--recompute",), str, ", ".join(RECOMPUTE)),
-}
-# Where the configuration keeps them.
-_FIELDS = {
-    "vpp": ("virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),
-    "schedule_name": ("pipeline_schedule",),
-    "etp": ("expert_tensor_parallel_size",),
-    "zero": ("zero_stage",),
-    "recompute": ("recompute",),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +40,6 @@ def parse(arguments: Sequence[str], prog: str) -> Request:
     parser.add_argument("--search", action="store_true", help="list the fastest layouts that fit --gpus")
     parser.add_argument("--share", type=float, default=0.9, help="share of the memory that a layout may fill")
     parser.add_argument("--top", type=int, default=10, help="layouts to list")
-    known = {spelling for setting in settings().values() for spelling in (setting.flag, *setting.aliases)}
-    for name, (spellings, kind, text) in _LAYOUT_FLAGS.items():
-        if not known & set(spellings):
-            parser.add_argument(*spellings, dest=name, type=kind, help=text)
     if "-h" in arguments or "--help" in arguments:
         parser.print_help()
     try:
@@ -81,19 +59,15 @@ def planned_dtype(config: Config) -> torch.dtype:
     return torch.float16 if training.fp16 else torch.float64 if training.fp64 else torch.bfloat16
 
 
-def planned_layout(
-    config: Config, world_size: int, own: argparse.Namespace | None = None, dtype: torch.dtype | None = None
-) -> PlannedLayout:
-    """The layout of ``config``, where flags of ``own`` override it; in :func:`planned_dtype` unless ``dtype`` is given.
+def planned_layout(config: Config, world_size: int, dtype: torch.dtype | None = None) -> PlannedLayout:
+    """The layout of ``config``, in :func:`planned_dtype` unless ``dtype`` is given; its schedule is defined.
 
     Raises:
         UserError: the layout is impossible.
     """
-    values: dict[str, int | str | None] = {}
-    for name, fields in _FIELDS.items():
-        found = (getattr(config.parallel, field, None) for field in fields)
-        values[name] = getattr(own, name, None) or next((value for value in found if value is not None), None)
-    return layout_of(config, world_size, dtype or planned_dtype(config), **values)
+    layout = layout_of(config, world_size, dtype or planned_dtype(config))
+    _ = layout.schedule
+    return layout
 
 
 def run(arguments: Sequence[str], prog: str = "plan.py memory") -> None:
@@ -114,7 +88,7 @@ def run(arguments: Sequence[str], prog: str = "plan.py memory") -> None:
     product = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     product *= parallel.context_parallel_size
     world_size = own.gpus or product * (own.dp or 1)
-    layout = planned_layout(config, world_size, own)
+    layout = planned_layout(config, world_size)
     if own.dp is not None and layout.dp != own.dp:
         raise UserError(f"--dp {own.dp}: {world_size} GPUs leave dp {layout.dp}; give --dp or --gpus, not both")
     print(plan_text(model_parts(config.model, layout.dtype), layout, gpu, config.name))

@@ -6,19 +6,24 @@ import dataclasses
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
+from megaforge.config.check_layout import ffn_kinds
 from megaforge.config.config import Config
+from megaforge.config.run_config import ParallelConfig, roomy_etp
 from megaforge.errors import UserError
+from megaforge.models.pattern import blocks_of
 from megaforge.planning.gpus import Efficiency, Gpu
-from megaforge.planning.layout import RECOMPUTE, PlannedLayout, check_sizes, roomy_etp
+from megaforge.planning.layout import PlannedLayout, layout_of
 from megaforge.planning.memory import RankMemory, rank_memory
 from megaforge.planning.stages import ModelParts, StagePart, cut_stages, model_parts
 from megaforge.planning.time import StepTime, stage_time, step_time
 
 SCHEDULES = (("1f1b", 1), ("interleaved", 2), ("interleaved", 4), ("zb-h1", 1), ("zb-v", 2))
 MICRO_BATCHES = (1, 2, 4)
+RECOMPUTE = ("none", "selective", "moe", "full")  # cheapest first
 ROUNDS = 4  # micro-batches, in multiples of the stages, after which a pipeline repeats itself
 
 
@@ -36,46 +41,48 @@ def divisors(number: int, largest: int) -> list[int]:
     return [size for size in range(1, min(number, largest) + 1) if number % size == 0]
 
 
-def candidates(config: Config, gpus: int, gpu: Gpu, dtype: torch.dtype) -> Iterator[PlannedLayout]:
+def candidates(config: Config, gpus: int, dtype: torch.dtype, node_size: int = 8) -> Iterator[PlannedLayout]:
     """Valid layouts without recomputation: tp and etp within a server, sequence parallelism wherever there is tp,
     ZeRO-1, every schedule that the micro-batches allow. ``--cp`` is the configuration's."""
-    cfg, cp = config.model, config.parallel.context_parallel_size
-    for tp in divisors(gpus, gpu.node_size):
+    blocks, cp = len(blocks_of(config.model)), config.parallel.context_parallel_size
+    experts = config.model.num_experts if "E" in ffn_kinds(config.model) else 1
+    for tp in divisors(gpus, node_size):
         for pp in divisors(gpus // tp, 64):
             stage_ranks = gpus // pp
-            for ep in divisors(cfg.num_experts, stage_ranks):
-                for etp in sorted({1, roomy_etp(tp, ep, stage_ranks)} - {0}):
-                    for micro in MICRO_BATCHES:
-                        for name, vpp in SCHEDULES if pp > 1 else SCHEDULES[:1]:
-                            layout = PlannedLayout(
-                                world_size=gpus,
-                                tp=tp,
-                                cp=cp,
-                                pp=pp,
-                                vpp=vpp,
-                                ep=ep,
-                                etp=etp,
-                                sequence_parallel=tp > 1,
-                                schedule_name=name,
-                                zero=1,
-                                micro_batch_size=micro,
-                                global_batch_size=config.training.global_batch_size or gpus,
-                                sequence_length=config.data.seq_length,
-                                bucket_size=config.parallel.ddp_bucket_size,
-                                dtype=dtype,
-                            )
-                            if _is_valid(config, layout):
-                                yield layout
+            for ep, micro in product(divisors(experts, stage_ranks), MICRO_BATCHES):
+                etps = sorted({1, roomy_etp(tp, ep, stage_ranks)}) if experts > 1 else [None]
+                schedules = [item for item in (SCHEDULES if pp > 1 else SCHEDULES[:1]) if pp * item[1] <= blocks]
+                for etp, (name, vpp) in product(etps, schedules):
+                    parallel = ParallelConfig(
+                        tensor_model_parallel_size=tp,
+                        context_parallel_size=cp,
+                        pipeline_model_parallel_size=pp,
+                        virtual_pipeline_model_parallel_size=vpp,
+                        pipeline_schedule=name,
+                        expert_model_parallel_size=ep,
+                        expert_tensor_parallel_size=etp,
+                        sequence_parallel=tp > 1,
+                        zero_stage=1,
+                        ddp_bucket_size=config.parallel.ddp_bucket_size,
+                        cp_comm_type=config.parallel.cp_comm_type,
+                    )
+                    batch = config.training.global_batch_size or gpus
+                    training = dataclasses.replace(config.training, micro_batch_size=micro, global_batch_size=batch)
+                    layout = _valid(dataclasses.replace(config, parallel=parallel, training=training), gpus, dtype)
+                    if layout is not None:
+                        yield layout
 
 
-def _is_valid(config: Config, layout: PlannedLayout) -> bool:
+def _valid(config: Config, gpus: int, dtype: torch.dtype) -> PlannedLayout | None:
+    """The layout that ``config`` describes, if it can train, with at least as many micro-batches as stages."""
     try:
-        check_sizes(config.model, layout)
-        if layout.micro_batches >= layout.pp:
-            _ = _shortened(layout).schedule
+        layout = layout_of(config, gpus, dtype)
+        if layout.micro_batches < layout.pp:
+            return None
+        _ = _shortened(layout).schedule
     except UserError:
-        return False
-    return layout.micro_batches >= layout.pp
+        return None
+    return layout
 
 
 def _shortened(layout: PlannedLayout) -> PlannedLayout:
@@ -111,7 +118,7 @@ def search(
     parts, efficiency = model_parts(config.model, dtype), Efficiency()
     fitting = []
     cut: dict[int, tuple[StagePart, ...]] = {}
-    for number, plain in enumerate(candidates(config, gpus, gpu, dtype)):
+    for number, plain in enumerate(candidates(config, gpus, dtype, gpu.node_size)):
         number_of_stages = plain.pp * plain.vpp
         stages = cut[number_of_stages] = cut.get(number_of_stages) or cut_stages(parts, plain)
         for recompute in RECOMPUTE:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megaforge.models.hybrid import HybridModel
-from megaforge.nn.sequence import SequenceInfo
+from megaforge.models.hybrid import HybridModel, Stream
+from megaforge.parallel.pipeline.payload import Payload
+from megaforge.parallel.pipeline.split_backward import backward_input
 from megaforge.planning.layout import PlannedLayout
-from megaforge.planning.meter import FusedAttention, MetaRun, StorageMeter
-from megaforge.planning.stages import StagePart
+from megaforge.planning.meter import MetaRun, StorageMeter, fused_attention
 
 
 @dataclass(frozen=True)
@@ -22,61 +23,105 @@ class Measured:
 
     Attributes:
         kept: alive between forward and backward pass, the input included.
+        between: alive between the halves of a backward pass that the schedule splits; 0 where it does not.
         peak: the most alive at once, forward and backward.
         sent: bytes handed to collectives, by name; empty for real tensors.
     """
 
     kept: int
+    between: int
     peak: int
     sent: dict[str, int]
 
 
-def run_stage(model: HybridModel, stage: StagePart, layout: PlannedLayout, *, on_meta: bool = True) -> Measured:
-    """Forward and backward pass of one micro-batch through ``stage`` of ``model``.
+def run_stage(
+    chunk: HybridModel,
+    layout: PlannedLayout,
+    payload: Payload | None = None,
+    *,
+    known: Sequence[Tensor] = (),
+    on_meta: bool = True,
+) -> Measured:
+    """Forward and backward pass of one micro-batch through ``chunk``, the whole model or one stage of it.
 
-    Parameters and their gradients do not count; a gradient is freed as soon as it has been accumulated. On the meta
-    device (``on_meta``) nothing is computed, and tokens spread evenly over the experts.
+    What leaves the stage is let go of once it would have been sent, as the pipeline's executor does. Parameters and
+    their gradients do not count. On the meta device (``on_meta``) nothing is computed, and tokens spread evenly over
+    the experts.
+
+    Args:
+        chunk: its gradients are freed as soon as they are accumulated, unless a gradient reducer has taken them in.
+        payload: what travels between stages (:func:`megaforge.models.stages.make_payload`).
+        known: further tensors that do not count: buffers of gradients.
     """
-    parameters = list(model.parameters())
-    hooks = [parameter.register_post_accumulate_grad_hook(_free) for parameter in parameters]
-    meter = MetaRun(model.cfg.num_experts, parameters) if on_meta else StorageMeter(parameters)
+    parameters = list(chunk.parameters())
+    hooks = [parameter.register_post_accumulate_grad_hook(_free) for parameter in parameters if not known]
+    standing = [*parameters, *known]
+    meter = MetaRun(chunk.cfg.num_experts, standing) if on_meta else StorageMeter(standing)
     try:
-        with meter, FusedAttention() if on_meta else nullcontext():
-            outputs = _forward(model, stage, layout)
-            kept = meter.live - outputs[0].untyped_storage().nbytes()
-            torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+        with meter, fused_attention() if on_meta else nullcontext():
+            inputs = _arrived(chunk, payload or {})
+            roots, gradients = _forward(chunk, layout, payload or {}, inputs)
+            kept, between = meter.live, 0
+            if layout.pp > 1 and layout.schedule.splits_backward:
+                between = _backward_in_halves(chunk, roots, gradients, inputs, meter)
+            else:
+                torch.autograd.backward(roots, [make() for make in gradients])
     finally:
         for hook in hooks:
             hook.remove()
-    return Measured(kept, meter.peak, meter.sent if isinstance(meter, MetaRun) else {})
+    return Measured(kept, between, meter.peak, meter.sent if isinstance(meter, MetaRun) else {})
 
 
 def _free(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _forward(model: HybridModel, stage: StagePart, layout: PlannedLayout) -> Sequence[Tensor]:
-    """What leaves the stage and takes part in the backward pass: residual stream and v_first, or the loss."""
-    device, dtype = model.ctx.device, layout.dtype
-    batch, length = layout.micro_batch_size, layout.tokens // layout.micro_batch_size
-    info = SequenceInfo(batch, length, device)
-    v_first: Tensor | None = None
-    tokens = torch.zeros(batch, length, dtype=torch.int64, device=device)
-    if stage.first:
-        x = model.embedding_norm(model.embedding(tokens))
-    else:
-        width = model.cfg.hidden_size
-        rows = layout.residual_tokens // batch
-        x = torch.zeros(rows, batch, width, dtype=dtype, device=device, requires_grad=True)
-        if any(block.kind.mixer == "rwkv7" for block in model.layers):  # type: ignore[union-attr]
-            v_first = torch.zeros(length, batch, width // layout.tp, dtype=dtype, device=device, requires_grad=True)
-    extra = x.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
-    for index in stage.blocks:
-        x, v_first, routed = model.layers[index](x, v_first, info, None)
-        if routed is not None:
-            extra = extra + routed.load_balance_sum + routed.z_loss_sum
-    if not stage.last:
-        return [t for t in (x, v_first, extra) if t is not None and t.requires_grad]
-    mask = torch.ones(length, batch, dtype=torch.float32, device=device)
-    losses, _ = model.head.loss(model.final_norm(x), tokens)
-    return [(losses * mask).sum() + extra]
+def _backward_in_halves(
+    chunk: HybridModel,
+    roots: list[GradientEdge],
+    gradients: Sequence[Callable[[], Tensor]],
+    inputs: dict[str, Tensor],
+    meter: StorageMeter,
+) -> int:
+    """The two halves, one after the other, as the executor runs them apart; bytes alive between them."""
+    starts = [make() for make in gradients]
+    found, deferred = backward_input(roots, starts, list(inputs.values()), chunk.parameters())
+    del found, starts
+    inputs.clear()
+    roots.clear()
+    between = meter.live
+    deferred.run()
+    return between
+
+
+def _forward(
+    chunk: HybridModel, layout: PlannedLayout, payload: Payload, inputs: dict[str, Tensor]
+) -> tuple[list[GradientEdge], list[Callable[[], Tensor]]]:
+    """Where the backward pass starts, and what makes the gradients that arrive there: of what the next stage gets, and
+    of this stage's share of the loss."""
+    device = chunk.ctx.device
+    tokens = torch.zeros(layout.micro_batch_size, layout.sequence_length, dtype=torch.int64, device=device)
+    mask = torch.ones(tokens.shape, dtype=torch.float32, device=device)
+    arrived = Stream(inputs["x"], inputs.get("v_first")) if inputs else None
+    output, stream = chunk.run_stage(tokens, tokens, mask, arrived=arrived)
+    leaving = [] if chunk.is_last else [stream.x]
+    if chunk.is_first and "v_first" in payload and stream.v_first is not None:
+        leaving.append(stream.v_first)
+    loss = output.loss_sum + output.load_balance_sum + output.z_loss_sum
+    outputs = [tensor for tensor in (*leaving, loss) if tensor.requires_grad]
+    return [get_gradient_edge(tensor) for tensor in outputs], [_ones_like(tensor) for tensor in outputs]
+
+
+def _ones_like(tensor: Tensor) -> Callable[[], Tensor]:
+    shape, dtype, device = tensor.shape, tensor.dtype, tensor.device
+    return lambda: torch.ones(shape, dtype=dtype, device=device)
+
+
+def _arrived(chunk: HybridModel, payload: Payload) -> dict[str, Tensor]:
+    """What the stage before sends: the residual stream, and v_first where it is read. Nothing to the first stage."""
+    readers = any(block.kind.mixer == "rwkv7" for block in chunk.layers)  # type: ignore[union-attr]
+    return {
+        name: torch.zeros(item.shape, dtype=item.dtype, device=chunk.ctx.device, requires_grad=True)
+        for name, item in payload.items()
+        if not chunk.is_first and (name == "x" or readers)
+    }

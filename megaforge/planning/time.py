@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megaforge.models.flops import matmul_elements, mixing_flops
 from megaforge.parallel.pipeline.simulator import Costs, Timeline, simulate
-from megaforge.planning.activations import Sizes, ends_saved, ffn_saved, mixer_saved
+from megaforge.planning.activations import Sizes, ends_saved, ffn_saved, mixer_saved, mixing_saved
 from megaforge.planning.communication import (
     bandwidth,
     crossing_bytes,
@@ -86,22 +86,32 @@ def block_forward_seconds(
     return mixer_seconds, ffn_seconds + sum(ffn_saved(sizes, block.kind).values()) / moving
 
 
+def mixing_seconds(parts: ModelParts, layout: PlannedLayout, index: int, gpu: Gpu, efficiency: Efficiency) -> float:
+    """Seconds of one micro-batch's forward mixing of tokens in a block, which ``--recompute selective`` repeats."""
+    kind, sizes = parts.blocks[index].kind, Sizes(parts.cfg, layout)
+    kernel = efficiency.attention if kind.mixer == "attention" else efficiency.wkv
+    flops = mixing_flops(parts.cfg, kind, layout.sequence_length) * sizes.tokens / layout.tp
+    moved = mixing_saved(sizes, kind, index == 0) * FORWARD_PASSES
+    return flops / (gpu.matmul * kernel) + moved / (gpu.memory_bandwidth * efficiency.memory)
+
+
 def stage_time(
     parts: ModelParts, layout: PlannedLayout, stage: StagePart, gpu: Gpu, efficiency: Efficiency
 ) -> StageTime:
     """The roofline of one micro-batch on a stage. The backward pass costs two forward passes, one of them for the
     weights. Communication over tp, cp, ep and etp is not hidden."""
-    mixers = ffns = experts = 0.0
+    mixers = ffns = experts = mixing = 0.0
     for index, count in parts.alike(stage.blocks).items():
         mixer, ffn = block_forward_seconds(parts, layout, index, gpu, efficiency)
         mixers, ffns = mixers + count * mixer, ffns + count * ffn
+        mixing += count * mixing_seconds(parts, layout, index, gpu, efficiency)
         experts += count * ffn if parts.blocks[index].kind.ffn == "moe" else 0.0
     sizes = Sizes(parts.cfg, layout)
     moving = gpu.memory_bandwidth * efficiency.memory / FORWARD_PASSES
     ends = sum(ends_saved(sizes, first=stage.first, last=stage.last).values()) / moving
     if stage.last:
         ends += parts.head_flops * sizes.tokens / layout.tp / (gpu.matmul * efficiency.matmul)
-    again = {"none": 0.0, "selective": mixers, "moe": experts, "full": mixers + ffns}[layout.recompute]
+    again = {"none": 0.0, "selective": mixing, "moe": experts, "full": mixers + ffns}[layout.recompute]
     again += ends if stage.last else 0.0  # the head computes its logits again
     traffic = stage_traffic(parts, layout, stage)
     speeds = {axis: bandwidth(layout, axis, gpu, efficiency) for axis in {*traffic.forward, *traffic.backward}}

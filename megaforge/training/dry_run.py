@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor
 
 from megaforge.config.check_layout import check_layout, with_tokenizer_vocab
 from megaforge.config.config import Config
@@ -18,28 +20,39 @@ from megaforge.data.loader import GlobalBatchLoader
 from megaforge.data.tokenizer import load_tokenizer
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
-from megaforge.optim import build_optimizer
-from megaforge.parallel.context import ParallelContext
+from megaforge.models.stages import PipelinePlan, StagedModel, make_payload
+from megaforge.optim import AdamW, build_optimizer
+from megaforge.parallel.context import AXES, ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.distributed import discover_launch
 from megaforge.parallel.param_spec import Box, named_specs
 from megaforge.parallel.zero import shard_parameters
 from megaforge.planning.layout import PlannedLayout
-from megaforge.planning.memory import StateBytes, peak_activations, stage_activations, state_bytes
+from megaforge.planning.memory import (
+    LIBRARIES,
+    StateBytes,
+    peak_activations,
+    stage_activations,
+    stage_brought_back,
+    state_bytes,
+)
 from megaforge.planning.plan_command import planned_layout
 from megaforge.planning.report import gigabytes, table
 from megaforge.planning.stage_run import run_stage
 from megaforge.planning.stages import ModelParts, StagePart, cut_stages, model_parts, stage_parameters
+from megaforge.training.launch import build_stages, context_of, plan_of
+from megaforge.training.pipeline import make_reducer
 from megaforge.training.state import compute_dtype
 
 
 @dataclass(frozen=True)
 class DryRank:
-    """What one rank of the job holds and needs.
+    """What one rank of the job holds and needs, or the fullest of several with the same shapes.
 
     Attributes:
-        rank: in the world.
+        rank: in the world, the one that was built.
         stands_for: pipeline ranks with the same shapes, this one's first.
+        stages: of the rank that was built.
         state: bytes of what was registered with the model, the gradient reducer and the optimizer.
         planned: what the planner says.
         activations: most bytes alive between forward and backward passes, as measured.
@@ -56,6 +69,12 @@ class DryRank:
     planned_activations: float
     temporaries: float
 
+    @property
+    def total(self) -> float:
+        """Bytes at the worst moment, those of libraries assumed."""
+        state = self.state
+        return sum((state.parameters, state.gradients, state.optimizer, self.activations, self.temporaries, LIBRARIES))
+
 
 def dry_run(config: Config) -> None:
     """Checks the job that ``config`` describes and prints what its ranks hold.
@@ -68,30 +87,34 @@ def dry_run(config: Config) -> None:
         tokenizer = load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
         config = with_tokenizer_vocab(config, tokenizer.vocab_size)
     world_size = config.dry_run.dry_run_world_size or discover_launch().world_size
-    check_layout(config, world_size)
-    layout = planned_layout(config, world_size, dtype=compute_dtype(config.training))
-    ranks = try_ranks(config, layout)
+    layout, ranks = try_ranks(config, world_size)
+    for note in check_layout(config, world_size).notes:
+        print(note)
     print(report(config, layout, ranks))
     print(f"dry run of {world_size} ranks: {time.perf_counter() - started:.1f} s")
 
 
-def try_ranks(config: Config, layout: PlannedLayout) -> list[DryRank]:
-    """Builds the ranks that ``--dry-run-ranks`` names and compares them with the plan.
+def try_ranks(config: Config, world_size: int) -> tuple[PlannedLayout, list[DryRank]]:
+    """Checks the whole job, builds the ranks that ``--dry-run-ranks`` names and compares them with the plan.
 
     Raises:
-        UserError: there is no such rank.
-        RuntimeError: parameters or samples are not shared out exactly once, or the plan is wrong.
+        UserError: as the job itself would, or there is no such rank.
+        RuntimeError: ranks, parameters or samples are not shared out exactly once, or the plan is wrong.
     """
+    checked = check_layout(config, world_size)
+    plan = plan_of(config, checked)
+    layout = planned_layout(config, world_size, dtype=compute_dtype(config.training))
     parts = model_parts(config.model, layout.dtype)
     stages = cut_stages(parts, layout)
+    check_ranks(layout)
     check_sharding(parts, layout)
     check_samples(layout)
     chosen = representatives(parts, layout, stages, config.dry_run.dry_run_ranks)
-    ranks = [_try_rank(config, parts, layout, stages, rank, alike) for rank, alike in chosen.items()]
+    ranks = [_try_rank(config, plan, parts, layout, rank, alike) for rank, alike in chosen.items()]
     for rank in ranks:
         if not _agree(rank.state, rank.planned, layout):
             raise RuntimeError(f"rank {rank.rank} registered {rank.state}, the planner says {rank.planned}")
-    return ranks
+    return layout, ranks
 
 
 def _agree(real: StateBytes, planned: StateBytes, layout: PlannedLayout) -> bool:
@@ -110,8 +133,7 @@ def representatives(
     """World ranks to build -> the pipeline ranks each stands for.
 
     Shards are equal, so all ranks of a pipeline rank have the same shapes. So have pipeline ranks whose stages have
-    equally many blocks of every kind and the same ends; the first of them has the most micro-batches in flight under
-    1F1B, and its activations are reported.
+    equally many blocks of every kind and the same ends; they differ in how many micro-batches are in flight.
     """
     schedule = layout.schedule
     own = {rank: [stages[stage] for stage in schedule.stages_of(rank)] for rank in range(layout.pp)}
@@ -126,6 +148,19 @@ def representatives(
         key = tuple((s.first, s.last, tuple(sorted(parts.alike(s.blocks).items()))) for s in held)
         alike.setdefault(key, []).append(rank)
     return {ranks[0] * layout.stage_ranks: tuple(ranks) for ranks in alike.values()}
+
+
+def check_ranks(layout: PlannedLayout) -> None:
+    """Checks that every rank of the job has its own place among the dense layers, and among the experts.
+
+    Raises:
+        RuntimeError: two ranks share a place.
+    """
+    contexts = [layout.context(rank) for rank in range(layout.world_size)]
+    for names in (("pp", "dp", "cp", "tp"), ("pp", "edp", "ep", "etp"), ("pp", "dp_cp", "tp")):
+        places = sorted(tuple(ctx.axis(name).rank for name in names) for ctx in contexts)
+        if places != list(product(*(range(contexts[0].axis(name).size) for name in names))):
+            raise RuntimeError(f"the {layout.world_size} ranks do not fill {' x '.join(names)} once each")
 
 
 def check_sharding(parts: ModelParts, layout: PlannedLayout) -> None:
@@ -198,67 +233,85 @@ def _fake_ranks(rank: int, world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def _serve_meta(ctx: ParallelContext) -> None:
+    """Lets the fake groups send tensors of the meta device from rank to rank, as rings do."""
+    groups = {id(axis.group): axis.group for axis in map(ctx.axis, AXES) if axis.group is not None}
+    for group in groups.values():
+        fake = group._get_backend(torch.device("cpu"))
+        group._register_backend(torch.device("meta"), dist.ProcessGroup.BackendType.CUSTOM, fake)
+
+
 def _try_rank(
-    config: Config,
-    parts: ModelParts,
-    layout: PlannedLayout,
-    stages: Sequence[StagePart],
-    rank: int,
-    alike: tuple[int, ...],
+    config: Config, plan: PipelinePlan, parts: ModelParts, layout: PlannedLayout, rank: int, alike: tuple[int, ...]
 ) -> DryRank:
-    sizes = {"tp": layout.tp, "cp": layout.cp, "pp": layout.pp, "ep": layout.ep, "etp": layout.etp}
+    stages = cut_stages(parts, layout)
     with _fake_ranks(rank, layout.world_size):
-        ctx = ParallelContext.create(device="meta", **sizes)
-        model = HybridModel(config.model, ctx, sequence_parallel=layout.sequence_parallel, dtype=layout.dtype)
-        own = {number: stages[number] for number in layout.schedule.stages_of(ctx.pp.rank)}
-        state = _registered(config, ctx, _modules(model, list(own.values())))
-        measured = {number: run_stage(model, stage, layout) for number, stage in own.items()}
-    kept = [float(measured[n].kept) if n in measured else 0.0 for n in range(len(stages))]
-    planned_kept = [stage_activations(parts, layout, own[n]) if n in own else 0.0 for n in range(len(stages))]
+        ctx = context_of(config, "meta")
+        _serve_meta(ctx)
+        model = build_stages(config, ctx, plan)
+        shards = shard_parameters(config.parallel, model.chunks, ctx)
+        reducer = make_reducer(config.parallel, model, ctx, shards)
+        state = _registered(model, reducer, build_optimizer(config.optimizer, model, ctx, shards))
+        payload = make_payload(model, plan, layout.micro_batch_size, layout.sequence_length, layout.dtype)
+        buffers = [parameter.main_grad for _, parameter in named_specs(model)]  # type: ignore[attr-defined]
+        reducer.zero()
+        measured = []
+        for number, chunk in enumerate(model.chunks):
+            reducer.set_last_microbatch(True, number)
+            measured.append(run_stage(chunk, layout, payload, known=buffers))
+        reducer.finish()
+    own = [stages[stage] for stage in layout.schedule.stages_of(ctx.pp.rank)]
     return DryRank(
         rank,
         alike,
-        tuple(own.values()),
+        tuple(own),
         state,
-        state_bytes(stage_parameters(parts, list(own.values())), ctx, layout),
-        peak_activations(layout.schedule, ctx.pp.rank, kept)[0],
-        peak_activations(layout.schedule, ctx.pp.rank, planned_kept)[0],
-        max(float(one.peak - one.kept) for one in measured.values()),
+        state_bytes(stage_parameters(parts, own), ctx, layout),
+        _peak(layout, alike, [(one.kept, max(0, one.between - one.kept)) for one in measured]),
+        _peak(
+            layout,
+            alike,
+            [(stage_activations(parts, layout, one), stage_brought_back(parts, layout, one)) for one in own],
+        ),
+        max(float(one.peak - max(one.kept, one.between)) for one in measured),
     )
 
 
-def _modules(model: HybridModel, stages: Sequence[StagePart]) -> nn.ModuleList:
-    """The modules of these stages."""
-    modules: list[nn.Module] = []
-    for stage in stages:
-        modules += [model.embedding, model.embedding_norm] if stage.first else []
-        modules += [model.layers[index] for index in stage.blocks]
-        modules += [model.final_norm, model.head] if stage.last else []
-    return nn.ModuleList(modules)
+def _peak(layout: PlannedLayout, pipeline_ranks: Iterable[int], chunks: Sequence[tuple[float, float]]) -> float:
+    """Most bytes of activations alive at once on any of these ranks, each of whose chunks keeps some for its backward
+    pass and leaves some more between the halves of one."""
+
+    def on(rank: int) -> float:
+        kept, again = [0.0] * (layout.pp * layout.vpp), [0.0] * (layout.pp * layout.vpp)
+        for stage, sizes in zip(layout.schedule.stages_of(rank), chunks, strict=True):
+            kept[stage], again[stage] = sizes
+        return peak_activations(layout.schedule, rank, kept, again)[0]
+
+    return max(map(on, pipeline_ranks))
 
 
-def _registered(config: Config, ctx: ParallelContext, modules: nn.Module) -> StateBytes:
-    """Bytes that the model, the gradient reducer and the optimizer hold after registering the parameters."""
-    shards = shard_parameters(config.parallel, modules, ctx)
-    freed = config.parallel.zero_stage == 2
-    bucket_size = config.parallel.ddp_bucket_size
-    reducer = GradientReducer(modules, ctx, bucket_size=bucket_size, overlap=False, shards=shards, free_buffers=freed)
-    optimizer = build_optimizer(config.optimizer, modules, ctx, shards)
-    parameters = [parameter for _, parameter in named_specs(modules)]
+def _registered(model: HybridModel | StagedModel, reducer: GradientReducer, optimizer: AdamW) -> StateBytes:
+    """Bytes that the model, the gradient reducer and the optimizer hold."""
+    parameters = [parameter for _, parameter in named_specs(model)]
     masters = [tensor for _, _, tensor in optimizer.weight_entries()]
     # A wide parameter is its own master: the same storage, counted with the parameters.
-    storages = {parameter.untyped_storage()._cdata for parameter in parameters}
-    extra = [tensor for tensor in masters if tensor.untyped_storage()._cdata not in storages]
+    storages = set(map(_storage, parameters))
+    extra = [tensor for tensor in masters if _storage(tensor) not in storages]
     extra += [tensor for _, _, tensor in optimizer.moment_entries()]
     return StateBytes(
         parameters=sum(p.numel() * p.element_size() for p in parameters),
         gradients=sum(
-            bucket.main_dtype.itemsize * (bucket.slice_size if freed else sum(p.numel() for p in bucket.parameters))
+            bucket.main_dtype.itemsize
+            * (bucket.slice_size if reducer.frees_buffers else sum(p.numel() for p in bucket.parameters))
             for bucket in reducer.buckets
         ),
         optimizer=sum(t.numel() * t.element_size() for t in extra),
         elements=sum(p.numel() for p in parameters),
     )
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def report(config: Config, layout: PlannedLayout, ranks: Sequence[DryRank]) -> str:
@@ -269,16 +322,17 @@ def report(config: Config, layout: PlannedLayout, ranks: Sequence[DryRank]) -> s
         blocks = " ".join(f"{stage.blocks.start}-{stage.blocks.stop - 1}" for stage in one.stages)
         state = one.state
         sizes = (state.parameters, state.gradients, state.optimizer, one.activations, one.planned_activations)
-        total = sum(sizes[:4]) + one.temporaries
         error = f"{one.planned_activations / one.activations - 1:+.1%}" if one.activations else "-"
         row = (f"{one.rank}", ",".join(map(str, one.stands_for)), blocks, f"{state.elements:,}")
-        rows.append(row + tuple(map(gigabytes, sizes)) + (error, gigabytes(one.temporaries), gigabytes(total)))
+        rows.append(row + tuple(map(gigabytes, sizes)) + (error, gigabytes(one.temporaries), gigabytes(one.total)))
     return "\n".join(
         [
             f"{config.name} on {layout.world_size} ranks: {layout.describe()} (dp {layout.dp})",
-            f"checked: layout; every parameter's shards over the {layout.stage_ranks} ranks of a stage; every sample "
-            f"of a global batch of {layout.global_batch_size} on one of {layout.dp} dp ranks; bytes equal the plan's",
+            f"checked: layout; every rank's place; every parameter's shards over the {layout.stage_ranks} ranks of a "
+            f"stage; every sample of a global batch of {layout.global_batch_size} on one of {layout.dp} dp ranks; "
+            "bytes equal the plan's",
             "",
             table(rows),
+            f"GB: at the worst moment, {LIBRARIES / 1e9:g} GB assumed for CUDA, cuBLAS and NCCL",
         ]
     )

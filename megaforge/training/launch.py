@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+import torch.distributed as dist
 
 from megaforge.checkpoint.agree import together
 from megaforge.config.check_layout import Layout, check_layout, with_tokenizer_vocab
@@ -16,7 +17,8 @@ from megaforge.data.tokenizer import Tokenizer, load_tokenizer
 from megaforge.device import resolve_device
 from megaforge.errors import UserError
 from megaforge.kernels.matmul_precision import choose_matmul_precision
-from megaforge.models.stages import PipelinePlan, build_model, plan_pipeline
+from megaforge.models.hybrid import HybridModel
+from megaforge.models.stages import PipelinePlan, StagedModel, build_model, plan_pipeline
 from megaforge.monitor.sinks import JsonlSink, MetricSink
 from megaforge.monitor.trackers import MlflowSink, TensorBoardSink, WandbSink
 from megaforge.optim import build_optimizer
@@ -67,12 +69,17 @@ def join(config: Config) -> ParallelContext:
     device = resolve_device(config.training.device, discover_launch().local_rank)
     set_numerics(config, device)
     initialize(device, config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes)
+    return context_of(config, device)
+
+
+def context_of(config: Config, device: torch.device | str) -> ParallelContext:
+    """This rank's place in the layout of ``config``, among the ranks of the default process group. Collective."""
     parallel = config.parallel
     return ParallelContext.create(
         tp=parallel.tensor_model_parallel_size,
         pp=parallel.pipeline_model_parallel_size,
         ep=parallel.expert_model_parallel_size,
-        etp=parallel.expert_tensor_size,
+        etp=parallel.expert_tensor_size(dist.get_world_size() if dist.is_initialized() else 1),
         cp=parallel.context_parallel_size,
         device=device,
     )
@@ -108,15 +115,7 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
     together(ctx, lambda: opened.append(_open_data(config, tokenizer)))
     together(ctx, lambda: check_save_directory(config.checkpoint) if ctx.is_first_rank else None)
     plan = plan_of(config, layout)
-    model = build_model(
-        config.model,
-        ctx,
-        plan,
-        sequence_parallel=config.parallel.sequence_parallel,
-        dtype=compute_dtype(config.training),
-        cp_comm_type=config.parallel.cp_comm_type,
-        recompute=config.parallel.recompute,
-    )
+    model = build_stages(config, ctx, plan)
     initialize_parameters(model, ctx, config.training.seed)
     trainer = Trainer(
         config,
@@ -135,6 +134,21 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
     together(ctx, lambda: sinks.extend(_sinks(config, trainer.iteration)) if ctx.is_first_rank else None)
     trainer.callbacks.insert(0, MetricsWriter(sinks))
     return trainer
+
+
+def build_stages(config: Config, ctx: ParallelContext, plan: PipelinePlan) -> HybridModel | StagedModel:
+    """This rank's stages of the model, not yet initialised."""
+    return build_model(
+        config.model,
+        ctx,
+        plan,
+        sequence_parallel=config.parallel.sequence_parallel,
+        dtype=compute_dtype(config.training),
+        cp_comm_type=config.parallel.cp_comm_type,
+        overlap_tp_comm=config.parallel.overlap_tp_comm,
+        recompute=config.parallel.recompute,
+        wkv_backend=config.training.wkv_backend,
+    )
 
 
 def _open_data(config: Config, tokenizer: Tokenizer | None) -> TrainingData:

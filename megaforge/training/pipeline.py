@@ -9,16 +9,37 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from megaforge.config.run_config import ParallelConfig
 from megaforge.data.loader import Batch
 from megaforge.models.hybrid import HybridModel, ModelOutput, Stream
 from megaforge.models.stages import PipelinePlan, StagedModel, make_payload, tied_weight
 from megaforge.nn.offload import HostMemory
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
+from megaforge.parallel.grad_compression import make_reduction
 from megaforge.parallel.pipeline.executor import PipelineExecutor, StageOutput
 from megaforge.parallel.pipeline.tied import sum_tied_gradient
+from megaforge.parallel.zero import ShardedParameters
 
 LossShare = Callable[[ModelOutput], Tensor]
+
+
+def make_reducer(
+    parallel: ParallelConfig,
+    model: HybridModel | StagedModel,
+    ctx: ParallelContext,
+    shards: ShardedParameters | None,
+) -> GradientReducer:
+    """The reduction of ``model``'s gradients that the flags ask for; ``shards``: the optimizer's."""
+    return GradientReducer(
+        model.chunks,
+        ctx,
+        bucket_size=parallel.ddp_bucket_size,
+        overlap=parallel.overlap_grad_reduce,
+        shards=shards,
+        free_buffers=parallel.zero_stage == 2,
+        reduction=make_reduction(parallel),
+    )
 
 
 class StageRunner:

@@ -12,7 +12,7 @@ import torch
 
 import megaforge
 from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta, save_checkpoint
-from megaforge.checkpoint.compatible import check_compatible, describe_run
+from megaforge.checkpoint.compatible import RUN_STATE, check_compatible, describe_run
 from megaforge.checkpoint.directory import list_steps
 from megaforge.checkpoint.find import find_checkpoint
 from megaforge.checkpoint.shards import TensorEntry
@@ -117,7 +117,7 @@ def load_run(trainer: Trainer) -> Path:
 
 
 def _check_is_run(meta: dict[str, Any], path: Path) -> None:
-    missing = [key for key in ("iteration", "data", "optimizer", "scaler", "schedule", "callbacks") if key not in meta]
+    missing = [key for key in ("iteration", *RUN_STATE) if key not in meta]
     if missing:
         raise UserError(
             f"--load {path}: it holds weights but no training run to continue (no {', '.join(missing)}); "

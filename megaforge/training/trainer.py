@@ -23,10 +23,8 @@ from megaforge.models.stages import PipelinePlan, StagedModel
 from megaforge.nn.moe import update_routers
 from megaforge.optim import AdamW, LearningRateSchedule, LossScaler, clip_gradients
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.data_parallel import GradientReducer
-from megaforge.parallel.grad_compression import make_reduction
 from megaforge.training.metrics import EvaluationMetrics, StepMetrics, balance_entropy_bits
-from megaforge.training.pipeline import StageRunner
+from megaforge.training.pipeline import StageRunner, make_reducer
 from megaforge.training.state import compute_dtype, save_run
 
 if TYPE_CHECKING:
@@ -41,6 +39,7 @@ class Trainer:
         consumed_samples: samples trained on, from the run's beginning.
         validation: what :meth:`evaluate` reads, or None without ``--eval-iters``.
         last_evaluation: the newest result of :meth:`evaluate`.
+        tokens_per_expert: of the newest step's global batch, tokens that each expert of each MoE layer was chosen for.
         stop_reason: why the run ends before ``--train-iters``, or None.
     """
 
@@ -63,15 +62,7 @@ class Trainer:
         self.tokenizer = tokenizer
         self.global_batch_size = global_batch_size
         self.callbacks = list(callbacks)
-        self.reducer = GradientReducer(
-            model.chunks,
-            ctx,
-            bucket_size=config.parallel.ddp_bucket_size,
-            overlap=config.parallel.overlap_grad_reduce,
-            shards=optimizer.shards,
-            free_buffers=config.parallel.zero_stage == 2,
-            reduction=make_reduction(config.parallel),
-        )
+        self.reducer = make_reducer(config.parallel, model, ctx, optimizer.shards)
         self.pipeline = StageRunner(
             model,
             ctx,
@@ -87,6 +78,7 @@ class Trainer:
         self.consumed_samples = 0
         self.last_evaluation: EvaluationMetrics | None = None
         self.stop_reason: str | None = None
+        self.tokens_per_expert: list[list[float]] = []
 
     @property
     def finished(self) -> bool:
@@ -134,6 +126,7 @@ class Trainer:
             for stage in self.model.chunks:
                 own = [totals.tokens_per_expert[row] for row in stage.moe_rows]
                 update_routers(stage, torch.tensor(own, dtype=torch.float64))
+        self.tokens_per_expert = totals.tokens_per_expert
         self.iteration += 1
         self.consumed_samples += self.global_batch_size
         return self._metrics(totals, tokens, grad_norm, lr, length, updated)

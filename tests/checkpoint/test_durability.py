@@ -133,7 +133,7 @@ def test_where_no_checkpoint_is_the_error_says_what_is_there(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match=r"no checkpoint .* it holds notes\.txt"):
         find_checkpoint(tmp_path, CTX)
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match="is a file.*convert_checkpoint.py --load"):
         find_checkpoint(tmp_path / "notes.txt", CTX)
     path = _save(tmp_path, 3)
     (path / DATA_FILE).unlink()

@@ -41,11 +41,12 @@ RWKV = ("--layer-schedule", "rwkv")
         (1, ["--vpp", "2", "--num-layers-per-virtual-pipeline-stage", "1"],
          "--num-layers-per-virtual-pipeline-stage 1 and --vpp 2 say the same thing twice; give one of them"),
         (8, ["--ep", "4", "--num-experts", "6"],
-         "--ep 4 does not divide both --num-experts 6 and the 8 ranks that --etp 1 leaves of the 8 of a pipeline stage "
-         "(--etp is --tp unless given); use --ep 1 or 2"),
-        (8, ["--ep", "8", "--tp", "2"],
-         "--ep 8 does not divide both --num-experts 8 and the 4 ranks that --etp 2 leaves of the 8 of a pipeline stage "
-         "(--etp is --tp unless given); use --ep 1, 2 or 4"),
+         "--ep 4 does not divide both --num-experts 6 and the 8 ranks of a pipeline stage; use --ep 1 or 2"),
+        (8, ["--ep", "8", "--tp", "2", "--etp", "2"],
+         "--ep 8 does not divide both --num-experts 8 and the 4 ranks that --etp 2 leaves of the 8 of a pipeline "
+         "stage; use --ep 1, 2 or 4"),
+        (6, ["--ep", "4", "--tp", "2"],
+         "--ep 4 does not divide both --num-experts 8 and the 6 ranks of a pipeline stage; use --ep 1 or 2"),
         (8, ["--etp", "3"],
          "--etp 3 does not divide both --ffn-hidden-size 3072 and the 8 ranks of a pipeline stage; "
          "use --etp 1, 2, 4 or 8"),
@@ -115,6 +116,28 @@ def test_each_error_names_flag_value_and_a_way_out(world_size: int, argv: list[s
     assert complaint(world_size, *argv) == message
 
 
+@pytest.mark.parametrize(
+    ("world_size", "argv", "etp"),
+    [
+        (128, ["--config", "cdrmix-core-40b", "--tp", "8", "--pp", "4", "--ep", "8"], 4),
+        (32, ["--config", "cdrmix-core-40b", "--tp", "8", "--ep", "4"], 8),
+        (8, ["--tp", "4", "--ep", "8"], 1),
+        (8, ["--tp", "4", "--cp", "2", "--ep", "4"], 2),
+        (8, ["--tp", "4", "--ep", "2"], 4),
+        (8, ["--tp", "4", "--ep", "2", "--etp", "1"], 1),
+        (12, ["--tp", "12", "--ep", "2", "--layer-schedule", "rwkv", "--ffn-hidden-size", "1002"], 6),
+        (8, ["--tp", "2"], 2),
+    ],
+)
+def test_experts_follow_tp_as_far_as_ep_leaves_room(world_size: int, argv: list[str], etp: int) -> None:
+    layout = check_layout(parse_config(argv).config, world_size)
+    tp = int(argv[argv.index("--tp") + 1])
+    assert layout.etp == etp
+    said = [note for note in layout.notes if note.startswith(f"--etp {etp}, as none was given: ")]
+    assert len(said) == (etp < tp and "--etp" not in argv)
+    assert not said or f"--tp {tp} that leaves room for --ep" in said[0]
+
+
 def test_only_what_the_model_has_must_divide() -> None:
     check_layout(parse_config([*RWKV, "--tp", "4", "--num-attention-heads", "6", "--hidden-size", "768"]).config, 4)
     check_layout(
@@ -168,6 +191,9 @@ def test_notes_on_sharing_and_compression() -> None:
     [_, note] = check_layout(parse_config(["--zero", "1", "--grad-compression", "bf16"]).config, 1).notes
     assert note.endswith("at dp 1 nothing is sent")
     assert check_layout(parse_config(["--zero-stage", "2", "--bf16"]).config, 2).notes == ()
+    rounded = parse_config(["--grad-reduce-in-bf16"]).config
+    assert check_layout(rounded, 1).notes == ()
+    assert [note.split(":")[0] for note in check_layout(rounded, 2).notes] == ["--grad-reduce-in-bf16"]
 
 
 def test_the_vocabulary_comes_from_the_tokenizer_unless_given() -> None:

@@ -30,7 +30,7 @@ def naive() -> ModuleType:
 @pytest.mark.parametrize("form", ["dplr_recurrence", "dplr_chunkwise"])
 @pytest.mark.parametrize("minimum_decay", [False, True])
 def test_outputs_and_gradients_agree_with_fla(naive: ModuleType, form: str, minimum_decay: bool) -> None:
-    inputs = [x.float() for x in make_inputs(64, minimum_decay=minimum_decay)]
+    inputs = [x.float() for x in make_inputs(64, n=64, heads=2, minimum_decay=minimum_decay)]
     n = inputs[0].shape[-1]
 
     def theirs(r, log_w, k, v, a, b, state):

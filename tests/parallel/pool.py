@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import tempfile
 import traceback
@@ -38,6 +39,10 @@ def _as_rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, wor
         return function(*args)
     finally:
         dist.destroy_process_group()
+        # A model is a cycle that holds groups, and a living group keeps its threads. What is left after the collection
+        # (modules) is frozen, so that the next collection need not look at it.
+        gc.collect()
+        gc.freeze()
 
 
 class RankPool:

@@ -1,4 +1,4 @@
-"""Sequences shared by the ranks of cp: a whole model trained at cp x tp x sp x dp against one rank.
+"""Sequences shared by the ranks of cp: models trained at cp x tp x sp against one rank, with every kind of document.
 
 Compared on every rank: loss, router statistics, every gradient, the gradient norm and every weight after the steps,
 with the real reducer, clip and AdamW. Every sequence of the batch has another set of documents: one, ends at the
@@ -49,7 +49,7 @@ CASES = {
         "untie_embeddings_and_output_weights": True,
     },
     "experts": {"hybrid_layer_pattern": "RE*E", "activation": "swiglu"},
-    "hybrid": {"hybrid_layer_pattern": "RE*-RE*E", "rotary_percent": 0.5},
+    "hybrid": {"hybrid_layer_pattern": "RE*-", "rotary_percent": 0.5},
 }
 
 
@@ -65,9 +65,7 @@ class Shape:
 
 
 ONE = Shape(1)
-SHAPES = (Shape(2, cp=2), Shape(4, cp=4), Shape(4, tp=2, cp=2), Shape(4, 2, 2, True), Shape(4, cp=2))
-FEW = (Shape(4, cp=4), Shape(4, 2, 2, True))
-RINGS = (Shape(4, cp=4, comm_type="p2p"), Shape(4, 2, 2, True, "p2p"))
+SHAPES = (Shape(4, cp=4), Shape(4, 2, 2, True))
 
 
 @dataclass
@@ -194,21 +192,22 @@ def test_exchanges_between_three_ranks(ranks: RankPool) -> None:
         assert seen.tolist() == [[(rank - step) % 3] * 2 for step in range(3)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("case", CASES)
-def test_sharing_sequences_changes_nothing(ranks: RankPool, case: str, dtype: torch.dtype) -> None:
-    assert_same(ranks, case, dtype, SHAPES if case == "hybrid" else FEW)
+@pytest.mark.parametrize("case", ["attention", "RWKV-7", "experts"])
+def test_sharing_sequences_changes_nothing(ranks: RankPool, case: str) -> None:
+    assert_same(ranks, case, torch.float64, SHAPES)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_sharing_sequences_changes_nothing_in_fp32(ranks: RankPool) -> None:
+    assert_same(ranks, "hybrid", torch.float32, (Shape(4, cp=4),))
+
+
 @pytest.mark.parametrize("documents", [PACKED, ALONE], ids=["packed", "alone"])
-def test_a_ring_changes_nothing(ranks: RankPool, documents: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> None:
-    assert_same(ranks, "attention", dtype, RINGS, documents)
+def test_a_ring_changes_nothing(ranks: RankPool, documents: tuple[tuple[int, ...], ...]) -> None:
+    assert_same(ranks, "attention", torch.float64, (Shape(4, 2, 2, True, "p2p"),), documents)
 
 
-@pytest.mark.parametrize("case", ["RWKV-7", "hybrid"])
-def test_one_document_carries_its_state_through_all_chunks(ranks: RankPool, case: str) -> None:
-    assert_same(ranks, case, torch.float64, (Shape(2, cp=2), Shape(4, cp=4)), ALONE)
+def test_one_document_carries_its_state_through_all_chunks(ranks: RankPool) -> None:
+    assert_same(ranks, "RWKV-7", torch.float64, (Shape(4, cp=4),), ALONE)
 
 
 def numbers(case: str, shape: Shape, dtype: torch.dtype) -> dict[str, float]:

@@ -21,13 +21,14 @@ SEQUENCE, BATCH, HIDDEN, INNER, VOCAB, PADDED = 8, 4, 12, 16, 37, 40
 
 
 class TinyModel(nn.Module):
-    """Embedding, a scale on the residual stream, a fused two-part column layer with a gate inside the region, a row
-    layer with bias, and the tied head: each way in which a parameter can be split or replicated."""
+    """Embedding, a scale on the residual stream, a fused two-part column layer with a gate inside the region, a column
+    layer that opens the region itself, a row layer with bias, and the tied head: each way in which a parameter can be
+    split or replicated."""
 
-    def __init__(self, ctx: ParallelContext, sequence_parallel: bool, dtype: torch.dtype) -> None:
+    def __init__(self, ctx: ParallelContext, sequence_parallel: bool, dtype: torch.dtype, overlap: bool) -> None:
         super().__init__()
         self.ctx = ctx
-        self.region = region = TensorParallelRegion(ctx, sequence_parallel)
+        self.region = region = TensorParallelRegion(ctx, sequence_parallel, overlap=overlap)
         init = Normal(0.3)
         self.embedding = VocabParallelEmbedding(
             ctx, "embedding", PADDED, HIDDEN, init=Normal(0.5, VOCAB), region=region, dtype=dtype
@@ -39,12 +40,15 @@ class TinyModel(nn.Module):
         self.column = ColumnParallelLinear(
             ctx, "column", HIDDEN, 2 * INNER, init=init, bias=True, parts=(INNER, INNER), dtype=dtype
         )
+        self.opening = ColumnParallelLinear(
+            ctx, "opening", HIDDEN, INNER, init=init, region=region, bias=True, dtype=dtype
+        )
         self.row = RowParallelLinear(ctx, "row", INNER, HIDDEN, init=init, region=region, bias=True, dtype=dtype)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         x = self.embedding(tokens) * self.scale
         gate, up = self.column(self.region.enter(x) * self.mix).chunk(2, dim=-1)
-        x = x + self.row(torch.tanh(gate) * up)
+        x = x + self.row(torch.tanh(gate) * up + self.opening(x))
         hidden = self.region.enter(x).reshape(-1, HIDDEN)
         loss, _ = vocab_parallel_linear_cross_entropy(
             hidden, self.embedding.weight, labels.T.reshape(-1), ctx=self.ctx, vocab_size=VOCAB, chunk_tokens=5
@@ -70,7 +74,7 @@ def run_tiny(
 ) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
     """Two micro-batches a dp rank of the same global batch; returns loss, weights and gradients as global tensors."""
     ctx = ParallelContext.create(tp=tp)
-    model = TinyModel(ctx, sequence_parallel, dtype)
+    model = TinyModel(ctx, sequence_parallel, dtype, overlap)
     initialize_parameters(model, ctx, seed=5)
     with torch.no_grad():
         for spec, parameter in named_specs(model):  # zero-initialised biases would hide a lost gradient
@@ -127,7 +131,8 @@ def test_one_rank_agrees_with_plain_torch() -> None:
     tokens, labels = tokens_and_labels()
     x = F.embedding(tokens.T, w["embedding.weight"]) * w["scale"]
     gate, up = F.linear(x * w["mix"], w["column.weight"], w["column.bias"]).chunk(2, dim=-1)
-    x = x + F.linear(torch.tanh(gate) * up, w["row.weight"], w["row.bias"])
+    inner = torch.tanh(gate) * up + F.linear(x, w["opening.weight"], w["opening.bias"])
+    x = x + F.linear(inner, w["row.weight"], w["row.bias"])
     logits = (x @ w["embedding.weight"].T)[..., :VOCAB]
     expected = F.cross_entropy(logits.reshape(-1, VOCAB), labels.T.reshape(-1))
     expected.backward()

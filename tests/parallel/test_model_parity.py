@@ -1,4 +1,4 @@
-"""The layout changes nothing: a whole model trained three steps at tp x sp x dp against one rank.
+"""The layout changes nothing: models unlike that of test_layout_matrix.py, at tp x sp against one rank.
 
 Compared on every rank: loss, every gradient, the gradient norm and every weight after three optimizer steps, with the
 real reducer, clip and AdamW. Noise on all weights, uneven loss masks and packed documents keep every gradient busy and
@@ -59,7 +59,7 @@ CASES = {
     },
     "hybrid, vocabulary 50,257": {"hybrid_layer_pattern": "RE*-RE*E", "vocab_size": 50257},
 }
-LAYOUTS = [(2, 2, False), (2, 2, True), (4, 4, False), (4, 4, True), (2, 1, False), (4, 2, False), (4, 2, True)]
+LAYOUTS = [(2, 2, False), (4, 4, True)]
 
 
 @dataclass
@@ -135,8 +135,9 @@ def differences(case: str, tp: int, sequence_parallel: bool, dtype: torch.dtype,
     return {name: error for name, error in errors.items() if not error <= TOLERANCE[dtype]}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*((case, torch.float64) for case in CASES), ("hybrid, vocabulary 50,257", torch.float32)]
+)
 def test_layout_changes_nothing(ranks, case: str, dtype: torch.dtype) -> None:
     expected = train(case, 1, False, dtype)
     for name, gradient in expected.gradients.items():

@@ -13,24 +13,12 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.pipeline.schedules import build_schedule
 from megaforge.planning.activations import Sizes, block_kept, recomputed_at_once
-from megaforge.planning.layout import PlannedLayout
+from megaforge.planning.layout import PlannedLayout, layout_of
+from megaforge.planning.measured_activations import CASES, compare
 from megaforge.planning.memory import peak_activations, stage_activations
 from megaforge.planning.meter import StorageMeter
 from megaforge.planning.stage_run import run_stage
 from megaforge.planning.stages import StagePart, cut_stages, model_parts
-
-BASE = ["--config", "cdrmix-test", "--vocab-size", "500", "--seq-length", "128"]
-CASES = {
-    "hybrid MoE": [],
-    "hybrid MoE, bf16": ["--bf16"],
-    "dense RWKV": ["--layer-schedule", "rwkv", "--ffn", "dense"],
-    "dense attention, SwiGLU, GQA": [
-        "--layer-schedule", "attention", "--ffn", "dense", "--activation", "swiglu", "--num-query-groups", "2",
-    ],
-    "MoE SwiGLU, LayerNorm, untied": [
-        "--activation", "swiglu", "--normalization", "layernorm", "--untie-embeddings-and-output-weights",
-    ],
-}  # fmt: skip
 
 
 def kept_by_autograd(model: HybridModel, layout: PlannedLayout) -> int:
@@ -53,32 +41,36 @@ def kept_by_autograd(model: HybridModel, layout: PlannedLayout) -> int:
     return size
 
 
+BASE = ["--config", "cdrmix-test", "--vocab-size", "500", "--seq-length", "128"]
+
+
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("batch", [1, 2])
-def test_prediction_is_what_autograd_keeps(case: str, batch: int) -> None:
-    config = parse_config([*BASE, *CASES[case]]).config
-    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
-    layout = PlannedLayout(1, sequence_length=128, micro_batch_size=batch, global_batch_size=batch, dtype=dtype)
-    model = HybridModel(config.model, ParallelContext.single(), dtype=dtype)
+def test_prediction_is_what_a_cpu_keeps(case: str) -> None:
+    found = compare(CASES[case])
+    print(f"{case}: predicted {found.predicted:,.0f}, kept {found.measured:,} bytes, error {found.error:+.2%}")
+    # A CPU's own attention in bf16 keeps other tensors than a GPU's.
+    assert abs(found.error) < (0.02 if "bf16" in case else 0.001)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "tiny" not in case])
+def test_what_is_alive_is_what_autograd_saves(case: str) -> None:
+    config = parse_config(CASES[case]).config
+    layout = layout_of(config, 1, torch.bfloat16 if config.training.bf16 else torch.float32)
+    model = HybridModel(config.model, ParallelContext.single(), dtype=layout.dtype)
     initialize_parameters(model, ParallelContext.single(), 1)
-    parts = model_parts(config.model, dtype)
-    predicted = stage_activations(parts, layout, StagePart(range(len(parts.blocks)), True, True))
-    measured = kept_by_autograd(model, layout)
-    error = predicted / measured - 1
-    print(f"{case}, micro-batch {batch}: predicted {predicted:,.0f}, kept {measured:,} bytes, error {error:+.2%}")
-    assert predicted == pytest.approx(measured, rel=0.02)
+    assert compare(CASES[case]).measured == pytest.approx(kept_by_autograd(model, layout), rel=0.02)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_meta_device_shows_what_a_gpu_would_keep(case: str) -> None:
-    config = parse_config([*BASE, *CASES[case]]).config
+    config = parse_config(CASES[case]).config
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
-    layout = PlannedLayout(1, sequence_length=128, micro_batch_size=2, global_batch_size=2, dtype=dtype)
-    model = HybridModel(config.model, ParallelContext.single("meta"), dtype=dtype)
+    layout = layout_of(config, 1, dtype)
+    model = HybridModel(config.model, ParallelContext.single("meta"), dtype=dtype, recompute=layout.recompute)
     parts = model_parts(config.model, dtype)
     whole = StagePart(range(len(parts.blocks)), True, True)
-    measured = run_stage(model, whole, layout)
-    assert stage_activations(parts, layout, whole) == pytest.approx(measured.kept, rel=0.03)
+    measured = run_stage(model, layout)
+    assert stage_activations(parts, layout, whole) == pytest.approx(measured.kept, rel=0.005)
     assert measured.peak > measured.kept
 
 
@@ -91,11 +83,9 @@ def test_recomputation_keeps_less_and_brings_back_the_difference() -> None:
         sizes = Sizes(config.model, dataclasses.replace(plain, recompute=recompute))
         kept[recompute] = block_kept(sizes, parts.blocks[1].kind, False)
         assert bool(recomputed_at_once(sizes, parts.blocks[1].kind, False)) == (recompute != "none")
-    assert kept["full"] == 128 * 64 * 2
+    assert kept["full"] == 128 * 64 * 2  # the block's input
     assert kept["full"] < kept["selective"] < kept["none"]
     assert kept["full"] < kept["moe"] < kept["none"]
-    # Each of the two halves keeps its input when the other one's tensors are dropped.
-    assert kept["selective"] + kept["moe"] == kept["none"] + 2 * kept["full"]
 
 
 def test_live_activations_follow_the_schedule() -> None:
@@ -105,6 +95,9 @@ def test_live_activations_follow_the_schedule() -> None:
     # The weight half of a backward pass needs the activations, so they live until it is done.
     split = build_schedule("zb-h1", pp=4, vpp=1, microbatches=8)
     assert [peak_activations(split, rank, sizes)[1] for rank in range(4)] == [4, 4, 4, 4]
+    # So does what the input half computes again for it: of rank + 1 micro-batches, the later ranks' halves being apart.
+    again = [peak_activations(split, rank, sizes, [100.0] * 4)[0] for rank in range(4)]
+    assert again == [4 * size + 100 * (rank + 1) for rank, size in enumerate(sizes)]
     everything = build_schedule("gpipe", pp=4, vpp=1, microbatches=8)
     assert peak_activations(everything, 2, sizes) == (56.0, 8)
 

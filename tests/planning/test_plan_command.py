@@ -7,11 +7,13 @@ import dataclasses
 import pytest
 import torch
 
+from megaforge.config.check_layout import check_layout
 from megaforge.config.cli import parse_config
+from megaforge.config.run_config import roomy_etp
 from megaforge.errors import UserError
 from megaforge.planning.communication import bandwidth, gradient_traffic, ring, stage_traffic, step_traffic
 from megaforge.planning.gpus import GPUS, Efficiency
-from megaforge.planning.layout import PlannedLayout, check_sizes, layout_of, roomy_etp
+from megaforge.planning.layout import PlannedLayout, layout_of
 from megaforge.planning.memory import rank_memory
 from megaforge.planning.plan_command import run
 from megaforge.planning.search import _bound as search_bound
@@ -39,13 +41,14 @@ def test_memory_of_one_layout_is_printed(capsys: pytest.CaptureFixture[str]) -> 
         ("--gpu h100", "--gpu h100 is unknown; choose a100-80g"),
         ("--search", "--search needs --gpus"),
         ("--tp 3 --dp 1", "--tp 3 does not divide"),
-        ("--ep 3 --dp 3", "--ep 3 does not divide --num-experts 4"),
-        ("--tp 4 --ep 4 --etp 4 --dp 2", "use --etp 2"),
-        ("--pp 8 --dp 1", "use --pp 4 or fewer"),
-        ("--dp 3 --tp 1", "does not divide by --micro-batch-size 1 x dp 3; use --global-batch-size 15"),
-        ("--dp 1 --recompute some", "--recompute some: choose none, full, selective or moe"),
+        ("--ep 3 --dp 4", "--ep 3 does not divide both --num-experts 4"),
+        ("--tp 4 --ep 4 --etp 4 --dp 2", "use --ep 1 or 2"),
+        ("--pp 8 --dp 1", "use at most 4 stages"),
+        ("--dp 3 --tp 1", "does not divide by --micro-batch-size 1 x dp 3 = 3; use --global-batch-size 15"),
+        ("--dp 1 --recompute some", "--recompute some"),
+        ("--dp 2 --zero 2 --grad-compression bf16", "--grad-compression bf16 needs whole gradients"),
         ("--pp 2 --vpp 2 --pipeline-schedule 1f1b --dp 1", "--pipeline-schedule 1f1b with --vpp 2"),
-        ("--gpus 6 --tp 4", "does not divide 6 ranks"),
+        ("--gpus 6 --tp 4", "--tp 4 does not divide the 6 ranks"),
     ],
 )
 def test_impossible_plans_are_refused_by_name(arguments: str, words: str) -> None:
@@ -55,7 +58,7 @@ def test_impossible_plans_are_refused_by_name(arguments: str, words: str) -> Non
 
 
 def test_experts_get_the_tensor_parallelism_that_leaves_room() -> None:
-    assert [roomy_etp(8, 8, 32), roomy_etp(8, 1, 32), roomy_etp(8, 4, 32), roomy_etp(2, 3, 8)] == [4, 8, 8, 0]
+    assert [roomy_etp(8, 8, 32), roomy_etp(8, 1, 32), roomy_etp(8, 4, 32), roomy_etp(2, 3, 8)] == [4, 8, 8, 1]
     layout = layout_of(parse_config([*SMALL, "--tp", "4", "--ep", "4"]).config, 8, torch.bfloat16)
     assert (layout.etp, layout.dp) == (2, 2)
 
@@ -66,7 +69,8 @@ def test_search_lists_the_fastest_that_fit() -> None:
     assert [item.time.total for item in found] == sorted(item.time.total for item in found)
     assert len({item.layout for item in found}) == 5
     for item in found:
-        check_sizes(config.model, item.layout)
+        words = item.layout.describe().split()
+        check_layout(parse_config([*SMALL, "--bf16", *words]).config, 4)
         assert item.memory.total <= 0.9 * H100.memory
     # Everything but the libraries would have to go: nothing fits, and nothing is listed.
     tight = dataclasses.replace(H100, memory=2e9)
@@ -78,7 +82,7 @@ def test_search_finds_what_trying_everything_finds() -> None:
     config = parse_config([*SMALL, "--bf16"]).config
     parts = model_parts(config.model, torch.bfloat16)
     times = []
-    for layout in candidates(config, 4, H100, torch.bfloat16):
+    for layout in candidates(config, 4, torch.bfloat16):
         stages = cut_stages(parts, layout)
         if worst_rank(parts, layout, stages).total <= 0.9 * H100.memory:
             times.append(step_time(parts, layout, stages, H100).total)

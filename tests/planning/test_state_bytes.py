@@ -65,17 +65,30 @@ def test_plan_equals_the_model_built_at_the_layout(sizes: dict[str, int]) -> Non
         assert state_bytes(whole, ctx, layout).parameters == built
 
 
-@pytest.mark.parametrize("more", [[], ["--tp", "2", "--sp"], ["--tp", "4", "--bf16"]], ids=str)
-@pytest.mark.parametrize("pipeline", [{}, {"pp": 2}, {"pp": 2, "vpp": 2, "schedule_name": "zb-v"}], ids=str)
-def test_plan_equals_the_dry_run(more: list[str], pipeline: dict[str, int]) -> None:
-    config = parse_config([*TEST_MODEL, *more, "--global-batch-size", "16", "--micro-batch-size", "1"]).config
-    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
-    layout = dataclasses.replace(planned_layout(config, 8, dtype=dtype), **pipeline)
-    ranks = try_ranks(config, layout)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--tp 2 --sp --recompute selective",
+        "--tp 4 --bf16 --ep 2",
+        "--pp 2 --bf16 --zero 1 --ep 2 --recompute moe",
+        "--pp 4 --tp 2 --sp --recompute full",
+        "--pp 2 --vpp 2 --tp 2",
+        "--pp 2 --pipeline-schedule zb-v --bf16 --recompute selective",
+        "--cp 2 --cp-comm-type p2p --pp 2 --pipeline-schedule zb-h1",
+        "--pp 2 --pipeline-schedule zb-h1 --recompute full",
+        "--pp 2 --zero 2 --vpp 2",
+    ],
+)
+def test_plan_equals_the_dry_run(flags: str) -> None:
+    """The stages that training builds: v_first and tied matrices, and what each keeps for its backward pass."""
+    batch = ["--global-batch-size", "16", "--micro-batch-size", "1", "--seq-length", "256", "--rwkv-init", "normal"]
+    config = parse_config([*TEST_MODEL, *batch, "--hidden-size", "256", *flags.split()]).config
+    layout, ranks = try_ranks(config, 8)
     assert sum(len(rank.stands_for) for rank in ranks) == layout.pp
     for rank in ranks:
         assert rank.state == rank.planned
-        assert rank.planned_activations == pytest.approx(rank.activations, rel=0.03)
+        assert rank.planned_activations == pytest.approx(rank.activations, rel=0.06 if "zb" in flags else 0.01)
 
 
 def test_a_tied_matrix_is_held_by_both_ends_of_a_pipeline_but_once_by_a_v() -> None:

@@ -33,7 +33,7 @@ def test_a_file_gets_a_line_an_interval_and_the_last(tmp_path: Path) -> None:
     lines = [line for line in text.splitlines() if line.startswith("iteration")]
     heads = [line.split(" | ")[0] for line in lines]
     assert heads == ["iteration 2/5  40%", "iteration 4/5  80%", "iteration 5/5 100%"]
-    for part in ("loss ", "grad norm ", "lr ", "tokens/s", "FLOP/s (", "% of peak)", "ETA 0:00:0"):
+    for part in ("loss ", "grad norm ", "lr ", "tokens/s", "FLOP/s (", "% of peak)", "ETA 0:"):
         assert part in lines[0], part
     assert "\r" not in text and "evaluation at iteration 5: loss " in text and "perplexity" in text
 

@@ -11,7 +11,8 @@
 
 using Int = std::int64_t;
 
-constexpr Int kTile = 16;   // tokens that the forward pass prepares at once, and looks ahead
+constexpr Int kHeads = 8;   // heads next to each other in memory that take turns in the forward pass
+constexpr Int kTile = 16;   // tokens of one turn
 constexpr Int kRun = 16;    // tokens whose states the backward pass holds at once
 constexpr int kRows = 4;    // rows of the state that the backward pass works on at once
 
@@ -242,8 +243,9 @@ struct ForwardScratch {
   Int width;                            // n rounded up to whole vectors
   float *r, *w, *k, *v, *a, *b;         // [kTile, width]
   float *y, *removed;                   // [kTile, width]
-  float *last_a, *carry;                // [width]: a after the last token; S a of the next token
-  float* state;                         // [width / group, n, group]: groups of value channels
+  float* last_a;                        // [width]: a after the last token
+  float* carry;                         // [kHeads, width]: S a of the next token
+  float* state;                         // [kHeads, width / group, n, group]: groups of value channels
   Int floats;
 
   template <int W>
@@ -255,8 +257,8 @@ struct ForwardScratch {
       *x = place, place += kTile * width;
     }
     out.last_a = place, place += width;
-    out.carry = place, place += width;
-    out.state = place, place += n * width;
+    out.carry = place, place += kHeads * width;
+    out.state = place, place += kHeads * n * width;
     out.floats = place - base;
     return out;
   }
@@ -287,14 +289,15 @@ struct Tile {
 template <int W, int G, int N>
 struct ForwardHead {
   const Forward& args;
-  const ForwardScratch scratch;
+  ForwardScratch scratch;
   Int row, batch, n;
   Tokens r, w, k, v, a, b;
   Result y, removed;
 
-  MEGAFORGE_INLINE ForwardHead(const Forward& args, Int row, Int batch, Int head, float* memory)
+  // `place` among the heads that share `memory`.
+  MEGAFORGE_INLINE ForwardHead(const Forward& args, Int row, Int batch, Int head, Int place, const ForwardScratch& shared)
       : args(args),
-        scratch(ForwardScratch::lay_out<W>(args.in.shape.n, memory)),
+        scratch(shared),
         row(row),
         batch(batch),
         n(N > 0 ? N : args.in.shape.n),
@@ -305,7 +308,10 @@ struct ForwardHead {
         a(args.in.a, batch, head),
         b(args.in.b, batch, head),
         y(args.y, args.y_type, rows(), row, n),
-        removed(args.removed, Type::f32, rows(), row, n) {}
+        removed(args.removed, Type::f32, rows(), row, n) {
+    scratch.carry += place * width();
+    scratch.state += place * n * width();
+  }
 
   MEGAFORGE_INLINE Int rows() const { return args.in.shape.b * args.in.shape.h; }
   MEGAFORGE_INLINE Int width() const { return N > 0 ? round_up(N, W) : scratch.width; }
@@ -356,14 +362,15 @@ struct ForwardHead {
             removed.floats(t, n, size, scratch.removed)};
   }
 
-  // Asks for a line of each input some tokens ahead: memory takes about as long to deliver them as the arithmetic takes.
+  // Asks for a line of each input. Memory takes about as long to deliver what the next turn reads as the arithmetic of
+  // this turn takes.
   MEGAFORGE_INLINE void prefetch(Int t, Int j) const {
     r.prefetch(t, j), w.prefetch(t, j), k.prefetch(t, j), v.prefetch(t, j), a.prefetch(t + 1, j), b.prefetch(t, j);
   }
 
   // A tile for Size vectors of value channels from `column` on.
   template <int Size>
-  MEGAFORGE_INLINE void advance(const Tile& tile, Int column) const {
+  MEGAFORGE_INLINE void advance(const Tile& tile, Int column, const ForwardHead& next_head, Int next_first) const {
     constexpr Int kAtOnce = 16;  // rows between requests for memory
     float* const state = scratch.state + column * n;
     Vec<W> removed[Size];
@@ -382,7 +389,7 @@ struct ForwardHead {
         store<W>(tile.removed.token(t) + column + g * W, removed[g]);
       }
       for (Int from = 0; from < n; from += kAtOnce) {
-        if (column == 0) prefetch(tile.first + t + kTile, from);
+        if (column == 0) next_head.prefetch(next_first + t, from);
         float* x = state + from * Size * W;
         const Int to = least(n, from + kAtOnce);
 #pragma GCC unroll 2
@@ -414,29 +421,45 @@ struct ForwardHead {
     }
   }
 
-  MEGAFORGE_INLINE void run() const {
-    const Int s = args.in.shape.s, interval = args.in.interval;
-    begin();
-    for (Int t = 0, count = 0; t < s; t += count) {
-      if (args.states != nullptr && t % interval == 0) save(args.states, t / interval);
-      count = least(kTile, least(s, (t / interval + 1) * interval) - t);
-      const Tile tile = prepare(t, count);
-      for_groups<W, G>(width(), [&](Int column, auto g) { advance<decltype(g)::size>(tile, column); });
-      finish(tile);
-    }
-    save(args.final_state, 0);
+  // One turn; the next one is that of `next_head` from token `next_first` on.
+  MEGAFORGE_INLINE void turn(Int t, Int count, const ForwardHead& next_head, Int next_first) const {
+    if (args.states != nullptr && t % args.in.interval == 0) save(args.states, t / args.in.interval);
+    const Tile tile = prepare(t, count);
+    for_groups<W, G>(width(), [&](Int column, auto g) {
+      advance<decltype(g)::size>(tile, column, next_head, next_first);
+    });
+    finish(tile);
   }
 };
 
+// Heads next to each other take turns: what lies together in memory is read and written together.
+template <int W, int G, int N>
+void forward_heads(const Forward& args, Int first, Int count, const ForwardScratch& scratch) {
+  const Int s = args.in.shape.s, heads = args.in.shape.h, interval = args.in.interval;
+  const auto head = [&](Int place) {
+    const Int row = first + place;
+    return ForwardHead<W, G, N>(args, row, row / heads, row % heads, place, scratch);
+  };
+  for (Int m = 0; m < count; ++m) head(m).begin();
+  for (Int t = 0, tokens = 0; t < s; t += tokens) {
+    tokens = least(kTile, least(s, (t / interval + 1) * interval) - t);
+    for (Int m = 0; m < count; ++m) {
+      const bool last = m + 1 == count;
+      head(m).turn(t, tokens, head(last ? 0 : m + 1), last ? t + tokens : t);
+    }
+  }
+  for (Int m = 0; m < count; ++m) head(m).save(args.final_state, 0);
+}
+
 template <int W, int G>
 void forward_rows(const Forward& args, Int first, Int last, void* memory) {
-  const Int heads = args.in.shape.h;
-  float* floats = static_cast<float*>(memory);
-  for (Int row = first; row < last; ++row) {
+  const ForwardScratch scratch = ForwardScratch::lay_out<W>(args.in.shape.n, static_cast<float*>(memory));
+  for (Int row = first; row < last; row += kHeads) {
+    const Int count = least(kHeads, last - row);
     if (args.in.shape.n == 64) {
-      ForwardHead<W, G, 64>(args, row, row / heads, row % heads, floats).run();
+      forward_heads<W, G, 64>(args, row, count, scratch);
     } else {
-      ForwardHead<W, G, 0>(args, row, row / heads, row % heads, floats).run();
+      forward_heads<W, G, 0>(args, row, count, scratch);
     }
   }
 }

@@ -28,7 +28,8 @@ torch.library.define(
 torch.library.define(
     "megaforge::wkv7_backward",
     f"({SIX}, Tensor? document_start, Tensor states, Tensor removed, Tensor? dy, Tensor? dfinal_state,"
-    " int state_interval) -> (Tensor dr, Tensor dlog_w, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor dinitial_state)",
+    " int state_interval)"
+    " -> (Tensor dr, Tensor dlog_w, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor dinitial_state)",
 )
 
 
@@ -40,6 +41,7 @@ class Saving(NamedTuple):
 
 
 SAVING = {"cpu": Saving(64, True), "cuda": Saving(16, False)}
+CUDA_CHANNELS = (32, 64)
 # Loaded here and not at the first call, which torch.compile may be tracing.
 _AVAILABLE = {device_type for device_type in SAVING if why_missing("wkv7", device_type) is None}
 
@@ -47,6 +49,11 @@ _AVAILABLE = {device_type for device_type in SAVING if why_missing("wkv7", devic
 def available(device_type: str) -> bool:
     """Whether there is compiled code for tensors of ``device_type``."""
     return device_type in _AVAILABLE
+
+
+def takes(device_type: str, dtype: torch.dtype, channels: int) -> bool:
+    """Whether the code for ``device_type`` takes values of ``dtype`` in heads of ``channels``."""
+    return device_type != "cuda" or (dtype != torch.float64 and channels in CUDA_CHANNELS)
 
 
 def wkv7_native(

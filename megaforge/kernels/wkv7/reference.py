@@ -21,16 +21,15 @@ def wkv7_recurrent(
     document_start: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition, one token after the other; arguments and results as :func:`wkv7`."""
-    s, batch, heads, n = r.shape
-    dtype = state_dtype(v.dtype)
+    batch, heads, n = r.shape[1:]
+    dtype, y_dtype = state_dtype(v.dtype), v.dtype
     state = v.new_zeros(batch, heads, n, n, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    y_dtype = v.dtype
-    r, w, k, v, a, b = (x.to(dtype) for x in (r, log_w.to(dtype).exp(), k, v, a, b))
+    inputs = (x.to(dtype).unbind() for x in (r, log_w.to(dtype).exp(), k, v, a, b))
     y = []
-    for t in range(s):
+    for t, (r_t, w_t, k_t, v_t, a_t, b_t) in enumerate(zip(*inputs, strict=True)):
         if document_start is not None:
             state = state.masked_fill(document_start[t][:, None, None, None], 0)
-        removed = state @ a[t][..., None]
-        state = state * w[t][..., None, :] + removed * b[t][..., None, :] + v[t][..., None] * k[t][..., None, :]
-        y.append((state @ r[t][..., None]).squeeze(-1))
+        removed = state @ a_t[..., None]
+        state = state * w_t[..., None, :] + removed * b_t[..., None, :] + v_t[..., None] * k_t[..., None, :]
+        y.append((state @ r_t[..., None]).squeeze(-1))
     return torch.stack(y).to(y_dtype), state

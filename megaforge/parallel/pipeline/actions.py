@@ -64,6 +64,11 @@ class Schedule:
         """The pipeline rank of every stage."""
         return tuple(stage_rank(stage, self.num_ranks, self.placement) for stage in range(self.num_stages))
 
+    @cached_property
+    def splits_backward(self) -> bool:
+        """Whether gradients of inputs and of weights are computed apart (zero bubble)."""
+        return any(action.kind is Kind.BACKWARD_INPUT for rank in self.actions for action in rank)
+
     def rank_of(self, stage: int) -> int:
         """The pipeline rank that holds ``stage``."""
         return self.stage_ranks[stage]

@@ -13,10 +13,23 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+_NEEDED_AGAIN = "megaforge: the second half runs it"  # key in a node's metadata
+
+
+def is_needed_again(node: Node | None) -> bool:
+    """Whether the second half of a split backward pass runs ``node``, which the first half may be running now: what the
+    node has kept must stay."""
+    return node is not None and _NEEDED_AGAIN in _metadata(node)
+
+
+def _metadata(node: Node) -> dict[Any, Any]:
+    return cast(dict[Any, Any], node.metadata)  # torch declares this property as a method
 
 
 @dataclass
@@ -45,7 +58,7 @@ class DeferredWeightGradients:
 
     def run(self) -> None:
         """Accumulates the gradients into the weights' ``.grad``; their post-accumulate hooks run as usual."""
-        for group in self._groups:
+        for number, group in enumerate(self._groups, 1):
             # Where one weight hangs from several nodes, gradient also flows from one of them to the next through the
             # graph; every node's gradient was complete in the first half, so it is put in place of what flows.
             handles = [
@@ -59,7 +72,9 @@ class DeferredWeightGradients:
                         gradients.append(gradient)
             try:
                 if edges:
-                    torch.autograd.backward(edges, gradients, retain_graph=True, inputs=group.weights)
+                    # The last one frees tensors as it goes, which is all of them where there is no first half.
+                    shared = number < len(self._groups)
+                    torch.autograd.backward(edges, gradients, retain_graph=shared, inputs=group.weights)
             finally:
                 for handle in handles:
                     handle.remove()
@@ -152,7 +167,9 @@ def _group_weights(
         start = get_gradient_edge(weight).node
         if start not in above:
             continue
-        merged = _WeightGroup([weight], _nodes_of_weight(start, above, input_side, free_roots))
+        nodes, climbed = _nodes_of_weight(start, above, input_side, free_roots)
+        merged = _WeightGroup([weight], nodes)
+        _mark(climbed)
         for other in {id(group_of[node]): group_of[node] for node in merged.nodes if node in group_of}.values():
             merged.weights += other.weights
             merged.nodes += [node for node in other.nodes if node not in merged.nodes]
@@ -163,8 +180,28 @@ def _group_weights(
         starts = [start for node in group.nodes for start in free_roots.get(node, ())]
         group.edges = [edge for edge, _ in starts]
         group.edge_gradients = [gradient for _, gradient in starts]
+        if len(group.nodes) > 1:
+            _mark(_between(group.nodes, above))
         group.nodes = [node for node in group.nodes if node in input_side]
     return list(groups.values())
+
+
+def _mark(nodes: Iterable[Node]) -> None:
+    for node in nodes:
+        _metadata(node)[_NEEDED_AGAIN] = True
+
+
+def _between(nodes: list[Node], above: dict[Node, list[Node]]) -> set[Node]:
+    """What lies on a way from one of ``nodes`` to another: gradient flows there again in the second half."""
+    upwards = _ancestors(nodes, above)
+    found = set(nodes)
+    stack = list(nodes)
+    while stack:
+        for below, _ in stack.pop().next_functions:
+            if below is not None and below in upwards and below not in found:
+                found.add(below)
+                stack.append(below)
+    return found
 
 
 def _nodes_of_weight(
@@ -172,8 +209,9 @@ def _nodes_of_weight(
     above: dict[Node, list[Node]],
     input_side: set[Node],
     free_roots: dict[Node, list[tuple[GradientEdge, Tensor]]],
-) -> list[Node]:
-    """Climbs from a weight until the way to the inputs is met; free roots on the climb are kept and passed."""
+) -> tuple[list[Node], set[Node]]:
+    """Climbs from a weight until the way to the inputs is met; free roots on the climb are kept and passed. Where it
+    ended, and all nodes that it has seen."""
     found: list[Node] = []
     seen = {start}
     stack = [start]
@@ -188,4 +226,4 @@ def _nodes_of_weight(
             if upper not in seen:
                 seen.add(upper)
                 stack.append(upper)
-    return found
+    return found, seen

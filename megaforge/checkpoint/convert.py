@@ -1,0 +1,231 @@
+"""Checkpoints from one form into another without a run: any layout, and one safetensors file with global names.
+
+Nothing is computed and nothing is held but one piece of a tensor at a time, so values stay the same bits and a laptop
+converts what a thousand ranks wrote.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.planner import WriteItem
+
+from megaforge.checkpoint.boxes import box_of
+from megaforge.checkpoint.checkpoint import layout_of
+from megaforge.checkpoint.compatible import RUN_STATE
+from megaforge.checkpoint.directory import discard_temporary, fsync_directory, list_steps, step_name
+from megaforge.checkpoint.planner import ShardSavePlanner
+from megaforge.checkpoint.safetensors_file import FileRecord, Slot, file_order, write_safetensors
+from megaforge.checkpoint.shards import Shard
+from megaforge.checkpoint.sources import TensorSource
+from megaforge.checkpoint.storage import CheckpointHead, CheckpointWriter
+from megaforge.config.check_layout import check_layout
+from megaforge.config.config import Config
+from megaforge.config.run_config import ParallelConfig, roomy_etp
+from megaforge.config.schema import config_from_dict, suggestion
+from megaforge.errors import UserError
+from megaforge.models.hybrid import HybridModel
+from megaforge.models.stages import PipelinePlan, build_model, plan_pipeline
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.param_spec import ParamSpec, named_specs
+
+STATE_PREFIX = "optimizer."  # keys of optimizer state: optimizer.STATE.NAME
+_SHOWN = 5
+
+
+def write_file(source: TensorSource, file: str | Path, *, optimizer: bool = False) -> FileRecord:
+    """Writes ``source`` as one safetensors file of whole tensors by global name.
+
+    Its metadata are strings: ``step``, ``metric`` (JSON) and ``meta`` (JSON: the configuration under ``config``, and
+    what else the checkpoint says).
+
+    Args:
+        optimizer: optimizer state too, as ``optimizer.STATE.NAME``, and all that continuing the run needs; otherwise
+            the weights alone, from which ``--finetune`` starts.
+
+    Returns:
+        Length and hash of the file.
+
+    Raises:
+        UserError: ``file`` exists, or cannot be written (and then does not exist).
+    """
+    file = Path(file)
+    if file.exists():
+        raise UserError(f"--save {file}: it exists; remove it, or name another file")
+    keys = [key for key in source.tensors if optimizer or not key.startswith(STATE_PREFIX)]
+    slots = sorted((Slot(key, *source.tensors[key]) for key in keys), key=file_order)
+    meta = {key: value for key, value in source.meta.items() if optimizer or key not in RUN_STATE}
+    metadata = {"step": str(source.step), "metric": json.dumps(source.metric), "meta": json.dumps(meta)}
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        record = write_safetensors(temporary, slots, (source.read(slot.name) for slot in slots), metadata)
+        os.replace(temporary, file)
+        fsync_directory(file.parent)
+    except OSError as error:
+        raise UserError(f"--save {file}: it was not written ({error.strerror})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return record
+
+
+def write_directory(
+    source: TensorSource, directory: str | Path, parallel: ParallelConfig | None = None, dp: int | None = None
+) -> Path:
+    """Writes ``source`` as a checkpoint below ``directory``, in the files that ranks of the layout would write.
+
+    Args:
+        parallel: the layout, of which tp, cp, pp, vpp, ep and etp count; by default one rank.
+        dp: data-parallel size; by default the smallest that the experts' layout allows.
+
+    Returns:
+        The checkpoint, which any layout loads.
+
+    Raises:
+        UserError: the tensors are not those of the model that ``source`` names, the model does not divide over the
+            layout, or ``directory`` holds checkpoints or cannot be written.
+    """
+    directory = Path(directory)
+    parallel, world_size = _fill_in(parallel or ParallelConfig(), dp)
+    if directory.is_dir() and list_steps(directory):
+        raise UserError(f"--save {directory}: it holds checkpoints; name another directory")
+    config = _config_at(source, parallel)
+    check_layout(config, world_size)
+    keys = _keys_of_parameters(source, config)
+    plan = plan_pipeline(config.model, parallel, parallel.pipeline_model_parallel_size, config.data.seq_length)
+    planners = _plan_ranks(source, config, plan, world_size, keys)
+    context = _context(0, world_size, parallel)
+    writers = [
+        CheckpointWriter(directory, CheckpointHead(source.step, layout_of(context), source.meta, source.metric), rank)
+        for rank in range(world_size)
+    ]
+    plans, metadata = planners[0].create_global_plan([planner.create_local_plan() for planner in planners])
+    try:
+        writers[0].prepare_global_plan(plans)
+        results = [
+            writer.write_data(plan, planner).value()
+            for writer, planner, plan in zip(writers, planners, plans, strict=True)
+        ]
+        writers[0].finish(metadata, results)
+    except OSError as error:
+        raise UserError(f"--save {directory}: the checkpoint was not written ({error.strerror})") from error
+    finally:
+        discard_temporary(directory, source.step)
+    return directory / step_name(source.step)
+
+
+class _CopyPlanner(ShardSavePlanner):
+    """Plans a rank's file from declarations alone and reads each piece when it is written."""
+
+    def __init__(self, source: TensorSource, shards: dict[str, Shard], *, first: bool) -> None:
+        super().__init__()
+        self.source = source
+        self.set_up_planner(shards, is_coordinator=first)
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        assert write_item.tensor_data is not None
+        chunk = write_item.tensor_data.chunk
+        return self.source.read(write_item.index.fqn, box_of(chunk.offsets, chunk.sizes))
+
+
+def _plan_ranks(
+    source: TensorSource, config: Config, plan: PipelinePlan, world_size: int, keys: dict[str, list[str]]
+) -> list[_CopyPlanner]:
+    """A planner a rank, of the pieces that the rank would hold; they have shapes and no memory."""
+    specs: dict[int, dict[str, ParamSpec]] = {}
+    planners = []
+    for rank in range(world_size):
+        ctx = _context(rank, world_size, config.parallel)
+        if ctx.pp.rank not in specs:
+            specs[ctx.pp.rank] = {spec.name: spec for spec, _ in named_specs(build_model(config.model, ctx, plan))}
+        shards = {}
+        for name, spec in specs[ctx.pp.rank].items():
+            boxes = [piece.global_box for piece in spec.pieces(ctx)]
+            for key in keys[name]:
+                shards[key] = _shard(boxes, spec.shape, source.tensors[key].dtype)
+        planners.append(_CopyPlanner(source, shards, first=rank == 0))
+    return planners
+
+
+def _shard(boxes: Iterable[tuple[tuple[int, int], ...]], shape: tuple[int, ...], dtype: torch.dtype) -> Shard:
+    pieces = [
+        ([start for start, _ in box], torch.empty([stop - start for start, stop in box], dtype=dtype, device="meta"))
+        for box in boxes
+    ]
+    return Shard(shape, pieces)
+
+
+def _context(rank: int, world_size: int, parallel: ParallelConfig) -> ParallelContext:
+    return ParallelContext.of_rank(
+        rank,
+        world_size,
+        tp=parallel.tensor_model_parallel_size,
+        cp=parallel.context_parallel_size,
+        pp=parallel.pipeline_model_parallel_size,
+        ep=parallel.expert_model_parallel_size,
+        etp=parallel.expert_tensor_parallel_size,
+        device="meta",
+    )
+
+
+def _fill_in(parallel: ParallelConfig, dp: int | None) -> tuple[ParallelConfig, int]:
+    """The layout with the experts' tensor parallelism that was left open, and its number of ranks."""
+    tp, ep, etp = (
+        parallel.tensor_model_parallel_size,
+        parallel.expert_model_parallel_size,
+        parallel.expert_tensor_parallel_size,
+    )
+    inner = tp * parallel.context_parallel_size
+    if dp is None:
+        dp = math.lcm(inner, ep * (etp or tp)) // inner
+    if etp is None and ep > 1:
+        parallel = dataclasses.replace(parallel, expert_tensor_parallel_size=roomy_etp(tp, ep, inner * dp))
+    return parallel, parallel.pipeline_model_parallel_size * inner * dp
+
+
+def _config_at(source: TensorSource, parallel: ParallelConfig) -> Config:
+    """The configuration that ``source`` was trained with, at another layout."""
+    saved: Any = source.meta.get("config")
+    if saved is None:
+        raise UserError(f"--load {source.path}: it does not say which model it is of")
+    config = config_from_dict(saved, source=str(source.path))
+    pattern = config.model.hybrid_layer_pattern
+    uncut = None if pattern is None else pattern.replace("|", "")  # cuts are of the layout that wrote it
+    model = dataclasses.replace(config.model, hybrid_layer_pattern=uncut)
+    training = dataclasses.replace(config.training, micro_batch_size=1, global_batch_size=None, device="cpu")
+    return dataclasses.replace(config, model=model, parallel=parallel, training=training)
+
+
+def _keys_of_parameters(source: TensorSource, config: Config) -> dict[str, list[str]]:
+    """For every parameter of the model the keys of its weight and state in ``source``.
+
+    Raises:
+        UserError: a tensor is missing, of another shape, or belongs to no parameter.
+    """
+    model = HybridModel(config.model, ParallelContext.single("meta"))
+    shapes = {spec.name: spec.shape for spec, _ in named_specs(model)}
+    keys: dict[str, list[str]] = defaultdict(list)
+    for key, info in source.tensors.items():
+        name = key.removeprefix(STATE_PREFIX).partition(".")[2] if key.startswith(STATE_PREFIX) else key
+        if name not in shapes:
+            raise UserError(
+                f"--load {source.path}: the model has no parameter {name} (tensor {key})" + suggestion(name, shapes)
+            )
+        if info.shape != shapes[name]:
+            raise UserError(f"--load {source.path}: {key} has the shape {info.shape}, the model's is {shapes[name]}")
+        keys[name].append(key)
+    missing = sorted(name for name in shapes if name not in keys[name])
+    if missing:
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        listed = ", ".join(missing[:_SHOWN])
+        raise UserError(f"--load {source.path}: {len(missing)} weights of the model are missing: {listed}{more}")
+    return keys

@@ -1,0 +1,119 @@
+"""What WKV-7 costs a whole RWKV-7 layer: the layer as it is against the same layer without the recurrence.
+
+One block (time-mix, channel-mix, their norms) of width 512 in fp32, forward and backward. "Without" passes the values
+on in place of WKV's output; everything else stays. Ratios of tokens a CPU-second on one thread; 0.88 is the goal: the
+recurrence may take 12 %. The same with the portable torch path is shown beside it.
+
+    python tests/bench/bench_layer.py [--rounds 5] [--lengths 512 1024 2048] [--batch 4]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megaforge.config.model_config import ModelConfig
+from megaforge.kernels.matmul_precision import choose_matmul_precision
+from megaforge.kernels.wkv7 import wkv7, wkv7_chunked
+from megaforge.models.hybrid import HybridModel
+from megaforge.nn.sequence import SequenceInfo
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.init import initialize_parameters
+from tests.bench.ceiling import describe, keep_freed_memory
+from tests.bench.harness import interleaved_ratio, print_json, print_table
+
+WIDTH, HEAD = 512, 64
+
+
+class _Pass(torch.autograd.Function):
+    """Forward: v. Backward: every input gets the gradient of y, so that the rest of the layer does all of its work."""
+
+    @staticmethod
+    def forward(ctx, *inputs: torch.Tensor) -> torch.Tensor:
+        return inputs[3].view_as(inputs[3])
+
+    @staticmethod
+    def backward(ctx, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (dy,) * 6
+
+
+def without(*inputs: torch.Tensor | None, **options: object) -> tuple[torch.Tensor, None]:
+    """In place of WKV-7."""
+    return _Pass.apply(*inputs[:6]), None
+
+
+class Layer:
+    def __init__(self, length: int, batch: int) -> None:
+        cfg = ModelConfig(
+            num_layers=2,
+            hidden_size=WIDTH,
+            ffn_hidden_size=4 * WIDTH,
+            rwkv_head_size=HEAD,
+            layer_schedule="rwkv",
+            ffn="dense",
+            vocab_size=64,
+        )
+        ctx = ParallelContext.single()
+        model = HybridModel(cfg, ctx)
+        initialize_parameters(model, ctx, seed=0)
+        self.block = model.layers[1]  # the first makes v_first, all others mix it in
+        self.info = SequenceInfo(batch, length, torch.device("cpu"))
+        self.x = torch.randn(length, batch, WIDTH, requires_grad=True)
+        self.v_first = torch.randn(length, batch, WIDTH, requires_grad=True)
+        self.dy = torch.randn(length, batch, WIDTH)
+        self.tokens = length * batch
+
+    def rate(self, recurrence: Callable[..., object]) -> Callable[[], float]:
+        """Tokens a CPU-second of a forward and a backward pass with ``recurrence``, the best of three."""
+
+        def once() -> float:
+            self.block.zero_grad(set_to_none=True)
+            start = time.process_time()
+            self.block(self.x, self.v_first, self.info, None)[0].backward(self.dy)
+            return self.tokens / (time.process_time() - start)
+
+        def measure() -> float:
+            with mock.patch("megaforge.nn.rwkv7.wkv7", recurrence):
+                return max(once() for _ in range(3))
+
+        return measure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="measured pairs a case")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048], help="tokens a sequence")
+    parser.add_argument("--batch", type=int, default=4, help="sequences")
+    parser.add_argument("--matmul", default="highest", choices=("highest", "auto"), help="as --matmul-precision")
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    precision = choose_matmul_precision("auto") if arguments.matmul == "auto" else arguments.matmul
+    torch.set_float32_matmul_precision(precision)
+    rows: list[list[object]] = []
+    cases = {}
+    for length in arguments.lengths:
+        layer = Layer(length, arguments.batch)
+        for name, recurrence, goal in (("native", wkv7, 0.88), ("chunked", wkv7_chunked, "-")):
+            ratio = interleaved_ratio(layer.rate(recurrence), layer.rate(without), arguments.rounds)
+            rows.append([length, name, ratio.candidate, ratio.peer, ratio.median, ratio.min, ratio.max, goal])
+            cases[f"{name}_{length}"] = ratio.case("the same layer without WKV-7")
+    print(describe())
+    print_table(
+        f"RWKV-7 layer of width {WIDTH}, batch {arguments.batch}, fp32 matmuls at '{precision}', tokens/s",
+        ["length", "WKV-7", "with", "without", "ratio", "min", "max", "goal"],
+        rows,
+    )
+    print_json("layer", cases)
+
+
+if __name__ == "__main__":
+    main()
