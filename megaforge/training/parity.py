@@ -64,12 +64,13 @@ def parity_config(
     Raises:
         UserError: a flag is wrong, or ``layout`` cannot carry this model; needs no process group.
     """
-    run = ("--train-iters", str(STEPS), "--global-batch-size", str(GLOBAL_BATCH), "--eval-iters", "0")
-    batch = ("--micro-batch-size", str(GLOBAL_BATCH if layout is None else GLOBAL_BATCH // 2))
+    micro_batch = GLOBAL_BATCH if layout is None else GLOBAL_BATCH // 2
+    batch = ("--global-batch-size", str(GLOBAL_BATCH), "--micro-batch-size", str(micro_batch))
     packed = ("--eod-mask-loss", "--data-lanes", "1", "--num-workers", "0")
     exact = ("--float32-matmul-precision", "highest", *(("--fp64",) if dtype == "fp64" else ()))
-    place = ("--data-path", data_path, "--split", "100,0,0", *(() if layout is None else layout.flags))
-    argv = ["--config", name, *run, *batch, *packed, *exact, *flags, *place]
+    run = ("--train-iters", str(STEPS), "--eval-iters", "0", "--data-path", data_path, "--split", "100,0,0")
+    place = () if layout is None else layout.flags
+    argv = ["--config", name, *batch, *packed, *exact, *flags, *run, *place]
     config = parse_config(argv, prog="parity").config
     if config.model.vocab_size is None:
         config = parse_config([*argv, "--vocab-size", str(VOCABULARY)], prog="parity").config

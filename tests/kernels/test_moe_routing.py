@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megaforge.kernels import moe_routing, moe_routing_reference
-from megaforge.kernels.moe_routing import RoutingRule, moe_permutation, moe_permute, moe_route, moe_unpermute
+from megaforge.kernels.moe_routing import Route, RoutingRule, moe_permutation, moe_permute, moe_route, moe_unpermute
 from megaforge.kernels.moe_routing_reference import choose_experts, largest, route_scores, route_statistics
 
 COMPILED = "cpu" in moe_routing._COMPILED
@@ -56,10 +56,13 @@ def expected_route(logits: Tensor, rule: RoutingRule, bias: Tensor | None, seque
     return {"weights": weights, "experts": experts, "lse": lse, "probability_sum": probability_sum, "z_sum": z_sum}
 
 
-def assert_routes(logits: Tensor, rule: RoutingRule, bias: Tensor | None, sequences: int, tolerance: float) -> None:
+def assert_routes(
+    logits: Tensor, rule: RoutingRule, bias: Tensor | None, sequences: int, tolerance: float, device: str = "cpu"
+) -> None:
     """Choices are exact, values and every gradient within ``tolerance`` of their size or of one."""
     ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    route = moe_route(ours, rule, bias, sequences)
+    results = moe_route(ours.to(device), rule, None if bias is None else bias.to(device), sequences)
+    route = Route(*(result.cpu() for result in results))
     expected = expected_route(theirs, rule, None if bias is None else bias.double(), sequences)
     assert route.experts.tolist() == expected["experts"].tolist()
     flat = expected["experts"].flatten().tolist()

@@ -47,7 +47,7 @@ inline void permute(const Rows& r, const void* x, void* rows, std::int64_t first
   end_of_streams();
 }
 
-constexpr int kUnroll = 4;
+constexpr int kUnroll = 8;  // vectors of a row at a time: long enough for the hardware to see where it goes
 
 template <typename T>
 MEGAFORGE_INLINE void store_maybe_past(T* p, F x, bool) {
@@ -69,19 +69,17 @@ MEGAFORGE_INLINE void unpermute_of(const Rows& r, const T* y, const float* weigh
   const bool past_caches = r.stream && lines(out, width * static_cast<std::int64_t>(sizeof(T)));
   for (std::int64_t t = first; t < last; ++t) {
     const std::int32_t* const position = r.position + t * r.topk;
-    const std::int32_t* const next = t + 1 < last ? position + r.topk : position;
     const float* const weight = weights == nullptr ? nullptr : weights + t * r.topk;
     T* const to = out + t * width;
     std::int64_t i = 0;
     for (; i < whole; i += step) {
-      F sums[kUnroll] = {set(0.0f), set(0.0f), set(0.0f), set(0.0f)};
+      F sums[kUnroll];
+      for (F& lanes : sums) lanes = set(0.0f);
       for (std::int64_t j = 0; j < r.topk; ++j) {
         if (position[j] < 0) continue;
         const T* const from = y + position[j] * width + i;
         const F w = set(weight == nullptr ? 1.0f : weight[j]);
         for (int c = 0; c < kUnroll; ++c) sums[c] = fma(load(from + c * kLanes), w, sums[c]);
-        const char* const ahead = reinterpret_cast<const char*>(y + (next[j] < 0 ? 0 : next[j]) * width + i);
-        for (std::size_t line = 0; line < step * sizeof(T); line += 64) __builtin_prefetch(ahead + line);
       }
       for (int c = 0; c < kUnroll; ++c) store_maybe_past(to + i + c * kLanes, sums[c], past_caches);
     }
@@ -113,7 +111,8 @@ MEGAFORGE_INLINE void unpermute_backward_of(const Rows& r, const T* grad, const 
       const T* const from = y + r.position[a] * width;
       T* const to = dy + r.position[a] * width;
       const F w = set(weights[a]);
-      F dots[kUnroll] = {set(0.0f), set(0.0f), set(0.0f), set(0.0f)};
+      F dots[kUnroll];
+      for (F& lanes : dots) lanes = set(0.0f);
       std::int64_t i = 0;
       for (; i < whole; i += step) {
         const char* const ahead = reinterpret_cast<const char*>(y + ahead_row * width + i);
@@ -130,7 +129,8 @@ MEGAFORGE_INLINE void unpermute_backward_of(const Rows& r, const T* grad, const 
         dots[0] = fma(gradient, load_part(from + i, n), dots[0]);
         store_part(to + i, mul(gradient, w), n);
       }
-      dweights[a] = sum(add(add(dots[0], dots[1]), add(dots[2], dots[3])));
+      for (int c = 1; c < kUnroll; ++c) dots[0] = add(dots[0], dots[c]);
+      dweights[a] = sum(dots[0]);
     }
   }
   end_of_streams();

@@ -11,8 +11,8 @@
 
 using Int = std::int64_t;
 
-constexpr Int kHeads = 8;   // heads next to each other in memory that take turns in the forward pass
-constexpr Int kTile = 16;   // tokens of one turn
+constexpr Int kHeads = 8;   // heads next to each other in memory that take turns
+constexpr Int kTile = 16;   // tokens of a turn of the forward pass
 constexpr Int kRun = 16;    // tokens whose states the backward pass holds at once
 constexpr int kRows = 4;    // rows of the state that the backward pass works on at once
 
@@ -141,7 +141,8 @@ struct Tokens {
 
   // Asks for the line of memory that channel j of token t is in. The token may lie beyond the last one.
   MEGAFORGE_INLINE void prefetch(Int t, Int j) const {
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(data) + t * stride + j * size_of(type)));
+    const auto place = reinterpret_cast<std::uintptr_t>(data) + t * stride + j * size_of(type);
+    __builtin_prefetch(reinterpret_cast<const void*>(place));
   }
 
  private:
@@ -170,6 +171,12 @@ struct Result {
       : data(data == nullptr ? nullptr : static_cast<char*>(data) + row * n * static_cast<Int>(size_of(type))),
         type(type),
         stride(rows * n * static_cast<Int>(size_of(type))) {}
+
+  // Asks for the line of memory that channel j of token t will be written to.
+  MEGAFORGE_INLINE void prefetch(Int t, Int j) const {
+    const auto place = reinterpret_cast<std::uintptr_t>(data) + t * stride + j * size_of(type);
+    __builtin_prefetch(reinterpret_cast<const void*>(place), 1);
+  }
 
   // Where tokens from t on are written: their own place if that takes whole vectors of floats.
   MEGAFORGE_INLINE Floats floats(Int t, Int n, Int width, float* room) const {
@@ -500,7 +507,7 @@ struct BackwardScratch {
   float *dr, *dw, *dk, *dv, *da, *db;      // [kRun, width]
   float* history;                          // [kRun, kRows, width]: states after the tokens of a run
   float* zero;                             // [kRows, width]
-  float* gradient;                         // [height, width]: of the state
+  float* gradient;                         // [kHeads, height, width]: of the states
   float* states;                           // [runs, height, width]: before each run of an interval
   Int floats;
 
@@ -516,7 +523,7 @@ struct BackwardScratch {
     }
     out.history = place, place += kRun * kRows * width;
     out.zero = place, place += kRows * width;
-    out.gradient = place, place += out.height * width;
+    out.gradient = place, place += kHeads * out.height * width;
     out.states = place, place += (interval + kRun - 1) / kRun * out.height * width;
     out.floats = place - base;
     return out;
@@ -535,6 +542,23 @@ struct Rows {
   MEGAFORGE_INLINE void write(float* to) const {
     for (int i = 0; i < kRows; ++i)
       for (int j = 0; j < J; ++j) store<W>(to + (i * J + j) * W, x[i][j]);
+  }
+};
+
+// Memory that will soon be read, by the next turn, and written, by the present run. Every step asks for a few lines of
+// it, because memory takes about as long to deliver them as the arithmetic takes.
+struct Traffic {
+  const Tokens* inputs[8];
+  const Result* results[6];
+  Int next_first, first;  // tokens
+
+  // Rows i on, token t of the run.
+  MEGAFORGE_INLINE void ask(Int i, Int t) const {
+    const Int step = i / kRows;
+    const Tokens& input = *inputs[step % 8];
+    const Result& result = *results[step % 6];
+    input.prefetch(next_first + t, step / 8 * 32), input.prefetch(next_first + t, step / 8 * 32 + 16);
+    result.prefetch(first + t, step / 6 * 32), result.prefetch(first + t, step / 6 * 32 + 16);
   }
 };
 
@@ -563,7 +587,7 @@ void pass_run(const BackwardScratch& run, Int i, Int count, const bool* starts, 
 // whose gradient is `gradient`, after the run and then before it. Adds to dr, dw, dk, da, db; sets dv.
 template <int W, int J>
 void differentiate_run(const BackwardScratch& run, Int i, Int count, const bool* starts, Int starts_stride,
-                       const float* before, float* gradient) {
+                       const float* before, float* gradient, const Traffic& traffic) {
   constexpr Int width = J * W, block = kRows * width;
   const auto lanes = std::make_integer_sequence<int, W>();
   {
@@ -591,6 +615,7 @@ void differentiate_run(const BackwardScratch& run, Int i, Int count, const bool*
   Rows<W, J> grad;
   grad.read(gradient);
   for (Int t = count - 1; t >= 0; --t) {
+    traffic.ask(i, t);
     const bool start = starts != nullptr && starts[t * starts_stride];
     const float* previous = start ? run.zero : t > 0 ? run.history + (t - 1) * block : before;
     const float *removed = run.removed + t * width + i, *v = run.v + t * width + i, *dy = run.dy + t * width + i;
@@ -631,67 +656,106 @@ void differentiate_run(const BackwardScratch& run, Int i, Int count, const bool*
   grad.write(gradient);
 }
 
-// One head whose channels fill at most J vectors.
+// The tokens of one head that the backward pass reads.
+struct BackwardTokens {
+  Tokens r, w, k, v, a, b, dy, removed;
+
+  MEGAFORGE_INLINE BackwardTokens(const Backward& args, Int row) : BackwardTokens(args, row / args.in.shape.h, row % args.in.shape.h) {}
+  MEGAFORGE_INLINE BackwardTokens(const Backward& args, Int batch, Int head)
+      : r(args.in.r, batch, head),
+        w(args.in.log_w, batch, head),
+        k(args.in.k, batch, head),
+        v(args.in.v, batch, head),
+        a(args.in.a, batch, head),
+        b(args.in.b, batch, head),
+        dy(args.dy, batch, head),
+        removed(removed_of(args), batch, head) {}
+
+  static MEGAFORGE_INLINE View removed_of(const Backward& args) {
+    const Int n = args.in.shape.n, h = args.in.shape.h;
+    return {args.removed, Type::f32, args.in.shape.b * h * n, h * n, n};
+  }
+};
+
+// [n, n] into [height, width], zeros around it; of a null pointer zeros only.
+MEGAFORGE_INLINE void pad(const void* from, Int row, Int n, Int height, Int width, float* to) {
+  clear(to, height * width);
+  if (from == nullptr) return;
+  for (Int i = 0; i < n; ++i) copy(to + i * width, static_cast<const float*>(from) + (row * n + i) * n, n);
+}
+
+// The tokens of one head between two saved states; its channels fill at most J vectors. The gradient of the state after
+// them becomes that of the state before them. The next turn is that of `next_row` from token `next_first` on.
 template <int W, int J>
-void backward_vectors(const Backward& args, Int row, void* memory) {
+void backward_turn(const Backward& args, const BackwardScratch& run, Int row, Int first, float* gradient, Int next_row,
+                   Int next_first) {
   const Inputs& in = args.in;
-  const Int s = in.shape.s, batches = in.shape.b, heads = in.shape.h, n = in.shape.n;
-  const Int rows = batches * heads, batch = row / heads, head = row % heads;
+  const Int s = in.shape.s, batches = in.shape.b, heads = in.shape.h, n = in.shape.n, rows = batches * heads;
   constexpr Int width = J * W;
-  const Int interval = least(in.interval, s);
-  const BackwardScratch run = BackwardScratch::lay_out<W>(n, interval, width, static_cast<float*>(memory));
-  const Int square = run.height * width;
-  const Tokens r(in.r, batch, head), w(in.log_w, batch, head), k(in.k, batch, head), v(in.v, batch, head),
-      a(in.a, batch, head), b(in.b, batch, head), dy(args.dy, batch, head),
-      removed(View{args.removed, Type::f32, rows * n, heads * n, n}, batch, head);
+  const Int square = run.height * width, last = least(s, first + in.interval), runs = (last - first + kRun - 1) / kRun;
+  const BackwardTokens now(args, row), next(args, next_row);
   const auto result = [&](const Gradient& x) { return Result(x.data, x.type, rows, row, n); };
   const Result dr = result(args.dr), dw = result(args.dlog_w), dk = result(args.dk), dv = result(args.dv),
                da = result(args.da), db = result(args.db);
-  const auto pad = [&](const float* from, float* to) {
-    clear(to, square);
-    for (Int i = 0; i < n; ++i) copy(to + i * width, from + i * n, n);
+  const auto starts = [&](Int t) {
+    return in.document_start == nullptr ? nullptr : in.document_start + t * batches + row / heads;
   };
   const auto read_state_inputs = [&](Int t, Int count) {
-    w.read<W>(t, count, n, width, run.w, Exponential<W>()), k.read<W>(t, count, n, width, run.k);
-    v.read<W>(t, count, n, width, run.v), b.read<W>(t, count, n, width, run.b);
-    removed.read<W>(t, count, n, width, run.removed);
+    now.w.read<W>(t, count, n, width, run.w, Exponential<W>()), now.k.read<W>(t, count, n, width, run.k);
+    now.v.read<W>(t, count, n, width, run.v), now.b.read<W>(t, count, n, width, run.b);
+    now.removed.read<W>(t, count, n, width, run.removed);
   };
-  const auto starts = [&](Int t) { return in.document_start == nullptr ? nullptr : in.document_start + t * batches + batch; };
+  pad(args.states, first / in.interval * rows + row, n, run.height, width, run.states);
+  for (Int m = 0; m + 1 < runs; ++m) {
+    read_state_inputs(first + m * kRun, kRun);
+    for (Int i = 0; i < run.height; i += kRows) {
+      float* from = run.states + m * square + i * width;
+      pass_run<W, J>(run, i, kRun, starts(first + m * kRun), batches, from, from + square);
+    }
+  }
+  for (Int m = runs - 1; m >= 0; --m) {
+    const Int t = first + m * kRun, count = least(kRun, last - t);
+    const Traffic traffic = {{&next.r, &next.w, &next.k, &next.v, &next.a, &next.b, &next.dy, &next.removed},
+                             {&dr, &dw, &dk, &dv, &da, &db},
+                             next_first + m * kRun,
+                             t};
+    read_state_inputs(t, count);
+    now.r.read<W>(t, count, n, width, run.r), now.a.read<W>(t, count, n, width, run.a);
+    now.dy.read<W>(t, count, n, width, run.dy);
+    for (float* x : {run.dr, run.dw, run.dk, run.da, run.db}) clear(x, count * width);
+    for (Int i = 0; i < run.height; i += kRows) {
+      differentiate_run<W, J>(run, i, count, starts(t), batches, run.states + m * square + i * width,
+                              gradient + i * width, traffic);
+    }
+    for (Int j = 0; j < count * width; j += W) store<W>(run.dw + j, load<W>(run.dw + j) * load<W>(run.w + j));
+    for (Int i = 0; i < count; ++i) {
+      dr.write<W>(t + i, n, run.dr + i * width), dw.write<W>(t + i, n, run.dw + i * width);
+      dk.write<W>(t + i, n, run.dk + i * width), dv.write<W>(t + i, n, run.dv + i * width);
+      da.write<W>(t + i, n, run.da + i * width), db.write<W>(t + i, n, run.db + i * width);
+    }
+  }
+}
+
+// Heads next to each other take turns, as in the forward pass.
+template <int W, int J>
+void backward_heads(const Backward& args, Int first_row, Int count, void* memory) {
+  const Int s = args.in.shape.s, n = args.in.shape.n, interval = args.in.interval;
+  constexpr Int width = J * W;
+  const BackwardScratch run = BackwardScratch::lay_out<W>(n, least(interval, s), width, static_cast<float*>(memory));
+  const Int square = run.height * width;
   clear(run.zero, kRows * width);
-  if (args.dfinal_state != nullptr) {
-    pad(static_cast<const float*>(args.dfinal_state) + row * n * n, run.gradient);
-  } else {
-    clear(run.gradient, square);
-  }
-  for (Int first = (s - 1) / in.interval * in.interval; first >= 0; first -= in.interval) {
-    const Int last = least(s, first + in.interval), runs = (last - first + kRun - 1) / kRun;
-    pad(static_cast<const float*>(args.states) + (first / in.interval * rows + row) * n * n, run.states);
-    for (Int m = 0; m + 1 < runs; ++m) {
-      read_state_inputs(first + m * kRun, kRun);
-      for (Int i = 0; i < run.height; i += kRows) {
-        float* from = run.states + m * square + i * width;
-        pass_run<W, J>(run, i, kRun, starts(first + m * kRun), batches, from, from + square);
-      }
-    }
-    for (Int m = runs - 1; m >= 0; --m) {
-      const Int t = first + m * kRun, count = least(kRun, last - t);
-      read_state_inputs(t, count);
-      r.read<W>(t, count, n, width, run.r), a.read<W>(t, count, n, width, run.a), dy.read<W>(t, count, n, width, run.dy);
-      for (float* x : {run.dr, run.dw, run.dk, run.da, run.db}) clear(x, count * width);
-      for (Int i = 0; i < run.height; i += kRows) {
-        differentiate_run<W, J>(run, i, count, starts(t), batches, run.states + m * square + i * width,
-                                run.gradient + i * width);
-      }
-      for (Int j = 0; j < count * width; j += W) store<W>(run.dw + j, load<W>(run.dw + j) * load<W>(run.w + j));
-      for (Int i = 0; i < count; ++i) {
-        dr.write<W>(t + i, n, run.dr + i * width), dw.write<W>(t + i, n, run.dw + i * width);
-        dk.write<W>(t + i, n, run.dk + i * width), dv.write<W>(t + i, n, run.dv + i * width);
-        da.write<W>(t + i, n, run.da + i * width), db.write<W>(t + i, n, run.db + i * width);
-      }
+  for (Int m = 0; m < count; ++m) pad(args.dfinal_state, first_row + m, n, run.height, width, run.gradient + m * square);
+  for (Int first = (s - 1) / interval * interval; first >= 0; first -= interval) {
+    for (Int m = 0; m < count; ++m) {
+      const bool last = m + 1 == count;
+      backward_turn<W, J>(args, run, first_row + m, first, run.gradient + m * square,
+                          last ? first_row : first_row + m + 1, last ? first - interval : first);
     }
   }
-  float* dinitial = static_cast<float*>(args.dinitial_state) + row * n * n;
-  for (Int i = 0; i < n; ++i) copy(dinitial + i * n, run.gradient + i * width, n);
+  float* dinitial = static_cast<float*>(args.dinitial_state) + first_row * n * n;
+  for (Int m = 0; m < count; ++m) {
+    for (Int i = 0; i < n; ++i) copy(dinitial + (m * n + i) * n, run.gradient + m * square + i * width, n);
+  }
 }
 
 // Vectors of channels that the backward pass is compiled for: the least power of two that holds them.
@@ -704,12 +768,13 @@ MEGAFORGE_INLINE Int vectors(Int n) {
 
 template <int W>
 void backward_rows(const Backward& args, Int first, Int last, void* memory) {
-  const Int count = vectors<W>(args.in.shape.n);
-  for (Int row = first; row < last; ++row) {
-    if (count == 1) backward_vectors<W, 1>(args, row, memory);
-    if (count == 2) backward_vectors<W, 2>(args, row, memory);
-    if (count == 4) backward_vectors<W, 4>(args, row, memory);
-    if (count == 8) backward_vectors<W, 8>(args, row, memory);
+  const Int size = vectors<W>(args.in.shape.n);
+  for (Int row = first; row < last; row += kHeads) {
+    const Int count = least(kHeads, last - row);
+    if (size == 1) backward_heads<W, 1>(args, row, count, memory);
+    if (size == 2) backward_heads<W, 2>(args, row, count, memory);
+    if (size == 4) backward_heads<W, 4>(args, row, count, memory);
+    if (size == 8) backward_heads<W, 8>(args, row, count, memory);
   }
 }
 
