@@ -257,13 +257,13 @@ def working_set(sizes: Sizes, kind: BlockKind) -> float:
         inner = 3 * sizes.tokens * cfg.ffn_size / layout.tp * layout.element_size * (_inner(cfg) - 1) + 2 * sizes.inside
     mixing = 6 * sizes.split + 2 * sizes.inside
     if kind.mixer == "rwkv7":
-        # Six gradients of mixes, and what the chunked WKV-7 computes again: about 40 tensors in fp32.
+        # Six gradients of mixes, and what WKV-7's backward pass makes.
         wide = sizes.split * layout.wide_size / layout.element_size
         mixing = max(6 * sizes.inside + 8 * sizes.split, WKV_TEMPORARIES * wide)
     return max(inner, mixing) + 2 * sizes.residual
 
 
-WKV_TEMPORARIES = 40  # of the portable path, in fp32 tensors as wide as this rank's heads; a fused kernel needs few
+WKV_TEMPORARIES = 8  # of compiled code, in fp32 tensors as wide as this rank's heads; plain torch makes about 40
 
 
 def head_working_set(sizes: Sizes) -> float:

@@ -58,7 +58,7 @@ def wkv7(
 
 def saved_for_backward(length: int, channels: int, device_type: str) -> int:
     """Numbers, in the precision of states, that one head keeps of ``length`` tokens besides the inputs."""
-    if not available(device_type):
+    if not (available(device_type) and takes(device_type, torch.float32, channels)):
         return (-(-length // CHUNK) + 1) * channels**2
     interval, removed = SAVING[device_type]
     return -(-length // interval) * channels**2 + (length * channels if removed else 0)

@@ -40,10 +40,11 @@ class Saving(NamedTuple):
     removed: bool  # whether S_{t-1} a_t is kept, too
 
 
-SAVING = {"cpu": Saving(64, True), "cuda": Saving(16, False)}
+# "meta" is how plans and dry runs see the GPUs that they are about.
+SAVING = {"cpu": Saving(64, True), "cuda": Saving(16, False), "meta": Saving(16, False)}
 CUDA_CHANNELS = (32, 64)
 # Loaded here and not at the first call, which torch.compile may be tracing.
-_AVAILABLE = {device_type for device_type in SAVING if why_missing("wkv7", device_type) is None}
+_AVAILABLE = {"meta"} | {device_type for device_type in ("cpu", "cuda") if why_missing("wkv7", device_type) is None}
 
 
 def available(device_type: str) -> bool:
@@ -53,7 +54,7 @@ def available(device_type: str) -> bool:
 
 def takes(device_type: str, dtype: torch.dtype, channels: int) -> bool:
     """Whether the code for ``device_type`` takes values of ``dtype`` in heads of ``channels``."""
-    return device_type != "cuda" or (dtype != torch.float64 and channels in CUDA_CHANNELS)
+    return device_type == "cpu" or (dtype != torch.float64 and channels in CUDA_CHANNELS)
 
 
 def wkv7_native(
