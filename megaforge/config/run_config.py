@@ -183,6 +183,12 @@ class TrainingConfig:
         choices=("auto", "highest", "high", "medium"),
     )
     deterministic: bool = flag(True, "torch's deterministic algorithms")
+    wkv_backend: str = flag(
+        "auto",
+        "RWKV-7's recurrence: native is compiled code, torch plain torch, fla the Triton kernels of fla-core (GPUs; "
+        "extra 'gpu'); auto is native where there is some for the device, else torch",
+        choices=("auto", "native", "fla", "torch"),
+    )
     eval_interval: int = flag(0, "iterations between evaluations; 0: only at the end when --eval-iters is set")
     eval_iters: int = flag(0, "global batches of one evaluation; 0: no evaluation")
     early_stopping_patience: int = flag(
@@ -195,6 +201,9 @@ class TrainingConfig:
     def validate(self) -> None:
         if self.bf16 + self.fp16 + self.fp64 > 1:
             raise UserError("--bf16, --fp16 and --fp64 exclude each other; choose one")
+        if self.wkv_backend == "fla" and (self.device == "cpu" or self.fp64):
+            given = "--device cpu" if self.device == "cpu" else "--fp64"
+            raise UserError(f"--wkv-backend fla with {given}: it computes on GPUs, not in fp64; use --wkv-backend auto")
         require_at_least(self, 1, "micro_batch_size", "global_batch_size")
         require_at_least(self, 0, "train_iters", "exit_interval", "eval_interval", "eval_iters")
         require_at_least(self, 0, "seed", "early_stopping_patience")

@@ -87,6 +87,7 @@ class Block(nn.Module):
         region: TensorParallelRegion,
         dtype: torch.dtype,
         recompute: str = "none",
+        wkv_backend: str = "auto",
     ) -> None:
         super().__init__()
         name = f"layers.{index}"
@@ -95,7 +96,7 @@ class Block(nn.Module):
         self.mixer_norm = make_norm(cfg, ctx, f"{name}.mixer_norm", region=region, dtype=dtype)
         self.mixer: RWKV7TimeMix | SelfAttention
         if kind.mixer == "rwkv7":
-            self.mixer = RWKV7TimeMix(ctx, f"{name}.mixer", cfg, index, num_layers, region, dtype)
+            self.mixer = RWKV7TimeMix(ctx, f"{name}.mixer", cfg, index, num_layers, region, dtype, wkv_backend)
         else:
             self.mixer = SelfAttention(ctx, f"{name}.mixer", cfg, num_layers=num_layers, region=region, dtype=dtype)
         self.mixer.recompute_core = recompute == "selective"
@@ -164,6 +165,7 @@ class HybridModel(nn.Module):
         cp_comm_type: str = "allgather",
         overlap_tp_comm: bool = True,
         recompute: str = "none",
+        wkv_backend: str = "auto",
         layers: range | None = None,
         embedding_weight: nn.Parameter | None = None,
     ) -> None:
@@ -171,12 +173,14 @@ class HybridModel(nn.Module):
         Args:
             overlap_tp_comm: see :class:`TensorParallelRegion`.
             recompute: as ``--recompute``.
+            wkv_backend: as ``--wkv-backend``.
             layers: the blocks of this stage; None is the whole model. Parameters have the same global names.
             embedding_weight: a tied head of a stage without the embedding: the first stage's matrix where this rank
                 has that stage too. None: the head has a copy of its own.
 
         Raises:
-            UserError: the pattern, the vocabulary or a width does not fit the configuration or ``--tp``.
+            UserError: the pattern, the vocabulary or a width does not fit the configuration or ``--tp``, or
+                ``wkv_backend`` cannot run here.
         """
         super().__init__()
         self.cfg = cfg
@@ -207,7 +211,7 @@ class HybridModel(nn.Module):
             self.embedding_norm = make_norm(cfg, ctx, "embedding_norm", **make) if layernorm else nn.Identity()
             embedding_weight = self.embedding.weight
         self.layers = nn.ModuleList(
-            Block(ctx, cfg, kinds[index], index, len(kinds), self.region, dtype, recompute)
+            Block(ctx, cfg, kinds[index], index, len(kinds), self.region, dtype, recompute, wkv_backend)
             for index in self.stage_layers
         )
         if self.is_last:

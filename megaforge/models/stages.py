@@ -74,10 +74,10 @@ def plan_pipeline(cfg: ModelConfig, parallel: ParallelConfig, micro_batches: int
 
 
 def pipeline_shape(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[str, int]:
-    """(schedule, stages on each pipeline rank) that the flags ask for, checked against the other flags.
+    """(schedule, stages on each pipeline rank) that the flags ask for.
 
     Raises:
-        UserError: the schedule does not go with them.
+        UserError: ``--num-layers-per-virtual-pipeline-stage`` does not divide the blocks.
     """
     vpp = _stages_per_rank(parallel, len(blocks_of(cfg)))
     name = parallel.pipeline_schedule or ("1f1b" if vpp == 1 else "interleaved")
@@ -152,6 +152,7 @@ def build_model(
     cp_comm_type: str = "allgather",
     overlap_tp_comm: bool = True,
     recompute: str = "none",
+    wkv_backend: str = "auto",
 ) -> HybridModel | StagedModel:
     """This rank's part of the model, not yet initialised: the whole :class:`HybridModel` where there is one stage.
 
@@ -172,6 +173,7 @@ def build_model(
             cp_comm_type=cp_comm_type,
             overlap_tp_comm=overlap_tp_comm and not plan.schedule.splits_backward,
             recompute=recompute,
+            wkv_backend=wkv_backend,
             layers=plan.layers[stage],
             embedding_weight=shared,
         )

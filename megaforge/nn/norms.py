@@ -53,8 +53,10 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return _RMSNorm.apply(x, weight, epsilon)
 
 
-class RMSNorm(nn.Module):
-    """:func:`rms_norm` with a learned weight that stays in fp32."""
+class _StreamNorm(nn.Module):
+    """A norm of the residual stream: a learned weight [h], and a bias where ``has_bias``, that stay in fp32."""
+
+    has_bias = False
 
     def __init__(
         self,
@@ -69,30 +71,26 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.epsilon = epsilon
         self.weight = make_parameter(_norm_spec(f"{name}.weight", size, 1.0, region), ctx, dtype)
+        if self.has_bias:
+            self.bias = make_parameter(_norm_spec(f"{name}.bias", size, 0.0, region), ctx, dtype)
+
+
+class RMSNorm(_StreamNorm):
+    """:func:`rms_norm` with a learned weight."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., h] -> [..., h]."""
         return rms_norm(x, self.weight, self.epsilon)
 
 
-class LayerNorm(nn.Module):
-    """Layer norm (Ba et al., arXiv 1607.06450) with weight and bias in fp32."""
+class LayerNorm(_StreamNorm):
+    """Layer norm (Ba et al., arXiv 1607.06450) with weight and bias."""
 
-    def __init__(
-        self,
-        ctx: ParallelContext,
-        name: str,
-        size: int,
-        epsilon: float,
-        *,
-        region: TensorParallelRegion,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__()
-        self.epsilon = epsilon
-        self.weight = make_parameter(_norm_spec(f"{name}.weight", size, 1.0, region), ctx, dtype)
-        self.bias = make_parameter(_norm_spec(f"{name}.bias", size, 0.0, region), ctx, dtype)
+    has_bias = True
+    bias: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., h] -> [..., h]."""
         wide = x.to(self.weight.dtype)
         return F.layer_norm(wide, self.weight.shape, self.weight, self.bias, self.epsilon).to(x.dtype)
 

@@ -7,15 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
+from megaforge.kernels.rwkv7_fused import norm_bonus_gate
 from megaforge.kernels.rwkv7_inputs import rwkv7_inputs
-from megaforge.kernels.wkv7 import wkv7
+from megaforge.kernels.wkv7.backend import wkv7_backend
 from megaforge.nn.recompute import recomputed
 from megaforge.nn.sequence import SequenceInfo
-from megaforge.nn.token_shift import mix_tokens, token_shift
+from megaforge.nn.token_shift import shift_and_mix
 from megaforge.nn.wkv7_context import shared_wkv7
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.context_parallel import ContextShards
@@ -148,6 +148,7 @@ class RWKV7TimeMix(nn.Module):
         num_layers: int,
         region: TensorParallelRegion,
         dtype: torch.dtype = torch.float32,
+        wkv_backend: str = "auto",
     ) -> None:
         """Declares the parameters, uninitialised.
 
@@ -160,9 +161,11 @@ class RWKV7TimeMix(nn.Module):
             num_layers: blocks in the model.
             region: the tensor-parallel region.
             dtype: of the matrices; vectors stay in fp32 where this is a 16-bit type.
+            wkv_backend: as ``--wkv-backend``.
 
         Raises:
             ValueError: the heads do not divide by tp.
+            UserError: ``wkv_backend`` cannot run on the layout's device.
         """
         super().__init__()
         size, head = cfg.hidden_size, cfg.rwkv_head_size
@@ -172,6 +175,7 @@ class RWKV7TimeMix(nn.Module):
         self.size, self.head_size, self.local_heads = size, head, size // head // ctx.tp.size
         self.makes_v_first = layer_index == 0
         self.recompute_core = False
+        self.wkv7 = wkv7_backend(wkv_backend, ctx.device, dtype, head)
         init = PublishedInit(size, head, layer_index, num_layers)
 
         for letter, power in (("r", 0.2), ("w", 0.9), ("k", 0.7), ("v", 0.7), ("a", 0.9), ("g", 0.2)):
@@ -253,8 +257,9 @@ class RWKV7TimeMix(nn.Module):
             ValueError: ``v_first`` is missing in a layer that mixes it in.
         """
         x = self.region.enter(x)
-        previous = token_shift(x, info, None if state is None else state.shift)
-        r, decay, key, v, rate, gate = self._project(x, previous, v_first)
+        coefficients = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        mixes = shift_and_mix(x, info, None if state is None else state.shift, coefficients)
+        r, decay, key, v, rate, gate = self._project(mixes, v_first)
         v_first = v if v_first is None else v_first
         heads = (*x.shape[:2], self.local_heads, self.head_size)
         r, v = r.view(heads), v.view(heads)
@@ -264,7 +269,8 @@ class RWKV7TimeMix(nn.Module):
         y, k, final = recomputed(self.recompute_core, self._recurrence, *inputs)
         if state is not None:
             state.shift, state.wkv = x[-1], final
-        return self.output(self._finish(y, r, k, v) * gate), v_first
+        norm = (self.ln_x_weight, self.ln_x_bias)
+        return self.output(norm_bonus_gate(y, r, k, v, gate, *norm, self.r_k, GROUP_NORM_EPSILON)), v_first
 
     def _recurrence(
         self,
@@ -280,14 +286,13 @@ class RWKV7TimeMix(nn.Module):
         """WKV and the arithmetic in front of it: y and k [s, b, H/tp, N], and with a ``memory`` the final state."""
         log_w, k, a, b = rwkv7_inputs(decay, self.w0, rate, self.a0, key, self.k_k, self.k_a, self.head_size)
         if memory is None and shards.axis.size > 1:
-            return shared_wkv7(r, log_w, k, v, a, b, starts, shards), k, None
-        y, final = wkv7(r, log_w, k, v, a, b, memory, starts)
+            return shared_wkv7(r, log_w, k, v, a, b, starts, shards, self.wkv7), k, None
+        y, final = self.wkv7(r, log_w, k, v, a, b, memory, starts)
         return y, k, final
 
-    def _project(self, x: Tensor, previous: Tensor, v_first: Tensor | None) -> tuple[Tensor, ...]:
+    def _project(self, mixes: tuple[Tensor, ...], v_first: Tensor | None) -> tuple[Tensor, ...]:
         """r, decay before its bias, key, v, in-context learning rate before its bias, gate: each [s, b, C/tp]."""
-        coefficients = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
-        x_r, x_w, x_k, x_v, x_a, x_g = mix_tokens(x, previous, coefficients)
+        x_r, x_w, x_k, x_v, x_a, x_g = mixes
         r, key, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         if not self.makes_v_first:
             if v_first is None:
@@ -296,10 +301,3 @@ class RWKV7TimeMix(nn.Module):
         decay = torch.tanh(x_w @ self.w1) @ self.w2
         gate = torch.sigmoid(x_g @ self.g1) @ self.g2
         return r, decay, key, v, x_a @ self.a1 @ self.a2, gate
-
-    def _finish(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Norm over each head, and the current token's own value; [s, b, H/tp, N] -> [s, b, C/tp]."""
-        normed = F.layer_norm(y.to(self.r_k.dtype), (self.head_size,), eps=GROUP_NORM_EPSILON).flatten(2)
-        normed = torch.addcmul(self.ln_x_bias, normed, self.ln_x_weight)
-        bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
-        return (normed + bonus.flatten(2)).to(v.dtype)

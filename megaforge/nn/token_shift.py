@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from megaforge.kernels.rwkv7_fused import fused, shifted_mixes
 from megaforge.nn.sequence import SequenceInfo
 
 CPU_ELEMENTS_AT_ONCE = 1 << 16  # of [s, b, h] in the backward pass of the mix
@@ -39,6 +40,19 @@ def token_shift(x_SBH: torch.Tensor, info: SequenceInfo, shift_state: torch.Tens
             starts[0] = False  # it continues the state's document
         previous = previous.masked_fill(starts.unsqueeze(-1), 0)
     return previous
+
+
+def shift_and_mix(
+    x: torch.Tensor, info: SequenceInfo, shift_state: torch.Tensor | None, coefficients: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """:func:`mix_tokens` of ``x`` and its :func:`token_shift`; on a GPU one pass, where a rank has whole sequences."""
+    if not fused(x) or len(info.shards.chunks) > 1 or info.shards.axis.size > 1:
+        return mix_tokens(x, token_shift(x, info, shift_state), coefficients)
+    starts = info.document_start_SB if info.has_boundaries else None
+    if starts is not None and shift_state is not None:
+        starts = starts.clone()
+        starts[0] = False  # it continues the state's document
+    return shifted_mixes(x, shift_state, starts, coefficients)
 
 
 def mix_tokens(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megaforge.kernels.wkv7 import wkv7, wkv7_state_gradient, wkv7_summary
+from megaforge.kernels.wkv7.backend import WKV7
 from megaforge.parallel.context_parallel import ContextShards
 
 _Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -29,6 +30,7 @@ def shared_wkv7(
     b: Tensor,
     document_start: Tensor | None,
     shards: ContextShards,
+    function: WKV7 = wkv7,
 ) -> Tensor:
     """WKV-7 from the beginning of the sequences.
 
@@ -36,12 +38,13 @@ def shared_wkv7(
         r, log_w, k, v, a, b: [s / cp, b, H, N], as :func:`megaforge.kernels.wkv7.wkv7`, the tokens of this rank.
         document_start: bool [s / cp, b]; None: no document starts after the sequence does.
         shards: which chunks they are.
+        function: the implementation of WKV-7 on each.
 
     Returns:
         y [s / cp, b, H, N] in the dtype of ``v``.
     """
     if shards.axis.size == 1:
-        return wkv7(r, log_w, k, v, a, b, None, document_start)[0]
+        return function(r, log_w, k, v, a, b, None, document_start)[0]
     count = len(shards.chunks)
     starts = [None] * count if document_start is None else document_start.chunk(count)
     pieces = cast("list[_Inputs]", list(zip(*(x.chunk(count) for x in (r, log_w, k, v, a, b)), strict=True)))
@@ -50,7 +53,7 @@ def shared_wkv7(
     states = _states_before(through, added)
     out = []
     for number, piece, start in zip(shards.chunks, pieces, starts, strict=True):
-        out.append(wkv7(*piece, states[number], start))
+        out.append(function(*piece, states[number], start))
     outputs, finals = (torch.stack(part) for part in zip(*out, strict=True))
     inputs = (x.detach() for x in (r, log_w, k, v, a, b))
     return _PassStateGradient.apply(outputs, finals, through, *inputs, document_start, shards).flatten(0, 1)

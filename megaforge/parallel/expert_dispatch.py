@@ -1,8 +1,9 @@
-"""Tokens to the ranks of their experts and back: copy, exchange over ep, gather over etp, and the same backwards.
+"""Rows of tokens to the ranks of their experts and back: exchange over ep, gather over etp, and the same backwards.
 
-The six steps are those of Megatron-LM's token dispatchers (github.com/NVIDIA/Megatron-LM, core/transformer/moe). What
-one step learns and a later one needs is in a :class:`DispatchPlan` that the caller carries, so any number of
-micro-batches may be under way, and a recomputed forward pass makes its own.
+The steps are those of Megatron-LM's token dispatchers (github.com/NVIDIA/Megatron-LM, core/transformer/moe); the first
+and the last, which copy tokens to rows and add rows up, are :mod:`megaforge.kernels.moe_routing`'s. What one step
+learns and a later one needs is in a :class:`DispatchPlan` that the caller carries, so any number of micro-batches may
+be under way, and a recomputed forward pass makes its own.
 """
 
 from __future__ import annotations
@@ -22,13 +23,9 @@ from megaforge.parallel.mappings import gather_from_sequence_parallel, reduce_sc
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Where each of T * k assignments goes when they are sorted by expert; equal experts keep the order of tokens.
+    """How many rows go where. A rank's own rows are sorted by expert.
 
     Attributes:
-        topk: k, assignments a token.
-        token: int64 [N], the token of each sorted assignment; N < T * k where some are dropped.
-        order: int64 [N], the assignment t * k + j at each sorted place.
-        position: int64 [T * k], its inverse; N for a dropped assignment.
         sent, received: rows to and from each ep rank.
         runs: lengths of the runs of one expert in which rows arrive: over etp ranks, over ep ranks, over local experts;
             after each etp rank's rows a run of padding.
@@ -36,10 +33,6 @@ class DispatchPlan:
         counts: rows of each local expert.
     """
 
-    topk: int
-    token: Tensor
-    order: Tensor
-    position: Tensor
     sent: tuple[int, ...]
     received: tuple[int, ...]
     runs: tuple[int, ...]
@@ -47,13 +40,14 @@ class DispatchPlan:
     counts: tuple[int, ...]
 
     @property
-    def drops(self) -> bool:
-        return self.order.numel() < self.position.numel()
-
-    @property
     def in_order(self) -> bool:
         """Whether rows arrive sorted by expert."""
         return self.by_expert == tuple(range(len(self.runs)))
+
+    @property
+    def own(self) -> int:
+        """Rows this rank has before the exchange."""
+        return sum(self.sent)
 
     @property
     def rows(self) -> int:
@@ -68,22 +62,21 @@ class TokenDispatcher:
     def __init__(self, num_experts: int, ep: Axis, etp: Axis) -> None:
         self.num_experts, self.ep, self.etp = num_experts, ep, etp
 
-    def dispatch_preprocess(
-        self, tokens: Tensor, weights: Tensor, experts: Tensor, kept: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, DispatchPlan]:
-        """A copy of each token for each of its experts, sorted by expert.
-
-        Args:
-            tokens: [T, h].
-            weights: [T, k], of each assignment.
-            experts: int64 [T, k].
-            kept: bool [T, k], the assignments that are not dropped; None: all.
-
-        Returns:
-            [N, h], [N] and the plan. The only wait for the device is here: for the numbers of rows.
-        """
-        plan = self._plan(experts, kept)
-        return _Copies.apply(tokens, plan), weights.flatten().index_select(0, plan.order), plan
+    def plan(self, counts: Tensor) -> DispatchPlan:
+        """What follows needs to know, of the rows that this rank has for each expert: int64 [E]. The only wait for the
+        device is here."""
+        arriving = self._exchange_counts(counts)
+        host = torch.cat([counts, arriving.flatten()]).tolist()
+        mine, theirs = host[: self.num_experts], torch.tensor(host[self.num_experts :]).view(arriving.shape)
+        local = self.num_experts // self.ep.size
+        runs, by_expert = _runs(theirs)
+        return DispatchPlan(
+            sent=tuple(sum(mine[first : first + local]) for first in range(0, self.num_experts, local)),
+            received=tuple(theirs[self.etp.rank].sum(dim=1).tolist()),
+            runs=runs,
+            by_expert=by_expert,
+            counts=tuple(theirs.sum(dim=(0, 1)).tolist()),
+        )
 
     def token_dispatch(self, copies: Tensor, weights: Tensor, plan: DispatchPlan) -> tuple[Tensor, Tensor]:
         """All-to-all over ep: [N, h], [N] -> [M, h], [M], the rows for this rank's experts."""
@@ -113,37 +106,6 @@ class TokenDispatcher:
             return rows
         (copies,) = _ExchangeRows.apply(self.ep, plan.received, plan.sent, rows)
         return copies
-
-    def combine_postprocess(self, copies: Tensor, plan: DispatchPlan) -> Tensor:
-        """The sum of each token's copies: [N, h] -> [T, h]; zero for a token all of whose assignments are dropped."""
-        return _SumOfCopies.apply(copies, plan)
-
-    def _plan(self, experts: Tensor, kept: Tensor | None) -> DispatchPlan:
-        # Dropped assignments go behind the last expert's.
-        flat = (experts if kept is None else torch.where(kept, experts, self.num_experts)).flatten()
-        in_order, order = flat.sort(stable=True)
-        bounds = torch.searchsorted(in_order, torch.arange(self.num_experts + 1, device=flat.device))
-        counts = bounds.diff()
-        arriving = self._exchange_counts(counts)
-        host = torch.cat([counts, arriving.flatten()]).tolist()  # the one wait for the device
-        mine, theirs = host[: self.num_experts], torch.tensor(host[self.num_experts :]).view(arriving.shape)
-        total = sum(mine)
-        position = torch.empty_like(order)
-        position[order] = torch.arange(order.numel(), device=order.device)
-        order = order[:total]
-        local = self.num_experts // self.ep.size
-        runs, by_expert = _runs(theirs)
-        return DispatchPlan(
-            topk=experts.shape[1],
-            token=order // experts.shape[1],
-            order=order,
-            position=position if kept is None else position.clamp(max=total),
-            sent=tuple(sum(mine[first : first + local]) for first in range(0, self.num_experts, local)),
-            received=tuple(theirs[self.etp.rank].sum(dim=1).tolist()),
-            runs=runs,
-            by_expert=by_expert,
-            counts=tuple(theirs.sum(dim=(0, 1)).tolist()),
-        )
 
     def _exchange_counts(self, counts: Tensor) -> Tensor:
         """Own assignments of each expert, [E] -> those that arrive: [etp, ep, E / ep]."""
@@ -192,40 +154,6 @@ def _unsort_runs(x: Tensor, plan: DispatchPlan) -> Tensor:
     pieces = dict(zip(plan.by_expert, x.split([plan.runs[run] for run in plan.by_expert]), strict=True))
     empty = (x.new_zeros((length, *x.shape[1:])) for length in plan.runs)
     return torch.cat([pieces.get(run, padding) for run, padding in enumerate(empty)])
-
-
-class _Copies(torch.autograd.Function):
-    """Forward: a copy of each token for each of its experts, sorted by expert. Backward: the sum of a token's copies,
-    by gathering, so that it needs no atomic addition and is the same every time."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: DispatchPlan) -> Tensor:
-        ctx.plan = plan
-        return x.index_select(0, plan.token)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _sum_copies(grad, ctx.plan), None
-
-
-class _SumOfCopies(torch.autograd.Function):
-    """Forward: the sum of each token's sorted copies. Backward: a copy of the gradient for each. Dual of _Copies."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, plan: DispatchPlan) -> Tensor:
-        ctx.plan = plan
-        return _sum_copies(y, plan)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.index_select(0, ctx.plan.token), None
-
-
-def _sum_copies(y: Tensor, plan: DispatchPlan) -> Tensor:
-    if plan.drops:
-        y = torch.cat([y, y.new_zeros(1, y.shape[1])])  # what a dropped assignment gives
-    tokens = plan.position.numel() // plan.topk
-    return y.index_select(0, plan.position).view(tokens, plan.topk, y.shape[1]).sum(dim=1)
 
 
 class _ExchangeRows(torch.autograd.Function):

@@ -12,6 +12,7 @@ from megaforge.parallel.cross_entropy import CHUNK_TOKENS
 from megaforge.planning.layout import PlannedLayout
 
 INDEX = 8  # bytes of an int64
+SHORT_INDEX = 4  # and of the kernels' int32
 Saved = dict[str, float]  # what -> bytes
 
 
@@ -159,12 +160,11 @@ def _experts(sizes: Sizes) -> Saved:
     rows = sizes.expert_rows
     inner = rows * cfg.ffn_size / layout.etp * layout.element_size
     routed, topk = sizes.routed_tokens, cfg.moe_router_topk
-    probabilities = routed * (2 * cfg.num_experts + 1 + topk) * layout.wide_size
     assignments = routed * topk
     return {
         "router's input": routed * cfg.hidden_size * layout.wide_size,
-        "router": probabilities + assignments * INDEX,
-        "dispatch plan": 3 * assignments * INDEX,
+        "logits, log-sum-exp": routed * (cfg.num_experts + 1) * layout.wide_size,
+        "experts and their order": 2 * assignments * SHORT_INDEX,
         "rows of experts": rows * cfg.hidden_size * layout.element_size,
         "inner": (_inner(cfg) + 1) * inner,
         "weights": rows * layout.element_size,
@@ -203,16 +203,13 @@ def shared_saved(sizes: Sizes, attention: bool) -> Saved:
 def block_kept(sizes: Sizes, kind: BlockKind, first: bool) -> float:
     """Bytes that one block keeps until its backward pass under ``--recompute``."""
     recompute = sizes.layout.recompute
-    saved = ffn_saved(sizes, kind)
-    # The dispatch of an earlier pass through the experts outlives it: it is no tensor that autograd saves.
-    again = sizes.residual + saved.get("dispatch plan", 0.0)
     if recompute == "full":
-        return again
-    mixer, ffn = sum(mixer_saved(sizes, kind, first).values()), sum(saved.values())
+        return sizes.residual
+    mixer, ffn = sum(mixer_saved(sizes, kind, first).values()), sum(ffn_saved(sizes, kind).values())
     if recompute == "selective":
         mixer -= mixing_saved(sizes, kind, first)
     if recompute == "moe" and kind.ffn == "moe":
-        ffn = again
+        ffn = sizes.residual
     return mixer + ffn
 
 
@@ -224,6 +221,28 @@ def recomputed_at_once(sizes: Sizes, kind: BlockKind, first: bool) -> float:
         return mixing_saved(sizes, kind, first)
     again = {"none": 0.0, "moe": ffn if kind.ffn == "moe" else 0.0, "full": mixer + ffn}[recompute]
     return max(0.0, again - sizes.residual) if again else 0.0
+
+
+def weight_gradients_wait_for(sizes: Sizes, kind: BlockKind) -> float:
+    """Bytes of gradients that a block's weights wait for between the halves of a split backward pass: of the outputs
+    of every operation with a weight."""
+    cfg, layout, ranks = sizes.cfg, sizes.layout, lora_ranks(sizes.cfg)
+    wide = sizes.split * layout.wide_size / layout.element_size
+    if kind.mixer == "rwkv7":
+        lora = sizes.tokens * (ranks.decay + ranks.iclr + ranks.gate + ranks.value) * layout.element_size
+        # Token-shift mixes; r, k, v and four LoRAs; log w, k, a and b; what scales the norm of each head.
+        mixer = 6 * sizes.inside + 7 * sizes.split + lora + (wide + 3 * sizes.split) + wide
+    else:
+        channels = (cfg.num_attention_heads + 2 * cfg.query_groups) * cfg.head_dim
+        mixer = sizes.tokens * channels / layout.tp * layout.element_size
+    mixer += sizes.residual + sizes.inside  # of the norm and of the output projection
+    if kind.ffn is None:
+        return mixer
+    ffn = sizes.residual + (sizes.inside if kind.channel_mix else 0.0)
+    width = cfg.ffn_size * (_inner(cfg) - 1)
+    if kind.ffn == "moe":
+        return mixer + ffn + sizes.expert_rows * (width / layout.etp + cfg.hidden_size) * layout.element_size
+    return mixer + ffn + sizes.tokens * width / layout.tp * layout.element_size + sizes.inside
 
 
 def working_set(sizes: Sizes, kind: BlockKind) -> float:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -56,7 +57,8 @@ class Comparison:
         return self.predicted / self.measured - 1
 
 
-def compare(arguments: Sequence[str]) -> Comparison:
+@cache
+def compare(arguments: tuple[str, ...]) -> Comparison:
     """Runs one micro-batch of the model that the flags describe, with random tokens, in this process."""
     config = parse_config(arguments).config
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32

@@ -15,6 +15,7 @@ from megaforge.planning.activations import (
     head_working_set,
     recomputed_at_once,
     shared_saved,
+    weight_gradients_wait_for,
     working_set,
 )
 from megaforge.planning.layout import PlannedLayout
@@ -124,13 +125,18 @@ def stage_activations(parts: ModelParts, layout: PlannedLayout, stage: StagePart
 
 
 def stage_brought_back(parts: ModelParts, layout: PlannedLayout, stage: StagePart) -> float:
-    """Bytes that the first half of a split backward pass computes again and leaves for the second. The first stage's
-    first half has nothing to do, and mixing of tokens has few weights."""
-    if stage.first or layout.recompute not in ("full", "moe"):
-        return 0.0
+    """Bytes that the first half of a split backward pass leaves for the second: gradients, and what it has computed
+    again. The first stage's first half has nothing to do, and mixing of tokens has few weights."""
     sizes, alike = Sizes(parts.cfg, layout), parts.alike(stage.blocks)
+    if not layout.schedule.splits_backward:
+        return 0.0
+    if stage.first:
+        return sizes.residual + (sizes.split if any(b.kind.mixer == "rwkv7" for b in parts.blocks) else 0.0)
+    waiting = sum(count * weight_gradients_wait_for(sizes, parts.blocks[i].kind) for i, count in alike.items())
+    if layout.recompute not in ("full", "moe"):
+        return waiting
     again = sum(count * recomputed_at_once(sizes, parts.blocks[i].kind, i == 0) for i, count in alike.items())
-    return NEEDED_BY_WEIGHTS * again
+    return waiting + NEEDED_BY_WEIGHTS * again
 
 
 def stage_temporaries(parts: ModelParts, layout: PlannedLayout, stage: StagePart) -> float:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from megaforge.kernels.moe_routing import Route
 
 
 class StorageMeter(TorchDispatchMode):
@@ -62,7 +64,7 @@ class MetaRun(StorageMeter):
     """Runs model code on the meta device: no memory, no arithmetic, no peers.
 
     Collectives of a fake process group return at once. Where code waits for numbers from the device, the rows of each
-    expert, it gets those of an even spread of the assignments that were sorted last.
+    expert, it gets those of an even spread of the assignments that were routed last.
 
     Attributes:
         sent: bytes handed to collectives, by name.
@@ -75,9 +77,7 @@ class MetaRun(StorageMeter):
         self.sent: dict[str, int] = {}
         aten = torch.ops.aten
         self._special: dict[Any, Callable[..., Any]] = {
-            aten.bincount.default: self._bincount,
-            aten.sort.stable: self._sort,
-            aten.sort.default: self._sort,
+            torch.ops.megaforge.moe_route.default: self._route,
             aten._to_copy.default: self._to_host,
         }
 
@@ -91,14 +91,10 @@ class MetaRun(StorageMeter):
         special = self._special.get(func)
         return func(*args, **kwargs) if special is None else special(func, args, kwargs)
 
-    def _bincount(self, func: Any, args: Any, kwargs: Any) -> Tensor:
-        length = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
-        out: Tensor = args[0].new_empty(length)
-        return out
-
-    def _sort(self, func: Any, args: Any, kwargs: Any) -> Any:
-        self.assignments = args[0].numel()
-        return func(*args, **kwargs)
+    def _route(self, func: Any, args: Any, kwargs: Any) -> Any:
+        results = func(*args, **kwargs)
+        self.assignments = Route(*results).experts.numel()
+        return results
 
     def _to_host(self, func: Any, args: Any, kwargs: Any) -> Any:
         device = kwargs.get("device")
@@ -112,15 +108,18 @@ class MetaRun(StorageMeter):
         self.sent[name] = self.sent.get(name, 0) + size
 
 
-class FusedAttention(TorchFunctionMode):
+@contextmanager
+def fused_attention() -> Iterator[None]:
     """Takes the fused attention kernel where torch would write out all scores: it does so on the meta device."""
+    kernel, plain = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, F.scaled_dot_product_attention
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        query, key, value = args[:3]
+    def fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Any:
         if key.shape[1] != query.shape[1]:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-        options = kwargs or {}
-        return kernel(query, key, value, 0.0, bool(options.get("is_causal")), attn_mask=options.get("attn_mask"))[0]
+        return kernel(query, key, value, 0.0, bool(options.get("is_causal")), attn_mask=attn_mask)[0]
+
+    F.scaled_dot_product_attention = fused  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain

@@ -12,8 +12,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megaforge.models.hybrid import HybridModel, Stream
 from megaforge.parallel.pipeline.payload import Payload
+from megaforge.parallel.pipeline.split_backward import backward_input
 from megaforge.planning.layout import PlannedLayout
-from megaforge.planning.meter import FusedAttention, MetaRun, StorageMeter
+from megaforge.planning.meter import MetaRun, StorageMeter, fused_attention
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,13 @@ class Measured:
 
     Attributes:
         kept: alive between forward and backward pass, the input included.
+        between: alive between the halves of a backward pass that the schedule splits; 0 where it does not.
         peak: the most alive at once, forward and backward.
         sent: bytes handed to collectives, by name; empty for real tensors.
     """
 
     kept: int
+    between: int
     peak: int
     sent: dict[str, int]
 
@@ -55,29 +58,52 @@ def run_stage(
     standing = [*parameters, *known]
     meter = MetaRun(chunk.cfg.num_experts, standing) if on_meta else StorageMeter(standing)
     try:
-        with meter, FusedAttention() if on_meta else nullcontext():
-            roots, gradients = _forward(chunk, layout, payload or {})
-            kept = meter.live
-            torch.autograd.backward(roots, [make() for make in gradients])
+        with meter, fused_attention() if on_meta else nullcontext():
+            inputs = _arrived(chunk, payload or {})
+            roots, gradients = _forward(chunk, layout, payload or {}, inputs)
+            kept, between = meter.live, 0
+            if layout.pp > 1 and layout.schedule.splits_backward:
+                between = _backward_in_halves(chunk, roots, gradients, inputs, meter)
+            else:
+                torch.autograd.backward(roots, [make() for make in gradients])
     finally:
         for hook in hooks:
             hook.remove()
-    return Measured(kept, meter.peak, meter.sent if isinstance(meter, MetaRun) else {})
+    return Measured(kept, between, meter.peak, meter.sent if isinstance(meter, MetaRun) else {})
 
 
 def _free(parameter: Tensor) -> None:
     parameter.grad = None
 
 
+def _backward_in_halves(
+    chunk: HybridModel,
+    roots: list[GradientEdge],
+    gradients: Sequence[Callable[[], Tensor]],
+    inputs: dict[str, Tensor],
+    meter: StorageMeter,
+) -> int:
+    """The two halves, one after the other, as the executor runs them apart; bytes alive between them."""
+    starts = [make() for make in gradients]
+    found, deferred = backward_input(roots, starts, list(inputs.values()), chunk.parameters())
+    del found, starts
+    inputs.clear()
+    roots.clear()
+    between = meter.live
+    deferred.run()
+    return between
+
+
 def _forward(
-    chunk: HybridModel, layout: PlannedLayout, payload: Payload
+    chunk: HybridModel, layout: PlannedLayout, payload: Payload, inputs: dict[str, Tensor]
 ) -> tuple[list[GradientEdge], list[Callable[[], Tensor]]]:
     """Where the backward pass starts, and what makes the gradients that arrive there: of what the next stage gets, and
     of this stage's share of the loss."""
     device = chunk.ctx.device
     tokens = torch.zeros(layout.micro_batch_size, layout.sequence_length, dtype=torch.int64, device=device)
     mask = torch.ones(tokens.shape, dtype=torch.float32, device=device)
-    output, stream = chunk.run_stage(tokens, tokens, mask, arrived=_arrived(chunk, payload))
+    arrived = Stream(inputs["x"], inputs.get("v_first")) if inputs else None
+    output, stream = chunk.run_stage(tokens, tokens, mask, arrived=arrived)
     leaving = [] if chunk.is_last else [stream.x]
     if chunk.is_first and "v_first" in payload and stream.v_first is not None:
         leaving.append(stream.v_first)
@@ -91,13 +117,11 @@ def _ones_like(tensor: Tensor) -> Callable[[], Tensor]:
     return lambda: torch.ones(shape, dtype=dtype, device=device)
 
 
-def _arrived(chunk: HybridModel, payload: Payload) -> Stream | None:
-    """What the stage before sends: v_first up to the last stage that reads it."""
-    if chunk.is_first:
-        return None
-    found = {
+def _arrived(chunk: HybridModel, payload: Payload) -> dict[str, Tensor]:
+    """What the stage before sends: the residual stream, and v_first where it is read. Nothing to the first stage."""
+    readers = any(block.kind.mixer == "rwkv7" for block in chunk.layers)  # type: ignore[union-attr]
+    return {
         name: torch.zeros(item.shape, dtype=item.dtype, device=chunk.ctx.device, requires_grad=True)
         for name, item in payload.items()
+        if not chunk.is_first and (name == "x" or readers)
     }
-    readers = any(block.kind.mixer == "rwkv7" for block in chunk.layers)  # type: ignore[union-attr]
-    return Stream(found["x"], found.get("v_first") if readers else None)

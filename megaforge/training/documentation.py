@@ -63,7 +63,7 @@ def _search(name: str, gpus: int) -> str:
 
 
 def _ladders() -> str:
-    rows = [("variant", "GPUs", "layout", "fullest rank, GB", "predicted MFU")]
+    rows: list[tuple[str, ...]] = [("variant", "GPUs", "layout", "fullest rank, GB", "predicted MFU")]
     for script in sorted(Path("run_scripts/slurm").glob("cdrmix-*.sbatch")):
         job = read_job(script)
         tried = try_job(job)
@@ -75,7 +75,7 @@ def _ladders() -> str:
 
 
 def _effects() -> str:
-    rows = [("flags", "state", "activations", "in all", "sent in a step", "bubble", "step, s")]
+    rows: list[tuple[str, ...]] = [("flags", "state", "activations", "in all", "sent in a step", "bubble", "step, s")]
     for flags in EFFECTS:
         config = parse_config(["--config", "cdrmix-core-4b", *flags.split()]).config
         layout = planned_layout(config, 32)

@@ -28,7 +28,14 @@ from megaforge.parallel.distributed import discover_launch
 from megaforge.parallel.param_spec import Box, named_specs
 from megaforge.parallel.zero import shard_parameters
 from megaforge.planning.layout import PlannedLayout
-from megaforge.planning.memory import LIBRARIES, StateBytes, peak_activations, stage_activations, state_bytes
+from megaforge.planning.memory import (
+    LIBRARIES,
+    StateBytes,
+    peak_activations,
+    stage_activations,
+    stage_brought_back,
+    state_bytes,
+)
 from megaforge.planning.plan_command import planned_layout
 from megaforge.planning.report import gigabytes, table
 from megaforge.planning.stage_run import run_stage
@@ -239,7 +246,7 @@ def _try_rank(
 ) -> DryRank:
     stages = cut_stages(parts, layout)
     with _fake_ranks(rank, layout.world_size):
-        ctx = context_of(config, layout.world_size, "meta")
+        ctx = context_of(config, "meta")
         _serve_meta(ctx)
         model = build_stages(config, ctx, plan)
         shards = shard_parameters(config.parallel, model.chunks, ctx)
@@ -260,20 +267,25 @@ def _try_rank(
         tuple(own),
         state,
         state_bytes(stage_parameters(parts, own), ctx, layout),
-        _peak(layout, alike, [float(one.kept) for one in measured]),
-        _peak(layout, alike, [stage_activations(parts, layout, stage) for stage in own]),
-        max(float(one.peak - one.kept) for one in measured),
+        _peak(layout, alike, [(one.kept, max(0, one.between - one.kept)) for one in measured]),
+        _peak(
+            layout,
+            alike,
+            [(stage_activations(parts, layout, one), stage_brought_back(parts, layout, one)) for one in own],
+        ),
+        max(float(one.peak - max(one.kept, one.between)) for one in measured),
     )
 
 
-def _peak(layout: PlannedLayout, pipeline_ranks: Iterable[int], chunk_bytes: Sequence[float]) -> float:
-    """Most bytes of activations alive at once on any of these ranks, whose chunks keep ``chunk_bytes`` each."""
+def _peak(layout: PlannedLayout, pipeline_ranks: Iterable[int], chunks: Sequence[tuple[float, float]]) -> float:
+    """Most bytes of activations alive at once on any of these ranks, each of whose chunks keeps some for its backward
+    pass and leaves some more between the halves of one."""
 
     def on(rank: int) -> float:
-        kept = [0.0] * (layout.pp * layout.vpp)
-        for stage, size in zip(layout.schedule.stages_of(rank), chunk_bytes, strict=True):
-            kept[stage] = size
-        return peak_activations(layout.schedule, rank, kept)[0]
+        kept, again = [0.0] * (layout.pp * layout.vpp), [0.0] * (layout.pp * layout.vpp)
+        for stage, sizes in zip(layout.schedule.stages_of(rank), chunks, strict=True):
+            kept[stage], again[stage] = sizes
+        return peak_activations(layout.schedule, rank, kept, again)[0]
 
     return max(map(on, pipeline_ranks))
 

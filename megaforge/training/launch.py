@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+import torch.distributed as dist
 
 from megaforge.checkpoint.agree import together
 from megaforge.config.check_layout import Layout, check_layout, with_tokenizer_vocab
@@ -68,17 +69,17 @@ def join(config: Config) -> ParallelContext:
     device = resolve_device(config.training.device, discover_launch().local_rank)
     set_numerics(config, device)
     initialize(device, config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes)
-    return context_of(config, discover_launch().world_size, device)
+    return context_of(config, device)
 
 
-def context_of(config: Config, world_size: int, device: torch.device | str) -> ParallelContext:
-    """This rank's place among ``world_size``, which have joined the process group. Collective."""
+def context_of(config: Config, device: torch.device | str) -> ParallelContext:
+    """This rank's place in the layout of ``config``, among the ranks of the default process group. Collective."""
     parallel = config.parallel
     return ParallelContext.create(
         tp=parallel.tensor_model_parallel_size,
         pp=parallel.pipeline_model_parallel_size,
         ep=parallel.expert_model_parallel_size,
-        etp=parallel.expert_tensor_size(world_size),
+        etp=parallel.expert_tensor_size(dist.get_world_size() if dist.is_initialized() else 1),
         cp=parallel.context_parallel_size,
         device=device,
     )
@@ -146,6 +147,7 @@ def build_stages(config: Config, ctx: ParallelContext, plan: PipelinePlan) -> Hy
         cp_comm_type=config.parallel.cp_comm_type,
         overlap_tp_comm=config.parallel.overlap_tp_comm,
         recompute=config.parallel.recompute,
+        wkv_backend=config.training.wkv_backend,
     )
 
 

@@ -64,12 +64,13 @@ def parity_config(
     Raises:
         UserError: a flag is wrong, or ``layout`` cannot carry this model; needs no process group.
     """
-    run = ("--train-iters", str(STEPS), "--global-batch-size", str(GLOBAL_BATCH), "--eval-iters", "0")
-    batch = ("--micro-batch-size", str(GLOBAL_BATCH if layout is None else GLOBAL_BATCH // 2))
+    micro_batch = GLOBAL_BATCH if layout is None else GLOBAL_BATCH // 2
+    batch = ("--global-batch-size", str(GLOBAL_BATCH), "--micro-batch-size", str(micro_batch))
     packed = ("--eod-mask-loss", "--data-lanes", "1", "--num-workers", "0")
     exact = ("--float32-matmul-precision", "highest", *(("--fp64",) if dtype == "fp64" else ()))
-    place = ("--data-path", data_path, "--split", "100,0,0", *(() if layout is None else layout.flags))
-    argv = ["--config", name, *run, *batch, *packed, *exact, *flags, *place]
+    run = ("--train-iters", str(STEPS), "--eval-iters", "0", "--data-path", data_path, "--split", "100,0,0")
+    place = () if layout is None else layout.flags
+    argv = ["--config", name, *batch, *packed, *exact, *flags, *run, *place]
     config = parse_config(argv, prog="parity").config
     if config.model.vocab_size is None:
         config = parse_config([*argv, "--vocab-size", str(VOCABULARY)], prog="parity").config
@@ -155,7 +156,7 @@ class Comparison:
 def compare(config: Config, reference_config: Config, device: torch.device) -> Comparison:
     """Trains at the layout of ``config`` and compares this rank's numbers, and its part of every tensor, with the
     reference, which rank 0 computes. Collective over the default process group, if there is one."""
-    ctx = context_of(config, dist.get_world_size() if dist.is_initialized() else 1, device)
+    ctx = context_of(config, device)
     reference = _spread(one_rank(reference_config, device) if ctx.is_first_rank else None, reference_config, ctx)
     model, found = train(config, ctx)
     worst = dict.fromkeys(KINDS, (0.0, ""))

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
+from megaforge.kernels.moe_routing import moe_route
 from megaforge.nn.moe import MoEFFN, update_routers
-from megaforge.nn.moe.routing import choose_experts, largest, within_capacity
+from megaforge.nn.moe.routing import routing_rule, within_capacity
 from megaforge.nn.sequence import SequenceInfo
-from megaforge.parallel.context import Axis, ParallelContext
-from megaforge.parallel.expert_dispatch import TokenDispatcher
+from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import named_specs
 from tests.nn.support import REGION, assert_agrees, random
 from tests.nn.test_ffn import (
@@ -159,22 +159,13 @@ def test_balance_loss_is_one_a_sequence_when_balanced() -> None:
     assert abs(float(losses.z_loss_sum.detach()) - LENGTH * BATCH * math.log(EXPERTS) ** 2) < 1e-9
 
 
-def test_ties_go_to_the_lowest_index() -> None:
-    scores = torch.tensor([[1.0, 2, 2, 1, 2, 0], [0, 0, 0, 0, 0, 0]])
-    assert largest(scores, 4).tolist() == [[1, 2, 4, 0], [0, 1, 2, 3]]
-    assert largest(scores, 6).tolist() == [[1, 2, 4, 0, 3, 5], [0, 1, 2, 3, 4, 5]]
-    cfg = config(**GROUPS)
-    assert choose_experts(torch.zeros(1, 6), cfg).tolist() == [[0, 1]]
-    assert choose_experts(torch.tensor([[0.0, 0, 5, 5, 5, 5]]), cfg).tolist() == [[2, 3]]
-
-
 @pytest.mark.parametrize(("groups", "group_topk", "topk"), [(3, 2, 2), (3, 2, 4), (2, 1, 3), (6, 3, 3)])
 def test_group_limited_choice(groups: int, group_topk: int, topk: int) -> None:
     cfg = config(**SIX, moe_router_topk=topk, moe_router_num_groups=groups, moe_router_group_topk=group_topk)
     cfg.validate()
     scores = random(40, 6).round(decimals=1)
     expected = [chosen_in_python(row, cfg) for row in scores.tolist()]
-    assert choose_experts(scores, cfg).tolist() == expected
+    assert moe_route(scores, routing_rule(cfg)).experts.tolist() == expected
 
 
 def test_capacity_by_position_and_by_weight() -> None:
@@ -233,21 +224,6 @@ def test_global_balance_loss_reads_the_previous_global_batch() -> None:
 def test_counts_of_another_number_of_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="counts of 2 MoE layers for a model that has 1"):
         update_routers(build(MoEFFN, config(), False), torch.zeros(2, EXPERTS))
-
-
-def test_dispatch_order_is_stable() -> None:
-    experts = torch.tensor([[1, 0], [0, 2], [1, 2]])
-    dispatcher = TokenDispatcher(3, Axis("ep"), Axis("etp"))
-    tokens = torch.arange(3.0).unsqueeze(1)
-    copies, weights, plan = dispatcher.dispatch_preprocess(tokens, torch.arange(6.0).view(3, 2), experts)
-    assert plan.counts == (2, 2, 2)
-    assert copies.flatten().tolist() == [0, 1, 0, 2, 1, 2]
-    assert weights.tolist() == [1, 2, 0, 4, 3, 5]
-    assert dispatcher.combine_postprocess(copies, plan).flatten().tolist() == [0, 2, 4]
-    kept = torch.tensor([[True, False], [False, False], [True, True]])
-    copies, weights, plan = dispatcher.dispatch_preprocess(tokens, torch.arange(6.0).view(3, 2), experts, kept)
-    assert plan.counts == (0, 2, 1) and weights.tolist() == [0, 4, 5]
-    assert dispatcher.combine_postprocess(copies, plan).flatten().tolist() == [0, 0, 4]
 
 
 def test_router_stays_in_fp32() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from megaforge.kernels.native import say_fallback
 from megaforge.kernels.wkv7.chunked import CHUNK, wkv7_chunked, wkv7_state_gradient, wkv7_summary
-from megaforge.kernels.wkv7.native import SAVING, available, wkv7_native
+from megaforge.kernels.wkv7.native import SAVING, available, takes, wkv7_native
 from megaforge.kernels.wkv7.reference import state_dtype, wkv7_recurrent
 
 __all__ = [
@@ -47,7 +47,7 @@ def wkv7(
         y [s, b, H, N] in the dtype of ``v`` and the final state [b, H, N, N], kept in fp32 (fp64 for fp64 inputs).
     """
     device = v.device.type
-    if available(device):
+    if available(device) and takes(device, v.dtype, v.shape[-1]):
         return wkv7_native(r, log_w, k, v, a, b, initial_state, document_start)
     if device != "meta":
         say_fallback("wkv7", device, "plain torch, several times slower")

@@ -41,6 +41,7 @@ class Saving(NamedTuple):
 
 
 SAVING = {"cpu": Saving(64, True), "cuda": Saving(16, False)}
+CUDA_CHANNELS = (32, 64)
 # Loaded here and not at the first call, which torch.compile may be tracing.
 _AVAILABLE = {device_type for device_type in SAVING if why_missing("wkv7", device_type) is None}
 
@@ -48,6 +49,11 @@ _AVAILABLE = {device_type for device_type in SAVING if why_missing("wkv7", devic
 def available(device_type: str) -> bool:
     """Whether there is compiled code for tensors of ``device_type``."""
     return device_type in _AVAILABLE
+
+
+def takes(device_type: str, dtype: torch.dtype, channels: int) -> bool:
+    """Whether the code for ``device_type`` takes values of ``dtype`` in heads of ``channels``."""
+    return device_type != "cuda" or (dtype != torch.float64 and channels in CUDA_CHANNELS)
 
 
 def wkv7_native(

@@ -3,58 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
+from megaforge.kernels.grouped_mm import grouped_linear
 from megaforge.nn.mlp import activate, inner_parts
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init_rules import InitRule
 from megaforge.parallel.layers import ColumnParallelLinear
 from megaforge.parallel.param_spec import ParamSpec, make_parameter
-
-
-class _GroupedLinear(torch.autograd.Function):
-    """``y_n = x_n W_e^T`` for rows sorted by expert, ``counts[e]`` rows for expert e. The gradient of W is written
-    expert by expert into one tensor; an expert without rows gets zeros."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.counts = counts
-        out = x.new_empty(x.shape[0], weight.shape[1])
-        for matrix, rows, result in zip(weight, x.split(counts), out.split(counts), strict=True):
-            torch.mm(rows, matrix.t(), out=result)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-        pieces = zip(
-            weight, grad_weight, x.split(ctx.counts), grad.split(ctx.counts), grad_x.split(ctx.counts), strict=True
-        )
-        for matrix, grad_matrix, rows, grad_rows, out in pieces:
-            torch.mm(grad_rows, matrix, out=out)
-            torch.mm(grad_rows.t(), rows, out=grad_matrix)
-        return grad_x, grad_weight, None
-
-
-def grouped_linear(x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """Each expert's own linear map on its own rows.
-
-    Args:
-        x: [N, in], rows sorted by expert.
-        weight: [E, out, in].
-        counts: rows of each expert; they add up to N.
-
-    Returns:
-        [N, out].
-    """
-    return _GroupedLinear.apply(x, weight, counts)
 
 
 class Experts(nn.Module):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
+from megaforge.kernels.moe_routing import moe_permute, moe_unpermute
 from megaforge.nn.mlp import ChannelMix, FFNState, ffn_init, mixed_input
 from megaforge.nn.moe.experts import Experts, SharedExpert
 from megaforge.nn.moe.router import Router, RouterLosses
@@ -57,12 +58,13 @@ class MoEFFN(nn.Module):
         own, inside = self.share.enter(x, mix, self.shared is not None)
         routing, losses = self.router(own, info)
         tokens, dispatcher = own.flatten(0, 1), self.dispatcher
-        rows, weights, plan = dispatcher.dispatch_preprocess(tokens, routing.weights, routing.experts, routing.kept)
+        plan, position = dispatcher.plan(routing.permutation.counts), routing.permutation.position
+        rows, weights = moe_permute(tokens, position, plan.own, routing.weights)
         rows, weights = dispatcher.token_dispatch(rows, weights, plan)
         rows, weights = dispatcher.dispatch_postprocess(rows, weights, plan)
         rows = self.experts(rows, weights, plan.counts)
         rows = dispatcher.combine_preprocess(rows, plan)
         rows = dispatcher.token_combine(rows, plan)
-        routed = dispatcher.combine_postprocess(rows, plan).view_as(own)
+        routed = moe_unpermute(rows, position).view_as(own)
         shared = None if self.shared is None else self.shared(inside)
         return self.share.exit(routed, shared, info.length), losses

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.nn.moe.routing import count_per_sequence, expert_capacity, route, within_capacity
+from megaforge.kernels.moe_routing import Permutation, Route, moe_permutation, moe_route
+from megaforge.nn.moe.routing import expert_capacity, routing_rule, within_capacity
 from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init_rules import Constant, Normal
@@ -23,13 +24,11 @@ class Routing:
 
     Attributes:
         weights: [T, k] in the router's dtype.
-        experts: int64 [T, k].
-        kept: bool [T, k], false where an expert's capacity is exceeded; None: nothing is dropped.
+        permutation: the order by expert of the assignments that are within their experts' capacity.
     """
 
     weights: Tensor
-    experts: Tensor
-    kept: Tensor | None
+    permutation: Permutation
 
 
 @dataclass(frozen=True)
@@ -109,41 +108,35 @@ class Router(nn.Module):
             info: the micro-batch's sequences.
         """
         logits = F.linear(x_SBH.to(self.weight.dtype), self.weight)
-        weights, experts, probability = route(logits, self.expert_bias, self.cfg)
-        kept = self._kept(experts, weights, info)
-        routing = Routing(weights.flatten(0, 1), experts.flatten(0, 1), None if kept is None else kept.flatten(0, 1))
-        return routing, self._losses(logits, experts, probability)
+        route = moe_route(logits.flatten(0, 1), routing_rule(self.cfg), self.expert_bias, x_SBH.shape[1])
+        permutation = Permutation(route.position, route.counts.sum(dim=0))
+        kept = self._kept(route, info)
+        if kept is not None:
+            permutation = moe_permutation(route.experts, self.cfg.num_experts, kept)
+        return Routing(route.weights, permutation), self._losses(route)
 
-    def _kept(self, experts: Tensor, weights: Tensor, info: SequenceInfo) -> Tensor | None:
-        """Decided for whole sequences, on every rank alike: a share of the capacity for each rank would make the
-        model depend on the layout. In ``eval`` mode nothing is dropped."""
+    def _kept(self, route: Route, info: SequenceInfo) -> Tensor | None:
+        """Bool [T, k]; None: all. Decided for whole sequences, on every rank alike: a share of the capacity for each
+        rank would make the model depend on the layout. In ``eval`` mode nothing is dropped."""
         if not self.training or self.cfg.moe_expert_capacity_factor is None:
             return None
-        everyone = self.share.gather(experts, info.places_S)
-        capacity = expert_capacity(self.cfg, everyone.shape[0])
+        shape = (len(route.lse) // len(route.counts), len(route.counts), self.cfg.moe_router_topk)
+        experts = self.share.gather(route.experts.long().view(shape), info.places_S)
+        weights = self.share.gather(route.weights.detach().view(shape), info.places_S)
+        capacity = expert_capacity(self.cfg, experts.shape[0])
         assert capacity is not None
-        kept = within_capacity(
-            everyone,
-            self.share.gather(weights.detach(), info.places_S),
-            self.cfg.num_experts,
-            capacity,
-            self.cfg.moe_token_drop_policy,
-        )
-        return self.share.own(kept, info.places_S)
+        kept = within_capacity(experts, weights, self.cfg.num_experts, capacity, self.cfg.moe_token_drop_policy)
+        return self.share.own(kept, info.places_S).flatten(0, 1)
 
-    def _losses(self, logits: Tensor, experts: Tensor, probability: Tensor) -> RouterLosses:
-        number = self.cfg.num_experts
-        counts = count_per_sequence(experts, number)
-        z_sum = logits.logsumexp(dim=-1).square().sum()
+    def _losses(self, route: Route) -> RouterLosses:
         # One sum over tp for all of them; in fp64 counts stay exact.
-        sums = torch.cat([counts.flatten(), probability.sum(dim=0).flatten(), z_sum.view(1)]).double()
-        sums = self.share.total(sums)
-        cut = [counts.numel(), counts.numel(), 1]
-        counts, probability_sum, z_sum = (part for part in sums.split(cut))
-        counts, probability_sum = counts.detach().view(-1, number), probability_sum.view(-1, number)
+        parts = (route.counts.double(), route.probability_sum, route.z_sum)
+        sums = self.share.total(torch.cat([part.flatten() for part in parts]))
+        counts, probability_sum, z_sum = sums.split([part.numel() for part in parts])
+        counts, probability_sum = counts.detach().view_as(parts[0]), probability_sum.view_as(parts[0])
         return RouterLosses(
-            load_balance_sum=self._load_balance(counts, probability_sum).to(logits.dtype),
-            z_loss_sum=z_sum.sum().to(logits.dtype),
+            load_balance_sum=self._load_balance(counts, probability_sum).to(route.lse.dtype),
+            z_loss_sum=z_sum.sum().to(route.lse.dtype),
             tokens_per_expert=counts.sum(dim=0).round().long(),
         )
 

@@ -1,0 +1,38 @@
+#include <type_traits>
+
+#include "arguments.cuh"
+#include "backward.cuh"
+
+namespace megaforge::wkv7 {
+namespace {
+
+template <class Scalar, int kN>
+__global__ void __launch_bounds__(Plan<kN>::kThreads, 2) backward_kernel(const BackwardArguments<Scalar> args) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    backward_block(Block<Plan<kN>::kThreads>{}, *reinterpret_cast<BackwardShared<Scalar, kN>*>(memory), args,
+                   static_cast<int>(blockIdx.x));
+}
+
+}  // namespace
+
+const char* backward(const Problem& problem, const Tensor& dy, const float* states, const float* dfinal_state,
+                     const BackwardOutputs& to, void* stream) {
+    const cudaError_t error = dispatch(problem, [&](auto scalar, auto channels) {
+        using Scalar = decltype(scalar);
+        constexpr int kN = decltype(channels)::value;
+        const auto out = [](void* data) { return static_cast<Scalar*>(data); };
+        const BackwardArguments<Scalar> args{inputs<Scalar>(problem), view<Scalar>(dy), states, dfinal_state,
+                                             out(to.dr), out(to.dk), out(to.dv), out(to.da), out(to.db),
+                                             to.dlog_w, to.dinitial_state};
+        constexpr int kShared = sizeof(BackwardShared<Scalar, kN>);
+        const auto kernel = backward_kernel<Scalar, kN>;
+        const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+        if (status != cudaSuccess) return status;
+        const auto blocks = static_cast<unsigned>(problem.batch * problem.heads);
+        kernel<<<blocks, Plan<kN>::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(args);
+        return cudaGetLastError();
+    });
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace megaforge::wkv7

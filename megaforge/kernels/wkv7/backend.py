@@ -1,0 +1,62 @@
+"""Which implementation of WKV-7 a layer calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megaforge.errors import UserError
+from megaforge.kernels.native import why_missing
+from megaforge.kernels.wkv7 import wkv7, wkv7_chunked, wkv7_recurrent
+from megaforge.kernels.wkv7.fla import fla_kernels, wkv7_fla
+from megaforge.kernels.wkv7.native import available, takes, wkv7_native
+
+WKV7 = Callable[..., tuple[Tensor, Tensor]]
+
+
+def wkv7_torch(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    initial_state: Tensor | None = None,
+    document_start: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`wkv7`, in plain torch on any device."""
+    function = wkv7_recurrent if r.shape[0] <= 2 else wkv7_chunked
+    return function(r, log_w, k, v, a, b, initial_state, document_start)
+
+
+def wkv7_backend(name: str, device: torch.device, dtype: torch.dtype, channels: int) -> WKV7:
+    """The implementation that ``--wkv-backend`` names: a function with the arguments and results of :func:`wkv7`.
+
+    Args:
+        name: auto, native, fla or torch.
+        device: where the tensors will be.
+        dtype: the dtype of the values.
+        channels: N.
+
+    Raises:
+        UserError: it cannot run here.
+    """
+    kind = device.type
+    if name == "native":
+        if not available(kind):
+            raise UserError(
+                f"--wkv-backend native: no compiled WKV-7 for {kind} ({why_missing('wkv7', kind)}); build it with "
+                "pip install --no-build-isolation -e . or use --wkv-backend auto"
+            )
+        if not takes(kind, dtype, channels):
+            raise UserError(
+                f"--wkv-backend native: compiled WKV-7 for {kind} does not take {dtype} in heads of {channels} "
+                "channels; use --rwkv-head-size 64 in fp32, fp16 or bf16, or --wkv-backend auto"
+            )
+    if name == "fla":
+        if kind != "cuda":
+            raise UserError(f"--wkv-backend fla: its kernels run on GPUs, not on {kind}; use --wkv-backend auto")
+        fla_kernels()
+    return {"auto": wkv7, "native": wkv7_native, "fla": wkv7_fla, "torch": wkv7_torch}[name]

@@ -1,0 +1,210 @@
+"""RWKV-7's kernels on a GPU, turn about in one process.
+
+WKV-7: compiled CUDA, fla-core's Triton kernels and plain chunked torch.
+
+bf16 inputs, fp32 log decays and states, [s, b, H, 64]. Cases are sequences x length x heads, forward alone (nothing
+kept) and forward + backward: the time of each and its peak memory beyond the inputs, and how many times as long as the
+first implementation it takes. The arithmetic around it: the Triton kernels (first) and the same in plain torch, forward
++ backward. The machine's copy bandwidth and TF32 matrix rate are measured beside them.
+
+    python tests/bench/bench_gpu_kernels.py [--rounds 20] [--write docs/gpu_kernels.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megaforge.errors import UserError
+from megaforge.kernels import rwkv7_fused
+from megaforge.kernels.wkv7.backend import wkv7_backend
+from megaforge.nn.token_shift import mix_tokens
+from tests.bench.harness import Measure, interleaved_ratio, print_json, print_table, seconds
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPES = ((8, 4096, 32), (1, 4096, 32), (1, 16384, 64), (16, 512, 12))  # b, s, H
+N = 64
+NAMES = ("native", "fla", "torch")
+POINTWISE_SHAPES = ((8, 4096, 32), (1, 4096, 12))  # b, s, H
+HEADER = ["b x s x H", "what", "implementation", "ms", "times the first", "range", "peak MiB"]
+
+
+def inputs(b: int, s: int, heads: int) -> list[torch.Tensor]:
+    """r, log_w, k, v, a, b as an RWKV-7 layer makes them."""
+    shape = (s, b, heads, N)
+    r, k, v, x, rate = (torch.randn(shape, device="cuda") for _ in range(5))
+    log_w = -math.exp(-0.5) * torch.sigmoid(2 * torch.randn(shape, device="cuda") - 2)
+    kk = torch.nn.functional.normalize(x, dim=-1)
+    six = (r, log_w, k, v, -kk, kk * torch.sigmoid(rate))
+    return [(x if i == 1 else x.bfloat16()).requires_grad_() for i, x in enumerate(six)]
+
+
+def forward(name: str, six: list[torch.Tensor]) -> Callable[[], object]:
+    function = wkv7_backend(name, torch.device("cuda"), torch.bfloat16, N)
+
+    def once() -> object:
+        with torch.no_grad():
+            return function(*six)
+
+    return once
+
+
+def forward_backward(name: str, six: list[torch.Tensor]) -> Callable[[], object]:
+    function = wkv7_backend(name, torch.device("cuda"), torch.bfloat16, N)
+    dy = torch.randn_like(six[3])
+    return lambda: torch.autograd.grad(function(*six)[0], six, dy)
+
+
+def on_gpu(function: Callable[[], object]) -> Measure:
+    def finished() -> None:
+        function()
+        torch.cuda.synchronize()
+
+    return seconds(finished)
+
+
+def peak(function: Callable[[], object]) -> float:
+    """MiB that one call takes at most besides what is there."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def runnable() -> list[str]:
+    """The implementations that are here; says why the others are not."""
+    found = []
+    for name in NAMES:
+        try:
+            wkv7_backend(name, torch.device("cuda"), torch.bfloat16, N)
+            found.append(name)
+        except UserError as error:
+            print(f"without {name}: {error}")
+    return found
+
+
+def ceiling() -> str:
+    """The device's copy bandwidth and TF32 matrix rate, measured."""
+    source = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    matrix = torch.randn(4096, 4096, device="cuda")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    copy, product = on_gpu(lambda: target.copy_(source)), on_gpu(lambda: matrix @ matrix)
+    copies, products = ([measure() for _ in range(20)] for measure in (copy, product))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    bandwidth, rate = 2 * source.numel() / min(copies) / 1e9, 2 * 4096**3 / min(products) / 1e12
+    return f"copies {bandwidth:.0f} GB/s, TF32 {rate:.0f} TFLOP/s"
+
+
+def machine() -> str:
+    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return (
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {datetime.date.today()}, "
+        f"commit {commit.stdout.strip() or 'unknown'}; {ceiling()}"
+    )
+
+
+def unfused_mixes(x: torch.Tensor, first: None, starts: None, c: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """What a layer does without the kernel."""
+    return mix_tokens(x, torch.cat([torch.zeros_like(x[:1]), x[:-1]]), c)
+
+
+def pointwise(b: int, s: int, heads: int) -> dict[str, dict[str, Callable[[], object]]]:
+    """Forward + backward of each fused operation and of its definition."""
+    tokens = [torch.randn(s, b, heads * N, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
+    per_head = [torch.randn(s, b, heads, N, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(4)]
+    vectors = [torch.rand(heads * N, device="cuda", requires_grad=True) for _ in range(8)]
+    finish = [*per_head, tokens[1], *vectors[:2], vectors[2].detach().view(heads, N).requires_grad_()]
+    grad = torch.randn_like(tokens[0])
+    mixes = (rwkv7_fused.shifted_mixes, unfused_mixes)
+    norms = (rwkv7_fused.norm_bonus_gate, rwkv7_fused.norm_bonus_gate_reference)
+
+    def mix(function: Callable[..., tuple[torch.Tensor, ...]]) -> object:
+        return torch.autograd.grad(function(tokens[0], None, None, vectors[:6]), [tokens[0], *vectors[:6]], [grad] * 6)
+
+    def norm(function: Callable[..., torch.Tensor]) -> object:
+        return torch.autograd.grad(function(*finish, 64e-5), finish, grad)
+
+    return {
+        "shift and 6 mixes": {name: partial(mix, f) for name, f in zip(("triton", "torch"), mixes, strict=True)},
+        "norm, bonus, gate": {name: partial(norm, f) for name, f in zip(("triton", "torch"), norms, strict=True)},
+    }
+
+
+def compare(label: str, what: str, functions: dict[str, Callable[[], object]], rounds: int) -> tuple[list, dict]:
+    """Rows of the table, and the JSON cases: everything against the first of ``functions``."""
+    rows, cases = [], {}
+    first = next(iter(functions))
+    for name, function in functions.items():
+        ratio = interleaved_ratio(on_gpu(function), on_gpu(functions[first]), rounds, warmup=3)
+        spread = f"{ratio.min:.2f}-{ratio.max:.2f}"
+        rows.append([label, what, name, 1e3 * ratio.candidate, ratio.median, spread, peak(function)])
+        if name != first:
+            cases[f"{label} {what} {name}"] = ratio.case(first, ms=round(1e3 * ratio.candidate, 4))
+    return rows, cases
+
+
+def measured(rounds: int) -> tuple[list[list[object]], dict]:
+    names = runnable()
+    rows: list[list[object]] = []
+    cases: dict = {}
+
+    def add(*arguments: object) -> None:
+        more, found = compare(*arguments, rounds)
+        rows.extend(more)
+        cases.update(found)
+
+    for shape in SHAPES:
+        six, label = inputs(*shape), " x ".join(map(str, shape))
+        add(label, "WKV-7 fwd", {name: forward(name, six) for name in names})
+        add(label, "WKV-7 fwd+bwd", {name: forward_backward(name, six) for name in names})
+    if not rwkv7_fused.fused(torch.empty(0, device="cuda")):
+        print("without the fused arithmetic: Triton is not installed (extra 'gpu'), or MEGAFORGE_NATIVE=0")
+        return rows, cases
+    for shape in POINTWISE_SHAPES:
+        for what, functions in pointwise(*shape).items():
+            add(" x ".join(map(str, shape)), what, functions)
+    return rows, cases
+
+
+def write(path: Path, about: str, rows: list[list[object]]) -> None:
+    """The table as a page of documentation."""
+    command = "bash run_scripts/bench.sh gpu_kernels --write docs/gpu_kernels.md"
+    lines = ["# Kernels on a GPU", "", f"Written by `{command}`."]
+    lines += ["", "## RWKV-7", "", f"{about}.", "", "| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
+    for row in rows:
+        lines.append("| " + " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row) + " |")
+    path.write_text("\n".join(lines) + "\n")
+    print(f"wrote {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--write", type=Path, metavar="FILE", help="also write the table as Markdown")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench gpu_kernels: torch sees no CUDA device; nothing measured")
+        return
+    about = machine()
+    print(about)
+    rows, cases = measured(args.rounds)
+    print_table("RWKV-7", HEADER, rows)
+    if args.write:
+        write(args.write, about, rows)
+    print_json("gpu_kernels", cases)
+
+
+if __name__ == "__main__":
+    main()

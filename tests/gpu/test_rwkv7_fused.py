@@ -1,0 +1,46 @@
+"""RWKV-7's fused arithmetic on a GPU: its cases, and a whole layer with and without it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megaforge.config.model_config import ModelConfig
+from megaforge.kernels import rwkv7_fused
+from megaforge.nn.rwkv7 import RWKV7TimeMix
+from megaforge.nn.sequence import SequenceInfo
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.region import TensorParallelRegion
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or rwkv7_fused._kernels() is None, reason="needs a GPU and Triton"
+)
+
+if torch.cuda.is_available():
+    from tests.kernels.rwkv7_fused_cases import test_norm_bonus_gate, test_shifted_mixes, through_the_kernels
+
+    __all__ = ["test_norm_bonus_gate", "test_shifted_mixes", "through_the_kernels"]
+
+
+def layer_results(fused: bool, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    monkeypatch.setattr(rwkv7_fused, "fused", lambda x: fused)
+    monkeypatch.setattr("megaforge.nn.token_shift.fused", lambda x: fused)
+    ctx = ParallelContext.single("cuda")
+    layer = RWKV7TimeMix(ctx, "m", ModelConfig(hidden_size=128), 0, 2, TensorParallelRegion(ctx, False))
+    initialize_parameters(layer, ctx, 3)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in layer.parameters():  # many begin at zero, which would hide their gradients' readers
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter)
+    x = torch.randn(50, 2, 128, generator=generator).cuda().requires_grad_()
+    starts = torch.zeros(2, 50, dtype=torch.bool)
+    starts[0, [7, 30]] = True
+    out, v_first = layer(x, SequenceInfo(2, 50, x.device, starts))
+    grads = torch.autograd.grad(out.square().sum() + v_first.sum(), [x, *layer.parameters()])
+    return [out, *grads]
+
+
+def test_a_layer_computes_the_same_fused_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for ours, expected in zip(layer_results(True, monkeypatch), layer_results(False, monkeypatch), strict=True):
+        assert (ours - expected).norm() <= 1e-4 * expected.norm()

@@ -1,0 +1,61 @@
+"""The experts' products, in one call or in a loop, against one product an expert in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megaforge.kernels import grouped_mm
+from megaforge.kernels.grouped_mm import FEW_ROWS, grouped_linear, takes_grouped_mm
+
+COUNTS = {"even": (4, 4, 4), "idle ends": (0, 5, 0), "all but one idle": (0, 0, 9), "none at all": (0, 0, 0)}
+TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float64: 1e-13}
+
+
+def run(x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> list[Tensor]:
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    out = grouped_linear(x, weight, counts)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(out.dtype)
+    return [out, *torch.autograd.grad(out, (x, weight), grad)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+@pytest.mark.parametrize(("width", "inner"), [(16, 8), (5, 7)])
+def test_against_one_product_an_expert(dtype: torch.dtype, counts: tuple[int, ...], width: int, inner: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(sum(counts), width, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(3, inner, width, generator=generator, dtype=torch.float64).to(dtype)
+    assert takes_grouped_mm(x, weight) == (dtype != torch.float64 and width == 16 and bool(sum(counts)))
+    got = run(x, weight, counts)
+    wide = x.double().requires_grad_(), weight.double().requires_grad_()
+    out = torch.cat([rows @ matrix.t() for rows, matrix in zip(wide[0].split(counts), wide[1], strict=True)])
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+    expected = [out, *torch.autograd.grad(out, wide, grad.double(), allow_unused=True)]
+    for ours, theirs in zip(got, expected, strict=True):
+        assert theirs is not None and ours.dtype == dtype
+        scale = float(theirs.detach().abs().max()) if theirs.numel() else 1.0
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=TOLERANCES[dtype] * max(scale, 1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_loop_gives_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(30, 32, generator=generator).to(dtype)
+    weight = torch.randn(4, 24, 32, generator=generator).to(dtype)
+    counts = (11, 0, 7, 12)
+    grouped = run(x, weight, counts)
+    monkeypatch.setattr(grouped_mm, "_GROUPED", None)
+    assert not takes_grouped_mm(x, weight)
+    for ours, theirs in zip(grouped, run(x, weight, counts), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+
+
+def test_the_rule() -> None:
+    weight = torch.empty(8, 16, 32)
+    assert takes_grouped_mm(torch.empty(8 * FEW_ROWS, 32), weight)
+    assert not takes_grouped_mm(torch.empty(8 * FEW_ROWS + 1, 32), weight)
+    assert not takes_grouped_mm(torch.empty(8, 32).double(), weight.double())
+    assert not takes_grouped_mm(torch.empty(8, 30), torch.empty(8, 16, 30))  # 120 bytes a row
+    assert not takes_grouped_mm(torch.empty(8, 32, device="meta"), weight.to("meta"))

@@ -1,0 +1,48 @@
+"""RWKV-7's fused arithmetic where there is no GPU: its Triton kernels interpreted, and compiled for two generations."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megaforge.kernels import rwkv7_fused
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
+with_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs Triton; bash run_scripts/check_triton.sh brings it"
+)
+
+
+def run_python(*arguments: str, **environment: str) -> None:
+    """In a process of its own: Triton's interpreter is chosen once a process."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": path, "MEGAFORGE_NATIVE": "1", **environment}
+    done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@with_triton
+def test_the_kernels_agree_with_torch_in_tritons_interpreter() -> None:
+    run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "rwkv7_fused_cases.py"), TRITON_INTERPRET="1")
+
+
+@with_triton
+def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
+    script = str(HERE / "compile_rwkv7_triton.py")
+    run_python(script, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+
+
+def test_without_triton_plain_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(5, 2, 8)
+    assert not rwkv7_fused.fused(x)  # not on a GPU
+    rwkv7_fused._kernels.cache_clear()
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "megaforge.kernels.rwkv7_triton", raising=False)
+    assert rwkv7_fused._kernels() is None
+    rwkv7_fused._kernels.cache_clear()
