@@ -18,9 +18,10 @@ for test in csrc/*/tests/*.cpp; do
     objects=()
     for source in "$test" $(find "csrc/$op/cpu" -name '*.cpp' ! -name 'binding*.cpp' | sort); do
         object="$build/$op-$(basename "$source" .cpp).o"
-        "${CXX:-g++}" "${flags[@]}" -Icsrc "-Icsrc/$op" -c "$source" -o "$object"
+        "${CXX:-g++}" "${flags[@]}" -Icsrc "-Icsrc/$op" -c "$source" -o "$object" &
         objects+=("$object")
     done
+    for _ in "${objects[@]}"; do wait -n; done
     "${CXX:-g++}" "${flags[@]}" "${objects[@]}" -o "$build/$op"
     echo "== $op ($(basename "$test"), sanitizers: $sanitize)"
     "$build/$op"

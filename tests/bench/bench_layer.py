@@ -81,7 +81,7 @@ class Layer:
             return self.tokens / (time.process_time() - start)
 
         def measure() -> float:
-            with mock.patch("megaforge.nn.rwkv7.wkv7", recurrence):
+            with mock.patch.object(self.block.mixer, "wkv7", recurrence):
                 return max(once() for _ in range(3))
 
         return measure
