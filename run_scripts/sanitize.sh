@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 sanitize="${SANITIZE:-address,undefined}"
 build="$(mktemp -d)"
 trap 'rm -rf "$build"' EXIT
-flags=(-std=c++20 -O1 -g -fopenmp -ffp-contract=fast -Wall -Wextra -Wno-psabi)
+flags=(-std=c++20 -O1 -g1 -fopenmp -ffp-contract=fast -Wall -Wextra -Wno-psabi)
 [ "$sanitize" = none ] || flags+=("-fsanitize=$sanitize" -fno-sanitize-recover=all -fno-omit-frame-pointer)
 # OpenMP's threads live as long as the process; what they hold is not lost.
 export ASAN_OPTIONS="${ASAN_OPTIONS:-detect_leaks=1:detect_stack_use_after_return=1}"
