@@ -70,7 +70,7 @@ def test_a_difference_is_said_and_gives_the_status(
 
 def test_layouts_that_a_model_cannot_carry(capsys: pytest.CaptureFixture[str]) -> None:
     """The small model of the tests has four blocks: eight stages are left out, unless they are asked for."""
-    config = ["--config", "cdrmix-test", "--seq-length", "16", "--dtype", "fp32", "--train-iters", "50"]
+    config = ["--config", "cdrmix-test", "--seq-length", "16", "--train-iters", "50"]
     assert parity_command.run([*config, "--max-ranks", "1"], "unused") == 0
     out = capsys.readouterr().out
     assert "1 of 1 layouts agree" in out
