@@ -17,7 +17,9 @@
 
 namespace megaforge::wkv7 {
 namespace {
-#include "simd.h"
+#include "lanes.h"
+#include "forward.h"
+#include "backward.h"
 }  // namespace
 
 const Kernels avx2_f32 = {forward_scratch<8>, forward_rows<8, 2>, backward_scratch<8>, backward_rows<8>};

@@ -17,7 +17,9 @@
 
 namespace megaforge::wkv7 {
 namespace {
-#include "simd.h"
+#include "lanes.h"
+#include "forward.h"
+#include "backward.h"
 }  // namespace
 
 const Kernels avx512_f32 = {forward_scratch<16>, forward_rows<16, 4>, backward_scratch<16>, backward_rows<16>};
