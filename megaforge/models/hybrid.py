@@ -198,16 +198,11 @@ class HybridModel(nn.Module):
         published = has_rwkv and cfg.normalization == "layernorm" and cfg.untie_embeddings_and_output_weights
         make: dict[str, Any] = {"region": self.region, "dtype": dtype}
         if self.is_first:
+            init = embedding_init(cfg, published_rwkv=published)
             self.embedding = VocabParallelEmbedding(
-                ctx,
-                "embedding",
-                cfg.padded_vocab_size(),
-                cfg.hidden_size,
-                init=embedding_init(cfg, published_rwkv=published),
-                **make,
+                ctx, "embedding", cfg.padded_vocab_size(), cfg.hidden_size, init=init, **make
             )
-            # RWKV-LM's ln0
-            layernorm = cfg.normalization == "layernorm"
+            layernorm = cfg.normalization == "layernorm"  # then RWKV-LM's ln0
             self.embedding_norm = make_norm(cfg, ctx, "embedding_norm", **make) if layernorm else nn.Identity()
             embedding_weight = self.embedding.weight
         self.layers = nn.ModuleList(

@@ -176,8 +176,18 @@ class RWKV7TimeMix(nn.Module):
         self.makes_v_first = layer_index == 0
         self.recompute_core = False
         self.wkv7 = wkv7_backend(wkv_backend, ctx.device, dtype, head)
-        init = PublishedInit(size, head, layer_index, num_layers)
+        self._declare_mixing(cfg, layer_index, num_layers)
+        self.receptance = self._column(cfg, "receptance", 1.0)
+        self.key = self._column(cfg, "key", 0.1)
+        self.value = self._column(cfg, "value", 1.0)
+        self.output = RowParallelLinear(
+            ctx, f"{name}.output", size, size, init=Constant(0.0), region=region, dtype=dtype, kind="rwkv"
+        )
 
+    def _declare_mixing(self, cfg: ModelConfig, layer_index: int, num_layers: int) -> None:
+        """All but the projections: mixes of tokens, LoRAs, vectors over channels, the norm of the heads."""
+        size, head = self.size, self.head_size
+        init = PublishedInit(size, head, layer_index, num_layers)
         for letter, power in (("r", 0.2), ("w", 0.9), ("k", 0.7), ("v", 0.7), ("a", 0.9), ("g", 0.2)):
             self._declare(f"x_{letter}", (size,), init.mix(power), tp_partial_grad=True, keep_fp32=True)
         ranks = lora_ranks(cfg)
@@ -194,12 +204,6 @@ class RWKV7TimeMix(nn.Module):
         self._declare("r_k", (size // head, head), Constant(-0.04), shard_dim=0, keep_fp32=True)
         self._declare_channels("ln_x.weight", Constant(((1 + layer_index) / num_layers) ** 0.7))
         self._declare_channels("ln_x.bias", Constant(0.0))
-        self.receptance = self._column(cfg, "receptance", 1.0)
-        self.key = self._column(cfg, "key", 0.1)
-        self.value = self._column(cfg, "value", 1.0)
-        self.output = RowParallelLinear(
-            ctx, f"{name}.output", size, size, init=Constant(0.0), region=region, dtype=dtype, kind="rwkv"
-        )
 
     def _declare(
         self,

@@ -2,6 +2,7 @@
 
 #include "arguments.cuh"
 #include "backward.cuh"
+#include "start.cuh"
 
 namespace megaforge::wkv7 {
 namespace {
@@ -24,13 +25,8 @@ const char* backward(const Problem& problem, const Tensor& dy, const float* stat
         const BackwardArguments<Scalar> args{inputs<Scalar>(problem), view<Scalar>(dy), states, dfinal_state,
                                              out(to.dr), out(to.dk), out(to.dv), out(to.da), out(to.db),
                                              to.dlog_w, to.dinitial_state};
-        constexpr int kShared = sizeof(BackwardShared<Scalar, kN>);
-        const auto kernel = backward_kernel<Scalar, kN>;
-        const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-        if (status != cudaSuccess) return status;
-        const auto blocks = static_cast<unsigned>(problem.batch * problem.heads);
-        kernel<<<blocks, Plan<kN>::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(args);
-        return cudaGetLastError();
+        return start<Plan<kN>::kThreads, sizeof(BackwardShared<Scalar, kN>)>(backward_kernel<Scalar, kN>, args, problem,
+                                                                             stream);
     });
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

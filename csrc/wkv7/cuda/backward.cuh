@@ -168,19 +168,8 @@ MF_DEVICE void backward_block(const Block<Plan<kN>::kThreads>& block, BackwardSh
     };
 
     block.phase([&](int thread) {
-        const int lane = thread % 32, first_column = thread / 32 * 8;
         fetch(in.chunks() - 1, thread);
-        dstate(thread).clear();
-        if (args.dfinal_state != nullptr) {
-            MF_UNROLL
-            for (int m = 0; m < kHigh; ++m) {
-                MF_UNROLL
-                for (int i = 0; i < 4; ++i) {
-                    const int value = 16 * m + tile_row(lane, i), key = first_column + tile_column(lane, i);
-                    dstate(thread).at[m][i] = args.dfinal_state[own_state + value * kN + key];
-                }
-            }
-        }
+        load_state<kN>(dstate(thread), args.dfinal_state == nullptr ? nullptr : args.dfinal_state + own_state, thread);
         arrive(thread);
     });
 
@@ -331,18 +320,7 @@ MF_DEVICE void backward_block(const Block<Plan<kN>::kThreads>& block, BackwardSh
     }
 
     if (args.dinitial_state == nullptr) return;
-    block.phase([&](int thread) {
-        const int lane = thread % 32, first_column = thread / 32 * 8;
-        MF_UNROLL
-        for (int m = 0; m < kHigh; ++m) {
-            MF_UNROLL
-            for (int i = 0; i < 4; i += 2) {
-                const int value = 16 * m + tile_row(lane, i), key = first_column + tile_column(lane, i);
-                const float(&cells)[4] = dstate(thread).at[m];
-                store_pair(args.dinitial_state + own_state + value * kN + key, cells[i], cells[i + 1]);
-            }
-        }
-    });
+    block.phase([&](int thread) { store_state<kN>(args.dinitial_state + own_state, kN, dstate(thread), thread); });
 }
 
 }  // namespace megaforge::wkv7

@@ -197,6 +197,36 @@ MF_DEVICE void solve_transposed(float* x, const float* pairs, int column) {
     for (int t = 0; t < kChunk; ++t) x[t * kPitch + column] = value[t];
 }
 
+// Reads the eight key channels of a thread's warp, of all value channels, from a state [kN, kN]; zero where it is null.
+template <int kN>
+MF_DEVICE void load_state(Tiles<kN / 16>& state, const float* from, int thread) {
+    const int lane = thread % 32, first_column = thread / 32 * 8;
+    state.clear();
+    if (from == nullptr) return;
+    MF_UNROLL
+    for (int m = 0; m < kN / 16; ++m) {
+        MF_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            const int value = 16 * m + tile_row(lane, i), key = first_column + tile_column(lane, i);
+            state.at[m][i] = from[value * kN + key];
+        }
+    }
+}
+
+// Writes them to rows of `pitch` floats.
+template <int kN>
+MF_DEVICE void store_state(float* to, int pitch, const Tiles<kN / 16>& state, int thread) {
+    const int lane = thread % 32, first_column = thread / 32 * 8;
+    MF_UNROLL
+    for (int m = 0; m < kN / 16; ++m) {
+        MF_UNROLL
+        for (int i = 0; i < 4; i += 2) {
+            const int value = 16 * m + tile_row(lane, i), key = first_column + tile_column(lane, i);
+            store_pair(to + value * pitch + key, state.at[m][i], state.at[m][i + 1]);
+        }
+    }
+}
+
 // Where token `token` of a contiguous [s, b, H, N] output has its channels of this head.
 template <int kN, class Scalar, class In>
 MF_DEVICE Scalar* output_row(Scalar* data, const In& in, int token, int batch, int head) {

@@ -2,6 +2,7 @@
 
 #include "arguments.cuh"
 #include "forward.cuh"
+#include "start.cuh"
 
 namespace megaforge::wkv7 {
 namespace {
@@ -23,13 +24,8 @@ const char* forward(const Problem& problem, const float* initial_state, const Fo
         constexpr int kN = decltype(channels)::value;
         const ForwardArguments<Scalar> args{inputs<Scalar>(problem), initial_state, static_cast<Scalar*>(to.y),
                                             to.states, to.final_state};
-        constexpr int kShared = sizeof(ForwardShared<Scalar, kN>);
-        const auto kernel = forward_kernel<Scalar, kN>;
-        const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-        if (status != cudaSuccess) return status;
-        const auto blocks = static_cast<unsigned>(problem.batch * problem.heads);
-        kernel<<<blocks, Plan<kN>::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(args);
-        return cudaGetLastError();
+        return start<Plan<kN>::kThreads, sizeof(ForwardShared<Scalar, kN>)>(forward_kernel<Scalar, kN>, args, problem,
+                                                                            stream);
     });
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

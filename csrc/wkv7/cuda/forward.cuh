@@ -44,20 +44,9 @@ MF_DEVICE void forward_block(const Block<Plan<kN>::kThreads>& block, ForwardShar
     PerThread<Tiles<2>, P::kThreads> from_state;
 
     block.phase([&](int thread) {
-        const int lane = thread % 32, first_column = thread / 32 * 8;
         stage_inputs(shared.stage, in, 0, batch, head, thread, copies(thread));
         if (thread < kChunk) shared.stage.starts[thread] = document_starts(in, 0, batch, thread);
-        state(thread).clear();
-        if (args.initial_state != nullptr) {
-            MF_UNROLL
-            for (int m = 0; m < kHigh; ++m) {
-                MF_UNROLL
-                for (int i = 0; i < 4; ++i) {
-                    const int value = 16 * m + tile_row(lane, i), key = first_column + tile_column(lane, i);
-                    state(thread).at[m][i] = args.initial_state[own_state + value * kN + key];
-                }
-            }
-        }
+        load_state<kN>(state(thread), args.initial_state == nullptr ? nullptr : args.initial_state + own_state, thread);
         copies(thread).wait();
     });
 
@@ -65,21 +54,11 @@ MF_DEVICE void forward_block(const Block<Plan<kN>::kThreads>& block, ForwardShar
         const int first = chunk * kChunk;
 
         block.phase([&](int thread) {
-            const int lane = thread % 32, first_column = thread / 32 * 8;
             number_documents(shared.documents, shared.stage, thread);
             prepare(shared.stage, shared.left, shared.right, shared.uv, shared.total, nullptr, thread);
-            MF_UNROLL
-            for (int m = 0; m < kHigh; ++m) {
-                MF_UNROLL
-                for (int i = 0; i < 4; i += 2) {
-                    const int value = 16 * m + tile_row(lane, i), key = first_column + tile_column(lane, i);
-                    const float(&cells)[4] = state(thread).at[m];
-                    store_pair(shared.state + value * P::kPitch + key, cells[i], cells[i + 1]);
-                    if (args.states == nullptr) continue;
-                    float* saved = args.states + chunk * states_size + own_state;
-                    store_pair(saved + value * kN + key, cells[i], cells[i + 1]);
-                }
-            }
+            store_state<kN>(shared.state, P::kPitch, state(thread), thread);
+            if (args.states != nullptr)
+                store_state<kN>(args.states + chunk * states_size + own_state, kN, state(thread), thread);
         });
 
         block.phase([&](int thread) {
@@ -159,18 +138,7 @@ MF_DEVICE void forward_block(const Block<Plan<kN>::kThreads>& block, ForwardShar
         });
     }
 
-    block.phase([&](int thread) {
-        const int lane = thread % 32, first_column = thread / 32 * 8;
-        MF_UNROLL
-        for (int m = 0; m < kHigh; ++m) {
-            MF_UNROLL
-            for (int i = 0; i < 4; i += 2) {
-                const int value = 16 * m + tile_row(lane, i), key = first_column + tile_column(lane, i);
-                const float(&cells)[4] = state(thread).at[m];
-                store_pair(args.final_state + own_state + value * kN + key, cells[i], cells[i + 1]);
-            }
-        }
-    });
+    block.phase([&](int thread) { store_state<kN>(args.final_state + own_state, kN, state(thread), thread); });
 }
 
 }  // namespace megaforge::wkv7

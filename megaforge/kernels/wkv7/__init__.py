@@ -19,7 +19,7 @@ from megaforge.kernels.wkv7.reference import state_dtype, wkv7_recurrent
 
 __all__ = [
     "CHUNK", "saved_for_backward", "state_dtype", "wkv7", "wkv7_chunked", "wkv7_recurrent", "wkv7_state_gradient",
-    "wkv7_summary",
+    "wkv7_summary", "wkv7_torch",
 ]  # fmt: skip
 
 
@@ -51,9 +51,22 @@ def wkv7(
         return wkv7_native(r, log_w, k, v, a, b, initial_state, document_start)
     if device != "meta":
         say_fallback("wkv7", device, "plain torch, several times slower")
-    if r.shape[0] <= 2:
-        return wkv7_recurrent(r, log_w, k, v, a, b, initial_state, document_start)
-    return wkv7_chunked(r, log_w, k, v, a, b, initial_state, document_start)
+    return wkv7_torch(r, log_w, k, v, a, b, initial_state, document_start)
+
+
+def wkv7_torch(
+    r: torch.Tensor,
+    log_w: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    document_start: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`wkv7`, in plain torch on any device."""
+    function = wkv7_recurrent if r.shape[0] <= 2 else wkv7_chunked
+    return function(r, log_w, k, v, a, b, initial_state, document_start)
 
 
 def saved_for_backward(length: int, channels: int, device_type: str) -> int:

@@ -9,26 +9,11 @@ from torch import Tensor
 
 from megaforge.errors import UserError
 from megaforge.kernels.native import why_missing
-from megaforge.kernels.wkv7 import wkv7, wkv7_chunked, wkv7_recurrent
+from megaforge.kernels.wkv7 import wkv7, wkv7_torch
 from megaforge.kernels.wkv7.fla import fla_kernels, wkv7_fla
 from megaforge.kernels.wkv7.native import available, takes, wkv7_native
 
 WKV7 = Callable[..., tuple[Tensor, Tensor]]
-
-
-def wkv7_torch(
-    r: Tensor,
-    log_w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    initial_state: Tensor | None = None,
-    document_start: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """As :func:`wkv7`, in plain torch on any device."""
-    function = wkv7_recurrent if r.shape[0] <= 2 else wkv7_chunked
-    return function(r, log_w, k, v, a, b, initial_state, document_start)
 
 
 def wkv7_backend(name: str, device: torch.device, dtype: torch.dtype, channels: int) -> WKV7:
