@@ -151,7 +151,9 @@ class OptimizerConfig:
     initial_loss_scale: float = flag(65536.0, "fp16: loss scale at the start")
     min_loss_scale: float = flag(1.0, "fp16: smallest loss scale")
     loss_scale_window: int = flag(1000, "fp16: clean iterations before the scale grows by 2")
-    hysteresis: int = flag(2, "fp16: overflows in a row before the scale shrinks by 0.5")
+    hysteresis: int = flag(
+        2, "fp16: overflows since the scale last grew, of which the last and each further one halve it"
+    )
 
     def validate(self) -> None:
         require_positive(self, "lr", "adam_eps", "initial_loss_scale", "min_loss_scale")

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megaforge.config.run_config import OptimizerConfig
 
 GROWTH, BACKOFF = 2.0, 0.5
+# What earlier versions wrote for a run that does not scale its loss.
+_WITHOUT_SCALING = {"scale": 1.0, "clean_steps": 0, "overflows": 0}
+_LARGEST = 2.0**127  # the loss's gradient is fp32
 
 
 class LossScaler:
     """The factor on the loss that keeps fp16 gradients within range; 1 for good where no scaling is needed.
 
-    ``--loss-scale-window`` steps with finite gradients in a row double it; ``--hysteresis`` overflows in a row, and
-    each further one, halve it, down to ``--min-loss-scale``. A step whose gradients overflowed is left out.
+    The rules are those of Megatron-LM's ``DynamicGradScaler``. ``--loss-scale-window`` steps with finite gradients in a
+    row double the scale. Overflows are counted from one doubling to the next, however many clean steps lie between
+    them: the ``--hysteresis``-th of them, and each further one, halves the scale, down to ``--min-loss-scale``. A step
+    whose gradients overflowed is left out.
 
     Attributes:
         scale: multiply the loss by it, and divide the gradients by it (``clip_gradients`` does).
@@ -33,23 +40,29 @@ class LossScaler:
         if not self.enabled:
             return
         if finite:
-            self._overflows = 0
             self._clean_steps += 1
-            if self._clean_steps == self._window:
-                self._clean_steps = 0
-                self.scale *= GROWTH
+            if self._clean_steps >= self._window:  # beyond it where a run continues with a shorter window
+                self._clean_steps = self._overflows = 0
+                self.scale = max(self.scale, min(self.scale * GROWTH, _LARGEST))
             return
         self._clean_steps = 0
         self._overflows += 1
         if self._overflows >= self._hysteresis:
             self.scale = max(self.scale * BACKOFF, self._floor)
 
-    def state(self) -> dict[str, float]:
-        """JSON-able state for a checkpoint."""
+    def state(self) -> dict[str, Any]:
+        """JSON-able state for a checkpoint; empty for a run that does not scale its loss."""
+        if not self.enabled:
+            return {}
         return {"scale": self.scale, "clean_steps": self._clean_steps, "overflows": self._overflows}
 
-    def load_state(self, state: dict[str, float]) -> None:
-        """Takes back what :meth:`state` gave; a run that does not scale its loss keeps the factor 1."""
-        if self.enabled:
-            self.scale = float(state["scale"])
-            self._clean_steps, self._overflows = int(state["clean_steps"]), int(state["overflows"])
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes back what :meth:`state` gave.
+
+        A run that does not scale its loss keeps the factor 1, and one that continues such a run starts at
+        ``--initial-loss-scale``: nobody has looked for a scale yet.
+        """
+        if not self.enabled or not state or state == _WITHOUT_SCALING:
+            return
+        self.scale = max(float(state["scale"]), self._floor)
+        self._clean_steps, self._overflows = int(state["clean_steps"]), int(state["overflows"])
