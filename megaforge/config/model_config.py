@@ -44,6 +44,11 @@ class ModelConfig:
     num_experts: int = flag(8, "experts of a MoE FFN")
     moe_router_topk: int = flag(2, "experts a token goes to")
     moe_router_score_function: str = flag("softmax", "how router logits become scores", choices=("softmax", "sigmoid"))
+    moe_router_pre_softmax: bool = flag(
+        False,
+        "weigh the chosen experts by their share of all experts' softmax, not of the chosen ones' (softmax only); "
+        "needed with --moe-router-topk 1",
+    )
     moe_router_topk_scaling_factor: float | None = flag(None, "factor on the routing weights of the chosen experts")
     moe_router_num_groups: int | None = flag(
         None, "groups of neighbouring experts; a token's experts come from --moe-router-group-topk of them"
@@ -148,6 +153,12 @@ class ModelConfig:
         require_at_least(self, 0, "moe_router_bias_update_rate")
         if self.moe_router_topk > self.num_experts:
             raise UserError(f"--moe-router-topk {self.moe_router_topk} exceeds --num-experts {self.num_experts}")
+        renormalised = self.moe_router_score_function == "softmax" and not self.moe_router_pre_softmax
+        if self.moe_router_topk == 1 and renormalised:
+            raise UserError(
+                "--moe-router-topk 1: the softmax of one chosen expert is always 1, so the loss would never train the "
+                "router; add --moe-router-pre-softmax, or use --moe-router-score-function sigmoid"
+            )
         for name in ("moe_expert_capacity_factor", "moe_router_topk_scaling_factor"):
             if getattr(self, name) is not None:
                 require_positive(self, name)

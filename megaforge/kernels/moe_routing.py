@@ -64,9 +64,14 @@ def moe_route(logits: Tensor, rule: RoutingRule, expert_bias: Tensor | None = No
     Args:
         logits: [T, E], fp32 or fp64. Token t belongs to sequence ``t % sequences``.
         rule: see :class:`RoutingRule`.
-        expert_bias: [E], added to the scores for the choice only (Wang et al., arXiv 2408.15664).
+        expert_bias: [E], added to sigmoids for the choice only (Wang et al., arXiv 2408.15664).
         sequences: divides T.
+
+    Raises:
+        ValueError: a bias for softmax scores.
     """
+    if expert_bias is not None and rule.score_function != "sigmoid":
+        raise ValueError("a bias of experts is added to sigmoids, not to logits")
     device = logits.device.type
     if device not in _COMPILED and device != "meta":
         say_fallback("moe_routing", device, "plain torch, several times slower")

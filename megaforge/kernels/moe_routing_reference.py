@@ -22,7 +22,8 @@ class RoutingRule:
         pre_softmax: weights are the chosen experts' probabilities among all experts; else they are renormalised to
             one, which is the softmax of the chosen logits. Read for softmax only.
         num_groups, group_topk: only experts in the ``group_topk`` best of ``num_groups`` groups of neighbours can be
-            chosen; a group is as good as the sum of its best ``topk / group_topk``. None: every expert.
+            chosen; a group is as good as the sum of the ``topk / group_topk`` best of what experts are chosen by:
+            logits, probabilities (``pre_softmax``) or sigmoids with their bias. None: every expert.
         scaling_factor: on the weights.
     """
 
@@ -50,11 +51,13 @@ def largest(scores: Tensor, k: int) -> Tensor:
 
 
 def choose_experts(scores: Tensor, rule: RoutingRule) -> Tensor:
-    """The experts of each token, best first: [..., E] -> int64 [..., k]."""
+    """The experts of each token, best first, by logits or sigmoids: [..., E] -> int64 [..., k]."""
     if rule.num_groups is None or rule.group_topk is None:
         return largest(scores, rule.topk)
     grouped = scores.detach().unflatten(-1, (rule.num_groups, -1))
-    best = grouped.topk(rule.topk // rule.group_topk, dim=-1).values.sum(dim=-1)
+    by_probability = rule.pre_softmax and rule.score_function == "softmax"
+    worth = scores.detach().softmax(dim=-1).unflatten(-1, (rule.num_groups, -1)) if by_probability else grouped
+    best = worth.topk(rule.topk // rule.group_topk, dim=-1).values.sum(dim=-1)
     groups = largest(best, rule.group_topk)
     allowed = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, groups, True)
     return largest(grouped.masked_fill(~allowed.unsqueeze(-1), -math.inf).flatten(-2), rule.topk)

@@ -35,7 +35,7 @@ class ModelOutput:
         load_balance_sum: sum over MoE layers and sequences (see :class:`megaforge.nn.moe.RouterLosses`); 0 without MoE.
         z_loss_sum: sum over MoE layers and tokens; 0 without MoE.
         correct: sum over tokens of loss mask * (the label scored highest); no gradient.
-        tokens_per_expert: int64 [MoE layers, E]; a pipeline stage's own layers.
+        tokens_per_expert, preferred_per_expert: int64 [MoE layers, E]; a pipeline stage's own layers.
     """
 
     loss_sum: Tensor
@@ -43,6 +43,7 @@ class ModelOutput:
     z_loss_sum: Tensor
     correct: Tensor
     tokens_per_expert: Tensor
+    preferred_per_expert: Tensor
 
 
 @dataclass(frozen=True)
@@ -280,14 +281,14 @@ class HybridModel(nn.Module):
             losses, correct = self.head.loss(self.final_norm(stream.x), labels)
             mask = loss_mask.t().to(losses.dtype)
             loss_sum, correct_sum = (losses * mask).sum(), (correct * mask).sum()
+        no_experts = tokens.new_zeros((0, self.cfg.num_experts))
         output = ModelOutput(
             loss_sum=loss_sum,
             load_balance_sum=sum((r.load_balance_sum for r in routed), zero),
             z_loss_sum=sum((r.z_loss_sum for r in routed), zero),
             correct=correct_sum,
-            tokens_per_expert=torch.stack([r.tokens_per_expert for r in routed])
-            if routed
-            else tokens.new_zeros((0, self.cfg.num_experts)),
+            tokens_per_expert=torch.stack([r.tokens_per_expert for r in routed]) if routed else no_experts,
+            preferred_per_expert=torch.stack([r.preferred_per_expert for r in routed]) if routed else no_experts,
         )
         return output, stream
 

@@ -124,8 +124,7 @@ class Trainer:
         totals.reduce()
         if updated:
             for stage in self.model.chunks:
-                own = [totals.tokens_per_expert[row] for row in stage.moe_rows]
-                update_routers(stage, torch.tensor(own, dtype=torch.float64))
+                update_routers(stage, *totals.experts_of(stage))
         self.tokens_per_expert = totals.tokens_per_expert
         self.iteration += 1
         self.consumed_samples += self.global_batch_size
@@ -260,17 +259,25 @@ class _Totals:
         for stage, output in outputs:
             parts = (output.loss_sum, output.load_balance_sum, output.z_loss_sum, output.correct)
             self._sums[:4] += torch.stack([part.double() for part in parts])
+            counts = torch.stack([output.tokens_per_expert, output.preferred_per_expert])
             if self._experts is None:
-                self._experts = self._sums.new_zeros((stage.num_moe_layers, output.tokens_per_expert.shape[1]))
-            self._experts[stage.moe_rows] += output.tokens_per_expert
+                self._experts = self._sums.new_zeros((2, stage.num_moe_layers, counts.shape[2]))
+            self._experts[:, stage.moe_rows] += counts
 
     def reduce(self) -> None:
         """Sums over dp, cp and pp and brings the numbers to the host."""
-        experts = self._sums.new_zeros((0, 0)) if self._experts is None else self._experts
+        experts = self._sums.new_zeros((2, 0, 0)) if self._experts is None else self._experts
         packed = torch.cat([self._sums, experts.flatten()])
         for axis in (self._ctx.dp_cp, self._ctx.pp):
             if axis.group is not None:
                 dist.all_reduce(packed, group=axis.group)
         values = packed.tolist()
         self.loss_sum, self.load_balance_sum, self.z_loss_sum, self.correct, self.tokens = values[:5]
-        self.tokens_per_expert = packed[5:].view(experts.shape).tolist()
+        self._experts = packed[5:].view(experts.shape)
+        self.tokens_per_expert = self._experts[0].tolist()
+
+    def experts_of(self, stage: HybridModel) -> Tensor:
+        """After :meth:`reduce`: the global batch's (tokens, choices by plain top-k) per expert of the stage's MoE
+        layers, [2, layers, E]."""
+        assert self._experts is not None
+        return self._experts[:, stage.moe_rows]

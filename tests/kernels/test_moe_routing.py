@@ -32,6 +32,7 @@ RULES = {
     "one sigmoid": RoutingRule(1, "sigmoid"),
     "eight": RoutingRule(8),
     "groups": RoutingRule(4, num_groups=4, group_topk=2),
+    "before, groups": RoutingRule(4, pre_softmax=True, num_groups=4, group_topk=2),
     "sigmoid groups": RoutingRule(6, "sigmoid", num_groups=4, group_topk=3),
 }
 
@@ -114,8 +115,9 @@ def test_any_shape_and_ties(data: st.DataObject) -> None:
         group_topk=None if groups == 1 else group_topk,
     )
     logits = (random(tokens, experts, seed=data.draw(st.integers(0, 9))) * 4).round() / 4
-    # Sums of sigmoids that differ by rounding would be compared: equal ones only, within groups.
-    rule = rule if not sigmoid or topk == group_topk else RoutingRule(topk, "sigmoid")
+    # Sums of sigmoids or probabilities that differ by rounding would be compared: equal ones only, within groups.
+    rounded = sigmoid or rule.pre_softmax
+    rule = rule if not rounded or topk == group_topk else RoutingRule(topk, rule.score_function, rule.pre_softmax)
     assert_routes(logits, rule, None, sequences, 2e-6)
 
 

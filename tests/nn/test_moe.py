@@ -36,8 +36,11 @@ SIGMOID = {"moe_router_score_function": "sigmoid"}
 GROUPS = {**SIX, "moe_router_num_groups": 3, "moe_router_group_topk": 2}
 
 
-def chosen_in_python(scores: Sequence[float], cfg: ModelConfig) -> list[int]:
-    """The best k of the experts whose group is among the best, by sorting; equals in order of index."""
+def chosen_in_python(scores: Sequence[float], cfg: ModelConfig, plain: bool = False) -> list[int]:
+    """The best k of the experts whose group is among the best, by sorting; equals in order of index. ``plain``: of all
+    experts."""
+    if plain:
+        return sorted(range(len(scores)), key=lambda e: -scores[e])[: cfg.moe_router_topk]
     number = len(scores)
     size = number // (cfg.moe_router_num_groups or 1)
     worth = []
@@ -63,10 +66,12 @@ def oracle(x: Tensor, w: dict[str, Tensor], cfg: ModelConfig, info: SequenceInfo
             logits = w["f.router.weight"] @ x[t, b]
             softmax = cfg.moe_router_score_function == "softmax"
             scores = logits.exp() / logits.exp().sum() if softmax else 1 / (1 + (-logits).exp())
-            chosen = chosen_in_python(((logits if softmax else scores) + bias).tolist(), cfg)
-            total = sum(scores[e] for e in chosen) if softmax or topk > 1 else torch.ones((), dtype=x.dtype)
+            before = softmax and cfg.moe_router_pre_softmax
+            chosen = chosen_in_python(((logits if softmax and not before else scores) + bias).tolist(), cfg)
+            one = before or (topk == 1 and not softmax)
+            total = torch.ones((), dtype=x.dtype) if one else sum(scores[e] for e in chosen)
             assigned += [(t, e, scores[e] / total * factor) for e in chosen]
-            for e in chosen:
+            for e in chosen_in_python(scores.tolist(), cfg, plain=True):
                 share[e] += 1 / (topk * x.shape[0])
             probability = probability + scores / scores.sum() / x.shape[0]
             z_loss = z_loss + logits.exp().sum().log() ** 2
@@ -116,6 +121,10 @@ def test_experts_and_router_losses(activation: str, channel_mix: bool, topk: int
         {**SIGMOID, "moe_router_topk": 1, "moe_router_topk_scaling_factor": 2.5},
         {**SIGMOID, "moe_router_enable_expert_bias": True},
         GROUPS,
+        {"moe_router_pre_softmax": True, "moe_router_topk": 1},
+        {"moe_router_pre_softmax": True, "moe_router_topk_scaling_factor": 2.5},
+        {**GROUPS, "moe_router_pre_softmax": True, "moe_router_topk": 4},
+        {**GROUPS, **SIGMOID, "moe_router_load_balancing_type": "global_aux_loss"},
         {**SIGMOID, **GROUPS, "moe_router_topk": 4, "moe_router_enable_expert_bias": True},
         {"moe_router_load_balancing_type": "global_aux_loss"},
         {"moe_router_load_balancing_type": "none", "moe_router_topk_scaling_factor": 0.5},
@@ -168,6 +177,43 @@ def test_group_limited_choice(groups: int, group_topk: int, topk: int) -> None:
     assert moe_route(scores, routing_rule(cfg)).experts.tolist() == expected
 
 
+def test_before_the_softmax_groups_are_ranked_by_probability() -> None:
+    """One group has the most likely expert and an impossible one, the other two that are middling."""
+    logits = torch.tensor([[3.0, -9.0, 1.0, 1.0]])
+    rule = {"num_experts": 4, "moe_router_num_groups": 2, "moe_router_group_topk": 1}
+    chosen = [
+        moe_route(logits, routing_rule(config(**rule, moe_router_pre_softmax=before))).experts.tolist()
+        for before in (False, True)
+    ]
+    assert chosen == [[[2, 3]], [[0, 1]]]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_one_expert_a_token_trains_its_router(before: bool) -> None:
+    """Through its weight, if that is a probability: renormalised to one it gives the router no gradient at all."""
+    module = build(MoEFFN, config(moe_router_topk=1, moe_router_pre_softmax=before), False)
+    out, _ = module(random(LENGTH, BATCH, HIDDEN), SequenceInfo(BATCH, LENGTH, CPU))
+    out.square().sum().backward()
+    assert module.router.weight.grad is not None
+    assert bool(module.router.weight.grad.abs().max() > 1e-6) == before
+
+
+def test_the_balance_loss_counts_what_the_router_prefers() -> None:
+    """A bias sends every token to experts 0 and 1, and moves by that; the loss sees the scores' own choices."""
+    changes = {**SIGMOID, "moe_router_enable_expert_bias": True, "moe_router_load_balancing_type": "global_aux_loss"}
+    module = build(MoEFFN, config(**changes), False)
+    with torch.no_grad():
+        module.router.expert_bias.copy_(torch.tensor([9.0, 9, 0, 0, 0]))
+    x = random(LENGTH, BATCH, HIDDEN)
+    _, losses = module(x, SequenceInfo(BATCH, LENGTH, CPU))
+    preferred = (x @ module.router.weight.detach().T).topk(2).indices.flatten().bincount(minlength=EXPERTS)
+    assert losses.tokens_per_expert.tolist() == [LENGTH * BATCH] * 2 + [0] * 3
+    assert losses.preferred_per_expert.tolist() == preferred.tolist() and int((preferred > 0).sum()) > 2
+    update_routers(module, losses.tokens_per_expert[None], losses.preferred_per_expert[None])
+    torch.testing.assert_close(module.router.previous_load.detach(), preferred.double() / preferred.sum())
+    assert (module.router.expert_bias > torch.tensor([9.0, 9, 0, 0, 0])).tolist() == [False, False, True, True, True]
+
+
 def test_capacity_by_position_and_by_weight() -> None:
     experts = torch.tensor([[[0], [1]], [[0], [1]], [[0], [0]], [[1], [1]]])  # two sequences of four tokens
     weights = torch.tensor([[[0.1], [0.5]], [[0.9], [0.5]], [[0.5], [0.2]], [[0.1], [0.9]]])
@@ -193,7 +239,7 @@ def test_bias_moves_against_the_load_and_is_not_trained() -> None:
     bias = module.router.expert_bias
     assert bias is not None and not bias.requires_grad
     before = bias.clone()
-    update_routers(module, torch.tensor([[4, 0, 2, 2, 2]]))
+    update_routers(module, torch.tensor([[4, 0, 2, 2, 2]]), torch.tensor([[0, 4, 2, 2, 2]]))
     torch.testing.assert_close(bias - before, torch.tensor([-0.25, 0.25, 0, 0, 0], dtype=torch.float64))
     assert {spec.name for spec, _ in named_specs(module)} >= {"f.router.expert_bias", "f.router.weight"}
 
@@ -213,7 +259,8 @@ def test_global_balance_loss_reads_the_previous_global_batch() -> None:
             balance = sum(losses.load_balance_sum for losses in outputs) / 3
             balance.backward()
             seen += [balance.detach(), module.router.weight.grad]
-            update_routers(module, sum(losses.tokens_per_expert for losses in outputs)[None])
+            counts = [sum(losses.tokens_per_expert for losses in outputs)[None]] * 2
+            update_routers(module, *counts)
         results.append(seen)
         assert abs(float(seen[0]) - 1) < 1e-12 and float(seen[1].norm()) < 1e-12
         assert float(seen[3].norm()) > 1e-3
@@ -223,7 +270,7 @@ def test_global_balance_loss_reads_the_previous_global_batch() -> None:
 
 def test_counts_of_another_number_of_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="counts of 2 MoE layers for a model that has 1"):
-        update_routers(build(MoEFFN, config(), False), torch.zeros(2, EXPERTS))
+        update_routers(build(MoEFFN, config(), False), torch.zeros(2, EXPERTS), torch.zeros(2, EXPERTS))
 
 
 def test_router_stays_in_fp32() -> None:
@@ -258,6 +305,7 @@ def test_splits_that_do_not_divide_are_named(sizes: dict[str, int], message: str
     [
         ({"moe_router_enable_expert_bias": True}, "add --moe-router-score-function sigmoid"),
         ({"moe_router_num_groups": 3}, "set both or neither"),
+        ({"moe_router_topk": 1}, "--moe-router-topk 1: .* add --moe-router-pre-softmax"),
         (
             {**GROUPS, "moe_router_num_groups": 4},
             "--moe-router-num-groups 4 does not divide --num-experts 6; use 1, 2, 3 or 6",

@@ -53,6 +53,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "moe_shared_expert_intermediate_size": 8,
         "hybrid_layer_pattern": "*E*E",
     },
+    "before the softmax, groups": {
+        "moe_router_pre_softmax": True,
+        "moe_router_topk": 4,
+        "moe_router_num_groups": 4,
+        "moe_router_group_topk": 2,
+    },
     "every expert": {"moe_router_topk": 8},
 }
 LAYOUTS: dict[str, tuple[int, dict[str, int], bool]] = {
@@ -125,8 +131,9 @@ def train(
             torch.stack([o.loss_sum, o.load_balance_sum, o.z_loss_sum, o.correct]).detach().double() for o in outputs
         ]
         scalars.append(total_over_dp(sum(sums), ctx))
-        statistics.append(total_over_dp(sum(o.tokens_per_expert for o in outputs), ctx))
-        update_routers(model, statistics[-1])
+        counts = sum(torch.stack([o.tokens_per_expert, o.preferred_per_expert]) for o in outputs)
+        statistics.append(total_over_dp(counts, ctx))
+        update_routers(model, *statistics[-1])
     return {
         "sums": torch.stack(scalars),
         "norms": torch.tensor(norms, dtype=torch.float64),
@@ -192,7 +199,7 @@ def test_one_rank_shows_what_is_compared() -> None:
                 assert bool(piece.any()), f"{variant}: the gradient of {name} at {box} is zero"
         assert (
             result["tokens per expert"].sum(-1).tolist()
-            == [[SEQUENCES * 7 * changes.get("moe_router_topk", 2)] * 2] * STEPS
+            == [[[SEQUENCES * 7 * changes.get("moe_router_topk", 2)] * 2] * 2] * STEPS
         )
         assert bool((result["norms"] > 0.5).all()), "clipping acts"
 

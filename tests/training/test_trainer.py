@@ -130,7 +130,10 @@ def test_finetuning_takes_the_weights_and_starts_anew(prefix: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        (("--num-experts", "2", "--moe-router-topk", "1"), ("--num-experts", "--moe-router-topk")),
+        (
+            ("--num-experts", "2", "--moe-router-topk", "1", "--moe-router-pre-softmax"),
+            ("--num-experts", "--moe-router-topk", "--moe-router-pre-softmax"),
+        ),
         (("--tokenizer-model", "70"), ("--vocab-size 62", "fingerprint")),
         (("--seed", "77"), ("--seed",)),
         (("--seq-length", "16"), ("--seq-length",)),

@@ -154,7 +154,16 @@ MEGAFORGE_INLINE void route_wide(const Route<float>& a, const Part<float>& part,
       if (a.expert_bias != nullptr) choose = add(choose, load(a.expert_bias + from, n, 0.0f));
       store(choice + from, choose);
     }
-    if (groups > 0) keep_best_groups(choice, experts, a.rule, values, order);
+    if (groups > 0) {
+      const bool by_probability = a.rule.pre_softmax && !a.rule.sigmoid;
+      if (by_probability) {  // but for a factor
+        const F top = set(largest(peak));
+        for (int c = 0; c < vectors; ++c) {
+          store(score + c * kLanes, exp_of_negative(sub(load(choice + c * kLanes), top)));
+        }
+      }
+      keep_best_groups(choice, by_probability ? score : choice, experts, a.rule, values, order);
+    }
     select(choice, experts, vectors, topk, best, values);
     for (std::int64_t j = 0; j < topk; ++j) chosen[j] = best[j];
     const float highest = largest(peak);

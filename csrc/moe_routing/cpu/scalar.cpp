@@ -57,7 +57,10 @@ void route_f64(const Route<double>& a, const Part<double>& part, void* scratch) 
       choice[e] = (a.rule.sigmoid ? score[e] : logits[e]) + (a.expert_bias == nullptr ? 0.0 : a.expert_bias[e]);
       part.probability_sum[e] += score[e] / total;
     }
-    if (a.rule.num_groups > 0) scalar::keep_best_groups(choice, a.experts, a.rule, values, order);
+    if (a.rule.num_groups > 0) {
+      const bool by_probability = a.rule.pre_softmax && !a.rule.sigmoid;  // but for a factor
+      scalar::keep_best_groups(choice, by_probability ? score : choice, a.experts, a.rule, values, order);
+    }
     scalar::select_any(choice, a.experts, a.rule.topk, chosen, values);
     choose_weights(a.rule, score, chosen, total, weights);
     for (std::int64_t j = 0; j < a.rule.topk; ++j) {

@@ -79,15 +79,15 @@ MEGAFORGE_INLINE void select(const float* scores, std::int64_t n, int vectors, s
   }
 }
 
-// Sets the scores of groups that are not among the best to -infinity. `values`: scratch for topk + 2 * groups scores;
-// `order` for topk + groups indices.
+// Sets the scores of groups that are not among the best to -infinity; groups are ranked by `ranked`, which may be
+// `scores`. `values`: scratch for topk + 2 * groups scores; `order` for topk + groups indices.
 template <typename T>
-MEGAFORGE_INLINE void keep_best_groups(T* scores, std::int64_t experts, const Rule& rule, T* values,
+MEGAFORGE_INLINE void keep_best_groups(T* scores, const T* ranked, std::int64_t experts, const Rule& rule, T* values,
                                        std::int32_t* order) {
   const std::int64_t size = experts / rule.num_groups, each = rule.topk / rule.group_topk;
   T* worth = values + rule.topk;
   for (std::int64_t g = 0; g < rule.num_groups; ++g) {
-    const T* const group = scores + g * size;
+    const T* const group = ranked + g * size;
     if (each <= 2) {
       T first = -static_cast<T>(__builtin_inf()), second = first;
       for (std::int64_t e = 0; e < size; ++e) {

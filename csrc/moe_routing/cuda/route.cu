@@ -147,9 +147,6 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const Route<T> a, const
       peak = logit[i] > peak ? logit[i] : peak;
     }
     peak = largest_over<kLanes>(peak);
-    if constexpr (kLanes == 32) {
-      if (a.rule.num_groups > 0) open = in_best_groups(choice, open, lane, a.rule, experts);
-    }
     T whole = 0, scores = 0;
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
@@ -159,6 +156,15 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const Route<T> a, const
         scores += score[i];
       } else {
         score[i] = x;
+      }
+    }
+    if constexpr (kLanes == 32) {
+      if (a.rule.num_groups > 0) {
+        T ranked[kHeld];  // probabilities but for a factor, or what is chosen by
+        const bool by_probability = a.rule.pre_softmax && !a.rule.sigmoid;
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) ranked[i] = by_probability ? score[i] : choice[i];
+        open = in_best_groups(ranked, open, lane, a.rule, experts);
       }
     }
     whole = sum_over<kLanes>(whole);

@@ -70,9 +70,9 @@ std::vector<double> wide(const std::vector<T>& x) {
 void check_route(Random& random, int round) {
   const std::int64_t shapes[][3] = {{1, 1, 1}, {40, 8, 2}, {300, 8, 2}, {64, 33, 7}, {50, 64, 8}, {260, 24, 24}, {0, 8, 2}};
   for (const auto& [rows, experts, topk] : shapes) {
-    for (int kind = 0; kind < 4; ++kind) {
-      Problem p{rows * 2, 2, experts, {topk, kind % 2 == 1, kind == 2, 0, 0, 1.5}, {}, {}, {}, {}};
-      if (kind == 3 && experts % 8 == 0 && topk % 2 == 0 && topk / 2 <= experts / 4) {
+    for (int kind = 0; kind < 5; ++kind) {
+      Problem p{rows * 2, 2, experts, {topk, kind % 2 == 1, kind % 2 == 0 && kind > 0, 0, 0, 1.5}, {}, {}, {}, {}};
+      if (kind >= 3 && experts % 8 == 0 && topk % 2 == 0 && topk / 2 <= experts / 4) {
         p.rule.num_groups = 4, p.rule.group_topk = 2;
       }
       p.logits = random.normal(static_cast<std::size_t>(p.tokens * experts), 2);

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.kernels.moe_routing import Permutation, Route, moe_permutation, moe_route
-from megaforge.nn.moe.routing import expert_capacity, routing_rule, within_capacity
+from megaforge.nn.moe.routing import expert_capacity, plain_rule, routing_rule, within_capacity
 from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init_rules import Constant, Normal
@@ -36,19 +36,22 @@ class RouterLosses:
     """What one MoE layer adds to the loss of a micro-batch, as sums, so that no layout enters.
 
     All three are over the tokens of this cp rank, the same on every tp rank; their sums over dp, cp and micro-batches
-    are those of the global batch. Dropped assignments count: they are what the router asked for.
+    are those of the global batch. Dropped assignments count: they are what the router asked for. What the loss wants
+    evened out is the router's own preference, so it counts plain top-k of the scores, whatever bias or groups decide.
 
     Attributes:
         load_balance_sum: over sequences, of E * sum_e f_e P_e, where P_e is expert e's mean router probability in the
-            sequence, and f_e its share of assignments (Fedus et al., arXiv 2101.03961): in the same sequence, or in
-            the previous global batch (see :class:`Router`). 1 when balanced.
+            sequence, and f_e its share of plain top-k choices (Fedus et al., arXiv 2101.03961): in the same sequence,
+            or in the previous global batch (see :class:`Router`). 1 when balanced.
         z_loss_sum: over tokens, of the squared log-sum-exp of the router's logits (Zoph et al., arXiv 2202.08906).
         tokens_per_expert: int64 [E], assignments of this micro-batch.
+        preferred_per_expert: int64 [E], its choices by plain top-k of the scores; without a bias and groups the same.
     """
 
     load_balance_sum: Tensor
     z_loss_sum: Tensor
     tokens_per_expert: Tensor
+    preferred_per_expert: Tensor
 
 
 class Router(nn.Module):
@@ -108,12 +111,15 @@ class Router(nn.Module):
             info: the micro-batch's sequences.
         """
         logits = F.linear(x_SBH.to(self.weight.dtype), self.weight)
-        route = moe_route(logits.flatten(0, 1), routing_rule(self.cfg), self.expert_bias, x_SBH.shape[1])
+        logits = logits.flatten(0, 1)
+        route = moe_route(logits, routing_rule(self.cfg), self.expert_bias, x_SBH.shape[1])
         permutation = Permutation(route.position, route.counts.sum(dim=0))
         kept = self._kept(route, info)
         if kept is not None:
             permutation = moe_permutation(route.experts, self.cfg.num_experts, kept)
-        return Routing(route.weights, permutation), self._losses(route)
+        plain = plain_rule(self.cfg)
+        preferred = route.counts if plain is None else moe_route(logits.detach(), plain, None, x_SBH.shape[1]).counts
+        return Routing(route.weights, permutation), self._losses(route, preferred)
 
     def _kept(self, route: Route, info: SequenceInfo) -> Tensor | None:
         """Bool [T, k]; None: all. Decided for whole sequences, on every rank alike: a share of the capacity for each
@@ -128,16 +134,20 @@ class Router(nn.Module):
         kept = within_capacity(experts, weights, self.cfg.num_experts, capacity, self.cfg.moe_token_drop_policy)
         return self.share.own(kept, info.places_S).flatten(0, 1)
 
-    def _losses(self, route: Route) -> RouterLosses:
+    def _losses(self, route: Route, preferred: Tensor) -> RouterLosses:
+        """``preferred``: int64 [b, E], choices by plain top-k."""
         # One sum over tp for all of them; in fp64 counts stay exact.
-        parts = (route.counts.double(), route.probability_sum, route.z_sum)
+        same = preferred is route.counts
+        counted = (route.counts,) if same else (route.counts, preferred)
+        parts = (torch.stack(counted).double(), route.probability_sum, route.z_sum)
         sums = self.share.total(torch.cat([part.flatten() for part in parts]))
         counts, probability_sum, z_sum = sums.split([part.numel() for part in parts])
-        counts, probability_sum = counts.detach().view_as(parts[0]), probability_sum.view_as(parts[0])
+        counts, probability_sum = counts.detach().view_as(parts[0]), probability_sum.view_as(parts[1])
         return RouterLosses(
-            load_balance_sum=self._load_balance(counts, probability_sum).to(route.lse.dtype),
+            load_balance_sum=self._load_balance(counts[-1], probability_sum).to(route.lse.dtype),
             z_loss_sum=z_sum.sum().to(route.lse.dtype),
-            tokens_per_expert=counts.sum(dim=0).round().long(),
+            tokens_per_expert=counts[0].sum(dim=0).round().long(),
+            preferred_per_expert=counts[-1].sum(dim=0).round().long(),
         )
 
     def _load_balance(self, counts: Tensor, probability_sum: Tensor) -> Tensor:
@@ -152,22 +162,23 @@ class Router(nn.Module):
         return number * self.cfg.moe_router_topk * (share * probability_sum / assignments).sum()
 
     @torch.no_grad()
-    def update(self, tokens_per_expert: Tensor) -> None:
-        """Takes in the assignments of a finished global batch, [E]."""
-        counts = tokens_per_expert.to(device=self.weight.device, dtype=torch.float64)
+    def update(self, tokens_per_expert: Tensor, preferred_per_expert: Tensor) -> None:
+        """Takes in the assignments of a finished global batch and its choices by plain top-k, [E] each."""
         if self.previous_load is not None:
-            self.previous_load.copy_(counts / counts.sum())
+            preferred = preferred_per_expert.to(device=self.weight.device, dtype=torch.float64)
+            self.previous_load.copy_(preferred / preferred.sum())
         if self.expert_bias is not None:
+            counts = tokens_per_expert.to(device=self.weight.device, dtype=torch.float64)
             self.expert_bias.add_((counts.mean() - counts).sign(), alpha=self.cfg.moe_router_bias_update_rate)
 
 
-def update_routers(model: nn.Module, tokens_per_expert: Tensor) -> None:
+def update_routers(model: nn.Module, tokens_per_expert: Tensor, preferred_per_expert: Tensor) -> None:
     """Renews what routers remember of the global batch. Call once after each optimizer step, on every rank.
 
     Args:
         model: the model, or this rank's stage of it.
-        tokens_per_expert: [MoE layers of ``model``, E], summed over micro-batches, dp and cp, in module order; a stage
-            without experts passes [0, E] (or anything empty).
+        tokens_per_expert, preferred_per_expert: [MoE layers of ``model``, E], those of :class:`RouterLosses` summed
+            over micro-batches, dp and cp, in module order; a stage without experts passes [0, E] (or anything empty).
 
     Raises:
         ValueError: the counts are of another number of layers.
@@ -177,5 +188,5 @@ def update_routers(model: nn.Module, tokens_per_expert: Tensor) -> None:
         return
     if len(routers) != len(tokens_per_expert):
         raise ValueError(f"counts of {len(tokens_per_expert)} MoE layers for a model that has {len(routers)}")
-    for router, counts in zip(routers, tokens_per_expert, strict=True):
-        router.update(counts)
+    for router, counts, preferred in zip(routers, tokens_per_expert, preferred_per_expert, strict=True):
+        router.update(counts, preferred)

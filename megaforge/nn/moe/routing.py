@@ -14,15 +14,25 @@ _RESOLUTION = 2.0**-12  # to which routing weights are compared when an expert i
 
 
 def routing_rule(cfg: ModelConfig) -> RoutingRule:
-    """The router's flags, as the kernel takes them. Softmax weights are those of the chosen logits."""
+    """The router's flags, as the kernel takes them."""
     factor = cfg.moe_router_topk_scaling_factor
     return RoutingRule(
         cfg.moe_router_topk,
         cfg.moe_router_score_function,
+        cfg.moe_router_pre_softmax,
         num_groups=cfg.moe_router_num_groups,
         group_topk=cfg.moe_router_group_topk,
         scaling_factor=1.0 if factor is None else factor,
     )
+
+
+def plain_rule(cfg: ModelConfig) -> RoutingRule | None:
+    """The plain top-k of the scores, which the load-balancing loss counts (DeepSeek-V3, arXiv 2412.19437, eq. 18;
+    Megatron-LM's ``compute_routing_scores_for_aux_loss``); None where the choice is that already, or nobody counts."""
+    differs = cfg.moe_router_enable_expert_bias or cfg.moe_router_num_groups is not None
+    if not differs or cfg.moe_router_load_balancing_type == "none":
+        return None
+    return RoutingRule(cfg.moe_router_topk, cfg.moe_router_score_function)
 
 
 def expert_capacity(cfg: ModelConfig, length: int) -> int | None:
