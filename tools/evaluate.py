@@ -95,6 +95,8 @@ def main() -> int:
     flags = parse_arguments()
     trained = load_trained_model(flags.load, tp=flags.tp, pp=flags.pp, device=flags.device)
     stream = load_stream(flags, trained)
+    if len(stream.tokens) < 2:
+        raise UserError(f"--input {flags.input}: there is nothing to predict in a single token; give it more text")
     seq_length = flags.seq_length or trained.config.data.seq_length
     rows = {"ours": evaluate_stream(trained, stream, seq_length=seq_length, batch_size=flags.batch_size)}
     if trained.ctx.is_first_rank:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megaforge.data.indexed_dataset import bin_path, idx_path
 from megaforge.errors import UserError
 
 _BLOCK = 4096
@@ -24,17 +25,31 @@ _BLOCKS_HELD = 4
 def parse_data_path(values: Sequence[str]) -> list[tuple[float, str]]:
     """``--data-path P`` or ``--data-path w1 P1 w2 P2 ...`` as [(weight, prefix)].
 
+    A prefix may hold spaces or be a number: a single word that names a dataset is that dataset, and only then may one
+    word hold a whole blend.
+
     Raises:
         UserError: no prefix, an odd number of words, or a weight that is not a number above zero.
     """
-    words = [word for value in values for word in value.split()] if len(values) == 1 else list(values)
-    if len(words) == 1 and _weight(words[0]) is None:
-        return [(1.0, _prefix(words[0]))]
+    if len(values) == 1:
+        prefix, words = dataset_prefix(values[0]), values[0].split()
+        blend = len(words) > 1 and len(words) % 2 == 0 and all(_weight(word) is not None for word in words[::2])
+        if dataset_exists(prefix) or not blend:
+            return [(1.0, _checked_prefix(prefix))]
+    else:
+        words = list(values)
     shown = " ".join(words)
+    if dataset_exists(dataset_prefix(shown)) and not any(dataset_exists(dataset_prefix(word)) for word in words):
+        raise UserError(f"--data-path {shown}: that is one dataset; put its name in quotes: --data-path '{shown}'")
     if not words or len(words) % 2:
         raise UserError(
             f"--data-path '{shown}': give one dataset prefix, or pairs 'weight prefix weight prefix ...' "
             "such as '0.7 corpus/web 0.3 corpus/code'"
+        )
+    if all(dataset_exists(dataset_prefix(word)) for word in words):
+        raise UserError(
+            f"--data-path '{shown}': {' and '.join(words[::2])} may be weights, and are datasets: write a dataset as "
+            f"./{words[0]} and give each a weight, such as '1 ./{words[0]} 1 ./{words[1]}'"
         )
     pairs = []
     for text, prefix in zip(words[::2], words[1::2], strict=True):
@@ -44,8 +59,32 @@ def parse_data_path(values: Sequence[str]) -> list[tuple[float, str]]:
                 f"--data-path '{shown}': the weight of {prefix} is '{text}', which is not a number above zero; "
                 "every prefix needs a weight before it, such as '0.7 corpus/web 0.3 corpus/code'"
             )
-        pairs.append((weight, _prefix(prefix)))
+        pairs.append((weight, dataset_prefix(prefix)))
     return pairs
+
+
+def dataset_prefix(word: str) -> str:
+    """People complete a file name; the prefix is what a dataset's files share."""
+    return word if dataset_exists(word) else word.removesuffix(".bin").removesuffix(".idx")
+
+
+def dataset_exists(prefix: str) -> bool:
+    """Whether one of the two files of ``prefix`` is there."""
+    return bool(prefix) and any(path(prefix).is_file() for path in (idx_path, bin_path))
+
+
+def _checked_prefix(prefix: str) -> str:
+    """A single prefix; a number without files is a weight that lost its prefix.
+
+    Raises:
+        UserError: there is no word at all, or a number that names no dataset.
+    """
+    if not prefix.strip() or (_weight(prefix) is not None and not dataset_exists(prefix)):
+        raise UserError(
+            f"--data-path '{prefix}': there is no {prefix or 'PREFIX'}.idx; give one dataset prefix, or pairs "
+            "'weight prefix weight prefix ...' such as '0.7 corpus/web 0.3 corpus/code'"
+        )
+    return prefix
 
 
 def _weight(word: str) -> float | None:
@@ -53,11 +92,6 @@ def _weight(word: str) -> float | None:
         return float(word)
     except ValueError:
         return None
-
-
-def _prefix(word: str) -> str:
-    """People complete a file name; the prefix is what both files share."""
-    return word.removesuffix(".bin").removesuffix(".idx")
 
 
 def parse_split(text: str) -> tuple[float, float, float]:

@@ -29,6 +29,7 @@ __all__ = ["Batch", "GlobalBatchLoader", "Sample", "SampleSchedule", "TrainingDa
 SPLITS = ("train", "valid", "test")
 _SCAN_BYTES = 1 << 30  # token files up to here are scanned for foreign ids at the start; larger ones as they are read
 _SCAN_CHUNK = 1 << 25
+_NOTHING = "no document has two tokens, and --eod-mask-loss leaves out the first of each; drop --eod-mask-loss"
 
 
 class Sample(NamedTuple):
@@ -129,6 +130,12 @@ class TrainingData:
             self._lane_of += [(len(self._sources), number) for number in range(len(lanes))]
             self._sources.append(source)
             self._streams += lanes
+        # Without the mask even a single token has a successor: the next epoch's.
+        if eod_mask_loss and not any(_targets_of(source.extents("train")[1]) for source in self._sources):
+            raise UserError(
+                f"--data-path {' '.join(prefix for _, prefix in sources)}: there is nothing to predict in its training "
+                f"part: {_NOTHING}"
+            )
         self.plan = Plan(schedule, weights, shares)
         self._read_checks = [self._must_check_reads(source) for source in self._sources]
         self.digest = digest_of(digests)
@@ -234,7 +241,7 @@ class TrainingData:
         """The split's documents in file order, every token predicted once, cut into windows.
 
         Raises:
-            UserError: the split holds no two adjacent tokens in any source.
+            UserError: no label in the split counts.
         """
         length = self.plan.stages[0].sequence_length if sequence_length is None else sequence_length
         parts = [(source.dataset.tokens, *source.extents(split)) for source in self._sources]
@@ -243,6 +250,8 @@ class TrainingData:
                 f"--split {self.split_text} leaves no documents to evaluate in its '{split}' part: give the "
                 f"{('first', 'second', 'third')[SPLITS.index(split)]} number a larger share, or use more documents"
             )
+        if self.eod_mask_loss and not any(_targets_of(lengths) for _, _, lengths in parts):
+            raise UserError(f"--split {self.split_text}: there is nothing to predict in its '{split}' part: {_NOTHING}")
         return ValidationData(parts, length, self.eod_mask_loss)
 
     def _open(self, prefix: str, fingerprint: str | None) -> _Source:
@@ -291,6 +300,11 @@ class TrainingData:
                 f"{dataset.bin_path} holds token id {low if low < 0 else high}, but the model's vocabulary has ids "
                 f"0..{self._vocab_size - 1}; raise --vocab-size or use the dataset's tokenizer"
             )
+
+
+def _targets_of(lengths: npt.NDArray[np.int64]) -> int:
+    """Labels that count in documents of these lengths with ``--eod-mask-loss``: all but each document's first token."""
+    return int(np.maximum(lengths - 1, 0).sum())
 
 
 class ValidationData:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megaforge.config.config import Config
-from megaforge.data.blend import parse_data_path, parse_split, split_ranges
+from megaforge.data.blend import dataset_prefix, parse_data_path, parse_split, split_ranges
 from megaforge.data.indexed_dataset import IndexedDataset
 from megaforge.data.jsonl import LineReader
 from megaforge.data.manifest import read_sidecar
@@ -110,7 +110,7 @@ def read_dataset(prefix: str, config: Config, part: str | None = None) -> Stream
     Raises:
         UserError: bad files, or a part without two tokens.
     """
-    [(_, prefix)] = parse_data_path([prefix])
+    prefix = dataset_prefix(prefix)
     dataset, sidecar = IndexedDataset(prefix), read_sidecar(prefix)
     part = part or ("valid" if trained_on(prefix, config) else "all")
     starts, lengths = dataset.document_extents()
@@ -140,7 +140,7 @@ def check_fingerprint(prefix: str, trained: TrainedModel) -> None:
     Raises:
         UserError: its sidecar records another one.
     """
-    sidecar, tokenizer = read_sidecar(prefix.removesuffix(".bin").removesuffix(".idx")), trained.meta.get("tokenizer")
+    sidecar, tokenizer = read_sidecar(dataset_prefix(prefix)), trained.meta.get("tokenizer")
     if sidecar is not None and tokenizer is not None and sidecar.fingerprint not in (None, tokenizer["fingerprint"]):
         raise UserError(f"{prefix} was tokenized with another tokenizer than {trained.path} was trained with")
 

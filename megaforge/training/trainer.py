@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaforge.config.config import Config
 from megaforge.data.loader import Batch, GlobalBatchLoader
@@ -155,16 +155,25 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> EvaluationMetrics:
-        """Measures the model on the first ``--eval-iters`` global batches of the validation split."""
+        """Measures the model, in evaluation mode, on the first ``--eval-iters`` global batches of the validation split.
+
+        Raises:
+            UserError: no label in them counts.
+        """
         if self.validation is None:
             raise ValueError("this run has no validation data: --eval-iters is 0")
         totals = _Totals(self.ctx)
-        with closing(iter(self._loader(self.validation, 0))) as batches:  # type: ignore[type-var]
+        with evaluating(self.model), closing(iter(self._loader(self.validation, 0))) as batches:  # type: ignore[type-var]
             for micro_batches in islice(batches, self.config.training.eval_iters):
                 # The ranks of pp and cp hold the same samples: one of them counts the labels.
                 counts = self.ctx.pp.rank == self.ctx.cp.rank == 0
                 totals.add(self.pipeline.forward(micro_batches), _token_count(micro_batches) if counts else 0.0)
         totals.reduce()
+        if not totals.tokens:
+            raise UserError(
+                f"--eval-iters {self.config.training.eval_iters}: there is nothing to predict in the validation "
+                "samples it reads (with --eod-mask-loss, the first token of a document does not count)"
+            )
         ratio = self.data.bytes_per_token("valid")
         metrics = EvaluationMetrics(
             iteration=self.iteration,
@@ -235,6 +244,18 @@ class Trainer:
     def _emit(self, event: str, *args: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self, *args)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module of ``model`` in evaluation mode; afterwards in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _token_count(micro_batches: Sequence[Batch]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -18,13 +19,34 @@ def test_data_path_forms() -> None:
     assert parse_data_path(["corpus/a.bin"]) == [(1.0, "corpus/a")]
     assert parse_data_path(["0.7", "a", "0.3", "b.idx"]) == [(0.7, "a"), (0.3, "b")]
     assert parse_data_path(["0.7 a 3 b"]) == [(0.7, "a"), (3.0, "b")]
+    assert parse_data_path(["my data/a"]) == [(1.0, "my data/a")]
+    assert parse_data_path(["0.7", "my data/a", "3", "2024"]) == [(0.7, "my data/a"), (3.0, "2024")]
+
+
+def test_a_word_that_names_a_dataset_is_that_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spaces, numbers and suffixes in its name or not; where two readings are left, the message names a third."""
+    monkeypatch.chdir(tmp_path)
+    Path("1 my").mkdir()
+    for name in ("1 my/data", "2024", "2025", "0.5 a", "c.bin"):
+        Path(f"{name}.idx").touch()
+    assert parse_data_path(["1 my/data.bin"]) == [(1.0, "1 my/data")]
+    assert parse_data_path(["2024"]) == [(1.0, "2024")]
+    assert parse_data_path(["0.5 a"]) == [(1.0, "0.5 a")], "the file, not a blend of one"
+    assert parse_data_path(["0.5 b"]) == [(0.5, "b")]
+    assert parse_data_path(["c.bin"]) == [(1.0, "c.bin")], "its index is c.bin.idx"
+    assert parse_data_path(["3", "2024", "1", "2025"]) == [(3.0, "2024"), (1.0, "2025")]
+    with pytest.raises(UserError, match="put its name in quotes: --data-path '1 my/data'"):
+        parse_data_path(["1", "my/data"])
+    with pytest.raises(UserError, match=r"2024 may be weights, and are datasets.*'1 \./2024 1 \./2025'"):
+        parse_data_path(["2024", "2025"])
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "give one dataset prefix"),
-        (["0.5"], "give one dataset prefix"),
+        ([""], "give one dataset prefix"),
+        (["0.5"], r"there is no 0.5\.idx; give one dataset prefix"),
         (["a", "b", "c"], "give one dataset prefix"),
         (["a", "b"], "weight of b is 'a'"),
         (["1", "a", "-2", "b"], "weight of b is '-2'"),

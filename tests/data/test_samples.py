@@ -308,3 +308,14 @@ def test_bytes_per_token_weighs_the_sources(tmp_path: Path) -> None:
 def test_samples_count_from_zero(prefix: str) -> None:
     with pytest.raises(IndexError):
         make(prefix).sample(-1)
+
+
+def test_data_with_nothing_to_predict_are_refused(tmp_path: Path) -> None:
+    """Documents of one token whose first token does not count; without the mask they predict one another."""
+    ones = write_dataset(tmp_path / "ones", [[i] for i in range(20)])
+    assert make(ones, split="1,1").validation().num_targets == 9
+    with pytest.raises(UserError, match="ones: there is nothing to predict in its training part.*--eod-mask-loss"):
+        make(ones, split="1,1", eod_mask_loss=True)
+    mixed = make(write_dataset(tmp_path / "m", [[1, 2], [3], [4]]), split="1,2", eod_mask_loss=True)
+    with pytest.raises(UserError, match="--split 1,2: there is nothing to predict in its 'valid' part"):
+        mixed.validation()

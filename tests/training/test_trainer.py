@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from megaforge.data.indexed_dataset import IndexedDatasetWriter
 from megaforge.data.loader import Batch, GlobalBatchLoader
 from megaforge.errors import UserError
 from megaforge.parallel.param_spec import named_specs
@@ -177,3 +179,27 @@ def test_the_loss_falls(prefix: str) -> None:
     trainer.train()
     assert recorder.records[0]["loss"] == pytest.approx(torch.tensor(float(VOCAB)).log().item(), abs=0.15)
     assert recorder.records[-1]["loss"] < recorder.records[0]["loss"] - 0.5
+
+
+def test_evaluation_drops_no_tokens(prefix: str) -> None:
+    """A capacity is a matter of training: evaluating ignores it, and leaves every module in the mode it was in."""
+    free, tight = (
+        make_trainer(arguments(prefix, "--eval-iters", "2", *more))
+        for more in ((), ("--moe-expert-capacity-factor", "0.3"))
+    )
+    tight.model.chunks[0].head.eval()
+    assert tight.evaluate() == free.evaluate()
+    assert tight.model.training and not tight.model.chunks[0].head.training
+    batches = next(iter(tight._loader(tight.data, 0)))
+    assert tight.train_step(batches).loss != free.train_step(batches).loss, "the capacity is tight"
+
+
+def test_an_evaluation_with_nothing_to_predict_says_so(tmp_path: Path) -> None:
+    """The split has labels, and the samples that this evaluation reads have none."""
+    with IndexedDatasetWriter(tmp_path / "d", np.uint16) as writer:
+        for length in [9] * 80 + [1] * 300 + [9]:
+            writer.add_document(np.arange(length))
+    flags = ("--eod-mask-loss", "--split", "80,301,0", "--eval-iters", "1", "--seq-length", "8")
+    trainer = make_trainer(arguments(str(tmp_path / "d"), *flags))
+    with pytest.raises(UserError, match="--eval-iters 1: there is nothing to predict"):
+        trainer.evaluate()
