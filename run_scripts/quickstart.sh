@@ -52,15 +52,14 @@ done
 say "4/7 training on two ranks (tp 2)"
 export OMP_NUM_THREADS=1
 common=(--config cdrmix-tiny --micro-batch-size 8 --tokenizer-model "$out/tok.json" --data-path "$out/train_text_document"
-    --device cpu --save "$out/checkpoints" --metrics-file "$out/metrics.jsonl" --tensorboard-dir "$out/tensorboard")
+    --device cpu --save "$out/checkpoints" --load "$out/checkpoints"
+    --metrics-file "$out/metrics.jsonl" --tensorboard-dir "$out/tensorboard")
 pretrain() { run torchrun --standalone --nproc-per-node 2 pretrain_cdrmix.py "${common[@]}" --tp 2 "$@"; }
 first=$((iters * 9 / 10))
-resume=()
-compgen -G "$out/checkpoints/step_*" >/dev/null && resume=(--load "$out/checkpoints")
-pretrain --train-iters "$iters" --exit-interval "$first" --save-interval "$first" "${resume[@]}"
+pretrain --train-iters "$iters" --exit-interval "$first" --save-interval "$first"
 
 say "5/7 resuming from the checkpoint for the rest of the run"
-pretrain --train-iters "$iters" --load "$out/checkpoints"
+pretrain --train-iters "$iters"
 run "$PYTHON" tools/plot_loss.py --metrics-file "$out/metrics.jsonl" --output "$out/loss.png"
 
 say "6/7 evaluation on held-out documents, beside a bigram model of the same training split"

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megaforge.checkpoint.agree import describe_failures, from_first_rank, together
 from megaforge.checkpoint.directory import (
+    abandon_later,
     discard_temporary,
     excess_checkpoints,
     quarantine,
@@ -50,6 +51,7 @@ def save_checkpoint(
     keep_last: int = 0,
     keep_best: int = 0,
     metric: float | None = None,
+    goes_on_from: int | None = None,
 ) -> Path:
     """Writes the checkpoint of ``step`` below ``directory`` and removes those that need not be kept. Collective.
 
@@ -60,6 +62,9 @@ def save_checkpoint(
         keep_last: checkpoints to keep, newest first; 0 keeps all.
         keep_best: further ones to keep, lowest ``metric`` first.
         metric: this checkpoint's score, lower is better (negate an accuracy), or None.
+        goes_on_from: the step of this run's newest checkpoint there (0: none yet). Later ones are of another run, or of
+            a past that this one went back behind: they are set aside as ``NAME.abandoned``, and rank 0 says so. None
+            sets nothing aside.
 
     Returns:
         The committed directory.
@@ -70,6 +75,8 @@ def save_checkpoint(
     directory = Path(directory)
     shards = build_shards_together(entries, rank_tensors, ctx)
     from_first_rank(ctx, lambda: json.dumps(meta))
+    if goes_on_from is not None:
+        from_first_rank(ctx, lambda: _abandon_later(directory, goes_on_from))
     writer = CheckpointWriter(directory, CheckpointHead(step, layout_of(ctx), meta, metric), ctx.world.rank)
     try:
         with _quiet():
@@ -97,6 +104,26 @@ def build_shards_together(
     own: dict[str, Any] = {}
     together(ctx, lambda: own.update(build_shards(entries, rank_tensors or {}, ctx)))
     return own
+
+
+def _abandon_later(directory: Path, step: int) -> None:
+    if not directory.is_dir():
+        return
+    try:
+        moved = abandon_later(directory, step)
+    except OSError as error:
+        raise CheckpointError(
+            f"--save {directory}: the checkpoints after step {step}, which this run goes on from, cannot be set aside "
+            f"({error.strerror}); nothing was saved"
+        ) from error
+    if moved:
+        logger.warning(
+            "--save %s: this run goes on from step %d, so the later checkpoints there are no part of it; "
+            "set aside, not deleted: %s",
+            directory,
+            step,
+            ", ".join(path.name for path in moved),
+        )
 
 
 def _enforce_retention(directory: Path, newest: Path, ctx: ParallelContext, keep_last: int, keep_best: int) -> None:

@@ -2,8 +2,12 @@
 
 step_0000100/            a committed checkpoint
 step_0000200.damaged/    one that did not verify, set aside so that its name is free again
+step_0000400.abandoned/  one of later steps than those from which a run went on: no part of its line any more
 .tmp_step_0000300/       one being written, or left by a run that was killed while writing
 latest                   name of the newest commit: a hint; the newest directory that verifies is the truth
+
+All ``step_N`` of a directory are one line of training, so the highest number is the newest. A run that goes back keeps
+it so: before its first save it renames the later steps, which nothing deletes and nothing loads by itself.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ LATEST_FILE = "latest"
 _STEP = re.compile(r"step_(\d+)")
 # A committed checkpoint that a second save of the same step has moved out of the way: valid until that one is in place.
 _REPLACED = re.compile(r"\.replaced_step_(\d+)")
+_ASIDE = re.compile(r"step_\d+\.(damaged|abandoned)(\.\d+)?")
 _LEFTOVER = re.compile(r"\.(tmp|trash)_step_\d+")
 
 
@@ -109,17 +114,37 @@ def discard_temporary(directory: Path, step: int) -> None:
 
 def quarantine(path: Path) -> Path | None:
     """Renames the damaged checkpoint ``path`` to ``NAME.damaged`` and returns that, or None on read-only media."""
-    name = path.name.removeprefix(".replaced_")
-    target, count = path.with_name(f"{name}.damaged"), 0
-    while target.exists():
-        count += 1
-        target = path.with_name(f"{name}.damaged.{count}")
     try:
-        os.rename(path, target)
-        fsync_directory(path.parent)
+        return _set_aside(path, "damaged")
     except OSError:
         return None
+
+
+def abandon_later(directory: Path, step: int) -> list[Path]:
+    """Sets aside the checkpoints of later steps than ``step``, from which a run is about to go on another way, as
+    ``NAME.abandoned``; returns their new paths.
+
+    Raises:
+        OSError: one could not be renamed; those of still later steps have been.
+    """
+    return [_set_aside(path, "abandoned") for number, path in list_steps(directory) if number > step]
+
+
+def _set_aside(path: Path, why: str) -> Path:
+    """Renames a checkpoint to ``NAME.WHY`` (``NAME.WHY.1`` ... where that is taken): visible, and no checkpoint."""
+    name = path.name.removeprefix(".replaced_")
+    target, count = path.with_name(f"{name}.{why}"), 0
+    while target.exists():
+        count += 1
+        target = path.with_name(f"{name}.{why}.{count}")
+    os.rename(path, target)
+    fsync_directory(path.parent)
     return target
+
+
+def set_aside_names(directory: Path) -> list[str]:
+    """What was set aside in ``directory``."""
+    return sorted(path.name for path in directory.iterdir() if _ASIDE.fullmatch(path.name))
 
 
 def excess_checkpoints(directory: Path, keep_last: int, keep_best: int, newest: Path) -> list[Path]:

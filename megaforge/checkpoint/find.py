@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megaforge.checkpoint.agree import exchange, from_first_rank
-from megaforge.checkpoint.directory import is_step_directory, list_steps, quarantine
+from megaforge.checkpoint.directory import is_step_directory, list_steps, quarantine, set_aside_names
 from megaforge.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from megaforge.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from megaforge.checkpoint.safetensors_file import HASH, FileRecord
@@ -92,11 +92,26 @@ def _confirm(path: Path, files: Mapping[str, FileRecord], reports: list[tuple[in
     return own
 
 
-def find_checkpoint(directory: str | Path, ctx: ParallelContext, *, quarantine_damaged: bool = True) -> Path:
+def holds_no_checkpoint(directory: str | Path, ctx: ParallelContext) -> bool:
+    """Whether no run has left anything below ``directory``, not even a checkpoint that was set aside: it is missing,
+    empty, or holds other things, such as what a run left that was killed during its first save. Collective."""
+    directory = Path(directory)
+
+    def nothing() -> bool:
+        if not directory.exists():
+            return True
+        if not directory.is_dir() or is_step_directory(directory) or (directory / MANIFEST_FILE).exists():
+            return False
+        return not list_steps(directory) and not set_aside_names(directory)
+
+    return from_first_rank(ctx, nothing)
+
+
+def find_checkpoint(directory: str | Path, ctx: ParallelContext, *, quarantine_damaged: bool = False) -> Path:
     """The newest checkpoint below ``directory`` that verifies, or ``directory`` itself when it is one checkpoint.
 
-    Collective. Damaged ones are skipped with a warning on rank 0 and, unless ``quarantine_damaged`` is off, renamed to
-    ``NAME.damaged`` where the medium can be written.
+    Collective. Damaged ones are skipped with a warning on rank 0 and, with ``quarantine_damaged``, renamed to
+    ``NAME.damaged`` where the medium can be written: for the run alone that will save there.
 
     Raises:
         UserError: there is no such directory, or no checkpoint in it verifies; the text says what is there.

@@ -66,7 +66,7 @@ class DirectorySource(TensorSource):
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self.path = find_checkpoint(directory, ParallelContext.single(), quarantine_damaged=False)
+        self.path = find_checkpoint(directory, ParallelContext.single())
         self._manifest = manifest = read_manifest(self.path)
         self.step, self.metric, self.meta = manifest.step, manifest.metric, manifest.meta
         self.tensors = {

@@ -129,7 +129,9 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
         callbacks=_callbacks(config),
     )
     if config.checkpoint.load is not None:
-        say_once(f"loading {load_run(trainer)}")
+        path = load_run(trainer)
+        load = config.checkpoint.load
+        say_once(f"loading {path}" if path else f"--load {load}: nothing was saved there yet, so the run starts anew")
     sinks: list[MetricSink] = []
     together(ctx, lambda: sinks.extend(_sinks(config, trainer.iteration)) if ctx.is_first_rank else None)
     trainer.callbacks.insert(0, MetricsWriter(sinks))

@@ -88,7 +88,7 @@ def load_trained_model(directory: str, *, tp: int | None = None, pp: int = 1, de
     place = resolve_device(device, launch.local_rank)
     initialize(place)
     ctx = ParallelContext.create(tp=tp, device=place)
-    path = find_checkpoint(directory, ctx, quarantine_damaged=False)
+    path = find_checkpoint(directory, ctx)
     meta = read_meta(path)
     config = _present_config(meta, path, tp, device)
     check_layout(config, launch.world_size)

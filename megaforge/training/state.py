@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import megaforge
 from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from megaforge.checkpoint.compatible import RUN_STATE, check_compatible, describe_run
 from megaforge.checkpoint.directory import list_steps
-from megaforge.checkpoint.find import find_checkpoint
+from megaforge.checkpoint.find import find_checkpoint, holds_no_checkpoint
 from megaforge.checkpoint.shards import TensorEntry
 from megaforge.config.run_config import CheckpointConfig, TrainingConfig
 from megaforge.data.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ def save_run(trainer: Trainer) -> Path:
     config = trainer.config
     if config.checkpoint.save is None:
         raise UserError("--save is not set, so there is nowhere to write a checkpoint")
-    return save_checkpoint(
+    path = save_checkpoint(
         config.checkpoint.save,
         trainer.iteration,
         _entries(trainer.optimizer.entries()),
@@ -59,7 +60,10 @@ def save_run(trainer: Trainer) -> Path:
         keep_last=config.checkpoint.keep_last,
         keep_best=config.checkpoint.keep_best,
         metric=_score(trainer),
+        goes_on_from=trainer.saved_iteration,
     )
+    trainer.saved_iteration = trainer.iteration
+    return path
 
 
 def _entries(tensors: Iterable[Entry]) -> list[TensorEntry]:
@@ -89,8 +93,12 @@ def _score(trainer: Trainer) -> float | None:
     return -value if value is not None and metric in LARGER_IS_BETTER else value
 
 
-def load_run(trainer: Trainer) -> Path:
+def load_run(trainer: Trainer) -> Path | None:
     """Fills ``trainer`` from the newest valid checkpoint of ``--load``; ``--finetune``: its weights only. Collective.
+
+    Returns:
+        The checkpoint, or None where the run starts from the beginning: ``--load`` and ``--save`` name one directory,
+        and nothing has been saved there.
 
     Raises:
         UserError: on every rank: no valid checkpoint, one of another model or tokenizer, or another order of data.
@@ -98,7 +106,10 @@ def load_run(trainer: Trainer) -> Path:
     config, ctx, optimizer = trainer.config, trainer.ctx, trainer.optimizer
     if config.checkpoint.load is None:
         raise UserError("--load is not set, so there is nothing to continue from")
-    path = find_checkpoint(config.checkpoint.load, ctx)
+    own = loads_own_checkpoints(config.checkpoint)
+    if own and not config.checkpoint.finetune and holds_no_checkpoint(config.checkpoint.load, ctx):
+        return None
+    path = find_checkpoint(config.checkpoint.load, ctx, quarantine_damaged=own)
     meta = read_meta(path)
     check_compatible(meta, config, trainer.tokenizer, source=str(path))
     if config.checkpoint.finetune:
@@ -113,7 +124,17 @@ def load_run(trainer: Trainer) -> Path:
     optimizer.after_load()
     set_random_state(ctx.device, random_state)
     _restore_progress(trainer, meta)
+    # What lies in --save beyond this iteration is of a past that this run went back behind.
+    trainer.saved_iteration = trainer.iteration
     return path
+
+
+def loads_own_checkpoints(config: CheckpointConfig) -> bool:
+    """Whether ``--load`` is the very directory that ``--save`` names: the run continues itself, and starts where
+    there is nothing yet."""
+    if config.save is None or config.load is None:
+        return False
+    return Path(config.load).resolve() == Path(config.save).resolve()
 
 
 def _check_is_run(meta: dict[str, Any], path: Path) -> None:
@@ -150,19 +171,19 @@ def check_save_directory(config: CheckpointConfig) -> None:
     if config.save is None:
         return
     directory = Path(config.save)
-    probe = directory / ".writable"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x")
-        probe.unlink()
+        with tempfile.NamedTemporaryFile(prefix=".writable_", dir=directory) as probe:
+            probe.write(b"x")
     except OSError as error:
         raise UserError(f"--save {directory}: checkpoints cannot be written there ({error.strerror})") from error
     steps = list_steps(directory)
     loaded = None if config.load is None or config.finetune else Path(config.load).resolve()
     if steps and (loaded is None or directory.resolve() not in (loaded, loaded.parent)):
+        how = ("leave out --finetune and use" if config.finetune else "add") + f" --load {directory}"
         raise UserError(
             f"--save {directory}: a run has left its checkpoints there (the newest is {steps[0][1].name}); "
-            f"add --load {directory} to continue it, or name another directory"
+            f"{how} to continue it, or name another directory"
         )
 
 

@@ -37,6 +37,7 @@ class Trainer:
     Attributes:
         iteration: optimizer steps done, from the run's beginning.
         consumed_samples: samples trained on, from the run's beginning.
+        saved_iteration: iteration of the newest checkpoint of this run, loaded or written; 0 if there is none.
         validation: what :meth:`evaluate` reads, or None without ``--eval-iters``.
         last_evaluation: the newest result of :meth:`evaluate`.
         tokens_per_expert: of the newest step's global batch, tokens that each expert of each MoE layer was chosen for.
@@ -76,6 +77,7 @@ class Trainer:
         self.validation = data.validation("valid") if config.training.eval_iters else None
         self.iteration = 0
         self.consumed_samples = 0
+        self.saved_iteration = 0
         self.last_evaluation: EvaluationMetrics | None = None
         self.stop_reason: str | None = None
         self.tokens_per_expert: list[list[float]] = []

@@ -20,7 +20,7 @@ from megaforge.checkpoint import checkpoint as checkpoint_module
 from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from megaforge.checkpoint.directory import commit
 from megaforge.checkpoint.errors import CheckpointError, DamagedCheckpointError
-from megaforge.checkpoint.find import find_checkpoint
+from megaforge.checkpoint.find import find_checkpoint, holds_no_checkpoint
 from megaforge.checkpoint.manifest import MANIFEST_FILE, SUMS_FILE, read_manifest, write_manifest
 from megaforge.checkpoint.safetensors_file import FileRecord
 from megaforge.checkpoint.shards import TensorEntry
@@ -80,12 +80,12 @@ def test_damaged_newest_is_set_aside_and_the_one_before_it_is_used(tmp_path, cap
     DAMAGES[damage](new)
     with pytest.raises(CheckpointError, match="step_0000002"):
         load_checkpoint(new, _entries(0.0), CTX)
-    assert find_checkpoint(tmp_path, CTX) == old
+    assert find_checkpoint(tmp_path, CTX, quarantine_damaged=True) == old
     assert _names(tmp_path) == ["latest", "step_0000001", "step_0000002.damaged"]
     assert len(caplog.records) == 1 and "renamed to step_0000002.damaged" in caplog.text
     if damage in ("truncated", "longer"):
         assert "bytes instead of" in caplog.text
-    assert find_checkpoint(tmp_path, CTX) == old
+    assert find_checkpoint(tmp_path, CTX, quarantine_damaged=True) == old
     assert len(caplog.records) == 1
     assert _assert_whole(old) == 1.0
     assert _assert_whole(_save(tmp_path, 2, 2.5)) == 2.5  # the name is free again
@@ -118,11 +118,52 @@ def test_a_damaged_checkpoint_named_directly_is_an_error_and_stays_where_it_is(t
     assert path.is_dir()
 
 
-def test_tools_may_look_without_renaming(tmp_path):
+def test_who_only_reads_renames_nothing(tmp_path, caplog):
     old, new = _save(tmp_path, 1), _save(tmp_path, 2)
     _flip_bit(new / DATA_FILE, -1)
-    assert find_checkpoint(tmp_path, CTX, quarantine_damaged=False) == old
-    assert new.is_dir()
+    assert find_checkpoint(tmp_path, CTX) == old
+    assert new.is_dir() and "step_0000002 is unusable" in caplog.text
+
+
+def test_a_run_that_goes_back_sets_the_later_steps_aside(tmp_path, caplog):
+    """Steps 2 to 10 are there, the run goes on from 4: the newest is its own newest, and none of its own is removed."""
+    caplog.set_level(logging.WARNING)
+    for step in (2, 4, 6, 8, 10):
+        _save(tmp_path, step, goes_on_from=max(0, step - 2), metric=1.0 if step == 10 else 5.0)
+    assert not caplog.records, "nothing comes after a run that goes forward"
+    for step in (5, 6, 7):
+        _save(tmp_path, step, -float(step), goes_on_from=max(4, step - 1), keep_last=2, keep_best=1, metric=2.0 + step)
+        assert find_checkpoint(tmp_path, CTX).name == f"step_{step:07d}"
+    aside = [f"step_{step:07d}.abandoned" for step in (10, 6, 8)]
+    kept = ["step_0000002", "step_0000006", "step_0000007"]  # 2: the best of this line, as early as it is
+    assert _names(tmp_path) == sorted(["latest", *kept, *aside])
+    assert len(caplog.records) == 1 and all(name in caplog.text for name in aside)
+    assert _assert_whole(tmp_path / "step_0000006") == -6.0
+    assert _assert_whole(tmp_path / "step_0000006.abandoned") == 6.0
+
+
+def test_what_cannot_be_set_aside_stops_the_save_before_it_writes(tmp_path, monkeypatch):
+    old, later = _save(tmp_path, 1), _save(tmp_path, 3)
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(CheckpointError, match=r"after step 1, .*cannot be set aside \(Permission denied\)"):
+        _save(tmp_path, 2, goes_on_from=1)
+    assert _names(tmp_path) == ["latest", old.name, later.name]
+
+
+def test_where_nothing_was_ever_saved(tmp_path):
+    assert holds_no_checkpoint(tmp_path / "nowhere", CTX) and holds_no_checkpoint(tmp_path, CTX)
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / ".tmp_step_0000003").mkdir()  # killed during its first save
+    assert holds_no_checkpoint(tmp_path, CTX)
+    path = _save(tmp_path, 1)
+    assert not holds_no_checkpoint(tmp_path, CTX) and not holds_no_checkpoint(path, CTX)
+    assert not holds_no_checkpoint(tmp_path / "metrics.jsonl", CTX)
+    path.rename(tmp_path / "step_0000001.damaged")  # something was there: a person decides
+    assert not holds_no_checkpoint(tmp_path, CTX)
 
 
 def test_where_no_checkpoint_is_the_error_says_what_is_there(tmp_path):
@@ -152,7 +193,7 @@ def test_unreadable_is_not_damaged(tmp_path, monkeypatch):
         return digest(file, name)
 
     monkeypatch.setattr(hashlib, "file_digest", failing)
-    assert find_checkpoint(tmp_path, CTX) == old
+    assert find_checkpoint(tmp_path, CTX, quarantine_damaged=True) == old
     assert new.is_dir()
 
 
@@ -236,7 +277,7 @@ def test_read_only_media(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "open", read_only)
     for operation in ("rename", "replace", "mkdir", "unlink", "rmdir"):
         monkeypatch.setattr(os, operation, refuse)
-    assert find_checkpoint(tmp_path, CTX) == old
+    assert find_checkpoint(tmp_path, CTX, quarantine_damaged=True) == old
     assert _assert_whole(old) == 1.0
 
 

@@ -110,7 +110,7 @@ def _find_with_warnings(directory: Path) -> tuple[str, int]:
     handler.emit = records.append  # type: ignore[method-assign]
     logging.getLogger("megaforge").addHandler(handler)
     try:
-        path = find_checkpoint(directory, ParallelContext.create(tp=2))
+        path = find_checkpoint(directory, ParallelContext.create(tp=2), quarantine_damaged=True)
     finally:
         logging.getLogger("megaforge").removeHandler(handler)
     return path.name, len(records)
@@ -137,7 +137,7 @@ def _find_on_private_disk(directory: Path) -> str:
     if ctx.world.rank == 1:
         find.check_file = lambda path, record: check(Path("/nowhere") / path.name, record)
     try:
-        return _message(lambda: find_checkpoint(directory, ctx))
+        return _message(lambda: find_checkpoint(directory, ctx, quarantine_damaged=True))
     finally:
         find.check_file = check
 

@@ -139,7 +139,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(ranks: RankPool, prefi
             assert ranks.run(2, build_and_train, flags) == ["trained", "trained"], number
             assert find_checkpoint(tmp_path / "again", ParallelContext.single()).name == "step_0000003"
     message = refused(ranks, prefix, "--load", save)
-    assert "no" in message and save in message, message
+    assert "none of its checkpoints is valid" in message and save in message, message
+    names = [path.name for path in Path(save).iterdir()]
+    assert not any("damaged" in name for name in names), "only the run that will save there renames"
+    assert "none of its checkpoints is valid" in refused(ranks, prefix, "--load", save, "--save", save)
+    assert (Path(save) / "step_0000002.damaged").is_dir()
+    assert "step_0000002.damaged" in refused(ranks, prefix, "--load", save, "--save", save), "it does not start anew"
 
 
 def test_a_new_run_does_not_mix_its_checkpoints_with_anothers(ranks: RankPool, prefix: str, tmp_path: Path) -> None:

@@ -38,9 +38,9 @@ def test_a_killed_run_resumes_bit_for_bit(layouts: Layouts, flags: tuple[str, ..
     expected = records(layouts.finished(tp) / "metrics.jsonl")
     step = random.randint(4, 9)
     metrics, save = tmp_path / "metrics.jsonl", str(tmp_path / "checkpoints")
-    arguments = (*flags, "--tp", str(tp), "--save", save, "--metrics-file", str(metrics))
+    arguments = (*flags, "--tp", str(tp), "--save", save, "--load", save, "--metrics-file", str(metrics))
     run_and_kill_a_rank(tp, SCRIPT, *arguments, metrics=metrics, step=step)
-    outcome = run(tp, SCRIPT, *arguments, "--load", save)
+    outcome = run(tp, SCRIPT, *arguments)  # the same line: it started the run, and continues it
     assert outcome.status == 0, outcome.err
     assert "continuing after iteration" in outcome.out
     assert records(metrics) == expected, f"killed after step {step}"

@@ -115,6 +115,32 @@ def test_resuming_is_bit_identical(prefix: str, tmp_path: Path) -> None:
     assert states[0] == states[1] and states[0][0]["best"] is not None
 
 
+def test_one_line_starts_a_run_and_continues_it(prefix: str, tmp_path: Path) -> None:
+    save = str(tmp_path / "new")
+    line = arguments(prefix, "--save", save, "--load", save, "--train-iters", "2", "--save-interval", "1")
+    first = make_trainer(line)
+    assert first.iteration == 0
+    first.train()
+    assert make_trainer(line).iteration == 2
+    with pytest.raises(UserError, match="elsewhere: does not exist"):
+        make_trainer(arguments(prefix, "--save", str(tmp_path / "other"), "--load", str(tmp_path / "elsewhere")))
+
+
+def test_going_back_in_the_own_directory(prefix: str, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    line = arguments(prefix, "--save", str(save), "--save-interval", "1", "--lr-decay-style", "constant")
+    make_trainer([*line, "--train-iters", "4", "--keep-last", "0"]).train()
+    again = make_trainer([*line, "--train-iters", "3", "--keep-last", "2", "--load", str(save / "step_0000001")])
+    assert again.iteration == 1
+    again.train()
+    names = {path.name for path in save.iterdir()}
+    assert names == {
+        *("latest", "step_0000002", "step_0000003"),
+        *(f"step_{step:07d}.abandoned" for step in (2, 3, 4)),
+    }
+    assert make_trainer([*line, "--train-iters", "3", "--load", str(save)]).iteration == 3
+
+
 def test_finetuning_takes_the_weights_and_starts_anew(prefix: str, tmp_path: Path) -> None:
     save = str(tmp_path / "run")
     trained = make_trainer(arguments(prefix, "--save", save, "--train-iters", "2"))
