@@ -37,6 +37,13 @@ def communication_backend(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor`` on ``device``. From host memory to a GPU it goes through pinned memory, and nobody waits for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def synchronize(device: torch.device) -> None:
     """Waits for queued work on ``device``; a CPU has none."""
     if device.type == "cuda":

@@ -2,42 +2,122 @@
 
 torch's fused CPU kernel makes little of the CPU's 16-bit matrix products; the blockwise form is made of them. Both need
 memory linear in the sequence length.
+
+On a GPU packed documents go through flash attention for sequences of different lengths (:func:`takes_documents`), which
+skips what a mask hides and has no mask. Where that cannot be, a mask leaves torch the memory-efficient kernel, which
+refuses ``enable_gqa`` (up to 2.13): the keys and values of a group are repeated, or scores of [b, heads, s, t] would
+exist in fp32.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None  # type: ignore[assignment]
+
 ROWS = 64  # queries of a block: its scores stay in cache
+_VARLEN: Callable[..., Any] | None = varlen_attn
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True)
+class PackedDocuments:
+    """The documents of b sequences of s tokens, taken as one row of b * s tokens.
+
+    Attributes:
+        bounds: int32 [documents + 1], where each begins, and the end of the last: from 0 to b * s.
+        longest: tokens of the longest.
+    """
+
+    bounds: Tensor
+    longest: int
+
+
+def takes_documents(query: Tensor) -> bool:
+    """Whether :func:`causal_attention` takes :class:`PackedDocuments` for ``query``: 16 bits wide, on a GPU."""
+    if query.device.type != "cuda" or _VARLEN is None:
+        return False
+    return flash_serves(query.dtype, query.shape[-1], torch.cuda.get_device_capability(query.device))
+
+
+def flash_serves(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> bool:
+    """Whether torch's flash kernels, called without the padding that ``scaled_dot_product_attention`` adds, run both
+    ways on a GPU of this compute capability."""
+    narrow = dtype in (torch.float16, torch.bfloat16)
+    return narrow and head_dim % 8 == 0 and head_dim <= 192 and capability >= (8, 0)
+
+
+def repeats_groups(device_type: str, masked: bool) -> bool:
+    """Whether keys and values that several heads share are repeated for each of them; see above."""
+    return device_type == "cuda" and masked
+
+
+def taken_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """``mask`` as the kernels of its device take it: on a GPU not bool but what is added to scores of ``dtype``, which
+    ``scaled_dot_product_attention`` would make of it at every call."""
+    return additive_mask(mask, dtype) if mask.device.type == "cuda" else mask
+
+
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where ``mask`` is true, minus infinity elsewhere."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, documents: PackedDocuments | None = None
+) -> Tensor:
     """``softmax(q k^T / sqrt(d)) v`` over what each query may see.
 
     Args:
         query: [b, heads, s, d].
         key: [b, groups, t, d]; each group serves heads / groups neighbouring heads.
         value: [b, groups, t, d].
-        mask: bool, broadcastable to [b, heads, s, t], true where a query sees a key; it sees at least one. None:
-            token i sees tokens 0 to i (then s = t).
+        mask: bool, broadcastable to [b, heads, s, t], true where a query sees a key; it sees at least one. On a GPU
+            also in the form of :func:`taken_mask`. None: token i sees tokens 0 to i (then s = t).
+        documents: instead of a mask, where :func:`takes_documents`: a token sees those before it in its document
+            (then s = t).
 
     Returns:
         [b, heads, s, d] of the dtype of ``query``; the softmax is taken in fp32 (fp64 for fp64).
     """
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[2] == key.shape[2]:
-        repeats = query.shape[1] // key.shape[1]
-        if repeats > 1:
-            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    if documents is not None:
+        return _within_documents(query, key, value, documents)
+    grouped = key.shape[1] != query.shape[1]
+    kind = query.device.type
+    blockwise = kind == "cpu" and query.dtype == torch.bfloat16 and query.shape[2] == key.shape[2]
+    if grouped and (blockwise or repeats_groups(kind, mask is not None)):
+        repeats, grouped = query.shape[1] // key.shape[1], False
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    if blockwise:
         return _BlockwiseAttention.apply(query, key, value, mask)
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=key.shape[1] != query.shape[1]
-    )
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+def _within_documents(query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments) -> Tensor:
+    """torch's ``varlen_attn``, whose words for causal and for groups differ between 2.11 and 2.13."""
+    assert _VARLEN is not None
+    words = inspect.signature(_VARLEN).parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in words else {"is_causal": True}
+    batch, heads, length, width = query.shape
+    rows = [x.transpose(1, 2).reshape(batch * length, -1, width) for x in (query, key, value)]
+    if key.shape[1] != heads:
+        if "enable_gqa" in words:
+            options["enable_gqa"] = True
+        else:
+            rows[1:] = [x.repeat_interleave(heads // key.shape[1], dim=1) for x in rows[1:]]
+    bounds, longest = documents.bounds, documents.longest
+    out: Tensor = _VARLEN(*rows, bounds, bounds, longest, longest, **options)
+    return out.view(batch, length, heads, width).transpose(1, 2)
 
 
 class _Scratch:

@@ -252,7 +252,8 @@ class HybridModel(nn.Module):
             tokens: int64 [b, s].
             labels: int64 [b, s], the token after each.
             loss_mask: float [b, s], weight of each token's loss.
-            document_start: bool [b, s], where documents of a packed sample begin; None: one document each.
+            document_start: bool [b, s], where documents of a packed sample begin; None: one document each. In host
+                memory it costs a GPU no waiting.
         """
         if not (self.is_first and self.is_last):
             raise ValueError(f"blocks {self.stage_layers} are one pipeline stage: call run_stage")

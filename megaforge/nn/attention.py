@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
-from megaforge.kernels.attention import causal_attention
+from megaforge.kernels.attention import causal_attention, takes_documents
 from megaforge.nn.attention_context import shared_attention
 from megaforge.nn.recompute import recomputed
 from megaforge.nn.rope import apply_rotary, rotary_tables
@@ -122,11 +122,12 @@ class SelfAttention(nn.Module):
         if info.shards.axis.size > 1:
             context = recomputed(self.recompute_core, shared_attention, query, key, value, info)
         else:
-            mask = info.attention_mask()
+            documents = info.packed_documents() if cache is None and takes_documents(query) else None
+            mask = info.score_mask(query.dtype) if documents is None else None
             if cache is not None:
                 key, value = cache.append(key, value)
                 mask = _continuation_mask(length, key.shape[2], mask, x.device)
-            context = recomputed(self.recompute_core, causal_attention, query, key, value, mask)
+            context = recomputed(self.recompute_core, causal_attention, query, key, value, mask, documents)
         return self.output(context.permute(2, 0, 1, 3).reshape(length, batch, self.heads * width))
 
 

@@ -29,7 +29,7 @@ def shared_attention(query: Tensor, key: Tensor, value: Tensor, info: SequenceIn
     if info.shards.comm_type == "p2p":
         documents = info.all_document_ids_BS if info.has_boundaries else None
         return ring_attention(query, key, value, documents, info.shards)
-    mask = info.attention_mask()
+    mask = info.score_mask(query.dtype)
     if mask is None:
         raise ValueError("sequences that are shared by ranks need an explicit mask")
     # [s / cp, b, groups, 2d]: the gather is along dim 0

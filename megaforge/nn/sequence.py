@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from megaforge.device import upload
+from megaforge.kernels.attention import PackedDocuments, taken_mask
 from megaforge.parallel.context_parallel import ContextShards
 
 
@@ -42,7 +44,8 @@ class SequenceInfo:
             batch: sequences.
             length: tokens of each whole sequence.
             device: where the tensors live.
-            document_start_BS: bool [b, s]; None when no document starts after position 0.
+            document_start_BS: bool [b, s]; None when no document starts after position 0. In host memory where
+                ``device`` is a GPU: whether there are boundaries is asked here, and nobody should wait for the answer.
             offset: tokens already consumed by a recurrent state: the sequences continue, so position 0 starts nothing
                 and positions count on from here.
             shards: what this rank holds of a sequence that the ranks of cp share; None: all of it.
@@ -63,7 +66,7 @@ class SequenceInfo:
         positions = torch.arange(offset, offset + length, device=device)
         start = torch.zeros(batch, length, dtype=torch.bool, device=device)
         if self.has_boundaries and document_start_BS is not None:
-            start |= document_start_BS.to(device=device, dtype=torch.bool)
+            start |= upload(document_start_BS.to(torch.bool), device)
         if offset == 0:
             start[:, 0] = True
         if self.has_boundaries:
@@ -77,7 +80,9 @@ class SequenceInfo:
         self.document_ids_BS = self.local(self._documents_BS)
         self.document_start_SB = self.local(start).t().contiguous()
         self.shared: dict[Any, Any] = {}
+        self._start_BS = document_start_BS
         self._mask: torch.Tensor | None = None
+        self._packed: PackedDocuments | None = None
 
     @property
     def batch(self) -> int:
@@ -116,3 +121,27 @@ class SequenceInfo:
                 mask = mask & (self.document_ids_BS[:, :, None] == self._documents_BS[:, None, :])
             self._mask = mask[:, None]
         return self._mask
+
+    def score_mask(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """:meth:`attention_mask` as attention's kernels take it for scores of ``dtype``, made once."""
+        mask = self.attention_mask()
+        if mask is not None and ("score_mask", dtype) not in self.shared:
+            self.shared["score_mask", dtype] = taken_mask(mask, dtype)
+        return None if mask is None else self.shared["score_mask", dtype]
+
+    def packed_documents(self) -> PackedDocuments | None:
+        """The documents, which for attention is as good as the mask; None when there are no boundaries. Found on the
+        host, once.
+
+        Raises:
+            ValueError: the sequences are shared by ranks.
+        """
+        if self.shards.axis.size > 1:
+            raise ValueError("a rank of cp holds parts of documents")
+        if self.has_boundaries and self._start_BS is not None and self._packed is None:
+            start = self._start_BS.to("cpu", torch.bool, copy=True)
+            start[:, 0] = True
+            begins = start.flatten().nonzero().flatten()
+            bounds = torch.cat([begins, begins.new_tensor([start.numel()])]).int()
+            self._packed = PackedDocuments(upload(bounds, self.position_ids_BS.device), int(bounds.diff().max()))
+        return self._packed

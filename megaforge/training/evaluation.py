@@ -18,6 +18,7 @@ from megaforge.data.indexed_dataset import IndexedDataset
 from megaforge.data.jsonl import LineReader
 from megaforge.data.manifest import read_sidecar
 from megaforge.data.tokenizer import Tokenizer
+from megaforge.device import upload
 from megaforge.errors import UserError
 from megaforge.training.metrics import EvaluationMetrics
 from megaforge.training.restore import TrainedModel
@@ -154,8 +155,8 @@ def evaluate_stream(trained: TrainedModel, stream: Stream, *, seq_length: int, b
     batches = -(-len(windows) // batch_size)
     for number in range(ctx.dp.rank, batches, ctx.dp.size):
         chosen = windows[number * batch_size : (number + 1) * batch_size]
-        fields = _window_batch(stream, chosen, seq_length)
-        output = trained.model(*(field.to(ctx.device) for field in fields))
+        *fields, document_start = _window_batch(stream, chosen, seq_length)
+        output = trained.model(*(upload(field, ctx.device) for field in fields), document_start)
         sums += torch.stack([output.loss_sum.double(), output.correct.double()])
     if ctx.dp.group is not None:
         dist.all_reduce(sums, group=ctx.dp.group)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megaforge.config.run_config import ParallelConfig
 from megaforge.data.loader import Batch
+from megaforge.device import upload
 from megaforge.models.hybrid import HybridModel, ModelOutput, Stream
 from megaforge.models.stages import PipelinePlan, StagedModel, make_payload, tied_weight
 from megaforge.nn.offload import HostMemory
@@ -109,9 +110,10 @@ class StageRunner:
     def _forward_step(self, chunk: nn.Module, batch: Batch, payload: dict[str, Tensor]) -> StageOutput:
         assert isinstance(chunk, HybridModel)
         arrived = Stream(payload["x"], payload.get("v_first")) if payload else None
-        fields = (batch.tokens, batch.labels, batch.loss_mask, batch.document_start)
+        tokens, labels, mask = (upload(x, self._ctx.device) for x in (batch.tokens, batch.labels, batch.loss_mask))
         with self._saving():
-            output, stream = chunk.run_stage(*(field.to(self._ctx.device) for field in fields), arrived=arrived)
+            # Document starts stay in host memory, where the stage asks what there is.
+            output, stream = chunk.run_stage(tokens, labels, mask, batch.document_start, arrived=arrived)
             loss = None if self._loss_share is None else self._loss_share(output)
         leaving = {"x": stream.x} | ({} if stream.v_first is None else {"v_first": stream.v_first})
         return StageOutput(leaving, loss, _detached(output))

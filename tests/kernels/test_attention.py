@@ -1,15 +1,27 @@
-"""The blockwise 16-bit attention against the plain fp64 formula."""
+"""Attention's forms against the plain fp64 formula, and which form a device gets."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megaforge.kernels import attention
-from megaforge.kernels.attention import _BlockwiseAttention, causal_attention
+from megaforge.kernels.attention import (
+    PackedDocuments,
+    _BlockwiseAttention,
+    additive_mask,
+    causal_attention,
+    flash_serves,
+    taken_mask,
+    takes_documents,
+)
 
 
 def inputs(length: int, groups: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -72,3 +84,94 @@ def test_wide_types_take_the_fused_kernel_and_agree() -> None:
     *qkv, _ = inputs(20, 2)
     for mask in (None, document_mask(20)):
         assert relative(causal_attention(*qkv, mask), formula(*qkv, mask)) < 1e-13
+
+
+def fake_varlen(words: str) -> tuple[Callable[..., Tensor], list[dict[str, Any]]]:
+    """A ``varlen_attn`` with the keywords of a torch release, and what it was called with. Each document is attended to
+    on its own."""
+    calls: list[dict[str, Any]] = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, **given: Any) -> Tensor:
+        calls.append({"heads": (query.shape[1], key.shape[1]), "bounds": bounds.tolist(), **given})
+        assert query.is_contiguous() and bounds.dtype == torch.int32
+        pieces = []
+        for begin, end in itertools.pairwise(bounds.tolist()):
+            rows = [x[begin:end].transpose(0, 1)[None] for x in (query, key, value)]
+            pieces.append(formula(*rows, None)[0].transpose(0, 1))
+        return torch.cat(pieces)
+
+    def until_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
+        assert cu_seq_k is cu_seq_q and query.shape[1] == key.shape[1]
+        return attend(query, key, value, cu_seq_q, is_causal=is_causal, longest=(max_q, max_k))
+
+    def from_2_12(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+    ):
+        assert cu_seq_k is cu_seq_q and (enable_gqa or query.shape[1] == key.shape[1])
+        return attend(query, key, value, cu_seq_q, window_size=window_size, longest=(max_q, max_k))
+
+    return {"is_causal": until_2_11, "window_size": from_2_12}[words], calls
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("words", ["is_causal", "window_size"])
+def test_documents_are_the_same_as_their_mask(monkeypatch: pytest.MonkeyPatch, words: str, groups: int) -> None:
+    function, calls = fake_varlen(words)
+    monkeypatch.setattr(attention, "_VARLEN", function)
+    *qkv, direction = inputs(12, groups)
+    documents = PackedDocuments(torch.tensor([0, 5, 12, 18, 24], dtype=torch.int32), 7)  # document_mask's
+    ours, theirs = ([t.clone().requires_grad_() for t in qkv] for _ in range(2))
+    out, expected = causal_attention(*ours, documents=documents), formula(*theirs, document_mask(12))
+    assert relative(out.detach(), expected.detach()) < 1e-14
+    found = torch.autograd.grad(out, ours, direction)
+    for ours_grad, theirs_grad in zip(found, torch.autograd.grad(expected, theirs, direction), strict=True):
+        assert relative(ours_grad, theirs_grad) < 1e-14
+    causal = {"is_causal": True} if words == "is_causal" else {"window_size": (-1, 0)}
+    heads = (4, 4 if words == "is_causal" else groups)
+    assert calls == [{"heads": heads, "bounds": [0, 5, 12, 18, 24], "longest": (7, 7), **causal}]
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_the_installed_varlen_takes_the_call_both_ways(groups: int) -> None:
+    """Shapes alone: its kernels need a GPU."""
+    q, k, v = (torch.empty(2, h, 24, 16, device="meta", dtype=torch.bfloat16) for h in (4, groups, groups))
+    q.requires_grad_()
+    documents = PackedDocuments(torch.empty(4, device="meta", dtype=torch.int32), 24)
+    out = causal_attention(q, k, v, documents=documents)
+    assert out.shape == q.shape and torch.autograd.grad(out.sum(), q)[0].shape == q.shape
+
+
+def test_what_flash_serves() -> None:
+    assert flash_serves(torch.bfloat16, 128, (9, 0)) and flash_serves(torch.float16, 64, (8, 0))
+    assert not flash_serves(torch.float32, 64, (9, 0)) and not flash_serves(torch.bfloat16, 64, (7, 5))
+    assert not flash_serves(torch.bfloat16, 36, (9, 0)) and not flash_serves(torch.bfloat16, 256, (9, 0))
+    assert not takes_documents(torch.empty(1, 1, 1, 64, dtype=torch.bfloat16))  # on a CPU
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("groups", [4, 2])
+def test_no_mask_meets_groups_on_a_gpu(monkeypatch: pytest.MonkeyPatch, device: str, masked: bool, groups: int) -> None:
+    """There the two together leave only the kernel that holds all scores in fp32."""
+    calls = []
+
+    def recorded(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
+        calls.append((key.shape[1], value.shape[1], given["attn_mask"] is not None, given["enable_gqa"]))
+        return query
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", recorded)
+    with FakeTensorMode(), torch.no_grad():
+        q, k, v = (torch.empty(1, heads, 16, 64, device=device) for heads in (4, groups, groups))
+        mask = torch.empty(1, 1, 16, 16, device=device, dtype=torch.bool) if masked else None
+        causal_attention(q, k, v, mask)
+    repeated = device == "cuda" and masked
+    heads = 4 if repeated else groups
+    assert calls == [(heads, heads, masked, groups != 4 and not repeated)]
+
+
+def test_a_mask_to_add_hides_the_same() -> None:
+    *qkv, _ = inputs(24)
+    mask = document_mask(24)
+    added = additive_mask(mask, torch.float64)
+    assert added.dtype == torch.float64 and taken_mask(mask, torch.float64) is mask  # a CPU takes the bool one
+    assert relative(causal_attention(*qkv, added), formula(*qkv, mask)) < 1e-13

@@ -13,6 +13,7 @@ from megaforge.errors import UserError
 from megaforge.nn.attention import KVCache, SelfAttention
 from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.context import ParallelContext
+from tests.kernels.test_attention import fake_varlen
 from tests.nn.support import CTX, REGION, assert_agrees, assert_close, filled, random
 
 LENGTH, BATCH, HIDDEN, HEADS = 7, 2, 24, 4
@@ -66,6 +67,21 @@ def oracle_of(cfg: ModelConfig, info: SequenceInfo):
         )
 
     return oracle
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+def test_documents_take_the_place_of_the_mask(monkeypatch: pytest.MonkeyPatch, groups: int | None) -> None:
+    """The path of a GPU, with a stand-in for its kernel."""
+    function, calls = fake_varlen("window_size")
+    monkeypatch.setattr("megaforge.kernels.attention._VARLEN", function)
+    monkeypatch.setattr("megaforge.nn.attention.takes_documents", lambda query: True)
+    start = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+    start[0, [2, 3]] = start[1, 5] = True
+    info, cfg = SequenceInfo(BATCH, LENGTH, CPU, start), config(num_query_groups=groups)
+    layer = attention(cfg)
+    assert_agrees(layer, lambda x: layer(x, info), oracle_of(cfg, info), random(LENGTH, BATCH, HIDDEN))
+    assert [call["bounds"] for call in calls] == [[0, 2, 3, 7, 12, 14]]
+    assert info._mask is None  # b * s * s entries that nobody needs
 
 
 @pytest.mark.parametrize("packed", [False, True])

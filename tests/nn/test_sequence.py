@@ -75,3 +75,32 @@ def test_sequences_that_cannot_be_shared() -> None:
         SequenceInfo(1, 6, CPU, shards=shards)
     with pytest.raises(ValueError, match="continues from a state"):
         SequenceInfo(1, 8, CPU, offset=1, shards=shards)
+
+
+@pytest.mark.parametrize(
+    ("rows", "bounds", "longest"),
+    [
+        ([[0, 0, 1, 0, 1], [1, 0, 0, 0, 0]], [0, 2, 4, 5, 10], 5),
+        ([[1, 1, 1, 1, 1], [0, 1, 0, 0, 0]], [0, 1, 2, 3, 4, 5, 6, 10], 4),
+    ],
+)
+def test_documents_of_all_sequences_in_one_row(rows: list[list[int]], bounds: list[int], longest: int) -> None:
+    start = torch.tensor(rows, dtype=torch.bool)
+    info = SequenceInfo(2, 5, CPU, start)
+    documents = info.packed_documents()
+    assert documents is not None and documents is info.packed_documents()
+    assert (documents.bounds.tolist(), documents.longest) == (bounds, longest)
+    assert documents.bounds.dtype == torch.int32 and start.tolist() == [[bool(x) for x in row] for row in rows]
+
+
+def test_no_boundaries_no_documents() -> None:
+    assert SequenceInfo(2, 5, CPU).packed_documents() is None
+    assert SequenceInfo(1, 1, CPU, torch.ones(1, 1, dtype=torch.bool)).packed_documents() is None
+    with pytest.raises(ValueError, match="parts of documents"):
+        SequenceInfo(1, 8, CPU, shards=ContextShards(Axis("cp", 2, 0))).packed_documents()
+
+
+def test_one_mask_serves_every_layer() -> None:
+    info = SequenceInfo(1, 4, CPU, torch.tensor([[False, True, False, False]]))
+    assert info.score_mask(torch.float32) is info.attention_mask()  # on a CPU they are one
+    assert SequenceInfo(1, 4, CPU).score_mask(torch.float32) is None
