@@ -43,7 +43,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", required=True, metavar="DIR", help="a run's --save directory, or one checkpoint")
-    parser.add_argument("--input", required=True, help="a .txt, .md or .jsonl file, or a dataset's prefix")
+    parser.add_argument("--input", required=True, help="a text or JSON Lines file, or a dataset's prefix")
     parser.add_argument("--part", choices=(*PARTS, "all"), help="which documents of a dataset (default: see above)")
     parser.add_argument("--json-key", default="text", metavar="KEY", help="where a JSONL line has its text (text)")
     parser.add_argument("--tokenizer-model", metavar="FILE", help="where the tokenizer is now, if it was moved")

@@ -26,7 +26,13 @@ from megaforge.errors import UserError
 def parse_arguments(arguments: list[str] | None = None) -> PreprocessSettings:
     """The settings that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".jsonl, .jsonl.gz or .jsonl.zst")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="JSON Lines (.jsonl, .ndjson, .json) or text, one document a file; each also .gz or .zst",
+    )
     parser.add_argument("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin, .idx and .json")
     parser.add_argument("--tokenizer-model", required=True, help="tokenizer.json or its directory, .model, or a number")
     parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: told from --tokenizer-model")

@@ -22,7 +22,13 @@ from megaforge.errors import UserError
 def parse_arguments(arguments: list[str] | None = None) -> TokenizerSettings:
     """The settings that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".jsonl, .jsonl.gz or .jsonl.zst")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="JSON Lines (.jsonl, .ndjson, .json) or text, one document a file; each also .gz or .zst",
+    )
     parser.add_argument("--output", required=True, help="a .json file, or .model for SentencePiece")
     parser.add_argument("--vocab-size", type=int, required=True, help="number of tokens, control tokens included")
     parser.add_argument("--type", choices=KINDS, default="bpe", help="the kind of tokenizer (bpe)")

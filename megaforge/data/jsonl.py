@@ -19,11 +19,27 @@ from megaforge.errors import UserError, require
 
 _BLOCK = 1 << 20
 _BOM = b"\xef\xbb\xbf"
+_SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_LARGEST_WINDOW = 31  # log2 of bytes: the most that the format's tools write (zstd --long=31)
+
+
+def compression(path: str | os.PathLike[str]) -> str | None:
+    """gzip, zstd or None: by the name, in either case, and where the name does not say, by the first bytes."""
+    named = _SUFFIXES.get(Path(path).suffix.lower())
+    if named is not None:
+        return named
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4)
+    except OSError:
+        return None
+    return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
 
 
 def is_compressed(path: str | os.PathLike[str]) -> bool:
-    """Whether the name says gzip or Zstandard."""
-    return Path(path).suffix in (".gz", ".zst")
+    """Whether the file is gzip or Zstandard (:func:`compression`)."""
+    return compression(path) is not None
 
 
 class LineReader:
@@ -37,7 +53,7 @@ class LineReader:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        self._compressed = is_compressed(path)
+        self._compression = compression(path)
         self._position = 0  # always the beginning of a line, and the first one at or after byte _settled
         self._settled = 0
         self._file = self._open()
@@ -46,7 +62,7 @@ class LineReader:
         """Moves to the first line that begins at or after byte ``start``."""
         if self._settled <= start <= self._position:
             return
-        if self._compressed:
+        if self._compression:
             if start < self._position:
                 self._file.close()
                 self._file, self._position = self._open(), 0
@@ -76,6 +92,17 @@ class LineReader:
         """Whether no byte is left."""
         return not self._guarded(lambda: self._file.peek(1))  # type: ignore[attr-defined]
 
+    def head(self, size: int = 1 << 16) -> bytes:
+        """The first bytes of the (decompressed) content, at most ``size``; the reader must be at its beginning."""
+        head: bytes = self._guarded(lambda: self._file.peek(size))[:size]  # type: ignore[attr-defined]
+        return head
+
+    def rest(self) -> bytes:
+        """All that is left, in memory."""
+        content: bytes = self._guarded(self._file.read)
+        self._position += len(content)
+        return content
+
     def count_lines(self, stop: int) -> int:
         """The number of lines that begin before byte ``stop``, counted from the file's beginning."""
         self.goto(0)
@@ -95,9 +122,9 @@ class LineReader:
 
     def _open(self) -> IO[bytes]:
         try:
-            if self.path.endswith(".gz"):
+            if self._compression == "gzip":
                 return io.BufferedReader(gzip.open(self.path, "rb"), _BLOCK)
-            if self.path.endswith(".zst"):
+            if self._compression == "zstd":
                 return io.BufferedReader(_ZstdReader(self.path), _BLOCK)
             return open(self.path, "rb", buffering=_BLOCK)
         except OSError as error:
@@ -134,9 +161,11 @@ class _ZstdReader(io.RawIOBase):
     def __init__(self, path: str) -> None:
         zstandard = require("zstandard", extra="data", purpose=f"--input {path}")
         self._error = zstandard.ZstdError
-        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._new = zstandard.ZstdDecompressor(max_window_size=1 << _LARGEST_WINDOW).decompressobj
+        self._parameters = zstandard.get_frame_parameters
         self._frame: Any = self._new()
         self._fresh = True
+        self._path = path
         self._file = open(path, "rb")
         self._pending = memoryview(b"")
 
@@ -173,10 +202,25 @@ class _ZstdReader(io.RawIOBase):
         while block:
             try:
                 parts.append(self._frame.decompress(block))
+            except MemoryError as error:
+                raise self._too_wide(block) from error
             except self._error as error:
+                if "memory" in str(error):
+                    raise self._too_wide(block) from error
                 raise OSError(str(error)) from error
             self._fresh, block = False, b""
             if self._frame.eof:
                 block = self._frame.unused_data
                 self._frame, self._fresh = self._new(), True
         return b"".join(parts)
+
+    def _too_wide(self, block: bytes) -> UserError:
+        """The complaint about a frame that needs more memory to read back than there is."""
+        try:
+            window = f"{self._parameters(block).window_size:,} bytes"
+        except (self._error, ValueError):
+            window = "that size"
+        return UserError(
+            f"--input {self._path}: its Zstandard window of {window} (zstd --long) does not fit into memory; compress "
+            "it again without --long, or decompress it first"
+        )

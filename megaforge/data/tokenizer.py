@@ -23,6 +23,22 @@ TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokeni
 _EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eod|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>")
 
 
+def check_unicode(text: str) -> None:
+    """Refuses a lone surrogate: half a character of JSON, or a byte of a command line that is no UTF-8.
+
+    Raises:
+        UserError: naming the place in the text.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = ascii(text[max(0, error.start - 20) : error.start + 20])
+        raise UserError(
+            f"the text {around} cannot be encoded: its character {error.start + 1} is a lone surrogate (half a "
+            "character, or a byte that is no UTF-8); give valid UTF-8"
+        ) from error
+
+
 class Tokenizer(ABC):
     """Text to ids and back.
 
@@ -47,9 +63,22 @@ class Tokenizer(ABC):
         """The ids of ``text``; no control id is added, and none comes from literal control tokens in the text."""
         return self.encode_batch([text])[0]
 
-    @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """:meth:`encode` of every text."""
+        """:meth:`encode` of every text.
+
+        Raises:
+            UserError: a text is no Unicode (:func:`check_unicode`), or not in this tokenizer's language.
+        """
+        try:
+            return self._encode_batch(texts)
+        except (TypeError, UnicodeError):  # what the libraries make of half a character
+            for text in texts:
+                check_unicode(text)
+            raise
+
+    @abstractmethod
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of every text."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -89,8 +118,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.cuts_at_lines = _splits_like_gpt2(self.definition)
         self._leaky = self._find_leaks()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """See :class:`Tokenizer`."""
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if self._leaky is not None:
             return [self._encode_guarded(text) for text in texts]
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -159,8 +187,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.eod = self._eod(eod_token)
         self.fingerprint = hashlib.sha256(content).hexdigest()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """See :class:`Tokenizer`."""
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(ids) for ids in self._model.encode(list(texts), num_threads=1)]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -190,12 +217,7 @@ class NullTokenizer(Tokenizer):
         self.vocab_size = self.eod + 1
         self.fingerprint = hashlib.sha256(f"NullTokenizer:{self.eod}".encode()).hexdigest()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """See :class:`Tokenizer`.
-
-        Raises:
-            UserError: a word is no integer in [0, N).
-        """
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [[self._id(word) for word in text.split()] for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:

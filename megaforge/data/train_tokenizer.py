@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megaforge.data.jsonl import LineReader, is_compressed
+from megaforge.data.text.readers import input_size, read_texts
 from megaforge.errors import UserError, require
 
 END_OF_TEXT = "<|endoftext|>"
@@ -81,14 +81,13 @@ class _Texts:
 
     def __init__(self, settings: TokenizerSettings) -> None:
         self._settings = settings
-        self._loads = require("orjson", extra="data", purpose="reading JSONL").loads
         self.count = self.size = 0
 
     def __iter__(self) -> Iterator[str]:
-        total = sum(self._bytes_of(path) for path in self._settings.inputs)
+        total = sum(input_size(path, self._settings.json_key) for path in self._settings.inputs)
         share = self._settings.max_bytes / total if total > self._settings.max_bytes else 1.0
         for path in self._settings.inputs:
-            for text in self._texts(path):
+            for text in read_texts(path, self._settings.json_key):
                 if share < 1.0:
                     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
                     if int.from_bytes(digest, "big") >= share * 2.0**64:
@@ -96,32 +95,6 @@ class _Texts:
                 self.count += 1
                 self.size += len(text)
                 yield text
-
-    def _texts(self, path: str) -> Iterator[str]:
-        key, number = self._settings.json_key, 0
-        with LineReader(path) as reader:
-            for lines in reader.chunks(None):
-                for line in lines:
-                    number += 1
-                    if line.isspace():
-                        continue
-                    try:
-                        text = self._loads(line)[key]
-                    except (ValueError, KeyError, TypeError, IndexError) as error:
-                        raise UserError(
-                            f"--input {path}, line {number}: no JSON object with {key!r} ({error})"
-                        ) from error
-                    if not isinstance(text, str):
-                        raise UserError(f"--input {path}, line {number}: {key!r} is no string")
-                    yield text
-
-    @staticmethod
-    def _bytes_of(path: str) -> int:
-        if not is_compressed(path):
-            with LineReader(path):  # says in one way what is wrong with a missing file
-                return os.path.getsize(path)
-        with LineReader(path) as reader:
-            return sum(len(line) for lines in reader.chunks(None) for line in lines)
 
 
 def _train_bpe(settings: TokenizerSettings, texts: _Texts) -> tuple[bytes, int]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +14,9 @@ import torch.distributed as dist
 from megaforge.config.config import Config
 from megaforge.data.blend import dataset_prefix, parse_data_path, parse_split, split_ranges
 from megaforge.data.indexed_dataset import IndexedDataset
-from megaforge.data.jsonl import LineReader
 from megaforge.data.manifest import read_sidecar
+from megaforge.data.text.formats import TEXT_SUFFIXES, plain_suffix
+from megaforge.data.text.readers import read_texts
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.device import upload
 from megaforge.errors import UserError
@@ -24,8 +24,6 @@ from megaforge.training.metrics import EvaluationMetrics
 from megaforge.training.restore import TrainedModel
 
 PARTS = ("train", "valid", "test")
-TEXT_SUFFIXES = (".txt", ".md", ".rst")
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
 @dataclass(frozen=True)
@@ -50,53 +48,27 @@ class Stream:
 
 def is_text(path: str) -> bool:
     """Whether ``--input`` names a text file rather than a dataset's prefix."""
-    if path.endswith(TEXT_SUFFIXES + JSONL_SUFFIXES):
-        return True
-    return Path(path).is_file() and not path.endswith((".bin", ".idx"))
+    if os.path.exists(f"{path}.idx") or path.endswith((".bin", ".idx")):
+        return False
+    return os.path.exists(path) or plain_suffix(path) in TEXT_SUFFIXES
 
 
 def read_text(path: str, tokenizer: Tokenizer, key: str = "text") -> Stream:
-    """The tokens of a text file (one document) or of a JSONL file (one a line), each followed by the tokenizer's
-    end-of-document token where it has one.
+    """The tokens of a text file's documents, each followed by the tokenizer's end-of-document token where it has one.
 
     Raises:
-        UserError: the file is missing, empty, no UTF-8, or a line is no JSON object with ``key``.
+        UserError: the file is missing or bad, or gives fewer than two tokens.
     """
-    texts = list(_jsonl_texts(path, key)) if path.endswith(JSONL_SUFFIXES) else [_whole_text(path)]
+    texts = list(read_texts(path, key))
     end = [] if tokenizer.eod is None else [tokenizer.eod]
     documents = [np.array([*ids, *end], np.int64) for ids in tokenizer.encode_batch(texts) if ids]
     if not documents:
         raise UserError(f"--input {path}: there is no text in it")
     lengths = [len(document) for document in documents]
+    if sum(lengths) < 2:
+        raise UserError(f"--input {path}: a text of one token holds nothing to predict; give a longer one")
     text_bytes = sum(len(text.encode()) for text in texts)
     return Stream(np.concatenate(documents), np.cumsum([0, *lengths[:-1]]), float(text_bytes))
-
-
-def _whole_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--input {path}: cannot be read as UTF-8 text ({error})") from error
-
-
-def _jsonl_texts(path: str, key: str) -> Iterator[str]:
-    with LineReader(path) as reader:
-        number = 0
-        for lines in reader.chunks(None):
-            for line in lines:
-                number += 1
-                if line.strip():
-                    yield _text_of(line, key, f"--input {path}, line {number}")
-
-
-def _text_of(line: bytes, key: str, where: str) -> str:
-    try:
-        text = json.loads(line)[key]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{where}: not a JSON object with the key "{key}" ({error})') from error
-    if not isinstance(text, str):
-        raise UserError(f'{where}: "{key}" is no text')
-    return text
 
 
 def read_dataset(prefix: str, config: Config, part: str | None = None) -> Stream:

@@ -52,7 +52,15 @@ def test_encodings(data: bytes, text: str) -> None:
     assert decode(data) == text
 
 
-@pytest.mark.parametrize("data", [b"\x7fELF\x02\x00\x00", bytes(range(1, 256)), b"# coding: klingon\n\xff"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x7fELF\x02\x00\x00",
+        bytes(range(1, 256)),
+        b"# coding: klingon\n\xff",
+        b"# coding: unicode_escape\n\\ud800 \xff",
+    ],
+)
 def test_what_is_no_text(data: bytes) -> None:
     pytest.importorskip("resiliparse", reason="needs the data extra")
     with pytest.raises(NotText):
@@ -84,6 +92,8 @@ def tree(tmp_path: Path) -> Path:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
+    (root / "zipped.TXT.gz").write_bytes(gzip.compress(b"packed text"))
+    (root / "lines.json").write_text('{"text": "l1"}\n{"text": "l2"}\n')
     (root / "more.jsonl.gz").write_bytes(gzip.compress(b'{"text": "packed"}\n'))
     os.symlink(root / "b.txt", root / "link.txt")
     return root
@@ -95,12 +105,15 @@ def test_documents_come_in_the_order_of_their_names(tree: Path, tmp_path: Path) 
         ("README", "read me"),
         ("a.py", "print('a')"),
         ("b.txt", "bee"),
+        ("lines.json:1", "l1"),
+        ("lines.json:2", "l2"),
         ("many.json:0", "first"),
         ("many.json:1", "second"),
         ("more.jsonl.gz:1", "packed"),
         ("one.json", "from json"),
         ("records.jsonl:1", "r1"),
         ("records.jsonl:5", "r5"),
+        ("zipped.TXT.gz", "packed text"),
         ("a/code.rs", "fn main() {}"),
         ("a/z.md", "# zed"),
     ]
@@ -115,7 +128,7 @@ def test_documents_come_in_the_order_of_their_names(tree: Path, tmp_path: Path) 
         "many.json": "1 of its records",
         "broken.json": "not valid JSON",
         "config.json": "no string under the key 'text'",
-        "records.jsonl, line 2": "no string",
+        "records.jsonl, line 2": "no key 'text'",
         "records.jsonl, line 4": "not valid JSON",
     }.items():
         assert reason in reasons.pop(name), name

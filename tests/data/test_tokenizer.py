@@ -130,6 +130,14 @@ def test_fingerprint_follows_the_ids_not_the_file(bpe_file: str, tmp_path: Path)
     assert load(str(tmp_path / "merges.json")).fingerprint != original.fingerprint
 
 
+@pytest.mark.parametrize("name", ["bpe_file", "sentencepiece_file"])
+@pytest.mark.parametrize("text", ["caf\udce9", "\ud83d", "x" * 100 + "\udfff"])
+def test_half_characters_are_refused(name: str, text: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = load(request.getfixturevalue(name))
+    with pytest.raises(UserError, match=f"character {len(text)} is a lone surrogate"):
+        tokenizer.encode_batch(["fine", text])
+
+
 def test_null_tokenizer() -> None:
     tokenizer = load("50")
     assert (tokenizer.encode("3 1 49"), tokenizer.eod, tokenizer.vocab_size) == ([3, 1, 49], 50, 51)

@@ -64,8 +64,10 @@ def _declared(data: bytes) -> str | None:
 
 def _decode_as(data: bytes, encoding: str) -> str:
     try:
-        return _line_ends(data.decode(encoding))
-    except (UnicodeDecodeError, LookupError) as error:
+        text = data.decode(encoding)
+        text.encode()  # some encodings that a file may declare give half characters, which no JSON can hold
+        return _line_ends(text)
+    except (UnicodeError, LookupError) as error:
         raise NotText(f"not decodable as {encoding} ({error})") from error
 
 

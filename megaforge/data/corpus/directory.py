@@ -18,9 +18,11 @@ from typing import IO, Any
 from megaforge.data.corpus.decode import NotText, decode
 from megaforge.data.corpus.stdlib import STDLIB_EXCLUDES, pydoc_topics, stdlib_directory
 from megaforge.data.jsonl import LineReader
+from megaforge.data.text.formats import PROSE, holds_records, plain_suffix
+from megaforge.data.text.readers import open_text, place
 from megaforge.errors import UserError, require
 
-PROSE = frozenset(".txt .text .md .markdown .rst .rest .adoc .asciidoc .org .tex .bib .wiki .pod .man .srt".split())
+RECORDS = (".jsonl", ".ndjson")
 SOURCE = frozenset(
     (
         ".py .pyi .pyx .pxd .ipy .c .h .cc .cpp .cxx .hh .hpp .hxx .cu .cuh .m .mm .rs .go .zig .nim .d .v .sv .vhd "
@@ -30,7 +32,6 @@ SOURCE = frozenset(
         ".bat .cmake .mk .mak .gradle .toml .yaml .yml .ini .cfg .conf .proto .thrift .graphql .tf .nix .dockerfile"
     ).split()
 )
-RECORDS = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst")
 NAMES = frozenset(
     "readme license licence copying copyright notice authors contributors changelog changes news history todo install "
     "makefile dockerfile rakefile gemfile cmakelists.txt".split()
@@ -166,53 +167,45 @@ def _excluded(relative: str, patterns: Sequence[str]) -> bool:
 
 
 def _file(path: str, name: str, key: str, max_mb: float, report: Report) -> Iterator[tuple[str, str]]:
-    lower = os.path.basename(name).lower()
-    suffix = os.path.splitext(lower)[1]
+    lower, suffix = os.path.basename(name).lower(), plain_suffix(name)
     try:
-        if lower.endswith(RECORDS):
+        known = suffix in PROSE or suffix in SOURCE or lower in NAMES or lower.split(".")[0] in NAMES
+        if suffix in RECORDS:
             yield from _records(path, name, key, report)
-            return
-        known = (
-            suffix in PROSE or suffix in SOURCE or suffix == ".json" or lower in NAMES or lower.split(".")[0] in NAMES
-        )
-        if not known:
+        elif not known and suffix != ".json":
             report.skipped.append((name, f"no text or source file by its name ({suffix or 'no extension'})"))
         elif os.path.getsize(path) > max_mb * (1 << 20):
             report.skipped.append((name, f"larger than --max-file-mb {max_mb:g}"))
+        elif suffix == ".json" and _is_json_lines(path):
+            yield from _records(path, name, key, report)
         else:
-            text = decode(Path(path).read_bytes())
+            with LineReader(path) as reader:
+                text = decode(reader.rest())
             if suffix == ".json":
                 yield from _json_texts(text, name, key, report)
             else:
                 yield name, text
     except NotText as error:
         report.skipped.append((name, str(error)))
-    except OSError as error:
-        report.skipped.append((name, f"cannot be read ({error.strerror})"))
+    except UserError as error:
+        report.skipped.append((name, str(error)))
+
+
+def _is_json_lines(path: str) -> bool:
+    """Whether a ``.json`` holds an object a line, several of them, rather than one value."""
+    with LineReader(path) as reader:
+        return holds_records(reader.head())
 
 
 def _records(path: str, name: str, key: str, report: Report) -> Iterator[tuple[str, str]]:
     """The records of a JSONL file, read as a stream of any length."""
-    loads = require("orjson", extra="data", purpose="reading JSONL").loads
-    number = 0
-    try:
-        with LineReader(path) as reader:
-            for lines in reader.chunks(None):
-                for line in lines:
-                    number += 1
-                    if line.isspace():
-                        continue
-                    try:
-                        text = _text_of(loads(line), key)
-                    except ValueError as error:
-                        report.skipped.append((f"{name}, line {number}", f"not valid JSON ({error})"))
-                        continue
-                    if text is None:
-                        report.skipped.append((f"{name}, line {number}", f"no string under the key {key!r}"))
-                    else:
-                        yield f"{name}:{number}", text
-    except UserError as error:
-        report.skipped.append((name, str(error)))
+    before = 0
+    with open_text(path, key) as reader:
+        for chunk in reader.chunks(None):
+            report.skipped += [(f"{name}{place(reader, before + n + 1)}", reason) for n, reason in chunk.bad]
+            for number, text in zip(chunk.numbers, chunk.texts, strict=True):
+                yield f"{name}:{before + number + 1}", text
+            before += chunk.records
 
 
 def _json_texts(content: str, name: str, key: str, report: Report) -> Iterator[tuple[str, str]]:

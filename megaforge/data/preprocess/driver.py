@@ -16,7 +16,7 @@ from typing import Any
 
 from megaforge.data.fast_bpe import FastEncoder, fast_definition, prove
 from megaforge.data.indexed_dataset import optimal_dtype
-from megaforge.data.jsonl import LineReader, is_compressed
+from megaforge.data.jsonl import is_compressed
 from megaforge.data.preprocess.plan import (
     PreprocessSettings,
     ShardQueue,
@@ -30,6 +30,7 @@ from megaforge.data.preprocess.progress import Progress
 from megaforge.data.preprocess.publish import Job, SourceHasher, publish, up_to_date
 from megaforge.data.preprocess.ranks import RankGroup, discover_ranks
 from megaforge.data.preprocess.shard import Encoder, WorkerSpec
+from megaforge.data.text.readers import open_text
 from megaforge.data.tokenizer import Tokenizer, load_tokenizer
 from megaforge.errors import UserError, require
 
@@ -114,6 +115,11 @@ def _prepare(settings: PreprocessSettings, key: str, output: str) -> tuple[dict[
     sources = [Source.of(path) for path in settings.inputs]
     if not any(source.bytes for source in sources):
         raise UserError(f"--input {' '.join(settings.inputs)}: the corpus is empty")
+    for source in sources:
+        if not source.lines:
+            print(
+                f"{source.path}: one document (tools/directory_to_jsonl.py cuts a text into several)", file=sys.stderr
+            )
     tokenizer = load_tokenizer(settings.tokenizer_type, settings.tokenizer_model, settings.eod_token)
     if settings.append_eod and tokenizer.eod is None:
         raise UserError(
@@ -191,18 +197,13 @@ def _fast_path(
 
 def _first_texts(sources: Sequence[Source], key: str) -> Iterator[str]:
     """Text from the beginning of the corpus, for the proof; bad lines are somebody else's business."""
-    loads = require("orjson", extra="data", purpose="reading JSONL").loads
     room = _PROOF_BYTES
-    with LineReader(next(source.path for source in sources if source.bytes)) as reader:
-        for lines in reader.chunks(_PROOF_BYTES, _PROOF_BYTES):
-            for line in lines:
-                try:
-                    text = loads(line)[key][: min(room, 1 << 14)]
-                except (ValueError, KeyError, TypeError, IndexError):
-                    continue
+    with open_text(next(source.path for source in sources if source.bytes), key) as reader:
+        for chunk in reader.chunks(_PROOF_BYTES):
+            for text in chunk.texts:
+                text = text[: min(room, 1 << 14)]
                 room -= len(text)
-                if isinstance(text, str):
-                    yield text
+                yield text
                 if room <= 0:
                     return
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megaforge.data.jsonl import is_compressed
+from megaforge.data.text.formats import TextFormat, text_format
 from megaforge.data.tokenizer import TOKENIZER_TYPES
 from megaforge.errors import UserError
 
@@ -62,14 +63,16 @@ class Source:
     bytes: int
     modified_ns: int
     edges: str
+    lines: bool = True  # whether it may be cut between lines; otherwise it is one document
 
     @classmethod
     def of(cls, path: str) -> Source:
         """Looks at the file.
 
         Raises:
-            UserError: it is missing or cannot be read.
+            UserError: it is missing, cannot be read, or holds no text.
         """
+        lines = text_format(path) is TextFormat.LINES
         try:
             with open(path, "rb") as file:
                 status = os.fstat(file.fileno())
@@ -78,7 +81,7 @@ class Source:
                 digest.update(file.read(_EDGE))
         except OSError as error:
             raise UserError(f"--input {path}: {error.strerror}") from error
-        return cls(path, status.st_size, status.st_mtime_ns, digest.hexdigest())
+        return cls(path, status.st_size, status.st_mtime_ns, digest.hexdigest(), lines)
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def cut_into_shards(sources: Sequence[Source], size: int) -> list[list[Shard]]:
         if small and filled + expected > size:
             groups.append([Shard(f"s{small[0][0]:06d}-000000", tuple(small))])
             small, filled = [], 0
-        if expected <= size:
+        if expected <= size or not source.lines:
             small.append((number, 0, None))
             filled += expected
         elif is_compressed(source.path):

@@ -15,10 +15,10 @@ import numpy as np
 
 from megaforge.data.fast_bpe import FastEncoder
 from megaforge.data.indexed_dataset import IndexedDatasetWriter, bin_path, idx_path
-from megaforge.data.jsonl import LineReader
 from megaforge.data.preprocess.plan import Shard, WorkDirectory, read_manifest, write_json
+from megaforge.data.text.readers import Chunk, TextReader, open_text, place
 from megaforge.data.tokenizer import Tokenizer, load_tokenizer
-from megaforge.errors import UserError, require
+from megaforge.errors import UserError
 
 Report = Callable[[int, int], None]
 MAX_REPORTED = 1000
@@ -121,11 +121,10 @@ class ShardTokenizer:
     def __init__(self, spec: WorkerSpec, encoder: Encoder | None = None) -> None:
         self.spec = spec
         self._encoder = encoder or make_encoder(spec)
-        self._loads = require("orjson", extra="data", purpose="reading JSONL").loads
         self._work = WorkDirectory(Path(spec.work_directory))
         self._dtype = np.dtype(spec.dtype)
         self._eod = None if spec.eod is None else np.array([spec.eod], self._dtype)
-        self._reader: tuple[int, LineReader] | None = None
+        self._reader: tuple[int, TextReader] | None = None
 
     def run(self, shard: Shard, report: Report) -> dict[str, Any]:
         """Tokenises the shard, or verifies and keeps what an earlier run finished; returns its manifest.
@@ -164,55 +163,37 @@ class ShardTokenizer:
         reader = self._open(source)
         reader.goto(start)
         counts.lines.append(0)
-        for lines in reader.chunks(stop):
-            texts = self._texts(lines, source, start, counts)
-            tokens, lengths = self._tokens(texts)
+        for chunk in reader.chunks(stop):
+            self._bad_records(chunk, source, start, counts)
+            tokens, lengths = self._tokens(chunk.texts)
             writer.add_documents(tokens, lengths)
-            counts.documents += len(texts)
+            counts.documents += len(chunk.texts)
+            counts.text_bytes += chunk.text_bytes
             counts.tokens += tokens.size
-            counts.lines[-1] += len(lines)
-            size = sum(map(len, lines))
-            counts.input_bytes += size
-            report(size, tokens.size)
+            counts.lines[-1] += chunk.records
+            counts.input_bytes += chunk.input_bytes
+            report(chunk.input_bytes, tokens.size)
 
-    def _open(self, source: int) -> LineReader:
+    def _open(self, source: int) -> TextReader:
         if self._reader is not None and self._reader[0] == source:
             return self._reader[1]
         if self._reader is not None:
             self._reader[1].close()
-        self._reader = (source, LineReader(self.spec.sources[source]))
+        self._reader = (source, open_text(self.spec.sources[source], self.spec.json_key))
         return self._reader[1]
 
-    def _texts(self, lines: list[bytes], source: int, start: int, counts: _Counts) -> list[str]:
-        key, loads = self.spec.json_key, self._loads
-        texts: list[str] = []
-        size = 0
-        for number, line in enumerate(lines):
-            try:
-                text = loads(line)[key]
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                if not line.isspace():
-                    self._bad_line(source, start, number, _reason(error, key), counts)
-                continue
-            if type(text) is not str:
-                self._bad_line(source, start, number, f"{key!r} is no string but {_shorten(text)}", counts)
-                continue
-            texts.append(text)
-            size += len(text) if text.isascii() else len(text.encode())
-        counts.text_bytes += size
-        return texts
-
-    def _bad_line(self, source: int, start: int, number: int, reason: str, counts: _Counts) -> None:
-        line = counts.lines[-1] + number + 1
-        if self.spec.on_error == "fail":
-            with LineReader(self.spec.sources[source]) as reader:
-                line += reader.count_lines(start)
-            raise UserError(
-                f"--input {self.spec.sources[source]}, line {line}: {reason}; mend the line, or pass --on-error skip"
-            )
-        counts.skipped_count += 1
-        if len(counts.skipped) < MAX_REPORTED:
-            counts.skipped.append((len(counts.lines) - 1, line, reason))
+    def _bad_records(self, chunk: Chunk, source: int, start: int, counts: _Counts) -> None:
+        """Takes note of the records without a text; under ``--on-error fail`` the first one ends the run."""
+        path = self.spec.sources[source]
+        for number, reason in chunk.bad:
+            record = counts.lines[-1] + number + 1
+            if self.spec.on_error == "fail":
+                with open_text(path, self.spec.json_key) as reader:
+                    where = place(reader, record + reader.count_records(start))
+                raise UserError(f"--input {path}{where}: {reason}; mend it, or pass --on-error skip")
+            counts.skipped_count += 1
+            if len(counts.skipped) < MAX_REPORTED:
+                counts.skipped.append((len(counts.lines) - 1, record, reason))
 
     def _tokens(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """All ids back to back, an end-of-document id after each non-empty text, and the length of every text."""
@@ -228,19 +209,6 @@ class ShardTokenizer:
         if not arrays:
             return np.empty(0, self._dtype), lengths
         return np.concatenate(arrays, dtype=self._dtype, casting="unsafe"), lengths
-
-
-def _reason(error: Exception, key: str) -> str:
-    if isinstance(error, KeyError):
-        return f"the record has no key {key!r} (--json-keys)"
-    if isinstance(error, ValueError):
-        return f"not valid JSON ({error})"
-    return "the line is JSON but no object"
-
-
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _normal(shard: dict[str, Any]) -> dict[str, Any]:
