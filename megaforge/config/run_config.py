@@ -231,7 +231,7 @@ class LoggingConfig:
     """What the run says about itself, and where."""
 
     log_interval: int = flag(10, "iterations between console lines")
-    metrics_file: str | None = flag(None, "JSONL: one object a step and one an evaluation", metavar="FILE")
+    metrics_file: str | None = flag(None, "JSONL: one object a step and one an evaluation, appended to what earlier runs wrote there", metavar="FILE")
     tensorboard_dir: str | None = flag(None, "TensorBoard event files", metavar="DIR")
     wandb_project: str | None = flag(None, "Weights & Biases project (needs the extra 'track')")
     mlflow_experiment: str | None = flag(None, "MLflow experiment (needs the extra 'track')")

@@ -36,21 +36,28 @@ class JsonlSink:
     Floats are written so that they read back bit for bit; NaN and infinities become null, which JSON can hold.
     """
 
-    def __init__(self, path: str | os.PathLike[str], resume_iteration: int) -> None:
-        """Opens ``path`` to go on after ``resume_iteration``: what an interrupted run wrote beyond it is cut off.
+    def __init__(self, path: str | os.PathLike[str], resume_iteration: int | None) -> None:
+        """Opens ``path`` to append to it.
 
-        A run from iteration 0 takes an existing file out of the way as ``PATH.old``.
+        Args:
+            resume_iteration: where the run goes on: what its last rows there say of later iterations is moved to
+                ``PATH.abandoned``. None: a new run, whose rows follow those of earlier ones.
+
+        Attributes:
+            notice: what to tell the user about rows that were there, or None.
 
         Raises:
-            UserError: the file cannot be written, or is no metrics file.
+            UserError: the file cannot be written, or holds anything but metrics; it is left as it is.
         """
         self.path = Path(path)
+        self.notice: str | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if resume_iteration == 0 and self.path.exists() and self.path.stat().st_size:
-                os.replace(self.path, self.path.with_name(self.path.name + ".old"))
-            elif self.path.exists():
-                truncate_after(self.path, resume_iteration)
+            if self.path.is_dir():
+                raise UserError(f"--metrics-file {path}: is a directory; name a file, such as {self.path / 'm.jsonl'}")
+            self._durable = self.path.is_file() or not self.path.exists()  # a pipe or /dev/stdout holds nothing
+            if self.path.is_file():
+                self.notice = prepare_to_append(self.path, resume_iteration)
             self._file: BinaryIO = self.path.open("ab")
         except OSError as error:
             raise UserError(f"--metrics-file {path}: cannot be written ({error.strerror})") from error
@@ -63,36 +70,80 @@ class JsonlSink:
 
     def flush(self) -> None:
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._durable:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
 
 
-def truncate_after(path: Path, iteration: int) -> None:
-    """Cuts a metrics file before its first record of a later iteration, or before a half-written last line.
+def prepare_to_append(path: Path, resume_iteration: int | None) -> str | None:
+    """Leaves in a metrics file what a run that goes on after ``resume_iteration`` (None: a new run) appends to.
+
+    Only rows of the file's last run are ever taken out, and they go to the end of ``PATH.abandoned``. A last line that
+    a kill cut short goes.
+
+    Returns:
+        What to tell the user, or None.
 
     Raises:
-        UserError: a complete line is not a metrics record.
+        UserError: a line is not a metrics record; nothing has been changed.
     """
-    kept = 0
+    ends, begins, iterations = [0], 0, list[int]()  # where rows end, the last run's first row
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") and _cut_short(line):
                 break
-            if _iteration_of(path, number, line) > iteration:
-                break
-            kept += len(line)
-    if kept < path.stat().st_size:
-        os.truncate(path, kept)
+            kind, iteration = _row(path, number, line)
+            if kind == "step" and iterations and iteration <= iterations[-1]:
+                begins = len(iterations)
+            iterations.append(iteration)
+            ends.append(ends[-1] + len(line))
+    kept = len(iterations)
+    if resume_iteration is not None:
+        late = (row for row in range(begins, kept) if iterations[row] > resume_iteration)
+        kept = next(late, kept)
+    _cut(path, ends[kept], ends[-1])
+    if moved := len(iterations) - kept:
+        return (
+            f"--metrics-file {path}: {moved} rows of iterations after {resume_iteration}, where this run goes on, "
+            f"were moved to {path}.abandoned"
+        )
+    if resume_iteration is None and iterations:
+        return f"--metrics-file {path}: it holds {len(iterations)} rows of earlier runs; this run's follow them"
+    return None
 
 
-def _iteration_of(path: Path, number: int, line: bytes) -> int:
+def _cut(path: Path, start: int, stop: int) -> None:
+    """Moves bytes [start, stop) of ``path`` to the end of ``PATH.abandoned``, and drops what follows them."""
+    if start < stop:
+        with path.open("rb") as file, path.with_name(path.name + ".abandoned").open("ab") as aside:
+            file.seek(start)
+            aside.write(file.read(stop - start))
+            aside.flush()
+            os.fsync(aside.fileno())
+    if start < path.stat().st_size:
+        os.truncate(path, start)
+
+
+_HEAD = b'{"kind": "'
+
+
+def _cut_short(line: bytes) -> bool:
+    """Whether a last line without its end looks like the beginning of a record."""
+    return line.startswith(_HEAD) or _HEAD.startswith(line)
+
+
+def _row(path: Path, number: int, line: bytes) -> tuple[str, int]:
     try:
-        return int(json.loads(line)["iteration"])
+        record = json.loads(line)
+        kind, iteration = record["kind"], record["iteration"]
+        if kind not in ("step", "evaluation") or type(iteration) is not int:
+            raise ValueError("not a kind of record")
+        return kind, iteration
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--metrics-file {path}: line {number} is no metrics record, so the file is left alone; name another file"
+            f"--metrics-file {path}: line {number} is not a metrics record, so the file is left alone; name another"
         ) from error
 
 

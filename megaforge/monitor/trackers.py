@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megaforge.errors import require
+from megaforge.errors import UserError, require
 from megaforge.monitor.sinks import Kind
 
 _PREFIX = {"step": "train", "evaluation": "valid"}
@@ -18,12 +18,34 @@ def _tagged(kind: Kind, values: Mapping[str, float | int]) -> dict[str, float | 
 
 
 class TensorBoardSink:
-    """TensorBoard event files; a resumed run hides what the interrupted one wrote beyond its checkpoint."""
+    """TensorBoard event files; a resumed run hides what the interrupted one wrote beyond its checkpoint.
 
-    def __init__(self, directory: str, resume_iteration: int) -> None:
+    Attributes:
+        notice: what to tell the user about files that were there, or None.
+    """
+
+    def __init__(self, directory: str, resume_iteration: int | None) -> None:
+        """``resume_iteration``: where the run goes on, or None for a new one.
+
+        Raises:
+            UserError: ``directory`` is a file, or cannot be made.
+        """
         require("tensorboard", extra="train", purpose="--tensorboard-dir")
         writer = require("torch.utils.tensorboard", extra="train", purpose="--tensorboard-dir").SummaryWriter
-        self._writer = writer(directory, purge_step=resume_iteration + 1 if resume_iteration else None)
+        try:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            found = any(path.name.startswith("events.out.tfevents") for path in Path(directory).iterdir())
+            self._writer = writer(directory, purge_step=None if resume_iteration is None else resume_iteration + 1)
+        except FileExistsError as error:
+            raise UserError(f"--tensorboard-dir {directory}: is a file; name a directory") from error
+        except OSError as error:
+            raise UserError(f"--tensorboard-dir {directory}: cannot be written ({error.strerror})") from error
+        self.notice: str | None = None
+        if found and resume_iteration is None:
+            self.notice = (
+                f"--tensorboard-dir {directory}: it holds events of an earlier run, and TensorBoard draws both as one "
+                "curve; give each run a directory of its own"
+            )
 
     def write(self, kind: Kind, iteration: int, values: Mapping[str, float | int]) -> None:
         for name, value in _tagged(kind, values).items():

@@ -132,8 +132,11 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
         path = load_run(trainer)
         load = config.checkpoint.load
         say_once(f"loading {path}" if path else f"--load {load}: nothing was saved there yet, so the run starts anew")
+    goes_on = config.checkpoint.load is not None and not config.checkpoint.finetune
     sinks: list[MetricSink] = []
-    together(ctx, lambda: sinks.extend(_sinks(config, trainer.iteration)) if ctx.is_first_rank else None)
+    together(
+        ctx, lambda: sinks.extend(_sinks(config, trainer.iteration if goes_on else None)) if ctx.is_first_rank else None
+    )
     trainer.callbacks.insert(0, MetricsWriter(sinks))
     return trainer
 
@@ -185,8 +188,8 @@ def _callbacks(config: Config) -> list[Callback]:
     return callbacks
 
 
-def _sinks(config: Config, iteration: int) -> list[MetricSink]:
-    """The sinks that the flags of the logging section name."""
+def _sinks(config: Config, iteration: int | None) -> list[MetricSink]:
+    """The sinks that the flags of the logging section name, to go on after ``iteration`` (None: a new run)."""
     logging, sinks = config.logging, list[MetricSink]()
     described = config_to_dict(config)
     if logging.metrics_file is not None:
@@ -197,4 +200,7 @@ def _sinks(config: Config, iteration: int) -> list[MetricSink]:
         sinks.append(WandbSink(logging.wandb_project, logging.run_name, described))
     if logging.mlflow_experiment is not None:
         sinks.append(MlflowSink(logging.mlflow_experiment, logging.run_name, described))
+    for notice in (getattr(sink, "notice", None) for sink in sinks):
+        if notice is not None:
+            say_once(notice)
     return sinks

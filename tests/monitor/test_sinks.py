@@ -44,21 +44,53 @@ def test_the_evaluation_of_the_resumed_iteration_stays(tmp_path: Path) -> None:
     assert [(r["kind"], r["iteration"]) for r in read_metrics(path)][-2:] == [("step", 4), ("evaluation", 4)]
 
 
-def test_a_fresh_run_puts_an_old_file_aside(tmp_path: Path) -> None:
+def iterations(path: Path) -> list[int]:
+    return [record["iteration"] for record in read_metrics(path) if record["kind"] == "step"]
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_a_new_run_follows_an_earlier_one(tmp_path: Path, first: int) -> None:
+    """One row or several; what a later continuation takes out is its own run's, and goes aside."""
     path = tmp_path / "m.jsonl"
-    write_steps(path, 1, 2, 0)
+    write_steps(path, 1, first, None)
     before = path.read_bytes()
-    write_steps(path, 1, 1, 0)
-    assert (tmp_path / "m.jsonl.old").read_bytes() == before
-    assert len(read_metrics(path)) == 1
+    sink = JsonlSink(path, None)
+    assert sink.notice is not None and "earlier runs" in sink.notice
+    sink.close()
+    write_steps(path, 1, 5, None)
+    assert path.read_bytes().startswith(before)
+    assert iterations(path) == [*range(1, first + 1), 1, 2, 3, 4, 5]
+    sink = JsonlSink(path, 2)
+    assert sink.notice is not None and "m.jsonl.abandoned" in sink.notice
+    sink.close()
+    assert iterations(path) == [*range(1, first + 1), 1, 2]
+    assert iterations(tmp_path / "m.jsonl.abandoned") == [3, 4, 5]
+    JsonlSink(path, 0).close()  # started anew by the line that continues
+    assert path.read_bytes() == before
+    assert iterations(tmp_path / "m.jsonl.abandoned") == [3, 4, 5, 1, 2]
 
 
-def test_a_foreign_file_is_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resume", [None, 0, 3])
+@pytest.mark.parametrize(
+    "content",
+    [b"buy milk\n", b"no end of line", b'{"text": "a corpus"}\n', b'{"kind": "step", "iteration": "2"}\n', b"\n"],
+)
+def test_a_foreign_file_is_left_alone(tmp_path: Path, content: bytes, resume: int | None) -> None:
     path = tmp_path / "notes.txt"
-    path.write_text("buy milk\n")
-    with pytest.raises(UserError, match="notes.txt: line 1 is no metrics record"):
-        JsonlSink(path, 3)
-    assert path.read_text() == "buy milk\n"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="notes.txt: line 1 is not a metrics record"):
+        JsonlSink(path, resume)
+    assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_directory_is_refused_and_a_pipe_is_written_to(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match="runs: is a directory; name a file"):
+        JsonlSink(tmp_path / "runs", None)
+    sink = JsonlSink("/dev/null", None)
+    sink.write("step", 1, {"loss": 1.0})
+    sink.flush()
+    sink.close()
 
 
 def test_not_a_number_becomes_null(tmp_path: Path) -> None:

@@ -87,3 +87,18 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"--wandb-project needs .* 'megaforge\[track\]'"):
         WandbSink("project", None, {})
+
+
+def test_tensorboard_refuses_a_file_and_tells_of_an_earlier_run(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "notes.txt").write_text("buy milk")
+    with pytest.raises(UserError, match="notes.txt: is a file; name a directory"):
+        TensorBoardSink(str(tmp_path / "notes.txt"), None)
+    assert (tmp_path / "notes.txt").read_text() == "buy milk"
+    first = TensorBoardSink(str(tmp_path / "events"), None)
+    first.close()
+    again, continued = (TensorBoardSink(str(tmp_path / "events"), resume) for resume in (None, 3))
+    assert first.notice is None and continued.notice is None
+    assert again.notice is not None and "events of an earlier run" in again.notice
+    again.close()
+    continued.close()
