@@ -6,22 +6,30 @@ Start one process a rank with torchrun, srun or mpirun; ``--help`` lists every f
 
 from __future__ import annotations
 
-from megaforge.config.cli import parse_config, run_entry
-from megaforge.parallel.distributed import say_once, shutdown
-from megaforge.training.dry_run import dry_run
-from megaforge.training.launch import build_trainer, join, prepare
+from megaforge.config.entry import run_entry
 
 
 def main() -> int:
-    parsed = parse_config(prog="pretrain_cdrmix.py", description="Pretrain a CDRmix model.")
-    if parsed.config.dry_run.dry_run:
-        dry_run(parsed.config)
+    # Mistakes are found in milliseconds; torch, which takes more than a second to import, comes after them.
+    from megaforge.config.cli import parse_config
+    from megaforge.config.launcher import check_address, discover_launch, say_once
+    from megaforge.training.prepare import prepare
+
+    config = parse_config(prog="pretrain_cdrmix.py", description="Pretrain a CDRmix model.").config
+    if config.dry_run.dry_run:
+        from megaforge.training.dry_run import dry_run
+
+        dry_run(config)
         return 0
-    config, layout, tokenizer = prepare(parsed.config)
+    check_address(discover_launch())
+    config, layout, tokenizer = prepare(config)
     if config.name.startswith("cdrmix-reason"):
         say_once(f"{config.name}: this version trains stage A (pretraining) only; stage B is not part of it")
-    trainer = build_trainer(config, layout, tokenizer, join(config))
-    trainer.train()
+
+    from megaforge.parallel.distributed import shutdown
+    from megaforge.training.launch import build_trainer, join
+
+    build_trainer(config, layout, tokenizer, join(config)).train()
     shutdown()
     return 0
 

@@ -26,10 +26,10 @@ from collections.abc import Sequence
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from megaforge.config.cli import parse_config, run_entry
+from megaforge.config.pattern import layer_pattern
 from megaforge.data.tokenizer import load_tokenizer
 from megaforge.errors import UserError
 from megaforge.models.parameter_count import count_parameters, total
-from megaforge.models.pattern import layer_pattern
 from megaforge.parallel.pipeline import plan_command as schedule
 from megaforge.planning import measured_activations as activations
 from megaforge.planning import plan_command as memory

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
 from megaforge.config.config import Config
 from megaforge.config.fields import divisors, either
 from megaforge.config.model_config import ModelConfig
@@ -221,15 +219,8 @@ def _check_lengths(config: Config) -> None:
 
 def _check_backend(config: Config) -> None:
     backend, device = config.parallel.distributed_backend, config.training.device
-    if backend == "mpi" and not dist.is_mpi_available():
-        raise UserError(
-            "--distributed-backend mpi: this torch was built without MPI; use --distributed-backend auto "
-            "(mpirun may still start the ranks), or a torch built with MPI"
-        )
     if backend == "nccl" and device == "cpu":
         raise UserError("--distributed-backend nccl does not serve --device cpu; use --distributed-backend gloo")
-    if backend == "nccl" and not dist.is_nccl_available():
-        raise UserError("--distributed-backend nccl: this torch was built without NCCL; use --distributed-backend gloo")
 
 
 def _check_schedule(config: Config) -> None:

@@ -72,9 +72,7 @@ class IndexedDataset:
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         self.prefix = os.fspath(prefix)
         self.bin_path, self.idx_path = bin_path(prefix), idx_path(prefix)
-        for path in (self.idx_path, self.bin_path):
-            if not path.is_file():
-                raise UserError(f"the dataset file {path} does not exist{_suggestion(self.prefix)}")
+        check_files(self.prefix)
         self._read_index()
         itemsize = self.dtype.itemsize
         self.num_tokens = int(self.sequence_lengths.sum(dtype=np.int64))
@@ -163,6 +161,17 @@ def _map(path: Path) -> mmap.mmap | bytes:
     """The file's bytes, memory-mapped; an empty file cannot be mapped and needs no mapping."""
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+
+
+def check_files(prefix: str) -> None:
+    """Checks that both files of a dataset are there.
+
+    Raises:
+        UserError: naming the one that is missing.
+    """
+    for path in (idx_path(prefix), bin_path(prefix)):
+        if not path.is_file():
+            raise UserError(f"the dataset file {path} does not exist{_suggestion(prefix)}")
 
 
 def _suggestion(prefix: str) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from megaforge.config.model_config import ModelConfig
+from megaforge.config.pattern import BlockKind, blocks_of
 from megaforge.models.hybrid import HybridModel
-from megaforge.models.pattern import BlockKind, blocks_of
 from megaforge.parallel.param_spec import ParamSpec, named_specs
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
+from megaforge.config.pattern import BlockKind, blocks_of
 from megaforge.models.head import OutputHead, embedding_init, head_init
-from megaforge.models.pattern import BlockKind, blocks_of
 from megaforge.nn.attention import KVCache, SelfAttention
 from megaforge.nn.mlp import DenseFFN, FFNState
 from megaforge.nn.moe import MoEFFN, RouterLosses

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from megaforge.config.model_config import ModelConfig
+from megaforge.config.pattern import blocks_of, pipeline_cuts
 from megaforge.config.run_config import ParallelConfig
-from megaforge.errors import UserError
 from megaforge.models.flops import matmul_elements, mixing_flops
 from megaforge.models.hybrid import HybridModel
-from megaforge.models.pattern import blocks_of, pipeline_cuts
+from megaforge.models.pipeline_shape import check_stages, pipeline_shape
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import named_specs
 from megaforge.parallel.pipeline.actions import Schedule
@@ -73,46 +73,16 @@ def plan_pipeline(cfg: ModelConfig, parallel: ParallelConfig, micro_batches: int
     return PipelinePlan(name, pp, vpp, tuple(stage_layers(cfg, pp * vpp, sequence_length)), schedule)
 
 
-def pipeline_shape(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[str, int]:
-    """(schedule, stages on each pipeline rank) that the flags ask for.
-
-    Raises:
-        UserError: ``--num-layers-per-virtual-pipeline-stage`` does not divide the blocks.
-    """
-    vpp = _stages_per_rank(parallel, len(blocks_of(cfg)))
-    name = parallel.pipeline_schedule or ("1f1b" if vpp == 1 else "interleaved")
-    return name, vpp
-
-
-def _stages_per_rank(parallel: ParallelConfig, num_layers: int) -> int:
-    pp, each = parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage
-    if each is None:
-        return parallel.virtual_pipeline_model_parallel_size or (2 if parallel.pipeline_schedule == "zb-v" else 1)
-    if num_layers % (pp * each):
-        sizes = [str(size) for size in range(1, num_layers + 1) if num_layers % (pp * size) == 0]
-        valid = f"valid: {', '.join(sizes)}" if sizes else f"use --vpp, or a --pp that divides {num_layers}"
-        raise UserError(
-            f"--num-layers-per-virtual-pipeline-stage {each}: the model's {num_layers} blocks do not divide by "
-            f"--pp {pp} times it; {valid}"
-        )
-    return num_layers // (pp * each)
-
-
 def stage_layers(cfg: ModelConfig, num_stages: int, sequence_length: int) -> list[range]:
     """The blocks of every stage: as the ``|`` of the layer pattern cut it, or balanced by :func:`block_costs`. One
     stage is the whole model, whatever the pattern's cuts.
 
     Raises:
-        UserError: more stages than blocks, or cuts that make another number of stages or an empty one.
+        UserError: see :func:`megaforge.models.pipeline_shape.check_stages`.
     """
-    count = len(blocks_of(cfg))
+    check_stages(cfg, num_stages)
     if num_stages == 1:
-        return [range(count)]
-    if num_stages > count:
-        raise UserError(
-            f"--pp times --vpp is {num_stages} stages, but the model has only {count} blocks; "
-            f"use at most {count} stages"
-        )
+        return [range(len(blocks_of(cfg)))]
     return partition_layers(block_costs(cfg, sequence_length), num_stages, pipeline_cuts(cfg))
 
 

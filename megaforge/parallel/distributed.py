@@ -1,52 +1,21 @@
-"""Finding out which rank this process is, however it was launched, and joining the others."""
+"""Joining the other ranks, however they were launched."""
 
 from __future__ import annotations
 
 import datetime
 import os
 import socket
-import sys
-from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
+from megaforge.config.launcher import Launch, check_address, discover_launch, say_once
 from megaforge.device import communication_backend
 from megaforge.errors import UserError
 
-# (launcher, rank, world size, local rank), in the order they are tried: torchrun inside an sbatch script sets both
-# its own variables and SLURM's, and its own are the right ones.
-_LAUNCHERS = (
-    ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("OpenMPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    ("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How this process was started."""
-
-    launcher: str = "python"
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-
-
-def discover_launch(env: dict[str, str] | None = None) -> Launch:
-    """Reads rank, world size and local rank from the launcher's environment; a plain process is rank 0 of 1."""
-    env = dict(os.environ) if env is None else env
-    for launcher, rank, size, local in _LAUNCHERS:
-        if rank not in env or size not in env:
-            continue
-        # An sbatch script's own shell carries SLURM_NTASKS without being one of the tasks that srun starts.
-        if launcher == "srun" and "SLURM_STEP_ID" not in env:
-            continue
-        return Launch(launcher, int(env[rank]), int(env[size]), int(env.get(local, 0)))
-    return Launch()
+__all__ = ["Launch", "check_backend", "discover_launch", "initialize", "open_store", "say_once", "shutdown"]
 
 
 def _mpi_address(launch: Launch) -> tuple[str, int]:
@@ -88,14 +57,9 @@ def initialize(device: Any, backend: str = "auto", timeout_minutes: float = 30.0
     launch = discover_launch()
     if launch.world_size == 1:
         return launch
-    if backend == "mpi" and not dist.is_mpi_available():
-        raise UserError(
-            "--distributed-backend mpi: the installed torch was built without MPI; use --distributed-backend gloo "
-            "(mpirun may still launch the ranks) or a torch built from source with MPI"
-        )
+    check_backend(backend)
     chosen = communication_backend(device) if backend == "auto" else backend
-    if launch.launcher != "torchrun":
-        _export(launch)
+    _export(launch)
     timeout = datetime.timedelta(minutes=timeout_minutes)
     dist.init_process_group(chosen, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     return launch
@@ -108,20 +72,32 @@ def open_store() -> Store:
         UserError: they have no address to meet at.
     """
     launch = discover_launch()
-    if launch.launcher != "torchrun":
-        _export(launch)
+    _export(launch)
     store: Store = next(rendezvous("env://"))[0]
     return store
 
 
+def check_backend(backend: str) -> None:
+    """Checks that the installed torch has ``--distributed-backend``.
+
+    Raises:
+        UserError: it was built without.
+    """
+    if backend == "mpi" and not dist.is_mpi_available():
+        raise UserError(
+            "--distributed-backend mpi: the installed torch was built without MPI; use --distributed-backend gloo "
+            "(mpirun may still launch the ranks) or a torch built from source with MPI"
+        )
+    if backend == "nccl" and not dist.is_nccl_available():
+        raise UserError("--distributed-backend nccl: this torch was built without NCCL; use --distributed-backend gloo")
+
+
 def _export(launch: Launch) -> None:
     """Writes what torchrun would have written, so that env:// rendezvous and libraries find it."""
+    check_address(launch)
+    if launch.launcher == "torchrun":
+        return
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-        if launch.launcher == "srun":
-            raise UserError(
-                "started by srun without MASTER_ADDR and MASTER_PORT; export them in the sbatch script "
-                "(see run_scripts/slurm) or start torchrun with srun"
-            )
         host, port = _mpi_address(launch)
         os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
     os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
@@ -132,8 +108,3 @@ def shutdown() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
-
-def say_once(message: str) -> None:
-    """Prints ``message`` to standard error on rank 0: the one place where a fallback speaks up."""
-    if discover_launch().rank == 0:
-        print(message, file=sys.stderr, flush=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megaforge.config.model_config import ModelConfig
+from megaforge.config.pattern import BlockKind
 from megaforge.kernels.wkv7 import saved_for_backward
-from megaforge.models.pattern import BlockKind
 from megaforge.nn.rwkv7 import lora_ranks
 from megaforge.parallel.cross_entropy import CHUNK_TOKENS
 from megaforge.planning.layout import PlannedLayout

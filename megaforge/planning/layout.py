@@ -9,7 +9,7 @@ import torch
 
 from megaforge.config.check_layout import check_layout
 from megaforge.config.config import Config
-from megaforge.models.stages import pipeline_shape
+from megaforge.models.pipeline_shape import pipeline_shape
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.pipeline.actions import Schedule
 from megaforge.parallel.pipeline.schedules import build_schedule

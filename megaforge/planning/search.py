@@ -12,9 +12,9 @@ import torch
 
 from megaforge.config.check_layout import ffn_kinds
 from megaforge.config.config import Config
+from megaforge.config.pattern import blocks_of
 from megaforge.config.run_config import ParallelConfig, roomy_etp
 from megaforge.errors import UserError
-from megaforge.models.pattern import blocks_of
 from megaforge.planning.gpus import Efficiency, Gpu
 from megaforge.planning.layout import PlannedLayout, layout_of
 from megaforge.planning.memory import RankMemory, rank_memory

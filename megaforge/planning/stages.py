@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from megaforge.config.model_config import ModelConfig
+from megaforge.config.pattern import BlockKind, blocks_of
 from megaforge.models.flops import matmul_elements, mixing_flops
 from megaforge.models.hybrid import HybridModel
-from megaforge.models.pattern import BlockKind, blocks_of
 from megaforge.models.stages import stage_layers
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import ParamSpec, named_specs

@@ -14,10 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaforge.config.check_layout import check_layout, with_tokenizer_vocab
+from megaforge.config.check_layout import check_layout
 from megaforge.config.config import Config
 from megaforge.data.loader import GlobalBatchLoader
-from megaforge.data.tokenizer import load_tokenizer
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.stages import PipelinePlan, StagedModel, make_payload
@@ -42,6 +41,7 @@ from megaforge.planning.stage_run import run_stage
 from megaforge.planning.stages import ModelParts, StagePart, cut_stages, model_parts, stage_parameters
 from megaforge.training.launch import build_stages, context_of, plan_of
 from megaforge.training.pipeline import make_reducer
+from megaforge.training.prepare import with_tokenizer
 from megaforge.training.state import compute_dtype
 
 
@@ -83,9 +83,7 @@ def dry_run(config: Config) -> None:
         UserError: as the job itself would.
     """
     started = time.perf_counter()
-    if config.data.tokenizer_model is not None:
-        tokenizer = load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
-        config = with_tokenizer_vocab(config, tokenizer.vocab_size)
+    config, _ = with_tokenizer(config)
     world_size = config.dry_run.dry_run_world_size or discover_launch().world_size
     layout, ranks = try_ranks(config, world_size)
     for note in check_layout(config, world_size).notes:

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 
 from megaforge.checkpoint.agree import together
-from megaforge.config.check_layout import Layout, check_layout, with_tokenizer_vocab
+from megaforge.config.check_layout import Layout
 from megaforge.config.config import Config
 from megaforge.config.schema import config_to_dict
 from megaforge.data.blend import parse_data_path
 from megaforge.data.samples import SampleSchedule, TrainingData
-from megaforge.data.tokenizer import Tokenizer, load_tokenizer
+from megaforge.data.tokenizer import Tokenizer
 from megaforge.device import resolve_device
 from megaforge.errors import UserError
 from megaforge.kernels.matmul_precision import choose_matmul_precision
@@ -23,7 +23,7 @@ from megaforge.monitor.sinks import JsonlSink, MetricSink
 from megaforge.monitor.trackers import MlflowSink, TensorBoardSink, WandbSink
 from megaforge.optim import build_optimizer
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.distributed import discover_launch, initialize, say_once
+from megaforge.parallel.distributed import check_backend, discover_launch, initialize, say_once
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.zero import shard_parameters
 from megaforge.training.callbacks import (
@@ -39,35 +39,11 @@ from megaforge.training.state import check_save_directory, compute_dtype, load_r
 from megaforge.training.trainer import Trainer
 
 
-def prepare(config: Config) -> tuple[Config, Layout, Tokenizer | None]:
-    """Everything that can be checked before a process group exists; the vocabulary size is filled in.
-
-    Raises:
-        UserError: the same on every rank, which makes it safe to leave.
-    """
-    if not config.data.data_path:
-        raise UserError("--data-path is missing; give the prefix of a dataset, such as corpus/train_text_document")
-    if config.training.early_stopping_patience and not config.training.eval_iters:
-        raise UserError(
-            f"--early-stopping-patience {config.training.early_stopping_patience} judges evaluations, and there are "
-            "none: set --eval-iters and --eval-interval"
-        )
-    tokenizer = None
-    if config.data.tokenizer_model is not None:
-        tokenizer = load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
-        config = with_tokenizer_vocab(config, tokenizer.vocab_size)
-    layout = check_layout(config, discover_launch().world_size)
-    config.model.padded_vocab_size()
-    plan_of(config, layout)
-    for note in layout.notes:
-        say_once(note)
-    return config, layout, tokenizer
-
-
 def join(config: Config) -> ParallelContext:
     """This rank's device and its place among the others; joins the process group if there are others."""
     device = resolve_device(config.training.device, discover_launch().local_rank)
     set_numerics(config, device)
+    check_backend(config.parallel.distributed_backend)
     initialize(device, config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes)
     return context_of(config, device)
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-import torch.distributed as dist
 
 from megaforge.config.check_layout import check_layout, mixer_kinds, with_tokenizer_vocab
 from megaforge.config.cli import parse_config
@@ -164,17 +163,6 @@ def test_only_what_the_model_has_must_divide() -> None:
 )
 def test_mixer_kinds(argv: list[str], kinds: str) -> None:
     assert mixer_kinds(parse_config(argv).config.model) == set(kinds)
-
-
-def test_a_torch_without_a_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "is_mpi_available", lambda: False)
-    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
-    assert complaint(1, "--distributed-backend", "mpi").startswith(
-        "--distributed-backend mpi: this torch was built without"
-    )
-    assert complaint(1, "--distributed-backend", "nccl").endswith("built without NCCL; use --distributed-backend gloo")
-    monkeypatch.setattr(dist, "is_mpi_available", lambda: True)
-    check_layout(parse_config(["--distributed-backend", "mpi"]).config, 1)
 
 
 def test_notes_on_what_changes_nothing() -> None:

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from megaforge.config.entry import launched_rank, run_entry
+from megaforge.config.entry import run_entry
 from megaforge.errors import UserError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_RANK", "PMI_SIZE")
-VARIABLES += ("SLURM_PROCID", "SLURM_NTASKS")
+VARIABLES += ("SLURM_STEP_ID", "TORCHELASTIC_ERROR_FILE")
 
 
 @pytest.fixture(autouse=True)
@@ -30,16 +33,6 @@ def start(body: str, rank: int, size: int) -> subprocess.Popen[str]:
     )
 
 
-def test_rank_and_size_of_each_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launched_rank() == (0, 1)
-    for rank, size in zip(VARIABLES[0::2], VARIABLES[1::2], strict=True):
-        with monkeypatch.context() as scoped:
-            scoped.setenv(rank, "3")
-            assert launched_rank() == (0, 1)
-            scoped.setenv(size, "4")
-            assert launched_rank() == (3, 4)
-
-
 @pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (3, 3)])
 def test_status_of_a_lone_process(returned: int | None, status: int) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -47,12 +40,13 @@ def test_status_of_a_lone_process(returned: int | None, status: int) -> None:
     assert ended.value.code == status
 
 
-def test_a_users_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    def main() -> None:
-        raise UserError("--lr -1: must be positive")
+def mistaken() -> None:
+    raise UserError("--lr -1: must be positive")
 
+
+def test_a_users_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        run_entry(main)
+        run_entry(mistaken)
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: --lr -1: must be positive\n"
 
@@ -86,7 +80,7 @@ def test_a_crashed_rank_of_many_does_not_wait_for_its_threads() -> None:
     assert all(line.startswith("[rank 1] ") for line in lines)
 
 
-def test_torchrun_prints_a_common_mistake_once(tmp_path) -> None:
+def test_torchruns_summary_has_a_common_mistake_once(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "from megaforge.config.entry import run_entry\nfrom megaforge.errors import UserError\n"
@@ -99,4 +93,90 @@ def test_torchrun_prints_a_common_mistake_once(tmp_path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert done.stderr.count("a common mistake") == 1
-    assert "error: a common mistake\n" in done.stderr
+    summary = done.stderr[done.stderr.index("Root Cause") :]
+    assert "traceback : error: a common mistake\n" in summary
+
+
+@pytest.mark.parametrize(("attempt", "spoken"), [("0", True), ("1", False)])
+def test_torchrun_gets_the_error_of_its_last_attempt(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    attempt: str,
+    spoken: bool,
+) -> None:
+    """In the form that torch reads; before a restart torchrun shows nothing, so the rank speaks."""
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    for main, status, words in (
+        (mistaken, 2, "error: --lr -1: must be positive"),
+        (lambda: 1 // 0, 1, "ZeroDivisionError: integer division or modulo by zero"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run_entry(main)
+        assert ended.value.code == status
+        failure = ProcessFailure(0, 1, status, str(file))
+        assert words in ChildFailedError("x", {0: failure}).format_msg()
+        assert (words in capsys.readouterr().err) == spoken
+
+
+def test_a_full_disk_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        with open("/dev/full", "w") as file:
+            file.write("x")
+
+    with pytest.raises(SystemExit) as ended:
+        run_entry(main)
+    assert ended.value.code == 2
+    assert "No space left on device" in capsys.readouterr().err
+
+    def elsewhere() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/x")
+
+    with pytest.raises(SystemExit) as ended:
+        run_entry(elsewhere)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: /data/x: cannot be written: No space left on device")
+
+
+def test_ctrl_c_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    for message in (None, "interrupted: run it again"):
+        with pytest.raises(SystemExit) as ended:
+            run_entry(main, message)
+        assert ended.value.code == 130
+        assert capsys.readouterr().err == (f"{message}\n" if message else "")
+
+
+@pytest.mark.parametrize("body", ["while True: print('y' * 1000)", "print('short')", "print('x'); raise SystemExit(0)"])
+def test_a_reader_that_leaves_is_no_fault(body: str) -> None:
+    reader, writer = os.pipe()
+    script = f"from megaforge.config.entry import run_entry\ndef main():\n    {body}\nrun_entry(main)\n"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    os.close(reader)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (141, "")
+
+
+def test_a_pipe_of_our_own_that_breaks_is_a_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with pytest.raises(SystemExit) as ended:
+        run_entry(main)
+    assert ended.value.code == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_output_that_finds_no_room() -> None:
+    """Python's own buffer is full of it until the end."""
+    script = "from megaforge.config.entry import run_entry\nrun_entry(lambda: print('x'))\n"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: standard output") and len(done.stderr.splitlines()) == 1

@@ -27,8 +27,9 @@ class Outcome:
 
     @property
     def errors(self) -> list[str]:
-        """The lines in which the script complains."""
-        return [line for line in self.err.splitlines() if line.startswith("error")]
+        """The lines in which the script complains, to standard error or in torchrun's summary."""
+        lines = [line.removeprefix("  traceback : ") for line in self.err.splitlines()]
+        return [line for line in lines if line.startswith("error")]
 
 
 def command(ranks: int, script: str, *arguments: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Rank discovery, whatever the launcher, and a real mpirun where an MPI is installed."""
+"""Where a rank stands among the others, and a real mpirun where an MPI is installed."""
 
 from __future__ import annotations
 
@@ -11,58 +11,17 @@ import torch.distributed as dist
 
 from megaforge.errors import UserError
 from megaforge.parallel.context import AXES, ParallelContext
-from megaforge.parallel.distributed import Launch, discover_launch, initialize
+from megaforge.parallel.distributed import check_backend
 
 
-@pytest.mark.parametrize(
-    "env,expected",
-    [
-        ({}, Launch()),
-        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Launch("torchrun", 3, 8, 1)),
-        # torchrun started by srun: its own variables win
-        (
-            {
-                "SLURM_PROCID": "1",
-                "SLURM_NTASKS": "2",
-                "SLURM_STEP_ID": "0",
-                "RANK": "5",
-                "WORLD_SIZE": "16",
-                "LOCAL_RANK": "5",
-            },
-            Launch("torchrun", 5, 16, 5),
-        ),
-        (
-            {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"},
-            Launch("srun", 5, 8, 1),
-        ),
-        # the batch script's own shell is no task
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, Launch()),
-        (
-            {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
-            Launch("OpenMPI", 1, 4, 1),
-        ),
-        ({"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0"}, Launch("MPICH", 2, 4, 0)),
-    ],
-)
-def test_rank_discovery(env: dict[str, str], expected: Launch) -> None:
-    assert discover_launch(env) == expected
-
-
-def test_srun_without_an_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}.items():
-        monkeypatch.setenv(name, value)
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match="MASTER_ADDR"):
-        initialize("cpu", "gloo")
-
-
-def test_missing_mpi_backend_names_an_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_a_torch_without_a_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.distributed.is_mpi_available", lambda: False)
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: False)
     with pytest.raises(UserError, match="--distributed-backend gloo"):
-        initialize("cpu", "mpi")
+        check_backend("mpi")
+    with pytest.raises(UserError, match="built without NCCL; use --distributed-backend gloo"):
+        check_backend("nccl")
+    check_backend("gloo")
 
 
 def axis_ranks(tp: int) -> tuple[int, int, int]:

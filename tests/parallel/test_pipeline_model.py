@@ -27,7 +27,7 @@ from megaforge.parallel.flat_share import FlatShare, held_part
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.mappings import reduce_from_tensor_parallel
 from megaforge.parallel.param_spec import ParamSpec, named_specs
-from megaforge.training.launch import prepare
+from megaforge.training.prepare import prepare
 from megaforge.training.restore import load_trained_model
 from megaforge.training.trainer import Trainer
 from tests.nn.support import perturb

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megaforge.parallel.context import ParallelContext
-from megaforge.training.launch import build_trainer, prepare
+from megaforge.training.launch import build_trainer
+from megaforge.training.prepare import prepare
 from megaforge.training.restore import load_trained_model
 from tests.training.tiny import arguments, make_config, make_trainer, record, write_dataset
 

@@ -12,7 +12,8 @@ from megaforge.config.cli import parse_config
 from megaforge.config.config import Config
 from megaforge.data.indexed_dataset import IndexedDatasetWriter
 from megaforge.parallel.context import ParallelContext
-from megaforge.training.launch import build_trainer, prepare
+from megaforge.training.launch import build_trainer
+from megaforge.training.prepare import prepare
 from megaforge.training.trainer import Trainer
 
 VOCAB = 61

@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megaforge.config.launcher import MPI_LAUNCHERS, discover_launch
 from megaforge.errors import UserError, require
 
 _HEARTBEAT_SECONDS = 5.0
 _SILENCE_SECONDS = 180.0
-_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_SIZE")
 
 
 class RankGroup(ABC):
@@ -144,13 +144,18 @@ class FileRanks(RankGroup):
 def discover_ranks(output_prefix: str, environment: Mapping[str, str] = os.environ) -> RankGroup:
     """The group this process was launched in: mpirun's, srun's, or one rank.
 
-    ``SLURM_NTASKS`` is set in batch scripts too, where there is but one process; only a job step has
-    ``SLURM_STEP_NUM_TASKS``. mpirun inside a job comes first.
+    Raises:
+        UserError: torchrun started several.
     """
-    slurm = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if "OMPI_COMM_WORLD_SIZE" in environment or slurm <= 1:
-        if any(int(environment.get(name, "1")) > 1 for name in _MPI_SIZES):
-            return MpiRanks()
+    launch = discover_launch(environment)
+    if launch.world_size == 1:
         return SingleRank()
+    if launch.launcher in MPI_LAUNCHERS:
+        return MpiRanks()
+    if launch.launcher != "srun":
+        raise UserError(
+            f"RANK={launch.rank} WORLD_SIZE={launch.world_size}: ranks of torchrun cannot share this work; use "
+            "--workers N on one machine, and srun or mpirun on several"
+        )
     run = ".".join(environment.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
-    return FileRanks(Path(f"{output_prefix}.ranks-{run}"), int(environment["SLURM_PROCID"]), slurm)
+    return FileRanks(Path(f"{output_prefix}.ranks-{run}"), launch.rank, launch.world_size)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.errors import UserError
-from megaforge.models.pattern import (
+from megaforge.config.pattern import (
     BlockKind,
     attention_positions,
     blocks_of,
@@ -14,6 +13,7 @@ from megaforge.models.pattern import (
     parse_pattern,
     pipeline_cuts,
 )
+from megaforge.errors import UserError
 
 
 def pattern(**changes: object) -> str:

@@ -1,0 +1,64 @@
+"""Whether a model can be cut into the stages that the flags ask for. Needs no torch: it is checked first."""
+
+from __future__ import annotations
+
+from megaforge.config.model_config import ModelConfig
+from megaforge.config.pattern import blocks_of, pipeline_cuts
+from megaforge.config.run_config import ParallelConfig
+from megaforge.errors import UserError
+from megaforge.parallel.pipeline.partition import partition_layers
+from megaforge.parallel.pipeline.schedules import build_schedule
+
+
+def check_pipeline(cfg: ModelConfig, parallel: ParallelConfig, micro_batches: int) -> None:
+    """Checks blocks, stages and schedule against each other.
+
+    Raises:
+        UserError: as :func:`megaforge.models.stages.plan_pipeline` would.
+    """
+    name, vpp = pipeline_shape(cfg, parallel)
+    pp = parallel.pipeline_model_parallel_size
+    build_schedule(name, pp=pp, vpp=vpp, microbatches=micro_batches)
+    check_stages(cfg, pp * vpp)
+
+
+def pipeline_shape(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[str, int]:
+    """(schedule, stages on each pipeline rank) that the flags ask for.
+
+    Raises:
+        UserError: ``--num-layers-per-virtual-pipeline-stage`` does not divide the blocks.
+    """
+    vpp = _stages_per_rank(parallel, len(blocks_of(cfg)))
+    name = parallel.pipeline_schedule or ("1f1b" if vpp == 1 else "interleaved")
+    return name, vpp
+
+
+def _stages_per_rank(parallel: ParallelConfig, num_layers: int) -> int:
+    pp, each = parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage
+    if each is None:
+        return parallel.virtual_pipeline_model_parallel_size or (2 if parallel.pipeline_schedule == "zb-v" else 1)
+    if num_layers % (pp * each):
+        sizes = [str(size) for size in range(1, num_layers + 1) if num_layers % (pp * size) == 0]
+        valid = f"valid: {', '.join(sizes)}" if sizes else f"use --vpp, or a --pp that divides {num_layers}"
+        raise UserError(
+            f"--num-layers-per-virtual-pipeline-stage {each}: the model's {num_layers} blocks do not divide by "
+            f"--pp {pp} times it; {valid}"
+        )
+    return num_layers // (pp * each)
+
+
+def check_stages(cfg: ModelConfig, num_stages: int) -> None:
+    """Checks the number of stages against the blocks and the cuts of the pattern.
+
+    Raises:
+        UserError: more stages than blocks, or cuts that make another number of stages or an empty one.
+    """
+    count = len(blocks_of(cfg))
+    if num_stages > count:
+        raise UserError(
+            f"--pp times --vpp is {num_stages} stages, but the model has only {count} blocks; "
+            f"use at most {count} stages"
+        )
+    cuts = pipeline_cuts(cfg)
+    if num_stages > 1 and cuts:
+        partition_layers([1.0] * count, num_stages, cuts)
