@@ -1,16 +1,19 @@
 """From a schedule to what a rank really does: its computations, and between them posts of sends and receives.
 
 All transfers are put into one total order, that of the simulated moments at which they become possible, and every rank
-posts its ends of them in that order. The earliest unfinished transfer is therefore always posted, or about to be, on
-both of its ranks: no rank can wait forever, even if each post blocked until its partners had come (rendezvous), as a
-send may on NCCL. :func:`check_program` proves it for one program under exactly that strict semantics.
-:class:`~megaforge.parallel.pipeline.executor.PipelineExecutor` posts without blocking and waits for a receive only
-where it is used and for a send a few posts later, which can only finish earlier.
+posts its ends of them in that order. A post is one group of point-to-point operations, which NCCL may finish only as a
+whole and which it defines only where both sides group alike: so a post holds transfers between the same two ranks, and
+both post the same ones together. Posts inherit the total order, whose earliest unfinished one is therefore always
+posted, or about to be, on both of its ranks: no rank can wait forever, even if each post blocked until its partner had
+come (rendezvous), as a send may on NCCL. :func:`check_program` proves it for one program under exactly that strict
+semantics. :class:`~megaforge.parallel.pipeline.executor.PipelineExecutor` posts without blocking and waits for a
+receive only where it is used and for a send a few posts later, which can only finish earlier.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
+from itertools import pairwise
 from typing import NamedTuple
 
 from megaforge.errors import UserError
@@ -32,7 +35,7 @@ class Transfer(NamedTuple):
 
 
 class Post(NamedTuple):
-    """Sends and receives that a rank starts together (one batched isend/irecv)."""
+    """Transfers between two ranks that both start together (one batched isend/irecv on either)."""
 
     transfers: tuple[Transfer, ...]
 
@@ -54,17 +57,29 @@ def build_program(schedule: Schedule, costs: Costs | None = None, *, forward_onl
     """Every rank's computations and posts, in order.
 
     A send is posted right after its computation, its receive at the same simulated moment: before the computation
-    that the receiver is busy with then, so that data arrives while it computes.
+    that the receiver is busy with then, so that data arrives while it computes. What two ranks have for each other
+    at one moment (1F1B: an activation and a gradient) is one post, unless either computes or posts something between.
 
     Raises:
         UserError: the schedule is incomplete or deadlocks.
     """
     timeline = simulate(schedule, costs, forward_only=forward_only)
-    return tuple(_rank_program(timeline, rank, transfers) for rank, transfers in enumerate(_transfers(timeline)))
+    ends = _ends_of_transfers(timeline)
+    # A transfer has two ends: neighbours on both ranks are what these two ranks can post together.
+    neighbours = Counter(pair for rank in ends for pair in _neighbours(rank))
+    together = {pair for pair, times in neighbours.items() if times == 2}
+    return tuple(_rank_program(actions, rank, together) for actions, rank in zip(schedule.actions, ends, strict=True))
 
 
-def _transfers(timeline: Timeline) -> list[list[tuple[float, Transfer]]]:
-    """Each rank's transfers, a projection of one total order."""
+class _End(NamedTuple):
+    """A rank's part in ``transfer``, which it posts after its first ``after`` actions."""
+
+    after: int
+    transfer: Transfer
+
+
+def _ends_of_transfers(timeline: Timeline) -> list[list[_End]]:
+    """Each rank's ends of transfers, a projection of one total order."""
     schedule = timeline.schedule
     found = []
     for rank, spans in enumerate(timeline.spans):
@@ -72,55 +87,93 @@ def _transfers(timeline: Timeline) -> list[list[tuple[float, Transfer]]]:
             transfer = output_transfer(schedule, span.action)
             if transfer:
                 found.append((span.end, rank, transfer))
-    by_rank: list[list[tuple[float, Transfer]]] = [[] for _ in timeline.spans]
+    by_rank: list[list[_End]] = [[] for _ in timeline.spans]
+    done = [0] * len(by_rank)
     for time, sender, transfer in sorted(found):
-        by_rank[sender].append((time, transfer))
-        by_rank[schedule.rank_of(transfer.target_stage)].append((time, transfer))
+        for rank in (sender, schedule.rank_of(transfer.target_stage)):
+            spans = timeline.spans[rank]
+            while done[rank] < len(spans) and spans[done[rank]].end <= time:
+                done[rank] += 1
+            by_rank[rank].append(_End(done[rank], transfer))
     return by_rank
 
 
-def _rank_program(timeline: Timeline, rank: int, transfers: list[tuple[float, Transfer]]) -> tuple[Action | Post, ...]:
-    spans = timeline.spans[rank]
+def _neighbours(ends: list[_End]) -> list[tuple[Transfer, Transfer]]:
+    """Transfers that follow each other on a rank with no action between."""
+    return [(first.transfer, second.transfer) for first, second in pairwise(ends) if first.after == second.after]
+
+
+def _rank_program(
+    actions: tuple[Action, ...], ends: list[_End], together: set[tuple[Transfer, Transfer]]
+) -> tuple[Action | Post, ...]:
     steps: list[Action | Post] = []
-    together: list[Transfer] = []
     done = 0
-    for time, transfer in transfers:
-        ended = done
-        while ended < len(spans) and spans[ended].end <= time:
-            ended += 1
-        if ended > done and together:
-            steps.append(Post(tuple(together)))
-            together = []
-        steps += [span.action for span in spans[done:ended]]
-        done = ended
-        together.append(transfer)
-    if together:
-        steps.append(Post(tuple(together)))
-    return (*steps, *(span.action for span in spans[done:]))
+    for after, transfer in ends:
+        steps += actions[done:after]
+        done = after
+        last = steps[-1] if steps else None
+        if isinstance(last, Post) and (last.transfers[-1], transfer) in together:
+            steps[-1] = Post((*last.transfers, transfer))
+        else:
+            steps.append(Post((transfer,)))
+    return (*steps, *actions[done:])
 
 
 def check_program(schedule: Schedule, program: Program, *, buffered: bool = False) -> None:
-    """Runs ``program`` with posts that block until all their transfers are done.
+    """Runs ``program`` with posts that block until all their transfers are done, which they are only together.
 
     Args:
-        buffered: sends finish at once (as on a transport with unlimited buffers); otherwise a transfer is done when
-            both of its ranks have come to it (rendezvous), which is the stricter and what NCCL may need.
+        buffered: posts that only send finish at once (as on a transport with unlimited buffers); otherwise a post is
+            done when both of its ranks have come to it (rendezvous), which is the stricter and what NCCL may need.
 
     Raises:
-        UserError: some ranks wait forever, or a computation comes before its inputs; the message names the steps.
+        UserError: two ranks group their transfers differently, some ranks wait forever, or a computation or a send
+            comes before what it needs; the message names the steps.
     """
+    _check_groups(schedule, program)
     check = _BlockingRun(schedule, program, buffered)
     while check.runnable:
         check.advance(check.runnable.pop())
-    stuck = [f"rank {rank} waits for the {min(missing)}" for rank, missing in enumerate(check.missing) if missing]
+    stuck = [f"rank {rank} waits for the {min(post)}" for rank, post in enumerate(check.waiting) if post]
     if stuck:
         raise UserError(
             f"pipeline schedule '{schedule.name}' deadlocks with blocking sends and receives: {'; '.join(stuck)}"
         )
 
 
+def _check_groups(schedule: Schedule, program: Program) -> None:
+    """Every transfer is posted once on each of its two ranks and nowhere else, in the same company.
+
+    NCCL does not define groups that differ between partners (github.com/NVIDIA/nccl/issues/1279)."""
+    groups: dict[Transfer, dict[int, set[Transfer]]] = {}
+    for rank, steps in enumerate(program):
+        for post in (step for step in steps if isinstance(step, Post)):
+            for transfer in post.transfers:
+                where = f"pipeline schedule '{schedule.name}', rank {rank}: the {transfer}"
+                if rank not in _ranks_of(schedule, transfer):
+                    raise UserError(f"{where} is not this rank's to post")
+                if rank in groups.setdefault(transfer, {}):
+                    raise UserError(f"{where} is posted twice")
+                groups[transfer][rank] = set(post.transfers)
+    for transfer, by_rank in groups.items():
+        groupings = [by_rank.get(rank, set()) for rank in _ranks_of(schedule, transfer)]
+        if groupings[0] != groupings[1]:
+            companies = (
+                f"rank {rank} " + (f"in a group of {len(group)}" if group else "not at all")
+                for rank, group in zip(_ranks_of(schedule, transfer), groupings, strict=True)
+            )
+            raise UserError(
+                f"pipeline schedule '{schedule.name}': the {transfer} is posted by {' and by '.join(companies)}; "
+                "both ranks must post the same transfers together"
+            )
+
+
+def _ranks_of(schedule: Schedule, transfer: Transfer) -> tuple[int, int]:
+    return schedule.rank_of(transfer.source_stage), schedule.rank_of(transfer.target_stage)
+
+
 class _BlockingRun:
-    """Where every rank of a program stands, when each post blocks."""
+    """Where every rank of a program stands, when each post blocks. Both ranks of a post have the same one, by set."""
 
     def __init__(self, schedule: Schedule, program: Program, buffered: bool) -> None:
         self.schedule = schedule
@@ -131,10 +184,11 @@ class _BlockingRun:
         }
         self.position = [0] * len(program)
         self.runnable = list(range(len(program)))
-        self.missing: list[set[Transfer]] = [set() for _ in program]
-        self.offered: dict[Transfer, set[int]] = defaultdict(set)
+        self.waiting: list[frozenset[Transfer]] = [frozenset() for _ in program]
+        self.posted: set[frozenset[Transfer]] = set()
         self.received: list[set[Transfer]] = [set() for _ in program]
         self.computed: set[Action] = set()
+        self.made: set[Transfer] = set()
 
     def advance(self, rank: int) -> None:
         """Runs ``rank`` until a post blocks it or its program ends."""
@@ -143,27 +197,26 @@ class _BlockingRun:
             if isinstance(step, Action):
                 self._compute(rank, step)
             else:
-                self._post(rank, step)
-                if self.missing[rank]:
+                self._post(rank, frozenset(step.transfers))
+                if self.waiting[rank]:
                     return
 
-    def _post(self, rank: int, post: Post) -> None:
-        for transfer in post.transfers:
-            self.offered[transfer].add(rank)
-            sends = self.schedule.rank_of(transfer.source_stage) == rank
-            if not sends:
-                self.received[rank].add(transfer)
-            if len(self.offered[transfer]) < 2 and not (self.buffered and sends):
-                self.missing[rank].add(transfer)
-        for transfer in post.transfers:
-            for other in {
-                self.schedule.rank_of(transfer.source_stage),
-                self.schedule.rank_of(transfer.target_stage),
-            } - {rank}:
-                if transfer in self.missing[other]:
-                    self.missing[other].discard(transfer)
-                    if not self.missing[other]:
-                        self.runnable.append(other)
+    def _post(self, rank: int, post: frozenset[Transfer]) -> None:
+        receives = {transfer for transfer in post if self.schedule.rank_of(transfer.target_stage) == rank}
+        self.received[rank] |= receives
+        if not post - receives <= self.made:
+            raise UserError(
+                f"pipeline schedule '{self.schedule.name}', rank {rank}: the {min(post - receives - self.made)} is "
+                "posted before it is made"
+            )
+        if post not in self.posted:
+            self.posted.add(post)
+            self.waiting[rank] = post if receives or not self.buffered else frozenset()
+            return
+        for other in _ranks_of(self.schedule, min(post)):
+            if self.waiting[other] == post:
+                self.waiting[other] = frozenset()
+                self.runnable.append(other)
 
     def _compute(self, rank: int, action: Action) -> None:
         for before in needs(self.schedule, action, (action.stage + 1, action.microbatch) in self.split):
@@ -173,3 +226,6 @@ class _BlockingRun:
                     f"pipeline schedule '{self.schedule.name}', rank {rank}: {action} comes before its input, {before}"
                 )
         self.computed.add(action)
+        result = output_transfer(self.schedule, action)
+        if result:
+            self.made.add(result)
