@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from megaforge.parallel.distributed import connect
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -113,6 +115,8 @@ class ParallelContext:
             for name, size in zip(names, sizes, strict=True):
                 if size > 1 and name not in axes:
                     axes[name] = dataclasses.replace(ctx.axis(name), group=mesh.get_group(name))
+        groups = (axes[name].group for name in AXES if name in axes)
+        connect((group for group in groups if group is not None), device)
         return cls._of_axes(device, {name: axes.get(name, ctx.axis(name)) for name in AXES})
 
     def axis(self, name: str) -> Axis:

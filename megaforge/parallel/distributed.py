@@ -5,17 +5,22 @@ from __future__ import annotations
 import datetime
 import os
 import socket
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from megaforge.config.launcher import Launch, check_address, discover_launch, say_once
-from megaforge.device import communication_backend
+from megaforge.device import communication_backend, synchronize
 from megaforge.errors import UserError
 
-__all__ = ["Launch", "check_backend", "discover_launch", "initialize", "open_store", "say_once", "shutdown"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["Launch", "check_backend", "connect", "discover_launch", "initialize", "open_store", "say_once", "shutdown"]
 
 
 def _mpi_address(launch: Launch) -> tuple[str, int]:
@@ -60,9 +65,21 @@ def initialize(device: Any, backend: str = "auto", timeout_minutes: float = 30.0
     check_backend(backend)
     chosen = communication_backend(device) if backend == "auto" else backend
     _export(launch)
+    # Bound to its device, NCCL connects the ranks here and splits its groups off; else at each group's first use.
+    bound: dict[str, Any] = {"device_id": torch.device(device)} if chosen == "nccl" else {}
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    dist.init_process_group(chosen, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    dist.init_process_group(chosen, rank=launch.rank, world_size=launch.world_size, timeout=timeout, **bound)
     return launch
+
+
+def connect(groups: Iterable[ProcessGroup], device: torch.device) -> None:
+    """One small collective on each of ``groups`` that NCCL serves: what cannot connect fails here by name, and no
+    pipeline stage sends before all ranks of its group are there. Collective; every rank gives its groups in one order.
+    """
+    for group in groups:
+        if "nccl" in dist.get_backend(group):
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
+    synchronize(device)
 
 
 def open_store() -> Store:
@@ -107,4 +124,3 @@ def shutdown() -> None:
     """Leaves the process group, if one was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
-

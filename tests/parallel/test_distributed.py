@@ -7,11 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megaforge.errors import UserError
+from megaforge.parallel import context
 from megaforge.parallel.context import AXES, ParallelContext
-from megaforge.parallel.distributed import check_backend
+from megaforge.parallel.distributed import check_backend, connect, initialize
 
 
 def test_a_torch_without_a_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,6 +24,55 @@ def test_a_torch_without_a_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(UserError, match="built without NCCL; use --distributed-backend gloo"):
         check_backend("nccl")
     check_backend("gloo")
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "bound"),
+    [
+        ("auto", "cuda:3", {"device_id": torch.device("cuda", 3)}),
+        ("nccl", "cuda:0", {"device_id": torch.device("cuda", 0)}),
+        ("auto", "cpu", {}),
+        ("gloo", "cuda:0", {}),  # gloo binds no device
+    ],
+)
+def test_nccl_is_bound_to_its_device(
+    monkeypatch: pytest.MonkeyPatch, backend: str, device: str, bound: dict[str, object]
+) -> None:
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"} | address).items():
+        monkeypatch.setenv(name, value)
+    calls: list[dict[str, object]] = []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: calls.append({"backend": backend} | given))
+    initialize(torch.device(device), backend, 2.0)
+    (call,) = calls
+    assert {name: call[name] for name in call if name == "device_id"} == bound
+    assert call["backend"] == ("gloo" if backend == "gloo" or device == "cpu" else "nccl")
+
+
+def test_every_group_that_nccl_serves_is_used_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends = {"world": "nccl", "pp": "nccl", "control": "gloo", "both": "cpu:gloo,cuda:nccl"}
+    used: list[tuple[str, int]] = []
+    monkeypatch.setattr(dist, "get_backend", lambda group: backends[group])
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: used.append((group, tensor.numel())))
+    connect(backends, torch.device("cpu"))  # type: ignore[arg-type]
+    assert used == [("world", 1), ("pp", 1), ("both", 1)]
+
+
+def connected_groups() -> list[str]:
+    """The axes whose groups ``create`` connects on this rank, in its order."""
+    found: list[object] = []
+    original = context.connect
+    context.connect = lambda groups, device: found.extend(groups)  # type: ignore[assignment]
+    try:
+        ctx = ParallelContext.create(tp=2, ep=2, etp=1)
+    finally:
+        context.connect = original
+    groups = {id(ctx.axis(name).group): name for name in AXES if ctx.axis(name).group is not None}
+    return [groups[id(group)] for group in found]
+
+
+def test_all_axes_are_connected_in_one_order(ranks) -> None:
+    assert ranks.run(4, connected_groups) == [["tp", "dp", "ep", "edp", "dp_cp", "world"]] * 4
 
 
 def axis_ranks(tp: int) -> tuple[int, int, int]:
