@@ -41,6 +41,7 @@ def test_nccl_is_bound_to_its_device(
     address = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     for name, value in ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"} | address).items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
     calls: list[dict[str, object]] = []
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: calls.append({"backend": backend} | given))
     initialize(torch.device(device), backend, 2.0)
