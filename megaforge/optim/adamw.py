@@ -46,18 +46,22 @@ class AdamW:
         self._masters = {spec.name: self._master_of(parameter) for spec, parameter in self._trained}
         groups: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
         for spec, _ in self._trained:
-            groups[spec.weight_decay, spec.lr_mult].append(self._masters[spec.name])
+            master = self._masters[spec.name]
+            # Of a parameter that other replicas hold there is nothing to update. Apex must not even see it: its loop
+            # launches what it has gathered at the end of the list's last tensor, which an empty one never reaches.
+            if master.numel():
+                groups[spec.weight_decay, spec.lr_mult].append(master)
         param_groups = [
             {"params": masters, "weight_decay": config.weight_decay if decays else 0.0, "lr_mult": lr_mult}
             for (decays, lr_mult), masters in groups.items()
-        ]
+        ] or [{"params": [], "lr_mult": 1.0}]
         arguments: dict[str, Any] = {
             "lr": config.lr,
             "betas": (config.adam_beta1, config.adam_beta2),
             "eps": config.adam_eps,
         }
         wide = any(parameter.dtype == torch.float64 for _, parameter in self._trained)
-        fused_adam = _nvidia_fused_adam() if _uses_cuda(ctx) and not wide else None
+        fused_adam = _nvidia_fused_adam() if _uses_cuda(ctx) and not wide and groups else None
         self._optimizer: torch.optim.Optimizer
         if fused_adam is not None:
             self.implementation = "NVIDIA apex FusedAdam"

@@ -9,7 +9,11 @@ import torch
 from megaforge.config.run_config import OptimizerConfig
 from megaforge.optim import AdamW, adamw, build_optimizer
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.param_spec import named_specs
+from megaforge.parallel.flat_share import held_part
+from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.init_rules import Normal
+from megaforge.parallel.param_spec import ParamSpec, make_parameter, named_specs
+from megaforge.parallel.zero import ShardedParameters
 from tests.optim.small_model import SPECS, SmallModel, global_gradients, set_gradients
 
 CONFIG = OptimizerConfig(lr=1e-2, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8)
@@ -153,6 +157,85 @@ class FusedAdamStandIn(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 unbiased = (square / (1 - beta2 ** group["step"])).sqrt() + group["eps"]
                 p.sub_(group["lr"] * (mean / (1 - beta1 ** group["step"])) / unbiased)
+
+
+class ApexLoop(FusedAdamStandIn):
+    """The same update through a model of apex's ``multi_tensor_apply`` (csrc/multi_tensor_apply.cuh): it writes chunks
+    of tensors into tables of fixed size, and launches when one is full or at the last chunk of the last tensor."""
+
+    TENSORS, BLOCKS, CHUNK = 36, 320, 4  # of FusedAdam's four lists; a chunk has 65,536 elements there
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            tensors: list[torch.Tensor] = []
+            blocks: list[tuple[torch.Tensor, int]] = []
+            for t, p in enumerate(group["params"]):
+                tensors.append(p)
+                assert len(tensors) <= self.TENSORS, "written past the end of the table"
+                chunks = -(-p.numel() // self.CHUNK)
+                for chunk in range(chunks):
+                    blocks.append((p, chunk))
+                    is_last = chunk == chunks - 1
+                    full = (len(tensors) == self.TENSORS and is_last) or len(blocks) == self.BLOCKS
+                    if full or (t == len(group["params"]) - 1 and is_last):
+                        for tensor, place in blocks:
+                            self.update(group, tensor, slice(place * self.CHUNK, (place + 1) * self.CHUNK))
+                        tensors, blocks = [] if is_last else [p], []
+
+    def update(self, group: dict, p: torch.Tensor, part: slice) -> None:
+        beta1, beta2 = group["betas"]
+        state, weight, grad = self.state[p], p.view(-1)[part], p.grad.view(-1)[part]
+        mean, square = (state[name].view(-1)[part] for name in ("exp_avg", "exp_avg_sq"))
+        mean.lerp_(grad, 1 - beta1)
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        unbiased = (square / (1 - beta2 ** group["step"])).sqrt() + group["eps"]
+        weight.sub_(group["lr"] * (mean / (1 - beta1 ** group["step"])) / unbiased)
+
+
+class ManyVectors(torch.nn.Module):
+    """Sizes from 1 to 9, so that slices of buckets leave ranks nothing of many of them."""
+
+    def __init__(self, ctx: ParallelContext, number: int) -> None:
+        super().__init__()
+        specs = [ParamSpec(f"vector.{i:03}", (1 + i % 9,), Normal(1.0)) for i in range(number)]
+        self.declared = torch.nn.ParameterList([make_parameter(spec, ctx, torch.float32) for spec in specs])
+        initialize_parameters(self, ctx, seed=0)
+
+
+@pytest.mark.parametrize("number", [1, 3, 60, 200])
+def test_apex_updates_every_element_of_every_share(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """With ZeRO a rank has nothing of most parameters; what it has must move, wherever it stands in the list."""
+    results: dict[str, dict[str, torch.Tensor]] = {"NVIDIA apex FusedAdam": {}, "torch fused AdamW": {}}
+    empty = 0
+    for rank in range(4):
+        ctx = ParallelContext.of_rank(rank, 4)
+        for apex in (True, False):
+            monkeypatch.setattr(adamw, "_uses_cuda", lambda ctx, apex=apex: apex)
+            monkeypatch.setattr(adamw, "_nvidia_fused_adam", lambda: ApexLoop)
+            model = ManyVectors(ctx, number)
+            shards = ShardedParameters(model, ctx, bucket_size=70)
+            optimizer = build_optimizer(CONFIG, model, ctx, shards)
+            start = masters(optimizer)
+            empty += sum(not len(tensor) for tensor in start.values())
+            assert len(optimizer.moment_entries()) == 2 * number, "checkpoints still name all of them"
+            for parameter in model.parameters():
+                held = held_part(parameter)
+                parameter.main_grad = 1.0 + torch.arange(held.start, held.stop, dtype=torch.float32)
+            optimizer.step(1e-2)
+            after = masters(optimizer)
+            assert all(bool((after[name] != tensor).all()) for name, tensor in start.items())
+            has_some = any(map(len, after.values()))
+            assert optimizer.implementation == ("NVIDIA apex FusedAdam" if apex and has_some else "torch fused AdamW")
+            results["NVIDIA apex FusedAdam" if apex else "torch fused AdamW"] |= {
+                f"{rank} {name}": tensor for name, tensor in after.items()
+            }
+    assert empty
+    apex_results, torch_results = results.values()
+    for name, tensor in apex_results.items():
+        torch.testing.assert_close(tensor, torch_results[name], rtol=1e-6, atol=1e-7, msg=name)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, **modules: types.ModuleType) -> None:
