@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import MutableMapping
+
 import torch
 
 from megaforge.errors import UserError
+
+
+def set_gpu_environment(*, one_queue: bool, env: MutableMapping[str, str] = os.environ) -> None:
+    """What CUDA and torch's allocator read from the environment when they start; what is set there stays.
+
+    Args:
+        one_queue: kernels start in the order in which the host gives them (``CUDA_DEVICE_MAX_CONNECTIONS=1``): a
+            collective that is to overlap with a matrix product then really starts before it.
+        env: the environment. Blocks of memory that grow (``expandable_segments``) do not fragment when shapes change.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in env:  # the older name
+        env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if one_queue:
+        env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def resolve_device(requested: str, local_rank: int = 0) -> torch.device:

@@ -14,7 +14,7 @@ from megaforge.config.schema import config_to_dict
 from megaforge.data.blend import parse_data_path
 from megaforge.data.samples import SampleSchedule, TrainingData
 from megaforge.data.tokenizer import Tokenizer
-from megaforge.device import resolve_device
+from megaforge.device import resolve_device, set_gpu_environment
 from megaforge.errors import UserError
 from megaforge.kernels.matmul_precision import choose_matmul_precision
 from megaforge.models.hybrid import HybridModel
@@ -41,10 +41,13 @@ from megaforge.training.trainer import Trainer
 
 def join(config: Config) -> ParallelContext:
     """This rank's device and its place among the others; joins the process group if there are others."""
+    parallel = config.parallel
+    if config.training.device != "cpu":  # before anything starts CUDA
+        set_gpu_environment(one_queue=parallel.overlap_tp_comm and parallel.tensor_model_parallel_size > 1)
     device = resolve_device(config.training.device, discover_launch().local_rank)
     set_numerics(config, device)
     check_backend(config.parallel.distributed_backend)
-    initialize(device, config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes)
+    initialize(device, parallel.distributed_backend, parallel.distributed_timeout_minutes)
     return context_of(config, device)
 
 

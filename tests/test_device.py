@@ -1,0 +1,60 @@
+"""The environment that GPUs are started with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megaforge.device import set_gpu_environment, upload
+from megaforge.training import launch
+from tests.training.tiny import arguments, make_config
+
+GROWING = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
+@pytest.mark.parametrize(
+    ("given", "one_queue", "expected"),
+    [
+        ({}, False, GROWING),
+        ({}, True, GROWING | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
+        (
+            {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64", "CUDA_DEVICE_MAX_CONNECTIONS": "8"},
+            True,
+            {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64", "CUDA_DEVICE_MAX_CONNECTIONS": "8"},
+        ),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"},
+            False,
+            {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"},
+        ),
+    ],
+)
+def test_what_the_user_set_stays(given: dict[str, str], one_queue: bool, expected: dict[str, str]) -> None:
+    set_gpu_environment(one_queue=one_queue, env=given)
+    assert given == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "queue"),
+    [
+        (("--device", "auto", "--tp", "2"), [True]),
+        (("--device", "auto"), [False]),
+        (("--device", "cuda", "--tp", "2", "--no-overlap-tp-comm"), [False]),
+        (("--device", "cpu", "--tp", "2"), []),
+    ],
+)
+def test_it_is_set_before_a_device_is_looked_for(
+    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], queue: list[bool]
+) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(launch, "set_gpu_environment", lambda one_queue: calls.append(one_queue))
+    monkeypatch.setattr(launch, "resolve_device", lambda *a: calls.append("device") or torch.device("cpu"))
+    for name in ("set_numerics", "initialize", "context_of"):
+        monkeypatch.setattr(launch, name, lambda *a: None)
+    launch.join(make_config(arguments("corpus", *flags)))
+    assert calls == [*queue, "device"]
+
+
+def test_upload_to_where_it_is_copies_nothing() -> None:
+    x = torch.ones(2)
+    assert upload(x, torch.device("cpu")) is x
