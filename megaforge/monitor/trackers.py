@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from megaforge.errors import UserError, require
 from megaforge.monitor.sinks import Kind
@@ -13,18 +16,25 @@ from megaforge.monitor.sinks import Kind
 _PREFIX = {"step": "train", "evaluation": "valid"}
 
 
+def as_text(config: Mapping[str, Any]) -> str:
+    """The configuration as YAML, as ``--config FILE`` reads it."""
+    plain = json.loads(json.dumps(dict(config)))  # tuples as lists
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
 def _tagged(kind: Kind, values: Mapping[str, float | int]) -> dict[str, float | int]:
     return {f"{_PREFIX[kind]}/{name}": value for name, value in values.items()}
 
 
 class TensorBoardSink:
-    """TensorBoard event files; a resumed run hides what the interrupted one wrote beyond its checkpoint.
+    """TensorBoard event files; a resumed run hides what the interrupted one wrote beyond its checkpoint. The
+    configuration stands under Text.
 
     Attributes:
         notice: what to tell the user about files that were there, or None.
     """
 
-    def __init__(self, directory: str, resume_iteration: int | None) -> None:
+    def __init__(self, directory: str, resume_iteration: int | None, config: Mapping[str, Any]) -> None:
         """``resume_iteration``: where the run goes on, or None for a new one.
 
         Raises:
@@ -46,6 +56,8 @@ class TensorBoardSink:
                 f"--tensorboard-dir {directory}: it holds events of an earlier run, and TensorBoard draws both as one "
                 "curve; give each run a directory of its own"
             )
+        indented = "".join(f"    {line}\n" for line in as_text(config).splitlines())  # Markdown's code
+        self._writer.add_text("config", indented, resume_iteration or 0)
 
     def write(self, kind: Kind, iteration: int, values: Mapping[str, float | int]) -> None:
         for name, value in _tagged(kind, values).items():
@@ -92,6 +104,7 @@ class MlflowSink:
         self._mlflow.set_experiment(experiment)
         self._mlflow.start_run(run_name=run_name)
         self._mlflow.log_params(_flat(config))
+        self._mlflow.log_text(as_text(config), "config.yaml")
 
     def write(self, kind: Kind, iteration: int, values: Mapping[str, float | int]) -> None:
         self._mlflow.log_metrics({name: float(v) for name, v in _tagged(kind, values).items()}, step=iteration)

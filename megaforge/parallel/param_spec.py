@@ -18,6 +18,8 @@ from megaforge.parallel.context import Axis, ParallelContext
 from megaforge.parallel.init_rules import InitRule
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) per dimension
+# What parameters are for; statistics are kept by kind.
+KINDS = ("embedding", "head", "attention", "rwkv", "moe", "router", "ffn", "norm", "other")
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,7 @@ class ParamSpec:
         keep_fp32: stays in fp32 when the model computes in a 16-bit type (decays, norms, router).
         is_tied_copy: a second copy, on the last pipeline stage, of a parameter of the first (the embedding that is
             also the head): its gradient is summed with the first's, and it is not counted in the norm.
-        kind: what it is for people and planners: ``embedding``, ``head``, ``attention``, ``rwkv``, ``moe``,
-            ``router``, ``ffn``, ``norm``.
+        kind: what it is for people and planners: one of :data:`KINDS`.
     """
 
     name: str

@@ -2,46 +2,73 @@
 
 from __future__ import annotations
 
+import math
+import os
+import shutil
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from megaforge.models.flops import model_flops_per_token
-from megaforge.models.hybrid import HybridModel
-from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.param_spec import named_specs
 from megaforge.training.callbacks import Callback
-from megaforge.training.flops import measure_matmul_peak
 from megaforge.training.metrics import EvaluationMetrics, StepMetrics
+from megaforge.training.speed import Speed
 from megaforge.training.state import compute_dtype
 
 if TYPE_CHECKING:
     from megaforge.training.trainer import Trainer
 
 _BAR = 24
+_LIVE_SECONDS = 0.1  # between redraws of the live line
+
+
+class Interval:
+    """The steps since the last line: their time and tokens, the means of their numbers, and the newest of them."""
+
+    last: StepMetrics
+
+    def __init__(self) -> None:
+        self.steps = self.tokens = 0
+        self.seconds = 0.0
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, step: StepMetrics) -> None:
+        """Takes in one more step."""
+        self.last = step
+        self.steps += 1
+        self.tokens += step.step_tokens
+        self.seconds += step.seconds
+        for name, value in step.values().items():
+            if math.isfinite(value):
+                self._sums[name] = self._sums.get(name, 0.0) + value
+                self._counts[name] = self._counts.get(name, 0) + 1
+
+    def mean(self, name: str) -> float:
+        """Of a number, over the steps where it was finite (a step that overflowed has no loss); nan if none was."""
+        return self._sums[name] / self._counts[name] if name in self._sums else math.nan
 
 
 class ConsoleLog(Callback):
-    """Prints on the first rank; all ranks hold one, because they measure the machine's peak together."""
+    """Prints on the first rank. A line tells of the whole interval: means of its steps.
 
-    def __init__(self, interval: int, stream: TextIO | None = None) -> None:
+    On a terminal a line that is too wide leaves out its least important parts; a file gets them all.
+    """
+
+    def __init__(self, interval: int, speed: Speed, stream: TextIO | None = None) -> None:
         self.interval = interval
+        self.speed = speed
         self.stream = sys.stdout if stream is None else stream
         self.live = self.stream.isatty()
-        self._flops_per_token = 0.0
-        self._peak = 0.0
-        self._seconds = 0.0
-        self._tokens = 0
+        self._interval = Interval()
         self._mean_step = 0.0
+        self._drawn = -math.inf
 
     def on_train_start(self, trainer: Trainer) -> None:
+        self._print(trainer, describe(trainer, self.speed.parameters))
+        peak, each = _si(self.speed.peak, "FLOP/s"), _si(self.speed.flops_per_token, "FLOP")
         dtype = compute_dtype(trainer.config.training)
-        self._peak = measure_matmul_peak(trainer.ctx, dtype)
-        # A rank may hold only some stages of the model: the whole one is built without memory.
-        whole = HybridModel(trainer.config.model, ParallelContext.single("meta"))
-        self._flops_per_token = model_flops_per_token(whole, trainer.config.data.seq_length)
-        self._print(trainer, describe(trainer, sum(spec.numel for spec, _ in named_specs(whole))))
-        peak, each = _si(self._peak, "FLOP/s"), _si(self._flops_per_token, "FLOP")
         self._print(trainer, f"a token costs {each}; matrix products reach {peak} here in {str(dtype)[6:]}")
         if trainer.iteration:
             self._print(trainer, f"continuing after iteration {trainer.iteration}")
@@ -49,16 +76,19 @@ class ConsoleLog(Callback):
             self._print(trainer, f"nothing left to do: --train-iters {trainer.config.training.train_iters} is reached")
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        self._seconds += metrics.seconds
-        self._tokens += metrics.step_tokens
+        if not trainer.ctx.is_first_rank:
+            return
+        self._interval.add(metrics)
         self._mean_step = metrics.seconds if not self._mean_step else 0.9 * self._mean_step + 0.1 * metrics.seconds
-        line = self._line(metrics, trainer.config.training.train_iters)
+        total = trainer.config.training.train_iters
         if metrics.iteration % self.interval == 0 or trainer.finished:
-            self._print(trainer, line)
-            self._seconds, self._tokens = 0.0, 0
-        elif self.live and trainer.ctx.is_first_rank:
-            self.stream.write(f"\r\x1b[2K{_bar(metrics.iteration / trainer.config.training.train_iters)} {line}")
+            self._print(trainer, self._line(total, self._width()))
+            self._interval = Interval()
+        elif self.live and time.monotonic() - self._drawn >= _LIVE_SECONDS:
+            bar = f"{_bar(metrics.iteration / total)} "
+            self.stream.write(f"\r\x1b[2K{bar}{self._line(total, self._width() - len(bar))}")
             self.stream.flush()
+            self._drawn = time.monotonic()
 
     def on_evaluate(self, trainer: Trainer, metrics: EvaluationMetrics) -> None:
         parts = [f"evaluation at iteration {metrics.iteration}: loss {metrics.loss:.4f}"]
@@ -76,22 +106,31 @@ class ConsoleLog(Callback):
         if trainer.stop_reason is not None:
             self._print(trainer, f"stopped after iteration {trainer.iteration}: {trainer.stop_reason}")
 
-    def _line(self, metrics: StepMetrics, train_iters: int) -> str:
-        rate = self._tokens / max(self._seconds, 1e-9)
-        speed = rate * self._flops_per_token
-        width, done = len(str(train_iters)), metrics.iteration / train_iters
+    def _line(self, train_iters: int, columns: float) -> str:
+        interval, last = self._interval, self._interval.last
+        rate = interval.tokens / max(interval.seconds, 1e-9)
+        width, done = len(str(train_iters)), last.iteration / train_iters
+        # (place among the important ones, words), in the order of the line
         parts = [
-            f"iteration {metrics.iteration:>{width}}/{train_iters} {done:4.0%}",
-            f"loss {metrics.loss:.4f}",
-            f"grad norm {metrics.grad_norm:.3f}",
-            f"lr {metrics.lr:.2e}",
-            f"{rate:,.0f} tokens/s",
-            f"{_si(speed, 'FLOP/s')} ({speed / self._peak:.0%} of peak)",
-            f"ETA {_clock((train_iters - metrics.iteration) * self._mean_step)}",
+            (0, f"iteration {last.iteration:>{width}}/{train_iters} {done:4.0%}"),
+            (1, f"loss {interval.mean('loss'):.4f}"),
+            (4, f"grad norm {interval.mean('grad_norm'):.3f}"),
+            *_clipped(interval),
+            (5, f"lr {last.lr:.2e}"),
+            *_loss_scale(interval),
+            (6, _duration(interval.seconds / interval.steps)),
+            (2, f"{rate:,.0f} tokens/s"),
+            (8, f"{_si(rate * self.speed.flops_per_token, 'FLOP/s')} ({self.speed.utilization(rate):.0%} of peak)"),
+            *_memory(interval),
+            *_experts(interval),
+            (3, f"ETA {_clock((train_iters - last.iteration) * self._mean_step)}"),
+            (12, time.strftime("%Y-%m-%d %H:%M:%S")),
         ]
-        if "loss_scale" in metrics.extra:
-            parts.insert(4, f"loss scale {metrics.extra['loss_scale']:g}")
-        return " | ".join(parts)
+        return fitting(parts, columns)
+
+    def _width(self) -> float:
+        """Columns that a line may take: one less than a terminal has, so that the cursor stays on it."""
+        return terminal_columns(self.stream) - 1 if self.live else math.inf
 
     def _print(self, trainer: Trainer, line: str) -> None:
         if trainer.ctx.is_first_rank:
@@ -112,6 +151,52 @@ def describe(trainer: Trainer, stored: int) -> str:
         f"{trainer.global_batch_size} x {config.data.seq_length} tokens a step | {trainer.optimizer.implementation} | "
         f"{epoch:,} training tokens, {planned / epoch:.2f} epochs planned"
     )
+
+
+def fitting(parts: Sequence[tuple[int, str]], columns: float) -> str:
+    """The line of ``parts``, (rank in importance, words) each, without the least important ones that do not fit."""
+    kept = list(parts)
+    while len(kept) > 1 and len(" | ".join(words for _, words in kept)) > columns:
+        kept.remove(max(kept, key=lambda part: part[0]))
+    line = " | ".join(words for _, words in kept)
+    return line if len(line) <= columns else line[: max(int(columns), 0)]
+
+
+def terminal_columns(stream: TextIO) -> int:
+    """The width of the terminal behind ``stream``; COLUMNS, or 80, where it does not say."""
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        columns = 0
+    return columns or shutil.get_terminal_size().columns
+
+
+def _clipped(interval: Interval) -> list[tuple[int, str]]:
+    share = interval.mean("clipped") if "clipped" in interval.last.extra else 0.0
+    return [(11, f"clipped {share:.0%}")] if share else []
+
+
+def _loss_scale(interval: Interval) -> list[tuple[int, str]]:
+    if "loss_scale" not in interval.last.extra:
+        return []
+    skipped = round(interval.mean("skipped") * interval.steps)
+    return [(7, f"loss scale {interval.last.extra['loss_scale']:g}" + (f", {skipped} skipped" if skipped else ""))]
+
+
+def _memory(interval: Interval) -> list[tuple[int, str]]:
+    peak = interval.last.extra.get("peak_memory_bytes")
+    return [] if peak is None else [(9, f"{_si(peak, 'B')} memory")]
+
+
+def _experts(interval: Interval) -> list[tuple[int, str]]:
+    if "expert_max_load" not in interval.last.extra:
+        return []
+    entropy, load = interval.mean("expert_entropy_bits"), interval.mean("expert_max_load")
+    return [(10, f"experts {entropy:.2f} bits, busiest {load:.1f}x")]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s a step" if seconds >= 1 else f"{1000 * seconds:.1f} ms a step"
 
 
 def _bar(share: float) -> str:

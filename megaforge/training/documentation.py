@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megaforge.config.cli import parse_config
 from megaforge.errors import UserError
+from megaforge.monitor import names
 from megaforge.planning.communication import step_traffic
 from megaforge.planning.gpus import GPUS
 from megaforge.planning.measured_activations import comparison_rows
@@ -22,7 +23,7 @@ from megaforge.planning.stages import cut_stages, model_parts
 from megaforge.planning.time import step_time
 from megaforge.training.ladders import read_job, try_job
 
-DOCUMENTS = ("README.md", "docs/planner.md", "docs/layouts.md")
+DOCUMENTS = ("README.md", "docs/planner.md", "docs/layouts.md", "docs/metrics.md")
 GPU = GPUS["h100-80g"]
 LAYOUTS_LISTED = 8
 # Of docs/layouts.md: flags of cdrmix-core-4b on 32 GPUs.
@@ -98,6 +99,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "search-200b": lambda: _search("cdrmix-core-200b", 1024),
     "ladders": _ladders,
     "effects": _effects,
+    "metrics": names.table,
 }
 
 
@@ -123,11 +125,11 @@ def run(arguments: Sequence[str], prog: str = "plan.py docs") -> None:
     parser = argparse.ArgumentParser(prog=prog, description=run.__doc__, exit_on_error=False)
     parser.add_argument("names", nargs="*", help=f"default: all: {', '.join(BLOCKS)}")
     own = parser.parse_args(arguments)
-    names = own.names or list(BLOCKS)
-    unknown = [name for name in names if name not in BLOCKS]
+    chosen = own.names or list(BLOCKS)
+    unknown = [name for name in chosen if name not in BLOCKS]
     if unknown:
         raise UserError(f"{unknown[0]}: there is no such place; choose {', '.join(BLOCKS)}")
-    made = {name: BLOCKS[name]() for name in names}
+    made = {name: BLOCKS[name]() for name in chosen}
     for document in map(Path, DOCUMENTS):
         text = document.read_text()
         document.write_text(rewritten(text, made))

@@ -35,6 +35,7 @@ from megaforge.training.callbacks import (
     MetricsWriter,
 )
 from megaforge.training.console import ConsoleLog
+from megaforge.training.speed import Speed
 from megaforge.training.state import check_save_directory, compute_dtype, load_run, tokenizer_identity
 from megaforge.training.trainer import Trainer
 
@@ -116,7 +117,8 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
     together(
         ctx, lambda: sinks.extend(_sinks(config, trainer.iteration if goes_on else None)) if ctx.is_first_rank else None
     )
-    trainer.callbacks.insert(0, MetricsWriter(sinks))
+    # After what adds to a step's numbers, before all that judges them.
+    trainer.callbacks.insert(1, MetricsWriter(sinks))
     return trainer
 
 
@@ -157,8 +159,11 @@ def _open_data(config: Config, tokenizer: Tokenizer | None) -> TrainingData:
 
 def _callbacks(config: Config) -> list[Callback]:
     training, checkpoint = config.training, config.checkpoint
-    callbacks: list[Callback] = [ExitInterval(training.exit_interval)] if training.exit_interval else []
-    callbacks.append(ConsoleLog(config.logging.log_interval))
+    speed = Speed(config.logging.log_interval)
+    callbacks: list[Callback] = [speed]
+    if training.exit_interval:
+        callbacks.append(ExitInterval(training.exit_interval))
+    callbacks.append(ConsoleLog(config.logging.log_interval, speed))
     if training.eval_iters:
         callbacks.append(Evaluation(training.eval_interval))
         callbacks.append(EarlyStopping(training.early_stopping_metric, training.early_stopping_patience))
@@ -174,7 +179,7 @@ def _sinks(config: Config, iteration: int | None) -> list[MetricSink]:
     if logging.metrics_file is not None:
         sinks.append(JsonlSink(logging.metrics_file, iteration))
     if logging.tensorboard_dir is not None:
-        sinks.append(TensorBoardSink(logging.tensorboard_dir, iteration))
+        sinks.append(TensorBoardSink(logging.tensorboard_dir, iteration, described))
     if logging.wandb_project is not None:
         sinks.append(WandbSink(logging.wandb_project, logging.run_name, described))
     if logging.mlflow_experiment is not None:

@@ -1,4 +1,7 @@
-"""The numbers a step and an evaluation report; all are global, the same on every rank and at every layout."""
+"""The numbers a step and an evaluation report; all are global, the same on every rank and at every layout.
+
+:mod:`megaforge.monitor.names` lists their names.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ class StepMetrics:
         consumed_samples: samples consumed so far in the run.
         step_tokens: tokens of this step.
         seconds: wall time of the step; 0 before it was taken.
-        extra: auxiliary losses, expert balance, loss scale; by name.
+        extra: auxiliary losses, expert balance, loss scale, what the machine did; by name. Callbacks add to it before
+            the record is written.
     """
 
     iteration: int
@@ -49,6 +53,7 @@ class StepMetrics:
             "lr": self.lr,
             "tokens": self.tokens,
             "consumed_samples": self.consumed_samples,
+            "step_seconds": round(self.seconds, 6),
             "tokens_per_second": round(self.tokens_per_second, 1),
             **self.extra,
         }
@@ -112,3 +117,13 @@ def balance_entropy_bits(tokens_per_expert: list[list[float]]) -> float:
         shares = [count / total for count in counts if count] if total else []
         entropies.append(-sum(share * math.log2(share) for share in shares))
     return sum(entropies) / len(entropies) if entropies else 0.0
+
+
+def greatest_expert_load(tokens_per_expert: list[list[float]]) -> float:
+    """The most tokens that an expert got, as a multiple of its layer's mean: 1 when all get alike, E when one gets all;
+    the greatest of the layers, 0 without tokens.
+
+    Args:
+        tokens_per_expert: [layers, E] counts.
+    """
+    return max((max(counts) * len(counts) / sum(counts) for counts in tokens_per_expert if sum(counts)), default=0.0)

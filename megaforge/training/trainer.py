@@ -23,7 +23,7 @@ from megaforge.models.stages import PipelinePlan, StagedModel
 from megaforge.nn.moe import update_routers
 from megaforge.optim import AdamW, LearningRateSchedule, LossScaler, clip_gradients
 from megaforge.parallel.context import ParallelContext
-from megaforge.training.metrics import EvaluationMetrics, StepMetrics, balance_entropy_bits
+from megaforge.training.metrics import EvaluationMetrics, StepMetrics, balance_entropy_bits, greatest_expert_load
 from megaforge.training.pipeline import StageRunner, make_reducer
 from megaforge.training.state import compute_dtype, save_run
 
@@ -119,7 +119,9 @@ class Trainer:
         )
         self.reducer.finish()
         self.pipeline.sum_tied_gradient()
-        grad_norm = clip_gradients(self.model, self.ctx, self.config.optimizer.clip_grad, self.scaler.scale)
+        norms: dict[str, float] = {}
+        clip = self.config.optimizer.clip_grad
+        grad_norm = clip_gradients(self.model, self.ctx, clip, self.scaler.scale, norms)
         updated = self._update(grad_norm, lr)
         totals = _Totals(self.ctx)
         totals.add(outputs)
@@ -130,7 +132,12 @@ class Trainer:
         self.tokens_per_expert = totals.tokens_per_expert
         self.iteration += 1
         self.consumed_samples += self.global_batch_size
-        return self._metrics(totals, tokens, grad_norm, lr, length, updated)
+        metrics = self._metrics(totals, tokens, grad_norm, lr, length)
+        metrics.extra.update({f"grad_norm/{kind}": norm for kind, norm in norms.items()})
+        metrics.extra["clipped"] = float(0 < clip < grad_norm < math.inf)
+        if self.scaler.enabled:
+            metrics.extra.update(loss_scale=self.scaler.scale, skipped=float(not updated))
+        return metrics
 
     def _loss(self, output: ModelOutput, tokens: float, length: int) -> Tensor:
         """What a micro-batch's stage adds to the global batch's mean loss: every sum is divided by a global count."""
@@ -214,17 +221,14 @@ class Trainer:
             dist.all_reduce(count, group=self.ctx.dp.group)
         return max(count.item(), 1.0)
 
-    def _metrics(
-        self, totals: _Totals, tokens: float, grad_norm: float, lr: float, length: int, updated: bool
-    ) -> StepMetrics:
+    def _metrics(self, totals: _Totals, tokens: float, grad_norm: float, lr: float, length: int) -> StepMetrics:
         sequences = self.global_batch_size
         extra: dict[str, float] = {}
         if totals.tokens_per_expert:
             extra["load_balance_loss"] = totals.load_balance_sum / sequences
             extra["z_loss"] = totals.z_loss_sum / (sequences * length)
             extra["expert_entropy_bits"] = balance_entropy_bits(totals.tokens_per_expert)
-        if self.scaler.enabled:
-            extra |= {"loss_scale": self.scaler.scale, "skipped": float(not updated)}
+            extra["expert_max_load"] = greatest_expert_load(totals.tokens_per_expert)
         return StepMetrics(
             iteration=self.iteration,
             loss=totals.loss_sum / tokens,

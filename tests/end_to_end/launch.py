@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megaforge.monitor.names import MEASURED
 from megaforge.monitor.sinks import read_metrics
 
 REPO = Path(__file__).resolve().parents[2]
@@ -85,4 +86,4 @@ def children(pid: int) -> list[int]:
 
 def records(path: Path) -> list[dict[str, Any]]:
     """What a run wrote, without the one number that depends on the clock."""
-    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_metrics(path)]
+    return [{k: v for k, v in r.items() if k not in MEASURED} for r in read_metrics(path)]

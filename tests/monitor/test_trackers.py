@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megaforge.errors import UserError
 from megaforge.monitor.trackers import MlflowSink, TensorBoardSink, WandbSink
@@ -55,13 +56,14 @@ def test_wandb_runs_offline_without_credentials(monkeypatch: pytest.MonkeyPatch,
 def test_mlflow_gets_parameters_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
     fake = types.ModuleType("mlflow")
-    for name in ("set_experiment", "start_run", "log_params", "log_metrics", "end_run"):
+    for name in ("set_experiment", "start_run", "log_params", "log_text", "log_metrics", "end_run"):
         setattr(fake, name, lambda *args, name=name, **kwargs: calls.append((name, args, kwargs)))
     monkeypatch.setitem(sys.modules, "mlflow", fake)
     sink = MlflowSink("experiment", None, {"name": "tiny", "model": {"hidden_size": 64}})
     sink.write("step", 7, {"loss": 1.5, "tokens": 10})
     sink.close()
     assert ("log_params", ({"name": "tiny", "model.hidden_size": "64"},), {}) in calls
+    assert ("log_text", ("name: tiny\nmodel:\n  hidden_size: 64\n", "config.yaml"), {}) in calls
     assert ("log_metrics", ({"train/loss": 1.5, "train/tokens": 10.0},), {"step": 7}) in calls
     assert calls[-1][0] == "end_run"
 
@@ -71,11 +73,14 @@ def test_tensorboard_reads_back(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for first, last, resume in ((1, 4, 0), (3, 5, 2)):
-        sink = TensorBoardSink(str(tmp_path), resume)
+        sink = TensorBoardSink(str(tmp_path), resume, {"data": {"data_path": ("a", "b")}})
         for iteration in range(first, last + 1):
             sink.write("step", iteration, {"loss": 1.0 / iteration + resume})
         sink.close()
-    events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
+    read = EventAccumulator(str(tmp_path)).Reload()
+    [text] = {event.tensor_proto.string_val[0].decode() for event in read.Tensors("config/text_summary")}
+    assert yaml.safe_load(text.replace("\n    ", "\n").removeprefix("    ")) == {"data": {"data_path": ["a", "b"]}}
+    events = read.Scalars("train/loss")
     assert [(e.step, round(e.value, 5)) for e in events] == [
         (1, 1.0),
         (2, 0.5),
@@ -93,11 +98,11 @@ def test_tensorboard_refuses_a_file_and_tells_of_an_earlier_run(tmp_path: Path) 
     pytest.importorskip("tensorboard")
     (tmp_path / "notes.txt").write_text("buy milk")
     with pytest.raises(UserError, match="notes.txt: is a file; name a directory"):
-        TensorBoardSink(str(tmp_path / "notes.txt"), None)
+        TensorBoardSink(str(tmp_path / "notes.txt"), None, {})
     assert (tmp_path / "notes.txt").read_text() == "buy milk"
-    first = TensorBoardSink(str(tmp_path / "events"), None)
+    first = TensorBoardSink(str(tmp_path / "events"), None, {})
     first.close()
-    again, continued = (TensorBoardSink(str(tmp_path / "events"), resume) for resume in (None, 3))
+    again, continued = (TensorBoardSink(str(tmp_path / "events"), resume, {}) for resume in (None, 3))
     assert first.notice is None and continued.notice is None
     assert again.notice is not None and "events of an earlier run" in again.notice
     again.close()

@@ -91,3 +91,19 @@ def test_long_fp32_gradients_are_summed_without_loss() -> None:
     model.declared[0].main_grad = long
     expected = 0.1 * math.sqrt(300_001)
     assert global_grad_norm(model, ctx) == pytest.approx(expected, rel=1e-7)
+
+
+def norms_of_kinds(tp: int) -> dict[str, float]:
+    ctx, norms = ParallelContext.create(tp=tp), dict[str, float]()
+    clip_gradients(make(ctx, torch.float64, global_gradients(seed=3)), ctx, 0.1, 2.0, norms)
+    return norms
+
+
+def test_kinds_have_the_norms_of_their_own_gradients(ranks: RankPool) -> None:
+    gradients, expected = global_gradients(seed=3), dict[str, float]()
+    for spec, _ in named_specs(SmallModel(ParallelContext.single())):
+        squares = float(gradients[spec.name].square().sum()) / 4  # the loss carried a factor of 2
+        expected[spec.kind] = expected.get(spec.kind, 0.0) + squares
+    expected = {kind: math.sqrt(value) for kind, value in expected.items()}
+    for norms in ranks.run(2, norms_of_kinds, 2):
+        assert norms == pytest.approx(expected, rel=1e-13)

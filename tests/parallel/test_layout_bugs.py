@@ -60,6 +60,7 @@ from megaforge.parallel.init_rules import Normal
 from megaforge.parallel.param_spec import named_specs
 from megaforge.parallel.region import TensorParallelRegion
 from megaforge.parallel.zero import ShardedParameters
+from megaforge.training.callbacks import MetricsWriter
 from megaforge.training.launch import build_trainer, check_layout, plan_of
 from megaforge.training.parity import Comparison, combined, compare, one_rank, parity_config, write_documents
 from megaforge.training.parity_layouts import ParityLayout
@@ -295,9 +296,10 @@ def overflow_on_the_last_rank(argv: list[str], name: str) -> tuple[list[tuple[fl
     whether the second left the weights as they were."""
     trainer = trainer_of(argv)
     recorder, clip, kept = record(trainer), clip_gradients, list[dict[str, Tensor]]()
-    del trainer.callbacks[1:]  # the console measures how fast the machine is in fp16, which takes a CPU long
+    # Measuring how fast the machine is in fp16 takes a CPU long.
+    trainer.callbacks = [callback for callback in trainer.callbacks if isinstance(callback, MetricsWriter)]
 
-    def poisoned(model: nn.Module, ctx: ParallelContext, *limits: float) -> float:
+    def poisoned(model: nn.Module, ctx: ParallelContext, *limits: Any) -> float:
         kept.append({spec.name: parameter.detach().clone() for spec, parameter in named_specs(model)})
         if len(kept) == 2 and ctx.world.rank == ctx.world.size - 1:
             [parameter] = [p for spec, p in named_specs(model) if spec.name == name]

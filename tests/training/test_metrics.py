@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
-from megaforge.training.metrics import EvaluationMetrics, StepMetrics, balance_entropy_bits
+from megaforge.monitor.names import STEP, known
+from megaforge.monitor.sinks import read_metrics
+from megaforge.training.metrics import EvaluationMetrics, StepMetrics, balance_entropy_bits, greatest_expert_load
+from tests.training.tiny import arguments, make_trainer, write_dataset
 
 
 def test_evaluation_numbers() -> None:
@@ -30,6 +34,34 @@ def test_balance_entropy() -> None:
     assert balance_entropy_bits([]) == 0.0
 
 
+def test_greatest_expert_load() -> None:
+    assert greatest_expert_load([[5, 5, 5, 5]]) == 1.0
+    assert greatest_expert_load([[0, 8, 0, 0], [2, 2, 2, 2]]) == 4.0, "one expert of four got all of its layer's"
+    assert greatest_expert_load([[1, 2, 3, 0]]) == 2.0
+    assert greatest_expert_load([[0, 0]]) == greatest_expert_load([]) == 0.0
+
+
+@pytest.mark.parametrize("precision", [(), ("--fp16",)])
+def test_every_number_that_a_run_writes_has_a_name_in_the_table(tmp_path: Path, precision: tuple[str, ...]) -> None:
+    prefix = write_dataset(tmp_path / "d_text_document", documents=20)
+    path = tmp_path / "metrics.jsonl"
+    flags = ("--eval-iters", "1", "--train-iters", "2", "--log-interval", "2", "--metrics-file", str(path))
+    make_trainer(arguments(prefix, *flags, *precision)).train()
+    records = read_metrics(path)
+    for record in records:
+        assert not [name for name in record.keys() - {"kind", "iteration"} if not known(record["kind"], name)]
+    first, last = records[0].keys(), records[1].keys()
+    assert last - first == {"peak_memory_bytes"}, "the one number of the interval alone"
+    fp16 = {"loss_scale", "skipped"} if precision else set()
+    assert {name.partition("/")[0] for name in last} - {"kind", "iteration"} == {
+        name.partition("/")[0] for name in STEP
+    } - ({"loss_scale", "skipped"} - fp16)
+    kinds = {name.partition("/")[2] for name in last if "/" in name}
+    assert kinds == {"embedding", "attention", "rwkv", "moe", "router", "norm"}
+    squares = math.fsum(value**2 for name, value in records[1].items() if name.startswith("grad_norm/"))
+    assert records[1]["grad_norm"] == pytest.approx(math.sqrt(squares), rel=1e-12)
+
+
 def test_step_record_has_the_promised_keys() -> None:
     step = StepMetrics(3, 2.0, 1.0, 1e-3, 300, 3, 100, extra={"z_loss": 0.5}).after(0.5)
     assert step.values() == {
@@ -38,6 +70,7 @@ def test_step_record_has_the_promised_keys() -> None:
         "lr": 1e-3,
         "tokens": 300,
         "consumed_samples": 3,
+        "step_seconds": 0.5,
         "tokens_per_second": 200.0,
         "z_loss": 0.5,
     }

@@ -11,7 +11,9 @@ import torch
 from megaforge.config.cli import parse_config
 from megaforge.config.config import Config
 from megaforge.data.indexed_dataset import IndexedDatasetWriter
+from megaforge.monitor.names import MEASURED
 from megaforge.parallel.context import ParallelContext
+from megaforge.training.callbacks import MetricsWriter
 from megaforge.training.launch import build_trainer
 from megaforge.training.prepare import prepare
 from megaforge.training.trainer import Trainer
@@ -62,7 +64,7 @@ class Recorder:
         self.records: list[dict[str, Any]] = []
 
     def write(self, kind: str, iteration: int, values: dict[str, Any]) -> None:
-        timeless = {k: v for k, v in values.items() if k != "tokens_per_second"}
+        timeless = {k: v for k, v in values.items() if k not in MEASURED}
         self.records.append({"kind": kind, "iteration": iteration, **timeless})
 
     def flush(self) -> None:
@@ -75,5 +77,6 @@ class Recorder:
 def record(trainer: Trainer) -> Recorder:
     """Adds a recorder to the run's sinks."""
     recorder = Recorder()
-    trainer.callbacks[0].sinks.append(recorder)  # type: ignore[attr-defined]
+    [writer] = [callback for callback in trainer.callbacks if isinstance(callback, MetricsWriter)]
+    writer.sinks.append(recorder)
     return recorder

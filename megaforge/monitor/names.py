@@ -1,0 +1,87 @@
+"""The names of a run's numbers, as every sink writes them; ``docs/metrics.md`` shows this table.
+
+The JSONL file has them as they stand, in records of the kinds ``step`` and ``evaluation``; TensorBoard, Weights &
+Biases and MLflow put ``train/`` and ``valid/`` before them. A name keeps its meaning; a new number gets a new name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Name:
+    """What a number is.
+
+    Attributes:
+        text: its meaning and unit.
+        when: which records have it.
+        measured: whether it depends on the machine; the others are the same at every layout and in a resumed run.
+    """
+
+    text: str
+    when: str = "every record"
+    measured: bool = False
+
+
+_INTERVAL = "every `--log-interval` iterations"
+
+STEP = {
+    "loss": Name("cross-entropy in nats, mean over the global batch's tokens"),
+    "grad_norm": Name("L2 norm of the whole gradient before clipping"),
+    "grad_norm/KIND": Name(
+        "the same of the parameters of one kind: embedding, head, attention, rwkv, moe, router, ffn, norm, other",
+        "the kinds that the model has",
+    ),
+    "clipped": Name("1 where `--clip-grad` scaled the gradient down, else 0; its mean is the clipped share"),
+    "lr": Name("learning rate of the step"),
+    "tokens": Name("tokens trained on, from the run's beginning"),
+    "consumed_samples": Name("samples trained on, from the run's beginning"),
+    "step_seconds": Name("wall time of the step, the wait for its batch included", measured=True),
+    "tokens_per_second": Name("tokens of the step over its time", measured=True),
+    "mfu": Name(
+        "model FLOPs of the step over its time, as a share of the matrix-product rate measured at start", measured=True
+    ),
+    "peak_memory_bytes": Name(
+        "the most that any rank has allocated on its GPU so far; on a CPU its peak resident set",
+        _INTERVAL,
+        measured=True,
+    ),
+    "load_balance_loss": Name("mixture-of-experts balance loss, before its coefficient", "models with experts"),
+    "z_loss": Name("router z-loss, before its coefficient", "models with experts"),
+    "expert_entropy_bits": Name(
+        "entropy of the experts' shares, mean over layers; log2 of their number is even", "models with experts"
+    ),
+    "expert_max_load": Name(
+        "tokens of the busiest expert over its layer's mean, greatest of the layers; 1 is even", "models with experts"
+    ),
+    "loss_scale": Name("factor on the loss", "`--fp16`"),
+    "skipped": Name("1 where the gradient overflowed and the update was left out, else 0", "`--fp16`"),
+}
+
+EVALUATION = {
+    "loss": Name("cross-entropy in nats, mean over the evaluated tokens"),
+    "perplexity": Name("exp of the loss"),
+    "bits_per_byte": Name("cross-entropy in bits over the UTF-8 bytes of the text", "datasets that know their bytes"),
+    "accuracy": Name("share of tokens whose most likely prediction was right"),
+    "tokens": Name("tokens evaluated"),
+}
+
+MEASURED = frozenset(name for name, about in STEP.items() if about.measured)
+
+
+def known(kind: str, name: str) -> bool:
+    """Whether the records of ``kind`` may hold ``name``."""
+    if kind != "step":
+        return name in EVALUATION
+    head, slash, _ = name.partition("/")
+    return (f"{head}/KIND" if slash else name) in STEP
+
+
+def table() -> str:
+    """Both kinds of record as Markdown."""
+    lines = []
+    for title, names in (("step", STEP), ("evaluation", EVALUATION)):
+        lines += [f"| {title} | meaning | where |", "|---|---|---|"]
+        lines += [f"| `{name}` | {about.text} | {about.when} |" for name, about in names.items()] + [""]
+    return "\n".join(lines).rstrip()

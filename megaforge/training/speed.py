@@ -1,0 +1,63 @@
+"""How fast a run is on this machine, and how much memory it takes: added to what each step reports."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from megaforge.device import peak_memory_bytes
+from megaforge.models.flops import model_flops_per_token
+from megaforge.models.hybrid import HybridModel
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.param_spec import named_specs
+from megaforge.training.callbacks import Callback
+from megaforge.training.flops import measure_matmul_peak
+from megaforge.training.metrics import StepMetrics
+from megaforge.training.state import compute_dtype
+
+if TYPE_CHECKING:
+    from megaforge.training.trainer import Trainer
+
+
+class Speed(Callback):
+    """Comes before the callbacks that read what it adds; every rank holds one.
+
+    Attributes:
+        parameters: of the whole model.
+        flops_per_token: a forward and backward pass of the whole model.
+        peak: FLOP/s of matrix products, of all ranks together.
+    """
+
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+        self.parameters = 0
+        self.flops_per_token = 0.0
+        self.peak = 0.0
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        self.peak = measure_matmul_peak(trainer.ctx, compute_dtype(trainer.config.training))
+        # A rank may hold only some stages of the model: the whole one is built without memory.
+        whole = HybridModel(trainer.config.model, ParallelContext.single("meta"))
+        self.parameters = sum(spec.numel for spec, _ in named_specs(whole))
+        self.flops_per_token = model_flops_per_token(whole, trainer.config.data.seq_length)
+
+    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        metrics.extra["mfu"] = round(self.utilization(metrics.tokens_per_second), 4)
+        if metrics.iteration % self.interval == 0:
+            metrics.extra["peak_memory_bytes"] = _greatest(trainer.ctx, peak_memory_bytes(trainer.ctx.device))
+
+    def utilization(self, tokens_per_second: float) -> float:
+        """The share of :attr:`peak` that the model's arithmetic makes use of (MFU; Chowdhery et al., arXiv
+        2204.02311, with the measured rate in place of the data sheet's)."""
+        return tokens_per_second * self.flops_per_token / self.peak
+
+
+def _greatest(ctx: ParallelContext, value: int) -> int:
+    """The greatest ``value`` of any rank. Collective."""
+    if ctx.world.group is None:
+        return value
+    most = torch.tensor(value, dtype=torch.int64, device=ctx.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=ctx.world.group)
+    return int(most.item())
