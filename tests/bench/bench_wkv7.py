@@ -34,7 +34,7 @@ from megaforge.kernels.wkv7 import wkv7_chunked, wkv7_recurrent
 from megaforge.kernels.wkv7.native import available, wkv7_native
 from tests.bench.ceiling import describe, keep_freed_memory, multiply_adds_per_second
 from tests.bench.harness import Ratio, interleaved_ratio, print_json, print_table
-from tests.kernels.test_wkv7 import make_inputs
+from tests.kernels.wkv7_cases import make_inputs
 
 HEADS, N = 8, 64
 Function = Callable[..., tuple[torch.Tensor, torch.Tensor]]

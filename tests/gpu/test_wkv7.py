@@ -11,8 +11,16 @@ import torch
 from megaforge.kernels.wkv7 import wkv7, wkv7_recurrent
 from megaforge.kernels.wkv7.backend import wkv7_backend
 from megaforge.kernels.wkv7.native import available
-from tests.kernels.test_wkv7 import assert_close, make_inputs, run
-from tests.kernels.test_wkv7_cuda_emulated import rounded, run_as
+from tests.kernels.wkv7_cases import (
+    HardCase,
+    assert_as_good_as_the_definition,
+    assert_close,
+    hard,
+    make_inputs,
+    rounded,
+    run,
+    run_as,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 compiled = pytest.mark.skipif(not available("cuda"), reason="megaforge.kernels._wkv7_cuda is not built")
@@ -67,6 +75,20 @@ def test_resets_anywhere_match_the_recurrence(s: int, dtype: torch.dtype, tolera
     inputs, starts = rounded(make_inputs(s, n=64), dtype), some_starts(s)
     expected = run(wkv7_recurrent, inputs, starts, torch.float64)
     assert_close(run_as(on_gpu("native", dtype), inputs, starts, dtype), expected, tolerance)
+
+
+@compiled
+@hard
+@pytest.mark.parametrize(("dtype", "tolerance", "times"), [(torch.float32, 5e-6, 3), (torch.bfloat16, 4e-3, 6)])
+def test_hard_inputs_are_no_worse_than_in_the_recurrence(
+    case: HardCase, dtype: torch.dtype, tolerance: float, times: float
+) -> None:
+    assert_as_good_as_the_definition(on_gpu("native", dtype), case, 64, dtype, tolerance, times)
+
+
+@hard
+def test_hard_inputs_in_plain_torch(case: HardCase) -> None:
+    assert_as_good_as_the_definition(on_gpu("torch", torch.float32, 16), case, 16, torch.float32, 5e-6)
 
 
 @compiled

@@ -2,55 +2,22 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from torch.nn import functional as F
 
 from megaforge.kernels.wkv7 import wkv7, wkv7_chunked, wkv7_recurrent
 from megaforge.kernels.wkv7.native import available
+from tests.kernels.wkv7_cases import (
+    HardCase,
+    assert_as_good_as_the_definition,
+    assert_close,
+    hard,
+    make_inputs,
+    run,
+)
 
-NAMES = ("r", "log_w", "k", "v", "a", "b", "initial_state")
-MIN_LOG_DECAY = -math.exp(-0.5)
 # The door (compiled code where there is some) and the portable path.
 both = pytest.mark.parametrize("function", [wkv7, wkv7_chunked], ids=["door", "chunked"])
-
-
-def make_inputs(
-    s: int, *, batch: int = 2, heads: int = 3, n: int = 16, minimum_decay: bool = False, seed: int = 0
-) -> list:
-    """r, log_w, k, v, a, b [s, b, H, N] and a state [b, H, N, N] as an RWKV-7 layer makes them, float64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    shape = (s, batch, heads, n)
-    kk = F.normalize(normal(*shape), dim=-1)
-    log_w = torch.full(shape, MIN_LOG_DECAY, dtype=torch.float64)
-    if not minimum_decay:
-        log_w *= torch.sigmoid(2 * normal(*shape) - 2)
-    rate = torch.sigmoid(normal(*shape))
-    return [normal(*shape), log_w, normal(*shape), normal(*shape), -kk, kk * rate, normal(batch, heads, n, n)]
-
-
-def run(function, inputs, document_start, dtype):
-    """Outputs and gradients of a fixed random functional of both outputs, by name, float64."""
-    inputs = [x.detach().to(dtype).requires_grad_() for x in inputs]
-    y, state = function(*inputs, document_start)
-    generator = torch.Generator().manual_seed(99)
-    grads = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (y, state)]
-    got = torch.autograd.grad([y, state], inputs, [g.to(x.dtype) for g, x in zip(grads, (y, state), strict=True)])
-    named = {"y": y, "state": state, **{f"d{name}": grad for name, grad in zip(NAMES, got, strict=True)}}
-    return {name: value.detach().double() for name, value in named.items()}
-
-
-def assert_close(got, expected, tolerance):
-    for name, reference in expected.items():
-        # A gradient that the resets make exactly zero has no scale of its own.
-        error = (got[name] - reference).norm() / reference.norm().clamp_min(1e-6)
-        assert error <= tolerance, f"{name}: relative error {error:.2e}"
 
 
 @both
@@ -61,6 +28,12 @@ def test_fp32_matches_the_recurrence_with_all_gradients(function, s: int, minimu
     expected = run(wkv7_recurrent, inputs, None, torch.float64)
     assert_close(run(function, inputs, None, torch.float32), expected, 5e-6)
     assert_close(run(function, inputs, None, torch.float64), expected, 1e-13)
+
+
+@both
+@hard
+def test_hard_inputs_are_no_worse_than_in_the_recurrence(function, case: HardCase) -> None:
+    assert_as_good_as_the_definition(function, case, 16, torch.float32, 5e-6)
 
 
 @both

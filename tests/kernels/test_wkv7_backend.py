@@ -16,7 +16,7 @@ from megaforge.kernels.wkv7.backend import wkv7_backend, wkv7_torch
 from megaforge.models.hybrid import HybridModel
 from megaforge.nn.rwkv7 import RWKV7TimeMix
 from megaforge.parallel.context import ParallelContext
-from tests.kernels.test_wkv7 import assert_close, make_inputs, run
+from tests.kernels.wkv7_cases import assert_close, make_inputs, run
 from tests.training.tiny import arguments, make_trainer, write_dataset
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

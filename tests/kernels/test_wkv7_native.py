@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from megaforge.kernels.native import why_missing
 from megaforge.kernels.wkv7 import wkv7, wkv7_recurrent
 from megaforge.kernels.wkv7.native import available
-from tests.kernels.test_wkv7 import assert_close, make_inputs, run
+from tests.kernels.wkv7_cases import HARD, assert_as_good_as_the_definition, assert_close, make_inputs, run
 
 pytestmark = pytest.mark.skipif(not available("cpu"), reason=f"not built: {why_missing('wkv7', 'cpu')}")
 LENGTHS = (1, 15, 16, 17, 63, 64, 65, 130)
@@ -88,6 +88,12 @@ def test_bfloat16_rounds_once(isa: str, n: int) -> None:
     assert_close({"state": state.detach().double()}, {"state": expected["state"]}, 5e-6)
     nearest = expected["y"].bfloat16().double()
     assert ((y.double() - nearest).abs() <= 2**-7 * nearest.abs() + 1e-4).all(), "more than the last place is wrong"
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.bfloat16, 4e-3)])
+def test_hard_inputs_are_no_worse_than_in_the_recurrence(isa: str, dtype: torch.dtype, tolerance: float) -> None:
+    for case in HARD.values():
+        assert_as_good_as_the_definition(wkv7, case, 64, dtype, tolerance)
 
 
 def test_decays_without_bound(isa: str) -> None:

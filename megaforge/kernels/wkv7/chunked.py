@@ -138,13 +138,13 @@ class _Chunks(NamedTuple):
 
 
 def _inverse(strict: torch.Tensor) -> torch.Tensor:
-    """(I - A)^-1 of strictly lower triangular A [.., c, c]: (I + A)(I + A^2)(I + A^4)..., which ends as A^c = 0."""
-    result = strict + torch.eye(CHUNK, dtype=strict.dtype, device=strict.device)
-    power = strict
-    for _ in range(CHUNK.bit_length() - 2):
-        power = power @ power
-        result = result + result @ power
-    return result
+    """(I - A)^-1 of strictly lower triangular A [.., c, c], by substitution: exact to rounding whatever A is.
+
+    The product (I + A)(I + A^2)(I + A^4)... is the same number and cheaper on paper, but powers of A reach the binomial
+    coefficients of c where keys are alike, as in a run of one token, and then cancel: nothing is left of fp32.
+    """
+    identity = torch.eye(CHUNK, dtype=strict.dtype, device=strict.device).expand_as(strict)
+    return torch.linalg.solve_triangular(-strict, identity, upper=False, unitriangular=True)
 
 
 def _prepare(inputs: tuple[torch.Tensor, ...], masks: _Masks) -> _Chunks:
