@@ -13,17 +13,20 @@ from torch import Tensor, nn
 from megaforge.parallel.context import Axis, ParallelContext
 from megaforge.parallel.param_spec import ParamSpec, named_specs
 
-SLICE_ALIGNMENT = 8  # elements: 16 bytes of the narrowest type, what vectorised kernels ask for
+# Elements to which parameters and slices are aligned in flat buffers: 128 bytes of the narrowest type, a line of a
+# GPU's cache. Vectorised kernels and TMA ask for 16 bytes, which an odd parameter in front would break.
+ALIGNMENT = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """Parameters of one dtype and one set of replicas, laid out one after the other.
+    """Parameters of one dtype and one set of replicas, laid out one after the other, each from a multiple of
+    :data:`ALIGNMENT` elements on. What fills the gaps belongs to nobody and is zero.
 
     Attributes:
         parameters: in the order in which the backward pass is likely to finish them.
         starts: index of the first element of each.
-        size: elements of a flat buffer; divides by the number of replicas, so the last of them may belong to nobody.
+        size: elements of a flat buffer; divides by the number of replicas.
         replicas: the ranks that hold copies.
     """
 
@@ -78,6 +81,12 @@ class Bucket:
         ]
 
 
+def aligned(elements: int, slices: int = 1) -> int:
+    """Room that ``elements`` take in a flat buffer that is cut into ``slices``."""
+    unit = slices * ALIGNMENT
+    return -(-elements // unit) * unit
+
+
 def main_dtype(parameter: Tensor) -> torch.dtype:
     """The type in which gradients of ``parameter`` are summed and its master is kept."""
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
@@ -126,6 +135,5 @@ def _lay_out(parameters: list[nn.Parameter], replicas: Axis) -> Bucket:
     starts, size = [], 0
     for parameter in parameters:
         starts.append(size)
-        size += parameter.numel()
-    unit = replicas.size * SLICE_ALIGNMENT if replicas.size > 1 else 1
-    return Bucket(tuple(parameters), tuple(starts), -(-size // unit) * unit, replicas)
+        size += aligned(parameter.numel())
+    return Bucket(tuple(parameters), tuple(starts), aligned(size, replicas.size), replicas)

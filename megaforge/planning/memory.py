@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from megaforge.parallel.buckets import aligned
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.pipeline.actions import Kind, Schedule
 from megaforge.planning.activations import (
@@ -47,16 +48,17 @@ def state_bytes(held: Iterable[tuple[Held, int]], ctx: ParallelContext, layout: 
     """The state of the parameters ``held`` on the rank of ``ctx``.
 
     ZeRO shares out masters and moments (``--zero 2``: gradients too) over a parameter's replicas; the largest share is
-    counted, without the few elements that fill up buckets.
+    counted. What lies in buckets is counted with the gaps between parameters, but not what fills up the last slice.
     """
     sums = dict.fromkeys(("parameters", "gradients", "optimizer", "elements"), 0)
     for item, copies in held:
         count = math.prod(item.spec.local_shape(ctx))
         wide = max(4, item.element_size)
-        share = -(-count // (ctx.axis(item.spec.replica_axis).size if layout.zero else 1))
+        replicas = ctx.axis(item.spec.replica_axis).size
+        room, share = aligned(count), -(-count // (replicas if layout.zero else 1))
         sums["elements"] += copies * count
-        sums["parameters"] += copies * count * item.element_size
-        sums["gradients"] += copies * (share if layout.zero > 1 else count) * wide
+        sums["parameters"] += copies * (room if layout.zero else count) * item.element_size
+        sums["gradients"] += copies * (-(-room // replicas) if layout.zero > 1 else room) * wide
         sums["optimizer"] += copies * share * (MOMENTS * wide + (wide if item.element_size < wide else 0))
     return StateBytes(**sums)
 

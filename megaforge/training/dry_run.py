@@ -21,6 +21,7 @@ from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.stages import PipelinePlan, StagedModel, make_payload
 from megaforge.optim import AdamW, build_optimizer
+from megaforge.parallel.buckets import aligned
 from megaforge.parallel.context import AXES, ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.distributed import discover_launch
@@ -297,10 +298,12 @@ def _registered(model: HybridModel | StagedModel, reducer: GradientReducer, opti
     extra = [tensor for tensor in masters if _storage(tensor) not in storages]
     extra += [tensor for _, _, tensor in optimizer.moment_entries()]
     return StateBytes(
-        parameters=sum(p.numel() * p.element_size() for p in parameters),
+        parameters=sum(
+            (p.numel() if optimizer.shards is None else aligned(p.numel())) * p.element_size() for p in parameters
+        ),
         gradients=sum(
             bucket.main_dtype.itemsize
-            * (bucket.slice_size if reducer.frees_buffers else sum(p.numel() for p in bucket.parameters))
+            * (bucket.slice_size if reducer.frees_buffers else sum(aligned(p.numel()) for p in bucket.parameters))
             for bucket in reducer.buckets
         ),
         optimizer=sum(t.numel() * t.element_size() for t in extra),

@@ -58,4 +58,8 @@ def test_the_rule() -> None:
     assert not takes_grouped_mm(torch.empty(8 * FEW_ROWS + 1, 32), weight)
     assert not takes_grouped_mm(torch.empty(8, 32).double(), weight.double())
     assert not takes_grouped_mm(torch.empty(8, 30), torch.empty(8, 16, 30))  # 120 bytes a row
+    behind_one = torch.empty(1 + weight.numel())[1:].view_as(weight)
+    assert not takes_grouped_mm(torch.empty(8, 32), behind_one)  # 4 bytes past a multiple of 16
+    assert not takes_grouped_mm(torch.empty(1 + 8 * 32)[1:].view(8, 32), weight)
+    assert not takes_grouped_mm(torch.empty(8, 32, device="meta"), weight.to("meta"))  # which has no address
     assert not takes_grouped_mm(torch.empty(8, 32, device="meta"), weight.to("meta"))

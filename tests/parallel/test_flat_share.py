@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from megaforge.parallel.buckets import SLICE_ALIGNMENT, make_lanes
+from megaforge.parallel.buckets import ALIGNMENT, make_lanes
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.flat_share import FlatShare, flat_boxes, held_part
 from megaforge.parallel.init_rules import Constant
 from megaforge.parallel.param_spec import ParamSpec, make_parameter, named_specs
@@ -98,10 +99,36 @@ def test_buckets_are_packed_by_kind_and_due_with_their_last_parameter() -> None:
     assert names == [["norm", "router"], ["expert_scale", "up"], ["scale", "row"], ["qkv"], ["embedding"]]
     assert {bucket.replicas.name for bucket in buckets} == {"dp_cp", "edp"}
     for bucket in buckets:
-        filled = sum(p.numel() for p in bucket.parameters)
-        unit = bucket.replicas.size * SLICE_ALIGNMENT
+        filled = sum(-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in bucket.parameters)
+        unit = bucket.replicas.size * ALIGNMENT
         assert bucket.size % unit == 0 and filled <= bucket.size < filled + unit
         assert len({p.dtype for p in bucket.parameters}) == 1
+
+
+@pytest.mark.parametrize(("world", "bucket_size"), [(1, 10_000), (3, 10_000), (3, 40), (4, 60)])
+def test_parameters_and_shares_start_aligned_and_gaps_stay_zero(world: int, bucket_size: int) -> None:
+    """Odd sizes everywhere: starts within whole buffers and within slices, and what lies between parameters."""
+    for rank in range(world):
+        ctx = ParallelContext.of_rank(rank, world)
+        model = Holder(ctx, torch.float32)
+        shards = ShardedParameters(model, ctx, bucket_size=bucket_size)
+        reducer = GradientReducer(model, ctx, shards=shards)
+        for gathered, gradients in zip(
+            reversed(shards._gathers), (g for lane in reducer._lanes for g in lane.gradients), strict=True
+        ):
+            bucket = gathered.bucket
+            assert bucket is gradients.bucket and gradients.own is not None and gradients.full is not None
+            assert all(start % ALIGNMENT == 0 for start in (*bucket.starts, bucket.slice_size))
+            for own in bucket.own_views(gradients.own):
+                assert not len(own) or own.storage_offset() % ALIGNMENT == 0
+            for parameter in bucket.parameters:
+                parameter.data.fill_(1.0)
+                parameter.grad = torch.ones_like(parameter)
+                gradients.take_in(parameter)
+            numbers = sum(p.numel() for p in bucket.parameters)
+            assert float(gathered.flat.sum()) == float(gradients.full.sum()) == numbers
+            held = sum(stop - start for start, stop in bucket.own_ranges())
+            assert float(gradients.own.sum()) == held, "the norm and the sum over replicas see parameters only"
 
 
 def test_a_tied_weight_can_ask_for_a_bucket_of_its_own() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from megaforge.config.cli import parse_config
 from megaforge.models.hybrid import HybridModel
+from megaforge.parallel.buckets import aligned
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import named_specs
 from megaforge.planning.layout import PlannedLayout
@@ -30,7 +31,7 @@ def held_by(trainer: Trainer) -> StateBytes:
     tensors = [tensor for _, _, tensor in trainer.optimizer.entries()]
     return StateBytes(
         parameters=sum(p.numel() * p.element_size() for p in parameters),
-        gradients=sum(p.main_grad.numel() * p.main_grad.element_size() for p in parameters),
+        gradients=sum(aligned(p.main_grad.numel()) * p.main_grad.element_size() for p in parameters),
         optimizer=sum(t.nbytes for t in tensors if t.untyped_storage().data_ptr() not in storages),
         elements=sum(p.numel() for p in parameters),
     )
