@@ -13,6 +13,7 @@ trained on, only its validation part counts. Under torchrun the ranks share the 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -22,13 +23,16 @@ from typing import Any
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from megaforge.config.cli import run_entry
+from megaforge.data.blend import dataset_prefix
+from megaforge.data.indexed_dataset import IndexedDataset
+from megaforge.data.manifest import content_digest, read_sidecar
+from megaforge.data.split import PARTS
 from megaforge.errors import UserError
 from megaforge.parallel.distributed import shutdown
 from megaforge.training.bigram import BigramModel
 from megaforge.training.evaluation import (
-    PARTS,
     Stream,
-    check_fingerprint,
+    check_choices,
     evaluate_stream,
     is_text,
     read_dataset,
@@ -45,7 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--load", required=True, metavar="DIR", help="a run's --save directory, or one checkpoint")
     parser.add_argument("--input", required=True, help="a text or JSON Lines file, or a dataset's prefix")
     parser.add_argument("--part", choices=(*PARTS, "all"), help="which documents of a dataset (default: see above)")
-    parser.add_argument("--json-key", default="text", metavar="KEY", help="where a JSONL line has its text (text)")
+    parser.add_argument("--json-key", metavar="KEY", help="where a JSONL line has its text (default: as in training)")
     parser.add_argument("--tokenizer-model", metavar="FILE", help="where the tokenizer is now, if it was moved")
     parser.add_argument("--seq-length", type=int, help="tokens of a window (default: as in training)")
     parser.add_argument("--batch-size", type=int, default=8, help="windows computed at once (8)")
@@ -67,19 +71,44 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def load_stream(flags: argparse.Namespace, trained: TrainedModel) -> Stream:
     """The tokens to predict."""
     if is_text(flags.input):
-        return read_text(flags.input, trained.load_tokenizer(flags.tokenizer_model), flags.json_key)
-    check_fingerprint(flags.input, trained)
-    return read_dataset(flags.input, trained.config, flags.part)
+        tokenizer = trained.load_tokenizer(flags.tokenizer_model)
+        key = flags.json_key or trained.choices.get("json_key") or "text"
+        return read_text(flags.input, tokenizer, key, trained.choices.get("append_eod") is not False)
+    prefix = dataset_prefix(flags.input)
+    check_choices(prefix, trained)
+    return read_dataset(prefix, trained, flags.part)
 
 
 def fit_baseline(flags: argparse.Namespace, trained: TrainedModel, stream: Stream) -> EvaluationMetrics:
-    """A bigram model of the run's training documents, measured on the same tokens."""
-    check_fingerprint(flags.train_data, trained)
-    prefix = flags.train_data.removesuffix(".bin").removesuffix(".idx")
-    part = "train" if trained_on(prefix, trained.config) else "all"
-    train = read_dataset(flags.train_data, trained.config, part)
+    """A bigram model of the run's training documents, measured on the same tokens.
+
+    Raises:
+        UserError: it would be fitted on the tokens that it is measured on.
+    """
+    prefix = dataset_prefix(flags.train_data)
+    check_choices(prefix, trained)
+    digest, sidecar = digest_at(prefix), read_sidecar(prefix)
+    part = "train" if trained_on(digest, trained) else "all"
+    if is_text(flags.input):
+        with open(flags.input, "rb") as file:
+            same = sidecar is not None and hashlib.file_digest(file, "sha256").hexdigest() in sidecar.sources
+        measured = "all"
+    else:
+        same = digest == digest_at(dataset_prefix(flags.input))
+        measured = flags.part or ("valid" if part == "train" else "all")
+    if same and ("all" in (part, measured) or part == measured):
+        raise UserError(
+            f"--train-data {flags.train_data} holds what --input {flags.input} is measured on, so the baseline would "
+            "know the answers; measure documents that it is not fitted on"
+        )
+    train = read_dataset(prefix, trained, part)
     model = BigramModel(train.tokens, trained.config.model.vocab_size or trained.config.model.padded_vocab_size())
     return EvaluationMetrics(0, model.nats(stream.tokens), len(stream.tokens) - 1, None, stream.text_bytes)
+
+
+def digest_at(prefix: str) -> str:
+    """The digest of a dataset's content."""
+    return content_digest(IndexedDataset(prefix), read_sidecar(prefix))
 
 
 def print_table(rows: dict[str, EvaluationMetrics]) -> None:

@@ -18,7 +18,6 @@ draws a pipeline schedule. ``ladders`` dry-runs the jobs of run_scripts/slurm/cd
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from megaforge.config.cli import parse_config, run_entry
 from megaforge.config.pattern import layer_pattern
-from megaforge.data.tokenizer import load_tokenizer
+from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.errors import UserError
 from megaforge.models.parameter_count import count_parameters, total
 from megaforge.parallel.pipeline import plan_command as schedule
@@ -39,11 +38,10 @@ from megaforge.training import documentation, ladders
 
 def params(arguments: Sequence[str], prog: str) -> None:
     """Prints the table of parameter counts."""
-    config = parse_config(arguments, prog=prog).config
+    config, _, notes = with_run_tokenizer(parse_config(arguments, prog=prog).config)
+    for note in notes:
+        print(note)
     model = config.model
-    if model.vocab_size is None and config.data.tokenizer_model is not None:
-        tokenizer = load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
-        model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
     counts = count_parameters(model)
     whole = total(counts)
     rows = [("component", "tensors", "stored", "active", "share of stored")]

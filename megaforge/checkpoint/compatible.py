@@ -53,7 +53,8 @@ def check_compatible(
     if tokenizer is not None and saved_tokenizer is not None:
         differences += [
             f"tokenizer {name}: {saved_tokenizer.get(name)} in the checkpoint, {tokenizer.get(name)} here"
-            for name in ("type", "vocab_size", "fingerprint")
+            for name in ("type", "vocab_size", "fingerprint", "eod")
+            if name in saved_tokenizer  # older checkpoints do not say what ends their documents
             if saved_tokenizer.get(name) != tokenizer.get(name)
         ]
     if differences:

@@ -50,6 +50,25 @@ def with_tokenizer_vocab(config: Config, tokenizer_vocab_size: int) -> Config:
     return config
 
 
+def vocabulary_cost(model: ModelConfig, tokenizer_vocab_size: int) -> str | None:
+    """What a ``--vocab-size`` above the tokenizer's costs, or None where nothing is wasted.
+
+    Fewer rows than the padding adds anyway are not worth a word.
+    """
+    if model.vocab_size is None or model.vocab_size <= tokenizer_vocab_size:
+        return None
+    fitting = dataclasses.replace(model, vocab_size=tokenizer_vocab_size).padded_vocab_size()
+    rows = model.padded_vocab_size() - fitting
+    if rows <= 0:
+        return None
+    matrices = 2 if model.untie_embeddings_and_output_weights else 1
+    return (
+        f"--vocab-size {model.vocab_size}: the tokenizer has {tokenizer_vocab_size:,} entries, so {rows:,} rows of the "
+        f"embedding{' and of the output head' if matrices == 2 else ''} ({rows * model.hidden_size * matrices:,} "
+        "parameters) stand for no token; --vocab-size none takes the tokenizer's"
+    )
+
+
 def check_layout(config: Config, world_size: int) -> Layout:
     """Checks that ``config`` can run on ``world_size`` ranks.
 

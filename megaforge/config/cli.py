@@ -77,6 +77,7 @@ def parse_config(
             spelling, value = given
             values[setting.key] = value
             origins[setting.key] = f"command line {spelling}"
+    _leave_vocabulary_to_tokenizer(values, origins)
     config = build_config(layer.name, values)
     if namespace.print_config and launched_rank()[0] == 0:
         print(format_config(ParsedConfig(config, origins)))
@@ -84,6 +85,14 @@ def parse_config(
     if namespace.print_config:
         sys.exit(0)
     return ParsedConfig(config, origins)
+
+
+def _leave_vocabulary_to_tokenizer(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """A preset's vocabulary is a guess at the tokenizer's; the user's own word, in a file or a flag, stands."""
+    key = "model.vocab_size"
+    if values.get("data.tokenizer_model") is not None and values.get(key) and origins[key].startswith("preset "):
+        origins[key] = f"--tokenizer-model, in place of {values[key]} ({origins[key]})"
+        values[key] = None
 
 
 def format_config(parsed: ParsedConfig) -> str:

@@ -110,9 +110,16 @@ class DataConfig:
         (), "dataset prefix, or weight prefix weight prefix ... for a blend", metavar="PREFIX"
     )
     split: str = flag("99,1,0", "train,validation,test shares of every source's documents")
-    tokenizer_type: str = flag(
-        "HuggingFaceTokenizer",
-        "what --tokenizer-model holds",
+    split_order: str = flag(
+        "shuffled",
+        "which documents these are: drawn by their numbers, the same for every --seed, or contiguous ranges as in "
+        "Megatron",
+        choices=("shuffled", "sequential"),
+    )
+    verify_data: bool = flag(False, "compare whole dataset files with the SHA-256 in their .json before training")
+    tokenizer_type: str | None = flag(
+        None,
+        "what --tokenizer-model holds (default: told from it)",
         choices=("HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"),
     )
     tokenizer_model: str | None = flag(
@@ -231,7 +238,11 @@ class LoggingConfig:
     """What the run says about itself, and where."""
 
     log_interval: int = flag(10, "iterations between console lines")
-    metrics_file: str | None = flag(None, "JSONL: one object a step and one an evaluation, appended to what earlier runs wrote there", metavar="FILE")
+    metrics_file: str | None = flag(
+        None,
+        "JSONL: one object a step and one an evaluation, appended to what earlier runs wrote there",
+        metavar="FILE",
+    )
     tensorboard_dir: str | None = flag(None, "TensorBoard event files", metavar="DIR")
     wandb_project: str | None = flag(None, "Weights & Biases project (needs the extra 'track')")
     mlflow_experiment: str | None = flag(None, "MLflow experiment (needs the extra 'track')")

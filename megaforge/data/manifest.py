@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,14 @@ SIDECAR_VERSION = 1
 _EDGE_BYTES = 1 << 20
 _PROBES = 64
 _PROBE_BYTES = 1 << 14
+_WHOLE_BYTES = 32 << 20  # token files up to here are hashed whole at every start
+# What the datasets of a blend must have in common.
+_AGREED = {
+    "tokenizer_type": "the tokenizer's type",
+    "fingerprint": "the tokenizer's SHA-256",
+    "eod": "the end-of-document id",
+    "append_eod": "--append-eod",
+}
 
 
 def digest_of(value: object) -> str:
@@ -35,7 +43,9 @@ class Sidecar:
     """The part of ``PREFIX.json`` that reading needs; see the preprocessing tool for the rest.
 
     ``fingerprint`` is the tokenizer's SHA-256, ``vocab_size`` its number of ids, ``eod`` its end-of-document id,
-    ``text_bytes`` the UTF-8 bytes that ``tokens`` tokens stand for.
+    ``eod_token`` the name that was given for it, ``append_eod`` whether it ends every document, ``json_key`` where the
+    text came from, ``text_bytes`` the UTF-8 bytes that ``tokens`` tokens stand for; ``sources`` the SHA-256 of the text
+    files; ``bin_bytes``, ``bin_probe`` and ``bin_sha256`` tell a damaged token file.
     """
 
     path: Path
@@ -46,11 +56,23 @@ class Sidecar:
     tokens: int | None
     text_bytes: int | None
     idx_sha256: str | None
+    eod_token: str | None = None
+    append_eod: bool | None = None
+    json_key: str | None = None
+    bin_bytes: int | None = None
+    bin_probe: str | None = None
+    bin_sha256: str | None = None
+    sources: tuple[str, ...] = ()
 
     @property
     def bytes_per_token(self) -> float | None:
         """UTF-8 bytes a token stands for on average, or None if the sidecar does not say."""
         return self.text_bytes / self.tokens if self.text_bytes and self.tokens else None
+
+    def choices(self) -> dict[str, Any]:
+        """What was chosen when the text was prepared, JSON-like, as it travels with checkpoints."""
+        names = ("tokenizer_type", "fingerprint", "eod", "eod_token", "append_eod", "json_key")
+        return {name: getattr(self, name) for name in names}
 
 
 def read_sidecar(prefix: str | os.PathLike[str]) -> Sidecar | None:
@@ -73,6 +95,7 @@ def read_sidecar(prefix: str | os.PathLike[str]) -> Sidecar | None:
     tokenizer = content.get("tokenizer") or {}
     field = _FieldReader(path, content)
     inner = _FieldReader(path, tokenizer)
+    settings = _FieldReader(path, content.get("settings"))
     return Sidecar(
         path=path,
         tokenizer_type=inner.get("type", str),
@@ -82,7 +105,35 @@ def read_sidecar(prefix: str | os.PathLike[str]) -> Sidecar | None:
         tokens=field.get("tokens", int),
         text_bytes=field.get("text_bytes", int),
         idx_sha256=field.get("idx_sha256", str),
+        eod_token=inner.get("eod_token", str),
+        append_eod=settings.get("append_eod", bool),
+        json_key=settings.get("json_key", str),
+        bin_bytes=field.get("bin_bytes", int),
+        bin_probe=field.get("bin_probe", str),
+        bin_sha256=field.get("bin_sha256", str),
+        sources=tuple(
+            str(source["sha256"])
+            for source in field.get("sources", list) or ()
+            if isinstance(source, dict) and source.get("sha256")
+        ),
     )
+
+
+def check_agreement(sidecars: Sequence[Sidecar | None]) -> None:
+    """Refuses a blend of datasets that were prepared for different models.
+
+    Raises:
+        UserError: naming two descriptions and what differs.
+    """
+    described = [sidecar for sidecar in sidecars if sidecar is not None]
+    for other in described[1:]:
+        for name, meaning in _AGREED.items():
+            one, two = getattr(described[0], name), getattr(other, name)
+            if None not in (one, two) and one != two:
+                raise UserError(
+                    f"--data-path blends datasets that do not belong together: {meaning} is {one} in "
+                    f"{described[0].path} and {two} in {other.path}; preprocess one of the texts again as the other was"
+                )
 
 
 class _FieldReader:
@@ -92,31 +143,52 @@ class _FieldReader:
 
     def get(self, key: str, kind: type) -> Any:
         value = self._content.get(key)
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
             raise UserError(f'{self._path}: "{key}" is {value!r}, not a {kind.__name__}')
         return value
 
 
-def content_digest(dataset: IndexedDataset, sidecar: Sidecar | None) -> str:
+def content_digest(dataset: IndexedDataset, sidecar: Sidecar | None, *, verify: bool = False) -> str:
     """SHA-256 (hex) that names the dataset's content, the same with or without a sidecar and wherever it lies.
 
     It covers the whole index, and of the tokens their number, the first and last MiB and blocks spread evenly between:
-    reading a terabyte at every start would cost more than it tells.
+    reading a terabyte at every start would cost more than it tells. What the sidecar records of the files is compared:
+    sizes, the index, and of the tokens these same parts; all of them where they are few, or with ``verify``.
 
     Raises:
-        UserError: the sidecar describes another index (the files were replaced beside it).
+        UserError: the files are damaged or were replaced beside their sidecar, or ``verify`` has nothing to go by.
     """
-    with dataset.idx_path.open("rb") as file:
-        index = hashlib.file_digest(file, "sha256").hexdigest()
-    if sidecar is not None and sidecar.idx_sha256 is not None and sidecar.idx_sha256 != index:
+    index, probe = _sha256(dataset.idx_path), probe_tokens(dataset)
+    if sidecar is not None:
+        _compare(dataset.idx_path, sidecar, index, sidecar.idx_sha256)
+        size = dataset.tokens.nbytes
+        _compare(dataset.bin_path, sidecar, f"{size:,} bytes", f"{sidecar.bin_bytes or size:,} bytes")
+        _compare(dataset.bin_path, sidecar, probe, sidecar.bin_probe)
+        if sidecar.bin_sha256 is not None and (verify or size <= _WHOLE_BYTES):
+            _compare(dataset.bin_path, sidecar, _sha256(dataset.bin_path), sidecar.bin_sha256)
+    if verify and (sidecar is None or None in (sidecar.bin_sha256, sidecar.idx_sha256)):
         raise UserError(
-            f"{sidecar.path} describes other files than {dataset.idx_path} (SHA-256 {index[:12]}, recorded "
-            f"{sidecar.idx_sha256[:12]}): copy all three files again, or remove the stale .json"
+            f"--verify-data: {dataset.prefix}.json does not record the files' SHA-256, so they cannot be verified; "
+            "preprocess the text again, or leave out --verify-data"
         )
-    return digest_of([SIDECAR_FORMAT, index, _probe_tokens(dataset)])
+    return digest_of([SIDECAR_FORMAT, index, probe])
 
 
-def _probe_tokens(dataset: IndexedDataset) -> str:
+def _compare(path: Path, sidecar: Sidecar, found: str, recorded: str | None) -> None:
+    if recorded is not None and found != recorded:
+        raise UserError(
+            f"{sidecar.path} describes other files than {path}, which is damaged or was replaced "
+            f"({found[:20]}, recorded {recorded[:20]}): copy all three files again, or preprocess the text again"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def probe_tokens(dataset: IndexedDataset) -> str:
+    """SHA-256 (hex) of parts of the token file: its ends, and blocks spread evenly between."""
     content = dataset.tokens.view("u1")
     size = content.size
     probe = hashlib.sha256(f"{size}:".encode())

@@ -13,6 +13,7 @@ because NumPy keeps the right to change what its generators' ``permutation`` ret
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import os
 import threading
@@ -127,6 +128,37 @@ class EpochOrder:
         return end
 
 
+def documents_in_order(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> EpochOrder:
+    """Documents, int64 [documents] each, read once in the order given."""
+    full = np.flatnonzero(lengths)
+    table = np.zeros((2, len(full) + 1), np.int64)
+    np.cumsum(lengths[full], out=table[0, 1:])
+    table[1, :-1] = starts[full]
+    return EpochOrder(table)
+
+
+class JoinedTokens:
+    """Documents one after the other as one array of tokens that is read where it is sliced: int64 [n].
+
+    Args:
+        tokens: integer [any], the token file.
+        starts, lengths: int64 [documents], where each document lies in it.
+    """
+
+    def __init__(self, tokens: np.ndarray, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> None:
+        self._tokens, self._order = tokens, documents_in_order(starts, lengths)
+        self.document_starts = self._order.bounds[:-1]
+
+    def __len__(self) -> int:
+        return int(self._order.bounds[-1])
+
+    def __getitem__(self, part: slice) -> npt.NDArray[np.int64]:
+        start, stop, _ = part.indices(len(self))
+        out = np.empty(max(stop - start, 0), np.int64)
+        self._order.copy(self._tokens, start, out, np.zeros(len(out), np.bool_), 0)
+        return out
+
+
 class TokenStream:
     """A source's endless token stream: its documents, epoch after epoch, each epoch in its own order.
 
@@ -154,6 +186,7 @@ class TokenStream:
         self._starts, self._lengths, self._numbers = starts, lengths, numbers
         self.num_tokens = int(lengths.sum())
         self._key = [ORDER_VERSION, *key]
+        self._members: str | None = None
         self._cache_dir = None if cache_dir is None else Path(cache_dir)
         self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
         self._lock = threading.Lock()
@@ -193,7 +226,9 @@ class TokenStream:
         """
         assert self._cache_dir is not None
         shape = (2, len(self._starts) + 1)
-        name = digest_of([*self._key, epoch, int(self._numbers[0]), shape[1], self.num_tokens])
+        if self._members is None:
+            self._members = hashlib.sha256(np.ascontiguousarray(self._numbers).data).hexdigest()
+        name = digest_of([*self._key, epoch, self._members, shape[1], self.num_tokens])
         path = self._cache_dir / f"epoch-order-{name[:40]}.npy"
         try:
             table = np.lib.format.open_memmap(path, mode="r")

@@ -9,26 +9,23 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from megaforge.data.blend import parse_split, split_ranges
-from megaforge.data.indexed_dataset import IndexedDataset
+from megaforge.data.blend import parse_split
 from megaforge.data.loader import Batch, GlobalBatchLoader
-from megaforge.data.manifest import Sidecar, content_digest, digest_of, read_sidecar
-from megaforge.data.sample_order import EpochOrder, TokenStream, has_native_copy, key_of, shuffled
+from megaforge.data.manifest import check_agreement, digest_of
+from megaforge.data.sample_order import TokenStream, documents_in_order, has_native_copy, key_of, shuffled
 from megaforge.data.schedule import Plan, SampleSchedule, check_state, make_state
+from megaforge.data.source import DataChecks, Source, open_source
+from megaforge.data.split import PARTS
 from megaforge.errors import UserError
 
-__all__ = ["Batch", "GlobalBatchLoader", "Sample", "SampleSchedule", "TrainingData", "ValidationData"]
+__all__ = ["Batch", "DataChecks", "GlobalBatchLoader", "Sample", "SampleSchedule", "TrainingData", "ValidationData"]
 
-SPLITS = ("train", "valid", "test")
-_SCAN_BYTES = 1 << 30  # token files up to here are scanned for foreign ids at the start; larger ones as they are read
-_SCAN_CHUNK = 1 << 25
 _NOTHING = "no document has two tokens, and --eod-mask-loss leaves out the first of each; drop --eod-mask-loss"
 
 
@@ -51,28 +48,15 @@ class Sample(NamedTuple):
     cursor: int
 
 
-@dataclass(frozen=True)
-class _Source:
-    dataset: IndexedDataset
-    sidecar: Sidecar | None
-    starts: npt.NDArray[np.int64]
-    lengths: npt.NDArray[np.int64]
-    ranges: list[tuple[int, int]]
-
-    def extents(self, split: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        first, stop = self.ranges[SPLITS.index(split)]
-        return self.starts[first:stop], self.lengths[first:stop]
-
-
 class TrainingData:
     """The endless training samples of a blend of datasets.
 
     Args:
         sources: [(weight, prefix)], as :func:`megaforge.data.blend.parse_data_path` returns them.
-        split: ``--split``: contiguous shares of each source's documents for train, valid and test.
+        split: ``--split``: shares of each source's documents for train, valid and test.
         schedule: seed, sequence length and later changes.
-        vocab_size: ids the model knows; larger ones in the data are an error. None checks nothing.
-        tokenizer_fingerprint: SHA-256 of the run's tokenizer, compared with the one recorded beside each dataset.
+        split_order: ``--split-order``: which documents these are; see :func:`megaforge.data.split.split_documents`.
+        checks: what the sources must fit.
         eod_mask_loss: batches give no loss to predicting the first token of the next document.
         cache_dir: where the ranks of a machine share the epochs' order; None keeps 16 bytes a document in memory.
 
@@ -91,8 +75,8 @@ class TrainingData:
         split: str,
         schedule: SampleSchedule,
         *,
-        vocab_size: int | None = None,
-        tokenizer_fingerprint: str | None = None,
+        split_order: str = "shuffled",
+        checks: DataChecks | None = None,
         eod_mask_loss: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -103,26 +87,27 @@ class TrainingData:
                 "reading samples with NumPy: the extension megaforge.data._data_helpers was not built "
                 "(pip install --no-build-isolation -e .); short documents are read several times slower"
             )
-        self.split_text, self.split = split, parse_split(split)
+        self.split_text, self.split, self.split_order = split, parse_split(split), split_order
         weights = [weight for weight, _ in sources]
         Plan(schedule, weights)  # a schedule that cannot be is an error before any file is opened
-        self._vocab_size = vocab_size
-        self._sources: list[_Source] = []
+        checks = checks or DataChecks()
+        self._sources: list[Source] = []
         self._streams: list[TokenStream] = []
         self._lane_of: list[tuple[int, int]] = []
         shares: list[list[float]] = []
         digests: list[str] = []
         for _, prefix in sources:
-            source = self._open(prefix, tokenizer_fingerprint)
-            digests.append(content_digest(source.dataset, source.sidecar))
-            first, stop = source.ranges[0]
+            source = open_source(prefix, self.split, split_order, checks)
+            if source.sidecar is None and checks.fingerprint is not None:
+                self.notices.append(f"{prefix} has no .json beside it, so its tokenizer cannot be checked")
+            digests.append(source.digest)
             # The content names the source, so that listing another beside it does not reshuffle it. The same files
             # listed twice are told apart by their count.
             key = [schedule.seed, digests[-1], Counter(digests)[digests[-1]]]
             tokens = int(source.extents("train")[1].sum())
             if tokens == 0:
                 raise UserError(
-                    f"--split {split} leaves no training tokens in {prefix}: {stop - first} of its "
+                    f"--split {split} leaves no training tokens in {prefix}: {len(source.numbers('train'))} of its "
                     f"{source.dataset.num_documents} documents are for training; give the first number a larger share"
                 )
             lanes = self._lanes(source, key, schedule.lanes, cache_dir)
@@ -130,6 +115,7 @@ class TrainingData:
             self._lane_of += [(len(self._sources), number) for number in range(len(lanes))]
             self._sources.append(source)
             self._streams += lanes
+        check_agreement([source.sidecar for source in self._sources])
         # Without the mask even a single token has a successor: the next epoch's.
         if eod_mask_loss and not any(_targets_of(source.extents("train")[1]) for source in self._sources):
             raise UserError(
@@ -137,16 +123,15 @@ class TrainingData:
                 f"part: {_NOTHING}"
             )
         self.plan = Plan(schedule, weights, shares)
-        self._read_checks = [self._must_check_reads(source) for source in self._sources]
         self.digest = digest_of(digests)
         self._sample_key = key_of("sample", schedule.seed, self.digest)
 
     def _lanes(
-        self, source: _Source, key: list[object], lanes: int, cache_dir: str | os.PathLike[str] | None
+        self, source: Source, key: list[object], lanes: int, cache_dir: str | os.PathLike[str] | None
     ) -> list[TokenStream]:
         """The source's training documents dealt out, in a keyed order, to ``lanes`` streams of about equal size."""
         starts, lengths = source.extents("train")
-        numbers = np.arange(source.ranges[0][0], source.ranges[0][1])
+        numbers = source.numbers("train")
         full = np.flatnonzero(lengths)
         lanes = min(lanes, len(full))
         dealt = full if lanes == 1 else full[shuffled(key_of("lanes", *key), numbers[full])]
@@ -206,9 +191,9 @@ class TrainingData:
     def _read(self, k: int, tokens: npt.NDArray[np.int64], marks: npt.NDArray[np.bool_]) -> None:
         stream, cursor = self._stream_at(k)
         self._streams[stream].copy(cursor, tokens, marks)
-        source = self._lane_of[stream][0]
-        if self._read_checks[source]:
-            self._check_ids(source, tokens)
+        source = self._sources[self._lane_of[stream][0]]
+        if source.reads_below is not None:
+            source.check_read(tokens)
 
     def generator(self, k: int) -> np.random.Generator:
         """Randomness that belongs to sample ``k``: counter-based Philox, keyed by the data, the seed and ``k``."""
@@ -216,7 +201,13 @@ class TrainingData:
 
     def state(self, consumed_samples: int) -> dict[str, Any]:
         """The JSON-like state to save when samples [0, consumed_samples) have been trained on."""
-        return make_state(self.plan, self.digest, self.split, consumed_samples)
+        sources = [
+            {"digest": source.digest, "choices": source.sidecar.choices() if source.sidecar else None}
+            for source in self._sources
+        ]
+        return make_state(self.plan, self.digest, (self.split, self.split_order), consumed_samples) | {
+            "sources": sources
+        }
 
     def check_state(self, saved: dict[str, Any]) -> None:
         """Refuses to continue a run whose past this data and schedule would not have produced.
@@ -238,68 +229,21 @@ class TrainingData:
         return text / tokens if tokens else None
 
     def validation(self, split: str = "valid", sequence_length: int | None = None) -> ValidationData:
-        """The split's documents in file order, every token predicted once, cut into windows.
+        """The split's documents, every token predicted once, cut into windows.
 
         Raises:
             UserError: no label in the split counts.
         """
         length = self.plan.stages[0].sequence_length if sequence_length is None else sequence_length
-        parts = [(source.dataset.tokens, *source.extents(split)) for source in self._sources]
-        if all(int(lengths.sum()) < 2 for _, _, lengths in parts):
+        lengths = [source.extents(split)[1] for source in self._sources]
+        if all(int(one.sum()) < 2 for one in lengths):
             raise UserError(
                 f"--split {self.split_text} leaves no documents to evaluate in its '{split}' part: give the "
-                f"{('first', 'second', 'third')[SPLITS.index(split)]} number a larger share, or use more documents"
+                f"{('first', 'second', 'third')[PARTS.index(split)]} number a larger share, or use more documents"
             )
-        if self.eod_mask_loss and not any(_targets_of(lengths) for _, _, lengths in parts):
+        if self.eod_mask_loss and not any(map(_targets_of, lengths)):
             raise UserError(f"--split {self.split_text}: there is nothing to predict in its '{split}' part: {_NOTHING}")
-        return ValidationData(parts, length, self.eod_mask_loss)
-
-    def _open(self, prefix: str, fingerprint: str | None) -> _Source:
-        dataset, sidecar = IndexedDataset(prefix), read_sidecar(prefix)
-        if dataset.num_tokens == 0:
-            raise UserError(f"{dataset.bin_path} is empty: its {dataset.num_documents} documents hold no tokens")
-        if sidecar is None:
-            if fingerprint is not None:
-                self.notices.append(f"{prefix} has no .json beside it, so its tokenizer cannot be checked")
-        elif fingerprint is not None and sidecar.fingerprint not in (None, fingerprint):
-            raise UserError(
-                f"{prefix} was tokenized with another tokenizer (SHA-256 {sidecar.fingerprint}, recorded in "
-                f"{sidecar.path}) than --tokenizer-model names (SHA-256 {fingerprint}): use that tokenizer, or "
-                "preprocess the text again with this one"
-            )
-        starts, lengths = dataset.document_extents()
-        return _Source(dataset, sidecar, starts, lengths, split_ranges(self.split, dataset.num_documents))
-
-    def _must_check_reads(self, source: _Source) -> bool:
-        """Looks for ids beyond the vocabulary as early as is cheap; True if only reading can tell."""
-        dataset, sidecar = source.dataset, source.sidecar
-        info, vocab_size = np.iinfo(dataset.dtype), self._vocab_size
-        if vocab_size is None or (info.max < vocab_size and info.min == 0):
-            return False
-        if sidecar is not None and sidecar.vocab_size is not None:
-            if sidecar.vocab_size > vocab_size:
-                raise UserError(
-                    f"{dataset.bin_path} holds ids of a tokenizer of {sidecar.vocab_size:,} (recorded in "
-                    f"{sidecar.path}), but the model's vocabulary has {vocab_size:,}; raise --vocab-size or use the "
-                    "dataset's tokenizer"
-                )
-            return False
-        if dataset.tokens.nbytes > _SCAN_BYTES:
-            return True
-        for start in range(0, dataset.num_tokens, _SCAN_CHUNK):
-            self._check_range(dataset, dataset.tokens[start : start + _SCAN_CHUNK])
-        return False
-
-    def _check_ids(self, source: int, tokens: np.ndarray) -> None:
-        self._check_range(self._sources[source].dataset, tokens)
-
-    def _check_range(self, dataset: IndexedDataset, tokens: np.ndarray) -> None:
-        low, high = int(tokens.min()), int(tokens.max())
-        if self._vocab_size is not None and (low < 0 or high >= self._vocab_size):
-            raise UserError(
-                f"{dataset.bin_path} holds token id {low if low < 0 else high}, but the model's vocabulary has ids "
-                f"0..{self._vocab_size - 1}; raise --vocab-size or use the dataset's tokenizer"
-            )
+        return ValidationData(self._sources, split, length, self.eod_mask_loss)
 
 
 def _targets_of(lengths: npt.NDArray[np.int64]) -> int:
@@ -314,28 +258,16 @@ class ValidationData:
     first part of the view represents all of them. A source's last window is padded with id 0, which does not count.
 
     Args:
-        parts: per source the token file and its documents' starts and lengths (int64 [documents], tokens).
+        sources: of which the documents of ``part`` are read.
     """
 
-    def __init__(
-        self,
-        parts: Sequence[tuple[np.ndarray, npt.NDArray[np.int64], npt.NDArray[np.int64]]],
-        sequence_length: int,
-        eod_mask_loss: bool,
-    ) -> None:
+    def __init__(self, sources: Sequence[Source], part: str, sequence_length: int, eod_mask_loss: bool) -> None:
         self.eod_mask_loss = eod_mask_loss
         self.stage_starts = [0]
         self._length = sequence_length
-        self._tokens = [tokens for tokens, _, _ in parts]
-        self._orders: list[EpochOrder] = []
-        windows = []
-        for _, starts, lengths in parts:
-            full = np.flatnonzero(lengths)
-            table = np.zeros((2, len(full) + 1), np.int64)
-            np.cumsum(lengths[full], out=table[0, 1:])
-            table[1, :-1] = starts[full]
-            self._orders.append(EpochOrder(table))
-            windows.append(np.arange(-(-max(int(table[0, -1]) - 1, 0) // sequence_length)))
+        self._sources = sources
+        self._orders = [documents_in_order(*source.extents(part)) for source in sources]
+        windows = [np.arange(-(-max(int(order.bounds[-1]) - 1, 0) // sequence_length)) for order in self._orders]
         order = np.argsort(np.concatenate([(w + 0.5) / max(len(w), 1) for w in windows]), kind="stable")
         self._source = np.repeat(np.arange(len(windows)), [len(w) for w in windows])[order]
         self._window = np.concatenate(windows)[order]
@@ -368,7 +300,8 @@ class ValidationData:
         if k < len(self):
             source = int(self._source[k])
             offset = int(self._window[k]) * self._length
-            filled = self._orders[source].copy(self._tokens[source], offset, tokens, marks, 0)
+            filled = self._orders[source].copy(self._sources[source].dataset.tokens, offset, tokens, marks, 0)
+            self._sources[source].check_read(tokens[:filled])
         tokens[filled:] = 0
         marks[filled : filled + 1] = True
         return max(filled - 1, 0)

@@ -120,8 +120,7 @@ class Plan:
         """The stages that ``consumed_samples`` has entered, for the state; later ones are free to change."""
         entered = [stage for stage in self.stages if stage.start < max(consumed_samples, 1)]
         return [
-            {"start_sample": s.start, "sequence_length": s.sequence_length, "weights": list(s.weights)}
-            for s in entered
+            {"start_sample": s.start, "sequence_length": s.sequence_length, "weights": list(s.weights)} for s in entered
         ]
 
 
@@ -137,8 +136,14 @@ def _checked_mix(weights: tuple[float, ...], sources: int) -> tuple[float, ...]:
     return weights
 
 
-def make_state(plan: Plan, manifest_digest: str, split: Sequence[float], consumed_samples: int) -> dict[str, Any]:
-    """What a checkpoint keeps of the data: where it is, and what the order up to there depended on. JSON-like."""
+def make_state(
+    plan: Plan, manifest_digest: str, split: tuple[Sequence[float], str], consumed_samples: int
+) -> dict[str, Any]:
+    """What a checkpoint keeps of the data: where it is, and what the order up to there depended on. JSON-like.
+
+    ``split``: the shares of train, valid and test, and ``--split-order``.
+    """
+    shares, order = split
     stages = plan.describe(consumed_samples)
     return {
         "version": STATE_VERSION,
@@ -147,8 +152,9 @@ def make_state(plan: Plan, manifest_digest: str, split: Sequence[float], consume
         "seed": plan.seed,
         "lanes": plan.lanes,
         "manifest_digest": manifest_digest,
-        "schedule_digest": digest_of([list(split), stages]),
-        "split": list(split),
+        "schedule_digest": digest_of([list(shares), stages]),
+        "split": list(shares),
+        "split_order": order,
         "stages": stages,
     }
 
@@ -159,6 +165,7 @@ _FIELDS = {
     "lanes": "--data-lanes",
     "manifest_digest": "the content of the --data-path files",
     "split": "--split",
+    "split_order": "--split-order",
     "stages": "--seq-length or the weights in --data-path",
     "schedule_digest": "the sample schedule",
     "consumed_tokens": "the number of tokens read",
@@ -171,7 +178,10 @@ def check_state(current: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     Raises:
         UserError: they differ; the message names the first differing field and both values.
     """
+    saved = {"split_order": "sequential", **saved}  # runs from before there was another
     for field, meaning in _FIELDS.items():
+        if field == "split_order" and saved["split"][0] == 1:
+            continue  # every document is for training in any order
         if field not in saved:
             raise UserError(f"the checkpoint's data state has no field '{field}'; it cannot be continued exactly")
         if saved[field] != current[field]:

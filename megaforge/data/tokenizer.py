@@ -47,6 +47,7 @@ class Tokenizer(ABC):
         model_path: the file (or the number, for NullTokenizer) it was loaded from.
         vocab_size: the largest id + 1.
         eod: the end-of-document id, or None where the tokenizer has none.
+        eod_token: the name that was given for it, or None where the tokenizer's own choice stands.
         fingerprint: SHA-256 (hex) over the content that defines the ids.
         cuts_at_lines: whether text may be cut after a line end between two printable ASCII characters without a change
             of its ids; long documents can then be encoded in parts.
@@ -56,6 +57,7 @@ class Tokenizer(ABC):
     model_path: str
     vocab_size: int
     eod: int | None
+    eod_token: str | None = None
     fingerprint: str
     cuts_at_lines: bool = False
 
@@ -247,7 +249,9 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: str, eod_token: str | N
         raise UserError(f"--tokenizer-type {tokenizer_type} is unknown; choose one of {', '.join(TOKENIZER_TYPES)}")
     if not tokenizer_model:
         raise UserError("--tokenizer-model is missing; give a tokenizer.json or a SentencePiece .model")
-    return classes[tokenizer_type](tokenizer_model, eod_token)
+    tokenizer = classes[tokenizer_type](tokenizer_model, eod_token)
+    tokenizer.eod_token = eod_token
+    return tokenizer
 
 
 def guess_tokenizer_type(tokenizer_model: str) -> str:

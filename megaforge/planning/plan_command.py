@@ -10,7 +10,7 @@ import torch
 
 from megaforge.config.cli import parse_config
 from megaforge.config.config import Config
-from megaforge.data.tokenizer import load_tokenizer
+from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.errors import UserError
 from megaforge.planning.gpus import GPUS, gpu_named
 from megaforge.planning.layout import PlannedLayout, layout_of
@@ -46,10 +46,9 @@ def parse(arguments: Sequence[str], prog: str) -> Request:
         own, rest = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-    config = parse_config(rest, prog=prog).config
-    if config.model.vocab_size is None and config.data.tokenizer_model is not None:
-        size = load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model).vocab_size
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+    config, _, notes = with_run_tokenizer(parse_config(rest, prog=prog).config)
+    for note in notes:
+        print(note)
     return Request(config, own)
 
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-Tokens = npt.NDArray[np.integer]
+from megaforge.data.sample_order import JoinedTokens
+
+Tokens = npt.NDArray[np.integer] | JoinedTokens
 Counts = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]  # sorted pair keys, how often each occurs
 
 _CHUNK = 1 << 22
@@ -28,16 +30,16 @@ class BigramModel:
         """Fits ``tokens`` [n], n >= 2, of ids below ``vocab_size``."""
         self.vocab_size = vocab_size
         cut = max(2, len(tokens) - max(1, int(len(tokens) * _HELD_BACK)))
-        self._fit(tokens[:cut])
-        held_back = tokens[cut - 1 :] if cut < len(tokens) else tokens
-        self.strength = min(_STRENGTHS, key=lambda strength: self.nats(held_back, strength))
-        self._fit(tokens)
+        self._fit(tokens, cut)
+        held_back = cut - 1 if cut < len(tokens) else 0
+        self.strength = min(_STRENGTHS, key=lambda strength: self.nats(tokens, strength, held_back))
+        self._fit(tokens, len(tokens))
 
-    def _fit(self, tokens: Tokens) -> None:
+    def _fit(self, tokens: Tokens, stop: int) -> None:
         unigrams = np.zeros(self.vocab_size, np.int64)
         followed = np.zeros(self.vocab_size, np.int64)
         pairs: Counts = (np.empty(0, np.int64), np.empty(0, np.int64))
-        for x, y in _pairs(tokens):
+        for x, y in _pairs(tokens, 0, stop):
             unigrams += np.bincount(y, minlength=self.vocab_size)
             followed += np.bincount(x, minlength=self.vocab_size)
             pairs = _merge(pairs, np.unique(x * self.vocab_size + y, return_counts=True))
@@ -45,11 +47,11 @@ class BigramModel:
         self._followed = followed
         self._keys, self._counts = pairs
 
-    def nats(self, tokens: Tokens, strength: float | None = None) -> float:
-        """Summed cross-entropy of ``tokens[1:]``, each given the one before it."""
+    def nats(self, tokens: Tokens, strength: float | None = None, start: int = 0) -> float:
+        """Summed cross-entropy of ``tokens[start + 1:]``, each given the one before it."""
         strength = self.strength if strength is None else strength
         total = 0.0
-        for x, y in _pairs(tokens):
+        for x, y in _pairs(tokens, start, len(tokens)):
             key = x * self.vocab_size + y
             place = np.minimum(np.searchsorted(self._keys, key), len(self._keys) - 1)
             count = np.where(self._keys[place] == key, self._counts[place], 0)
@@ -61,10 +63,10 @@ class BigramModel:
         return self.nats(tokens) / math.log(2)
 
 
-def _pairs(tokens: Tokens) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """(token, its successor) in bounded chunks."""
-    for start in range(0, len(tokens) - 1, _CHUNK):
-        chunk = np.asarray(tokens[start : start + _CHUNK + 1], dtype=np.int64)
+def _pairs(tokens: Tokens, start: int, stop: int) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """(token, its successor) of ``tokens[start:stop]``, in bounded chunks."""
+    for first in range(start, stop - 1, _CHUNK):
+        chunk = np.asarray(tokens[first : min(first + _CHUNK + 1, stop)], dtype=np.int64)
         yield chunk[:-1], chunk[1:]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from megaforge.config.check_layout import check_layout
 from megaforge.config.config import Config
 from megaforge.data.loader import GlobalBatchLoader
+from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.stages import PipelinePlan, StagedModel, make_payload
@@ -42,7 +43,6 @@ from megaforge.planning.stage_run import run_stage
 from megaforge.planning.stages import ModelParts, StagePart, cut_stages, model_parts, stage_parameters
 from megaforge.training.launch import build_stages, context_of, plan_of
 from megaforge.training.pipeline import make_reducer
-from megaforge.training.prepare import with_tokenizer
 from megaforge.training.state import compute_dtype
 
 
@@ -84,10 +84,10 @@ def dry_run(config: Config) -> None:
         UserError: as the job itself would.
     """
     started = time.perf_counter()
-    config, _ = with_tokenizer(config)
+    config, _, notes = with_run_tokenizer(config)
     world_size = config.dry_run.dry_run_world_size or discover_launch().world_size
     layout, ranks = try_ranks(config, world_size)
-    for note in check_layout(config, world_size).notes:
+    for note in (*notes, *check_layout(config, world_size).notes):
         print(note)
     print(report(config, layout, ranks))
     print(f"dry run of {world_size} ranks: {time.perf_counter() - started:.1f} s")

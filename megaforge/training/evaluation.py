@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from megaforge.config.config import Config
-from megaforge.data.blend import dataset_prefix, parse_data_path, parse_split, split_ranges
+from megaforge.data.blend import parse_data_path, parse_split
 from megaforge.data.indexed_dataset import IndexedDataset
-from megaforge.data.manifest import read_sidecar
+from megaforge.data.manifest import content_digest, digest_of, read_sidecar
+from megaforge.data.sample_order import JoinedTokens
+from megaforge.data.source import check_ids
+from megaforge.data.split import split_documents
 from megaforge.data.text.formats import TEXT_SUFFIXES, plain_suffix
 from megaforge.data.text.readers import read_texts
 from megaforge.data.tokenizer import Tokenizer
@@ -23,7 +24,7 @@ from megaforge.errors import UserError
 from megaforge.training.metrics import EvaluationMetrics
 from megaforge.training.restore import TrainedModel
 
-PARTS = ("train", "valid", "test")
+_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,13 @@ class Stream:
     """Documents one after the other.
 
     Attributes:
-        tokens: integer [n].
+        tokens: integer [n], or what slices into such an array.
         document_starts: int64, ascending: where each document begins.
         text_bytes: UTF-8 bytes that the tokens stand for; None if unknown.
         documents: how many there are.
     """
 
-    tokens: npt.NDArray[np.integer]
+    tokens: npt.NDArray[np.integer] | JoinedTokens
     document_starts: npt.NDArray[np.int64]
     text_bytes: float | None
 
@@ -53,14 +54,15 @@ def is_text(path: str) -> bool:
     return os.path.exists(path) or plain_suffix(path) in TEXT_SUFFIXES
 
 
-def read_text(path: str, tokenizer: Tokenizer, key: str = "text") -> Stream:
-    """The tokens of a text file's documents, each followed by the tokenizer's end-of-document token where it has one.
+def read_text(path: str, tokenizer: Tokenizer, key: str = "text", append_eod: bool = True) -> Stream:
+    """The tokens of a text file's documents, each followed by the tokenizer's end-of-document token where it has one
+    and ``append_eod``.
 
     Raises:
         UserError: the file is missing or bad, or gives fewer than two tokens.
     """
     texts = list(read_texts(path, key))
-    end = [] if tokenizer.eod is None else [tokenizer.eod]
+    end = [] if tokenizer.eod is None or not append_eod else [tokenizer.eod]
     documents = [np.array([*ids, *end], np.int64) for ids in tokenizer.encode_batch(texts) if ids]
     if not documents:
         raise UserError(f"--input {path}: there is no text in it")
@@ -71,51 +73,89 @@ def read_text(path: str, tokenizer: Tokenizer, key: str = "text") -> Stream:
     return Stream(np.concatenate(documents), np.cumsum([0, *lengths[:-1]]), float(text_bytes))
 
 
-def read_dataset(prefix: str, config: Config, part: str | None = None) -> Stream:
-    """The documents of a dataset, in file order.
+def read_dataset(prefix: str, trained: TrainedModel, part: str | None = None) -> Stream:
+    """The documents of a dataset, in the order in which the run reads those of this part.
 
     Args:
         prefix: as in ``--data-path``.
-        config: that of the run whose model is evaluated.
-        part: train, valid or test as the run's ``--split`` cuts it, or all. None: of a dataset that the run trained
-            on, its validation part; of any other, all.
+        trained: the model that is evaluated.
+        part: train, valid or test as the run's ``--split`` and ``--split-order`` cut it, or all. None: of a dataset
+            that the run trained on, its validation part; of any other, all.
 
     Raises:
         UserError: bad files, or a part without two tokens.
     """
-    prefix = dataset_prefix(prefix)
     dataset, sidecar = IndexedDataset(prefix), read_sidecar(prefix)
-    part = part or ("valid" if trained_on(prefix, config) else "all")
+    digest = content_digest(dataset, sidecar)
+    part = part or ("valid" if trained_on(digest, trained) else "all")
     starts, lengths = dataset.document_extents()
-    first, stop = 0, len(starts)
+    tokens: JoinedTokens | npt.NDArray[np.integer] = dataset.tokens
+    document_starts = starts[lengths > 0]
     if part != "all":
-        first, stop = split_ranges(parse_split(config.data.split), len(starts))[PARTS.index(part)]
-    starts, lengths = starts[first:stop], lengths[first:stop]
-    if int(lengths.sum()) < 2:
-        raise UserError(f"the '{part}' part of {prefix} (--split {config.data.split}) holds no two tokens to evaluate")
-    begin, end = int(starts[0]), int(starts[-1] + lengths[-1])
-    tokens = dataset.tokens[begin:end]
-    highest = int(tokens.max())
-    if config.model.vocab_size is not None and highest >= config.model.vocab_size:
-        raise UserError(f"{prefix} holds token id {highest}, but the model's vocabulary has {config.model.vocab_size}")
+        shares, order = run_split(trained)
+        chosen = split_documents(shares, order, digest, len(starts))[part]
+        tokens = JoinedTokens(dataset.tokens, starts[chosen], lengths[chosen])
+        document_starts = tokens.document_starts
+    if len(tokens) < 2:
+        raise UserError(
+            f"the '{part}' part of {prefix} (--split {trained.config.data.split}) holds no two tokens to evaluate"
+        )
+    vocab_size = trained.config.model.vocab_size
+    for start in range(0, len(tokens) if vocab_size is not None else 0, _CHUNK):
+        check_ids(dataset, tokens[start : start + _CHUNK], int(vocab_size or 0))
     ratio = None if sidecar is None else sidecar.bytes_per_token
-    return Stream(tokens, starts[lengths > 0] - begin, None if ratio is None else ratio * len(tokens))
+    return Stream(tokens, document_starts, None if ratio is None else ratio * len(tokens))
 
 
-def trained_on(prefix: str, config: Config) -> bool:
-    """Whether the run's ``--data-path`` names the dataset ``prefix``."""
-    return Path(prefix).resolve() in {Path(name).resolve() for _, name in parse_data_path(config.data.data_path)}
+def run_split(trained: TrainedModel) -> tuple[list[float], str]:
+    """The run's shares of train, valid and test, and how it drew them."""
+    data = trained.meta.get("data", {})
+    order = data.get("split_order") or trained.meta["config"]["data"].get("split_order", "sequential")
+    return list(data.get("split") or parse_split(trained.config.data.split)), order
 
 
-def check_fingerprint(prefix: str, trained: TrainedModel) -> None:
-    """Refuses a dataset of another tokenizer than the model's.
+def trained_on(digest: str, trained: TrainedModel) -> bool:
+    """Whether a dataset of this content (:func:`megaforge.data.manifest.content_digest`) is one of the run's.
 
     Raises:
-        UserError: its sidecar records another one.
+        UserError: the checkpoint is of a version that kept only the digest of several datasets together.
     """
-    sidecar, tokenizer = read_sidecar(dataset_prefix(prefix)), trained.meta.get("tokenizer")
-    if sidecar is not None and tokenizer is not None and sidecar.fingerprint not in (None, tokenizer["fingerprint"]):
+    data = trained.meta.get("data")
+    if data is None:
+        return False
+    if "sources" in data:
+        return digest in {source["digest"] for source in data["sources"]}
+    if digest_of([digest]) == data["manifest_digest"]:
+        return True
+    if len(parse_data_path(trained.config.data.data_path)) > 1:
+        raise UserError(
+            f"{trained.path} does not say which datasets it was trained on, one by one, so which documents it has not "
+            "seen is unknown; say --part valid if this is one of them, else --part all"
+        )
+    return False
+
+
+def check_choices(prefix: str, trained: TrainedModel) -> None:
+    """Refuses a dataset of another tokenizer than the model's, or one whose documents end otherwise.
+
+    Raises:
+        UserError: its sidecar records other choices than the checkpoint.
+    """
+    sidecar, tokenizer = read_sidecar(prefix), trained.meta.get("tokenizer") or {}
+    if sidecar is None:
+        return
+    if sidecar.fingerprint is not None and tokenizer.get("fingerprint") not in (None, sidecar.fingerprint):
         raise UserError(f"{prefix} was tokenized with another tokenizer than {trained.path} was trained with")
+    known = {"eod": tokenizer.get("eod")} | {
+        name: value for name, value in trained.choices.items() if value is not None
+    }
+    for name, meaning in (("eod", "the end-of-document id"), ("append_eod", "--append-eod")):
+        here, there = getattr(sidecar, name), known.get(name)
+        if None not in (here, there) and here != there:
+            raise UserError(
+                f"{prefix} was prepared otherwise than what {trained.path} was trained on: {meaning} is {here} in "
+                f"{sidecar.path} and was {there}; preprocess the text again as it was then"
+            )
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from megaforge.config.check_layout import Layout
 from megaforge.config.config import Config
 from megaforge.config.schema import config_to_dict
 from megaforge.data.blend import parse_data_path
-from megaforge.data.samples import SampleSchedule, TrainingData
+from megaforge.data.samples import DataChecks, SampleSchedule, TrainingData
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.device import resolve_device, set_gpu_environment
 from megaforge.errors import UserError
@@ -142,8 +142,14 @@ def _open_data(config: Config, tokenizer: Tokenizer | None) -> TrainingData:
         parse_data_path(config.data.data_path),
         config.data.split,
         SampleSchedule(config.training.seed, config.data.seq_length, lanes=config.data.data_lanes),
-        vocab_size=config.model.vocab_size,
-        tokenizer_fingerprint=None if tokenizer is None else tokenizer.fingerprint,
+        split_order=config.data.split_order,
+        checks=DataChecks(
+            config.model.vocab_size,
+            None if tokenizer is None else tokenizer.fingerprint,
+            None if tokenizer is None else tokenizer.eod,
+            # Once a machine: hashing a corpus takes a while, and the ranks of one see the same files.
+            verify=config.data.verify_data and discover_launch().local_rank == 0,
+        ),
         eod_mask_loss=config.data.eod_mask_loss,
     )
     for notice in data.notices:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from megaforge.config.check_layout import Layout, check_layout, with_tokenizer_vocab
+from megaforge.config.check_layout import Layout, check_layout
 from megaforge.config.config import Config
 from megaforge.config.launcher import discover_launch, say_once
 from megaforge.data.blend import parse_data_path, parse_split
 from megaforge.data.indexed_dataset import check_files
-from megaforge.data.tokenizer import Tokenizer, load_tokenizer
+from megaforge.data.run_tokenizer import with_run_tokenizer
+from megaforge.data.tokenizer import Tokenizer
 from megaforge.errors import UserError
 from megaforge.models.pipeline_shape import check_pipeline
 
@@ -29,22 +30,10 @@ def prepare(config: Config) -> tuple[Config, Layout, Tokenizer | None]:
     parse_split(config.data.split)
     for _, prefix in parse_data_path(config.data.data_path):
         check_files(prefix)
-    config, tokenizer = with_tokenizer(config)
+    config, tokenizer, notes = with_run_tokenizer(config)
     layout = check_layout(config, launch.world_size)
     config.model.padded_vocab_size()
     check_pipeline(config.model, config.parallel, layout.micro_batches)
-    for note in layout.notes:
+    for note in (*notes, *layout.notes):
         say_once(note)
     return config, layout, tokenizer
-
-
-def with_tokenizer(config: Config) -> tuple[Config, Tokenizer | None]:
-    """``config`` with the vocabulary of its tokenizer, and the tokenizer.
-
-    Raises:
-        UserError: it cannot be loaded, or does not fit ``--vocab-size``.
-    """
-    if config.data.tokenizer_model is None:
-        return config, None
-    tokenizer = load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
-    return with_tokenizer_vocab(config, tokenizer.vocab_size), tokenizer

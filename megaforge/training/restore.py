@@ -14,6 +14,7 @@ from megaforge.checkpoint.shards import TensorEntry
 from megaforge.config.check_layout import check_layout
 from megaforge.config.config import Config
 from megaforge.config.schema import config_from_dict
+from megaforge.data.run_tokenizer import load_with_eod
 from megaforge.data.tokenizer import Tokenizer, guess_tokenizer_type, load_tokenizer
 from megaforge.device import resolve_device
 from megaforge.errors import UserError
@@ -41,6 +42,13 @@ class TrainedModel:
     meta: dict[str, Any]
     path: Path
 
+    @property
+    def choices(self) -> dict[str, Any]:
+        """What was chosen when the run's data were prepared (:meth:`megaforge.data.manifest.Sidecar.choices`): of its
+        first dataset that says so, for those of a run agree. Empty where none does."""
+        sources = self.meta.get("data", {}).get("sources", [])
+        return next((dict(source["choices"]) for source in sources if source.get("choices")), {})
+
     def load_tokenizer(self, tokenizer_model: str | None = None) -> Tokenizer:
         """The tokenizer the model was trained with, from where it was then or from ``tokenizer_model``.
 
@@ -55,11 +63,16 @@ class TrainedModel:
         model = tokenizer_model or saved["model"]
         if tokenizer_model is None and saved["type"] != "NullTokenizer" and not os.path.exists(model):
             raise UserError(f"the tokenizer {model} that {self.path} was trained with is gone; pass --tokenizer-model")
-        tokenizer = load_tokenizer(saved["type"], model)
+        tokenizer = load_with_eod(saved["type"], model, saved.get("eod"), saved.get("eod_token"))
         if tokenizer.fingerprint != saved["fingerprint"]:
             raise UserError(
                 f"the tokenizer {model} (SHA-256 {tokenizer.fingerprint}) is not the one that {self.path} was trained "
                 f"with (SHA-256 {saved['fingerprint']}); pass that one as --tokenizer-model"
+            )
+        if saved.get("eod", tokenizer.eod) != tokenizer.eod:
+            raise UserError(
+                f"{self.path} was trained on documents that end with token {saved['eod']}, and the tokenizer {model} "
+                f"ends them with {tokenizer.eod}; pass the tokenizer as it was then as --tokenizer-model"
             )
         return tokenizer
 

@@ -37,6 +37,8 @@ def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, Any]:
         "type": tokenizer.type,
         "fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
+        "eod": tokenizer.eod,
+        "eod_token": tokenizer.eod_token,
         "model": os.path.abspath(model) if os.path.exists(model) else model,
     }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaforge.data.samples import Batch, GlobalBatchLoader, SampleSchedule, TrainingData
+from megaforge.data.samples import Batch, DataChecks, GlobalBatchLoader, SampleSchedule, TrainingData
 from megaforge.data.schedule import ScheduleChange
 from megaforge.errors import UserError
 from tests.data.datasets import random_documents, write_dataset
@@ -121,7 +121,7 @@ def test_loss_is_masked_where_the_next_document_begins(prefixes: list[str]) -> N
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_validation_ends_on_all_ranks_and_counts_each_target_once(prefixes: list[str], workers: int) -> None:
-    view = make(prefixes).validation()
+    view = make(prefixes).validation(sequence_length=24)
     per_rank: list[list[list[Batch]]] = [
         list(GlobalBatchLoader(view, 8, 2, rank, 2, num_workers=workers)) for rank in range(2)
     ]
@@ -149,8 +149,8 @@ def test_indivisible_batches_name_the_flags(prefixes: list[str]) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_errors_reach_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    monkeypatch.setattr("megaforge.data.samples._SCAN_BYTES", 0)
+    monkeypatch.setattr("megaforge.data.source._SCAN_BYTES", 0)
     prefix = write_dataset(tmp_path / "d", [[1, 2, 999]])
-    data = TrainingData([(1.0, prefix)], "1", SampleSchedule(1, 4), vocab_size=10)
+    data = TrainingData([(1.0, prefix)], "1", SampleSchedule(1, 4), checks=DataChecks(10))
     with pytest.raises(UserError, match="999"):
         next(iter(GlobalBatchLoader(data, 1, 1, num_workers=workers)))

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megaforge.data import samples as samples_module
-from megaforge.data.samples import SampleSchedule, TrainingData
+from megaforge.data import source as source_module
+from megaforge.data.samples import DataChecks, SampleSchedule, TrainingData
 from megaforge.data.schedule import ScheduleChange
 from megaforge.errors import UserError
 from tests.data.datasets import random_documents, write_dataset, write_sidecar
+
+RANGES = {"split_order": "sequential"}  # where a test must know which documents are held out
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def test_document_starts_delimit_real_documents(tmp_path: Path) -> None:
 
 
 def test_training_split_is_the_first_documents_only(tmp_path: Path) -> None:
-    data = make(write_dataset(tmp_path / "d", [[i] * 3 for i in range(100)]), split="80,15,5", length=24)
+    data = make(write_dataset(tmp_path / "d", [[i] * 3 for i in range(100)]), split="80,15,5", length=24, **RANGES)
     seen = {int(t) for k in range(30) for t in data.sample(k).tokens}
     assert seen == set(range(80))
     for split, expected in (("valid", range(80, 95)), ("test", range(95, 100))):
@@ -198,36 +200,36 @@ def test_bad_sidecars_are_named(prefix: str, text: str, message: str) -> None:
 
 
 def test_another_tokenizer_is_refused_naming_both(prefix: str) -> None:
-    assert make(prefix, tokenizer_fingerprint="b" * 64).notices == [
+    assert make(prefix, checks=DataChecks(fingerprint="b" * 64, eod=0)).notices == [
         f"{prefix} has no .json beside it, so its tokenizer cannot be checked"
     ]
     write_sidecar(prefix)
-    assert make(prefix, tokenizer_fingerprint="a" * 64).notices == []
+    assert make(prefix, checks=DataChecks(fingerprint="a" * 64, eod=0)).notices == []
     with pytest.raises(UserError, match=f"{'a' * 64}.*--tokenizer-model.*{'b' * 64}"):
-        make(prefix, tokenizer_fingerprint="b" * 64)
+        make(prefix, checks=DataChecks(fingerprint="b" * 64, eod=0))
 
 
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = write_dataset(tmp_path / "d", [[1, 2], [999]])
-    make(prefix, vocab_size=1000)
+    make(prefix, checks=DataChecks(1000))
     with pytest.raises(UserError, match="d.bin holds token id 999.*0..499"):
-        make(prefix, vocab_size=500)
+        make(prefix, checks=DataChecks(500))
     with pytest.raises(UserError, match="d.bin holds token id 999.*0..998"):
-        make(prefix, vocab_size=999)
+        make(prefix, checks=DataChecks(999))
     write_sidecar(prefix)
-    make(prefix, vocab_size=1000)
+    make(prefix, checks=DataChecks(1000))
     with pytest.raises(UserError, match="d.bin holds ids of a tokenizer of 1,000.*d.json.*500"):
-        make(prefix, vocab_size=500)
+        make(prefix, checks=DataChecks(500))
     with monkeypatch.context() as patch, pytest.raises(UserError, match="token id 999"):
-        patch.setattr(samples_module, "_SCAN_CHUNK", 2)
-        make(write_dataset(tmp_path / "late", [[1, 2], [3], [999]]), vocab_size=500)
+        patch.setattr(source_module, "_SCAN_CHUNK", 2)
+        make(write_dataset(tmp_path / "late", [[1, 2], [3], [999]]), checks=DataChecks(500))
     with pytest.raises(UserError, match="token id -1"):
-        make(write_dataset(tmp_path / "small", [[1, -1]], "int8"), vocab_size=500)
+        make(write_dataset(tmp_path / "small", [[1, -1]], "int8"), checks=DataChecks(500))
     negative = write_dataset(tmp_path / "n", [[1, -2], [3]], "int32")
     with pytest.raises(UserError, match="n.bin holds token id -2"):
-        make(negative, vocab_size=500)
-    monkeypatch.setattr(samples_module, "_SCAN_BYTES", 0)
-    data = make(negative, vocab_size=500)
+        make(negative, checks=DataChecks(500))
+    monkeypatch.setattr(source_module, "_SCAN_BYTES", 0)
+    data = make(negative, checks=DataChecks(500))
     with pytest.raises(UserError, match="n.bin holds token id -2"):
         data.sample(0)
 
@@ -275,7 +277,7 @@ def test_state_survives_json(prefix: str) -> None:
 
 def test_validation_predicts_every_token_once_in_order(tmp_path: Path) -> None:
     documents = [list(range(1, 40)), [], [50, 51], list(range(60, 75))]
-    view = make(write_dataset(tmp_path / "d", [[7, 7], *documents]), split="20,80", length=10).validation()
+    view = make(write_dataset(tmp_path / "d", [[7, 7], *documents]), split="20,80", length=10, **RANGES).validation()
     flat = [token for document in documents for token in document]
     labels: list[int] = []
     for k in range(len(view)):
@@ -291,7 +293,7 @@ def test_validation_predicts_every_token_once_in_order(tmp_path: Path) -> None:
 
 def test_validation_alternates_sources_by_size(tmp_path: Path) -> None:
     prefixes = [write_dataset(tmp_path / f"d{n}", [[1], [n] * 10 * n]) for n in (6, 2)]
-    view = make(*prefixes, split="1,1", length=10).validation()
+    view = make(*prefixes, split="1,1", length=10, **RANGES).validation()
     assert [view.sample(k).source for k in range(len(view))] == [0, 0, 1, 0, 0, 0, 1, 0]
 
 
@@ -299,10 +301,10 @@ def test_bytes_per_token_weighs_the_sources(tmp_path: Path) -> None:
     one = write_dataset(tmp_path / "a", [[1] * 10, [2] * 30])
     two = write_dataset(tmp_path / "b", [[1] * 10, [2] * 10])
     write_sidecar(one)
-    assert make(one, two, split="1,1").bytes_per_token() is None
+    assert make(one, two, split="1,1", **RANGES).bytes_per_token() is None
     write_sidecar(two, text_bytes=450)
-    assert make(one, two, split="1,1").bytes_per_token() == pytest.approx((30 * 2.5 + 10 * 4.5) / 40)
-    assert make(one, two, split="1,1").bytes_per_token("test") is None
+    assert make(one, two, split="1,1", **RANGES).bytes_per_token() == pytest.approx((30 * 2.5 + 10 * 4.5) / 40)
+    assert make(one, two, split="1,1", **RANGES).bytes_per_token("test") is None
 
 
 def test_samples_count_from_zero(prefix: str) -> None:
@@ -316,6 +318,6 @@ def test_data_with_nothing_to_predict_are_refused(tmp_path: Path) -> None:
     assert make(ones, split="1,1").validation().num_targets == 9
     with pytest.raises(UserError, match="ones: there is nothing to predict in its training part.*--eod-mask-loss"):
         make(ones, split="1,1", eod_mask_loss=True)
-    mixed = make(write_dataset(tmp_path / "m", [[1, 2], [3], [4]]), split="1,2", eod_mask_loss=True)
+    mixed = make(write_dataset(tmp_path / "m", [[1, 2], [3], [4]]), split="1,2", eod_mask_loss=True, **RANGES)
     with pytest.raises(UserError, match="--split 1,2: there is nothing to predict in its 'valid' part"):
         mixed.validation()

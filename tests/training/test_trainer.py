@@ -225,7 +225,8 @@ def test_an_evaluation_with_nothing_to_predict_says_so(tmp_path: Path) -> None:
     with IndexedDatasetWriter(tmp_path / "d", np.uint16) as writer:
         for length in [9] * 80 + [1] * 300 + [9]:
             writer.add_document(np.arange(length))
-    flags = ("--eod-mask-loss", "--split", "80,301,0", "--eval-iters", "1", "--seq-length", "8")
-    trainer = make_trainer(arguments(str(tmp_path / "d"), *flags))
+    split = ("--split", "80,301,0", "--split-order", "sequential")
+    flags = ("--eod-mask-loss", "--eval-iters", "1", "--seq-length", "8")
+    trainer = make_trainer(arguments(str(tmp_path / "d"), *split, *flags))
     with pytest.raises(UserError, match="--eval-iters 1: there is nothing to predict"):
         trainer.evaluate()

@@ -133,6 +133,7 @@ def _prepare(settings: PreprocessSettings, key: str, output: str) -> tuple[dict[
             "fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "eod": tokenizer.eod,
+            **({"eod_token": settings.eod_token} if settings.eod_token else {}),
         },
         "settings": {"append_eod": settings.append_eod, "json_key": key, "on_error": settings.on_error},
         "dtype": optimal_dtype(tokenizer.vocab_size).name,

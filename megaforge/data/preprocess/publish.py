@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megaforge.data.indexed_dataset import bin_path, idx_path, merge_shards, sidecar_path
+from megaforge.data.indexed_dataset import IndexedDataset, bin_path, idx_path, merge_shards, sidecar_path
+from megaforge.data.manifest import probe_tokens
 from megaforge.data.preprocess.plan import Shard, Source, WorkDirectory, read_manifest, successor, write_json
 from megaforge.data.preprocess.shard import WorkerSpec
 from megaforge.errors import UserError
@@ -67,6 +68,7 @@ def publish(job: Job, hasher: SourceHasher) -> None:
             "text_bytes": total["text_bytes"],
             "skipped_lines": total["skipped_count"],
             "bin_sha256": _sha256(bin_path(job.output)),
+            "bin_probe": probe_tokens(IndexedDataset(job.output)),
             "idx_sha256": _sha256(idx_path(job.output)),
             "bin_bytes": bin_path(job.output).stat().st_size,
             "idx_bytes": idx_path(job.output).stat().st_size,
