@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# What takes minutes: the whole quickstart, 500 random wrong inputs for every command, all layouts in both precisions,
+# Triton's interpreter. Every step runs, whatever became of those before; the status is 1 when one failed.
+#
+#   bash run_scripts/nightly.sh            all steps          bash run_scripts/nightly.sh sweep parity   some of them
+#   SEED=7 bash run_scripts/nightly.sh     other random inputs (default: the day's number)
+set -uo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$REPO" || exit 1
+
+declare -A steps=(
+    [quickstart]='bash run_scripts/quickstart.sh --output "$(mktemp -d)"'
+    [sweep]='"$PYTHON" -m tests.sweep --cases 500 --seed "${SEED:-$(date +%j)}"'
+    [parity]='"$PYTHON" tools/parity.py && "$PYTHON" tools/parity.py --dtype fp32'
+    [triton]='bash run_scripts/check_triton.sh'
+)
+order=(quickstart sweep parity triton)
+
+for name in "$@"; do
+    [ -n "${steps[$name]:-}" ] || fail "$name: no such step; there are ${order[*]}"
+done
+use_environment data,train,test || fail "the environment could not be made"
+export OMP_NUM_THREADS=1
+failed=()
+for name in "${@:-${order[@]}}"; do
+    say "$name"
+    started=$SECONDS
+    eval "${steps[$name]}" || failed+=("$name")
+    echo "$name: $((SECONDS - started)) s"
+done
+[ ${#failed[@]} -eq 0 ] || fail "failed: ${failed[*]}"
+say "all steps passed"

@@ -1,0 +1,61 @@
+"""The code blocks of the documents, and a copy of the repository to run them in as a new user does."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.end_to_end.launch import REPO
+
+# A block that a test runs as it is printed stands below this line; the others are only understood.
+MARK = "<!-- a test runs this -->"
+
+
+def bash_blocks(document: str) -> list[tuple[str, bool]]:
+    """(code, whether it is run) of every ``bash`` block of a document."""
+    text = (REPO / document).read_text(encoding="utf-8")
+    pattern = re.compile(rf"({re.escape(MARK)}\n)?```bash\n(.*?)```", re.DOTALL)
+    return [(found[2], found[1] is not None) for found in pattern.finditer(text)]
+
+
+def commands(block: str) -> list[str]:
+    """The commands of a block, continued lines joined, comments removed."""
+    joined = re.sub(r"\\\n\s*", "", block)
+    lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in joined.splitlines())
+    return [line for line in lines if line]
+
+
+def fresh_copy(folder: Path) -> Path:
+    """The files of the repository as a clone would have them, with the code compiled and an environment in .venv."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=REPO, capture_output=True, check=True
+    )
+    compiled = [str(path.relative_to(REPO)) for path in (REPO / "megaforge").rglob("*.so")]
+    for name in [*filter(None, listed.stdout.decode().split("\0")), *compiled]:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (REPO / name).exists():
+            shutil.copy2(REPO / name, target)
+    activate = folder / ".venv" / "bin" / "activate"
+    activate.parent.mkdir(parents=True)
+    activate.write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"\n', encoding="utf-8")
+    return folder
+
+
+def bash(code: str, folder: Path) -> subprocess.Popen[str]:
+    """Starts ``code`` in ``folder`` as a session of its own, without this process's launcher variables and paths."""
+    hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH", "VIRTUAL_ENV")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    return subprocess.Popen(
+        ["bash", "-euo", "pipefail", "-c", code],
+        cwd=folder,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
