@@ -33,7 +33,9 @@ COMMANDS: dict[str, Command] = {
     "preprocess": Command(
         "tools/preprocess_data.py", ("--input", "c.jsonl", "--output-prefix", "new", "--tokenizer-model", "tok.json")
     ),
-    "tokenizer": Command("tools/train_tokenizer.py", ("--input", "c.jsonl", "--vocab-size", "300", "--output", "n.json")),
+    "tokenizer": Command(
+        "tools/train_tokenizer.py", ("--input", "c.jsonl", "--vocab-size", "300", "--output", "n.json")
+    ),
     "directory": Command("tools/directory_to_jsonl.py", ("--input", "texts", "--output", "new.jsonl")),
     "generate": Command(
         "tools/generate.py", ("--load", "r", "--prompt", "the cat", "--max-new-tokens", "2", "--device", "cpu")

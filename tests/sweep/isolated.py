@@ -69,7 +69,7 @@ def _become(script: str, arguments: tuple[str, ...], folder: Path, out: Path | N
         os.dup2(writer if out is None else os.open(out, flags), 1)
         os.dup2(os.open(err, flags), 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        sys.stdin = open(0, closefd=False)  # noqa: SIM115
+        sys.stdin = open(0, closefd=False)
         sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)
         sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
         path = str(REPO / script)
