@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 
 
 def layout_of(ctx: ParallelContext) -> dict[str, int]:
-    """Sizes of the parallel axes and of the world: when they agree, rank r is the same rank as before."""
-    return {name: ctx.axis(name).size for name in ("tp", "cp", "pp", "dp", "ep", "world")}
+    """Sizes of the parallel axes and of the world: when they agree, rank r is the same rank as before, of the dense
+    layers and of the experts."""
+    return {name: ctx.axis(name).size for name in ("tp", "cp", "pp", "dp", "ep", "etp", "edp", "world")}
 
 
 def save_checkpoint(
@@ -204,8 +205,9 @@ def load_checkpoint(
 
 def _why_ranks_differ(manifest: Manifest, ctx: ParallelContext) -> str | None:
     """Why no rank here can take what a rank there kept for itself; None when it can."""
-    if dict(manifest.layout) != layout_of(ctx):
-        return f"was written at layout {dict(manifest.layout)}, this is {layout_of(ctx)}"
+    here = layout_of(ctx)
+    if here | dict(manifest.layout) != here:  # older checkpoints do not name the experts' axes
+        return f"was written at layout {dict(manifest.layout)}, this is {here}"
     if not any(key.startswith(RANK_PREFIX) for key in manifest.tensors):
         return "was not written by the ranks of a run"
     return None

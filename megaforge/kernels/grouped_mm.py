@@ -13,6 +13,7 @@ torch's ``grouped_mm`` does them in one call. Where it is taken is a rule, :func
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -21,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from megaforge.parallel.distributed import say_once
 
 FEW_ROWS = 128  # an expert, on average
 _ALIGNMENT = 16  # bytes
@@ -43,6 +46,16 @@ def takes_grouped_mm(x: Tensor, weight: Tensor) -> bool:
 def _starts_between(x: Tensor) -> bool:
     """Whether the first element lies between two multiples of the alignment."""
     return x.device.type != "meta" and x.data_ptr() % _ALIGNMENT != 0
+
+
+@functools.cache
+def say_loop(device_type: str, rows: torch.dtype, weights: torch.dtype) -> None:
+    """Says, once a process and on rank 0 alone, that a GPU walks through the experts. On CPUs the loop is as good."""
+    if device_type == "cuda":
+        say_once(
+            f"experts: grouped_mm does not take these tensors (rows in {rows}, matrices in {weights}); it wants bf16 "
+            "and widths that are multiples of 8 elements. Using one product an expert, several times slower"
+        )
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -69,6 +82,8 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.counts = counts
         if takes_grouped_mm(x, weight):
             return _grouped(x, weight.transpose(1, 2), counts)
+        if len(x):
+            say_loop(x.device.type, x.dtype, weight.dtype)
         out = x.new_empty(x.shape[0], weight.shape[1])
         for matrix, rows, result in zip(weight, x.split(counts), out.split(counts), strict=True):
             torch.mm(rows, matrix.t(), out=result)

@@ -18,24 +18,38 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megaforge.kernels.native import SWITCH
+from megaforge.parallel.distributed import say_once
 
 HEAD_SIZES = (16, 32, 64, 128)
 
 
 @functools.cache
 def _kernels() -> Any:
-    """The Triton kernels, or None where Triton is not installed or compiled code is not wanted."""
+    """The Triton kernels, or None, which is said, where Triton is not installed or compiled code is not wanted."""
     if os.environ.get(SWITCH) == "0":
+        say_plain(f"{SWITCH}=0")
         return None
     try:
         return importlib.import_module("megaforge.kernels.rwkv7_triton")
-    except ImportError:
+    except ImportError as error:
+        say_plain(f"{error}; to install it: pip install 'megaforge[gpu]'")
         return None
+
+
+@functools.cache
+def say_plain(reason: str) -> None:
+    """Says, once a process and on rank 0 alone, that a GPU computes in plain torch, and why."""
+    say_once(f"rwkv7 around its recurrence: no Triton kernel ({reason}); using plain torch, several times slower")
 
 
 def fused(x: Tensor) -> bool:
     """Whether tensors like ``x`` go through the Triton kernels."""
-    return x.device.type == "cuda" and x.dtype != torch.float64 and _kernels() is not None
+    if x.device.type != "cuda":
+        return False
+    if x.dtype == torch.float64:
+        say_plain("they compute in fp32 at most, not in fp64")
+        return False
+    return _kernels() is not None
 
 
 def shifted_mixes_reference(
@@ -93,7 +107,10 @@ def norm_bonus_gate(
     Returns:
         [s, b, H N] of the dtype of ``v``.
     """
-    if fused(y) and y.shape[-1] in HEAD_SIZES:
+    if fused(y):
+        if y.shape[-1] not in HEAD_SIZES:
+            say_plain(f"heads have {y.shape[-1]} channels, not one of {', '.join(map(str, HEAD_SIZES))}")
+            return norm_bonus_gate_reference(y, r, k, v, gate, weight, bias, r_k, epsilon)
         return _NormBonusGate.apply(y, r, k, v, gate, weight, bias, r_k, epsilon)
     return norm_bonus_gate_reference(y, r, k, v, gate, weight, bias, r_k, epsilon)
 

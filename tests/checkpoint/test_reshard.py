@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 
-from megaforge.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from megaforge.checkpoint.checkpoint import _why_ranks_differ, layout_of, load_checkpoint, save_checkpoint
 from megaforge.checkpoint.errors import CheckpointError
-from megaforge.checkpoint.manifest import MANIFEST_FILE
+from megaforge.checkpoint.manifest import MANIFEST_FILE, Manifest
 from megaforge.checkpoint.safetensors_file import SafetensorsFile
-from megaforge.checkpoint.shards import TensorEntry
+from megaforge.checkpoint.shards import RANK_PREFIX, TensorEntry
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import ParamSpec
 from tests.checkpoint.model_entries import INIT, SPECS, context, full_tensor, mismatches, model_entries, save_simulated
@@ -78,6 +78,22 @@ def test_rank_tensors_return_only_at_the_same_layout(tmp_path, caplog):
     load_checkpoint(tmp_path / "step_0000001", model_entries(context(1, 2, 0), filled=False), context(1, 2, 0), own)
     assert own["rng"].item() == 99
     assert caplog.text.count("random states") == 1
+
+
+def test_ranks_that_hold_other_experts_are_not_the_same_ranks(tmp_path):
+    """Two layouts that differ in the experts' tensor parallelism alone; an older checkpoint does not tell."""
+
+    def experts(etp, rank=0):
+        return ParallelContext.of_rank(rank, 4, tp=2, ep=2, etp=etp)
+
+    def manifest(layout):
+        return Manifest(1, layout, {}, None, {}, {f"{RANK_PREFIX}00000/rng": {}})
+
+    assert _why_ranks_differ(manifest(layout_of(experts(1))), experts(1)) is None
+    reason = _why_ranks_differ(manifest(layout_of(experts(1))), experts(2))
+    assert "'etp': 1" in reason and "'etp': 2" in reason
+    older = {axis: size for axis, size in layout_of(experts(1)).items() if axis not in ("etp", "edp")}
+    assert _why_ranks_differ(manifest(older), experts(2)) is None
 
 
 def _save_one(tmp_path, entries):

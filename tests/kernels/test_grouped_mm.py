@@ -63,3 +63,18 @@ def test_the_rule() -> None:
     assert not takes_grouped_mm(torch.empty(1 + 8 * 32)[1:].view(8, 32), weight)
     assert not takes_grouped_mm(torch.empty(8, 32, device="meta"), weight.to("meta"))  # which has no address
     assert not takes_grouped_mm(torch.empty(8, 32, device="meta"), weight.to("meta"))
+
+
+def test_a_gpu_that_walks_through_the_experts_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(grouped_mm, "say_once", said.append)
+    grouped_mm.say_loop.cache_clear()
+    for _ in range(2):
+        grouped_mm.say_loop("cpu", torch.float32, torch.float32)
+        grouped_mm.say_loop("cuda", torch.float32, torch.float32)
+    assert len(said) == 1 and "rows in torch.float32" in said[0] and "one product an expert" in said[0]
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(grouped_mm, "say_loop", lambda *arguments: asked.append(arguments))
+    run(torch.ones(3, 5), torch.ones(3, 7, 5), (1, 1, 1))
+    run(torch.ones(3, 16), torch.ones(3, 8, 16), (1, 1, 1))
+    assert asked == [("cpu", torch.float32, torch.float32)]

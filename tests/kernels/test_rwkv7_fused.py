@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,22 @@ def test_without_triton_plain_torch_computes(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delitem(sys.modules, "megaforge.kernels.rwkv7_triton", raising=False)
     assert rwkv7_fused._kernels() is None
     rwkv7_fused._kernels.cache_clear()
+
+
+def test_a_gpu_without_the_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(rwkv7_fused, "say_once", said.append)
+    monkeypatch.setenv("MEGAFORGE_NATIVE", "0")
+    for cached in (rwkv7_fused._kernels, rwkv7_fused.say_plain):
+        cached.cache_clear()
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    try:
+        assert not rwkv7_fused.fused(torch.ones(1)) and not said
+        assert not any(rwkv7_fused.fused(on_gpu) for _ in range(2))  # type: ignore[arg-type]
+        assert len(said) == 1 and "no Triton kernel (MEGAFORGE_NATIVE=0); using plain torch" in said[0]
+        on_gpu.dtype = torch.float64
+        assert not rwkv7_fused.fused(on_gpu)  # type: ignore[arg-type]
+        assert len(said) == 2 and "not in fp64" in said[1]
+    finally:
+        for cached in (rwkv7_fused._kernels, rwkv7_fused.say_plain):
+            cached.cache_clear()
