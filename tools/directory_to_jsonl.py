@@ -3,9 +3,11 @@
 
     python tools/directory_to_jsonl.py --input notes/ src/ --output train.jsonl \\
         --holdout-fraction 0.02 --holdout-output heldout.jsonl
+    python tools/directory_to_jsonl.py --input book.txt --split-documents blank-lines --output book.jsonl
 
 Reads .txt, .md, .rst, source files of some eighty languages, .json and .jsonl (also .gz and .zst, with the text under
---json-key); lists what it skipped, with the reason. --python-stdlib takes the running Python's standard library
+--json-key), and any file that --input names itself. What is left out is counted by reason and listed in
+OUTPUT.skipped.tsv. --python-stdlib takes the running Python's standard library
 (without its tests) and the language reference that help() shows.
 """
 
@@ -17,8 +19,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from megaforge.config.entry import run_entry
 from megaforge.data.corpus.directory import DirectorySettings, directory_to_jsonl, print_report
-from megaforge.errors import UserError
 
 
 def parse_arguments(arguments: list[str] | None = None) -> DirectorySettings:
@@ -33,6 +35,13 @@ def parse_arguments(arguments: list[str] | None = None) -> DirectorySettings:
     parser.add_argument("--holdout-fraction", type=float, default=0.0, help="share of the documents to hold out")
     parser.add_argument("--holdout-output", help="the JSONL file of the documents held out")
     parser.add_argument("--keep-duplicates", action="store_true", help="keep documents equal to an earlier one")
+    parser.add_argument(
+        "--split-documents",
+        metavar="blank-lines|size|MARKER",
+        help="cut each text into documents: at blank lines, at --document-size, or at a marker ('<|endoftext|>')",
+    )
+    parser.add_argument("--document-size", type=int, default=16384, help="characters of a document at most (16384)")
+    parser.add_argument("--force", action="store_true", help="replace outputs that hold something else")
     flags = parser.parse_args(arguments)
     return DirectorySettings(
         inputs=tuple(flags.input),
@@ -44,6 +53,9 @@ def parse_arguments(arguments: list[str] | None = None) -> DirectorySettings:
         holdout_fraction=flags.holdout_fraction,
         holdout_output=flags.holdout_output,
         keep_duplicates=flags.keep_duplicates,
+        split_documents=flags.split_documents,
+        document_size=flags.document_size,
+        force=flags.force,
     )
 
 
@@ -52,9 +64,6 @@ def main() -> int:
     settings = parse_arguments()
     try:
         print_report(directory_to_jsonl(settings), settings)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
@@ -62,4 +71,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_entry(main)

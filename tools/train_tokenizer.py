@@ -15,8 +15,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from megaforge.config.entry import run_entry
 from megaforge.data.train_tokenizer import KINDS, TokenizerSettings, train_tokenizer
-from megaforge.errors import UserError
 
 
 def parse_arguments(arguments: list[str] | None = None) -> TokenizerSettings:
@@ -35,6 +35,7 @@ def parse_arguments(arguments: list[str] | None = None) -> TokenizerSettings:
     parser.add_argument("--json-key", default="text", help="the key of the text (text)")
     parser.add_argument("--max-bytes", type=int, default=256 << 20, help="train on a sample of about this size (2^28)")
     parser.add_argument("--special-tokens", nargs="+", default=[], metavar="TOKEN", help="further control tokens")
+    parser.add_argument("--force", action="store_true", help="replace an --output that holds another tokenizer")
     flags = parser.parse_args(arguments)
     return TokenizerSettings(
         inputs=tuple(flags.input),
@@ -44,20 +45,15 @@ def parse_arguments(arguments: list[str] | None = None) -> TokenizerSettings:
         json_key=flags.json_key,
         max_bytes=flags.max_bytes,
         special_tokens=tuple(flags.special_tokens),
+        force=flags.force,
     )
 
 
 def main() -> int:
     """Runs the command; 0 when the tokenizer is written."""
-    try:
-        train_tokenizer(parse_arguments())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    train_tokenizer(parse_arguments())
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_entry(main)

@@ -9,17 +9,22 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from megaforge.data.outputs import atomic_output
 from megaforge.data.text.readers import input_size, read_texts
+from megaforge.data.tokenizer import load_tokenizer
 from megaforge.errors import UserError, require
 
 END_OF_TEXT = "<|endoftext|>"
 KINDS = ("bpe", "sentencepiece")
+_TYPES = {"bpe": "HuggingFaceTokenizer", "sentencepiece": "SentencePieceTokenizer"}
+_SENTENCE_CHARACTERS = 1 << 14
+_RESERVED = re.compile("\u2585")  # SentencePiece marks unknown characters with it and leaves out lines that hold it
 _LEAST_VOCAB = {"bpe": 257, "sentencepiece": 260}  # 256 bytes and the control tokens
 
 
@@ -34,6 +39,7 @@ class TokenizerSettings:
     json_key: str = "text"
     max_bytes: int = 256 << 20
     special_tokens: tuple[str, ...] = ()
+    force: bool = False
 
     def validate(self) -> None:
         """Raises UserError where the flags alone are wrong."""
@@ -53,27 +59,33 @@ def train_tokenizer(settings: TokenizerSettings) -> int:
     """Writes the tokenizer file, atomically; returns its vocabulary size, which a small corpus may keep below the goal.
 
     Raises:
-        UserError: a flag is wrong, a line is bad, the corpus is empty, or too small for the vocabulary.
+        UserError: a flag is wrong, a line is bad, the corpus is empty, or too small for the vocabulary, or another
+            result stands at ``--output``.
     """
     settings.validate()
+    if not settings.force and os.path.exists(settings.output) and not _is_tokenizer(settings):
+        raise UserError(f"--output {settings.output} exists and is no tokenizer; choose another name, or pass --force")
     texts = _Texts(settings)
     content, size = (_train_bpe if settings.kind == "bpe" else _train_sentencepiece)(settings, texts)
-    if not texts.count:
+    if not texts.size:
         raise UserError(f"--input {' '.join(settings.inputs)}: the corpus is empty")
-    temporary = Path(f"{settings.output}.tmp-{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, settings.output)
-    except OSError as error:
-        raise UserError(f"cannot write {settings.output}: {error.strerror}; choose a writable --output") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_output(settings.output, settings.force) as file:
+        file.write(content)
     note = "" if size == settings.vocab_size else f" (asked for {settings.vocab_size:,}: the text has no more to merge)"
     print(
         f"{settings.output}: {size:,} tokens{note}, from {texts.count:,} documents, {texts.size / 1e6:,.1f} MB",
         file=sys.stderr,
     )
     return size
+
+
+def _is_tokenizer(settings: TokenizerSettings) -> bool:
+    """Whether what stands at ``--output`` can be loaded as the kind that is wanted."""
+    try:
+        load_tokenizer(_TYPES[settings.kind], settings.output)
+    except UserError:
+        return False
+    return True
 
 
 class _Texts:
@@ -121,25 +133,43 @@ def _train_sentencepiece(settings: TokenizerSettings, texts: _Texts) -> tuple[by
     options: dict[str, Any] = {
         "vocab_size": settings.vocab_size,
         "model_type": "bpe",
+        "hard_vocab_limit": False,
         "byte_fallback": True,
         "split_digits": True,
         "allow_whitespace_only_pieces": True,
         "remove_extra_whitespaces": False,
         "normalization_rule_name": "identity",
         "add_dummy_prefix": False,
-        "max_sentence_length": 1 << 16,
+        "max_sentence_length": 4 * _SENTENCE_CHARACTERS,
         "num_threads": 1,
         "minloglevel": 2,
         "control_symbols": list(settings.special_tokens),
     }
-    lines = (line for text in texts for line in text.split("\n") if line)
+    lines = (part for text in texts for part in _sentences(text))
     try:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **options)
     except RuntimeError as error:
-        if not texts.count:
+        if not texts.size:
             return b"", 0
         raise UserError(
-            f"--vocab-size {settings.vocab_size}: SentencePiece cannot train it ({error}); choose a smaller one"
+            f"--vocab-size {settings.vocab_size}: SentencePiece cannot train it ({error}); choose another"
         ) from error
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     return model.getvalue(), int(processor.get_piece_size())
+
+
+def _sentences(text: str) -> Iterator[str]:
+    """The text in parts that SentencePiece trains on: it would leave out long lines, and lines with its own mark.
+
+    A long line is cut before its last space that leaves the part short enough; the space belongs to the next word.
+    """
+    for line in text.split("\n"):
+        for part in _RESERVED.split(line):
+            start = 0
+            while len(part) - start > _SENTENCE_CHARACTERS:
+                space = part.rfind(" ", start + 1, start + _SENTENCE_CHARACTERS)
+                end = space if space > 0 else start + _SENTENCE_CHARACTERS
+                yield part[start:end]
+                start = end
+            if start < len(part):
+                yield part[start:]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megaforge.data.corpus.decode import NotText, decode
-from megaforge.data.corpus.directory import DirectorySettings, Report, directory_to_jsonl
+from megaforge.data.corpus.directory import DirectorySettings, Report, directory_to_jsonl, print_report
 from megaforge.errors import UserError
 
 pytest.importorskip("orjson", reason="needs the data extra")
@@ -117,7 +117,7 @@ def test_documents_come_in_the_order_of_their_names(tree: Path, tmp_path: Path) 
         ("a/code.rs", "fn main() {}"),
         ("a/z.md", "# zed"),
     ]
-    reasons = {name.removeprefix("tree/"): reason for name, reason in report.skipped}
+    reasons = {name.removeprefix("tree/"): reason for name, reason in report.left_out.entries}
     for name, reason in {
         "copy.txt": "same text",
         "empty.txt": "empty",
@@ -125,7 +125,9 @@ def test_documents_come_in_the_order_of_their_names(tree: Path, tmp_path: Path) 
         "binary.txt": "NUL",
         "large.txt": "--max-file-mb 0.002",
         "link.txt": "symbolic link",
-        "many.json": "1 of its records",
+        "node_modules": "excluded by its name",
+        "drafts": "excluded by its name",
+        "many.json": "(1 of its records)",
         "broken.json": "not valid JSON",
         "config.json": "no string under the key 'text'",
         "records.jsonl, line 2": "no key 'text'",
@@ -160,7 +162,7 @@ def test_the_held_out_split_depends_on_the_text_alone(tmp_path: Path) -> None:
     for number in range(0, 400, 2):
         (root / f"{number}.txt").rename(root / f"renamed{number}.md")
     (root / "new.txt").write_text("another document")
-    gather(root, output=tmp_path / "train.jsonl", **options)
+    gather(root, output=tmp_path / "train.jsonl", force=True, **options)
     assert out - {"another document"} == {json.loads(line)["text"] for line in held.read_bytes().splitlines()} - {
         "another document"
     }
@@ -200,17 +202,142 @@ def test_python_stdlib_and_its_documentation(tmp_path: Path) -> None:
 def test_what_cannot_work_is_refused_by_name(tree: Path, tmp_path: Path) -> None:
     output = tmp_path / "o.jsonl"
     (tmp_path / "none").mkdir()
+    (tree / "image.png").write_bytes(b"\x89PNG\0")
     cases: list[tuple[tuple[Path, ...], dict[str, Any], str]] = [
         ((), {}, "--input is missing"),
         ((tmp_path / "missing",), {}, "missing does not exist"),
         ((tree,), {"holdout_fraction": 0.1}, "--holdout-output"),
         ((tree,), {"holdout_fraction": 1.5, "holdout_output": "h"}, "--holdout-fraction 1.5"),
         ((tmp_path / "none",), {}, "no document"),
-        ((tree / "image.png",), {}, "no text or source file"),
+        ((tree / "image.png",), {}, "binary"),
+        ((tree,), {"split_documents": "<|end|>"}, "no text holds this marker"),
+        ((tree,), {"split_documents": " "}, "--split-documents ' '"),
+        ((tree,), {"split_documents": "size", "document_size": 0}, "--document-size 0"),
+        ((tree,), {"holdout_fraction": 1e-9, "holdout_output": str(tmp_path / "h")}, "none of .* documents fell"),
+        ((tree,), {"holdout_fraction": 0.1, "holdout_output": str(output)}, "another file than --output"),
     ]
     for inputs, changes, message in cases:
         with pytest.raises(UserError, match=message):
             gather(*inputs, output=output, **changes)
-    with pytest.raises(UserError, match="cannot write"):
-        gather(tree, output=tmp_path / "no" / "o.jsonl")
+    with pytest.raises(UserError, match="--output .* cannot be made"):
+        gather(tree, output=tree / "b.txt" / "o.jsonl")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["none", "tree"]
+
+
+def test_links_are_read_once_and_what_is_not_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, outside = tmp_path / "in", tmp_path / "out"
+    for name in ("in/a/1.txt", "in/shut/2.txt", "out/books/3.txt", "out/books/deep/4.txt", "out/file.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for link, target in {
+        "in/books": outside / "books",
+        "in/link.txt": outside / "file.txt",
+        "in/again": root / "a",
+        "in/gone": tmp_path / "nothing",
+        "in/up": tmp_path,
+        "out/books/deep/loop": outside / "books",
+    }.items():
+        os.symlink(target, tmp_path / link)
+    os.mkfifo(root / "pipe.txt")
+    (root / os.fsdecode(b"caf\xe9.txt")).write_text("named in Latin-1")
+    listdir = os.listdir
+
+    def guarded(path: Any) -> list[str]:
+        if str(path).endswith("/shut"):
+            raise PermissionError(13, "Permission denied")
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", guarded)
+    records, report = gather(root, output=tmp_path / "o.jsonl")
+    assert {record["source"]: record["text"] for record in records} == {
+        "in/caf\\xe9.txt": "named in Latin-1",
+        "in/link.txt": "out/file.txt",
+        "in/a/1.txt": "in/a/1.txt",
+        "in/books/3.txt": "out/books/3.txt",
+        "in/books/deep/4.txt": "out/books/deep/4.txt",
+    }
+    reasons = dict(report.left_out.entries)
+    for name, reason in {
+        "in/again": "into the same directory",
+        "in/gone": "to nothing",
+        "in/up": "holds this one",
+        "in/books/deep/loop": "under another name",
+        "in/pipe.txt": "neither a file nor a directory",
+        "in/shut": "Permission denied",
+    }.items():
+        assert reason in reasons.pop(name), name
+    assert not reasons
+
+
+def test_what_is_left_out_is_a_line_a_reason_and_a_list_in_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, output = tmp_path / "t", tmp_path / "new" / "o.jsonl"
+    root.mkdir()
+    (root / "a.txt").write_text("text")
+    for number in range(500):
+        (root / f"{number}.png").touch()
+        (root / f"{number}.txt").touch()
+    (root / "r.jsonl").write_text("\n" + "{]\n" * 499 + '{"no": 1}\n')
+    settings = DirectorySettings((str(root),), str(output))
+    print_report(directory_to_jsonl(settings), settings)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 6
+    assert "left out 500: no text or source file by its name; for example t/0.png (.png)" in lines
+    assert "left out 500: empty; for example t/0.txt" in lines
+    assert any(line.startswith("left out 499: not valid JSON; for example t/r.jsonl, line 2 (") for line in lines)
+    listed = Path(f"{output}.skipped.tsv").read_text().splitlines()
+    assert len(listed) == 1500 and "t/499.txt\tempty" in listed
+
+    for path in root.glob("*"):
+        if path.name != "a.txt":
+            path.unlink()
+    print_report(directory_to_jsonl(settings), settings)
+    assert not Path(f"{output}.skipped.tsv").exists(), "nothing is left out any more"
+
+
+@pytest.mark.parametrize(
+    ("how", "size", "text", "parts"),
+    [
+        ("blank-lines", 9, "a\nb\n\n\nc\n \t\nd\n\n", ["a\nb", "c", "d"]),
+        ("size", 10, "one two three four", ["one two ", "three four"]),
+        ("size", 8, "aaaaa\n\nbb cc\ndd", ["aaaaa\n\n", "bb cc\ndd"]),
+        ("size", 4, "abcdefghij", ["abcd", "efgh", "ij"]),
+        ("size", 1, "abc", ["a", "b", "c"]),
+        ("<|end|>", 9, "a\n<|end|>\nb<|end|><|end|>c", ["a", "b", "c"]),
+    ],
+)
+def test_a_text_becomes_many_documents(how: str, size: int, text: str, parts: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "book.dat"
+    path.write_text(text)
+    records, _ = gather(path, output=tmp_path / "o.jsonl", split_documents=how, document_size=size)
+    assert [record["text"] for record in records] == parts
+    assert records[0]["source"] == "book.dat:1"
+
+
+def test_three_files_can_be_held_out_from(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a.txt", "b.txt", "c")]
+    for number, path in enumerate(paths):
+        path.write_text("\n\n".join(f"paragraph {n} of {number}" for n in range(100)))
+    held = tmp_path / "h.jsonl"
+    records, report = gather(
+        *paths,
+        output=tmp_path / "o.jsonl",
+        split_documents="blank-lines",
+        holdout_fraction=0.1,
+        holdout_output=str(held),
+        max_file_mb=1e-9,
+    )
+    assert len(records) + report.documents[1] == 300 and report.documents[1] > 10
+
+
+def test_another_result_is_not_replaced(tree: Path, tmp_path: Path) -> None:
+    output = tmp_path / "o.jsonl"
+    first, _ = gather(tree, output=output)
+    assert gather(tree, output=output)[0] == first, "the same again is no conflict"
+    (tree / "new.txt").write_text("another document")
+    before = output.read_bytes()
+    with pytest.raises(UserError, match=f"--output {output} exists.*--force"):
+        gather(tree, output=output)
+    assert output.read_bytes() == before and not list(tmp_path.glob("*.tmp-*"))
+    assert len(gather(tree, output=output, force=True)[0]) == len(first) + 1

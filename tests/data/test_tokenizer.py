@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -191,3 +193,46 @@ def test_training_refuses_what_cannot_work(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             train_tokenizer(settings)
     assert not list(tmp_path.glob("t.*"))
+
+
+def test_sentencepiece_learns_from_long_lines_and_lines_with_its_mark(tmp_path: Path) -> None:
+    """It would leave both out without a word: lines above its limit, and those that hold U+2585."""
+    source = random.Random(0)
+    words = [source.choice(["alpha", "beta", "gamma", "delta"]) for _ in range(30000)]
+    for name, text, wanted in (
+        ("long", " ".join(words), "alpha"),
+        ("unbroken", "".join(words), "alpha"),
+        ("wide", "漢字" * 20000, "漢字"),
+        ("mark", " ".join(f"alpha \u2585 {word}" for word in words[:300]), "alpha"),
+    ):
+        corpus = write_jsonl(tmp_path / f"{name}.jsonl", [text, "tiny"])
+        model = tmp_path / f"{name}.model"
+        train_tokenizer(TokenizerSettings((str(corpus),), str(model), 300, kind="sentencepiece"))
+        assert len(load(str(model)).encode(wanted)) <= 2, f"{name}: nothing was learned"
+
+
+def test_no_text_gives_no_advice_on_the_vocabulary(tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", ["", ""])
+    for kind, output in (("bpe", "t.json"), ("sentencepiece", "t.model")):
+        with pytest.raises(UserError, match="the corpus is empty"):
+            train_tokenizer(TokenizerSettings((str(corpus),), str(tmp_path / output), 300, kind=kind))
+    assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
+
+
+def test_training_replaces_no_other_result(tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", documents(100, seed=3))
+    output = tmp_path / "new" / "directory" / "t.json"
+    settings = TokenizerSettings((str(corpus),), str(output), 300)
+    train_tokenizer(settings)
+    before = output.read_bytes()
+    train_tokenizer(settings)
+    other = dataclasses.replace(settings, vocab_size=310)
+    with pytest.raises(UserError, match=f"--output {output} exists.*--force"):
+        train_tokenizer(other)
+    assert output.read_bytes() == before
+    assert train_tokenizer(dataclasses.replace(other, force=True)) == 310
+
+    output.write_text('{"my": "notes"}')
+    with pytest.raises(UserError, match="is no tokenizer"):
+        train_tokenizer(settings)
+    assert output.read_text() == '{"my": "notes"}'

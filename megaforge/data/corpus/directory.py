@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import fnmatch
-import gzip
 import hashlib
-import io
 import os
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megaforge.data.corpus.decode import NotText, decode
+from megaforge.data.corpus.split import Splitter
 from megaforge.data.corpus.stdlib import STDLIB_EXCLUDES, pydoc_topics, stdlib_directory
+from megaforge.data.corpus.walk import DEFAULT_EXCLUDES, walk
 from megaforge.data.jsonl import LineReader
-from megaforge.data.text.formats import PROSE, holds_records, plain_suffix
+from megaforge.data.left_out import LeftOut, details_path
+from megaforge.data.outputs import atomic_output, temporary_path
+from megaforge.data.text.formats import PROSE, TextFormat, holds_records, plain_suffix, text_format
 from megaforge.data.text.readers import open_text, place
 from megaforge.errors import UserError, require
 
@@ -36,10 +35,6 @@ NAMES = frozenset(
     "readme license licence copying copyright notice authors contributors changelog changes news history todo install "
     "makefile dockerfile rakefile gemfile cmakelists.txt".split()
 )
-DEFAULT_EXCLUDES = (
-    *(".git", ".hg", ".svn", ".bzr", "__pycache__", ".venv", "venv", ".tox", ".nox", "node_modules"),
-    *(".mypy_cache", ".pytest_cache", ".ruff_cache", "*.egg-info", "*.dist-info"),
-)
 
 
 @dataclass(frozen=True)
@@ -55,6 +50,9 @@ class DirectorySettings:
     holdout_fraction: float = 0.0
     holdout_output: str | None = None
     keep_duplicates: bool = False
+    split_documents: str | None = None
+    document_size: int = 16384
+    force: bool = False
 
     def validate(self) -> None:
         """Raises UserError where the flags alone are wrong."""
@@ -67,17 +65,23 @@ class DirectorySettings:
             raise UserError(f"--holdout-fraction {self.holdout_fraction}: choose one in [0, 1), for example 0.02")
         if (self.holdout_fraction > 0) != (self.holdout_output is not None):
             raise UserError("--holdout-fraction and --holdout-output go together; give both or neither")
-        if self.max_file_mb <= 0:
+        if self.holdout_output is not None and os.path.realpath(self.holdout_output) == os.path.realpath(self.output):
+            raise UserError(f"--holdout-output {self.holdout_output}: choose another file than --output")
+        if not self.max_file_mb > 0:
             raise UserError(f"--max-file-mb {self.max_file_mb}: choose a positive number")
+        if self.document_size < 1:
+            raise UserError(f"--document-size {self.document_size}: choose a positive number of characters")
+        if self.split_documents is not None and not self.split_documents.strip():
+            raise UserError(f"--split-documents {self.split_documents!r}: give blank-lines, size, or a marker")
 
 
 @dataclass
 class Report:
-    """What became of the files: documents and UTF-8 bytes written to each output, and (path, reason) of the skipped."""
+    """What became of the files: documents and UTF-8 bytes written to each output, and what was left out."""
 
     documents: list[int] = field(default_factory=lambda: [0, 0])
     text_bytes: list[int] = field(default_factory=lambda: [0, 0])
-    skipped: list[tuple[str, str]] = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 def directory_to_jsonl(settings: DirectorySettings) -> Report:
@@ -87,134 +91,131 @@ def directory_to_jsonl(settings: DirectorySettings) -> Report:
     files are added, moved or renamed, and equal documents never land on both sides. Exact duplicates are dropped.
 
     Raises:
-        UserError: a flag is wrong, nothing was found, or an output cannot be written.
+        UserError: a flag is wrong, nothing was found, or an output cannot be written or would replace another file.
     """
     settings.validate()
     dumps = require("orjson", extra="data", purpose="writing JSONL").dumps
     report, seen = Report(), set[bytes]()
     with ExitStack() as stack:
-        names = [settings.output] + ([settings.holdout_output] if settings.holdout_output else [])
-        outputs = [stack.enter_context(_atomic_output(name)) for name in names]
+        outputs = [stack.enter_context(atomic_output(name, settings.force, flag)) for flag, name in _outputs(settings)]
         for source, text in _documents(settings, report):
             digest = hashlib.sha256(text.encode()).digest()
             if not text.strip():
-                report.skipped.append((source, "empty"))
+                report.left_out.add(source, "empty")
             elif digest[:12] in seen and not settings.keep_duplicates:
-                report.skipped.append((source, "the same text as an earlier document"))
+                report.left_out.add(source, "the same text as an earlier document")
             else:
                 seen.add(digest[:12])
                 side = int(int.from_bytes(digest[:8], "big") < settings.holdout_fraction * 2.0**64)
                 outputs[side].write(dumps({settings.json_key: text, "source": source}) + b"\n")
                 report.documents[side] += 1
                 report.text_bytes[side] += len(text.encode())
-        if not report.documents[0]:
-            raise UserError(_nothing_found(settings, report))
+        _check_sides(settings, report)
     return report
 
 
 def print_report(report: Report, settings: DirectorySettings) -> None:
-    """Lists the skipped files with their reasons, and the totals, on stderr."""
-    for path, reason in report.skipped:
-        print(f"skipped {path}: {reason}", file=sys.stderr)
-    outputs = [settings.output, settings.holdout_output]
-    for output, documents, size in zip(outputs, report.documents, report.text_bytes, strict=True):
-        if output is not None:
-            print(f"{output}: {documents:,} documents, {size / 1e6:,.2f} MB of text", file=sys.stderr)
-    if report.skipped:
-        print(f"skipped {len(report.skipped):,} files or records", file=sys.stderr)
+    """Says on stderr what was left out, by reason, and the totals; writes the list of it beside the output."""
+    details = report.left_out.write(settings.output)
+    for line in report.left_out.summary():
+        print(line, file=sys.stderr)
+    if details is not None:
+        print(f"left out {report.left_out.total:,} in all, listed in {details}", file=sys.stderr)
+    for (_, name), documents, size in zip(_outputs(settings), report.documents, report.text_bytes, strict=False):
+        print(f"{name}: {documents:,} documents, {size / 1e6:,.2f} MB of text", file=sys.stderr)
+
+
+def _outputs(settings: DirectorySettings) -> list[tuple[str, str]]:
+    """(flag, file) of everything that is written."""
+    outputs = [("--output", settings.output)]
+    if settings.holdout_output is not None:
+        outputs.append(("--holdout-output", settings.holdout_output))
+    return outputs
 
 
 def _documents(settings: DirectorySettings, report: Report) -> Iterator[tuple[str, str]]:
     """(source, text) of every document, in order; what cannot be used goes into the report."""
-    ours = {os.path.realpath(name) for name in (settings.output, settings.holdout_output) if name}
+    names = [name for _, name in _outputs(settings)]
+    ours = {
+        os.path.realpath(name)
+        for name in [*names, details_path(settings.output), *(str(temporary_path(name)) for name in names)]
+    }
     excludes = (*DEFAULT_EXCLUDES, *settings.exclude)
+    split = None
+    if settings.split_documents is not None:
+        split = Splitter(settings.split_documents, settings.document_size)
     roots = [(root, excludes) for root in settings.inputs]
     if settings.python_stdlib:
         roots.insert(0, (stdlib_directory(), (*excludes, *STDLIB_EXCLUDES)))
     for root, patterns in roots:
-        for path, name in _files(root, patterns, report):
-            if os.path.realpath(path) in ours:
-                continue
-            yield from _file(path, name, settings.json_key, settings.max_file_mb, report)
+        for path, name in walk(root, patterns, report.left_out):
+            if os.path.realpath(path) not in ours:
+                yield from _file(path, name, settings, split, report.left_out)
     if settings.python_stdlib:
         yield from pydoc_topics()
+    if split is not None:
+        split.check()
 
 
-def _files(root: str, excludes: Sequence[str], report: Report) -> Iterator[tuple[str, str]]:
-    """(path, name to show) of every file under ``root``, sorted by name; a single file is its own tree."""
-    if not os.path.isdir(root):
-        yield root, os.path.basename(root)
-        return
-    base = os.path.basename(os.path.abspath(root))
-    for directory, subdirectories, files in os.walk(root):
-        relative = Path(os.path.relpath(directory, root))
-        subdirectories[:] = sorted(d for d in subdirectories if not _excluded((relative / d).as_posix(), excludes))
-        for name in sorted(files):
-            local = (relative / name).as_posix()
-            if _excluded(local, excludes):
-                continue
-            path = os.path.join(directory, name)
-            if os.path.islink(path) or not os.path.isfile(path):
-                report.skipped.append((f"{base}/{local}", "a symbolic link or a special file"))
-                continue
-            yield path, f"{base}/{local}"
-
-
-def _excluded(relative: str, patterns: Sequence[str]) -> bool:
-    """Whether the path, or its last component, matches a pattern."""
-    name = relative.rpartition("/")[2]
-    return any(fnmatch.fnmatchcase(relative, pattern) or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _file(path: str, name: str, key: str, max_mb: float, report: Report) -> Iterator[tuple[str, str]]:
-    lower, suffix = os.path.basename(name).lower(), plain_suffix(name)
+def _file(
+    path: str, name: str, settings: DirectorySettings, split: Splitter | None, left_out: LeftOut
+) -> Iterator[tuple[str, str]]:
+    """The documents of one file. A file that ``--input`` names itself is read whatever its name and size are."""
+    lower, suffix, named = os.path.basename(name).lower(), plain_suffix(name), path in settings.inputs
+    known = suffix in PROSE or suffix in SOURCE or lower in NAMES or lower.split(".")[0] in NAMES
     try:
-        known = suffix in PROSE or suffix in SOURCE or lower in NAMES or lower.split(".")[0] in NAMES
         if suffix in RECORDS:
-            yield from _records(path, name, key, report)
-        elif not known and suffix != ".json":
-            report.skipped.append((name, f"no text or source file by its name ({suffix or 'no extension'})"))
-        elif os.path.getsize(path) > max_mb * (1 << 20):
-            report.skipped.append((name, f"larger than --max-file-mb {max_mb:g}"))
-        elif suffix == ".json" and _is_json_lines(path):
-            yield from _records(path, name, key, report)
+            yield from _records(path, name, settings.json_key, left_out)
+        elif not known and suffix != ".json" and not named:
+            left_out.add(name, f"no text or source file by its name ({suffix or 'no extension'})")
+        elif os.path.getsize(path) > settings.max_file_mb * (1 << 20) and not named:
+            left_out.add(name, f"larger than --max-file-mb {settings.max_file_mb:g}")
+        elif _is_json_lines(path, suffix, known):
+            yield from _records(path, name, settings.json_key, left_out)
         else:
             with LineReader(path) as reader:
                 text = decode(reader.rest())
             if suffix == ".json":
-                yield from _json_texts(text, name, key, report)
-            else:
+                yield from _json_texts(text, name, settings.json_key, left_out)
+            elif split is None:
                 yield name, text
-    except NotText as error:
-        report.skipped.append((name, str(error)))
-    except UserError as error:
-        report.skipped.append((name, str(error)))
+            else:
+                yield from ((f"{name}:{number}", part) for number, part in enumerate(split(text), 1))
+    except (NotText, UserError) as error:
+        left_out.add(name, str(error).removeprefix(f"--input {path}: "))
+    except OSError as error:
+        left_out.add(name, f"cannot be read ({error.strerror})")
 
 
-def _is_json_lines(path: str) -> bool:
-    """Whether a ``.json`` holds an object a line, several of them, rather than one value."""
+def _is_json_lines(path: str, suffix: str, known: bool) -> bool:
+    """Whether a ``.json`` or a file of an unknown name holds an object a line rather than one value."""
+    if known:
+        return False
+    if suffix != ".json":
+        return text_format(path) is TextFormat.LINES
     with LineReader(path) as reader:
         return holds_records(reader.head())
 
 
-def _records(path: str, name: str, key: str, report: Report) -> Iterator[tuple[str, str]]:
+def _records(path: str, name: str, key: str, left_out: LeftOut) -> Iterator[tuple[str, str]]:
     """The records of a JSONL file, read as a stream of any length."""
     before = 0
     with open_text(path, key) as reader:
         for chunk in reader.chunks(None):
-            report.skipped += [(f"{name}{place(reader, before + n + 1)}", reason) for n, reason in chunk.bad]
+            for number, reason in chunk.bad:
+                left_out.add(f"{name}{place(reader, before + number + 1)}", reason)
             for number, text in zip(chunk.numbers, chunk.texts, strict=True):
                 yield f"{name}:{before + number + 1}", text
             before += chunk.records
 
 
-def _json_texts(content: str, name: str, key: str, report: Report) -> Iterator[tuple[str, str]]:
+def _json_texts(content: str, name: str, key: str, left_out: LeftOut) -> Iterator[tuple[str, str]]:
     """The texts of a JSON file: an object with the key, or a list of such objects or of strings."""
     loads = require("orjson", extra="data", purpose="reading JSON").loads
     try:
         value = loads(content)
     except ValueError as error:
-        report.skipped.append((name, f"not valid JSON ({error})"))
+        left_out.add(name, f"not valid JSON ({error})")
         return
     several = isinstance(value, list)
     without = 0
@@ -225,8 +226,8 @@ def _json_texts(content: str, name: str, key: str, report: Report) -> Iterator[t
         else:
             yield (f"{name}:{number}" if several else name), text
     if without:
-        count = f"{without:,} of its records have" if several else "it has"
-        report.skipped.append((name, f"{count} no string under the key {key!r}"))
+        detail = f" ({without:,} of its records)" if several else ""
+        left_out.add(name, f"no string under the key {key!r}{detail}")
 
 
 def _text_of(record: Any, key: str) -> str | None:
@@ -234,32 +235,17 @@ def _text_of(record: Any, key: str) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _nothing_found(settings: DirectorySettings, report: Report) -> str:
-    reasons = Counter(reason for _, reason in report.skipped).most_common(3)
-    why = "; ".join(f"{count} x {reason}" for reason, count in reasons) or "there are no files"
-    if report.documents[1]:
-        why = "all documents fell to --holdout-output"
-    return f"--input {' '.join(settings.inputs)}: no document for {settings.output} ({why})"
-
-
-@contextmanager
-def _atomic_output(name: str) -> Iterator[IO[bytes]]:
-    """A file to write (compressed if its name says so) that takes its name only when the block ends well."""
-    temporary = Path(f"{name}.tmp-{os.getpid()}")
-    try:
-        with ExitStack() as stack:
-            raw = stack.enter_context(temporary.open("wb"))
-            stream: Any = raw
-            if name.endswith(".gz"):
-                stream = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))
-            elif name.endswith(".zst"):
-                zstandard = require("zstandard", extra="data", purpose=f"--output {name}")
-                writer = zstandard.ZstdCompressor(level=3).stream_writer(raw, closefd=False)
-                stream = stack.enter_context(io.BufferedWriter(writer, 1 << 20))
-            yield stream
-            stream.flush()
-        os.replace(temporary, name)
-    except OSError as error:
-        raise UserError(f"cannot write {name}: {error.strerror}; choose a writable --output") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+def _check_sides(settings: DirectorySettings, report: Report) -> None:
+    """Refuses an output without a document."""
+    where = f"--input {' '.join(settings.inputs)}"
+    if not report.documents[0]:
+        reasons = list(report.left_out.counts.items())[:3]
+        why = "; ".join(f"{count:,} x {reason}" for reason, count in reasons) or "there are no files"
+        if report.documents[1]:
+            why = f"all {report.documents[1]:,} fell to --holdout-output; --split-documents makes more of few texts"
+        raise UserError(f"{where}: no document for {settings.output} ({why})")
+    if settings.holdout_output is not None and not report.documents[1]:
+        raise UserError(
+            f"--holdout-fraction {settings.holdout_fraction}: none of {report.documents[0]:,} documents fell to "
+            f"--holdout-output; choose a larger one, or more documents (--split-documents)"
+        )
