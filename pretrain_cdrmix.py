@@ -13,7 +13,6 @@ def main() -> int:
     # Mistakes are found in milliseconds; torch, which takes more than a second to import, comes after them.
     from megaforge.config.cli import parse_config
     from megaforge.config.launcher import check_address, discover_launch, say_once
-    from megaforge.training.prepare import prepare
 
     config = parse_config(prog="pretrain_cdrmix.py", description="Pretrain a CDRmix model.").config
     if config.dry_run.dry_run:
@@ -22,6 +21,8 @@ def main() -> int:
         dry_run(config)
         return 0
     check_address(discover_launch())
+    from megaforge.training.prepare import prepare
+
     config, layout, tokenizer = prepare(config)
     if config.name.startswith("cdrmix-reason"):
         say_once(f"{config.name}: this version trains stage A (pretraining) only; stage B is not part of it")

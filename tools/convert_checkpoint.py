@@ -18,19 +18,21 @@ import argparse
 import dataclasses
 import os
 import sys
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from megaforge.checkpoint.convert import STATE_PREFIX, write_directory, write_file
-from megaforge.checkpoint.import_rwkv7 import MODEL_FILE, import_rwkv7
-from megaforge.checkpoint.sources import SUFFIX, TensorSource, open_source
+from megaforge.config.arguments import ArgumentParser, integer
 from megaforge.config.config import Config
 from megaforge.config.entry import run_entry
 from megaforge.config.run_config import ParallelConfig
 from megaforge.data.tokenizer import TOKENIZER_TYPES, guess_tokenizer_type, load_tokenizer
 from megaforge.errors import UserError
-from megaforge.training.state import tokenizer_identity
 
+if TYPE_CHECKING:
+    from megaforge.checkpoint.sources import TensorSource
+
+FILE_SUFFIX = ".safetensors"
 LAYOUT = {  # flag -> field of the parallel section
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
@@ -43,14 +45,16 @@ LAYOUT = {  # flag -> field of the parallel section
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("file", metavar="FILE", nargs="?", help="with --from: the published weights")
     parser.add_argument("--load", metavar="DIR|FILE.safetensors", help="what is converted")
     parser.add_argument("--save", required=True, metavar="DIR|FILE.safetensors", help="where it goes; must be new")
     parser.add_argument("--optimizer", action="store_true", help="with --save FILE: optimizer and run state too")
     for name, field in LAYOUT.items():
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"with --save DIR: {field.replace('_', ' ')}")
-    parser.add_argument("--dp", type=int, metavar="N", help="with --save DIR: data-parallel size")
+        parser.add_argument(
+            f"--{name}", type=integer(1), metavar="N", help=f"with --save DIR: {field.replace('_', ' ')}"
+        )
+    parser.add_argument("--dp", type=integer(1), metavar="N", help="with --save DIR: data-parallel size")
     parser.add_argument("--from", dest="source", choices=("rwkv7",), help="whose format FILE is in")
     parser.add_argument("--tokenizer-model", help="with --from: the model's tokenizer, recorded in the checkpoint")
     parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: told from --tokenizer-model")
@@ -60,15 +64,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Runs the command; 0 when the result is published."""
     flags = parse_arguments()
-    if (flags.load is None) == (flags.source is None) or (flags.source is None) != (flags.file is None):
-        raise UserError("give either --load DIR|FILE.safetensors, or --from rwkv7 FILE")
+    _check(flags)
     if flags.source is not None:
         _import(flags)
-    elif flags.save.endswith(SUFFIX):
+    elif flags.save.endswith(FILE_SUFFIX):
         _to_file(flags)
     else:
         _to_directory(flags)
     return 0
+
+
+def _check(flags: argparse.Namespace) -> None:
+    if (flags.load is None) == (flags.source is None) or (flags.source is None) != (flags.file is None):
+        raise UserError("give either --load DIR|FILE.safetensors, or --from rwkv7 FILE")
+    if flags.source is None and flags.save.endswith(FILE_SUFFIX) and (given := _given_layout(flags)):
+        raise UserError(f"--{next(iter(given))}: one file has no layout; leave it out, or give --save a directory")
+    if flags.source is None and not flags.save.endswith(FILE_SUFFIX) and flags.optimizer:
+        raise UserError("--optimizer is for --save FILE.safetensors; a directory gets all that --load has")
 
 
 def _given_layout(flags: argparse.Namespace) -> dict[str, int]:
@@ -76,21 +88,19 @@ def _given_layout(flags: argparse.Namespace) -> dict[str, int]:
 
 
 def _to_file(flags: argparse.Namespace) -> None:
-    if _given_layout(flags):
-        name = next(iter(_given_layout(flags)))
-        raise UserError(f"--{name}: one file has no layout; leave it out, or give --save a directory")
+    from megaforge.checkpoint.convert import write_file
+    from megaforge.checkpoint.sources import open_source
+
     source = open_source(flags.load)
     record = write_file(source, flags.save, optimizer=flags.optimizer)
     print(f"{flags.save}: step {source.step} of {source.path}, {record.bytes:,} bytes, SHA-256 {record.sha256}")
 
 
 def _to_directory(flags: argparse.Namespace) -> None:
-    if flags.optimizer:
-        raise UserError("--optimizer is for --save FILE.safetensors; a directory gets all that --load has")
+    from megaforge.checkpoint.convert import write_directory
+    from megaforge.checkpoint.sources import open_source
+
     given = _given_layout(flags)
-    wrong = next((name for name, size in given.items() if size < 1), None)
-    if wrong is not None:
-        raise UserError(f"--{wrong} {given[wrong]} must be at least 1")
     dp = given.pop("dp", None)
     source = open_source(flags.load)
     parallel = ParallelConfig(**{LAYOUT[name]: size for name, size in given.items()})  # type: ignore[arg-type]
@@ -99,6 +109,8 @@ def _to_directory(flags: argparse.Namespace) -> None:
 
 
 def _describe(source: TensorSource) -> str:
+    from megaforge.checkpoint.convert import STATE_PREFIX
+
     has_state = any(key.startswith(STATE_PREFIX) for key in source.tensors)
     size = sum(info.nbytes for info in source.tensors.values())
     note = "" if has_state else " (weights only: --load needs --finetune)"
@@ -106,6 +118,9 @@ def _describe(source: TensorSource) -> str:
 
 
 def _import(flags: argparse.Namespace) -> None:
+    from megaforge.checkpoint.import_rwkv7 import MODEL_FILE, import_rwkv7
+    from megaforge.training.state import tokenizer_identity
+
     config, identity = Config(), None
     if flags.tokenizer_model:
         kind = flags.tokenizer_type or guess_tokenizer_type(flags.tokenizer_model)

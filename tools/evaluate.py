@@ -18,58 +18,49 @@ import json
 import math
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from megaforge.config.cli import run_entry
-from megaforge.data.blend import dataset_prefix
-from megaforge.data.indexed_dataset import IndexedDataset
-from megaforge.data.manifest import content_digest, read_sidecar
+from megaforge.config.arguments import ArgumentParser, integer
+from megaforge.config.entry import run_entry
+from megaforge.config.launcher import discover_launch
 from megaforge.data.split import PARTS
 from megaforge.errors import UserError
-from megaforge.parallel.distributed import shutdown
-from megaforge.training.bigram import BigramModel
-from megaforge.training.evaluation import (
-    Stream,
-    check_choices,
-    evaluate_stream,
-    is_text,
-    read_dataset,
-    read_text,
-    trained_on,
-)
-from megaforge.training.metrics import EvaluationMetrics
-from megaforge.training.restore import TrainedModel, load_trained_model
+
+if TYPE_CHECKING:
+    from megaforge.training.evaluation import Stream
+    from megaforge.training.metrics import EvaluationMetrics
+    from megaforge.training.restore import TrainedModel
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--load", required=True, metavar="DIR", help="a run's --save directory, or one checkpoint")
     parser.add_argument("--input", required=True, help="a text or JSON Lines file, or a dataset's prefix")
     parser.add_argument("--part", choices=(*PARTS, "all"), help="which documents of a dataset (default: see above)")
     parser.add_argument("--json-key", metavar="KEY", help="where a JSONL line has its text (default: as in training)")
     parser.add_argument("--tokenizer-model", metavar="FILE", help="where the tokenizer is now, if it was moved")
-    parser.add_argument("--seq-length", type=int, help="tokens of a window (default: as in training)")
-    parser.add_argument("--batch-size", type=int, default=8, help="windows computed at once (8)")
-    parser.add_argument("--tp", type=int, help="tensor-parallel size (default: all ranks)")
-    parser.add_argument("--pp", type=int, default=1, help="pipeline stages: 1, whatever the run was trained at")
-    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto")
+    parser.add_argument("--seq-length", type=integer(1), help="tokens of a window (default: as in training)")
+    parser.add_argument("--batch-size", type=integer(1), default=8, help="windows computed at once")
+    parser.add_argument("--tp", type=integer(1), help="tensor-parallel size (default: all ranks)")
+    parser.add_argument("--pp", type=integer(1), default=1, help="pipeline stages: 1, whatever the run was trained at")
+    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="where to compute")
     parser.add_argument("--baseline", choices=("bigram",), help="also fit this model and print it beside ours")
     parser.add_argument("--train-data", metavar="PREFIX", help="what the baseline is fitted on")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags = parser.parse_args(arguments)
     if (flags.baseline is None) != (flags.train_data is None):
         raise UserError("--baseline bigram and --train-data PREFIX need each other")
-    for name in ("seq_length", "batch_size"):
-        if (value := getattr(flags, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     return flags
 
 
 def load_stream(flags: argparse.Namespace, trained: TrainedModel) -> Stream:
     """The tokens to predict."""
+    from megaforge.data.blend import dataset_prefix
+    from megaforge.training.evaluation import check_choices, is_text, read_dataset, read_text
+
     if is_text(flags.input):
         tokenizer = trained.load_tokenizer(flags.tokenizer_model)
         key = flags.json_key or trained.choices.get("json_key") or "text"
@@ -85,6 +76,12 @@ def fit_baseline(flags: argparse.Namespace, trained: TrainedModel, stream: Strea
     Raises:
         UserError: it would be fitted on the tokens that it is measured on.
     """
+    from megaforge.data.blend import dataset_prefix
+    from megaforge.data.manifest import read_sidecar
+    from megaforge.training.bigram import BigramModel
+    from megaforge.training.evaluation import check_choices, is_text, read_dataset, trained_on
+    from megaforge.training.metrics import EvaluationMetrics
+
     prefix = dataset_prefix(flags.train_data)
     check_choices(prefix, trained)
     digest, sidecar = digest_at(prefix), read_sidecar(prefix)
@@ -108,6 +105,9 @@ def fit_baseline(flags: argparse.Namespace, trained: TrainedModel, stream: Strea
 
 def digest_at(prefix: str) -> str:
     """The digest of a dataset's content."""
+    from megaforge.data.indexed_dataset import IndexedDataset
+    from megaforge.data.manifest import content_digest, read_sidecar
+
     return content_digest(IndexedDataset(prefix), read_sidecar(prefix))
 
 
@@ -122,6 +122,11 @@ def print_table(rows: dict[str, EvaluationMetrics]) -> None:
 
 def main() -> int:
     flags = parse_arguments()
+    discover_launch()
+    from megaforge.parallel.distributed import shutdown
+    from megaforge.training.evaluation import evaluate_stream
+    from megaforge.training.restore import load_trained_model
+
     trained = load_trained_model(flags.load, tp=flags.tp, pp=flags.pp, device=flags.device)
     stream = load_stream(flags, trained)
     if len(stream.tokens) < 2:

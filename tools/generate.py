@@ -13,37 +13,36 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from megaforge.config.cli import run_entry
-from megaforge.data.tokenizer import Tokenizer
-from megaforge.errors import UserError
-from megaforge.parallel.distributed import shutdown
-from megaforge.training.generation import Sampling, generate
-from megaforge.training.restore import TrainedModel, load_trained_model
+from megaforge.config.arguments import ArgumentParser, integer, number
+from megaforge.config.entry import run_entry
+from megaforge.config.launcher import discover_launch
+
+if TYPE_CHECKING:
+    from megaforge.data.tokenizer import Tokenizer
+    from megaforge.training.restore import TrainedModel
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--load", required=True, metavar="DIR", help="a run's --save directory, or one checkpoint")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to go on from")
-    parser.add_argument("--max-new-tokens", type=int, default=100, help="tokens to draw at most (100)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (0.8)")
-    parser.add_argument("--top-k", type=int, default=0, help="draw among this many most likely tokens; 0: all (0)")
+    parser.add_argument("--max-new-tokens", type=integer(0), default=100, help="tokens to draw at most")
+    parser.add_argument("--temperature", type=number(0), default=0.8, help="0 takes the most likely token")
+    parser.add_argument("--top-k", type=integer(0), default=0, help="draw among this many most likely tokens; 0: all")
     parser.add_argument(
-        "--top-p", type=float, default=0.95, help="draw among the most likely of this total share (0.95)"
+        "--top-p", type=number(above=0, most=1), default=0.95, help="draw among the most likely of this total share"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    parser.add_argument("--seed", type=integer(0), default=0, help="of the draws")
     parser.add_argument("--tokenizer-model", metavar="FILE", help="where the tokenizer is now, if it was moved")
-    parser.add_argument("--tp", type=int, help="tensor-parallel size (default: all ranks)")
-    parser.add_argument("--pp", type=int, default=1, help="pipeline stages: 1, whatever the run was trained at")
-    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto")
-    flags = parser.parse_args(arguments)
-    if flags.max_new_tokens < 0:
-        raise UserError(f"--max-new-tokens {flags.max_new_tokens}: must not be negative")
-    return flags
+    parser.add_argument("--tp", type=integer(1), help="tensor-parallel size (default: all ranks)")
+    parser.add_argument("--pp", type=integer(1), default=1, help="pipeline stages: 1, whatever the run was trained at")
+    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="where to compute")
+    return parser.parse_args(arguments)
 
 
 class TextPrinter:
@@ -69,6 +68,8 @@ class TextPrinter:
 
 def write_continuation(flags: argparse.Namespace, trained: TrainedModel, tokenizer: Tokenizer) -> None:
     """Draws the continuation on all ranks; rank 0 prints the prompt and it."""
+    from megaforge.training.generation import Sampling, generate
+
     prompt = tokenizer.encode(flags.prompt)
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     printer = TextPrinter(tokenizer, prompt) if trained.ctx.is_first_rank else None
@@ -84,6 +85,10 @@ def write_continuation(flags: argparse.Namespace, trained: TrainedModel, tokeniz
 
 def main() -> int:
     flags = parse_arguments()
+    discover_launch()
+    from megaforge.parallel.distributed import shutdown
+    from megaforge.training.restore import load_trained_model
+
     trained = load_trained_model(flags.load, tp=flags.tp, pp=flags.pp, device=flags.device)
     write_continuation(flags, trained, trained.load_tokenizer(flags.tokenizer_model))
     shutdown()

@@ -10,8 +10,8 @@ Each line is a layout: the largest relative difference over five optimizer steps
 gradient norm, of the routers' statistics, and of the weights at the end; all within 1e-10 (fp64) or 2e-5 (fp32), or the
 status is 1.
 
-``--layouts`` names lines of the table (default: all that the ranks suffice for and the model fits into), ``--dtype``
-is fp64 or fp32. Without a launcher the ranks are started here, at most ``--max-ranks``.
+--layouts names lines of the table (default: all that the ranks suffice for and the model fits into), --dtype
+is fp64 or fp32. Without a launcher the ranks are started here, at most --max-ranks.
 """
 
 from __future__ import annotations
@@ -22,14 +22,18 @@ import warnings
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from megaforge.config.cli import run_entry
-from megaforge.training import parity_command
+from megaforge.config.entry import run_entry
 
 
 def main() -> int:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print((__doc__ or "").strip())
         return 0
+    from megaforge.training.parity_options import parse_options
+
+    parse_options(sys.argv[1:])  # a mistake is found before torch is imported
+    from megaforge.training import parity_command
+
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     return parity_command.run(sys.argv[1:], os.path.abspath(__file__))
 

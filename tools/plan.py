@@ -9,31 +9,27 @@
     python tools/plan.py activations
     python tools/plan.py docs
 
-``params`` prints the stored parameters of each component and the active ones (those that one token uses). ``memory``
-prints memory, communication, bubble, step time and MFU of a layout, or the fastest layouts that fit. ``schedule``
-draws a pipeline schedule. ``ladders`` dry-runs the jobs of run_scripts/slurm/cdrmix-*.sbatch, every rank of them.
-``activations`` compares predicted activation bytes with those that a CPU keeps.
-``docs`` writes what these say into the documents that quote them.
+params prints the stored parameters of each component and the active ones (those that one token uses). memory
+prints memory, communication, bubble, step time and MFU of a layout, or the fastest layouts that fit. schedule
+draws a pipeline schedule. ladders dry-runs the jobs of run_scripts/slurm/cdrmix-*.sbatch, every rank of them.
+activations compares predicted activation bytes with those that a CPU keeps.
+docs writes what these say into the documents that quote them.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from megaforge.config.cli import parse_config, run_entry
+from megaforge.config.cli import parse_config
+from megaforge.config.entry import run_entry
 from megaforge.config.pattern import layer_pattern
 from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.errors import UserError
-from megaforge.models.parameter_count import count_parameters, total
-from megaforge.parallel.pipeline import plan_command as schedule
-from megaforge.planning import measured_activations as activations
-from megaforge.planning import plan_command as memory
-from megaforge.planning.report import table
-from megaforge.training import documentation, ladders
 
 
 def params(arguments: Sequence[str], prog: str) -> None:
@@ -42,6 +38,9 @@ def params(arguments: Sequence[str], prog: str) -> None:
     for note in notes:
         print(note)
     model = config.model
+    from megaforge.models.parameter_count import count_parameters, total
+    from megaforge.planning.report import table
+
     counts = count_parameters(model)
     whole = total(counts)
     rows = [("component", "tensors", "stored", "active", "share of stored")]
@@ -54,13 +53,13 @@ def params(arguments: Sequence[str], prog: str) -> None:
     print(f"{whole.stored / 1e9:.3f}B stored, {whole.active / 1e9:.3f}B active")
 
 
-COMMANDS = {
-    "params": params,
-    "memory": memory.run,
-    "schedule": schedule.run,
-    "activations": activations.run,
-    "ladders": ladders.run,
-    "docs": documentation.run,
+# The modules whose ``run`` is a command; imported once it is asked for, for most of them import torch.
+MODULES = {
+    "memory": "megaforge.planning.plan_command",
+    "schedule": "megaforge.parallel.pipeline.plan_command",
+    "activations": "megaforge.planning.measured_activations",
+    "ladders": "megaforge.training.ladders",
+    "docs": "megaforge.training.documentation",
 }
 
 
@@ -68,11 +67,18 @@ def main() -> int:
     if len(sys.argv) > 1 and sys.argv[1] in ("-h", "--help"):
         print(__doc__.strip())
         return 0
-    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        given = sys.argv[1] if len(sys.argv) > 1 else "nothing"
-        raise UserError(f"plan.py: {given}: choose a command: {', '.join(COMMANDS)}")
-    command = sys.argv[1]
-    COMMANDS[command](sys.argv[2:], f"plan.py {command}")
+    command, arguments = (sys.argv[1:2] or ["nothing"])[0], sys.argv[2:]
+    prog = f"plan.py {command}"
+    if command == "params":
+        params(arguments, prog)
+    elif command in MODULES:
+        if command == "memory":
+            from megaforge.planning.plan_request import parse
+
+            parse(arguments, prog)  # a mistake is found before torch is imported
+        importlib.import_module(MODULES[command]).run(arguments, prog)
+    else:
+        raise UserError(f"plan.py: {command}: choose a command: params, {', '.join(MODULES)}")
     return 0
 
 

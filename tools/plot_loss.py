@@ -11,21 +11,21 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from megaforge.config.cli import run_entry
+from megaforge.config.arguments import ArgumentParser, number
+from megaforge.config.entry import run_entry
 from megaforge.errors import UserError, require
 from megaforge.monitor.sinks import read_metrics
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--metrics-file", nargs="+", required=True, metavar="FILE", help="what --metrics-file wrote")
     parser.add_argument("--output", required=True, metavar="FILE", help="image to write: .png, .svg or .pdf")
-    parser.add_argument("--smooth", type=float, default=0.9, help="weight of the past in the mean line; 0: none (0.9)")
-    flags = parser.parse_args(arguments)
-    if not 0 <= flags.smooth < 1:
-        raise UserError(f"--smooth {flags.smooth}: give a weight in [0, 1)")
-    return flags
+    parser.add_argument(
+        "--smooth", type=number(0, below=1), default=0.9, help="weight of the past in the mean line; 0: none"
+    )
+    return parser.parse_args(arguments)
 
 
 def curve(records: list[dict[str, Any]], kind: str) -> tuple[list[int], list[float]]:
@@ -51,13 +51,13 @@ def draw(files: list[str], output: str, smooth: float) -> None:
     require("matplotlib", extra="train", purpose="tools/plot_loss.py").use("Agg")
     pyplot = require("matplotlib.pyplot", extra="train", purpose="tools/plot_loss.py")
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
-    for number, name in enumerate(files):
+    for index, name in enumerate(files):
         records = read_metrics(name)
         iterations, losses = curve(records, "step")
         if not losses:
             raise UserError(f"metrics file {name}: holds no training step")
         label = Path(name).stem if len(files) > 1 else "loss"
-        color = f"C{number}"
+        color = f"C{index}"
         axes.plot(iterations, losses, color=color, alpha=0.25 if smooth else 1.0, linewidth=1)
         axes.plot(iterations, running_mean(losses, smooth), color=color, label=label)
         evaluated = curve(records, "evaluation")

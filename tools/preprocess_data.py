@@ -10,22 +10,21 @@ or srun the ranks share the work.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: no idle threads in a tool that never multiplies
 
-from megaforge.data.preprocess.driver import preprocess
+from megaforge.config.arguments import ArgumentParser, integer
+from megaforge.config.entry import run_entry
 from megaforge.data.preprocess.plan import PreprocessSettings
 from megaforge.data.tokenizer import TOKENIZER_TYPES, guess_tokenizer_type
-from megaforge.errors import UserError
 
 
 def parse_arguments(arguments: list[str] | None = None) -> PreprocessSettings:
     """The settings that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--input",
         nargs="+",
@@ -37,11 +36,13 @@ def parse_arguments(arguments: list[str] | None = None) -> PreprocessSettings:
     parser.add_argument("--tokenizer-model", required=True, help="tokenizer.json or its directory, .model, or a number")
     parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: told from --tokenizer-model")
     parser.add_argument("--eod-token", help="the token that ends documents; default: the tokenizer's own")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="one dataset each (text)")
+    parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="one dataset each")
     parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
-    parser.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="what a bad line does (fail)")
-    parser.add_argument("--workers", type=int, default=1, help="processes, on each rank (1)")
-    parser.add_argument("--shard-mb", type=int, help="MiB of input to a unit of work (default: by the input's size)")
+    parser.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="what a bad line does")
+    parser.add_argument("--workers", type=integer(1, 4096), default=1, help="processes, on each rank")
+    parser.add_argument(
+        "--shard-mb", type=integer(1, 1 << 20), help="MiB of input to a unit of work (default: by the input's size)"
+    )
     parser.add_argument("--no-fast", action="store_true", help="do not use gigatoken even where it is proven equal")
     parser.add_argument("--force", action="store_true", help="make the dataset again although it is up to date")
     flags = parser.parse_args(arguments)
@@ -63,16 +64,13 @@ def parse_arguments(arguments: list[str] | None = None) -> PreprocessSettings:
 
 def main() -> int:
     """Runs the command; 0 when the datasets are published."""
-    try:
-        preprocess(parse_arguments())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the finished shards are kept; run the same command again to continue", file=sys.stderr)
-        return 130
+    settings = parse_arguments()
+    settings.validate()
+    from megaforge.data.preprocess.driver import preprocess
+
+    preprocess(settings)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_entry(main, "interrupted: the finished shards are kept; run the same command again to continue")

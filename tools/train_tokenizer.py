@@ -9,19 +9,19 @@ The first is byte-level BPE with <|endoftext|> (Hugging Face tokenizers); the se
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from megaforge.config.arguments import ArgumentParser, integer
 from megaforge.config.entry import run_entry
 from megaforge.data.train_tokenizer import KINDS, TokenizerSettings, train_tokenizer
 
 
 def parse_arguments(arguments: list[str] | None = None) -> TokenizerSettings:
     """The settings that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--input",
         nargs="+",
@@ -30,10 +30,12 @@ def parse_arguments(arguments: list[str] | None = None) -> TokenizerSettings:
         help="JSON Lines (.jsonl, .ndjson, .json) or text, one document a file; each also .gz or .zst",
     )
     parser.add_argument("--output", required=True, help="a .json file, or .model for SentencePiece")
-    parser.add_argument("--vocab-size", type=int, required=True, help="number of tokens, control tokens included")
-    parser.add_argument("--type", choices=KINDS, default="bpe", help="the kind of tokenizer (bpe)")
-    parser.add_argument("--json-key", default="text", help="the key of the text (text)")
-    parser.add_argument("--max-bytes", type=int, default=256 << 20, help="train on a sample of about this size (2^28)")
+    parser.add_argument(
+        "--vocab-size", type=integer(1, 1 << 31), required=True, help="number of tokens, control tokens included"
+    )
+    parser.add_argument("--type", choices=KINDS, default="bpe", help="the kind of tokenizer")
+    parser.add_argument("--json-key", default="text", help="the key of the text")
+    parser.add_argument("--max-bytes", type=integer(1), default=256 << 20, help="train on a sample of about this size")
     parser.add_argument("--special-tokens", nargs="+", default=[], metavar="TOKEN", help="further control tokens")
     parser.add_argument("--force", action="store_true", help="replace an --output that holds another tokenizer")
     flags = parser.parse_args(arguments)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
+from megaforge.config.arguments import ArgumentParser
 from megaforge.config.config import Config
 from megaforge.config.entry import launched_rank, run_entry
 from megaforge.config.schema import (
@@ -121,12 +121,6 @@ def _show(value: Any) -> str:
     return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Any complaint of argparse becomes the one line that entry scripts print."""
-        raise UserError(message.removeprefix("argument "))
-
-
 class _Record(argparse.Action):
     """Keeps (the spelling used, the value) of a setting, for its origin."""
 
@@ -155,9 +149,7 @@ class _Record(argparse.Action):
 
 def _make_parser(prog: str | None, description: str | None) -> argparse.ArgumentParser:
     usage = "%(prog)s [--config NAME|FILE.yaml] [flags]"
-    parser = _Parser(
-        prog=prog, usage=usage, description=description, allow_abbrev=False, formatter_class=_HelpFormatter
-    )
+    parser = ArgumentParser(prog=prog, usage=usage, description=description)
     parser.add_argument(
         "--config",
         metavar="NAME|FILE.yaml",
@@ -165,7 +157,7 @@ def _make_parser(prog: str | None, description: str | None) -> argparse.Argument
     )
     parser.add_argument("--print-config", action="store_true", help="print every value with its origin, and exit")
     for section, cls in sections().items():
-        group = parser.add_argument_group(section, (cls.__doc__ or "").split("\n\n")[0].replace(":class:", ""))
+        group = parser.add_argument_group(section, (cls.__doc__ or "").split("\n\n")[0])
         for setting in settings().values():
             if setting.section == section:
                 _add_flag(group, setting)
@@ -178,6 +170,8 @@ def _add_flag(group: argparse._ArgumentGroup, setting: Setting) -> None:
     common: dict[str, Any] = {"dest": setting.key, "setting": setting, "action": _Record, "default": argparse.SUPPRESS}
     default = " ".join(map(str, setting.default)) if setting.sequence else setting.default
     shown = "" if setting.default in (None, ()) else f" [{default}]"
+    if isinstance(setting.default, bool):
+        shown = f" [{'on' if setting.default else 'off'}]"
     help_text = (setting.help + shown).replace("%", "%%")
     if setting.kind is bool and not setting.optional and not setting.sequence:
         negatives = ["--no-" + spelling.removeprefix("--") for spelling in spellings]
@@ -186,11 +180,6 @@ def _add_flag(group: argparse._ArgumentGroup, setting: Setting) -> None:
     metavar = setting.metavar or ("{" + ",".join(map(str, setting.choices)) + "}" if setting.choices else None)
     metavar = metavar or {int: "N", float: "X", str: "TEXT", bool: "BOOL"}[setting.kind]
     group.add_argument(*spellings, nargs="+" if setting.sequence else None, metavar=metavar, help=help_text, **common)
-
-
-class _HelpFormatter(argparse.HelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=min(120, int(os.environ.get("COLUMNS", "110"))))
 
 
 def _respell(argv: Sequence[str]) -> list[str]:

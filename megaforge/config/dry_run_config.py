@@ -10,7 +10,7 @@ from megaforge.errors import UserError
 
 @dataclass(frozen=True)
 class DryRunConfig:
-    """A run that only checks and measures itself (:mod:`megaforge.training.dry_run`)."""
+    """A run that only checks and measures itself."""
 
     dry_run: bool = flag(False, "check layout, sharding, data assignment and memory of the job, print them, and exit")
     dry_run_world_size: int | None = flag(None, "ranks of the job that is tried (default: those that were started)")

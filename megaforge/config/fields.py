@@ -3,10 +3,57 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from megaforge.errors import UserError
+
+_LARGEST_INTEGER = 2**63 - 1
+# Numbers reach tensors of fp32: what it cannot hold in full is a slip of the pen.
+_SMALLEST, _LARGEST = 1.1754944e-38, 3.4028234e38
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Which numbers a flag takes: from ``least`` to ``most``, beyond ``above`` and ``below`` where these are given, and
+    in every case finite: integers of 64 bits, other numbers 0 or of a size that fp32 holds (1.2e-38 to 3.4e38)."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def check(self, value: float) -> None:
+        """
+        Raises:
+            ValueError: with the range, as the end of a sentence.
+        """
+        if isinstance(value, float):
+            if not math.isfinite(value):
+                raise ValueError(f"expected a finite number, {self._range() or 'of at most 3.4e38'}")
+            if abs(value) > _LARGEST:
+                raise ValueError(f"too large: {self._range() or 'must be at most 3.4e38'}")
+            if 0 < abs(value) < _SMALLEST:
+                raise ValueError("too small: the smallest number above 0 is 1.2e-38")
+        elif abs(value) > _LARGEST_INTEGER:
+            raise ValueError(f"too large: {self._range() or f'must be at most {_LARGEST_INTEGER}'}")
+        low = (self.least is not None and value < self.least) or (self.above is not None and value <= self.above)
+        high = (self.most is not None and value > self.most) or (self.below is not None and value >= self.below)
+        if low or high:
+            raise ValueError(self._range())
+
+    def _range(self) -> str:
+        """In words; nothing where there are no bounds of its own."""
+        if self.above == 0 and self.most is None and self.below is None:
+            return "must be positive"
+        low = (
+            f"at least {self.least}" if self.least is not None else "" if self.above is None else f"above {self.above}"
+        )
+        high = f"at most {self.most}" if self.most is not None else "" if self.below is None else f"below {self.below}"
+        words = " and ".join(word for word in (low, high) if word)
+        return f"must be {words}" if words else ""
 
 
 def flag(

@@ -10,7 +10,7 @@ from megaforge.errors import UserError
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a :class:`megaforge.models.hybrid.HybridModel`."""
+    """Shape of the model."""
 
     num_layers: int = flag(12, "number of blocks (a mixer and its FFN) when the pattern comes from --layer-schedule")
     hidden_size: int = flag(768, "width of the residual stream (d_model)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from functools import cache
 
 import torch
 
+from megaforge.config.arguments import ArgumentParser
 from megaforge.config.cli import parse_config
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
@@ -87,7 +87,7 @@ def run(arguments: Sequence[str], prog: str = "plan.py activations") -> None:
     Raises:
         UserError: it takes no arguments.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__, exit_on_error=False)
+    parser = ArgumentParser(prog=prog, description=__doc__)
     _, rest = parser.parse_known_args(arguments)
     if rest:
         raise UserError(f"{rest[0]}: {prog} takes no arguments")

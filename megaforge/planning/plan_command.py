@@ -2,54 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 from collections.abc import Sequence
 
 import torch
 
-from megaforge.config.cli import parse_config
 from megaforge.config.config import Config
-from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.errors import UserError
-from megaforge.planning.gpus import GPUS, gpu_named
+from megaforge.planning.gpus import gpu_named
 from megaforge.planning.layout import PlannedLayout, layout_of
+from megaforge.planning.plan_request import parse
 from megaforge.planning.report import plan_text, search_text
 from megaforge.planning.search import search
 from megaforge.planning.stages import model_parts
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What the command line asks of the planner: a configuration, and the planner's own flags."""
-
-    config: Config
-    own: argparse.Namespace
-
-
-def parse(arguments: Sequence[str], prog: str) -> Request:
-    """Reads the planner's own flags and leaves the rest to the configuration.
-
-    Raises:
-        UserError: an unknown flag or value.
-    """
-    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--gpu", default="h100-80g", help=", ".join(GPUS))
-    parser.add_argument("--gpus", type=int, help="ranks in total")
-    parser.add_argument("--dp", type=int, help="data-parallel size, instead of --gpus")
-    parser.add_argument("--search", action="store_true", help="list the fastest layouts that fit --gpus")
-    parser.add_argument("--share", type=float, default=0.9, help="share of the memory that a layout may fill")
-    parser.add_argument("--top", type=int, default=10, help="layouts to list")
-    if "-h" in arguments or "--help" in arguments:
-        parser.print_help()
-    try:
-        own, rest = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from error
-    config, _, notes = with_run_tokenizer(parse_config(rest, prog=prog).config)
-    for note in notes:
-        print(note)
-    return Request(config, own)
 
 
 def planned_dtype(config: Config) -> torch.dtype:
@@ -76,11 +40,11 @@ def run(arguments: Sequence[str], prog: str = "plan.py memory") -> None:
         UserError: an unknown GPU, or an impossible layout.
     """
     request = parse(arguments, prog)
+    for note in request.notes:
+        print(note)
     config, own = request.config, request.own
     gpu, parallel = gpu_named(own.gpu), config.parallel
     if own.search:
-        if own.gpus is None:
-            raise UserError("--search needs --gpus, the number of GPUs to lay the model out on")
         found = search(config, own.gpus, gpu, planned_dtype(config), share=own.share, count=own.top)
         print(search_text(found, gpu, config.name, own.gpus, own.share))
         return

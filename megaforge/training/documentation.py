@@ -5,11 +5,11 @@ A document marks such a place with ``<!-- begin NAME -->`` and ``<!-- end NAME -
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megaforge.config.arguments import ArgumentParser
 from megaforge.config.cli import parse_config
 from megaforge.errors import UserError
 from megaforge.monitor import names
@@ -122,7 +122,7 @@ def run(arguments: Sequence[str], prog: str = "plan.py docs") -> None:
     Raises:
         UserError: an unknown place.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=run.__doc__, exit_on_error=False)
+    parser = ArgumentParser(prog=prog, description="Writes the planner's figures into the documents that quote them.")
     parser.add_argument("names", nargs="*", help=f"default: all: {', '.join(BLOCKS)}")
     own = parser.parse_args(arguments)
     chosen = own.names or list(BLOCKS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import shlex
 import time
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megaforge.config.arguments import ArgumentParser, number
 from megaforge.config.cli import parse_config
 from megaforge.config.config import Config
 from megaforge.errors import UserError
@@ -82,14 +82,11 @@ def run(arguments: Sequence[str], prog: str = "plan.py ladders") -> None:
     Raises:
         UserError: a job would not start, or its fullest rank needs more than ``--share`` of the memory.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=run.__doc__, exit_on_error=False)
+    parser = ArgumentParser(prog=prog, description="Dry-runs jobs, every rank of them.")
     parser.add_argument("scripts", nargs="*", type=Path, help="default: run_scripts/slurm/cdrmix-*.sbatch")
     parser.add_argument("--gpu", default="h100-80g", help=", ".join(GPUS))
-    parser.add_argument("--share", type=float, default=0.9, help="share of the memory that a rank may fill")
-    try:
-        own = parser.parse_args(arguments)
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from error
+    parser.add_argument("--share", type=number(above=0, most=1), default=0.9, help="share of memory a rank may fill")
+    own = parser.parse_args(arguments)
     gpu = gpu_named(own.gpu)
     scripts = own.scripts or sorted(Path("run_scripts/slurm").glob("cdrmix-*.sbatch"))
     if not scripts:

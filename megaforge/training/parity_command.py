@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
@@ -12,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -31,42 +29,10 @@ from megaforge.training.parity import (
     parity_config,
     write_documents,
 )
-from megaforge.training.parity_layouts import LAYOUTS, ParityLayout, choose_layouts
+from megaforge.training.parity_layouts import LAYOUTS, ParityLayout
+from megaforge.training.parity_options import Options, parse_options
 
 _WIDTH = max(len(layout.name) for layout in LAYOUTS)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line asks for; ``flags`` are those of a training run, on top of the configuration ``name``."""
-
-    layouts: list[ParityLayout]
-    named: bool
-    dtype: str
-    max_ranks: int
-    name: str
-    flags: tuple[str, ...]
-
-
-def parse_options(argv: Sequence[str]) -> Options:
-    """
-    Raises:
-        UserError: an unknown layout or type; the flags of the run are checked layout by layout.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--layouts", default="")
-    parser.add_argument("--dtype", default="fp64")
-    parser.add_argument("--max-ranks", default="8")
-    parser.add_argument("--config", default="parity")
-    known, flags = parser.parse_known_args(argv)
-    if known.dtype not in TOLERANCE:
-        raise UserError(f"--dtype {known.dtype}: choose {' or '.join(TOLERANCE)}")
-    if not known.max_ranks.isdigit() or int(known.max_ranks) < 1:
-        raise UserError(f"--max-ranks {known.max_ranks}: give a number of ranks from 1 on")
-    names = [name for name in known.layouts.split(",") if name]
-    return Options(
-        choose_layouts(names), bool(names), known.dtype, int(known.max_ranks), known.config, ("--device", "cpu", *flags)
-    )
 
 
 def run(argv: Sequence[str], script: str) -> int:

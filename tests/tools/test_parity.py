@@ -84,7 +84,7 @@ def test_layouts_that_a_model_cannot_carry(capsys: pytest.CaptureFixture[str]) -
     ("argv", "words"),
     [
         (("--layouts", "tp3"), "--layouts tp3.*choose from .*tp2"),
-        (("--dtype", "bf16"), "--dtype bf16: choose fp64 or fp32"),
+        (("--dtype", "bf16"), "--dtype: invalid choice: 'bf16'"),
         (("--max-ranks", "0"), "--max-ranks 0"),
         (("--layouts", "micro1", "--bf16"), "exclude each other|leave out"),
         (("--layouts", "micro1", "--nonsense"), "--nonsense"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from megaforge.config.arguments import ArgumentParser, integer, number
 from megaforge.errors import UserError
 from megaforge.parallel.pipeline.actions import Schedule, format_schedule, parse_schedule
 from megaforge.parallel.pipeline.drawing import draw_png, draw_text
@@ -15,33 +15,42 @@ from megaforge.parallel.pipeline.schedules import SCHEDULES, build_schedule
 from megaforge.parallel.pipeline.simulator import Costs, Timeline, simulate
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Adds the command ``schedule`` to the sub-commands of ``tools/plan.py`` and returns its parser."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "schedule", help="timeline, bubble share and peak live activations of a pipeline schedule"
+def make_parser(prog: str) -> ArgumentParser:
+    """The command's flags."""
+    parser = ArgumentParser(
+        prog=prog, description="Draws a pipeline schedule: timeline, bubble share and peak live activations."
     )
     names = "; ".join(f"{name}: {text}" for name, text in SCHEDULES.items())
     parser.add_argument("--schedule", default="1f1b", help=names, metavar="NAME")
     parser.add_argument(
         "--schedule-file", type=Path, help="a schedule of your own: one line of actions per rank, F0.3 B0.3 ..."
     )
-    parser.add_argument("--pp", type=int, default=4, help="pipeline ranks")
-    parser.add_argument("--vpp", type=int, help="stages per rank; 2 for interleaved and zb-v, else 1, unless given")
+    parser.add_argument("--pp", type=integer(1, 1 << 20), default=4, help="pipeline ranks")
     parser.add_argument(
-        "--microbatches", type=int, default=8, help="microbatches of a global batch per data-parallel replica"
+        "--vpp", type=integer(1, 1 << 20), help="stages per rank; 2 for interleaved and zb-v, else 1, unless given"
+    )
+    parser.add_argument(
+        "--microbatches",
+        type=integer(1, 1 << 20),
+        default=8,
+        help="microbatches of a global batch per data-parallel replica",
     )
     parser.add_argument(
         "--placement", default="loop", choices=("loop", "v"), help="where --schedule-file has its stages"
     )
-    parser.add_argument("--forward-cost", type=float, default=1.0, help="time of a stage's forward pass, in any unit")
     parser.add_argument(
-        "--backward-input-cost", type=float, default=1.0, help="time of the input half of its backward pass"
+        "--forward-cost", type=number(above=0), default=1.0, help="time of a stage's forward pass, in any unit"
     )
     parser.add_argument(
-        "--backward-weight-cost", type=float, default=1.0, help="time of the weight half of its backward pass"
+        "--backward-input-cost", type=number(above=0), default=1.0, help="time of the input half of its backward pass"
     )
-    parser.add_argument("--communication-cost", type=float, default=0.0, help="time of a transfer between two ranks")
-    parser.add_argument("--columns", type=int, help="cut the text timeline to this many characters")
+    parser.add_argument(
+        "--backward-weight-cost", type=number(above=0), default=1.0, help="time of the weight half of its backward pass"
+    )
+    parser.add_argument(
+        "--communication-cost", type=number(0), default=0.0, help="time of a transfer between two ranks"
+    )
+    parser.add_argument("--columns", type=integer(1, 1 << 20), help="cut the text timeline to this many characters")
     parser.add_argument(
         "--png", type=Path, help="where to draw the timeline; schedule-NAME-ppP-vppV-mM.png unless given"
     )
@@ -53,10 +62,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: Sequence[str], prog: str = "plan.py") -> int:
-    """``schedule`` as a command of its own, for scripts without sub-parsers; see :func:`main`."""
-    parser = argparse.ArgumentParser(prog=prog)
-    add_parser(parser.add_subparsers())
-    return main(parser.parse_args(["schedule", *arguments]))
+    """The command; see :func:`main`."""
+    return main(make_parser(prog).parse_args(arguments))
 
 
 def main(args: argparse.Namespace) -> int:
@@ -67,11 +74,6 @@ def main(args: argparse.Namespace) -> int:
     """
     schedule = _schedule(args)
     costs = Costs(args.forward_cost, args.backward_input_cost, args.backward_weight_cost, args.communication_cost)
-    for flag in ("forward_cost", "backward_input_cost", "backward_weight_cost"):
-        if getattr(args, flag) <= 0:
-            raise UserError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}, but must be above 0")
-    if args.communication_cost < 0:
-        raise UserError(f"--communication-cost is {args.communication_cost}, but must be 0 or above")
     program = build_program(schedule, costs)
     check_program(schedule, program)
     timeline = simulate(schedule, costs)

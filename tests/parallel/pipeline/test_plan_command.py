@@ -53,8 +53,8 @@ def test_actions_are_printed_as_the_file_format_reads_them(tmp_path: Path, capsy
     ("arguments", "expected"),
     [
         (["--schedule", "interleaved", "--microbatches", "6"], "valid here: 4 or 8"),
-        (["--forward-cost", "0"], "--forward-cost is 0.0"),
-        (["--communication-cost", "-1"], "--communication-cost is -1.0"),
+        (["--forward-cost", "0"], "--forward-cost 0: must be positive"),
+        (["--communication-cost", "-1"], "--communication-cost -1: must be at least 0"),
         (["--schedule-file", "/nowhere/x"], "/nowhere/x: No such file"),
     ],
 )

@@ -1,0 +1,69 @@
+"""The command line of a tool: argparse whose every complaint is the one line that entry scripts print."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from megaforge.config.fields import Bounds
+from megaforge.errors import UserError
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's lines, uses the terminal's width up to 120 columns, and shows defaults: ``[8]``."""
+
+    def __init__(self, prog: str) -> None:
+        columns = os.environ.get("COLUMNS", "")
+        super().__init__(prog, max_help_position=32, width=min(120, int(columns) if columns.isdigit() else 110))
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default, text = action.default, action.help
+        if text is None or default is None or default is False or default == [] or default is argparse.SUPPRESS:
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+        return f"{text} [{shown.replace('%', '%%')}]".strip()
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose errors are :class:`UserError`; flags are written out in full."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("allow_abbrev", False)
+        options.setdefault("formatter_class", HelpFormatter)
+        super().__init__(**options)
+
+    def error(self, message: str) -> NoReturn:
+        """Any complaint of argparse becomes the one line that entry scripts print."""
+        # Of a number out of bounds: "--top-p 1.5: must be ...", as settings have it.
+        message = re.sub(r"^argument (\S+): (?=\S+: (?:must|expected|too) )", r"\1 ", message)
+        raise UserError(message.removeprefix("argument "))
+
+
+def integer(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
+    """What argparse's ``type`` takes for a whole number within bounds, both included."""
+    return _within(Bounds(least, most), int, "an integer")
+
+
+def number(
+    least: float | None = None, most: float | None = None, *, above: float | None = None, below: float | None = None
+) -> Callable[[str], float]:
+    """What argparse's ``type`` takes for a number within bounds; ``above`` and ``below`` are left out themselves."""
+    return _within(Bounds(least, most, above=above, below=below), float, "a number")
+
+
+def _within(bounds: Bounds, kind: type, expected: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: expected {expected}") from None
+        try:
+            bounds.check(value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+        return value
+
+    return parse

@@ -1,0 +1,116 @@
+"""What every script says before torch is imported: its help, and what is wrong with its arguments. One process runs
+them all, for starting Python is what costs time here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.launch import REPO, environment
+
+HELP = ("--help",)
+CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments, a word of the error)]
+    "pretrain_cdrmix.py": [
+        (("--print-config",), ""),
+        (("--config", "cdrmix-tinny"), "did you mean cdrmix-tiny?"),
+        (("--lr", "nan"), "--lr nan"),
+        (("--hybrid-layer-pattern", "RX", "--data-path", "D", "--vocab-size", "64"), "'X' at position 1"),
+        (("--config", "cdrmix-test", "--data-path", "D", "--tp", "3", "--vocab-size", "64"), "--tp 3"),
+        (("--config", "cdrmix-test", "--data-path", "nowhere"), "nowhere.idx does not exist"),
+        (("--config", "cdrmix-test", "--data-path", "D", "--tokenizer-model", "none.json"), "none.json"),
+        (("--config", "cdrmix-test",), "--data-path is missing"),
+    ],
+    "tools/convert_checkpoint.py": [
+        (("--save", "x"), "give either --load"),
+        (("--load", "x", "--save", "x.safetensors", "--tp", "2"), "--tp: one file has no layout"),
+        (("--load", "x", "--save", "y", "--tp", "0"), "--tp 0: must be at least 1"),
+    ],
+    "tools/directory_to_jsonl.py": [(("--output", "x.jsonl", "--max-file-mb", "nan"), "--max-file-mb nan")],
+    "tools/evaluate.py": [(("--load", "x", "--input", "y", "--baseline", "bigram"), "need each other")],
+    "tools/generate.py": [(("--load", "x", "--prompt", "y", "--top-p", "1.5"), "--top-p 1.5: must be")],
+    "tools/parity.py": [
+        (("--dtype", "fp8"), "fp64"),
+        (("--max-ranks", "0"), "--max-ranks 0"),
+        (("--lr", "-1"), "--lr"),
+    ],
+    "tools/plan.py": [
+        (("lay",), "choose a command"),
+        (("memory", "--gpu", "abacus"), "abacus"),
+        (("memory", "--search"), "--search needs --gpus"),
+        (("params", "--num-layers", "0"), "--num-layers 0"),
+        (("schedule", "--pp", "0"), "--pp 0"),
+    ],
+    "tools/plot_loss.py": [(("--metrics-file", "x", "--output", "y", "--smooth", "1"), "--smooth 1: must be")],
+    "tools/preprocess_data.py": [
+        (("--input", "x", "--output-prefix", "y", "--tokenizer-model", "9", "--workers", "0"), "--workers 0"),
+    ],
+    "tools/train_tokenizer.py": [(("--input", "x", "--output", "y.json", "--vocab-size", "3"), "--vocab-size 3")],
+}
+RUN = """
+import contextlib, io, json, runpy, sys
+for script, arguments in json.loads(sys.stdin.read()):
+    out, err, status = io.StringIO(), io.StringIO(), None
+    sys.argv = [script, *arguments]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+    loaded = [name for name in ("torch", "matplotlib") if name in sys.modules]
+    print(json.dumps([script, arguments, status, out.getvalue(), err.getvalue(), loaded]))
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
+    folder = tmp_path_factory.mktemp("start")
+    for suffix in (".idx", ".bin"):
+        (folder / f"D{suffix}").touch()
+    asked = [
+        (str(REPO / script), arguments)
+        for script, cases in CASES.items()
+        for arguments in (HELP, ("--no-such-flag-1",), *(given for given, _ in cases))
+    ]
+    variables = {**environment(), "COLUMNS": "500"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN], input=json.dumps(asked), cwd=folder, env=variables, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_no_argument_needs_torch(outcomes: list[list[Any]]) -> None:
+    assert [(script, arguments) for script, arguments, *_, loaded in outcomes if loaded] == []
+
+
+def test_a_wrong_argument_is_one_error_line(outcomes: list[list[Any]]) -> None:
+    expected = {(str(REPO / script), given): word for script, cases in CASES.items() for given, word in cases}
+    for script, arguments, status, out, err, _ in outcomes:
+        word = expected.get((script, tuple(arguments)), "")
+        if tuple(arguments) in (HELP, ("--print-config",)):
+            assert (status, err) == (0, "") and out, (script, arguments, err)
+        else:
+            assert status == 2 and err.startswith("error: ") and err.count("\n") <= 2, (script, arguments, err)
+            assert word in err, (script, arguments, err)
+
+
+def test_help_is_written_for_users(outcomes: list[list[Any]]) -> None:
+    """No markup of our docstrings, and the default of every flag that has one."""
+    helps = {os.path.basename(script): out for script, arguments, _, out, *_ in outcomes if tuple(arguments) == HELP}
+    assert len(helps) == len(CASES) == 1 + len(list(Path(REPO, "tools").glob("*.py")))
+    for script, text in helps.items():
+        assert not re.search(r":\w+:`|``|Raises:|Args:|\[None\]|\[False\]", text), (script, text)
+    for script, words in (
+        ("pretrain_cdrmix.py", ("--lr X", "peak learning rate [0.0003]", "[1024]")),
+        ("generate.py", ("[0.8]", "all [0]")),
+        ("preprocess_data.py", ("on each rank [1]", "[text]", "[fail]")),
+        ("train_tokenizer.py", ("the kind of tokenizer [bpe]",)),
+    ):
+        assert all(word in helps[script] for word in words), (script, helps[script])
