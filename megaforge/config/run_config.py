@@ -181,6 +181,9 @@ class TrainingConfig:
     global_batch_size: int | None = flag(None, "sequences of one optimizer step (default: micro batch x dp)")
     train_iters: int = flag(100, "optimizer steps of the run")
     exit_interval: int = flag(0, "save and leave after each iteration that divides by this; 0: run to --train-iters")
+    exit_duration_in_mins: float | None = flag(
+        None, "save and leave, with status 0, after the step in which the run is this many minutes old"
+    )
     seed: int = flag(1234, "seed of initial weights and of the data order")
     bf16: bool = flag(False, "compute in bfloat16; master weights stay in fp32")
     fp16: bool = flag(False, "compute in float16 with dynamic loss scaling; master weights stay in fp32")
@@ -215,6 +218,8 @@ class TrainingConfig:
             raise UserError(f"--wkv-backend fla with {given}: it computes on GPUs, not in fp64; use --wkv-backend auto")
         require_at_least(self, 1, "micro_batch_size", "global_batch_size")
         require_at_least(self, 0, "train_iters", "exit_interval", "eval_interval", "eval_iters")
+        if self.exit_duration_in_mins is not None:
+            require_positive(self, "exit_duration_in_mins")
         require_at_least(self, 0, "seed", "early_stopping_patience")
 
 
@@ -224,7 +229,11 @@ class CheckpointConfig:
 
     save: str | None = flag(None, "directory of checkpoints", metavar="DIR")
     load: str | None = flag(None, "checkpoint directory to continue from, at any layout", metavar="DIR")
-    save_interval: int = flag(0, "iterations between checkpoints; 0: only at the end")
+    save_interval: int | None = flag(
+        None,
+        "iterations between checkpoints; 0: only at the end (default: a tenth of --train-iters, on an evaluation where "
+        "--keep-best wants one; and at the latest every 30 minutes)",
+    )
     keep_last: int = flag(3, "newest checkpoints to keep; 0: all")
     keep_best: int = flag(0, "checkpoints with the best validation loss to keep besides")
     finetune: bool = flag(False, "load the weights only and start the run at iteration 0")

@@ -75,13 +75,15 @@ class MetricsWriter(Callback):
 
 
 class Evaluation(Callback):
-    """Evaluates every ``interval`` iterations (0: never in between) and after the last one."""
+    """Evaluates every ``interval`` iterations (0: never in between) and after the last one, unless the run was asked to
+    end: whoever asked may not wait."""
 
     def __init__(self, interval: int) -> None:
         self.interval = interval
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        if trainer.finished or (self.interval and metrics.iteration % self.interval == 0):
+        ended = trainer.finished and not trainer.interrupted
+        if ended or (self.interval and metrics.iteration % self.interval == 0):
             trainer.evaluate()
 
 
@@ -132,13 +134,13 @@ class EarlyStopping(Callback):
 
 
 class Checkpointing(Callback):
-    """Saves every ``interval`` iterations (0: never in between) and after the last one."""
+    """Saves every ``interval`` iterations (0: never in between), when the time asks for it, and after the last one."""
 
     def __init__(self, interval: int) -> None:
         self.interval = interval
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        if trainer.finished or (self.interval and metrics.iteration % self.interval == 0):
+        if trainer.finished or trainer.save_due or (self.interval and metrics.iteration % self.interval == 0):
             trainer.save()
 
 

@@ -104,7 +104,8 @@ class ConsoleLog(Callback):
 
     def on_train_end(self, trainer: Trainer) -> None:
         if trainer.stop_reason is not None:
-            self._print(trainer, f"stopped after iteration {trainer.iteration}: {trainer.stop_reason}")
+            lost = "" if trainer.saved_iteration == trainer.iteration else "; nothing was saved, as --save is not set"
+            self._print(trainer, f"stopped after iteration {trainer.iteration}: {trainer.stop_reason}{lost}")
 
     def _line(self, train_iters: int, columns: float) -> str:
         interval, last = self._interval, self._interval.last

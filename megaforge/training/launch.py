@@ -174,8 +174,19 @@ def _callbacks(config: Config) -> list[Callback]:
         callbacks.append(Evaluation(training.eval_interval))
         callbacks.append(EarlyStopping(training.early_stopping_metric, training.early_stopping_patience))
     if checkpoint.save is not None:
-        callbacks.append(Checkpointing(checkpoint.save_interval))
+        callbacks.append(Checkpointing(save_interval(config)))
     return callbacks
+
+
+def save_interval(config: Config) -> int:
+    """Iterations between checkpoints: ``--save-interval``, or a tenth of the run. Where checkpoints are kept by their
+    evaluation, a multiple of its interval, so that they have one."""
+    given, evaluation = config.checkpoint.save_interval, config.training.eval_interval
+    if given is not None:
+        return given
+    tenth = max(1, -(-config.training.train_iters // 10))
+    judged = config.checkpoint.keep_best and evaluation and config.training.eval_iters
+    return -(-tenth // evaluation) * evaluation if judged else tenth
 
 
 def _sinks(config: Config, iteration: int | None) -> list[MetricSink]:

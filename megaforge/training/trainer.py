@@ -23,6 +23,7 @@ from megaforge.models.stages import PipelinePlan, StagedModel
 from megaforge.nn.moe import update_routers
 from megaforge.optim import AdamW, LearningRateSchedule, LossScaler, clip_gradients
 from megaforge.parallel.context import ParallelContext
+from megaforge.resilience.requests import Requests
 from megaforge.training.metrics import EvaluationMetrics, StepMetrics, balance_entropy_bits, greatest_expert_load
 from megaforge.training.pipeline import StageRunner, make_reducer
 from megaforge.training.state import compute_dtype, save_run
@@ -41,6 +42,8 @@ class Trainer:
         validation: what :meth:`evaluate` reads, or None without ``--eval-iters``.
         last_evaluation: the newest result of :meth:`evaluate`.
         tokens_per_expert: of the newest step's global batch, tokens that each expert of each MoE layer was chosen for.
+        interrupted: whether the run ends because it was asked to (:class:`megaforge.resilience.requests.Requests`).
+        save_due: whether the time asks for a checkpoint.
         stop_reason: why the run ends before ``--train-iters``, or None.
     """
 
@@ -81,6 +84,8 @@ class Trainer:
         self.last_evaluation: EvaluationMetrics | None = None
         self.stop_reason: str | None = None
         self.tokens_per_expert: list[list[float]] = []
+        self.interrupted = self.save_due = False
+        self._requests = Requests()
 
     @property
     def finished(self) -> bool:
@@ -96,8 +101,11 @@ class Trainer:
         """Ends the run after this iteration's callbacks."""
         self.stop_reason = self.stop_reason or reason
 
-    def train(self) -> None:
-        """Runs until :attr:`finished`."""
+    def train(self, requests: Requests | None = None) -> None:
+        """Runs until :attr:`finished`, or until some rank's ``requests`` ask for the end."""
+        if requests is not None:
+            self._requests = requests
+            self._heed(self._totals())  # what came while the run was set up ends it before its first step
         loader = self._loader(self.data, self.consumed_samples)
         self._emit("on_train_start")
         try:
@@ -123,21 +131,35 @@ class Trainer:
         clip = self.config.optimizer.clip_grad
         grad_norm = clip_gradients(self.model, self.ctx, clip, self.scaler.scale, norms)
         updated = self._update(grad_norm, lr)
-        totals = _Totals(self.ctx)
-        totals.add(outputs)
-        totals.reduce()
+        totals = self._totals(outputs)
         if updated:
             for stage in self.model.chunks:
                 update_routers(stage, *totals.experts_of(stage))
         self.tokens_per_expert = totals.tokens_per_expert
         self.iteration += 1
         self.consumed_samples += self.global_batch_size
+        self._heed(totals)
         metrics = self._metrics(totals, tokens, grad_norm, lr, length)
         metrics.extra.update({f"grad_norm/{kind}": norm for kind, norm in norms.items()})
         metrics.extra["clipped"] = float(0 < clip < grad_norm < math.inf)
         if self.scaler.enabled:
             metrics.extra.update(loss_scale=self.scaler.scale, skipped=float(not updated))
         return metrics
+
+    def _totals(self, outputs: Iterable[tuple[HybridModel, ModelOutput]] = ()) -> _Totals:
+        """The sums of ``outputs`` over all ranks, and with them what the ranks were asked for. Collective."""
+        totals = _Totals(self.ctx)
+        totals.add(outputs)
+        totals.reduce(self._requests)
+        return totals
+
+    def _heed(self, totals: _Totals) -> None:
+        """Does what any rank was asked for: all see the same sums, so they agree."""
+        reason = self._requests.stop_reason(totals.votes)
+        if reason is not None:
+            self.interrupted = True
+            self.stop(reason)
+        self.save_due = self.save_due or self._requests.save_is_due(totals.votes)
 
     def _loss(self, output: ModelOutput, tokens: float, length: int) -> Tensor:
         """What a micro-batch's stage adds to the global batch's mean loss: every sum is divided by a global count."""
@@ -177,7 +199,8 @@ class Trainer:
                 # The ranks of pp and cp hold the same samples: one of them counts the labels.
                 counts = self.ctx.pp.rank == self.ctx.cp.rank == 0
                 totals.add(self.pipeline.forward(micro_batches), _token_count(micro_batches) if counts else 0.0)
-        totals.reduce()
+        totals.reduce(self._requests)
+        self._heed(totals)
         if not totals.tokens:
             raise UserError(
                 f"--eval-iters {self.config.training.eval_iters}: there is nothing to predict in the validation "
@@ -199,6 +222,8 @@ class Trainer:
         """Writes a checkpoint below ``--save``."""
         self.optimizer.wait_for_parameters()
         self._emit("on_checkpoint", save_run(self))
+        self._requests.saved()
+        self.save_due = False
 
     def _loader(self, data: Any, consumed_samples: int) -> GlobalBatchLoader:
         return GlobalBatchLoader(
@@ -279,6 +304,7 @@ class _Totals:
         self._experts: Tensor | None = None
         self.loss_sum = self.load_balance_sum = self.z_loss_sum = self.correct = self.tokens = 0.0
         self.tokens_per_expert: list[list[float]] = []
+        self.votes: list[float] = []
 
     def add(self, outputs: Iterable[tuple[HybridModel, ModelOutput]], tokens: float = 0.0) -> None:
         """Takes in what stages put out for some micro-batches, which hold ``tokens`` counted labels."""
@@ -291,16 +317,21 @@ class _Totals:
                 self._experts = self._sums.new_zeros((2, stage.num_moe_layers, counts.shape[2]))
             self._experts[:, stage.moe_rows] += counts
 
-    def reduce(self) -> None:
-        """Sums over dp, cp and pp and brings the numbers to the host."""
+    def reduce(self, requests: Requests) -> None:
+        """Sums over dp, cp and pp, and what this rank was asked for over all ranks; brings the numbers to the host."""
         experts = self._sums.new_zeros((2, 0, 0)) if self._experts is None else self._experts
-        packed = torch.cat([self._sums, experts.flatten()])
+        own = requests.votes()
+        packed = torch.cat([self._sums, self._sums.new_tensor(own), experts.flatten()])
+        asked = packed[5 : 5 + len(own)]
         for axis in (self._ctx.dp_cp, self._ctx.pp):
             if axis.group is not None:
                 dist.all_reduce(packed, group=axis.group)
-        values = packed.tolist()
+        if self._ctx.tp.group is not None:  # its ranks have equal sums, but one alone may have been asked
+            dist.all_reduce(asked, group=self._ctx.tp.group)
+        values = packed[: 5 + len(own)].tolist()
+        self.votes = values[5:]
         self.loss_sum, self.load_balance_sum, self.z_loss_sum, self.correct, self.tokens = values[:5]
-        self._experts = packed[5:].view(experts.shape)
+        self._experts = packed[5 + len(own) :].view(experts.shape)
         self.tokens_per_expert = self._experts[0].tolist()
 
     def experts_of(self, stage: HybridModel) -> Tensor:

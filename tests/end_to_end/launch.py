@@ -57,8 +57,11 @@ def run(ranks: int, script: str, *arguments: str, **popen: Any) -> Outcome:
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
-def run_and_kill_a_rank(ranks: int, script: str, *arguments: str, metrics: Path, step: int) -> None:
-    """Starts a run and kills its last rank with SIGKILL once ``metrics`` shows ``step``; waits until all have ended."""
+def run_and_kill_a_rank(
+    ranks: int, script: str, *arguments: str, metrics: Path, step: int, number: int = signal.SIGKILL
+) -> int:
+    """Starts a run and sends signal ``number`` to its last rank once ``metrics`` shows ``step``; waits until all have
+    ended and returns the status."""
     process = subprocess.Popen(
         command(ranks, script, *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
     )
@@ -69,8 +72,8 @@ def run_and_kill_a_rank(ranks: int, script: str, *arguments: str, metrics: Path,
             assert time.monotonic() < deadline, f"step {step} was not reached"
             time.sleep(0.005)
         victim = process.pid if ranks == 1 else children(process.pid)[-1]
-        os.kill(victim, signal.SIGKILL)
-        assert process.wait(timeout=LIMIT) != 0
+        os.kill(victim, number)
+        return process.wait(timeout=LIMIT)
     finally:
         process.kill()
         process.wait()

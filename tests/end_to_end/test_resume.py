@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -33,13 +34,17 @@ def layouts(tmp_path_factory: pytest.TempPathFactory, flags: tuple[str, ...]) ->
     return Layouts(tmp_path_factory.mktemp("runs"), flags)
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_a_killed_run_resumes_bit_for_bit(layouts: Layouts, flags: tuple[str, ...], tmp_path: Path, tp: int) -> None:
+@pytest.mark.parametrize(("tp", "number"), [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGUSR1)])
+def test_a_killed_run_resumes_bit_for_bit(
+    layouts: Layouts, flags: tuple[str, ...], tmp_path: Path, tp: int, number: int
+) -> None:
+    """SIGUSR1 is heard by one rank of two; both save after the same step and leave with status 0."""
     expected = records(layouts.finished(tp) / "metrics.jsonl")
     step = random.randint(4, 9)
     metrics, save = tmp_path / "metrics.jsonl", str(tmp_path / "checkpoints")
     arguments = (*flags, "--tp", str(tp), "--save", save, "--load", save, "--metrics-file", str(metrics))
-    run_and_kill_a_rank(tp, SCRIPT, *arguments, metrics=metrics, step=step)
+    status = run_and_kill_a_rank(tp, SCRIPT, *arguments, metrics=metrics, step=step, number=number)
+    assert (status == 0) == (number == signal.SIGUSR1)
     outcome = run(tp, SCRIPT, *arguments)  # the same line: it started the run, and continues it
     assert outcome.status == 0, outcome.err
     assert "continuing after iteration" in outcome.out

@@ -18,6 +18,7 @@ class FakeTrainer:
         self.reason: str | None = None
         self.evaluated: list[int] = []
         self.saved: list[int] = []
+        self.interrupted = self.save_due = False
 
     @property
     def finished(self) -> bool:
@@ -66,6 +67,14 @@ def test_exit_interval_ends_saved() -> None:
     trainer = FakeTrainer(9, [ExitInterval(4), Evaluation(0), Checkpointing(0)]).run()
     assert (trainer.iteration, trainer.saved, trainer.evaluated) == (4, [4], [4])
     assert trainer.reason == "--exit-interval 4"
+
+
+def test_a_run_that_was_asked_to_end_saves_and_does_not_evaluate() -> None:
+    callbacks = [Evaluation(3), Checkpointing(0)]
+    for iteration, evaluated in ((2, []), (3, [3])):
+        trainer = FakeTrainer(iteration, callbacks)
+        trainer.interrupted = True
+        assert (trainer.run().saved, trainer.evaluated) == ([iteration], evaluated)
 
 
 def test_early_stopping_counts_evaluations_without_a_better_one() -> None:

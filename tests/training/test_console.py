@@ -62,7 +62,7 @@ def test_a_terminal_gets_lines_that_fit_it(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("COLUMNS", "80")
     text = output(tmp_path, Terminal())
     lines = [line for line in re.split(r"\r\x1b\[2K|\n", text) if "iteration" in line and "evaluation" not in line]
-    assert len(lines) == 5 and max(map(len, lines)) < 80
+    assert len(lines) >= 4 and max(map(len, lines)) < 80  # a live line only where the last one is old enough
     for part in ("loss ", "tokens/s", "ETA"):
         assert all(part in line for line in lines if not line.startswith("[")), part
 
