@@ -13,6 +13,7 @@ def main() -> int:
     # Mistakes are found in milliseconds; torch, which takes more than a second to import, comes after them.
     from megaforge.config.cli import parse_config
     from megaforge.config.launcher import check_address, discover_launch, say_once
+    from megaforge.resilience.requests import make_requests
 
     config = parse_config(prog="pretrain_cdrmix.py", description="Pretrain a CDRmix model.").config
     if config.dry_run.dry_run:
@@ -20,6 +21,7 @@ def main() -> int:
 
         dry_run(config)
         return 0
+    requests = make_requests(config)
     check_address(discover_launch())
     from megaforge.training.prepare import prepare
 
@@ -30,7 +32,9 @@ def main() -> int:
     from megaforge.parallel.distributed import shutdown
     from megaforge.training.launch import build_trainer, join
 
-    build_trainer(config, layout, tokenizer, join(config)).train()
+    trainer = build_trainer(config, layout, tokenizer, join(config))
+    requests.listen(announce=discover_launch().rank == 0)
+    trainer.train(requests)
     shutdown()
     return 0
 

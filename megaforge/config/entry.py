@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import select
+import signal
 import sys
 import time
 import traceback
@@ -78,6 +79,7 @@ def _call(main: Callable[[], int | None]) -> int:
 def _complain(message: str) -> NoReturn:
     rank, _ = launched_rank()
     if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's: nothing here is worth saving any more
         time.sleep(_SECONDS_FOR_RANK_0)
     line = f"error (rank {rank}): {message}" if rank else f"error: {message}"
     if not _told_torchrun(line):

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from types import FrameType
 
 from megaforge.config.config import Config
-from megaforge.config.launcher import discover_launch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Launchers pass on what the scheduler or the terminal has already sent to every process: the same request twice.
@@ -67,7 +66,8 @@ class Requests:
         return 128 + number if now - min(self._heard.values()) >= REPEAT_SECONDS else None
 
     def listen(self, announce: bool) -> None:
-        """Hears the process's signals from now on; call it once, in the main thread.
+        """Hears the process's signals from now on; call it once, in the main thread, when there is something to save.
+        Before that a signal ends the process as usual, and nothing is lost.
 
         A thread reads them: the main thread may be inside a collective that never ends when the second one comes.
 
@@ -96,12 +96,10 @@ class Requests:
                     print(text, file=sys.stderr, flush=True)
 
 
-def listen(config: Config) -> Requests:
-    """Hears from now on what asks this run to end, or, unless ``--save-interval`` says when, to save. Call it once."""
+def make_requests(config: Config) -> Requests:
+    """What asks the run of ``config``, which starts now, to end, or, unless ``--save-interval`` says when, to save."""
     minutes = SAVE_MINUTES if config.checkpoint.save and config.checkpoint.save_interval is None else None
-    requests = Requests(config.training.exit_duration_in_mins, minutes)
-    requests.listen(announce=discover_launch().rank == 0)
-    return requests
+    return Requests(config.training.exit_duration_in_mins, minutes)
 
 
 def _leave_to_the_thread(number: int, frame: FrameType | None) -> None:
