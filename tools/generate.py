@@ -1,18 +1,24 @@
 #!/usr/bin/env python3
-"""Continues a text with a trained model.
+"""Continues texts with a trained model.
 
     python tools/generate.py --load runs/small --prompt "The list of" --max-new-tokens 100
+    python tools/generate.py --load runs/small --prompt "def main" --num-samples 4 --stop $'\\n\\n'
+    python tools/generate.py --load runs/small --prompt-file prompts.jsonl --json > answers.jsonl
+    git log -1 --format=%s | python tools/generate.py --load runs/small --prompt-file - --temperature 0
     torchrun --nproc-per-node 2 tools/generate.py --load runs/small --prompt "def main" --temperature 0
 
 The checkpoint says which model and tokenizer it is. Under torchrun the ranks share the model (--tp, all of them by
-default), whatever layout it was trained at. The text appears as it is drawn.
+default), whatever layout it was trained at. One text appears as it is drawn, several when they are complete. A text
+depends on its own prompt and seed alone, whatever else is drawn beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -20,77 +26,184 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from megaforge.config.arguments import ArgumentParser, integer, number
 from megaforge.config.entry import run_entry
 from megaforge.config.launcher import discover_launch
+from megaforge.errors import UserError
 
 if TYPE_CHECKING:
     from megaforge.data.tokenizer import Tokenizer
+    from megaforge.training.generation import Sampling
+    from megaforge.training.prompts import Prompt
     from megaforge.training.restore import TrainedModel
+    from megaforge.training.text_stream import TextStream
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags of the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--load", required=True, metavar="DIR", help="a run's --save directory, or one checkpoint")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to go on from")
+    _add_texts(parser)
     parser.add_argument("--max-new-tokens", type=integer(0), default=100, help="tokens to draw at most")
     parser.add_argument("--temperature", type=number(0), default=0.8, help="0 takes the most likely token")
     parser.add_argument("--top-k", type=integer(0), default=0, help="draw among this many most likely tokens; 0: all")
     parser.add_argument(
         "--top-p", type=number(above=0, most=1), default=0.95, help="draw among the most likely of this total share"
     )
-    parser.add_argument("--seed", type=integer(0), default=0, help="of the draws")
+    parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, help="of the draws")
     parser.add_argument("--tokenizer-model", metavar="FILE", help="where the tokenizer is now, if it was moved")
     parser.add_argument("--tp", type=integer(1), help="tensor-parallel size (default: all ranks)")
     parser.add_argument("--pp", type=integer(1), default=1, help="pipeline stages: 1, whatever the run was trained at")
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="where to compute")
-    return parser.parse_args(arguments)
+    flags = parser.parse_args(arguments)
+    if "" in flags.stop:
+        raise UserError("--stop '': an empty text would end every continuation at once")
+    if flags.prompt_format and flags.prompt_file is None:
+        raise UserError(f"--prompt-format {flags.prompt_format}: it is that of a --prompt-file")
+    return flags
 
 
-class TextPrinter:
-    """Prints tokens as text, as soon as their bytes make whole characters."""
+def _add_texts(parser: argparse.ArgumentParser) -> None:
+    """Flags of what to go on from, and of how many texts in which form."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="the text to go on from")
+    source.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="a prompt a line; in .jsonl an object a line with 'prompt' or 'messages'; -: standard input",
+    )
+    parser.add_argument(
+        "--prompt-format", choices=("lines", "jsonl"), help="of --prompt-file (default: by its name; - has lines)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object a text")
+    parser.add_argument(
+        "--num-samples", type=integer(1), default=1, help="texts for each prompt, drawn as by --seed, --seed + 1, ..."
+    )
+    parser.add_argument("--batch-size", type=integer(1), default=16, help="texts drawn at once")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again"
+    )
+    parser.add_argument(
+        "--chat-template",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="a prompt is what the user says: write it as this Jinja file, or the tokenizer's own template, says",
+    )
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
-        self.tokenizer = tokenizer
-        self.tokens = list(prompt)
-        self.shown = tokenizer.decode(self.tokens)
 
-    def add(self, token: int) -> None:
-        """Takes in one more token."""
-        self.tokens.append(token)
-        self.show()
+@dataclass
+class Text:
+    """One continuation as it grows: the ``sample``-th of ``prompt``, number ``index`` of all prompts."""
 
-    def show(self, final: bool = False) -> None:
-        """Prints what is new. A character whose last bytes are to come (U+FFFD at the end) waits, unless ``final``."""
-        text = self.tokenizer.decode(self.tokens)
-        if final or (text.startswith(self.shown) and not text.endswith("\ufffd")):
-            print(text[len(self.shown) :], end="", flush=True)
-            self.shown = text
+    prompt: Prompt
+    index: int
+    sample: int
+    stream: TextStream
+    tokens: int = 0
+    end: str = "length"
 
 
-def write_continuation(flags: argparse.Namespace, trained: TrainedModel, tokenizer: Tokenizer) -> None:
-    """Draws the continuation on all ranks; rank 0 prints the prompt and it."""
-    from megaforge.training.generation import Sampling, generate
+class Writer:
+    """Draws on all ranks; rank 0 prints."""
 
-    prompt = tokenizer.encode(flags.prompt)
-    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
-    printer = TextPrinter(tokenizer, prompt) if trained.ctx.is_first_rank else None
-    if printer:
-        print(flags.prompt, end="", flush=True)
-    for token in generate(trained.model, prompt, flags.max_new_tokens, sampling, tokenizer.eod):
-        if printer:
-            printer.add(token)
-    if printer:
-        printer.show(final=True)
-        print()
+    def __init__(self, flags: argparse.Namespace, trained: TrainedModel, tokenizer: Tokenizer) -> None:
+        from megaforge.data.chat_template import load_chat_template
+        from megaforge.training.generation import unusable_ids
+
+        self.flags, self.trained, self.tokenizer = flags, trained, tokenizer
+        self.template = None
+        if flags.chat_template is not None:
+            self.template = load_chat_template(flags.chat_template or None, tokenizer)
+        # The text of a control token is never shown, so that one of them stops by its id.
+        named = {tokenizer.control_tokens[stop]: "stop" for stop in flags.stop if stop in tokenizer.control_tokens}
+        self.ends = named if tokenizer.eod is None else {tokenizer.eod: "eod", **named}
+        self.stops = [stop for stop in flags.stop if stop not in tokenizer.control_tokens]
+        self.unusable = unusable_ids(tokenizer, trained.model.head.vocab_size)
+
+    def write(self, prompts: list[Prompt], sampling: Sampling) -> None:
+        """All texts, ``--batch-size`` at a time."""
+        encoded = [prompt.encode(self.tokenizer, self.template) for prompt in prompts]
+        alone = len(prompts) * self.flags.num_samples == 1 and not self.flags.json
+        jobs = [(index, sample) for index in range(len(prompts)) for sample in range(self.flags.num_samples)]
+        for start in range(0, len(jobs), self.flags.batch_size):
+            self._write_batch(prompts, encoded, jobs[start : start + self.flags.batch_size], sampling, alone)
+
+    def _write_batch(
+        self,
+        prompts: list[Prompt],
+        encoded: list[list[int]],
+        jobs: list[tuple[int, int]],
+        sampling: Sampling,
+        alone: bool,
+    ) -> None:
+        from megaforge.training.generation import Continuations
+        from megaforge.training.text_stream import TextStream
+
+        texts = [
+            Text(prompts[index], index, sample, TextStream(self.tokenizer, encoded[index], self.stops))
+            for index, sample in jobs
+        ]
+        seeds = [sampling.seed + sample for _, sample in jobs]
+        batch = Continuations(
+            self.trained.model, [encoded[index] for index, _ in jobs], sampling, seeds=seeds, unusable=self.unusable
+        )
+        if alone and self.template is None:
+            self._show(texts[0].prompt.text)
+        for _ in range(self.flags.max_new_tokens):
+            if not batch.going_on:
+                break
+            drawn = batch.draw()
+            done = [number for number, token in drawn.items() if self._take(texts[number], token, alone)]
+            batch.drop(done)
+        for text in texts:
+            self._finish(text, alone)
+
+    def _take(self, text: Text, token: int, alone: bool) -> bool:
+        """Adds a token to a text; whether that ended it."""
+        if token in self.ends:
+            text.end = self.ends[token]
+            return True
+        text.tokens += 1
+        new = text.stream.add(token)
+        if alone:
+            self._show(new)
+        if text.stream.stopped is not None:
+            text.end = "stop"
+        return text.stream.stopped is not None
+
+    def _finish(self, text: Text, alone: bool) -> None:
+        rest = text.stream.close()
+        if alone:
+            self._show(rest + "\n")
+        elif self.flags.json:
+            record = {"index": text.index, "sample": text.sample, **text.prompt.record(), "text": text.stream.text}
+            self._show(json.dumps({**record, "tokens": text.tokens, "end": text.end}, ensure_ascii=False) + "\n")
+        else:
+            head = f"--- prompt {text.index + 1}, sample {text.sample + 1}\n"
+            prompt = text.prompt.text if self.template is None else ""
+            self._show(f"{head}{prompt}{text.stream.text}\n")
+
+    def _show(self, text: str) -> None:
+        if self.trained.ctx.is_first_rank:
+            print(text, end="", flush=True)
 
 
 def main() -> int:
     flags = parse_arguments()
     discover_launch()
+    from megaforge.training.prompts import Prompt, read_prompts
+
+    if flags.prompt_file is None:
+        prompts = [Prompt("--prompt", flags.prompt)]
+    else:
+        by_name = "jsonl" if flags.prompt_file.endswith((".jsonl", ".ndjson")) else "lines"
+        prompts = read_prompts(flags.prompt_file, (flags.prompt_format or by_name) == "jsonl")
     from megaforge.parallel.distributed import shutdown
+    from megaforge.training.generation import Sampling
     from megaforge.training.restore import load_trained_model
 
+    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
+    sampling.validate(flags.num_samples)
     trained = load_trained_model(flags.load, tp=flags.tp, pp=flags.pp, device=flags.device)
-    write_continuation(flags, trained, trained.load_tokenizer(flags.tokenizer_model))
+    Writer(flags, trained, trained.load_tokenizer(flags.tokenizer_model)).write(prompts, sampling)
     shutdown()
     return 0
 

@@ -11,8 +11,9 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megaforge.errors import UserError, require
@@ -51,6 +52,7 @@ class Tokenizer(ABC):
         fingerprint: SHA-256 (hex) over the content that defines the ids.
         cuts_at_lines: whether text may be cut after a line end between two printable ASCII characters without a change
             of its ids; long documents can then be encoded in parts.
+        control_tokens: the control tokens that have names, and their ids.
     """
 
     type: str
@@ -60,6 +62,11 @@ class Tokenizer(ABC):
     eod_token: str | None = None
     fingerprint: str
     cuts_at_lines: bool = False
+    control_tokens: Mapping[str, int] = MappingProxyType({})
+
+    def missing_ids(self) -> list[int]:
+        """Ids below :attr:`vocab_size` that stand for nothing."""
+        return []
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``; no control id is added, and none comes from literal control tokens in the text."""
@@ -129,6 +136,10 @@ class HuggingFaceTokenizer(Tokenizer):
         """See :class:`Tokenizer`."""
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True))
 
+    def missing_ids(self) -> list[int]:
+        """See :class:`Tokenizer`."""
+        return [number for number in range(self.vocab_size) if self._tokenizer.id_to_token(number) is None]
+
     def definition_without_controls(self) -> dict[str, Any]:
         """The ``tokenizer.json`` content less its control tokens: every encoder of it treats them as text."""
         kept = [token for token in self.definition["added_tokens"] if not token["special"]]
@@ -187,6 +198,8 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"--tokenizer-model {model}: not a SentencePiece model ({error})") from error
         self.vocab_size = int(self._model.get_piece_size())
         self.eod = self._eod(eod_token)
+        controls = (number for number in range(self.vocab_size) if self._model.is_control(number))
+        self.control_tokens = {str(self._model.id_to_piece(number)): number for number in controls}
         self.fingerprint = hashlib.sha256(content).hexdigest()
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import BlockKind, blocks_of
+from megaforge.models.generation_state import BlockState, GenerationState
 from megaforge.models.head import OutputHead, embedding_init, head_init
 from megaforge.nn.attention import KVCache, SelfAttention
 from megaforge.nn.mlp import DenseFFN, FFNState
@@ -57,22 +58,6 @@ class Stream:
 
     x: Tensor
     v_first: Tensor | None
-
-
-@dataclass
-class BlockState:
-    """What one block remembers of the tokens seen so far."""
-
-    mixer: RWKV7State | KVCache | None
-    ffn: FFNState | None
-
-
-@dataclass
-class GenerationState:
-    """What a model remembers between calls of :meth:`HybridModel.logits`: RWKV states and key/value caches."""
-
-    blocks: list[BlockState] = field(default_factory=list)
-    length: int = 0
 
 
 class Block(nn.Module):
@@ -235,11 +220,14 @@ class HybridModel(nn.Module):
                 routed.append(losses)
         return Stream(x, v_first), routed
 
-    def _info(self, tokens_BS: Tensor, document_start_BS: Tensor | None, offset: int = 0) -> SequenceInfo:
+    def _info(
+        self, tokens_BS: Tensor, document_start_BS: Tensor | None, state: GenerationState | None = None
+    ) -> SequenceInfo:
         if not self.cfg.reset_at_document_boundaries:
             document_start_BS = None
         batch, length = tokens_BS.shape
-        return SequenceInfo(batch, length, tokens_BS.device, document_start_BS, offset, self.shards)
+        offset, padding = (0, None) if state is None else (state.length, state.padding_B)
+        return SequenceInfo(batch, length, tokens_BS.device, document_start_BS, offset, self.shards, padding)
 
     def forward(
         self, tokens: Tensor, labels: Tensor, loss_mask: Tensor, document_start: Tensor | None = None
@@ -317,7 +305,7 @@ class HybridModel(nn.Module):
         """
         if self.ctx.cp.size > 1:
             raise ValueError(f"logits are for models that hold whole sequences: cp is {self.ctx.cp.size}, not 1")
-        info = self._info(tokens, document_start, 0 if state is None else state.length)
+        info = self._info(tokens, document_start, state)
         stream, _ = self._trunk(tokens, info, state)
         x = self.final_norm(stream.x)
         if state is not None:

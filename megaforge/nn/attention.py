@@ -126,15 +126,20 @@ class SelfAttention(nn.Module):
             mask = info.score_mask(query.dtype) if documents is None else None
             if cache is not None:
                 key, value = cache.append(key, value)
-                mask = _continuation_mask(length, key.shape[2], mask, x.device)
+                mask = _continuation_mask(length, key.shape[2], mask, info)
             context = recomputed(self.recompute_core, causal_attention, query, key, value, mask, documents)
         return self.output(context.permute(2, 0, 1, 3).reshape(length, batch, self.heads * width))
 
 
-def _continuation_mask(queries: int, keys: int, mask: Tensor | None, device: torch.device) -> Tensor | None:
-    """The mask of ``queries`` tokens that follow ``keys - queries`` cached ones; ``mask`` when nothing was cached."""
+def _continuation_mask(queries: int, keys: int, mask: Tensor | None, info: SequenceInfo) -> Tensor | None:
+    """The mask of ``queries`` tokens that follow ``keys - queries`` cached ones, some of which may be places that a
+    shorter sequence has not used; ``mask`` when nothing was cached."""
     if queries == keys:
         return mask
     if mask is not None:
         raise ValueError("packed documents cannot continue from a cache")
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    device = info.position_ids_BS.device
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    if info.padding_B is None:
+        return seen
+    return seen & (torch.arange(keys, device=device) >= info.padding_B[:, None])[:, None, None]

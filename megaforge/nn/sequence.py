@@ -25,7 +25,8 @@ class SequenceInfo:
         has_boundaries: whether any document starts after position 0, on whichever rank (a Python bool: layers branch
             on it for free, and all ranks of cp alike).
         shards: the part of the sequences that this rank holds.
-        offset: tokens of these sequences that a recurrent state has already consumed.
+        offset: tokens of these sequences that a recurrent state has already consumed, of the longest of them.
+        padding_B: int64 [b], how much shorter than that each sequence is; None: not at all.
         shared: what layers derive from the above and share with later layers (rotary tables).
     """
 
@@ -37,6 +38,7 @@ class SequenceInfo:
         document_start_BS: torch.Tensor | None = None,
         offset: int = 0,
         shards: ContextShards | None = None,
+        padding_B: torch.Tensor | None = None,
     ) -> None:
         """Builds the description.
 
@@ -49,6 +51,7 @@ class SequenceInfo:
             offset: tokens already consumed by a recurrent state: the sequences continue, so position 0 starts nothing
                 and positions count on from here.
             shards: what this rank holds of a sequence that the ranks of cp share; None: all of it.
+            padding_B: int64 [b], how many of the ``offset`` places each sequence has not used: it began after them.
 
         Raises:
             ValueError: boundaries of another shape, or together with an offset; sequences that are shared by ranks
@@ -62,6 +65,7 @@ class SequenceInfo:
         if offset and self.shards.axis.size > 1:
             raise ValueError("a sequence that continues from a state cannot be shared by the ranks of cp")
         self.offset = offset
+        self.padding_B = padding_B
         self.has_boundaries = document_start_BS is not None and bool(document_start_BS[:, 1:].any())
         positions = torch.arange(offset, offset + length, device=device)
         start = torch.zeros(batch, length, dtype=torch.bool, device=device)
@@ -74,6 +78,8 @@ class SequenceInfo:
             position_ids_BS, self._documents_BS = positions - begun, start.long().cumsum(dim=1) - 1
         else:
             position_ids_BS = positions.expand(batch, length)
+            if padding_B is not None:
+                position_ids_BS = position_ids_BS - padding_B[:, None]
             self._documents_BS = torch.zeros(1, 1, dtype=torch.long, device=device).expand(batch, length)
         self._places_S = self.local(positions - offset, dim=0)
         self.position_ids_BS = self.local(position_ids_BS)

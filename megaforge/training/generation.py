@@ -1,7 +1,9 @@
-"""Continuing a text with a trained model, token by token, from its recurrent state and key/value caches."""
+"""Continuing texts with a trained model, token by token, from recurrent states and key/value caches."""
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,8 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megaforge.data.tokenizer import Tokenizer
 from megaforge.errors import UserError
+from megaforge.models.generation_state import chosen, side_by_side
 from megaforge.models.hybrid import HybridModel
+
+LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -30,16 +36,21 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
 
-    def validate(self) -> None:
-        """Raises:
-        UserError: naming the flag, its value and its range.
+    def validate(self, samples: int = 1) -> None:
+        """Of ``samples`` texts, whose seeds follow each other.
+
+        Raises:
+            UserError: naming the flag, its value and its range.
         """
-        if self.temperature < 0:
-            raise UserError(f"--temperature {self.temperature}: must not be negative; 0 takes the most likely token")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature {self.temperature}: give a number from 0 on; 0 takes the most likely token")
         if self.top_k < 0:
             raise UserError(f"--top-k {self.top_k}: must not be negative; 0 allows every token")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p {self.top_p}: give a share in (0, 1]")
+        most = LARGEST_SEED - samples + 1
+        if not 0 <= self.seed <= most:
+            raise UserError(f"--seed {self.seed}: give a number from 0 to {most}")
 
 
 def token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -52,7 +63,8 @@ def token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     Returns:
         fp64 [b, V]; each row sums to 1.
     """
-    scores = logits.double() / sampling.temperature
+    scores = logits.double()
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / sampling.temperature  # never inf - inf, however cold
     if 0 < sampling.top_k < scores.shape[-1]:
         lowest = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
         scores = scores.masked_fill(scores < lowest, float("-inf"))
@@ -69,19 +81,121 @@ def token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 def sample_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """The next token of each sequence: [b, V] -> int64 [b], on the CPU. Draws on the CPU, alike on every machine."""
     logits = logits.cpu()
+    if not logits.amax(dim=-1).isfinite().all():
+        raise UserError(
+            "the model's scores are not finite numbers; its training diverged, or the checkpoint is damaged"
+        )
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     return torch.multinomial(token_probabilities(logits, sampling), 1, generator=generator).squeeze(1)
 
 
-@torch.no_grad()
+class Continuations:
+    """Several texts that go on together: draw, drop those that are done, draw again. All ranks do the same calls.
+
+    Each prompt is computed in one pass (those of one length together), each further token of all of them in one step
+    from the states. Rank 0 draws and tells the others, so that rounding can never let ranks go on with different
+    tokens. A text depends on its own prompt and seed alone, not on its company.
+    """
+
+    def __init__(
+        self,
+        model: HybridModel,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int] | None = None,
+        unusable: Sequence[int] = (),
+    ) -> None:
+        """Computes the prompts.
+
+        Args:
+            prompts: token ids, at least one each.
+            seeds: of each text's draws; None: that of ``sampling`` for all.
+            unusable: token ids that are never drawn.
+
+        Raises:
+            UserError: an empty prompt, a token outside the vocabulary or bad sampling settings.
+        """
+        sampling.validate()
+        for number, prompt in enumerate(prompts, 1):
+            _check_prompt(prompt, number if len(prompts) > 1 else None, model.head.vocab_size)
+        self.model, self.sampling = model, sampling
+        self.going_on = list(range(len(prompts)))
+        self._unusable = torch.tensor(list(unusable), dtype=torch.long, device=model.ctx.device)
+        seeds = [sampling.seed] * len(prompts) if seeds is None else seeds
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._drawn: Tensor | None = None
+        self._read_prompts(prompts)
+
+    @torch.no_grad()
+    def _read_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
+        distinct = list(dict.fromkeys(map(tuple, prompts)))  # several samples of one prompt read it once
+        by_length: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+        for prompt in distinct:
+            by_length[len(prompt)].append(prompt)
+        states, logits = [], []
+        for alike in by_length.values():
+            state = self.model.new_state()
+            tokens = torch.tensor(alike, device=self.model.ctx.device)
+            logits.append(self.model.logits(tokens, state=state, last_only=True)[:, -1])
+            states.append(state)
+        self._state = states[0] if len(states) == 1 else side_by_side(states)
+        self._logits = torch.cat(logits)
+        rows = {prompt: row for row, prompt in enumerate(p for alike in by_length.values() for p in alike)}
+        self._keep([rows[tuple(prompt)] for prompt in prompts])
+
+    def _keep(self, rows: list[int]) -> None:
+        """Goes on with these rows of the batch, in this order."""
+        if rows != list(range(self._logits.shape[0])):
+            index = torch.tensor(rows, dtype=torch.long, device=self._logits.device)
+            self._state, self._logits = chosen(self._state, index), self._logits.index_select(0, index)
+            self._drawn = None if self._drawn is None else self._drawn.index_select(0, index)
+
+    @torch.no_grad()
+    def draw(self) -> dict[int, int]:
+        """The next token of each text that goes on, by its number."""
+        if not self.going_on:
+            return {}
+        if self._drawn is not None:
+            self._logits = self.model.logits(self._drawn.view(-1, 1), state=self._state, last_only=True)[:, -1]
+        scores = self._logits.index_fill(-1, self._unusable, float("-inf"))
+        rows = [
+            sample_token(row, self.sampling, self._generators[number])
+            for row, number in zip(scores.cpu().split(1), self.going_on, strict=True)
+        ]
+        self._drawn = torch.cat(rows).to(self.model.ctx.device)
+        if self.model.ctx.world.size > 1:
+            dist.broadcast(self._drawn, src=0, group=self.model.ctx.world.group)
+        return dict(zip(self.going_on, self._drawn.tolist(), strict=True))
+
+    def drop(self, numbers: Sequence[int]) -> None:
+        """Ends these texts."""
+        if numbers:
+            rows = [row for row, number in enumerate(self.going_on) if number not in numbers]
+            self.going_on = [self.going_on[row] for row in rows]
+            if rows:
+                self._keep(rows)
+
+
+def unusable_ids(tokenizer: Tokenizer, vocabulary: int) -> list[int]:
+    """Ids of a model's ``vocabulary`` that stand for nothing in ``tokenizer``: padding, holes, and what a larger model
+    vocabulary has beyond it."""
+    return [*(i for i in tokenizer.missing_ids() if i < vocabulary), *range(tokenizer.vocab_size, vocabulary)]
+
+
+def _check_prompt(prompt: Sequence[int], number: int | None, vocabulary: int) -> None:
+    name = "--prompt" if number is None else f"prompt {number}"
+    if not prompt:
+        raise UserError(f"{name} is empty: the model needs at least one token to go on from")
+    if max(prompt) >= vocabulary or min(prompt) < 0:
+        raise UserError(f"{name} holds token {max(prompt)}, the model's vocabulary has {vocabulary}; use its tokenizer")
+
+
 def generate(
     model: HybridModel, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, stop_token: int | None = None
 ) -> Iterator[int]:
     """Yields the tokens that follow ``prompt``, as they are drawn. Collective: every rank must use it up alike.
-
-    The prompt is computed in one pass, each further token in one step from the state. Rank 0 draws and tells the
-    others, so that rounding can never let ranks go on with different tokens.
 
     Args:
         prompt: token ids, at least one.
@@ -91,25 +205,9 @@ def generate(
     Raises:
         UserError: an empty prompt, a token outside the vocabulary or bad sampling settings.
     """
-    sampling.validate()
-    vocabulary = model.head.vocab_size
-    if not prompt:
-        raise UserError("--prompt '': the model needs at least one token to go on from")
-    if max(prompt) >= vocabulary or min(prompt) < 0:
-        raise UserError(
-            f"--prompt holds token {max(prompt)}, the model's vocabulary has {vocabulary}; use its tokenizer"
-        )
-    device = model.ctx.device
-    generator = torch.Generator().manual_seed(sampling.seed)
-    state = model.new_state()
-    tokens = torch.tensor([list(prompt)], dtype=torch.long, device=device)
+    text = Continuations(model, [prompt], sampling)
     for _ in range(max_new_tokens):
-        logits = model.logits(tokens, state=state, last_only=True)[:, -1]
-        drawn = sample_token(logits, sampling, generator).to(device)
-        if model.ctx.world.size > 1:
-            dist.broadcast(drawn, src=0, group=model.ctx.world.group)
-        token = int(drawn[0])
+        token = text.draw()[0]
         if token == stop_token:
             return
         yield token
-        tokens = drawn.view(1, 1)

@@ -34,7 +34,10 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments
     ],
     "tools/directory_to_jsonl.py": [(("--output", "x.jsonl", "--max-file-mb", "nan"), "--max-file-mb nan")],
     "tools/evaluate.py": [(("--load", "x", "--input", "y", "--baseline", "bigram"), "need each other")],
-    "tools/generate.py": [(("--load", "x", "--prompt", "y", "--top-p", "1.5"), "--top-p 1.5: must be")],
+    "tools/generate.py": [
+        (("--load", "x", "--prompt", "y", "--top-p", "1.5"), "--top-p 1.5: must be"),
+        (("--load", "x", "--prompt-file", "none.txt"), "--prompt-file none.txt"),
+    ],
     "tools/parity.py": [
         (("--dtype", "fp8"), "fp64"),
         (("--max-ranks", "0"), "--max-ranks 0"),
