@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megaforge.device import upload
 from megaforge.parallel.distributed import say_once
 
 FEW_ROWS = 128  # an expert, on average
@@ -58,18 +59,24 @@ def say_loop(device_type: str, rows: torch.dtype, weights: torch.dtype) -> None:
         )
 
 
-def grouped_linear(x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
+def run_ends(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 [E], the row at which each expert's run ends, on ``device``, which nobody waits for."""
+    return upload(torch.tensor(list(accumulate(counts)), dtype=torch.int32), device)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: tuple[int, ...], ends: Tensor | None = None) -> Tensor:
     """Each expert's own linear map on its own rows, differentiable.
 
     Args:
         x: [N, in], rows sorted by expert.
         weight: [E, out, in].
         counts: rows of each expert; they add up to N.
+        ends: :func:`run_ends` of ``counts`` where several products share it; None: made here.
 
     Returns:
         [N, out].
     """
-    return _GroupedLinear.apply(x, weight, counts)
+    return _GroupedLinear.apply(x, weight, counts, run_ends(counts, x.device) if ends is None else ends)
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -77,11 +84,11 @@ class _GroupedLinear(torch.autograd.Function):
     without rows gets zeros."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: tuple[int, ...], ends: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.counts = counts
+        ctx.counts, ctx.ends = counts, ends
         if takes_grouped_mm(x, weight):
-            return _grouped(x, weight.transpose(1, 2), counts)
+            return _grouped(x, weight.transpose(1, 2), ends)
         if len(x):
             say_loop(x.device.type, x.dtype, weight.dtype)
         out = x.new_empty(x.shape[0], weight.shape[1])
@@ -91,12 +98,12 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight = ctx.saved_tensors
         if takes_grouped_mm(x, weight):
             grad = grad.contiguous()
             grad = grad.clone() if _starts_between(grad) else grad
-            return _grouped(grad, weight, ctx.counts), _grouped(grad.t(), x, ctx.counts), None
+            return _grouped(grad, weight, ctx.ends), _grouped(grad.t(), x, ctx.ends), None, None
         grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
         pieces = zip(
             weight, grad_weight, x.split(ctx.counts), grad.split(ctx.counts), grad_x.split(ctx.counts), strict=True
@@ -104,10 +111,9 @@ class _GroupedLinear(torch.autograd.Function):
         for matrix, grad_matrix, rows, grad_rows, out in pieces:
             torch.mm(grad_rows, matrix, out=out)
             torch.mm(grad_rows.t(), rows, out=grad_matrix)
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight, None, None
 
 
-def _grouped(a: Tensor, b: Tensor, counts: tuple[int, ...]) -> Tensor:
+def _grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     assert _GROUPED is not None
-    ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=a.device)
     return _GROUPED(a, b, offs=ends)

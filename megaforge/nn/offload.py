@@ -13,7 +13,7 @@ class HostMemory(saved_tensors_hooks):
     """While active, what autograd keeps on a GPU for the backward pass is kept in pinned host memory instead.
 
     As :class:`torch.autograd.graph.save_on_cpu`, but weights, which autograd keeps too, stay where they are. Copies run
-    in order with the computation, so it is as much slower as the bus is.
+    in order with the computation, so it is as much slower as the bus is; the host does not wait for them.
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
@@ -23,7 +23,7 @@ class HostMemory(saved_tensors_hooks):
             if tensor.device.type == "cpu" or tensor.untyped_storage().data_ptr() in own:
                 return tensor.device, tensor
             host = torch.empty(tensor.size(), dtype=tensor.dtype, layout=tensor.layout, pin_memory=True)
-            return tensor.device, host.copy_(tensor)
+            return tensor.device, host.copy_(tensor, non_blocking=True)  # what reads it waits on the same stream
 
         def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
             device, tensor = packed

@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from megaforge.config.model_config import ModelConfig
 from megaforge.kernels import grouped_mm
 from megaforge.kernels.grouped_mm import FEW_ROWS, grouped_linear, takes_grouped_mm
+from megaforge.nn.moe.experts import Experts
+from megaforge.parallel.init_rules import Normal
+from tests.nn.support import CTX
 
 COUNTS = {"even": (4, 4, 4), "idle ends": (0, 5, 0), "all but one idle": (0, 0, 9), "none at all": (0, 0, 0)}
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float64: 1e-13}
@@ -78,3 +82,14 @@ def test_a_gpu_that_walks_through_the_experts_says_so_once(monkeypatch: pytest.M
     run(torch.ones(3, 5), torch.ones(3, 7, 5), (1, 1, 1))
     run(torch.ones(3, 16), torch.ones(3, 8, 16), (1, 1, 1))
     assert asked == [("cpu", torch.float32, torch.float32)]
+
+
+def test_where_runs_end_is_sent_to_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By both of an expert's products, forward and backward: on a GPU each time would be a wait."""
+    sent: list[list[int]] = []
+    monkeypatch.setattr(grouped_mm, "upload", lambda ends, device: sent.append(ends.tolist()) or ends)
+    cfg = ModelConfig(hidden_size=16, ffn_hidden_size=32, num_experts=3, activation="relu2")
+    experts = Experts(CTX, "e", cfg, init=(Normal(0.1), Normal(0.1)), dtype=torch.float32)
+    rows = torch.ones(9, 16, requires_grad=True)
+    experts(rows, torch.ones(9), (4, 0, 5)).sum().backward()
+    assert sent == [[4, 4, 9]] and rows.grad is not None

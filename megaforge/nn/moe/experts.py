@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.kernels.grouped_mm import grouped_linear
+from megaforge.kernels.grouped_mm import grouped_linear, run_ends
 from megaforge.nn.mlp import activate, inner_parts
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init_rules import InitRule
@@ -58,10 +58,11 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, weights: Tensor, counts: tuple[int, ...]) -> Tensor:
         """Rows [R, h] sorted by expert and their routing weights [R] -> weighted partial sums over etp [R, h]."""
-        inner = activate(self.activation, grouped_linear(rows, self.up, counts))
+        ends = run_ends(counts, rows.device)
+        inner = activate(self.activation, grouped_linear(rows, self.up, counts, ends))
         # The routing weight goes in front of the second projection: its gradient then needs no saved expert output.
         inner = inner * weights.to(inner.dtype).unsqueeze(1)
-        return grouped_linear(inner, self.down, counts)
+        return grouped_linear(inner, self.down, counts, ends)
 
 
 class SharedExpert(nn.Module):

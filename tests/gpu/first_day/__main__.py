@@ -1,4 +1,4 @@
-"""``python3 -m tests.gpu.first_day``, which run_scripts/gpu_first_day.sh starts. Any Python does: the build comes first."""
+"""``python3 -m tests.gpu.first_day``: what gpu_first_day.sh starts, with any Python, for the build comes first."""
 
 from __future__ import annotations
 
