@@ -44,7 +44,7 @@ def parse_arguments(arguments: list[str] | None = None) -> PreprocessSettings:
         "--shard-mb", type=integer(1, 1 << 20), help="MiB of input to a unit of work (default: by the input's size)"
     )
     parser.add_argument("--no-fast", action="store_true", help="do not use gigatoken even where it is proven equal")
-    parser.add_argument("--force", action="store_true", help="make the dataset again although it is up to date")
+    parser.add_argument("--force", action="store_true", help="make it again, in place of whatever dataset is there")
     flags = parser.parse_args(arguments)
     return PreprocessSettings(
         inputs=tuple(flags.input),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -250,9 +251,13 @@ def test_bad_lines_can_be_skipped_and_are_reported(
     corpus.write_text("\n".join(lines))
     (prefix,) = preprocess(settings(corpus, tmp_path / "p", bpe, on_error="skip", workers=2, shard_mb=1))
     errors = capsys.readouterr().err
-    assert "line 3002: the record has no key" in errors and "line 5993: not valid JSON" in errors
-    assert "skipped 2 bad lines" in errors
-    assert json.loads(Path(f"{prefix}.json").read_text())["skipped_lines"] == 2
+    assert f"left out 1: the record has no key 'text'; for example {corpus}, line 3002 (--json-key)" in errors
+    assert f"left out 1: not valid JSON; for example {corpus}, line 5993 (" in errors
+    assert f"left out 2 in all (--on-error skip) listed in {prefix}.skipped.tsv" in errors
+    assert len(Path(f"{prefix}.skipped.tsv").read_text().splitlines()) == 2
+    sidecar = json.loads(Path(f"{prefix}.json").read_text())
+    assert sidecar["skipped_lines"] == 2
+    assert sidecar["skipped"] == {"the record has no key 'text'": 1, "not valid JSON": 1}
     (expected,) = preprocess(settings(clean, tmp_path / "q", bpe))
     assert digests(prefix) == digests(expected)
 
@@ -328,7 +333,7 @@ def test_other_settings_or_text_start_afresh(counted: Any, bpe: str, tmp_path: P
     assert made[-1].count == 6500
     run(5500, PreprocessSettings(**{**vars(wanted), "force": True}))
     write_jsonl(corpus, [text[::-1] for text in texts])  # the same size, another text
-    run(None, wanted)
+    run(None, PreprocessSettings(**{**vars(wanted), "force": True}))
     assert made[-1].count == 6500
 
 
@@ -341,12 +346,67 @@ def test_an_up_to_date_dataset_is_left_alone(
     run(None, wanted)
     run(None, wanted)
     assert len(made) == 1 and "already made" in capsys.readouterr().err
-    write_jsonl(corpus, documents(20, seed=2))
-    run(None, wanted)
-    assert len(made) == 2
     Path(tmp_path / "p_text_document.bin").write_bytes(b"")
     run(None, wanted)
-    assert len(made) == 3
+    assert len(made) == 2, "what the same command made and lost is made again"
+
+
+def test_another_dataset_is_replaced_only_by_force(counted: Any, bpe: str, tmp_path: Path) -> None:
+    run, made = counted
+    corpus = write_jsonl(tmp_path / "c.jsonl", documents(20))
+    moved = tmp_path / "elsewhere" / "d.jsonl"
+    moved.parent.mkdir()
+    moved.write_bytes(corpus.read_bytes())
+    wanted = settings(corpus, tmp_path / "new" / "directory" / "p", bpe, fast=False)
+    _, (prefix,) = run(None, wanted)
+    run(None, dataclasses.replace(wanted, inputs=(str(moved),)))
+    assert len(made) == 1, "the same text from another place"
+    before = digests(prefix)
+    write_jsonl(corpus, documents(20, seed=2))
+    for changes, reason in (
+        ({}, "made from other text"),
+        ({"append_eod": False}, "made with another choice of settings"),
+    ):
+        with pytest.raises(UserError, match=f"exists .{reason}.; .*--force"):
+            run(None, dataclasses.replace(wanted, **changes))
+        assert digests(prefix) == before
+    run(5, dataclasses.replace(wanted, force=True))
+    run(None, wanted)
+    assert digests(prefix) != before, "a forced run that was killed goes on without another --force"
+
+    Path(f"{prefix}.json").write_text('{"my": "notes"}')
+    with pytest.raises(UserError, match="not described by a .json of this tool"):
+        run(None, wanted)
+    for kind in ("bin", "idx"):
+        Path(f"{prefix}.{kind}").unlink()
+    with pytest.raises(UserError, match="not described"):
+        run(None, wanted)
+    assert Path(f"{prefix}.json").read_text() == '{"my": "notes"}'
+
+
+def test_many_bad_lines_are_counted_and_the_first_are_named(
+    bpe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text('{"text": "fine"}\n' + "{]\n" * 2500)
+    (prefix,) = preprocess(settings(corpus, tmp_path / "p", bpe, on_error="skip", fast=False))
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
+    assert len(errors) == 2 and errors[0].startswith("left out 2,500: not valid JSON; for example")
+    assert "left out 2,500 in all (--on-error skip), 1,000 of them listed" in errors[1]
+    assert json.loads(Path(f"{prefix}.json").read_text())["skipped_lines"] == 2500
+
+
+def test_text_files_are_one_document_each(bpe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [text for text in documents(4) if text]
+    paths = []
+    for number, text in enumerate(texts):
+        paths.append(tmp_path / f"{number}.txt")
+        paths[-1].write_text(text)
+    (prefix,) = preprocess(settings(paths, tmp_path / "p", bpe, fast=False))
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", bpe)
+    expected = [[[*tokenizer.encode(text.replace("\r\n", "\n")), tokenizer.eod]] for text in texts]
+    assert second_reader(prefix) == expected
+    assert f"{paths[0]}: one document" in capsys.readouterr().err
 
 
 def test_what_cannot_work_is_refused_by_name(bpe: str, tmp_path: Path) -> None:
@@ -363,7 +423,7 @@ def test_what_cannot_work_is_refused_by_name(bpe: str, tmp_path: Path) -> None:
         (settings(blank, out, bpe), "corpus is empty"),
         (settings(tmp_path / "none.jsonl", out, bpe), "none.jsonl: No such file"),
         (settings(corpus, out, bpe, workers=0), "--workers 0"),
-        (settings(corpus, tmp_path / "no" / "p", bpe), "--output-prefix"),
+        (settings(corpus, corpus / "p", bpe), "--output-prefix"),
         (settings(corpus, out, str(bare)), "--eod-token"),
         (settings(corpus, out, bpe, eod_token="<nope>"), "<nope>"),
         (settings(corpus, out, bpe, json_keys=("text", "text")), "--json-keys"),

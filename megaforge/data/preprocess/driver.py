@@ -17,6 +17,7 @@ from typing import Any
 from megaforge.data.fast_bpe import FastEncoder, fast_definition, prove
 from megaforge.data.indexed_dataset import optimal_dtype
 from megaforge.data.jsonl import is_compressed
+from megaforge.data.outputs import make_parents
 from megaforge.data.preprocess.plan import (
     PreprocessSettings,
     ShardQueue,
@@ -27,7 +28,7 @@ from megaforge.data.preprocess.plan import (
 )
 from megaforge.data.preprocess.pool import run_shards, single_threaded
 from megaforge.data.preprocess.progress import Progress
-from megaforge.data.preprocess.publish import Job, SourceHasher, publish, up_to_date
+from megaforge.data.preprocess.publish import Job, SourceHasher, publish, standing_dataset
 from megaforge.data.preprocess.ranks import RankGroup, discover_ranks
 from megaforge.data.preprocess.shard import Encoder, WorkerSpec
 from megaforge.data.text.readers import open_text
@@ -47,6 +48,7 @@ def preprocess(settings: PreprocessSettings) -> list[str]:
         UserError: on every rank, when any rank met a mistake.
     """
     settings.validate()
+    make_parents(settings.output_prefix, "--output-prefix")
     single_threaded()
     group = discover_ranks(settings.output_prefix)
     outputs = []
@@ -138,12 +140,20 @@ def _prepare(settings: PreprocessSettings, key: str, output: str) -> tuple[dict[
         "settings": {"append_eod": settings.append_eod, "json_key": key, "on_error": settings.on_error},
         "dtype": optimal_dtype(tokenizer.vocab_size).name,
     }
-    if not settings.force and up_to_date(output, described, sources):
-        print(f"{output}: already made from this text with these settings (--force makes it again)", file=sys.stderr)
-        return None, None
     size = shard_bytes(sources, settings.shard_mb)
     work = WorkDirectory(Path(f"{output}.partial"))
-    work.prepare({**described, "shard_bytes": size, "sources": [list(vars(source).values()) for source in sources]})
+    identity = {**described, "shard_bytes": size, "sources": [list(vars(source).values()) for source in sources]}
+    if not settings.force and not work.is_for(identity):
+        other, whole = standing_dataset(output, described, sources)
+        if other is not None:
+            raise UserError(
+                f"--output-prefix {settings.output_prefix}: {output}.bin, .idx or .json exists ({other}); choose "
+                "another prefix, or pass --force to replace it"
+            )
+        if whole:
+            print(f"{output}: already made from this text with these settings (--force remakes it)", file=sys.stderr)
+            return None, None
+    work.prepare(identity)
     finished = len(list(work.path.glob("*.manifest.json")))
     if finished:
         print(f"{output}: continuing a run that finished {finished:,} shards", file=sys.stderr)

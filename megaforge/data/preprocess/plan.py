@@ -50,9 +50,6 @@ class PreprocessSettings:
             raise UserError(f"--tokenizer-type {self.tokenizer_type}: choose one of {', '.join(TOKENIZER_TYPES)}")
         if not self.json_keys or len(set(self.json_keys)) != len(self.json_keys):
             raise UserError(f"--json-keys {' '.join(self.json_keys)}: give each key once")
-        directory = os.path.dirname(os.path.abspath(self.output_prefix))
-        if not os.path.isdir(directory):
-            raise UserError(f"--output-prefix {self.output_prefix}: the directory {directory} does not exist")
 
 
 @dataclass(frozen=True)
@@ -196,6 +193,10 @@ class WorkDirectory:
     def manifest(self, shard: Shard) -> Path:
         """The description of a finished shard; it is written last."""
         return self.path / f"{shard.name}.manifest.json"
+
+    def is_for(self, identity: dict[str, Any]) -> bool:
+        """Whether it is of a run with this ``identity`` that has not ended."""
+        return bool(_load_json(self.path / "plan.json") == identity)
 
     def prepare(self, identity: dict[str, Any]) -> None:
         """Makes the directory ready for a run; shards of a run with another ``identity`` are removed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -11,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from megaforge.data.indexed_dataset import IndexedDataset, bin_path, idx_path, merge_shards, sidecar_path
+from megaforge.data.left_out import LeftOut, kind_of
 from megaforge.data.manifest import probe_tokens
 from megaforge.data.preprocess.plan import Shard, Source, WorkDirectory, read_manifest, successor, write_json
 from megaforge.data.preprocess.shard import WorkerSpec
 from megaforge.errors import UserError
-
-_SHOWN_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,12 @@ def publish(job: Job, hasher: SourceHasher) -> None:
     for source in job.sources:
         if Source.of(source.path) != source:
             raise UserError(f"--input {source.path} changed while it was being read; run the command again")
-    _report_skipped(job, shards)
-    total = {name: sum(m[name] for _, m in shards) for name in ("documents", "tokens", "text_bytes", "skipped_count")}
+    left_out = _left_out(job, shards)
+    _report(left_out, job.output)
+    total = {name: sum(m[name] for _, m in shards) for name in ("documents", "tokens", "text_bytes")}
     if total["tokens"] == 0:
         work.clear()
-        skipped = f" ({total['skipped_count']:,} lines were skipped)" if total["skipped_count"] else ""
+        skipped = f" ({left_out.total:,} lines were left out)" if left_out.total else ""
         raise UserError(f"--input {' '.join(job.spec.sources)}: the corpus is empty: no document has a token{skipped}")
     try:
         merge_shards([work.prefix(shard) for shard, _ in shards], job.output)
@@ -66,7 +67,8 @@ def publish(job: Job, hasher: SourceHasher) -> None:
             "sequences": _sequences(job.output),
             "tokens": total["tokens"],
             "text_bytes": total["text_bytes"],
-            "skipped_lines": total["skipped_count"],
+            "skipped_lines": left_out.total,
+            "skipped": left_out.counts,
             "bin_sha256": _sha256(bin_path(job.output)),
             "bin_probe": probe_tokens(IndexedDataset(job.output)),
             "idx_sha256": _sha256(idx_path(job.output)),
@@ -98,38 +100,52 @@ def _finished_shards(job: Job, work: WorkDirectory) -> Iterator[tuple[Shard, dic
                 shard = successor(shard)
 
 
-def _report_skipped(job: Job, shards: Sequence[tuple[Shard, dict[str, Any]]]) -> None:
-    """Names the skipped lines on stderr; a shard knows its own line numbers, those before it complete them."""
+def _left_out(job: Job, shards: Sequence[tuple[Shard, dict[str, Any]]]) -> LeftOut:
+    """The records without a document; a shard knows its own line numbers, those before it complete them."""
+    left_out = LeftOut()
     before: dict[int, int] = {}
-    shown = total = 0
     for shard, manifest in shards:
+        unnamed = dict(manifest["reasons"])
         for segment, line, reason in manifest["skipped"]:
-            if shown < _SHOWN_LINES:
-                source = shard.segments[segment][0]
-                number = line + before.get(source, 0)
-                print(f"skipped {job.spec.sources[source]}, line {number}: {reason}", file=sys.stderr)
-                shown += 1
-        total += manifest["skipped_count"]
+            source = shard.segments[segment][0]
+            left_out.add(f"{job.spec.sources[source]}, {manifest['unit']} {line + before.get(source, 0)}", reason)
+            unnamed[kind_of(reason)] -= 1
+        for kind, number in unnamed.items():
+            left_out.count(kind, number)
         for (source, _, _), lines in zip(shard.segments, manifest["lines"], strict=True):
             before[source] = before.get(source, 0) + lines
-    if total:
-        print(f"skipped {total:,} bad lines in all (--on-error skip)", file=sys.stderr)
+    return left_out
 
 
-def up_to_date(output: str, described: dict[str, Any], sources: Sequence[Source]) -> bool:
-    """Whether the published dataset is what this run would make: same settings, tokenizer and source content."""
+def _report(left_out: LeftOut, output: str) -> None:
+    """A line a reason on stderr, and the list beside the output."""
+    details = left_out.write(output)
+    for line in left_out.summary():
+        print(line, file=sys.stderr)
+    if details is not None:
+        more = "" if len(left_out.entries) == left_out.total else f", {len(left_out.entries):,} of them"
+        print(f"left out {left_out.total:,} in all (--on-error skip){more} listed in {details}", file=sys.stderr)
+
+
+def standing_dataset(output: str, described: dict[str, Any], sources: Sequence[Source]) -> tuple[str | None, bool]:
+    """What stands where the dataset will be published: (why it is not this run's to replace, or None; whether it is
+    whole and what this run would make). What the same command left damaged or half published is this run's."""
+    files = (bin_path(output), idx_path(output))
+    if not any(os.path.lexists(path) for path in (*files, sidecar_path(output))):
+        return None, False
     sidecar = read_manifest(sidecar_path(output))
-    if sidecar is None or any(sidecar.get(name) != value for name, value in described.items()):
-        return False
-    recorded = [(source["path"], source["bytes"]) for source in sidecar["sources"]]
-    if recorded != [(source.path, source.bytes) for source in sources]:
-        return False
-    for path, size in ((bin_path(output), sidecar["bin_bytes"]), (idx_path(output), sidecar["idx_bytes"])):
-        if not path.is_file() or path.stat().st_size != size:
-            return False
-    return all(
-        _sha256(Path(source.path)) == old["sha256"] for source, old in zip(sources, sidecar["sources"], strict=True)
-    )
+    if sidecar is None or sidecar.get("format") != described["format"]:
+        return "not described by a .json of this tool", False
+    changed = [name for name, value in described.items() if sidecar.get(name) != value]
+    if changed:
+        return f"made with another choice of {', '.join(changed)}", False
+    recorded = [(source["bytes"], source["sha256"]) for source in sidecar["sources"]]
+    if [size for size, _ in recorded] != [source.bytes for source in sources] or recorded != [
+        (source.bytes, _sha256(Path(source.path))) for source in sources
+    ]:
+        return "made from other text", False
+    sizes = (sidecar["bin_bytes"], sidecar["idx_bytes"])
+    return None, all(path.is_file() and path.stat().st_size == size for path, size in zip(files, sizes, strict=True))
 
 
 def _sequences(output: str) -> int:

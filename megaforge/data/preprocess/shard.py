@@ -15,6 +15,7 @@ import numpy as np
 
 from megaforge.data.fast_bpe import FastEncoder
 from megaforge.data.indexed_dataset import IndexedDatasetWriter, bin_path, idx_path
+from megaforge.data.left_out import kind_of
 from megaforge.data.preprocess.plan import Shard, WorkDirectory, read_manifest, write_json
 from megaforge.data.text.readers import Chunk, TextReader, open_text, place
 from megaforge.data.tokenizer import Tokenizer, load_tokenizer
@@ -110,8 +111,9 @@ class _Counts:
     tokens: int = 0
     text_bytes: int = 0
     input_bytes: int = 0
+    unit: str = "line"
     lines: list[int] = field(default_factory=list)
-    skipped_count: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
     skipped: list[tuple[int, int, str]] = field(default_factory=list)
 
 
@@ -163,6 +165,7 @@ class ShardTokenizer:
         reader = self._open(source)
         reader.goto(start)
         counts.lines.append(0)
+        counts.unit = reader.unit
         for chunk in reader.chunks(stop):
             self._bad_records(chunk, source, start, counts)
             tokens, lengths = self._tokens(chunk.texts)
@@ -191,7 +194,7 @@ class ShardTokenizer:
                 with open_text(path, self.spec.json_key) as reader:
                     where = place(reader, record + reader.count_records(start))
                 raise UserError(f"--input {path}{where}: {reason}; mend it, or pass --on-error skip")
-            counts.skipped_count += 1
+            counts.reasons[kind_of(reason)] = counts.reasons.get(kind_of(reason), 0) + 1
             if len(counts.skipped) < MAX_REPORTED:
                 counts.skipped.append((len(counts.lines) - 1, record, reason))
 
