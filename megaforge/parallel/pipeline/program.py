@@ -86,16 +86,29 @@ def _ends_of_transfers(timeline: Timeline) -> list[list[_End]]:
         for span in spans:
             transfer = output_transfer(schedule, span.action)
             if transfer:
-                found.append((span.end, rank, transfer))
+                found.append((span.end, _round(schedule, transfer), rank, transfer))
     by_rank: list[list[_End]] = [[] for _ in timeline.spans]
     done = [0] * len(by_rank)
-    for time, sender, transfer in sorted(found):
+    for time, _, sender, transfer in sorted(found):
         for rank in (sender, schedule.rank_of(transfer.target_stage)):
             spans = timeline.spans[rank]
             while done[rank] < len(spans) and spans[done[rank]].end <= time:
                 done[rank] += 1
             by_rank[rank].append(_End(done[rank], transfer))
     return by_rank
+
+
+def _round(schedule: Schedule, transfer: Transfer) -> tuple[int, int]:
+    """Where ``transfer`` stands among those of its moment.
+
+    Interleaved chunks make a ring of the ranks, each of which often has something for the next at one moment: in the
+    order of ranks each would wait for the one before. In rounds, in which a rank takes part in one transfer, two are
+    enough (three for an odd number of ranks).
+    """
+    low, high = sorted(_ranks_of(schedule, transfer))
+    if schedule.placement != "loop" or schedule.num_chunks == 1:
+        return 0, low
+    return (1 + schedule.num_ranks % 2 if high - low > 1 else low % 2), low
 
 
 def _neighbours(ends: list[_End]) -> list[tuple[Transfer, Transfer]]:
