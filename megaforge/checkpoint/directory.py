@@ -149,22 +149,29 @@ def set_aside_names(directory: Path) -> list[str]:
 
 def excess_checkpoints(directory: Path, keep_last: int, keep_best: int, newest: Path) -> list[Path]:
     """The checkpoints that may go: not among the ``keep_last`` newest (0: all stay), nor the ``keep_best`` of lowest
-    metric, nor ``newest``, which was just written."""
+    metric, nor ``newest``, which was just written. A score of another metric than that of ``newest`` says nothing."""
     if not keep_last:
         return []
     steps = [path for _, path in list_steps(directory)]
     kept = {newest, *steps[:keep_last]}
     if keep_best:
         scored = []
+        judged_by = _metric_name(read_manifest(newest))
         for path in steps:
             try:
-                metric = read_manifest(path).metric
+                manifest = read_manifest(path)
             except (CheckpointError, OSError):
                 continue  # no metric to be best by; whether it is damaged is for the next load to say
-            if metric is not None:
-                scored.append((metric, path))
+            if manifest.metric is not None and _metric_name(manifest) == judged_by:
+                scored.append((manifest.metric, path))
         kept.update(path for _, path in sorted(scored)[:keep_best])
     return [path for path in steps if path not in kept]
+
+
+def _metric_name(manifest: Manifest) -> str | None:
+    """What the checkpoint's score measures; None where no training run wrote it."""
+    training = manifest.meta.get("config", {}).get("training", {})
+    return str(training["early_stopping_metric"]) if "early_stopping_metric" in training else None
 
 
 def remove_checkpoint(path: Path) -> None:

@@ -109,6 +109,7 @@ class DataConfig:
     data_path: tuple[str, ...] = flag(
         (), "dataset prefix, or weight prefix weight prefix ... for a blend", metavar="PREFIX"
     )
+    mock_data: bool = flag(False, "random tokens instead of --data-path, to measure speed without a corpus")
     split: str = flag("99,1,0", "train,validation,test shares of every source's documents")
     split_order: str = flag(
         "shuffled",
@@ -133,6 +134,10 @@ class DataConfig:
     num_workers: int = flag(1, "threads that read samples ahead; 0 reads in the training thread")
 
     def validate(self) -> None:
+        if self.mock_data and self.data_path:
+            raise UserError(
+                f"--mock-data and --data-path {' '.join(self.data_path)} exclude each other; leave out one of them"
+            )
         require_at_least(self, 1, "seq_length", "data_lanes")
         require_at_least(self, 0, "num_workers")
 

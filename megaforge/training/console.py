@@ -150,7 +150,11 @@ def describe(trainer: Trainer, stored: int) -> str:
     return (
         f"{config.name}: {stored:,} parameters | {layout} on {ctx.device.type} | "
         f"{trainer.global_batch_size} x {config.data.seq_length} tokens a step | {trainer.optimizer.implementation} | "
-        f"{epoch:,} training tokens, {planned / epoch:.2f} epochs planned"
+        + (
+            f"{epoch:,} training tokens, {planned / epoch:.2f} epochs planned"
+            if epoch
+            else f"{planned:,} tokens planned"
+        )
     )
 
 

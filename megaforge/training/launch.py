@@ -12,6 +12,8 @@ from megaforge.config.check_layout import Layout
 from megaforge.config.config import Config
 from megaforge.config.schema import config_to_dict
 from megaforge.data.blend import parse_data_path
+from megaforge.data.loader import DataSource
+from megaforge.data.mock import MockData
 from megaforge.data.samples import DataChecks, SampleSchedule, TrainingData
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.device import resolve_device, set_gpu_environment
@@ -91,7 +93,7 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
     Raises:
         UserError: on every rank: bad data, no place to save, or a checkpoint that cannot be continued.
     """
-    opened: list[TrainingData] = []
+    opened: list[DataSource] = []
     together(ctx, lambda: opened.append(_open_data(config, tokenizer)))
     together(ctx, lambda: check_save_directory(config.checkpoint) if ctx.is_first_rank else None)
     plan = plan_of(config, layout)
@@ -137,11 +139,33 @@ def build_stages(config: Config, ctx: ParallelContext, plan: PipelinePlan) -> Hy
     )
 
 
-def _open_data(config: Config, tokenizer: Tokenizer | None) -> TrainingData:
-    data = TrainingData(
+def _open_data(config: Config, tokenizer: Tokenizer | None) -> DataSource:
+    data = _mock_data(config) if config.data.mock_data else _files(config, tokenizer)
+    for notice in data.notices:
+        say_once(notice)
+    watched = config.training.early_stopping_metric
+    if config.training.eval_iters and watched == "bits_per_byte" and data.bytes_per_token("valid") is None:
+        raise UserError(
+            "--early-stopping-metric bits_per_byte: a dataset without its .json description knows no bytes; "
+            "use --early-stopping-metric loss"
+        )
+    return data
+
+
+def _schedule_of(config: Config) -> SampleSchedule:
+    return SampleSchedule(config.training.seed, config.data.seq_length, lanes=config.data.data_lanes)
+
+
+def _mock_data(config: Config) -> MockData:
+    vocab_size = config.model.vocab_size or config.model.padded_vocab_size()
+    return MockData(_schedule_of(config), vocab_size, eod_mask_loss=config.data.eod_mask_loss)
+
+
+def _files(config: Config, tokenizer: Tokenizer | None) -> TrainingData:
+    return TrainingData(
         parse_data_path(config.data.data_path),
         config.data.split,
-        SampleSchedule(config.training.seed, config.data.seq_length, lanes=config.data.data_lanes),
+        _schedule_of(config),
         split_order=config.data.split_order,
         checks=DataChecks(
             config.model.vocab_size,
@@ -152,15 +176,6 @@ def _open_data(config: Config, tokenizer: Tokenizer | None) -> TrainingData:
         ),
         eod_mask_loss=config.data.eod_mask_loss,
     )
-    for notice in data.notices:
-        say_once(notice)
-    watched = config.training.early_stopping_metric
-    if config.training.eval_iters and watched == "bits_per_byte" and data.bytes_per_token("valid") is None:
-        raise UserError(
-            "--early-stopping-metric bits_per_byte: a dataset without its .json description knows no bytes; "
-            "use --early-stopping-metric loss"
-        )
-    return data
 
 
 def _callbacks(config: Config) -> list[Callback]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from megaforge.config.check_layout import Layout, check_layout
+import dataclasses
+import json
+from pathlib import Path
+
+from megaforge.config.check_layout import Layout, check_layout, vocabulary_cost
 from megaforge.config.config import Config
 from megaforge.config.launcher import discover_launch, say_once
 from megaforge.data.blend import parse_data_path, parse_split
@@ -20,20 +24,52 @@ def prepare(config: Config) -> tuple[Config, Layout, Tokenizer | None]:
         UserError: the same on every rank, which makes it safe to leave.
     """
     launch = discover_launch()
-    if not config.data.data_path:
-        raise UserError("--data-path is missing; give the prefix of a dataset, such as corpus/train_text_document")
+    if not config.data.data_path and not config.data.mock_data:
+        raise UserError(
+            "--data-path is missing; give the prefix of a dataset, such as corpus/train_text_document (or --mock-data, "
+            "to measure speed on random tokens)"
+        )
     if config.training.early_stopping_patience and not config.training.eval_iters:
         raise UserError(
             f"--early-stopping-patience {config.training.early_stopping_patience} judges evaluations, and there are "
             "none: set --eval-iters and --eval-interval"
         )
     parse_split(config.data.split)
-    for _, prefix in parse_data_path(config.data.data_path):
+    for _, prefix in parse_data_path(config.data.data_path) if config.data.data_path else ():
         check_files(prefix)
-    config, tokenizer, notes = with_run_tokenizer(config)
+    config, tokenizer, notes = _with_saved_vocabulary(config)
     layout = check_layout(config, launch.world_size)
     config.model.padded_vocab_size()
     check_pipeline(config.model, config.parallel, layout.micro_batches)
     for note in (*notes, *layout.notes):
         say_once(note)
     return config, layout, tokenizer
+
+
+def _with_saved_vocabulary(config: Config) -> tuple[Config, Tokenizer | None, list[str]]:
+    """As :func:`megaforge.data.run_tokenizer.with_run_tokenizer`, and a run that continues without a ``--vocab-size``
+    keeps its checkpoint's where that is larger than the tokenizer's: presets once had their own."""
+    found, tokenizer, notes = with_run_tokenizer(config)
+    if config.checkpoint.load is None or config.model.vocab_size is not None or tokenizer is None:
+        return found, tokenizer, notes
+    saved = _saved_vocabulary(Path(config.checkpoint.load))
+    if saved is None or saved <= tokenizer.vocab_size:
+        return found, tokenizer, notes
+    model = dataclasses.replace(config.model, vocab_size=saved)
+    note = vocabulary_cost(model, tokenizer.vocab_size)
+    kept = f"--vocab-size {saved}, as in the checkpoints of --load {config.checkpoint.load}"
+    return dataclasses.replace(config, model=model), tokenizer, [f"{kept} ({note})" if note else kept]
+
+
+def _saved_vocabulary(directory: Path) -> int | None:
+    """``--vocab-size`` of the newest checkpoint; None where there is none to read, which is for loading to say.
+
+    Reads the manifest as plain JSON: the checkpoint's own reader needs torch.
+    """
+    manifests = [directory / "manifest.json", *sorted(directory.glob("step_*/manifest.json"), reverse=True)]
+    try:
+        content = json.loads(next(path for path in manifests if path.is_file()).read_text(encoding="utf-8"))
+        size = content["meta"]["config"]["model"]["vocab_size"]
+    except (StopIteration, OSError, ValueError, KeyError, TypeError):
+        return None
+    return size if isinstance(size, int) else None

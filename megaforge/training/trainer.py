@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaforge.config.config import Config
-from megaforge.data.loader import Batch, GlobalBatchLoader
-from megaforge.data.samples import TrainingData
+from megaforge.data.loader import Batch, DataSource, GlobalBatchLoader
 from megaforge.device import synchronize
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel, ModelOutput
@@ -53,7 +52,7 @@ class Trainer:
         ctx: ParallelContext,
         model: HybridModel | StagedModel,
         optimizer: AdamW,
-        data: TrainingData,
+        data: DataSource,
         *,
         plan: PipelinePlan,
         tokenizer: dict[str, Any] | None = None,

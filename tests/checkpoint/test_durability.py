@@ -300,6 +300,18 @@ def test_keep_last_and_keep_best(tmp_path):
     assert _names(tmp_path) == ["latest", "step_0000007"]
 
 
+def test_scores_of_another_metric_do_not_count(tmp_path):
+    """Perplexities of 20 follow losses of 3: the best perplexity stays, not a loss that looks smaller."""
+    for step, name, score in ((1, "loss", 3.0), (2, "perplexity", 20.0), (3, "perplexity", 25.0), (4, "loss", 2.9)):
+        meta = {"value": 0.0, "config": {"training": {"early_stopping_metric": name}}}
+        save_checkpoint(
+            tmp_path, step, _entries(0.0), meta, CTX, keep_last=2 if step < 3 else 1, keep_best=1, metric=score
+        )
+        if step == 3:
+            assert _names(tmp_path) == ["latest", "step_0000002", "step_0000003"]
+    assert _names(tmp_path) == ["latest", "step_0000004"]
+
+
 def test_keep_last_zero_keeps_all_and_the_newest_written_never_goes(tmp_path):
     for step in (5, 6, 7):
         _save(tmp_path, step)

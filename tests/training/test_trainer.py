@@ -230,3 +230,30 @@ def test_an_evaluation_with_nothing_to_predict_says_so(tmp_path: Path) -> None:
     trainer = make_trainer(arguments(str(tmp_path / "d"), *split, *flags))
     with pytest.raises(UserError, match="--eval-iters 1: there is nothing to predict"):
         trainer.evaluate()
+
+
+def test_mock_data_need_no_files_and_go_on_exactly(tmp_path: Path) -> None:
+    flags = [*arguments("unused", "--mock-data", "--eval-iters", "1", "--save", str(tmp_path / "run"))]
+    with pytest.raises(UserError, match="--mock-data and --data-path unused exclude each other"):
+        make_trainer(flags)
+    at = flags.index("--data-path")
+    del flags[at : at + 2]
+    whole, first = make_trainer(flags), make_trainer([*flags, "--exit-interval", "3"])
+    assert whole.evaluate().loss == pytest.approx(np.log(VOCAB + 1), abs=0.1)
+    recorder = record(whole)
+    first.train()
+    second = make_trainer([*flags, "--load", str(tmp_path / "run")])
+    resumed = record(second)
+    second.train()
+    whole.train()
+    assert resumed.records == [r for r in recorder.records if r["iteration"] > 3]
+
+
+def test_a_run_goes_on_with_the_vocabulary_of_its_checkpoint(prefix: str, tmp_path: Path) -> None:
+    """Presets once had vocabularies of their own, which the tokenizer's replaces now."""
+    save = str(tmp_path / "run")
+    make_trainer(arguments(prefix, "--vocab-size", "300", "--save", save, "--train-iters", "1")).train()
+    trainer = make_trainer(arguments(prefix, "--save", save, "--load", save))
+    assert (trainer.config.model.vocab_size, trainer.iteration) == (300, 1)
+    with pytest.raises(UserError, match="--vocab-size 300 in the checkpoint, 62 here"):
+        make_trainer(arguments(prefix, "--load", save, "--vocab-size", "62"))
