@@ -199,6 +199,13 @@ def test_fp16_skips_an_overflow_and_halves_the_scale(prefix: str) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
 
 
+def test_a_run_without_a_loss_scale_continues_in_fp16_at_the_initial_one(prefix: str, tmp_path: Path) -> None:
+    save = str(tmp_path / "run")
+    make_trainer(arguments(prefix, "--save", save, "--train-iters", "1")).train()
+    continued = make_trainer(arguments(prefix, "--load", save, "--fp16", "--initial-loss-scale", "4096"))
+    assert (continued.iteration, continued.scaler.scale) == (1, 4096.0)
+
+
 def test_the_loss_falls(prefix: str) -> None:
     trainer = make_trainer(arguments(prefix, "--train-iters", "30", "--lr", "5e-3"))
     recorder = record(trainer)
