@@ -32,7 +32,7 @@ class Bounds:
         """
         if isinstance(value, float):
             if not math.isfinite(value):
-                raise ValueError(f"expected a finite number, {self._range() or 'of at most 3.4e38'}")
+                raise ValueError("expected a finite number")
             if abs(value) > _LARGEST:
                 raise ValueError(f"too large: {self._range() or 'must be at most 3.4e38'}")
             if 0 < abs(value) < _SMALLEST:
@@ -63,6 +63,10 @@ def flag(
     choices: Sequence[Any] | None = None,
     aliases: Sequence[str] = (),
     metavar: str | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """A dataclass field that is also the flag ``--field-name`` and the YAML key ``field_name``.
 
@@ -72,39 +76,33 @@ def flag(
         choices: the allowed values, when there are few.
         aliases: further flags for it, e.g. ``--tp``; as YAML keys they are written without dashes.
         metavar: what ``--help`` calls the value.
+        least, most, above, below: which numbers it takes, see :class:`Bounds`.
     """
     metadata = {
         "help": help,
         "choices": tuple(choices) if choices else None,
         "aliases": tuple(aliases),
         "metavar": metavar,
+        "bounds": Bounds(least, most, above=above, below=below),
     }
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def require_at_least(section: object, minimum: float, *names: str) -> None:
-    """Checks that each named field of ``section`` is None or not below ``minimum``.
+def check_bounds(section: object) -> None:
+    """Checks every number of a section against the bounds that its field declares.
 
     Raises:
-        UserError: naming the flag and its value.
+        UserError: naming the flag, its value and the range.
     """
-    for name in names:
-        value = getattr(section, name)
-        if value is not None and value < minimum:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {minimum}")
-
-
-def require_positive(section: object, *names: str) -> None:
-    """Checks that each named field of ``section`` is above 0.
-
-    Raises:
-        UserError: naming the flag and its value.
-    """
-    for name in names:
-        if getattr(section, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(section, name)}: must be positive")
+    for one in dataclasses.fields(section):  # type: ignore[arg-type]
+        value = getattr(section, one.name)
+        if type(value) in (int, float):
+            try:
+                one.metadata["bounds"].check(value)
+            except ValueError as error:
+                raise UserError(f"--{one.name.replace('_', '-')} {value}: {error}") from error
 
 
 def divisors(number: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megaforge.config.fields import divisors, either, flag, require_at_least, require_positive
+from megaforge.config.fields import divisors, either, flag
 from megaforge.errors import UserError
 
 
@@ -12,12 +12,20 @@ from megaforge.errors import UserError
 class ModelConfig:
     """Shape of the model."""
 
-    num_layers: int = flag(12, "number of blocks (a mixer and its FFN) when the pattern comes from --layer-schedule")
-    hidden_size: int = flag(768, "width of the residual stream (d_model)")
-    ffn_hidden_size: int | None = flag(None, "inner width of the FFN, or of each expert (default: 4 x hidden size)")
-    num_attention_heads: int = flag(12, "query heads of an attention block")
-    num_query_groups: int | None = flag(None, "key/value heads (grouped-query attention); default: one a query head")
-    kv_channels: int | None = flag(None, "channels of an attention head (default: hidden size / heads)")
+    num_layers: int = flag(
+        12, "number of blocks (a mixer and its FFN) when the pattern comes from --layer-schedule", least=1, most=100_000
+    )
+    hidden_size: int = flag(768, "width of the residual stream (d_model)", least=1, most=1 << 24)
+    ffn_hidden_size: int | None = flag(
+        None, "inner width of the FFN, or of each expert (default: 4 x hidden size)", least=1, most=1 << 28
+    )
+    num_attention_heads: int = flag(12, "query heads of an attention block", least=1, most=1 << 20)
+    num_query_groups: int | None = flag(
+        None, "key/value heads (grouped-query attention); default: one a query head", least=1, most=1 << 20
+    )
+    kv_channels: int | None = flag(
+        None, "channels of an attention head (default: hidden size / heads)", least=1, most=1 << 20
+    )
     hybrid_layer_pattern: str | None = flag(
         None,
         "sublayers in order: R RWKV-7, * attention, E MoE FFN, - dense FFN, | pipeline cut; e.g. RERE|RE*E. "
@@ -28,45 +36,58 @@ class ModelConfig:
         "where the attention blocks go",
         choices=("interleave-x", "top-of-x", "hybrid", "attention", "rwkv"),
     )
-    transformer_pct: float = flag(25.0, "share of attention blocks in percent; their number is round(L * pct / 100)")
+    transformer_pct: float = flag(
+        25.0, "share of attention blocks in percent; their number is round(L * pct / 100)", least=0, most=100
+    )
     ffn: str = flag("moe", "FFN of the blocks made by --layer-schedule", choices=("moe", "dense"))
     activation: str = flag("relu2", "FFN activation", choices=("relu2", "swiglu", "gelu"))
     normalization: str = flag("rmsnorm", "norm of the residual stream", choices=("rmsnorm", "layernorm"))
-    norm_epsilon: float = flag(1e-6, "epsilon of the norms")
+    norm_epsilon: float = flag(1e-6, "epsilon of the norms", above=0)
     untie_embeddings_and_output_weights: bool = flag(False, "give the output head a matrix of its own")
     position_embedding_type: str = flag("rope", "positions in attention blocks", choices=("rope", "none"))
-    rotary_base: float = flag(10000.0, "base of the rotary frequencies")
-    rotary_percent: float = flag(1.0, "share of each head's channels that rotates")
+    rotary_base: float = flag(10000.0, "base of the rotary frequencies", above=0)
+    rotary_percent: float = flag(1.0, "share of each head's channels that rotates", above=0, most=1)
     add_bias_linear: bool = flag(False, "biases in attention and FFN projections")
-    vocab_size: int | None = flag(None, "true vocabulary size (default: the tokenizer's)")
-    make_vocab_size_divisible_by: int = flag(128, "pad the vocabulary to this multiple, at every layout alike")
-    max_position_embeddings: int | None = flag(None, "longest sequence the model is meant for (default: --seq-length)")
-    num_experts: int = flag(8, "experts of a MoE FFN")
-    moe_router_topk: int = flag(2, "experts a token goes to")
+    vocab_size: int | None = flag(None, "true vocabulary size (default: the tokenizer's)", least=1, most=1 << 31)
+    make_vocab_size_divisible_by: int = flag(
+        128, "pad the vocabulary to this multiple, at every layout alike", least=1, most=1 << 31
+    )
+    max_position_embeddings: int | None = flag(
+        None, "longest sequence the model is meant for (default: --seq-length)", least=1
+    )
+    num_experts: int = flag(8, "experts of a MoE FFN", least=1, most=1_000_000)
+    moe_router_topk: int = flag(2, "experts a token goes to", least=1, most=1_000_000)
     moe_router_score_function: str = flag("softmax", "how router logits become scores", choices=("softmax", "sigmoid"))
     moe_router_pre_softmax: bool = flag(
         False,
         "weigh the chosen experts by their share of all experts' softmax, not of the chosen ones' (softmax only); "
         "needed with --moe-router-topk 1",
     )
-    moe_router_topk_scaling_factor: float | None = flag(None, "factor on the routing weights of the chosen experts")
-    moe_router_num_groups: int | None = flag(
-        None, "groups of neighbouring experts; a token's experts come from --moe-router-group-topk of them"
+    moe_router_topk_scaling_factor: float | None = flag(
+        None, "factor on the routing weights of the chosen experts", above=0
     )
-    moe_router_group_topk: int | None = flag(None, "groups a token goes to")
+    moe_router_num_groups: int | None = flag(
+        None,
+        "groups of neighbouring experts; a token's experts come from --moe-router-group-topk of them",
+        least=1,
+        most=1_000_000,
+    )
+    moe_router_group_topk: int | None = flag(None, "groups a token goes to", least=1)
     moe_router_enable_expert_bias: bool = flag(
         False, "balance without a loss: a bias in the choice of experts (sigmoid), moved once a step against their load"
     )
-    moe_router_bias_update_rate: float = flag(1e-3, "step of the expert bias")
+    moe_router_bias_update_rate: float = flag(1e-3, "step of the expert bias", least=0)
     moe_router_load_balancing_type: str = flag(
         "seq_aux_loss",
         "load-balancing loss: over each sequence, with the load of the previous global batch, or none",
         choices=("seq_aux_loss", "global_aux_loss", "none"),
     )
-    moe_aux_loss_coeff: float = flag(1e-2, "weight of the load-balancing loss")
-    moe_z_loss_coeff: float = flag(1e-3, "weight of the router z-loss")
+    moe_aux_loss_coeff: float = flag(1e-2, "weight of the load-balancing loss", least=0)
+    moe_z_loss_coeff: float = flag(1e-3, "weight of the router z-loss", least=0)
     moe_expert_capacity_factor: float | None = flag(
-        None, "an expert takes at most this times its even share of each sequence's tokens (default: every token)"
+        None,
+        "an expert takes at most this times its even share of each sequence's tokens (default: every token)",
+        above=0,
     )
     moe_token_drop_policy: str = flag(
         "position",
@@ -74,23 +95,31 @@ class ModelConfig:
         choices=("position", "probs"),
     )
     moe_shared_expert_intermediate_size: int | None = flag(
-        None, "inner width of an expert that every token goes to besides (default: none)"
+        None,
+        "inner width of an expert that every token goes to besides (default: none)",
+        least=1,
     )
-    rwkv_head_size: int = flag(64, "channels of an RWKV-7 head")
-    rwkv_decay_rank: int | None = flag(None, "rank of the decay (w) LoRA; default: the published rule of the width")
+    rwkv_head_size: int = flag(64, "channels of an RWKV-7 head", least=1, most=1 << 16)
+    rwkv_decay_rank: int | None = flag(
+        None, "rank of the decay (w) LoRA; default: the published rule of the width", least=1
+    )
     rwkv_iclr_rank: int | None = flag(
-        None, "rank of the in-context learning rate (a) LoRA; default: the published rule"
+        None,
+        "rank of the in-context learning rate (a) LoRA; default: the published rule",
+        least=1,
     )
-    rwkv_value_rank: int | None = flag(None, "rank of the value-residual (v) LoRA; default: the published rule")
-    rwkv_gate_rank: int | None = flag(None, "rank of the gate (g) LoRA; default: the published rule")
+    rwkv_value_rank: int | None = flag(
+        None, "rank of the value-residual (v) LoRA; default: the published rule", least=1
+    )
+    rwkv_gate_rank: int | None = flag(None, "rank of the gate (g) LoRA; default: the published rule", least=1)
     rwkv_init: str = flag(
         "orthogonal",
         "RWKV-7 projections at step 0: the published orthogonal rule, or normal of the same scale "
         "(for widths whose QR is too slow)",
         choices=("orthogonal", "normal"),
     )
-    init_std: float = flag(0.02, "standard deviation of normal initial weights")
-    init_std_scale: float = flag(1.0, "factor on every random initial weight")
+    init_std: float = flag(0.02, "standard deviation of normal initial weights", least=0)
+    init_std_scale: float = flag(1.0, "factor on every random initial weight", least=0)
     reset_at_document_boundaries: bool = flag(
         True, "packed documents do not see each other: attention mask, positions, token shift and RWKV state restart"
     )
@@ -120,12 +149,6 @@ class ModelConfig:
         Raises:
             UserError: naming the flag, its value and one that works.
         """
-        require_at_least(self, 1, "num_layers", "hidden_size", "num_attention_heads", "num_experts", "moe_router_topk")
-        require_at_least(self, 1, "ffn_hidden_size", "num_query_groups", "kv_channels", "rwkv_head_size")
-        require_at_least(self, 1, "rwkv_decay_rank", "rwkv_iclr_rank", "rwkv_value_rank", "rwkv_gate_rank")
-        require_at_least(self, 1, "vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings")
-        require_at_least(self, 0, "moe_aux_loss_coeff", "moe_z_loss_coeff", "init_std", "init_std_scale")
-        require_positive(self, "norm_epsilon", "rotary_base")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"--hidden-size {self.hidden_size} does not divide by --num-attention-heads "
@@ -142,15 +165,8 @@ class ModelConfig:
                 f"use a multiple of {self.rwkv_head_size}"
             )
         self._validate_moe()
-        if not 0 <= self.transformer_pct <= 100:
-            raise UserError(f"--transformer-pct {self.transformer_pct}: give a share between 0 and 100")
-        if not 0 < self.rotary_percent <= 1:
-            raise UserError(f"--rotary-percent {self.rotary_percent}: give a share in (0, 1]")
 
     def _validate_moe(self) -> None:
-        require_at_least(self, 1, "moe_router_num_groups", "moe_router_group_topk")
-        require_at_least(self, 1, "moe_shared_expert_intermediate_size")
-        require_at_least(self, 0, "moe_router_bias_update_rate")
         if self.moe_router_topk > self.num_experts:
             raise UserError(f"--moe-router-topk {self.moe_router_topk} exceeds --num-experts {self.num_experts}")
         renormalised = self.moe_router_score_function == "softmax" and not self.moe_router_pre_softmax
@@ -159,9 +175,6 @@ class ModelConfig:
                 "--moe-router-topk 1: the softmax of one chosen expert is always 1, so the loss would never train the "
                 "router; add --moe-router-pre-softmax, or use --moe-router-score-function sigmoid"
             )
-        for name in ("moe_expert_capacity_factor", "moe_router_topk_scaling_factor"):
-            if getattr(self, name) is not None:
-                require_positive(self, name)
         if self.moe_router_enable_expert_bias and self.moe_router_score_function != "sigmoid":
             raise UserError(
                 "--moe-router-enable-expert-bias balances sigmoid scores; add --moe-router-score-function sigmoid"

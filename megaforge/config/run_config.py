@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megaforge.config.fields import flag, require_at_least, require_positive
+from megaforge.config.fields import flag
 from megaforge.errors import UserError
 
 
@@ -18,31 +18,40 @@ def roomy_etp(tp: int, ep: int, stage_ranks: int) -> int:
 class ParallelConfig:
     """The layout: it changes nothing but speed."""
 
-    tensor_model_parallel_size: int = flag(1, "ranks that share each matrix", aliases=("--tp",))
-    pipeline_model_parallel_size: int = flag(1, "pipeline stages", aliases=("--pp",))
+    tensor_model_parallel_size: int = flag(1, "ranks that share each matrix", aliases=("--tp",), least=1, most=1 << 20)
+    pipeline_model_parallel_size: int = flag(1, "pipeline stages", aliases=("--pp",), least=1, most=1 << 20)
     virtual_pipeline_model_parallel_size: int | None = flag(
-        None, "stages on each pipeline rank (default: 2 for zb-v, else 1)", aliases=("--vpp",)
+        None,
+        "stages on each pipeline rank (default: 2 for zb-v, else 1)",
+        aliases=("--vpp",),
+        least=1,
+        most=100_000,
     )
     num_layers_per_virtual_pipeline_stage: int | None = flag(
-        None, "blocks of a stage, another way to say --vpp: blocks / pp / this"
+        None,
+        "blocks of a stage, another way to say --vpp: blocks / pp / this",
+        least=1,
+        most=100_000,
     )
     pipeline_schedule: str | None = flag(
         None,
         "order of forward and backward passes (default: 1f1b, or interleaved with --vpp above 1)",
         choices=("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"),
     )
-    context_parallel_size: int = flag(1, "ranks that share each sequence", aliases=("--cp",))
+    context_parallel_size: int = flag(1, "ranks that share each sequence", aliases=("--cp",), least=1, most=1 << 20)
     cp_comm_type: str = flag(
         "allgather",
         "how attention gets other --cp ranks' keys and values: all at once, or in a ring (p2p) that never holds all",
         choices=("allgather", "p2p"),
     )
-    expert_model_parallel_size: int = flag(1, "ranks that share the experts", aliases=("--ep",))
+    expert_model_parallel_size: int = flag(1, "ranks that share the experts", aliases=("--ep",), least=1, most=1 << 20)
     expert_tensor_parallel_size: int | None = flag(
         None,
         "ranks that share each expert's matrices (default: the largest divisor of --tp that leaves room for --ep among "
         "the ranks of a pipeline stage)",
         aliases=("--etp",),
+        least=1,
+        most=1 << 20,
     )
     sequence_parallel: bool = flag(
         False, "shard norms and the residual stream over the sequence within tp", aliases=("--sp",)
@@ -60,7 +69,7 @@ class ParallelConfig:
     overlap_tp_comm: bool = flag(
         True, "reduce gradients over tp ranks while weight gradients are computed (not with zero-bubble schedules)"
     )
-    ddp_bucket_size: int = flag(25_000_000, "elements of a gradient bucket")
+    ddp_bucket_size: int = flag(25_000_000, "elements of a gradient bucket", least=1)
     zero_stage: int = flag(
         0,
         "what data-parallel ranks share out: 1 masters and moments of the optimizer, 2 gradients too, reduced after "
@@ -76,11 +85,13 @@ class ParallelConfig:
         "changes what is learned",
         choices=("none", "bf16", "powersgd"),
     )
-    grad_compression_rank: int = flag(4, "rank of the factors of --grad-compression powersgd")
+    grad_compression_rank: int = flag(4, "rank of the factors of --grad-compression powersgd", least=1)
     distributed_backend: str = flag(
         "auto", "process-group backend; auto is nccl on GPUs and gloo on CPUs", choices=("auto", "gloo", "nccl", "mpi")
     )
-    distributed_timeout_minutes: float = flag(30.0, "minutes after which a collective that does not end aborts the run")
+    distributed_timeout_minutes: float = flag(
+        30.0, "minutes after which a collective that does not end aborts the run", above=0
+    )
 
     def expert_tensor_size(self, world_size: int) -> int:
         """``--etp`` on ``world_size`` ranks: as given, or :func:`roomy_etp`."""
@@ -90,11 +101,6 @@ class ParallelConfig:
         return roomy_etp(self.tensor_model_parallel_size, self.expert_model_parallel_size, stage_ranks)
 
     def validate(self) -> None:
-        require_at_least(self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size")
-        require_at_least(self, 1, "context_parallel_size", "expert_model_parallel_size", "ddp_bucket_size")
-        require_at_least(self, 1, "virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage")
-        require_at_least(self, 1, "grad_compression_rank", "expert_tensor_parallel_size")
-        require_positive(self, "distributed_timeout_minutes")
         if None not in (self.virtual_pipeline_model_parallel_size, self.num_layers_per_virtual_pipeline_stage):
             raise UserError(
                 f"--num-layers-per-virtual-pipeline-stage {self.num_layers_per_virtual_pipeline_stage} and "
@@ -126,20 +132,21 @@ class DataConfig:
     tokenizer_model: str | None = flag(
         None, "tokenizer file (tokenizer.json or .model), or the vocabulary size of a NullTokenizer"
     )
-    seq_length: int = flag(1024, "tokens of a sample")
+    seq_length: int = flag(1024, "tokens of a sample", least=1, most=1 << 31)
     data_lanes: int = flag(
-        32, "streams each source's documents are dealt out to and read from in turn, so that a batch mixes documents"
+        32,
+        "streams each source's documents are dealt out to and read from in turn, so that a batch mixes documents",
+        least=1,
+        most=1 << 20,
     )
     eod_mask_loss: bool = flag(False, "do not train on the end-of-document token")
-    num_workers: int = flag(1, "threads that read samples ahead; 0 reads in the training thread")
+    num_workers: int = flag(1, "threads that read samples ahead; 0 reads in the training thread", least=0, most=1024)
 
     def validate(self) -> None:
         if self.mock_data and self.data_path:
             raise UserError(
                 f"--mock-data and --data-path {' '.join(self.data_path)} exclude each other; leave out one of them"
             )
-        require_at_least(self, 1, "seq_length", "data_lanes")
-        require_at_least(self, 0, "num_workers")
 
 
 @dataclass(frozen=True)
@@ -147,49 +154,51 @@ class OptimizerConfig:
     """AdamW and the learning-rate schedule."""
 
     optimizer: str = flag("adamw", "update rule", choices=("adamw",))
-    lr: float = flag(3e-4, "peak learning rate")
-    min_lr: float = flag(0.0, "learning rate at the end of the decay")
+    lr: float = flag(3e-4, "peak learning rate", above=0)
+    min_lr: float = flag(0.0, "learning rate at the end of the decay", least=0)
     lr_decay_style: str = flag("cosine", "shape of the decay", choices=("cosine", "linear", "constant", "WSD"))
-    lr_warmup_iters: int = flag(0, "iterations of linear warm-up")
-    lr_decay_iters: int | None = flag(None, "iterations until --min-lr (default: --train-iters)")
+    lr_warmup_iters: int = flag(0, "iterations of linear warm-up", least=0)
+    lr_decay_iters: int | None = flag(None, "iterations until --min-lr (default: --train-iters)", least=1)
     lr_wsd_decay_iters: int | None = flag(
-        None, "length of the final decay of WSD (default: a tenth of --lr-decay-iters)"
+        None,
+        "length of the final decay of WSD (default: a tenth of --lr-decay-iters)",
+        least=1,
     )
-    weight_decay: float = flag(0.1, "decoupled weight decay of matrices")
-    adam_beta1: float = flag(0.9, "decay of the first moment")
-    adam_beta2: float = flag(0.95, "decay of the second moment")
-    adam_eps: float = flag(1e-8, "epsilon of Adam")
-    clip_grad: float = flag(1.0, "largest global gradient norm; 0 switches clipping off")
-    initial_loss_scale: float = flag(65536.0, "fp16: loss scale at the start")
-    min_loss_scale: float = flag(1.0, "fp16: smallest loss scale")
-    loss_scale_window: int = flag(1000, "fp16: clean iterations before the scale grows by 2")
+    weight_decay: float = flag(0.1, "decoupled weight decay of matrices", least=0)
+    adam_beta1: float = flag(0.9, "decay of the first moment", least=0, below=1)
+    adam_beta2: float = flag(0.95, "decay of the second moment", least=0, below=1)
+    adam_eps: float = flag(1e-8, "epsilon of Adam", above=0)
+    clip_grad: float = flag(1.0, "largest global gradient norm; 0 switches clipping off", least=0)
+    initial_loss_scale: float = flag(65536.0, "fp16: loss scale at the start", above=0)
+    min_loss_scale: float = flag(1.0, "fp16: smallest loss scale", above=0)
+    loss_scale_window: int = flag(1000, "fp16: clean iterations before the scale grows by 2", least=1)
     hysteresis: int = flag(
-        2, "fp16: overflows since the scale last grew, of which the last and each further one halve it"
+        2,
+        "fp16: overflows since the scale last grew, of which the last and each further one halve it",
+        least=1,
     )
 
     def validate(self) -> None:
-        require_positive(self, "lr", "adam_eps", "initial_loss_scale", "min_loss_scale")
-        if not 0 <= self.min_lr <= self.lr:
-            raise UserError(f"--min-lr {self.min_lr}: must lie between 0 and --lr {self.lr}")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must lie in [0, 1)")
-        require_at_least(self, 0, "lr_warmup_iters", "weight_decay", "clip_grad")
-        require_at_least(self, 1, "lr_decay_iters", "lr_wsd_decay_iters", "loss_scale_window", "hysteresis")
+        if self.min_lr > self.lr:
+            raise UserError(f"--min-lr {self.min_lr}: must not exceed --lr {self.lr}")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """The loop: how long, how large a batch, in which precision, on what."""
 
-    micro_batch_size: int = flag(1, "sequences a rank computes at once")
-    global_batch_size: int | None = flag(None, "sequences of one optimizer step (default: micro batch x dp)")
-    train_iters: int = flag(100, "optimizer steps of the run")
-    exit_interval: int = flag(0, "save and leave after each iteration that divides by this; 0: run to --train-iters")
-    exit_duration_in_mins: float | None = flag(
-        None, "save and leave, with status 0, after the step in which the run is this many minutes old"
+    micro_batch_size: int = flag(1, "sequences a rank computes at once", least=1, most=1 << 20)
+    global_batch_size: int | None = flag(
+        None, "sequences of one optimizer step (default: micro batch x dp)", least=1, most=1 << 24
     )
-    seed: int = flag(1234, "seed of initial weights and of the data order")
+    train_iters: int = flag(100, "optimizer steps of the run", least=0)
+    exit_interval: int = flag(
+        0, "save and leave after each iteration that divides by this; 0: run to --train-iters", least=0
+    )
+    exit_duration_in_mins: float | None = flag(
+        None, "save and leave, with status 0, after the step in which the run is this many minutes old", above=0
+    )
+    seed: int = flag(1234, "seed of initial weights and of the data order", least=0)
     bf16: bool = flag(False, "compute in bfloat16; master weights stay in fp32")
     fp16: bool = flag(False, "compute in float16 with dynamic loss scaling; master weights stay in fp32")
     fp64: bool = flag(False, "compute in float64 (for parity checks)")
@@ -206,10 +215,12 @@ class TrainingConfig:
         "extra 'gpu'); auto is native where there is some for the device, else torch",
         choices=("auto", "native", "fla", "torch"),
     )
-    eval_interval: int = flag(0, "iterations between evaluations; 0: only at the end when --eval-iters is set")
-    eval_iters: int = flag(0, "global batches of one evaluation; 0: no evaluation")
+    eval_interval: int = flag(0, "iterations between evaluations; 0: only at the end when --eval-iters is set", least=0)
+    eval_iters: int = flag(0, "global batches of one evaluation; 0: no evaluation", least=0)
     early_stopping_patience: int = flag(
-        0, "evaluations without a better --early-stopping-metric before the run ends; 0: never"
+        0,
+        "evaluations without a better --early-stopping-metric before the run ends; 0: never",
+        least=0,
     )
     early_stopping_metric: str = flag(
         "loss", "what early stopping and --keep-best watch", choices=("loss", "perplexity", "bits_per_byte", "accuracy")
@@ -221,11 +232,6 @@ class TrainingConfig:
         if self.wkv_backend == "fla" and (self.device == "cpu" or self.fp64):
             given = "--device cpu" if self.device == "cpu" else "--fp64"
             raise UserError(f"--wkv-backend fla with {given}: it computes on GPUs, not in fp64; use --wkv-backend auto")
-        require_at_least(self, 1, "micro_batch_size", "global_batch_size")
-        require_at_least(self, 0, "train_iters", "exit_interval", "eval_interval", "eval_iters")
-        if self.exit_duration_in_mins is not None:
-            require_positive(self, "exit_duration_in_mins")
-        require_at_least(self, 0, "seed", "early_stopping_patience")
 
 
 @dataclass(frozen=True)
@@ -238,20 +244,21 @@ class CheckpointConfig:
         None,
         "iterations between checkpoints; 0: only at the end (default: a tenth of --train-iters, on an evaluation where "
         "--keep-best wants one; and at the latest every 30 minutes)",
+        least=0,
     )
-    keep_last: int = flag(3, "newest checkpoints to keep; 0: all")
-    keep_best: int = flag(0, "checkpoints with the best validation loss to keep besides")
+    keep_last: int = flag(3, "newest checkpoints to keep; 0: all", least=0)
+    keep_best: int = flag(0, "checkpoints with the best validation loss to keep besides", least=0)
     finetune: bool = flag(False, "load the weights only and start the run at iteration 0")
 
     def validate(self) -> None:
-        require_at_least(self, 0, "save_interval", "keep_last", "keep_best")
+        """Its bounds say all."""
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
     """What the run says about itself, and where."""
 
-    log_interval: int = flag(10, "iterations between console lines")
+    log_interval: int = flag(10, "iterations between console lines", least=1)
     metrics_file: str | None = flag(
         None,
         "JSONL: one object a step and one an evaluation, appended to what earlier runs wrote there",
@@ -263,4 +270,4 @@ class LoggingConfig:
     run_name: str | None = flag(None, "name of the run in trackers")
 
     def validate(self) -> None:
-        require_at_least(self, 1, "log_interval")
+        """Its bounds say all."""

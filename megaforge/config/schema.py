@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from megaforge.config.config import Config
+from megaforge.config.fields import Bounds
 from megaforge.errors import UserError
 
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
@@ -32,6 +32,7 @@ class Setting:
         kind: int, float, bool or str; of the elements when ``sequence``.
         optional: whether None is a value of it (written ``none`` on the command line, ``null`` in YAML).
         sequence: whether it holds a tuple.
+        bounds: which numbers it takes.
     """
 
     section: str
@@ -44,6 +45,7 @@ class Setting:
     choices: tuple[Any, ...] | None
     aliases: tuple[str, ...]
     metavar: str | None
+    bounds: Bounds
 
     @property
     def key(self) -> str:
@@ -94,8 +96,8 @@ class Setting:
         return self._checked(value)
 
     def _checked(self, value: Any) -> Any:
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError("expected a finite number")
+        if type(value) in (int, float):
+            self.bounds.check(value)
         if self.choices and value not in self.choices:
             raise ValueError(f"choose {', '.join(map(str, self.choices[:-1]))} or {self.choices[-1]}")
         return value
@@ -112,6 +114,7 @@ def _setting(section: str, field: dataclasses.Field[Any], annotation: Any) -> Se
     return Setting(
         section, field.name, kind, len(plain) != len(alternatives), sequence, default,
         field.metadata["help"], field.metadata["choices"], field.metadata["aliases"], field.metadata["metavar"],
+        field.metadata["bounds"],
     )  # fmt: skip
 
 

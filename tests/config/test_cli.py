@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 from megaforge.config.check_layout import check_layout
 from megaforge.config.cli import ParsedConfig, config_from_dict, config_to_dict, format_config, parse_config
 from megaforge.config.config import Config
-from megaforge.config.schema import sections, settings
+from megaforge.config.run_config import DataConfig
+from megaforge.config.schema import Setting, sections, settings
 from megaforge.config.yaml_files import preset_names
 from megaforge.errors import UserError
 
@@ -137,11 +139,11 @@ def test_files_that_cannot_be_read(write) -> None:
         (["--lr"], "--lr: expected one argument"),
         (["--data-path"], "--data-path: expected at least one argument"),
         (["stray"], "stray: no flag takes this word; see --help"),
-        (["--global-batch-size", "0"], "--global-batch-size 0: must be at least 1"),
-        (["--make-vocab-size-divisible-by", "0"], "--make-vocab-size-divisible-by 0: must be at least 1"),
+        (["--global-batch-size", "0"], "--global-batch-size 0: must be at least 1 and at most 16777216"),
+        (["--make-vocab-size-divisible-by", "0"], "--make-vocab-size-divisible-by 0: must be at least 1 and at most 2147483648"),
         (["--weight-decay", "-0.1"], "--weight-decay -0.1: must be at least 0"),
-        (["--lr", "0"], "--lr 0.0: must be positive"),
-        (["--min-lr", "1"], "--min-lr 1.0: must lie between 0 and --lr 0.0003"),
+        (["--lr", "0"], "--lr 0: must be positive"),
+        (["--min-lr", "1"], "--min-lr 1.0: must not exceed --lr 0.0003"),
         (["--bf16", "--fp16"], "--bf16, --fp16 and --fp64 exclude each other; choose one"),
     ],
 )  # fmt: skip
@@ -240,3 +242,57 @@ def test_the_base_size() -> None:
 def test_sections_are_the_fields_of_config() -> None:
     expected = ["model", "parallel", "data", "optimizer", "training", "checkpoint", "logging", "dry_run"]
     assert list(sections()) == expected
+
+
+NUMBERS = [setting for setting in settings().values() if setting.kind in (int, float)]
+SLIPS = {
+    int: ("9223372036854775808", "nan", "-3"),
+    float: ("nan", "-inf", "1e-310", "1e300", "-2.5"),
+}
+
+
+def tried(setting: Setting, text: str, folder: Path) -> list[str]:
+    """What the flag and the YAML key say to ``text``; nothing where it is taken."""
+    file = folder / "c.yaml"
+    file.write_text(f"{setting.section}:\n  {setting.name}: {text or 'x'}\n")
+    said = []
+    for arguments in ([f"{setting.flag}={text}"], ["--config", str(file)]):
+        try:
+            parse(*arguments)
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize("setting", NUMBERS, ids=lambda setting: setting.key)
+def test_every_number_has_bounds(setting: Setting, tmp_path: Path) -> None:
+    for text in SLIPS[setting.kind]:
+        said = tried(setting, text, tmp_path)
+        assert len(said) == 2, (text, said)
+        assert said[0].startswith(f"{setting.flag} {text}") and f"c.yaml:2: {setting.key}" in said[1], said
+    default = setting.default
+    if default is not None and not setting.sequence:
+        assert setting.accept(default) == default
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "range"),
+    [
+        ("--lr", "0", "must be positive"),
+        ("--adam-beta1", "1", "must be at least 0 and below 1"),
+        ("--rotary-percent", "1.01", "must be above 0 and at most 1"),
+        ("--num-layers", "100001", "must be at least 1 and at most 100000"),
+        ("--seed", "-1", "must be at least 0"),
+        ("--lr", "1e-39", "too small: the smallest number above 0 is 1.2e-38"),
+    ],
+)
+def test_a_number_out_of_bounds_is_told_the_range(flag: str, value: str, range: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse(flag, value)
+    assert str(error.value).startswith(f"{flag} {value}: ") and range in str(error.value)
+
+
+def test_a_configuration_made_in_code_has_the_same_bounds() -> None:
+    config = dataclasses.replace(Config(), data=DataConfig(seq_length=0))
+    with pytest.raises(UserError, match="--seq-length 0: must be at least 1"):
+        config.validate()
