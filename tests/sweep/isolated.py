@@ -142,7 +142,8 @@ def _flag_of(action: argparse.Action) -> Flag:
     setting = getattr(action, "setting", None)
     kind = getattr(setting, "kind", action.type)
     choices = getattr(setting, "choices", None) or action.choices
-    name = max((o for o in action.option_strings if not o.startswith("--no-")), key=len)
+    positive = [option for option in action.option_strings if not option.startswith("--no-")]
+    name = max(positive or action.option_strings, key=len)
     if action.nargs == 0:
         shape = "switch"
     elif choices:
