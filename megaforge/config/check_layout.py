@@ -243,6 +243,13 @@ def _check_backend(config: Config) -> None:
 
 
 def _check_schedule(config: Config) -> None:
+    warmup, end = config.optimizer.lr_warmup_iters, config.optimizer.lr_decay_iters
+    over = end is not None and end <= warmup < config.training.train_iters
+    if over and config.optimizer.lr_decay_style != "constant":
+        raise UserError(
+            f"--lr-decay-iters {end}: the decay is over when the warm-up of --lr-warmup-iters {warmup} ends, and the "
+            "rate would fall to --min-lr in one step; make the one longer or the other shorter"
+        )
     final = config.optimizer.lr_wsd_decay_iters
     decay_iters = config.optimizer.lr_decay_iters or config.training.train_iters
     if config.optimizer.lr_decay_style == "WSD" and final is not None and final > decay_iters > 0:
@@ -318,10 +325,9 @@ def _notes(config: Config, world_size: int, replicas: int) -> list[str]:
         notes.append("--sequence-parallel has nothing to share at --tp 1: it changes nothing")
     if config.parallel.context_parallel_size == 1 and config.parallel.cp_comm_type != "allgather":
         notes.append(f"--cp-comm-type {config.parallel.cp_comm_type} has nothing to exchange at --cp 1")
-    decay_iters = config.optimizer.lr_decay_iters or config.training.train_iters
-    if 0 < decay_iters < config.optimizer.lr_warmup_iters:
+    if 0 < config.training.train_iters < config.optimizer.lr_warmup_iters:
         notes.append(
-            f"--lr-warmup-iters {config.optimizer.lr_warmup_iters} exceeds the schedule's {decay_iters} iterations: "
-            "the run ends before --lr is reached"
+            f"--lr-warmup-iters {config.optimizer.lr_warmup_iters} exceeds --train-iters "
+            f"{config.training.train_iters}: the run ends before --lr is reached"
         )
     return notes

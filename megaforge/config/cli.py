@@ -13,6 +13,8 @@ from typing import Any
 from megaforge.config.arguments import ArgumentParser
 from megaforge.config.config import Config
 from megaforge.config.entry import launched_rank, run_entry
+from megaforge.config.launcher import say_once
+from megaforge.config.partners import check_partners
 from megaforge.config.schema import (
     Setting,
     build_config,
@@ -82,8 +84,11 @@ def parse_config(
     if namespace.print_config and launched_rank()[0] == 0:
         print(format_config(ParsedConfig(config, origins)))
     config.validate()
+    notes = check_partners(config, origins)
     if namespace.print_config:
         sys.exit(0)
+    for note in notes:
+        say_once(note)
     return ParsedConfig(config, origins)
 
 

@@ -29,11 +29,6 @@ def prepare(config: Config) -> tuple[Config, Layout, Tokenizer | None]:
             "--data-path is missing; give the prefix of a dataset, such as corpus/train_text_document (or --mock-data, "
             "to measure speed on random tokens)"
         )
-    if config.training.early_stopping_patience and not config.training.eval_iters:
-        raise UserError(
-            f"--early-stopping-patience {config.training.early_stopping_patience} judges evaluations, and there are "
-            "none: set --eval-iters and --eval-interval"
-        )
     parse_split(config.data.split)
     for _, prefix in parse_data_path(config.data.data_path) if config.data.data_path else ():
         check_files(prefix)

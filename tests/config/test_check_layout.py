@@ -166,7 +166,7 @@ def test_mixer_kinds(argv: list[str], kinds: str) -> None:
 
 
 def test_notes_on_what_changes_nothing() -> None:
-    layout = check_layout(parse_config(["--sp", "--lr-warmup-iters", "200"]).config, 1)
+    layout = check_layout(parse_config(["--sp", "--config", "cdrmix-core-1b", "--train-iters", "20"]).config, 1)
     assert [note.split()[0] for note in layout.notes] == ["--sequence-parallel", "--lr-warmup-iters"]
 
 

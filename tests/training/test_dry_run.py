@@ -14,7 +14,7 @@ TEST = ["--config", "cdrmix-test", "--vocab-size", "500", "--dry-run"]
 
 
 def test_prints_what_the_ranks_hold(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = "--tp 2 --dry-run-world-size 64 --micro-batch-size 1 --global-batch-size 64"
+    flags = "--tp 2 --dry-run --dry-run-world-size 64 --micro-batch-size 1 --global-batch-size 64"
     dry_run(parse_config([*TEST, *flags.split()]).config)
     text = capsys.readouterr().out
     assert "cdrmix-test on 64 ranks: --tp 2" in text and "(dp 32)" in text
@@ -24,9 +24,9 @@ def test_prints_what_the_ranks_hold(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_refuses_what_the_job_would_refuse() -> None:
     with pytest.raises(UserError, match="--tp 3"):
-        dry_run(parse_config([*TEST, "--tp", "3", "--dry-run-world-size", "6"]).config)
+        dry_run(parse_config([*TEST, "--tp", "3", "--dry-run", "--dry-run-world-size", "6"]).config)
     with pytest.raises(UserError, match="ranks 0 to 7"):
-        dry_run(parse_config([*TEST, "--dry-run-world-size", "8", "--dry-run-ranks", "8"]).config)
+        dry_run(parse_config([*TEST, "--dry-run", "--dry-run-world-size", "8", "--dry-run-ranks", "8"]).config)
     with pytest.raises(UserError, match="--dry-run-ranks some"):
         parse_config([*TEST, "--dry-run-ranks", "some"])
 
@@ -41,5 +41,5 @@ def test_a_model_that_fits_no_machine_is_tried_without_memory(monkeypatch: pytes
         return out
 
     monkeypatch.setattr(torch, "empty", small)
-    flags = "--config cdrmix-core-4b --num-layers 4 --tp 8 --sp --dry-run-world-size 16 --dry-run-ranks 9"
+    flags = "--config cdrmix-core-4b --num-layers 4 --tp 8 --sp --dry-run --dry-run-world-size 16 --dry-run-ranks 9"
     dry_run(parse_config(flags.split()).config)

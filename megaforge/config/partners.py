@@ -1,0 +1,226 @@
+"""Flags that do something only beside another: one table, checked once, before the run.
+
+A flag counts when the user wrote it, on the command line or in a file of their own, with a value that asks for
+something. A preset's values are a whole, of which a flag may switch a part off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from megaforge.config.check_layout import ffn_kinds, mixer_kinds
+from megaforge.config.config import Config
+from megaforge.config.schema import settings
+from megaforge.errors import UserError
+
+
+class Partner(NamedTuple):
+    """One rule.
+
+    Attributes:
+        keys: the flags, as ``section.name`` of settings.
+        needs: whether the configuration has what they need.
+        text: what is wrong and what to write; the sentence begins with the flag and its value.
+        refuse: whether the run is another one than was asked for; otherwise the flag is idle, and rank 0 says so.
+    """
+
+    keys: tuple[str, ...]
+    needs: Callable[[Config], Any]
+    text: str
+    refuse: bool = True
+
+
+def _model(*names: str) -> tuple[str, ...]:
+    return tuple(f"model.{name}" for name in names)
+
+
+def _scored(config: Config) -> bool:
+    """Whether the checkpoints between the beginning and the end have an evaluation's score."""
+    interval, evaluation = config.checkpoint.save_interval, config.training.eval_interval
+    return interval is None or (interval > 0 and interval % evaluation == 0)
+
+
+_NO_EXPERTS = "this model has no mixture of experts; add --ffn moe, or write E in --hybrid-layer-pattern"
+_NO_FP16 = "is for --fp16, which is not set: it changes nothing"
+_NO_SAVE = "nothing is saved: add --save DIR"
+
+PARTNERS = (
+    Partner(("checkpoint.save_interval", "checkpoint.keep_last"), lambda c: c.checkpoint.save, _NO_SAVE),
+    Partner(("checkpoint.keep_best",), lambda c: c.checkpoint.save, _NO_SAVE),
+    Partner(
+        ("checkpoint.keep_best",),
+        lambda c: c.training.eval_iters and c.training.eval_interval,
+        "checkpoints have no score to be best by: add --eval-iters N and --eval-interval N",
+    ),
+    Partner(
+        ("checkpoint.keep_best",),
+        lambda c: not c.training.eval_interval or _scored(c),
+        "only checkpoints of evaluated iterations have a score: make --save-interval a multiple of --eval-interval",
+    ),
+    Partner(
+        ("checkpoint.finetune",),
+        lambda c: c.checkpoint.load,
+        "there are no weights to start from: add --load DIR",
+    ),
+    Partner(
+        ("training.exit_interval", "training.exit_duration_in_mins"),
+        lambda c: c.checkpoint.save,
+        "it leaves without saving, as --save is not set",
+        refuse=False,
+    ),
+    Partner(("training.eval_interval",), lambda c: c.training.eval_iters, "nothing is evaluated: add --eval-iters N"),
+    Partner(
+        ("training.early_stopping_patience",),
+        lambda c: c.training.eval_iters and c.training.eval_interval,
+        "it judges evaluations, and there are none before the end: add --eval-iters N and --eval-interval N",
+    ),
+    Partner(
+        ("training.early_stopping_metric",),
+        lambda c: c.training.eval_iters and (c.training.early_stopping_patience or c.checkpoint.keep_best),
+        "nobody watches it: add --early-stopping-patience N or --keep-best N, and evaluations (--eval-iters)",
+        refuse=False,
+    ),
+    Partner(
+        ("optimizer.lr_wsd_decay_iters",),
+        lambda c: c.optimizer.lr_decay_style == "WSD",
+        "only one schedule has a final decay: add --lr-decay-style WSD",
+    ),
+    Partner(
+        ("optimizer.min_lr", "optimizer.lr_decay_iters"),
+        lambda c: c.optimizer.lr_decay_style != "constant",
+        "--lr-decay-style constant does not decay: it changes nothing",
+        refuse=False,
+    ),
+    Partner(
+        ("optimizer.lr_warmup_iters",),
+        lambda c: c.optimizer.lr_decay_style == "constant" or c.optimizer.lr_warmup_iters < (_decay_iters(c) or 2**63),
+        "the decay is over when the warm-up ends (--lr-decay-iters, or --train-iters): make the one shorter or the "
+        "other longer",
+    ),
+    Partner(
+        tuple(f"optimizer.{n}" for n in ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")),
+        lambda c: c.training.fp16,
+        _NO_FP16,
+        refuse=False,
+    ),
+    Partner(
+        ("parallel.grad_compression_rank",),
+        lambda c: c.parallel.grad_compression == "powersgd",
+        "it is the rank of --grad-compression powersgd, which is not set: add it",
+    ),
+    Partner(
+        ("parallel.pipeline_schedule", "parallel.virtual_pipeline_model_parallel_size"),
+        lambda c: c.parallel.pipeline_model_parallel_size > 1,
+        "there is no pipeline at --pp 1: it changes nothing but the order of the work",
+        refuse=False,
+    ),
+    Partner(
+        ("dry_run.dry_run_world_size", "dry_run.dry_run_ranks"),
+        lambda c: c.dry_run.dry_run,
+        "this would start a real run: add --dry-run",
+    ),
+    Partner(
+        ("logging.run_name",),
+        lambda c: c.logging.wandb_project or c.logging.mlflow_experiment,
+        "no tracker takes it: add --wandb-project or --mlflow-experiment",
+        refuse=False,
+    ),
+    Partner(
+        ("model.layer_schedule", "model.transformer_pct", "model.ffn"),
+        lambda c: c.model.hybrid_layer_pattern is None,
+        "--hybrid-layer-pattern says which layers there are: it changes nothing",
+        refuse=False,
+    ),
+    Partner(
+        ("model.transformer_pct",),
+        lambda c: c.model.layer_schedule not in ("attention", "rwkv"),
+        "--layer-schedule has one kind of mixer: it changes nothing",
+        refuse=False,
+    ),
+    Partner(
+        _model("num_experts", "moe_router_topk", "moe_expert_capacity_factor", "moe_shared_expert_intermediate_size"),
+        lambda c: "E" in ffn_kinds(c.model),
+        _NO_EXPERTS,
+    ),
+    Partner(
+        _model(
+            *("moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor"),
+            *("moe_router_num_groups", "moe_router_enable_expert_bias", "moe_router_load_balancing_type"),
+            *("moe_aux_loss_coeff", "moe_z_loss_coeff"),
+        ),
+        lambda c: "E" in ffn_kinds(c.model),
+        _NO_EXPERTS,
+    ),
+    Partner(
+        _model("moe_router_bias_update_rate"),
+        lambda c: c.model.moe_router_enable_expert_bias,
+        "there is no bias to move: add --moe-router-enable-expert-bias",
+    ),
+    Partner(
+        _model("moe_token_drop_policy"),
+        lambda c: c.model.moe_expert_capacity_factor,
+        "no token is dropped without --moe-expert-capacity-factor: it changes nothing",
+        refuse=False,
+    ),
+    Partner(
+        _model("moe_aux_loss_coeff"),
+        lambda c: c.model.moe_router_load_balancing_type != "none",
+        "--moe-router-load-balancing-type none has no such loss: it changes nothing",
+        refuse=False,
+    ),
+    Partner(
+        _model("rwkv_decay_rank", "rwkv_iclr_rank", "rwkv_value_rank", "rwkv_gate_rank", "rwkv_init")
+        + ("training.wkv_backend",),
+        lambda c: "R" in mixer_kinds(c.model),
+        "this model has no RWKV-7 layer: it changes nothing",
+        refuse=False,
+    ),
+    Partner(
+        _model("kv_channels", "num_query_groups", "rotary_base", "rotary_percent", "position_embedding_type"),
+        lambda c: "*" in mixer_kinds(c.model),
+        "this model has no attention layer: it changes nothing",
+        refuse=False,
+    ),
+    Partner(
+        _model("rotary_base", "rotary_percent"),
+        lambda c: c.model.position_embedding_type == "rope",
+        "it shapes --position-embedding-type rope, which is not chosen: it changes nothing",
+        refuse=False,
+    ),
+)
+
+
+def _decay_iters(config: Config) -> int:
+    return config.optimizer.lr_decay_iters or config.training.train_iters
+
+
+def check_partners(config: Config, origins: Mapping[str, str]) -> list[str]:
+    """Looks up every flag that the user wrote.
+
+    Args:
+        origins: where each setting's value came from (:class:`megaforge.config.cli.ParsedConfig`).
+
+    Returns:
+        What to tell the user of flags that do nothing.
+
+    Raises:
+        UserError: a flag without its partner makes this another run than was asked for.
+    """
+    notes = []
+    for partner in PARTNERS:
+        for key in partner.keys:
+            setting = settings()[key]
+            value = getattr(getattr(config, setting.section), setting.name)
+            asks = value != setting.default and (key == "checkpoint.save_interval" or value not in (None, False, 0))
+            if not asks or not _written(origins[key]) or partner.needs(config):
+                continue
+            text = f"{setting.flag}{'' if value is True else f' {value}'}: {partner.text}"
+            if partner.refuse:
+                raise UserError(text)
+            notes.append(text)
+    return notes
+
+
+def _written(origin: str) -> bool:
+    return origin != "default" and not origin.startswith("preset ")

@@ -1,0 +1,92 @@
+"""Flags without their partner: each row of the table is reached, refused or said, and quiet beside its partner."""
+
+from __future__ import annotations
+
+import pytest
+
+from megaforge.config.cli import parse_config
+from megaforge.config.partners import PARTNERS
+from megaforge.config.schema import settings
+from megaforge.errors import UserError
+
+EVALUATED = ("--eval-iters", "1", "--eval-interval", "2")
+DENSE = ("--ffn", "dense")
+ATTENTION, RWKV = ("--layer-schedule", "attention"), ("--layer-schedule", "rwkv")
+
+REFUSED = [
+    (("--save-interval", "2"), (), "--save DIR"),
+    (("--save-interval", "0"), (), "--save DIR"),
+    (("--keep-last", "9"), (), "--save DIR"),
+    (("--keep-best", "1"), EVALUATED, "--save DIR"),
+    (("--keep-best", "1"), ("--save", "r"), "--eval-iters N"),
+    (("--keep-best", "1"), ("--save", "r", "--eval-iters", "1"), "--eval-interval N"),
+    (("--keep-best", "1"), ("--save", "r", *EVALUATED, "--save-interval", "3"), "multiple of --eval-interval"),
+    (("--keep-best", "1"), ("--save", "r", *EVALUATED, "--save-interval", "0"), "multiple of --eval-interval"),
+    (("--eval-interval", "2"), (), "--eval-iters N"),
+    (("--early-stopping-patience", "2"), ("--eval-iters", "1"), "--eval-interval N"),
+    (("--finetune",), (), "--load DIR"),
+    (("--lr-wsd-decay-iters", "5"), (), "--lr-decay-style WSD"),
+    (("--lr-warmup-iters", "500"), ("--train-iters", "500"), "warm-up"),
+    (("--lr-warmup-iters", "1000"), ("--train-iters", "2000", "--lr-decay-iters", "500"), "warm-up"),
+    (("--grad-compression-rank", "8"), (), "--grad-compression powersgd"),
+    (("--dry-run-world-size", "8"), (), "--dry-run"),
+    (("--dry-run-ranks", "stage"), (), "--dry-run"),
+    (("--num-experts", "4"), DENSE, "--ffn moe"),
+    (("--moe-router-score-function", "sigmoid"), DENSE, "--ffn moe"),
+    (("--moe-router-bias-update-rate", "0.1"), (), "--moe-router-enable-expert-bias"),
+]
+SAID = [
+    (("--exit-interval", "2"), (), "--save"),
+    (("--exit-duration-in-mins", "2"), (), "--save"),
+    (("--early-stopping-metric", "accuracy"), EVALUATED, "--keep-best"),
+    (("--min-lr", "1e-5"), ("--lr-decay-style", "constant"), "constant"),
+    (("--hysteresis", "4"), ("--bf16",), "--fp16"),
+    (("--pipeline-schedule", "gpipe"), (), "--pp 1"),
+    (("--run-name", "x"), (), "--wandb-project"),
+    (("--transformer-pct", "50"), ("--hybrid-layer-pattern", "RE*E", "--num-layers", "2"), "--hybrid-layer-pattern"),
+    (("--transformer-pct", "50"), RWKV, "--layer-schedule"),
+    (("--moe-token-drop-policy", "probs"), (), "--moe-expert-capacity-factor"),
+    (("--moe-aux-loss-coeff", "0.1"), ("--moe-router-load-balancing-type", "none"), "no such loss"),
+    (("--rwkv-gate-rank", "8"), ATTENTION, "no RWKV-7 layer"),
+    (("--num-query-groups", "1"), RWKV, "no attention layer"),
+    (("--rotary-base", "1e6"), (*ATTENTION, "--position-embedding-type", "none"), "rope"),
+]
+
+
+@pytest.mark.parametrize(("flag", "beside", "advice"), REFUSED)
+def test_refused(flag: tuple[str, ...], beside: tuple[str, ...], advice: str) -> None:
+    parse_config(list(beside))
+    with pytest.raises(UserError) as caught:
+        parse_config([*beside, *flag])
+    assert str(caught.value).startswith(flag[0]) and advice in str(caught.value)
+
+
+@pytest.mark.parametrize(("flag", "beside", "advice"), SAID)
+def test_said(flag: tuple[str, ...], beside: tuple[str, ...], advice: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parse_config([*beside, *flag])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(flag[0])]
+    assert len(lines) == 1 and advice in lines[0]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("--save", "r", "--save-interval", "4", "--keep-best", "1", "--keep-last", "5", *EVALUATED),
+        ("--save", "r", "--keep-best", "1", *EVALUATED),
+        ("--keep-best", "0", "--exit-interval", "0", "--eval-interval", "0"),
+        ("--config", "cdrmix-core-1b", "--train-iters", "20"),  # a preset's warm-up is its own
+        ("--config", "cdrmix-core-1b", "--ffn", "dense", "--moe-aux-loss-coeff", "0"),
+        ("--lr-warmup-iters", "499", "--train-iters", "500"),
+        ("--lr-warmup-iters", "900", "--train-iters", "500", "--lr-decay-style", "constant"),
+        ("--dry-run", "--dry-run-world-size", "8"),
+    ],
+)
+def test_quiet_beside_its_partner(line: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    parse_config(list(line))
+    assert capsys.readouterr().err == ""
+
+
+def test_every_rule_has_a_line_above() -> None:
+    tried = {flag[0] for flag, _, _ in REFUSED + SAID}
+    for partner in PARTNERS:
+        assert tried & {settings()[key].flag for key in partner.keys}, partner.text
