@@ -58,3 +58,18 @@ def test_it_is_set_before_a_device_is_looked_for(
 def test_upload_to_where_it_is_copies_nothing() -> None:
     x = torch.ones(2)
     assert upload(x, torch.device("cpu")) is x
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "cores", "said"),
+    [
+        ("cuda", 8, 64, None),
+        ("cuda", 8, 16, None),
+        ("cuda", 8, 1, "8 ranks on a GPU may use 1 core of"),  # a Slurm step without --cpus-per-task
+        ("cuda", 1, 1, "1 rank on a GPU may use 1 core of"),
+        ("cpu", 8, 2, None),
+    ],
+)
+def test_ranks_without_cores_are_told(device: str, ranks: int, cores: int, said: str | None) -> None:
+    note = launch.few_cores(torch.device(device), ranks, cores)
+    assert note is None if said is None else note is not None and said in note and "SRUN_CPUS_PER_TASK" in note

@@ -49,9 +49,24 @@ def join(config: Config) -> ParallelContext:
         set_gpu_environment(one_queue=parallel.overlap_tp_comm and parallel.tensor_model_parallel_size > 1)
     device = resolve_device(config.training.device, discover_launch().local_rank)
     set_numerics(config, device)
+    note = few_cores(device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(os.sched_getaffinity(0)))
+    if note is not None:
+        say_once(note)
     check_backend(config.parallel.distributed_backend)
     initialize(device, parallel.distributed_backend, parallel.distributed_timeout_minutes)
     return context_of(config, device)
+
+
+def few_cores(device: torch.device, ranks: int, cores: int) -> str | None:
+    """A warning where ``ranks`` that feed GPUs share ``cores``, fewer than two a rank: one starts kernels, one reads
+    data. Nobody expects that of CPU ranks."""
+    if device.type == "cpu" or cores >= 2 * ranks:
+        return None
+    return (
+        f"{ranks} rank{'s' * (ranks > 1)} on a GPU may use {cores} core{'s' * (cores > 1)} of this machine, and will "
+        "wait for them; under Slurm export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK before srun (run_scripts/slurm does) "
+        "and elsewhere look at the launcher's binding"
+    )
 
 
 def context_of(config: Config, device: torch.device | str) -> ParallelContext:
