@@ -21,22 +21,25 @@ def main() -> int:
 
         dry_run(config)
         return 0
-    requests = make_requests(config)
-    check_address(discover_launch())
-    from megaforge.training.prepare import prepare
+    from megaforge.monitor.log import logged
 
-    config, layout, tokenizer = prepare(config)
-    if config.name.startswith("cdrmix-reason"):
-        say_once(f"{config.name}: this version trains stage A (pretraining) only; stage B is not part of it")
+    with logged(config.logging, discover_launch().rank):
+        requests = make_requests(config)
+        check_address(discover_launch())
+        from megaforge.training.prepare import prepare
 
-    from megaforge.parallel.distributed import shutdown
-    from megaforge.training.launch import build_trainer, join
+        config, layout, tokenizer = prepare(config)
+        if config.name.startswith("cdrmix-reason"):
+            say_once(f"{config.name}: this version trains stage A (pretraining) only; stage B is not part of it")
 
-    trainer = build_trainer(config, layout, tokenizer, join(config))
-    requests.listen(announce=discover_launch().rank == 0)
-    trainer.train(requests)
-    shutdown()
-    return 0
+        from megaforge.parallel.distributed import shutdown
+        from megaforge.training.launch import build_trainer, join
+
+        trainer = build_trainer(config, layout, tokenizer, join(config))
+        requests.listen(announce=discover_launch().rank == 0)
+        trainer.train(requests)
+        shutdown()
+        return 0
 
 
 if __name__ == "__main__":

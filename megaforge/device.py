@@ -67,6 +67,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def mark_profiled_range(*, begins: bool) -> None:
+    """Tells a profiler outside, such as nsys, where the range that it should capture begins or ends."""
+    (torch.cuda.profiler.start if begins else torch.cuda.profiler.stop)()
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most bytes allocated on ``device`` so far (on a CPU: the process's peak resident set)."""
     if device.type == "cuda":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -12,6 +13,9 @@ from megaforge.errors import UserError
 
 # SLURM's numbers of steps that run no task of ours: an allocation's interactive shell, a batch script, its containers.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
+
+# The logger of what people see anyway, for files (:mod:`megaforge.monitor.log`).
+SAID = "megaforge.said"
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ def this_launch() -> Launch:
 
 def say_once(message: str) -> None:
     """Prints ``message`` to standard error on rank 0: the one place where a fallback speaks up."""
+    logging.getLogger(SAID).info("%s", message)
     if this_launch().rank == 0:
         print(message, file=sys.stderr, flush=True)
 

@@ -268,6 +268,26 @@ class LoggingConfig:
     wandb_project: str | None = flag(None, "Weights & Biases project (needs the extra 'track')")
     mlflow_experiment: str | None = flag(None, "MLflow experiment (needs the extra 'track')")
     run_name: str | None = flag(None, "name of the run in trackers")
+    log_level: str = flag(
+        "info",
+        "how much the run says: from warning on, no line for its iterations",
+        choices=("debug", "info", "warning", "error"),
+        aliases=("--logging-level",),
+    )
+    log_file: str | None = flag(
+        None, "append what rank 0 says, with times; with {rank} in its name every rank has one", metavar="FILE"
+    )
+    profile: bool = flag(False, "profile some steps: a trace, and a table of operators")
+    profile_step_start: int = flag(10, "profile the steps after this iteration", least=0)
+    profile_step_end: int = flag(12, "the last iteration to profile", least=1)
+    profile_ranks: tuple[int, ...] = flag((0,), "ranks to profile", least=0)
+    profile_dir: str = flag("profile", "where --profile writes", metavar="DIR")
 
     def validate(self) -> None:
-        """Its bounds say all."""
+        if self.profile_step_end <= self.profile_step_start:
+            raise UserError(
+                f"--profile-step-end {self.profile_step_end}: must be above --profile-step-start "
+                f"{self.profile_step_start}"
+            )
+        if not self.profile_ranks:
+            raise UserError("--profile-ranks: give at least one rank, such as 0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from megaforge.config.launcher import SAID
 from megaforge.training.callbacks import Callback
 from megaforge.training.metrics import EvaluationMetrics, StepMetrics
 from megaforge.training.speed import Speed
@@ -18,6 +20,8 @@ from megaforge.training.state import compute_dtype
 
 if TYPE_CHECKING:
     from megaforge.training.trainer import Trainer
+
+logger = logging.getLogger(SAID)
 
 _BAR = 24
 _LIVE_SECONDS = 0.1  # between redraws of the live line
@@ -60,7 +64,8 @@ class ConsoleLog(Callback):
         self.interval = interval
         self.speed = speed
         self.stream = sys.stdout if stream is None else stream
-        self.live = self.stream.isatty()
+        self._shows = logger.isEnabledFor(logging.INFO) or logging.getLogger("megaforge").level == logging.NOTSET
+        self.live = self.stream.isatty() and self._shows
         self._interval = Interval()
         self._mean_step = 0.0
         self._drawn = -math.inf
@@ -134,7 +139,8 @@ class ConsoleLog(Callback):
         return terminal_columns(self.stream) - 1 if self.live else math.inf
 
     def _print(self, trainer: Trainer, line: str) -> None:
-        if trainer.ctx.is_first_rank:
+        logger.info("%s", line)
+        if trainer.ctx.is_first_rank and self._shows:
             self.stream.write(f"\r\x1b[2K{line}\n" if self.live else f"{line}\n")
             self.stream.flush()
 

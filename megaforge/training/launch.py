@@ -37,6 +37,7 @@ from megaforge.training.callbacks import (
     MetricsWriter,
 )
 from megaforge.training.console import ConsoleLog
+from megaforge.training.profiling import Profile
 from megaforge.training.speed import Speed
 from megaforge.training.state import check_save_directory, compute_dtype, load_run, tokenizer_identity
 from megaforge.training.trainer import Trainer
@@ -205,6 +206,8 @@ def _callbacks(config: Config) -> list[Callback]:
         callbacks.append(EarlyStopping(training.early_stopping_metric, training.early_stopping_patience))
     if checkpoint.save is not None:
         callbacks.append(Checkpointing(save_interval(config)))
+    if config.logging.profile:
+        callbacks.append(Profile(config.logging))
     return callbacks
 
 
