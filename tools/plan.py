@@ -4,7 +4,7 @@
     python tools/plan.py params --config cdrmix-core-1b [any model flag]
     python tools/plan.py memory --config cdrmix-core-40b --tp 8 --sp --pp 4 --ep 8 --dp 4 --zero 1 --gpu h100-80g
     python tools/plan.py memory --config cdrmix-core-40b --gpu h100-80g --search --gpus 256
-    python tools/plan.py schedule --pp 4 --vpp 2 --microbatches 8 --schedule zb-v
+    python tools/plan.py schedule --pp 4 --vpp 2 --microbatches 8 --schedule zb-v --output plans/zb-v.svg
     python tools/plan.py ladders
     python tools/plan.py activations
     python tools/plan.py docs

@@ -13,6 +13,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from megaforge.config.arguments import ArgumentParser, number
 from megaforge.config.entry import run_entry
+from megaforge.data.images import check_image, save_image
 from megaforge.errors import UserError, require
 from megaforge.monitor.sinks import read_metrics
 
@@ -21,28 +22,62 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags of the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--metrics-file", nargs="+", required=True, metavar="FILE", help="what --metrics-file wrote")
+    parser.add_argument("--name", nargs="+", metavar="TEXT", help="of each run in the legend (default: from its path)")
     parser.add_argument("--output", required=True, metavar="FILE", help="image to write: .png, .svg or .pdf")
     parser.add_argument(
         "--smooth", type=number(0, below=1), default=0.9, help="weight of the past in the mean line; 0: none"
     )
-    return parser.parse_args(arguments)
+    parser.add_argument("--x-axis", choices=("iteration", "tokens"), default="iteration", help="what to draw against")
+    flags = parser.parse_args(arguments)
+    if flags.name and len(flags.name) != len(flags.metrics_file):
+        raise UserError(
+            f"--name {' '.join(flags.name)}: {len(flags.name)} for {len(flags.metrics_file)} runs; give one for each"
+        )
+    check_image(flags.output)
+    return flags
 
 
-def curve(records: list[dict[str, Any]], kind: str) -> tuple[list[int], list[float]]:
-    """(iterations, losses) of one kind of record, without those that are not finite."""
-    chosen = [r for r in records if r.get("kind") == kind and r.get("loss") is not None]
-    return [r["iteration"] for r in chosen], [r["loss"] for r in chosen]
+def curve(records: list[dict[str, Any]], kind: str, axis: str = "iteration") -> tuple[list[float], list[float]]:
+    """(places on ``axis``, losses) of one kind of record, without those that are not finite.
+
+    An evaluation has the place of its iteration's step: its own ``tokens`` are those that it evaluated.
+    """
+    places = {r["iteration"]: r.get(axis) for r in records if r.get("kind") == "step"}
+    chosen = [
+        (places.get(r["iteration"]) if axis != "iteration" else r["iteration"], r["loss"])
+        for r in records
+        if r.get("kind") == kind and r.get("loss") is not None
+    ]
+    known = [(place, loss) for place, loss in chosen if place is not None]
+    return [place for place, _ in known], [loss for _, loss in known]
 
 
 def running_mean(values: list[float], weight: float) -> list[float]:
-    """Exponential mean, started at the first value."""
+    """Exponential mean whose weights sum to 1 at every point, as Adam corrects its moments (Kingma and Ba, arXiv
+    1412.6980): the first value has no more weight than its age gives it."""
     out: list[float] = []
+    total = share = 0.0
     for value in values:
-        out.append(value if not out else weight * out[-1] + (1 - weight) * value)
+        total, share = weight * total + (1 - weight) * value, weight * share + (1 - weight)
+        out.append(total / share)
     return out
 
 
-def draw(files: list[str], output: str, smooth: float) -> None:
+def names_of(files: list[str]) -> list[str]:
+    """The shortest ends of the paths that tell the runs apart: ``a/metrics.jsonl b/metrics.jsonl`` are a and b."""
+    if len(files) == 1:
+        return ["loss"]
+    parts = [Path(file).absolute().with_suffix("").parts for file in files]
+    if len({own[-1] for own in parts}) == 1:
+        parts = [own[:-1] for own in parts]  # all have one file name: their directories are their names
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(own[-depth:]) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    return files  # a file that was given twice
+
+
+def draw(files: list[str], names: list[str], output: str, smooth: float, axis: str = "iteration") -> None:
     """Writes the image.
 
     Raises:
@@ -51,33 +86,31 @@ def draw(files: list[str], output: str, smooth: float) -> None:
     require("matplotlib", extra="train", purpose="tools/plot_loss.py").use("Agg")
     pyplot = require("matplotlib.pyplot", extra="train", purpose="tools/plot_loss.py")
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
-    for index, name in enumerate(files):
-        records = read_metrics(name)
-        iterations, losses = curve(records, "step")
+    for index, (file, name) in enumerate(zip(files, names, strict=True)):
+        records = read_metrics(file)
+        places, losses = curve(records, "step", axis)
         if not losses:
-            raise UserError(f"metrics file {name}: holds no training step")
-        label = Path(name).stem if len(files) > 1 else "loss"
+            raise UserError(f"metrics file {file}: holds no training step")
         color = f"C{index}"
-        axes.plot(iterations, losses, color=color, alpha=0.25 if smooth else 1.0, linewidth=1)
-        axes.plot(iterations, running_mean(losses, smooth), color=color, label=label)
-        evaluated = curve(records, "evaluation")
+        axes.plot(places, losses, color=color, alpha=0.25 if smooth else 1.0, linewidth=1)
+        axes.plot(places, running_mean(losses, smooth), color=color, label=name)
+        evaluated = curve(records, "evaluation", axis)
         if evaluated[0]:
             style = {"color": color, "markersize": 4, "markeredgecolor": "black"}
-            axes.plot(*evaluated, "o--", label=f"{label}: validation", **style)
-    axes.set(xlabel="iteration", ylabel="loss in nats per token")
+            axes.plot(*evaluated, "o--", label=f"{name}: validation", **style)
+    axes.set(xlabel=axis, ylabel="loss in nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    try:
-        figure.savefig(output)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--output {output}: cannot be written ({error})") from error
+    save_image(figure, output)
+    pyplot.close(figure)
     print(f"wrote {output}")
 
 
 def main() -> int:
     flags = parse_arguments()
-    draw(flags.metrics_file, flags.output, flags.smooth)
+    names = flags.name or names_of(flags.metrics_file)
+    draw(flags.metrics_file, names, flags.output, flags.smooth, flags.x_axis)
     return 0
 
 

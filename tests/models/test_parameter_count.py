@@ -61,7 +61,7 @@ def test_plan_prints_the_table_and_names_mistakes() -> None:
     done = plan("params", "--config", "cdrmix-core-200b")
     assert done.returncode == 0, done.stderr
     assert "RERERE*E" in done.stdout and "stored" in done.stdout and "B active" in done.stdout
-    drawn = plan("schedule", "--schedule", "zb-v", "--pp", "2", "--no-png")
+    drawn = plan("schedule", "--schedule", "zb-v", "--pp", "2")
     assert drawn.returncode == 0 and "bubble share" in drawn.stdout
     wrong = plan("parameters")
     assert wrong.returncode == 2 and "parameters: choose a command: params" in wrong.stderr

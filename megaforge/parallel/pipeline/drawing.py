@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megaforge.data.images import save_image
 from megaforge.errors import require
 from megaforge.parallel.pipeline.actions import Action, Kind
 from megaforge.parallel.pipeline.simulator import Timeline
@@ -52,11 +53,11 @@ def _label(timeline: Timeline, action: Action) -> str:
     return f"{action.kind}{chunk}{action.microbatch}"
 
 
-def draw_png(timeline: Timeline, path: Path) -> None:
-    """Writes the timeline to ``path`` as a PNG.
+def draw_image(timeline: Timeline, path: Path, flag: str = "--output") -> None:
+    """Writes the timeline to ``path`` as the picture that its suffix names.
 
     Raises:
-        UserError: matplotlib is missing.
+        UserError: matplotlib is missing, or ``path`` cannot be written; names ``flag``.
     """
     figures = require("matplotlib.figure", extra="train", purpose=f"drawing the timeline {path}")
     patches = require("matplotlib.patches", extra="train", purpose=f"drawing the timeline {path}")
@@ -93,4 +94,5 @@ def draw_png(timeline: Timeline, path: Path) -> None:
         "bars show their microbatch, paler for later chunks",
     )
     axes.set_title("; ".join(title), fontsize=9)
-    figure.savefig(path, format="png", dpi=110)
+    figure.set_dpi(110)
+    save_image(figure, path, flag)

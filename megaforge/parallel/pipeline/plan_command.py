@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megaforge.config.arguments import ArgumentParser, integer, number
+from megaforge.data.images import check_image
+from megaforge.data.outputs import make_parents
 from megaforge.errors import UserError
 from megaforge.parallel.pipeline.actions import Schedule, format_schedule, parse_schedule
-from megaforge.parallel.pipeline.drawing import draw_png, draw_text
+from megaforge.parallel.pipeline.drawing import draw_image, draw_text
 from megaforge.parallel.pipeline.program import Post, Program, build_program, check_program
 from megaforge.parallel.pipeline.schedules import SCHEDULES, build_schedule
 from megaforge.parallel.pipeline.simulator import Costs, Timeline, simulate
@@ -52,9 +54,12 @@ def make_parser(prog: str) -> ArgumentParser:
     )
     parser.add_argument("--columns", type=integer(1, 1 << 20), help="cut the text timeline to this many characters")
     parser.add_argument(
-        "--png", type=Path, help="where to draw the timeline; schedule-NAME-ppP-vppV-mM.png unless given"
+        "--output",
+        "--png",
+        type=Path,
+        metavar="FILE",
+        help="where to draw the timeline: a picture (.png, .svg, .pdf), or all that is printed (.txt)",
     )
-    parser.add_argument("--no-png", action="store_true", help="print only")
     parser.add_argument(
         "--print-actions", action="store_true", help="also print every rank's actions, as --schedule-file reads them"
     )
@@ -72,24 +77,32 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         UserError: the schedule is not defined for these numbers, is incomplete, or could deadlock.
     """
+    suffix = None if args.output is None else check_image(args.output, others=(".txt",))
     schedule = _schedule(args)
     costs = Costs(args.forward_cost, args.backward_input_cost, args.backward_weight_cost, args.communication_cost)
     program = build_program(schedule, costs)
     check_program(schedule, program)
     timeline = simulate(schedule, costs)
-    print(draw_text(timeline, args.columns))
-    print()
-    print(summary(timeline, program))
+    parts = [draw_text(timeline, args.columns), summary(timeline, program)]
     if args.print_actions:
-        print("\n" + format_schedule(schedule))
-    if not args.no_png:
-        name = (
-            f"schedule-{args.schedule}-pp{schedule.num_ranks}-vpp{schedule.num_chunks}-m{schedule.num_microbatches}.png"
-        )
-        path = args.png or Path(name)
-        draw_png(timeline, path)
-        print(f"\ndrawn: {path}")
+        parts.append(format_schedule(schedule))
+    text = "\n\n".join(parts)
+    print(text)
+    if suffix == ".txt":
+        _write_text(args.output, text)
+    elif suffix is not None:
+        draw_image(timeline, args.output)
+    if suffix is not None:
+        print(f"\nwrote {args.output}")
     return 0
+
+
+def _write_text(path: Path, text: str) -> None:
+    make_parents(path, "--output")
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from error
 
 
 def _schedule(args: argparse.Namespace) -> Schedule:
