@@ -38,20 +38,26 @@ from megaforge.training.trainer import Trainer
 KINDS = ("loss", "gradient", "norm", "router", "weights")
 TOLERANCE = {"fp64": 1e-10, "fp32": 2e-5}
 STEPS, GLOBAL_BATCH, VOCABULARY = 5, 8, 512
+RUN = 8  # tokens of one kind in a row
 # Enough to make every gradient count, not so much that rounding in fp32 grows beyond the tolerance in five steps.
 NOISE = Normal(0.05)
 _NUMBERS = ("loss", "norm", "load balance", "z-loss")  # in front of the tokens of each expert
 
 
-def write_documents(prefix: str, vocabulary: int) -> str:
-    """A small dataset of runs of short documents and long ones, the same wherever it is written; returns ``prefix``."""
+def write_documents(prefix: str, vocabulary: int, runs: bool = False) -> str:
+    """A small dataset of short documents and long ones, the same wherever it is written; returns ``prefix``.
+
+    With ``runs`` every second long document is made of runs of one token: alike keys and alike choices of experts show
+    what no random text does. In fp32 some gradients of such text are nothing but rounding, at any layout.
+    """
     rng = np.random.default_rng(7)
     with IndexedDatasetWriter(prefix, optimal_dtype(vocabulary)) as writer:
         for number in range(200):
             length = int(rng.integers(1, 6) if number // 4 % 2 else rng.integers(10, 60))
             # A counter with noise can be learned, so the loss moves.
             counter = (np.arange(length) + rng.integers(0, vocabulary)) * 3 + rng.integers(0, 2, length)
-            writer.add_document(counter % vocabulary)
+            repeats = runs and number // 4 % 2 == 0 and number % 2 == 0
+            writer.add_document((np.repeat(counter, RUN)[:length] if repeats else counter) % vocabulary)
     return prefix
 
 

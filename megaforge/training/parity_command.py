@@ -103,7 +103,8 @@ def _rank(options: Options, fitting: list[ParityLayout], folder: str) -> int:
     device = resolve_device(model.training.device, launch.local_rank)
     set_numerics(model, device)
     assert model.model.vocab_size is not None
-    documents = write_documents(os.path.join(folder, "parity_text_document"), model.model.vocab_size)
+    prefix = os.path.join(folder, "parity_text_document")
+    documents = write_documents(prefix, model.model.vocab_size, runs=options.dtype == "fp64")
     store = open_store() if launch.world_size > 1 else None
     runnable = [layout for layout in fitting if layout.ranks <= launch.world_size]
     table = _Table(options, device)

@@ -51,7 +51,7 @@ class HardCase:
     tokens: str
     rate: float | None
     decay: float | None
-    length: int = 70
+    length: int = 72
     scale: float = 1.0
 
     def inputs(self, n: int, batch: int = 2, heads: int = 1, dtype: torch.dtype = torch.float32) -> list[Tensor]:
