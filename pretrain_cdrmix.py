@@ -15,7 +15,10 @@ def main() -> int:
     from megaforge.config.launcher import check_address, discover_launch, say_once
     from megaforge.resilience.requests import make_requests
 
-    config = parse_config(prog="pretrain_cdrmix.py", description="Pretrain a CDRmix model.").config
+    parsed = parse_config(prog="pretrain_cdrmix.py", description="Pretrain a CDRmix model.")
+    config = parsed.config
+    for note in parsed.notes:
+        say_once(note)
     if config.dry_run.dry_run:
         from megaforge.training.dry_run import dry_run
 

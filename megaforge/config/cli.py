@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megaforge.config import megatron
 from megaforge.config.arguments import ArgumentParser
 from megaforge.config.config import Config
 from megaforge.config.entry import launched_rank, run_entry
@@ -29,27 +30,17 @@ from megaforge.errors import UserError
 
 __all__ = ["ParsedConfig", "config_from_dict", "config_to_dict", "format_config", "parse_config", "run_entry"]
 
-# Megatron-LM's spellings of what one of our flags says with a value.
-_MEGATRON_SPELLINGS: Mapping[str, tuple[str, ...]] = {
-    "--swiglu": ("--activation", "swiglu"),
-    "--squared-relu": ("--activation", "relu2"),
-    "--disable-bias-linear": ("--no-add-bias-linear",),
-    "--no-position-embedding": ("--position-embedding-type", "none"),
-    "--layernorm-epsilon": ("--norm-epsilon",),
-    "--hybrid-override-pattern": ("--hybrid-layer-pattern",),
-}
-# Words people type that no flag can obey, and what to do instead.
-_DP_ADVICE = "data parallelism is what --tp, --pp and --cp leave of the ranks you start; leave this flag out"
-_ADVICE: Mapping[str, str] = {"--dp": _DP_ADVICE, "--data-parallel-size": _DP_ADVICE}
-
-
 @dataclass(frozen=True)
 class ParsedConfig:
     """A configuration and where each of its values came from: ``origins["section.name"]`` is ``default``,
-    ``preset NAME``, ``FILE:LINE`` or ``command line FLAG``."""
+    ``preset NAME``, ``FILE:LINE`` or ``command line FLAG``. ``notes`` say where Megatron-LM would mean otherwise."""
 
     config: Config
     origins: Mapping[str, str]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return megatron.notes(self.config, self.origins)
 
 
 def parse_config(
@@ -66,7 +57,7 @@ def parse_config(
         UserError: naming the flag or the file and key, its value and what would work.
     """
     parser = _make_parser(prog, description)
-    arguments = _respell(sys.argv[1:] if argv is None else argv)
+    arguments = megatron.respell(sys.argv[1:] if argv is None else argv)
     namespace, rest = parser.parse_known_args(arguments)
     if rest:
         raise UserError(_unknown(rest[0]))
@@ -187,28 +178,14 @@ def _add_flag(group: argparse._ArgumentGroup, setting: Setting) -> None:
     group.add_argument(*spellings, nargs="+" if setting.sequence else None, metavar=metavar, help=help_text, **common)
 
 
-def _respell(argv: Sequence[str]) -> list[str]:
-    """Flags with underscores or Megatron's other names, rewritten to ours."""
-    out: list[str] = []
-    for word in argv:
-        flag, equals, value = word.partition("=")
-        if flag.startswith("--"):
-            flag = flag.replace("_", "-")
-            out += _MEGATRON_SPELLINGS.get(flag, (flag,))
-            if equals:
-                out[-1] += "=" + value
-        else:
-            out.append(word)
-    return out
-
-
 def _unknown(word: str) -> str:
     flag = word.partition("=")[0]
-    if flag in _ADVICE:
-        return f"{flag}: {_ADVICE[flag]}"
+    advice = megatron.advice(flag.replace("_", "-"))
+    if advice:
+        return f"{flag}: {advice}"
     if not flag.startswith("-"):
         return f"{word}: no flag takes this word; see --help"
-    known = ["--config", "--print-config", *_MEGATRON_SPELLINGS]
+    known = ["--config", "--print-config", *megatron.SPELLINGS]
     for setting in settings().values():
         known += [setting.flag, *setting.aliases]
         if setting.kind is bool:

@@ -140,7 +140,7 @@ def test_files_that_cannot_be_read(write) -> None:
         (["--data-path"], "--data-path: expected at least one argument"),
         (["stray"], "stray: no flag takes this word; see --help"),
         (["--global-batch-size", "0"], "--global-batch-size 0: must be at least 1 and at most 16777216"),
-        (["--make-vocab-size-divisible-by", "0"], "--make-vocab-size-divisible-by 0: must be at least 1 and at most 2147483648"),
+        (["--tp", "0"], "--tp 0: must be at least 1 and at most 1048576"),
         (["--weight-decay", "-0.1"], "--weight-decay -0.1: must be at least 0"),
         (["--lr", "0"], "--lr 0: must be positive"),
         (["--min-lr", "1"], "--min-lr 1.0: must not exceed --lr 0.0003"),
