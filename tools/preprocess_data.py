@@ -20,6 +20,8 @@ from megaforge.config.arguments import ArgumentParser, integer
 from megaforge.config.entry import run_entry
 from megaforge.data.preprocess.plan import PreprocessSettings
 from megaforge.data.tokenizer import TOKENIZER_TYPES, guess_tokenizer_type
+from megaforge.data.tokenizer_files import pair_of
+from megaforge.errors import UserError
 
 
 def parse_arguments(arguments: list[str] | None = None) -> PreprocessSettings:
@@ -33,7 +35,13 @@ def parse_arguments(arguments: list[str] | None = None) -> PreprocessSettings:
         help="JSON Lines (.jsonl, .ndjson, .json) or text, one document a file; each also .gz or .zst",
     )
     parser.add_argument("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin, .idx and .json")
-    parser.add_argument("--tokenizer-model", required=True, help="tokenizer.json or its directory, .model, or a number")
+    parser.add_argument(
+        "--tokenizer-model",
+        help="tokenizer.json, SentencePiece or tiktoken file, a directory with one, a model's name in Hugging Face's "
+        "local cache, or a number",
+    )
+    parser.add_argument("--vocab-file", metavar="FILE", help="instead: vocab.json of a BPE tokenizer")
+    parser.add_argument("--merge-file", metavar="FILE", help="with --vocab-file: its merges.txt")
     parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: told from --tokenizer-model")
     parser.add_argument("--eod-token", help="the token that ends documents; default: the tokenizer's own")
     parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="one dataset each")
@@ -46,11 +54,15 @@ def parse_arguments(arguments: list[str] | None = None) -> PreprocessSettings:
     parser.add_argument("--no-fast", action="store_true", help="do not use gigatoken even where it is proven equal")
     parser.add_argument("--force", action="store_true", help="make it again, in place of whatever dataset is there")
     flags = parser.parse_args(arguments)
+    pair = pair_of(flags.vocab_file, flags.merge_file)
+    if (pair is None) == (flags.tokenizer_model is None):
+        raise UserError("give either --tokenizer-model, or --vocab-file and --merge-file")
+    model = pair or flags.tokenizer_model
     return PreprocessSettings(
         inputs=tuple(flags.input),
         output_prefix=flags.output_prefix,
-        tokenizer_type=flags.tokenizer_type or guess_tokenizer_type(flags.tokenizer_model),
-        tokenizer_model=flags.tokenizer_model,
+        tokenizer_type=flags.tokenizer_type or guess_tokenizer_type(model),
+        tokenizer_model=model,
         eod_token=flags.eod_token,
         json_keys=tuple(flags.json_keys),
         append_eod=flags.append_eod,

@@ -86,8 +86,9 @@ def parse_config(
 def _leave_vocabulary_to_tokenizer(values: dict[str, Any], origins: dict[str, str]) -> None:
     """A preset's vocabulary is a guess at the tokenizer's; the user's own word, in a file or a flag, stands."""
     key = "model.vocab_size"
-    if values.get("data.tokenizer_model") is not None and values.get(key) and origins[key].startswith("preset "):
-        origins[key] = f"--tokenizer-model, in place of {values[key]} ({origins[key]})"
+    named = next((n for n in ("tokenizer_model", "vocab_file") if values.get(f"data.{n}") is not None), None)
+    if named is not None and values.get(key) and origins[key].startswith("preset "):
+        origins[key] = f"--{named.replace('_', '-')}, in place of {values[key]} ({origins[key]})"
         values[key] = None
 
 

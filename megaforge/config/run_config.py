@@ -127,11 +127,15 @@ class DataConfig:
     tokenizer_type: str | None = flag(
         None,
         "what --tokenizer-model holds (default: told from it)",
-        choices=("HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"),
+        choices=("HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "NullTokenizer"),
     )
     tokenizer_model: str | None = flag(
-        None, "tokenizer file (tokenizer.json or .model), or the vocabulary size of a NullTokenizer"
+        None,
+        "tokenizer.json, SentencePiece or tiktoken file, a directory with one, a model's name in Hugging Face's local "
+        "cache, or the vocabulary size of a NullTokenizer",
     )
+    vocab_file: str | None = flag(None, "instead of --tokenizer-model: vocab.json of a BPE tokenizer", metavar="FILE")
+    merge_file: str | None = flag(None, "with --vocab-file: its merges.txt", metavar="FILE")
     seq_length: int = flag(1024, "tokens of a sample", least=1, most=1 << 31)
     data_lanes: int = flag(
         32,

@@ -7,6 +7,7 @@ from megaforge.config.config import Config
 from megaforge.data.blend import parse_data_path
 from megaforge.data.manifest import check_agreement, read_sidecar
 from megaforge.data.tokenizer import HuggingFaceTokenizer, Tokenizer, guess_tokenizer_type, load_tokenizer
+from megaforge.data.tokenizer_files import pair_of
 from megaforge.errors import UserError
 
 
@@ -19,7 +20,13 @@ def with_run_tokenizer(config: Config) -> tuple[Config, Tokenizer | None, list[s
     Raises:
         UserError: no such tokenizer, a vocabulary smaller than its own, or datasets that do not belong together.
     """
-    model = config.data.tokenizer_model
+    data = config.data
+    pair = pair_of(data.vocab_file, data.merge_file)
+    if pair is not None and data.tokenizer_model is not None:
+        raise UserError(
+            f"--vocab-file {data.vocab_file} and --tokenizer-model {data.tokenizer_model} are two tokenizers; give one"
+        )
+    model = pair or data.tokenizer_model
     if model is None:
         return config, None, []
     sources = parse_data_path(config.data.data_path) if config.data.data_path else []

@@ -11,14 +11,17 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from megaforge.data.tokenizer_files import find_tokenizer
 from megaforge.errors import UserError, require
 
-TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer")
+TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "NullTokenizer")
+_PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>")
+_BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|bos|>", "<|startoftext|>", "[BOS]")
 
 # End-of-document names in the order in which published tokenizers mean them when no configuration names one.
 _EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eod|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>")
@@ -48,6 +51,8 @@ class Tokenizer(ABC):
         model_path: the file (or the number, for NullTokenizer) it was loaded from.
         vocab_size: the largest id + 1.
         eod: the end-of-document id, or None where the tokenizer has none.
+        bos: the id that begins a text, or None.
+        pad: the id that fills a batch up, or None.
         eod_token: the name that was given for it, or None where the tokenizer's own choice stands.
         fingerprint: SHA-256 (hex) over the content that defines the ids.
         cuts_at_lines: whether text may be cut after a line end between two printable ASCII characters without a change
@@ -59,10 +64,17 @@ class Tokenizer(ABC):
     model_path: str
     vocab_size: int
     eod: int | None
+    bos: int | None = None
+    pad: int | None = None
     eod_token: str | None = None
     fingerprint: str
     cuts_at_lines: bool = False
     control_tokens: Mapping[str, int] = MappingProxyType({})
+
+    @property
+    def eos(self) -> int | None:
+        """The id that ends a text: the end-of-document id."""
+        return self.eod
 
     def missing_ids(self) -> list[int]:
         """Ids below :attr:`vocab_size` that stand for nothing."""
@@ -104,14 +116,15 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, model: str, eod_token: str | None = None) -> None:
         tokenizers = require("tokenizers", extra="data", purpose=f"--tokenizer-model {model}")
         self.type, self.model_path = "HuggingFaceTokenizer", model
-        path = Path(model) / "tokenizer.json" if Path(model).is_dir() else Path(model)
-        self.definition = _read_tokenizer_json(path)
+        path, *merges = find_tokenizer(model, self.type).paths
+        self.definition = _from_merges(path, merges[0]) if merges else _read_tokenizer_json(path)
         before = [dict(token) for token in self.definition["added_tokens"]]
-        eod = eod_token or _eod_from_config(path.with_name("tokenizer_config.json")) or self._guess_eod()
+        config = path.with_name("tokenizer_config.json")
+        eod = eod_token or _named_in(config, "eos_token") or self._guess(_EOD_NAMES)
         if eod is not None:
             self._make_control(eod, path)
         try:
-            if before == self.definition["added_tokens"]:
+            if before == self.definition["added_tokens"] and not merges:
                 self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
             else:
                 self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self.definition))
@@ -123,6 +136,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.control_tokens = {t["content"]: int(t["id"]) for t in self.definition["added_tokens"] if t["special"]}
         self.vocab_size = _largest_id(self.definition) + 1
         self.eod = None if eod is None else self.control_tokens[eod]
+        self.bos = self.control_tokens.get(_named_in(config, "bos_token") or self._guess(_BOS_NAMES) or "")
+        self.pad = self.control_tokens.get(_named_in(config, "pad_token") or self._guess(_PAD_NAMES) or "")
         self.fingerprint = _fingerprint(self.definition)
         self.cuts_at_lines = _splits_like_gpt2(self.definition)
         self._leaky = self._find_leaks()
@@ -145,9 +160,9 @@ class HuggingFaceTokenizer(Tokenizer):
         kept = [token for token in self.definition["added_tokens"] if not token["special"]]
         return {**self.definition, "added_tokens": kept, "post_processor": None}
 
-    def _guess_eod(self) -> str | None:
+    def _guess(self, wanted: Sequence[str]) -> str | None:
         names = {token["content"] for token in self.definition["added_tokens"]}
-        return next((name for name in _EOD_NAMES if name in names), None)
+        return next((name for name in wanted if name in names), None)
 
     def _make_control(self, eod: str, path: Path) -> None:
         for token in self.definition["added_tokens"]:
@@ -191,13 +206,15 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: str, eod_token: str | None = None) -> None:
         sentencepiece = require("sentencepiece", extra="data", purpose=f"--tokenizer-model {model}")
         self.type, self.model_path = "SentencePieceTokenizer", model
-        content = _read_bytes(Path(model))
+        (path,) = find_tokenizer(model, self.type).paths
+        content = read_tokenizer_file(path)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except Exception as error:  # protobuf's RuntimeError, or whatever a later version raises
             raise UserError(f"--tokenizer-model {model}: not a SentencePiece model ({error})") from error
         self.vocab_size = int(self._model.get_piece_size())
         self.eod = self._eod(eod_token)
+        self.bos, self.pad = (int(i) if i >= 0 else None for i in (self._model.bos_id(), self._model.pad_id()))
         controls = (number for number in range(self.vocab_size) if self._model.is_control(number))
         self.control_tokens = {str(self._model.id_to_piece(number)): number for number in controls}
         self.fingerprint = hashlib.sha256(content).hexdigest()
@@ -253,9 +270,12 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: str, eod_token: str | N
     Raises:
         UserError: the type is unknown, the file is missing or of another kind, or an extra is not installed.
     """
-    classes: dict[str, type[HuggingFaceTokenizer | SentencePieceTokenizer | NullTokenizer]] = {
+    from megaforge.data.tiktoken_tokenizer import TikTokenizer  # it is built on this module
+
+    classes: dict[str, Callable[[str, str | None], Tokenizer]] = {
         "HuggingFaceTokenizer": HuggingFaceTokenizer,
         "SentencePieceTokenizer": SentencePieceTokenizer,
+        "TikTokenizer": TikTokenizer,
         "NullTokenizer": NullTokenizer,
     }
     if tokenizer_type not in classes:
@@ -268,13 +288,22 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: str, eod_token: str | N
 
 
 def guess_tokenizer_type(tokenizer_model: str) -> str:
-    """The type a ``--tokenizer-model`` alone implies: ``.model`` is SentencePiece, a number Null, else Hugging Face."""
+    """The type a ``--tokenizer-model`` alone implies: a number is Null, else the files tell.
+
+    Raises:
+        UserError: it is not there.
+    """
     if tokenizer_model.isdecimal() and not os.path.exists(tokenizer_model):
         return "NullTokenizer"
-    return "SentencePieceTokenizer" if tokenizer_model.endswith(".model") else "HuggingFaceTokenizer"
+    return find_tokenizer(tokenizer_model).type
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_tokenizer_file(path: Path) -> bytes:
+    """The content of a tokenizer's file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         return path.read_bytes()
     except OSError as error:
@@ -285,13 +314,30 @@ def _read_bytes(path: Path) -> bytes:
 
 def _read_tokenizer_json(path: Path) -> dict[str, Any]:
     try:
-        definition = json.loads(_read_bytes(path))
+        definition = json.loads(read_tokenizer_file(path))
     except ValueError as error:
         raise UserError(f"--tokenizer-model {path}: not a tokenizer.json ({error})") from error
     if not isinstance(definition, dict) or not isinstance(definition.get("model"), dict):
         raise UserError(f"--tokenizer-model {path}: not a tokenizer.json (it has no 'model')")
     definition["added_tokens"] = definition.get("added_tokens") or []
     definition["truncation"] = definition["padding"] = None
+    return definition
+
+
+def _from_merges(vocab: Path, merges: Path) -> dict[str, Any]:
+    """A GPT-2 vocabulary and its merges as the content of a ``tokenizer.json``."""
+    tokenizers = require("tokenizers", extra="data", purpose=f"--vocab-file {vocab}")
+    for path in (vocab, merges):
+        read_tokenizer_file(path)
+    try:
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
+    except Exception as error:  # the library raises bare Exception for whatever it cannot read
+        raise UserError(f"--vocab-file {vocab} --merge-file {merges}: not a BPE vocabulary ({error})") from error
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    known = tokenizer.get_vocab()
+    tokenizer.add_special_tokens([name for name in (*_EOD_NAMES, *_BOS_NAMES, *_PAD_NAMES) if name in known])
+    definition: dict[str, Any] = json.loads(tokenizer.to_str())
     return definition
 
 
@@ -330,10 +376,10 @@ def _fingerprint(definition: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _eod_from_config(path: Path) -> str | None:
-    """The ``eos_token`` of a ``tokenizer_config.json`` beside the tokenizer, if there is one."""
+def _named_in(path: Path, key: str) -> str | None:
+    """The token that ``key`` names in a ``tokenizer_config.json`` beside the tokenizer, if there is one."""
     try:
-        token = json.loads(path.read_bytes()).get("eos_token")
+        token = json.loads(path.read_bytes()).get(key)
     except (OSError, ValueError, AttributeError):
         return None
     if isinstance(token, dict):

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megaforge.data.blend import parse_data_path, parse_split
 from megaforge.data.indexed_dataset import IndexedDataset
 from megaforge.data.manifest import content_digest, digest_of, read_sidecar
+from megaforge.data.padding import pad_batch
 from megaforge.data.sample_order import JoinedTokens
 from megaforge.data.source import check_ids
 from megaforge.data.split import split_documents
@@ -178,19 +179,15 @@ def evaluate_stream(trained: TrainedModel, stream: Stream, *, seq_length: int, b
 
 def _window_batch(stream: Stream, starts: range, length: int) -> tuple[torch.Tensor, ...]:
     """(tokens, labels, loss mask, document starts) [b, s] of the windows that begin at ``starts``."""
-    tokens = np.zeros((len(starts), length + 1), np.int64)
-    mask = np.zeros((len(starts), length), np.float32)
+    tokens, own = pad_batch([stream.tokens[start : start + length + 1] for start in starts], length=length + 1)
     marks = np.zeros((len(starts), length), np.bool_)
     for row, start in enumerate(starts):
-        window = stream.tokens[start : start + length + 1]
-        tokens[row, : len(window)] = window
-        mask[row, : len(window) - 1] = 1.0
         low, high = np.searchsorted(stream.document_starts, [start, start + length])
         marks[row, stream.document_starts[low:high] - start] = True
     whole = torch.from_numpy(tokens)
     return (
         whole[:, :-1].contiguous(),
         whole[:, 1:].contiguous(),
-        torch.from_numpy(mask),
+        torch.from_numpy(own[:, 1:].astype(np.float32)),
         torch.from_numpy(marks),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from megaforge.config.config import Config
 from megaforge.config.schema import config_from_dict
 from megaforge.data.run_tokenizer import load_with_eod
 from megaforge.data.tokenizer import Tokenizer, guess_tokenizer_type, load_tokenizer
+from megaforge.data.tokenizer_files import there_is
 from megaforge.device import resolve_device
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
@@ -61,7 +61,7 @@ class TrainedModel:
                 raise UserError(f"{self.path} names no tokenizer; pass --tokenizer-model")
             return load_tokenizer(guess_tokenizer_type(tokenizer_model), tokenizer_model)
         model = tokenizer_model or saved["model"]
-        if tokenizer_model is None and saved["type"] != "NullTokenizer" and not os.path.exists(model):
+        if tokenizer_model is None and saved["type"] != "NullTokenizer" and not there_is(model):
             raise UserError(f"the tokenizer {model} that {self.path} was trained with is gone; pass --tokenizer-model")
         tokenizer = load_with_eod(saved["type"], model, saved.get("eod"), saved.get("eod_token"))
         if tokenizer.fingerprint != saved["fingerprint"]:

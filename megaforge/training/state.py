@@ -39,7 +39,7 @@ def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, Any]:
         "vocab_size": tokenizer.vocab_size,
         "eod": tokenizer.eod,
         "eod_token": tokenizer.eod_token,
-        "model": os.path.abspath(model) if os.path.exists(model) else model,
+        "model": ",".join(os.path.abspath(part) if os.path.exists(part) else part for part in model.split(",")),
     }
 
 

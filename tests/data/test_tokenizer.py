@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import random
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
+from megaforge.data import tiktoken_tokenizer
 from megaforge.data.tokenizer import Tokenizer, guess_tokenizer_type, load_tokenizer
+from megaforge.data.tokenizer_files import there_is
 from megaforge.data.train_tokenizer import TokenizerSettings, train_tokenizer
 from megaforge.errors import UserError
 from tests.data.corpus_files import bpe_tokenizer, documents, write_jsonl
@@ -236,3 +240,107 @@ def test_training_replaces_no_other_result(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no tokenizer"):
         train_tokenizer(settings)
     assert output.read_text() == '{"my": "notes"}'
+
+
+@pytest.fixture
+def published(bpe_file: str, tmp_path: Path) -> dict[str, str]:
+    """The same vocabulary in the forms in which others publish theirs."""
+    definition = json.loads(Path(bpe_file).read_text())
+    vocab, merges = definition["model"]["vocab"], definition["model"]["merges"]
+    (tmp_path / "pair").mkdir()
+    (tmp_path / "pair" / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "pair" / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "directory" / "tokenizer.json").write_text(json.dumps(definition))
+    snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "tokenizer.json").write_text(json.dumps(definition))
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    return {
+        "directory": str(tmp_path / "directory"),
+        "vocabulary and merges": f"{tmp_path}/pair/vocab.json,{tmp_path}/pair/merges.txt",
+        "directory of both": str(tmp_path / "pair"),
+        "hub name": "some/model",
+    }
+
+
+@pytest.mark.parametrize("form", ["directory", "vocabulary and merges", "directory of both", "hub name"])
+def test_tokenizers_in_the_forms_in_which_others_publish_them(
+    form: str, bpe_file: str, published: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    expected, tokenizer = load(bpe_file), load(published[form])
+    texts = documents(40)
+    assert tokenizer.encode_batch(texts) == expected.encode_batch(texts)
+    assert (tokenizer.eod, tokenizer.pad, tokenizer.bos) == (expected.eod, expected.pad, expected.bos) == (0, 1, None)
+    assert there_is(published[form]) and not there_is(published[form] + "-missing")
+
+
+def test_a_hub_name_that_is_not_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name in ("Qwen/Qwen3-0.6B", "gpt2"):
+        with pytest.raises(UserError, match=rf"{name}: there is no such file.*{tmp_path}.*hf download {name}"):
+            guess_tokenizer_type(name)
+
+
+def tiktoken_file(bpe_file: str, path: Path) -> int:
+    """Our BPE as a tiktoken file: rank = id - 2 (two control tokens come first). Returns the number of tokens."""
+    import tokenizers
+
+    vocab = json.loads(Path(bpe_file).read_text())["model"]["vocab"]
+    characters = {c: b for b, c in _bytes_to_characters().items()}
+    assert set(characters) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    ranks = {bytes(characters[c] for c in token): number - 2 for token, number in vocab.items() if number > 1}
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+    return len(ranks)
+
+
+def _bytes_to_characters() -> dict[int, str]:
+    """GPT-2's table."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+@pytest.mark.parametrize("name", ["t.tiktoken", "tokenizer.model"])
+def test_tiktoken_files(name: str, bpe_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tiktoken", reason="needs the data extra")
+    path = tmp_path / name
+    count = tiktoken_file(bpe_file, path)
+    with pytest.raises(UserError, match=f"of {count} tokens.*cl100k_base.*tokenizer.json"):
+        load(str(path))
+    known = tiktoken_tokenizer.PUBLISHED[50256]
+    encoding = dataclasses.replace(known, control_tokens=MappingProxyType({"<|endoftext|>": count + 1}))
+    monkeypatch.setitem(tiktoken_tokenizer.PUBLISHED, count, encoding)
+    tokenizer, expected = load(str(path)), load(bpe_file)
+    assert tokenizer.type == "TikTokenizer" == load(str(tmp_path)).type
+    texts = documents(60)
+    assert tokenizer.encode_batch(texts) == [[i - 2 for i in ids] for ids in expected.encode_batch(texts)]
+    assert (tokenizer.eod, tokenizer.vocab_size, tokenizer.missing_ids()) == (count + 1, count + 2, [count])
+    assert tokenizer.decode([*tokenizer.encode("a<|endoftext|>b"), count, count + 1]) == "a<|endoftext|>b"
+    with pytest.raises(UserError, match="lone surrogate"):
+        tokenizer.encode("\ud83d")
+    monkeypatch.setitem(tiktoken_tokenizer.PUBLISHED, count, known)
+    path.write_text("!!! 1\n")
+    with pytest.raises(UserError, match="line 1: not a tiktoken file"):
+        load_tokenizer("TikTokenizer", str(path))
+
+
+def test_the_published_tiktoken_patterns_are_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
+    public = pytest.importorskip("tiktoken_ext.openai_public", reason="needs the data extra")
+    tiktoken = pytest.importorskip("tiktoken")
+    monkeypatch.setattr(public, "load_tiktoken_bpe", lambda *_, **__: {bytes([b]): b for b in range(256)})
+    for size, published in tiktoken_tokenizer.PUBLISHED.items():
+        if size == 128000:
+            assert published.control_tokens["<|eot_id|>"] == 128009 and len(published.control_tokens) == 256
+            continue
+        theirs = getattr(public, published.name)()
+        assert dict(published.control_tokens) == theirs["special_tokens"]
+        ranks = {**theirs["mergeable_ranks"], b"ab": 256, b"  ": 257, b"12": 258, b"'s": 259}
+        pair = [
+            tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+            for pattern in (published.pattern, theirs["pat_str"])
+        ]
+        for text in [*documents(60), "ab  ab's12 1234\n\n  x\r\n AB'S"]:
+            assert pair[0].encode_ordinary(text) == pair[1].encode_ordinary(text)
