@@ -91,3 +91,30 @@ def test_norm_bonus_gate(s, batch, heads, n, dtype, tolerance) -> None:
         lambda *x: rwkv7_fused.norm_bonus_gate_reference(*x, epsilon),
         inputs, dtype, tolerance,
     )  # fmt: skip
+
+
+def test_shifted_mixes_of_one_token() -> None:
+    """Every token alike: what is mixed in is zero but at document starts."""
+    torch.manual_seed(1)
+    x = torch.randn(1, 2, 40).expand(30, 2, 40).clone()
+    starts = torch.zeros(30, 2, dtype=torch.bool)
+    starts[[7, 8], 1] = True
+    compare(
+        lambda x, f, m, *c: rwkv7_fused.shifted_mixes(x, f, m, c),
+        lambda x, f, m, *c: rwkv7_fused.shifted_mixes_reference(x, f, m, c),
+        [x, x[0].clone(), starts, *(torch.rand(40) for _ in range(6))], torch.float32, 4e-6,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 1e4])
+def test_norm_bonus_gate_of_one_token(scale: float) -> None:
+    """Alike rows, whose outputs are nothing, far below the norm's epsilon, or large."""
+    torch.manual_seed(2)
+    y, r, k, v = (torch.randn(1, 2, 2, 32).expand(20, 2, 2, 32).clone() for _ in range(4))
+    gate = torch.randn(1, 2, 64).expand(20, 2, 64).clone()
+    inputs = [scale * y, r, k, v, gate, torch.randn(64), torch.randn(64), torch.randn(2, 32)]
+    compare(
+        lambda *x: rwkv7_fused.norm_bonus_gate(*x, 64e-5),
+        lambda *x: rwkv7_fused.norm_bonus_gate_reference(*x, 64e-5),
+        inputs, torch.float32, 1e-5,
+    )  # fmt: skip

@@ -80,6 +80,26 @@ def test_bf16_is_as_good_as_bf16_can_be(packed: bool, groups: int) -> None:
         assert relative(ours_grad, theirs_grad) < 1.5e-2
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0, 8.0])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_run_of_one_token_and_saturated_scores(monkeypatch: pytest.MonkeyPatch, packed: bool, scale: float) -> None:
+    """Equal keys share the attention evenly; in the second half one key has all of it, by hundreds."""
+    monkeypatch.setattr(attention, "ROWS", 8)
+    q, k, v, direction = inputs(24)
+    q, k = (x[:, :, :1].expand_as(x).clone() * scale for x in (q, k))
+    k[:, :, 15] *= 4
+    mask = document_mask(24) if packed else None
+    ours = [t.float().requires_grad_() for t in (q, k, v)]
+    theirs = [t.detach().double().requires_grad_() for t in ours]
+    out, expected = _BlockwiseAttention.apply(*ours, mask), formula(*theirs, mask)
+    assert relative(out.detach(), expected.detach()) < 2e-5
+    found = torch.autograd.grad(out, ours, direction.float())
+    exact = torch.autograd.grad(expected, theirs, direction.float().double())
+    for ours_grad, theirs_grad in zip(found, exact, strict=True):
+        assert bool(ours_grad.isfinite().all())
+        assert float((ours_grad - theirs_grad).norm()) <= 2e-5 * max(float(theirs_grad.norm()), 1.0, scale)
+
+
 def test_wide_types_take_the_fused_kernel_and_agree() -> None:
     *qkv, _ = inputs(20, 2)
     for mask in (None, document_mask(20)):

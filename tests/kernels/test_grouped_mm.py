@@ -13,7 +13,13 @@ from megaforge.nn.moe.experts import Experts
 from megaforge.parallel.init_rules import Normal
 from tests.nn.support import CTX
 
-COUNTS = {"even": (4, 4, 4), "idle ends": (0, 5, 0), "all but one idle": (0, 0, 9), "none at all": (0, 0, 0)}
+COUNTS = {
+    "even": (4, 4, 4),
+    "idle ends": (0, 5, 0),
+    "all but one idle": (0, 0, 9),
+    "one row": (0, 1, 0),
+    "none at all": (0, 0, 0),
+}
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float64: 1e-13}
 
 

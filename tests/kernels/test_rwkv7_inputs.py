@@ -50,6 +50,21 @@ def test_a_key_of_zeros_gives_no_nan() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("saturation", [-60.0, 60.0])
+def test_equal_tokens_with_decays_and_rates_at_either_end(saturation: float) -> None:
+    """In fp32, against the definition in fp64: a run of one token, sigmoids at 0 and 1, keys of very unequal size."""
+    inputs = [x.float() for x in make_inputs()]
+    for place in (0, 2, 4):
+        inputs[place] = inputs[place][:1].expand_as(inputs[place]).clone()
+    inputs[1].fill_(saturation)
+    inputs[3].fill_(-saturation)
+    inputs[4][:, 0] *= 1e10
+    inputs[4][:, 1] *= 1e-6
+    got, expected = run(rwkv7_inputs, inputs), run(rwkv7_inputs_reference, [x.double() for x in inputs])
+    for name, ours, theirs in zip(("log_w", "k", "a", "b", *NAMES), got, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=1e-5 * float(theirs.abs().max()), msg=name)
+
+
 def test_bf16_is_rounded_once() -> None:
     """Matrices' outputs in bf16, vectors in fp32: the arithmetic is fp32, as in the definition."""
     inputs = [x.bfloat16() if x.dim() == 3 else x.float() for x in make_inputs()]
