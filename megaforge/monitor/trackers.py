@@ -40,7 +40,8 @@ class TensorBoardSink:
         Raises:
             UserError: ``directory`` is a file, or cannot be made.
         """
-        require("tensorboard", extra="train", purpose="--tensorboard-dir")
+        protocol = require("tensorboard.compat.proto.summary_pb2", extra="train", purpose="--tensorboard-dir")
+        self._summary = protocol.Summary
         writer = require("torch.utils.tensorboard", extra="train", purpose="--tensorboard-dir").SummaryWriter
         try:
             Path(directory).mkdir(parents=True, exist_ok=True)
@@ -60,8 +61,10 @@ class TensorBoardSink:
         self._writer.add_text("config", indented, resume_iteration or 0)
 
     def write(self, kind: Kind, iteration: int, values: Mapping[str, float | int]) -> None:
-        for name, value in _tagged(kind, values).items():
-            self._writer.add_scalar(name, value, iteration)
+        # One event for all: add_scalar takes a tenth of a millisecond for each.
+        tagged = _tagged(kind, values).items()
+        summary = self._summary(value=[self._summary.Value(tag=name, simple_value=value) for name, value in tagged])
+        self._writer.file_writer.add_summary(summary, iteration)
 
     def flush(self) -> None:
         self._writer.flush()

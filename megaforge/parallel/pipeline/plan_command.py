@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,7 +54,11 @@ def make_parser(prog: str) -> ArgumentParser:
     parser.add_argument(
         "--communication-cost", type=number(0), default=0.0, help="time of a transfer between two ranks"
     )
-    parser.add_argument("--columns", type=integer(1, 1 << 20), help="cut the text timeline to this many characters")
+    parser.add_argument(
+        "--columns",
+        type=integer(1, 1 << 20),
+        help="cut the text timeline to this many characters (a terminal: to its width)",
+    )
     parser.add_argument(
         "--output",
         "--png",
@@ -83,13 +89,14 @@ def main(args: argparse.Namespace) -> int:
     program = build_program(schedule, costs)
     check_program(schedule, program)
     timeline = simulate(schedule, costs)
-    parts = [draw_text(timeline, args.columns), summary(timeline, program)]
+    rest = ["", summary(timeline, program)]
     if args.print_actions:
-        parts.append(format_schedule(schedule))
-    text = "\n\n".join(parts)
-    print(text)
+        rest += ["", format_schedule(schedule)]
+    # On a terminal broken lines would show nothing.
+    columns = args.columns or (shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
+    print("\n".join([draw_text(timeline, columns), *rest]))
     if suffix == ".txt":
-        _write_text(args.output, text)
+        _write_text(args.output, "\n".join([draw_text(timeline, args.columns), *rest]))
     elif suffix is not None:
         draw_image(timeline, args.output)
     if suffix is not None:
