@@ -64,6 +64,15 @@ PARTNERS = (
         "there are no weights to start from: add --load DIR",
     ),
     Partner(
+        (
+            *("checkpoint.load_optim", "checkpoint.load_rng", "checkpoint.reset_data"),
+            *("optimizer.override_opt_param_scheduler", "optimizer.use_checkpoint_opt_param_scheduler"),
+        ),
+        lambda c: c.checkpoint.load and not c.checkpoint.finetune,
+        "no run is continued (--load without --finetune): it changes nothing",
+        refuse=False,
+    ),
+    Partner(
         ("training.exit_interval", "training.exit_duration_in_mins"),
         lambda c: c.checkpoint.save,
         "it leaves without saving, as --save is not set",
@@ -212,10 +221,12 @@ def check_partners(config: Config, origins: Mapping[str, str]) -> list[str]:
         for key in partner.keys:
             setting = settings()[key]
             value = getattr(getattr(config, setting.section), setting.name)
-            asks = value != setting.default and (key == "checkpoint.save_interval" or value not in (None, False, 0))
+            off = value in (None, False, 0) and setting.default is not True and key != "checkpoint.save_interval"
+            asks = value != setting.default and not off
             if not asks or not _written(origins[key]) or partner.needs(config):
                 continue
-            text = f"{setting.flag}{'' if value is True else f' {value}'}: {partner.text}"
+            word = setting.flag if value is not False else "--no-" + setting.flag.removeprefix("--")
+            text = f"{word}{'' if isinstance(value, bool) else f' {value}'}: {partner.text}"
             if partner.refuse:
                 raise UserError(text)
             notes.append(text)

@@ -168,6 +168,12 @@ class OptimizerConfig:
         "length of the final decay of WSD (default: a tenth of --lr-decay-iters)",
         least=1,
     )
+    override_opt_param_scheduler: bool = flag(
+        False, "with --load: follow this line's learning-rate schedule where the checkpoint had another"
+    )
+    use_checkpoint_opt_param_scheduler: bool = flag(
+        False, "with --load: keep the checkpoint's learning-rate schedule, whatever this line says"
+    )
     weight_decay: float = flag(0.1, "decoupled weight decay of matrices", least=0)
     adam_beta1: float = flag(0.9, "decay of the first moment", least=0, below=1)
     adam_beta2: float = flag(0.95, "decay of the second moment", least=0, below=1)
@@ -183,6 +189,10 @@ class OptimizerConfig:
     )
 
     def validate(self) -> None:
+        if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:
+            raise UserError(
+                "--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler exclude each other; choose one"
+            )
         if self.min_lr > self.lr:
             raise UserError(f"--min-lr {self.min_lr}: must not exceed --lr {self.lr}")
 
@@ -252,6 +262,13 @@ class CheckpointConfig:
     )
     keep_last: int = flag(3, "newest checkpoints to keep; 0: all", least=0)
     keep_best: int = flag(0, "checkpoints with the best validation loss to keep besides", least=0)
+    load_optim: bool = flag(
+        True, "take the optimizer's moments and the loss scale from --load too; without them both start afresh"
+    )
+    load_rng: bool = flag(True, "take the random generators' states from --load too")
+    reset_data: bool = flag(
+        False, "with --load: read the data, which may be others, from their beginning; the iteration goes on"
+    )
     finetune: bool = flag(False, "load the weights only and start the run at iteration 0")
 
     def validate(self) -> None:

@@ -187,5 +187,6 @@ def check_state(current: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         if saved[field] != current[field]:
             raise UserError(
                 f"the checkpoint was trained on another order of samples: {meaning} ({field}) was {saved[field]} "
-                f"and is now {current[field]}; restore it to continue this run, or start a new one without --load"
+                f"and is now {current[field]}; restore it to continue this run, add --reset-data to go on with these "
+                "data from their beginning, or start a new run without --load"
             )

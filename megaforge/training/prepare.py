@@ -61,7 +61,8 @@ def _saved_vocabulary(directory: Path) -> int | None:
 
     Reads the manifest as plain JSON: the checkpoint's own reader needs torch.
     """
-    manifests = [directory / "manifest.json", *sorted(directory.glob("step_*/manifest.json"), reverse=True)]
+    steps = [path for path in directory.glob("step_*") if "." not in path.name]  # others were set aside
+    manifests = [path / "manifest.json" for path in (directory, *sorted(steps, reverse=True))]
     try:
         content = json.loads(next(path for path in manifests if path.is_file()).read_text(encoding="utf-8"))
         size = content["meta"]["config"]["model"]["vocab_size"]

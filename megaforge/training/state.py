@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,17 +17,17 @@ from megaforge.checkpoint.compatible import RUN_STATE, check_compatible, describ
 from megaforge.checkpoint.directory import list_steps
 from megaforge.checkpoint.find import find_checkpoint, holds_no_checkpoint
 from megaforge.checkpoint.shards import TensorEntry
+from megaforge.config.launcher import say_once
 from megaforge.config.run_config import CheckpointConfig, TrainingConfig
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.device import get_random_state, set_random_state
 from megaforge.errors import UserError
 from megaforge.optim.adamw import Entry
 from megaforge.training.callbacks import LARGER_IS_BETTER
+from megaforge.training.continuing import settle_schedule
 
 if TYPE_CHECKING:
     from megaforge.training.trainer import Trainer
-
-logger = logging.getLogger(__name__)
 
 
 def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -81,6 +81,8 @@ def run_meta(trainer: Trainer) -> dict[str, Any]:
         "optimizer": trainer.optimizer.state(),
         "scaler": trainer.scaler.state(),
         "schedule": trainer.schedule.digest,
+        "started_over": trainer.started_over,
+        "earlier": dict(trainer.earlier),
         "callbacks": {c.state_name: c.state() for c in trainer.callbacks if c.state_name is not None},
     }
 
@@ -119,16 +121,33 @@ def load_run(trainer: Trainer) -> Path | None:
         optimizer.after_load()
         return path
     _check_is_run(meta, path)
-    trainer.data.check_state(meta["data"])
-    random_state = {name: state.clone() for name, state in get_random_state(ctx.device).items()}
-    load_checkpoint(path, _entries(optimizer.entries()), ctx, random_state, verify=False)
-    optimizer.load_state(meta["optimizer"])
+    fresh = _start_over(trainer, meta, own)
+    if "data" not in fresh:
+        trainer.data.check_state(meta["data"])
+    trainer.config, trainer.schedule, notes = settle_schedule(config, meta, int(meta["iteration"]), str(path))
+    _load_tensors(trainer, path, fresh)
+    if "optimizer" not in fresh:
+        optimizer.load_state(meta["optimizer"])
+        trainer.scaler.load_state(meta["scaler"])
     optimizer.after_load()
-    set_random_state(ctx.device, random_state)
-    _restore_progress(trainer, meta)
+    _restore_progress(trainer, meta, fresh)
+    for note in notes:
+        say_once(note)
     # What lies in --save beyond this iteration is of a past that this run went back behind.
     trainer.saved_iteration = trainer.iteration
     return path
+
+
+def _load_tensors(trainer: Trainer, path: Path, fresh: list[str]) -> None:
+    """Fills weights, moments and this rank's random states, but for what starts ``fresh``."""
+    optimizer, device = trainer.optimizer, trainer.ctx.device
+    moments = "optimizer" not in fresh
+    entries = _entries(optimizer.entries() if moments else optimizer.weight_entries())
+    random_state = {name: state.clone() for name, state in get_random_state(device).items()}
+    own = None if "random states" in fresh else random_state
+    unread = () if moments else ("optimizer.",)
+    load_checkpoint(path, entries, trainer.ctx, own, verify=False, allow_extra=unread)
+    set_random_state(device, random_state)
 
 
 def loads_own_checkpoints(config: CheckpointConfig) -> bool:
@@ -148,19 +167,39 @@ def _check_is_run(meta: dict[str, Any], path: Path) -> None:
         )
 
 
-def _restore_progress(trainer: Trainer, meta: dict[str, Any]) -> None:
+def _restore_progress(trainer: Trainer, meta: dict[str, Any], fresh: list[str]) -> None:
     trainer.iteration = int(meta["iteration"])
-    trainer.consumed_samples = int(meta["data"]["consumed_samples"])
-    trainer.scaler.load_state(meta["scaler"])
+    trainer.earlier = Counter(meta.get("earlier", {}))
+    consumed = int(meta["data"]["consumed_samples"])
+    if "data" in fresh:
+        trainer.earlier += Counter(samples=consumed, tokens=int(meta["data"]["consumed_tokens"]))
+    else:
+        trainer.consumed_samples = consumed
     for callback in trainer.callbacks:
         if callback.state_name in meta["callbacks"]:
             callback.load_state(meta["callbacks"][callback.state_name])
-    if meta["schedule"] != trainer.schedule.digest and trainer.ctx.is_first_rank:
-        logger.warning(
-            "the learning-rate schedule is not the one that the checkpoint was trained with until iteration %d: "
-            "this run follows its own from here on",
-            trainer.iteration,
-        )
+
+
+def _start_over(trainer: Trainer, meta: dict[str, Any], own: bool) -> list[str]:
+    """What does not come from the checkpoint although the run goes on, by the flags; says so.
+
+    A run that is started again by the same line has done so already: its ``own`` checkpoints record it.
+    """
+    flags = trainer.config.checkpoint
+    asked = {
+        "optimizer": ("--no-load-optim", not flags.load_optim, "moments and loss scale start afresh"),
+        "random states": ("--no-load-rng", not flags.load_rng, "random states start from --seed"),
+        "data": ("--reset-data", flags.reset_data, "the data are read from their beginning"),
+    }
+    done, now = list(meta.get("started_over", [])) if own else [], []
+    for what, (flag, given, text) in asked.items():
+        if given and what in done:
+            say_once(f"{flag}: this run has done so and goes on with its own; --load its step_N does it again")
+        elif given:
+            now.append(what)
+            say_once(f"{flag}: {text}; weights and iteration {meta['iteration']} are kept")
+    trainer.started_over = [*done, *now]
+    return now
 
 
 def check_save_directory(config: CheckpointConfig) -> None:

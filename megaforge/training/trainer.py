@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice
@@ -37,6 +38,8 @@ class Trainer:
     Attributes:
         iteration: optimizer steps done, from the run's beginning.
         consumed_samples: samples trained on, from the run's beginning.
+        earlier: ``samples`` and ``tokens`` trained on before ``--reset-data``; consumed_samples counts from there.
+        started_over: what this run, going on from a checkpoint, did not take from it (``--no-load-optim`` ...).
         saved_iteration: iteration of the newest checkpoint of this run, loaded or written; 0 if there is none.
         validation: what :meth:`evaluate` reads, or None without ``--eval-iters``.
         last_evaluation: the newest result of :meth:`evaluate`.
@@ -80,6 +83,8 @@ class Trainer:
         self.iteration = 0
         self.consumed_samples = 0
         self.saved_iteration = 0
+        self.earlier: Counter[str] = Counter()
+        self.started_over: list[str] = []
         self.last_evaluation: EvaluationMetrics | None = None
         self.stop_reason: str | None = None
         self.tokens_per_expert: list[list[float]] = []
@@ -94,7 +99,7 @@ class Trainer:
     @property
     def consumed_tokens(self) -> int:
         """Tokens trained on, from the run's beginning."""
-        return int(self.data.state(self.consumed_samples)["consumed_tokens"])
+        return int(self.data.state(self.consumed_samples)["consumed_tokens"]) + self.earlier["tokens"]
 
     def stop(self, reason: str) -> None:
         """Ends the run after this iteration's callbacks."""
@@ -259,7 +264,7 @@ class Trainer:
             grad_norm=grad_norm,
             lr=lr,
             tokens=self.consumed_tokens,
-            consumed_samples=self.consumed_samples,
+            consumed_samples=self.consumed_samples + self.earlier["samples"],
             step_tokens=sequences * length,
             extra=extra,
         )

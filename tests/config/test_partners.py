@@ -36,6 +36,8 @@ REFUSED = [
     (("--moe-router-bias-update-rate", "0.1"), (), "--moe-router-enable-expert-bias"),
 ]
 SAID = [
+    (("--no-load-optim",), (), "--load"),
+    (("--reset-data",), ("--load", "r", "--finetune"), "--finetune"),
     (("--exit-interval", "2"), (), "--save"),
     (("--exit-duration-in-mins", "2"), (), "--save"),
     (("--early-stopping-metric", "accuracy"), EVALUATED, "--keep-best"),
@@ -79,6 +81,8 @@ def test_said(flag: tuple[str, ...], beside: tuple[str, ...], advice: str, capsy
         ("--lr-warmup-iters", "499", "--train-iters", "500"),
         ("--lr-warmup-iters", "900", "--train-iters", "500", "--lr-decay-style", "constant"),
         ("--dry-run", "--dry-run-world-size", "8"),
+        ("--load", "r", "--no-load-optim", "--no_load_rng", "--reset-data", "--override-opt_param-scheduler"),
+        ("--load-optim", "--load-rng"),
     ],
 )
 def test_quiet_beside_its_partner(line: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:

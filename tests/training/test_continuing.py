@@ -1,0 +1,109 @@
+"""Going on otherwise: schedules that may change, must be chosen or are refused; what starts over and what is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megaforge.checkpoint.compatible import describe_run
+from megaforge.errors import UserError
+from megaforge.optim import LearningRateSchedule
+from megaforge.training.continuing import settle_schedule
+from tests.training.tiny import arguments, make_config, make_trainer, record, write_dataset
+
+
+def saved_by(*flags: str) -> dict[str, Any]:
+    config = make_config(list(flags))
+    digest = LearningRateSchedule(config.optimizer, config.training.train_iters).digest
+    return {**describe_run(config, None), "schedule": digest}
+
+
+CONSTANT, WSD = ("--lr-decay-style", "constant"), ("--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "10")
+OVERRIDE, KEEP = "--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "iteration", "said"),
+    [
+        (("--train-iters", "50"), ("--train-iters", "50"), 20, None),
+        ((*CONSTANT, "--train-iters", "50"), (*CONSTANT, "--train-iters", "90"), 50, None),  # a longer run
+        ((*CONSTANT,), (*CONSTANT, "--lr", "5e-4"), 20, "set anew from iteration 21"),
+        ((*WSD, "--train-iters", "50"), (*WSD, "--train-iters", "90"), 40, "same so far"),  # the stable part grows
+        (("--lr-warmup-iters", "50"), ("--lr-warmup-iters", "50", "--min-lr", "1e-5"), 50, "same so far"),
+    ],
+)
+def test_a_schedule_that_goes_on(
+    before: tuple[str, ...], now: tuple[str, ...], iteration: int, said: str | None
+) -> None:
+    config = make_config(list(now))
+    settled, schedule, notes = settle_schedule(config, saved_by(*before), iteration, "r")
+    assert settled == config
+    assert schedule.digest == LearningRateSchedule(config.optimizer, config.training.train_iters).digest
+    assert len(notes) == (said is not None) and (said is None or said in notes[0])
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "iteration", "names"),
+    [
+        (("--train-iters", "50"), ("--train-iters", "90"), 20, "--train-iters) 50 in the checkpoint, 90 here"),
+        (("--lr", "1e-3"), ("--lr", "2e-3"), 1, "--lr 0.001 in the checkpoint, 0.002 here"),
+        (CONSTANT, (), 5, "--lr-decay-style constant in the checkpoint, cosine here"),
+        ((*WSD, "--train-iters", "50"), (*WSD, "--train-iters", "90"), 41, "50 in the checkpoint, 90 here"),
+        ((*CONSTANT, "--lr-warmup-iters", "9"), CONSTANT, 5, "--lr-warmup-iters 9 in the checkpoint, 0 here"),
+    ],
+)
+def test_another_schedule_needs_a_choice(
+    before: tuple[str, ...], now: tuple[str, ...], iteration: int, names: str
+) -> None:
+    saved = saved_by(*before)
+    with pytest.raises(UserError) as caught:
+        settle_schedule(make_config(list(now)), saved, iteration, "r/step_1")
+    assert all(text in str(caught.value) for text in ("--load r/step_1", names, OVERRIDE, KEEP))
+    own = make_config([*now, OVERRIDE])
+    settled, schedule, notes = settle_schedule(own, saved, iteration, "r")
+    assert schedule.digest == LearningRateSchedule(own.optimizer, own.training.train_iters).digest
+    assert settled == own and OVERRIDE in notes[0] and names in notes[0]
+    settled, schedule, notes = settle_schedule(make_config([*now, KEEP]), saved, iteration, "r")
+    assert schedule.digest == saved["schedule"] and KEEP in notes[0]
+    again = LearningRateSchedule(settled.optimizer, settled.training.train_iters)
+    assert again.digest == schedule.digest, "what the next checkpoint records is the schedule that held"
+
+
+def test_both_choices_exclude_each_other() -> None:
+    with pytest.raises(UserError, match="exclude each other"):
+        make_config([OVERRIDE, KEEP])
+
+
+def test_what_starts_over_and_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, other = write_dataset(tmp_path / "a_text_document"), write_dataset(tmp_path / "b_text_document", seed=1)
+    save = str(tmp_path / "run")
+    line = ("--save", save, "--load", save, "--lr-decay-style", "constant")
+    first = make_trainer(arguments(old, *line, "--train-iters", "2"))
+    first.train()
+    with pytest.raises(UserError, match="add --reset-data"):
+        make_trainer(arguments(other, *line))
+    again = arguments(other, *line, "--reset-data", "--no-load-optim", "--no-load-rng", "--train-iters", "4")
+    second = make_trainer(again)
+    said = capsys.readouterr().err
+    assert all(flag in said for flag in ("--reset-data", "--no-load-optim", "--no-load-rng"))
+    assert (second.iteration, second.consumed_samples, second.consumed_tokens) == (2, 0, first.consumed_tokens)
+    assert second.optimizer.state() == {"step": 0}
+    assert not any(moment.any() for _, _, moment in second.optimizer.moment_entries())
+    for (name, _, a), (_, _, b) in zip(
+        first.optimizer.weight_entries(), second.optimizer.weight_entries(), strict=True
+    ):
+        assert a.equal(b), name
+    recorder = record(second)
+    second.train()
+    assert [r["consumed_samples"] for r in recorder.records] == [24, 32]
+    assert recorder.records[-1]["tokens"] == 32 * 24
+    third = make_trainer(again)  # the same line, after a kill: nothing starts over a second time
+    assert (third.iteration, third.consumed_samples, third.optimizer.state()) == (4, 16, {"step": 2})
+    assert third.consumed_tokens == second.consumed_tokens
+    assert "has done so" in capsys.readouterr().err
+    fourth = make_trainer(arguments(other, *line, "--train-iters", "6"))  # without the flags, the run it has become
+    assert fourth.consumed_tokens == second.consumed_tokens and fourth.started_over == second.started_over
+    branch = make_trainer([*again, "--load", f"{save}/step_0000004"])
+    assert (branch.iteration, branch.consumed_samples) == (4, 0)
