@@ -38,7 +38,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags of the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--load", required=True, metavar="DIR", help="a run's --save directory, or one checkpoint")
-    parser.add_argument("--input", required=True, help="a text or JSON Lines file, or a dataset's prefix")
+    parser.add_argument("--input", required=True, help="a text, JSON Lines or Parquet file, or a dataset's prefix")
     parser.add_argument("--part", choices=(*PARTS, "all"), help="which documents of a dataset (default: see above)")
     parser.add_argument("--json-key", metavar="KEY", help="where a JSONL line has its text (default: as in training)")
     parser.add_argument("--tokenizer-model", metavar="FILE", help="where the tokenizer is now, if it was moved")

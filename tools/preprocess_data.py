@@ -32,7 +32,8 @@ def parse_arguments(arguments: list[str] | None = None) -> PreprocessSettings:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="JSON Lines (.jsonl, .ndjson, .json) or text, one document a file; each also .gz or .zst",
+        help="JSON Lines (.jsonl, .ndjson, .json) or text, one document a file, each also .gz or .zst; "
+        "Parquet files, or a directory of them or of Hugging Face datasets",
     )
     parser.add_argument("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin, .idx and .json")
     parser.add_argument(

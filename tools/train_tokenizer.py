@@ -27,7 +27,8 @@ def parse_arguments(arguments: list[str] | None = None) -> TokenizerSettings:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="JSON Lines (.jsonl, .ndjson, .json) or text, one document a file; each also .gz or .zst",
+        help="JSON Lines (.jsonl, .ndjson, .json) or text, one document a file, each also .gz or .zst; "
+        "Parquet files, or a directory of them or of Hugging Face datasets",
     )
     parser.add_argument("--output", required=True, help="a .json file, or .model for SentencePiece")
     parser.add_argument(

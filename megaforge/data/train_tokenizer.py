@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megaforge.data.outputs import atomic_output
+from megaforge.data.text.expand import expand_inputs
 from megaforge.data.text.readers import input_size, read_texts
 from megaforge.data.tokenizer import load_tokenizer
 from megaforge.errors import UserError, require
@@ -96,9 +97,10 @@ class _Texts:
         self.count = self.size = 0
 
     def __iter__(self) -> Iterator[str]:
-        total = sum(input_size(path, self._settings.json_key) for path in self._settings.inputs)
+        inputs = expand_inputs(self._settings.inputs)
+        total = sum(input_size(path, self._settings.json_key) for path in inputs)
         share = self._settings.max_bytes / total if total > self._settings.max_bytes else 1.0
-        for path in self._settings.inputs:
+        for path in inputs:
             for text in read_texts(path, self._settings.json_key):
                 if share < 1.0:
                     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()

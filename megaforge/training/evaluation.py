@@ -17,6 +17,7 @@ from megaforge.data.padding import pad_batch
 from megaforge.data.sample_order import JoinedTokens
 from megaforge.data.source import check_ids
 from megaforge.data.split import split_documents
+from megaforge.data.text.expand import expand_inputs
 from megaforge.data.text.formats import TEXT_SUFFIXES, plain_suffix
 from megaforge.data.text.readers import read_texts
 from megaforge.data.tokenizer import Tokenizer
@@ -62,7 +63,7 @@ def read_text(path: str, tokenizer: Tokenizer, key: str = "text", append_eod: bo
     Raises:
         UserError: the file is missing or bad, or gives fewer than two tokens.
     """
-    texts = list(read_texts(path, key))
+    texts = [text for file in expand_inputs([path]) for text in read_texts(file, key)]
     end = [] if tokenizer.eod is None or not append_eod else [tokenizer.eod]
     documents = [np.array([*ids, *end], np.int64) for ids in tokenizer.encode_batch(texts) if ids]
     if not documents:

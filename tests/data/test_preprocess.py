@@ -433,3 +433,17 @@ def test_what_cannot_work_is_refused_by_name(bpe: str, tmp_path: Path) -> None:
             preprocess(wanted)
     assert not [path for path in tmp_path.glob("p*") if path.suffix in (".bin", ".idx", ".json")]
     assert not list(tmp_path.glob("p*.partial/*.bin"))
+
+
+def test_parquet_gives_the_tokens_of_the_same_lines(bpe: str, tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow", reason="needs the parquet extra")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = documents(9000, longest=100)
+    lines = write_jsonl(tmp_path / "c.jsonl", texts)
+    table = tmp_path / "c.parquet"
+    parquet.write_table(arrow.table({"text": texts}), table, row_group_size=1000)
+    assert len(cut_into_shards([Source.of(str(table), "text")], 1 << 20)[0]) > 2
+    (expected,) = preprocess(settings(lines, tmp_path / "q", bpe))
+    for number, workers in enumerate((1, 2)):
+        (prefix,) = preprocess(settings(table, tmp_path / f"p{number}", bpe, workers=workers, shard_mb=1))
+        assert digests(prefix) == digests(expected)

@@ -21,7 +21,7 @@ from megaforge.data.text.formats import PROSE, TextFormat, holds_records, plain_
 from megaforge.data.text.readers import open_text, place
 from megaforge.errors import UserError, require
 
-RECORDS = (".jsonl", ".ndjson")
+RECORDS = (".jsonl", ".ndjson", ".parquet", ".arrow")
 SOURCE = frozenset(
     (
         ".py .pyi .pyx .pxd .ipy .c .h .cc .cpp .cxx .hh .hpp .hxx .cu .cuh .m .mm .rs .go .zig .nim .d .v .sv .vhd "

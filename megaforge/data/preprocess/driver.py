@@ -6,6 +6,7 @@ crosses a process; joining them is concatenating bytes. So the result does not d
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import sys
@@ -31,6 +32,7 @@ from megaforge.data.preprocess.progress import Progress
 from megaforge.data.preprocess.publish import Job, SourceHasher, publish, standing_dataset
 from megaforge.data.preprocess.ranks import RankGroup, discover_ranks
 from megaforge.data.preprocess.shard import Encoder, WorkerSpec
+from megaforge.data.text.expand import expand_inputs
 from megaforge.data.text.readers import open_text
 from megaforge.data.tokenizer import Tokenizer, load_tokenizer
 from megaforge.errors import UserError, require
@@ -48,6 +50,7 @@ def preprocess(settings: PreprocessSettings) -> list[str]:
         UserError: on every rank, when any rank met a mistake.
     """
     settings.validate()
+    settings = dataclasses.replace(settings, inputs=expand_inputs(settings.inputs))
     make_parents(settings.output_prefix, "--output-prefix")
     single_threaded()
     group = discover_ranks(settings.output_prefix)
@@ -114,11 +117,11 @@ def _prepare(settings: PreprocessSettings, key: str, output: str) -> tuple[dict[
     The proven fast encoder, if there is one, comes with it.
     """
     require("orjson", extra="data", purpose="reading JSONL")
-    sources = [Source.of(path) for path in settings.inputs]
+    sources = [Source.of(path, key) for path in settings.inputs]
     if not any(source.bytes for source in sources):
         raise UserError(f"--input {' '.join(settings.inputs)}: the corpus is empty")
     for source in sources:
-        if not source.lines:
+        if not (source.lines or source.rows):
             print(
                 f"{source.path}: one document (tools/directory_to_jsonl.py cuts a text into several)", file=sys.stderr
             )
@@ -220,7 +223,7 @@ def _first_texts(sources: Sequence[Source], key: str) -> Iterator[str]:
 
 
 def _tokenize(job: Job, workers: int, group: RankGroup, encoder: Encoder | None) -> None:
-    known = not any(is_compressed(source.path) for source in job.sources)
+    known = not any(source.rows or is_compressed(source.path) for source in job.sources)
     total = sum(source.bytes for source in job.sources) // group.size if known else None
     label = "tokenise" if group.size == 1 else f"tokenise (rank {group.rank} of {group.size})"
     progress = Progress(total, label)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from megaforge.data.jsonl import is_compressed
 from megaforge.data.text.formats import TextFormat, text_format
+from megaforge.data.text.readers import open_text
 from megaforge.data.tokenizer import TOKENIZER_TYPES
 from megaforge.errors import UserError
 
@@ -60,16 +62,19 @@ class Source:
     bytes: int
     modified_ns: int
     edges: str
-    lines: bool = True  # whether it may be cut between lines; otherwise it is one document
+    lines: bool = True  # whether it may be cut between lines; otherwise it is one document, or rows
+    rows: int = 0  # of a table, which may be cut between them
 
     @classmethod
-    def of(cls, path: str) -> Source:
-        """Looks at the file.
+    def of(cls, path: str, key: str) -> Source:
+        """Looks at the file, a table's column ``key`` included.
 
         Raises:
             UserError: it is missing, cannot be read, or holds no text.
         """
-        lines = text_format(path) is TextFormat.LINES
+        form = text_format(path)
+        with open_text(path, key) as reader:
+            rows = reader.count_records(sys.maxsize) if form.is_table else 0
         try:
             with open(path, "rb") as file:
                 status = os.fstat(file.fileno())
@@ -78,7 +83,7 @@ class Source:
                 digest.update(file.read(_EDGE))
         except OSError as error:
             raise UserError(f"--input {path}: {error.strerror}") from error
-        return cls(path, status.st_size, status.st_mtime_ns, digest.hexdigest(), lines)
+        return cls(path, status.st_size, status.st_mtime_ns, digest.hexdigest(), form is TextFormat.LINES, rows)
 
 
 @dataclass(frozen=True)
@@ -115,8 +120,8 @@ def shard_bytes(sources: Sequence[Source], shard_mb: int | None) -> int:
 def cut_into_shards(sources: Sequence[Source], size: int) -> list[list[Shard]]:
     """The shards in input order, in groups: a group is a list of known shards, or the first of an open-ended series.
 
-    Small files share a shard; a large plain file is cut into byte ranges; a large compressed file is an open-ended
-    series, to be continued with :func:`successor`.
+    Small files share a shard; a large plain file is cut into ranges of bytes, or of rows; a large compressed file is
+    an open-ended series, to be continued with :func:`successor`.
     """
     groups: list[list[Shard]] = []
     small: list[tuple[int, int, int | None]] = []
@@ -126,13 +131,14 @@ def cut_into_shards(sources: Sequence[Source], size: int) -> list[list[Shard]]:
         if small and filled + expected > size:
             groups.append([Shard(f"s{small[0][0]:06d}-000000", tuple(small))])
             small, filled = [], 0
-        if expected <= size or not source.lines:
+        if expected <= size or not (source.lines or source.rows):
             small.append((number, 0, None))
             filled += expected
-        elif is_compressed(source.path):
+        elif is_compressed(source.path) and not source.rows:
             groups.append([Shard(f"s{number:06d}-000000", ((number, 0, size),), open_ended=True)])
         else:
-            cuts = [*range(0, source.bytes, size)]
+            places = source.rows or source.bytes
+            cuts = [*range(0, places, max(1, places * size // expected))]
             stops: list[int | None] = [*cuts[1:], None]
             ranges = enumerate(zip(cuts, stops, strict=True))
             groups.append([Shard(f"s{number:06d}-{k:06d}", ((number, a, b),)) for k, (a, b) in ranges])
@@ -245,4 +251,4 @@ def _load_json(path: Path) -> Any:
 
 
 def _expected_bytes(source: Source) -> int:
-    return source.bytes * (_EXPANSION if is_compressed(source.path) else 1)
+    return source.bytes * (_EXPANSION if source.rows or is_compressed(source.path) else 1)

@@ -46,7 +46,7 @@ def publish(job: Job, hasher: SourceHasher) -> None:
     work = WorkDirectory(Path(job.spec.work_directory))
     shards = list(_finished_shards(job, work))
     for source in job.sources:
-        if Source.of(source.path) != source:
+        if Source.of(source.path, job.spec.json_key) != source:
             raise UserError(f"--input {source.path} changed while it was being read; run the command again")
     left_out = _left_out(job, shards)
     _report(left_out, job.output)

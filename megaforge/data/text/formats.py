@@ -14,7 +14,7 @@ from megaforge.errors import UserError
 
 PROSE = frozenset(".txt .text .md .markdown .rst .rest .adoc .asciidoc .org .tex .bib .wiki .pod .man .srt".split())
 _RECORDS = (".jsonl", ".ndjson", ".json")
-TEXT_SUFFIXES = PROSE | frozenset(_RECORDS)
+TEXT_SUFFIXES = PROSE | {*_RECORDS, ".parquet", ".arrow"}
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
 _BOM = b"\xef\xbb\xbf"
 _OTHER_COMPRESSION = (".bz2", ".xz", ".lzma", ".lz4", ".zip", ".7z", ".z", ".br", ".tar", ".tgz", ".zstd")
@@ -26,6 +26,13 @@ class TextFormat(Enum):
 
     LINES = "JSON Lines"
     TEXT = "text"
+    PARQUET = "Parquet"
+    ARROW = "Arrow"
+
+    @property
+    def is_table(self) -> bool:
+        """Whether documents lie in rows."""
+        return self in (TextFormat.PARQUET, TextFormat.ARROW)
 
 
 def plain_suffix(path: str | os.PathLike[str]) -> str:
@@ -48,6 +55,10 @@ def text_format(path: str) -> TextFormat:
         raise UserError(f"--input {path}: {suffix} is not read; decompress it, or compress it with gzip or zstd")
     with LineReader(path) as reader:
         head = reader.head()
+    if suffix == ".parquet" or head.startswith(b"PAR1"):
+        return TextFormat.PARQUET
+    if suffix == ".arrow" or head.startswith(b"ARROW1"):
+        return TextFormat.ARROW
     if suffix in (".bin", ".idx") or head.startswith(b"MMIDIDX"):
         raise UserError(f"--input {path}: half of a dataset of tokens, where text is expected")
     named = suffix in _RECORDS

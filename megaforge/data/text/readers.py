@@ -191,19 +191,18 @@ class WholeTextReader(TextReader):
         self._content = b""
 
 
-_READERS: dict[TextFormat, type[TextReader]] = {
-    TextFormat.LINES: JsonLinesReader,
-    TextFormat.TEXT: WholeTextReader,
-}
-
-
 def open_text(path: str, key: str) -> TextReader:
     """The reader of ``--input PATH``.
 
     Raises:
         UserError: see :func:`megaforge.data.text.formats.text_format`.
     """
-    return _READERS[text_format(path)](path, key)
+    form = text_format(path)
+    if form.is_table:
+        from megaforge.data.text.tables import TableReader  # it is built on this module, and few inputs are tables
+
+        return TableReader(path, key, form)
+    return (JsonLinesReader if form is TextFormat.LINES else WholeTextReader)(path, key)
 
 
 def read_texts(path: str, key: str) -> Iterator[str]:
@@ -223,9 +222,9 @@ def read_texts(path: str, key: str) -> Iterator[str]:
 
 
 def input_size(path: str, key: str) -> int:
-    """Bytes of ``--input PATH`` once decompressed; a compressed file is read for it."""
+    """Bytes of ``--input PATH`` once decompressed, or of a table's text; both are read for it."""
     with open_text(path, key) as reader:
-        if not is_compressed(path):
+        if not is_compressed(path) and reader.unit != "row":
             return os.path.getsize(path)
         return sum(chunk.input_bytes for chunk in reader.chunks(None))
 
