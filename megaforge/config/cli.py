@@ -30,6 +30,7 @@ from megaforge.errors import UserError
 
 __all__ = ["ParsedConfig", "config_from_dict", "config_to_dict", "format_config", "parse_config", "run_entry"]
 
+
 @dataclass(frozen=True)
 class ParsedConfig:
     """A configuration and where each of its values came from: ``origins["section.name"]`` is ``default``,

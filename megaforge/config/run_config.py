@@ -151,6 +151,8 @@ class DataConfig:
             raise UserError(
                 f"--mock-data and --data-path {' '.join(self.data_path)} exclude each other; leave out one of them"
             )
+        if self.mock_data and self.verify_data:
+            raise UserError("--verify-data: --mock-data reads no files, so there is nothing to verify; leave it out")
 
 
 @dataclass(frozen=True)

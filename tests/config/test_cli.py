@@ -296,3 +296,7 @@ def test_a_configuration_made_in_code_has_the_same_bounds() -> None:
     config = dataclasses.replace(Config(), data=DataConfig(seq_length=0))
     with pytest.raises(UserError, match="--seq-length 0: must be at least 1"):
         config.validate()
+
+
+def test_mock_data_leave_no_files_to_verify() -> None:
+    assert "--verify-data: --mock-data reads no files" in complaint("--mock-data", "--verify-data")
