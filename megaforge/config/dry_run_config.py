@@ -14,7 +14,10 @@ class DryRunConfig:
 
     dry_run: bool = flag(False, "check layout, sharding, data assignment and memory of the job, print them, and exit")
     dry_run_world_size: int | None = flag(
-        None, "ranks of the job that is tried (default: those that were started)", least=1, most=1 << 20
+        None,
+        "ranks of the job that is tried (default: those that were started, or the fewest that the layout fills)",
+        least=1,
+        most=1 << 20,
     )
     dry_run_ranks: str = flag(
         "all",

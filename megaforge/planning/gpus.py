@@ -39,6 +39,13 @@ GPUS = {
     )
 }
 
+ROOM = 0.9  # of a GPU's memory: what fragments and other programs leave
+
+
+def verdict(share: float) -> str:
+    """Whether a rank that needs this share of a GPU's memory has room there."""
+    return "fits" if share <= ROOM else "is tight" if share <= 1 else "DOES NOT FIT"
+
 
 def gpu_named(name: str) -> Gpu:
     """The GPU that ``--gpu`` names.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megaforge.planning.communication import TRAFFIC_AXES, step_traffic
-from megaforge.planning.gpus import Efficiency, Gpu
+from megaforge.planning.gpus import Efficiency, Gpu, verdict
 from megaforge.planning.layout import PlannedLayout
 from megaforge.planning.memory import LIBRARIES, RankMemory, rank_memory
 from megaforge.planning.search import Found
@@ -64,7 +64,7 @@ def plan_text(parts: ModelParts, layout: PlannedLayout, gpu: Gpu, name: str) -> 
         f"{layout.micro_batches} micro-batches of {layout.micro_batch_size} on a rank",
         "",
         memory_table(memories, gpu),
-        f"fullest rank: {fullest:.1%} of {gpu.memory / 1e9:g} GB" + (" - DOES NOT FIT" if fullest > 1 else ""),
+        f"fullest rank: {fullest:.1%} of {gpu.memory / 1e9:g} GB: {verdict(fullest)}",
         "",
         "GB that a rank sends in a step, by axis:" if axes else "no communication",
         table(sent_rows) if axes else "",

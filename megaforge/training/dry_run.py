@@ -28,6 +28,7 @@ from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.distributed import discover_launch
 from megaforge.parallel.param_spec import Box, named_specs
 from megaforge.parallel.zero import shard_parameters
+from megaforge.planning.gpus import GPUS, ROOM, verdict
 from megaforge.planning.layout import PlannedLayout
 from megaforge.planning.memory import (
     LIBRARIES,
@@ -85,12 +86,35 @@ def dry_run(config: Config) -> None:
     """
     started = time.perf_counter()
     config, _, notes = with_run_tokenizer(config)
-    world_size = config.dry_run.dry_run_world_size or discover_launch().world_size
+    started_ranks = discover_launch().world_size
+    world_size = config.dry_run.dry_run_world_size or (started_ranks if started_ranks > 1 else fewest_ranks(config))
     layout, ranks = try_ranks(config, world_size)
     for note in (*notes, *check_layout(config, world_size).notes):
         print(note)
     print(report(config, layout, ranks))
+    print(verdicts(ranks))
     print(f"dry run of {world_size} ranks: {time.perf_counter() - started:.1f} s")
+
+
+def fewest_ranks(config: Config) -> int:
+    """The smallest number of ranks that the layout of ``config`` fills, with data parallelism only as far as the
+    experts need it."""
+    parallel = config.parallel
+    replica = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    experts = parallel.expert_model_parallel_size * (parallel.expert_tensor_parallel_size or 1)
+    return math.lcm(replica, experts) * parallel.pipeline_model_parallel_size
+
+
+def verdicts(ranks: Sequence[DryRank]) -> str:
+    """Whether the fullest rank has room on each accelerator that the planner knows."""
+    fullest = max(ranks, key=lambda rank: rank.total)
+    lines = [f"the fullest rank, {fullest.rank}, needs {gigabytes(fullest.total)} GB:"]
+    for gpu in GPUS.values():
+        share = fullest.total / gpu.memory
+        lines.append(f"  {verdict(share)} on {gpu.name}: {share:.0%} of {gpu.memory / 1e9:g} GB")
+    if fullest.total > ROOM * min(gpu.memory for gpu in GPUS.values()):
+        lines.append("to need less: more ranks, --tp, --pp or --ep; --zero 1; --recompute selective, moe or full; --bf16")
+    return "\n".join(lines)
 
 
 def try_ranks(config: Config, world_size: int) -> tuple[PlannedLayout, list[DryRank]]:

@@ -23,3 +23,10 @@ def test_a_step_has_all_cores_of_its_task(script: Path) -> None:
 
 def test_there_is_a_step() -> None:
     assert any("\nsrun " in script.read_text() for script in SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_its_output_needs_no_directory(script: Path) -> None:
+    """SLURM opens the file before the script runs: where its directory is missing, the job ends without a word."""
+    [output] = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH --output=")]
+    assert "/" not in output

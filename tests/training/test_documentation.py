@@ -60,6 +60,21 @@ def test_the_page_of_layouts_names_every_flag_and_its_commands_would_start() -> 
         plan_of(config, check_layout(config, int(ranks)))
 
 
+def test_the_dry_runs_shown_are_of_jobs_that_fit() -> None:
+    """They have the flags of a ladder, whose every rank is tried elsewhere."""
+    jobs = {job.name: job for job in map(read_job, (REPOSITORY / "run_scripts/slurm").glob("cdrmix-*.sbatch"))}
+    shown = 0
+    for document in ("README.md", "docs/planner.md"):
+        text = (REPOSITORY / document).read_text().replace("\\\n", " ")
+        for name, flags, ranks in re.findall(
+            r"pretrain_cdrmix\.py --config (\S+) (.*?)--dry-run +--dry-run-world-size (\d+)", text
+        ):
+            job = jobs[name]
+            assert (job.gpus, list(job.arguments[2:])) == (int(ranks), flags.split())
+            shown += 1
+    assert shown == 2
+
+
 def test_the_ladders_are_those_of_the_scripts() -> None:
     rows = QUOTED["docs/planner.md"]["ladders"].splitlines()[2:]
     jobs = [read_job(path) for path in sorted((REPOSITORY / "run_scripts/slurm").glob("cdrmix-*.sbatch"))]
