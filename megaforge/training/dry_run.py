@@ -113,7 +113,7 @@ def verdicts(ranks: Sequence[DryRank]) -> str:
         share = fullest.total / gpu.memory
         lines.append(f"  {verdict(share)} on {gpu.name}: {share:.0%} of {gpu.memory / 1e9:g} GB")
     if fullest.total > ROOM * min(gpu.memory for gpu in GPUS.values()):
-        lines.append("to need less: more ranks, --tp, --pp or --ep; --zero 1; --recompute selective, moe or full; --bf16")
+        lines.append("to need less: more ranks; --tp, --pp, --ep; --zero 1; --recompute selective, moe or full; --bf16")
     return "\n".join(lines)
 
 

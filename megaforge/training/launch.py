@@ -65,8 +65,8 @@ def few_cores(device: torch.device, ranks: int, cores: int) -> str | None:
         return None
     return (
         f"{ranks} rank{'s' * (ranks > 1)} on a GPU may use {cores} core{'s' * (cores > 1)} of this machine, and will "
-        "wait for them; under Slurm export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK before srun (run_scripts/slurm does) "
-        "and elsewhere look at the launcher's binding"
+        "wait for them; under Slurm export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK before srun (run_scripts/slurm "
+        "does), and elsewhere look at the launcher's binding"
     )
 
 
