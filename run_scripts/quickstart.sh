@@ -7,6 +7,7 @@
 #   --iters N      optimizer steps, at least 2 (default 450)
 #   --output DIR   where everything goes (default runs/quickstart, or a folder of its own for each --input)
 #
+# Long texts of --input are cut into documents of 4,096 characters, so that some can be held out.
 # Run again, it keeps what is there: environment, corpus, tokenizer, dataset and checkpoints.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -50,7 +51,7 @@ run() { { printf '\n$'; printf ' %q' "$@"; printf '\n'; } >&2; "$@"; }
 say "1/7 corpus"
 train="$out/train.jsonl" held_out="$out/heldout.jsonl"
 source_flag=(--python-stdlib)
-[ ${#inputs[@]} -eq 0 ] || source_flag=(--input "${inputs[@]}")
+[ ${#inputs[@]} -eq 0 ] || source_flag=(--input "${inputs[@]}" --split-documents size --document-size 4096)
 run "$PYTHON" tools/directory_to_jsonl.py "${source_flag[@]}" --output "$train" \
     --holdout-fraction 0.03 --holdout-output "$held_out"
 
