@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from megaforge.config.run_config import LoggingConfig
+from megaforge.monitor.log import logged
 from megaforge.training.console import ConsoleLog, Interval, fitting, terminal_columns
 from megaforge.training.metrics import StepMetrics
 from tests.training.tiny import arguments, make_trainer, write_dataset
@@ -96,3 +98,14 @@ def test_the_width_is_the_streams_own() -> None:
         fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 57, 0, 0))
         assert terminal_columns(stream) == 57
     os.close(leader)
+
+
+def test_a_quiet_run_prints_no_line_for_its_iterations(tmp_path: Path) -> None:
+    file = tmp_path / "run.log"
+    with logged(LoggingConfig(log_level="warning", log_file=str(file)), 0):
+        assert output(tmp_path, io.StringIO()) == ""
+    assert file.read_text() == ""
+    with logged(LoggingConfig(log_file=str(file)), 0):
+        shown = output(tmp_path, io.StringIO()).splitlines()
+    kept = [line.partition(" rank 0 ")[2] for line in file.read_text().splitlines()]
+    assert shown and set(shown) <= set(kept), "the file has all that the console has"
