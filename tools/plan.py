@@ -34,8 +34,9 @@ from megaforge.errors import UserError
 
 def params(arguments: Sequence[str], prog: str) -> None:
     """Prints the table of parameter counts."""
-    config, _, notes = with_run_tokenizer(parse_config(arguments, prog=prog).config)
-    for note in notes:
+    parsed = parse_config(arguments, prog=prog)
+    config, _, notes = with_run_tokenizer(parsed.config)
+    for note in (*parsed.notes, *notes):
         print(note)
     model = config.model
     from megaforge.models.parameter_count import count_parameters, total

@@ -44,5 +44,6 @@ def parse(arguments: Sequence[str], prog: str) -> Request:
     gpu_named(own.gpu)
     if own.search and own.gpus is None:
         raise UserError("--search needs --gpus, the number of GPUs to lay the model out on")
-    config, _, notes = with_run_tokenizer(parse_config(rest, prog=prog).config)
-    return Request(config, own, notes)
+    parsed = parse_config(rest, prog=prog)
+    config, _, notes = with_run_tokenizer(parsed.config)
+    return Request(config, own, [*parsed.notes, *notes])
