@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.end_to_end.launch import REPO
 
@@ -20,6 +26,11 @@ def bash_blocks(document: str) -> list[tuple[str, bool]]:
     text = (REPO / document).read_text(encoding="utf-8")
     pattern = re.compile(rf"({re.escape(MARK)}\n)?```bash\n(.*?)```", re.DOTALL)
     return [(found[2], found[1] is not None) for found in pattern.finditer(text)]
+
+
+def inline_commands(document: str) -> list[str]:
+    """The commands that stand in a document's sentences and tables."""
+    return re.findall(r"`(python (?:tools/|pretrain_)[^`]*)`", (REPO / document).read_text(encoding="utf-8"))
 
 
 def commands(block: str) -> list[str]:
@@ -59,3 +70,41 @@ def bash(code: str, folder: Path) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+
+class _Understood(BaseException):
+    """The parser took every word."""
+
+
+def understand(command: str, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """Lets the script of a Python or torchrun command parse its words and go no further.
+
+    Returns:
+        The script, or None for other programs.
+
+    Raises:
+        AssertionError: a word that the script does not take.
+    """
+    words = shlex.split(command)
+    script = next((word for word in words if word.endswith(".py")), None)
+    if script is None or words[0] not in ("python", "torchrun"):
+        return None
+    original = argparse.ArgumentParser.parse_known_args
+
+    def parse(parser: argparse.ArgumentParser, *given: Any, **named: Any) -> Any:
+        known, rest = original(parser, *given, **named)
+        if rest:  # for a second parser, or its error
+            return known, rest
+        raise _Understood
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+        patch.setattr(sys, "argv", [script, *words[words.index(script) + 1 :]])
+        patch.setattr(sys, "path", list(sys.path))
+        try:
+            runpy.run_path(str(REPO / script), run_name="__main__")
+        except _Understood:
+            return script
+        except SystemExit as end:
+            raise AssertionError(f"{command} ends with {end.code} over its arguments") from end
+    raise AssertionError(f"{command} never reads its arguments")

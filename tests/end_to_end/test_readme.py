@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megaforge.monitor.sinks import read_metrics
-from tests.end_to_end.readme import bash, bash_blocks, fresh_copy
+from tests.end_to_end.readme import bash, bash_blocks, commands, fresh_copy, inline_commands, understand
 
 LIMIT = 300
 
@@ -65,3 +65,16 @@ def test_the_blocks_of_the_readme_train_a_model_of_one_text_file(tmp_path: Path)
 def test_no_block_leaves_something_out(document: str) -> None:
     for code, _ in bash_blocks(document):
         assert "..." not in code, f"a command that does not run as printed:\n{code}"
+
+
+DATA = "--tokenizer-model corpus/tok.json --data-path corpus/train_text_document"
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/layouts.md", "docs/planner.md"])
+def test_every_command_is_understood(document: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = [command for code, _ in bash_blocks(document) for command in commands(code)] + inline_commands(document)
+    scripts = []
+    for command in printed:
+        filled = command.replace("$DATA", DATA).replace("$RUN", "--save runs/x").replace("$FLAGS", "--zero 1").partition(" > ")[0]
+        scripts.append(understand(filled, monkeypatch))
+    assert any(scripts), "no command of ours was found"
