@@ -77,6 +77,10 @@ def main() -> int:
 def _check(flags: argparse.Namespace) -> None:
     if (flags.load is None) == (flags.source is None) or (flags.source is None) != (flags.file is None):
         raise UserError("give either --load DIR|FILE.safetensors, or --from rwkv7 FILE")
+    for name in ("tokenizer_model", "tokenizer_type"):
+        if flags.source is None and (value := getattr(flags, name)) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {value}: it is for --from; --load says which tokenizer it was trained with")
     if flags.source is None and flags.save.endswith(FILE_SUFFIX) and (given := _given_layout(flags)):
         raise UserError(f"--{next(iter(given))}: one file has no layout; leave it out, or give --save a directory")
     if flags.source is None and not flags.save.endswith(FILE_SUFFIX) and flags.optimizer:

@@ -41,6 +41,17 @@ class ArgumentParser(argparse.ArgumentParser):
         message = re.sub(r"^argument (\S+): (?=\S+: (?:must|expected|too) )", r"\1 ", message)
         raise UserError(message.removeprefix("argument "))
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """An empty text means nothing to any flag, and is mostly a shell variable that is not set; of ``--flag=--``
+        argparse would take the value away and fail."""
+        if action.option_strings and action.nargs != 0:
+            flag = max(action.option_strings, key=len)
+            if arg_strings == ["--"]:
+                raise UserError(f"{flag} --: expected a value")
+            if "" in arg_strings:
+                raise UserError(f"{flag} '': the value is empty; give one, or leave the flag out")
+        return super()._get_values(action, arg_strings)  # type: ignore[misc]
+
 
 def integer(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
     """What argparse's ``type`` takes for a whole number within bounds, both included."""

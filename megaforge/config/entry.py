@@ -23,6 +23,8 @@ INTERRUPTED_STATUS = 130
 CLOSED_PIPE_STATUS = 141  # what a shell shows for a program that SIGPIPE ended
 _SECONDS_FOR_RANK_0 = 5.0
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+# What a path is to blame for, not the program.
+_BAD_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
 
 
 def launched_rank() -> tuple[int, int]:
@@ -60,6 +62,8 @@ def run_entry(main: Callable[[], int | None], interrupted: str | None = None) ->
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_has_gone():
             _leave(CLOSED_PIPE_STATUS)
+        if error.errno in _BAD_PATH and error.filename:
+            _complain(f"{os.fsdecode(error.filename)}: {os.strerror(error.errno or 0)}; name another file or directory")
         if error.errno not in _FULL_DISK:
             _crash(error)
         where = error.filename or "standard output or a temporary file"

@@ -155,7 +155,7 @@ def loads_own_checkpoints(config: CheckpointConfig) -> bool:
     there is nothing yet."""
     if config.save is None or config.load is None:
         return False
-    return Path(config.load).resolve() == Path(config.save).resolve()
+    return os.path.realpath(config.load) == os.path.realpath(config.save)
 
 
 def _check_is_run(meta: dict[str, Any], path: Path) -> None:
@@ -219,8 +219,8 @@ def check_save_directory(config: CheckpointConfig) -> None:
     except OSError as error:
         raise UserError(f"--save {directory}: checkpoints cannot be written there ({error.strerror})") from error
     steps = list_steps(directory)
-    loaded = None if config.load is None or config.finetune else Path(config.load).resolve()
-    if steps and (loaded is None or directory.resolve() not in (loaded, loaded.parent)):
+    loaded = None if config.load is None or config.finetune else Path(os.path.realpath(config.load))
+    if steps and (loaded is None or Path(os.path.realpath(directory)) not in (loaded, loaded.parent)):
         how = ("leave out --finetune and use" if config.finetune else "add") + f" --load {directory}"
         raise UserError(
             f"--save {directory}: a run has left its checkpoints there (the newest is {steps[0][1].name}); "

@@ -180,3 +180,14 @@ def test_output_that_finds_no_room() -> None:
         done = subprocess.run([sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: standard output") and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EISDIR])
+def test_a_path_that_cannot_be_is_one_line(capsys: pytest.CaptureFixture[str], number: int) -> None:
+    def main() -> None:
+        raise OSError(number, os.strerror(number), "runs/x")
+
+    with pytest.raises(SystemExit) as ended:
+        run_entry(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: runs/x: {os.strerror(number)}; ")

@@ -67,7 +67,11 @@ def test_no_block_leaves_something_out(document: str) -> None:
         assert "..." not in code, f"a command that does not run as printed:\n{code}"
 
 
-DATA = "--tokenizer-model corpus/tok.json --data-path corpus/train_text_document"
+VARIABLES = {
+    "$DATA": "--tokenizer-model corpus/tok.json --data-path corpus/train_text_document",
+    "$RUN": "--save runs/4b --load runs/4b",
+    "$FLAGS": "--zero 1",
+}
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/layouts.md", "docs/planner.md"])
@@ -75,6 +79,7 @@ def test_every_command_is_understood(document: str, monkeypatch: pytest.MonkeyPa
     printed = [command for code, _ in bash_blocks(document) for command in commands(code)] + inline_commands(document)
     scripts = []
     for command in printed:
-        filled = command.replace("$DATA", DATA).replace("$RUN", "--save runs/x").replace("$FLAGS", "--zero 1").partition(" > ")[0]
-        scripts.append(understand(filled, monkeypatch))
+        for name, value in VARIABLES.items():
+            command = command.replace(name, value)
+        scripts.append(understand(command.partition(" > ")[0], monkeypatch))
     assert any(scripts), "no command of ours was found"

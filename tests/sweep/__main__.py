@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -21,17 +22,21 @@ def main() -> int:
     parser.add_argument("commands", nargs="*", help=f"default: all: {', '.join(COMMANDS)}")
     parser.add_argument("--cases", type=int, default=20, help="of each command (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--json", action="store_true", help="last line: an object with each command's findings")
     flags = parser.parse_args()
-    found = 0
+    found: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         world = build_world(Path(folder))
         for command in flags.commands or COMMANDS:
-            before = found
+            texts = []
             for finding in sweep(command, world, flags.cases, flags.seed):
-                found += 1
-                print(f"{command}: {finding}", flush=True)
-            print(f"{command}: {flags.cases} cases, {found - before} findings", flush=True)
-    return int(found > 0)
+                texts.append(f"{command}: {finding}")
+                print(texts[-1], flush=True)
+            print(f"{command}: {flags.cases} cases, {len(texts)} findings", flush=True)
+            found[command] = "\n".join(texts)
+    if flags.json:
+        print(json.dumps(found))
+    return int(any(found.values()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,37 @@
+"""A tool's parser: every complaint is one error that names the flag and its value."""
+
+from __future__ import annotations
+
+import pytest
+
+from megaforge.config.arguments import ArgumentParser, integer
+from megaforge.errors import UserError
+
+
+def parser() -> ArgumentParser:
+    made = ArgumentParser()
+    made.add_argument("--save")
+    made.add_argument("--steps", type=integer(1))
+    made.add_argument("--input", nargs="+")
+    made.add_argument("--quiet", action="store_true")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--save", ""], "--save '': the value is empty"),
+        (["--save="], "--save '': the value is empty"),
+        (["--input", "a", ""], "--input '': the value is empty"),
+        (["--steps=--"], "--steps --: expected a value"),
+        (["--save=--"], "--save --: expected a value"),
+        (["--steps", "0"], "--steps 0: must be at least 1"),
+        (["--quiet=yes"], "--quiet: ignored explicit argument 'yes'"),
+        (["--save"], "--save: expected one argument"),
+        (["--sav", "x"], "unrecognized arguments: --sav x"),
+    ],
+)
+def test_mistakes_are_named(words: list[str], message: str) -> None:
+    with pytest.raises(UserError) as found:
+        parser().parse_args(words)
+    assert str(found.value).startswith(message)
