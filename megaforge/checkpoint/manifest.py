@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from megaforge.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from megaforge.checkpoint.safetensors_file import DTYPES, FileRecord
+from megaforge.json_text import parse_json
 
 MANIFEST_FILE = "manifest.json"
 SUMS_FILE = "SHA256SUMS"
@@ -118,7 +119,7 @@ def read_manifest(directory: Path) -> Manifest:
     if f"{hashlib.sha256(content).hexdigest()}  {MANIFEST_FILE}" not in sums.splitlines():
         raise DamagedCheckpointError(f"{directory}: {MANIFEST_FILE} is not what {SUMS_FILE} says")
     try:
-        fields = json.loads(content)
+        fields = parse_json(content)
         if fields.get("format") != FORMAT or fields.get("version") != VERSION:
             raise CheckpointError(
                 f"{directory}: {MANIFEST_FILE} is {fields.get('format')!r} version {fields.get('version')!r}; "

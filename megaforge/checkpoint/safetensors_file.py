@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 from megaforge.checkpoint.errors import DamagedCheckpointError
+from megaforge.json_text import parse_json
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -150,7 +151,7 @@ class SafetensorsFile:
 
     def _parse(self, text: bytes, data_bytes: int) -> dict[str, tuple[Slot, int]]:
         try:
-            entries = json.loads(text)
+            entries = parse_json(text)
             self.metadata = {str(key): str(value) for key, value in entries.pop("__metadata__", {}).items()}
             slots: list[tuple[int, int, Slot]] = []
             for name, entry in entries.items():

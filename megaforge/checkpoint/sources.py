@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from megaforge.checkpoint.manifest import read_manifest
 from megaforge.checkpoint.safetensors_file import DTYPES, SafetensorsFile
 from megaforge.checkpoint.shards import RANK_PREFIX, chunk_name
 from megaforge.errors import UserError
+from megaforge.json_text import parse_json
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import Box
 
@@ -123,8 +123,8 @@ class FileSource(TensorSource):
             raise UserError(f"--load {file}: it cannot be read ({error.strerror})") from error
         try:
             metadata = self._file.metadata
-            self.step, self.meta = int(metadata["step"]), dict(json.loads(metadata["meta"]))
-            metric = json.loads(metadata.get("metric", "null"))
+            self.step, self.meta = int(metadata["step"]), dict(parse_json(metadata["meta"]))
+            metric = parse_json(metadata.get("metric", "null"))
             self.metric = None if metric is None else float(metric)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(

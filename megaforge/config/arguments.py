@@ -50,7 +50,7 @@ class ArgumentParser(argparse.ArgumentParser):
                 raise UserError(f"{flag} --: expected a value")
             if "" in arg_strings:
                 raise UserError(f"{flag} '': the value is empty; give one, or leave the flag out")
-        return super()._get_values(action, arg_strings)  # type: ignore[misc]
+        return super()._get_values(action, arg_strings)
 
 
 def integer(least: int | None = None, most: int | None = None) -> Callable[[str], int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.errors import UserError, require
+from megaforge.json_text import parse_json
 
 
 class ChatTemplate:
@@ -114,7 +115,7 @@ def _read_config(path: Path, must: bool) -> dict[str, Any]:
     if not must and not path.is_file():
         return {}
     try:
-        config = json.loads(_read(path))
+        config = parse_json(_read(path))
     except ValueError as error:
         raise UserError(f"--chat-template {path}: not JSON ({error})") from error
     if not isinstance(config, dict):

@@ -16,6 +16,7 @@ from typing import Any
 
 from megaforge.data.indexed_dataset import IndexedDataset, sidecar_path
 from megaforge.errors import UserError
+from megaforge.json_text import parse_json
 
 SIDECAR_FORMAT = "megaforge-dataset"
 SIDECAR_VERSION = 1
@@ -83,7 +84,7 @@ def read_sidecar(prefix: str | os.PathLike[str]) -> Sidecar | None:
     """
     path = sidecar_path(prefix)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:

@@ -18,6 +18,7 @@ from typing import Any
 
 from megaforge.data.tokenizer_files import find_tokenizer
 from megaforge.errors import UserError, require
+from megaforge.json_text import parse_json
 
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "NullTokenizer")
 _PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>")
@@ -314,7 +315,7 @@ def read_tokenizer_file(path: Path) -> bytes:
 
 def _read_tokenizer_json(path: Path) -> dict[str, Any]:
     try:
-        definition = json.loads(read_tokenizer_file(path))
+        definition = parse_json(read_tokenizer_file(path))
     except ValueError as error:
         raise UserError(f"--tokenizer-model {path}: not a tokenizer.json ({error})") from error
     if not isinstance(definition, dict) or not isinstance(definition.get("model"), dict):
@@ -379,7 +380,7 @@ def _fingerprint(definition: dict[str, Any]) -> str:
 def _named_in(path: Path, key: str) -> str | None:
     """The token that ``key`` names in a ``tokenizer_config.json`` beside the tokenizer, if there is one."""
     try:
-        token = json.loads(path.read_bytes()).get(key)
+        token = parse_json(path.read_bytes()).get(key)
     except (OSError, ValueError, AttributeError):
         return None
     if isinstance(token, dict):

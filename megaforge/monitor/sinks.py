@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
 from megaforge.errors import UserError
+from megaforge.json_text import parse_json
 
 Kind = Literal["step", "evaluation"]
 
@@ -136,7 +137,7 @@ def _cut_short(line: bytes) -> bool:
 
 def _row(path: Path, number: int, line: bytes) -> tuple[str, int]:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         kind, iteration = record["kind"], record["iteration"]
         if kind not in ("step", "evaluation") or type(iteration) is not int:
             raise ValueError("not a kind of record")
@@ -160,7 +161,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            records.append(parse_json(line))
         except ValueError as error:
             raise UserError(f"metrics file {path}: line {number} is not JSON ({error})") from error
     return records

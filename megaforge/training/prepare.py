@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from megaforge.config.check_layout import Layout, check_layout, vocabulary_cost
@@ -14,6 +13,7 @@ from megaforge.data.indexed_dataset import check_files
 from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.errors import UserError
+from megaforge.json_text import parse_json
 from megaforge.models.pipeline_shape import check_pipeline
 
 
@@ -64,7 +64,7 @@ def _saved_vocabulary(directory: Path) -> int | None:
     steps = [path for path in directory.glob("step_*") if "." not in path.name]  # others were set aside
     manifests = [path / "manifest.json" for path in (directory, *sorted(steps, reverse=True))]
     try:
-        content = json.loads(next(path for path in manifests if path.is_file()).read_text(encoding="utf-8"))
+        content = parse_json(next(path for path in manifests if path.is_file()).read_text(encoding="utf-8"))
         size = content["meta"]["config"]["model"]["vocab_size"]
     except (StopIteration, OSError, ValueError, KeyError, TypeError):
         return None

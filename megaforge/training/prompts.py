@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from megaforge.data.chat_template import ChatTemplate
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.errors import UserError
+from megaforge.json_text import parse_json
 
 _KEYS = ("prompt", "text")
 
@@ -81,7 +81,7 @@ def _of_line(place: str, line: str, json_lines: bool) -> Prompt:
     if not json_lines:
         return Prompt(place, line)
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError as error:
         raise UserError(f"{place} is not JSON ({error})") from error
     record = record if isinstance(record, dict) else {}

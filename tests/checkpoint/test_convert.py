@@ -182,7 +182,7 @@ def test_a_bad_file_is_named_with_what_is_wrong(saved: Path, tmp_path: Path, cas
         (("--save", "{tmp}/x", "--tp", "3"), "--tp 3 does not divide"),
         (("--save", "{tmp}/x", "--ep", "3"), "--ep 3 does not divide both --num-experts 4"),
         (("--save", "{tmp}/x", "--pp", "4"), "4 stages, but the model has only 3 blocks"),
-        (("--save", "{tmp}/x", "--pp", "0"), "--pp 0 must be at least 1"),
+        (("--save", "{tmp}/x", "--pp", "0"), "--pp 0: must be at least 1"),
         (("--save", "{tmp}/x", "--from", "rwkv7"), "give either --load"),
     ],
 )

@@ -21,11 +21,13 @@ class Command:
         script: its file, from the repository's root.
         arguments: a short run that works, in the world's folder.
         only_wrong: leave out values that may be legal: the command would do a lot of work with them.
+        reads_nothing: it takes the flags of a run and looks at no file of theirs.
     """
 
     script: str
     arguments: tuple[str, ...]
     only_wrong: bool = False
+    reads_nothing: bool = False
 
 
 COMMANDS: dict[str, Command] = {
@@ -43,10 +45,12 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command("tools/evaluate.py", ("--load", "r", "--input", "e.jsonl", "--device", "cpu")),
     "convert": Command("tools/convert_checkpoint.py", ("--load", "r", "--save", "new.safetensors")),
     "plot": Command("tools/plot_loss.py", ("--metrics-file", "m.jsonl", "--output", "new.png")),
-    "plan params": Command("tools/plan.py", ("params", "--config", "cdrmix-test")),
+    "plan params": Command(
+        "tools/plan.py", ("params", "--config", "cdrmix-test", "--vocab-size", "300"), reads_nothing=True
+    ),
     "plan schedule": Command("tools/plan.py", ("schedule", "--pp", "2", "--microbatches", "4", "--schedule", "1f1b")),
     "plan memory": Command(
-        "tools/plan.py", ("memory", "--config", "cdrmix-test", "--gpu", "h100-80g"), only_wrong=True
+        "tools/plan.py", ("memory", "--config", "cdrmix-test", "--gpu", "h100-80g"), True, True
     ),
     "parity": Command("tools/parity.py", ("--layouts", "dp2", "--dtype", "fp64"), only_wrong=True),
 }

@@ -59,5 +59,6 @@ def test_the_judge_sees_each_fault(wrong: bool, end: Ending, why: str | None) ->
 
 def test_flags_come_from_the_commands_own_parser() -> None:
     entry = COMMANDS["pretrain"]
-    flags = {flag.name: flag for flag in flags_of(entry.script, entry.arguments)}
-    assert flags["--train-iters"].kind == "int" and flags["--device"].kind == "choice" and flags["--save"].kind == "text"
+    kinds = {flag.name: flag.kind for flag in flags_of(entry.script, entry.arguments)}
+    assert (kinds["--train-iters"], kinds["--lr"], kinds["--device"]) == ("int", "float", "choice")
+    assert (kinds["--save"], kinds["--bf16"]) == ("text", "switch")

@@ -67,6 +67,8 @@ class DirectorySettings:
             raise UserError("--holdout-fraction and --holdout-output go together; give both or neither")
         if self.holdout_output is not None and os.path.realpath(self.holdout_output) == os.path.realpath(self.output):
             raise UserError(f"--holdout-output {self.holdout_output}: choose another file than --output")
+        if not self.json_key.isprintable():
+            raise UserError(f"--json-key {self.json_key!r}: choose a key of printable characters")
         if not self.max_file_mb > 0:
             raise UserError(f"--max-file-mb {self.max_file_mb}: choose a positive number")
         if self.document_size < 1:

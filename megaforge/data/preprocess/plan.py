@@ -17,6 +17,7 @@ from megaforge.data.text.formats import TextFormat, text_format
 from megaforge.data.text.readers import open_text
 from megaforge.data.tokenizer import TOKENIZER_TYPES
 from megaforge.errors import UserError
+from megaforge.json_text import parse_json
 
 _EDGE = 1 << 20
 _MIN_SHARD, _MAX_SHARD, _SHARDS = 8 << 20, 256 << 20, 64
@@ -245,7 +246,7 @@ def write_json(path: Path, value: object) -> None:
 
 def _load_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from megaforge.errors import UserError
+from megaforge.json_text import parse_json
 
 _SPLITS = re.compile(r"(train|test|validation|valid|dev)(?=[-_.])")
 
@@ -42,6 +42,6 @@ def _files(path: str) -> list[str]:
 
 def _json(path: Path) -> object:
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from enum import Enum
@@ -11,6 +10,7 @@ from typing import Any
 
 from megaforge.data.jsonl import LineReader
 from megaforge.errors import UserError
+from megaforge.json_text import parse_json
 
 PROSE = frozenset(".txt .text .md .markdown .rst .rest .adoc .asciidoc .org .tex .bib .wiki .pod .man .srt".split())
 _RECORDS = (".jsonl", ".ndjson", ".json")
@@ -94,7 +94,7 @@ def _first_record(head: bytes) -> dict[str, Any] | None:
     if not end and re.match(rb'\{\s*"', line) and len(head) >= 1 << 12:
         return {}
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
@@ -108,7 +108,7 @@ def holds_records(head: bytes) -> bool:
 
 def _is_json(line: bytes) -> bool:
     try:
-        json.loads(line)
+        parse_json(line)
     except ValueError:
         return False
     return True
