@@ -43,6 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megaforge.config.check_layout import check_layout
 from megaforge.config.config import Config
 from megaforge.config.run_config import OptimizerConfig
 from megaforge.errors import UserError
@@ -61,7 +62,7 @@ from megaforge.parallel.param_spec import named_specs
 from megaforge.parallel.region import TensorParallelRegion
 from megaforge.parallel.zero import ShardedParameters
 from megaforge.training.callbacks import MetricsWriter
-from megaforge.training.launch import build_trainer, check_layout, plan_of
+from megaforge.training.launch import build_trainer, plan_of
 from megaforge.training.parity import Comparison, combined, compare, one_rank, parity_config, write_documents
 from megaforge.training.parity_layouts import ParityLayout
 from tests.nn.support import perturb
