@@ -1,13 +1,14 @@
 """What happens around the train step: evaluation, early stopping, checkpoints, metric sinks.
 
-Callbacks run in list order after every step, and the order means something: the step is recorded, then evaluated,
-then judged, then saved, so that a checkpoint holds its own iteration's verdict.
+Callbacks run by their :class:`Place` after every step, however they were added: the step's numbers are made whole, then
+recorded and shown, then the model is judged, then saved, so that a checkpoint holds its own iteration's verdict.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,24 @@ if TYPE_CHECKING:
 LARGER_IS_BETTER = frozenset({"accuracy"})
 
 
+class Place(IntEnum):
+    """When a callback's turn comes."""
+
+    BEFORE = 0  # adds to the step's numbers, or decides that this step is the last: all others must know
+    RECORD = 1
+    SHOW = 2
+    JUDGE = 3  # may end the run too
+    SAVE = 4
+    AFTER = 5
+
+
 class Callback:
     """Hooks of a run; each does nothing unless overridden. All ranks call them in the same order.
 
     A callback with state of its own gives it a name under which checkpoints keep it.
     """
 
+    place: Place = Place.AFTER
     state_name: str | None = None
 
     def on_train_start(self, trainer: Trainer) -> None:
@@ -51,8 +64,15 @@ class Callback:
         """Takes back what :meth:`state` gave."""
 
 
+def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
+    """``callbacks`` by their place; those of one place as they came."""
+    return sorted(callbacks, key=lambda callback: callback.place)
+
+
 class MetricsWriter(Callback):
     """Hands every step and evaluation to the sinks; lives on the first rank."""
+
+    place = Place.RECORD
 
     def __init__(self, sinks: Sequence[MetricSink]) -> None:
         self.sinks = list(sinks)
@@ -78,6 +98,8 @@ class Evaluation(Callback):
     """Evaluates every ``interval`` iterations (0: never in between) and after the last one, unless the run was asked to
     end: whoever asked may not wait."""
 
+    place = Place.JUDGE
+
     def __init__(self, interval: int) -> None:
         self.interval = interval
 
@@ -91,6 +113,7 @@ class EarlyStopping(Callback):
     """Watches one evaluation metric: remembers the best, and ends the run after ``patience`` evaluations without a
     better one (0: never ends it)."""
 
+    place = Place.JUDGE
     state_name = "early_stopping"
 
     def __init__(self, metric: str, patience: int) -> None:
@@ -136,6 +159,8 @@ class EarlyStopping(Callback):
 class Checkpointing(Callback):
     """Saves every ``interval`` iterations (0: never in between), when the time asks for it, and after the last one."""
 
+    place = Place.SAVE
+
     def __init__(self, interval: int) -> None:
         self.interval = interval
 
@@ -145,10 +170,9 @@ class Checkpointing(Callback):
 
 
 class ExitInterval(Callback):
-    """Ends the run after an iteration that divides by ``interval``: for queues that grant little time at once.
+    """Ends the run after an iteration that divides by ``interval``: for queues that grant little time at once."""
 
-    It comes first in the list, so that the others see the last step as the last.
-    """
+    place = Place.BEFORE
 
     def __init__(self, interval: int) -> None:
         self.interval = interval

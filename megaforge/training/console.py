@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from megaforge.config.launcher import SAID
-from megaforge.training.callbacks import Callback
+from megaforge.training.callbacks import Callback, Place
 from megaforge.training.metrics import EvaluationMetrics, StepMetrics
 from megaforge.training.speed import Speed
 from megaforge.training.state import compute_dtype
@@ -59,6 +59,8 @@ class ConsoleLog(Callback):
 
     On a terminal a line that is too wide leaves out its least important parts; a file gets them all.
     """
+
+    place = Place.SHOW
 
     def __init__(self, interval: int, speed: Speed, stream: TextIO | None = None) -> None:
         self.interval = interval

@@ -135,8 +135,7 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
     together(
         ctx, lambda: sinks.extend(_sinks(config, trainer.iteration if goes_on else None)) if ctx.is_first_rank else None
     )
-    # After what adds to a step's numbers, before all that judges them.
-    trainer.callbacks.insert(1, MetricsWriter(sinks))
+    trainer.add(MetricsWriter(sinks))
     return trainer
 
 

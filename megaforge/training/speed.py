@@ -12,7 +12,7 @@ from megaforge.models.flops import model_flops_per_token
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import named_specs
-from megaforge.training.callbacks import Callback
+from megaforge.training.callbacks import Callback, Place
 from megaforge.training.flops import measure_matmul_peak
 from megaforge.training.metrics import StepMetrics
 from megaforge.training.state import compute_dtype
@@ -29,6 +29,8 @@ class Speed(Callback):
         flops_per_token: a forward and backward pass of the whole model.
         peak: FLOP/s of matrix products, of all ranks together.
     """
+
+    place = Place.BEFORE
 
     def __init__(self, interval: int) -> None:
         self.interval = interval

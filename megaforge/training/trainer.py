@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,12 +24,10 @@ from megaforge.nn.moe import update_routers
 from megaforge.optim import AdamW, LearningRateSchedule, LossScaler, clip_gradients
 from megaforge.parallel.context import ParallelContext
 from megaforge.resilience.requests import Requests
+from megaforge.training.callbacks import Callback, in_order
 from megaforge.training.metrics import EvaluationMetrics, StepMetrics, balance_entropy_bits, greatest_expert_load
 from megaforge.training.pipeline import StageRunner, make_reducer
 from megaforge.training.state import compute_dtype, save_run
-
-if TYPE_CHECKING:
-    from megaforge.training.callbacks import Callback
 
 
 class Trainer:
@@ -67,7 +65,7 @@ class Trainer:
         self.config, self.ctx, self.model, self.optimizer, self.data = config, ctx, model, optimizer, data
         self.tokenizer = tokenizer
         self.global_batch_size = global_batch_size
-        self.callbacks = list(callbacks)
+        self.callbacks = in_order(callbacks)
         self.reducer = make_reducer(config.parallel, model, ctx, optimizer.shards)
         self.pipeline = StageRunner(
             model,
@@ -100,6 +98,10 @@ class Trainer:
     def consumed_tokens(self) -> int:
         """Tokens trained on, from the run's beginning."""
         return int(self.data.state(self.consumed_samples)["consumed_tokens"]) + self.earlier["tokens"]
+
+    def add(self, callback: Callback) -> None:
+        """Another callback, at its place."""
+        self.callbacks = in_order([*self.callbacks, callback])
 
     def stop(self, reason: str) -> None:
         """Ends the run after this iteration's callbacks."""

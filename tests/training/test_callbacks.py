@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from megaforge.training.callbacks import Callback, Checkpointing, EarlyStopping, Evaluation, ExitInterval, MetricsWriter
+from megaforge.training.callbacks import (
+    Callback,
+    Checkpointing,
+    EarlyStopping,
+    Evaluation,
+    ExitInterval,
+    MetricsWriter,
+    in_order,
+)
 from megaforge.training.metrics import EvaluationMetrics, StepMetrics
 from megaforge.training.trainer import Trainer
 
@@ -46,6 +54,15 @@ class FakeTrainer:
 
 def step(iteration: int) -> StepMetrics:
     return StepMetrics(iteration, 2.0, 1.0, 1e-3, 100 * iteration, iteration, 100)
+
+
+def test_the_place_decides_and_not_the_order_of_adding() -> None:
+    writer, other = MetricsWriter([]), Callback()
+    judges: list[Callback] = [Evaluation(1), EarlyStopping("loss", 1)]
+    added = [other, Checkpointing(0), *judges, writer, ExitInterval(3)]
+    assert in_order(added) == [added[5], writer, *judges, added[1], other]
+    trainer = FakeTrainer(9, in_order([Checkpointing(0), Evaluation(2), ExitInterval(3)])).run()
+    assert (trainer.saved, trainer.evaluated) == ([3], [2, 3]), "the last step is the last for all"
 
 
 def test_evaluation_and_checkpoints_come_at_their_intervals_and_at_the_end() -> None:
