@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megaforge.models.flops import active_matmul_parameters, model_flops_per_token
 from megaforge.parallel.param_spec import named_specs
 from megaforge.training.flops import measure_matmul_peak
-from tests.training.tiny import arguments, make_trainer, write_dataset
+from tests.training.tiny import arguments, dense_arguments, make_trainer, write_dataset
 
 
 def build(tmp_path: Path, *more: str):  # type: ignore[no-untyped-def]
@@ -22,7 +22,8 @@ def build(tmp_path: Path, *more: str):  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("tied", [(), ("--untie-embeddings-and-output-weights",)])
 def test_dense_attention_model_equals_torchs_count(tmp_path: Path, tied: tuple[str, ...]) -> None:
-    model = build(tmp_path, "--hybrid-layer-pattern", "*-*-", "--seq-length", "64", *tied)
+    prefix = write_dataset(tmp_path / "d_text_document", documents=10)
+    model = make_trainer(dense_arguments(prefix, "*-*-", "--seq-length", "64", *tied)).model
     # The counter knows matrix products, and on a CPU not the fused attention.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.logits(torch.randint(0, 61, (2, 64)))

@@ -19,6 +19,7 @@ from megaforge.training.prepare import prepare
 from megaforge.training.trainer import Trainer
 
 VOCAB = 61
+EXPERTS = ("--num-experts", "4", "--moe-router-topk", "2")
 
 
 def write_dataset(prefix: Path, *, documents: int = 40, vocab: int = VOCAB, seed: int = 0) -> str:
@@ -35,13 +36,20 @@ def arguments(prefix: str, *more: str) -> list[str]:
     """Flags of a model that trains in milliseconds; ``more`` come last and win."""
     return [
         *("--hidden-size", "32", "--num-attention-heads", "4", "--ffn-hidden-size", "48", "--rwkv-head-size", "8"),
-        *("--hybrid-layer-pattern", "RE*E", "--num-experts", "4", "--moe-router-topk", "2"),
+        *("--hybrid-layer-pattern", "RE*E", *EXPERTS),
         *("--data-path", prefix, "--split", "80,20,0", "--seq-length", "24", "--device", "cpu", "--num-workers", "0"),
         *("--tokenizer-type", "NullTokenizer", "--tokenizer-model", str(VOCAB), "--log-interval", "1"),
         *("--micro-batch-size", "2", "--global-batch-size", "8", "--train-iters", "6", "--lr", "1e-3"),
         *("--lr-decay-style", "constant"),  # runs of other lengths continue each other
         *more,
     ]
+
+
+def dense_arguments(prefix: str, pattern: str, *more: str) -> list[str]:
+    """:func:`arguments` of a model without experts."""
+    given = arguments(prefix)
+    start = given.index(EXPERTS[0])
+    return [*given[:start], *given[start + len(EXPERTS) :], "--hybrid-layer-pattern", pattern, *more]
 
 
 def make_config(argv: list[str]) -> Config:
