@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import os
 import runpy
 import signal
@@ -13,6 +15,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 REPO = Path(__file__).resolve().parents[2]
+# What the commands import once their arguments are right; here once for all of them.
+HEAVY = (
+    *("megaforge.training.launch", "megaforge.training.restore", "megaforge.training.evaluation"),
+    *("megaforge.training.prompts", "megaforge.checkpoint.convert", "megaforge.models.parameter_count"),
+    *("megaforge.data.preprocess.driver", "tokenizers", "orjson", "matplotlib.pyplot", "torch.utils.tensorboard"),
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,13 @@ class Ending:
     out: str
     err: str
     hung: bool
+
+
+def import_once() -> None:
+    """Imports what the commands need, so that each of their forks has it."""
+    for module in HEAVY:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
 
 
 def run_forked(

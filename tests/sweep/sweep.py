@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.sweep.commands import COMMANDS, make_world
-from tests.sweep.isolated import Ending, flags_of, run_forked
+from tests.sweep.isolated import Ending, flags_of, import_once, run_forked
 from tests.sweep.wrong import Case, damage, draw_case
 
 
@@ -34,6 +34,7 @@ class Finding:
 
 def build_world(folder: Path) -> Path:
     """The world of :func:`make_world` and a link that leads to itself."""
+    import_once()
     world = folder / "world"
     world.mkdir()
     (world / "loop").symlink_to("loop")

@@ -111,11 +111,8 @@ def _together(group: RankGroup, action: Callable[[], Any]) -> list[Any]:
     return [value for value, _ in answers]
 
 
-def _prepare(settings: PreprocessSettings, key: str, output: str) -> tuple[dict[str, Any] | None, FastEncoder | None]:
-    """Rank 0: checks everything that can be checked and makes the job's JSON, None if there is nothing to do.
-
-    The proven fast encoder, if there is one, comes with it.
-    """
+def _open_sources(settings: PreprocessSettings, key: str) -> list[Source]:
+    """The inputs, measured; says which of them are one document each."""
     require("orjson", extra="data", purpose="reading JSONL")
     sources = [Source.of(path, key) for path in settings.inputs]
     if not any(source.bytes for source in sources):
@@ -125,12 +122,12 @@ def _prepare(settings: PreprocessSettings, key: str, output: str) -> tuple[dict[
             print(
                 f"{source.path}: one document (tools/directory_to_jsonl.py cuts a text into several)", file=sys.stderr
             )
-    tokenizer = load_tokenizer(settings.tokenizer_type, settings.tokenizer_model, settings.eod_token)
-    if settings.append_eod and tokenizer.eod is None:
-        raise UserError(
-            f"--append-eod: {settings.tokenizer_model} names no end-of-document token; name one with --eod-token"
-        )
-    described: dict[str, Any] = {
+    return sources
+
+
+def _describe(settings: PreprocessSettings, key: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the sidecar says of the dataset before there is one: how its tokens are made."""
+    return {
         "format": "megaforge-dataset",
         "version": 1,
         "tokenizer": {
@@ -143,6 +140,20 @@ def _prepare(settings: PreprocessSettings, key: str, output: str) -> tuple[dict[
         "settings": {"append_eod": settings.append_eod, "json_key": key, "on_error": settings.on_error},
         "dtype": optimal_dtype(tokenizer.vocab_size).name,
     }
+
+
+def _prepare(settings: PreprocessSettings, key: str, output: str) -> tuple[dict[str, Any] | None, FastEncoder | None]:
+    """Rank 0: checks everything that can be checked and makes the job's JSON, None if there is nothing to do.
+
+    The proven fast encoder, if there is one, comes with it.
+    """
+    sources = _open_sources(settings, key)
+    tokenizer = load_tokenizer(settings.tokenizer_type, settings.tokenizer_model, settings.eod_token)
+    if settings.append_eod and tokenizer.eod is None:
+        raise UserError(
+            f"--append-eod: {settings.tokenizer_model} names no end-of-document token; name one with --eod-token"
+        )
+    described = _describe(settings, key, tokenizer)
     size = shard_bytes(sources, settings.shard_mb)
     work = WorkDirectory(Path(f"{output}.partial"))
     identity = {**described, "shard_bytes": size, "sources": [list(vars(source).values()) for source in sources]}
