@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
-from torch.distributed.rendezvous import rendezvous
 
 from megaforge.config.launcher import Launch, check_address, discover_launch, say_once
 from megaforge.device import communication_backend, synchronize
 from megaforge.errors import UserError
+from megaforge.parallel.rendezvous import meet
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -68,7 +68,10 @@ def initialize(device: Any, backend: str = "auto", timeout_minutes: float = 30.0
     # Bound to its device, NCCL connects the ranks here and splits its groups off; else at each group's first use.
     bound: dict[str, Any] = {"device_id": torch.device(device)} if chosen == "nccl" else {}
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    dist.init_process_group(chosen, rank=launch.rank, world_size=launch.world_size, timeout=timeout, **bound)
+    store = meet(launch.rank, launch.world_size, timeout)
+    dist.init_process_group(
+        chosen, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout, **bound
+    )
     return launch
 
 
@@ -90,8 +93,7 @@ def open_store() -> Store:
     """
     launch = discover_launch()
     _export(launch)
-    store: Store = next(rendezvous("env://"))[0]
-    return store
+    return meet(launch.rank, launch.world_size, datetime.timedelta(minutes=30))
 
 
 def check_backend(backend: str) -> None:

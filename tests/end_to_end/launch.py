@@ -42,7 +42,7 @@ def command(ranks: int, script: str, *arguments: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
 
 
 def run(ranks: int, script: str, *arguments: str, **popen: Any) -> Outcome:
@@ -58,13 +58,14 @@ def run(ranks: int, script: str, *arguments: str, **popen: Any) -> Outcome:
 
 
 def run_and_kill_a_rank(
-    ranks: int, script: str, *arguments: str, metrics: Path, step: int, number: int = signal.SIGKILL
+    ranks: int, script: str, *arguments: str, metrics: Path, step: int, number: int = signal.SIGKILL, restarts: int = 0
 ) -> int:
     """Starts a run and sends signal ``number`` to its last rank once ``metrics`` shows ``step``; waits until all have
-    ended and returns the status."""
-    process = subprocess.Popen(
-        command(ranks, script, *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
-    )
+    ended, after ``restarts`` of them by torchrun at most, and returns the status."""
+    line = command(ranks, script, *arguments)
+    if restarts:
+        line.insert(line.index("--standalone"), f"--max-restarts={restarts}")
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
     deadline = time.monotonic() + LIMIT
     try:
         while not (metrics.exists() and f'"iteration": {step},' in metrics.read_text()):

@@ -42,6 +42,7 @@ def test_nccl_is_bound_to_its_device(
     for name, value in ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"} | address).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
+    monkeypatch.setattr("megaforge.parallel.distributed.meet", lambda *where: None)
     calls: list[dict[str, object]] = []
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: calls.append({"backend": backend} | given))
     initialize(torch.device(device), backend, 2.0)
