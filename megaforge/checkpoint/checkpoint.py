@@ -203,11 +203,19 @@ def load_checkpoint(
     return manifest.meta
 
 
+def _layouts(there: Mapping[str, int], here: Mapping[str, int]) -> str:
+    """The axes whose size is another one, of the experts only where the others agree."""
+    other = [name for name, size in here.items() if there.get(name, size) != size and name != "world"] or ["world"]
+    named = [name for name in other if name not in ("etp", "edp")] or other
+    before, now = (", ".join(f"{name} {sizes[name]}" for name in named) for sizes in (there, here))
+    return f"was written at {before}, this run is {now}"
+
+
 def _why_ranks_differ(manifest: Manifest, ctx: ParallelContext) -> str | None:
     """Why no rank here can take what a rank there kept for itself; None when it can."""
     here = layout_of(ctx)
     if here | dict(manifest.layout) != here:  # older checkpoints do not name the experts' axes
-        return f"was written at layout {dict(manifest.layout)}, this is {here}"
+        return _layouts(manifest.layout, here)
     if not any(key.startswith(RANK_PREFIX) for key in manifest.tensors):
         return "was not written by the ranks of a run"
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -157,8 +158,8 @@ def _candidates(directory: Path) -> list[Path]:
     if not candidates:
         names = sorted(path.name for path in directory.iterdir())
         there = "; it holds " + ", ".join(names[:8]) + (" ..." if len(names) > 8 else "") if names else "; it is empty"
-        raise UserError(
-            f"--load {directory}: no checkpoint (step_N) in it{there}; "
-            "name the directory that a run was given as --save"
-        )
+        remedy = "name the directory that a run was given as --save"
+        if set_aside := [name for name in names if re.match(r"step_\d+\.(damaged|abandoned)", name)]:
+            remedy = f"{len(set_aside)} set aside there as damaged or abandoned; to start anew, name a new directory"
+        raise UserError(f"--load {directory}: no checkpoint (step_N) in it{there}; {remedy}")
     return candidates

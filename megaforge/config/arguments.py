@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import textwrap
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -18,6 +19,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         columns = os.environ.get("COLUMNS", "")
         super().__init__(prog, max_help_position=32, width=min(120, int(columns) if columns.isdigit() else 110))
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Lines of at most ``width`` columns; a flag's name is never cut at its hyphens."""
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default, text = action.default, action.help

@@ -172,6 +172,21 @@ _FIELDS = {
 }
 
 
+def _stages_differ(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]]) -> str:
+    """What the first stage of the schedule that is another one has otherwise."""
+    if len(saved) != len(current):
+        return f"it read {len(saved)} stages of --seq-length and --data-path weights until then, and now {len(current)}"
+    before, now = next((a, b) for a, b in zip(saved, current, strict=True) if a != b)
+    names = {
+        "sequence_length": "--seq-length",
+        "weights": "the blend of --data-path",
+        "start_sample": "the sample at which a stage starts",
+    }
+    return "; ".join(
+        f"{words} was {before[key]} and is now {now[key]}" for key, words in names.items() if before[key] != now[key]
+    )
+
+
 def check_state(current: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Compares a saved state with that of the present run at the same sample.
 
@@ -185,8 +200,10 @@ def check_state(current: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         if field not in saved:
             raise UserError(f"the checkpoint's data state has no field '{field}'; it cannot be continued exactly")
         if saved[field] != current[field]:
+            changed = f"{meaning} was {saved[field]} and is now {current[field]}"
+            if field == "stages":
+                changed = _stages_differ(saved[field], current[field])
             raise UserError(
-                f"the checkpoint was trained on another order of samples: {meaning} ({field}) was {saved[field]} "
-                f"and is now {current[field]}; restore it to continue this run, add --reset-data to go on with these "
-                "data from their beginning, or start a new run without --load"
+                f"the checkpoint was trained on another order of samples: {changed}; restore it to continue this run, "
+                "add --reset-data to go on with these data from their beginning, or start a new run without --load"
             )

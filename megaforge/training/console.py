@@ -79,7 +79,7 @@ class ConsoleLog(Callback):
         self._print(trainer, f"a token costs {each}; matrix products reach {peak} here in {str(dtype)[6:]}")
         if trainer.iteration:
             self._print(trainer, f"continuing after iteration {trainer.iteration}")
-        if trainer.finished:
+        if trainer.finished and trainer.stop_reason is None:
             self._print(trainer, f"nothing left to do: --train-iters {trainer.config.training.train_iters} is reached")
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:

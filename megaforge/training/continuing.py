@@ -49,9 +49,10 @@ def settle_schedule(
             lr_decay_iters=before.decay_iters or None,
             lr_wsd_decay_iters=before.wsd_decay_iters if before.style == "WSD" else None,
         )
-        return dataclasses.replace(config, optimizer=kept), before, [f"{_KEEP}: the checkpoint's hold: {changes}"]
+        told = f"{_KEEP}: the checkpoint's values hold: {changes}"
+        return dataclasses.replace(config, optimizer=kept), before, [told]
     if config.optimizer.override_opt_param_scheduler:
-        return config, now, [f"{_OVERRIDE}: this run's hold from iteration {iteration + 1} on: {changes}"]
+        return config, now, [f"{_OVERRIDE}: this run's values hold from iteration {iteration + 1} on: {changes}"]
     if _same_past(before, now, iteration):
         return config, now, [f"the learning rate was the same so far and now goes another way: {changes}"]
     if before.style == now.style == "constant" and iteration >= max(before.warmup_iters, now.warmup_iters):

@@ -118,6 +118,15 @@ def test_a_damaged_checkpoint_named_directly_is_an_error_and_stays_where_it_is(t
     assert path.is_dir()
 
 
+def test_a_run_whose_checkpoints_were_all_set_aside_does_not_start_anew(tmp_path):
+    """The same line again must not train another model under the old name; the refusal says what happened there."""
+    _flip_bit(_save(tmp_path, 1) / DATA_FILE, -1)
+    with pytest.raises(UserError, match="none of its checkpoints is valid"):
+        find_checkpoint(tmp_path, CTX, quarantine_damaged=True)
+    with pytest.raises(UserError, match="1 set aside there as damaged or abandoned; to start anew, name a new"):
+        find_checkpoint(tmp_path, CTX, quarantine_damaged=True)
+
+
 def test_who_only_reads_renames_nothing(tmp_path, caplog):
     old, new = _save(tmp_path, 1), _save(tmp_path, 2)
     _flip_bit(new / DATA_FILE, -1)

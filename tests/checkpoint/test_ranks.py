@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megaforge.checkpoint import find
-from megaforge.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from megaforge.checkpoint.checkpoint import _layouts, load_checkpoint, save_checkpoint
 from megaforge.checkpoint.find import find_checkpoint
 from megaforge.checkpoint.shards import TensorEntry
 from megaforge.parallel.context import ParallelContext
@@ -54,6 +54,14 @@ def test_every_pair_of_layouts(ranks, tmp_path):
         ranks.run(world, _save_layouts, tmp_path, world)
     for world in (1, 2, 4):
         assert ranks.run(world, _load_layouts, tmp_path, world) == [0] * world
+
+
+def test_another_layout_is_told_by_the_axes_that_changed():
+    layout = {"tp": 2, "cp": 1, "dp": 1, "ep": 1, "etp": 2, "edp": 1, "world": 2}
+    assert _layouts(layout, {**layout, "tp": 1, "dp": 2, "etp": 1, "edp": 2}) == (
+        "was written at tp 2, dp 1, this run is tp 1, dp 2"
+    )
+    assert _layouts(layout, {**layout, "etp": 1, "edp": 2}) == "was written at etp 2, edp 1, this run is etp 1, edp 2"
 
 
 def _message(action) -> str:

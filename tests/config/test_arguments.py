@@ -35,3 +35,12 @@ def test_mistakes_are_named(words: list[str], message: str) -> None:
     with pytest.raises(UserError) as found:
         parser().parse_args(words)
     assert str(found.value).startswith(message)
+
+
+def test_help_cuts_no_flag_at_its_hyphens(monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns in range(60, 120, 7):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        made = ArgumentParser(prog="tool")
+        made.add_argument("--steps", help="how many; " + "as --train-iters or --lr-decay-iters say, " * 4)
+        lines = made.format_help().splitlines()
+        assert not [line for line in lines if line.endswith("-")] and max(map(len, lines)) <= columns

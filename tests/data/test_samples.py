@@ -256,15 +256,19 @@ def test_state_continues_only_the_same_past(tmp_path: Path, prefix: str, other: 
     for changed, field in (
         (make(prefix, other, split="90,10", seed=6), "seed"),
         (make(prefix, other, split="80,20"), "split"),
-        (make(prefix, other, split="90,10", length=32), "--seq-length"),
-        (make(prefix, other, split="90,10", changes=(ScheduleChange(39, 64),)), "--seq-length"),
-        (make(other, prefix, split="90,10"), "manifest_digest"),
-        (TrainingData([(2, prefix), (1, other)], "90,10", SampleSchedule(5, 16)), "weights"),
+        (make(prefix, other, split="90,10", length=32), "samples: --seq-length was 16 and is now 32; restore"),
+        (make(prefix, other, split="90,10", changes=(ScheduleChange(39, 64),)), "it read 1 stages.*and now 2;"),
+        (make(other, prefix, split="90,10"), "the content of the --data-path files was"),
+        (TrainingData([(2, prefix), (1, other)], "90,10", SampleSchedule(5, 16)), "samples: the blend of --data-path was "),
     ):
         with pytest.raises(UserError, match=field):
             changed.check_state(state)
-    for field in ("version", "schedule_digest", "consumed_tokens"):
-        with pytest.raises(UserError, match=field):
+    for field, words in (
+        ("version", "the version of the data order"),
+        ("schedule_digest", "the sample schedule"),
+        ("consumed_tokens", "the number of tokens read"),
+    ):
+        with pytest.raises(UserError, match=f"{words} was 99 and is now"):
             data.check_state({**state, field: 99})
         with pytest.raises(UserError, match=f"no field '{field}'"):
             data.check_state({key: value for key, value in state.items() if key != field})

@@ -48,6 +48,20 @@ def test_a_file_gets_a_line_an_interval_and_the_last(tmp_path: Path) -> None:
     assert "\r" not in text and "evaluation at iteration 5: loss " in text and "perplexity" in text
 
 
+def test_a_run_that_has_nothing_to_do_says_why(tmp_path: Path) -> None:
+    """It ended for another reason than --train-iters where a limit was over before its first step."""
+    prefix = write_dataset(tmp_path / "d_text_document", documents=20)
+    texts = []
+    for done, reason in ((5, None), (0, "--exit-duration-in-mins 0.05 is over")):
+        trainer, stream = make_trainer(arguments(prefix, "--eval-iters", "1", "--train-iters", "5")), io.StringIO()
+        trainer.iteration, trainer.stop_reason = done, reason
+        (speed,) = [callback.speed for callback in trainer.callbacks if isinstance(callback, ConsoleLog)]
+        ConsoleLog(1, speed, stream).on_train_start(trainer)
+        texts.append(stream.getvalue())
+    assert "nothing left to do: --train-iters 5 is reached" in texts[0]
+    assert "nothing left" not in texts[1]
+
+
 def test_a_terminal_also_gets_a_live_line(tmp_path: Path) -> None:
     text = output(tmp_path, Terminal())
     assert "\r\x1b[2K[#####..." in text, "iteration 1 of 5, in place"
