@@ -259,7 +259,7 @@ def test_state_continues_only_the_same_past(tmp_path: Path, prefix: str, other: 
         (make(prefix, other, split="90,10", length=32), "samples: --seq-length was 16 and is now 32; restore"),
         (make(prefix, other, split="90,10", changes=(ScheduleChange(39, 64),)), "it read 1 stages.*and now 2;"),
         (make(other, prefix, split="90,10"), "the content of the --data-path files was"),
-        (TrainingData([(2, prefix), (1, other)], "90,10", SampleSchedule(5, 16)), "samples: the blend of --data-path was "),
+        (TrainingData([(2, prefix), (1, other)], "90,10", SampleSchedule(5, 16)), "samples: the blend of --data-path"),
     ):
         with pytest.raises(UserError, match=field):
             changed.check_state(state)
