@@ -75,6 +75,8 @@ def main() -> int:
 
 
 def _check(flags: argparse.Namespace) -> None:
+    if flags.source is None and flags.file is not None:
+        raise UserError(f"{flags.file}: a FILE goes with --from; --load takes its own value")
     if (flags.load is None) == (flags.source is None) or (flags.source is None) != (flags.file is None):
         raise UserError("give either --load DIR|FILE.safetensors, or --from rwkv7 FILE")
     for name in ("tokenizer_model", "tokenizer_type"):

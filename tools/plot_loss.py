@@ -77,6 +77,11 @@ def names_of(files: list[str]) -> list[str]:
     return files  # a file that was given twice
 
 
+def label_of(name: str) -> str:
+    """``name`` as matplotlib draws it to the letter: no mathematics between dollars, no bytes that are not UTF-8."""
+    return name.encode(errors="replace").decode().replace("$", r"\$")
+
+
 def draw(files: list[str], names: list[str], output: str, smooth: float, axis: str = "iteration") -> None:
     """Writes the image.
 
@@ -87,7 +92,7 @@ def draw(files: list[str], names: list[str], output: str, smooth: float, axis: s
     pyplot = require("matplotlib.pyplot", extra="train", purpose="tools/plot_loss.py")
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     for index, (file, name) in enumerate(zip(files, names, strict=True)):
-        records = read_metrics(file)
+        records, name = read_metrics(file), label_of(name)
         places, losses = curve(records, "step", axis)
         if not losses:
             raise UserError(f"metrics file {file}: holds no training step")

@@ -152,12 +152,14 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """All records of a metrics file, in order.
 
     Raises:
-        UserError: the file is missing or a line is not JSON.
+        UserError: the file is missing, is not UTF-8, or a line is not JSON.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"metrics file {path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"metrics file {path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
     records = []
     for number, line in enumerate(lines, 1):
         try:

@@ -184,6 +184,8 @@ def test_a_bad_file_is_named_with_what_is_wrong(saved: Path, tmp_path: Path, cas
         (("--save", "{tmp}/x", "--pp", "4"), "4 stages, but the model has only 3 blocks"),
         (("--save", "{tmp}/x", "--pp", "0"), "--pp 0: must be at least 1"),
         (("--save", "{tmp}/x", "--from", "rwkv7"), "give either --load"),
+        (("--save", "{tmp}/x", "word"), "word: a FILE goes with --from"),
+        (("--save", "{tmp}/x", "--tokenizer-model", "t.json"), "--tokenizer-model t.json: it is for --from"),
     ],
 )
 def test_bad_flags_are_refused(

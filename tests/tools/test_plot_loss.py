@@ -71,3 +71,18 @@ def test_draws_several_runs_into_a_new_directory(tmp_path: Path, monkeypatch: py
 def test_bad_flags_are_named(flags: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_arguments(["--metrics-file", "m.jsonl", *flags])
+
+
+@pytest.mark.parametrize("name", ["\udcff\udce9", "$x^$", "a $ b", "\\frac", "_hidden"])
+def test_any_name_can_be_drawn(tmp_path: Path, name: str) -> None:
+    metrics = tmp_path / "m.jsonl"
+    metrics.write_text(json.dumps({"kind": "step", "iteration": 1, "loss": 2.0}) + "\n", encoding="utf-8")
+    plot_loss.draw([str(metrics)], [name], str(tmp_path / "out.png"), 0.9)
+    assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+def test_a_metrics_file_of_other_bytes_is_named(tmp_path: Path) -> None:
+    metrics = tmp_path / "m.jsonl"
+    metrics.write_bytes(b"\x1f\x8b\x08\x00")
+    with pytest.raises(UserError, match="m.jsonl: is not UTF-8 text"):
+        plot_loss.draw([str(metrics)], ["x"], str(tmp_path / "out.png"), 0.9)
