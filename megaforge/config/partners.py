@@ -41,7 +41,7 @@ def _scored(config: Config) -> bool:
     return interval is None or (interval > 0 and interval % evaluation == 0)
 
 
-_NO_EXPERTS = "this model has no mixture of experts; add --ffn moe, or write E in --hybrid-layer-pattern"
+_NO_EXPERTS = "this model has no experts (--ffn moe, or E in --hybrid-layer-pattern, makes some): it changes nothing"
 _NO_FP16 = "is for --fp16, which is not set: it changes nothing"
 _NO_SAVE = "nothing is saved: add --save DIR"
 
@@ -151,6 +151,7 @@ PARTNERS = (
         _model("num_experts", "moe_router_topk", "moe_expert_capacity_factor", "moe_shared_expert_intermediate_size"),
         lambda c: "E" in ffn_kinds(c.model),
         _NO_EXPERTS,
+        refuse=False,
     ),
     Partner(
         _model(
@@ -160,6 +161,7 @@ PARTNERS = (
         ),
         lambda c: "E" in ffn_kinds(c.model),
         _NO_EXPERTS,
+        refuse=False,
     ),
     Partner(
         _model("moe_router_bias_update_rate"),

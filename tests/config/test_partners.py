@@ -31,11 +31,11 @@ REFUSED = [
     (("--grad-compression-rank", "8"), (), "--grad-compression powersgd"),
     (("--dry-run-world-size", "8"), (), "--dry-run"),
     (("--dry-run-ranks", "stage"), (), "--dry-run"),
-    (("--num-experts", "4"), DENSE, "--ffn moe"),
-    (("--moe-router-score-function", "sigmoid"), DENSE, "--ffn moe"),
     (("--moe-router-bias-update-rate", "0.1"), (), "--moe-router-enable-expert-bias"),
 ]
 SAID = [
+    (("--num-experts", "4"), DENSE, "--ffn moe"),
+    (("--moe-router-score-function", "sigmoid"), DENSE, "--ffn moe"),
     (("--no-load-optim",), (), "--load"),
     (("--reset-data",), ("--load", "r", "--finetune"), "--finetune"),
     (("--exit-interval", "2"), (), "--save"),
