@@ -47,7 +47,7 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        """An empty text means nothing to any flag, and is mostly a shell variable that is not set; of ``--flag=--``
+        """Refuses what no flag can take. An empty text is mostly a shell variable that is not set; of ``--flag=--``
         argparse would take the value away and fail."""
         if action.option_strings and action.nargs != 0:
             flag = max(action.option_strings, key=len)
@@ -55,6 +55,11 @@ class ArgumentParser(argparse.ArgumentParser):
                 raise UserError(f"{flag} --: expected a value")
             if "" in arg_strings:
                 raise UserError(f"{flag} '': the value is empty; give one, or leave the flag out")
+            for text in arg_strings:
+                # Bytes of the command line that Python could not decode. Text would go wrong later, in any library.
+                if not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text):
+                    shown = text.encode(errors="backslashreplace").decode()
+                    raise UserError(f"{flag} {shown}: holds bytes that are not UTF-8; write it, or rename it, in UTF-8")
         return super()._get_values(action, arg_strings)
 
 

@@ -23,6 +23,8 @@ def parser() -> ArgumentParser:
         (["--save", ""], "--save '': the value is empty"),
         (["--save="], "--save '': the value is empty"),
         (["--input", "a", ""], "--input '': the value is empty"),
+        (["--save", "caf\udce9"], "--save caf\\udce9: holds bytes that are not UTF-8"),
+        (["--input", "a", "\udcff"], "--input \\udcff: holds bytes that are not UTF-8"),
         (["--steps=--"], "--steps --: expected a value"),
         (["--save=--"], "--save --: expected a value"),
         (["--steps", "0"], "--steps 0: must be at least 1"),
@@ -44,3 +46,7 @@ def test_help_cuts_no_flag_at_its_hyphens(monkeypatch: pytest.MonkeyPatch) -> No
         made.add_argument("--steps", help="how many; " + "as --train-iters or --lr-decay-iters say, " * 4)
         lines = made.format_help().splitlines()
         assert not [line for line in lines if line.endswith("-")] and max(map(len, lines)) <= columns
+
+
+def test_any_letter_that_is_utf8_passes() -> None:
+    assert parser().parse_args(["--save", "é 漢 🙂"]).save == "é 漢 🙂"
