@@ -21,7 +21,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -30,6 +30,7 @@ from megaforge.config.entry import run_entry
 from megaforge.config.pattern import layer_pattern
 from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.errors import UserError
+from megaforge.planning import plan_request
 
 
 def params(arguments: Sequence[str], prog: str) -> None:
@@ -63,6 +64,13 @@ MODULES = {
     "docs": "megaforge.training.documentation",
 }
 
+EARLY: dict[str, Callable[[Sequence[str], str], object]] = {
+    "memory": plan_request.parse,
+    "activations": plan_request.parse_activations,
+    "ladders": plan_request.parse_ladders,
+    "docs": plan_request.parse_docs,
+}
+
 
 def main() -> int:
     if len(sys.argv) > 1 and sys.argv[1] in ("-h", "--help"):
@@ -73,10 +81,8 @@ def main() -> int:
     if command == "params":
         params(arguments, prog)
     elif command in MODULES:
-        if command == "memory":
-            from megaforge.planning.plan_request import parse
-
-            parse(arguments, prog)  # a mistake is found before torch is imported
+        if command in EARLY:
+            EARLY[command](arguments, prog)  # a mistake is found before torch is imported
         importlib.import_module(MODULES[command]).run(arguments, prog)
     else:
         raise UserError(f"plan.py: {command}: choose a command: params, {', '.join(MODULES)}")

@@ -9,14 +9,13 @@ from functools import cache
 
 import torch
 
-from megaforge.config.arguments import ArgumentParser
 from megaforge.config.cli import parse_config
-from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
 from megaforge.planning.layout import PlannedLayout, layout_of
 from megaforge.planning.memory import stage_activations
+from megaforge.planning.plan_request import parse_activations
 from megaforge.planning.report import table
 from megaforge.planning.stage_run import run_stage
 from megaforge.planning.stages import StagePart, model_parts
@@ -87,8 +86,5 @@ def run(arguments: Sequence[str], prog: str = "plan.py activations") -> None:
     Raises:
         UserError: it takes no arguments.
     """
-    parser = ArgumentParser(prog=prog, description=__doc__)
-    _, rest = parser.parse_known_args(arguments)
-    if rest:
-        raise UserError(f"{rest[0]}: {prog} takes no arguments")
+    parse_activations(arguments, prog)
     print(table(comparison_rows()))

@@ -9,14 +9,13 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megaforge.config.arguments import ArgumentParser
 from megaforge.config.cli import parse_config
-from megaforge.errors import UserError
 from megaforge.monitor import names
 from megaforge.planning.communication import step_traffic
 from megaforge.planning.gpus import GPUS
 from megaforge.planning.measured_activations import comparison_rows
 from megaforge.planning.plan_command import planned_dtype, planned_layout
+from megaforge.planning.plan_request import parse_docs
 from megaforge.planning.report import assumptions, search_text
 from megaforge.planning.search import search, worst_rank
 from megaforge.planning.stages import cut_stages, model_parts
@@ -122,13 +121,7 @@ def run(arguments: Sequence[str], prog: str = "plan.py docs") -> None:
     Raises:
         UserError: an unknown place.
     """
-    parser = ArgumentParser(prog=prog, description="Writes the planner's figures into the documents that quote them.")
-    parser.add_argument("names", nargs="*", help=f"default: all: {', '.join(BLOCKS)}")
-    own = parser.parse_args(arguments)
-    chosen = own.names or list(BLOCKS)
-    unknown = [name for name in chosen if name not in BLOCKS]
-    if unknown:
-        raise UserError(f"{unknown[0]}: there is no such place; choose {', '.join(BLOCKS)}")
+    chosen = parse_docs(arguments, prog)
     made = {name: BLOCKS[name]() for name in chosen}
     for document in map(Path, DOCUMENTS):
         text = document.read_text()

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaforge.config.arguments import ArgumentParser, number
 from megaforge.config.cli import parse_config
 from megaforge.config.config import Config
 from megaforge.errors import UserError
-from megaforge.planning.gpus import GPUS, gpu_named
+from megaforge.planning.gpus import gpu_named
 from megaforge.planning.layout import PlannedLayout
 from megaforge.planning.memory import rank_memory
+from megaforge.planning.plan_request import parse_ladders
 from megaforge.planning.report import gigabytes, table
 from megaforge.planning.stages import cut_stages, model_parts
 from megaforge.training.dry_run import try_ranks
@@ -82,18 +82,11 @@ def run(arguments: Sequence[str], prog: str = "plan.py ladders") -> None:
     Raises:
         UserError: a job would not start, or its fullest rank needs more than ``--share`` of the memory.
     """
-    parser = ArgumentParser(prog=prog, description="Dry-runs jobs, every rank of them.")
-    parser.add_argument("scripts", nargs="*", type=Path, help="default: run_scripts/slurm/cdrmix-*.sbatch")
-    parser.add_argument("--gpu", default="h100-80g", help=", ".join(GPUS))
-    parser.add_argument("--share", type=number(above=0, most=1), default=0.9, help="share of memory a rank may fill")
-    own = parser.parse_args(arguments)
+    own = parse_ladders(arguments, prog)
     gpu = gpu_named(own.gpu)
-    scripts = own.scripts or sorted(Path("run_scripts/slurm").glob("cdrmix-*.sbatch"))
-    if not scripts:
-        raise UserError("there are no run_scripts/slurm/cdrmix-*.sbatch here; run this in the repository, or name them")
     rows = [("job", "ranks", "shapes", "GB", "planned GB", f"of {gpu.memory / 1e9:g} GB", "seconds")]
     too_large = []
-    for script in scripts:
+    for script in own.scripts:
         job = read_job(script)
         tried = try_job(job)
         if tried.fullest > own.share * gpu.memory:

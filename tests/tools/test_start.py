@@ -49,6 +49,10 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments
         (("memory", "--search"), "--search needs --gpus"),
         (("params", "--num-layers", "0"), "--num-layers 0"),
         (("schedule", "--pp", "0"), "--pp 0"),
+        (("ladders", "--share", "2"), "--share 2"),
+        (("ladders", "none.sbatch"), "none.sbatch"),
+        (("docs", "three"), "three: there is no such place"),
+        (("activations", "now"), "now: plan.py activations takes no arguments"),
     ],
     "tools/plot_loss.py": [(("--metrics-file", "x", "--output", "y", "--smooth", "1"), "--smooth 1: must be")],
     "tools/preprocess_data.py": [

@@ -12,6 +12,7 @@ from megaforge.config.cli import parse_config
 from megaforge.config.schema import settings
 from megaforge.errors import UserError
 from megaforge.planning.measured_activations import CASES
+from megaforge.planning.plan_request import PLACES
 from megaforge.training import documentation
 from megaforge.training.documentation import BLOCKS, DOCUMENTS, blocks_of, markdown, rewritten
 from megaforge.training.ladders import read_job
@@ -22,7 +23,7 @@ QUOTED = {document: blocks_of((REPOSITORY / document).read_text()) for document 
 
 
 def test_every_place_is_filled_by_somebody() -> None:
-    assert {name for places in QUOTED.values() for name in places} == set(BLOCKS)
+    assert {name for places in QUOTED.values() for name in places} == set(BLOCKS) == set(PLACES)
 
 
 @pytest.mark.parametrize("name", ["assumptions", "effects", "metrics"])
