@@ -99,7 +99,8 @@ class Setting:
         if type(value) in (int, float):
             self.bounds.check(value)
         if self.choices and value not in self.choices:
-            raise ValueError(f"choose {', '.join(map(str, self.choices[:-1]))} or {self.choices[-1]}")
+            *others, last = map(str, self.choices)
+            raise ValueError(f"choose {', '.join(others)} or {last}" if others else f"there is {last} only")
         return value
 
 

@@ -129,11 +129,23 @@ class EarlyStopping(Callback):
             self.best, self.best_iteration, self.bad_evaluations = value, metrics.iteration, 0
             return
         self.bad_evaluations += 1
-        if self.patience and self.bad_evaluations >= self.patience:
-            trainer.stop(
-                f"{self.metric} did not improve on {self.best} (iteration {self.best_iteration}) in "
-                f"{self.bad_evaluations} evaluations"
-            )
+        if self._over():
+            trainer.stop(self._reason())
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """A run that has ended here before is not started again by the same line."""
+        if self._over():
+            trainer.stop(f"{self._reason()}; to go on, give a greater --early-stopping-patience")
+
+    def _over(self) -> bool:
+        return 0 < self.patience <= self.bad_evaluations
+
+    def _reason(self) -> str:
+        best = "nan" if self.best is None else f"{self.best:.5g}"
+        return (
+            f"{self.metric} did not improve on {best} (iteration {self.best_iteration}) in "
+            f"{self.bad_evaluations} evaluations"
+        )
 
     def _better(self, value: float) -> bool:
         if self.best is None:

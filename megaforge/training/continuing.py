@@ -12,6 +12,12 @@ from megaforge.errors import UserError
 from megaforge.optim import LearningRateSchedule
 
 _OVERRIDE, _KEEP = "--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"
+_LEARNING = {
+    "optimizer": ("weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"),
+    "training": ("bf16", "fp16", "fp64"),
+    "parallel": ("grad_reduce_in_bf16", "grad_compression"),
+    "data": ("eod_mask_loss",),
+}
 _COMPARED = 1000  # iterations at which two schedules' pasts are compared, besides their own corners
 
 
@@ -61,6 +67,28 @@ def settle_schedule(
         f"--load {source}: until iteration {iteration} it was trained with another learning-rate schedule: {changes}; "
         f"write the former values, or add {_KEEP} to keep that schedule, or {_OVERRIDE} to follow this run's from here"
     )
+
+
+def changed_settings(config: Config, global_batch_size: int, saved: Mapping[str, Any]) -> list[str]:
+    """What to tell of a run that learns otherwise than so far, apart from its schedule: nothing, or one line.
+
+    Each of these may be changed on the way, but none should change unseen: without ``--global-batch-size``, another
+    number of data-parallel ranks makes another batch.
+
+    Args:
+        saved: the checkpoint's ``meta``; what an older one does not say is not compared.
+    """
+    changes = []
+    before = saved.get("global_batch_size", saved["config"]["training"].get("global_batch_size"))
+    if before is not None and before != global_batch_size:
+        changes.append(f"a global batch of {before} sequences in the checkpoint, {global_batch_size} here")
+    for section, names in _LEARNING.items():
+        for name in names:
+            now = getattr(getattr(config, section), name)
+            was = saved["config"].get(section, {}).get(name, now)
+            if was != now:
+                changes.append(f"--{name.replace('_', '-')} {was} in the checkpoint, {now} here")
+    return [f"it learns otherwise from here on: {'; '.join(changes)}"] if changes else []
 
 
 def _saved_schedule(config: Mapping[str, Any]) -> LearningRateSchedule:

@@ -24,7 +24,7 @@ from megaforge.device import get_random_state, set_random_state
 from megaforge.errors import UserError
 from megaforge.optim.adamw import Entry
 from megaforge.training.callbacks import LARGER_IS_BETTER
-from megaforge.training.continuing import settle_schedule
+from megaforge.training.continuing import changed_settings, settle_schedule
 
 if TYPE_CHECKING:
     from megaforge.training.trainer import Trainer
@@ -81,6 +81,7 @@ def run_meta(trainer: Trainer) -> dict[str, Any]:
         "optimizer": trainer.optimizer.state(),
         "scaler": trainer.scaler.state(),
         "schedule": trainer.schedule.digest,
+        "global_batch_size": trainer.global_batch_size,
         "started_over": trainer.started_over,
         "earlier": dict(trainer.earlier),
         "callbacks": {c.state_name: c.state() for c in trainer.callbacks if c.state_name is not None},
@@ -125,6 +126,7 @@ def load_run(trainer: Trainer) -> Path | None:
     if "data" not in fresh:
         trainer.data.check_state(meta["data"])
     trainer.config, trainer.schedule, notes = settle_schedule(config, meta, int(meta["iteration"]), str(path))
+    notes += changed_settings(trainer.config, trainer.global_batch_size, meta)
     _load_tensors(trainer, path, fresh)
     if "optimizer" not in fresh:
         optimizer.load_state(meta["optimizer"])

@@ -116,6 +116,17 @@ def test_accuracy_is_better_when_larger() -> None:
     assert (stopping.best, stopping.best_iteration, stopping.bad_evaluations) == (0.6, 2, 1)
 
 
+def test_a_run_that_stopped_early_stays_stopped_unless_the_patience_grows() -> None:
+    stopped = EarlyStopping("loss", 2)
+    FakeTrainer(9, [Evaluation(1), stopped], {1: 1.0, 2: 2.0, 3: 2.0}).run()
+    told = "2 evaluations; to go on, give a greater --early-stopping-patience"
+    for patience, reason in ((2, told), (3, ""), (0, "")):
+        again, trainer = EarlyStopping("loss", patience), FakeTrainer(9, [])
+        again.load_state(stopped.state())
+        again.on_train_start(cast(Trainer, trainer))
+        assert (trainer.reason or "").endswith(reason) and (trainer.reason is None) == (reason == "")
+
+
 def test_state_goes_on_where_it_was_but_not_for_another_metric() -> None:
     first = EarlyStopping("loss", 2)
     FakeTrainer(2, [Evaluation(1), first], {1: 1.0, 2: 2.0}).run()

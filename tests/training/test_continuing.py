@@ -10,7 +10,7 @@ import pytest
 from megaforge.checkpoint.compatible import describe_run
 from megaforge.errors import UserError
 from megaforge.optim import LearningRateSchedule
-from megaforge.training.continuing import settle_schedule
+from megaforge.training.continuing import changed_settings, settle_schedule
 from tests.training.tiny import arguments, make_config, make_trainer, record, write_dataset
 
 
@@ -42,6 +42,25 @@ def test_a_schedule_that_goes_on(
     assert settled == config
     assert schedule.digest == LearningRateSchedule(config.optimizer, config.training.train_iters).digest
     assert len(notes) == (said is not None) and (said is None or said in notes[0])
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "batches", "said"),
+    [
+        ((), (), (8, 8), None),
+        ((), ("--micro-batch-size", "2"), (8, 8), None),
+        ((), (), (8, 16), "a global batch of 8 sequences in the checkpoint, 16 here"),
+        ((), ("--weight-decay", "0.3"), (8, 8), "--weight-decay 0.1 in the checkpoint, 0.3 here"),
+        (("--bf16",), ("--fp16",), (8, 8), "--bf16 True in the checkpoint, False here; --fp16 False in the"),
+        ((), (), (None, 16), None),  # an older checkpoint does not say
+    ],
+)
+def test_what_is_learnt_otherwise_is_told(
+    before: tuple[str, ...], now: tuple[str, ...], batches: tuple[int | None, int], said: str | None
+) -> None:
+    saved = {**saved_by(*before), "global_batch_size": batches[0]}
+    notes = changed_settings(make_config(list(now)), batches[1], saved)
+    assert (notes == []) == (said is None) and (said is None or said in notes[0])
 
 
 @pytest.mark.parametrize(
