@@ -36,6 +36,8 @@ def _as_rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, wor
         "gloo", store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=60)
     )
     try:
+        # A function that ends at once must not close its connections while another rank is still making them.
+        dist.barrier()
         return function(*args)
     finally:
         dist.destroy_process_group()
