@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from megaforge.kernels.rwkv7_fused import fused, shifted_mixes
+from megaforge.kernels.rwkv7_fused import fused, say_plain, shifted_mixes
 from megaforge.nn.sequence import SequenceInfo
 
 CPU_ELEMENTS_AT_ONCE = 1 << 16  # of [s, b, h] in the backward pass of the mix
@@ -46,7 +46,10 @@ def shift_and_mix(
     x: torch.Tensor, info: SequenceInfo, shift_state: torch.Tensor | None, coefficients: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
     """:func:`mix_tokens` of ``x`` and its :func:`token_shift`; on a GPU one pass, where a rank has whole sequences."""
-    if not fused(x) or len(info.shards.chunks) > 1 or info.shards.axis.size > 1:
+    in_parts = len(info.shards.chunks) > 1 or info.shards.axis.size > 1
+    if not fused(x) or in_parts:
+        if fused(x):
+            say_plain("the token shift needs whole sequences, which --cp cuts")
         return mix_tokens(x, token_shift(x, info, shift_state), coefficients)
     starts = info.document_start_SB if info.has_boundaries else None
     if starts is not None and shift_state is not None:

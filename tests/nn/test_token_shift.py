@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 
+from megaforge.nn import token_shift as module
 from megaforge.nn.sequence import SequenceInfo
-from megaforge.nn.token_shift import mix_tokens, token_shift
+from megaforge.nn.token_shift import mix_tokens, shift_and_mix, token_shift
 from tests.nn.support import assert_close, random
 
 
@@ -49,3 +52,18 @@ def test_bf16_mixes_sum_their_gradients_in_fp32() -> None:
     out.backward(torch.ones_like(out))
     assert coefficient.grad is not None and coefficient.grad.dtype == torch.float32
     assert_close(coefficient.grad, (previous.double() - x.double()).sum((0, 1)), 1e-5, "coefficient")
+
+
+def test_a_sequence_in_parts_is_said_to_leave_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(module, "say_plain", said.append)
+    monkeypatch.setattr(module, "fused", lambda x: True)
+    monkeypatch.setattr(module, "shifted_mixes", lambda x, *rest: ("fused",))
+    monkeypatch.setattr(module, "token_shift", lambda x, *rest: torch.zeros_like(x))
+    x = random(4, 1, 3)
+    shards = types.SimpleNamespace(chunks=range(1), axis=types.SimpleNamespace(size=1))
+    info = types.SimpleNamespace(shards=shards, has_boundaries=False)
+    assert shift_and_mix(x, info, None, [torch.ones(3)]) == ("fused",) and not said  # type: ignore[arg-type]
+    shards.axis.size = 2
+    (mixed,) = shift_and_mix(x, info, None, [torch.ones(3)])  # type: ignore[arg-type]
+    assert not mixed.any() and len(said) == 1 and "--cp" in said[0]
