@@ -7,7 +7,9 @@
         --baseline bigram --train-data data/train_text_document
 
 Every token is predicted once, from the tokens before it in a window of the training length; of a dataset the run was
-trained on, only its validation part counts. Under torchrun the ranks share the model (--tp) and the windows.
+trained on, only its validation part counts. Of a run with --eod-mask-loss too every token counts; its own validation
+leaves out the first token of each document, and so differs. Under torchrun the ranks share the model (--tp) and the
+windows.
 """
 
 from __future__ import annotations
@@ -151,6 +153,8 @@ def report(
         print(json.dumps(facts | {"documents": stream.documents, "text_bytes": stream.text_bytes} | described))
         return
     print(f"{trained.path} on {flags.input}: {stream.documents:,} documents, {rows['ours'].tokens:,} tokens predicted")
+    if trained.config.data.eod_mask_loss:
+        print("every token counts here; the run's own validation (--eod-mask-loss) leaves out documents' first tokens")
     print_table(rows)
 
 

@@ -143,7 +143,7 @@ class DataConfig:
         least=1,
         most=1 << 20,
     )
-    eod_mask_loss: bool = flag(False, "do not train on the end-of-document token")
+    eod_mask_loss: bool = flag(False, "give no loss to predicting the first token of a document")
     num_workers: int = flag(1, "threads that read samples ahead; 0 reads in the training thread", least=0, most=1024)
 
     def validate(self) -> None:

@@ -16,7 +16,7 @@ from megaforge.training.metrics import EvaluationMetrics
 from megaforge.training.restore import TrainedModel, load_trained_model
 from tests.data.datasets import write_sidecar
 from tests.training.tiny import VOCAB, arguments, make_trainer, write_dataset
-from tools.evaluate import fit_baseline, load_stream, parse_arguments
+from tools.evaluate import fit_baseline, load_stream, parse_arguments, report
 
 pytest.importorskip("orjson", reason="needs the data extra")
 
@@ -126,3 +126,17 @@ def test_text_is_ended_as_the_training_documents_were(tmp_path: Path) -> None:
     write_sidecar(prefix, tokenizer=described, settings={"append_eod": True})
     with pytest.raises(UserError, match="--append-eod is True in .* and was False"):
         load_stream(parse_arguments(["--load", "r", "--input", prefix]), trained)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_in_run_validation_leaves_out_is_said(
+    masked: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save, prefix = str(tmp_path / "run"), write_dataset(tmp_path / "d")
+    flags = ("--eod-mask-loss",) if masked else ()
+    make_trainer(arguments(prefix, *flags, "--save", save, "--train-iters", "1")).train()
+    trained = load_trained_model(save, device="cpu")
+    stream = read_dataset(prefix, trained)
+    capsys.readouterr()
+    report(parse_arguments(["--load", save, "--input", prefix]), trained, stream, {"ours": evaluated(trained, prefix)})
+    assert ("--eod-mask-loss" in capsys.readouterr().out) == masked
