@@ -222,7 +222,7 @@ def _why_ranks_differ(manifest: Manifest, ctx: ParallelContext) -> str | None:
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:
-    """The ``meta`` of the checkpoint ``path``; reads the manifest alone and is no collective.
+    """The ``meta`` of the checkpoint ``path``; reads the manifest alone and is not a collective.
 
     Raises:
         CheckpointError: the manifest is missing, altered or of another format.

@@ -47,7 +47,7 @@ def our_name(name: str) -> str | None:
     """RWKV-LM's parameter name in ours; None for what its model never uses.
 
     Raises:
-        KeyError: it is no parameter of RWKV-7.
+        KeyError: it is not a parameter of RWKV-7.
     """
     if name in _UNUSED:
         return None
@@ -126,7 +126,7 @@ def convert_rwkv7(weights: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str,
             continue
         if name not in specs:
             raise UserError(
-                f"{theirs} is no parameter of RWKV-7 (x070); variants of the architecture are not supported"
+                f"{theirs} is not a parameter of RWKV-7 (x070); variants of the architecture are not supported"
             )
         converted[name] = _reshaped(theirs, value, specs[name], cfg)
     missing = sorted(specs.keys() - converted.keys())

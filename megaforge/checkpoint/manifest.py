@@ -138,7 +138,7 @@ def _decode(directory: Path, fields: dict[str, Any]) -> Manifest:
     }
     for name in files:
         if name != os.path.basename(name) or name in ("", ".", ".."):
-            raise DamagedCheckpointError(f"{directory}: {MANIFEST_FILE} names {name!r}, which is no plain file name")
+            raise DamagedCheckpointError(f"{directory}: {MANIFEST_FILE} names {name!r}, which is not a plain file name")
     tensors = {}
     for key, entry in fields["tensors"].items():
         chunks = tuple(

@@ -130,7 +130,7 @@ class SafetensorsFile:
         metadata: the strings that its header carries beside the tensors.
 
     Raises:
-        DamagedCheckpointError: it is no safetensors file, or its header contradicts its length.
+        DamagedCheckpointError: it is not a safetensors file, or its header contradicts its length.
     """
 
     def __init__(self, path: Path) -> None:

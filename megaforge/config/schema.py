@@ -193,7 +193,7 @@ def config_from_dict(data: Mapping[str, Any], source: str = "configuration") -> 
         if section == "name":
             continue
         if section not in sections() or not isinstance(content, Mapping):
-            raise UserError(f"{source}: '{section}' is no section{suggestion(section, sections())}")
+            raise UserError(f"{source}: '{section}' is not a section{suggestion(section, sections())}")
         for name, value in content.items():
             setting = setting_of(section, name)
             if setting is None:

@@ -127,7 +127,7 @@ class IndexedDataset:
         if version != VERSION:
             raise UserError(f"{self.idx_path} has index version {version}; only version {VERSION} is known")
         if code not in DTYPES or DTYPES[code].kind == "f":
-            raise UserError(f"{self.idx_path} has dtype code {code}, which is no integer type and so holds no tokens")
+            raise UserError(f"{self.idx_path} has dtype code {code}, not an integer type, so it holds no tokens")
         expected = HEADER_BYTES + 12 * sequences + 8 * entries
         # Megatron's multimodal writer appends one mode byte a sequence; the file does not say so, only its size does.
         if entries < 1 or size not in (expected, expected + sequences):
@@ -195,7 +195,7 @@ class IndexedDatasetWriter:
         self.prefix = os.fspath(prefix)
         self.dtype = np.dtype(dtype)
         if self.dtype not in _CODES or self.dtype.kind == "f":
-            raise ValueError(f"{self.dtype} is no integer type of the format")
+            raise ValueError(f"{self.dtype} is not an integer type of the format")
         self.documents = self.sequences = self.tokens = 0
         self._bin_temporary = _temporary(bin_path(prefix))
         self._lengths_temporary = _temporary(Path(f"{self.prefix}.lengths"))

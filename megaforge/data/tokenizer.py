@@ -259,7 +259,7 @@ class NullTokenizer(Tokenizer):
 
     def _id(self, word: str) -> int:
         if not word.isdecimal() or int(word) >= int(self.model_path):
-            raise UserError(f"NullTokenizer: {word!r} is no integer in [0, {self.model_path})")
+            raise UserError(f"NullTokenizer: {word!r} is not an integer in [0, {self.model_path})")
         return int(word)
 
 

@@ -65,7 +65,7 @@ def train_tokenizer(settings: TokenizerSettings) -> int:
     """
     settings.validate()
     if not settings.force and os.path.exists(settings.output) and not _is_tokenizer(settings):
-        raise UserError(f"--output {settings.output} exists and is no tokenizer; choose another name, or pass --force")
+        raise UserError(f"--output {settings.output} exists and is not a tokenizer; name another file, or pass --force")
     texts = _Texts(settings)
     content, size = (_train_bpe if settings.kind == "bpe" else _train_sentencepiece)(settings, texts)
     if not texts.size:

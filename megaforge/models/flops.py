@@ -12,7 +12,7 @@ from megaforge.parallel.param_spec import ParamSpec, named_specs
 
 def active_matmul_parameters(model: HybridModel) -> float:
     """Elements of the global matrices that one token is multiplied with: of the experts the chosen ones; the
-    embedding only where it is also the head, for looking a row up is no product."""
+    embedding only where it is also the head, for looking a row up takes no product."""
     return matmul_elements((spec for spec, _ in named_specs(model)), model.cfg)
 
 

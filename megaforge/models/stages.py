@@ -89,7 +89,7 @@ def stage_layers(cfg: ModelConfig, num_stages: int, sequence_length: int) -> lis
 @lru_cache(maxsize=8)
 def block_costs(cfg: ModelConfig, sequence_length: int) -> tuple[float, ...]:
     """Forward FLOPs of one token in each block: RWKV-7, attention over ``sequence_length`` tokens, the chosen experts
-    or the dense FFN. The last one's include the output head; looking up an embedding is no arithmetic."""
+    or the dense FFN. The last one's include the output head; looking up an embedding costs no arithmetic."""
     model = HybridModel(cfg, ParallelContext.single("meta"))
     costs = []
     for kind, block in zip(blocks_of(cfg), model.layers, strict=True):

@@ -108,7 +108,7 @@ class _Part:
             if place is not None and place.shape != tensor.shape:
                 raise RuntimeError(
                     f"a recomputed part of the model made a tensor of shape {tuple(tensor.shape)} where it was "
-                    f"{tuple(place.shape)}: it is no function of its inputs"
+                    f"{tuple(place.shape)}: it does not depend on its inputs alone"
                 )
             if place is not None:
                 place.value = tensor.detach()

@@ -51,7 +51,7 @@ def run(argv: Sequence[str], script: str) -> int:
 
 
 def _fitting(options: Options, data_path: str) -> list[ParityLayout]:
-    """The layouts that can carry the model; without names, one that cannot is no mistake.
+    """The layouts that can carry the model; without names, one that cannot is left out.
 
     Raises:
         UserError: a layout that was asked for by name cannot, or none can.

@@ -191,7 +191,7 @@ def test_dictionaries_survive_json() -> None:
     ("data", "message"),
     [
         ({"model": {"hiden_size": 3}}, "meta: unknown key 'model.hiden_size'; did you mean hidden_size?"),
-        ({"modell": {}}, "meta: 'modell' is no section; did you mean model?"),
+        ({"modell": {}}, "meta: 'modell' is not a section; did you mean model?"),
         ({"model": {"hidden_size": "3"}}, "meta: model.hidden_size: expected an integer, got '3'"),
         ({"model": {"hidden_size": True}}, "meta: model.hidden_size: expected an integer, got True"),
         ({"data": {"data_path": "a"}}, "meta: data.data_path: expected a list, got 'a'"),

@@ -237,7 +237,7 @@ def test_training_replaces_no_other_result(tmp_path: Path) -> None:
     assert train_tokenizer(dataclasses.replace(other, force=True)) == 310
 
     output.write_text('{"my": "notes"}')
-    with pytest.raises(UserError, match="is no tokenizer"):
+    with pytest.raises(UserError, match="is not a tokenizer"):
         train_tokenizer(settings)
     assert output.read_text() == '{"my": "notes"}'
 

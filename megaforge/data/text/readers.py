@@ -237,7 +237,7 @@ def place(reader: TextReader, number: int) -> str:
 def not_a_string(key: str, value: object) -> str:
     """The reason against a record whose ``key`` holds something else than text."""
     shown = repr(value)
-    return f"{key!r} is no string ({shown if len(shown) <= 40 else f'{shown[:37]}...'})"
+    return f"{key!r} is not a string ({shown if len(shown) <= 40 else f'{shown[:37]}...'})"
 
 
 def _reason(error: Exception, key: str) -> str:

@@ -103,7 +103,7 @@ def parse_schedule(text: str, source: str, num_chunks: int = 1, placement: str =
     """Reads what :func:`format_schedule` writes; blank lines and lines starting with # are skipped.
 
     Raises:
-        UserError: naming ``source`` and the word that is no action.
+        UserError: naming ``source`` and the word that is not an action.
     """
     lines = [line.split() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     actions = tuple(tuple(_parse_action(word, source) for word in line) for line in lines)
@@ -116,5 +116,5 @@ def parse_schedule(text: str, source: str, num_chunks: int = 1, placement: str =
 def _parse_action(word: str, source: str) -> Action:
     match = re.fullmatch(r"([FBIW])(\d+)\.(\d+)", word)
     if not match:
-        raise UserError(f"{source}: '{word}' is no action; write F, B, I or W, the stage, a dot, the microbatch: F0.3")
+        raise UserError(f"{source}: '{word}' is not an action; write F, B, I or W, stage, dot, microbatch: F0.3")
     return Action(Kind(match[1]), int(match[2]), int(match[3]))

@@ -84,7 +84,7 @@ def test_a_text_is_one_document(name: str, content: bytes, text: str, tmp_path: 
         ("a.idx", b"MMIDIDX\0\0", "dataset of tokens"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": "cut \\ud83d here"}\n', "line 3: not valid JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "line 2: the record has no key 'text' .--json-key"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', r"line 2: 'text' is no string \(3\)"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', r"line 2: 'text' is not a string \(3\)"),
         ("a.jsonl", b'{"text": "a"}\n"text"\n', "line 2: the line is JSON but no object"),
         ("a.jsonl.zst", long_zstd(LINES)[:-9], "damaged or cut short"),
     ],

@@ -52,7 +52,7 @@ def test_any_cut_gives_every_row_once(name: str, tmp_path: Path) -> None:
 
 def test_rows_without_text_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", ["a", None, "c"])
-    with pytest.raises(UserError, match=rf"--input {path}, row 2: 'text' is no string \(None\)"):
+    with pytest.raises(UserError, match=rf"--input {path}, row 2: 'text' is not a string \(None\)"):
         list(read_texts(str(path), "text"))
 
 

@@ -26,7 +26,7 @@ from megaforge.parallel.pipeline.simulator import Costs, needs, simulate
             "F0.0 B0.0 F0.1 B0.1\nF1.1 B1.1 F1.0 B1.0",
             "deadlocks: rank 0 waits before B0.0 for B1.0; rank 1 waits before F1.1",
         ),
-        ("F0.0 X0.0", "'X0.0' is no action"),
+        ("F0.0 X0.0", "'X0.0' is not an action"),
         ("# nothing", "no actions"),
     ],
 )
