@@ -61,7 +61,10 @@ def test_the_blocks_of_the_readme_train_a_model_of_one_text_file(tmp_path: Path)
     assert "bits per byte" in shown
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/layouts.md", "docs/planner.md"])
+DOCUMENTS = ["README.md", "docs/data.md", "docs/layouts.md", "docs/planner.md", "docs/runs.md"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_no_block_leaves_something_out(document: str) -> None:
     for code, _ in bash_blocks(document):
         assert "..." not in code, f"a command that does not run as printed:\n{code}"
@@ -74,7 +77,7 @@ VARIABLES = {
 }
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/layouts.md", "docs/planner.md"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_command_is_understood(document: str, monkeypatch: pytest.MonkeyPatch) -> None:
     printed = [command for code, _ in bash_blocks(document) for command in commands(code)] + inline_commands(document)
     scripts = []
