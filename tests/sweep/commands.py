@@ -50,7 +50,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "plan schedule": Command("tools/plan.py", ("schedule", "--pp", "2", "--microbatches", "4", "--schedule", "1f1b")),
     "plan memory": Command(
-        "tools/plan.py", ("memory", "--config", "cdrmix-test", "--gpu", "h100-80g"), True, True
+        "tools/plan.py", ("memory", "--config", "cdrmix-test", "--vocab-size", "300", "--gpu", "h100-80g"), True, True
     ),
     "parity": Command("tools/parity.py", ("--layouts", "dp2", "--dtype", "fp64"), only_wrong=True),
 }
