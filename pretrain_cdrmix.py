@@ -12,15 +12,15 @@ from megaforge.config.entry import run_entry
 def main() -> int:
     # Mistakes are found in milliseconds; torch, which takes more than a second to import, comes after them.
     from megaforge.config.cli import parse_config
-    from megaforge.config.launcher import check_address, discover_launch, say_once
+    from megaforge.config.launcher import check_address, discover_launch, print_rank_0
     from megaforge.resilience.requests import make_requests
 
     parsed = parse_config(prog="pretrain_cdrmix.py", description="Pretrain a CDRmix model.")
     config = parsed.config
     for note in parsed.notes:
-        say_once(note)
+        print_rank_0(note)
     if config.dry_run.dry_run:
-        from megaforge.training.dry_run import dry_run
+        from megaforge.verification.dry_run import dry_run
 
         dry_run(config)
         return 0
@@ -33,12 +33,12 @@ def main() -> int:
 
         config, layout, tokenizer = prepare(config)
         if config.name.startswith("cdrmix-reason"):
-            say_once(f"{config.name}: this version trains stage A (pretraining) only; stage B is not part of it")
+            print_rank_0(f"{config.name}: this version trains stage A (pretraining) only; stage B is not part of it")
 
         from megaforge.parallel.distributed import shutdown
-        from megaforge.training.launch import build_trainer, join
+        from megaforge.training.setup import build_trainer, initialize_distributed
 
-        trainer = build_trainer(config, layout, tokenizer, join(config))
+        trainer = build_trainer(config, layout, tokenizer, initialize_distributed(config))
         requests.listen(announce=discover_launch().rank == 0)
         trainer.train(requests)
         shutdown()

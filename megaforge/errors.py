@@ -27,3 +27,11 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
             f"{purpose} needs the Python package '{module}' ({error}); "
             f"install it with: pip install 'megaforge[{extra}]'"
         ) from error
+
+
+class CheckpointError(UserError):
+    """A checkpoint could not be written or read; every rank of the run raises it with the same text."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """The files of a checkpoint are not what was written: missing, truncated, altered, or never a checkpoint."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megaforge.device import set_gpu_environment, upload
-from megaforge.training import launch
+from megaforge.training import setup
 from tests.training.tiny import arguments, make_config
 
 GROWING = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
@@ -47,11 +47,11 @@ def test_it_is_set_before_a_device_is_looked_for(
     monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], queue: list[bool]
 ) -> None:
     calls: list[object] = []
-    monkeypatch.setattr(launch, "set_gpu_environment", lambda one_queue: calls.append(one_queue))
-    monkeypatch.setattr(launch, "resolve_device", lambda *a: calls.append("device") or torch.device("cpu"))
-    for name in ("set_numerics", "initialize", "context_of"):
-        monkeypatch.setattr(launch, name, lambda *a: None)
-    launch.join(make_config(arguments("corpus", *flags)))
+    monkeypatch.setattr(setup, "set_gpu_environment", lambda one_queue: calls.append(one_queue))
+    monkeypatch.setattr(setup, "resolve_device", lambda *a: calls.append("device") or torch.device("cpu"))
+    for name in ("set_numerics", "initialize", "make_context"):
+        monkeypatch.setattr(setup, name, lambda *a: None)
+    setup.initialize_distributed(make_config(arguments("corpus", *flags)))
     assert calls == [*queue, "device"]
 
 
@@ -71,5 +71,5 @@ def test_upload_to_where_it_is_copies_nothing() -> None:
     ],
 )
 def test_ranks_without_cores_are_told(device: str, ranks: int, cores: int, said: str | None) -> None:
-    note = launch.few_cores(torch.device(device), ranks, cores)
+    note = setup.few_cores(torch.device(device), ranks, cores)
     assert note is None if said is None else note is not None and said in note and "SRUN_CPUS_PER_TASK" in note

@@ -125,7 +125,7 @@ def _describe(source: TensorSource) -> str:
 
 def _import(flags: argparse.Namespace) -> None:
     from megaforge.checkpoint.import_rwkv7 import MODEL_FILE, import_rwkv7
-    from megaforge.training.state import tokenizer_identity
+    from megaforge.training.checkpointing import tokenizer_identity
 
     config, identity = Config(), None
     if flags.tokenizer_model:

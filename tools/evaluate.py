@@ -31,9 +31,9 @@ from megaforge.data.split import PARTS
 from megaforge.errors import UserError
 
 if TYPE_CHECKING:
-    from megaforge.training.evaluation import Stream
+    from megaforge.inference.evaluation import Stream
+    from megaforge.inference.restore import TrainedModel
     from megaforge.training.metrics import EvaluationMetrics
-    from megaforge.training.restore import TrainedModel
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -61,7 +61,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def load_stream(flags: argparse.Namespace, trained: TrainedModel) -> Stream:
     """The tokens to predict."""
     from megaforge.data.blend import dataset_prefix
-    from megaforge.training.evaluation import check_choices, is_text, read_dataset, read_text
+    from megaforge.inference.evaluation import check_choices, is_text, read_dataset, read_text
 
     if is_text(flags.input):
         tokenizer = trained.load_tokenizer(flags.tokenizer_model)
@@ -79,9 +79,9 @@ def fit_baseline(flags: argparse.Namespace, trained: TrainedModel, stream: Strea
         UserError: it would be fitted on the tokens that it is measured on.
     """
     from megaforge.data.blend import dataset_prefix
-    from megaforge.data.manifest import read_sidecar
-    from megaforge.training.bigram import BigramModel
-    from megaforge.training.evaluation import check_choices, is_text, read_dataset, trained_on
+    from megaforge.data.sidecar import read_sidecar
+    from megaforge.inference.bigram import BigramModel
+    from megaforge.inference.evaluation import check_choices, is_text, read_dataset, trained_on
     from megaforge.training.metrics import EvaluationMetrics
 
     prefix = dataset_prefix(flags.train_data)
@@ -108,7 +108,7 @@ def fit_baseline(flags: argparse.Namespace, trained: TrainedModel, stream: Strea
 def digest_at(prefix: str) -> str:
     """The digest of a dataset's content."""
     from megaforge.data.indexed_dataset import IndexedDataset
-    from megaforge.data.manifest import content_digest, read_sidecar
+    from megaforge.data.sidecar import content_digest, read_sidecar
 
     return content_digest(IndexedDataset(prefix), read_sidecar(prefix))
 
@@ -125,9 +125,9 @@ def print_table(rows: dict[str, EvaluationMetrics]) -> None:
 def main() -> int:
     flags = parse_arguments()
     discover_launch()
+    from megaforge.inference.evaluation import evaluate_stream
+    from megaforge.inference.restore import load_trained_model
     from megaforge.parallel.distributed import shutdown
-    from megaforge.training.evaluation import evaluate_stream
-    from megaforge.training.restore import load_trained_model
 
     trained = load_trained_model(flags.load, tp=flags.tp, pp=flags.pp, device=flags.device)
     stream = load_stream(flags, trained)

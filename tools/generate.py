@@ -30,10 +30,10 @@ from megaforge.errors import UserError
 
 if TYPE_CHECKING:
     from megaforge.data.tokenizer import Tokenizer
-    from megaforge.training.generation import Sampling
-    from megaforge.training.prompts import Prompt
-    from megaforge.training.restore import TrainedModel
-    from megaforge.training.text_stream import TextStream
+    from megaforge.inference.generation import Sampling
+    from megaforge.inference.prompts import Prompt
+    from megaforge.inference.restore import TrainedModel
+    from megaforge.inference.text_stream import TextStream
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -106,7 +106,7 @@ class Writer:
 
     def __init__(self, flags: argparse.Namespace, trained: TrainedModel, tokenizer: Tokenizer) -> None:
         from megaforge.data.chat_template import load_chat_template
-        from megaforge.training.generation import unusable_ids
+        from megaforge.inference.generation import unusable_ids
 
         self.flags, self.trained, self.tokenizer = flags, trained, tokenizer
         self.template = None
@@ -134,8 +134,8 @@ class Writer:
         sampling: Sampling,
         alone: bool,
     ) -> None:
-        from megaforge.training.generation import Continuations
-        from megaforge.training.text_stream import TextStream
+        from megaforge.inference.generation import Continuations
+        from megaforge.inference.text_stream import TextStream
 
         texts = [
             Text(prompts[index], index, sample, TextStream(self.tokenizer, encoded[index], self.stops))
@@ -189,16 +189,16 @@ class Writer:
 def main() -> int:
     flags = parse_arguments()
     discover_launch()
-    from megaforge.training.prompts import Prompt, read_prompts
+    from megaforge.inference.prompts import Prompt, read_prompts
 
     if flags.prompt_file is None:
         prompts = [Prompt("--prompt", flags.prompt)]
     else:
         by_name = "jsonl" if flags.prompt_file.endswith((".jsonl", ".ndjson")) else "lines"
         prompts = read_prompts(flags.prompt_file, (flags.prompt_format or by_name) == "jsonl")
+    from megaforge.inference.generation import Sampling
+    from megaforge.inference.restore import load_trained_model
     from megaforge.parallel.distributed import shutdown
-    from megaforge.training.generation import Sampling
-    from megaforge.training.restore import load_trained_model
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     sampling.validate(flags.num_samples)

@@ -31,10 +31,10 @@ def main() -> int:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print((__doc__ or "").strip())
         return 0
-    from megaforge.training.parity_options import parse_options
+    from megaforge.verification.parity_options import parse_options
 
     parse_options(sys.argv[1:])  # a mistake is found before torch is imported
-    from megaforge.training import parity_command
+    from megaforge.verification import parity_command
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     return parity_command.run(sys.argv[1:], os.path.abspath(__file__))

@@ -58,10 +58,10 @@ def params(arguments: Sequence[str], prog: str) -> None:
 # The modules whose ``run`` is a command; imported once it is asked for, for most of them import torch.
 MODULES = {
     "memory": "megaforge.planning.plan_command",
-    "schedule": "megaforge.parallel.pipeline.plan_command",
+    "schedule": "megaforge.planning.schedule_command",
     "activations": "megaforge.planning.measured_activations",
-    "ladders": "megaforge.training.ladders",
-    "docs": "megaforge.training.documentation",
+    "ladders": "megaforge.verification.slurm_jobs",
+    "docs": "megaforge.verification.update_docs",
 }
 
 EARLY: dict[str, Callable[[Sequence[str], str], object]] = {

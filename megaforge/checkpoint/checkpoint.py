@@ -14,7 +14,6 @@ import torch
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megaforge.checkpoint.agree import describe_failures, from_first_rank, together
 from megaforge.checkpoint.directory import (
     abandon_later,
     discard_temporary,
@@ -23,13 +22,13 @@ from megaforge.checkpoint.directory import (
     remove_checkpoint,
     step_name,
 )
-from megaforge.checkpoint.errors import CheckpointError
 from megaforge.checkpoint.find import verify_checkpoint
 from megaforge.checkpoint.manifest import Manifest, read_manifest
 from megaforge.checkpoint.planner import ShardLoadPlanner, ShardSavePlanner
 from megaforge.checkpoint.shards import RANK_PREFIX, TensorEntry, build_shards
 from megaforge.checkpoint.storage import CheckpointHead, CheckpointReader, CheckpointWriter
-from megaforge.errors import UserError
+from megaforge.errors import CheckpointError, UserError
+from megaforge.parallel.agree import describe_failures, from_first_rank, together
 from megaforge.parallel.context import ParallelContext
 
 logger = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from megaforge.checkpoint.sources import TensorSource
 from megaforge.checkpoint.storage import CheckpointHead, CheckpointWriter
 from megaforge.config.check_layout import check_layout
 from megaforge.config.config import Config
-from megaforge.config.run_config import ParallelConfig, roomy_etp
+from megaforge.config.run_config import ParallelConfig, default_expert_tensor_parallel_size
 from megaforge.config.schema import config_from_dict, suggestion
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
@@ -188,7 +188,9 @@ def _fill_in(parallel: ParallelConfig, dp: int | None) -> tuple[ParallelConfig, 
     if dp is None:
         dp = math.lcm(inner, ep * (etp or tp)) // inner
     if etp is None and ep > 1:
-        parallel = dataclasses.replace(parallel, expert_tensor_parallel_size=roomy_etp(tp, ep, inner * dp))
+        parallel = dataclasses.replace(
+            parallel, expert_tensor_parallel_size=default_expert_tensor_parallel_size(tp, ep, inner * dp)
+        )
     return parallel, parallel.pipeline_model_parallel_size * inner * dp
 
 

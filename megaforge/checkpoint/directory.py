@@ -18,8 +18,8 @@ import re
 import shutil
 from pathlib import Path
 
-from megaforge.checkpoint.errors import CheckpointError
 from megaforge.checkpoint.manifest import Manifest, read_manifest, write_and_sync, write_manifest
+from megaforge.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

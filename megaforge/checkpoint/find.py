@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from megaforge.checkpoint.agree import exchange, from_first_rank
 from megaforge.checkpoint.directory import is_step_directory, list_steps, quarantine, set_aside_names
-from megaforge.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from megaforge.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from megaforge.checkpoint.safetensors_file import HASH, FileRecord
-from megaforge.errors import UserError
+from megaforge.errors import CheckpointError, DamagedCheckpointError, UserError
+from megaforge.parallel.agree import exchange, from_first_rank
 from megaforge.parallel.context import ParallelContext
 
 logger = logging.getLogger(__name__)

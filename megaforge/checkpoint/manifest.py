@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megaforge.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from megaforge.checkpoint.safetensors_file import DTYPES, FileRecord
+from megaforge.errors import CheckpointError, DamagedCheckpointError
 from megaforge.json_text import parse_json
 
 MANIFEST_FILE = "manifest.json"

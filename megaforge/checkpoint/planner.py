@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem
 
 from megaforge.checkpoint.boxes import box_of, coverage_error
-from megaforge.checkpoint.errors import CheckpointError
 from megaforge.checkpoint.shards import RANK_PREFIX, Shard
+from megaforge.errors import CheckpointError
 from megaforge.parallel.param_spec import Box
 
 _SHOWN = 5  # keys that a message lists before it counts the rest

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from megaforge.checkpoint.errors import DamagedCheckpointError
+from megaforge.errors import DamagedCheckpointError
 from megaforge.json_text import parse_json
 
 DTYPE_NAMES: dict[torch.dtype, str] = {

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.flat_share import FlatShare
+from megaforge.parallel.flat_shard import FlatShard
 from megaforge.parallel.param_spec import ParamSpec
 
 RANK_PREFIX = "rank_"  # keys of tensors that belong to one rank: rank_00003/NAME
@@ -20,11 +20,11 @@ class TensorEntry(NamedTuple):
     """One tensor of a checkpoint: its key there, how it is split, and this rank's part of it.
 
     Optimizer moments use their parameter's ``spec`` under another ``key``. A rank that holds a range of the flattened
-    local tensor (ZeRO) says so by a :class:`FlatShare` in its place, and gives that range, 1-d.
+    local tensor (ZeRO) says so by a :class:`FlatShard` in its place, and gives that range, 1-d.
     """
 
     key: str
-    spec: ParamSpec | FlatShare
+    spec: ParamSpec | FlatShard
     tensor: torch.Tensor
 
 
@@ -111,7 +111,7 @@ def chunk_name(key: str, offsets: Sequence[int], sizes: Sequence[int], shape: Se
 
 
 def build_shards(
-    entries: Iterable[TensorEntry | tuple[str, ParamSpec | FlatShare, torch.Tensor]],
+    entries: Iterable[TensorEntry | tuple[str, ParamSpec | FlatShard, torch.Tensor]],
     rank_tensors: Mapping[str, torch.Tensor],
     ctx: ParallelContext,
 ) -> dict[str, Shard]:

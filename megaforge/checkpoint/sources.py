@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 import torch
 
 from megaforge.checkpoint.boxes import box_of, intersect
-from megaforge.checkpoint.errors import DamagedCheckpointError
 from megaforge.checkpoint.find import find_checkpoint
 from megaforge.checkpoint.manifest import read_manifest
 from megaforge.checkpoint.safetensors_file import DTYPES, SafetensorsFile
 from megaforge.checkpoint.shards import RANK_PREFIX, chunk_name
-from megaforge.errors import UserError
+from megaforge.errors import DamagedCheckpointError, UserError
 from megaforge.json_text import parse_json
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import Box

@@ -27,7 +27,6 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from megaforge.checkpoint import directory as directories
-from megaforge.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from megaforge.checkpoint.manifest import ChunkRecord, Manifest, TensorRecord
 from megaforge.checkpoint.safetensors_file import (
     DTYPE_NAMES,
@@ -39,6 +38,7 @@ from megaforge.checkpoint.safetensors_file import (
     write_safetensors,
 )
 from megaforge.checkpoint.shards import chunk_name
+from megaforge.errors import CheckpointError, DamagedCheckpointError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from megaforge.config import megatron
 from megaforge.config.arguments import ArgumentParser
 from megaforge.config.config import Config
 from megaforge.config.entry import launched_rank, run_entry
-from megaforge.config.launcher import say_once
+from megaforge.config.launcher import print_rank_0
 from megaforge.config.partners import check_partners
 from megaforge.config.schema import (
     Setting,
@@ -25,8 +25,9 @@ from megaforge.config.schema import (
     settings,
     suggestion,
 )
-from megaforge.config.yaml_files import Layer, load_layer, preset_names
+from megaforge.config.yaml_files import ConfigLayer, load_layer, preset_names
 from megaforge.errors import UserError
+from megaforge.registry import Registry
 
 __all__ = ["ParsedConfig", "config_from_dict", "config_to_dict", "format_config", "parse_config", "run_entry"]
 
@@ -62,7 +63,7 @@ def parse_config(
     namespace, rest = parser.parse_known_args(arguments)
     if rest:
         raise UserError(_unknown(rest[0]))
-    layer = load_layer(namespace.config) if namespace.config else Layer("custom")
+    layer = load_layer(namespace.config) if namespace.config else ConfigLayer("custom")
     origins = dict.fromkeys(settings(), "default") | layer.origins
     values = dict(layer.values)
     for setting in settings().values():
@@ -80,7 +81,7 @@ def parse_config(
     if namespace.print_config:
         sys.exit(0)
     for note in notes:
-        say_once(note)
+        print_rank_0(note)
     return ParsedConfig(config, origins)
 
 
@@ -175,7 +176,8 @@ def _add_flag(group: argparse._ArgumentGroup, setting: Setting) -> None:
         negatives = ["--no-" + spelling.removeprefix("--") for spelling in spellings]
         group.add_argument(*spellings, *negatives, nargs=0, help=help_text, **common)
         return
-    metavar = setting.metavar or ("{" + ",".join(map(str, setting.choices)) + "}" if setting.choices else None)
+    choices = setting.choices.names() if isinstance(setting.choices, Registry) else setting.choices
+    metavar = setting.metavar or ("{" + ",".join(map(str, choices)) + "}" if choices else None)
     metavar = metavar or {int: "N", float: "X", str: "TEXT", bool: "BOOL"}[setting.kind]
     group.add_argument(*spellings, nargs="+" if setting.sequence else None, metavar=metavar, help=help_text, **common)
 

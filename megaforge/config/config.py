@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megaforge.config.dry_run_config import DryRunConfig
-from megaforge.config.fields import check_bounds
+from megaforge.config.fields import check_fields
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.run_config import (
     CheckpointConfig,
@@ -43,5 +43,5 @@ class Config:
             self.logging,
             self.dry_run,
         ):
-            check_bounds(section)
+            check_fields(section)
             section.validate()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megaforge.errors import UserError
+from megaforge.registry import Registry
 
 _LARGEST_INTEGER = 2**63 - 1
 # Numbers reach tensors of fp32: what it cannot hold in full is a slip of the pen.
@@ -60,7 +61,7 @@ def flag(
     default: Any,
     help: str,
     *,
-    choices: Sequence[Any] | None = None,
+    choices: Sequence[Any] | Registry | None = None,
     aliases: Sequence[str] = (),
     metavar: str | None = None,
     least: float | None = None,
@@ -73,14 +74,14 @@ def flag(
     Args:
         default: value when neither the command line nor a file sets it.
         help: one line; what it does, in which unit.
-        choices: the allowed values, when there are few.
+        choices: the allowed values, when there are few; or a registry, to which ``--extensions`` may add.
         aliases: further flags for it, e.g. ``--tp``; as YAML keys they are written without dashes.
         metavar: what ``--help`` calls the value.
         least, most, above, below: which numbers it takes, see :class:`Bounds`.
     """
     metadata = {
         "help": help,
-        "choices": tuple(choices) if choices else None,
+        "choices": choices if isinstance(choices, Registry) else tuple(choices) if choices else None,
         "aliases": tuple(aliases),
         "metavar": metavar,
         "bounds": Bounds(least, most, above=above, below=below),
@@ -90,14 +91,20 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def check_bounds(section: object) -> None:
-    """Checks every number of a section against the bounds that its field declares.
+def check_fields(section: object) -> None:
+    """Checks a section against what its fields declare: the bounds of every number, the registry of every name.
 
     Raises:
-        UserError: naming the flag, its value and the range.
+        UserError: naming the flag, its value and the range or the names.
     """
     for one in dataclasses.fields(section):  # type: ignore[arg-type]
-        value = getattr(section, one.name)
+        value, choices = getattr(section, one.name), one.metadata["choices"]
+        if isinstance(choices, Registry):
+            for name in value if isinstance(value, tuple) else () if value is None else (value,):
+                try:
+                    choices.check(name)
+                except UserError as error:
+                    raise UserError(f"--{one.name.replace('_', '-')} {error}") from error
         if type(value) in (int, float):
             try:
                 one.metadata["bounds"].check(value)

@@ -75,7 +75,7 @@ def this_launch() -> Launch:
     return discover_launch()
 
 
-def say_once(message: str) -> None:
+def print_rank_0(message: str) -> None:
     """Prints ``message`` to standard error on rank 0: the one place where a fallback speaks up."""
     logging.getLogger(SAID).info("%s", message)
     if this_launch().rank == 0:

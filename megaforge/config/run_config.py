@@ -8,7 +8,7 @@ from megaforge.config.fields import flag
 from megaforge.errors import UserError
 
 
-def roomy_etp(tp: int, ep: int, stage_ranks: int) -> int:
+def default_expert_tensor_parallel_size(tp: int, ep: int, stage_ranks: int) -> int:
     """The tensor parallelism of experts that nobody chose: the largest divisor of ``tp`` that leaves room for ``ep``
     among the ranks of a pipeline stage; 1 where none does."""
     return next((etp for etp in range(tp, 0, -1) if tp % etp == 0 and stage_ranks % (etp * ep) == 0), 1)
@@ -94,11 +94,13 @@ class ParallelConfig:
     )
 
     def expert_tensor_size(self, world_size: int) -> int:
-        """``--etp`` on ``world_size`` ranks: as given, or :func:`roomy_etp`."""
+        """``--etp`` on ``world_size`` ranks: as given, or :func:`default_expert_tensor_parallel_size`."""
         if self.expert_tensor_parallel_size is not None:
             return self.expert_tensor_parallel_size
         stage_ranks = world_size // self.pipeline_model_parallel_size
-        return roomy_etp(self.tensor_model_parallel_size, self.expert_model_parallel_size, stage_ranks)
+        return default_expert_tensor_parallel_size(
+            self.tensor_model_parallel_size, self.expert_model_parallel_size, stage_ranks
+        )
 
     def validate(self) -> None:
         if None not in (self.virtual_pipeline_model_parallel_size, self.num_layers_per_virtual_pipeline_stage):
@@ -223,6 +225,11 @@ class TrainingConfig:
         "auto",
         "torch's matmul precision; auto takes 'medium' on a CPU where a self-check shows it exact to 1e-6",
         choices=("auto", "highest", "high", "medium"),
+    )
+    extensions: tuple[str, ...] = flag(
+        (),
+        "Python files or modules to import first; each registers parts of its own, such as a layer or an optimizer",
+        metavar="FILE.py|MODULE",
     )
     deterministic: bool = flag(True, "torch's deterministic algorithms")
     wkv_backend: str = flag(

@@ -18,6 +18,7 @@ from typing import Any
 from megaforge.config.config import Config
 from megaforge.config.fields import Bounds
 from megaforge.errors import UserError
+from megaforge.registry import Registry, load_extensions
 
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 _EXPECTED = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
@@ -42,7 +43,7 @@ class Setting:
     sequence: bool
     default: Any
     help: str
-    choices: tuple[Any, ...] | None
+    choices: tuple[Any, ...] | Registry | None
     aliases: tuple[str, ...]
     metavar: str | None
     bounds: Bounds
@@ -98,7 +99,7 @@ class Setting:
     def _checked(self, value: Any) -> Any:
         if type(value) in (int, float):
             self.bounds.check(value)
-        if self.choices and value not in self.choices:
+        if isinstance(self.choices, tuple) and value not in self.choices:  # a registry is complete only later
             *others, last = map(str, self.choices)
             raise ValueError(f"choose {', '.join(others)} or {last}" if others else f"there is {last} only")
         return value
@@ -163,11 +164,13 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 
 def build_config(name: str, values: Mapping[str, Any]) -> Config:
-    """A :class:`Config` whose settings are ``values`` by key, and defaults elsewhere."""
+    """A :class:`Config` whose settings are ``values`` by key, and defaults elsewhere; imports its ``--extensions``."""
     by_section: dict[str, dict[str, Any]] = {section: {} for section in sections()}
     for key, value in values.items():
         setting = settings()[key]
         by_section[setting.section][setting.name] = value
+    training = by_section["training"]
+    training["extensions"] = load_extensions(training.get("extensions", ()))
     return Config(name=name, **{section: cls(**by_section[section]) for section, cls in sections().items()})
 
 

@@ -23,7 +23,7 @@ _TOP_LEVEL = ("name", "base")
 
 
 @dataclass
-class Layer:
+class ConfigLayer:
     """Settings from files: values and where each came from (``preset NAME`` or ``FILE:LINE``), by key."""
 
     name: str
@@ -37,7 +37,7 @@ def preset_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_layer(name_or_file: str, beside: Path | None = None, including: tuple[str, ...] = ()) -> Layer:
+def load_layer(name_or_file: str, beside: Path | None = None, including: tuple[str, ...] = ()) -> ConfigLayer:
     """Reads a preset by name, or a YAML file by path, on top of its ``base``.
 
     Args:
@@ -70,7 +70,7 @@ def load_layer(name_or_file: str, beside: Path | None = None, including: tuple[s
         raise UserError(f"{label}: 'base' goes round in a circle: {' -> '.join((*including, identity))}")
 
     entries = _mapping(_compose(text, label), label, "the file")
-    layer = Layer(Path(name_or_file).stem if is_path else name_or_file)
+    layer = ConfigLayer(Path(name_or_file).stem if is_path else name_or_file)
     if "base" in entries:
         base = load_layer(_text(entries["base"], label, "base"), path.parent if path else None, (*including, identity))
         layer.values, layer.origins = base.values, base.origins
@@ -86,7 +86,7 @@ def load_layer(name_or_file: str, beside: Path | None = None, including: tuple[s
     return layer
 
 
-def _read_section(layer: Layer, section: str, node: yaml.Node, label: str) -> None:
+def _read_section(layer: ConfigLayer, section: str, node: yaml.Node, label: str) -> None:
     written: dict[str, str] = {}
     for name, value in _mapping(node, label, f"section '{section}'").items():
         setting = setting_of(section, name)

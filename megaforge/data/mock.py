@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megaforge.data.manifest import digest_of
 from megaforge.data.sample_order import key_of, splitmix64
-from megaforge.data.schedule import Plan, SampleSchedule, check_state, make_state
+from megaforge.data.sample_schedule import Plan, SampleSchedule, check_state, make_state
+from megaforge.data.sidecar import digest_of
 
 MEAN_DOCUMENT = 512  # tokens of a document on average, as far as samples have room
 _VERSION = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megaforge.config.check_layout import vocabulary_cost, with_tokenizer_vocab
 from megaforge.config.config import Config
 from megaforge.data.blend import parse_data_path
-from megaforge.data.manifest import check_agreement, read_sidecar
+from megaforge.data.sidecar import check_agreement, read_sidecar
 from megaforge.data.tokenizer import HuggingFaceTokenizer, Tokenizer, guess_tokenizer_type, load_tokenizer
 from megaforge.data.tokenizer_files import pair_of
 from megaforge.errors import UserError

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megaforge.data.manifest import digest_of
+from megaforge.data.sidecar import digest_of
 
 _native: Any
 try:

@@ -17,9 +17,9 @@ import torch
 
 from megaforge.data.blend import parse_split
 from megaforge.data.loader import Batch, GlobalBatchLoader
-from megaforge.data.manifest import check_agreement, digest_of
 from megaforge.data.sample_order import TokenStream, documents_in_order, has_native_copy, key_of, shuffled
-from megaforge.data.schedule import Plan, SampleSchedule, check_state, make_state
+from megaforge.data.sample_schedule import Plan, SampleSchedule, check_state, make_state
+from megaforge.data.sidecar import check_agreement, digest_of
 from megaforge.data.source import DataChecks, Source, open_source
 from megaforge.data.split import PARTS
 from megaforge.errors import UserError

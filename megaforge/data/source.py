@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megaforge.data.indexed_dataset import IndexedDataset
-from megaforge.data.manifest import Sidecar, content_digest, read_sidecar
+from megaforge.data.sidecar import Sidecar, content_digest, read_sidecar
 from megaforge.data.split import Documents, split_documents
 from megaforge.errors import UserError
 

@@ -27,7 +27,7 @@ def split_documents(shares: Sequence[float], order: str, digest: str, documents:
     Args:
         shares: of train, valid and test; they add up to 1.
         order: ``shuffled`` or ``sequential``.
-        digest: :func:`megaforge.data.manifest.content_digest` of the source.
+        digest: :func:`megaforge.data.sidecar.content_digest` of the source.
     """
     ranges = dict(zip(PARTS, split_ranges(shares, documents), strict=True))
     if order == "sequential" or any(stop - first == documents for first, stop in ranges.values()):

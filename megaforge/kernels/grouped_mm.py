@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megaforge.config.launcher import print_rank_0
 from megaforge.device import upload
-from megaforge.parallel.distributed import say_once
 
 FEW_ROWS = 128  # an expert, on average
 _ALIGNMENT = 16  # bytes
@@ -53,7 +53,7 @@ def _starts_between(x: Tensor) -> bool:
 def say_loop(device_type: str, rows: torch.dtype, weights: torch.dtype) -> None:
     """Says, once a process and on rank 0 alone, that a GPU walks through the experts. On CPUs the loop is as good."""
     if device_type == "cuda":
-        say_once(
+        print_rank_0(
             f"experts: grouped_mm does not take these tensors (rows in {rows}, matrices in {weights}); it wants bf16 "
             "and widths that are multiples of 8 elements. Using one product an expert, several times slower"
         )

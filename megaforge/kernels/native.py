@@ -13,7 +13,7 @@ import functools
 import importlib
 import os
 
-from megaforge.parallel.distributed import say_once
+from megaforge.config.launcher import print_rank_0
 
 SWITCH = "MEGAFORGE_NATIVE"
 
@@ -36,9 +36,9 @@ def say_fallback(op: str, device_type: str, instead: str) -> None:
     """Says, once a process and on rank 0 alone, that ``instead`` does the work of the compiled ``op``."""
     reason = why_missing(op, device_type)
     if reason is None:
-        say_once(f"{op}: the compiled code for {device_type} does not take tensors of this kind; using {instead}")
+        print_rank_0(f"{op}: the compiled code for {device_type} does not take tensors of this kind; using {instead}")
         return
-    say_once(
+    print_rank_0(
         f"{op}: no compiled code for {device_type} ({reason}); using {instead}. "
         "To build it: pip install --no-build-isolation -e ."
     )

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from megaforge.config.launcher import print_rank_0
 from megaforge.kernels.native import SWITCH
-from megaforge.parallel.distributed import say_once
 
 HEAD_SIZES = (16, 32, 64, 128)
 
@@ -39,7 +39,7 @@ def _kernels() -> Any:
 @functools.cache
 def say_plain(reason: str) -> None:
     """Says, once a process and on rank 0 alone, that a GPU computes in plain torch, and why."""
-    say_once(f"rwkv7 around its recurrence: no Triton kernel ({reason}); using plain torch, several times slower")
+    print_rank_0(f"rwkv7 around its recurrence: no Triton kernel ({reason}); using plain torch, several times slower")
 
 
 def fused(x: Tensor) -> bool:

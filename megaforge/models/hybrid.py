@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import BlockKind, blocks_of
 from megaforge.models.generation_state import BlockState, GenerationState
-from megaforge.models.head import OutputHead, embedding_init, head_init
 from megaforge.nn.attention import KVCache, SelfAttention
+from megaforge.nn.head import OutputHead, embedding_init, head_init
 from megaforge.nn.mlp import DenseFFN, FFNState
 from megaforge.nn.moe import MoEFFN, RouterLosses
 from megaforge.nn.norms import make_norm
 from megaforge.nn.recompute import recomputed
 from megaforge.nn.rwkv7 import RWKV7State, RWKV7TimeMix
-from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.context_parallel import ContextShards
+from megaforge.parallel.context_parallel.shard import ContextParallelShard
 from megaforge.parallel.layers import VocabParallelEmbedding
+from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.parallel.region import TensorParallelRegion
 
 
@@ -101,7 +101,7 @@ class Block(nn.Module):
             )
 
     def forward(
-        self, x: Tensor, v_first: Tensor | None, info: SequenceInfo, state: BlockState | None
+        self, x: Tensor, v_first: Tensor | None, info: PackedSequence, state: BlockState | None
     ) -> tuple[Tensor, Tensor | None, RouterLosses | None]:
         """Residual stream [s(/tp), b, h] through the block.
 
@@ -111,7 +111,7 @@ class Block(nn.Module):
         return recomputed(self.recompute == "full", self._forward, x, v_first, info, state)
 
     def _forward(
-        self, x: Tensor, v_first: Tensor | None, info: SequenceInfo, state: BlockState | None
+        self, x: Tensor, v_first: Tensor | None, info: PackedSequence, state: BlockState | None
     ) -> tuple[Tensor, Tensor | None, RouterLosses | None]:
         memory = None if state is None else state.mixer
         if self.kind.mixer == "rwkv7":
@@ -126,7 +126,7 @@ class Block(nn.Module):
         out, losses = out if self.kind.ffn == "moe" else (out, None)
         return x + out, v_first, losses
 
-    def _feed_forward(self, x: Tensor, info: SequenceInfo, state: FFNState | None) -> Any:
+    def _feed_forward(self, x: Tensor, info: PackedSequence, state: FFNState | None) -> Any:
         return cast(nn.Module, self.ffn)(self.ffn_norm(x), info, state)
 
 
@@ -172,7 +172,7 @@ class HybridModel(nn.Module):
         self.cfg = cfg
         self.ctx = ctx
         self.region = TensorParallelRegion(ctx, sequence_parallel, overlap=overlap_tp_comm)
-        self.shards = ContextShards(ctx.cp, cp_comm_type)
+        self.shards = ContextParallelShard(ctx.cp, cp_comm_type)
         kinds = blocks_of(cfg)
         self.stage_layers = range(len(kinds)) if layers is None else layers
         self.is_first, self.is_last = self.stage_layers.start == 0, self.stage_layers.stop == len(kinds)
@@ -203,11 +203,11 @@ class HybridModel(nn.Module):
 
     @property
     def chunks(self) -> list[HybridModel]:
-        """The stages that this rank holds, as :class:`megaforge.models.stages.StagedModel` has several."""
+        """The stages that this rank holds, as :class:`megaforge.models.stages.ModelChunks` has several."""
         return [self]
 
     def _trunk(
-        self, tokens_BS: Tensor, info: SequenceInfo, state: GenerationState | None, arrived: Stream | None = None
+        self, tokens_BS: Tensor, info: PackedSequence, state: GenerationState | None, arrived: Stream | None = None
     ) -> tuple[Stream, list[RouterLosses]]:
         """Tokens, or what an earlier stage made of them, through the blocks; with the losses of the MoE layers."""
         if arrived is None:
@@ -222,12 +222,12 @@ class HybridModel(nn.Module):
 
     def _info(
         self, tokens_BS: Tensor, document_start_BS: Tensor | None, state: GenerationState | None = None
-    ) -> SequenceInfo:
+    ) -> PackedSequence:
         if not self.cfg.reset_at_document_boundaries:
             document_start_BS = None
         batch, length = tokens_BS.shape
         offset, padding = (0, None) if state is None else (state.length, state.padding_B)
-        return SequenceInfo(batch, length, tokens_BS.device, document_start_BS, offset, self.shards, padding)
+        return PackedSequence(batch, length, tokens_BS.device, document_start_BS, offset, self.shards, padding)
 
     def forward(
         self, tokens: Tensor, labels: Tensor, loss_mask: Tensor, document_start: Tensor | None = None

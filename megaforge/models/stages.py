@@ -19,8 +19,8 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import named_specs
 from megaforge.parallel.pipeline.actions import Schedule
 from megaforge.parallel.pipeline.partition import partition_layers
-from megaforge.parallel.pipeline.payload import Payload, PayloadTensor
 from megaforge.parallel.pipeline.schedules import build_schedule
+from megaforge.parallel.pipeline.stage_tensors import StageTensor, StageTensors
 from megaforge.parallel.pipeline.tied import tied_ranks
 
 
@@ -99,7 +99,7 @@ def block_costs(cfg: ModelConfig, sequence_length: int) -> tuple[float, ...]:
     return tuple(costs)
 
 
-class StagedModel(nn.Module):
+class ModelChunks(nn.Module):
     """The stages of one pipeline rank, ``chunks`` in the order of the model."""
 
     def __init__(self, cfg: ModelConfig, chunks: Sequence[HybridModel]) -> None:
@@ -123,7 +123,7 @@ def build_model(
     overlap_tp_comm: bool = True,
     recompute: str = "none",
     wkv_backend: str = "auto",
-) -> HybridModel | StagedModel:
+) -> HybridModel | ModelChunks:
     """This rank's part of the model, not yet initialised: the whole :class:`HybridModel` where there is one stage.
 
     ``overlap_tp_comm`` holds only where the schedule computes a layer's gradients of input and weight together.
@@ -148,14 +148,14 @@ def build_model(
             embedding_weight=shared,
         )
         chunks.append(chunk)
-    model = chunks[0] if plan.num_stages == 1 else StagedModel(cfg, chunks)
+    model = chunks[0] if plan.num_stages == 1 else ModelChunks(cfg, chunks)
     tied = tied_weight(model, plan)
     if tied is not None:
         tied.alone_in_bucket = True  # type: ignore[attr-defined]  # so that ZeRO cuts both copies alike
     return model
 
 
-def tied_weight(model: HybridModel | StagedModel, plan: PipelinePlan) -> nn.Parameter | None:
+def tied_weight(model: HybridModel | ModelChunks, plan: PipelinePlan) -> nn.Parameter | None:
     """This rank's copy of a matrix that the first and the last pipeline rank both have; None without such a copy."""
     first, last = tied_ranks(plan.schedule)
     if model.cfg.untie_embeddings_and_output_weights or first == last:
@@ -165,9 +165,9 @@ def tied_weight(model: HybridModel | StagedModel, plan: PipelinePlan) -> nn.Para
     return model.chunks[-1].head.weight if model.chunks[-1].is_last else None
 
 
-def make_payload(
-    model: HybridModel | StagedModel, plan: PipelinePlan, batch: int, length: int, dtype: torch.dtype
-) -> Payload:
+def make_stage_tensors(
+    model: HybridModel | ModelChunks, plan: PipelinePlan, batch: int, length: int, dtype: torch.dtype
+) -> StageTensors:
     """What travels between stages for micro-batches of ``batch`` sequences of ``length`` tokens: the residual stream,
     and RWKV-7's v_first as far as a later stage reads it."""
     if plan.num_stages == 1:
@@ -176,10 +176,10 @@ def make_payload(
     ctx = chunk.ctx
     length //= ctx.cp.size
     rows = length // ctx.tp.size if chunk.region.sequence_parallel else length
-    payload = {"x": PayloadTensor((rows, batch, cfg.hidden_size), dtype)}
+    payload = {"x": StageTensor((rows, batch, cfg.hidden_size), dtype)}
     mixers = [kind.mixer for kind in blocks_of(cfg)]
     readers = [stage for stage, layers in enumerate(plan.layers) if any(mixers[i] == "rwkv7" for i in layers)]
     if readers and readers[-1] > 0:
         shape = (length, batch, cfg.hidden_size // ctx.tp.size)
-        payload["v_first"] = PayloadTensor(shape, dtype, carried=True, made_by=0, read_until=readers[-1])
+        payload["v_first"] = StageTensor(shape, dtype, carried=True, made_by=0, read_until=readers[-1])
     return payload

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
 from megaforge.kernels.attention import causal_attention, takes_documents
-from megaforge.nn.attention_context import shared_attention
 from megaforge.nn.recompute import recomputed
 from megaforge.nn.rope import apply_rotary, rotary_tables
-from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.context_parallel.attention import context_parallel_attention
 from megaforge.parallel.init_rules import Normal
 from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.parallel.region import TensorParallelRegion
 
 
@@ -103,7 +103,7 @@ class SelfAttention(nn.Module):
             kind="attention",
         )
 
-    def forward(self, x: Tensor, info: SequenceInfo, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, info: PackedSequence, cache: KVCache | None = None) -> Tensor:
         """Normed residual stream [s(/tp), b, h] -> residual stream [s(/tp), b, h].
 
         With a ``cache`` the tokens continue the ones it holds, and it takes them in.
@@ -120,7 +120,7 @@ class SelfAttention(nn.Module):
         query, key = query_key.permute(1, 2, 0, 3).split((self.heads, self.groups), dim=1)
         value = value.view(length, batch, self.groups, width).permute(1, 2, 0, 3)
         if info.shards.axis.size > 1:
-            context = recomputed(self.recompute_core, shared_attention, query, key, value, info)
+            context = recomputed(self.recompute_core, context_parallel_attention, query, key, value, info)
         else:
             documents = info.packed_documents() if cache is None and takes_documents(query) else None
             mask = info.score_mask(query.dtype) if documents is None else None
@@ -131,7 +131,7 @@ class SelfAttention(nn.Module):
         return self.output(context.permute(2, 0, 1, 3).reshape(length, batch, self.heads * width))
 
 
-def _continuation_mask(queries: int, keys: int, mask: Tensor | None, info: SequenceInfo) -> Tensor | None:
+def _continuation_mask(queries: int, keys: int, mask: Tensor | None, info: PackedSequence) -> Tensor | None:
     """The mask of ``queries`` tokens that follow ``keys - queries`` cached ones, some of which may be places that a
     shorter sequence has not used; ``mask`` when nothing was cached."""
     if queries == keys:

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.nn.sequence import SequenceInfo
 from megaforge.nn.token_shift import token_shift
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init_rules import Constant, Elementwise, InitRule, Normal, Orthogonal
 from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.parallel.param_spec import ParamSpec, make_parameter
 from megaforge.parallel.region import TensorParallelRegion
 
@@ -99,7 +99,7 @@ class FFNState:
     shift: Tensor | None = None
 
 
-class ChannelMix(nn.Module):
+class FFNTokenShift(nn.Module):
     """RWKV-7's mix of a token with its predecessor in front of an FFN: ``x + (shift(x) - x) * x_k`` (RWKV-LM, x070)."""
 
     def __init__(
@@ -125,7 +125,7 @@ class ChannelMix(nn.Module):
         )
         self.x_k = make_parameter(spec, ctx, dtype)
 
-    def forward(self, x: Tensor, info: SequenceInfo, shift_state: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, info: PackedSequence, shift_state: Tensor | None) -> Tensor:
         """[s, b, h] inside the region -> [s, b, h]; ``shift_state`` [b, h] is the token before the first one."""
         return torch.addcmul(x, token_shift(x, info, shift_state) - x, self.x_k.to(x.dtype))
 
@@ -149,7 +149,7 @@ class DenseFFN(nn.Module):
         self.region = region
         self.activation = cfg.activation
         mix = {"layer_index": layer_index, "num_layers": num_layers, "dtype": dtype}
-        self.mix = ChannelMix(ctx, name, cfg, **mix) if channel_mix else None  # type: ignore[arg-type]
+        self.mix = FFNTokenShift(ctx, name, cfg, **mix) if channel_mix else None  # type: ignore[arg-type]
         first, second = ffn_init(cfg, num_layers, channel_mix)
         parts = inner_parts(cfg)
         self.up = ColumnParallelLinear(
@@ -176,14 +176,14 @@ class DenseFFN(nn.Module):
             kind="ffn",
         )
 
-    def forward(self, x: Tensor, info: SequenceInfo, state: FFNState | None = None) -> Tensor:
+    def forward(self, x: Tensor, info: PackedSequence, state: FFNState | None = None) -> Tensor:
         """Normed residual stream [s(/tp), b, h] -> residual stream [s(/tp), b, h]."""
         if self.mix is not None:
             x = mixed_input(self.mix, self.region.enter(x), info, state)
         return self.down(activate(self.activation, self.up(x)))
 
 
-def mixed_input(mix: ChannelMix | None, x: Tensor, info: SequenceInfo, state: FFNState | None) -> Tensor:
+def mixed_input(mix: FFNTokenShift | None, x: Tensor, info: PackedSequence, state: FFNState | None) -> Tensor:
     """The FFN's input inside the region: ``x``, or its channel mix; ``state`` takes in the last token."""
     if mix is None:
         return x

@@ -101,7 +101,7 @@ def _norm_spec(name: str, size: int, value: float, region: TensorParallelRegion)
         name,
         (size,),
         Constant(value),
-        tp_partial_grad=region.norm_grad_is_partial,
+        tp_partial_grad=region.sequence_parallel,
         weight_decay=False,
         keep_fp32=True,
         kind="norm",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaforge.nn.sequence import SequenceInfo
+from megaforge.parallel.packed_sequence import PackedSequence
 
 
 class _Rotate(torch.autograd.Function):
@@ -35,7 +35,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def rotary_tables(info: SequenceInfo, channels: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_tables(info: PackedSequence, channels: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of every token's angles, [s, b, 1, channels / 2]; made once a micro-batch.
 
     Angles are taken in fp64, so that long positions keep their phase, and rounded once to ``dtype``.

@@ -14,13 +14,13 @@ from megaforge.kernels.rwkv7_fused import norm_bonus_gate
 from megaforge.kernels.rwkv7_inputs import rwkv7_inputs
 from megaforge.kernels.wkv7.backend import wkv7_backend
 from megaforge.nn.recompute import recomputed
-from megaforge.nn.sequence import SequenceInfo
 from megaforge.nn.token_shift import shift_and_mix
-from megaforge.nn.wkv7_context import shared_wkv7
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.context_parallel import ContextShards
+from megaforge.parallel.context_parallel.shard import ContextParallelShard
+from megaforge.parallel.context_parallel.wkv7 import context_parallel_wkv7
 from megaforge.parallel.init_rules import Constant, Elementwise, InitRule, Normal, Orthogonal
 from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.parallel.param_spec import ParamSpec, make_parameter
 from megaforge.parallel.region import TensorParallelRegion
 
@@ -244,7 +244,7 @@ class RWKV7TimeMix(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, info: SequenceInfo, v_first: Tensor | None = None, state: RWKV7State | None = None
+        self, x: Tensor, info: PackedSequence, v_first: Tensor | None = None, state: RWKV7State | None = None
     ) -> tuple[Tensor, Tensor]:
         """Mixes the tokens of each document.
 
@@ -285,12 +285,12 @@ class RWKV7TimeMix(nn.Module):
         rate: Tensor,
         memory: Tensor | None,
         starts: Tensor | None,
-        shards: ContextShards,
+        shards: ContextParallelShard,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """WKV and the arithmetic in front of it: y and k [s, b, H/tp, N], and with a ``memory`` the final state."""
         log_w, k, a, b = rwkv7_inputs(decay, self.w0, rate, self.a0, key, self.k_k, self.k_a, self.head_size)
         if memory is None and shards.axis.size > 1:
-            return shared_wkv7(r, log_w, k, v, a, b, starts, shards, self.wkv7), k, None
+            return context_parallel_wkv7(r, log_w, k, v, a, b, starts, shards, self.wkv7), k, None
         y, final = self.wkv7(r, log_w, k, v, a, b, memory, starts)
         return y, k, final
 

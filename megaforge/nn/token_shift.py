@@ -9,12 +9,12 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from megaforge.kernels.rwkv7_fused import fused, say_plain, shifted_mixes
-from megaforge.nn.sequence import SequenceInfo
+from megaforge.parallel.packed_sequence import PackedSequence
 
 CPU_ELEMENTS_AT_ONCE = 1 << 16  # of [s, b, h] in the backward pass of the mix
 
 
-def token_shift(x_SBH: torch.Tensor, info: SequenceInfo, shift_state: torch.Tensor | None = None) -> torch.Tensor:
+def token_shift(x_SBH: torch.Tensor, info: PackedSequence, shift_state: torch.Tensor | None = None) -> torch.Tensor:
     """Each token's predecessor, zero where a document starts.
 
     Args:
@@ -43,7 +43,7 @@ def token_shift(x_SBH: torch.Tensor, info: SequenceInfo, shift_state: torch.Tens
 
 
 def shift_and_mix(
-    x: torch.Tensor, info: SequenceInfo, shift_state: torch.Tensor | None, coefficients: Sequence[torch.Tensor]
+    x: torch.Tensor, info: PackedSequence, shift_state: torch.Tensor | None, coefficients: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
     """:func:`mix_tokens` of ``x`` and its :func:`token_shift`; on a GPU one pass, where a rank has whole sequences."""
     in_parts = len(info.shards.chunks) > 1 or info.shards.axis.size > 1

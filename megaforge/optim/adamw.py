@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from megaforge.config.run_config import OptimizerConfig
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.flat_share import FlatShare, held_part
+from megaforge.parallel.flat_shard import FlatShard, optimizer_shard
 from megaforge.parallel.param_spec import ParamSpec, named_specs
 from megaforge.parallel.zero import ShardedParameters
 
-Entry = tuple[str, ParamSpec | FlatShare, Tensor]
+Entry = tuple[str, ParamSpec | FlatShard, Tensor]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -132,14 +132,14 @@ class AdamW:
     def weight_entries(self) -> list[Entry]:
         """(global name, declaration, local master) of every parameter; a frozen one is its own master."""
         return [
-            (spec.name, held_part(parameter), self._masters.get(spec.name, parameter).detach())
+            (spec.name, optimizer_shard(parameter), self._masters.get(spec.name, parameter).detach())
             for spec, parameter in self._parameters
         ]
 
     def moment_entries(self) -> list[Entry]:
         """(``optimizer.exp_avg.NAME`` or ``optimizer.exp_avg_sq.NAME``, the parameter's declaration, local moment)."""
         return [
-            (f"optimizer.{moment}.{spec.name}", held_part(parameter), self._moments_of(spec)[moment])
+            (f"optimizer.{moment}.{spec.name}", optimizer_shard(parameter), self._moments_of(spec)[moment])
             for spec, parameter in self._trained
             for moment in _MOMENTS
         ]

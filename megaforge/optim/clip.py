@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.flat_share import held_part
+from megaforge.parallel.flat_shard import optimizer_shard
 from megaforge.parallel.param_spec import KINDS, named_specs
 
 # Squares are summed in fp64, block by block: a block of fp64 stays in a CPU's cache (4x the speed of one fp64 copy),
@@ -35,7 +35,7 @@ def global_grad_norm(model: nn.Module, ctx: ParallelContext, by_kind: dict[str, 
             own = _sum_of_squares(parameter.main_grad)  # type: ignore[attr-defined]
             # Copies on other ranks are multiplied by 0 rather than left out: 0 x inf = nan reaches every rank.
             place = _KINDS.get(spec.kind, _KINDS["other"])
-            squares[place] += own if held_part(parameter).is_first_copy(ctx) else own * 0.0
+            squares[place] += own if optimizer_shard(parameter).is_first_copy(ctx) else own * 0.0
             present[place] = 1.0
     sums = torch.stack([squares, present])
     if ctx.world.size > 1:

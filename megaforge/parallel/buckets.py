@@ -92,7 +92,7 @@ def main_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
-def make_lanes(chunks: Sequence[nn.Module], ctx: ParallelContext, bucket_size: int) -> list[list[Bucket]]:
+def make_bucket_groups(chunks: Sequence[nn.Module], ctx: ParallelContext, bucket_size: int) -> list[list[Bucket]]:
     """The buckets of each chunk of a model (the virtual pipeline stages of this rank), and last those of parameters
     that several chunks share, for which no single chunk can say when their gradients are complete."""
     owners: dict[int, set[int]] = defaultdict(set)
@@ -100,9 +100,11 @@ def make_lanes(chunks: Sequence[nn.Module], ctx: ParallelContext, bucket_size: i
         for parameter in chunk.parameters():
             owners[id(parameter)].add(number)
     declared = [[(s, p) for s, p in named_specs(chunk) if p.requires_grad] for chunk in chunks]
-    lanes = [[(s, p) for s, p in chunk if len(owners[id(p)]) == 1] for chunk in declared]
-    lanes.append(list({id(p): (s, p) for chunk in declared for s, p in chunk if len(owners[id(p)]) > 1}.values()))
-    return [_make_buckets(trained, ctx, bucket_size) for trained in lanes]
+    bucket_groups = [[(s, p) for s, p in chunk if len(owners[id(p)]) == 1] for chunk in declared]
+    bucket_groups.append(
+        list({id(p): (s, p) for chunk in declared for s, p in chunk if len(owners[id(p)]) > 1}.values())
+    )
+    return [_make_buckets(trained, ctx, bucket_size) for trained in bucket_groups]
 
 
 def _make_buckets(

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megaforge.parallel.buckets import Bucket, main_dtype, make_lanes
+from megaforge.parallel.buckets import Bucket, main_dtype, make_bucket_groups
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.grad_compression import Finish, PlainSum, Reduction
+from megaforge.parallel.grad_compression import AllReduceHook, CommHook, Finish
 from megaforge.parallel.param_spec import spec_of
 from megaforge.parallel.zero import ShardedParameters
 
@@ -96,7 +96,7 @@ class _Gradients:
         return full
 
 
-class _Lane:
+class _BucketGroup:
     """The buckets of one chunk of the model, sent strictly in order: ranks may finish them in different orders (an
     expert without tokens has no gradient), but collectives must start in the same order everywhere."""
 
@@ -135,7 +135,7 @@ class GradientReducer:
     parameter's ``main_grad`` (fp32; fp64 for fp64 parameters).
 
     Without ``shards`` every rank gets the whole sum in the parameter's shape. With them (ZeRO) buckets are
-    reduce-scattered, and ``main_grad`` is 1-d: that of :func:`megaforge.parallel.flat_share.held_part`. With
+    reduce-scattered, and ``main_grad`` is 1-d: that of :func:`megaforge.parallel.flat_shard.optimizer_shard`. With
     ``free_buffers`` (ZeRO-2) each micro-batch is reduced into the shares at once and full buffers live only while
     they fill and travel; the price is a reduction per micro-batch.
 
@@ -159,7 +159,7 @@ class GradientReducer:
         overlap: bool = True,
         shards: ShardedParameters | None = None,
         free_buffers: bool = False,
-        reduction: Reduction | None = None,
+        reduction: CommHook | None = None,
     ) -> None:
         if free_buffers and shards is None:
             raise ValueError("gradient buffers can be freed only where gradients are sharded")
@@ -167,24 +167,28 @@ class GradientReducer:
         self.overlap = overlap
         self.shards = shards
         self._every_microbatch = free_buffers
-        self._reduction = PlainSum() if reduction is None else reduction
+        self._reduction = AllReduceHook() if reduction is None else reduction
         chunks = [module] if isinstance(module, nn.Module) else list(module)
-        lanes = make_lanes(chunks, ctx, bucket_size) if shards is None else shards.lanes
+        bucket_groups = make_bucket_groups(chunks, ctx, bucket_size) if shards is None else shards.bucket_groups
         self._active: int | None = None  # the chunk of the last backward pass
-        self._lanes = [_Lane(lane, sharded=shards is not None, transient=free_buffers) for lane in lanes]
+        self._bucket_groups = [
+            _BucketGroup(bucket_group, sharded=shards is not None, transient=free_buffers)
+            for bucket_group in bucket_groups
+        ]
         self._in_flight: list[tuple[_Gradients, Tensor, Finish]] = []
-        self._place_of: dict[int, tuple[_Lane, _Gradients]] = {}
+        self._place_of: dict[int, tuple[_BucketGroup, _Gradients]] = {}
         # The collector cannot see a cycle through a parameter's hook: a strong reference here would keep the model and
         # its process groups (and their threads) for good.
         on_gradient = weakref.WeakMethod(self._on_gradient)
-        for lane in self._lanes:
-            for gradients in lane.gradients:
+        for bucket_group in self._bucket_groups:
+            for gradients in bucket_group.gradients:
                 for parameter in gradients.bucket.parameters:
-                    self._place_of[id(parameter)] = lane, gradients
+                    self._place_of[id(parameter)] = bucket_group, gradients
                     parameter.register_post_accumulate_grad_hook(_calls(on_gradient))
         owned = [{id(parameter) for parameter in chunk.parameters()} for chunk in chunks]
         self._shared_of = [
-            [g for g in self._lanes[-1].gradients if any(id(p) in own for p in g.bucket.parameters)] for own in owned
+            [g for g in self._bucket_groups[-1].gradients if any(id(p) in own for p in g.bucket.parameters)]
+            for own in owned
         ]
         parameters = [p for bucket in self.buckets for p in bucket.parameters]
         self._tp_partial = [p for p in parameters if spec_of(p).tp_partial_grad] if ctx.tp.size > 1 else []
@@ -197,39 +201,39 @@ class GradientReducer:
     @property
     def buckets(self) -> list[Bucket]:
         """Chunk by chunk, in the order in which they are sent."""
-        return [gradients.bucket for lane in self._lanes for gradients in lane.gradients]
+        return [gradients.bucket for bucket_group in self._bucket_groups for gradients in bucket_group.gradients]
 
-    def zero(self) -> None:
+    def zero_grad(self) -> None:
         """Forgets all gradients; call once before a global batch."""
         self._in_flight = []
         self._active = None
-        for lane in self._lanes:
-            lane.zero()
+        for bucket_group in self._bucket_groups:
+            bucket_group.zero()
 
     def set_last_microbatch(self, last: bool, chunk: int = 0) -> None:
         """Call before each micro-batch's backward pass through ``chunk``; says whether it is the chunk's last of the
         global batch, for only then are buckets sent (under ZeRO-2 after every one)."""
         self._end_backward()
         self._active = chunk
-        self._lanes[chunk].last_microbatch = last
+        self._bucket_groups[chunk].last_microbatch = last
 
     def _end_backward(self) -> None:
         """The backward pass that was announced last is over: sends what is due and was not sent during it."""
         if self._active is None:
             return
-        lane, shared = self._lanes[self._active], self._shared_of[self._active]
+        bucket_group, shared = self._bucket_groups[self._active], self._shared_of[self._active]
         self._active = None
-        if lane.last_microbatch or self._every_microbatch:
-            self._send_rest(lane)
+        if bucket_group.last_microbatch or self._every_microbatch:
+            self._send_rest(bucket_group)
         if self._every_microbatch:
             for gradients in shared:
                 self._send(gradients)
                 gradients.expect_all()
-            lane.expect_all()
+            bucket_group.expect_all()
 
     def _on_gradient(self, parameter: Tensor) -> None:
         """Takes in a gradient that autograd has just accumulated, and sends its bucket when that was the last one."""
-        lane, gradients = self._place_of[id(parameter)]
+        bucket_group, gradients = self._place_of[id(parameter)]
         if self.shards is not None:
             self.shards.check_used_whole(parameter)
         unannounced = self._every_microbatch and self._active is None
@@ -239,23 +243,23 @@ class GradientReducer:
                 "set_last_microbatch must precede each backward pass, and the last must be the last"
             )
         gradients.take_in(parameter)
-        if lane.last_microbatch or (self._every_microbatch and lane is not self._lanes[-1]):
+        if bucket_group.last_microbatch or (self._every_microbatch and bucket_group is not self._bucket_groups[-1]):
             gradients.waiting.discard(id(parameter))
             if self.overlap:
-                self._send_ready(lane)
+                self._send_ready(bucket_group)
 
-    def _send_ready(self, lane: _Lane) -> None:
-        while lane.sent < len(lane.gradients) and not lane.gradients[lane.sent].waiting:
-            self._send_next(lane)
+    def _send_ready(self, bucket_group: _BucketGroup) -> None:
+        while bucket_group.sent < len(bucket_group.gradients) and not bucket_group.gradients[bucket_group.sent].waiting:
+            self._send_next(bucket_group)
 
-    def _send_rest(self, lane: _Lane) -> None:
+    def _send_rest(self, bucket_group: _BucketGroup) -> None:
         """Sends what is left: without overlap, or where a parameter had no gradient."""
-        while lane.sent < len(lane.gradients):
-            self._send_next(lane)
+        while bucket_group.sent < len(bucket_group.gradients):
+            self._send_next(bucket_group)
 
-    def _send_next(self, lane: _Lane) -> None:
-        self._send(lane.gradients[lane.sent])
-        lane.sent += 1
+    def _send_next(self, bucket_group: _BucketGroup) -> None:
+        self._send(bucket_group.gradients[bucket_group.sent])
+        bucket_group.sent += 1
 
     def _send(self, gradients: _Gradients) -> None:
         gradients.sent = True
@@ -273,12 +277,12 @@ class GradientReducer:
             if self._every_microbatch and gradients.own is not None:
                 gradients.own.add_(gradients.bucket.own_slice(full))
 
-    def finish(self) -> None:
+    def finish_grad_sync(self) -> None:
         """Waits until every ``main_grad`` holds the sum over its replicas, and over tp where each rank had a part."""
         self._end_backward()
         if not self._every_microbatch:
-            for lane in self._lanes:
-                self._send_rest(lane)
+            for bucket_group in self._bucket_groups:
+                self._send_rest(bucket_group)
         self._land()
         self._sum_partial_over_tp()
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from megaforge.config.launcher import Launch, check_address, discover_launch, say_once
+from megaforge.config.launcher import Launch, check_address, discover_launch, print_rank_0
 from megaforge.device import communication_backend, synchronize
 from megaforge.errors import UserError
 from megaforge.parallel.rendezvous import meet
@@ -20,7 +20,16 @@ from megaforge.parallel.rendezvous import meet
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Launch", "check_backend", "connect", "discover_launch", "initialize", "open_store", "say_once", "shutdown"]
+__all__ = [
+    "Launch",
+    "check_backend",
+    "connect",
+    "discover_launch",
+    "initialize",
+    "open_store",
+    "print_rank_0",
+    "shutdown",
+]
 
 
 def _mpi_address(launch: Launch) -> tuple[str, int]:

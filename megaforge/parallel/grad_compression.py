@@ -1,8 +1,8 @@
 """How a bucket of gradients is summed over its replicas: plainly, rounded to 16 bit, or as low-rank factors.
 
-Anything but :class:`PlainSum` departs from the promise that the layout changes nothing but speed: what is lost depends
-on which rank computed what. Error feedback (Seide et al., Interspeech 2014; Karimireddy et al., arXiv 1901.09847)
-keeps what this step lost and adds it to the next, so that losses do not pile up in one direction.
+Anything but :class:`AllReduceHook` departs from the promise that the layout changes nothing but speed: what is lost
+depends on which rank computed what. Error feedback (Seide et al., Interspeech 2014; Karimireddy et al., arXiv
+1901.09847) keeps what this step lost and adds it to the next, so that losses do not pile up in one direction.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from megaforge.parallel.param_spec import spec_of
 Finish = Callable[[], None]
 
 
-def make_reduction(config: ParallelConfig) -> Reduction:
+def make_comm_hook(config: ParallelConfig) -> CommHook:
     """What ``--grad-reduce-in-bf16`` and ``--grad-compression`` ask for."""
     if config.grad_compression == "powersgd":
         return PowerSGD(config.grad_compression_rank)
     if config.grad_compression == "bf16":
-        return PlainSum(torch.bfloat16, error_feedback=True)
-    return PlainSum(torch.bfloat16 if config.grad_reduce_in_bf16 else None)
+        return AllReduceHook(torch.bfloat16, error_feedback=True)
+    return AllReduceHook(torch.bfloat16 if config.grad_reduce_in_bf16 else None)
 
 
-class Reduction(Protocol):
+class CommHook(Protocol):
     """A way to sum over ``bucket.replicas``."""
 
     def start(self, bucket: Bucket, full: Tensor, *, scatter: bool) -> Finish:
@@ -61,7 +61,7 @@ def _sum(bucket: Bucket, payload: Tensor, scatter: bool) -> dist.Work:
     return work
 
 
-class PlainSum:
+class AllReduceHook:
     """The sum, in the gradients' own type or in ``dtype``.
 
     Args:

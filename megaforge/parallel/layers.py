@@ -90,7 +90,7 @@ class RowParallelLinear(nn.Module):
                 f"{name}.bias",
                 (out_features,),
                 Constant(0.0),
-                tp_partial_grad=region.norm_grad_is_partial,
+                tp_partial_grad=region.sequence_parallel,
                 weight_decay=False,
                 kind=kind,
             )

@@ -245,7 +245,7 @@ def gather_from_tensor_parallel(x: Tensor, axis: Axis) -> Tensor:
 def gather_from_context_parallel(x: Tensor, axis: Axis) -> Tensor:
     """This rank's two chunks [s/n, ...] -> the whole sequence [s, ...]. Forward all-gather, backward reduce-scatter.
 
-    The chunks are held as :class:`megaforge.parallel.context_parallel.ContextShards` says.
+    The chunks are held as :class:`megaforge.parallel.context_parallel.shard.ContextParallelShard` says.
     """
     return x if axis.size == 1 else _GatherFromContextParallel.apply(x, axis)
 

@@ -31,11 +31,6 @@ class TensorParallelRegion:
         self._enter = gather_from_sequence_parallel if self.sequence_parallel else copy_to_tensor_parallel
         self._exit = reduce_scatter_to_sequence_parallel if self.sequence_parallel else reduce_from_tensor_parallel
 
-    @property
-    def norm_grad_is_partial(self) -> bool:
-        """Whether a parameter on the residual stream (norms, output biases) sees only this rank's tokens."""
-        return self.sequence_parallel
-
     def enter(self, x: Tensor) -> Tensor:
         """Residual stream -> region: [s(/tp), b, h] -> [s, b, h]."""
         return self._enter(x, self.axis)

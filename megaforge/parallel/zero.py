@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaforge.config.run_config import ParallelConfig
-from megaforge.parallel.buckets import Bucket, make_lanes
+from megaforge.parallel.buckets import Bucket, make_bucket_groups
 from megaforge.parallel.collectives import all_gather_single
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.flat_share import FlatShare, held_part
+from megaforge.parallel.flat_shard import FlatShard, optimizer_shard
 from megaforge.parallel.param_spec import spec_of
 
 
@@ -43,7 +43,7 @@ class _Gather:
 
 class ShardedParameters:
     """Moves the trained parameters of ``module`` into flat buckets and gives each a ``share``: the range of it
-    (:class:`FlatShare`) that this rank updates. Several modules are the chunks of one model (virtual stages).
+    (:class:`FlatShard`) that this rank updates. Several modules are the chunks of one model (virtual stages).
 
     Made once, after the parameters have their initial values and before the optimizer and the gradient reducer.
 
@@ -61,10 +61,14 @@ class ShardedParameters:
         overlap: bool = True,
     ) -> None:
         chunks = [module] if isinstance(module, nn.Module) else list(module)
-        self.lanes = make_lanes(chunks, ctx, bucket_size)
+        self.bucket_groups = make_bucket_groups(chunks, ctx, bucket_size)
         self.overlap = overlap
         # In the order of the forward pass: chunks as they come, each from its first bucket to be used.
-        self._gathers = [_Gather(bucket) for lane in (self.lanes[-1], *self.lanes[:-1]) for bucket in reversed(lane)]
+        self._gathers = [
+            _Gather(bucket)
+            for bucket_group in (self.bucket_groups[-1], *self.bucket_groups[:-1])
+            for bucket in reversed(bucket_group)
+        ]
         self._gather_of: dict[int, _Gather] = {}
         for gather in self._gathers:
             self._adopt(gather)
@@ -74,8 +78,8 @@ class ShardedParameters:
 
     @property
     def buckets(self) -> list[Bucket]:
-        """All of them, lane by lane."""
-        return [bucket for lane in self.lanes for bucket in lane]
+        """All of them, bucket_group by bucket_group."""
+        return [bucket for bucket_group in self.bucket_groups for bucket in bucket_group]
 
     @torch.no_grad()
     def _adopt(self, gather: _Gather) -> None:
@@ -85,7 +89,7 @@ class ShardedParameters:
         for parameter, view, held in zip(bucket.parameters, bucket.views(gather.flat), ranges, strict=True):
             view.copy_(parameter)
             parameter.data = view
-            parameter.share = FlatShare(spec_of(parameter), *held)  # type: ignore[attr-defined]
+            parameter.share = FlatShard(spec_of(parameter), *held)  # type: ignore[attr-defined]
             self._gather_of[id(parameter)] = gather
 
     def _wait_before_forward(self, module: nn.Module) -> None:
@@ -107,8 +111,8 @@ class ShardedParameters:
 
     def own(self, parameter: nn.Parameter) -> Tensor:
         """This rank's range of ``parameter``, flattened [share]: a view of the model's memory."""
-        share = held_part(parameter)
-        if not isinstance(share, FlatShare):
+        share = optimizer_shard(parameter)
+        if not isinstance(share, FlatShard):
             raise ValueError(f"{share.name} is not shared out")
         return parameter.detach().view(-1)[share.start : share.stop]
 

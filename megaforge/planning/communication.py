@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megaforge.planning.activations import Sizes
 from megaforge.planning.gpus import Efficiency, Gpu
 from megaforge.planning.layout import PlannedLayout
-from megaforge.planning.stages import Held, ModelParts, StagePart, stage_parameters
+from megaforge.planning.stages import DeclaredParameter, ModelParts, StagePart, stage_parameters
 
 TRAFFIC_AXES = ("tp", "sp", "cp", "ep", "etp", "pp", "dp")
 
@@ -116,7 +116,7 @@ class GradientTraffic:
     gathered: float
 
 
-def gradient_traffic(held: Sequence[tuple[Held, int]], layout: PlannedLayout) -> GradientTraffic:
+def gradient_traffic(held: Sequence[tuple[DeclaredParameter, int]], layout: PlannedLayout) -> GradientTraffic:
     """The reduction of gradients over dp (and cp; edp for experts), and ZeRO's all-gather of parameters."""
     ctx = layout.context()
     reduced = gathered = 0.0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megaforge.parallel.buckets import aligned
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.pipeline.actions import Kind, Schedule
+from megaforge.parallel.pipeline.actions import ActionKind, Schedule
 from megaforge.planning.activations import (
     Sizes,
     block_kept,
@@ -20,7 +20,7 @@ from megaforge.planning.activations import (
     working_set,
 )
 from megaforge.planning.layout import PlannedLayout
-from megaforge.planning.stages import Held, ModelParts, StagePart, stage_parameters
+from megaforge.planning.stages import DeclaredParameter, ModelParts, StagePart, stage_parameters
 
 MOMENTS = 2
 LIBRARIES = 2e9  # CUDA context, cuBLAS workspaces, NCCL's channels: assumed, it differs by driver and number of groups
@@ -44,7 +44,9 @@ class StateBytes:
     elements: int
 
 
-def state_bytes(held: Iterable[tuple[Held, int]], ctx: ParallelContext, layout: PlannedLayout) -> StateBytes:
+def state_bytes(
+    held: Iterable[tuple[DeclaredParameter, int]], ctx: ParallelContext, layout: PlannedLayout
+) -> StateBytes:
     """The state of the parameters ``held`` on the rank of ``ctx``.
 
     ZeRO shares out masters and moments (``--zero 2``: gradients too) over a parameter's replicas; the largest share is
@@ -100,11 +102,11 @@ def peak_activations(
     live = peak = 0.0
     count = most = 0
     for action in schedule.actions[rank]:
-        if action.kind is Kind.FORWARD:
+        if action.kind is ActionKind.FORWARD:
             live, count = live + stage_bytes[action.stage], count + 1
-        elif action.kind is Kind.BACKWARD_INPUT:
+        elif action.kind is ActionKind.BACKWARD_INPUT:
             live += again[action.stage]
-        elif action.kind is Kind.BACKWARD_WEIGHT:
+        elif action.kind is ActionKind.BACKWARD_WEIGHT:
             live, count = live - stage_bytes[action.stage] - again[action.stage], count - 1
         else:
             live, count = live - stage_bytes[action.stage], count - 1
@@ -167,7 +169,7 @@ def rank_memory(
     return RankMemory(rank, own, state_bytes(held, ctx, layout), in_flight, activations, buffers)
 
 
-def _largest_gradient(held: Iterable[tuple[Held, int]], ctx: ParallelContext) -> float:
+def _largest_gradient(held: Iterable[tuple[DeclaredParameter, int]], ctx: ParallelContext) -> float:
     """A 16-bit gradient lives until it is added to its fp32 sum."""
     narrow = (item for item, _ in held if item.element_size < 4)
     return max((float(math.prod(item.spec.local_shape(ctx)) * item.element_size) for item in narrow), default=0.0)

@@ -13,7 +13,7 @@ import torch
 from megaforge.config.check_layout import ffn_kinds
 from megaforge.config.config import Config
 from megaforge.config.pattern import blocks_of
-from megaforge.config.run_config import ParallelConfig, roomy_etp
+from megaforge.config.run_config import ParallelConfig, default_expert_tensor_parallel_size
 from megaforge.errors import UserError
 from megaforge.planning.gpus import Efficiency, Gpu
 from megaforge.planning.layout import PlannedLayout, layout_of
@@ -50,7 +50,7 @@ def candidates(config: Config, gpus: int, dtype: torch.dtype, node_size: int = 8
         for pp in divisors(gpus // tp, 64):
             stage_ranks = gpus // pp
             for ep, micro in product(divisors(experts, stage_ranks), MICRO_BATCHES):
-                etps = sorted({1, roomy_etp(tp, ep, stage_ranks)}) if experts > 1 else [None]
+                etps = sorted({1, default_expert_tensor_parallel_size(tp, ep, stage_ranks)}) if experts > 1 else [None]
                 schedules = [item for item in (SCHEDULES if pp > 1 else SCHEDULES[:1]) if pp * item[1] <= blocks]
                 for etp, (name, vpp) in product(etps, schedules):
                     parallel = ParallelConfig(

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megaforge.models.hybrid import HybridModel, Stream
-from megaforge.parallel.pipeline.payload import Payload
 from megaforge.parallel.pipeline.split_backward import backward_input
+from megaforge.parallel.pipeline.stage_tensors import StageTensors
 from megaforge.planning.layout import PlannedLayout
 from megaforge.planning.meter import MetaRun, StorageMeter, fused_attention
 
@@ -37,7 +37,7 @@ class Measured:
 def run_stage(
     chunk: HybridModel,
     layout: PlannedLayout,
-    payload: Payload | None = None,
+    payload: StageTensors | None = None,
     *,
     known: Sequence[Tensor] = (),
     on_meta: bool = True,
@@ -50,7 +50,7 @@ def run_stage(
 
     Args:
         chunk: its gradients are freed as soon as they are accumulated, unless a gradient reducer has taken them in.
-        payload: what travels between stages (:func:`megaforge.models.stages.make_payload`).
+        payload: what travels between stages (:func:`megaforge.models.stages.make_stage_tensors`).
         known: further tensors that do not count: buffers of gradients.
     """
     parameters = list(chunk.parameters())
@@ -95,7 +95,7 @@ def _backward_in_halves(
 
 
 def _forward(
-    chunk: HybridModel, layout: PlannedLayout, payload: Payload, inputs: dict[str, Tensor]
+    chunk: HybridModel, layout: PlannedLayout, payload: StageTensors, inputs: dict[str, Tensor]
 ) -> tuple[list[GradientEdge], list[Callable[[], Tensor]]]:
     """Where the backward pass starts, and what makes the gradients that arrive there: of what the next stage gets, and
     of this stage's share of the loss."""
@@ -117,7 +117,7 @@ def _ones_like(tensor: Tensor) -> Callable[[], Tensor]:
     return lambda: torch.ones(shape, dtype=dtype, device=device)
 
 
-def _arrived(chunk: HybridModel, payload: Payload) -> dict[str, Tensor]:
+def _arrived(chunk: HybridModel, payload: StageTensors) -> dict[str, Tensor]:
     """What the stage before sends: the residual stream, and v_first where it is read. Nothing to the first stage."""
     readers = any(block.kind.mixer == "rwkv7" for block in chunk.layers)  # type: ignore[union-attr]
     return {

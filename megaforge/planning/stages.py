@@ -21,7 +21,7 @@ from megaforge.planning.layout import PlannedLayout
 
 
 @dataclass(frozen=True)
-class Held:
+class DeclaredParameter:
     """One parameter as it is declared, and the bytes of one of its elements."""
 
     spec: ParamSpec
@@ -33,8 +33,8 @@ class BlockParts:
     """One block: its kind and the parameters of its mixer (with norm) and of its FFN (with norm)."""
 
     kind: BlockKind
-    mixer: tuple[Held, ...]
-    ffn: tuple[Held, ...]
+    mixer: tuple[DeclaredParameter, ...]
+    ffn: tuple[DeclaredParameter, ...]
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class ModelParts:
     """The whole model, as declared at construction; sizes at any layout follow from each declaration."""
 
     cfg: ModelConfig
-    embedding: tuple[Held, ...]
+    embedding: tuple[DeclaredParameter, ...]
     blocks: tuple[BlockParts, ...]
-    final_norm: tuple[Held, ...]
-    head: tuple[Held, ...]
+    final_norm: tuple[DeclaredParameter, ...]
+    head: tuple[DeclaredParameter, ...]
 
     @property
     def tied(self) -> bool:
@@ -97,9 +97,9 @@ def model_parts(cfg: ModelConfig, dtype: torch.dtype) -> ModelParts:
     )
 
 
-def _held(modules: Iterable[nn.Module | torch.Tensor]) -> tuple[Held, ...]:
+def _held(modules: Iterable[nn.Module | torch.Tensor]) -> tuple[DeclaredParameter, ...]:
     pairs = (pair for module in modules if isinstance(module, nn.Module) for pair in named_specs(module))
-    return tuple(Held(spec, parameter.element_size()) for spec, parameter in pairs)
+    return tuple(DeclaredParameter(spec, parameter.element_size()) for spec, parameter in pairs)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def cut_stages(parts: ModelParts, layout: PlannedLayout) -> tuple[StagePart, ...
     return tuple(StagePart(blocks, index == 0, index == last) for index, blocks in enumerate(ranges))
 
 
-def stage_parameters(parts: ModelParts, stages: Sequence[StagePart]) -> list[tuple[Held, int]]:
+def stage_parameters(parts: ModelParts, stages: Sequence[StagePart]) -> list[tuple[DeclaredParameter, int]]:
     """The parameters of a rank with these stages, each with the number of blocks that have one like it. A matrix that
     embedding and head share is held once."""
     ends = {}

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, TextIO
 
 from megaforge.config.launcher import SAID
 from megaforge.training.callbacks import Callback, Place
+from megaforge.training.checkpointing import compute_dtype
 from megaforge.training.metrics import EvaluationMetrics, StepMetrics
 from megaforge.training.speed import Speed
-from megaforge.training.state import compute_dtype
 
 if TYPE_CHECKING:
     from megaforge.training.trainer import Trainer

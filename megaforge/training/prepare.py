@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megaforge.config.check_layout import Layout, check_layout, vocabulary_cost
 from megaforge.config.config import Config
-from megaforge.config.launcher import discover_launch, say_once
+from megaforge.config.launcher import discover_launch, print_rank_0
 from megaforge.data.blend import parse_data_path, parse_split
 from megaforge.data.indexed_dataset import check_files
 from megaforge.data.run_tokenizer import with_run_tokenizer
@@ -37,7 +37,7 @@ def prepare(config: Config) -> tuple[Config, Layout, Tokenizer | None]:
     config.model.padded_vocab_size()
     check_pipeline(config.model, config.parallel, layout.micro_batches)
     for note in (*notes, *layout.notes):
-        say_once(note)
+        print_rank_0(note)
     return config, layout, tokenizer
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from megaforge.config.launcher import say_once
+from megaforge.config.launcher import print_rank_0
 from megaforge.config.run_config import LoggingConfig
 from megaforge.device import mark_profiled_range, synchronize
 from megaforge.errors import UserError
@@ -48,7 +48,7 @@ class Profile(Callback):
         if beyond:
             raise UserError(f"--profile-ranks {beyond[0]}: the run has ranks 0 to {ranks - 1}")
         if trainer.iteration >= self.config.profile_step_end:
-            say_once(f"--profile: nothing to do, iteration {self.config.profile_step_end} is past")
+            print_rank_0(f"--profile: nothing to do, iteration {self.config.profile_step_end} is past")
         self._begin(trainer)
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:

@@ -13,9 +13,9 @@ from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import named_specs
 from megaforge.training.callbacks import Callback, Place
-from megaforge.training.flops import measure_matmul_peak
+from megaforge.training.checkpointing import compute_dtype
 from megaforge.training.metrics import StepMetrics
-from megaforge.training.state import compute_dtype
+from megaforge.training.peak_flops import measure_matmul_peak
 
 if TYPE_CHECKING:
     from megaforge.training.trainer import Trainer

@@ -19,15 +19,15 @@ from megaforge.data.loader import Batch, DataSource, GlobalBatchLoader
 from megaforge.device import synchronize
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel, ModelOutput
-from megaforge.models.stages import PipelinePlan, StagedModel
+from megaforge.models.stages import ModelChunks, PipelinePlan
 from megaforge.nn.moe import update_routers
 from megaforge.optim import AdamW, LearningRateSchedule, LossScaler, clip_gradients
 from megaforge.parallel.context import ParallelContext
 from megaforge.resilience.requests import Requests
 from megaforge.training.callbacks import Callback, in_order
+from megaforge.training.checkpointing import compute_dtype, save_run
+from megaforge.training.forward_backward import ForwardBackward, make_reducer
 from megaforge.training.metrics import EvaluationMetrics, StepMetrics, balance_entropy_bits, greatest_expert_load
-from megaforge.training.pipeline import StageRunner, make_reducer
-from megaforge.training.state import compute_dtype, save_run
 
 
 class Trainer:
@@ -51,7 +51,7 @@ class Trainer:
         self,
         config: Config,
         ctx: ParallelContext,
-        model: HybridModel | StagedModel,
+        model: HybridModel | ModelChunks,
         optimizer: AdamW,
         data: DataSource,
         *,
@@ -61,13 +61,13 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         """``model``: this rank's stages by ``plan``; ``tokenizer``: its identity as checkpoints keep it
-        (:func:`megaforge.training.state.tokenizer_identity`)."""
+        (:func:`megaforge.training.checkpointing.tokenizer_identity`)."""
         self.config, self.ctx, self.model, self.optimizer, self.data = config, ctx, model, optimizer, data
         self.tokenizer = tokenizer
         self.global_batch_size = global_batch_size
         self.callbacks = in_order(callbacks)
         self.reducer = make_reducer(config.parallel, model, ctx, optimizer.shards)
-        self.pipeline = StageRunner(
+        self.pipeline = ForwardBackward(
             model,
             ctx,
             plan,
@@ -127,11 +127,11 @@ class Trainer:
         lr = self.schedule(self.iteration + 1)
         tokens = self._global_token_count(micro_batches)
         length = micro_batches[0].tokens.shape[1]
-        self.reducer.zero()
+        self.reducer.zero_grad()
         outputs = self.pipeline.forward_backward(
             micro_batches, lambda output: self._loss(output, tokens, length), self.scaler.scale
         )
-        self.reducer.finish()
+        self.reducer.finish_grad_sync()
         self.pipeline.sum_tied_gradient()
         norms: dict[str, float] = {}
         clip = self.config.optimizer.clip_grad

@@ -21,12 +21,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.kernels.matmul_precision import choose_matmul_precision
 from megaforge.kernels.wkv7 import wkv7, wkv7_chunked
 from megaforge.models.hybrid import HybridModel
-from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.packed_sequence import PackedSequence
+from megaforge.training.numerics import choose_matmul_precision
 from tests.bench.ceiling import describe, keep_freed_memory
 from tests.bench.harness import interleaved_ratio, print_json, print_table
 
@@ -65,7 +65,7 @@ class Layer:
         model = HybridModel(cfg, ctx)
         initialize_parameters(model, ctx, seed=0)
         self.block = model.layers[1]  # the first makes v_first, all others mix it in
-        self.info = SequenceInfo(batch, length, torch.device("cpu"))
+        self.info = PackedSequence(batch, length, torch.device("cpu"))
         self.x = torch.randn(length, batch, WIDTH, requires_grad=True)
         self.v_first = torch.randn(length, batch, WIDTH, requires_grad=True)
         self.dy = torch.randn(length, batch, WIDTH)

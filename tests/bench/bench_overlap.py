@@ -80,10 +80,10 @@ def make_step(hidden: int, ctx: ParallelContext, sequence_parallel: bool, overla
     batch: tuple[Tensor, ...] = (ids[:, :-1], ids[:, 1:], torch.ones(BATCH, LENGTH), torch.zeros(BATCH, LENGTH).bool())
 
     def step() -> None:
-        reducer.zero()
+        reducer.zero_grad()
         reducer.set_last_microbatch(True)
         (model(*batch).loss_sum / (BATCH * LENGTH)).backward()
-        reducer.finish()
+        reducer.finish_grad_sync()
 
     return step
 

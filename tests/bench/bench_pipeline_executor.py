@@ -33,7 +33,7 @@ from megaforge.models.stages import plan_pipeline
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.init import initialize_parameters
-from megaforge.training.pipeline import StageRunner
+from megaforge.training.forward_backward import ForwardBackward
 from tests.bench.harness import interleaved_ratio, print_json, print_table
 
 CASES = {"small": (128, 4, 128), "medium": (256, 8, 512)}
@@ -62,7 +62,7 @@ def steps(hidden: int, layers: int, length: int) -> tuple[Step, Step, GradientRe
     reducer = GradientReducer(model, ctx)
     batches = micro_batches(length)
     tokens = MICRO_BATCHES * length
-    runner = StageRunner(
+    runner = ForwardBackward(
         model, ctx, plan_pipeline(cfg, ParallelConfig(), MICRO_BATCHES, length), reducer, dtype=torch.float32
     )
 
@@ -71,16 +71,16 @@ def steps(hidden: int, layers: int, length: int) -> tuple[Step, Step, GradientRe
         return output.loss_sum / tokens + auxiliary / MICRO_BATCHES
 
     def ours() -> None:
-        reducer.zero()
+        reducer.zero_grad()
         runner.forward_backward(batches, share, 1.0)
-        reducer.finish()
+        reducer.finish_grad_sync()
 
     def loop() -> None:
-        reducer.zero()
+        reducer.zero_grad()
         for number, batch in enumerate(batches, 1):
             reducer.set_last_microbatch(number == len(batches))
             share(model(batch.tokens, batch.labels, batch.loss_mask, batch.document_start)).backward()
-        reducer.finish()
+        reducer.finish_grad_sync()
 
     return ours, loop, reducer
 

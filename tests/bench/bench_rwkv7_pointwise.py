@@ -28,10 +28,10 @@ from megaforge.kernels.rwkv7_inputs import rwkv7_inputs
 from megaforge.models.hybrid import HybridModel
 from megaforge.nn.mlp import activate
 from megaforge.nn.norms import rms_norm
-from megaforge.nn.sequence import SequenceInfo
 from megaforge.nn.token_shift import shift_and_mix
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.packed_sequence import PackedSequence
 from tests.bench.harness import Measure, interleaved_ratio, print_json, print_table
 
 BATCH, LENGTH, HIDDEN, HEAD, INNER = 4, 512, 512, 64, 2048
@@ -72,7 +72,7 @@ def block(dtype: torch.dtype) -> Measure:
     initialize_parameters(model, ctx, 1)
     layer = model.layers[1]
     layer.mixer.wkv7 = lambda *x: _Copy.apply(*x)
-    info = SequenceInfo(BATCH, LENGTH, torch.device("cpu"))
+    info = PackedSequence(BATCH, LENGTH, torch.device("cpu"))
     x, v_first = (torch.randn(LENGTH, BATCH, HIDDEN, dtype=dtype, requires_grad=True) for _ in range(2))
     return cpu_seconds(lambda *x: layer(x[0], x[1], info, None)[0], [x, v_first, *layer.parameters()])
 
@@ -86,7 +86,7 @@ def parts(dtype: torch.dtype) -> dict[str, Measure]:
     def vectors(count: int) -> list[torch.Tensor]:
         return [tensor(HIDDEN, kind=torch.float32) for _ in range(count)]
 
-    info = SequenceInfo(BATCH, LENGTH, torch.device("cpu"))
+    info = PackedSequence(BATCH, LENGTH, torch.device("cpu"))
     tokens, heads = (LENGTH, BATCH, HIDDEN), (LENGTH, BATCH, HIDDEN // HEAD, HEAD)
     w0, a0, k_k, k_a, weight, bias, norm = vectors(7)
     finish = [*(tensor(*heads) for _ in range(4)), tensor(*tokens), weight, bias]

@@ -22,8 +22,8 @@ import numpy as np
 from megaforge.config.cli import parse_config
 from megaforge.data.indexed_dataset import IndexedDatasetWriter
 from megaforge.parallel.context import ParallelContext
-from megaforge.training.launch import build_trainer
 from megaforge.training.prepare import prepare
+from megaforge.training.setup import build_trainer
 from megaforge.training.trainer import Trainer
 from tests.bench.harness import print_json, print_table
 

@@ -28,13 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.run_config import OptimizerConfig
-from megaforge.kernels.matmul_precision import choose_matmul_precision, matmul_error
 from megaforge.models.hybrid import HybridModel
 from megaforge.optim.adamw import AdamW
 from megaforge.optim.clip import clip_gradients
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.init import initialize_parameters
+from megaforge.training.numerics import choose_matmul_precision, matmul_error
 from tests.bench.harness import interleaved_ratio, print_json, print_table
 
 BATCH, LENGTH, VOCAB, HIDDEN, LAYERS, HEADS, INNER = 4, 512, 8192, 512, 8, 8, 1408
@@ -67,11 +67,11 @@ def our_step(dtype: torch.dtype, tokens: torch.Tensor) -> tuple[Step, HybridMode
     mask = torch.ones(BATCH, LENGTH)
 
     def step() -> float:
-        reducer.zero()
+        reducer.zero_grad()
         reducer.set_last_microbatch(True)
         loss = model(tokens[:, :-1], tokens[:, 1:], mask).loss_sum / mask.numel()
         loss.backward()
-        reducer.finish()
+        reducer.finish_grad_sync()
         clip_gradients(model, ctx, 1.0)
         optimizer.step(LEARNING_RATE)
         return float(loss.detach())

@@ -19,12 +19,11 @@ import torch
 from megaforge.checkpoint import checkpoint as checkpoint_module
 from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from megaforge.checkpoint.directory import commit
-from megaforge.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from megaforge.checkpoint.find import find_checkpoint, holds_no_checkpoint
 from megaforge.checkpoint.manifest import MANIFEST_FILE, SUMS_FILE, read_manifest, write_manifest
 from megaforge.checkpoint.safetensors_file import FileRecord
 from megaforge.checkpoint.shards import TensorEntry
-from megaforge.errors import UserError
+from megaforge.errors import CheckpointError, DamagedCheckpointError, UserError
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import ParamSpec
 from tests.checkpoint.model_entries import INIT

@@ -111,7 +111,7 @@ def test_other_weights_are_refused_by_name(weights: dict[str, Tensor], change: d
         convert_rwkv7(changed)
 
 
-class Payload:
+class StageTensors:
     """Something that plain unpickling would run."""
 
     def __reduce__(self) -> tuple:
@@ -122,7 +122,7 @@ def test_files_that_hold_no_tensors_are_refused_unread(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         read_pth(tmp_path / "absent.pth")
     (tmp_path / "text.pth").write_text("not a model")
-    torch.save({"emb.weight": Payload()}, tmp_path / "hostile.pth")
+    torch.save({"emb.weight": StageTensors()}, tmp_path / "hostile.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     for name in ("text", "hostile", "list"):
         with pytest.raises(UserError, match=f"{name}.pth"):

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from megaforge.checkpoint.checkpoint import _why_ranks_differ, layout_of, load_checkpoint, save_checkpoint
-from megaforge.checkpoint.errors import CheckpointError
 from megaforge.checkpoint.manifest import MANIFEST_FILE, Manifest
 from megaforge.checkpoint.safetensors_file import SafetensorsFile
 from megaforge.checkpoint.shards import RANK_PREFIX, TensorEntry
+from megaforge.errors import CheckpointError
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import ParamSpec
 from tests.checkpoint.model_entries import INIT, SPECS, context, full_tensor, mismatches, model_entries, save_simulated

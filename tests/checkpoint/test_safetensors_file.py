@@ -9,8 +9,8 @@ import struct
 import pytest
 import torch
 
-from megaforge.checkpoint.errors import DamagedCheckpointError
 from megaforge.checkpoint.safetensors_file import DTYPE_NAMES, SafetensorsFile, Slot, file_order, write_safetensors
+from megaforge.errors import DamagedCheckpointError
 
 
 def _tensors() -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from megaforge.config import launcher
-from megaforge.config.launcher import Launch, check_address, discover_launch, say_once
+from megaforge.config.launcher import Launch, check_address, discover_launch, print_rank_0
 from megaforge.errors import UserError
 
 STEP = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
@@ -89,7 +89,7 @@ def test_notices_read_the_environment_once(monkeypatch: pytest.MonkeyPatch, caps
     launcher.this_launch.cache_clear()
     reads = []
     monkeypatch.setattr(launcher, "discover_launch", lambda: reads.append(1) or Launch())
-    say_once("one")
-    say_once("two")
+    print_rank_0("one")
+    print_rank_0("two")
     launcher.this_launch.cache_clear()
     assert capsys.readouterr().err == "one\ntwo\n" and len(reads) == 1 and os.environ

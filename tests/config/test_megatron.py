@@ -7,7 +7,7 @@ import pytest
 from megaforge.config.cli import parse_config
 from megaforge.config.megatron import advice
 from megaforge.errors import UserError
-from megaforge.models.head import TIED_OWN_LOGIT
+from megaforge.nn.head import TIED_OWN_LOGIT
 
 GPT = ("--num-layers", "12", "--hidden-size", "768", "--num-attention-heads", "12")
 DENSE = ("--layer-schedule", "attention", "--ffn", "dense")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megaforge.data.sample_schedule import ScheduleChange
 from megaforge.data.samples import Batch, DataChecks, GlobalBatchLoader, SampleSchedule, TrainingData
-from megaforge.data.schedule import ScheduleChange
 from megaforge.errors import UserError
 from tests.data.datasets import random_documents, write_dataset
 

@@ -7,7 +7,7 @@ import pytest
 
 from megaforge.data.loader import GlobalBatchLoader
 from megaforge.data.mock import MockData
-from megaforge.data.schedule import SampleSchedule, ScheduleChange
+from megaforge.data.sample_schedule import SampleSchedule, ScheduleChange
 from megaforge.errors import UserError
 
 

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from megaforge.data import fast_bpe
-from megaforge.data.manifest import read_sidecar
 from megaforge.data.preprocess import shard as shard_module
 from megaforge.data.preprocess.driver import preprocess
 from megaforge.data.preprocess.plan import PreprocessSettings, ShardQueue, Source, cut_into_shards
 from megaforge.data.preprocess.shard import SlowEncoder, WorkerSpec, make_encoder
+from megaforge.data.sidecar import read_sidecar
 from megaforge.data.tokenizer import guess_tokenizer_type, load_tokenizer
 from megaforge.errors import UserError
 from tests.data.corpus_files import bpe_tokenizer, documents, write_jsonl

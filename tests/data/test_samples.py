@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from megaforge.data import source as source_module
+from megaforge.data.sample_schedule import ScheduleChange
 from megaforge.data.samples import DataChecks, SampleSchedule, TrainingData
-from megaforge.data.schedule import ScheduleChange
 from megaforge.errors import UserError
 from tests.data.datasets import random_documents, write_dataset, write_sidecar
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megaforge.data import manifest as manifest_module
+from megaforge.data import sidecar as manifest_module
 from megaforge.data import source as source_module
 from megaforge.data.indexed_dataset import IndexedDataset
-from megaforge.data.manifest import check_agreement, probe_tokens, read_sidecar
 from megaforge.data.samples import SampleSchedule, TrainingData
+from megaforge.data.sidecar import check_agreement, probe_tokens, read_sidecar
 from megaforge.data.source import DataChecks, Source, open_source
 from megaforge.errors import UserError
 from tests.data.datasets import write_dataset, write_sidecar

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from megaforge.kernels.attention import additive_mask, causal_attention, takes_documents
-from megaforge.nn.sequence import SequenceInfo
+from megaforge.parallel.packed_sequence import PackedSequence
 from tests.kernels.test_attention import formula, relative
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -21,10 +21,10 @@ def inputs(groups: int) -> list[Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def packed() -> SequenceInfo:
+def packed() -> PackedSequence:
     start = torch.zeros(2, LENGTH, dtype=torch.bool)
     start[0, [5, 6, 100]] = start[1, 200] = True
-    return SequenceInfo(2, LENGTH, torch.device("cuda"), start)
+    return PackedSequence(2, LENGTH, torch.device("cuda"), start)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

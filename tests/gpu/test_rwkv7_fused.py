@@ -8,9 +8,9 @@ import torch
 from megaforge.config.model_config import ModelConfig
 from megaforge.kernels import rwkv7_fused
 from megaforge.nn.rwkv7 import RWKV7TimeMix
-from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.parallel.region import TensorParallelRegion
 
 pytestmark = pytest.mark.skipif(
@@ -36,7 +36,7 @@ def layer_results(fused: bool, monkeypatch: pytest.MonkeyPatch) -> list[torch.Te
     x = torch.randn(50, 2, 128, generator=generator).cuda().requires_grad_()
     starts = torch.zeros(2, 50, dtype=torch.bool)
     starts[0, [7, 30]] = True
-    out, v_first = layer(x, SequenceInfo(2, 50, x.device, starts))
+    out, v_first = layer(x, PackedSequence(2, 50, x.device, starts))
     grads = torch.autograd.grad(out.square().sum() + v_first.sum(), [x, *layer.parameters()])
     return [out, *grads]
 

@@ -77,7 +77,7 @@ def test_the_rule() -> None:
 
 def test_a_gpu_that_walks_through_the_experts_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(grouped_mm, "say_once", said.append)
+    monkeypatch.setattr(grouped_mm, "print_rank_0", said.append)
     grouped_mm.say_loop.cache_clear()
     for _ in range(2):
         grouped_mm.say_loop("cpu", torch.float32, torch.float32)

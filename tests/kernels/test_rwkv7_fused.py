@@ -51,7 +51,7 @@ def test_without_triton_plain_torch_computes(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_gpu_without_the_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(rwkv7_fused, "say_once", said.append)
+    monkeypatch.setattr(rwkv7_fused, "print_rank_0", said.append)
     monkeypatch.setenv("MEGAFORGE_NATIVE", "0")
     for cached in (rwkv7_fused._kernels, rwkv7_fused.say_plain):
         cached.cache_clear()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megaforge.config.launcher import say_once
+from megaforge.config.launcher import print_rank_0
 from megaforge.config.run_config import LoggingConfig
 from megaforge.errors import UserError
 from megaforge.monitor.log import logged
@@ -24,7 +24,7 @@ def test_the_file_has_everything_and_the_console_nothing_twice(
     file = tmp_path / "new" / "run.log"
     for _ in range(2):
         with logged(replace(CONFIG, log_file=str(file)), 0):
-            say_once("a note")
+            print_rank_0("a note")
             logger.warning("beware")
             logger.debug("detail")
     lines = file.read_text().splitlines()

@@ -11,8 +11,8 @@ from torch import Tensor
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
 from megaforge.nn.attention import KVCache, SelfAttention
-from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.packed_sequence import PackedSequence
 from tests.kernels.test_attention import fake_varlen
 from tests.nn.support import CTX, REGION, assert_agrees, assert_close, filled, random
 
@@ -36,7 +36,7 @@ def rotate(x: Tensor, positions: Tensor, channels: int, base: float) -> Tensor:
     return torch.cat([turned.real, turned.imag, x[:, channels:]], dim=1)
 
 
-def oracle_of(cfg: ModelConfig, info: SequenceInfo):
+def oracle_of(cfg: ModelConfig, info: PackedSequence):
     """One sequence and one head at a time."""
 
     def oracle(x: Tensor, w: dict[str, Tensor]) -> Tensor:
@@ -77,7 +77,7 @@ def test_documents_take_the_place_of_the_mask(monkeypatch: pytest.MonkeyPatch, g
     monkeypatch.setattr("megaforge.nn.attention.takes_documents", lambda query: True)
     start = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
     start[0, [2, 3]] = start[1, 5] = True
-    info, cfg = SequenceInfo(BATCH, LENGTH, CPU, start), config(num_query_groups=groups)
+    info, cfg = PackedSequence(BATCH, LENGTH, CPU, start), config(num_query_groups=groups)
     layer = attention(cfg)
     assert_agrees(layer, lambda x: layer(x, info), oracle_of(cfg, info), random(LENGTH, BATCH, HIDDEN))
     assert [call["bounds"] for call in calls] == [[0, 2, 3, 7, 12, 14]]
@@ -98,7 +98,7 @@ def test_values_and_gradients(changes: dict, packed: bool) -> None:
     cfg = config(**changes)
     start = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
     start[0, 2], start[0, 3], start[1, 5] = packed, packed, packed
-    info = SequenceInfo(BATCH, LENGTH, CPU, start)
+    info = PackedSequence(BATCH, LENGTH, CPU, start)
     module = attention(cfg)
     assert_agrees(module, lambda x: module(x, info), oracle_of(cfg, info), random(LENGTH, BATCH, HIDDEN))
 
@@ -108,10 +108,10 @@ def test_values_and_gradients(changes: dict, packed: bool) -> None:
 def test_cache_continues_the_parallel_form(cuts: tuple[int, ...]) -> None:
     module = attention(config(num_query_groups=2))
     x = random(LENGTH, BATCH, HIDDEN)
-    whole = module(x, SequenceInfo(BATCH, LENGTH, CPU))
+    whole = module(x, PackedSequence(BATCH, LENGTH, CPU))
     cache, outs, seen = KVCache(), [], 0
     for piece in x.split(cuts):
-        outs.append(module(piece, SequenceInfo(BATCH, piece.shape[0], CPU, None, seen), cache))
+        outs.append(module(piece, PackedSequence(BATCH, piece.shape[0], CPU, None, seen), cache))
         seen += piece.shape[0]
     assert cache.length == LENGTH
     assert_close(torch.cat(outs), whole, 1e-13, "output")
@@ -121,9 +121,9 @@ def test_cache_continues_the_parallel_form(cuts: tuple[int, ...]) -> None:
 def test_cache_grows_beyond_its_first_capacity() -> None:
     module = attention(config())
     x = random(150, 1, HIDDEN)
-    whole = module(x, SequenceInfo(1, 150, CPU))
+    whole = module(x, PackedSequence(1, 150, CPU))
     cache = KVCache()
-    pieces = [module(piece, SequenceInfo(1, 50, CPU, None, 50 * n), cache) for n, piece in enumerate(x.split(50))]
+    pieces = [module(piece, PackedSequence(1, 50, CPU, None, 50 * n), cache) for n, piece in enumerate(x.split(50))]
     assert_close(torch.cat(pieces), whole, 1e-13, "output")
 
 

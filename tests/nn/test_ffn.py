@@ -12,7 +12,7 @@ from torch import Tensor
 from megaforge.config.model_config import ModelConfig
 from megaforge.nn.mlp import DenseFFN, FFNState
 from megaforge.nn.moe import MoEFFN
-from megaforge.nn.sequence import SequenceInfo
+from megaforge.parallel.packed_sequence import PackedSequence
 from tests.nn.support import CTX, REGION, assert_agrees, assert_close, filled, random
 
 LENGTH, BATCH, HIDDEN, INNER, EXPERTS, TOPK = 7, 2, 8, 10, 5, 2
@@ -28,10 +28,10 @@ def build(kind: type, cfg: ModelConfig, channel_mix: bool, dtype: torch.dtype = 
     return filled(kind(CTX, "f", cfg, layer_index=1, num_layers=4, channel_mix=channel_mix, region=REGION, dtype=dtype))
 
 
-def packed_info() -> SequenceInfo:
+def packed_info() -> PackedSequence:
     start = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
     start[0, 2], start[1, 5] = True, True
-    return SequenceInfo(BATCH, LENGTH, CPU, start)
+    return PackedSequence(BATCH, LENGTH, CPU, start)
 
 
 def nonlinearity(kind: str, x: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def nonlinearity(kind: str, x: Tensor) -> Tensor:
     return torch.where(x > 0, x * x, 0)
 
 
-def mixed(x: Tensor, w: dict[str, Tensor], info: SequenceInfo) -> Tensor:
+def mixed(x: Tensor, w: dict[str, Tensor], info: PackedSequence) -> Tensor:
     """The channel mix, token by token."""
     rows = []
     for t in range(x.shape[0]):
@@ -73,9 +73,9 @@ def test_shift_state_continues_the_parallel_form(kind: type) -> None:
     module = build(kind, config(), True)
     x = random(LENGTH, BATCH, HIDDEN)
     first = (lambda result: result[0]) if kind is MoEFFN else (lambda result: result)
-    whole = first(module(x, SequenceInfo(BATCH, LENGTH, CPU)))
+    whole = first(module(x, PackedSequence(BATCH, LENGTH, CPU)))
     state, outs, seen = FFNState(), [], 0
     for piece in x.split((3, 1, 2, 1)):
-        outs.append(first(module(piece, SequenceInfo(BATCH, piece.shape[0], CPU, None, seen), state)))
+        outs.append(first(module(piece, PackedSequence(BATCH, piece.shape[0], CPU, None, seen), state)))
         seen += piece.shape[0]
     assert_close(torch.cat(outs), whole, 1e-13, "output")

@@ -14,8 +14,8 @@ from megaforge.errors import UserError
 from megaforge.kernels.moe_routing import moe_route
 from megaforge.nn.moe import MoEFFN, update_routers
 from megaforge.nn.moe.routing import routing_rule, within_capacity
-from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.parallel.param_spec import named_specs
 from tests.nn.support import REGION, assert_agrees, random
 from tests.nn.test_ffn import (
@@ -51,7 +51,7 @@ def chosen_in_python(scores: Sequence[float], cfg: ModelConfig, plain: bool = Fa
     return sorted((e for e in range(number) if e // size in groups), key=lambda e: -scores[e])[: cfg.moe_router_topk]
 
 
-def oracle(x: Tensor, w: dict[str, Tensor], cfg: ModelConfig, info: SequenceInfo) -> tuple[Tensor, Tensor, Tensor]:
+def oracle(x: Tensor, w: dict[str, Tensor], cfg: ModelConfig, info: PackedSequence) -> tuple[Tensor, Tensor, Tensor]:
     """Output, load-balance sum and z-loss sum, token by token and expert by expert."""
     number, topk = cfg.num_experts, cfg.moe_router_topk
     x = mixed(x, w, info) if "f.x_k" in w else x
@@ -94,7 +94,7 @@ def oracle(x: Tensor, w: dict[str, Tensor], cfg: ModelConfig, info: SequenceInfo
 
 
 def assert_layer_agrees(module: MoEFFN, cfg: ModelConfig, length: int = LENGTH) -> None:
-    info = packed_info() if length == LENGTH else SequenceInfo(BATCH, length, CPU)
+    info = packed_info() if length == LENGTH else PackedSequence(BATCH, length, CPU)
 
     def flat(out: Tensor, balance: Tensor, z_loss: Tensor) -> Tensor:
         return torch.cat([out.flatten(), balance.view(1), z_loss.view(1)])
@@ -151,7 +151,7 @@ def test_counts_and_idle_experts() -> None:
     module = build(MoEFFN, config(moe_router_topk=1), False)
     with torch.no_grad():
         module.router.weight.zero_()[3] = 1.0
-    out, losses = module(random(LENGTH, BATCH, HIDDEN).abs(), SequenceInfo(BATCH, LENGTH, CPU))
+    out, losses = module(random(LENGTH, BATCH, HIDDEN).abs(), PackedSequence(BATCH, LENGTH, CPU))
     assert losses.tokens_per_expert.tolist() == [0, 0, 0, LENGTH * BATCH, 0]
     assert float(losses.load_balance_sum.detach()) > BATCH * 2
     out.sum().backward()
@@ -163,7 +163,7 @@ def test_balance_loss_is_one_a_sequence_when_balanced() -> None:
     module = build(MoEFFN, config(), False)
     with torch.no_grad():
         module.router.weight.zero_()
-    _, losses = module(random(LENGTH, BATCH, HIDDEN), SequenceInfo(BATCH, LENGTH, CPU))
+    _, losses = module(random(LENGTH, BATCH, HIDDEN), PackedSequence(BATCH, LENGTH, CPU))
     assert abs(float(losses.load_balance_sum.detach()) - BATCH) < 1e-12
     assert abs(float(losses.z_loss_sum.detach()) - LENGTH * BATCH * math.log(EXPERTS) ** 2) < 1e-9
 
@@ -192,7 +192,7 @@ def test_before_the_softmax_groups_are_ranked_by_probability() -> None:
 def test_one_expert_a_token_trains_its_router(before: bool) -> None:
     """Through its weight, if that is a probability: renormalised to one it gives the router no gradient at all."""
     module = build(MoEFFN, config(moe_router_topk=1, moe_router_pre_softmax=before), False)
-    out, _ = module(random(LENGTH, BATCH, HIDDEN), SequenceInfo(BATCH, LENGTH, CPU))
+    out, _ = module(random(LENGTH, BATCH, HIDDEN), PackedSequence(BATCH, LENGTH, CPU))
     out.square().sum().backward()
     assert module.router.weight.grad is not None
     assert bool(module.router.weight.grad.abs().max() > 1e-6) == before
@@ -205,7 +205,7 @@ def test_the_balance_loss_counts_what_the_router_prefers() -> None:
     with torch.no_grad():
         module.router.expert_bias.copy_(torch.tensor([9.0, 9, 0, 0, 0]))
     x = random(LENGTH, BATCH, HIDDEN)
-    _, losses = module(x, SequenceInfo(BATCH, LENGTH, CPU))
+    _, losses = module(x, PackedSequence(BATCH, LENGTH, CPU))
     preferred = (x @ module.router.weight.detach().T).topk(2).indices.flatten().bincount(minlength=EXPERTS)
     assert losses.tokens_per_expert.tolist() == [LENGTH * BATCH] * 2 + [0] * 3
     assert losses.preferred_per_expert.tolist() == preferred.tolist() and int((preferred > 0).sum()) > 2
@@ -227,7 +227,7 @@ def test_capacity_by_position_and_by_weight() -> None:
 
 def test_nothing_is_dropped_outside_training() -> None:
     full, limited = build(MoEFFN, config(), False), build(MoEFFN, config(moe_expert_capacity_factor=0.3), False)
-    x, info = random(LENGTH, BATCH, HIDDEN), SequenceInfo(BATCH, LENGTH, CPU)
+    x, info = random(LENGTH, BATCH, HIDDEN), PackedSequence(BATCH, LENGTH, CPU)
     assert not torch.equal(full(x, info)[0], limited(x, info)[0])
     torch.testing.assert_close(full.eval()(x, info)[0], limited.eval()(x, info)[0], rtol=0, atol=0)
 
@@ -255,7 +255,7 @@ def test_global_balance_loss_reads_the_previous_global_batch() -> None:
         seen = []
         for _ in range(2):
             module.router.weight.grad = None
-            outputs = [module(piece, SequenceInfo(piece.shape[1], LENGTH, CPU))[1] for piece in pieces]
+            outputs = [module(piece, PackedSequence(piece.shape[1], LENGTH, CPU))[1] for piece in pieces]
             balance = sum(losses.load_balance_sum for losses in outputs) / 3
             balance.backward()
             seen += [balance.detach(), module.router.weight.grad]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.nn.rwkv7 import RWKV7State, RWKV7TimeMix, lora_ranks
-from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.parallel.param_spec import named_specs
 from tests.nn.support import CTX, REGION, assert_agrees, assert_close, filled, random
 
@@ -72,9 +72,9 @@ def oracle(x: Tensor, w: dict[str, Tensor], v_first: Tensor | None, start: list[
     return torch.stack(outputs, 1), torch.stack(first_values, 1)
 
 
-def boundaries(length: int, starts: list[set[int]]) -> SequenceInfo:
+def boundaries(length: int, starts: list[set[int]]) -> PackedSequence:
     start = torch.tensor([[t in own for t in range(length)] for own in starts])
-    return SequenceInfo(len(starts), length, torch.device("cpu"), start)
+    return PackedSequence(len(starts), length, torch.device("cpu"), start)
 
 
 @pytest.mark.parametrize("layer_index", [0, 2])
@@ -114,11 +114,11 @@ def test_v_first_carries_values_and_gradients_upward() -> None:
 def test_generation_equals_the_parallel_form(pieces: list[int], layer_index: int) -> None:
     layer = time_mix(layer_index)
     x, v_first = random(12, 2, SIZE), random(12, 2, SIZE, seed=1) if layer_index else None
-    whole, _ = layer(x, SequenceInfo(2, 12, x.device), v_first)
+    whole, _ = layer(x, PackedSequence(2, 12, x.device), v_first)
     state, out, at = RWKV7State(), [], 0
     for length in pieces:
         part = slice(at, at + length)
-        info = SequenceInfo(2, length, x.device, offset=at)
+        info = PackedSequence(2, length, x.device, offset=at)
         out.append(layer(x[part], info, None if v_first is None else v_first[part], state)[0])
         at += length
     assert_close(torch.cat(out), whole, 1e-12, "output")
@@ -128,13 +128,13 @@ def test_packed_documents_equal_separate_ones() -> None:
     layer, x, v_first = time_mix(1), random(50, 1, SIZE), random(50, 1, SIZE, seed=1)
     packed, _ = layer(x, boundaries(50, [{7, 8, 40}]), v_first)
     for start, stop in ((0, 7), (7, 8), (8, 40), (40, 50)):
-        alone, _ = layer(x[start:stop], SequenceInfo(1, stop - start, x.device), v_first[start:stop])
+        alone, _ = layer(x[start:stop], PackedSequence(1, stop - start, x.device), v_first[start:stop])
         assert_close(packed[start:stop], alone, 1e-12, f"document {start}")
 
 
 def test_bf16_stays_close_to_fp64_and_keeps_vectors_wide() -> None:
     wide, narrow = time_mix(1), time_mix(1, torch.bfloat16)
-    x, v_first, info = random(40, 2, SIZE), random(40, 2, SIZE, seed=1), SequenceInfo(2, 40, torch.device("cpu"))
+    x, v_first, info = random(40, 2, SIZE), random(40, 2, SIZE, seed=1), PackedSequence(2, 40, torch.device("cpu"))
     state = RWKV7State()
     out, _ = narrow(x.bfloat16(), info, v_first.bfloat16(), state)
     assert out.dtype == torch.bfloat16 and narrow.w0.dtype == torch.float32 and narrow.w1.dtype == torch.bfloat16

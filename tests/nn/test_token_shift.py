@@ -8,22 +8,22 @@ import pytest
 import torch
 
 from megaforge.nn import token_shift as module
-from megaforge.nn.sequence import SequenceInfo
 from megaforge.nn.token_shift import mix_tokens, shift_and_mix, token_shift
+from megaforge.parallel.packed_sequence import PackedSequence
 from tests.nn.support import assert_close, random
 
 
 def test_documents_start_from_zero_and_others_from_their_predecessor() -> None:
     x = random(6, 2, 3)
     start = torch.tensor([[True, False, False, True, True, False], [False] * 6])
-    previous = token_shift(x, SequenceInfo(2, 6, x.device, start))
+    previous = token_shift(x, PackedSequence(2, 6, x.device, start))
     assert torch.equal(previous[[1, 2, 5], 0], x[[0, 1, 4], 0]) and not previous[[0, 3, 4], 0].any()
     assert torch.equal(previous[1:, 1], x[:-1, 1]) and not previous[0, 1].any()
 
 
 def test_a_state_stands_before_the_first_token() -> None:
     x, state = random(3, 2, 4), random(2, 4, seed=1)
-    previous = token_shift(x, SequenceInfo(2, 3, x.device, offset=5), state)
+    previous = token_shift(x, PackedSequence(2, 3, x.device, offset=5), state)
     assert torch.equal(previous, torch.cat([state[None], x[:-1]]))
 
 

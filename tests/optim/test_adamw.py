@@ -9,7 +9,7 @@ import torch
 from megaforge.config.run_config import OptimizerConfig
 from megaforge.optim import AdamW, adamw, build_optimizer
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.flat_share import held_part
+from megaforge.parallel.flat_shard import optimizer_shard
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.init_rules import Normal
 from megaforge.parallel.param_spec import ParamSpec, make_parameter, named_specs
@@ -222,7 +222,7 @@ def test_apex_updates_every_element_of_every_share(monkeypatch: pytest.MonkeyPat
             empty += sum(not len(tensor) for tensor in start.values())
             assert len(optimizer.moment_entries()) == 2 * number, "checkpoints still name all of them"
             for parameter in model.parameters():
-                held = held_part(parameter)
+                held = optimizer_shard(parameter)
                 parameter.main_grad = 1.0 + torch.arange(held.start, held.stop, dtype=torch.float32)
             optimizer.step(1e-2)
             after = masters(optimizer)

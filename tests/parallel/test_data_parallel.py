@@ -7,8 +7,8 @@ import os
 
 import torch
 
+from tests.parallel.context_parallel.test_shard import PACKED, Shape, train
 from tests.parallel.pool import RankPool
-from tests.parallel.test_context_parallel import PACKED, Shape, train
 
 
 def threads_of_a_trained_model() -> int:

@@ -118,12 +118,12 @@ def train(
         tokens = float(fields[2].sum())
         share = SEQUENCES // ctx.dp.size
         own = [field[ctx.dp.rank * share : (ctx.dp.rank + 1) * share].split(min(micro, share)) for field in fields]
-        reducer.zero()
+        reducer.zero_grad()
         outputs = [model(*batch) for batch in zip(*own, strict=True)]
         for number, out in enumerate(outputs, 1):
             reducer.set_last_microbatch(number == len(outputs))
             loss_of(out, tokens, length).backward()
-        reducer.finish()
+        reducer.finish_grad_sync()
         gradients.append(pieces_of(model, ctx, gradients=True))
         norms.append(clip_gradients(model, ctx, 0.5))
         optimizer.step(2e-4)
@@ -228,12 +228,12 @@ def idle_experts(sizes: dict[str, int]) -> tuple[Pieces, Tensor, Tensor]:
             if spec.kind == "router":
                 parameter.zero_()
     reducer = GradientReducer(model, ctx)
-    reducer.zero()
+    reducer.zero_grad()
     share = SEQUENCES // ctx.dp.size
     fields = [field[ctx.dp.rank * share : (ctx.dp.rank + 1) * share] for field in global_batch(0, 3)]
     out = model(*fields)
     (out.loss_sum + out.load_balance_sum).backward()
-    reducer.finish()
+    reducer.finish_grad_sync()
     return (
         pieces_of(model, ctx, gradients=True),
         total_over_dp(out.loss_sum.detach(), ctx),

@@ -10,8 +10,8 @@ from megaforge.config.run_config import OptimizerConfig, ParallelConfig
 from megaforge.optim import build_optimizer, clip_gradients
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
-from megaforge.parallel.flat_share import held_part
-from megaforge.parallel.grad_compression import PlainSum, PowerSGD, make_reduction
+from megaforge.parallel.flat_shard import optimizer_shard
+from megaforge.parallel.grad_compression import AllReduceHook, PowerSGD, make_comm_hook
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.init_rules import Normal
 from megaforge.parallel.param_spec import ParamSpec, make_parameter, named_specs
@@ -53,10 +53,10 @@ def given(rank: int, step: int, columns: int | None = None) -> list[Tensor]:
 
 
 def reduce(reducer: GradientReducer, model: Holder, gradients: list[Tensor]) -> list[Tensor]:
-    reducer.zero()
+    reducer.zero_grad()
     reducer.set_last_microbatch(True)
     model(gradients).backward()
-    reducer.finish()
+    reducer.finish_grad_sync()
     return [p.main_grad.clone() for p in model.declared]  # type: ignore[attr-defined]
 
 
@@ -122,7 +122,7 @@ def rounded(error_feedback: bool, steps: int, zero: int) -> float:
     ctx = ParallelContext.create()
     model = Holder(ctx, torch.float32)
     shards = ShardedParameters(model, ctx) if zero else None
-    reduction = PlainSum(torch.bfloat16, error_feedback=error_feedback)
+    reduction = AllReduceHook(torch.bfloat16, error_feedback=error_feedback)
     reducer = GradientReducer(model, ctx, shards=shards, reduction=reduction)
     total = 0.0
     gradients = [torch.full(spec.shape, 1 + 2.0**-9 if ctx.world.rank == 0 else 0.0) for spec in SPECS]
@@ -146,13 +146,13 @@ def train(config: ParallelConfig) -> dict[str, Tensor]:
     model = Holder(ctx, torch.float64)
     shards = shard_parameters(config, model, ctx)
     optimizer = build_optimizer(OptimizerConfig(), model, ctx, shards)
-    reducer = GradientReducer(model, ctx, shards=shards, reduction=make_reduction(config))
+    reducer = GradientReducer(model, ctx, shards=shards, reduction=make_comm_hook(config))
     for step in range(3):
         reduce(reducer, model, given(ctx.world.rank, step))
         clip_gradients(model, ctx, 1.0)
         optimizer.step(0.01)
     optimizer.wait_for_parameters()
-    assert all(held_part(p).name == spec.name for spec, p in named_specs(model))
+    assert all(optimizer_shard(p).name == spec.name for spec, p in named_specs(model))
     return {spec.name: p.detach().clone() for spec, p in named_specs(model)}
 
 
@@ -168,12 +168,12 @@ def test_zero_and_compression_go_together(ranks, kind: str) -> None:
 
 
 def test_flags_choose_the_reduction() -> None:
-    plain, rounded = make_reduction(ParallelConfig()), make_reduction(ParallelConfig(grad_reduce_in_bf16=True))
-    assert isinstance(plain, PlainSum) and plain.dtype is None
-    assert isinstance(rounded, PlainSum) and rounded.dtype == torch.bfloat16 and not rounded.error_feedback
-    fed_back = make_reduction(ParallelConfig(grad_compression="bf16"))
-    assert isinstance(fed_back, PlainSum) and fed_back.error_feedback
-    low_rank = make_reduction(ParallelConfig(grad_compression="powersgd", grad_compression_rank=7))
+    plain, rounded = make_comm_hook(ParallelConfig()), make_comm_hook(ParallelConfig(grad_reduce_in_bf16=True))
+    assert isinstance(plain, AllReduceHook) and plain.dtype is None
+    assert isinstance(rounded, AllReduceHook) and rounded.dtype == torch.bfloat16 and not rounded.error_feedback
+    fed_back = make_comm_hook(ParallelConfig(grad_compression="bf16"))
+    assert isinstance(fed_back, AllReduceHook) and fed_back.error_feedback
+    low_rank = make_comm_hook(ParallelConfig(grad_compression="powersgd", grad_compression_rank=7))
     assert isinstance(low_rank, PowerSGD) and low_rank.rank == 7
 
 
@@ -181,5 +181,5 @@ def test_one_replica_sends_and_loses_nothing() -> None:
     for config in (ParallelConfig(grad_compression="powersgd"), ParallelConfig(grad_compression="bf16")):
         ctx = ParallelContext.single()
         model = Holder(ctx, torch.float64)
-        found = reduce(GradientReducer(model, ctx, reduction=make_reduction(config)), model, given(0, 0))
+        found = reduce(GradientReducer(model, ctx, reduction=make_comm_hook(config)), model, given(0, 0))
         assert all(torch.equal(one, other) for one, other in zip(found, given(0, 0), strict=True))

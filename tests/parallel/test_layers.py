@@ -33,7 +33,7 @@ class TinyModel(nn.Module):
         self.embedding = VocabParallelEmbedding(
             ctx, "embedding", PADDED, HIDDEN, init=Normal(0.5, VOCAB), region=region, dtype=dtype
         )
-        scale = ParamSpec("scale", (HIDDEN,), Uniform(2.0), tp_partial_grad=region.norm_grad_is_partial)
+        scale = ParamSpec("scale", (HIDDEN,), Uniform(2.0), tp_partial_grad=region.sequence_parallel)
         mix = ParamSpec("mix", (HIDDEN,), Uniform(2.0), tp_partial_grad=True)
         self.scale = make_parameter(scale, ctx, dtype)
         self.mix = make_parameter(mix, ctx, dtype)
@@ -81,7 +81,7 @@ def run_tiny(
             if spec.name.endswith("bias"):
                 parameter.copy_(spec.take_local(torch.linspace(-1, 1, spec.numel, dtype=dtype).view(spec.shape), ctx))
     reducer = GradientReducer(model, ctx, bucket_size=200, overlap=overlap)
-    reducer.zero()
+    reducer.zero_grad()
     tokens, labels = tokens_and_labels()
     total = torch.zeros((), dtype=torch.float64)
     micro = BATCH // ctx.dp.size // 2 or 1
@@ -92,7 +92,7 @@ def run_tiny(
         loss = model(t, y) / (BATCH * SEQUENCE)
         loss.backward()
         total += loss.detach().double()
-    reducer.finish()
+    reducer.finish_grad_sync()
     total = mappings.reduce_from_tensor_parallel(total, ctx.dp)
     weights = {s.name: gather_full(s, p.detach(), ctx) for s, p in named_specs(model)}
     grads = {s.name: gather_full(s, p.main_grad, ctx) for s, p in named_specs(model)}
@@ -179,9 +179,9 @@ def test_sixteen_bit_gradients_accumulate_in_fp32() -> None:
     holder = nn.Module()
     holder.weight = make_parameter(ParamSpec("w", (3, 3), Normal(1.0)), ctx, torch.bfloat16)
     reducer = GradientReducer(holder, ctx)
-    reducer.zero()
+    reducer.zero_grad()
     for value in (1.0, 2.0**-10):  # their sum has no bf16 representation
         (holder.weight * value).sum().backward()
-    reducer.finish()
+    reducer.finish_grad_sync()
     assert holder.weight.main_grad.dtype == torch.float32
     assert torch.equal(holder.weight.main_grad, torch.full((3, 3), 1.0 + 2.0**-10))

@@ -47,24 +47,24 @@ from megaforge.config.check_layout import check_layout
 from megaforge.config.config import Config
 from megaforge.config.run_config import OptimizerConfig
 from megaforge.errors import UserError
-from megaforge.models.head import OutputHead
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.stages import build_model
+from megaforge.nn.head import OutputHead
 from megaforge.nn.moe import MoEFFN
-from megaforge.nn.sequence import SequenceInfo
 from megaforge.optim import AdamW, clip_gradients
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
-from megaforge.parallel.flat_share import held_part
+from megaforge.parallel.flat_shard import optimizer_shard
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.init_rules import Normal
+from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.parallel.param_spec import named_specs
 from megaforge.parallel.region import TensorParallelRegion
 from megaforge.parallel.zero import ShardedParameters
 from megaforge.training.callbacks import MetricsWriter
-from megaforge.training.launch import build_trainer, plan_of
-from megaforge.training.parity import Comparison, combined, compare, one_rank, parity_config, write_documents
-from megaforge.training.parity_layouts import ParityLayout
+from megaforge.training.setup import build_trainer, make_pipeline_plan
+from megaforge.verification.parity import Comparison, combined, compare, one_rank, parity_config, write_documents
+from megaforge.verification.parity_layouts import ParityLayout
 from tests.nn.support import perturb
 from tests.parallel.pool import RankPool
 from tests.parallel.test_pipeline_model import trainer_of
@@ -169,16 +169,16 @@ def router_gradient(sizes: dict[str, int], in_between: bool) -> tuple[Tensor, Te
     initialize_parameters(layer, ctx, seed=3)
     perturb(layer, ctx)
     reducer = GradientReducer(layer, ctx)
-    reducer.zero()
+    reducer.zero_grad()
     inputs = torch.randn(2, 6, 3, cfg.hidden_size, generator=torch.Generator().manual_seed(1)).double()
-    losses = [layer(x, SequenceInfo(3, 6, CPU))[1] for x in inputs]
+    losses = [layer(x, PackedSequence(3, 6, CPU))[1] for x in inputs]
     for loss in losses:
         if in_between:
             loss.tokens_per_expert.mul_(0)  # it is the caller's: he may add it up in place
     for number, loss in enumerate(losses):
         reducer.set_last_microbatch(number == 1)
         loss.load_balance_sum.backward()
-    reducer.finish()
+    reducer.finish_grad_sync()
     total = torch.stack([loss.load_balance_sum.detach() for loss in losses]).sum()
     return layer.router.weight.main_grad, total, inputs  # type: ignore[attr-defined]
 
@@ -247,7 +247,7 @@ def norm_of_known_gradients(sizes: dict[str, int], zero: bool) -> tuple[float, f
             continue
         whole = torch.randn(spec.shape, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
         squares += float(whole.square().sum())
-        local, held = spec.take_local(whole, ctx), held_part(parameter)
+        local, held = spec.take_local(whole, ctx), optimizer_shard(parameter)
         parameter.main_grad = local if held is spec else local.view(-1)[held.start : held.stop]  # type: ignore
     return clip_gradients(model, ctx, 1.0), math.sqrt(squares)
 
@@ -416,7 +416,7 @@ def test_23_weight_decay_follows_declarations_not_names_or_shapes() -> None:
     staged = parity_config("none", "fp64", ParityLayout("", 8, ("--pp", "2", "--tp", "2", "--ep", "2")))
     for rank in range(8):
         ctx = ParallelContext.of_rank(rank, 8, tp=2, pp=2, ep=2)
-        model = build_model(config.model, ctx, plan_of(staged, check_layout(staged, 8)))
+        model = build_model(config.model, ctx, make_pipeline_plan(staged, check_layout(staged, 8)))
         for name, group in decay_of(model, ctx).items():
             assert found.setdefault(name, group) == group
     assert found == expected

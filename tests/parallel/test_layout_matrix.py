@@ -17,7 +17,8 @@ import torch
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.param_spec import named_specs
 from megaforge.training.metrics import StepMetrics
-from megaforge.training.parity import (
+from megaforge.training.trainer import Trainer
+from megaforge.verification.parity import (
     KINDS,
     STEPS,
     TOLERANCE,
@@ -29,8 +30,7 @@ from megaforge.training.parity import (
     parity_config,
     write_documents,
 )
-from megaforge.training.parity_layouts import LAYOUTS, ParityLayout, choose_layouts
-from megaforge.training.trainer import Trainer
+from megaforge.verification.parity_layouts import LAYOUTS, ParityLayout, choose_layouts
 from tests.parallel.pool import RankPool
 
 CPU = torch.device("cpu")

@@ -103,7 +103,7 @@ def train(case: str, tp: int, sequence_parallel: bool, dtype: torch.dtype) -> Ou
     own = [part.chunk(ctx.dp.size)[ctx.dp.rank].chunk(2) for part in batch]
     outcome = Outcome([], [], {}, {})
     for step in range(STEPS):
-        reducer.zero()
+        reducer.zero_grad()
         total = torch.zeros((), dtype=torch.float64)
         for number, micro in enumerate(zip(*own, strict=True)):
             reducer.set_last_microbatch(number == 1)
@@ -112,7 +112,7 @@ def train(case: str, tp: int, sequence_parallel: bool, dtype: torch.dtype) -> Ou
             loss = loss + cfg.moe_z_loss_coeff * out.z_loss_sum / (BATCH * LENGTH)
             loss.backward()
             total += loss.detach().double()
-        reducer.finish()
+        reducer.finish_grad_sync()
         outcome.losses.append(float(reduce_from_tensor_parallel(total, ctx.dp)))
         if step == 0:
             outcome.gradients = {s.name: whole(s, p.main_grad, ctx) for s, p in named_specs(model)}  # type: ignore[attr-defined]

@@ -20,15 +20,15 @@ from torch import Tensor
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
+from megaforge.inference.restore import load_trained_model
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.stages import stage_layers
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.flat_share import FlatShare, held_part
+from megaforge.parallel.flat_shard import FlatShard, optimizer_shard
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.mappings import reduce_from_tensor_parallel
 from megaforge.parallel.param_spec import ParamSpec, named_specs
 from megaforge.training.prepare import prepare
-from megaforge.training.restore import load_trained_model
 from megaforge.training.trainer import Trainer
 from tests.nn.support import perturb
 from tests.parallel.pool import RankPool
@@ -72,9 +72,9 @@ def trainer_of(argv: list[str]) -> Trainer:
         del os.environ["RANK"], os.environ["WORLD_SIZE"]
 
 
-def whole(spec: ParamSpec | FlatShare, local: Tensor, ctx: ParallelContext) -> Tensor:
+def whole(spec: ParamSpec | FlatShard, local: Tensor, ctx: ParallelContext) -> Tensor:
     """The global tensor from this rank's share of it, its replicas' (ZeRO) and its tp neighbours'."""
-    if isinstance(spec, FlatShare):
+    if isinstance(spec, FlatShard):
         share, spec = spec, spec.spec
         flat = local.new_zeros(math.prod(spec.local_shape(ctx)))
         flat[share.start : share.stop] = local
@@ -98,7 +98,7 @@ def train(argv: list[str], noise: float = 0.05) -> dict[str, Any]:
     ctx, named = trainer.ctx, list(named_specs(trainer.model))
     outcome["weights"] = {s.name: whole(s, p.detach(), ctx) for s, p in named}
     trained = [(s.name, p) for s, p in named if p.requires_grad]
-    outcome["gradients"] = {n: whole(held_part(p), p.main_grad, ctx) for n, p in trained}  # type: ignore[attr-defined]
+    outcome["gradients"] = {n: whole(optimizer_shard(p), p.main_grad, ctx) for n, p in trained}  # type: ignore[attr-defined]
     outcome["moments"] = {key: whole(held, t, ctx) for key, held, t in trainer.optimizer.moment_entries()}
     return outcome
 

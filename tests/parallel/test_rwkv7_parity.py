@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.nn.rwkv7 import RWKV7State, RWKV7TimeMix
-from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel import mappings
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.parallel.param_spec import named_specs
 from megaforge.parallel.region import TensorParallelRegion
 from tests.nn.support import perturb
@@ -40,7 +40,7 @@ class TwoLayers(nn.Module):
         initialize_parameters(self, ctx, seed=3)
         perturb(self, ctx)
 
-    def forward(self, x: Tensor, info: SequenceInfo) -> Tensor:
+    def forward(self, x: Tensor, info: PackedSequence) -> Tensor:
         v_first = None
         for layer in self.layers:
             out, v_first = layer(x, info, v_first)
@@ -53,19 +53,19 @@ def run_layers(tp: int, sequence_parallel: bool, dtype: torch.dtype) -> dict[str
     ctx = ParallelContext.create(tp=tp)
     model = TwoLayers(ctx, sequence_parallel, dtype)
     reducer = GradientReducer(model, ctx)
-    reducer.zero()
+    reducer.zero_grad()
     generator = torch.Generator().manual_seed(11)
     x, direction = (torch.randn(LENGTH, BATCH, SIZE, generator=generator, dtype=torch.float64).to(dtype) for _ in "xd")
     x.requires_grad_()
     start = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
     start[0, [5, 33]] = True
-    info = SequenceInfo(BATCH, LENGTH, x.device, start)
+    info = PackedSequence(BATCH, LENGTH, x.device, start)
     share = x
     if model.region.sequence_parallel:
         share, direction = x.chunk(tp)[ctx.tp.rank], direction.chunk(tp)[ctx.tp.rank]
     loss = (model(share, info) * direction).double().sum()
     loss.backward()
-    reducer.finish()
+    reducer.finish_grad_sync()
     dx = x.grad
     if model.region.sequence_parallel:
         loss = mappings.reduce_from_tensor_parallel(loss, ctx.tp)
@@ -101,9 +101,9 @@ def generate(tp: int) -> tuple[Tensor, Tensor]:
     layer = TwoLayers(ctx, False, torch.float64).layers[0]
     x = torch.randn(6, BATCH, SIZE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     with torch.no_grad():
-        whole, _ = layer(x, SequenceInfo(BATCH, 6, x.device))
+        whole, _ = layer(x, PackedSequence(BATCH, 6, x.device))
         state = RWKV7State()
-        steps = [layer(x[t : t + 1], SequenceInfo(BATCH, 1, x.device, offset=t), None, state)[0] for t in range(6)]
+        steps = [layer(x[t : t + 1], PackedSequence(BATCH, 1, x.device, offset=t), None, state)[0] for t in range(6)]
     return whole, torch.cat(steps)
 
 

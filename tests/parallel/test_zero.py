@@ -21,7 +21,7 @@ from megaforge.config.run_config import OptimizerConfig
 from megaforge.optim import AdamW, build_optimizer, clip_gradients
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
-from megaforge.parallel.flat_share import FlatShare, held_part
+from megaforge.parallel.flat_shard import FlatShard, optimizer_shard
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.init_rules import Normal
 from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -145,7 +145,7 @@ class Run:
 
     def backward(self, step: int) -> float:
         """One micro-batch a sample; the global batch does not depend on the layout."""
-        self.reducer.zero()
+        self.reducer.zero_grad()
         total = torch.zeros((), dtype=torch.float64)
         own = range(self.ctx.dp.rank, BATCH, self.ctx.dp.size)
         for sample in own:
@@ -153,7 +153,7 @@ class Run:
             loss = self.loss(sample, step) / BATCH
             loss.backward()
             total += loss.detach().double()
-        self.reducer.finish()
+        self.reducer.finish_grad_sync()
         return float(reduce_from_tensor_parallel(total, self.ctx.dp))
 
     def train(self) -> Outcome:
@@ -173,7 +173,7 @@ class Run:
     def parts(self, found: Outcome) -> Iterator[tuple[str, str, Tensor, tuple[slice, ...]]]:
         """(field of Outcome, key, own piece, where it lies globally) of everything that this rank holds."""
         for spec, parameter in named_specs(self.model):
-            held = held_part(parameter)
+            held = optimizer_shard(parameter)
             for kind, key, local, declared in (
                 ("weights", spec.name, found.weights[spec.name], spec),
                 ("gradients", spec.name, found.gradients.get(spec.name), held),
@@ -277,11 +277,11 @@ def test_moments_are_shared_out_without_remainder(ranks) -> None:
 def memory_between_microbatches(zero: int) -> tuple[int, int]:
     """Full gradient buffers alive in front of the second micro-batch, and parameters' own gradients."""
     run = Run(Layout(2, zero), torch.float32)
-    run.reducer.zero()
+    run.reducer.zero_grad()
     run.reducer.set_last_microbatch(False)
     run.loss(0, 0).backward()
     run.reducer.set_last_microbatch(True)
-    alive = sum(gradients.full is not None for lane in run.reducer._lanes for gradients in lane.gradients)
+    alive = sum(gradients.full is not None for lane in run.reducer._bucket_groups for gradients in lane.gradients)
     return alive, sum(p.grad is not None for p in run.model.parameters())
 
 
@@ -322,9 +322,9 @@ def train_past_the_hooks(wait: bool) -> str:
     del model._forward_pre_hooks[next(iter(model._forward_pre_hooks))]  # nor does the model wait for its vectors
     try:
         for _ in range(2):
-            reducer.zero()
+            reducer.zero_grad()
             model(torch.ones(2, HIDDEN)).backward()
-            reducer.finish()
+            reducer.finish_grad_sync()
             optimizer.step(0.1)
             if wait:
                 optimizer.wait_for_parameters()
@@ -332,7 +332,7 @@ def train_past_the_hooks(wait: bool) -> str:
         return str(error)
     finally:
         optimizer.wait_for_parameters()
-        reducer.finish()
+        reducer.finish_grad_sync()
     return ""
 
 
@@ -344,7 +344,7 @@ def test_reading_parameters_before_they_arrived_is_an_error(ranks) -> None:
 
 def a_gradient_too_late() -> str:
     run = Run(Layout(2, 1), torch.float32)
-    run.reducer.zero()
+    run.reducer.zero_grad()
     run.reducer.set_last_microbatch(True)
     run.loss(0, 0).backward()
     try:
@@ -352,7 +352,7 @@ def a_gradient_too_late() -> str:
     except RuntimeError as error:
         return str(error)
     finally:
-        run.reducer.finish()
+        run.reducer.finish_grad_sync()
     return ""
 
 
@@ -385,17 +385,17 @@ def train_chunks(zero: int) -> tuple[dict[str, Tensor], list[int], int]:
     reducer = GradientReducer(chunks, ctx, shards=shards, free_buffers=zero == 2)
     sent_before_the_end, alive = [], 0
     for step in range(2):
-        reducer.zero()
+        reducer.zero_grad()
         own = range(ctx.dp.rank, BATCH, ctx.dp.size)
         for number in (1, 0):  # all of one chunk's micro-batches, then all of the other's
             for sample in own:
                 reducer.set_last_microbatch(sample == own[-1], chunk=number)
-                alive = max(alive, sum(g.full is not None for lane in reducer._lanes for g in lane.gradients))
+                alive = max(alive, sum(g.full is not None for one in reducer._bucket_groups for g in one.gradients))
                 generator = torch.Generator().manual_seed(100 * step + sample)
                 x = torch.randn(5, HIDDEN, generator=generator, dtype=torch.float64)
                 chunks[number](x).square().mean().backward()
-            sent_before_the_end.append(sum(lane.sent for lane in reducer._lanes))
-        reducer.finish()
+            sent_before_the_end.append(sum(lane.sent for lane in reducer._bucket_groups))
+        reducer.finish_grad_sync()
         clip_gradients(model, ctx, 0.1)
         optimizer.step(LEARNING_RATE)
     optimizer.wait_for_parameters()
@@ -434,7 +434,7 @@ def load_and_save(source: Path, target: Path | None, layout: Layout) -> tuple[di
         save_checkpoint(target, 1, entries, run.optimizer.state(), run.ctx)
     wrong = [spec.name for spec, p in named_specs(run.model) if bool(p.isnan().any())]
     for (name, held, master), (_, p) in zip(run.optimizer.weight_entries(), named_specs(run.model), strict=True):
-        local = p.detach().view(-1)[held.start : held.stop] if isinstance(held, FlatShare) else p.detach()
+        local = p.detach().view(-1)[held.start : held.stop] if isinstance(held, FlatShard) else p.detach()
         if not torch.equal(master.to(p.dtype), local):
             wrong.append(name)
     return {key: tensor.clone() for key, _, tensor in run.optimizer.entries()}, wrong

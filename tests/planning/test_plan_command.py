@@ -9,7 +9,7 @@ import torch
 
 from megaforge.config.check_layout import check_layout
 from megaforge.config.cli import parse_config
-from megaforge.config.run_config import roomy_etp
+from megaforge.config.run_config import default_expert_tensor_parallel_size
 from megaforge.errors import UserError
 from megaforge.planning.communication import bandwidth, gradient_traffic, ring, stage_traffic, step_traffic
 from megaforge.planning.gpus import GPUS, Efficiency
@@ -58,7 +58,12 @@ def test_impossible_plans_are_refused_by_name(arguments: str, words: str) -> Non
 
 
 def test_experts_get_the_tensor_parallelism_that_leaves_room() -> None:
-    assert [roomy_etp(8, 8, 32), roomy_etp(8, 1, 32), roomy_etp(8, 4, 32), roomy_etp(2, 3, 8)] == [4, 8, 8, 1]
+    assert [
+        default_expert_tensor_parallel_size(8, 8, 32),
+        default_expert_tensor_parallel_size(8, 1, 32),
+        default_expert_tensor_parallel_size(8, 4, 32),
+        default_expert_tensor_parallel_size(2, 3, 8),
+    ] == [4, 8, 8, 1]
     layout = layout_of(parse_config([*SMALL, "--tp", "4", "--ep", "4"]).config, 8, torch.bfloat16)
     assert (layout.etp, layout.dp) == (2, 2)
 

@@ -17,8 +17,8 @@ from megaforge.planning.layout import PlannedLayout
 from megaforge.planning.memory import StateBytes, rank_memory, state_bytes
 from megaforge.planning.plan_command import planned_layout
 from megaforge.planning.stages import StagePart, cut_stages, model_parts, stage_parameters
-from megaforge.training.dry_run import check_samples, check_sharding, try_ranks
 from megaforge.training.trainer import Trainer
+from megaforge.verification.dry_run import check_samples, check_sharding, try_ranks
 from tests.training.tiny import arguments, make_trainer, write_dataset
 
 TEST_MODEL = ["--config", "cdrmix-test", "--vocab-size", "500"]

@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 REPO = Path(__file__).resolve().parents[2]
 # What the commands import once their arguments are right; here once for all of them.
 HEAVY = (
-    *("megaforge.training.launch", "megaforge.training.restore", "megaforge.training.evaluation"),
-    *("megaforge.training.prompts", "megaforge.checkpoint.convert", "megaforge.models.parameter_count"),
+    *("megaforge.training.setup", "megaforge.inference.restore", "megaforge.inference.evaluation"),
+    *("megaforge.inference.prompts", "megaforge.checkpoint.convert", "megaforge.models.parameter_count"),
     *("megaforge.data.preprocess.driver", "tokenizers", "orjson", "matplotlib.pyplot", "torch.utils.tensorboard"),
 )
 

@@ -12,12 +12,12 @@ import pytest
 from megaforge.config.model_config import ModelConfig
 from megaforge.data.tokenizer import NullTokenizer
 from megaforge.errors import UserError
+from megaforge.inference.generation import Sampling, generate
+from megaforge.inference.prompts import Prompt, read_prompts
+from megaforge.inference.restore import TrainedModel
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
-from megaforge.training.generation import Sampling, generate
-from megaforge.training.prompts import Prompt, read_prompts
-from megaforge.training.restore import TrainedModel
 from tests.nn.support import perturb
 from tests.training.tiny import make_config
 

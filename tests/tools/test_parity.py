@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megaforge.errors import UserError
-from megaforge.training import parity, parity_command
+from megaforge.verification import parity, parity_command
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "parity.py"
 
@@ -32,7 +32,7 @@ def test_it_starts_its_own_ranks() -> None:
 FAILING = """
 import sys
 from megaforge.config.cli import run_entry
-from megaforge.training import parity, parity_command
+from megaforge.verification import parity, parity_command
 
 train = parity.train
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from megaforge.inference.restore import load_trained_model
 from megaforge.parallel.context import ParallelContext
-from megaforge.training.launch import build_trainer
 from megaforge.training.prepare import prepare
-from megaforge.training.restore import load_trained_model
+from megaforge.training.setup import build_trainer
 from tests.training.tiny import arguments, make_config, make_trainer, record, write_dataset
 
 MORE = ("--fp64", "--eval-iters", "2", "--eval-interval", "2", "--micro-batch-size", "1", "--ddp-bucket-size", "3000")

@@ -14,8 +14,8 @@ from megaforge.data.indexed_dataset import IndexedDatasetWriter
 from megaforge.monitor.names import MEASURED
 from megaforge.parallel.context import ParallelContext
 from megaforge.training.callbacks import MetricsWriter
-from megaforge.training.launch import build_trainer
 from megaforge.training.prepare import prepare
+from megaforge.training.setup import build_trainer
 from megaforge.training.trainer import Trainer
 
 VOCAB = 61

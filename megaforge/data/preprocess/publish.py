@@ -13,9 +13,9 @@ from typing import Any
 
 from megaforge.data.indexed_dataset import IndexedDataset, bin_path, idx_path, merge_shards, sidecar_path
 from megaforge.data.left_out import LeftOut, kind_of
-from megaforge.data.manifest import probe_tokens
 from megaforge.data.preprocess.plan import Shard, Source, WorkDirectory, read_manifest, successor, write_json
 from megaforge.data.preprocess.shard import WorkerSpec
+from megaforge.data.sidecar import probe_tokens
 from megaforge.errors import UserError
 
 

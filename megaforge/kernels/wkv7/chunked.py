@@ -4,7 +4,7 @@ Within a chunk the recurrence is a few small matrix products, and only one [N, N
 
 A span of tokens maps the state before it to the state after it as ``S' = S P + Q``. :func:`wkv7_summary` gives P and Q,
 :func:`wkv7_state_gradient` the gradient that the span's own outputs send to the state before it: with these, spans on
-different ranks are joined by [N, N] matrices alone (:mod:`megaforge.nn.wkv7_context`).
+different ranks are joined by [N, N] matrices alone (:mod:`megaforge.parallel.context_parallel.wkv7`).
 """
 
 from __future__ import annotations

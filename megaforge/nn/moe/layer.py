@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
 from megaforge.kernels.moe_routing import moe_permute, moe_unpermute
-from megaforge.nn.mlp import ChannelMix, FFNState, ffn_init, mixed_input
+from megaforge.nn.mlp import FFNState, FFNTokenShift, ffn_init, mixed_input
 from megaforge.nn.moe.experts import Experts, SharedExpert
 from megaforge.nn.moe.router import Router, RouterLosses
-from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.expert_dispatch import TokenDispatcher
+from megaforge.parallel.expert_tokens import make_expert_tokens
+from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.parallel.region import TensorParallelRegion
-from megaforge.parallel.token_share import make_token_share
 
 
 class MoEFFN(nn.Module):
@@ -42,8 +42,8 @@ class MoEFFN(nn.Module):
         if cfg.ffn_size % ctx.etp.size:
             raise UserError(f"--ffn-hidden-size {cfg.ffn_size} does not divide by --etp {ctx.etp.size} (default: --tp)")
         mix = {"layer_index": layer_index, "num_layers": num_layers, "dtype": dtype}
-        self.mix = ChannelMix(ctx, name, cfg, **mix) if channel_mix else None  # type: ignore[arg-type]
-        self.share = make_token_share(ctx, region)
+        self.mix = FFNTokenShift(ctx, name, cfg, **mix) if channel_mix else None  # type: ignore[arg-type]
+        self.share = make_expert_tokens(ctx, region)
         self.router = Router(ctx, f"{name}.router", cfg, self.share, dtype=dtype)
         self.dispatcher = TokenDispatcher(cfg.num_experts, *self.share.expert_axes)
         init = ffn_init(cfg, num_layers, channel_mix)
@@ -52,7 +52,7 @@ class MoEFFN(nn.Module):
         if cfg.moe_shared_expert_intermediate_size is not None:
             self.shared = SharedExpert(ctx, f"{name}.shared_expert", cfg, init=init, dtype=dtype)
 
-    def forward(self, x: Tensor, info: SequenceInfo, state: FFNState | None = None) -> tuple[Tensor, RouterLosses]:
+    def forward(self, x: Tensor, info: PackedSequence, state: FFNState | None = None) -> tuple[Tensor, RouterLosses]:
         """Normed residual stream [s(/tp), b, h] -> residual stream [s(/tp), b, h], and the layer's losses."""
         mix = None if self.mix is None else lambda inside: mixed_input(self.mix, inside, info, state)
         own, inside = self.share.enter(x, mix, self.shared is not None)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from megaforge.config.model_config import ModelConfig
 from megaforge.kernels.moe_routing import Permutation, Route, moe_permutation, moe_route
 from megaforge.nn.moe.routing import expert_capacity, plain_rule, routing_rule, within_capacity
-from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.expert_tokens import ReplicatedTokens
 from megaforge.parallel.init_rules import Constant, Normal
+from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.parallel.param_spec import ParamSpec, make_parameter
-from megaforge.parallel.token_share import EveryToken
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Router(nn.Module):
     """
 
     def __init__(
-        self, ctx: ParallelContext, name: str, cfg: ModelConfig, share: EveryToken, *, dtype: torch.dtype
+        self, ctx: ParallelContext, name: str, cfg: ModelConfig, share: ReplicatedTokens, *, dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.cfg, self.share = cfg, share
@@ -103,11 +103,11 @@ class Router(nn.Module):
         state.requires_grad = False
         return state
 
-    def forward(self, x_SBH: Tensor, info: SequenceInfo) -> tuple[Routing, RouterLosses]:
+    def forward(self, x_SBH: Tensor, info: PackedSequence) -> tuple[Routing, RouterLosses]:
         """Routes this rank's tokens.
 
         Args:
-            x_SBH: [own, b, h], as :meth:`EveryToken.enter` gave them.
+            x_SBH: [own, b, h], as :meth:`ReplicatedTokens.enter` gave them.
             info: the micro-batch's sequences.
         """
         logits = F.linear(x_SBH.to(self.weight.dtype), self.weight)
@@ -121,18 +121,18 @@ class Router(nn.Module):
         preferred = route.counts if plain is None else moe_route(logits.detach(), plain, None, x_SBH.shape[1]).counts
         return Routing(route.weights, permutation), self._losses(route, preferred)
 
-    def _kept(self, route: Route, info: SequenceInfo) -> Tensor | None:
+    def _kept(self, route: Route, info: PackedSequence) -> Tensor | None:
         """Bool [T, k]; None: all. Decided for whole sequences, on every rank alike: a share of the capacity for each
         rank would make the model depend on the layout. In ``eval`` mode nothing is dropped."""
         if not self.training or self.cfg.moe_expert_capacity_factor is None:
             return None
         shape = (len(route.lse) // len(route.counts), len(route.counts), self.cfg.moe_router_topk)
-        experts = self.share.gather(route.experts.long().view(shape), info.places_S)
-        weights = self.share.gather(route.weights.detach().view(shape), info.places_S)
+        experts = self.share.gather(route.experts.long().view(shape), info.positions_S)
+        weights = self.share.gather(route.weights.detach().view(shape), info.positions_S)
         capacity = expert_capacity(self.cfg, experts.shape[0])
         assert capacity is not None
         kept = within_capacity(experts, weights, self.cfg.num_experts, capacity, self.cfg.moe_token_drop_policy)
-        return self.share.own(kept, info.places_S).flatten(0, 1)
+        return self.share.own(kept, info.positions_S).flatten(0, 1)
 
     def _losses(self, route: Route, preferred: Tensor) -> RouterLosses:
         """``preferred``: int64 [b, E], choices by plain top-k."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from megaforge.errors import UserError
 
 
-class Kind(enum.StrEnum):
+class ActionKind(enum.StrEnum):
     """The four computations of a stage; their letters are those of the zero-bubble paper (arXiv 2401.10241), where the
     input half of the backward pass is B and is written I here, because B stands for the whole backward pass."""
 
@@ -24,7 +24,7 @@ class Kind(enum.StrEnum):
 class Action(NamedTuple):
     """One computation: ``kind`` of global ``stage`` (0 is nearest to the input) for ``microbatch``."""
 
-    kind: Kind
+    kind: ActionKind
     stage: int
     microbatch: int
 
@@ -67,7 +67,7 @@ class Schedule:
     @cached_property
     def splits_backward(self) -> bool:
         """Whether gradients of inputs and of weights are computed apart (zero bubble)."""
-        return any(action.kind is Kind.BACKWARD_INPUT for rank in self.actions for action in rank)
+        return any(action.kind is ActionKind.BACKWARD_INPUT for rank in self.actions for action in rank)
 
     def rank_of(self, stage: int) -> int:
         """The pipeline rank that holds ``stage``."""
@@ -83,7 +83,7 @@ class Schedule:
 
     def forward_only(self) -> Schedule:
         """The forward half, for evaluation."""
-        actions = tuple(tuple(a for a in rank if a.kind is Kind.FORWARD) for rank in self.actions)
+        actions = tuple(tuple(a for a in rank if a.kind is ActionKind.FORWARD) for rank in self.actions)
         sizes = (self.num_ranks, self.num_chunks, self.num_microbatches)
         return Schedule(f"{self.name} forward", *sizes, actions, self.placement)
 
@@ -117,4 +117,4 @@ def _parse_action(word: str, source: str) -> Action:
     match = re.fullmatch(r"([FBIW])(\d+)\.(\d+)", word)
     if not match:
         raise UserError(f"{source}: '{word}' is not an action; write F, B, I or W, stage, dot, microbatch: F0.3")
-    return Action(Kind(match[1]), int(match[2]), int(match[3]))
+    return Action(ActionKind(match[1]), int(match[2]), int(match[3]))

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megaforge.parallel.context import Axis
-from megaforge.parallel.pipeline.actions import Action, Kind, Schedule
-from megaforge.parallel.pipeline.mailbox import Mailbox
-from megaforge.parallel.pipeline.payload import Payload
-from megaforge.parallel.pipeline.program import Post, Transfer, build_program, check_program
+from megaforge.parallel.pipeline.actions import Action, ActionKind, Schedule
+from megaforge.parallel.pipeline.p2p_communication import Mailbox
+from megaforge.parallel.pipeline.program import P2PBatch, Transfer, build_program, check_program
 from megaforge.parallel.pipeline.split_backward import DeferredWeightGradients, backward_input
+from megaforge.parallel.pipeline.stage_tensors import StageTensors
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class PipelineExecutor:
         axis: Axis,
         chunks: Sequence[nn.Module],
         forward_step: ForwardStep,
-        payload: Payload,
+        payload: StageTensors,
         *,
         device: torch.device | str = "cpu",
         before_weight_gradients: Callable[[int, bool], None] | None = None,
@@ -107,7 +107,7 @@ class PipelineExecutor:
             check_program(variant, program)
             self._programs[train] = program[axis.rank]
         makes_weight_gradients = [
-            a for a in schedule.actions[axis.rank] if a.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT)
+            a for a in schedule.actions[axis.rank] if a.kind in (ActionKind.BACKWARD, ActionKind.BACKWARD_WEIGHT)
         ]
         self._last_of_chunk = set({a.stage: a for a in makes_weight_gradients}.values())
 
@@ -152,15 +152,15 @@ class _GlobalBatch:
         self._carried: dict[tuple[str, int], Tensor] = {}
         self._carried_gradient: dict[tuple[str, int], Tensor] = {}
         self._run_action = {
-            Kind.FORWARD: self._forward,
-            Kind.BACKWARD: self._backward,
-            Kind.BACKWARD_INPUT: self._backward_input,
-            Kind.BACKWARD_WEIGHT: self._backward_weight,
+            ActionKind.FORWARD: self._forward,
+            ActionKind.BACKWARD: self._backward,
+            ActionKind.BACKWARD_INPUT: self._backward_input,
+            ActionKind.BACKWARD_WEIGHT: self._backward_weight,
         }
 
-    def step(self, step: Action | Post) -> None:
+    def step(self, step: Action | P2PBatch) -> None:
         """Executes one step of the program."""
-        if isinstance(step, Post):
+        if isinstance(step, P2PBatch):
             self.mailbox.post(step, self._outbox.pop)
             return
         self._run_action[step.kind](
@@ -290,7 +290,7 @@ class _GlobalBatch:
         state = self._in_flight.pop((stage, microbatch))
         roots, gradients = self._take_gradients(stage, microbatch, state)
         inputs = {name: tensor for name, tensor in state.inputs.items() if tensor.requires_grad}
-        self._announce(Action(Kind.BACKWARD, stage, microbatch))
+        self._announce(Action(ActionKind.BACKWARD, stage, microbatch))
         if roots:
             torch.autograd.backward(roots, gradients)
         self._give_gradients(stage, microbatch, inputs, [tensor.grad for tensor in inputs.values()])
@@ -304,7 +304,7 @@ class _GlobalBatch:
         self._give_gradients(stage, microbatch, inputs, input_gradients)
 
     def _backward_weight(self, stage: int, microbatch: int, chunk: nn.Module) -> None:
-        self._announce(Action(Kind.BACKWARD_WEIGHT, stage, microbatch))
+        self._announce(Action(ActionKind.BACKWARD_WEIGHT, stage, microbatch))
         deferred = self._in_flight.pop((stage, microbatch)).deferred
         assert deferred is not None
         deferred.run()

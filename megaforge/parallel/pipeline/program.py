@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from megaforge.errors import UserError
-from megaforge.parallel.pipeline.actions import Action, Kind, Schedule
+from megaforge.parallel.pipeline.actions import Action, ActionKind, Schedule
 from megaforge.parallel.pipeline.simulator import Costs, Timeline, needs, simulate
 
 
@@ -34,20 +34,20 @@ class Transfer(NamedTuple):
         return f"{what} of microbatch {self.microbatch} from stage {self.source_stage} to stage {self.target_stage}"
 
 
-class Post(NamedTuple):
+class P2PBatch(NamedTuple):
     """Transfers between two ranks that both start together (one batched isend/irecv on either)."""
 
     transfers: tuple[Transfer, ...]
 
 
-Program = tuple[tuple[Action | Post, ...], ...]
+Program = tuple[tuple[Action | P2PBatch, ...], ...]
 
 
 def output_transfer(schedule: Schedule, action: Action) -> Transfer | None:
     """What ``action`` has to send to another rank."""
-    if action.kind is Kind.BACKWARD_WEIGHT:
+    if action.kind is ActionKind.BACKWARD_WEIGHT:
         return None
-    target = action.stage + (1 if action.kind is Kind.FORWARD else -1)
+    target = action.stage + (1 if action.kind is ActionKind.FORWARD else -1)
     if not 0 <= target < schedule.num_stages or schedule.rank_of(target) == schedule.rank_of(action.stage):
         return None
     return Transfer(action.stage, target, action.microbatch)
@@ -118,17 +118,17 @@ def _neighbours(ends: list[_End]) -> list[tuple[Transfer, Transfer]]:
 
 def _rank_program(
     actions: tuple[Action, ...], ends: list[_End], together: set[tuple[Transfer, Transfer]]
-) -> tuple[Action | Post, ...]:
-    steps: list[Action | Post] = []
+) -> tuple[Action | P2PBatch, ...]:
+    steps: list[Action | P2PBatch] = []
     done = 0
     for after, transfer in ends:
         steps += actions[done:after]
         done = after
         last = steps[-1] if steps else None
-        if isinstance(last, Post) and (last.transfers[-1], transfer) in together:
-            steps[-1] = Post((*last.transfers, transfer))
+        if isinstance(last, P2PBatch) and (last.transfers[-1], transfer) in together:
+            steps[-1] = P2PBatch((*last.transfers, transfer))
         else:
-            steps.append(Post((transfer,)))
+            steps.append(P2PBatch((transfer,)))
     return (*steps, *actions[done:])
 
 
@@ -160,7 +160,7 @@ def _check_groups(schedule: Schedule, program: Program) -> None:
     NCCL does not define groups that differ between partners (github.com/NVIDIA/nccl/issues/1279)."""
     groups: dict[Transfer, dict[int, set[Transfer]]] = {}
     for rank, steps in enumerate(program):
-        for post in (step for step in steps if isinstance(step, Post)):
+        for post in (step for step in steps if isinstance(step, P2PBatch)):
             for transfer in post.transfers:
                 where = f"pipeline schedule '{schedule.name}', rank {rank}: the {transfer}"
                 if rank not in _ranks_of(schedule, transfer):
@@ -193,7 +193,7 @@ class _BlockingRun:
         self.program = program
         self.buffered = buffered
         self.split = {
-            (a.stage, a.microbatch) for rank in schedule.actions for a in rank if a.kind is Kind.BACKWARD_INPUT
+            (a.stage, a.microbatch) for rank in schedule.actions for a in rank if a.kind is ActionKind.BACKWARD_INPUT
         }
         self.position = [0] * len(program)
         self.runnable = list(range(len(program)))

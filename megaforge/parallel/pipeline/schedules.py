@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megaforge.errors import UserError
-from megaforge.parallel.pipeline.actions import Action, Kind, Schedule
+from megaforge.parallel.pipeline.actions import Action, ActionKind, Schedule
 
-F, B, I, W = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT  # noqa: E741
+F, B, I, W = ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT  # noqa: E741
 
 
 def gpipe(num_ranks: int, num_microbatches: int) -> Schedule:
@@ -68,7 +68,7 @@ def _interleaved_rank(num_ranks: int, rank: int, num_chunks: int, num_microbatch
     total = num_chunks * num_microbatches
     warmup = min((num_ranks - 1 - rank) * 2 + (num_chunks - 1) * num_ranks, total)
 
-    def nth(kind: Kind, count: int) -> Action:
+    def nth(kind: ActionKind, count: int) -> Action:
         group, place = divmod(count, num_ranks * num_chunks)
         chunk, within = divmod(place, num_ranks)
         if kind is B:
@@ -138,7 +138,7 @@ class _Counter:
         self.next = {(kind, chunk): 0 for kind in (F, I, W) for chunk in (0, 1)}
         self.actions: list[Action] = []
 
-    def add(self, *steps: tuple[Kind, int]) -> None:
+    def add(self, *steps: tuple[ActionKind, int]) -> None:
         for kind, chunk in steps:
             self.actions.append(Action(kind, self.stages[chunk], self.next[kind, chunk]))
             self.next[kind, chunk] += 1

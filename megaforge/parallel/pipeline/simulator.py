@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megaforge.errors import UserError
-from megaforge.parallel.pipeline.actions import Action, Kind, Schedule
+from megaforge.parallel.pipeline.actions import Action, ActionKind, Schedule
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Costs:
     def duration(self, action: Action) -> float:
         """Time that ``action`` takes."""
         scale = self.stage_scale[action.stage] if self.stage_scale else 1.0
-        if action.kind is Kind.FORWARD:
+        if action.kind is ActionKind.FORWARD:
             return self.forward * scale
-        if action.kind is Kind.BACKWARD_INPUT:
+        if action.kind is ActionKind.BACKWARD_INPUT:
             return self.backward_input * scale
-        if action.kind is Kind.BACKWARD_WEIGHT:
+        if action.kind is ActionKind.BACKWARD_WEIGHT:
             return self.backward_weight * scale
         return (self.backward_input + self.backward_weight) * scale
 
@@ -83,26 +83,26 @@ class Timeline:
         live = peak = 0.0
         kept = self.costs.kept_after_input
         for action in self.schedule.actions[rank]:
-            if action.kind is Kind.FORWARD:
+            if action.kind is ActionKind.FORWARD:
                 live += 1.0
                 peak = max(peak, live)
-            elif action.kind is Kind.BACKWARD:
+            elif action.kind is ActionKind.BACKWARD:
                 live -= 1.0
             else:
-                live -= 1.0 - kept if action.kind is Kind.BACKWARD_INPUT else kept
+                live -= 1.0 - kept if action.kind is ActionKind.BACKWARD_INPUT else kept
         return peak
 
 
 def needs(schedule: Schedule, action: Action, is_split: bool) -> list[Action]:
     """The actions whose results ``action`` uses; ``is_split`` says whether stage + 1 splits this backward pass."""
     kind, stage, microbatch = action
-    if kind is Kind.FORWARD:
-        return [Action(Kind.FORWARD, stage - 1, microbatch)] if stage else []
-    if kind is Kind.BACKWARD_WEIGHT:
-        return [Action(Kind.BACKWARD_INPUT, stage, microbatch)]
-    before = [Action(Kind.FORWARD, stage, microbatch)]
+    if kind is ActionKind.FORWARD:
+        return [Action(ActionKind.FORWARD, stage - 1, microbatch)] if stage else []
+    if kind is ActionKind.BACKWARD_WEIGHT:
+        return [Action(ActionKind.BACKWARD_INPUT, stage, microbatch)]
+    before = [Action(ActionKind.FORWARD, stage, microbatch)]
     if stage + 1 < schedule.num_stages:
-        before.append(Action(Kind.BACKWARD_INPUT if is_split else Kind.BACKWARD, stage + 1, microbatch))
+        before.append(Action(ActionKind.BACKWARD_INPUT if is_split else ActionKind.BACKWARD, stage + 1, microbatch))
     return before
 
 
@@ -145,7 +145,7 @@ def simulate(schedule: Schedule, costs: Costs | None = None, *, forward_only: bo
     """
     check_complete(schedule, forward_only=forward_only)
     costs = costs or Costs()
-    split = {(a.stage, a.microbatch) for rank in schedule.actions for a in rank if a.kind is Kind.BACKWARD_INPUT}
+    split = {(a.stage, a.microbatch) for rank in schedule.actions for a in rank if a.kind is ActionKind.BACKWARD_INPUT}
     ends: dict[Action, float] = {}
     waiting: dict[Action, int] = {}
     spans: list[list[Span]] = [[] for _ in schedule.actions]

@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megaforge.kernels.attention import causal_attention
-from megaforge.nn.sequence import SequenceInfo
+from megaforge.parallel.packed_sequence import PackedSequence
 
 LENGTH, HEADS, WIDTH, ROUNDS = 2048, 16, 128, 20
 
@@ -17,7 +17,7 @@ LENGTH, HEADS, WIDTH, ROUNDS = 2048, 16, 128, 20
 def main() -> None:
     start = torch.zeros(1, LENGTH, dtype=torch.bool)
     start[0, ::300] = True
-    info = SequenceInfo(1, LENGTH, torch.device("cuda"), start)
+    info = PackedSequence(1, LENGTH, torch.device("cuda"), start)
     forms = {
         "causal": {},
         "documents": {"documents": info.packed_documents()},

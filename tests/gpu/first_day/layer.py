@@ -7,9 +7,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.models.hybrid import HybridModel
-from megaforge.nn.sequence import SequenceInfo
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.packed_sequence import PackedSequence
 from tests.gpu.first_day.kernel_time import by_kind
 
 BATCH, LENGTH, WIDTH = 8, 4096, 4096
@@ -29,7 +29,7 @@ def main(batch: int = BATCH, length: int = LENGTH, width: int = WIDTH, device: s
     model = HybridModel(cfg, ctx, dtype=torch.bfloat16)
     initialize_parameters(model, ctx, seed=0)
     block = model.layers[1]  # the first makes v_first, all others mix it in
-    info = SequenceInfo(batch, length, torch.device(device))
+    info = PackedSequence(batch, length, torch.device(device))
     x, v_first, grad = (torch.randn(length, batch, width, device=device, dtype=torch.bfloat16) for _ in range(3))
 
     def once() -> None:

@@ -12,8 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from megaforge.config.cli import parse_config
 from megaforge.training.callbacks import Callback
-from megaforge.training.launch import build_trainer, join
 from megaforge.training.prepare import prepare
+from megaforge.training.setup import build_trainer, initialize_distributed
 from tests.gpu.first_day.kernel_time import by_kind
 
 WARM = 3  # steps before the one that is looked at
@@ -73,7 +73,7 @@ class Kernels(Callback):
 
 def main() -> None:
     config, layout, tokenizer = prepare(parse_config(sys.argv[2:], prog="observe.py").config)
-    trainer = build_trainer(config, layout, tokenizer, join(config))
+    trainer = build_trainer(config, layout, tokenizer, initialize_distributed(config))
     trainer.callbacks.append({"waits": Waits, "kernels": Kernels}[sys.argv[1]]())
     trainer.train()
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from megaforge.parallel.context import Axis
 from megaforge.parallel.pipeline.executor import PipelineExecutor, StageOutput
-from megaforge.parallel.pipeline.payload import PayloadTensor
 from megaforge.parallel.pipeline.schedules import build_schedule
+from megaforge.parallel.pipeline.stage_tensors import StageTensor
 from tests.parallel.pipeline.toy import HIDDEN, TOKENS, VALUES, ToyRun, oracle, run_toy
 from tests.parallel.pool import RankPool
 
@@ -112,7 +112,7 @@ def test_sent_output_is_not_kept_for_the_backward_pass() -> None:
         return StageOutput(loss=chunk(payload["hidden"]).sum())
 
     schedule = build_schedule("zb-v", pp=1, vpp=2, microbatches=1)
-    payload = {"hidden": PayloadTensor((1, 2), torch.float32)}
+    payload = {"hidden": StageTensor((1, 2), torch.float32)}
     PipelineExecutor(schedule, Axis("pp"), [nn.Linear(2, 2), nn.Linear(2, 2)], step, payload).run([None])
     assert alive == [False]
 
@@ -132,8 +132,8 @@ def test_sent_output_is_not_kept_for_the_backward_pass() -> None:
 def test_payload_that_is_not_as_declared_is_an_error(output: dict[str, torch.Tensor], expected: str) -> None:
     schedule = build_schedule("interleaved", pp=1, vpp=3, microbatches=1)
     payload = {
-        "hidden": PayloadTensor((1, 2), torch.float32),
-        "c": PayloadTensor((1,), torch.float32, carried=True),
+        "hidden": StageTensor((1, 2), torch.float32),
+        "c": StageTensor((1,), torch.float32, carried=True),
     }
     executor = PipelineExecutor(schedule, Axis("pp"), [nn.Identity()] * 3, lambda *_: StageOutput(output), payload)
     with pytest.raises(ValueError, match=expected):

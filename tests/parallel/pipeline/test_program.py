@@ -8,7 +8,7 @@ import pytest
 
 from megaforge.errors import UserError
 from megaforge.parallel.pipeline.actions import Action, Schedule, parse_schedule
-from megaforge.parallel.pipeline.program import Post, Program, Transfer, build_program, check_program
+from megaforge.parallel.pipeline.program import P2PBatch, Program, Transfer, build_program, check_program
 from megaforge.parallel.pipeline.schedules import build_schedule
 
 CASES = [
@@ -18,8 +18,8 @@ CASES = [
 ]
 
 
-def posts(program: Program, rank: int) -> list[Post]:
-    return [step for step in program[rank] if isinstance(step, Post)]
+def posts(program: Program, rank: int) -> list[P2PBatch]:
+    return [step for step in program[rank] if isinstance(step, P2PBatch)]
 
 
 def ranks_of(schedule: Schedule, transfer: Transfer) -> set[int]:
@@ -38,7 +38,7 @@ def run_with_blocking_posts(program: Program) -> list[int]:
                 moved = True
         heads = [steps[place[rank]] if place[rank] < len(steps) else None for rank, steps in enumerate(program)]
         for rank, head in enumerate(heads):
-            if isinstance(head, Post) and heads.count(head) == 2:
+            if isinstance(head, P2PBatch) and heads.count(head) == 2:
                 place[rank] += 1
                 moved = True
     return place
@@ -98,10 +98,10 @@ def schedule() -> Schedule:
 def both(schedule: Schedule, first: list[str], second: list[str]) -> Program:
     """Two ranks' programs, from names of actions and of posts: ``a0+g1`` posts activation 0 and gradient 1."""
 
-    def step(word: str) -> Action | Post:
+    def step(word: str) -> Action | P2PBatch:
         if word[0] in "ag":
             ends = {"a": (0, 1), "g": (1, 0)}
-            return Post(tuple(Transfer(*ends[part[0]], int(part[1:])) for part in word.split("+")))
+            return P2PBatch(tuple(Transfer(*ends[part[0]], int(part[1:])) for part in word.split("+")))
         return next(action for rank in schedule.actions for action in rank if str(action) == word)
 
     return tuple(map(step, first)), tuple(map(step, second))
@@ -136,9 +136,13 @@ def test_a_transfer_between_others_is_refused() -> None:
     schedule = dataclasses.replace(schedule, num_ranks=3)
     (f0,), (f1,), (f2,) = schedule.actions
     first, second = Transfer(0, 1, 0), Transfer(1, 2, 0)
-    check_program(schedule, ((f0, Post((first,))), (Post((first,)), f1, Post((second,))), (Post((second,)), f2)))
+    check_program(
+        schedule, ((f0, P2PBatch((first,))), (P2PBatch((first,)), f1, P2PBatch((second,))), (P2PBatch((second,)), f2))
+    )
     with pytest.raises(UserError, match="rank 0: the activation .* from stage 1 to stage 2 is not this rank's to post"):
-        check_program(schedule, ((f0, Post((first, second))), (Post((first, second)), f1), (Post((second,)), f2)))
+        check_program(
+            schedule, ((f0, P2PBatch((first, second))), (P2PBatch((first, second)), f1), (P2PBatch((second,)), f2))
+        )
 
 
 def test_equal_groups_in_another_order_deadlock(schedule: Schedule) -> None:

@@ -8,7 +8,7 @@ import pytest
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from megaforge.errors import UserError
-from megaforge.parallel.pipeline.actions import Action, Kind, Schedule, format_schedule, parse_schedule
+from megaforge.parallel.pipeline.actions import Action, ActionKind, Schedule, format_schedule, parse_schedule
 from megaforge.parallel.pipeline.program import build_program, check_program
 from megaforge.parallel.pipeline.schedules import SCHEDULES, build_schedule
 from megaforge.parallel.pipeline.simulator import Costs, simulate
@@ -128,7 +128,7 @@ def test_interleaved_is_the_order_of_torch(pp: int, vpp: int, microbatches: int)
 
 def from_torch(action: torch_schedules._Action) -> Action:
     kinds = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
-    return Action(Kind(kinds[action.computation_type.name]), action.stage_index, action.microbatch_index)
+    return Action(ActionKind(kinds[action.computation_type.name]), action.stage_index, action.microbatch_index)
 
 
 def test_written_orders() -> None:

@@ -7,11 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaforge.errors import UserError
-from megaforge.parallel.pipeline.actions import Action, Kind, Schedule, parse_schedule
-from megaforge.parallel.pipeline.payload import PayloadTensor, crossing_names
-from megaforge.parallel.pipeline.program import Post, Program, Transfer, build_program, check_program, output_transfer
+from megaforge.parallel.pipeline.actions import Action, ActionKind, Schedule, parse_schedule
+from megaforge.parallel.pipeline.program import (
+    P2PBatch,
+    Program,
+    Transfer,
+    build_program,
+    check_program,
+    output_transfer,
+)
 from megaforge.parallel.pipeline.schedules import build_schedule
 from megaforge.parallel.pipeline.simulator import Costs, needs, simulate
+from megaforge.parallel.pipeline.stage_tensors import StageTensor, crossing_names
 
 
 @pytest.mark.parametrize(
@@ -37,18 +44,18 @@ def test_bad_schedules_are_refused(text: str, expected: str) -> None:
 
 def naive_program(schedule: Schedule) -> Program:
     """What one writes first: receive right before use, send right after."""
-    split = {(a.stage, a.microbatch) for rank in schedule.actions for a in rank if a.kind is Kind.BACKWARD_INPUT}
+    split = {(a.stage, a.microbatch) for rank in schedule.actions for a in rank if a.kind is ActionKind.BACKWARD_INPUT}
     program = []
     for rank, actions in enumerate(schedule.actions):
-        steps: list[Action | Post] = []
+        steps: list[Action | P2PBatch] = []
         for action in actions:
             for before in needs(schedule, action, (action.stage + 1, action.microbatch) in split):
                 transfer = output_transfer(schedule, before)
                 if schedule.rank_of(before.stage) != rank and transfer:
-                    steps.append(Post((transfer,)))
+                    steps.append(P2PBatch((transfer,)))
             steps.append(action)
             if transfer := output_transfer(schedule, action):
-                steps.append(Post((transfer,)))
+                steps.append(P2PBatch((transfer,)))
         program.append(tuple(steps))
     return tuple(program)
 
@@ -63,7 +70,7 @@ def test_naive_order_of_communication_deadlocks_when_sends_block(name: str, vpp:
 
 def test_computation_before_its_input_is_refused() -> None:
     schedule = parse_schedule("F0.0 B0.0\nF1.0 B1.0", "mine")
-    forward, backward = Post((Transfer(0, 1, 0),)), Post((Transfer(1, 0, 0),))
+    forward, backward = P2PBatch((Transfer(0, 1, 0),)), P2PBatch((Transfer(1, 0, 0),))
     f0, b0 = schedule.actions[0]
     f1, b1 = schedule.actions[1]
     check_program(schedule, ((f0, forward, backward, b0), (forward, f1, b1, backward)))
@@ -79,11 +86,13 @@ def random_schedules(draw: st.DrawFn) -> Schedule:
     empty = Schedule("random", ranks, chunks, microbatches, tuple(() for _ in range(ranks)), placement)
     pairs = [(stage, microbatch) for stage in range(ranks * chunks) for microbatch in range(microbatches)]
     split = {pair for pair in pairs if draw(st.booleans())}
-    todo = [Action(Kind.FORWARD, *pair) for pair in pairs]
+    todo = [Action(ActionKind.FORWARD, *pair) for pair in pairs]
     for pair in pairs:
         todo += [
             Action(k, *pair)
-            for k in ((Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT) if pair in split else (Kind.BACKWARD,))
+            for k in (
+                (ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT) if pair in split else (ActionKind.BACKWARD,)
+            )
         ]
     done: set[Action] = set()
     actions: list[list[Action]] = [[] for _ in range(ranks)]
@@ -139,8 +148,8 @@ def test_carried_tensors_cross_once_per_rank(name: str, vpp: int, made_by: int, 
     import torch
 
     payload = {
-        "c": PayloadTensor((1,), torch.float32, carried=True, made_by=made_by),
-        "h": PayloadTensor((1,), torch.float32),
+        "c": StageTensor((1,), torch.float32, carried=True, made_by=made_by),
+        "h": StageTensor((1,), torch.float32),
     }
     schedule = build_schedule(name, pp=3, vpp=vpp, microbatches=3)
     assert ["".join(sorted(names, reverse=True)) for names in crossing_names(schedule, payload)] == expected

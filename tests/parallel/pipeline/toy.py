@@ -13,18 +13,18 @@ from megaforge.parallel.context import Axis
 from megaforge.parallel.pipeline.actions import Action
 from megaforge.parallel.pipeline.executor import PipelineExecutor, StageOutput
 from megaforge.parallel.pipeline.partition import partition_layers
-from megaforge.parallel.pipeline.payload import PayloadTensor
 from megaforge.parallel.pipeline.schedules import build_schedule
+from megaforge.parallel.pipeline.stage_tensors import StageTensor
 from megaforge.parallel.pipeline.tied import sum_tied_gradient, tied_ranks
 
 TOKENS, HIDDEN, VALUES, VOCAB = 3, 4, 5, 7
 
 
-def make_payload(v_first_made_by: int) -> dict[str, PayloadTensor]:
+def make_stage_tensors(v_first_made_by: int) -> dict[str, StageTensor]:
     return {
-        "hidden": PayloadTensor((TOKENS, HIDDEN), torch.float64),
-        "v_first": PayloadTensor((TOKENS, VALUES), torch.float64, carried=True, made_by=v_first_made_by),
-        "documents": PayloadTensor((TOKENS,), torch.int64, carried=True, differentiable=False),
+        "hidden": StageTensor((TOKENS, HIDDEN), torch.float64),
+        "v_first": StageTensor((TOKENS, VALUES), torch.float64, carried=True, made_by=v_first_made_by),
+        "documents": StageTensor((TOKENS,), torch.int64, carried=True, differentiable=False),
     }
 
 
@@ -180,7 +180,7 @@ def run_toy(
 
             parameter.register_post_accumulate_grad_hook(count)
     announced: list[tuple[int, bool]] = []
-    payload = make_payload(next(stage for stage, part in enumerate(parts) if 0 in part))
+    payload = make_stage_tensors(next(stage for stage, part in enumerate(parts) if 0 in part))
     executor = PipelineExecutor(
         schedule, axis, stages, forward_step, payload, before_weight_gradients=lambda *call: announced.append(call)
     )

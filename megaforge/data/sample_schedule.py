@@ -1,0 +1,209 @@
+"""What a run reads when: the seed, the sequence lengths and the weights, over global sample numbers.
+
+A schedule never mentions how long the run is, how many ranks it has or how they batch, so none of these can change
+which sample is the k-th. A change at a later sample leaves everything before it as it was.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megaforge.data.blend import Blend
+from megaforge.data.sidecar import digest_of
+from megaforge.errors import UserError
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ScheduleChange:
+    """From global sample ``start_sample`` on: another sequence length, other source weights, or both (None keeps)."""
+
+    start_sample: int
+    sequence_length: int | None = None
+    weights: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class SampleSchedule:
+    """The seed of the order, the sequence length in tokens, and later changes in ascending ``start_sample``.
+
+    ``lanes`` is how many token streams each source is read from in turn, so that consecutive samples come from
+    different documents even where documents are many windows long.
+    """
+
+    seed: int
+    sequence_length: int
+    changes: tuple[ScheduleChange, ...] = ()
+    lanes: int = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of samples of one length and mix.
+
+    Attributes:
+        start, sequence_length: its first sample, and the tokens of each.
+        weights: of the sources; they add up to 1.
+        blend: the order of the token streams, of which a source may have several.
+        cursors: each stream's token cursor where the stage begins.
+    """
+
+    start: int
+    sequence_length: int
+    weights: tuple[float, ...]
+    blend: Blend
+    cursors: tuple[int, ...]
+
+    def cursors_after(self, samples: int) -> tuple[int, ...]:
+        """Each stream's token cursor when ``samples`` of this stage have been read."""
+        counts = self.blend.counts(samples)
+        return tuple(c + n * self.sequence_length for c, n in zip(self.cursors, counts, strict=True))
+
+
+class Plan:
+    """A schedule applied to the sources' ``weights``: finds the stage, stream and token cursor of any sample.
+
+    ``shares`` gives, for each source, the shares of its tokens that its streams hold; one stream each without it.
+
+    Raises:
+        UserError: a sequence length or a weight that cannot be, or changes out of order.
+    """
+
+    def __init__(
+        self, schedule: SampleSchedule, weights: Sequence[float], shares: Sequence[Sequence[float]] | None = None
+    ) -> None:
+        self.seed, self.lanes = schedule.seed, schedule.lanes
+        length, mix = schedule.sequence_length, tuple(weights)
+        shares = [[1.0]] * len(mix) if shares is None else shares
+
+        def stage(start: int, cursors: tuple[int, ...]) -> Stage:
+            streams = [weight * share for weight, own in zip(mix, shares, strict=True) for share in own]
+            total = math.fsum(mix)
+            return Stage(start, length, tuple(weight / total for weight in mix), Blend(streams), cursors)
+
+        _checked_length(length)
+        _checked_mix(mix, len(mix))
+        self.stages = [stage(0, (0,) * sum(map(len, shares)))]
+        for change in schedule.changes:
+            last = self.stages[-1]
+            if change.start_sample <= last.start:
+                raise UserError(
+                    f"the sample schedule changes at sample {change.start_sample}, which does not come after "
+                    f"{last.start}; list its changes in ascending order, from sample 1 on"
+                )
+            length = length if change.sequence_length is None else _checked_length(change.sequence_length)
+            mix = mix if change.weights is None else _checked_mix(change.weights, len(mix))
+            cursors = last.cursors_after(change.start_sample - last.start)
+            self.stages.append(stage(change.start_sample, cursors))
+        self.starts = [stage.start for stage in self.stages]
+
+    def stage_at(self, sample: int) -> Stage:
+        """The stage that ``sample`` (>= 0) belongs to."""
+        if sample < 0:
+            raise IndexError(f"sample {sample}: samples count from 0")
+        return self.stages[0] if len(self.stages) == 1 else self.stages[bisect_right(self.starts, sample) - 1]
+
+    def tokens_before(self, sample: int) -> int:
+        """Tokens (labels) in samples [0, sample)."""
+        stops = [*self.starts[1:], math.inf]
+        return sum(
+            int(max(0, min(stop, sample) - stage.start)) * stage.sequence_length
+            for stage, stop in zip(self.stages, stops, strict=True)
+        )
+
+    def describe(self, consumed_samples: int) -> list[dict[str, Any]]:
+        """The stages that ``consumed_samples`` has entered, for the state; later ones are free to change."""
+        entered = [stage for stage in self.stages if stage.start < max(consumed_samples, 1)]
+        return [
+            {"start_sample": s.start, "sequence_length": s.sequence_length, "weights": list(s.weights)} for s in entered
+        ]
+
+
+def _checked_length(length: int) -> int:
+    if length < 1:
+        raise UserError(f"--seq-length {length}: a sequence needs at least one token")
+    return length
+
+
+def _checked_mix(weights: tuple[float, ...], sources: int) -> tuple[float, ...]:
+    if len(weights) != sources or not all(0 <= w < math.inf for w in weights) or not sum(weights) > 0:
+        raise UserError(f"the weights {list(weights)} are not {sources} numbers >= 0 with a sum above zero")
+    return weights
+
+
+def make_state(
+    plan: Plan, manifest_digest: str, split: tuple[Sequence[float], str], consumed_samples: int
+) -> dict[str, Any]:
+    """What a checkpoint keeps of the data: where it is, and what the order up to there depended on. JSON-like.
+
+    ``split``: the shares of train, valid and test, and ``--split-order``.
+    """
+    shares, order = split
+    stages = plan.describe(consumed_samples)
+    return {
+        "version": STATE_VERSION,
+        "consumed_samples": consumed_samples,
+        "consumed_tokens": plan.tokens_before(consumed_samples),
+        "seed": plan.seed,
+        "lanes": plan.lanes,
+        "manifest_digest": manifest_digest,
+        "schedule_digest": digest_of([list(shares), stages]),
+        "split": list(shares),
+        "split_order": order,
+        "stages": stages,
+    }
+
+
+_FIELDS = {
+    "version": "the version of the data order",
+    "seed": "--seed",
+    "lanes": "--data-lanes",
+    "manifest_digest": "the content of the --data-path files",
+    "split": "--split",
+    "split_order": "--split-order",
+    "stages": "--seq-length or the weights in --data-path",
+    "schedule_digest": "the sample schedule",
+    "consumed_tokens": "the number of tokens read",
+}
+
+
+def _stages_differ(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]]) -> str:
+    """What the first stage of the schedule that is another one has otherwise."""
+    if len(saved) != len(current):
+        return f"it read {len(saved)} stages of --seq-length and --data-path weights until then, and now {len(current)}"
+    before, now = next((a, b) for a, b in zip(saved, current, strict=True) if a != b)
+    names = {
+        "sequence_length": "--seq-length",
+        "weights": "the blend of --data-path",
+        "start_sample": "the sample at which a stage starts",
+    }
+    return "; ".join(
+        f"{words} was {before[key]} and is now {now[key]}" for key, words in names.items() if before[key] != now[key]
+    )
+
+
+def check_state(current: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Compares a saved state with that of the present run at the same sample.
+
+    Raises:
+        UserError: they differ; the message names the first differing field and both values.
+    """
+    saved = {"split_order": "sequential", **saved}  # runs from before there was another
+    for field, meaning in _FIELDS.items():
+        if field == "split_order" and saved["split"][0] == 1:
+            continue  # every document is for training in any order
+        if field not in saved:
+            raise UserError(f"the checkpoint's data state has no field '{field}'; it cannot be continued exactly")
+        if saved[field] != current[field]:
+            changed = f"{meaning} was {saved[field]} and is now {current[field]}"
+            if field == "stages":
+                changed = _stages_differ(saved[field], current[field])
+            raise UserError(
+                f"the checkpoint was trained on another order of samples: {changed}; restore it to continue this run, "
+                "add --reset-data to go on with these data from their beginning, or start a new run without --load"
+            )

@@ -1,0 +1,139 @@
+"""A trained model out of a checkpoint directory, ready to use at any tensor-parallel size."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta
+from megaforge.checkpoint.find import find_checkpoint
+from megaforge.checkpoint.shards import TensorEntry
+from megaforge.config.check_layout import check_layout
+from megaforge.config.config import Config
+from megaforge.config.schema import config_from_dict
+from megaforge.data.run_tokenizer import load_with_eod
+from megaforge.data.tokenizer import Tokenizer, guess_tokenizer_type, load_tokenizer
+from megaforge.data.tokenizer_files import there_is
+from megaforge.device import resolve_device
+from megaforge.errors import UserError
+from megaforge.models.hybrid import HybridModel
+from megaforge.optim import build_optimizer
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.distributed import discover_launch, initialize
+from megaforge.training.checkpointing import compute_dtype
+from megaforge.training.setup import set_numerics
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model with its weights, and what it was trained with.
+
+    Attributes:
+        config: the run's configuration; its layout is the present one.
+        meta: everything else the checkpoint says, e.g. ``iteration``.
+        path: the checkpoint.
+    """
+
+    model: HybridModel
+    ctx: ParallelContext
+    config: Config
+    meta: dict[str, Any]
+    path: Path
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """What was chosen when the run's data were prepared (:meth:`megaforge.data.sidecar.Sidecar.choices`): of its
+        first dataset that says so, for those of a run agree. Empty where none does."""
+        sources = self.meta.get("data", {}).get("sources", [])
+        return next((dict(source["choices"]) for source in sources if source.get("choices")), {})
+
+    def load_tokenizer(self, tokenizer_model: str | None = None) -> Tokenizer:
+        """The tokenizer the model was trained with, from where it was then or from ``tokenizer_model``.
+
+        Raises:
+            UserError: it is gone, or is another one.
+        """
+        saved = self.meta.get("tokenizer")
+        if saved is None:
+            if tokenizer_model is None:
+                raise UserError(f"{self.path} names no tokenizer; pass --tokenizer-model")
+            return load_tokenizer(guess_tokenizer_type(tokenizer_model), tokenizer_model)
+        model = tokenizer_model or saved["model"]
+        if tokenizer_model is None and saved["type"] != "NullTokenizer" and not there_is(model):
+            raise UserError(f"the tokenizer {model} that {self.path} was trained with is gone; pass --tokenizer-model")
+        tokenizer = load_with_eod(saved["type"], model, saved.get("eod"), saved.get("eod_token"))
+        if tokenizer.fingerprint != saved["fingerprint"]:
+            raise UserError(
+                f"the tokenizer {model} (SHA-256 {tokenizer.fingerprint}) is not the one that {self.path} was trained "
+                f"with (SHA-256 {saved['fingerprint']}); pass that one as --tokenizer-model"
+            )
+        if saved.get("eod", tokenizer.eod) != tokenizer.eod:
+            raise UserError(
+                f"{self.path} was trained on documents that end with token {saved['eod']}, and the tokenizer {model} "
+                f"ends them with {tokenizer.eod}; pass the tokenizer as it was then as --tokenizer-model"
+            )
+        return tokenizer
+
+
+def load_trained_model(directory: str, *, tp: int | None = None, pp: int = 1, device: str = "auto") -> TrainedModel:
+    """Joins the other ranks, if there are any, and loads the newest valid checkpoint of ``directory``. Collective.
+
+    Args:
+        directory: a run's ``--save`` directory, or one checkpoint in it.
+        tp: tensor-parallel size; None takes all ranks.
+        pp: pipeline stages; only 1 will do.
+        device: cpu, cuda or auto.
+
+    Raises:
+        UserError: no valid checkpoint, or its model does not divide over ``tp``.
+    """
+    if pp != 1:
+        raise UserError(
+            f"--pp {pp}: a trained model runs on one pipeline stage, whatever stages wrote its checkpoint; use --pp 1, "
+            "and --tp to share it over ranks"
+        )
+    launch = discover_launch()
+    tp = launch.world_size if tp is None else tp
+    if tp < 1 or launch.world_size % tp:
+        raise UserError(f"--tp {tp} does not divide the {launch.world_size} ranks that were started")
+    place = resolve_device(device, launch.local_rank)
+    initialize(place)
+    ctx = ParallelContext.create(tp=tp, device=place)
+    path = find_checkpoint(directory, ctx)
+    meta = read_meta(path)
+    config = _present_config(meta, path, tp, device)
+    check_layout(config, launch.world_size)
+    set_numerics(config, place)
+    model = HybridModel(config.model, ctx, dtype=compute_dtype(config.training))
+    # The optimizer knows how 16-bit weights come from their fp32 masters; its own state is not read.
+    optimizer = build_optimizer(config.optimizer, model, ctx)
+    entries = [TensorEntry(*entry) for entry in optimizer.weight_entries()]
+    load_checkpoint(path, entries, ctx, verify=False, allow_extra=("",), cast=True)
+    optimizer.after_load()
+    return TrainedModel(model.eval(), ctx, config, meta, path)
+
+
+def _present_config(meta: dict[str, Any], path: Path, tp: int, device: str) -> Config:
+    if "config" not in meta:
+        raise UserError(f"--load {path}: it does not say which model it is of; no training run wrote it")
+    config = config_from_dict(meta["config"], source=str(path))
+    return dataclasses.replace(
+        config,
+        parallel=dataclasses.replace(
+            config.parallel,
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=1,
+            virtual_pipeline_model_parallel_size=None,
+            num_layers_per_virtual_pipeline_stage=None,
+            pipeline_schedule=None,
+            recompute="none",
+            context_parallel_size=1,
+            expert_model_parallel_size=1,
+            expert_tensor_parallel_size=None,
+            sequence_parallel=False,
+            zero_stage=0,
+        ),
+        training=dataclasses.replace(config.training, micro_batch_size=1, global_batch_size=None, device=device),
+    )

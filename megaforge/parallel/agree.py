@@ -1,0 +1,82 @@
+"""Ranks doing a thing together: either it worked everywhere, or every rank raises the same error.
+
+A rank that raises alone leaves the others waiting in the next collective until the timeout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megaforge.errors import CheckpointError, UserError
+from megaforge.parallel.context import ParallelContext
+
+T = TypeVar("T")
+_Outcome = tuple[T | None, str | None, bool]  # value, error text, whether the error is the user's to mend
+
+
+def exchange(ctx: ParallelContext, value: T) -> list[T]:
+    """Every rank's ``value``, by rank."""
+    if ctx.world.group is None:
+        return [value]
+    gathered: list[T] = [value] * ctx.world.size
+    dist.all_gather_object(gathered, value, group=ctx.world.group)
+    return gathered
+
+
+def _attempt(action: Callable[[], T]) -> _Outcome[T]:
+    try:
+        return action(), None, True
+    except (UserError, OSError) as error:
+        return None, str(error), True
+    except Exception as error:  # reaches every rank as a RuntimeError below; swallowing it would hang the others
+        return None, f"{type(error).__name__}: {error}", False
+
+
+def _raise(text: str, users: bool) -> None:
+    raise CheckpointError(text) if users else RuntimeError(text)
+
+
+def together(ctx: ParallelContext, action: Callable[[], T]) -> list[T]:
+    """Runs ``action`` on every rank and returns all results by rank.
+
+    Raises:
+        CheckpointError: it failed on some rank with a UserError or OSError; the text names the ranks.
+        RuntimeError: it failed on some rank with anything else.
+    """
+    outcomes = exchange(ctx, _attempt(action))
+    failures = {rank: outcome for rank, outcome in enumerate(outcomes) if outcome[1] is not None}
+    if failures:
+        _raise(
+            describe_failures({rank: str(text) for rank, (_, text, _) in failures.items()}),
+            all(f[2] for f in failures.values()),
+        )
+    return [value for value, _, _ in outcomes]  # type: ignore[misc]
+
+
+def from_first_rank(ctx: ParallelContext, action: Callable[[], T]) -> T:
+    """Runs ``action`` on rank 0 alone and returns its result on every rank.
+
+    Raises:
+        CheckpointError: it raised a UserError or OSError.
+        RuntimeError: it raised anything else.
+    """
+    outcome: list[_Outcome[T]] = [
+        _attempt(action) if ctx.is_first_rank or ctx.world.group is None else (None, None, True)
+    ]
+    if ctx.world.group is not None:
+        dist.broadcast_object_list(outcome, src=0, group=ctx.world.group)
+    value, text, users = outcome[0]
+    if text is not None:
+        _raise(text, users)
+    return value  # type: ignore[return-value]
+
+
+def describe_failures(failures: dict[int, str]) -> str:
+    """``rank 3: TEXT; rank 5: TEXT``, or the text alone when it is the same everywhere."""
+    if len(set(failures.values())) == 1:
+        ranks = "" if 0 in failures else f"rank {min(failures)}: "
+        return ranks + next(iter(failures.values()))
+    return "; ".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items()))

@@ -1,0 +1,43 @@
+"""Softmax attention over sequences that the ranks of cp share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megaforge.kernels.attention import causal_attention
+from megaforge.parallel.context_parallel.ring_attention import ring_attention
+from megaforge.parallel.packed_sequence import PackedSequence
+
+
+def context_parallel_attention(query: Tensor, key: Tensor, value: Tensor, info: PackedSequence) -> Tensor:
+    """Causal attention, within documents, of this rank's tokens to all tokens of the sequence.
+
+    With ``--cp-comm-type allgather`` keys and values of all ranks of cp are gathered (their gradients are summed and
+    scattered back), in one collective each way; a chunk of queries is given the keys up to its own end only, so that
+    all ranks compute the same amount; the mask has s * s / cp entries. With p2p keys and values travel in a ring, and
+    no tensor grows faster than the sequence.
+
+    Args:
+        query: [b, heads, s / cp, d].
+        key, value: [b, groups, s / cp, d].
+        info: the micro-batch.
+
+    Returns:
+        [b, heads, s / cp, d].
+    """
+    if info.shards.comm_type == "p2p":
+        documents = info.all_document_ids_BS if info.has_boundaries else None
+        return ring_attention(query, key, value, documents, info.shards)
+    mask = info.score_mask(query.dtype)
+    if mask is None:
+        raise ValueError("sequences that are shared by ranks need an explicit mask")
+    # [s / cp, b, groups, 2d]: the gather is along dim 0
+    local = torch.cat([key, value], dim=-1).permute(2, 0, 1, 3)
+    key, value = info.shards.gather(local).permute(1, 2, 0, 3).chunk(2, dim=-1)
+    chunks = info.shards.chunks
+    out = []
+    for number, rows, visible in zip(chunks, query.chunk(len(chunks), 2), mask.chunk(len(chunks), 2), strict=True):
+        end = (number + 1) * rows.shape[2]
+        out.append(causal_attention(rows, key[:, :, :end], value[:, :, :end], visible[..., :end]))
+    return torch.cat(out, dim=2)

@@ -1,0 +1,153 @@
+"""Where the documents of a packed micro-batch begin: made once a micro-batch, read by every layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megaforge.device import upload
+from megaforge.kernels.attention import PackedDocuments, taken_mask
+from megaforge.parallel.context_parallel.shard import ContextParallelShard
+
+
+class PackedSequence:
+    """Document boundaries and positions of ``batch`` sequences of ``length`` tokens. Treat it as read-only.
+
+    Under context parallelism it is made from whole sequences, and describes the s = length / cp tokens of each that
+    this rank holds: positions and documents count from the beginning of the whole.
+
+    Attributes:
+        document_start_SB: bool [s, b], true where a token sees nothing before it. Position 0 of a fresh sequence
+            always does.
+        position_ids_BS: int64 [b, s], position within the token's document.
+        document_ids_BS: int64 [b, s], 0, 1, ... within each sequence.
+        has_boundaries: whether any document starts after position 0, on whichever rank (a Python bool: layers branch
+            on it for free, and all ranks of cp alike).
+        shards: the part of the sequences that this rank holds.
+        offset: tokens of these sequences that a recurrent state has already consumed, of the longest of them.
+        padding_B: int64 [b], how much shorter than that each sequence is; None: not at all.
+        shared: what layers derive from the above and share with later layers (rotary tables).
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        length: int,
+        device: torch.device,
+        document_start_BS: torch.Tensor | None = None,
+        offset: int = 0,
+        shards: ContextParallelShard | None = None,
+        padding_B: torch.Tensor | None = None,
+    ) -> None:
+        """Builds the description.
+
+        Args:
+            batch: sequences.
+            length: tokens of each whole sequence.
+            device: where the tensors live.
+            document_start_BS: bool [b, s]; None when no document starts after position 0. In host memory where
+                ``device`` is a GPU: whether there are boundaries is asked here, and nobody should wait for the answer.
+            offset: tokens already consumed by a recurrent state: the sequences continue, so position 0 starts nothing
+                and positions count on from here.
+            shards: what this rank holds of a sequence that the ranks of cp share; None: all of it.
+            padding_B: int64 [b], how many of the ``offset`` places each sequence has not used: it began after them.
+
+        Raises:
+            ValueError: boundaries of another shape, or together with an offset; sequences that are shared by ranks
+                continue from a state, or do not divide into chunks.
+        """
+        if document_start_BS is not None and document_start_BS.shape != (batch, length):
+            raise ValueError(f"document_start has shape {tuple(document_start_BS.shape)}, expected {(batch, length)}")
+        if document_start_BS is not None and offset:
+            raise ValueError("a sequence that continues from a state cannot hold document boundaries")
+        self.shards = ContextParallelShard() if shards is None else shards
+        if offset and self.shards.axis.size > 1:
+            raise ValueError("a sequence that continues from a state cannot be shared by the ranks of cp")
+        self.offset = offset
+        self.padding_B = padding_B
+        self.has_boundaries = document_start_BS is not None and bool(document_start_BS[:, 1:].any())
+        positions = torch.arange(offset, offset + length, device=device)
+        start = torch.zeros(batch, length, dtype=torch.bool, device=device)
+        if self.has_boundaries and document_start_BS is not None:
+            start |= upload(document_start_BS.to(torch.bool), device)
+        if offset == 0:
+            start[:, 0] = True
+        if self.has_boundaries:
+            begun = torch.where(start, positions, 0).cummax(dim=1).values
+            position_ids_BS, self._documents_BS = positions - begun, start.long().cumsum(dim=1) - 1
+        else:
+            position_ids_BS = positions.expand(batch, length)
+            if padding_B is not None:
+                position_ids_BS = position_ids_BS - padding_B[:, None]
+            self._documents_BS = torch.zeros(1, 1, dtype=torch.long, device=device).expand(batch, length)
+        self._places_S = self.local(positions - offset, dim=0)
+        self.position_ids_BS = self.local(position_ids_BS)
+        self.document_ids_BS = self.local(self._documents_BS)
+        self.document_start_SB = self.local(start).t().contiguous()
+        self.shared: dict[Any, Any] = {}
+        self._start_BS = document_start_BS
+        self._mask: torch.Tensor | None = None
+        self._packed: PackedDocuments | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.document_start_SB.shape[1]
+
+    @property
+    def positions_S(self) -> torch.Tensor:
+        """int64 [s], where in the whole sequence each of this rank's tokens is, documents notwithstanding."""
+        return self._places_S
+
+    @property
+    def length(self) -> int:
+        return self.document_start_SB.shape[0]
+
+    @property
+    def all_document_ids_BS(self) -> torch.Tensor:
+        """As ``document_ids_BS``, of the whole sequences, wherever their tokens are."""
+        return self._documents_BS
+
+    def local(self, x_BS: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """This rank's tokens of ``x_BS``, which is whole along ``dim``."""
+        return self.shards.take(x_BS, dim)
+
+    def attention_mask(self) -> torch.Tensor | None:
+        """Bool [b or 1, 1, s, length], true where query (dim 2, this rank's tokens) may see key (dim 3, the whole
+        sequence): causal and within one document.
+
+        None when plain causal attention is the same; made at the first call and kept for the other layers.
+        """
+        if not self.has_boundaries and self.shards.axis.size == 1:
+            return None
+        if self._mask is None:
+            places = torch.arange(self._documents_BS.shape[1], device=self.positions_S.device)
+            mask = (self.positions_S[:, None] >= places)[None]
+            if self.has_boundaries:
+                mask = mask & (self.document_ids_BS[:, :, None] == self._documents_BS[:, None, :])
+            self._mask = mask[:, None]
+        return self._mask
+
+    def score_mask(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """:meth:`attention_mask` as attention's kernels take it for scores of ``dtype``, made once."""
+        mask = self.attention_mask()
+        if mask is not None and ("score_mask", dtype) not in self.shared:
+            self.shared["score_mask", dtype] = taken_mask(mask, dtype)
+        return None if mask is None else self.shared["score_mask", dtype]
+
+    def packed_documents(self) -> PackedDocuments | None:
+        """The documents, which for attention is as good as the mask; None when there are no boundaries. Found on the
+        host, once.
+
+        Raises:
+            ValueError: the sequences are shared by ranks.
+        """
+        if self.shards.axis.size > 1:
+            raise ValueError("a rank of cp holds parts of documents")
+        if self.has_boundaries and self._start_BS is not None and self._packed is None:
+            start = self._start_BS.to("cpu", torch.bool, copy=True)
+            start[:, 0] = True
+            begins = start.flatten().nonzero().flatten()
+            bounds = torch.cat([begins, begins.new_tensor([start.numel()])]).int()
+            self._packed = PackedDocuments(upload(bounds, self.position_ids_BS.device), int(bounds.diff().max()))
+        return self._packed

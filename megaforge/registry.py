@@ -1,0 +1,121 @@
+"""What can be added without editing anything: tables of named parts, and how a user's own file adds a row.
+
+A built-in part is a name and where to find it, so that its name is known before torch is imported. A user's part is a
+file that registers itself, named by ``--extensions``::
+
+    from megaforge.registry import UPDATE_RULES
+
+    UPDATE_RULES.register("sign", SignDescent)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from megaforge.errors import UserError
+
+
+class Registry:
+    """Parts of one kind by name, in the order in which they were added."""
+
+    def __init__(self, kind: str, builtin: Mapping[str, str]) -> None:
+        """
+        Args:
+            kind: what the parts are, for messages: ``update rule``.
+            builtin: ``module:attribute`` of each, imported when it is first asked for.
+        """
+        self.kind = kind
+        self._parts: dict[str, Any] = dict(builtin)
+        self._unread = set(builtin)
+
+    def register(self, name: str, part: Any) -> None:
+        """Adds a part.
+
+        Raises:
+            UserError: the name is taken by another.
+        """
+        if name in self._parts and self._parts[name] is not part:
+            raise UserError(f"{self.kind} {name!r} is registered already; use another name")
+        self._parts[name] = part
+
+    def get(self, name: str) -> Any:
+        """The part of that name.
+
+        Raises:
+            UserError: there is none; with the names that there are.
+        """
+        self.check(name)
+        if name in self._unread:
+            module, _, attribute = self._parts[name].partition(":")
+            self._parts[name] = getattr(importlib.import_module(module), attribute)
+            self._unread.discard(name)
+        return self._parts[name]
+
+    def check(self, name: str) -> None:
+        """
+        Raises:
+            UserError: no part has this name.
+        """
+        if name not in self._parts:
+            close = get_close_matches(name, self._parts, n=1)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(
+                f"{name!r} is not a known {self.kind} (there are {', '.join(self._parts)}){meant}; "
+                "a file that registers another is named by --extensions"
+            )
+
+    def names(self) -> tuple[str, ...]:
+        """All names."""
+        return tuple(self._parts)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts
+
+
+def load_extensions(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Imports each of ``names``, a Python file or the name of a module; a second time does nothing.
+
+    Returns:
+        The names, those of files made absolute, so that a checkpoint that keeps them is read from anywhere.
+
+    Raises:
+        UserError: one cannot be found or imported.
+    """
+    return tuple(_load_file(name) if name.endswith(".py") else _load_module(name) for name in names)
+
+
+def _load_module(name: str) -> str:
+    try:
+        importlib.import_module(name)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--extensions {name}: importing it failed: {type(error).__name__}: {error}") from error
+    return name
+
+
+def _load_file(name: str) -> str:
+    path = Path(name).absolute()
+    if not path.is_file():
+        raise UserError(f"--extensions {name}: there is no such file (looked at {path})")
+    module = f"megaforge_extension_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if module not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[module] = loaded = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(loaded)
+        except UserError:
+            del sys.modules[module]
+            raise
+        except Exception as error:
+            del sys.modules[module]
+            raise UserError(f"--extensions {name}: it failed: {type(error).__name__}: {error}") from error
+    return str(path)

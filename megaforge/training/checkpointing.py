@@ -1,0 +1,239 @@
+"""A run's state as checkpoints hold it: what is saved, and how a run goes on from it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import megaforge
+from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta, save_checkpoint
+from megaforge.checkpoint.compatible import RUN_STATE, check_compatible, describe_run
+from megaforge.checkpoint.directory import list_steps
+from megaforge.checkpoint.find import find_checkpoint, holds_no_checkpoint
+from megaforge.checkpoint.shards import TensorEntry
+from megaforge.config.launcher import print_rank_0
+from megaforge.config.run_config import CheckpointConfig, TrainingConfig
+from megaforge.data.tokenizer import Tokenizer
+from megaforge.device import get_random_state, set_random_state
+from megaforge.errors import UserError
+from megaforge.optim.adamw import Entry
+from megaforge.training.callbacks import LARGER_IS_BETTER
+from megaforge.training.continuing import changed_settings, settle_schedule
+
+if TYPE_CHECKING:
+    from megaforge.training.trainer import Trainer
+
+
+def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a checkpoint keeps of the tokenizer: enough to refuse another one, and where this one was."""
+    model = tokenizer.model_path
+    return {
+        "type": tokenizer.type,
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "eod": tokenizer.eod,
+        "eod_token": tokenizer.eod_token,
+        "model": ",".join(os.path.abspath(part) if os.path.exists(part) else part for part in model.split(",")),
+    }
+
+
+def save_run(trainer: Trainer) -> Path:
+    """Writes everything that continuing ``trainer`` needs below ``--save``. Collective.
+
+    Raises:
+        UserError: on every rank, when any could not write; earlier checkpoints stay valid.
+    """
+    config = trainer.config
+    if config.checkpoint.save is None:
+        raise UserError("--save is not set, so there is nowhere to write a checkpoint")
+    path = save_checkpoint(
+        config.checkpoint.save,
+        trainer.iteration,
+        _entries(trainer.optimizer.entries()),
+        run_meta(trainer),
+        trainer.ctx,
+        get_random_state(trainer.ctx.device),
+        keep_last=config.checkpoint.keep_last,
+        keep_best=config.checkpoint.keep_best,
+        metric=_score(trainer),
+        goes_on_from=trainer.saved_iteration,
+    )
+    trainer.saved_iteration = trainer.iteration
+    return path
+
+
+def _entries(tensors: Iterable[Entry]) -> list[TensorEntry]:
+    return [TensorEntry(*entry) for entry in tensors]
+
+
+def run_meta(trainer: Trainer) -> dict[str, Any]:
+    """The JSON part of a checkpoint."""
+    return describe_run(trainer.config, trainer.tokenizer) | {
+        "megaforge_version": megaforge.__version__,
+        "iteration": trainer.iteration,
+        "data": trainer.data.state(trainer.consumed_samples),
+        "optimizer": trainer.optimizer.state(),
+        "scaler": trainer.scaler.state(),
+        "schedule": trainer.schedule.digest,
+        "global_batch_size": trainer.global_batch_size,
+        "started_over": trainer.started_over,
+        "earlier": dict(trainer.earlier),
+        "callbacks": {c.state_name: c.state() for c in trainer.callbacks if c.state_name is not None},
+    }
+
+
+def _score(trainer: Trainer) -> float | None:
+    """What ``--keep-best`` ranks this checkpoint by, lower being better; None if this iteration was not evaluated."""
+    evaluation = trainer.last_evaluation
+    if evaluation is None or evaluation.iteration != trainer.iteration:
+        return None
+    metric = trainer.config.training.early_stopping_metric
+    value = evaluation.values().get(metric)
+    return -value if value is not None and metric in LARGER_IS_BETTER else value
+
+
+def load_run(trainer: Trainer) -> Path | None:
+    """Fills ``trainer`` from the newest valid checkpoint of ``--load``; ``--finetune``: its weights only. Collective.
+
+    Returns:
+        The checkpoint, or None where the run starts from the beginning: ``--load`` and ``--save`` name one directory,
+        and nothing has been saved there.
+
+    Raises:
+        UserError: on every rank: no valid checkpoint, one of another model or tokenizer, or another order of data.
+    """
+    config, ctx, optimizer = trainer.config, trainer.ctx, trainer.optimizer
+    if config.checkpoint.load is None:
+        raise UserError("--load is not set, so there is nothing to continue from")
+    own = loads_own_checkpoints(config.checkpoint)
+    if own and not config.checkpoint.finetune and holds_no_checkpoint(config.checkpoint.load, ctx):
+        return None
+    path = find_checkpoint(config.checkpoint.load, ctx, quarantine_damaged=own)
+    meta = read_meta(path)
+    check_compatible(meta, config, trainer.tokenizer, source=str(path))
+    if config.checkpoint.finetune:
+        load_checkpoint(path, _entries(optimizer.weight_entries()), ctx, verify=False, allow_extra=("",), cast=True)
+        optimizer.after_load()
+        return path
+    _check_is_run(meta, path)
+    fresh = _start_over(trainer, meta, own)
+    if "data" not in fresh:
+        trainer.data.check_state(meta["data"])
+    trainer.config, trainer.schedule, notes = settle_schedule(config, meta, int(meta["iteration"]), str(path))
+    notes += changed_settings(trainer.config, trainer.global_batch_size, meta)
+    _load_tensors(trainer, path, fresh)
+    if "optimizer" not in fresh:
+        optimizer.load_state(meta["optimizer"])
+        trainer.scaler.load_state(meta["scaler"])
+    optimizer.after_load()
+    _restore_progress(trainer, meta, fresh)
+    for note in notes:
+        print_rank_0(note)
+    # What lies in --save beyond this iteration is of a past that this run went back behind.
+    trainer.saved_iteration = trainer.iteration
+    return path
+
+
+def _load_tensors(trainer: Trainer, path: Path, fresh: list[str]) -> None:
+    """Fills weights, moments and this rank's random states, but for what starts ``fresh``."""
+    optimizer, device = trainer.optimizer, trainer.ctx.device
+    moments = "optimizer" not in fresh
+    entries = _entries(optimizer.entries() if moments else optimizer.weight_entries())
+    random_state = {name: state.clone() for name, state in get_random_state(device).items()}
+    own = None if "random states" in fresh else random_state
+    unread = () if moments else ("optimizer.",)
+    load_checkpoint(path, entries, trainer.ctx, own, verify=False, allow_extra=unread)
+    set_random_state(device, random_state)
+
+
+def loads_own_checkpoints(config: CheckpointConfig) -> bool:
+    """Whether ``--load`` is the very directory that ``--save`` names: the run continues itself, and starts where
+    there is nothing yet."""
+    if config.save is None or config.load is None:
+        return False
+    return os.path.realpath(config.load) == os.path.realpath(config.save)
+
+
+def _check_is_run(meta: dict[str, Any], path: Path) -> None:
+    missing = [key for key in ("iteration", *RUN_STATE) if key not in meta]
+    if missing:
+        raise UserError(
+            f"--load {path}: it holds weights but no training run to continue (no {', '.join(missing)}); "
+            "add --finetune to start a new run from its weights"
+        )
+
+
+def _restore_progress(trainer: Trainer, meta: dict[str, Any], fresh: list[str]) -> None:
+    trainer.iteration = int(meta["iteration"])
+    trainer.earlier = Counter(meta.get("earlier", {}))
+    consumed = int(meta["data"]["consumed_samples"])
+    if "data" in fresh:
+        trainer.earlier += Counter(samples=consumed, tokens=int(meta["data"]["consumed_tokens"]))
+    else:
+        trainer.consumed_samples = consumed
+    for callback in trainer.callbacks:
+        if callback.state_name in meta["callbacks"]:
+            callback.load_state(meta["callbacks"][callback.state_name])
+
+
+def _start_over(trainer: Trainer, meta: dict[str, Any], own: bool) -> list[str]:
+    """What does not come from the checkpoint although the run goes on, by the flags; says so.
+
+    A run that is started again by the same line has done so already: its ``own`` checkpoints record it.
+    """
+    flags = trainer.config.checkpoint
+    asked = {
+        "optimizer": ("--no-load-optim", not flags.load_optim, "moments and loss scale start afresh"),
+        "random states": ("--no-load-rng", not flags.load_rng, "random states start from --seed"),
+        "data": ("--reset-data", flags.reset_data, "the data are read from their beginning"),
+    }
+    done, now = list(meta.get("started_over", [])) if own else [], []
+    for what, (flag, given, text) in asked.items():
+        if given and what in done:
+            print_rank_0(f"{flag}: this run has done so and goes on with its own; --load its step_N does it again")
+        elif given:
+            now.append(what)
+            print_rank_0(f"{flag}: {text}; weights and iteration {meta['iteration']} are kept")
+    trainer.started_over = [*done, *now]
+    return now
+
+
+def check_save_directory(config: CheckpointConfig) -> None:
+    """Makes sure, before any work is done, that ``--save`` can be written and holds no other run's checkpoints: those
+    of later iterations would be taken for this run's newest.
+
+    Raises:
+        UserError: it cannot, or it does.
+    """
+    if config.save is None:
+        return
+    directory = Path(config.save)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=".writable_", dir=directory) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        raise UserError(f"--save {directory}: checkpoints cannot be written there ({error.strerror})") from error
+    steps = list_steps(directory)
+    loaded = None if config.load is None or config.finetune else Path(os.path.realpath(config.load))
+    if steps and (loaded is None or Path(os.path.realpath(directory)) not in (loaded, loaded.parent)):
+        how = ("leave out --finetune and use" if config.finetune else "add") + f" --load {directory}"
+        raise UserError(
+            f"--save {directory}: a run has left its checkpoints there (the newest is {steps[0][1].name}); "
+            f"{how} to continue it, or name another directory"
+        )
+
+
+def compute_dtype(training: TrainingConfig) -> torch.dtype:
+    """The type the model computes in, from ``--bf16``, ``--fp16`` and ``--fp64``."""
+    if training.bf16:
+        return torch.bfloat16
+    if training.fp16:
+        return torch.float16
+    return torch.float64 if training.fp64 else torch.float32

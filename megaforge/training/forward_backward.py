@@ -1,0 +1,128 @@
+"""Forward and backward of a global batch through this rank's stages of the model, whatever the pipeline schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from megaforge.config.run_config import ParallelConfig
+from megaforge.data.loader import Batch
+from megaforge.device import upload
+from megaforge.models.hybrid import HybridModel, ModelOutput, Stream
+from megaforge.models.stages import ModelChunks, PipelinePlan, make_stage_tensors, tied_weight
+from megaforge.nn.offload import HostMemory
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.data_parallel import GradientReducer
+from megaforge.parallel.grad_compression import make_comm_hook
+from megaforge.parallel.pipeline.executor import PipelineExecutor, StageOutput
+from megaforge.parallel.pipeline.tied import sum_tied_gradient
+from megaforge.parallel.zero import ShardedParameters
+
+LossFn = Callable[[ModelOutput], Tensor]
+
+
+def make_reducer(
+    parallel: ParallelConfig,
+    model: HybridModel | ModelChunks,
+    ctx: ParallelContext,
+    shards: ShardedParameters | None,
+) -> GradientReducer:
+    """The reduction of ``model``'s gradients that the flags ask for; ``shards``: the optimizer's."""
+    return GradientReducer(
+        model.chunks,
+        ctx,
+        bucket_size=parallel.ddp_bucket_size,
+        overlap=parallel.overlap_grad_reduce,
+        shards=shards,
+        free_buffers=parallel.zero_stage == 2,
+        reduction=make_comm_hook(parallel),
+    )
+
+
+class ForwardBackward:
+    """Runs the stages; one stage (no pipeline) is the schedule that runs each micro-batch forward, then backward.
+
+    Every rank of pp is given the same micro-batches, so only activations travel.
+    """
+
+    def __init__(
+        self,
+        model: HybridModel | ModelChunks,
+        ctx: ParallelContext,
+        plan: PipelinePlan,
+        reducer: GradientReducer,
+        *,
+        dtype: torch.dtype,
+        offload: bool = False,
+    ) -> None:
+        """``offload`` keeps what the backward pass needs in host memory (``--cpu-offload-activations``)."""
+        self.plan = plan
+        self._model, self._ctx, self._reducer = model, ctx, reducer
+        self._dtype, self._offload = dtype, offload
+        self._tied = tied_weight(model, plan)
+        self._executors: dict[tuple[int, torch.Size], PipelineExecutor] = {}
+        self._loss_fn: LossFn | None = None
+
+    def forward_backward(
+        self, micro_batches: Sequence[Batch], loss_fn: LossFn, loss_scale: float
+    ) -> Iterator[tuple[HybridModel, ModelOutput]]:
+        """Accumulates the gradient of ``loss_scale`` times the sum of all ``loss_fn(output)``, over micro-batches
+        and stages. Returns each stage and what it put out for a micro-batch, without gradient."""
+        return self._run(micro_batches, loss_fn, loss_scale)
+
+    def forward(self, micro_batches: Sequence[Batch]) -> Iterator[tuple[HybridModel, ModelOutput]]:
+        """The outputs alone."""
+        return self._run(micro_batches, None, 1.0)
+
+    def sum_tied_gradient(self) -> None:
+        """Gives both copies of a matrix on the first and the last stage the gradient of both; after the reduction."""
+        if self._tied is not None:
+            sum_tied_gradient(self._tied.main_grad, self.plan.schedule, self._ctx.pp)  # type: ignore[attr-defined]
+
+    def _run(
+        self, micro_batches: Sequence[Batch], loss_fn: LossFn | None, loss_scale: float
+    ) -> Iterator[tuple[HybridModel, ModelOutput]]:
+        self._loss_fn = loss_fn
+        executor = self._executor(len(micro_batches), micro_batches[0].tokens.shape)
+        result = executor.run(micro_batches, gradients=loss_fn is not None, loss_scale=loss_scale)
+        chunks = self._model.chunks
+        return ((chunks[self.plan.schedule.chunk_of(stage)], out) for (_, stage), out in result.reports.items())
+
+    def _executor(self, count: int, shape: torch.Size) -> PipelineExecutor:
+        """The executor for ``count`` micro-batches of ``shape`` [b, s]; kept, for they are the same all along."""
+        batch, length = shape
+        if (count, shape) not in self._executors:
+            self._executors[count, shape] = PipelineExecutor(
+                self.plan.with_micro_batches(count),
+                self._ctx.pp,
+                self._model.chunks,
+                self._forward_step,
+                make_stage_tensors(self._model, self.plan, batch, length, self._dtype),
+                device=self._ctx.device,
+                before_weight_gradients=lambda chunk, last: self._reducer.set_last_microbatch(last, chunk),
+            )
+        return self._executors[count, shape]
+
+    def _forward_step(self, chunk: nn.Module, batch: Batch, payload: dict[str, Tensor]) -> StageOutput:
+        assert isinstance(chunk, HybridModel)
+        arrived = Stream(payload["x"], payload.get("v_first")) if payload else None
+        tokens, labels, mask = (upload(x, self._ctx.device) for x in (batch.tokens, batch.labels, batch.loss_mask))
+        with self._saving():
+            # Document starts stay in host memory, where the stage asks what there is.
+            output, stream = chunk.run_stage(tokens, labels, mask, batch.document_start, arrived=arrived)
+            loss = None if self._loss_fn is None else self._loss_fn(output)
+        leaving = {"x": stream.x} | ({} if stream.v_first is None else {"v_first": stream.v_first})
+        return StageOutput(leaving, loss, _detached(output))
+
+    def _saving(self) -> AbstractContextManager[object]:
+        active = self._offload and torch.is_grad_enabled()
+        return HostMemory(self._model.parameters()) if active else nullcontext()
+
+
+def _detached(output: ModelOutput) -> ModelOutput:
+    fields = {field.name: getattr(output, field.name).detach() for field in dataclasses.fields(output)}
+    return ModelOutput(**fields)

@@ -1,0 +1,241 @@
+"""From a configuration to a trainer that is ready to train: what every pretraining entry script does."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from megaforge.config.check_layout import Layout
+from megaforge.config.config import Config
+from megaforge.config.schema import config_to_dict
+from megaforge.data.blend import parse_data_path
+from megaforge.data.loader import DataSource
+from megaforge.data.mock import MockData
+from megaforge.data.samples import DataChecks, SampleSchedule, TrainingData
+from megaforge.data.tokenizer import Tokenizer
+from megaforge.device import resolve_device, set_gpu_environment
+from megaforge.errors import UserError
+from megaforge.models.hybrid import HybridModel
+from megaforge.models.stages import ModelChunks, PipelinePlan, build_model, plan_pipeline
+from megaforge.monitor.sinks import JsonlSink, MetricSink
+from megaforge.monitor.trackers import MlflowSink, TensorBoardSink, WandbSink
+from megaforge.optim import build_optimizer
+from megaforge.parallel.agree import together
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.distributed import check_backend, discover_launch, initialize, print_rank_0
+from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.zero import shard_parameters
+from megaforge.training.callbacks import (
+    Callback,
+    Checkpointing,
+    EarlyStopping,
+    Evaluation,
+    ExitInterval,
+    MetricsWriter,
+)
+from megaforge.training.checkpointing import check_save_directory, compute_dtype, load_run, tokenizer_identity
+from megaforge.training.console import ConsoleLog
+from megaforge.training.numerics import choose_matmul_precision
+from megaforge.training.profiling import Profile
+from megaforge.training.speed import Speed
+from megaforge.training.trainer import Trainer
+
+
+def initialize_distributed(config: Config) -> ParallelContext:
+    """This rank's device and its place among the others; joins the process group if there are others."""
+    parallel = config.parallel
+    if config.training.device != "cpu":  # before anything starts CUDA
+        set_gpu_environment(one_queue=parallel.overlap_tp_comm and parallel.tensor_model_parallel_size > 1)
+    device = resolve_device(config.training.device, discover_launch().local_rank)
+    set_numerics(config, device)
+    note = few_cores(device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(os.sched_getaffinity(0)))
+    if note is not None:
+        print_rank_0(note)
+    check_backend(config.parallel.distributed_backend)
+    initialize(device, parallel.distributed_backend, parallel.distributed_timeout_minutes)
+    return make_context(config, device)
+
+
+def few_cores(device: torch.device, ranks: int, cores: int) -> str | None:
+    """A warning where ``ranks`` that feed GPUs share ``cores``, fewer than two a rank: one starts kernels, one reads
+    data. Nobody expects that of CPU ranks."""
+    if device.type == "cpu" or cores >= 2 * ranks:
+        return None
+    return (
+        f"{ranks} rank{'s' * (ranks > 1)} on a GPU may use {cores} core{'s' * (cores > 1)} of this machine, and will "
+        "wait for them; under Slurm export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK before srun (run_scripts/slurm "
+        "does), and elsewhere look at the launcher's binding"
+    )
+
+
+def make_context(config: Config, device: torch.device | str) -> ParallelContext:
+    """This rank's place in the layout of ``config``, among the ranks of the default process group. Collective."""
+    parallel = config.parallel
+    return ParallelContext.create(
+        tp=parallel.tensor_model_parallel_size,
+        pp=parallel.pipeline_model_parallel_size,
+        ep=parallel.expert_model_parallel_size,
+        etp=parallel.expert_tensor_size(dist.get_world_size() if dist.is_initialized() else 1),
+        cp=parallel.context_parallel_size,
+        device=device,
+    )
+
+
+def make_pipeline_plan(config: Config, layout: Layout) -> PipelinePlan:
+    """Which blocks go to which pipeline stage, and the schedule.
+
+    Raises:
+        UserError: the model, the flags and the number of micro-batches allow none; needs no process group.
+    """
+    return plan_pipeline(config.model, config.parallel, layout.micro_batches, config.data.seq_length)
+
+
+def set_numerics(config: Config, device: torch.device) -> None:
+    """Seeds, deterministic algorithms and matmul precision of the process."""
+    torch.manual_seed(config.training.seed)
+    choose_matmul_precision(config.training.float32_matmul_precision, device)
+    if config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first cuBLAS handle is made
+        torch.use_deterministic_algorithms(True)
+        # Filling every new tensor with NaN finds reads of uninitialised memory, and costs a pass over it.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, ctx: ParallelContext) -> Trainer:
+    """The model, its optimizer and its data, fresh or continued from ``--load``. Collective.
+
+    Raises:
+        UserError: on every rank: bad data, no place to save, or a checkpoint that cannot be continued.
+    """
+    opened: list[DataSource] = []
+    together(ctx, lambda: opened.append(_open_data(config, tokenizer)))
+    together(ctx, lambda: check_save_directory(config.checkpoint) if ctx.is_first_rank else None)
+    plan = make_pipeline_plan(config, layout)
+    model = build_model_chunks(config, ctx, plan)
+    initialize_parameters(model, ctx, config.training.seed)
+    trainer = Trainer(
+        config,
+        ctx,
+        model,
+        build_optimizer(config.optimizer, model, ctx, shard_parameters(config.parallel, model.chunks, ctx)),
+        opened[0],
+        plan=plan,
+        tokenizer=None if tokenizer is None else tokenizer_identity(tokenizer),
+        global_batch_size=layout.global_batch_size,
+        callbacks=_callbacks(config),
+    )
+    if config.checkpoint.load is not None:
+        path = load_run(trainer)
+        load = config.checkpoint.load
+        print_rank_0(
+            f"loading {path}" if path else f"--load {load}: nothing was saved there yet, so the run starts anew"
+        )
+    goes_on = config.checkpoint.load is not None and not config.checkpoint.finetune
+    sinks: list[MetricSink] = []
+    together(
+        ctx, lambda: sinks.extend(_sinks(config, trainer.iteration if goes_on else None)) if ctx.is_first_rank else None
+    )
+    trainer.add(MetricsWriter(sinks))
+    return trainer
+
+
+def build_model_chunks(config: Config, ctx: ParallelContext, plan: PipelinePlan) -> HybridModel | ModelChunks:
+    """This rank's stages of the model, not yet initialised."""
+    return build_model(
+        config.model,
+        ctx,
+        plan,
+        sequence_parallel=config.parallel.sequence_parallel,
+        dtype=compute_dtype(config.training),
+        cp_comm_type=config.parallel.cp_comm_type,
+        overlap_tp_comm=config.parallel.overlap_tp_comm,
+        recompute=config.parallel.recompute,
+        wkv_backend=config.training.wkv_backend,
+    )
+
+
+def _open_data(config: Config, tokenizer: Tokenizer | None) -> DataSource:
+    data = _mock_data(config) if config.data.mock_data else _files(config, tokenizer)
+    for notice in data.notices:
+        print_rank_0(notice)
+    watched = config.training.early_stopping_metric
+    if config.training.eval_iters and watched == "bits_per_byte" and data.bytes_per_token("valid") is None:
+        raise UserError(
+            "--early-stopping-metric bits_per_byte: a dataset without its .json description knows no bytes; "
+            "use --early-stopping-metric loss"
+        )
+    return data
+
+
+def _schedule_of(config: Config) -> SampleSchedule:
+    return SampleSchedule(config.training.seed, config.data.seq_length, lanes=config.data.data_lanes)
+
+
+def _mock_data(config: Config) -> MockData:
+    vocab_size = config.model.vocab_size or config.model.padded_vocab_size()
+    return MockData(_schedule_of(config), vocab_size, eod_mask_loss=config.data.eod_mask_loss)
+
+
+def _files(config: Config, tokenizer: Tokenizer | None) -> TrainingData:
+    return TrainingData(
+        parse_data_path(config.data.data_path),
+        config.data.split,
+        _schedule_of(config),
+        split_order=config.data.split_order,
+        checks=DataChecks(
+            config.model.vocab_size,
+            None if tokenizer is None else tokenizer.fingerprint,
+            None if tokenizer is None else tokenizer.eod,
+            # Once a machine: hashing a corpus takes a while, and the ranks of one see the same files.
+            verify=config.data.verify_data and discover_launch().local_rank == 0,
+        ),
+        eod_mask_loss=config.data.eod_mask_loss,
+    )
+
+
+def _callbacks(config: Config) -> list[Callback]:
+    training, checkpoint = config.training, config.checkpoint
+    speed = Speed(config.logging.log_interval)
+    callbacks: list[Callback] = [speed]
+    if training.exit_interval:
+        callbacks.append(ExitInterval(training.exit_interval))
+    callbacks.append(ConsoleLog(config.logging.log_interval, speed))
+    if training.eval_iters:
+        callbacks.append(Evaluation(training.eval_interval))
+        callbacks.append(EarlyStopping(training.early_stopping_metric, training.early_stopping_patience))
+    if checkpoint.save is not None:
+        callbacks.append(Checkpointing(save_interval(config)))
+    if config.logging.profile:
+        callbacks.append(Profile(config.logging))
+    return callbacks
+
+
+def save_interval(config: Config) -> int:
+    """Iterations between checkpoints: ``--save-interval``, or a tenth of the run. Where checkpoints are kept by their
+    evaluation, a multiple of its interval, so that they have one."""
+    given, evaluation = config.checkpoint.save_interval, config.training.eval_interval
+    if given is not None:
+        return given
+    tenth = max(1, -(-config.training.train_iters // 10))
+    judged = config.checkpoint.keep_best and evaluation and config.training.eval_iters
+    return -(-tenth // evaluation) * evaluation if judged else tenth
+
+
+def _sinks(config: Config, iteration: int | None) -> list[MetricSink]:
+    """The sinks that the flags of the logging section name, to go on after ``iteration`` (None: a new run)."""
+    logging, sinks = config.logging, list[MetricSink]()
+    described = config_to_dict(config)
+    if logging.metrics_file is not None:
+        sinks.append(JsonlSink(logging.metrics_file, iteration))
+    if logging.tensorboard_dir is not None:
+        sinks.append(TensorBoardSink(logging.tensorboard_dir, iteration, described))
+    if logging.wandb_project is not None:
+        sinks.append(WandbSink(logging.wandb_project, logging.run_name, described))
+    if logging.mlflow_experiment is not None:
+        sinks.append(MlflowSink(logging.mlflow_experiment, logging.run_name, described))
+    for notice in (getattr(sink, "notice", None) for sink in sinks):
+        if notice is not None:
+            print_rank_0(notice)
+    return sinks

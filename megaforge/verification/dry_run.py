@@ -1,0 +1,363 @@
+"""``--dry-run``: the job's own code for any number of ranks on one machine, on the meta device over a fake process
+group: nothing is allocated, computed or sent."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaforge.config.check_layout import check_layout
+from megaforge.config.config import Config
+from megaforge.data.loader import GlobalBatchLoader
+from megaforge.data.run_tokenizer import with_run_tokenizer
+from megaforge.errors import UserError
+from megaforge.models.hybrid import HybridModel
+from megaforge.models.stages import ModelChunks, PipelinePlan, make_stage_tensors
+from megaforge.optim import AdamW, build_optimizer
+from megaforge.parallel.buckets import aligned
+from megaforge.parallel.context import AXES, ParallelContext
+from megaforge.parallel.data_parallel import GradientReducer
+from megaforge.parallel.distributed import discover_launch
+from megaforge.parallel.param_spec import Box, named_specs
+from megaforge.parallel.zero import shard_parameters
+from megaforge.planning.gpus import GPUS, ROOM, verdict
+from megaforge.planning.layout import PlannedLayout
+from megaforge.planning.memory import (
+    LIBRARIES,
+    StateBytes,
+    peak_activations,
+    stage_activations,
+    stage_brought_back,
+    state_bytes,
+)
+from megaforge.planning.plan_command import planned_layout
+from megaforge.planning.report import gigabytes, table
+from megaforge.planning.stage_run import run_stage
+from megaforge.planning.stages import ModelParts, StagePart, cut_stages, model_parts, stage_parameters
+from megaforge.training.checkpointing import compute_dtype
+from megaforge.training.forward_backward import make_reducer
+from megaforge.training.setup import build_model_chunks, make_context, make_pipeline_plan
+
+
+@dataclass(frozen=True)
+class DryRank:
+    """What one rank of the job holds and needs, or the fullest of several with the same shapes.
+
+    Attributes:
+        rank: in the world, the one that was built.
+        stands_for: pipeline ranks with the same shapes, this one's first.
+        stages: of the rank that was built.
+        state: bytes of what was registered with the model, the gradient reducer and the optimizer.
+        planned: what the planner says.
+        activations: most bytes alive between forward and backward passes, as measured.
+        planned_activations: what the planner says.
+        temporaries: most bytes that a backward pass needs besides.
+    """
+
+    rank: int
+    stands_for: tuple[int, ...]
+    stages: tuple[StagePart, ...]
+    state: StateBytes
+    planned: StateBytes
+    activations: float
+    planned_activations: float
+    temporaries: float
+
+    @property
+    def total(self) -> float:
+        """Bytes at the worst moment, those of libraries assumed."""
+        state = self.state
+        return sum((state.parameters, state.gradients, state.optimizer, self.activations, self.temporaries, LIBRARIES))
+
+
+def dry_run(config: Config) -> None:
+    """Checks the job that ``config`` describes and prints what its ranks hold.
+
+    Raises:
+        UserError: as the job itself would.
+    """
+    started = time.perf_counter()
+    config, _, notes = with_run_tokenizer(config)
+    started_ranks = discover_launch().world_size
+    world_size = config.dry_run.dry_run_world_size or (started_ranks if started_ranks > 1 else fewest_ranks(config))
+    layout, ranks = try_ranks(config, world_size)
+    for note in (*notes, *check_layout(config, world_size).notes):
+        print(note)
+    print(report(config, layout, ranks))
+    print(verdicts(ranks))
+    print(f"dry run of {world_size} ranks: {time.perf_counter() - started:.1f} s")
+
+
+def fewest_ranks(config: Config) -> int:
+    """The smallest number of ranks that the layout of ``config`` fills, with data parallelism only as far as the
+    experts need it."""
+    parallel = config.parallel
+    replica = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    experts = parallel.expert_model_parallel_size * (parallel.expert_tensor_parallel_size or 1)
+    return math.lcm(replica, experts) * parallel.pipeline_model_parallel_size
+
+
+def verdicts(ranks: Sequence[DryRank]) -> str:
+    """Whether the fullest rank has room on each accelerator that the planner knows."""
+    fullest = max(ranks, key=lambda rank: rank.total)
+    lines = [f"the fullest rank, {fullest.rank}, needs {gigabytes(fullest.total)} GB:"]
+    for gpu in GPUS.values():
+        share = fullest.total / gpu.memory
+        lines.append(f"  {verdict(share)} on {gpu.name}: {share:.0%} of {gpu.memory / 1e9:g} GB")
+    if fullest.total > ROOM * min(gpu.memory for gpu in GPUS.values()):
+        lines.append("to need less: more ranks; --tp, --pp, --ep; --zero 1; --recompute selective, moe or full; --bf16")
+    return "\n".join(lines)
+
+
+def try_ranks(config: Config, world_size: int) -> tuple[PlannedLayout, list[DryRank]]:
+    """Checks the whole job, builds the ranks that ``--dry-run-ranks`` names and compares them with the plan.
+
+    Raises:
+        UserError: as the job itself would, or there is no such rank.
+        RuntimeError: ranks, parameters or samples are not shared out exactly once, or the plan is wrong.
+    """
+    checked = check_layout(config, world_size)
+    plan = make_pipeline_plan(config, checked)
+    layout = planned_layout(config, world_size, dtype=compute_dtype(config.training))
+    parts = model_parts(config.model, layout.dtype)
+    stages = cut_stages(parts, layout)
+    check_ranks(layout)
+    check_sharding(parts, layout)
+    check_samples(layout)
+    chosen = representatives(parts, layout, stages, config.dry_run.dry_run_ranks)
+    ranks = [_try_rank(config, plan, parts, layout, rank, alike) for rank, alike in chosen.items()]
+    for rank in ranks:
+        if not _agree(rank.state, rank.planned, layout):
+            raise RuntimeError(f"rank {rank.rank} registered {rank.state}, the planner says {rank.planned}")
+    return layout, ranks
+
+
+def _agree(real: StateBytes, planned: StateBytes, layout: PlannedLayout) -> bool:
+    """Exactly; where ZeRO cuts buckets without regard to the parameters in them, to a percent."""
+    if not layout.zero:
+        return real == planned
+    return real.elements == planned.elements and all(
+        math.isclose(getattr(real, name), getattr(planned, name), rel_tol=0.01)
+        for name in ("parameters", "gradients", "optimizer")
+    )
+
+
+def representatives(
+    parts: ModelParts, layout: PlannedLayout, stages: Sequence[StagePart], wanted: str
+) -> dict[int, tuple[int, ...]]:
+    """World ranks to build -> the pipeline ranks each stands for.
+
+    Shards are equal, so all ranks of a pipeline rank have the same shapes. So have pipeline ranks whose stages have
+    equally many blocks of every kind and the same ends; they differ in how many micro-batches are in flight.
+    """
+    schedule = layout.schedule
+    own = {rank: [stages[stage] for stage in schedule.stages_of(rank)] for rank in range(layout.pp)}
+    if wanted.isdigit():
+        if int(wanted) >= layout.world_size:
+            raise UserError(f"--dry-run-ranks {wanted}: the job has ranks 0 to {layout.world_size - 1}")
+        return {int(wanted): (int(wanted) // layout.stage_ranks,)}
+    if wanted == "stage":
+        return {rank * layout.stage_ranks: (rank,) for rank in range(layout.pp)}
+    alike: dict[object, list[int]] = {}
+    for rank, held in own.items():
+        key = tuple((s.first, s.last, tuple(sorted(parts.alike(s.blocks).items()))) for s in held)
+        alike.setdefault(key, []).append(rank)
+    return {ranks[0] * layout.stage_ranks: tuple(ranks) for ranks in alike.values()}
+
+
+def check_ranks(layout: PlannedLayout) -> None:
+    """Checks that every rank of the job has its own place among the dense layers, and among the experts.
+
+    Raises:
+        RuntimeError: two ranks share a place.
+    """
+    contexts = [layout.context(rank) for rank in range(layout.world_size)]
+    for names in (("pp", "dp", "cp", "tp"), ("pp", "edp", "ep", "etp"), ("pp", "dp_cp", "tp")):
+        places = sorted(tuple(ctx.axis(name).rank for name in names) for ctx in contexts)
+        if places != list(product(*(range(contexts[0].axis(name).size) for name in names))):
+            raise RuntimeError(f"the {layout.world_size} ranks do not fill {' x '.join(names)} once each")
+
+
+def check_sharding(parts: ModelParts, layout: PlannedLayout) -> None:
+    """Checks that the ranks of a pipeline stage hold every element of every parameter, each counted once.
+
+    Raises:
+        RuntimeError: naming the parameter.
+    """
+    contexts = [layout.context(rank) for rank in range(layout.stage_ranks)]
+    everything = [StagePart(range(len(parts.blocks)), True, True)]
+    for held, _ in stage_parameters(parts, everything):
+        boxes: set[Box] = set()
+        count = 0
+        for ctx in contexts:
+            if held.spec.is_first_copy(ctx):
+                pieces = held.spec.pieces(ctx)
+                boxes.update(piece.global_box for piece in pieces)
+                count += sum(math.prod(piece.shape) for piece in pieces)
+        distinct = sum(math.prod(stop - start for start, stop in box) for box in boxes)
+        if not count == distinct == held.spec.numel:
+            raise RuntimeError(f"{held.spec.name}: its shards hold {count} elements, {distinct} of them distinct")
+
+
+class _Samples:
+    """Samples of one token that note which of them were read."""
+
+    stage_starts: tuple[int, ...] = ()
+    eod_mask_loss = False
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return self.count
+
+    def sequence_length(self, sample: int) -> int:
+        return 1
+
+    def fill(self, sample: int, tokens: object, marks: object) -> int:
+        self.read.append(sample)
+        return 1
+
+
+def check_samples(layout: PlannedLayout) -> None:
+    """Checks that the data-parallel ranks read every sample of a global batch once, in equally many micro-batches.
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    samples = _Samples(layout.global_batch_size)
+    for rank in range(layout.dp):
+        sizes = (layout.global_batch_size, layout.micro_batch_size, rank, layout.dp)
+        for micro_batches in GlobalBatchLoader(samples, *sizes):  # type: ignore[arg-type]
+            if len(micro_batches) != layout.micro_batches:
+                raise RuntimeError(f"dp rank {rank} reads {len(micro_batches)} micro-batches")
+    if sorted(samples.read) != list(range(layout.global_batch_size)):
+        raise RuntimeError("the data-parallel ranks do not read every sample of a global batch exactly once")
+
+
+@contextmanager
+def _fake_ranks(rank: int, world_size: int) -> Iterator[None]:
+    """A process group in which this process is ``rank`` and the others do not exist."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _serve_meta(ctx: ParallelContext) -> None:
+    """Lets the fake groups send tensors of the meta device from rank to rank, as rings do."""
+    groups = {id(axis.group): axis.group for axis in map(ctx.axis, AXES) if axis.group is not None}
+    for group in groups.values():
+        fake = group._get_backend(torch.device("cpu"))
+        group._register_backend(torch.device("meta"), dist.ProcessGroup.BackendType.CUSTOM, fake)
+
+
+def _try_rank(
+    config: Config, plan: PipelinePlan, parts: ModelParts, layout: PlannedLayout, rank: int, alike: tuple[int, ...]
+) -> DryRank:
+    stages = cut_stages(parts, layout)
+    with _fake_ranks(rank, layout.world_size):
+        ctx = make_context(config, "meta")
+        _serve_meta(ctx)
+        model = build_model_chunks(config, ctx, plan)
+        shards = shard_parameters(config.parallel, model.chunks, ctx)
+        reducer = make_reducer(config.parallel, model, ctx, shards)
+        state = _registered(model, reducer, build_optimizer(config.optimizer, model, ctx, shards))
+        payload = make_stage_tensors(model, plan, layout.micro_batch_size, layout.sequence_length, layout.dtype)
+        buffers = [parameter.main_grad for _, parameter in named_specs(model)]  # type: ignore[attr-defined]
+        reducer.zero_grad()
+        measured = []
+        for number, chunk in enumerate(model.chunks):
+            reducer.set_last_microbatch(True, number)
+            measured.append(run_stage(chunk, layout, payload, known=buffers))
+        reducer.finish_grad_sync()
+    own = [stages[stage] for stage in layout.schedule.stages_of(ctx.pp.rank)]
+    return DryRank(
+        rank,
+        alike,
+        tuple(own),
+        state,
+        state_bytes(stage_parameters(parts, own), ctx, layout),
+        _peak(layout, alike, [(one.kept, max(0, one.between - one.kept)) for one in measured]),
+        _peak(
+            layout,
+            alike,
+            [(stage_activations(parts, layout, one), stage_brought_back(parts, layout, one)) for one in own],
+        ),
+        max(float(one.peak - max(one.kept, one.between)) for one in measured),
+    )
+
+
+def _peak(layout: PlannedLayout, pipeline_ranks: Iterable[int], chunks: Sequence[tuple[float, float]]) -> float:
+    """Most bytes of activations alive at once on any of these ranks, each of whose chunks keeps some for its backward
+    pass and leaves some more between the halves of one."""
+
+    def on(rank: int) -> float:
+        kept, again = [0.0] * (layout.pp * layout.vpp), [0.0] * (layout.pp * layout.vpp)
+        for stage, sizes in zip(layout.schedule.stages_of(rank), chunks, strict=True):
+            kept[stage], again[stage] = sizes
+        return peak_activations(layout.schedule, rank, kept, again)[0]
+
+    return max(map(on, pipeline_ranks))
+
+
+def _registered(model: HybridModel | ModelChunks, reducer: GradientReducer, optimizer: AdamW) -> StateBytes:
+    """Bytes that the model, the gradient reducer and the optimizer hold."""
+    parameters = [parameter for _, parameter in named_specs(model)]
+    masters = [tensor for _, _, tensor in optimizer.weight_entries()]
+    # A wide parameter is its own master: the same storage, counted with the parameters.
+    storages = set(map(_storage, parameters))
+    extra = [tensor for tensor in masters if _storage(tensor) not in storages]
+    extra += [tensor for _, _, tensor in optimizer.moment_entries()]
+    return StateBytes(
+        parameters=sum(
+            (p.numel() if optimizer.shards is None else aligned(p.numel())) * p.element_size() for p in parameters
+        ),
+        gradients=sum(
+            bucket.main_dtype.itemsize
+            * (bucket.slice_size if reducer.frees_buffers else sum(aligned(p.numel()) for p in bucket.parameters))
+            for bucket in reducer.buckets
+        ),
+        optimizer=sum(t.numel() * t.element_size() for t in extra),
+        elements=sum(p.numel() for p in parameters),
+    )
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def report(config: Config, layout: PlannedLayout, ranks: Sequence[DryRank]) -> str:
+    """The table that a dry run prints."""
+    head = ("rank", "pp ranks alike", "blocks", "elements", "parameters", "gradients", "optimizer")
+    rows: list[tuple[str, ...]] = [(*head, "activations", "planned", "error", "temporaries", "GB")]
+    for one in ranks:
+        blocks = " ".join(f"{stage.blocks.start}-{stage.blocks.stop - 1}" for stage in one.stages)
+        state = one.state
+        sizes = (state.parameters, state.gradients, state.optimizer, one.activations, one.planned_activations)
+        error = f"{one.planned_activations / one.activations - 1:+.1%}" if one.activations else "-"
+        row = (f"{one.rank}", ",".join(map(str, one.stands_for)), blocks, f"{state.elements:,}")
+        rows.append(row + tuple(map(gigabytes, sizes)) + (error, gigabytes(one.temporaries), gigabytes(one.total)))
+    return "\n".join(
+        [
+            f"{config.name} on {layout.world_size} ranks: {layout.describe()} (dp {layout.dp})",
+            f"checked: layout; every rank's place; every parameter's shards over the {layout.stage_ranks} ranks of a "
+            f"stage; every sample of a global batch of {layout.global_batch_size} on one of {layout.dp} dp ranks; "
+            "bytes equal the plan's",
+            "",
+            table(rows),
+            f"GB: at the worst moment, {LIBRARIES / 1e9:g} GB assumed for CUDA, cuBLAS and NCCL",
+        ]
+    )

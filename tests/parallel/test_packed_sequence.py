@@ -1,0 +1,106 @@
+"""Document boundaries of a micro-batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megaforge.parallel.context import Axis
+from megaforge.parallel.context_parallel.shard import ContextParallelShard
+from megaforge.parallel.packed_sequence import PackedSequence
+
+CPU = torch.device("cpu")
+
+
+def test_boundaries_restart_positions_and_close_the_mask() -> None:
+    start = torch.tensor([[0, 0, 1, 0, 1], [1, 0, 0, 0, 0]], dtype=torch.bool)
+    info = PackedSequence(2, 5, CPU, start)
+    assert info.has_boundaries
+    assert info.position_ids_BS.tolist() == [[0, 1, 0, 1, 0], [0, 1, 2, 3, 4]]
+    assert info.document_ids_BS.tolist() == [[0, 0, 1, 1, 2], [0, 0, 0, 0, 0]]
+    assert info.document_start_SB.t().tolist() == [[True, False, True, False, True], [True, False, False, False, False]]
+    mask = info.attention_mask()
+    assert mask is not None and mask.shape == (2, 1, 5, 5)
+    for query in range(5):
+        for key in range(5):
+            same = info.document_ids_BS[0, query] == info.document_ids_BS[0, key]
+            assert bool(mask[0, 0, query, key]) == bool(same and key <= query)
+    assert torch.equal(mask[1, 0], torch.ones(5, 5, dtype=torch.bool).tril())
+
+
+def test_a_start_at_position_zero_is_no_boundary() -> None:
+    start = torch.zeros(2, 4, dtype=torch.bool)
+    start[:, 0] = True
+    info = PackedSequence(2, 4, CPU, start)
+    assert not info.has_boundaries and info.attention_mask() is None
+    assert info.document_start_SB[0].all() and not info.document_start_SB[1:].any()
+
+
+def test_a_continued_sequence_counts_on() -> None:
+    info = PackedSequence(1, 3, CPU, None, offset=7)
+    assert info.position_ids_BS.tolist() == [[7, 8, 9]]
+    assert not info.document_start_SB.any()
+    with pytest.raises(ValueError, match="continues"):
+        PackedSequence(1, 3, CPU, torch.zeros(1, 3, dtype=torch.bool), offset=7)
+    with pytest.raises(ValueError, match="shape"):
+        PackedSequence(2, 3, CPU, torch.zeros(1, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("packed", [True, False])
+def test_ranks_that_share_sequences_describe_their_own_tokens_of_the_whole(size: int, packed: bool) -> None:
+    length = 4 * size
+    start = torch.zeros(2, length, dtype=torch.bool)
+    start[0, [2, 5, length - 1]] = packed
+    whole = PackedSequence(2, length, CPU, start)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    mask = whole.attention_mask() if packed else causal[None, None]
+    assert mask is not None
+    for rank in range(size):
+        first, last = 2 * rank, 2 * (2 * size - 1 - rank)  # of the two chunks of two tokens each
+        own = torch.tensor([first, first + 1, last, last + 1])
+        info = PackedSequence(2, length, CPU, start, shards=ContextParallelShard(Axis("cp", size, rank)))
+        assert (info.batch, info.length, info.has_boundaries) == (2, 4, packed)
+        assert torch.equal(info.positions_S, own)
+        assert torch.equal(info.position_ids_BS, whole.position_ids_BS[:, own])
+        assert torch.equal(info.document_ids_BS, whole.document_ids_BS[:, own])
+        assert torch.equal(info.document_start_SB, whole.document_start_SB[own])
+        assert torch.equal(info.local(start), start[:, own])
+        assert info.attention_mask() is not None and torch.equal(info.attention_mask(), mask[:, :, own])
+
+
+def test_sequences_that_cannot_be_shared() -> None:
+    shards = ContextParallelShard(Axis("cp", 2, 0))
+    with pytest.raises(ValueError, match="2 x cp = 4"):
+        PackedSequence(1, 6, CPU, shards=shards)
+    with pytest.raises(ValueError, match="continues from a state"):
+        PackedSequence(1, 8, CPU, offset=1, shards=shards)
+
+
+@pytest.mark.parametrize(
+    ("rows", "bounds", "longest"),
+    [
+        ([[0, 0, 1, 0, 1], [1, 0, 0, 0, 0]], [0, 2, 4, 5, 10], 5),
+        ([[1, 1, 1, 1, 1], [0, 1, 0, 0, 0]], [0, 1, 2, 3, 4, 5, 6, 10], 4),
+    ],
+)
+def test_documents_of_all_sequences_in_one_row(rows: list[list[int]], bounds: list[int], longest: int) -> None:
+    start = torch.tensor(rows, dtype=torch.bool)
+    info = PackedSequence(2, 5, CPU, start)
+    documents = info.packed_documents()
+    assert documents is not None and documents is info.packed_documents()
+    assert (documents.bounds.tolist(), documents.longest) == (bounds, longest)
+    assert documents.bounds.dtype == torch.int32 and start.tolist() == [[bool(x) for x in row] for row in rows]
+
+
+def test_no_boundaries_no_documents() -> None:
+    assert PackedSequence(2, 5, CPU).packed_documents() is None
+    assert PackedSequence(1, 1, CPU, torch.ones(1, 1, dtype=torch.bool)).packed_documents() is None
+    with pytest.raises(ValueError, match="parts of documents"):
+        PackedSequence(1, 8, CPU, shards=ContextParallelShard(Axis("cp", 2, 0))).packed_documents()
+
+
+def test_one_mask_serves_every_layer() -> None:
+    info = PackedSequence(1, 4, CPU, torch.tensor([[False, True, False, False]]))
+    assert info.score_mask(torch.float32) is info.attention_mask()  # on a CPU they are one
+    assert PackedSequence(1, 4, CPU).score_mask(torch.float32) is None
