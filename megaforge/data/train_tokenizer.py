@@ -23,6 +23,7 @@ from megaforge.errors import UserError, require
 
 END_OF_TEXT = "<|endoftext|>"
 KINDS = ("bpe", "sentencepiece")
+MODEL_TYPES = ("unigram", "bpe")
 _TYPES = {"bpe": "HuggingFaceTokenizer", "sentencepiece": "SentencePieceTokenizer"}
 _SENTENCE_CHARACTERS = 1 << 14
 _RESERVED = re.compile("\u2585")  # SentencePiece marks unknown characters with it and leaves out lines that hold it
@@ -37,6 +38,7 @@ class TokenizerSettings:
     output: str
     vocab_size: int
     kind: str = "bpe"
+    model_type: str | None = None  # of SentencePiece; None: its own default, unigram
     json_key: str = "text"
     max_bytes: int = 256 << 20
     special_tokens: tuple[str, ...] = ()
@@ -46,6 +48,10 @@ class TokenizerSettings:
         """Raises UserError where the flags alone are wrong."""
         if self.kind not in KINDS:
             raise UserError(f"--type {self.kind}: choose one of {', '.join(KINDS)}")
+        if self.model_type is not None and self.kind != "sentencepiece":
+            raise UserError(f"--model-type {self.model_type} is for --type sentencepiece; leave it out, or add that")
+        if self.model_type not in (None, *MODEL_TYPES):
+            raise UserError(f"--model-type {self.model_type}: choose one of {', '.join(MODEL_TYPES)}")
         least = _LEAST_VOCAB[self.kind] + len(self.special_tokens)
         if self.vocab_size < least:
             raise UserError(f"--vocab-size {self.vocab_size} has no room for all bytes; at least {least} is needed")
@@ -129,12 +135,16 @@ def _train_bpe(settings: TokenizerSettings, texts: _Texts) -> tuple[bytes, int]:
 
 
 def _train_sentencepiece(settings: TokenizerSettings, texts: _Texts) -> tuple[bytes, int]:
-    """SentencePiece BPE (Kudo and Richardson 2018) that keeps white space and falls back to bytes, like Llama 2's."""
+    """A SentencePiece model (Kudo and Richardson 2018) that keeps white space and falls back to bytes.
+
+    As ``spm_train`` does, it is a unigram model (Kudo 2018, arXiv 1804.10959) unless BPE is asked for, which Llama 2
+    uses. A unigram model keeps whole frequent words even where there is room for few pieces.
+    """
     sentencepiece = require("sentencepiece", extra="data", purpose="--type sentencepiece")
     model = io.BytesIO()
     options: dict[str, Any] = {
         "vocab_size": settings.vocab_size,
-        "model_type": "bpe",
+        "model_type": settings.model_type or MODEL_TYPES[0],
         "hard_vocab_limit": False,
         "byte_fallback": True,
         "split_digits": True,

@@ -190,6 +190,8 @@ def test_training_refuses_what_cannot_work(tmp_path: Path) -> None:
         (TokenizerSettings((str(corpus),), str(tmp_path / "t.json"), 100), "--vocab-size 100"),
         (TokenizerSettings((str(corpus),), str(tmp_path / "t.bin"), 300), "--output"),
         (TokenizerSettings((str(empty),), str(tmp_path / "t.json"), 300), "empty"),
+        (TokenizerSettings((str(corpus),), str(tmp_path / "t.json"), 300, model_type="bpe"), "--model-type bpe is for"),
+        (TokenizerSettings((str(corpus),), str(tmp_path / "t.model"), 300, "sentencepiece", "word"), "--model-type word"),
         (TokenizerSettings((str(empty),), str(tmp_path / "t.model"), 300, kind="sentencepiece"), "empty"),
         (TokenizerSettings((str(bad),), str(tmp_path / "t.json"), 300), "bad.jsonl, line 2"),
     ]
@@ -199,20 +201,32 @@ def test_training_refuses_what_cannot_work(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("t.*"))
 
 
-def test_sentencepiece_learns_from_long_lines_and_lines_with_its_mark(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", [None, "bpe"])
+def test_sentencepiece_learns_from_long_lines_and_lines_with_its_mark(tmp_path: Path, model_type: str | None) -> None:
     """It would leave both out without a word: lines above its limit, and those that hold U+2585."""
     source = random.Random(0)
     words = [source.choice(["alpha", "beta", "gamma", "delta"]) for _ in range(30000)]
-    for name, text, wanted in (
-        ("long", " ".join(words), "alpha"),
-        ("unbroken", "".join(words), "alpha"),
-        ("wide", "漢字" * 20000, "漢字"),
-        ("mark", " ".join(f"alpha \u2585 {word}" for word in words[:300]), "alpha"),
+    for name, text, part in (
+        ("long", " ".join(words), " ".join(words[:100])),
+        ("unbroken", "".join(words), "".join(words[:100])),
+        ("wide", "漢字" * 20000, "漢字" * 100),
+        ("mark", " ".join(f"alpha \u2585 {word}" for word in words[:300]), " alpha" * 100),
     ):
         corpus = write_jsonl(tmp_path / f"{name}.jsonl", [text, "tiny"])
         model = tmp_path / f"{name}.model"
-        train_tokenizer(TokenizerSettings((str(corpus),), str(model), 300, kind="sentencepiece"))
-        assert len(load(str(model)).encode(wanted)) <= 2, f"{name}: nothing was learned"
+        train_tokenizer(TokenizerSettings((str(corpus),), str(model), 300, "sentencepiece", model_type))
+        assert len(load(str(model)).encode(part)) < len(part) / 2, f"{name}: nothing was learned"
+
+
+def test_sentencepiece_keeps_a_frequent_word_where_there_is_room_for_one_piece(tmp_path: Path) -> None:
+    """Of 275 tokens 259 are bytes and control tokens, and 15 the letters and digits of the text."""
+    source = random.Random(2)
+    corpus = write_jsonl(tmp_path / "c.jsonl", [" ".join(f"word{source.randrange(1000)}" for _ in range(20000))])
+    settings = TokenizerSettings((str(corpus),), str(tmp_path / "t.model"), 275, kind="sentencepiece")
+    train_tokenizer(settings)
+    assert len(load(settings.output).encode(" word")) == 1
+    train_tokenizer(dataclasses.replace(settings, model_type="bpe", force=True))
+    assert len(load(settings.output).encode(" word")) == 4  # one pair of letters
 
 
 def test_no_text_gives_no_advice_on_the_vocabulary(tmp_path: Path) -> None:
