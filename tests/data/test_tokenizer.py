@@ -191,7 +191,10 @@ def test_training_refuses_what_cannot_work(tmp_path: Path) -> None:
         (TokenizerSettings((str(corpus),), str(tmp_path / "t.bin"), 300), "--output"),
         (TokenizerSettings((str(empty),), str(tmp_path / "t.json"), 300), "empty"),
         (TokenizerSettings((str(corpus),), str(tmp_path / "t.json"), 300, model_type="bpe"), "--model-type bpe is for"),
-        (TokenizerSettings((str(corpus),), str(tmp_path / "t.model"), 300, "sentencepiece", "word"), "--model-type word"),
+        (
+            TokenizerSettings((str(corpus),), str(tmp_path / "t.model"), 300, "sentencepiece", "word"),
+            "--model-type word",
+        ),
         (TokenizerSettings((str(empty),), str(tmp_path / "t.model"), 300, kind="sentencepiece"), "empty"),
         (TokenizerSettings((str(bad),), str(tmp_path / "t.json"), 300), "bad.jsonl, line 2"),
     ]
