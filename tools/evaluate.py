@@ -58,6 +58,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return flags
 
 
+def check_input(flags: argparse.Namespace) -> None:
+    """Refuses flags that ``--input`` has no use for: a dataset has its tokens already, a text has no parts.
+
+    Raises:
+        UserError: there is one.
+    """
+    from megaforge.inference.evaluation import is_text
+
+    kind, names = ("a text", ("part",)) if is_text(flags.input) else ("a dataset", ("tokenizer_model", "json_key"))
+    for name in names:
+        value = getattr(flags, name)
+        if value is not None:
+            raise UserError(f"--{name.replace('_', '-')} {value}: --input {flags.input} is {kind}; leave the flag out")
+
+
 def load_stream(flags: argparse.Namespace, trained: TrainedModel) -> Stream:
     """The tokens to predict."""
     from megaforge.data.blend import dataset_prefix
@@ -129,6 +144,7 @@ def main() -> int:
     from megaforge.inference.restore import load_trained_model
     from megaforge.parallel.distributed import shutdown
 
+    check_input(flags)
     trained = load_trained_model(flags.load, tp=flags.tp, pp=flags.pp, device=flags.device)
     stream = load_stream(flags, trained)
     if len(stream.tokens) < 2:

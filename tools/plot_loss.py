@@ -91,6 +91,7 @@ def draw(files: list[str], names: list[str], output: str, smooth: float, axis: s
     require("matplotlib", extra="train", purpose="tools/plot_loss.py").use("Agg")
     pyplot = require("matplotlib.pyplot", extra="train", purpose="tools/plot_loss.py")
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    lines, labels = [], []
     for index, (file, name) in enumerate(zip(files, names, strict=True)):
         records, name = read_metrics(file), label_of(name)
         places, losses = curve(records, "step", axis)
@@ -98,14 +99,18 @@ def draw(files: list[str], names: list[str], output: str, smooth: float, axis: s
             raise UserError(f"metrics file {file}: holds no training step")
         color = f"C{index}"
         axes.plot(places, losses, color=color, alpha=0.25 if smooth else 1.0, linewidth=1)
-        axes.plot(places, running_mean(losses, smooth), color=color, label=name)
+        lines += axes.plot(places, running_mean(losses, smooth), color=color)
+        labels.append(name)
         evaluated = curve(records, "evaluation", axis)
         if evaluated[0]:
             style = {"color": color, "markersize": 4, "markeredgecolor": "black"}
-            axes.plot(*evaluated, "o--", label=f"{name}: validation", **style)
+            lines += axes.plot(*evaluated, "o--", **style)
+            labels.append(f"{name}: validation")
     axes.set(xlabel=axis, ylabel="loss in nats per token")
     axes.grid(alpha=0.3)
-    axes.legend()
+    # A label that begins with _ would be left out, but not the text of one that stands.
+    for text, label in zip(axes.legend(lines, ["?"] * len(lines)).get_texts(), labels, strict=True):
+        text.set_text(label)
     figure.tight_layout()
     save_image(figure, output)
     pyplot.close(figure)

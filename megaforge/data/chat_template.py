@@ -39,7 +39,7 @@ class ChatTemplate:
         self.name, self.tokens = name, dict(tokens)
         try:
             self._template = environment.from_string(source)
-        except self._errors as error:
+        except (self._errors, SyntaxError, RecursionError, OverflowError) as error:  # Jinja compiles it to Python
             raise UserError(f"--chat-template {name}: not a Jinja template ({error})") from error
 
     def _raise(self, message: str) -> None:
@@ -53,7 +53,7 @@ class ChatTemplate:
         """
         try:
             return str(self._template.render(messages=list(messages), add_generation_prompt=True, **self.tokens))
-        except (self._errors, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program: it may divide by zero, call itself without end
             raise UserError(f"--chat-template {self.name}: cannot render these messages ({error})") from error
 
     def encode(self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[int]:

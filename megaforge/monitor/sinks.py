@@ -152,7 +152,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """All records of a metrics file, in order.
 
     Raises:
-        UserError: the file is missing, is not UTF-8, or a line is not JSON.
+        UserError: the file is missing, is not UTF-8, or a line is not JSON or not a record.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -166,4 +166,19 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             records.append(parse_json(line))
         except ValueError as error:
             raise UserError(f"metrics file {path}: line {number} is not JSON ({error})") from error
+        if not _is_record(records[-1]):
+            raise UserError(
+                f"metrics file {path}: line {number} is not a record of a run ({line[:60]}); "
+                "name what --metrics-file wrote"
+            )
     return records
+
+
+def _is_record(value: Any) -> bool:
+    """Whether it is an object whose iteration, loss and tokens are numbers as far as its kind has them."""
+    if not isinstance(value, dict):
+        return False
+    if value.get("kind") not in ("step", "evaluation"):
+        return True
+    measured = (value.get(name) for name in ("loss", "tokens"))
+    return isinstance(value.get("iteration"), int) and all(isinstance(v, (int, float, type(None))) for v in measured)

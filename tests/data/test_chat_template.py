@@ -90,3 +90,14 @@ def test_missing_files_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     for name in ("none.jinja", "none.json"):
         with pytest.raises(UserError, match=name):
             load_chat_template(str(tmp_path / name), tokenizer)
+
+
+@pytest.mark.parametrize("source", ["{{ 1 // 0 }}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"])
+def test_a_template_that_fails_is_named(source: str) -> None:
+    with pytest.raises(UserError, match="--chat-template x: cannot render these messages"):
+        ChatTemplate(source, "x", {}).render(HELLO)
+
+
+def test_a_template_nested_too_deeply_is_named() -> None:
+    with pytest.raises(UserError, match="--chat-template x: not a Jinja template"):
+        ChatTemplate("{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}", "x", {})

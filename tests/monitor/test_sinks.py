@@ -109,3 +109,17 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--metrics-file .*file/m.jsonl"):
         JsonlSink(tmp_path / "file" / "m.jsonl", 0)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("[1, 2]", "7", "null", '{"kind": "step"}', '{"kind": "step", "iteration": "1", "loss": 2.0}'),
+        *('{"kind": "evaluation", "iteration": 1, "loss": "x"}', '{"kind": "step", "iteration": 1, "tokens": [1]}'),
+    ],
+)
+def test_a_line_that_is_not_a_record_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"kind": "step", "iteration": 1, "loss": null}\n' + line + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match="line 2 is not a record of a run"):
+        read_metrics(path)

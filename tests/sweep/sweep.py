@@ -47,7 +47,8 @@ def sweep(command: str, world: Path, cases: int, seed: int) -> Iterator[Finding]
     entry = COMMANDS[command]
     flags, draw = flags_of(entry.script, entry.arguments), random.Random(f"{seed} {command}")
     for number in range(cases):
-        case = draw_case(entry, flags, draw)
+        # First the line as it stands: were it refused itself, every wrong one would be, for another reason.
+        case = draw_case(entry, flags, draw) if number else Case(entry.arguments, False, right=True)
         copy = world.with_name(f"{command.replace(' ', '_')}-{number}")
         shutil.copytree(world, copy, symlinks=True, copy_function=os.link)
         if case.content is None or damage(copy, case.content):
@@ -71,6 +72,8 @@ def fault(case: Case, ending: Ending) -> str | None:
         return None
     if ending.status == 0:
         return "accepted without a word" if case.wrong else None
+    if case.right:
+        return "a line that works is refused"
     if not complaints:
         return "it fails without an error line"
     if len(complaints) > 1:

@@ -37,10 +37,6 @@ CONTENTS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": lambda old: gzip.compress(old),
     "number": lambda old: old.replace(b'"text": "', b'"text": 1, "other": "'),
 }
-SWEPT_FILES = (
-    *("c.jsonl", "e.jsonl", "tok.json", "ds_text_document.bin", "ds_text_document.idx", "ds_text_document.json"),
-    *("m.jsonl", "texts/0.txt", "r/latest", "r/*/manifest.json", "r/*/*.safetensors"),
-)
 
 
 @dataclass(frozen=True)
@@ -53,6 +49,7 @@ class Case:
         named: words of which the error must hold one.
         content: (file of the world, name of what becomes of it), or None.
         closed_stdout: nobody reads the output.
+        right: it must succeed.
     """
 
     arguments: tuple[str, ...]
@@ -60,6 +57,7 @@ class Case:
     named: tuple[str, ...] = ()
     content: tuple[str, str] | None = None
     closed_stdout: bool = False
+    right: bool = False
 
 
 def draw_case(command: Command, flags: list[Flag], draw: random.Random) -> Case:
@@ -67,7 +65,9 @@ def draw_case(command: Command, flags: list[Flag], draw: random.Random) -> Case:
     kinds: list[Callable[[], Case]] = [lambda: _value(command, draw.choice(flags), draw)] * 6
     kinds += [lambda: _structure(command, flags, draw)]
     if not command.only_wrong:
-        kinds += [lambda: _content(command, draw), lambda: Case(command.arguments, False, closed_stdout=True)]
+        kinds += [lambda: Case(command.arguments, False, closed_stdout=True)]
+    if command.reads:
+        kinds += [lambda: _content(command, draw)] * 2
     return draw.choice(kinds)()
 
 
@@ -108,7 +108,7 @@ def _structure(command: Command, flags: list[Flag], draw: random.Random) -> Case
 
 def _content(command: Command, draw: random.Random) -> Case:
     """A file of the world with other bytes."""
-    return Case(command.arguments, False, content=(draw.choice(SWEPT_FILES), draw.choice(list(CONTENTS))))
+    return Case(command.arguments, False, content=(draw.choice(command.reads), draw.choice(list(CONTENTS))))
 
 
 def _last_takes_many(command: Command, flags: list[Flag]) -> bool:

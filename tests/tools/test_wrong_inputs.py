@@ -57,6 +57,12 @@ def test_the_judge_sees_each_fault(wrong: bool, end: Ending, why: str | None) ->
     assert fault(Case(("--x", "1"), wrong, ("--x",)), end) == why
 
 
+def test_the_judge_sees_a_line_that_works_refused() -> None:
+    right = Case(("--x", "1"), False, right=True)
+    assert fault(right, ending(2, "error: --x 1: no\n")) == "a line that works is refused"
+    assert fault(right, ending(0)) is None
+
+
 def test_flags_come_from_the_commands_own_parser() -> None:
     entry = COMMANDS["pretrain"]
     kinds = {flag.name: flag.kind for flag in flags_of(entry.script, entry.arguments)}
