@@ -11,7 +11,7 @@
 
 params prints the stored parameters of each component and the active ones (those that one token uses). memory
 prints memory, communication, bubble, step time and MFU of a layout, or the fastest layouts that fit. schedule
-draws a pipeline schedule. ladders dry-runs the jobs of run_scripts/slurm/cdrmix-*.sbatch, every rank of them.
+draws a pipeline schedule. ladders dry-runs the jobs of run_scripts/slurm/cdrmix.txt, every rank of them.
 activations compares predicted activation bytes with those that a CPU keeps.
 docs writes what these say into the documents that quote them.
 """

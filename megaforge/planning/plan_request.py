@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,8 @@ def parse(arguments: Sequence[str], prog: str) -> Request:
     return Request(config, own, [*parsed.notes, *notes])
 
 
+GPUS_OF_A_SERVER = 8
+
 # What ``plan.py docs`` fills in: the names of the marked places.
 PLACES = ("activations", "assumptions", "search-40b", "search-200b", "ladders", "effects", "metrics")
 
@@ -69,24 +72,59 @@ def parse_docs(arguments: Sequence[str], prog: str) -> list[str]:
     return chosen
 
 
-def parse_ladders(arguments: Sequence[str], prog: str) -> argparse.Namespace:
-    """``scripts``, ``gpu`` and ``share`` of ``plan.py ladders``.
+@dataclass(frozen=True)
+class Job:
+    """What a line of ``run_scripts/slurm/cdrmix.txt`` starts: ``gpus`` ranks of the training script with
+    ``arguments``."""
+
+    name: str
+    gpus: int
+    arguments: tuple[str, ...]
+
+    @property
+    def config(self) -> Config:
+        """The configuration of every rank."""
+        return parse_config(self.arguments, prog=self.name).config
+
+
+def read_jobs(table: Path) -> dict[str, Job]:
+    """The jobs of a table by name; its lines are a preset, a number of servers and flags.
 
     Raises:
-        UserError: an unknown flag or GPU, a missing script, or none to try.
+        UserError: a line is not.
+    """
+    jobs = {}
+    for row, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
+        name, *rest = line.split()[:2] or ["#"]
+        if name.startswith("#"):
+            continue
+        if not rest or not rest[0].isdigit():
+            raise UserError(f"{table}: line {row} is not a preset, a number of servers and flags: {line}")
+        flags = shlex.split(line)[2:]
+        jobs[name] = Job(name, int(rest[0]) * GPUS_OF_A_SERVER, ("--config", name, *flags))
+    return jobs
+
+
+def parse_ladders(arguments: Sequence[str], prog: str) -> argparse.Namespace:
+    """``jobs``, ``gpu`` and ``share`` of ``plan.py ladders``.
+
+    Raises:
+        UserError: an unknown flag, GPU or job, or a missing table.
     """
     parser = ArgumentParser(prog=prog, description="Dry-runs jobs, every rank of them.")
-    parser.add_argument("scripts", nargs="*", type=Path, help="default: run_scripts/slurm/cdrmix-*.sbatch")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: every job of the table")
+    parser.add_argument("--table", type=Path, default=Path("run_scripts/slurm/cdrmix.txt"), metavar="FILE")
     parser.add_argument("--gpu", default="h100-80g", help=", ".join(GPUS))
     parser.add_argument("--share", type=number(above=0, most=1), default=0.9, help="share of memory a rank may fill")
     own = parser.parse_args(arguments)
     gpu_named(own.gpu)
-    own.scripts = own.scripts or sorted(Path("run_scripts/slurm").glob("cdrmix-*.sbatch"))
-    if not own.scripts:
-        raise UserError("there are no run_scripts/slurm/cdrmix-*.sbatch here; run this in the repository, or name them")
-    missing = next((script for script in own.scripts if not script.is_file()), None)
-    if missing is not None:
-        raise UserError(f"{missing}: there is no such script")
+    if not own.table.is_file():
+        raise UserError(f"--table {own.table}: there is no such file; run this in the repository, or name one")
+    jobs = read_jobs(own.table)
+    unknown = next((name for name in own.names if name not in jobs), None)
+    if unknown is not None:
+        raise UserError(f"{unknown}: there is no such job; --table {own.table} has {', '.join(jobs)}")
+    own.jobs = [jobs[name] for name in own.names or jobs]
     return own
 
 

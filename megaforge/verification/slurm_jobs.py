@@ -1,52 +1,19 @@
-"""``tools/plan.py ladders``: dry runs of the jobs that SLURM scripts describe, at their own flags and ranks."""
+"""``tools/plan.py ladders``: dry runs of the jobs of ``run_scripts/slurm/cdrmix.txt``, at their own flags and ranks."""
 
 from __future__ import annotations
 
-import re
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from megaforge.config.cli import parse_config
-from megaforge.config.config import Config
 from megaforge.errors import UserError
 from megaforge.planning.gpus import gpu_named
 from megaforge.planning.layout import PlannedLayout
 from megaforge.planning.memory import rank_memory
-from megaforge.planning.plan_request import parse_ladders
+from megaforge.planning.plan_request import Job, parse_ladders
 from megaforge.planning.report import gigabytes, table
 from megaforge.planning.stages import cut_stages, model_parts
 from megaforge.verification.dry_run import try_ranks
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a SLURM script starts: ``gpus`` ranks of the training script with ``arguments``."""
-
-    name: str
-    gpus: int
-    arguments: tuple[str, ...]
-
-    @property
-    def config(self) -> Config:
-        """The configuration of every rank."""
-        return parse_config(self.arguments, prog=self.name).config
-
-
-def read_job(script: Path) -> Job:
-    """Reads ``#SBATCH --nodes=``, ``--gpus-per-node=`` and the line that starts ``pretrain.sbatch``.
-
-    Raises:
-        UserError: the script has not the form of ``run_scripts/slurm/cdrmix-*.sbatch``.
-    """
-    text = script.read_text()
-    sizes = [re.search(rf"^#SBATCH --{key}=(\d+)$", text, re.MULTILINE) for key in ("nodes", "gpus-per-node")]
-    command = re.search(r"^exec bash run_scripts/slurm/pretrain\.sbatch (.*) \"\$@\"$", text, re.MULTILINE)
-    if command is None or sizes[0] is None or sizes[1] is None:
-        raise UserError(f"{script}: it has no #SBATCH --nodes=N, --gpus-per-node=N and a last line like its neighbours")
-    return Job(script.stem, int(sizes[0][1]) * int(sizes[1][1]), tuple(shlex.split(command[1])))
 
 
 @dataclass(frozen=True)
@@ -86,8 +53,7 @@ def run(arguments: Sequence[str], prog: str = "plan.py ladders") -> None:
     gpu = gpu_named(own.gpu)
     rows = [("job", "ranks", "shapes", "GB", "planned GB", f"of {gpu.memory / 1e9:g} GB", "seconds")]
     too_large = []
-    for script in own.scripts:
-        job = read_job(script)
+    for job in own.jobs:
         tried = try_job(job)
         if tried.fullest > own.share * gpu.memory:
             too_large.append(job.name)

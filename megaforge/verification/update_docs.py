@@ -15,12 +15,12 @@ from megaforge.planning.communication import step_traffic
 from megaforge.planning.gpus import GPUS
 from megaforge.planning.measured_activations import comparison_rows
 from megaforge.planning.plan_command import planned_dtype, planned_layout
-from megaforge.planning.plan_request import parse_docs
+from megaforge.planning.plan_request import parse_docs, read_jobs
 from megaforge.planning.report import assumptions, search_text
 from megaforge.planning.search import search, worst_rank
 from megaforge.planning.stages import cut_stages, model_parts
 from megaforge.planning.time import step_time
-from megaforge.verification.slurm_jobs import read_job, try_job
+from megaforge.verification.slurm_jobs import try_job
 
 DOCUMENTS = ("README.md", "docs/planner.md", "docs/layouts.md", "docs/metrics.md")
 GPU = GPUS["h100-80g"]
@@ -64,8 +64,7 @@ def _search(name: str, gpus: int) -> str:
 
 def _ladders() -> str:
     rows: list[tuple[str, ...]] = [("variant", "GPUs", "layout", "fullest rank, GB", "predicted MFU")]
-    for script in sorted(Path("run_scripts/slurm").glob("cdrmix-*.sbatch")):
-        job = read_job(script)
+    for job in sorted(read_jobs(Path("run_scripts/slurm/cdrmix.txt")).values(), key=lambda job: job.name):
         tried = try_job(job)
         parts = model_parts(job.config.model, tried.layout.dtype)
         time = step_time(parts, tried.layout, cut_stages(parts, tried.layout), GPU)

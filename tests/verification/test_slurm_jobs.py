@@ -1,4 +1,4 @@
-"""Every SLURM script of a CDRmix variant would start, and fits its GPUs. ``python tools/plan.py ladders`` builds all of
+"""Every job of the SLURM table would start, and fits its GPUs. ``python tools/plan.py ladders`` builds all of
 them; here the planner looks at all, and the smallest are built."""
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ from megaforge.errors import UserError
 from megaforge.planning.gpus import GPUS
 from megaforge.planning.memory import rank_memory
 from megaforge.planning.plan_command import planned_layout
+from megaforge.planning.plan_request import read_jobs
 from megaforge.planning.stages import cut_stages, model_parts
 from megaforge.training.setup import make_pipeline_plan
 from megaforge.verification.dry_run import try_ranks
-from megaforge.verification.slurm_jobs import read_job, run
+from megaforge.verification.slurm_jobs import run
 
-SCRIPTS = Path(__file__).parents[2] / "run_scripts" / "slurm"
+JOBS = read_jobs(Path(__file__).parents[2] / "run_scripts" / "slurm" / "cdrmix.txt")
 VARIANTS = [f"cdrmix-{stage}-{size}" for size in ("1b", "4b", "40b", "200b") for stage in ("core", "reason")]
 LIMIT = 0.9 * GPUS["h100-80g"].memory
 
 
-def test_every_variant_has_a_script_and_a_preset() -> None:
-    assert {path.stem for path in SCRIPTS.glob("cdrmix-*.sbatch")} == set(VARIANTS)
+def test_every_variant_has_a_job_and_a_preset() -> None:
+    assert set(JOBS) == set(VARIANTS)
     assert set(VARIANTS) <= set(preset_names())
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_layout_is_valid_and_fits_in_90_percent_of_80_gb(name: str) -> None:
-    job = read_job(SCRIPTS / f"{name}.sbatch")
+    job = JOBS[name]
     config = job.config
     assert config.name == name
     make_pipeline_plan(config, check_layout(config, job.gpus))
@@ -45,7 +46,7 @@ def test_layout_is_valid_and_fits_in_90_percent_of_80_gb(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["cdrmix-core-1b", "cdrmix-reason-1b"])
 def test_the_smallest_are_built_and_hold_what_was_planned(name: str) -> None:
-    job = read_job(SCRIPTS / f"{name}.sbatch")
+    job = JOBS[name]
     layout, ranks = try_ranks(job.config, job.gpus)
     parts = model_parts(job.config.model, layout.dtype)
     (planned,) = (rank_memory(parts, layout, cut_stages(parts, layout), rank) for rank in range(layout.pp))
@@ -57,7 +58,7 @@ def test_the_smallest_are_built_and_hold_what_was_planned(name: str) -> None:
 @pytest.mark.parametrize("name", ["cdrmix-core-40b", "cdrmix-reason-200b"])
 def test_one_rank_of_a_large_one_is_built(name: str) -> None:
     """A rank between the ends of the pipeline."""
-    job = read_job(SCRIPTS / f"{name}.sbatch")
+    job = JOBS[name]
     config = job.config
     middle = job.gpus // config.parallel.pipeline_model_parallel_size + 1
     one = dataclasses.replace(config, dry_run=dataclasses.replace(config.dry_run, dry_run_ranks=str(middle)))
@@ -70,17 +71,19 @@ def test_one_rank_of_a_large_one_is_built(name: str) -> None:
     assert tried.total <= LIMIT
 
 
-def test_broken_scripts_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    good = (SCRIPTS / "cdrmix-core-1b.sbatch").read_text()
-    script = tmp_path / "job.sbatch"
-    script.write_text(good.replace("--config cdrmix-core-1b", "--config cdrmix-test --vocab-size 500"))
-    run([str(script)])
-    assert "job: --tp 1 --zero 1" in capsys.readouterr().out
-    with pytest.raises(UserError, match="job: more than 1% of 80 GB"):
-        run([str(script), "--share", "0.01"])
-    script.write_text(good.replace("--zero 1", "--tp 3"))
+def test_broken_jobs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "jobs.txt"
+    table.write_text("# preset, servers, flags\n\ncdrmix-test  1  --vocab-size 500 --zero 1\n")
+    run(["--table", str(table)])
+    assert "cdrmix-test: --tp 1 --zero 1 --micro-batch-size 2 (dp 8)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="cdrmix-test: more than 1% of 80 GB"):
+        run(["cdrmix-test", "--table", str(table), "--share", "0.01"])
+    table.write_text("cdrmix-test 1 --tp 3\n")
     with pytest.raises(UserError, match="--tp 3 does not divide"):
-        run([str(script)])
-    script.write_text(good.replace("#SBATCH --nodes=1", ""))
-    with pytest.raises(UserError, match="--nodes=N"):
-        run([str(script)])
+        run(["--table", str(table)])
+    with pytest.raises(UserError, match="cdrmix-9b: there is no such job; --table .*jobs.txt has cdrmix-test"):
+        run(["cdrmix-9b", "--table", str(table)])
+    for line in ("cdrmix-test", "cdrmix-test --zero 1"):
+        table.write_text(f"# a comment\n{line}\n")
+        with pytest.raises(UserError, match=f"jobs.txt: line 2 is not a preset, a number of servers and flags: {line}"):
+            run(["--table", str(table)])

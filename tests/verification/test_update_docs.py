@@ -12,10 +12,9 @@ from megaforge.config.cli import parse_config
 from megaforge.config.schema import settings
 from megaforge.errors import UserError
 from megaforge.planning.measured_activations import CASES
-from megaforge.planning.plan_request import PLACES
+from megaforge.planning.plan_request import PLACES, read_jobs
 from megaforge.training.setup import make_pipeline_plan
 from megaforge.verification import update_docs
-from megaforge.verification.slurm_jobs import read_job
 from megaforge.verification.update_docs import BLOCKS, DOCUMENTS, blocks_of, markdown, rewritten
 
 REPOSITORY = Path(__file__).parents[2]
@@ -63,7 +62,7 @@ def test_the_page_of_layouts_names_every_flag_and_its_commands_would_start() -> 
 
 def test_the_dry_runs_shown_are_of_jobs_that_fit() -> None:
     """They have the flags of a ladder, whose every rank is tried elsewhere."""
-    jobs = {job.name: job for job in map(read_job, (REPOSITORY / "run_scripts/slurm").glob("cdrmix-*.sbatch"))}
+    jobs = read_jobs(REPOSITORY / "run_scripts/slurm/cdrmix.txt")
     shown = 0
     for document in ("README.md", "docs/planner.md"):
         text = (REPOSITORY / document).read_text().replace("\\\n", " ")
@@ -76,9 +75,9 @@ def test_the_dry_runs_shown_are_of_jobs_that_fit() -> None:
     assert shown == 2
 
 
-def test_the_ladders_are_those_of_the_scripts() -> None:
+def test_the_ladders_are_those_of_the_table() -> None:
     rows = QUOTED["docs/planner.md"]["ladders"].splitlines()[2:]
-    jobs = [read_job(path) for path in sorted((REPOSITORY / "run_scripts/slurm").glob("cdrmix-*.sbatch"))]
+    jobs = [job for _, job in sorted(read_jobs(REPOSITORY / "run_scripts/slurm/cdrmix.txt").items())]
     assert [row.split(" | ")[0].strip("| `") for row in rows] == [job.name for job in jobs]
     for row, job in zip(rows, jobs, strict=True):
         assert f" {job.gpus:,} | `{' '.join(job.arguments[2:])}` |" in row
