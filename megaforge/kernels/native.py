@@ -1,4 +1,4 @@
-"""Compiled operators: finding them, and saying once where one is missing.
+"""Compiled operators: finding them, defining them, and saying once where one is missing.
 
 ``csrc/OP/cpu`` and ``csrc/OP/cuda`` are built into ``megaforge.kernels._OP_cpu`` and ``_OP_cuda``. Importing such a
 module registers its device's implementation of operators that the op's Python room defines with :mod:`torch.library`.
@@ -12,6 +12,10 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
 
 from megaforge.config.launcher import print_rank_0
 
@@ -31,14 +35,51 @@ def why_missing(op: str, device_type: str) -> str | None:
     return None
 
 
+def load(op: str) -> frozenset[str]:
+    """The devices whose compiled ``op`` is there, and "meta", with which plans and dry runs see GPUs. An op calls it as
+    it is imported, and not when it is first used, which torch.compile may be tracing."""
+    return frozenset({"meta", *(device for device in ("cpu", "cuda") if why_missing(op, device) is None)})
+
+
 @functools.cache
-def say_fallback(op: str, device_type: str, instead: str) -> None:
-    """Says, once a process and on rank 0 alone, that ``instead`` does the work of the compiled ``op``."""
+def say_fallback(op: str, reason: str, instead: str = "plain torch, several times slower") -> None:
+    """Says, once a process and on rank 0 alone, that ``instead`` does the work of ``op``, and why."""
+    print_rank_0(f"{op}: {reason}; using {instead}")
+
+
+def say_uncompiled(op: str, device_type: str) -> None:
+    """:func:`say_fallback` of an ``op`` whose compiled code is missing or does not take these tensors."""
     reason = why_missing(op, device_type)
     if reason is None:
-        print_rank_0(f"{op}: the compiled code for {device_type} does not take tensors of this kind; using {instead}")
-        return
-    print_rank_0(
-        f"{op}: no compiled code for {device_type} ({reason}); using {instead}. "
-        "To build it: pip install --no-build-isolation -e ."
-    )
+        say_fallback(op, f"the compiled code for {device_type} does not take tensors of this kind")
+    else:
+        how = "plain torch, several times slower. To build it: pip install --no-build-isolation -e ."
+        say_fallback(op, f"no compiled code for {device_type} ({reason})", how)
+
+
+_LIBRARY = torch.library.Library("megaforge", "FRAGMENT")
+
+
+def define(
+    schema: str,
+    shapes: Callable[..., Any],
+    plain: Callable[..., Any] | None = None,
+    gradient: Callable[..., Any] | None = None,
+    context: Callable[..., None] | None = None,
+) -> None:
+    """Defines the operator ``torch.ops.megaforge.NAME``, for which ``csrc`` registers each device's code.
+
+    Args:
+        schema: ``NAME(arguments) -> results``.
+        shapes: gives empty results, for meta and fake tensors.
+        plain: what computes on devices without compiled code; None: nothing.
+        gradient: of the arguments, given the context and the gradients of the results; None: not differentiable.
+        context: keeps what ``gradient`` needs.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    torch.library.register_fake(f"megaforge::{name}", shapes, lib=_LIBRARY)
+    if plain is not None:
+        _LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
+    if gradient is not None:
+        torch.library.register_autograd(f"megaforge::{name}", gradient, setup_context=context, lib=_LIBRARY)

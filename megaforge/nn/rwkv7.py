@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.kernels.rwkv7_fused import norm_bonus_gate
-from megaforge.kernels.rwkv7_inputs import rwkv7_inputs
+from megaforge.kernels.rwkv7_fused import norm_bonus_gate, rwkv7_inputs
 from megaforge.kernels.wkv7.backend import wkv7_backend
 from megaforge.nn.recompute import recomputed
 from megaforge.nn.token_shift import shift_and_mix

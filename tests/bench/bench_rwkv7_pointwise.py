@@ -23,8 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.kernels.rwkv7_fused import norm_bonus_gate
-from megaforge.kernels.rwkv7_inputs import rwkv7_inputs
+from megaforge.kernels.rwkv7_fused import norm_bonus_gate, rwkv7_inputs
 from megaforge.models.hybrid import HybridModel
 from megaforge.nn.mlp import activate
 from megaforge.nn.norms import rms_norm

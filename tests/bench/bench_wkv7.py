@@ -31,7 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megaforge.kernels.wkv7 import wkv7_chunked, wkv7_recurrent
-from megaforge.kernels.wkv7.native import available, wkv7_native
+from megaforge.kernels.wkv7.native import COMPILED, wkv7_native
 from tests.bench.ceiling import describe, keep_freed_memory, multiply_adds_per_second
 from tests.bench.harness import Ratio, interleaved_ratio, print_json, print_table
 from tests.kernels.wkv7_cases import make_inputs
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="sequences")
     arguments = parser.parse_args()
     keep_freed_memory()
-    if not available("cpu"):
+    if "cpu" not in COMPILED:
         raise SystemExit("WKV-7's compiled code is missing: pip install --no-build-isolation -e .")
     torch.set_num_threads(1)
     native = Subject(wkv7_native, arguments.length, arguments.batch)

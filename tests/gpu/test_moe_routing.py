@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaforge.kernels import moe_routing, moe_routing_reference
-from megaforge.kernels.moe_routing import RoutingRule, moe_permutation, moe_permute, moe_route, moe_unpermute
+from megaforge.kernels.moe_routing import COMPILED, RoutingRule, moe_permutation, moe_permute, moe_route, moe_unpermute
+from megaforge.kernels.moe_routing import reference as moe_routing_reference
 from tests.kernels.test_moe_routing import RULES, TOLERANCES, assert_routes, dropped, everything, random
 
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or "cuda" not in moe_routing._COMPILED, reason="needs a GPU and its extension"
+    not torch.cuda.is_available() or "cuda" not in COMPILED, reason="needs a GPU and its extension"
 )
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from megaforge.kernels import rwkv7_triton as kernels
+from megaforge.kernels.rwkv7_fused import triton_kernels as kernels
 
 FP32_POINTERS = {"dc_ptr", "dfirst_ptr", "partial_ptr", "weight_ptr", "bias_ptr", "rk_ptr"}
 MIX = {"count": 6, "has_first": True, "has_starts": True, "wide": tl.float32}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,16 +11,18 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megaforge.kernels import attention
+from megaforge.kernels import attention, native
 from megaforge.kernels.attention import (
     PackedDocuments,
-    _BlockwiseAttention,
     additive_mask,
+    blockwise,
     causal_attention,
     flash_serves,
     taken_mask,
     takes_documents,
 )
+from megaforge.kernels.attention.blockwise import BlockwiseAttention
+from megaforge.kernels.attention.reference import causal_attention_reference as formula
 
 
 def inputs(length: int, groups: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -35,15 +36,6 @@ def document_mask(length: int) -> Tensor:
     return (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
 
 
-def formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    repeats = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    length = q.shape[2]
-    visible = torch.ones(length, length, dtype=torch.bool).tril() if mask is None else mask
-    scores = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).masked_fill(~visible, -math.inf)
-    return scores.softmax(-1) @ v
-
-
 def relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.double() - theirs).norm() / theirs.norm())
 
@@ -52,12 +44,12 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 @pytest.mark.parametrize("length", [1, 7, 24, 29])
 def test_blocks_are_exact(monkeypatch: pytest.MonkeyPatch, length: int, packed: bool) -> None:
     """In wider arithmetic (fp32 is what the blocks accumulate in) only summation order is left."""
-    monkeypatch.setattr(attention, "ROWS", 8)
+    monkeypatch.setattr(blockwise, "ROWS", 8)
     *qkv, direction = inputs(length)
     mask = document_mask(length) if packed else None
     ours = [t.float().requires_grad_() for t in qkv]
     theirs = [t.clone().requires_grad_() for t in qkv]
-    out, expected = _BlockwiseAttention.apply(*ours, mask), formula(*theirs, mask)
+    out, expected = BlockwiseAttention.apply(*ours, mask), formula(*theirs, mask)
     assert relative(out.detach(), expected.detach()) < 1e-6
     found = torch.autograd.grad(out, ours, direction.float())
     for ours_grad, theirs_grad in zip(found, torch.autograd.grad(expected, theirs, direction), strict=True):
@@ -84,14 +76,14 @@ def test_bf16_is_as_good_as_bf16_can_be(packed: bool, groups: int) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_run_of_one_token_and_saturated_scores(monkeypatch: pytest.MonkeyPatch, packed: bool, scale: float) -> None:
     """Equal keys share the attention evenly; in the second half one key has all of it, by hundreds."""
-    monkeypatch.setattr(attention, "ROWS", 8)
+    monkeypatch.setattr(blockwise, "ROWS", 8)
     q, k, v, direction = inputs(24)
     q, k = (x[:, :, :1].expand_as(x).clone() * scale for x in (q, k))
     k[:, :, 15] *= 4
     mask = document_mask(24) if packed else None
     ours = [t.float().requires_grad_() for t in (q, k, v)]
     theirs = [t.detach().double().requires_grad_() for t in ours]
-    out, expected = _BlockwiseAttention.apply(*ours, mask), formula(*theirs, mask)
+    out, expected = BlockwiseAttention.apply(*ours, mask), formula(*theirs, mask)
     assert relative(out.detach(), expected.detach()) < 2e-5
     found = torch.autograd.grad(out, ours, direction.float())
     exact = torch.autograd.grad(expected, theirs, direction.float().double())
@@ -166,6 +158,20 @@ def test_what_flash_serves() -> None:
     assert not flash_serves(torch.float32, 64, (9, 0)) and not flash_serves(torch.bfloat16, 64, (7, 5))
     assert not flash_serves(torch.bfloat16, 36, (9, 0)) and not flash_serves(torch.bfloat16, 256, (9, 0))
     assert not takes_documents(torch.empty(1, 1, 1, 64, dtype=torch.bfloat16))  # on a CPU
+
+
+def test_a_gpu_whose_documents_need_a_mask_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(native, "print_rank_0", said.append)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(attention, "_VARLEN", fake_varlen("is_causal")[0])
+    native.say_fallback.cache_clear()
+    with FakeTensorMode():
+        narrow, wide = (torch.empty(1, 1, 8, 64, device="cuda", dtype=t) for t in (torch.bfloat16, torch.float32))
+    assert takes_documents(narrow) and not said
+    assert not takes_documents(wide) and not takes_documents(wide)
+    assert len(said) == 1 and "does not take torch.float32 in heads of 64" in said[0] and "using a mask" in said[0]
+    native.say_fallback.cache_clear()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

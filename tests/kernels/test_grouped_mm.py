@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.kernels import grouped_mm
+from megaforge.kernels import grouped_mm, native
 from megaforge.kernels.grouped_mm import FEW_ROWS, grouped_linear, takes_grouped_mm
+from megaforge.kernels.grouped_mm.reference import grouped_linear_reference
 from megaforge.nn.moe.experts import Experts
 from megaforge.parallel.init_rules import Normal
 from tests.nn.support import CTX
@@ -40,7 +42,7 @@ def test_against_one_product_an_expert(dtype: torch.dtype, counts: tuple[int, ..
     assert takes_grouped_mm(x, weight) == (dtype != torch.float64 and width == 16 and bool(sum(counts)))
     got = run(x, weight, counts)
     wide = x.double().requires_grad_(), weight.double().requires_grad_()
-    out = torch.cat([rows @ matrix.t() for rows, matrix in zip(wide[0].split(counts), wide[1], strict=True)])
+    out = grouped_linear_reference(*wide, counts)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
     expected = [out, *torch.autograd.grad(out, wide, grad.double(), allow_unused=True)]
     for ours, theirs in zip(got, expected, strict=True):
@@ -77,17 +79,19 @@ def test_the_rule() -> None:
 
 def test_a_gpu_that_walks_through_the_experts_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(grouped_mm, "print_rank_0", said.append)
-    grouped_mm.say_loop.cache_clear()
-    for _ in range(2):
-        grouped_mm.say_loop("cpu", torch.float32, torch.float32)
-        grouped_mm.say_loop("cuda", torch.float32, torch.float32)
+    monkeypatch.setattr(native, "print_rank_0", said.append)
+    native.say_fallback.cache_clear()
+    for device in ("cpu", "cuda", "cuda"):
+        with FakeTensorMode():
+            rows = torch.empty(3, 5, device=device)
+        grouped_mm.say_loop(rows, rows)
     assert len(said) == 1 and "rows in torch.float32" in said[0] and "one product an expert" in said[0]
+    native.say_fallback.cache_clear()
     asked: list[tuple[object, ...]] = []
-    monkeypatch.setattr(grouped_mm, "say_loop", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(grouped_mm, "say_loop", lambda *tensors: asked.append(tuple(x.shape for x in tensors)))
     run(torch.ones(3, 5), torch.ones(3, 7, 5), (1, 1, 1))
     run(torch.ones(3, 16), torch.ones(3, 8, 16), (1, 1, 1))
-    assert asked == [("cpu", torch.float32, torch.float32)]
+    assert asked == [((3, 5), (3, 7, 5))]
 
 
 def test_where_runs_end_is_sent_to_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:

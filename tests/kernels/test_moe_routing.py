@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megaforge.kernels import moe_routing, moe_routing_reference
+from megaforge.kernels.moe_routing import COMPILED as DEVICES
 from megaforge.kernels.moe_routing import Route, RoutingRule, moe_permutation, moe_permute, moe_route, moe_unpermute
-from megaforge.kernels.moe_routing_reference import choose_experts, largest, route_scores, route_statistics
+from megaforge.kernels.moe_routing import reference as moe_routing_reference
+from megaforge.kernels.moe_routing.reference import choose_experts, largest, route_scores, route_statistics
 
-COMPILED = "cpu" in moe_routing._COMPILED
+COMPILED = "cpu" in DEVICES
 SETS = {"AVX512": "avx512", "AVX2": "avx2"}
 ISAS = ["scalar"] + (
     [name for capability, name in SETS.items() if capability in torch.backends.cpu.get_cpu_capability()]

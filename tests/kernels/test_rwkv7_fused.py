@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaforge.kernels import rwkv7_fused
+from megaforge.kernels import native, rwkv7_fused
+from megaforge.kernels.rwkv7_fused.triton import triton_kernels
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
 with_triton = pytest.mark.skipif(
@@ -42,18 +43,18 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
 def test_without_triton_plain_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(5, 2, 8)
     assert not rwkv7_fused.fused(x)  # not on a GPU
-    rwkv7_fused._kernels.cache_clear()
+    triton_kernels.cache_clear()
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "megaforge.kernels.rwkv7_triton", raising=False)
-    assert rwkv7_fused._kernels() is None
-    rwkv7_fused._kernels.cache_clear()
+    monkeypatch.delitem(sys.modules, "megaforge.kernels.rwkv7_fused.triton_kernels", raising=False)
+    assert triton_kernels()[0] is None and "pip install 'megaforge[gpu]'" in triton_kernels()[1]
+    triton_kernels.cache_clear()
 
 
 def test_a_gpu_without_the_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(rwkv7_fused, "print_rank_0", said.append)
+    monkeypatch.setattr(native, "print_rank_0", said.append)
     monkeypatch.setenv("MEGAFORGE_NATIVE", "0")
-    for cached in (rwkv7_fused._kernels, rwkv7_fused.say_plain):
+    for cached in (triton_kernels, native.say_fallback):
         cached.cache_clear()
     on_gpu = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
     try:
@@ -64,5 +65,5 @@ def test_a_gpu_without_the_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch)
         assert not rwkv7_fused.fused(on_gpu)  # type: ignore[arg-type]
         assert len(said) == 2 and "not in fp64" in said[1]
     finally:
-        for cached in (rwkv7_fused._kernels, rwkv7_fused.say_plain):
+        for cached in (triton_kernels, native.say_fallback):
             cached.cache_clear()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaforge.kernels.rwkv7_inputs import rwkv7_inputs, rwkv7_inputs_reference
+from megaforge.kernels.rwkv7_fused import rwkv7_inputs, rwkv7_inputs_reference
 
 NAMES = ("decay", "w0", "rate", "a0", "key", "k_k", "k_a")
 N = 4
@@ -31,7 +31,7 @@ def run(function, inputs: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("at_once", [1, 30, 10**6])
 def test_outputs_and_gradients_match_the_definition(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever number of tokens is taken at once."""
-    monkeypatch.setattr("megaforge.kernels.rwkv7_inputs.CPU_ELEMENTS_AT_ONCE", at_once)
+    monkeypatch.setattr("megaforge.kernels.rwkv7_fused.inputs.CPU_ELEMENTS_AT_ONCE", at_once)
     results = (run(f, make_inputs()) for f in (rwkv7_inputs, rwkv7_inputs_reference))
     for name, got, expected in zip(("log_w", "k", "a", "b", *NAMES), *results, strict=True):
         assert got.shape == expected.shape

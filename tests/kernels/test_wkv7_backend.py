@@ -11,7 +11,7 @@ import torch
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.run_config import TrainingConfig
 from megaforge.errors import UserError
-from megaforge.kernels.wkv7 import backend, fla, wkv7_recurrent
+from megaforge.kernels.wkv7 import backend, fla, native, wkv7_recurrent
 from megaforge.kernels.wkv7.backend import wkv7_backend, wkv7_torch
 from megaforge.models.hybrid import HybridModel
 from megaforge.nn.rwkv7 import RWKV7TimeMix
@@ -63,10 +63,12 @@ def test_what_cannot_run_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(fla, "require", lambda *_, **__: (_ for _ in ()).throw(UserError("megaforge[gpu]")))
     with pytest.raises(UserError, match="gpu"):
         wkv7_backend("fla", GPU, torch.bfloat16, 64)
-    monkeypatch.setattr(backend, "available", lambda device: False)
+    for module in (backend, native):
+        monkeypatch.setattr(module, "COMPILED", ())
     with pytest.raises(UserError, match="--wkv-backend native.*build it"):
         wkv7_backend("native", CPU, torch.float32, 64)
-    monkeypatch.setattr(backend, "available", lambda device: True)
+    for module in (backend, native):
+        monkeypatch.setattr(module, "COMPILED", ("cpu", "cuda"))
     assert wkv7_backend("native", GPU, torch.bfloat16, 64) is backend.wkv7_native
     assert wkv7_backend("native", CPU, torch.float64, 5) is backend.wkv7_native
     for dtype, channels in ((torch.float64, 64), (torch.bfloat16, 128)):

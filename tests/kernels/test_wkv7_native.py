@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from megaforge.kernels.native import why_missing
 from megaforge.kernels.wkv7 import wkv7, wkv7_recurrent
-from megaforge.kernels.wkv7.native import available
+from megaforge.kernels.wkv7.native import COMPILED
 from tests.kernels.wkv7_cases import HARD, assert_as_good_as_the_definition, assert_close, make_inputs, run
 
-pytestmark = pytest.mark.skipif(not available("cpu"), reason=f"not built: {why_missing('wkv7', 'cpu')}")
+pytestmark = pytest.mark.skipif("cpu" not in COMPILED, reason=f"not built: {why_missing('wkv7', 'cpu')}")
 LENGTHS = (1, 15, 16, 17, 63, 64, 65, 130)
 
 
@@ -182,7 +182,7 @@ def test_nothing_is_saved_without_gradients() -> None:
 
     with Watch(), torch.no_grad():
         wkv7(*inputs)
-    (_, _, states, removed), = seen
+    ((_, _, states, removed),) = seen
     assert states.numel() == 0 and removed.numel() == 0
 
 

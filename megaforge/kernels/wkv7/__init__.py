@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import torch
 
-from megaforge.kernels.native import say_fallback
+from megaforge.kernels.native import say_uncompiled
 from megaforge.kernels.wkv7.chunked import CHUNK, wkv7_chunked, wkv7_state_gradient, wkv7_summary
-from megaforge.kernels.wkv7.native import SAVING, available, takes, wkv7_native
+from megaforge.kernels.wkv7.native import SAVING, takes, wkv7_native
 from megaforge.kernels.wkv7.reference import state_dtype, wkv7_recurrent
 
 __all__ = [
@@ -47,10 +47,10 @@ def wkv7(
         y [s, b, H, N] in the dtype of ``v`` and the final state [b, H, N, N], kept in fp32 (fp64 for fp64 inputs).
     """
     device = v.device.type
-    if available(device) and takes(device, v.dtype, v.shape[-1]):
+    if takes(device, v.dtype, v.shape[-1]):
         return wkv7_native(r, log_w, k, v, a, b, initial_state, document_start)
     if device != "meta":
-        say_fallback("wkv7", device, "plain torch, several times slower")
+        say_uncompiled("wkv7", device)
     return wkv7_torch(r, log_w, k, v, a, b, initial_state, document_start)
 
 
@@ -71,7 +71,7 @@ def wkv7_torch(
 
 def saved_for_backward(length: int, channels: int, device_type: str) -> int:
     """Numbers, in the precision of states, that one head keeps of ``length`` tokens besides the inputs."""
-    if not (available(device_type) and takes(device_type, torch.float32, channels)):
+    if not takes(device_type, torch.float32, channels):
         return (-(-length // CHUNK) + 1) * channels**2
     interval, removed = SAVING[device_type]
     return -(-length // interval) * channels**2 + (length * channels if removed else 0)

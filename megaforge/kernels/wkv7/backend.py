@@ -11,7 +11,7 @@ from megaforge.errors import UserError
 from megaforge.kernels.native import why_missing
 from megaforge.kernels.wkv7 import wkv7, wkv7_torch
 from megaforge.kernels.wkv7.fla import fla_kernels, wkv7_fla
-from megaforge.kernels.wkv7.native import available, takes, wkv7_native
+from megaforge.kernels.wkv7.native import COMPILED, takes, wkv7_native
 
 WKV7 = Callable[..., tuple[Tensor, Tensor]]
 
@@ -30,7 +30,7 @@ def wkv7_backend(name: str, device: torch.device, dtype: torch.dtype, channels: 
     """
     kind = device.type
     if name == "native":
-        if not available(kind):
+        if kind not in COMPILED:
             raise UserError(
                 f"--wkv-backend native: no compiled WKV-7 for {kind} ({why_missing('wkv7', kind)}); build it with "
                 "pip install --no-build-isolation -e . or use --wkv-backend auto"

@@ -11,26 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megaforge.kernels.native import why_missing
+from megaforge.kernels.native import define, load
 from megaforge.kernels.wkv7.reference import state_dtype
 
 SIX = "Tensor r, Tensor log_w, Tensor k, Tensor v, Tensor a, Tensor b"
-
-# y [s, b, H, N] in the dtype of v; final_state [b, H, N, N]; for the backward pass: states [ceil(s / state_interval),
-# b, H, N, N], those before tokens 0, state_interval, 2 * state_interval, ... (none for state_interval 0), and removed
-# [s, b, H, N], S_{t-1} a_t of every token (no tokens unless save_removed). All but y in fp32 (fp64 for fp64 inputs).
-torch.library.define(
-    "megaforge::wkv7",
-    f"({SIX}, Tensor? initial_state, Tensor? document_start, int state_interval, bool save_removed)"
-    " -> (Tensor y, Tensor final_state, Tensor states, Tensor removed)",
-)
-# Gradients in the dtypes of their inputs; the initial state's in fp32 (fp64). An absent dy or dfinal_state is zero.
-torch.library.define(
-    "megaforge::wkv7_backward",
-    f"({SIX}, Tensor? document_start, Tensor states, Tensor removed, Tensor? dy, Tensor? dfinal_state,"
-    " int state_interval)"
-    " -> (Tensor dr, Tensor dlog_w, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor dinitial_state)",
-)
 
 
 class Saving(NamedTuple):
@@ -43,17 +27,12 @@ class Saving(NamedTuple):
 # "meta" is how plans and dry runs see the GPUs that they are about.
 SAVING = {"cpu": Saving(64, True), "cuda": Saving(16, False), "meta": Saving(16, False)}
 CUDA_CHANNELS = (32, 64)
-# Loaded here and not at the first call, which torch.compile may be tracing.
-_AVAILABLE = {"meta"} | {device_type for device_type in ("cpu", "cuda") if why_missing("wkv7", device_type) is None}
-
-
-def available(device_type: str) -> bool:
-    """Whether there is compiled code for tensors of ``device_type``."""
-    return device_type in _AVAILABLE
 
 
 def takes(device_type: str, dtype: torch.dtype, channels: int) -> bool:
-    """Whether the code for ``device_type`` takes values of ``dtype`` in heads of ``channels``."""
+    """Whether there is compiled code for ``device_type``, and it takes values of ``dtype`` in heads of ``channels``."""
+    if device_type not in COMPILED:
+        return False
     return device_type == "cpu" or (dtype != torch.float64 and channels in CUDA_CHANNELS)
 
 
@@ -84,8 +63,7 @@ def _also(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.float32 else dtype
 
 
-@torch.library.register_fake("megaforge::wkv7")
-def _(
+def _shapes(
     r: Tensor,
     log_w: Tensor,
     k: Tensor,
@@ -108,8 +86,7 @@ def _(
     )
 
 
-@torch.library.register_fake("megaforge::wkv7_backward")
-def _(
+def _shapes_backward(
     r: Tensor,
     log_w: Tensor,
     k: Tensor,
@@ -143,4 +120,20 @@ def _differentiate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Any) 
     return *gradients, dinitial if ctx.has_initial_state else None, None, None, None
 
 
-torch.library.register_autograd("megaforge::wkv7", _differentiate, setup_context=_save)
+# y [s, b, H, N] in the dtype of v; final_state [b, H, N, N]; for the backward pass: states [ceil(s / state_interval),
+# b, H, N, N], those before tokens 0, state_interval, 2 * state_interval, ... (none for state_interval 0), and removed
+# [s, b, H, N], S_{t-1} a_t of every token (no tokens unless save_removed). All but y in fp32 (fp64 for fp64 inputs).
+define(
+    f"wkv7({SIX}, Tensor? initial_state, Tensor? document_start, int state_interval, bool save_removed)"
+    " -> (Tensor y, Tensor final_state, Tensor states, Tensor removed)",
+    _shapes, gradient=_differentiate, context=_save,
+)  # fmt: skip
+# Gradients in the dtypes of their inputs; the initial state's in fp32 (fp64). An absent dy or dfinal_state is zero.
+define(
+    f"wkv7_backward({SIX}, Tensor? document_start, Tensor states, Tensor removed, Tensor? dy, Tensor? dfinal_state,"
+    " int state_interval)"
+    " -> (Tensor dr, Tensor dlog_w, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor dinitial_state)",
+    _shapes_backward,
+)  # fmt: skip
+
+COMPILED = load("wkv7")

@@ -15,8 +15,8 @@ from tests.gpu.first_day.runner import Figure, Step, pattern
 ITERATIONS = 10
 VOCAB = 50_272
 EXTENSIONS = (
-    "import megaforge.kernels.wkv7.native as n, megaforge.kernels.moe_routing as m; "
-    "print('wkv7:', *sorted(d for d in ('cpu', 'cuda') if n.available(d))); print('moe:', *sorted(m._COMPILED))"
+    "import megaforge.kernels.wkv7.native as n, megaforge.kernels.moe_routing.native as m; "
+    "print('wkv7:', *sorted(n.COMPILED - {'meta'})); print('moe:', *sorted(m.COMPILED - {'meta'}))"
 )
 VERSIONS = (
     "import importlib.metadata as m, torch; print('torch', torch.__version__, 'CUDA', torch.version.cuda);"

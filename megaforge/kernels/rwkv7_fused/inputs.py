@@ -1,52 +1,17 @@
-"""RWKV-7's arithmetic between its projections and WKV-7, as one function with one backward pass."""
+"""RWKV-7's arithmetic between its projections and WKV-7 in one walk over the tokens each way, on any device."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-DECAY_SCALE = -math.exp(-0.5)  # log w = DECAY_SCALE * sigmoid(.), so w > exp(-exp(-0.5)) = 0.5452
-NORM_EPSILON = 1e-12
+from megaforge.kernels.rwkv7_fused.reference import DECAY_SCALE, NORM_EPSILON
+
 CPU_ELEMENTS_AT_ONCE = 1 << 16  # of [tokens, channels]: what the dozen intermediates of a step need stays in cache
-
-
-def rwkv7_inputs(
-    decay: Tensor, w0: Tensor, rate: Tensor, a0: Tensor, key: Tensor, k_k: Tensor, k_a: Tensor, head_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What WKV-7 takes besides r and v (RWKV-LM, x070).
-
-    Args:
-        decay, rate, key: [s, b, C]: outputs of the decay LoRA, of the in-context-learning-rate LoRA, of W_k.
-        w0, a0, k_k, k_a: [C], fp32 (fp64 for fp64 inputs).
-        head_size: N.
-
-    Returns:
-        log_w (fp32 or fp64), k, a and b, each [s, b, H, N]: with ``lr = sigmoid(a0 + rate)`` and
-        ``kk = normalize(key * k_k)`` over each head, ``k = key * (1 + (lr - 1) * k_a)``, ``a = -kk``, ``b = kk * lr``.
-        The arithmetic is done in the precision of the vectors; k, a and b are rounded to the dtype of ``key``.
-    """
-    heads = (*key.shape[:-1], key.shape[-1] // head_size, head_size)
-    outputs = _RWKV7Inputs.apply(decay, w0, rate, a0, key, k_k, k_a, head_size)
-    log_w, k, a, b = (x.view(heads) for x in outputs)
-    return log_w, k, a, b
-
-
-def rwkv7_inputs_reference(
-    decay: Tensor, w0: Tensor, rate: Tensor, a0: Tensor, key: Tensor, k_k: Tensor, k_a: Tensor, head_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The definition; arguments and results as :func:`rwkv7_inputs`."""
-    heads = (*key.shape[:-1], key.shape[-1] // head_size, head_size)
-    log_w = DECAY_SCALE * torch.sigmoid(w0 + decay)
-    lr = torch.sigmoid(a0 + rate)
-    kk = F.normalize((key * k_k).view(heads), dim=-1, eps=NORM_EPSILON)
-    k = key * (1 + (lr - 1) * k_a)
-    return log_w.view(heads), k.to(key.dtype).view(heads), -kk.to(key.dtype), (kk * lr.view(heads)).to(key.dtype)
 
 
 def _rows(x: Tensor) -> Iterator[slice]:
@@ -62,7 +27,7 @@ def _normalized(x: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
     return x / norm, norm
 
 
-class _RWKV7Inputs(torch.autograd.Function):
+class RWKV7Inputs(torch.autograd.Function):
     """Forward: :func:`rwkv7_inputs_reference`. Backward: its gradients from the inputs alone; on a CPU both go through
     the tokens in pieces that stay in cache."""
 

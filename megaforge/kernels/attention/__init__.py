@@ -1,7 +1,7 @@
 """Causal softmax attention: one face over torch's fused kernels and, for 16-bit tensors on a CPU, a blockwise form.
 
-torch's fused CPU kernel makes little of the CPU's 16-bit matrix products; the blockwise form is made of them. Both need
-memory linear in the sequence length.
+torch's fused CPU kernel makes little of the CPU's 16-bit matrix products; the blockwise form (:mod:`.blockwise`) is
+made of them. Both need memory linear in the sequence length. :mod:`.reference` has the definition.
 
 On a GPU packed documents go through flash attention for sequences of different lengths (:func:`takes_documents`), which
 skips what a mask hides and has no mask. Where that cannot be, a mask leaves torch the memory-efficient kernel, which
@@ -12,8 +12,7 @@ exist in fp32.
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megaforge.kernels.attention.blockwise import BlockwiseAttention
+from megaforge.kernels.native import say_fallback
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
     varlen_attn = None  # type: ignore[assignment]
 
-ROWS = 64  # queries of a block: its scores stay in cache
 _VARLEN: Callable[..., Any] | None = varlen_attn
 
 
@@ -45,9 +46,14 @@ class PackedDocuments:
 
 def takes_documents(query: Tensor) -> bool:
     """Whether :func:`causal_attention` takes :class:`PackedDocuments` for ``query``: 16 bits wide, on a GPU."""
-    if query.device.type != "cuda" or _VARLEN is None:
+    if query.device.type != "cuda":
         return False
-    return flash_serves(query.dtype, query.shape[-1], torch.cuda.get_device_capability(query.device))
+    capability = torch.cuda.get_device_capability(query.device)
+    if _VARLEN is not None and flash_serves(query.dtype, query.shape[-1], capability):
+        return True
+    why = f"flash attention for packed documents does not take {query.dtype} in heads of {query.shape[-1]}"
+    say_fallback("attention", f"{why} on compute capability {capability}", "a mask, whose hidden part is computed too")
+    return False
 
 
 def flash_serves(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> bool:
@@ -99,7 +105,7 @@ def causal_attention(
         repeats, grouped = query.shape[1] // key.shape[1], False
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     if blockwise:
-        return _BlockwiseAttention.apply(query, key, value, mask)
+        return BlockwiseAttention.apply(query, key, value, mask)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
@@ -118,85 +124,3 @@ def _within_documents(query: Tensor, key: Tensor, value: Tensor, documents: Pack
     bounds, longest = documents.bounds, documents.longest
     out: Tensor = _VARLEN(*rows, bounds, bounds, longest, longest, **options)
     return out.view(batch, length, heads, width).transpose(1, 2)
-
-
-class _Scratch:
-    """Memory for one block's scores, used again by every block: fresh memory of this size costs page faults."""
-
-    def __init__(self, q: Tensor) -> None:
-        self.wide = [q.new_empty(q.shape[0] * ROWS * q.shape[1], dtype=torch.float32) for _ in range(2)]
-        self.narrow = torch.empty_like(self.wide[0], dtype=q.dtype)
-
-    def product(self, rows: Tensor, columns: Tensor, slot: int) -> Tensor:
-        """``rows @ columns`` in fp32, in the memory ``slot``; forgets what :meth:`rounded` gave."""
-        shape = (*rows.shape[:2], columns.shape[2])
-        raw = torch.bmm(rows, columns, out=_view(self.narrow, shape))
-        return _view(self.wide[slot], shape).copy_(raw)
-
-    def rounded(self, x: Tensor) -> Tensor:
-        """``x`` in the narrow type."""
-        return _view(self.narrow, tuple(x.shape)).copy_(x)
-
-
-def _view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return flat[: math.prod(shape)].view(shape)
-
-
-class _BlockwiseAttention(torch.autograd.Function):
-    """Blocks of query rows against all keys up to their end. Keeps the output and the log-sum-exp of the scores, and
-    computes the scores again in the backward pass (Dao et al., arXiv 2205.14135)."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        shape, scale = query.shape, query.shape[-1] ** -0.5
-        q, k, v = ((t.reshape(-1, *shape[2:])) for t in (query * scale, key, value))
-        out = torch.empty_like(q)
-        log_sums = q.new_empty((*q.shape[:2], 1), dtype=torch.float32)
-        scratch = _Scratch(q)
-        for begin, end in _blocks(shape[2]):
-            scores = _scores(q, k, begin, end, mask, shape[1], scratch)
-            peak = scores.amax(dim=-1, keepdim=True)
-            weights = scores.sub_(peak).exp_()
-            total = weights.sum(dim=-1, keepdim=True)
-            log_sums[:, begin:end] = peak + total.log()
-            out[:, begin:end] = torch.bmm(scratch.rounded(weights), v[:, :end]) / total
-        ctx.save_for_backward(q, k, v, out, log_sums)
-        ctx.mask, ctx.shape, ctx.scale = mask, shape, scale
-        return out.view(shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out, log_sums = ctx.saved_tensors
-        grad = grad.reshape(q.shape)
-        grad_q = torch.empty_like(q)
-        grad_k, grad_v = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
-        along = (grad.float() * out).sum(dim=-1, keepdim=True)
-        scratch = _Scratch(q)
-        for begin, end in _blocks(q.shape[1]):
-            rows = grad[:, begin:end]
-            weights = _scores(q, k, begin, end, ctx.mask, ctx.shape[1], scratch).sub_(log_sums[:, begin:end]).exp_()
-            grad_v[:, :end] += torch.bmm(scratch.rounded(weights).transpose(1, 2), rows)
-            grad_scores = scratch.product(rows, v[:, :end].transpose(1, 2), 1).sub_(along[:, begin:end]).mul_(weights)
-            narrow = scratch.rounded(grad_scores)
-            grad_q[:, begin:end] = torch.bmm(narrow, k[:, :end])
-            grad_k[:, :end] += torch.bmm(narrow.transpose(1, 2), q[:, begin:end])  # q carries the scale
-        shape = ctx.shape
-        grads = (grad_q.mul_(ctx.scale), grad_k.to(k.dtype), grad_v.to(v.dtype))
-        return grads[0].view(shape), grads[1].view(shape), grads[2].view(shape), None
-
-
-def _blocks(length: int) -> Iterator[tuple[int, int]]:
-    for begin in range(0, length, ROWS):
-        yield begin, min(begin + ROWS, length)
-
-
-def _scores(q: Tensor, k: Tensor, begin: int, end: int, mask: Tensor | None, heads: int, scratch: _Scratch) -> Tensor:
-    """fp32 scores [b * heads, end - begin, end] of a block of rows, -inf where a query may not look."""
-    scores = scratch.product(q[:, begin:end], k[:, :end].transpose(1, 2), 0)
-    if mask is None:
-        later = torch.full((end - begin, end - begin), float("-inf"), device=q.device).triu(1)
-        scores[:, :, begin:].add_(later)
-    else:
-        tile = mask[:, :, begin:end, :end]
-        scores.view(-1, heads, *scores.shape[1:]).masked_fill_(~tile, float("-inf"))
-    return scores

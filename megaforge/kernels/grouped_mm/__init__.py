@@ -1,4 +1,5 @@
 """The experts' matrix products: every expert's own matrix on its own rows, which lie one expert after the other.
+:mod:`.reference` has the definition.
 
 torch's ``grouped_mm`` does them in one call. Where it is taken is a rule, :func:`takes_grouped_mm`:
 
@@ -13,7 +14,6 @@ torch's ``grouped_mm`` does them in one call. Where it is taken is a rule, :func
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megaforge.config.launcher import print_rank_0
 from megaforge.device import upload
+from megaforge.kernels.native import say_fallback
 
 FEW_ROWS = 128  # an expert, on average
 _ALIGNMENT = 16  # bytes
@@ -49,13 +49,14 @@ def _starts_between(x: Tensor) -> bool:
     return x.device.type != "meta" and x.data_ptr() % _ALIGNMENT != 0
 
 
-@functools.cache
-def say_loop(device_type: str, rows: torch.dtype, weights: torch.dtype) -> None:
-    """Says, once a process and on rank 0 alone, that a GPU walks through the experts. On CPUs the loop is as good."""
-    if device_type == "cuda":
-        print_rank_0(
-            f"experts: grouped_mm does not take these tensors (rows in {rows}, matrices in {weights}); it wants bf16 "
-            "and widths that are multiples of 8 elements. Using one product an expert, several times slower"
+def say_loop(x: Tensor, weight: Tensor) -> None:
+    """Says that a GPU walks through the experts. On CPUs the loop is as good."""
+    if x.device.type == "cuda":
+        say_fallback(
+            "experts",
+            f"grouped_mm does not take these tensors (rows in {x.dtype}, matrices in {weight.dtype}); it wants bf16 "
+            "and widths that are multiples of 8 elements",
+            "one product an expert, several times slower",
         )
 
 
@@ -90,7 +91,7 @@ class _GroupedLinear(torch.autograd.Function):
         if takes_grouped_mm(x, weight):
             return _grouped(x, weight.transpose(1, 2), ends)
         if len(x):
-            say_loop(x.device.type, x.dtype, weight.dtype)
+            say_loop(x, weight)
         out = x.new_empty(x.shape[0], weight.shape[1])
         for matrix, rows, result in zip(weight, x.split(counts), out.split(counts), strict=True):
             torch.mm(rows, matrix.t(), out=result)

@@ -1,5 +1,5 @@
-"""What :mod:`megaforge.kernels.moe_routing` computes, in plain torch: the oracle of the native code, and what runs
-where there is none. Everything is deterministic, and gradients are gathered, never added up atomically."""
+"""What :mod:`megaforge.kernels.moe_routing` computes, in plain torch: the oracle of the compiled code, and what
+runs where there is none. Everything is deterministic, and gradients are gathered, never added up atomically."""
 
 from __future__ import annotations
 
@@ -185,11 +185,6 @@ def permute_values(values: Tensor, position: Tensor, rows: int) -> Tensor:
     out = values.new_zeros(rows + 1)
     out[torch.where(flat < 0, rows, flat).long()] = values.flatten()
     return out[:rows]
-
-
-def unpermute_values(values: Tensor, position: Tensor) -> Tensor:
-    """Dual of :func:`permute_values`: [rows] -> [T, k], zero where position is -1."""
-    return _picked(values.unsqueeze(1), position).squeeze(-1)
 
 
 def _picked(y: Tensor, position: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Triton kernels of RWKV-7's arithmetic around its projections; :mod:`megaforge.kernels.rwkv7_fused` calls them.
+"""Triton kernels of RWKV-7's arithmetic around its projections; :mod:`.triton` calls them.
 
-Imported only where Triton is. Tensors are contiguous; arithmetic is in fp32 (fp64 for fp64), whatever they are stored
-in. Sums over tokens are left as one partial sum a program, so that they do not depend on the order of programs.
+Imported only where Triton is. Tensors are contiguous; arithmetic is in fp32, whatever they are stored in. Sums over
+tokens are left as one partial sum a program, so that they do not depend on the order of programs.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -12,7 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-MOST_MIXES = 6
 ROWS, STEPS = 8, 16  # a program of a backward pass sums over STEPS tiles of ROWS tokens
 WIDTH = 128  # channels of a tile
 
@@ -64,9 +63,7 @@ def mix_forward(
     inside = (row < rows) & (channel < width)
     at = row * width + channel
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(wide)
-    previous = _previous(
-        x_ptr, first_ptr, starts_ptr, row, channel, inside, batch, width, has_first, has_starts, wide
-    )
+    previous = _previous(x_ptr, first_ptr, starts_ptr, row, channel, inside, batch, width, has_first, has_starts, wide)
     for i in tl.static_range(count):
         c = tl.load(c_ptr + i * width + channel, mask=channel < width, other=0.0).to(wide)
         tl.store(_of(i, y0, y1, y2, y3, y4, y5) + at, x + (previous - x) * c, mask=inside)
