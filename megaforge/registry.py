@@ -79,6 +79,18 @@ class Registry:
         return name in self._parts
 
 
+SCHEDULES = Registry(
+    "pipeline schedule",
+    {
+        "gpipe": "megaforge.parallel.pipeline.schedules:GPIPE",
+        "1f1b": "megaforge.parallel.pipeline.schedules:ONE_F_ONE_B",
+        "interleaved": "megaforge.parallel.pipeline.schedules:INTERLEAVED",
+        "zb-h1": "megaforge.parallel.pipeline.schedules:ZB_H1",
+        "zb-v": "megaforge.parallel.pipeline.schedules:ZB_V",
+    },
+)
+
+
 def load_extensions(names: tuple[str, ...]) -> tuple[str, ...]:
     """Imports each of ``names``, a Python file or the name of a module; a second time does nothing.
 

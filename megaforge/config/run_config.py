@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megaforge.config.fields import flag
 from megaforge.errors import UserError
+from megaforge.registry import SCHEDULES
 
 
 def default_expert_tensor_parallel_size(tp: int, ep: int, stage_ranks: int) -> int:
@@ -22,7 +23,7 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = flag(1, "pipeline stages", aliases=("--pp",), least=1, most=1 << 20)
     virtual_pipeline_model_parallel_size: int | None = flag(
         None,
-        "stages on each pipeline rank (default: 2 for zb-v, else 1)",
+        "stages on each pipeline rank (default: the fewest of the schedule, 2 for interleaved and zb-v, else 1)",
         aliases=("--vpp",),
         least=1,
         most=100_000,
@@ -36,7 +37,7 @@ class ParallelConfig:
     pipeline_schedule: str | None = flag(
         None,
         "order of forward and backward passes (default: 1f1b, or interleaved with --vpp above 1)",
-        choices=("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"),
+        choices=SCHEDULES,
     )
     context_parallel_size: int = flag(1, "ranks that share each sequence", aliases=("--cp",), least=1, most=1 << 20)
     cp_comm_type: str = flag(

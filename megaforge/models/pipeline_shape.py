@@ -8,6 +8,7 @@ from megaforge.config.run_config import ParallelConfig
 from megaforge.errors import UserError
 from megaforge.parallel.pipeline.partition import partition_layers
 from megaforge.parallel.pipeline.schedules import build_schedule
+from megaforge.registry import SCHEDULES
 
 
 def check_pipeline(cfg: ModelConfig, parallel: ParallelConfig, micro_batches: int) -> None:
@@ -36,7 +37,8 @@ def pipeline_shape(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[str, int
 def _stages_per_rank(parallel: ParallelConfig, num_layers: int) -> int:
     pp, each = parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage
     if each is None:
-        return parallel.virtual_pipeline_model_parallel_size or (2 if parallel.pipeline_schedule == "zb-v" else 1)
+        rule = SCHEDULES.get(parallel.pipeline_schedule or "1f1b")
+        return parallel.virtual_pipeline_model_parallel_size or int(rule.least_chunks)
     if num_layers % (pp * each):
         sizes = [str(size) for size in range(1, num_layers + 1) if num_layers % (pp * size) == 0]
         valid = f"valid: {', '.join(sizes)}" if sizes else f"use --vpp, or a --pp that divides {num_layers}"

@@ -14,9 +14,10 @@ from megaforge.data.outputs import make_parents
 from megaforge.errors import UserError
 from megaforge.parallel.pipeline.actions import Schedule, format_schedule, parse_schedule
 from megaforge.parallel.pipeline.program import P2PBatch, Program, build_program, check_program
-from megaforge.parallel.pipeline.schedules import SCHEDULES, build_schedule
+from megaforge.parallel.pipeline.schedules import build_schedule
 from megaforge.parallel.pipeline.simulator import Costs, Timeline, simulate
 from megaforge.planning.schedule_drawing import draw_image, draw_text
+from megaforge.registry import SCHEDULES, load_extensions
 
 
 def make_parser(prog: str) -> ArgumentParser:
@@ -24,8 +25,11 @@ def make_parser(prog: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog, description="Draws a pipeline schedule: timeline, bubble share and peak live activations."
     )
-    names = "; ".join(f"{name}: {text}" for name, text in SCHEDULES.items())
+    names = "; ".join(f"{name}: {SCHEDULES.get(name).text}" for name in SCHEDULES.names())
     parser.add_argument("--schedule", default="1f1b", help=names, metavar="NAME")
+    parser.add_argument(
+        "--extensions", nargs="+", default=(), metavar="FILE.py|MODULE", help="what registers schedules of your own"
+    )
     parser.add_argument(
         "--schedule-file", type=Path, help="a schedule of your own: one line of actions per rank, F0.3 B0.3 ..."
     )
@@ -114,7 +118,8 @@ def _write_text(path: Path, text: str) -> None:
 
 def _schedule(args: argparse.Namespace) -> Schedule:
     if args.schedule_file is None:
-        vpp = args.vpp or (2 if args.schedule in ("interleaved", "zb-v") else 1)
+        load_extensions(tuple(args.extensions))
+        vpp = args.vpp or SCHEDULES.get(args.schedule).least_chunks
         return build_schedule(args.schedule, pp=args.pp, vpp=vpp, microbatches=args.microbatches)
     try:
         text = args.schedule_file.read_text(encoding="utf-8")

@@ -20,8 +20,8 @@ from megaforge.planning.layout import PlannedLayout, layout_of
 from megaforge.planning.memory import RankMemory, rank_memory
 from megaforge.planning.stages import ModelParts, StagePart, cut_stages, model_parts
 from megaforge.planning.time import StepTime, stage_time, step_time
+from megaforge.registry import SCHEDULES
 
-SCHEDULES = (("1f1b", 1), ("interleaved", 2), ("interleaved", 4), ("zb-h1", 1), ("zb-v", 2))
 MICRO_BATCHES = (1, 2, 4)
 RECOMPUTE = ("none", "selective", "moe", "full")  # cheapest first
 ROUNDS = 4  # micro-batches, in multiples of the stages, after which a pipeline repeats itself
@@ -51,7 +51,7 @@ def candidates(config: Config, gpus: int, dtype: torch.dtype, node_size: int = 8
             stage_ranks = gpus // pp
             for ep, micro in product(divisors(experts, stage_ranks), MICRO_BATCHES):
                 etps = sorted({1, default_expert_tensor_parallel_size(tp, ep, stage_ranks)}) if experts > 1 else [None]
-                schedules = [item for item in (SCHEDULES if pp > 1 else SCHEDULES[:1]) if pp * item[1] <= blocks]
+                schedules = [(name, vpp) for name, vpp in _schedules(pp) if pp * vpp <= blocks]
                 for etp, (name, vpp) in product(etps, schedules):
                     parallel = ParallelConfig(
                         tensor_model_parallel_size=tp,
@@ -71,6 +71,12 @@ def candidates(config: Config, gpus: int, dtype: torch.dtype, node_size: int = 8
                     layout = _valid(dataclasses.replace(config, parallel=parallel, training=training), gpus, dtype)
                     if layout is not None:
                         yield layout
+
+
+def _schedules(pp: int) -> list[tuple[str, int]]:
+    """(schedule, stages per rank) to try on ``pp`` pipeline ranks; one rank has no use for any but 1F1B."""
+    names = SCHEDULES.names() if pp > 1 else ("1f1b",)
+    return [(name, vpp) for name in names for vpp in SCHEDULES.get(name).searched]
 
 
 def _valid(config: Config, gpus: int, dtype: torch.dtype) -> PlannedLayout | None:

@@ -266,7 +266,7 @@ def test_recomputation_keeps_less() -> None:
         (4, ("--pp", "4", "--vpp", "2"), ("8 stages", "4 blocks")),
         (2, ("--pp", "2", "--vpp", "2", "--global-batch-size", "6"), ("interleaved", "3 microbatches", "2 or 4")),
         (2, ("--pp", "2", "--vpp", "3", "--pipeline-schedule", "zb-v"), ("zb-v with --vpp 3", "--vpp 2")),
-        (2, ("--pp", "2", "--pipeline-schedule", "interleaved"), ("interleaved with --vpp 1",)),
+        (2, ("--pp", "2", "--vpp", "1", "--pipeline-schedule", "interleaved"), ("interleaved with --vpp 1",)),
         (2, ("--pp", "2", "--hybrid-layer-pattern", "R-|*-|RE*E"), ("cut by '|' into 3 stages", "is 2")),
         (2, ("--pp", "2", "--hybrid-layer-pattern", "|R-*-RE*E"), ("empty stage",)),
         (2, ("--pp", "2", "--hybrid-layer-pattern", "*-|R-"), ("first mixer must be R",)),

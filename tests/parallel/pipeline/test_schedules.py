@@ -10,8 +10,9 @@ from torch.distributed.pipelining import schedules as torch_schedules
 from megaforge.errors import UserError
 from megaforge.parallel.pipeline.actions import Action, ActionKind, Schedule, format_schedule, parse_schedule
 from megaforge.parallel.pipeline.program import build_program, check_program
-from megaforge.parallel.pipeline.schedules import SCHEDULES, build_schedule
+from megaforge.parallel.pipeline.schedules import build_schedule
 from megaforge.parallel.pipeline.simulator import Costs, simulate
+from megaforge.registry import SCHEDULES
 
 
 def defined(name: str, pp: int) -> list[Schedule]:
@@ -27,7 +28,7 @@ def defined(name: str, pp: int) -> list[Schedule]:
 
 
 @pytest.mark.parametrize("pp", range(1, 9))
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", SCHEDULES.names())
 def test_valid_and_free_of_deadlock_wherever_defined(name: str, pp: int) -> None:
     schedules = defined(name, pp)
     expected = {"interleaved": 3 * (32 // pp)}.get(name, 32)
@@ -154,13 +155,13 @@ def test_text_round_trip() -> None:
     [
         ("interleaved", 4, 2, 3, "multiple of --pp; valid here: 4"),
         ("interleaved", 4, 2, 10, "multiple of --pp; valid here: 8 or 12"),
-        ("interleaved", 4, 1, 8, "--vpp 1 has nothing to interleave"),
+        ("interleaved", 4, 1, 8, "--vpp 1 is not defined; use --vpp 2 or more, or gpipe, 1f1b or zb-h1"),
         ("zb-v", 4, 3, 8, "use --vpp 2"),
         ("zb-h1", 4, 2, 8, "--vpp 1, or interleaved or zb-v"),
         ("1f1b", 4, 3, 8, "--vpp 1, or interleaved"),
         ("1f1b", 0, 1, 8, "--pp is 0"),
         ("1f1b", 1, 1, 0, "number of microbatches is 0"),
-        ("zbv", 1, 1, 1, "valid: gpipe, 1f1b, interleaved, zb-h1, zb-v"),
+        ("zbv", 1, 1, 1, "there are gpipe, 1f1b, interleaved, zb-h1, zb-v"),
     ],
 )
 def test_undefined_sizes_are_refused_by_name(name: str, pp: int, vpp: int, microbatches: int, expected: str) -> None:
