@@ -7,7 +7,7 @@ import torch
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.kernels import rwkv7_fused
-from megaforge.kernels.rwkv7_fused.triton import triton_kernels
+from megaforge.kernels.rwkv7_fused.triton import load_triton
 from megaforge.nn.rwkv7 import RWKV7TimeMix
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
@@ -15,7 +15,7 @@ from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.parallel.region import TensorParallelRegion
 
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or triton_kernels()[0] is None, reason="needs a GPU and Triton"
+    not torch.cuda.is_available() or load_triton()[0] is None, reason="needs a GPU and Triton"
 )
 
 if torch.cuda.is_available():

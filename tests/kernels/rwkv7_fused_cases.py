@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megaforge.kernels import rwkv7_fused
-from megaforge.kernels.rwkv7_fused.triton import triton_kernels
+from megaforge.kernels.rwkv7_fused.triton import load_triton
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 
@@ -20,7 +20,7 @@ DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "c
 @pytest.fixture(autouse=True)
 def through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the device."""
-    assert triton_kernels()[0] is not None
+    assert load_triton()[0] is not None
     monkeypatch.setattr(rwkv7_fused, "fused", lambda x: True)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megaforge.kernels import native, rwkv7_fused
-from megaforge.kernels.rwkv7_fused.triton import triton_kernels
+from megaforge.kernels.rwkv7_fused.triton import load_triton
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
 with_triton = pytest.mark.skipif(
@@ -43,18 +43,18 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
 def test_without_triton_plain_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(5, 2, 8)
     assert not rwkv7_fused.fused(x)  # not on a GPU
-    triton_kernels.cache_clear()
+    load_triton.cache_clear()
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "megaforge.kernels.rwkv7_fused.triton_kernels", raising=False)
-    assert triton_kernels()[0] is None and "pip install 'megaforge[gpu]'" in triton_kernels()[1]
-    triton_kernels.cache_clear()
+    assert load_triton()[0] is None and "pip install 'megaforge[gpu]'" in load_triton()[1]
+    load_triton.cache_clear()
 
 
 def test_a_gpu_without_the_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(native, "print_rank_0", said.append)
     monkeypatch.setenv("MEGAFORGE_NATIVE", "0")
-    for cached in (triton_kernels, native.say_fallback):
+    for cached in (load_triton, native.say_fallback):
         cached.cache_clear()
     on_gpu = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
     try:
@@ -65,5 +65,5 @@ def test_a_gpu_without_the_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch)
         assert not rwkv7_fused.fused(on_gpu)  # type: ignore[arg-type]
         assert len(said) == 2 and "not in fp64" in said[1]
     finally:
-        for cached in (triton_kernels, native.say_fallback):
+        for cached in (load_triton, native.say_fallback):
             cached.cache_clear()

@@ -20,7 +20,7 @@ from megaforge.kernels.rwkv7_fused.reference import (
     rwkv7_inputs_reference,
     shifted_mixes_reference,
 )
-from megaforge.kernels.rwkv7_fused.triton import NormBonusGate, ShiftedMixes, triton_kernels
+from megaforge.kernels.rwkv7_fused.triton import NormBonusGate, ShiftedMixes, load_triton
 
 __all__ = [
     "fused", "norm_bonus_gate", "norm_bonus_gate_reference", "rwkv7_inputs", "rwkv7_inputs_reference", "say_plain",
@@ -41,7 +41,7 @@ def fused(x: Tensor) -> bool:
     if x.dtype == torch.float64:
         say_plain("they compute in fp32 at most, not in fp64")
         return False
-    kernels, missing = triton_kernels()
+    kernels, missing = load_triton()
     if kernels is None:
         say_plain(missing)
     return kernels is not None

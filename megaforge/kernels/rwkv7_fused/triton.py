@@ -16,7 +16,7 @@ from megaforge.kernels.native import SWITCH
 
 
 @functools.cache
-def triton_kernels() -> tuple[Any, str]:
+def load_triton() -> tuple[Any, str]:
     """The module of kernels; or None and why, where Triton is not installed or compiled code is not wanted."""
     if os.environ.get(SWITCH) == "0":
         return None, f"{SWITCH}=0"
@@ -33,7 +33,7 @@ class ShiftedMixes(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, first: Tensor | None, starts: Tensor | None, *coefficients: Tensor
     ) -> tuple[Tensor, ...]:
-        kernels, _ = triton_kernels()
+        kernels, _ = load_triton()
         x = x.contiguous()
         before = x if first is None else first.to(x.dtype).contiguous()
         marks = x if starts is None else starts.to(torch.uint8).contiguous()
@@ -55,7 +55,7 @@ class ShiftedMixes(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        kernels, _ = triton_kernels()
+        kernels, _ = load_triton()
         x, before, marks, stacked = ctx.saved_tensors
         s, batch, width = x.shape
         first_dtype, *dtypes = ctx.dtypes
@@ -89,7 +89,7 @@ class NormBonusGate(torch.autograd.Function):
         r_k: Tensor,
         epsilon: float,
     ) -> Tensor:
-        kernels, _ = triton_kernels()
+        kernels, _ = load_triton()
         tensors = [x.contiguous() for x in (y, r, k, v, gate, weight, bias, r_k)]
         ctx.save_for_backward(*tensors)
         ctx.epsilon = epsilon
@@ -104,7 +104,7 @@ class NormBonusGate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        kernels, _ = triton_kernels()
+        kernels, _ = load_triton()
         tensors: tuple[Tensor, ...] = ctx.saved_tensors
         y, weight, bias, r_k = tensors[0], tensors[5], tensors[6], tensors[7]
         s, batch, heads, n = y.shape
