@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 class UserError(Exception):
-    """A mistake in a flag, a file or the environment that its reader can mend.
+    """A mistake in a flag, a file or the environment that its reader can fix.
 
     The message stands alone: it names the flag or file, its value and what would work. Entry scripts print it
     without a traceback and exit with status 2 (see :func:`megaforge.config.cli.run_entry`).

@@ -118,7 +118,7 @@ def _abandon_later(directory: Path, step: int) -> None:
         ) from error
     if moved:
         logger.warning(
-            "--save %s: this run goes on from step %d, so the later checkpoints there are no part of it; "
+            "--save %s: this run goes on from step %d, so the later checkpoints there are not part of it; "
             "set aside, not deleted: %s",
             directory,
             step,
@@ -230,7 +230,7 @@ def read_meta(path: str | Path) -> dict[str, Any]:
 
 
 def _translate(error: CheckpointException, text: str) -> Exception:
-    """One error to raise on every rank for what the ranks reported: the user's to mend, or with its traceback ours."""
+    """One error for every rank of what the ranks reported: the user's mistake, or a fault with its traceback."""
     causes = {rank: cause for rank, (cause, _) in error.failures.items()}
     interrupt = next((cause for cause in causes.values() if not isinstance(cause, Exception)), None)
     if interrupt is not None:

@@ -131,7 +131,7 @@ def abandon_later(directory: Path, step: int) -> list[Path]:
 
 
 def _set_aside(path: Path, why: str) -> Path:
-    """Renames a checkpoint to ``NAME.WHY`` (``NAME.WHY.1`` ... where that is taken): visible, and no checkpoint."""
+    """Renames a checkpoint to ``NAME.WHY`` (``NAME.WHY.1`` ... where that is taken): visible, but not a checkpoint."""
     name = path.name.removeprefix(".replaced_")
     target, count = path.with_name(f"{name}.{why}"), 0
     while target.exists():

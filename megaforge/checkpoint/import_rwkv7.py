@@ -74,7 +74,7 @@ def config_of(weights: Mapping[str, Tensor]) -> ModelConfig:
     needed = ("emb.weight", "blocks.0.ln0.weight", "blocks.0.att.r_k", "blocks.0.att.w1", "blocks.0.ffn.key.weight")
     missing = [name for name in needed if name not in weights]
     if missing:
-        raise UserError(f"these are no RWKV-7 (x070) weights: no tensor is called {', '.join(missing)}")
+        raise UserError(f"these are not RWKV-7 (x070) weights: no tensor is called {', '.join(missing)}")
     vocab, hidden = weights["emb.weight"].shape
     heads, head_size = weights["blocks.0.att.r_k"].shape
     layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
@@ -160,7 +160,7 @@ def read_pth(file: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{file}: there is no such file") from error
     except Exception as error:  # a damaged or foreign file makes torch raise almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{file}: no file of tensors that torch can read safely ({reason})") from error
+        raise UserError(f"{file}: not a file of tensors that torch can read safely ({reason})") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{file}: holds something else than named tensors; give the published .pth of the model")
     return weights

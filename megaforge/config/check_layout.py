@@ -210,7 +210,7 @@ def _check_context(config: Config, world_size: int) -> None:
         )
         lengths = [size for size in (length // unit * unit, (length // unit + 1) * unit) if size]
         raise UserError(
-            f"--seq-length {length} does not divide by {why}: --cp {cp} cuts each sequence into {2 * cp} chunks; "
+            f"--seq-length {length} is not divisible by {why}: --cp {cp} cuts each sequence into {2 * cp} chunks; "
             f"use --seq-length {either(lengths)}, or --cp {either(working)}"
         )
 
@@ -290,7 +290,7 @@ def _global_batch_size(config: Config, dp: int) -> int:
         working = either(size for size in (below, below + step) if size > 0)
         smaller = next((size for size in range(micro - 1, 0, -1) if given % (size * dp) == 0), None)
         raise UserError(
-            f"--global-batch-size {given} does not divide by --micro-batch-size {micro} x dp {dp} = {step}; "
+            f"--global-batch-size {given} is not divisible by --micro-batch-size {micro} x dp {dp} = {step}; "
             f"use --global-batch-size {working}" + (f", or --micro-batch-size {smaller}" if smaller else "")
         )
     return given
@@ -309,7 +309,7 @@ def _notes(config: Config, world_size: int, replicas: int) -> list[str]:
     if parallel.cpu_offload_activations and config.training.device == "cpu":
         notes.append("--cpu-offload-activations has nothing to move on --device cpu: it changes nothing")
     if parallel.zero_stage and replicas == 1:
-        notes.append(f"--zero {parallel.zero_stage} has nothing to share out at dp 1: it saves nothing")
+        notes.append(f"--zero {parallel.zero_stage} has nothing to shard at dp 1: it saves nothing")
     if parallel.grad_compression != "none":
         notes.append(
             f"--grad-compression {parallel.grad_compression}: what is learned now depends on the number of "

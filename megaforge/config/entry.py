@@ -44,7 +44,7 @@ def run_entry(main: Callable[[], int | None], interrupted: str | None = None) ->
 
     A :class:`UserError` is printed once, as ``error: ...``: by torchrun, in its summary of what failed, or by rank 0.
     Another rank waits a moment first: where every rank made the same complaint, the launcher ends it in that time;
-    where it is alone with it, it says so itself. After an exception a rank of many leaves at once, without
+    where only it has the complaint, it prints it. After an exception a rank of many leaves at once, without
     destructors: those of a process group may wait for peers that wait for us, while the launcher ends all ranks as soon
     as one has left with an error.
 

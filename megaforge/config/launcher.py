@@ -104,7 +104,7 @@ def check_address(launch: Launch, env: Mapping[str, str] | None = None) -> None:
 
 
 def _srun(env: Mapping[str, str]) -> Launch | None:
-    """The task that srun started; the shells of salloc and sbatch have some of its variables, and are no task."""
+    """The task that srun started; the shells of salloc and sbatch have some of its variables and are not tasks."""
     step = env.get("SLURM_STEP_ID", "")
     if not step.isdigit() or int(step) >= _FIRST_SPECIAL_STEP:
         return None

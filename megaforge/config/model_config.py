@@ -151,7 +151,7 @@ class ModelConfig:
         """
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise UserError(
-                f"--hidden-size {self.hidden_size} does not divide by --num-attention-heads "
+                f"--hidden-size {self.hidden_size} is not divisible by --num-attention-heads "
                 f"{self.num_attention_heads}; choose a divisor of {self.hidden_size} or set --kv-channels"
             )
         if self.num_attention_heads % self.query_groups:
@@ -161,7 +161,7 @@ class ModelConfig:
             )
         if self.hidden_size % self.rwkv_head_size and "R" in (self.hybrid_layer_pattern or "R"):
             raise UserError(
-                f"--hidden-size {self.hidden_size} does not divide by --rwkv-head-size {self.rwkv_head_size}; "
+                f"--hidden-size {self.hidden_size} is not divisible by --rwkv-head-size {self.rwkv_head_size}; "
                 f"use a multiple of {self.rwkv_head_size}"
             )
         self._validate_moe()

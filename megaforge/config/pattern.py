@@ -78,10 +78,10 @@ def pipeline_cuts(cfg: ModelConfig) -> tuple[int, ...]:
 
 
 def _check_first_block(blocks: list[BlockKind], flag: str) -> None:
-    """RWKV-7's later layers lean on the first one's values (v_first), so it must come first."""
+    """RWKV-7's later layers use the first one's values (v_first), so it must come first."""
     if any(block.mixer == "rwkv7" for block in blocks) and blocks[0].mixer != "rwkv7":
         raise UserError(
-            f"{flag}: the first mixer must be R when there is any R (it makes the values the others lean on)"
+            f"{flag}: the first mixer must be R when there is any R (it makes the values that the others use)"
         )
 
 

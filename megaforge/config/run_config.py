@@ -73,8 +73,8 @@ class ParallelConfig:
     ddp_bucket_size: int = flag(25_000_000, "elements of a gradient bucket", least=1)
     zero_stage: int = flag(
         0,
-        "what data-parallel ranks share out: 1 masters and moments of the optimizer, 2 gradients too, reduced after "
-        "every micro-batch",
+        "what is sharded over data-parallel ranks: 1 masters and moments of the optimizer, 2 gradients too, reduced "
+        "after every micro-batch",
         choices=(0, 1, 2),
         aliases=("--zero",),
     )
@@ -212,7 +212,7 @@ class TrainingConfig:
     )
     train_iters: int = flag(100, "optimizer steps of the run", least=0)
     exit_interval: int = flag(
-        0, "save and leave after each iteration that divides by this; 0: run to --train-iters", least=0
+        0, "save and leave after each iteration divisible by this; 0: run to --train-iters", least=0
     )
     exit_duration_in_mins: float | None = flag(
         None, "save and leave, with status 0, after the step in which the run is this many minutes old", above=0
@@ -282,7 +282,7 @@ class CheckpointConfig:
     finetune: bool = flag(False, "load the weights only and start the run at iteration 0")
 
     def validate(self) -> None:
-        """Its bounds say all."""
+        """The fields' bounds are all there is to check."""
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def load_layer(name_or_file: str, beside: Path | None = None, including: tuple[s
         path, identity, label = None, name_or_file, f"preset {name_or_file}"
         text = (resources.files("megaforge.config") / "presets" / f"{name_or_file}.yaml").read_text(encoding="utf-8")
     if identity in including:
-        raise UserError(f"{label}: 'base' goes round in a circle: {' -> '.join((*including, identity))}")
+        raise UserError(f"{label}: 'base' leads back to itself: {' -> '.join((*including, identity))}")
 
     entries = _mapping(_compose(text, label), label, "the file")
     layer = ConfigLayer(Path(name_or_file).stem if is_path else name_or_file)
@@ -93,7 +93,7 @@ def _read_section(layer: ConfigLayer, section: str, node: yaml.Node, label: str)
         if setting is None:
             raise UserError(f"{_at(label, value)}: unknown key '{section}.{name}'{_nearest(section, name)}")
         if setting.key in written:
-            raise UserError(f"{_at(label, value)}: '{name}' is '{written[setting.key]}' in other words; keep one")
+            raise UserError(f"{_at(label, value)}: '{name}' is '{written[setting.key]}' by another name; keep one")
         written[setting.key] = name
         try:
             layer.values[setting.key] = _value(setting, value)
@@ -141,7 +141,7 @@ def _compose(text: str, label: str) -> yaml.Node | None:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{label}:{mark.line + 1}" if mark else label
-        raise UserError(f"{where}: this is no YAML: {getattr(error, 'problem', None) or error}") from error
+        raise UserError(f"{where}: this is not YAML: {getattr(error, 'problem', None) or error}") from error
 
 
 def _mapping(node: yaml.Node | None, label: str, what: str) -> dict[str, yaml.Node]:
@@ -155,7 +155,7 @@ def _mapping(node: yaml.Node | None, label: str, what: str) -> dict[str, yaml.No
         if not isinstance(key, yaml.ScalarNode):
             raise UserError(f"{_at(label, key)}: a key must be a word")
         if key.value in entries:
-            raise UserError(f"{_at(label, key)}: '{key.value}' stands twice; keep one")
+            raise UserError(f"{_at(label, key)}: '{key.value}' occurs twice; keep one")
         entries[key.value] = value
     return entries
 

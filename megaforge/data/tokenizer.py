@@ -29,7 +29,7 @@ _EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eod|>", "</s>", "<eos>", "<
 
 
 def check_unicode(text: str) -> None:
-    """Refuses a lone surrogate: half a character of JSON, or a byte of a command line that is no UTF-8.
+    """Refuses a lone surrogate: half a character of JSON, or a byte of a command line that is not UTF-8.
 
     Raises:
         UserError: naming the place in the text.
@@ -40,7 +40,7 @@ def check_unicode(text: str) -> None:
         around = ascii(text[max(0, error.start - 20) : error.start + 20])
         raise UserError(
             f"the text {around} cannot be encoded: its character {error.start + 1} is a lone surrogate (half a "
-            "character, or a byte that is no UTF-8); give valid UTF-8"
+            "character, or a byte that is not UTF-8); give valid UTF-8"
         ) from error
 
 

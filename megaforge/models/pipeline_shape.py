@@ -43,7 +43,7 @@ def _stages_per_rank(parallel: ParallelConfig, num_layers: int) -> int:
         sizes = [str(size) for size in range(1, num_layers + 1) if num_layers % (pp * size) == 0]
         valid = f"valid: {', '.join(sizes)}" if sizes else f"use --vpp, or a --pp that divides {num_layers}"
         raise UserError(
-            f"--num-layers-per-virtual-pipeline-stage {each}: the model's {num_layers} blocks do not divide by "
+            f"--num-layers-per-virtual-pipeline-stage {each}: the model's {num_layers} blocks are not divisible by "
             f"--pp {pp} times it; {valid}"
         )
     return num_layers // (pp * each)

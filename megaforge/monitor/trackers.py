@@ -1,4 +1,4 @@
-"""Sinks over other people's trackers. Each package is imported when its sink is made, and is an extra."""
+"""Sinks over TensorBoard, Weights & Biases and MLflow. Each package is an extra, imported when its sink is made."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from megaforge.errors import CheckpointError, UserError
 from megaforge.parallel.context import ParallelContext
 
 T = TypeVar("T")
-_Outcome = tuple[T | None, str | None, bool]  # value, error text, whether the error is the user's to mend
+_Outcome = tuple[T | None, str | None, bool]  # value, error text, whether the user can fix the error
 
 
 def exchange(ctx: ParallelContext, value: T) -> list[T]:

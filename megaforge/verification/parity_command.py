@@ -188,10 +188,10 @@ class _Table:
         print(f"\n{len(compared) - len(self._wrong)} of {len(compared)} layouts agree with one rank")
         larger = [layout.name for layout in fitting if layout not in compared]
         if larger:
-            print(f"not compared, for they need more ranks: {', '.join(larger)}")
+            print(f"not compared, as they need more ranks: {', '.join(larger)}")
         misfits = [layout.name for layout in self._options.layouts if layout not in fitting]
         if misfits:
-            print(f"not compared, for they cannot carry this model (--layouts NAME says why): {', '.join(misfits)}")
+            print(f"not compared, as they cannot carry this model (--layouts NAME says why): {', '.join(misfits)}")
         for line in self._wrong:
             print(f"differs: {line}")
         return 1 if self._wrong or not compared else 0

@@ -58,14 +58,14 @@ RWKV = ("--layer-schedule", "rwkv")
         (12, ["--tp", "2", "--cp", "4", "--seq-length", "24"],
          "--cp 4 does not divide the 6 ranks that --tp 2 leaves of the 12 that were started; use --cp 1, 2, 3 or 6"),
         (6, ["--cp", "3", "--seq-length", "1024"],
-         "--seq-length 1024 does not divide by 2 x cp = 6: --cp 3 cuts each sequence into 6 chunks; "
+         "--seq-length 1024 is not divisible by 2 x cp = 6: --cp 3 cuts each sequence into 6 chunks; "
          "use --seq-length 1020 or 1026, or --cp 1 or 2"),
         (4, ["--cp", "4", "--seq-length", "7"],
-         "--seq-length 7 does not divide by 2 x cp = 8: --cp 4 cuts each sequence into 8 chunks; "
+         "--seq-length 7 is not divisible by 2 x cp = 8: --cp 4 cuts each sequence into 8 chunks; "
          "use --seq-length 8, or --cp 1"),
         (4, ["--tp", "2", "--sp", "--cp", "2", "--seq-length", "12"],
-         "--seq-length 12 does not divide by 2 x cp x tp = 8 (--sequence-parallel cuts each chunk over --tp 2): --cp 2 "
-         "cuts each sequence into 4 chunks; use --seq-length 8 or 16, or --cp 1"),
+         "--seq-length 12 is not divisible by 2 x cp x tp = 8 (--sequence-parallel cuts each chunk over --tp 2): --cp "
+         "2 cuts each sequence into 4 chunks; use --seq-length 8 or 16, or --cp 1"),
         (4, ["--tp", "3"],
          "--tp 3 does not divide the 4 ranks that were started; use --tp 1, 2 or 4, or start 3 ranks"),
         (1, ["--tp", "2"],
@@ -84,13 +84,13 @@ RWKV = ("--layer-schedule", "rwkv")
         (2, ["--tp", "2", "--sp", "--seq-length", "33"],
          "--tp 2 does not divide --seq-length 33, which --sequence-parallel cuts; use --tp 1"),
         (4, ["--tp", "2", "--micro-batch-size", "4", "--global-batch-size", "10"],
-         "--global-batch-size 10 does not divide by --micro-batch-size 4 x dp 2 = 8; "
+         "--global-batch-size 10 is not divisible by --micro-batch-size 4 x dp 2 = 8; "
          "use --global-batch-size 8 or 16, or --micro-batch-size 1"),
         (2, ["--micro-batch-size", "8", "--global-batch-size", "8"],
-         "--global-batch-size 8 does not divide by --micro-batch-size 8 x dp 2 = 16; "
+         "--global-batch-size 8 is not divisible by --micro-batch-size 8 x dp 2 = 16; "
          "use --global-batch-size 16, or --micro-batch-size 4"),
         (4, ["--global-batch-size", "3"],
-         "--global-batch-size 3 does not divide by --micro-batch-size 1 x dp 4 = 4; use --global-batch-size 4"),
+         "--global-batch-size 3 is not divisible by --micro-batch-size 1 x dp 4 = 4; use --global-batch-size 4"),
         (1, ["--seq-length", "64", "--max-position-embeddings", "32"],
          "--seq-length 64 exceeds --max-position-embeddings 32; "
          "use --seq-length 32 or raise --max-position-embeddings"),
@@ -172,7 +172,7 @@ def test_notes_on_what_changes_nothing() -> None:
 
 def test_notes_on_sharing_and_compression() -> None:
     alone = check_layout(parse_config(["--zero", "2"]).config, 1)
-    assert alone.notes == ("--zero 2 has nothing to share out at dp 1: it saves nothing",)
+    assert alone.notes == ("--zero 2 has nothing to shard at dp 1: it saves nothing",)
     [note] = check_layout(parse_config(["--zero", "1", "--grad-compression", "powersgd"]).config, 2).notes
     assert note.startswith("--grad-compression powersgd: what is learned now depends on the number of data-parallel")
     assert note.endswith("--load starts without the losses kept so far")

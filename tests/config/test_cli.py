@@ -87,7 +87,7 @@ def test_a_base_may_be_a_file_beside_and_circles_are_refused(write, tmp_path: Pa
     config = parse("--config", "sub/b.yaml").config
     assert (config.name, config.optimizer.lr, config.parallel.tensor_model_parallel_size) == ("b", 5e-4, 2)
     write("sub/a.yaml", "base: b.yaml\n")
-    assert "'base' goes round in a circle: sub/b.yaml -> sub/a.yaml -> sub/b.yaml" in complaint(
+    assert "'base' leads back to itself: sub/b.yaml -> sub/a.yaml -> sub/b.yaml" in complaint(
         "--config", "sub/b.yaml"
     )
 
@@ -107,8 +107,8 @@ def test_a_base_may_be_a_file_beside_and_circles_are_refused(write, tmp_path: Pa
         ("optimizer:\n  lr: .inf\n", "f.yaml:2: optimizer.lr: expected a number, got '.inf'"),
         ("model:\n  ffn: sparse\n", "f.yaml:2: model.ffn: choose moe or dense, got 'sparse'"),
         ("parallel:\n  tp: 2\n  tensor_model_parallel_size: 2\n",
-         "f.yaml:3: 'tensor_model_parallel_size' is 'tp' in other words; keep one"),
-        ("model:\n  ffn: moe\n  ffn: dense\n", "f.yaml:3: 'ffn' stands twice; keep one"),
+         "f.yaml:3: 'tensor_model_parallel_size' is 'tp' by another name; keep one"),
+        ("model:\n  ffn: moe\n  ffn: dense\n", "f.yaml:3: 'ffn' occurs twice; keep one"),
         ("model: 3\n", "f.yaml:1: section 'model' must hold 'key: value' lines"),
         ("- 1\n", "f.yaml:1: the file must hold 'key: value' lines"),
     ],
@@ -121,7 +121,7 @@ def test_mistakes_in_a_file_are_named_with_line_and_key(write, text: str, messag
 def test_files_that_cannot_be_read(write) -> None:
     assert complaint("--config", "no.yaml") == "--config no.yaml: cannot read it: No such file or directory"
     write("bad.yaml", "model:\n  ffn: [moe\n")
-    assert complaint("--config", "bad.yaml").startswith("bad.yaml:3: this is no YAML:")
+    assert complaint("--config", "bad.yaml").startswith("bad.yaml:3: this is not YAML:")
     assert "did you mean cdrmix-tiny?" in complaint("--config", "cdrmix-tny")
     write("empty.yaml", "")
     assert parse("--config", "empty.yaml").config.model == Config().model

@@ -32,7 +32,7 @@ SHELL = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}
         (STEP | {"PMIX_RANK": "3"}, Launch("srun", 3, 8, 1)),  # srun --mpi=pmix
         # Hydra inside an allocation starts its proxies with srun: its own variables are the ranks'
         (STEP | {"PMI_RANK": "9", "PMI_SIZE": "32", "MPI_LOCALRANKID": "2"}, Launch("MPICH", 9, 32, 2)),
-        # shells of sbatch and salloc are no tasks
+        # shells of sbatch and salloc are not tasks
         (SHELL, Launch()),
         (SHELL | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, Launch()),
         (SHELL | {"SLURM_STEP_ID": "4294967291"}, Launch()),

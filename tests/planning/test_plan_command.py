@@ -44,7 +44,7 @@ def test_memory_of_one_layout_is_printed(capsys: pytest.CaptureFixture[str]) -> 
         ("--ep 3 --dp 4", "--ep 3 does not divide both --num-experts 4"),
         ("--tp 4 --ep 4 --etp 4 --dp 2", "use --ep 1 or 2"),
         ("--pp 8 --dp 1", "use at most 4 stages"),
-        ("--dp 3 --tp 1", "does not divide by --micro-batch-size 1 x dp 3 = 3; use --global-batch-size 15"),
+        ("--dp 3 --tp 1", "is not divisible by --micro-batch-size 1 x dp 3 = 3; use --global-batch-size 15"),
         ("--dp 1 --recompute some", "--recompute some"),
         ("--dp 2 --zero 2 --grad-compression bf16", "--grad-compression bf16 needs whole gradients"),
         ("--pp 2 --vpp 2 --pipeline-schedule 1f1b --dp 1", "--pipeline-schedule 1f1b with --vpp 2"),

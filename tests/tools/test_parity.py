@@ -26,7 +26,7 @@ def test_it_starts_its_own_ranks() -> None:
         assert all(float(number) <= 1e-10 for number in words[2:7])
         assert any(float(number) > 0 for number in words[2:7]), "a comparison with itself proves nothing"
     assert "2 of 2 layouts agree with one rank" in done.stdout
-    assert "not compared, for they need more ranks: tp2-pp2-dp2" in done.stdout
+    assert "not compared, as they need more ranks: tp2-pp2-dp2" in done.stdout
 
 
 FAILING = """

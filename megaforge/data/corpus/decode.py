@@ -20,7 +20,7 @@ _DETECTION_BYTES = 1 << 18
 
 
 class NotText(Exception):
-    """The bytes are no text that can be decoded; the message says why."""
+    """The bytes are not text that can be decoded; the message says why."""
 
 
 def decode(data: bytes) -> str:

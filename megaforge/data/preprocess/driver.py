@@ -221,7 +221,7 @@ def _fast_path(
 
 
 def _first_texts(sources: Sequence[Source], key: str) -> Iterator[str]:
-    """Text from the beginning of the corpus, for the proof; bad lines are somebody else's business."""
+    """Text from the beginning of the corpus, for the proof; bad lines are skipped."""
     room = _PROOF_BYTES
     with open_text(next(source.path for source in sources if source.bytes), key) as reader:
         for chunk in reader.chunks(_PROOF_BYTES):

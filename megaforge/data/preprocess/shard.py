@@ -193,7 +193,7 @@ class ShardTokenizer:
             if self.spec.on_error == "fail":
                 with open_text(path, self.spec.json_key) as reader:
                     where = place(reader, record + reader.count_records(start))
-                raise UserError(f"--input {path}{where}: {reason}; mend it, or pass --on-error skip")
+                raise UserError(f"--input {path}{where}: {reason}; fix it, or pass --on-error skip")
             counts.reasons[kind_of(reason)] = counts.reasons.get(kind_of(reason), 0) + 1
             if len(counts.skipped) < MAX_REPORTED:
                 counts.skipped.append((len(counts.lines) - 1, record, reason))

@@ -74,7 +74,7 @@ def text_format(path: str) -> TextFormat:
 
 
 def _check_lines(path: str, head: bytes) -> None:
-    """Refuses what no line of the file could mend."""
+    """Refuses what no other line of the file could make right."""
     if head.startswith(_UTF16_MARKS):
         raise UserError(f"--input {path}: UTF-16 or UTF-32, but JSON Lines are UTF-8; {_TO_LINES}")
     content = head.removeprefix(_BOM).lstrip()

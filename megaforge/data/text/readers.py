@@ -29,7 +29,7 @@ class Chunk:
         input_bytes: their size in the input.
         text_bytes: UTF-8 bytes of ``texts``.
         bad: (number in the chunk, from 0; reason) of the records that give no text.
-        empty: numbers in the chunk of empty lines and texts, which are no documents and no mistakes.
+        empty: numbers in the chunk of empty lines and texts, which are neither documents nor mistakes.
     """
 
     texts: list[str] = field(default_factory=list)

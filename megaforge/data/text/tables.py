@@ -33,7 +33,7 @@ class TableReader(TextReader):
                 self._parts = [batch.num_rows for batch in self._file]
                 schema = self._file[0].schema if self._file else None
         except self._errors as error:
-            raise UserError(f"--input {path}: damaged, or no {form.value} ({error})") from error
+            raise UserError(f"--input {path}: damaged, or not {form.value} ({error})") from error
         self.rows = sum(self._parts)
         if schema is not None:
             self._check_column(arrow, schema)
