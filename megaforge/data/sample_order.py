@@ -12,13 +12,9 @@ because NumPy keeps the right to change what its generators' ``permutation`` ret
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import importlib
-import os
 import threading
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -167,7 +163,6 @@ class TokenStream:
         starts, lengths: int64 [documents], where each document of the split lies in ``tokens``.
         numbers: int64 [documents], each document's number in the file; the numbers and ``key`` decide the order.
         key: JSON-like identity of the source and seed.
-        cache_dir: where to share the epochs' tables between processes; None keeps them in memory (16 bytes a document).
     """
 
     def __init__(
@@ -177,7 +172,6 @@ class TokenStream:
         lengths: npt.NDArray[np.int64],
         numbers: npt.NDArray[np.int64],
         key: list[object],
-        cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         self._tokens = tokens
         if not lengths.all():  # an empty document would only lengthen the search
@@ -186,8 +180,6 @@ class TokenStream:
         self._starts, self._lengths, self._numbers = starts, lengths, numbers
         self.num_tokens = int(lengths.sum())
         self._key = [ORDER_VERSION, *key]
-        self._members: str | None = None
-        self._cache_dir = None if cache_dir is None else Path(cache_dir)
         self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -205,7 +197,7 @@ class TokenStream:
         with self._lock:
             order = self._orders.get(epoch)
             if order is None:
-                order = EpochOrder(self._cached(epoch) if self._cache_dir else self._build(epoch))
+                order = EpochOrder(self._build(epoch))
                 self._orders[epoch] = order
                 while len(self._orders) > _EPOCHS_HELD:
                     self._orders.popitem(last=False)
@@ -217,36 +209,3 @@ class TokenStream:
         np.cumsum(self._lengths[permutation], out=table[0, 1:])
         table[1, :-1] = self._starts[permutation]
         return table
-
-    def _cached(self, epoch: int) -> npt.NDArray[np.int64]:
-        """The table from the cache, built and published first if it is not there. Any process may do that.
-
-        The file's name is the digest of all that determines its content, and it appears by rename: whoever finds it
-        finds the whole of it. Two builders at once write the same bytes.
-        """
-        assert self._cache_dir is not None
-        shape = (2, len(self._starts) + 1)
-        if self._members is None:
-            self._members = hashlib.sha256(np.ascontiguousarray(self._numbers).data).hexdigest()
-        name = digest_of([*self._key, epoch, self._members, shape[1], self.num_tokens])
-        path = self._cache_dir / f"epoch-order-{name[:40]}.npy"
-        try:
-            table = np.lib.format.open_memmap(path, mode="r")
-            if table.shape == shape and table.dtype == np.int64 and table[0, -1] == self.num_tokens:
-                return np.asarray(table)
-        except (OSError, ValueError):
-            pass  # absent or damaged: it is only a copy of what can be built
-        built = self._build(epoch)
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
-        try:
-            self._cache_dir.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                np.save(file, built, allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            return built  # a full or read-only cache costs memory, not the run
-        return np.asarray(np.lib.format.open_memmap(path, mode="r"))

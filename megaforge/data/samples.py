@@ -6,7 +6,6 @@ ranks or workers there are, how they batch, how long the run is, or where it was
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -58,7 +57,6 @@ class TrainingData:
         split_order: ``--split-order``: which documents these are; see :func:`megaforge.data.split.split_documents`.
         checks: what the sources must fit.
         eod_mask_loss: batches give no loss to predicting the first token of the next document.
-        cache_dir: where the ranks of a machine share the epochs' order; None keeps 16 bytes a document in memory.
 
     Attributes:
         digest: SHA-256 of the content of all sources in order.
@@ -78,7 +76,6 @@ class TrainingData:
         split_order: str = "shuffled",
         checks: DataChecks | None = None,
         eod_mask_loss: bool = False,
-        cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         self.eod_mask_loss = eod_mask_loss
         self.notices: list[str] = []
@@ -110,7 +107,7 @@ class TrainingData:
                     f"--split {split} leaves no training tokens in {prefix}: {len(source.numbers('train'))} of its "
                     f"{source.dataset.num_documents} documents are for training; give the first number a larger share"
                 )
-            lanes = self._lanes(source, key, schedule.lanes, cache_dir)
+            lanes = self._lanes(source, key, schedule.lanes)
             shares.append([lane.num_tokens / tokens for lane in lanes])
             self._lane_of += [(len(self._sources), number) for number in range(len(lanes))]
             self._sources.append(source)
@@ -126,9 +123,7 @@ class TrainingData:
         self.digest = digest_of(digests)
         self._sample_key = key_of("sample", schedule.seed, self.digest)
 
-    def _lanes(
-        self, source: Source, key: list[object], lanes: int, cache_dir: str | os.PathLike[str] | None
-    ) -> list[TokenStream]:
+    def _lanes(self, source: Source, key: list[object], lanes: int) -> list[TokenStream]:
         """The source's training documents dealt out, in a keyed order, to ``lanes`` streams of about equal size."""
         starts, lengths = source.extents("train")
         numbers = source.numbers("train")
@@ -139,9 +134,7 @@ class TrainingData:
         for lane in range(lanes):
             own = np.sort(dealt[lane::lanes])
             lane_key = [*key, lanes, lane]
-            streams.append(
-                TokenStream(source.dataset.tokens, starts[own], lengths[own], numbers[own], lane_key, cache_dir)
-            )
+            streams.append(TokenStream(source.dataset.tokens, starts[own], lengths[own], numbers[own], lane_key))
         return streams
 
     @property

@@ -95,19 +95,6 @@ class _ReduceScatterToSequenceParallel(torch.autograd.Function):
         return _all_gather_first(grad, ctx.axis), None
 
 
-class _ScatterToSequenceParallel(torch.autograd.Function):
-    """Forward: this rank's slice of dim 0. Backward: all-gather along dim 0."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return _own_slice(x, 0, axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_gather_first(grad, ctx.axis), None
-
-
 class _GatherFromTensorParallel(torch.autograd.Function):
     """Forward: all-gather along the last dim. Backward: this rank's slice of the last dim.
 
@@ -213,15 +200,6 @@ def reduce_scatter_to_sequence_parallel(x: Tensor, axis: Axis) -> Tensor:
         ValueError: the sequence does not divide by the axis.
     """
     return x if axis.size == 1 else _ReduceScatterToSequenceParallel.apply(x, axis)
-
-
-def scatter_to_sequence_parallel(x: Tensor, axis: Axis) -> Tensor:
-    """Replicated [s, ...] -> [s/n, ...]. Forward own slice, backward all-gather.
-
-    Raises:
-        ValueError: the sequence does not divide by the axis.
-    """
-    return x if axis.size == 1 else _ScatterToSequenceParallel.apply(x, axis)
 
 
 def column_parallel_linear(

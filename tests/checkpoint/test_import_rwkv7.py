@@ -98,7 +98,7 @@ def test_the_tool_writes_it_and_records_the_tokenizer(
     ("change", "message"),
     [
         ({"blocks.1.att.w1": None}, "layers.1.mixer.w1"),
-        ({"blocks.0.att.r_k": None}, r"no RWKV-7 \(x070\) weights"),
+        ({"blocks.0.att.r_k": None}, r"not RWKV-7 \(x070\) weights"),
         ({"blocks.1.ffn.s_emb.weight": torch.zeros(3)}, "s_emb.weight is not a parameter"),
         ({"moba.0.weight": torch.zeros(3)}, "moba.0.weight is not a parameter"),
         ({"blocks.2.att.g1": torch.zeros(WIDTH, 32)}, "blocks.2.att.g1 has the shape"),

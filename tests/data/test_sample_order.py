@@ -1,10 +1,8 @@
-"""The token stream of one source against a list of lists, and the cache of epoch orders."""
+"""The token stream of one source against a list of lists."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,13 +49,11 @@ def test_shuffle_is_uniform_enough() -> None:
     assert all(400 < firsts.count(document) < 600 for document in range(8))
 
 
-def make_stream(
-    documents: list[list[int]], first: int = 0, cache_dir: Path | None = None, seed: int = 1
-) -> TokenStream:
+def make_stream(documents: list[list[int]], first: int = 0, seed: int = 1) -> TokenStream:
     tokens = np.array([token for document in documents for token in document], np.uint16)
     lengths = np.array([len(document) for document in documents], np.int64)
     starts = np.cumsum(lengths) - lengths
-    return TokenStream(tokens, starts, lengths, first + np.arange(len(lengths)), [seed, "content", 1], cache_dir)
+    return TokenStream(tokens, starts, lengths, first + np.arange(len(lengths)), [seed, "content", 1])
 
 
 def oracle(documents: list[list[int]], seed: int, stop: int, first: int = 0) -> tuple[list[int], list[bool]]:
@@ -122,39 +118,3 @@ def test_few_epochs_are_held() -> None:
     stream = make_stream([[1], [2]])
     window(stream, 0, 40)
     assert len(stream._orders) == sample_order._EPOCHS_HELD
-
-
-def test_cache_is_shared_rebuilt_when_damaged_and_optional(tmp_path: Path) -> None:
-    documents = [[i] * 3 for i in range(30)]
-    expected = window(make_stream(documents), 5, 200)
-    cache = tmp_path / "cache"
-    assert window(make_stream(documents, cache_dir=cache), 5, 200) == expected
-    files = sorted(cache.iterdir())
-    assert len(files) == 3 and all(file.suffix == ".npy" for file in files)
-    written = {file: file.read_bytes() for file in files}
-    files[0].write_bytes(b"")
-    files[1].write_bytes(written[files[1]][:200])
-    assert window(make_stream(documents, cache_dir=cache), 5, 200) == expected
-    assert {file: file.read_bytes() for file in sorted(cache.iterdir())} == written
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    assert window(make_stream(documents, cache_dir=blocked), 5, 200) == expected
-
-
-def test_cache_is_read_rather_than_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    documents = [[i] * 3 for i in range(30)]
-    expected = window(make_stream(documents, cache_dir=tmp_path), 0, 90)
-    monkeypatch.setattr(TokenStream, "_build", lambda *_: pytest.fail("built again"))
-    assert window(make_stream(documents, cache_dir=tmp_path), 0, 90) == expected
-
-
-def test_cache_does_not_mix_up_splits_or_seeds(tmp_path: Path) -> None:
-    documents = [[i] * 3 for i in range(30)]
-    window(make_stream(documents, cache_dir=tmp_path), 0, 90)
-    for changed in (
-        make_stream(documents, seed=2, cache_dir=tmp_path),
-        make_stream(documents, first=1, cache_dir=tmp_path),
-    ):
-        before = len(os.listdir(tmp_path))
-        window(changed, 0, 90)
-        assert len(os.listdir(tmp_path)) == before + 1

@@ -44,11 +44,6 @@ def partition_layers(costs: Sequence[float], num_stages: int, cuts: Sequence[int
     return [range(start, end) for start, end in pairwise(bounds)]
 
 
-def stage_costs(costs: Sequence[float], stages: Sequence[range]) -> list[float]:
-    """The cost of every stage."""
-    return [sum(costs[layer] for layer in stage) for stage in stages]
-
-
 def _balanced_bounds(costs: Sequence[float], num_stages: int) -> list[int]:
     prefix = [0.0]
     for cost in costs:

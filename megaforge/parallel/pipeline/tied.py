@@ -16,11 +16,6 @@ def tied_ranks(schedule: Schedule) -> tuple[int, int]:
     return schedule.rank_of(0), schedule.rank_of(schedule.num_stages - 1)
 
 
-def counts_tied(schedule: Schedule, rank: int) -> bool:
-    """Whether ``rank`` counts the tied weight in norms, checkpoints and parameter counts: the first stage's rank."""
-    return rank == tied_ranks(schedule)[0]
-
-
 def sum_tied_gradient(gradient: Tensor, schedule: Schedule, axis: Axis) -> None:
     """Replaces ``gradient`` on both tied ranks by the sum of their two, first stage's plus last stage's, to the bit
     the same on both, so that the two copies stay equal. Does nothing on the same rank; call it on tied ranks only,

@@ -64,7 +64,7 @@ def test_tables_that_cannot_be_read(tmp_path: Path) -> None:
         open_text(path, "id")
     for name in ("bad.parquet", "bad.arrow"):
         (tmp_path / name).write_bytes(b"PAR1 and then nothing")
-        with pytest.raises(UserError, match=f"{name}: damaged, or no "):
+        with pytest.raises(UserError, match=f"{name}: damaged, or not "):
             open_text(str(tmp_path / name), "text")
 
 
