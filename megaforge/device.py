@@ -35,9 +35,7 @@ def resolve_device(requested: str, local_rank: int = 0) -> torch.device:
     if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda: torch sees no CUDA device; use --device cpu or install a CUDA build of torch"
-        )
+        raise UserError("--device cuda: torch sees no CUDA device; use --device cpu or install a CUDA build of torch")
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise UserError(

@@ -126,8 +126,6 @@ def build_model(
 ) -> HybridModel | ModelChunks:
     """This rank's part of the model, not yet initialised: the whole :class:`HybridModel` where there is one stage.
 
-    ``overlap_tp_comm`` holds only where the schedule computes a layer's gradients of input and weight together.
-
     Raises:
         UserError: see :class:`HybridModel`.
     """
@@ -141,7 +139,7 @@ def build_model(
             sequence_parallel=sequence_parallel,
             dtype=dtype,
             cp_comm_type=cp_comm_type,
-            overlap_tp_comm=overlap_tp_comm and not plan.schedule.splits_backward,
+            overlap_tp_comm=overlap_tp_comm,
             recompute=recompute,
             wkv_backend=wkv_backend,
             layers=plan.layers[stage],

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.cross_entropy import vocab_parallel_linear_cross_entropy
 from megaforge.parallel.init_rules import InitRule, Normal, Orthogonal, Uniform
+from megaforge.parallel.layers import Linear
 from megaforge.parallel.mappings import gather_from_tensor_parallel
 from megaforge.parallel.param_spec import ParamSpec, make_parameter
 from megaforge.parallel.region import TensorParallelRegion
@@ -42,7 +42,7 @@ def head_init(cfg: ModelConfig, *, published_rwkv: bool) -> InitRule:
     return Normal(gain / math.sqrt(max(vocab, hidden)), cfg.vocab_size)
 
 
-class OutputHead(nn.Module):
+class OutputHead(Linear):
     """Scores of the vocabulary, its rows split over tp; the matrix is its own (``head.weight``) or the embedding's."""
 
     def __init__(
@@ -57,16 +57,15 @@ class OutputHead(nn.Module):
         tied: bool = False,
     ) -> None:
         """``tied`` without a ``tied_weight``: the embedding is on another pipeline rank, and this is its copy."""
-        super().__init__()
-        self.ctx = ctx
-        self.region = region
-        self.vocab_size = cfg.vocab_size or cfg.padded_vocab_size()
         if tied_weight is None:
             name, kind = ("embedding.weight", "embedding") if tied else ("head.weight", "head")
             shape = (cfg.padded_vocab_size(), cfg.hidden_size)
             spec = ParamSpec(name, shape, init, shard_dim=0, is_tied_copy=tied, kind=kind)
             tied_weight = make_parameter(spec, ctx, dtype)
-        self.weight = tied_weight
+        super().__init__(tied_weight)
+        self.ctx = ctx
+        self.region = region
+        self.vocab_size = cfg.vocab_size or cfg.padded_vocab_size()
 
     def loss(self, x: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of every token, without ever holding all logits.
@@ -90,10 +89,15 @@ class OutputHead(nn.Module):
         """:meth:`loss` with labels, :meth:`logits` without. Called as a module, so that its hooks run."""
         hidden = self.region.enter(x)
         if labels_BS is None:
-            local = F.linear(hidden, self.weight)
+            local = self.op.apply(hidden, self.weight)
             return gather_from_tensor_parallel(local, self.ctx.tp)[..., : self.vocab_size].transpose(0, 1)
         labels = labels_BS.t().reshape(-1)
         losses, correct = vocab_parallel_linear_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]), self.weight, labels, ctx=self.ctx, vocab_size=self.vocab_size
+            hidden.reshape(-1, hidden.shape[-1]),
+            self.weight,
+            labels,
+            ctx=self.ctx,
+            vocab_size=self.vocab_size,
+            op=self.op,
         )
         return losses.view(hidden.shape[:2]), correct.view(hidden.shape[:2])

@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megaforge.parallel.collectives import max_over
 from megaforge.parallel.context import Axis, ParallelContext
+from megaforge.parallel.linear_op import PLAIN, LinearOp
 
 CHUNK_TOKENS = 1024  # rows of logits that exist at once
 
@@ -21,8 +23,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, axis: Axis, vocab_size: int, chunk: int
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, op: LinearOp, axis: Axis, vocab_size: int, chunk: int
     ) -> tuple[Tensor, Tensor]:
+        inside = op.encode(hidden, None)
         first_row = axis.rank * weight.shape[0]
         valid_rows = min(max(vocab_size - first_row, 0), weight.shape[0])
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -31,13 +34,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         correct = labels.new_empty(labels.shape, dtype=torch.bool)
         for start in range(0, labels.numel(), chunk):
             rows = slice(start, start + chunk)
-            logits = (hidden[rows] @ weight.T).to(wide)
+            logits = op.forward(tuple(part[rows] for part in inside), weight).to(wide)
             logits[:, valid_rows:] = float("-inf")
             target, mine = _own_labels(labels[rows], first_row, valid_rows)
             picked = logits.gather(1, target.unsqueeze(1)).squeeze(1).masked_fill(~mine, 0)
-            peak = logits.amax(dim=1)
-            if axis.size > 1:
-                dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=axis.group)
+            peak = max_over(logits.amax(dim=1), axis)
             # exp in place: the chunk's logits are not needed again
             total = logits.sub_(peak.unsqueeze(1)).exp_().sum(dim=1)
             if axis.size > 1:
@@ -47,30 +48,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
             log_sums[rows] = peak + total.log()
             losses[rows] = log_sums[rows] - picked
             correct[rows] = picked >= peak
-        ctx.save_for_backward(hidden, weight, labels, log_sums)
-        ctx.first_row, ctx.valid_rows, ctx.chunk, ctx.wide = first_row, valid_rows, chunk, wide
+        ctx.save_for_backward(weight, labels, log_sums, *inside)
+        ctx.op, ctx.first_row, ctx.valid_rows, ctx.chunk, ctx.dtype = op, first_row, valid_rows, chunk, hidden.dtype
         ctx.mark_non_differentiable(correct)
         return losses, correct
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        hidden, weight, labels, log_sums = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=ctx.wide)
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        weight, labels, log_sums, *inside = ctx.saved_tensors
+        grad_hidden = weight.new_empty((len(labels), weight.shape[1]), dtype=ctx.dtype)
+        grad_weight = torch.zeros_like(weight, dtype=log_sums.dtype)
         for start in range(0, labels.numel(), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            logits = (hidden[rows] @ weight.T).to(ctx.wide)
+            chunk = tuple(part[rows] for part in inside)
+            logits = ctx.op.forward(chunk, weight).to(log_sums.dtype)
             logits[:, ctx.valid_rows :] = float("-inf")
             dlogits = logits.sub_(log_sums[rows].unsqueeze(1)).exp_()
             target, mine = _own_labels(labels[rows], ctx.first_row, ctx.valid_rows)
-            dlogits.scatter_add_(1, target.unsqueeze(1), -mine.to(ctx.wide).unsqueeze(1))
-            dlogits = dlogits.mul_(grad[rows].unsqueeze(1)).to(hidden.dtype)
-            torch.mm(dlogits, weight, out=grad_hidden[rows])
-            if grad_weight.dtype == dlogits.dtype:
-                grad_weight.addmm_(dlogits.T, hidden[rows])
-            else:
-                grad_weight += dlogits.T @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+            dlogits.scatter_add_(1, target.unsqueeze(1), -mine.to(logits.dtype).unsqueeze(1))
+            dlogits = dlogits.mul_(grad[rows].unsqueeze(1)).to(ctx.dtype)
+            grad_hidden[rows] = ctx.op.input_gradient(dlogits, weight)
+            ctx.op.add_weight_gradient(grad_weight, dlogits, chunk, weight)
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
 
 
 def _own_labels(labels: Tensor, first_row: int, valid_rows: int) -> tuple[Tensor, Tensor]:
@@ -88,6 +87,7 @@ def vocab_parallel_linear_cross_entropy(
     ctx: ParallelContext,
     vocab_size: int,
     chunk_tokens: int = CHUNK_TOKENS,
+    op: LinearOp = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of ``softmax(hidden @ weight^T)`` over a vocabulary split over tp.
 
@@ -98,6 +98,7 @@ def vocab_parallel_linear_cross_entropy(
         labels: int64 [T], global token ids below ``vocab_size``.
         vocab_size: true size; the padding rows behind it take no part in the softmax.
         chunk_tokens: rows of logits that exist at once.
+        op: computes the logits and their gradients.
 
     Returns:
         The loss of each token in nats, [T] in fp32 (fp64 for fp64 input), and whether the label had the largest
@@ -105,4 +106,4 @@ def vocab_parallel_linear_cross_entropy(
     """
     if hidden.dim() != 2 or labels.shape != hidden.shape[:1]:
         raise ValueError(f"expected hidden [T, h] and labels [T], got {tuple(hidden.shape)} and {tuple(labels.shape)}")
-    return _LinearCrossEntropy.apply(hidden, weight, labels, ctx.tp, vocab_size, chunk_tokens)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, op, ctx.tp, vocab_size, chunk_tokens)

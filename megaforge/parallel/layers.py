@@ -1,4 +1,9 @@
-"""Linear layers and the embedding, split over tp as in Megatron-LM (arXiv 1909.08053)."""
+"""The linear family and the embedding, split over tp as in Megatron-LM (arXiv 1909.08053).
+
+Every product with a trained matrix is one of these layers: :class:`ColumnParallelLinear`, :class:`RowParallelLinear`,
+:class:`GroupedLinear` (experts) and :class:`ReplicatedLinear`. They hold the matrix; their ``op``
+(:mod:`megaforge.parallel.linear_op`) multiplies.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +11,74 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megaforge.parallel.context import ParallelContext
+from megaforge.kernels.grouped_mm import Runs
+from megaforge.parallel.after_update import Update
+from megaforge.parallel.context import Axis, ParallelContext
 from megaforge.parallel.init_rules import Constant, InitRule
-from megaforge.parallel.param_spec import ParamSpec, make_parameter
+from megaforge.parallel.linear_op import PLAIN, LinearOp
+from megaforge.parallel.param_spec import ParamSpec, make_parameter, spec_of
 from megaforge.parallel.region import TensorParallelRegion
 
 
-class ColumnParallelLinear(nn.Module):
+class Linear(nn.Module):
+    """What the family has in common.
+
+    Attributes:
+        weight: this rank's shard of the matrix [out, in], or of a stack of them [E, out, in].
+        bias: this rank's shard of [out], or None.
+        op: what multiplies; a converter may set another.
+        in_features, out_features: of the whole matrix.
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None, *, transposed: bool = False) -> None:
+        """``transposed``: the matrix is stored as [in, out], as RWKV-LM stores low-rank maps."""
+        super().__init__()
+        self.weight, self.bias, self.transposed = weight, bias, transposed
+        self.op: LinearOp = PLAIN
+        shape = spec_of(weight).shape[-2:]
+        self.out_features, self.in_features = reversed(shape) if transposed else shape
+
+    @property
+    def matrix(self) -> Tensor:
+        """The shard as [(E,) out, in]."""
+        return self.weight.t() if self.transposed else self.weight
+
+    def after_update(self, update: Update) -> None:
+        self.op.after_update(self.matrix, update.ctx)
+
+    def extra_repr(self) -> str:
+        *stack, rows, columns = self.matrix.shape
+        local = f"{rows} x {columns}" if not stack else f"{stack[0]} of {rows} x {columns}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, local={local}, op={type(self.op).__name__}"
+
+
+class ReplicatedLinear(Linear):
+    """``y = x W^T`` with a W that is whole on every rank. Inside a region each rank has a part of its gradient, as its
+    spec says."""
+
+    def __init__(self, ctx: ParallelContext, spec: ParamSpec, *, dtype: torch.dtype, transposed: bool = False) -> None:
+        super().__init__(make_parameter(spec, ctx, dtype), transposed=transposed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return self.op.apply(x, self.matrix)
+
+
+class GroupedLinear(Linear):
+    """Experts' matrices, ``y_n = x_n W_e^T`` for the rows n of expert e: the experts split over ep, and the rows or the
+    columns of each matrix over etp. A split over the columns leaves partial sums over etp."""
+
+    def __init__(self, ctx: ParallelContext, spec: ParamSpec, *, dtype: torch.dtype) -> None:
+        super().__init__(make_parameter(spec, ctx, dtype))
+        self.axis = ctx.etp if spec.shard_dim == 2 else None
+
+    def forward(self, rows: Tensor, runs: Runs) -> Tensor:
+        """[R, in], sorted by expert as ``runs`` says -> [R, out]."""
+        return self.op.apply(rows, self.weight, axis=self.axis, runs=runs)
+
+
+class ColumnParallelLinear(Linear):
     """``y = x W^T + b`` with the rows of W (the output features) split over tp.
 
     The input is inside a :class:`TensorParallelRegion`: every token, on every rank; with a ``region`` it is the
@@ -35,8 +101,6 @@ class ColumnParallelLinear(nn.Module):
         weight_decay: bool = True,
         kind: str = "other",
     ) -> None:
-        super().__init__()
-        self.region = region
         weight = ParamSpec(
             f"{name}.weight",
             (out_features, in_features),
@@ -46,23 +110,22 @@ class ColumnParallelLinear(nn.Module):
             weight_decay=weight_decay,
             kind=kind,
         )
-        self.weight = make_parameter(weight, ctx, dtype)
-        self.bias: nn.Parameter | None = None
-        if bias:
-            spec = ParamSpec(
-                f"{name}.bias", (out_features,), Constant(0.0), shard_dim=0, parts=parts, weight_decay=False, kind=kind
-            )
-            self.bias = make_parameter(spec, ctx, dtype)
+        added = ParamSpec(
+            f"{name}.bias", (out_features,), Constant(0.0), shard_dim=0, parts=parts, weight_decay=False, kind=kind
+        )
+        super().__init__(make_parameter(weight, ctx, dtype), make_parameter(added, ctx, dtype) if bias else None)
+        self.region = region
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out/tp]; with a region [s(/tp), b, in] -> [s, b, out/tp]."""
         if self.region is not None:
-            return self.region.enter_linear(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+            return self.region.enter_linear(x, self.weight, self.bias, self.op)
+        return self.op.apply(x, self.weight, self.bias)
 
 
-class RowParallelLinear(nn.Module):
-    """``y = x W^T + b`` with the columns of W (the input features) split over tp; leaves the region on its way out."""
+class RowParallelLinear(Linear):
+    """``y = x W^T + b`` with the columns of W (the input features) split over tp; leaves the ``region`` on its way out,
+    or without one leaves partial sums over tp, to which no bias can be added."""
 
     def __init__(
         self,
@@ -72,33 +135,31 @@ class RowParallelLinear(nn.Module):
         out_features: int,
         *,
         init: InitRule,
-        region: TensorParallelRegion,
+        region: TensorParallelRegion | None,
         bias: bool = False,
         dtype: torch.dtype = torch.float32,
         weight_decay: bool = True,
         kind: str = "other",
     ) -> None:
-        super().__init__()
-        self.region = region
         weight = ParamSpec(
             f"{name}.weight", (out_features, in_features), init, shard_dim=1, weight_decay=weight_decay, kind=kind
         )
-        self.weight = make_parameter(weight, ctx, dtype)
-        self.bias: nn.Parameter | None = None
-        if bias:
-            spec = ParamSpec(
-                f"{name}.bias",
-                (out_features,),
-                Constant(0.0),
-                tp_partial_grad=region.sequence_parallel,
-                weight_decay=False,
-                kind=kind,
-            )
-            self.bias = make_parameter(spec, ctx, dtype)
+        added = ParamSpec(
+            f"{name}.bias",
+            (out_features,),
+            Constant(0.0),
+            tp_partial_grad=region is not None and region.sequence_parallel,
+            weight_decay=False,
+            kind=kind,
+        )
+        super().__init__(make_parameter(weight, ctx, dtype), make_parameter(added, ctx, dtype) if bias else None)
+        self.axis: Axis = ctx.tp
+        self.region = region
 
     def forward(self, x: Tensor) -> Tensor:
-        """[s, b, in/tp] -> residual stream [s(/tp), b, out]."""
-        out = self.region.exit(F.linear(x, self.weight))
+        """[s, b, in/tp] -> residual stream [s(/tp), b, out], or partial sums [s, b, out] inside the region."""
+        out = self.op.apply(x, self.weight, axis=self.axis)
+        out = out if self.region is None else self.region.exit(out)
         return out if self.bias is None else out + self.bias
 
 

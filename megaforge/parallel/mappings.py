@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from megaforge.parallel.collectives import all_gather_single, reduce_scatter_single
 from megaforge.parallel.context import Axis
+from megaforge.parallel.linear_op import LinearOp, gradients_wanted
 
 
 def _all_reduce(x: Tensor, axis: Axis) -> Tensor:
@@ -130,39 +130,48 @@ class _GatherFromContextParallel(torch.autograd.Function):
 
 
 class _ColumnParallelLinear(torch.autograd.Function):
-    """Forward: identity, or all-gather along dim 0, and a linear layer. Backward: the input's gradient is on its way
-    (all-reduce, or reduce-scatter along dim 0) while the weight's is computed."""
+    """Forward: what the op makes of x, which under sequence parallelism is gathered along dim 0, and the op's product.
+    Backward: the input's gradient is on its way (all-reduce, or reduce-scatter along dim 0) while the weight's is
+    computed; without ``overlap`` it is waited for at once."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, sequence_parallel: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        op: LinearOp,
+        axis: Axis,
+        sequence: bool,
+        overlap: bool,
     ) -> Tensor:
-        inside = _all_gather_first(x, axis) if sequence_parallel else x
-        ctx.axis, ctx.sequence_parallel = axis, sequence_parallel
-        ctx.save_for_backward(inside, weight)
-        return F.linear(inside, weight, bias)
+        inside = op.encode(x, None)
+        if sequence:
+            inside = tuple(_all_gather_first(part, axis) for part in inside)
+        ctx.op, ctx.axis, ctx.sequence, ctx.overlap = op, axis, sequence, overlap
+        ctx.save_for_backward(weight, *inside)
+        return op.forward(inside, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        inside, weight = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *inside = ctx.saved_tensors
+        wants_input, wants_weight, wants_bias = gradients_wanted(ctx)
         grad_input = grad_weight = grad_bias = work = None
-        if needs_input:
-            grad_input = grad @ weight
-            if ctx.sequence_parallel:
-                partial = grad_input
-                grad_input = partial.new_empty((inside.shape[0] // ctx.axis.size, *inside.shape[1:]))
-                work = reduce_scatter_single(grad_input, partial, group=ctx.axis.group, async_op=True)
+        if wants_input:
+            grad_input = partial = ctx.op.input_gradient(grad, weight)
+            if ctx.sequence:
+                grad_input = partial.new_empty((partial.shape[0] // ctx.axis.size, *partial.shape[1:]))
+                work = reduce_scatter_single(grad_input, partial, group=ctx.axis.group, async_op=ctx.overlap)
             else:
-                work = dist.all_reduce(grad_input, group=ctx.axis.group, async_op=True)
-        if needs_weight:
-            grad_weight = grad.flatten(0, -2).t() @ inside.flatten(0, -2)
-        if needs_bias:
+                work = dist.all_reduce(grad_input, group=ctx.axis.group, async_op=ctx.overlap)
+        if wants_weight:
+            grad_weight = ctx.op.weight_gradient(grad, tuple(inside), weight)
+        if wants_bias:
             grad_bias = grad.flatten(0, -2).sum(0)
         if work is not None:
             work.wait()
-        return grad_input, grad_weight, grad_bias, None, None
+        return grad_input, grad_weight, grad_bias, None, None, None, None
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -203,16 +212,17 @@ def reduce_scatter_to_sequence_parallel(x: Tensor, axis: Axis) -> Tensor:
 
 
 def column_parallel_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, *, sequence_parallel: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, op: LinearOp, axis: Axis, *, sequence_parallel: bool, overlap: bool
 ) -> Tensor:
     """:func:`copy_to_tensor_parallel` (under sequence parallelism :func:`gather_from_sequence_parallel`) and a linear
-    layer, [s(/n), ..., in] -> [s, ..., out/n], whose backward hides the collective behind the weight's gradient.
+    layer, [s(/n), ..., in] -> [s, ..., out/n]. With ``overlap`` its backward hides the collective behind the weight's
+    gradient, as Megatron-LM's LinearWithGradAccumulationAndAsyncCommunication.
 
-    As Megatron-LM's LinearWithGradAccumulationAndAsyncCommunication; the whole input is kept, not gathered twice.
+    What travels is what ``op`` makes of x. The whole of it is kept, not gathered twice.
     """
     if axis.size == 1:
-        return F.linear(x, weight, bias)
-    return _ColumnParallelLinear.apply(x, weight, bias, axis, sequence_parallel)
+        return op.apply(x, weight, bias)
+    return _ColumnParallelLinear.apply(x, weight, bias, op, axis, sequence_parallel, overlap)
 
 
 def gather_from_tensor_parallel(x: Tensor, axis: Axis) -> Tensor:

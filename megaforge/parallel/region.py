@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.linear_op import LinearOp
 from megaforge.parallel.mappings import (
     column_parallel_linear,
     copy_to_tensor_parallel,
@@ -35,11 +35,10 @@ class TensorParallelRegion:
         """Residual stream -> region: [s(/tp), b, h] -> [s, b, h]."""
         return self._enter(x, self.axis)
 
-    def enter_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def enter_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, op: LinearOp) -> Tensor:
         """:meth:`enter` and a column-parallel linear layer: [s(/tp), b, h] -> [s, b, out/tp]."""
-        if self.overlap:
-            return column_parallel_linear(x, weight, bias, self.axis, sequence_parallel=self.sequence_parallel)
-        return F.linear(self.enter(x), weight, bias)
+        sequence, overlap = self.sequence_parallel, self.overlap
+        return column_parallel_linear(x, weight, bias, op, self.axis, sequence_parallel=sequence, overlap=overlap)
 
     def exit(self, x: Tensor) -> Tensor:
         """Partial sums [s, b, h] -> residual stream [s(/tp), b, h]."""

@@ -99,7 +99,9 @@ def _rwkv7(sizes: Sizes, first: bool) -> Saved:
         "k": sizes.split,
         "a, b": 2 * sizes.split,
         "log w": wide,
-        "WKV states": layout.micro_batch_size * heads * layout.wide_size
+        "WKV states": layout.micro_batch_size
+        * heads
+        * layout.wide_size
         * saved_for_backward(sequence, cfg.rwkv_head_size, layout.device_type),
         "y and its norm": 2 * wide + 2 * sizes.tokens * heads * layout.wide_size,
         "bonus": sizes.split + sizes.tokens * heads * layout.wide_size,

@@ -20,8 +20,9 @@ from megaforge.device import synchronize
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel, ModelOutput
 from megaforge.models.stages import ModelChunks, PipelinePlan
-from megaforge.nn.moe import update_routers
+from megaforge.nn.moe import expert_counts
 from megaforge.optim import AdamW, LearningRateSchedule, LossScaler, clip_gradients
+from megaforge.parallel.after_update import Update, after_update
 from megaforge.parallel.context import ParallelContext
 from megaforge.resilience.requests import Requests
 from megaforge.training.callbacks import Callback, in_order
@@ -140,7 +141,8 @@ class Trainer:
         totals = self._totals(outputs)
         if updated:
             for stage in self.model.chunks:
-                update_routers(stage, *totals.experts_of(stage))
+                counts = expert_counts(stage, *totals.experts_of(stage))
+                after_update(stage, Update(self.ctx, counts))
         self.tokens_per_expert = totals.tokens_per_expert
         self.iteration += 1
         self.consumed_samples += self.global_batch_size

@@ -9,10 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.kernels import grouped_mm, native
-from megaforge.kernels.grouped_mm import FEW_ROWS, grouped_linear, takes_grouped_mm
+from megaforge.kernels.grouped_mm import FEW_ROWS, make_runs, takes_grouped_mm
 from megaforge.kernels.grouped_mm.reference import grouped_linear_reference
 from megaforge.nn.moe.experts import Experts
 from megaforge.parallel.init_rules import Normal
+from megaforge.parallel.linear_op import PLAIN
 from tests.nn.support import CTX
 
 COUNTS = {
@@ -27,7 +28,7 @@ TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float64: 1e-13}
 
 def run(x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> list[Tensor]:
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    out = grouped_linear(x, weight, counts)
+    out = PLAIN.apply(x, weight, runs=make_runs(counts, x.device))
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(out.dtype)
     return [out, *torch.autograd.grad(out, (x, weight), grad)]
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
 from megaforge.kernels.moe_routing import moe_route
-from megaforge.nn.moe import MoEFFN, update_routers
+from megaforge.nn.moe import MoEFFN, expert_counts
 from megaforge.nn.moe.routing import routing_rule, within_capacity
+from megaforge.parallel.after_update import Update, after_update
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.parallel.param_spec import named_specs
-from tests.nn.support import REGION, assert_agrees, random
+from tests.nn.support import CTX, REGION, assert_agrees, random
 from tests.nn.test_ffn import (
     BATCH,
     CPU,
@@ -34,6 +35,10 @@ from tests.nn.test_ffn import (
 SIX = {"num_experts": 6}
 SIGMOID = {"moe_router_score_function": "sigmoid"}
 GROUPS = {**SIX, "moe_router_num_groups": 3, "moe_router_group_topk": 2}
+
+
+def update(module: MoEFFN, assigned: Tensor, preferred: Tensor) -> None:
+    after_update(module, Update(CTX, expert_counts(module, assigned, preferred)))
 
 
 def chosen_in_python(scores: Sequence[float], cfg: ModelConfig, plain: bool = False) -> list[int]:
@@ -155,8 +160,8 @@ def test_counts_and_idle_experts() -> None:
     assert losses.tokens_per_expert.tolist() == [0, 0, 0, LENGTH * BATCH, 0]
     assert float(losses.load_balance_sum.detach()) > BATCH * 2
     out.sum().backward()
-    assert module.experts.up.grad is not None
-    assert [bool(g.any()) for g in module.experts.up.grad] == [False, False, False, True, False]
+    assert module.experts.up.weight.grad is not None
+    assert [bool(g.any()) for g in module.experts.up.weight.grad] == [False, False, False, True, False]
 
 
 def test_balance_loss_is_one_a_sequence_when_balanced() -> None:
@@ -209,7 +214,7 @@ def test_the_balance_loss_counts_what_the_router_prefers() -> None:
     preferred = (x @ module.router.weight.detach().T).topk(2).indices.flatten().bincount(minlength=EXPERTS)
     assert losses.tokens_per_expert.tolist() == [LENGTH * BATCH] * 2 + [0] * 3
     assert losses.preferred_per_expert.tolist() == preferred.tolist() and int((preferred > 0).sum()) > 2
-    update_routers(module, losses.tokens_per_expert[None], losses.preferred_per_expert[None])
+    update(module, losses.tokens_per_expert[None], losses.preferred_per_expert[None])
     torch.testing.assert_close(module.router.previous_load.detach(), preferred.double() / preferred.sum())
     assert (module.router.expert_bias > torch.tensor([9.0, 9, 0, 0, 0])).tolist() == [False, False, True, True, True]
 
@@ -239,7 +244,7 @@ def test_bias_moves_against_the_load_and_is_not_trained() -> None:
     bias = module.router.expert_bias
     assert bias is not None and not bias.requires_grad
     before = bias.clone()
-    update_routers(module, torch.tensor([[4, 0, 2, 2, 2]]), torch.tensor([[0, 4, 2, 2, 2]]))
+    update(module, torch.tensor([[4, 0, 2, 2, 2]]), torch.tensor([[0, 4, 2, 2, 2]]))
     torch.testing.assert_close(bias - before, torch.tensor([-0.25, 0.25, 0, 0, 0], dtype=torch.float64))
     assert {spec.name for spec, _ in named_specs(module)} >= {"f.router.expert_bias", "f.router.weight"}
 
@@ -260,7 +265,7 @@ def test_global_balance_loss_reads_the_previous_global_batch() -> None:
             balance.backward()
             seen += [balance.detach(), module.router.weight.grad]
             counts = [sum(losses.tokens_per_expert for losses in outputs)[None]] * 2
-            update_routers(module, *counts)
+            update(module, *counts)
         results.append(seen)
         assert abs(float(seen[0]) - 1) < 1e-12 and float(seen[1].norm()) < 1e-12
         assert float(seen[3].norm()) > 1e-3
@@ -270,16 +275,16 @@ def test_global_balance_loss_reads_the_previous_global_batch() -> None:
 
 def test_counts_of_another_number_of_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="counts of 2 MoE layers for a model that has 1"):
-        update_routers(build(MoEFFN, config(), False), torch.zeros(2, EXPERTS), torch.zeros(2, EXPERTS))
+        expert_counts(build(MoEFFN, config(), False), torch.zeros(2, EXPERTS), torch.zeros(2, EXPERTS))
 
 
 def test_router_stays_in_fp32() -> None:
     cfg = config(**SIGMOID, moe_router_enable_expert_bias=True)
     module = build(MoEFFN, cfg, True, torch.bfloat16)
-    assert module.router.weight.dtype == torch.float32 and module.experts.up.dtype == torch.bfloat16
+    assert module.router.weight.dtype == torch.float32 and module.experts.up.weight.dtype == torch.bfloat16
     assert module.router.expert_bias is not None and module.router.expert_bias.dtype == torch.float32
     x = random(LENGTH, BATCH, HIDDEN).bfloat16()
-    routing, losses = module.router(x, packed_info())
+    routing, losses = module.router.route(x, packed_info())
     assert routing.weights.dtype == torch.float32 == losses.load_balance_sum.dtype
     out, _ = module(x, packed_info())
     assert out.dtype == torch.bfloat16

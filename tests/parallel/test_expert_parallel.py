@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.run_config import OptimizerConfig
 from megaforge.models.hybrid import HybridModel, ModelOutput
-from megaforge.nn.moe import update_routers
+from megaforge.nn.moe import expert_counts
 from megaforge.optim import build_optimizer, clip_gradients
+from megaforge.parallel.after_update import Update, after_update
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.init import initialize_parameters
@@ -133,7 +134,7 @@ def train(
         scalars.append(total_over_dp(sum(sums), ctx))
         counts = sum(torch.stack([o.tokens_per_expert, o.preferred_per_expert]) for o in outputs)
         statistics.append(total_over_dp(counts, ctx))
-        update_routers(model, *statistics[-1])
+        after_update(model, Update(ctx, expert_counts(model, *statistics[-1])))
     return {
         "sums": torch.stack(scalars),
         "norms": torch.tensor(norms, dtype=torch.float64),

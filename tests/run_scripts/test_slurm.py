@@ -29,7 +29,7 @@ def test_its_output_needs_no_directory() -> None:
 
 def submit(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Calls cdrmix.sh with an sbatch that prints its words, one a line."""
-    (tmp_path / "sbatch").write_text("#!/bin/sh\nprintf '%s\\n' \"$PWD\" \"$@\"\n")
+    (tmp_path / "sbatch").write_text('#!/bin/sh\nprintf \'%s\\n\' "$PWD" "$@"\n')
     (tmp_path / "sbatch").chmod(0o755)
     bash = shutil.which("bash")
     assert bash is not None

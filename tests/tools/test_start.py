@@ -25,7 +25,13 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments
         (("--config", "cdrmix-test", "--data-path", "D", "--tp", "3", "--vocab-size", "64"), "--tp 3"),
         (("--config", "cdrmix-test", "--data-path", "nowhere"), "nowhere.idx does not exist"),
         (("--config", "cdrmix-test", "--data-path", "D", "--tokenizer-model", "none.json"), "none.json"),
-        (("--config", "cdrmix-test",), "--data-path is missing"),
+        (
+            (
+                "--config",
+                "cdrmix-test",
+            ),
+            "--data-path is missing",
+        ),
     ],
     "tools/convert_checkpoint.py": [
         (("--save", "x"), "give either --load"),

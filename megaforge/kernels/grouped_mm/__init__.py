@@ -15,13 +15,12 @@ torch's ``grouped_mm`` does them in one call. Where it is taken is a rule, :func
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megaforge.device import upload
 from megaforge.kernels.native import say_fallback
@@ -60,61 +59,73 @@ def say_loop(x: Tensor, weight: Tensor) -> None:
         )
 
 
-def run_ends(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 [E], the row at which each expert's run ends, on ``device``, which nobody waits for."""
-    return upload(torch.tensor(list(accumulate(counts)), dtype=torch.int32), device)
+@dataclass(frozen=True)
+class Runs:
+    """Whose rows are whose: each expert has a run of them, one after the other.
+
+    Attributes:
+        counts: rows of each expert.
+        ends: int32 [E], the row at which each run ends, on the device of the rows.
+    """
+
+    counts: tuple[int, ...]
+    ends: Tensor
 
 
-def grouped_linear(x: Tensor, weight: Tensor, counts: tuple[int, ...], ends: Tensor | None = None) -> Tensor:
-    """Each expert's own linear map on its own rows, differentiable.
+def make_runs(counts: tuple[int, ...], device: torch.device) -> Runs:
+    """The runs of ``counts``, for all products that share them; nobody waits for ``device``."""
+    return Runs(counts, upload(torch.tensor(list(accumulate(counts)), dtype=torch.int32), device))
+
+
+def grouped_linear(x: Tensor, weight: Tensor, runs: Runs) -> Tensor:
+    """Each expert's own linear map on its own rows: ``y_n = x_n W_e^T``. Not differentiable: its gradients are
+    :func:`grouped_input_gradient` and :func:`grouped_weight_gradient`.
 
     Args:
         x: [N, in], rows sorted by expert.
         weight: [E, out, in].
-        counts: rows of each expert; they add up to N.
-        ends: :func:`run_ends` of ``counts`` where several products share it; None: made here.
 
     Returns:
         [N, out].
     """
-    return _GroupedLinear.apply(x, weight, counts, run_ends(counts, x.device) if ends is None else ends)
+    if takes_grouped_mm(x, weight):
+        return _grouped(x, weight.transpose(1, 2), runs)
+    if len(x):
+        say_loop(x, weight)
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    for matrix, rows, result in zip(weight, x.split(runs.counts), out.split(runs.counts), strict=True):
+        torch.mm(rows, matrix.t(), out=result)
+    return out
 
 
-class _GroupedLinear(torch.autograd.Function):
-    """Forward: ``y_n = x_n W_e^T``. Backward: the gradient of W is written expert by expert into one tensor; an expert
-    without rows gets zeros."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: tuple[int, ...], ends: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.counts, ctx.ends = counts, ends
-        if takes_grouped_mm(x, weight):
-            return _grouped(x, weight.transpose(1, 2), ends)
-        if len(x):
-            say_loop(x, weight)
-        out = x.new_empty(x.shape[0], weight.shape[1])
-        for matrix, rows, result in zip(weight, x.split(counts), out.split(counts), strict=True):
-            torch.mm(rows, matrix.t(), out=result)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, weight = ctx.saved_tensors
-        if takes_grouped_mm(x, weight):
-            grad = grad.contiguous()
-            grad = grad.clone() if _starts_between(grad) else grad
-            return _grouped(grad, weight, ctx.ends), _grouped(grad.t(), x, ctx.ends), None, None
-        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-        pieces = zip(
-            weight, grad_weight, x.split(ctx.counts), grad.split(ctx.counts), grad_x.split(ctx.counts), strict=True
-        )
-        for matrix, grad_matrix, rows, grad_rows, out in pieces:
-            torch.mm(grad_rows, matrix, out=out)
-            torch.mm(grad_rows.t(), rows, out=grad_matrix)
-        return grad_x, grad_weight, None, None
+def grouped_input_gradient(grad: Tensor, weight: Tensor, runs: Runs) -> Tensor:
+    """The gradient [N, in] of :func:`grouped_linear`'s rows, from that of its result, [N, out]."""
+    grad = _aligned(grad)
+    if takes_grouped_mm(grad, weight):
+        return _grouped(grad, weight, runs)
+    out = grad.new_empty(grad.shape[0], weight.shape[2])
+    for matrix, rows, result in zip(weight, grad.split(runs.counts), out.split(runs.counts), strict=True):
+        torch.mm(rows, matrix, out=result)
+    return out
 
 
-def _grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+def grouped_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, runs: Runs) -> Tensor:
+    """The gradient of :func:`grouped_linear`'s ``weight``, written expert by expert into one tensor; that of an expert
+    without rows is zero."""
+    grad = _aligned(grad)
+    if takes_grouped_mm(x, weight):
+        return _grouped(grad.t(), x, runs)
+    out = torch.empty_like(weight)
+    for result, grad_rows, rows in zip(out, grad.split(runs.counts), x.split(runs.counts), strict=True):
+        torch.mm(grad_rows.t(), rows, out=result)
+    return out
+
+
+def _aligned(grad: Tensor) -> Tensor:
+    grad = grad.contiguous()
+    return grad.clone() if _starts_between(grad) else grad
+
+
+def _grouped(a: Tensor, b: Tensor, runs: Runs) -> Tensor:
     assert _GROUPED is not None
-    return _GROUPED(a, b, offs=ends)
+    return _GROUPED(a, b, offs=runs.ends)

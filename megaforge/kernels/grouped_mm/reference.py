@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def grouped_linear_reference(x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """Arguments and result as :func:`megaforge.kernels.grouped_mm.grouped_linear`, differentiable."""
+    """As :func:`megaforge.kernels.grouped_mm.grouped_linear`, for runs of these ``counts``; differentiable."""
     return torch.cat([rows @ matrix.t() for rows, matrix in zip(x.split(counts), weight, strict=True)])

@@ -5,22 +5,21 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.kernels.grouped_mm import grouped_linear, run_ends
+from megaforge.kernels.grouped_mm import make_runs
 from megaforge.nn.mlp import activate, inner_parts
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init_rules import InitRule
-from megaforge.parallel.layers import ColumnParallelLinear
-from megaforge.parallel.param_spec import ParamSpec, make_parameter
+from megaforge.parallel.layers import ColumnParallelLinear, GroupedLinear, RowParallelLinear
+from megaforge.parallel.param_spec import ParamSpec
 
 
 class Experts(nn.Module):
     """This rank's experts: E/ep of them, their inner width split over etp.
 
-    ``up`` is [E, f, h] ([E, 2f, h] for swiglu) and ``down`` [E, h, f].
+    The matrices of ``up`` are [E, f, h] ([E, 2f, h] for swiglu), those of ``down`` [E, h, f].
     """
 
     def __init__(
@@ -53,16 +52,16 @@ class Experts(nn.Module):
             shard_dim=2,
             parts=(),
         )
-        self.up = make_parameter(stack, ctx, dtype)
-        self.down = make_parameter(down, ctx, dtype)
+        self.up = GroupedLinear(ctx, stack, dtype=dtype)
+        self.down = GroupedLinear(ctx, down, dtype=dtype)
 
     def forward(self, rows: Tensor, weights: Tensor, counts: tuple[int, ...]) -> Tensor:
         """Rows [R, h] sorted by expert and their routing weights [R] -> weighted partial sums over etp [R, h]."""
-        ends = run_ends(counts, rows.device)
-        inner = activate(self.activation, grouped_linear(rows, self.up, counts, ends))
+        runs = make_runs(counts, rows.device)
+        inner = activate(self.activation, self.up(rows, runs))
         # The routing weight goes in front of the second projection: its gradient then needs no saved expert output.
         inner = inner * weights.to(inner.dtype).unsqueeze(1)
-        return grouped_linear(inner, self.down, counts, ends)
+        return self.down(inner, runs)
 
 
 class SharedExpert(nn.Module):
@@ -85,9 +84,10 @@ class SharedExpert(nn.Module):
         self.up = ColumnParallelLinear(
             ctx, f"{name}.up", cfg.hidden_size, sum(parts), init=init[0], parts=parts, dtype=dtype, kind="ffn"
         )
-        down = ParamSpec(f"{name}.down.weight", (cfg.hidden_size, shared.ffn_size), init[1], shard_dim=1, kind="ffn")
-        self.down = make_parameter(down, ctx, dtype)
+        self.down = RowParallelLinear(
+            ctx, f"{name}.down", shared.ffn_size, cfg.hidden_size, init=init[1], region=None, dtype=dtype, kind="ffn"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Every token [s, b, h], inside the region -> partial sums over tp [s, b, h]."""
-        return F.linear(activate(self.activation, self.up(x)), self.down)
+        return self.down(activate(self.activation, self.up(x)))

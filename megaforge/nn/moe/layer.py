@@ -56,7 +56,7 @@ class MoEFFN(nn.Module):
         """Normed residual stream [s(/tp), b, h] -> residual stream [s(/tp), b, h], and the layer's losses."""
         mix = None if self.mix is None else lambda inside: mixed_input(self.mix, inside, info, state)
         own, inside = self.share.enter(x, mix, self.shared is not None)
-        routing, losses = self.router(own, info)
+        routing, losses = self.router.route(own, info)
         tokens, dispatcher = own.flatten(0, 1), self.dispatcher
         plan, position = dispatcher.plan(routing.permutation.counts), routing.permutation.position
         rows, weights = moe_permute(tokens, position, plan.own, routing.weights)

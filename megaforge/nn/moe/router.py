@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.kernels.moe_routing import Permutation, Route, moe_permutation, moe_route
 from megaforge.nn.moe.routing import expert_capacity, plain_rule, routing_rule, within_capacity
+from megaforge.parallel.after_update import Update
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.expert_tokens import ReplicatedTokens
 from megaforge.parallel.init_rules import Constant, Normal
+from megaforge.parallel.layers import ReplicatedLinear
 from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.parallel.param_spec import ParamSpec, make_parameter
 
@@ -54,7 +55,7 @@ class RouterLosses:
     preferred_per_expert: Tensor
 
 
-class Router(nn.Module):
+class Router(ReplicatedLinear):
     """Top-k of a softmax or of sigmoids. Never in 16 bit.
 
     What balances the experts' load, by ``--moe-router-load-balancing-type``:
@@ -63,8 +64,8 @@ class Router(nn.Module):
     - ``global_aux_loss``: f of the global batch, which lets experts specialise (Qiu et al., arXiv 2501.11873). The
       first micro-batch's gradient would need the routing of the last one's. Summing f over what has been seen so far
       would make the model depend on the micro-batch size and on dp, so f is that of the *previous* global batch: a
-      tensor of the model that :func:`update_routers` renews after each optimizer step and that checkpoints keep. It
-      is 1/E at the beginning, where the loss is constant and gives no gradient.
+      tensor of the model that :meth:`after_update` renews and that checkpoints keep. It is 1/E at the beginning, where
+      the loss is constant and gives no gradient.
     - ``none``.
 
     ``--moe-router-enable-expert-bias`` balances without a loss (Wang et al., arXiv 2408.15664): a bias enters the
@@ -75,8 +76,6 @@ class Router(nn.Module):
     def __init__(
         self, ctx: ParallelContext, name: str, cfg: ModelConfig, share: ReplicatedTokens, *, dtype: torch.dtype
     ) -> None:
-        super().__init__()
-        self.cfg, self.share = cfg, share
         # A rank routes its own tokens, or has partial sums over tp for all: its gradient is partial either way.
         spec = ParamSpec(
             f"{name}.weight",
@@ -86,7 +85,8 @@ class Router(nn.Module):
             keep_fp32=True,
             kind="router",
         )
-        self.weight = make_parameter(spec, ctx, dtype)
+        super().__init__(ctx, spec, dtype=dtype)
+        self.cfg, self.share = cfg, share
         self.expert_bias: nn.Parameter | None = None
         self.previous_load: nn.Parameter | None = None
         if cfg.moe_router_enable_expert_bias:
@@ -103,15 +103,14 @@ class Router(nn.Module):
         state.requires_grad = False
         return state
 
-    def forward(self, x_SBH: Tensor, info: PackedSequence) -> tuple[Routing, RouterLosses]:
+    def route(self, x_SBH: Tensor, info: PackedSequence) -> tuple[Routing, RouterLosses]:
         """Routes this rank's tokens.
 
         Args:
             x_SBH: [own, b, h], as :meth:`ReplicatedTokens.enter` gave them.
             info: the micro-batch's sequences.
         """
-        logits = F.linear(x_SBH.to(self.weight.dtype), self.weight)
-        logits = logits.flatten(0, 1)
+        logits = self(x_SBH.to(self.weight.dtype)).flatten(0, 1)
         route = moe_route(logits, routing_rule(self.cfg), self.expert_bias, x_SBH.shape[1])
         permutation = Permutation(route.position, route.counts.sum(dim=0))
         kept = self._kept(route, info)
@@ -161,32 +160,29 @@ class Router(nn.Module):
         share = counts / assignments if self.previous_load is None else self.previous_load.double()
         return number * self.cfg.moe_router_topk * (share * probability_sum / assignments).sum()
 
-    @torch.no_grad()
-    def update(self, tokens_per_expert: Tensor, preferred_per_expert: Tensor) -> None:
-        """Takes in the assignments of a finished global batch and its choices by plain top-k, [E] each."""
+    def after_update(self, update: Update) -> None:
+        """Takes in the finished global batch's counts."""
+        super().after_update(update)
+        counts = update.expert_counts[self]
+        assigned, preferred = (part.to(device=self.weight.device, dtype=torch.float64) for part in counts)
         if self.previous_load is not None:
-            preferred = preferred_per_expert.to(device=self.weight.device, dtype=torch.float64)
             self.previous_load.copy_(preferred / preferred.sum())
         if self.expert_bias is not None:
-            counts = tokens_per_expert.to(device=self.weight.device, dtype=torch.float64)
-            self.expert_bias.add_((counts.mean() - counts).sign(), alpha=self.cfg.moe_router_bias_update_rate)
+            self.expert_bias.add_((assigned.mean() - assigned).sign(), alpha=self.cfg.moe_router_bias_update_rate)
 
 
-def update_routers(model: nn.Module, tokens_per_expert: Tensor, preferred_per_expert: Tensor) -> None:
-    """Renews what routers remember of the global batch. Call once after each optimizer step, on every rank.
+def expert_counts(model: nn.Module, assigned: Tensor, preferred: Tensor) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """Each router's counts, as :class:`Update` has them.
 
     Args:
         model: the model, or this rank's stage of it.
-        tokens_per_expert, preferred_per_expert: [MoE layers of ``model``, E], those of :class:`RouterLosses` summed
-            over micro-batches, dp and cp, in module order; a stage without experts passes [0, E] (or anything empty).
+        assigned, preferred: [MoE layers of ``model``, E], tokens_per_expert and preferred_per_expert of
+            :class:`RouterLosses` summed over micro-batches, dp and cp, in module order.
 
     Raises:
         ValueError: the counts are of another number of layers.
     """
     routers = [module for module in model.modules() if isinstance(module, Router)]
-    if not routers:
-        return
-    if len(routers) != len(tokens_per_expert):
-        raise ValueError(f"counts of {len(tokens_per_expert)} MoE layers for a model that has {len(routers)}")
-    for router, counts, preferred in zip(routers, tokens_per_expert, preferred_per_expert, strict=True):
-        router.update(counts, preferred)
+    if routers and len(routers) != len(assigned):
+        raise ValueError(f"counts of {len(assigned)} MoE layers for a model that has {len(routers)}")
+    return dict(zip(routers, zip(assigned, preferred, strict=True), strict=bool(routers)))

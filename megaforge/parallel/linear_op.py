@@ -1,0 +1,165 @@
+"""What a linear layer does with its matrix: the product and its two gradients, as an object that can be exchanged.
+
+A layer of the family in :mod:`megaforge.parallel.layers` holds the matrix and says how it is split; its ``op``
+computes. The layers, the collective with a product behind it, the chunked cross-entropy and the experts all call the
+op, so that a quantizer is one class, set after the model has been built.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from megaforge.kernels.grouped_mm import Runs, grouped_input_gradient, grouped_linear, grouped_weight_gradient
+from megaforge.parallel.context import Axis, ParallelContext
+
+
+class LinearOp(ABC):
+    """``y = x W^T + b`` in its parts; none of them is differentiated.
+
+    Shapes: x [..., in], W [out, in], y [..., out]. With ``runs`` the rows of x [N, in] are those of one expert after
+    the other, W is a stack [E, out, in], and there is no bias. W and what is made of x are this rank's shards.
+    """
+
+    def encode(self, x: Tensor, axis: Axis | None) -> tuple[Tensor, ...]:
+        """What the product needs of ``x``: what a column layer gathers and the backward pass keeps. ``x`` itself here;
+        codes and a scale for each token in a quantizer.
+
+        Args:
+            axis: the axis that the input features are split over, in row layers: what is computed of a whole token (its
+                largest value) has to be reduced over it (:func:`megaforge.parallel.collectives.max_over`).
+
+        Returns:
+            Tensors with the leading dimensions of ``x``.
+        """
+        return (x,)
+
+    @abstractmethod
+    def forward(
+        self, inside: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None = None, runs: Runs | None = None
+    ) -> Tensor:
+        """y, of what :meth:`encode` gave."""
+
+    @abstractmethod
+    def input_gradient(self, grad: Tensor, weight: Tensor, runs: Runs | None = None) -> Tensor:
+        """The gradient of x [..., in] from that of y."""
+
+    @abstractmethod
+    def weight_gradient(
+        self, grad: Tensor, inside: tuple[Tensor, ...], weight: Tensor, runs: Runs | None = None
+    ) -> Tensor:
+        """The gradient of W from that of y."""
+
+    def add_weight_gradient(self, total: Tensor, grad: Tensor, inside: tuple[Tensor, ...], weight: Tensor) -> None:
+        """Adds :meth:`weight_gradient` to ``total``, which may be of a wider type."""
+        total += self.weight_gradient(grad, inside, weight)
+
+    def after_update(self, weight: Tensor, ctx: ParallelContext) -> None:  # noqa: B027 - most keep nothing
+        """The optimizer has changed ``weight``: a scale that was computed from it no longer holds."""
+
+    def apply(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        axis: Axis | None = None,
+        runs: Runs | None = None,
+    ) -> Tensor:
+        """y, differentiable; ``axis`` as in :meth:`encode`."""
+        return _Linear.apply(x, weight, bias, self, axis, runs)
+
+
+class PlainLinear(LinearOp):
+    """The product in the type that the tensors have."""
+
+    def forward(
+        self, inside: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None = None, runs: Runs | None = None
+    ) -> Tensor:
+        (x,) = inside
+        return F.linear(x, weight, bias) if runs is None else grouped_linear(x, weight, runs)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, runs: Runs | None = None) -> Tensor:
+        return grad @ weight if runs is None else grouped_input_gradient(grad, weight, runs)
+
+    def weight_gradient(
+        self, grad: Tensor, inside: tuple[Tensor, ...], weight: Tensor, runs: Runs | None = None
+    ) -> Tensor:
+        (x,) = inside
+        if runs is not None:
+            return grouped_weight_gradient(grad, x, weight, runs)
+        return grad.flatten(0, -2).t() @ x.flatten(0, -2)
+
+    def add_weight_gradient(self, total: Tensor, grad: Tensor, inside: tuple[Tensor, ...], weight: Tensor) -> None:
+        if total.dtype == grad.dtype:
+            total.addmm_(grad.t(), inside[0])
+        else:
+            super().add_weight_gradient(total, grad, inside, weight)
+
+    def apply(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        axis: Axis | None = None,
+        runs: Runs | None = None,
+    ) -> Tensor:
+        if runs is None:
+            return F.linear(x, weight, bias)  # autograd has this one built in: less work for each call
+        return super().apply(x, weight, bias, axis=axis, runs=runs)
+
+
+PLAIN = PlainLinear()
+
+
+def gradients_wanted(ctx: Any) -> list[bool]:
+    """In the backward pass of a function whose first inputs are x, weight and bias: which of their gradients this call
+    of the engine asks for. A split backward pass (:mod:`megaforge.parallel.pipeline.split_backward`) asks for that of x
+    at first and for the others later."""
+    node = torch._C._current_autograd_node()
+    assert node is not None
+    below = [following for following, _ in node.next_functions]
+    wanted = [
+        needed and _is_asked_for(following) for needed, following in zip(ctx.needs_input_grad, below, strict=False)
+    ]
+    return [*wanted, False, False][:3]
+
+
+def _is_asked_for(node: Any) -> bool:
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # a leaf that torch.autograd.grad was given: the engine does not say, and it is
+        return True
+
+
+class _Linear(torch.autograd.Function):
+    """Forward and backward: the op's parts; nothing is communicated besides what the op reduces."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, op: LinearOp, axis: Axis | None, runs: Runs | None
+    ) -> Tensor:
+        inside = op.encode(x, axis)
+        ctx.op, ctx.runs = op, runs
+        ctx.save_for_backward(weight, *inside)
+        return op.forward(inside, weight, bias, runs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *inside = ctx.saved_tensors
+        wants_input, wants_weight, wants_bias = gradients_wanted(ctx)
+        return (
+            ctx.op.input_gradient(grad, weight, ctx.runs) if wants_input else None,
+            ctx.op.weight_gradient(grad, tuple(inside), weight, ctx.runs) if wants_weight else None,
+            grad.flatten(0, -2).sum(0) if wants_bias else None,
+            None,
+            None,
+            None,
+        )

@@ -1,0 +1,54 @@
+"""A toy quantizer, as a user would write one: matrices and activations as 8-bit codes, gradients straight through."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megaforge.kernels.grouped_mm import Runs
+from megaforge.parallel.collectives import max_over
+from megaforge.parallel.context import Axis, ParallelContext
+from megaforge.parallel.linear_op import PLAIN, LinearOp
+
+
+class Int8Linear(LinearOp):
+    """Each token has a scale of its own, and so has each matrix; that of a matrix holds until the next update.
+
+    A real one would multiply the codes; this one multiplies what they stand for.
+    """
+
+    def __init__(self, axis: Axis | None) -> None:
+        """``axis``: over which the matrix is split."""
+        self.axis = axis
+        self.scale: Tensor | None = None
+
+    def encode(self, x: Tensor, axis: Axis | None) -> tuple[Tensor, ...]:
+        scale = max_over(x.detach().abs().amax(-1, keepdim=True), axis).clamp_min(1e-9) / 127
+        return (x.detach() / scale).round().to(torch.int8), scale
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        weight = weight.detach()
+        if self.scale is None:
+            self.scale = max_over(weight.abs().amax((-2, -1), keepdim=True), self.axis).clamp_min(1e-9) / 127
+        return (weight / self.scale).round() * self.scale
+
+    def forward(
+        self, inside: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None = None, runs: Runs | None = None
+    ) -> Tensor:
+        return PLAIN.forward((_decoded(inside),), self._matrix(weight), bias, runs)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, runs: Runs | None = None) -> Tensor:
+        return PLAIN.input_gradient(grad, self._matrix(weight), runs)
+
+    def weight_gradient(
+        self, grad: Tensor, inside: tuple[Tensor, ...], weight: Tensor, runs: Runs | None = None
+    ) -> Tensor:
+        return PLAIN.weight_gradient(grad, (_decoded(inside),), weight, runs)
+
+    def after_update(self, weight: Tensor, ctx: ParallelContext) -> None:
+        self.scale = None
+
+
+def _decoded(inside: tuple[Tensor, ...]) -> Tensor:
+    codes, scale = inside
+    return codes.to(scale.dtype) * scale
