@@ -8,8 +8,8 @@
 
 Every token is predicted once, from the tokens before it in a window of the training length; of a dataset the run was
 trained on, only its validation part counts. Of a run with --eod-mask-loss too every token counts; its own validation
-leaves out the first token of each document, and so differs. Under torchrun the ranks share the model (--tp) and the
-windows.
+leaves out the first token of each document, and so differs. Under torchrun the ranks share the model (--pp
+stages, each over --tp ranks) and the windows.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokenizer-model", metavar="FILE", help="where the tokenizer is now, if it was moved")
     parser.add_argument("--seq-length", type=integer(1), help="tokens of a window (default: as in training)")
     parser.add_argument("--batch-size", type=integer(1), default=8, help="windows computed at once")
-    parser.add_argument("--tp", type=integer(1), help="tensor-parallel size (default: all ranks)")
-    parser.add_argument("--pp", type=integer(1), default=1, help="pipeline stages: 1, whatever the run was trained at")
+    parser.add_argument("--tp", type=integer(1), help="tensor-parallel size (default: all ranks of a stage)")
+    parser.add_argument("--pp", type=integer(1), default=1, help="pipeline stages, one a rank")
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="where to compute")
     parser.add_argument("--baseline", choices=("bigram",), help="also fit this model and print it beside ours")
     parser.add_argument("--train-data", metavar="PREFIX", help="what the baseline is fitted on")

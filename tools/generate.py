@@ -7,9 +7,9 @@
     git log -1 --format=%s | python tools/generate.py --load runs/small --prompt-file - --temperature 0
     torchrun --nproc-per-node 2 tools/generate.py --load runs/small --prompt "def main" --temperature 0
 
-The checkpoint says which model and tokenizer it is. Under torchrun the ranks share the model (--tp, all of them by
-default), whatever layout it was trained at. One text appears as it is drawn, several when they are complete. A text
-depends on its own prompt and seed alone, whatever else is drawn beside it.
+The checkpoint says which model and tokenizer it is. Under torchrun the ranks share the model, whatever layout it was
+trained at: --pp stages, each over --tp ranks (all there are by default). One text appears as it is drawn, several when
+they are complete. A text depends on its own prompt and seed alone, whatever else is drawn beside it.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, help="of the draws")
     parser.add_argument("--tokenizer-model", metavar="FILE", help="where the tokenizer is now, if it was moved")
-    parser.add_argument("--tp", type=integer(1), help="tensor-parallel size (default: all ranks)")
-    parser.add_argument("--pp", type=integer(1), default=1, help="pipeline stages: 1, whatever the run was trained at")
+    parser.add_argument("--tp", type=integer(1), help="tensor-parallel size (default: all ranks of a stage)")
+    parser.add_argument("--pp", type=integer(1), default=1, help="pipeline stages, one a rank")
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="where to compute")
     flags = parser.parse_args(arguments)
     if "" in flags.stop:
@@ -116,7 +116,7 @@ class Writer:
         named = {tokenizer.control_tokens[stop]: "stop" for stop in flags.stop if stop in tokenizer.control_tokens}
         self.ends = named if tokenizer.eod is None else {tokenizer.eod: "eod", **named}
         self.stops = [stop for stop in flags.stop if stop not in tokenizer.control_tokens]
-        self.unusable = unusable_ids(tokenizer, trained.model.head.vocab_size)
+        self.unusable = unusable_ids(tokenizer, trained.model.vocab_size)
 
     def write(self, prompts: list[Prompt], sampling: Sampling) -> None:
         """All texts, ``--batch-size`` at a time."""

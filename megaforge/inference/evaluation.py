@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from megaforge.data.blend import parse_data_path, parse_split
 from megaforge.data.indexed_dataset import IndexedDataset
+from megaforge.data.loader import Batch
 from megaforge.data.padding import pad_batch
 from megaforge.data.sample_order import JoinedTokens
 from megaforge.data.sidecar import content_digest, digest_of, read_sidecar
@@ -21,7 +23,6 @@ from megaforge.data.text.expand import expand_inputs
 from megaforge.data.text.formats import TEXT_SUFFIXES, plain_suffix
 from megaforge.data.text.readers import read_texts
 from megaforge.data.tokenizer import Tokenizer
-from megaforge.device import upload
 from megaforge.errors import UserError
 from megaforge.inference.restore import TrainedModel
 from megaforge.training.metrics import EvaluationMetrics
@@ -166,27 +167,28 @@ def evaluate_stream(trained: TrainedModel, stream: Stream, *, seq_length: int, b
     ctx, targets = trained.ctx, len(stream.tokens) - 1
     sums = torch.zeros(2, dtype=torch.float64, device=ctx.device)
     windows = range(0, targets, seq_length)
-    batches = -(-len(windows) // batch_size)
-    for number in range(ctx.dp.rank, batches, ctx.dp.size):
-        chosen = windows[number * batch_size : (number + 1) * batch_size]
-        *fields, document_start = _window_batch(stream, chosen, seq_length)
-        output = trained.model(*(upload(field, ctx.device) for field in fields), document_start)
-        sums += torch.stack([output.loss_sum.double(), output.correct.double()])
-    if ctx.dp.group is not None:
-        dist.all_reduce(sums, group=ctx.dp.group)
+    batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
+    for _, group in groupby(batches[ctx.dp.rank :: ctx.dp.size], len):  # the last of all may be shorter than the others
+        alike = list(group)
+        for start in range(0, len(alike), ctx.pp.size):  # as many at once as there are stages to work on them
+            chosen = alike[start : start + ctx.pp.size]
+            sums += trained.model.sums([_window_batch(stream, starts, seq_length) for starts in chosen])
+    for axis in (ctx.dp, ctx.pp):
+        if axis.group is not None:
+            dist.all_reduce(sums, group=axis.group)
     nats, correct = sums.tolist()
     return EvaluationMetrics(int(trained.meta.get("iteration", 0)), nats, targets, round(correct), stream.text_bytes)
 
 
-def _window_batch(stream: Stream, starts: range, length: int) -> tuple[torch.Tensor, ...]:
-    """(tokens, labels, loss mask, document starts) [b, s] of the windows that begin at ``starts``."""
+def _window_batch(stream: Stream, starts: range, length: int) -> Batch:
+    """The windows that begin at ``starts``."""
     tokens, own = pad_batch([stream.tokens[start : start + length + 1] for start in starts], length=length + 1)
     marks = np.zeros((len(starts), length), np.bool_)
     for row, start in enumerate(starts):
         low, high = np.searchsorted(stream.document_starts, [start, start + length])
         marks[row, stream.document_starts[low:high] - start] = True
     whole = torch.from_numpy(tokens)
-    return (
+    return Batch(
         whole[:, :-1].contiguous(),
         whole[:, 1:].contiguous(),
         torch.from_numpy(own[:, 1:].astype(np.float32)),

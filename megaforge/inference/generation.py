@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.errors import UserError
+from megaforge.inference.staged import StagedModel
 from megaforge.models.generation_state import chosen, side_by_side
-from megaforge.models.hybrid import HybridModel
 
 LARGEST_SEED = 2**63 - 1
 
@@ -94,13 +94,13 @@ class Continuations:
     """Several texts that go on together: draw, drop those that are done, draw again. All ranks do the same calls.
 
     Each prompt is computed in one pass (those of one length together), each further token of all of them in one step
-    from the states. Rank 0 draws and tells the others, so that rounding can never let ranks go on with different
-    tokens. A text depends on its own prompt and seed alone, not on its company.
+    from the states. One rank that holds the last stage draws and tells the others, so that rounding can never let ranks
+    go on with different tokens. A text depends on its own prompt and seed alone, not on its company.
     """
 
     def __init__(
         self,
-        model: HybridModel,
+        model: StagedModel,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         *,
@@ -119,7 +119,7 @@ class Continuations:
         """
         sampling.validate()
         for number, prompt in enumerate(prompts, 1):
-            _check_prompt(prompt, number if len(prompts) > 1 else None, model.head.vocab_size)
+            _check_prompt(prompt, number if len(prompts) > 1 else None, model.vocab_size)
         self.model, self.sampling = model, sampling
         self.going_on = list(range(len(prompts)))
         self._unusable = torch.tensor(list(unusable), dtype=torch.long, device=model.ctx.device)
@@ -128,45 +128,50 @@ class Continuations:
         self._drawn: Tensor | None = None
         self._read_prompts(prompts)
 
-    @torch.no_grad()
     def _read_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
         distinct = list(dict.fromkeys(map(tuple, prompts)))  # several samples of one prompt read it once
         by_length: dict[int, list[tuple[int, ...]]] = defaultdict(list)
         for prompt in distinct:
             by_length[len(prompt)].append(prompt)
-        states, logits = [], []
+        states, scores = [], []
         for alike in by_length.values():
             state = self.model.new_state()
             tokens = torch.tensor(alike, device=self.model.ctx.device)
-            logits.append(self.model.logits(tokens, state=state, last_only=True)[:, -1])
+            scores.append(self.model.logits(tokens, state))
             states.append(state)
         self._state = states[0] if len(states) == 1 else side_by_side(states)
-        self._logits = torch.cat(logits)
+        known = [some for some in scores if some is not None]
+        self._logits = torch.cat(known) if known else None
+        self._rows = len(distinct)
         rows = {prompt: row for row, prompt in enumerate(p for alike in by_length.values() for p in alike)}
         self._keep([rows[tuple(prompt)] for prompt in prompts])
 
     def _keep(self, rows: list[int]) -> None:
         """Goes on with these rows of the batch, in this order."""
-        if rows != list(range(self._logits.shape[0])):
-            index = torch.tensor(rows, dtype=torch.long, device=self._logits.device)
-            self._state, self._logits = chosen(self._state, index), self._logits.index_select(0, index)
+        if rows != list(range(self._rows)):
+            index = torch.tensor(rows, dtype=torch.long, device=self.model.ctx.device)
+            self._state, self._rows = chosen(self._state, index), len(rows)
+            self._logits = None if self._logits is None else self._logits.index_select(0, index)
             self._drawn = None if self._drawn is None else self._drawn.index_select(0, index)
 
-    @torch.no_grad()
     def draw(self) -> dict[int, int]:
         """The next token of each text that goes on, by its number."""
         if not self.going_on:
             return {}
         if self._drawn is not None:
-            self._logits = self.model.logits(self._drawn.view(-1, 1), state=self._state, last_only=True)[:, -1]
-        scores = self._logits.index_fill(-1, self._unusable, float("-inf"))
-        rows = [
-            sample_token(row, self.sampling, self._generators[number])
-            for row, number in zip(scores.cpu().split(1), self.going_on, strict=True)
-        ]
-        self._drawn = torch.cat(rows).to(self.model.ctx.device)
-        if self.model.ctx.world.size > 1:
-            dist.broadcast(self._drawn, src=0, group=self.model.ctx.world.group)
+            self._logits = self.model.logits(self._drawn.view(-1, 1), self._state)
+        ctx = self.model.ctx
+        if self._logits is None:
+            self._drawn = torch.empty(self._rows, dtype=torch.long, device=ctx.device)
+        else:
+            scores = self._logits.index_fill(-1, self._unusable, float("-inf"))
+            rows = [
+                sample_token(row, self.sampling, self._generators[number])
+                for row, number in zip(scores.cpu().split(1), self.going_on, strict=True)
+            ]
+            self._drawn = torch.cat(rows).to(ctx.device)
+        if ctx.world.size > 1:
+            dist.broadcast(self._drawn, src=self.model.source, group=ctx.world.group)
         return dict(zip(self.going_on, self._drawn.tolist(), strict=True))
 
     def drop(self, numbers: Sequence[int]) -> None:
@@ -193,7 +198,7 @@ def _check_prompt(prompt: Sequence[int], number: int | None, vocabulary: int) ->
 
 
 def generate(
-    model: HybridModel, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, stop_token: int | None = None
+    model: StagedModel, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, stop_token: int | None = None
 ) -> Iterator[int]:
     """Yields the tokens that follow ``prompt``, as they are drawn. Collective: every rank must use it up alike.
 

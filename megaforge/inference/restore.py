@@ -1,4 +1,4 @@
-"""A trained model out of a checkpoint directory, ready to use at any tensor-parallel size."""
+"""A trained model out of a checkpoint directory, ready to use on any number of tensor-parallel and pipeline ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from megaforge.data.tokenizer import Tokenizer, guess_tokenizer_type, load_token
 from megaforge.data.tokenizer_files import there_is
 from megaforge.device import resolve_device
 from megaforge.errors import UserError
-from megaforge.models.hybrid import HybridModel
+from megaforge.inference.staged import StagedModel
+from megaforge.models.stages import build_model, plan_pipeline
 from megaforge.optim import build_optimizer
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.distributed import discover_launch, initialize
@@ -36,7 +37,7 @@ class TrainedModel:
         path: the checkpoint.
     """
 
-    model: HybridModel
+    model: StagedModel
     ctx: ParallelContext
     config: Config
     meta: dict[str, Any]
@@ -82,49 +83,50 @@ def load_trained_model(directory: str, *, tp: int | None = None, pp: int = 1, de
 
     Args:
         directory: a run's ``--save`` directory, or one checkpoint in it.
-        tp: tensor-parallel size; None takes all ranks.
-        pp: pipeline stages; only 1 will do.
+        tp: tensor-parallel size; None takes all ranks of a stage.
+        pp: pipeline stages, one a rank.
         device: cpu, cuda or auto.
 
     Raises:
-        UserError: no valid checkpoint, or its model does not divide over ``tp``.
+        UserError: no valid checkpoint, or its model does not divide over ``tp``, or has fewer blocks than ``pp``.
     """
-    if pp != 1:
-        raise UserError(
-            f"--pp {pp}: a trained model runs on one pipeline stage, whatever stages wrote its checkpoint; use --pp 1, "
-            "and --tp to share it over ranks"
-        )
     launch = discover_launch()
-    tp = launch.world_size if tp is None else tp
-    if tp < 1 or launch.world_size % tp:
-        raise UserError(f"--tp {tp} does not divide the {launch.world_size} ranks that were started")
+    if pp < 1 or launch.world_size % pp:
+        raise UserError(f"--pp {pp} does not divide the {launch.world_size} ranks that were started")
+    tp = launch.world_size // pp if tp is None else tp
+    if tp < 1 or launch.world_size // pp % tp:
+        raise UserError(f"--tp {tp} does not divide the {launch.world_size // pp} ranks of a pipeline stage")
     place = resolve_device(device, launch.local_rank)
     initialize(place)
-    ctx = ParallelContext.create(tp=tp, device=place)
+    ctx = ParallelContext.create(tp=tp, pp=pp, device=place)
     path = find_checkpoint(directory, ctx)
     meta = read_meta(path)
-    config = _present_config(meta, path, tp, device)
+    config = _present_config(meta, path, tp, pp, device)
     check_layout(config, launch.world_size)
     set_numerics(config, place)
-    model = HybridModel(config.model, ctx, dtype=compute_dtype(config.training))
+    plan = plan_pipeline(config.model, config.parallel, 1, config.data.seq_length)
+    model = build_model(config.model, ctx, plan, dtype=compute_dtype(config.training))
     # The optimizer knows how 16-bit weights come from their fp32 masters; its own state is not read.
     optimizer = build_optimizer(config.optimizer, model, ctx)
     entries = [TensorEntry(*entry) for entry in optimizer.weight_entries()]
     load_checkpoint(path, entries, ctx, verify=False, allow_extra=("",), cast=True)
     optimizer.after_load()
-    return TrainedModel(model.eval(), ctx, config, meta, path)
+    return TrainedModel(StagedModel(model.eval(), plan), ctx, config, meta, path)
 
 
-def _present_config(meta: dict[str, Any], path: Path, tp: int, device: str) -> Config:
+def _present_config(meta: dict[str, Any], path: Path, tp: int, pp: int, device: str) -> Config:
     if "config" not in meta:
         raise UserError(f"--load {path}: it does not say which model it is of; no training run wrote it")
     config = config_from_dict(meta["config"], source=str(path))
+    pattern = config.model.hybrid_layer_pattern
+    uncut = None if pattern is None else pattern.replace("|", "")  # the run's stages need not be these
     return dataclasses.replace(
         config,
+        model=dataclasses.replace(config.model, hybrid_layer_pattern=uncut),
         parallel=dataclasses.replace(
             config.parallel,
             tensor_model_parallel_size=tp,
-            pipeline_model_parallel_size=1,
+            pipeline_model_parallel_size=pp,
             virtual_pipeline_model_parallel_size=None,
             num_layers_per_virtual_pipeline_stage=None,
             pipeline_schedule=None,

@@ -301,19 +301,37 @@ class HybridModel(nn.Module):
             [b, s, vocabulary] ([b, 1, vocabulary]) in the dtype of the model.
 
         Raises:
-            ValueError: the model's sequences are shared by the ranks of cp.
+            ValueError: the model's sequences are shared by the ranks of cp, or this is a stage of it.
         """
+        if not (self.is_first and self.is_last):
+            raise ValueError(f"blocks {self.stage_layers} are one pipeline stage: call stage_logits")
+        logits, _ = self.stage_logits(tokens, document_start, state, last_only=last_only)
+        assert logits is not None
+        return logits
+
+    def stage_logits(
+        self,
+        tokens: Tensor,
+        document_start: Tensor | None = None,
+        state: GenerationState | None = None,
+        *,
+        last_only: bool = False,
+        arrived: Stream | None = None,
+    ) -> tuple[Tensor | None, Stream]:
+        """:meth:`logits` of one pipeline stage: scores in the last, None in others; and what the next goes on from."""
         if self.ctx.cp.size > 1:
             raise ValueError(f"logits are for models that hold whole sequences: cp is {self.ctx.cp.size}, not 1")
         info = self._info(tokens, document_start, state)
-        stream, _ = self._trunk(tokens, info, state)
-        x = self.final_norm(stream.x)
+        stream, _ = self._trunk(tokens, info, state, arrived)
         if state is not None:
             state.length += tokens.shape[1]
+        if not self.is_last:
+            return None, stream
+        x = self.final_norm(stream.x)
         if last_only and not self.region.sequence_parallel:
             x = x[-1:]
         logits = self.head.logits(x)
-        return logits[:, -1:] if last_only else logits
+        return logits[:, -1:] if last_only else logits, stream
 
     def new_state(self) -> GenerationState:
         """An empty memory; the first tokens given to it decide how many sequences it holds."""

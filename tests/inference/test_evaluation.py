@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from megaforge.data.indexed_dataset import IndexedDataset
 from megaforge.data.tokenizer import load_tokenizer
@@ -84,6 +87,33 @@ def test_a_checkpoint_is_evaluated_on_its_own_held_out_documents_wherever_they_a
         flagged.part, flagged.input, flagged.train_data = part, data, data
         with pytest.raises(UserError, match="the baseline would know the answers"):
             fit_baseline(flagged, trained, read_dataset(data, trained, part))
+
+
+def measured(save: str, prefix: str, tp: int, pp: int) -> tuple[float, float]:
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}
+    # The pool's ranks have met already.
+    with mock.patch.dict(os.environ, launched), mock.patch("megaforge.inference.restore.initialize"):
+        trained = load_trained_model(save, tp=tp, pp=pp, device="cpu")
+    found = evaluate_stream(trained, read_dataset(prefix, trained), seq_length=24, batch_size=2)
+    return found.nats, found.correct or 0
+
+
+@pytest.mark.parametrize("world,tp,pp", [(2, 1, 2), (4, 2, 2), (4, 1, 2)])
+def test_every_layout_measures_the_same(ranks, tmp_path: Path, world: int, tp: int, pp: int) -> None:
+    """Batches of two windows on each stage at once, the last of them shorter; with dp, an uneven number of batches."""
+    save, prefix = str(tmp_path / "run"), write_dataset(tmp_path / "d")
+    make_trainer(arguments(prefix, "--fp64", "--save", save, "--train-iters", "1")).train()
+    nats, correct = measured(save, prefix, 1, 1)
+    for found in ranks.run(world, measured, save, prefix, tp, pp):
+        assert found == (pytest.approx(nats, rel=1e-12), correct)
+
+
+def test_a_layout_that_does_not_divide_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="--pp 2 does not divide the 1 ranks"):
+        load_trained_model("nowhere", pp=2)
+    with pytest.raises(UserError, match="--tp 2 does not divide the 1 ranks of a pipeline stage"):
+        load_trained_model("nowhere", tp=2)
 
 
 def test_a_checkpoint_of_before_split_orders_is_evaluated_on_its_ranges(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Drawing tokens, and continuing a text at any tensor-parallel size."""
+"""Drawing tokens, and continuing texts at any layout."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from megaforge.config.model_config import ModelConfig
+from megaforge.config.run_config import ParallelConfig
 from megaforge.errors import UserError
 from megaforge.inference.generation import Continuations, Sampling, generate, sample_token, token_probabilities
+from megaforge.inference.staged import StagedModel
 from megaforge.models.hybrid import HybridModel
+from megaforge.models.stages import build_model, plan_pipeline
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
 from tests.nn.support import perturb
@@ -18,7 +21,7 @@ from tests.nn.support import perturb
 PROMPT = [5, 17, 3, 3, 40]
 
 
-def build(ctx: ParallelContext) -> HybridModel:
+def build(ctx: ParallelContext) -> StagedModel:
     cfg = ModelConfig(
         hidden_size=32,
         ffn_hidden_size=48,
@@ -29,30 +32,37 @@ def build(ctx: ParallelContext) -> HybridModel:
         make_vocab_size_divisible_by=8,
         hybrid_layer_pattern="RE*ER-",
     )
-    model = HybridModel(cfg, ctx, dtype=torch.float64)
+    plan = plan_pipeline(cfg, ParallelConfig(pipeline_model_parallel_size=ctx.pp.size), 1, 64)
+    model = build_model(cfg, ctx, plan, dtype=torch.float64)
     initialize_parameters(model, ctx, seed=5)
-    perturb(model, ctx)
-    return model.eval()
+    for chunk in model.chunks:
+        perturb(chunk, ctx)
+    return StagedModel(model.eval(), plan)
 
 
-def continuation(tp: int, sampling: Sampling, stop: int | None = None) -> list[int]:
-    return list(generate(build(ParallelContext.create(tp=tp)), PROMPT, 24, sampling, stop))
+def whole(model: StagedModel) -> HybridModel:
+    [chunk] = model._model.chunks
+    return chunk
+
+
+def continuation(tp: int, sampling: Sampling, stop: int | None = None, pp: int = 1) -> list[int]:
+    return list(generate(build(ParallelContext.create(tp=tp, pp=pp)), PROMPT, 24, sampling, stop))
 
 
 @torch.no_grad()
 def test_greedy_continuation_is_the_argmax_of_the_parallel_form() -> None:
     model, tokens = build(ParallelContext.single()), list(PROMPT)
     for _ in range(24):
-        tokens.append(int(model.logits(torch.tensor([tokens]))[0, -1].argmax()))
+        tokens.append(int(whole(model).logits(torch.tensor([tokens]))[0, -1].argmax()))
     assert continuation(1, Sampling(temperature=0)) == tokens[len(PROMPT) :]
 
 
-@pytest.mark.parametrize("world,tp", [(2, 2), (4, 4), (4, 2)])
-def test_every_layout_continues_alike(ranks, world: int, tp: int) -> None:
+@pytest.mark.parametrize("world,tp,pp", [(2, 2, 1), (4, 4, 1), (4, 2, 1), (2, 1, 2), (3, 1, 3), (4, 2, 2), (4, 1, 2)])
+def test_every_layout_continues_alike(ranks, world: int, tp: int, pp: int) -> None:
     sampling = Sampling(temperature=0.9, top_k=20, top_p=0.9, seed=3)
     expected = continuation(1, sampling)
     assert len(set(expected)) > 3
-    assert ranks.run(world, continuation, tp, sampling) == [expected] * world
+    assert ranks.run(world, continuation, tp, sampling, None, pp) == [expected] * world
 
 
 def test_the_stop_token_ends_the_text() -> None:
@@ -112,11 +122,13 @@ def test_bad_prompts_are_named(prompt: list[int], message: str) -> None:
 PROMPTS = [[5, 17, 3, 3, 40], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [60, 60], [9, 8]]
 
 
-def together(tp: int, sampling: Sampling, samples: int = 1, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
+def together(
+    tp: int, sampling: Sampling, samples: int = 1, prompts: list[list[int]] = PROMPTS, pp: int = 1
+) -> list[list[int]]:
     """20 tokens of each text; the texts end one after the other, as texts do."""
     prompts = [prompt for prompt in prompts for _ in range(samples)]
     seeds = [sampling.seed + number % samples for number in range(len(prompts))]
-    batch = Continuations(build(ParallelContext.create(tp=tp)), prompts, sampling, seeds=seeds)
+    batch = Continuations(build(ParallelContext.create(tp=tp, pp=pp)), prompts, sampling, seeds=seeds)
     texts: list[list[int]] = [[] for _ in prompts]
     for step in range(20):
         for number, token in batch.draw().items():
@@ -143,14 +155,16 @@ def test_scores_of_a_batch_are_those_of_each_text_alone() -> None:
     texts = [list(prompt) for prompt in PROMPTS]
     for _ in range(3):
         for number, token in batch.draw().items():
-            alone = model.logits(torch.tensor([texts[number]]))[:, -1]
+            alone = whole(model).logits(torch.tensor([texts[number]]))[:, -1]
             torch.testing.assert_close(batch._logits[number : number + 1], alone, rtol=1e-11, atol=1e-12)
             texts[number].append(token)
 
 
-def test_a_batch_is_the_same_at_every_layout(ranks) -> None:
+@pytest.mark.parametrize("world,tp,pp", [(2, 2, 1), (2, 1, 2), (3, 1, 3), (4, 2, 2)])
+def test_a_batch_is_the_same_at_every_layout(ranks, world: int, tp: int, pp: int) -> None:
     sampling = Sampling(temperature=0.9, seed=3)
-    assert ranks.run(2, together, 2, sampling, 2) == [together(1, sampling, 2)] * 2
+    expected = together(1, sampling, 2)
+    assert ranks.run(world, together, tp, sampling, 2, PROMPTS, pp) == [expected] * world
 
 
 def test_samples_are_those_of_the_following_seeds() -> None:

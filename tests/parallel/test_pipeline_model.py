@@ -20,7 +20,6 @@ from torch import Tensor
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
-from megaforge.inference.restore import load_trained_model
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.stages import stage_layers
 from megaforge.parallel.context import ParallelContext
@@ -282,11 +281,6 @@ def test_impossible_pipelines_are_refused_before_any_process_group(
     with pytest.raises(UserError) as caught:
         prepare(make_config(flags(prefix, *more)))
     assert all(name in str(caught.value) for name in names), str(caught.value)
-
-
-def test_trained_models_run_on_one_stage() -> None:
-    with pytest.raises(UserError, match="--pp 2: a trained model runs on one pipeline stage.*use --pp 1"):
-        load_trained_model("nowhere", pp=2)
 
 
 def test_costs_balance_stages() -> None:

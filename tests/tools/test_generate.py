@@ -15,6 +15,7 @@ from megaforge.errors import UserError
 from megaforge.inference.generation import Sampling, generate
 from megaforge.inference.prompts import Prompt, read_prompts
 from megaforge.inference.restore import TrainedModel
+from megaforge.inference.staged import StagedModel
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
@@ -28,7 +29,7 @@ TOKENIZER = NullTokenizer("50")  # ids 0 to 50, of a model's 61
 
 
 @pytest.fixture(scope="module")
-def model() -> HybridModel:
+def model() -> StagedModel:
     cfg = ModelConfig(
         hidden_size=32,
         ffn_hidden_size=48,
@@ -42,10 +43,10 @@ def model() -> HybridModel:
     model = HybridModel(cfg, ctx)
     initialize_parameters(model, ctx, seed=5)
     perturb(model, ctx)
-    return model.eval()
+    return StagedModel(model.eval())
 
 
-def written(model: HybridModel, prompts: list[str], capsys: pytest.CaptureFixture[str], *more: str) -> str:
+def written(model: StagedModel, prompts: list[str], capsys: pytest.CaptureFixture[str], *more: str) -> str:
     flags = parse_arguments(["--load", "x", "--prompt", "x", "--max-new-tokens", "12", "--temperature", "9", *more])
     trained = TrainedModel(model, model.ctx, make_config([]), {}, Path("x"))
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
@@ -53,14 +54,14 @@ def written(model: HybridModel, prompts: list[str], capsys: pytest.CaptureFixtur
     return capsys.readouterr().out
 
 
-def test_one_text_is_prompt_and_continuation(model: HybridModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_text_is_prompt_and_continuation(model: StagedModel, capsys: pytest.CaptureFixture[str]) -> None:
     text = written(model, ["5 17 3"], capsys)
     words = text.split()
     assert text.startswith("5 17 3 ") and text.endswith("\n") and 3 < len(words) <= 15
     assert max(map(int, words)) < 50, "neither the end of a document nor what only the model has"
 
 
-def test_many_texts_do_not_depend_on_their_company(model: HybridModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_texts_do_not_depend_on_their_company(model: StagedModel, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = ["5 17 3", "7", "1 2 3 4 5 6", "7"]
     records = [
         json.loads(line) for line in written(model, prompts, capsys, "--json", "--num-samples", "2").splitlines()
@@ -78,13 +79,13 @@ def test_many_texts_do_not_depend_on_their_company(model: HybridModel, capsys: p
     assert {r["end"] for r in records} <= {"length", "eod"}
 
 
-def test_plain_output_names_what_it_shows(model: HybridModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_output_names_what_it_shows(model: StagedModel, capsys: pytest.CaptureFixture[str]) -> None:
     lines = written(model, ["7", "8"], capsys).splitlines()
     assert [lines[0], lines[2]] == ["--- prompt 1, sample 1", "--- prompt 2, sample 1"]
     assert lines[1].startswith("7 ") and lines[3].startswith("8 ")
 
 
-def test_stop_strings_end_a_text(model: HybridModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stop_strings_end_a_text(model: StagedModel, capsys: pytest.CaptureFixture[str]) -> None:
     whole = written(model, ["7"], capsys)
     stop = f" {whole.split()[4]} "
     expected = whole[: whole.index(stop, 1)]
@@ -93,11 +94,11 @@ def test_stop_strings_end_a_text(model: HybridModel, capsys: pytest.CaptureFixtu
     assert written(model, ["7"], capsys, "--stop", stop) == expected + "\n"
 
 
-def test_no_new_tokens_is_the_prompt(model: HybridModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_new_tokens_is_the_prompt(model: StagedModel, capsys: pytest.CaptureFixture[str]) -> None:
     assert written(model, ["7"], capsys, "--max-new-tokens", "0") == "7\n"
 
 
-def test_the_recorded_end_of_document_ends_a_text(model: HybridModel) -> None:
+def test_the_recorded_end_of_document_ends_a_text(model: StagedModel) -> None:
     tokens = list(generate(model, [7], 12, Sampling(temperature=0)))
     assert list(generate(model, [7], 12, Sampling(temperature=0), tokens[2])) == tokens[: tokens.index(tokens[2])]
 

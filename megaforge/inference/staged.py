@@ -1,0 +1,96 @@
+"""A model on the stages of a pipeline, forward only: scores to draw tokens by, and losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megaforge.config.run_config import ParallelConfig
+from megaforge.data.loader import Batch
+from megaforge.device import upload
+from megaforge.models.generation_state import GenerationState
+from megaforge.models.hybrid import HybridModel, Stream
+from megaforge.models.stages import ModelChunks, PipelinePlan, make_stage_tensors, plan_pipeline
+from megaforge.parallel.pipeline.executor import PipelineExecutor, StageOutput
+
+_Step = Callable[[Stream | None], tuple[Any, Stream]]
+
+
+class StagedModel:
+    """A model that is whole on each rank of pp, or cut into one stage a rank; the ranks of pp make the same calls.
+
+    Attributes:
+        vocab_size: tokens that the model has scores for.
+        source: the first rank of the world that holds the last stage, and so gets the scores.
+    """
+
+    def __init__(self, model: HybridModel | ModelChunks, plan: PipelinePlan | None = None) -> None:
+        """``plan``: how the model was cut; None: it is whole."""
+        [self._chunk] = model.chunks
+        self._model, self.ctx, cfg = model, self._chunk.ctx, self._chunk.cfg
+        self._plan = plan or plan_pipeline(cfg, ParallelConfig(), 1, 1)
+        self._dtype = next(model.parameters()).dtype
+        self.vocab_size = cfg.vocab_size or cfg.padded_vocab_size()
+        self._executors: dict[tuple[int, torch.Size], PipelineExecutor] = {}
+        pp, world = self.ctx.pp, self.ctx.world
+        self.source = (pp.size - 1) * (world.size // pp.size)
+
+    def new_state(self) -> GenerationState:
+        """An empty memory of this rank's blocks."""
+        return self._chunk.new_state()
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, state: GenerationState) -> Tensor | None:
+        """Scores after the last token: int64 [b, s] -> [b, vocabulary]; None on ranks without the last stage.
+
+        Args:
+            tokens: they continue those that ``state`` has seen, and it takes them in.
+        """
+
+        def score(received: Stream | None) -> tuple[Tensor | None, Stream]:
+            return self._chunk.stage_logits(tokens, state=state, last_only=True, arrived=received)
+
+        [scores] = self._run([score], tokens.shape)
+        return None if scores is None else scores[:, -1]
+
+    @torch.no_grad()
+    def sums(self, batches: Sequence[Batch]) -> Tensor:
+        """fp64 [2]: sums over tokens of loss mask * cross-entropy in nats, and of loss mask * (the label scored
+        highest); 0 on ranks without the last stage.
+
+        Args:
+            batches: of one shape [b, s]; several keep the stages busy at the same time.
+        """
+
+        def measure(batch: Batch, received: Stream | None) -> tuple[Tensor, Stream]:
+            tokens, labels, mask = (upload(x, self.ctx.device) for x in (batch.tokens, batch.labels, batch.loss_mask))
+            output, stream = self._chunk.run_stage(tokens, labels, mask, batch.document_start, arrived=received)
+            return torch.stack([output.loss_sum.double(), output.correct.double()]), stream
+
+        steps = [partial(measure, batch) for batch in batches]
+        return torch.stack(self._run(steps, batches[0].tokens.shape)).sum(0)
+
+    def _run(self, steps: Sequence[_Step], shape: torch.Size) -> list[Any]:
+        """What each step, of one micro-batch of ``shape`` [b, s], finds out on this rank's stage."""
+        reports = self._executor(len(steps), shape).run(steps, gradients=False).reports
+        return [reports.get((number, self.ctx.pp.rank)) for number in range(len(steps))]
+
+    def _executor(self, count: int, shape: torch.Size) -> PipelineExecutor:
+        """The newest one, as most calls are like the one before."""
+        if (count, shape) not in self._executors:
+            batch, length = shape
+            tensors = make_stage_tensors(self._model, self._plan, batch, length, self._dtype)
+            schedule = self._plan.with_micro_batches(count)
+            executor = PipelineExecutor(schedule, self.ctx.pp, [self._chunk], _step, tensors, device=self.ctx.device)
+            self._executors = {(count, shape): executor}
+        return self._executors[count, shape]
+
+
+def _step(chunk: nn.Module, step: _Step, received: dict[str, Tensor]) -> StageOutput:
+    report, stream = step(Stream(received["x"], received.get("v_first")) if received else None)
+    sent = {"x": stream.x} | ({} if stream.v_first is None else {"v_first": stream.v_first})
+    return StageOutput(sent, report=report)
