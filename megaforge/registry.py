@@ -79,6 +79,9 @@ class Registry:
         return name in self._parts
 
 
+DATA_SOURCES = Registry(
+    "data source", {"files": "megaforge.data.data_source:FILES", "mock": "megaforge.data.data_source:MOCK"}
+)
 SCHEDULES = Registry(
     "pipeline schedule",
     {

@@ -116,7 +116,9 @@ class DataConfig:
     """What is read, and how documents become samples."""
 
     data_path: tuple[str, ...] = flag(
-        (), "dataset prefix, or weight prefix weight prefix ... for a blend", metavar="PREFIX"
+        (),
+        "dataset prefix, or weight prefix weight prefix ... for a blend; NAME://... reads a source of --extensions",
+        metavar="PREFIX",
     )
     mock_data: bool = flag(False, "random tokens instead of --data-path, to measure speed without a corpus")
     split: str = flag("99,1,0", "train,validation,test shares of every source's documents")

@@ -7,51 +7,12 @@ from collections import deque
 from collections.abc import Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from megaforge.data.data_source import SampleView
 from megaforge.errors import UserError
-
-
-class SampleView(Protocol):
-    """What a loader reads from: training data, or a validation view (which also has a length)."""
-
-    eod_mask_loss: bool
-
-    @property
-    def stage_starts(self) -> list[int]:
-        """The samples at which the sequence length may change."""
-
-    def sequence_length(self, k: int) -> int:
-        """S of sample ``k``."""
-
-    def fill(self, k: int, tokens: npt.NDArray[np.int64], marks: npt.NDArray[np.bool_]) -> int:
-        """Writes sample ``k`` and its document starts, [S + 1] each; returns how many labels count."""
-
-
-class DataSource(SampleView, Protocol):
-    """What a run trains on: samples without end, of which the k-th never depends on layout or length of the run."""
-
-    notices: list[str]
-
-    @property
-    def epoch_tokens(self) -> list[int]:
-        """Training tokens of one epoch of each source; empty where there are no epochs."""
-
-    def state(self, consumed_samples: int) -> dict[str, Any]:
-        """The JSON-like state to save when samples [0, consumed_samples) have been trained on."""
-
-    def check_state(self, saved: dict[str, Any]) -> None:
-        """Raises UserError where a run in state ``saved`` cannot go on with these data."""
-
-    def bytes_per_token(self, split: str = "valid") -> float | None:
-        """UTF-8 bytes a token of the split stands for; None if unknown."""
-
-    def validation(self, split: str = "valid") -> SampleView:
-        """What an evaluation reads."""
 
 
 @dataclass(frozen=True)

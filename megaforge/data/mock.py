@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megaforge.config.config import Config
 from megaforge.data.sample_order import key_of, splitmix64
-from megaforge.data.sample_schedule import Plan, SampleSchedule, check_state, make_state
+from megaforge.data.sample_schedule import Plan, SampleSchedule, ScheduledSource, make_state
 from megaforge.data.sidecar import digest_of
 
 MEAN_DOCUMENT = 512  # tokens of a document on average, as far as samples have room
 _VERSION = 1
 
 
-class MockData:
+class MockData(ScheduledSource):
     """Endless samples of uniformly random ids; sample k is a pure function of (seed, k), whatever the layout.
 
     Each sample begins with a document, and a new one begins at any later token with probability 1 / 512. There is
@@ -37,17 +38,8 @@ class MockData:
         self._schedule, self._vocab_size = schedule, np.uint64(vocab_size)
         self._key = ["mock", _VERSION, part, schedule.seed]
 
-    @property
-    def stage_starts(self) -> list[int]:
-        """The samples at which the sequence length may change."""
-        return self.plan.starts
-
-    def sequence_length(self, k: int) -> int:
-        """S of sample ``k``."""
-        return self.plan.stage_at(k).sequence_length
-
     def fill(self, k: int, tokens: npt.NDArray[np.int64], marks: npt.NDArray[np.bool_]) -> int:
-        """Writes sample ``k`` and its document starts, [S + 1] each; returns how many labels count: all S."""
+        """Writes sample ``k`` and its document starts, [S + n] each; all labels count."""
         drawn = splitmix64(key_of(*self._key, k), np.arange(len(tokens), dtype=np.uint64))
         # The high half chooses the token and the low one where documents begin.
         tokens[:] = ((drawn >> np.uint64(32)) * self._vocab_size) >> np.uint64(32)
@@ -55,28 +47,17 @@ class MockData:
         marks[0] = True
         return len(tokens) - 1
 
-    @property
-    def epoch_tokens(self) -> list[int]:
-        """None: no sample comes twice."""
-        return []
-
     def state(self, consumed_samples: int) -> dict[str, Any]:
         """As :meth:`megaforge.data.samples.TrainingData.state`."""
         state = make_state(self.plan, self.digest, ((1.0, 0.0, 0.0), "sequential"), consumed_samples)
         return state | {"sources": [{"digest": self.digest, "choices": None}]}
 
-    def check_state(self, saved: dict[str, Any]) -> None:
-        """As :meth:`megaforge.data.samples.TrainingData.check_state`.
-
-        Raises:
-            UserError: names the field that differs.
-        """
-        check_state(self.state(int(saved.get("consumed_samples", 0))), saved)
-
-    def bytes_per_token(self, split: str = "valid") -> float | None:
-        """None: there is no text."""
-        return None
-
     def validation(self, split: str = "valid") -> MockData:
         """Other samples of the same kind, as endless as these."""
         return MockData(self._schedule, int(self._vocab_size), eod_mask_loss=self.eod_mask_loss, part=split)
+
+
+def open_mock(config: Config) -> MockData:
+    """The random samples that the flags ask for."""
+    vocab_size = config.model.vocab_size or config.model.padded_vocab_size()
+    return MockData(SampleSchedule.of(config), vocab_size, eod_mask_loss=config.data.eod_mask_loss)

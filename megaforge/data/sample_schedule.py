@@ -10,9 +10,11 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from megaforge.config.config import Config
 from megaforge.data.blend import Blend
+from megaforge.data.data_source import DataSource
 from megaforge.data.sidecar import digest_of
 from megaforge.errors import UserError
 
@@ -40,6 +42,11 @@ class SampleSchedule:
     sequence_length: int
     changes: tuple[ScheduleChange, ...] = ()
     lanes: int = 1
+
+    @staticmethod
+    def of(config: Config) -> SampleSchedule:
+        """What the flags ask for."""
+        return SampleSchedule(config.training.seed, config.data.seq_length, lanes=config.data.data_lanes)
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,33 @@ class Plan:
         return [
             {"start_sample": s.start, "sequence_length": s.sequence_length, "weights": list(s.weights)} for s in entered
         ]
+
+
+class ScheduledSource(DataSource, Protocol):
+    """A source whose samples follow ``plan``."""
+
+    plan: Plan
+
+    @property
+    def stage_starts(self) -> list[int]:
+        """The samples at which the sequence length or the mix may change."""
+        return self.plan.starts
+
+    def sequence_length(self, k: int) -> int:
+        """S of sample ``k``."""
+        return self.plan.stage_at(k).sequence_length
+
+    def tokens_before(self, samples: int) -> int:
+        """Labels in samples [0, samples)."""
+        return self.plan.tokens_before(samples)
+
+    def check_state(self, saved: dict[str, Any]) -> None:
+        """Refuses to continue a run whose past this data and schedule would not have produced.
+
+        Raises:
+            UserError: names the field that differs.
+        """
+        check_state(self.state(int(saved.get("consumed_samples", 0))), saved)
 
 
 def _checked_length(length: int) -> int:

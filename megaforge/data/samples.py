@@ -14,13 +14,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megaforge.data.blend import parse_split
+from megaforge.config.config import Config
+from megaforge.config.launcher import discover_launch
+from megaforge.data.blend import parse_data_path, parse_split
+from megaforge.data.data_source import SampleView
 from megaforge.data.loader import Batch, GlobalBatchLoader
 from megaforge.data.sample_order import TokenStream, documents_in_order, has_native_copy, key_of, shuffled
-from megaforge.data.sample_schedule import Plan, SampleSchedule, check_state, make_state
+from megaforge.data.sample_schedule import Plan, SampleSchedule, ScheduledSource, make_state
 from megaforge.data.sidecar import check_agreement, digest_of
 from megaforge.data.source import DataChecks, Source, open_source
 from megaforge.data.split import PARTS
+from megaforge.data.tokenizer import Tokenizer
 from megaforge.errors import UserError
 
 __all__ = ["Batch", "DataChecks", "GlobalBatchLoader", "Sample", "SampleSchedule", "TrainingData", "ValidationData"]
@@ -47,7 +51,7 @@ class Sample(NamedTuple):
     cursor: int
 
 
-class TrainingData:
+class TrainingData(ScheduledSource):
     """The endless training samples of a blend of datasets.
 
     Args:
@@ -138,18 +142,9 @@ class TrainingData:
         return streams
 
     @property
-    def stage_starts(self) -> list[int]:
-        """The samples at which the sequence length or the mix may change."""
-        return self.plan.starts
-
-    @property
     def epoch_tokens(self) -> list[int]:
         """Training tokens of one epoch of each source."""
         return [int(source.extents("train")[1].sum()) for source in self._sources]
-
-    def sequence_length(self, k: int) -> int:
-        """S of sample ``k``."""
-        return self.plan.stage_at(k).sequence_length
 
     def locate(self, k: int) -> tuple[int, int, int]:
         """(source, lane, token cursor) of sample ``k``: its identity."""
@@ -174,10 +169,7 @@ class TrainingData:
         return Sample(torch.from_numpy(tokens), torch.from_numpy(marks), length, *self.locate(k))
 
     def fill(self, k: int, tokens: npt.NDArray[np.int64], marks: npt.NDArray[np.bool_]) -> int:
-        """Writes sample ``k`` into ``tokens`` int64 [S + 1] and its document starts into ``marks`` (False before).
-
-        Returns how many labels count: S.
-        """
+        """Writes sample ``k`` and its document starts, [S + n] each; all labels count."""
         self._read(k, tokens, marks)
         return len(tokens) - 1
 
@@ -201,14 +193,6 @@ class TrainingData:
         return make_state(self.plan, self.digest, (self.split, self.split_order), consumed_samples) | {
             "sources": sources
         }
-
-    def check_state(self, saved: dict[str, Any]) -> None:
-        """Refuses to continue a run whose past this data and schedule would not have produced.
-
-        Raises:
-            UserError: names the field that differs.
-        """
-        check_state(self.state(int(saved.get("consumed_samples", 0))), saved)
 
     def bytes_per_token(self, split: str = "valid") -> float | None:
         """UTF-8 bytes a token of the split stands for, from the sidecars' totals; None if a dataset has no record."""
@@ -244,7 +228,7 @@ def _targets_of(lengths: npt.NDArray[np.int64]) -> int:
     return int(np.maximum(lengths - 1, 0).sum())
 
 
-class ValidationData:
+class ValidationData(SampleView):
     """A finite, fixed sequence of windows over one split; see :meth:`TrainingData.validation`.
 
     Each source is cut on its own, and the sources' windows alternate in proportion to their number, so that any
@@ -256,7 +240,6 @@ class ValidationData:
 
     def __init__(self, sources: Sequence[Source], part: str, sequence_length: int, eod_mask_loss: bool) -> None:
         self.eod_mask_loss = eod_mask_loss
-        self.stage_starts = [0]
         self._length = sequence_length
         self._sources = sources
         self._orders = [documents_in_order(*source.extents(part)) for source in sources]
@@ -298,3 +281,25 @@ class ValidationData:
         tokens[filled:] = 0
         marks[filled : filled + 1] = True
         return max(filled - 1, 0)
+
+
+def open_files(config: Config, tokenizer: Tokenizer | None) -> TrainingData:
+    """The datasets of ``--data-path``.
+
+    Raises:
+        UserError: as :class:`TrainingData`.
+    """
+    return TrainingData(
+        parse_data_path(config.data.data_path),
+        config.data.split,
+        SampleSchedule.of(config),
+        split_order=config.data.split_order,
+        checks=DataChecks(
+            config.model.vocab_size,
+            None if tokenizer is None else tokenizer.fingerprint,
+            None if tokenizer is None else tokenizer.eod,
+            # Once a machine: hashing a corpus takes a while, and the ranks of one see the same files.
+            verify=config.data.verify_data and discover_launch().local_rank == 0,
+        ),
+        eod_mask_loss=config.data.eod_mask_loss,
+    )

@@ -77,7 +77,11 @@ def run_meta(trainer: Trainer) -> dict[str, Any]:
     return describe_run(trainer.config, trainer.tokenizer) | {
         "megaforge_version": megaforge.__version__,
         "iteration": trainer.iteration,
-        "data": trainer.data.state(trainer.consumed_samples),
+        "data": trainer.data.state(trainer.consumed_samples)
+        | {
+            "consumed_samples": trainer.consumed_samples,
+            "consumed_tokens": trainer.data.tokens_before(trainer.consumed_samples),
+        },
         "optimizer": trainer.optimizer.state(),
         "scaler": trainer.scaler.state(),
         "schedule": trainer.schedule.digest,

@@ -8,11 +8,9 @@ from pathlib import Path
 from megaforge.config.check_layout import Layout, check_layout, vocabulary_cost
 from megaforge.config.config import Config
 from megaforge.config.launcher import discover_launch, print_rank_0
-from megaforge.data.blend import parse_data_path, parse_split
-from megaforge.data.indexed_dataset import check_files
+from megaforge.data.data_source import source_kind
 from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.data.tokenizer import Tokenizer
-from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 from megaforge.models.pipeline_shape import check_pipeline
 
@@ -24,14 +22,7 @@ def prepare(config: Config) -> tuple[Config, Layout, Tokenizer | None]:
         UserError: the same on every rank, which makes it safe to leave.
     """
     launch = discover_launch()
-    if not config.data.data_path and not config.data.mock_data:
-        raise UserError(
-            "--data-path is missing; give the prefix of a dataset, such as corpus/train_text_document (or --mock-data, "
-            "to measure speed on random tokens)"
-        )
-    parse_split(config.data.split)
-    for _, prefix in parse_data_path(config.data.data_path) if config.data.data_path else ():
-        check_files(prefix)
+    source_kind(config.data).check(config)
     config, tokenizer, notes = _with_saved_vocabulary(config)
     layout = check_layout(config, launch.world_size)
     config.model.padded_vocab_size()

@@ -10,10 +10,7 @@ import torch.distributed as dist
 from megaforge.config.check_layout import Layout
 from megaforge.config.config import Config
 from megaforge.config.schema import config_to_dict
-from megaforge.data.blend import parse_data_path
-from megaforge.data.loader import DataSource
-from megaforge.data.mock import MockData
-from megaforge.data.samples import DataChecks, SampleSchedule, TrainingData
+from megaforge.data.data_source import DataSource, source_kind
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.device import resolve_device, set_gpu_environment
 from megaforge.errors import UserError
@@ -157,7 +154,7 @@ def build_model_chunks(config: Config, ctx: ParallelContext, plan: PipelinePlan)
 
 
 def _open_data(config: Config, tokenizer: Tokenizer | None) -> DataSource:
-    data = _mock_data(config) if config.data.mock_data else _files(config, tokenizer)
+    data = source_kind(config.data).open(config, tokenizer)
     for notice in data.notices:
         print_rank_0(notice)
     watched = config.training.early_stopping_metric
@@ -167,32 +164,6 @@ def _open_data(config: Config, tokenizer: Tokenizer | None) -> DataSource:
             "use --early-stopping-metric loss"
         )
     return data
-
-
-def _schedule_of(config: Config) -> SampleSchedule:
-    return SampleSchedule(config.training.seed, config.data.seq_length, lanes=config.data.data_lanes)
-
-
-def _mock_data(config: Config) -> MockData:
-    vocab_size = config.model.vocab_size or config.model.padded_vocab_size()
-    return MockData(_schedule_of(config), vocab_size, eod_mask_loss=config.data.eod_mask_loss)
-
-
-def _files(config: Config, tokenizer: Tokenizer | None) -> TrainingData:
-    return TrainingData(
-        parse_data_path(config.data.data_path),
-        config.data.split,
-        _schedule_of(config),
-        split_order=config.data.split_order,
-        checks=DataChecks(
-            config.model.vocab_size,
-            None if tokenizer is None else tokenizer.fingerprint,
-            None if tokenizer is None else tokenizer.eod,
-            # Once a machine: hashing a corpus takes a while, and the ranks of one see the same files.
-            verify=config.data.verify_data and discover_launch().local_rank == 0,
-        ),
-        eod_mask_loss=config.data.eod_mask_loss,
-    )
 
 
 def _callbacks(config: Config) -> list[Callback]:

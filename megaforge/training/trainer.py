@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaforge.config.config import Config
-from megaforge.data.loader import Batch, DataSource, GlobalBatchLoader
+from megaforge.data.data_source import DataSource, SampleView
+from megaforge.data.loader import Batch, GlobalBatchLoader
 from megaforge.device import synchronize
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel, ModelOutput
@@ -98,7 +99,7 @@ class Trainer:
     @property
     def consumed_tokens(self) -> int:
         """Tokens trained on, from the run's beginning."""
-        return int(self.data.state(self.consumed_samples)["consumed_tokens"]) + self.earlier["tokens"]
+        return self.data.tokens_before(self.consumed_samples) + self.earlier["tokens"]
 
     def add(self, callback: Callback) -> None:
         """Another callback, at its place."""
@@ -233,7 +234,7 @@ class Trainer:
         self._requests.saved()
         self.save_due = False
 
-    def _loader(self, data: Any, consumed_samples: int) -> GlobalBatchLoader:
+    def _loader(self, data: SampleView, consumed_samples: int) -> GlobalBatchLoader:
         return GlobalBatchLoader(
             data,
             self.global_batch_size,

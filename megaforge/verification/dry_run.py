@@ -237,7 +237,7 @@ def check_samples(layout: PlannedLayout) -> None:
     samples = _Samples(layout.global_batch_size)
     for rank in range(layout.dp):
         sizes = (layout.global_batch_size, layout.micro_batch_size, rank, layout.dp)
-        for micro_batches in GlobalBatchLoader(samples, *sizes):  # type: ignore[arg-type]
+        for micro_batches in GlobalBatchLoader(samples, *sizes):
             if len(micro_batches) != layout.micro_batches:
                 raise RuntimeError(f"dp rank {rank} reads {len(micro_batches)} micro-batches")
     if sorted(samples.read) != list(range(layout.global_batch_size)):

@@ -87,34 +87,18 @@ def test_bad_input_is_refused(arguments: list[str], expected: str) -> None:
         run(arguments)
 
 
-LATEST_FIRST = """
-from megaforge.parallel.pipeline.actions import Action, ActionKind
-from megaforge.parallel.pipeline.schedules import ScheduleRule
-from megaforge.registry import SCHEDULES
-
-
-def latest_first(num_ranks, rank, num_chunks, num_microbatches):
-    order = range(num_microbatches)
-    forward = [Action(ActionKind.FORWARD, rank, i) for i in order]
-    return forward + [Action(ActionKind.BACKWARD, rank, i) for i in reversed(order)]
-
-
-SCHEDULES.register("latest-first", ScheduleRule("all forwards, then all backwards, the latest first", latest_first))
-"""
-
-
 def test_a_schedule_of_ones_own_is_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(SCHEDULES, "_parts", dict(SCHEDULES._parts))
-    file = tmp_path / "mine.py"
-    file.write_text(LATEST_FIRST)
+    file = tmp_path / "mine.py"  # a copy, so that it registers itself again
+    file.write_text((Path(__file__).parents[1] / "parallel" / "pipeline" / "latest_first.py").read_text())
     with pytest.raises(UserError, match=r"'latest-first' is not a known pipeline schedule \(there are gpipe"):
         run(["--schedule", "latest-first"])
     sizes = ["--pp", "2", "--microbatches", "2"]
     assert run(["--schedule", "latest-first", "--extensions", str(file), *sizes, "--print-actions"]) == 0
     assert capsys.readouterr().out.endswith("F0.0 F0.1 B0.1 B0.0\nF1.0 F1.1 B1.1 B1.0\n")
-    with pytest.raises(UserError, match="latest-first with --vpp 2 is not defined; use --vpp 1, or interleaved or zb-v"):
+    with pytest.raises(UserError, match="latest-first with --vpp 2 .* use --vpp 1, or interleaved or zb-v"):
         run(["--schedule", "latest-first", "--vpp", "2"])
     config = parse_config(["--pipeline-schedule", "latest-first", "--vocab-size", "64", "--global-batch-size", "4"])
     tried = {layout.schedule_name for layout in candidates(config.config, 2, torch.float32) if layout.pp == 2}

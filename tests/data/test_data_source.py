@@ -1,0 +1,44 @@
+"""What a data source has without defining it, and which one the flags name."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megaforge.config.cli import parse_config
+from megaforge.data.data_source import FILES, MOCK, source_kind
+from megaforge.data.loader import GlobalBatchLoader
+from megaforge.errors import UserError
+from megaforge.registry import DATA_SOURCES
+from tests.data.counting import Counting
+
+
+def test_flags_name_a_source() -> None:
+    for flags, kind in (
+        ((), FILES),
+        (("--data-path", "a"), FILES),
+        (("--data-path", "1", "a", "2", "b"), FILES),
+        (("--mock-data",), MOCK),
+        (("--data-path", "counting://3"), DATA_SOURCES.get("counting")),
+    ):
+        assert source_kind(parse_config(flags).config.data) is kind
+    for paths, complaint in (
+        (["s3://bucket/a"], "--data-path s3://bucket/a: 's3' is not a known data source .there are files, mock"),
+        (["1", "counting://3", "2", "b"], "a blend is of dataset files; give counting://... alone"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            source_kind(parse_config(["--data-path", *paths]).config.data)
+    with pytest.raises(UserError, match="--data-path is missing"):
+        FILES.check(parse_config([]).config)
+
+
+def test_a_small_source_has_the_rest() -> None:
+    source = Counting(3, 4)
+    (batch,) = next(iter(GlobalBatchLoader(source, 2, 2)))
+    assert batch.tokens.tolist() == [[0, 3, 6, 9], [1, 4, 7, 10]] and batch.labels[1].tolist() == [4, 7, 10, 13]
+    assert batch.loss_mask.min() == 1 and np.flatnonzero(batch.document_start[0]).tolist() == [0]
+    assert (source.stage_starts, source.epoch_tokens, source.bytes_per_token()) == ((0,), (), None)
+    source.check_state({"step": 3, "consumed_samples": 8})
+    for saved in ({"step": 5, "consumed_samples": 8}, {"consumed_samples": 8}):
+        with pytest.raises(UserError, match="another order of samples: step was (5|None) and is now 3; .*--reset-data"):
+            source.check_state(saved)
