@@ -9,7 +9,7 @@ VOCAB, WIDTH, HEAD, LAYERS, FFN = 97, 128, 64, 3, 320
 RANKS = {"w": 32, "a": 48, "v": 16, "g": 64}  # not the published rule's: they must be read off the tensors
 
 
-def published_weights(seed: int = 0) -> dict[str, Tensor]:
+def published_weights(seed: int = 0, vocab: int = VOCAB) -> dict[str, Tensor]:
     """fp32 tensors of such a scale that every part of the model matters to the logits."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -19,7 +19,7 @@ def published_weights(seed: int = 0) -> dict[str, Tensor]:
     def norm(name: str) -> dict[str, Tensor]:
         return {f"{name}.weight": 1 + normal(WIDTH, scale=0.2), f"{name}.bias": normal(WIDTH, scale=0.2)}
 
-    weights = {"emb.weight": normal(VOCAB, WIDTH), "head.weight": normal(VOCAB, WIDTH, scale=WIDTH**-0.5)}
+    weights = {"emb.weight": normal(vocab, WIDTH), "head.weight": normal(vocab, WIDTH, scale=WIDTH**-0.5)}
     weights |= norm("ln_out") | norm("blocks.0.ln0")
     for layer in range(LAYERS):
         block = f"blocks.{layer}"

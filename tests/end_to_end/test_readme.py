@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from megaforge.monitor.sinks import read_metrics
+from tests.checkpoint.rwkv7_weights import published_weights
 from tests.end_to_end.readme import bash, bash_blocks, commands, fresh_copy, inline_commands, understand
 
 LIMIT = 300
@@ -38,30 +40,76 @@ def kill_after_a_checkpoint(code: str, folder: Path) -> None:
         process.communicate()
 
 
-def test_the_blocks_of_the_readme_train_a_model_of_one_text_file(tmp_path: Path) -> None:
-    home = fresh_copy(tmp_path / "megaforge")
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone with a text of the user's, where the README's own lines have made a model; one run was killed."""
+    home = fresh_copy(tmp_path_factory.mktemp("clone") / "megaforge")
     library = Path(sysconfig.get_paths()["stdlib"])
     text = "\n\n".join((library / f"{name}.py").read_text(encoding="utf-8") for name in ("argparse", "ast", "inspect"))
     (home / "my_text.txt").write_text(text, encoding="utf-8")
-    blocks = [code for code, runs in bash_blocks("README.md") if runs]
+    blocks = run_blocks("README.md")
     assert len(blocks) >= 3, "the README has lost its marks"
-    shown = ""
     for code in blocks:
-        code = f"source .venv/bin/activate\n{code}"
         if "torchrun" in code:
             kill_after_a_checkpoint(code, home)
             assert "continuing after iteration" in finish(code, home)
         else:
-            shown = finish(code, home)
-    [metrics] = home.glob("runs/*.jsonl")
-    steps = [record["iteration"] for record in read_metrics(str(metrics)) if record["kind"] == "step"]
-    assert steps == list(range(1, steps[-1] + 1)), "each step once, though the run was killed"
-    losses = [record["loss"] for record in read_metrics(str(metrics)) if record["kind"] == "step"]
-    assert losses[-1] < losses[0] - 1
-    assert "bits per byte" in shown
+            (home / "shown").write_text(finish(code, home), encoding="utf-8")
+    return home
 
 
-DOCUMENTS = ["README.md", "docs/data.md", "docs/layouts.md", "docs/planner.md", "docs/runs.md"]
+def run_blocks(document: str) -> list[str]:
+    """The blocks of a document that are run, in the user's environment."""
+    return [f"source .venv/bin/activate\n{code}" for code, runs in bash_blocks(document) if runs]
+
+
+def losses(metrics: Path) -> dict[int, float]:
+    """Those of a run's steps, each there once."""
+    steps = [record for record in read_metrics(metrics) if record["kind"] == "step"]
+    assert [record["iteration"] for record in steps] == list(range(1, len(steps) + 1))
+    return {record["iteration"]: record["loss"] for record in steps}
+
+
+def test_the_blocks_of_the_readme_train_a_model_of_one_text_file(home: Path) -> None:
+    found = losses(home / "runs" / "mine.jsonl")
+    assert found[len(found)] < found[1] - 1
+    assert "bits per byte" in (home / "shown").read_text(encoding="utf-8")
+
+
+def test_the_example_trains_the_same_model_on_four_ranks(home: Path) -> None:
+    """Its losses are those of the README's run on two."""
+    four, *_ = run_blocks("examples/cdrmix/README.md")
+    finish(four, home)
+    expected, found = (losses(home / "runs" / f"{name}.jsonl") for name in ("mine", "four"))
+    assert len(found) == 5
+    for iteration, loss in found.items():
+        assert loss == pytest.approx(expected[iteration], rel=2e-4), iteration
+
+
+def test_the_example_goes_on_from_published_weights(home: Path) -> None:
+    """Their vocabulary is smaller here, of single printable characters."""
+    characters = ["\n", *map(chr, range(32, 127))]
+    torch.save(
+        {name: value.bfloat16() for name, value in published_weights(vocab=len(characters) + 2).items()},
+        home / "RWKV-x070.pth",
+    )
+    lines = [f"{index} {character!r} {1}\n" for index, character in enumerate(characters, start=1)]
+    (home / "rwkv_vocab_v20230424.txt").write_text("".join(lines), encoding="utf-8")
+    _, *blocks = run_blocks("examples/cdrmix/README.md")
+    shown = [finish(code.replace("65535", f"{len(lines) + 1}"), home) for code in blocks]
+    found = losses(home / "runs" / "continued.jsonl")
+    assert found[20] < found[1] - 0.1
+    assert "bits per byte" in shown[-1]
+
+
+DOCUMENTS = [
+    "README.md",
+    "examples/cdrmix/README.md",
+    "docs/data.md",
+    "docs/layouts.md",
+    "docs/planner.md",
+    "docs/runs.md",
+]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
