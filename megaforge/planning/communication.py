@@ -6,105 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megaforge.planning.activations import Sizes
+from megaforge.planning.costs import crossing_bytes, stage_cost
+from megaforge.planning.counting_group import ring
 from megaforge.planning.gpus import Efficiency, Gpu
 from megaforge.planning.layout import PlannedLayout
 from megaforge.planning.stages import DeclaredParameter, ModelParts, StagePart, stage_parameters
 
 TRAFFIC_AXES = ("tp", "sp", "cp", "ep", "etp", "pp", "dp")
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that a rank sends: ``forward`` and ``backward`` of one micro-batch on one stage, by axis."""
-
-    forward: dict[str, float]
-    backward: dict[str, float]
-
-    def total(self, axis: str) -> float:
-        return self.forward.get(axis, 0.0) + self.backward.get(axis, 0.0)
-
-
-def ring(size: float, ranks: int) -> float:
-    """Bytes that a rank sends in an all-gather or reduce-scatter of ``size`` bytes (the whole): a ring's."""
-    return size * (ranks - 1) / ranks
-
-
-def stage_traffic(parts: ModelParts, layout: PlannedLayout, stage: StagePart) -> Traffic:
-    """What one micro-batch sends on a stage along tp (or sp, its form under sequence parallelism), cp, ep and etp.
-
-    Recomputed forward passes are counted in the backward pass.
-    """
-    forward: dict[str, float] = {}
-    again: dict[str, float] = {}
-    sizes = Sizes(parts.cfg, layout)
-    full = layout.recompute == "full"
-    for index, count in parts.alike(stage.blocks).items():
-        kind = parts.blocks[index].kind
-        mixer = _times(count, _mixer_traffic(sizes, kind.mixer))
-        ffn = {} if kind.ffn is None else _times(count, _ffn_traffic(sizes, kind.ffn, kind.channel_mix))
-        _add(forward, mixer, ffn)
-        mixing = {axis: size for axis, size in mixer.items() if axis == "cp"}
-        _add(again, mixer if full else mixing if layout.recompute == "selective" else {})
-        _add(again, ffn if full or (layout.recompute == "moe" and kind.ffn == "moe") else {})
-    ends = _region(sizes) if stage.last else {}
-    _add(forward, _region(sizes) if stage.first else {}, ends)
-    backward: dict[str, float] = {}
-    _add(backward, forward, again)
-    return Traffic(forward, backward)
-
-
-def _add(total: dict[str, float], *parts: dict[str, float]) -> None:
-    for part in parts:
-        for axis, size in part.items():
-            total[axis] = total.get(axis, 0.0) + size
-
-
-def _times(count: int, traffic: dict[str, float]) -> dict[str, float]:
-    return {axis: count * size for axis, size in traffic.items()}
-
-
-def _region(sizes: Sizes) -> dict[str, float]:
-    """In and out of the tensor-parallel region in one direction: one all-reduce, or an all-gather and a
-    reduce-scatter, which send the same."""
-    layout = sizes.layout
-    axis = "sp" if layout.sequence_parallel else "tp"
-    return {axis: 2 * ring(sizes.inside, layout.tp)} if layout.tp > 1 else {}
-
-
-def _mixer_traffic(sizes: Sizes, mixer: str) -> dict[str, float]:
-    cfg, layout = sizes.cfg, sizes.layout
-    traffic = _region(sizes)
-    if layout.cp > 1 and mixer == "attention":
-        keys = 2 * sizes.tokens * cfg.query_groups * cfg.head_dim / layout.tp * layout.element_size
-        traffic["cp"] = keys * (layout.cp - 1)
-    elif layout.cp > 1:
-        # Summaries (P, Q) of two chunks of every sequence, [N, N] in fp32 for each head.
-        state = cfg.hidden_size / layout.tp * cfg.rwkv_head_size * layout.wide_size
-        traffic["cp"] = 2 * 2 * state * layout.micro_batch_size * (layout.cp - 1)
-    return traffic
-
-
-def _ffn_traffic(sizes: Sizes, ffn: str, channel_mix: bool) -> dict[str, float]:
-    cfg, layout = sizes.cfg, sizes.layout
-    if ffn == "dense" or (layout.ep == 1 and layout.etp == layout.tp):
-        return _region(sizes)
-    rows = sizes.routed_tokens * cfg.moe_router_topk * cfg.hidden_size * layout.element_size
-    traffic = {"ep": 2 * ring(rows, layout.ep)} if layout.ep > 1 else {}
-    if layout.etp > 1:
-        traffic["etp"] = 2 * rows * (layout.etp - 1)
-    if layout.tp > 1 and (channel_mix or not layout.sequence_parallel):
-        # The shift needs every token once more; without sequence parallelism the tokens are put together again.
-        axis = "sp" if layout.sequence_parallel else "tp"
-        traffic[axis] = ring(sizes.inside, layout.tp)
-    return traffic
-
-
-def crossing_bytes(sizes: Sizes) -> float:
-    """Bytes from one pipeline rank to the next for one micro-batch, in one direction: the residual stream, and v_first,
-    which crosses once whatever the number of virtual stages (counted with every stage here)."""
-    has_rwkv = sizes.layout.pp > 1
-    return sizes.residual + (sizes.split if has_rwkv else 0.0)
 
 
 @dataclass(frozen=True)
@@ -159,11 +67,11 @@ def step_traffic(parts: ModelParts, layout: PlannedLayout, stages: Sequence[Stag
     total = dict.fromkeys(TRAFFIC_AXES, 0.0)
     own = [stage for number, stage in enumerate(stages) if layout.schedule.rank_of(number) == rank]
     for stage in own:
-        traffic = stage_traffic(parts, layout, stage)
+        cost = stage_cost(parts, layout, stage)
         for axis in TRAFFIC_AXES:
-            total[axis] += traffic.total(axis) * layout.micro_batches
+            total[axis] += cost.sent(axis) * layout.micro_batches
         crossings = (not stage.last) + (not stage.first)
-        total["pp"] += crossings * crossing_bytes(Sizes(parts.cfg, layout)) * layout.micro_batches
+        total["pp"] += crossings * crossing_bytes(parts, layout) * layout.micro_batches
     gradients = gradient_traffic(stage_parameters(parts, own), layout)
     total["dp"] = gradients.reduced + gradients.gathered
     return total

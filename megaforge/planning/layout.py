@@ -13,6 +13,7 @@ from megaforge.models.pipeline_shape import pipeline_shape
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.pipeline.actions import Schedule
 from megaforge.parallel.pipeline.schedules import build_schedule
+from megaforge.training.checkpointing import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -69,21 +70,6 @@ class PlannedLayout:
         return self.micro_batch_size * self.sequence_length // self.cp
 
     @property
-    def residual_tokens(self) -> int:
-        """Tokens of a micro-batch on a rank's residual stream."""
-        return self.tokens // (self.tp if self.sequence_parallel else 1)
-
-    @property
-    def shares_tokens(self) -> bool:
-        """Whether tp ranks route different tokens to the experts; not where experts are laid out like dense layers."""
-        return self.tp > 1 and not (self.ep == 1 and self.etp == self.tp)
-
-    @property
-    def element_size(self) -> int:
-        """Bytes of a parameter or activation."""
-        return self.dtype.itemsize
-
-    @property
     def wide_size(self) -> int:
         """Bytes of what is kept in fp32 (fp64 for fp64 models)."""
         return max(4, self.dtype.itemsize)
@@ -92,6 +78,11 @@ class PlannedLayout:
     def schedule(self) -> Schedule:
         """The pipeline schedule; one rank's is 1F1B."""
         return _schedule(self.schedule_name, self.pp, self.vpp, self.micro_batches)
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether the schedule computes gradients of weights apart from those of inputs."""
+        return self.pp > 1 and _schedule(self.schedule_name, self.pp, self.vpp, 2 * self.pp).splits_backward
 
     def context(self, rank: int = 0) -> ParallelContext:
         """Where ``rank`` stands, on the meta device."""
@@ -118,7 +109,7 @@ def _schedule(name: str, pp: int, vpp: int, microbatches: int) -> Schedule:
     return build_schedule(name, pp=pp, vpp=vpp, microbatches=microbatches)
 
 
-def layout_of(config: Config, world_size: int, dtype: torch.dtype) -> PlannedLayout:
+def layout_of(config: Config, world_size: int) -> PlannedLayout:
     """The layout that ``config`` describes on ``world_size`` ranks, by the training script's own checks. Whether the
     model has enough blocks and the schedule is defined for the micro-batches shows when they are cut and built.
 
@@ -146,5 +137,5 @@ def layout_of(config: Config, world_size: int, dtype: torch.dtype) -> PlannedLay
         sequence_length=config.data.seq_length,
         bucket_size=parallel.ddp_bucket_size,
         overlap=parallel.overlap_grad_reduce,
-        dtype=dtype,
+        dtype=compute_dtype(config.training),
     )

@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-import torch
-
 from megaforge.config.cli import parse_config
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
+from megaforge.planning.costs import stage_cost
 from megaforge.planning.layout import PlannedLayout, layout_of
-from megaforge.planning.memory import stage_activations
 from megaforge.planning.plan_request import parse_activations
 from megaforge.planning.report import table
 from megaforge.planning.stage_run import run_stage
@@ -60,13 +58,12 @@ class Comparison:
 def compare(arguments: tuple[str, ...]) -> Comparison:
     """Runs one micro-batch of the model that the flags describe, with random tokens, in this process."""
     config = parse_config(arguments).config
-    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
-    layout: PlannedLayout = dataclasses.replace(layout_of(config, 1, dtype), device_type="cpu")
+    layout: PlannedLayout = dataclasses.replace(layout_of(config, 1), device_type="cpu")
     ctx = ParallelContext.single()
     model = HybridModel(config.model, ctx, dtype=layout.dtype, recompute=layout.recompute)
     initialize_parameters(model, ctx, config.training.seed)
     parts = model_parts(config.model, layout.dtype)
-    predicted = stage_activations(parts, layout, StagePart(range(len(parts.blocks)), True, True))
+    predicted = stage_cost(parts, layout, StagePart(range(len(parts.blocks)), True, True)).kept
     return Comparison(predicted, run_stage(model, layout, on_meta=False).kept)
 
 

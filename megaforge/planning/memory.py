@@ -1,4 +1,4 @@
-"""Bytes on every pipeline rank: parameters, gradients and optimizer state exactly, activations by formula."""
+"""Bytes on every pipeline rank: parameters, gradients and optimizer state as declared, activations as measured."""
 
 from __future__ import annotations
 
@@ -9,22 +9,12 @@ from dataclasses import dataclass
 from megaforge.parallel.buckets import aligned
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.pipeline.actions import ActionKind, Schedule
-from megaforge.planning.activations import (
-    Sizes,
-    block_kept,
-    ends_saved,
-    head_working_set,
-    recomputed_at_once,
-    shared_saved,
-    weight_gradients_wait_for,
-    working_set,
-)
+from megaforge.planning.costs import stage_cost
 from megaforge.planning.layout import PlannedLayout
 from megaforge.planning.stages import DeclaredParameter, ModelParts, StagePart, stage_parameters
 
 MOMENTS = 2
 LIBRARIES = 2e9  # CUDA context, cuBLAS workspaces, NCCL's channels: assumed, it differs by driver and number of groups
-NEEDED_BY_WEIGHTS = 0.55  # of what a block keeps; measured in CPU runs: 0.44 to 0.55, by kind of block
 
 
 @dataclass(frozen=True)
@@ -114,45 +104,6 @@ def peak_activations(
     return peak, most
 
 
-def stage_activations(parts: ModelParts, layout: PlannedLayout, stage: StagePart) -> float:
-    """Bytes that one micro-batch keeps on a stage between its forward and its backward pass."""
-    sizes = Sizes(parts.cfg, layout)
-    alike = parts.alike(stage.blocks)
-    kept = sum(count * block_kept(sizes, parts.blocks[index].kind, index == 0) for index, count in alike.items())
-    kept += sum(ends_saved(sizes, first=stage.first, last=stage.last).values())
-    kept += sum(shared_saved(sizes, any(parts.blocks[index].kind.mixer == "attention" for index in alike)).values())
-    # Blocks that are computed again each start from it; the first stage's own block made it and need not keep it.
-    keeps_v_first = not stage.first or (layout.recompute == "full" and len(stage.blocks) > 1)
-    if keeps_v_first and any(parts.blocks[index].kind.mixer == "rwkv7" for index in alike):
-        kept += sizes.split
-    return kept
-
-
-def stage_brought_back(parts: ModelParts, layout: PlannedLayout, stage: StagePart) -> float:
-    """Bytes that the first half of a split backward pass leaves for the second: gradients, and what it has computed
-    again. The first stage's first half has nothing to do, and mixing of tokens has few weights."""
-    sizes, alike = Sizes(parts.cfg, layout), parts.alike(stage.blocks)
-    if not layout.schedule.splits_backward:
-        return 0.0
-    if stage.first:
-        return sizes.residual + (sizes.split if any(b.kind.mixer == "rwkv7" for b in parts.blocks) else 0.0)
-    waiting = sum(count * weight_gradients_wait_for(sizes, parts.blocks[i].kind) for i, count in alike.items())
-    if layout.recompute not in ("full", "moe"):
-        return waiting
-    again = sum(count * recomputed_at_once(sizes, parts.blocks[i].kind, i == 0) for i, count in alike.items())
-    return waiting + NEEDED_BY_WEIGHTS * again
-
-
-def stage_temporaries(parts: ModelParts, layout: PlannedLayout, stage: StagePart) -> float:
-    """Bytes that the backward pass of one micro-batch needs for a while on a stage."""
-    sizes = Sizes(parts.cfg, layout)
-    worst = max(
-        working_set(sizes, parts.blocks[index].kind) + recomputed_at_once(sizes, parts.blocks[index].kind, index == 0)
-        for index in parts.alike(stage.blocks)
-    )
-    return max(worst, head_working_set(sizes)) if stage.last else worst
-
-
 def rank_memory(
     parts: ModelParts, layout: PlannedLayout, stages: Sequence[StagePart], rank: int, libraries: float = LIBRARIES
 ) -> RankMemory:
@@ -161,18 +112,11 @@ def rank_memory(
     own = tuple(stages[stage] for stage in schedule.stages_of(rank))
     ctx = layout.context(rank * layout.stage_ranks)
     held = stage_parameters(parts, own)
-    kept = [stage_activations(parts, layout, stage) if stage in own else 0.0 for stage in stages]
-    again = [stage_brought_back(parts, layout, stage) if stage in own else 0.0 for stage in stages]
-    activations, in_flight = peak_activations(schedule, rank, kept, again)
-    buffers = max(stage_temporaries(parts, layout, stage) for stage in own) + _largest_gradient(held, ctx)
-    buffers += _buckets(layout) + libraries
+    costs = [stage_cost(parts, layout, stage) if stage in own else None for stage in stages]
+    kept, waiting = ([0.0 if cost is None else getattr(cost, name) for cost in costs] for name in ("kept", "waiting"))
+    activations, in_flight = peak_activations(schedule, rank, kept, waiting)
+    buffers = max(cost.working for cost in costs if cost is not None) + _buckets(layout) + libraries
     return RankMemory(rank, own, state_bytes(held, ctx, layout), in_flight, activations, buffers)
-
-
-def _largest_gradient(held: Iterable[tuple[DeclaredParameter, int]], ctx: ParallelContext) -> float:
-    """A 16-bit gradient lives until it is added to its fp32 sum."""
-    narrow = (item for item, _ in held if item.element_size < 4)
-    return max((float(math.prod(item.spec.local_shape(ctx)) * item.element_size) for item in narrow), default=0.0)
 
 
 def _buckets(layout: PlannedLayout) -> float:

@@ -28,7 +28,7 @@ class StorageMeter(TorchDispatchMode):
         """``known``: tensors whose storages do not count (parameters, gradient buffers)."""
         super().__init__()
         self.live = self.peak = 0
-        self._seen: set[int] = {_identity(tensor) for tensor in known}
+        self._seen: set[int] = {storage_key(tensor) for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = self.call(func, args, kwargs or {})
@@ -51,12 +51,17 @@ class StorageMeter(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._freed, key, size)
 
+    def is_alive(self, key: int) -> bool:
+        """Whether the storage of this :func:`storage_key` is."""
+        return key in self._seen
+
     def _freed(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.live -= size
 
 
-def _identity(tensor: Tensor) -> int:
+def storage_key(tensor: Tensor) -> int:
+    """What tells the storage of ``tensor`` from all others that are alive."""
     return tensor.untyped_storage()._cdata
 
 
@@ -65,16 +70,12 @@ class MetaRun(StorageMeter):
 
     Collectives of a fake process group return at once. Where code waits for numbers from the device, the rows of each
     expert, it gets those of an even spread of the assignments that were routed last.
-
-    Attributes:
-        sent: bytes handed to collectives, by name.
     """
 
     def __init__(self, num_experts: int, known: Iterable[Tensor] = ()) -> None:
         super().__init__(known)
         self.num_experts = num_experts
         self.assignments = 0
-        self.sent: dict[str, int] = {}
         aten = torch.ops.aten
         self._special: dict[Any, Callable[..., Any]] = {
             torch.ops.megaforge.moe_route.default: self._route,
@@ -86,8 +87,6 @@ class MetaRun(StorageMeter):
             super()._follow(storage)
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func.namespace == "c10d":
-            self._count(func, args)
         special = self._special.get(func)
         return func(*args, **kwargs) if special is None else special(func, args, kwargs)
 
@@ -100,12 +99,10 @@ class MetaRun(StorageMeter):
         device = kwargs.get("device")
         if args[0].device.type != "meta" or device is None or device.type != "cpu":
             return func(*args, **kwargs)
-        return torch.full(args[0].shape, self.assignments // self.num_experts, dtype=args[0].dtype)
-
-    def _count(self, func: Any, args: Any) -> None:
-        name = func._schema.name.removeprefix("c10d::").strip("_")
-        size = sum(t.numel() * t.element_size() for t in tree_iter(args[0]) if isinstance(t, Tensor))
-        self.sent[name] = self.sent.get(name, 0) + size
+        place = torch.arange(args[0].numel()) % max(1, self.num_experts)
+        until = (place + 1) * self.assignments // max(1, self.num_experts)
+        counts = until - place * self.assignments // max(1, self.num_experts)
+        return counts.view(args[0].shape).to(args[0].dtype)
 
 
 @contextmanager

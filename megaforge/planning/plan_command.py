@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from megaforge.config.config import Config
 from megaforge.errors import UserError
 from megaforge.planning.gpus import gpu_named
@@ -16,19 +14,13 @@ from megaforge.planning.search import search
 from megaforge.planning.stages import model_parts
 
 
-def planned_dtype(config: Config) -> torch.dtype:
-    """The type that ``config`` computes in; bfloat16 unless it says otherwise."""
-    training = config.training
-    return torch.float16 if training.fp16 else torch.float64 if training.fp64 else torch.bfloat16
-
-
-def planned_layout(config: Config, world_size: int, dtype: torch.dtype | None = None) -> PlannedLayout:
-    """The layout of ``config``, in :func:`planned_dtype` unless ``dtype`` is given; its schedule is defined.
+def planned_layout(config: Config, world_size: int) -> PlannedLayout:
+    """The layout of ``config`` in the type that training would compute in; its schedule is defined.
 
     Raises:
         UserError: the layout is impossible.
     """
-    layout = layout_of(config, world_size, dtype or planned_dtype(config))
+    layout = layout_of(config, world_size)
     _ = layout.schedule
     return layout
 
@@ -45,7 +37,7 @@ def run(arguments: Sequence[str], prog: str = "plan.py memory") -> None:
     config, own = request.config, request.own
     gpu, parallel = gpu_named(own.gpu), config.parallel
     if own.search:
-        found = search(config, own.gpus, gpu, planned_dtype(config), share=own.share, count=own.top)
+        found = search(config, own.gpus, gpu, share=own.share, count=own.top)
         print(search_text(found, gpu, config.name, own.gpus, own.share))
         return
     product = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size

@@ -53,7 +53,7 @@ def plan_text(parts: ModelParts, layout: PlannedLayout, gpu: Gpu, name: str) -> 
     stages = cut_stages(parts, layout)
     memories = [rank_memory(parts, layout, stages, rank) for rank in range(layout.pp)]
     traffic = [step_traffic(parts, layout, stages, rank) for rank in range(layout.pp)]
-    axes = [axis for axis in TRAFFIC_AXES if any(sent[axis] for sent in traffic)]
+    axes = [axis for axis in TRAFFIC_AXES if any(float(gigabytes(sent[axis])) for sent in traffic)]
     sent_rows = [("pp rank", *axes)]
     sent_rows += [(f"{rank}", *(gigabytes(sent[axis]) for axis in axes)) for rank, sent in enumerate(traffic)]
     time = step_time(parts, layout, stages, gpu)

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-import torch
-
 from megaforge.config.check_layout import ffn_kinds
 from megaforge.config.config import Config
 from megaforge.config.pattern import blocks_of
@@ -21,6 +19,7 @@ from megaforge.planning.memory import RankMemory, rank_memory
 from megaforge.planning.stages import ModelParts, StagePart, cut_stages, model_parts
 from megaforge.planning.time import StepTime, stage_time, step_time
 from megaforge.registry import SCHEDULES
+from megaforge.training.checkpointing import compute_dtype
 
 MICRO_BATCHES = (1, 2, 4)
 RECOMPUTE = ("none", "selective", "moe", "full")  # cheapest first
@@ -41,7 +40,7 @@ def divisors(number: int, largest: int) -> list[int]:
     return [size for size in range(1, min(number, largest) + 1) if number % size == 0]
 
 
-def candidates(config: Config, gpus: int, dtype: torch.dtype, node_size: int = 8) -> Iterator[PlannedLayout]:
+def candidates(config: Config, gpus: int, node_size: int = 8) -> Iterator[PlannedLayout]:
     """Valid layouts without recomputation: tp and etp within a server, sequence parallelism wherever there is tp,
     ZeRO-1, every schedule that the micro-batches allow. ``--cp`` is the configuration's."""
     blocks, cp = len(blocks_of(config.model)), config.parallel.context_parallel_size
@@ -68,7 +67,7 @@ def candidates(config: Config, gpus: int, dtype: torch.dtype, node_size: int = 8
                     )
                     batch = config.training.global_batch_size or gpus
                     training = dataclasses.replace(config.training, micro_batch_size=micro, global_batch_size=batch)
-                    layout = _valid(dataclasses.replace(config, parallel=parallel, training=training), gpus, dtype)
+                    layout = _valid(dataclasses.replace(config, parallel=parallel, training=training), gpus)
                     if layout is not None:
                         yield layout
 
@@ -79,10 +78,10 @@ def _schedules(pp: int) -> list[tuple[str, int]]:
     return [(name, vpp) for name in names for vpp in SCHEDULES.get(name).searched]
 
 
-def _valid(config: Config, gpus: int, dtype: torch.dtype) -> PlannedLayout | None:
+def _valid(config: Config, gpus: int) -> PlannedLayout | None:
     """The layout that ``config`` describes, if it can train, with at least as many micro-batches as stages."""
     try:
-        layout = layout_of(config, gpus, dtype)
+        layout = layout_of(config, gpus)
         if layout.micro_batches < layout.pp:
             return None
         _ = _shortened(layout).schedule
@@ -113,18 +112,16 @@ def worst_rank(parts: ModelParts, layout: PlannedLayout, stages: tuple[StagePart
     return max(ranks, key=lambda memory: memory.total)
 
 
-def search(
-    config: Config, gpus: int, gpu: Gpu, dtype: torch.dtype, *, share: float = 0.9, count: int = 10
-) -> list[Found]:
+def search(config: Config, gpus: int, gpu: Gpu, *, share: float = 0.9, count: int = 10) -> list[Found]:
     """The ``count`` fastest layouts whose fullest rank needs at most ``share`` of the memory, fastest first.
 
     Of each layout the cheapest recomputation that fits is taken. Layouts whose busiest stage alone is slower than what
     is found already are not simulated.
     """
-    parts, efficiency = model_parts(config.model, dtype), Efficiency()
+    parts, efficiency = model_parts(config.model, compute_dtype(config.training)), Efficiency()
     fitting = []
     cut: dict[int, tuple[StagePart, ...]] = {}
-    for number, plain in enumerate(candidates(config, gpus, dtype, gpu.node_size)):
+    for number, plain in enumerate(candidates(config, gpus, gpu.node_size)):
         number_of_stages = plain.pp * plain.vpp
         stages = cut[number_of_stages] = cut.get(number_of_stages) or cut_stages(parts, plain)
         for recompute in RECOMPUTE:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +25,11 @@ class Measured:
         kept: alive between forward and backward pass, the input included.
         between: alive between the halves of a backward pass that the schedule splits; 0 where it does not.
         peak: the most alive at once, forward and backward.
-        sent: bytes handed to collectives, by name; empty for real tensors.
     """
 
     kept: int
     between: int
     peak: int
-    sent: dict[str, int]
 
 
 def run_stage(
@@ -54,38 +52,62 @@ def run_stage(
         known: further tensors that do not count: buffers of gradients.
     """
     parameters = list(chunk.parameters())
-    hooks = [parameter.register_post_accumulate_grad_hook(_free) for parameter in parameters if not known]
     standing = [*parameters, *known]
     meter = MetaRun(chunk.cfg.num_experts, standing) if on_meta else StorageMeter(standing)
+    split = layout.pp > 1 and layout.schedule.splits_backward
+    with without_gradients(() if known else parameters), meter, fused_attention() if on_meta else nullcontext():
+        inputs = _arrived(chunk, payload or {})
+        roots, starts = _forward(chunk, layout, payload or {}, inputs)
+        kept = meter.live
+        between = run_backward(meter, roots, starts, inputs, parameters, split=split)
+    return Measured(kept, between, meter.peak)
+
+
+@contextmanager
+def without_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Frees the gradient of each of ``parameters`` as soon as it is accumulated."""
+    hooks = [p.register_post_accumulate_grad_hook(_free) for p in parameters if p.requires_grad]
     try:
-        with meter, fused_attention() if on_meta else nullcontext():
-            inputs = _arrived(chunk, payload or {})
-            roots, gradients = _forward(chunk, layout, payload or {}, inputs)
-            kept, between = meter.live, 0
-            if layout.pp > 1 and layout.schedule.splits_backward:
-                between = _backward_in_halves(chunk, roots, gradients, inputs, meter)
-            else:
-                torch.autograd.backward(roots, [make() for make in gradients])
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    return Measured(kept, between, meter.peak, meter.sent if isinstance(meter, MetaRun) else {})
 
 
 def _free(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _backward_in_halves(
-    chunk: HybridModel,
-    roots: list[GradientEdge],
-    gradients: Sequence[Callable[[], Tensor]],
-    inputs: dict[str, Tensor],
+Roots = tuple[list[GradientEdge], list[Callable[[], Tensor]]]
+
+
+def starts_of(outputs: Iterable[Tensor]) -> Roots:
+    """Where the backward pass starts, and what makes the gradients that arrive there."""
+    differentiable = [tensor for tensor in outputs if tensor.requires_grad]
+    return [get_gradient_edge(tensor) for tensor in differentiable], [_ones_like(tensor) for tensor in differentiable]
+
+
+def _ones_like(tensor: Tensor) -> Callable[[], Tensor]:
+    shape, dtype, device = tensor.shape, tensor.dtype, tensor.device
+    return lambda: torch.ones(shape, dtype=dtype, device=device)
+
+
+def run_backward(
     meter: StorageMeter,
+    roots: list[GradientEdge],
+    makers: Sequence[Callable[[], Tensor]],
+    inputs: list[Tensor],
+    parameters: Sequence[Tensor],
+    *,
+    split: bool,
 ) -> int:
-    """The two halves, one after the other, as the executor runs them apart; bytes alive between them."""
-    starts = [make() for make in gradients]
-    found, deferred = backward_input(roots, starts, list(inputs.values()), chunk.parameters())
+    """The backward pass; bytes alive between its halves where it is ``split``, as the executor runs them apart, else 0.
+    ``inputs`` and ``roots`` are let go of between the halves."""
+    if not split:
+        torch.autograd.backward(roots, [make() for make in makers])
+        return 0
+    starts = [make() for make in makers]
+    found, deferred = backward_input(roots, starts, inputs, parameters)
     del found, starts
     inputs.clear()
     roots.clear()
@@ -94,34 +116,24 @@ def _backward_in_halves(
     return between
 
 
-def _forward(
-    chunk: HybridModel, layout: PlannedLayout, payload: StageTensors, inputs: dict[str, Tensor]
-) -> tuple[list[GradientEdge], list[Callable[[], Tensor]]]:
-    """Where the backward pass starts, and what makes the gradients that arrive there: of what the next stage gets, and
-    of this stage's share of the loss."""
+def _forward(chunk: HybridModel, layout: PlannedLayout, payload: StageTensors, inputs: list[Tensor]) -> Roots:
+    """The roots of what the next stage gets, and of this stage's share of the loss."""
     device = chunk.ctx.device
     tokens = torch.zeros(layout.micro_batch_size, layout.sequence_length, dtype=torch.int64, device=device)
     mask = torch.ones(tokens.shape, dtype=torch.float32, device=device)
-    arrived = Stream(inputs["x"], inputs.get("v_first")) if inputs else None
+    arrived = Stream(*inputs, *(None,) * (2 - len(inputs))) if inputs else None
     output, stream = chunk.run_stage(tokens, tokens, mask, arrived=arrived)
     leaving = [] if chunk.is_last else [stream.x]
     if chunk.is_first and "v_first" in payload and stream.v_first is not None:
         leaving.append(stream.v_first)
-    loss = output.loss_sum + output.load_balance_sum + output.z_loss_sum
-    outputs = [tensor for tensor in (*leaving, loss) if tensor.requires_grad]
-    return [get_gradient_edge(tensor) for tensor in outputs], [_ones_like(tensor) for tensor in outputs]
+    return starts_of([*leaving, output.loss_sum + output.load_balance_sum + output.z_loss_sum])
 
 
-def _ones_like(tensor: Tensor) -> Callable[[], Tensor]:
-    shape, dtype, device = tensor.shape, tensor.dtype, tensor.device
-    return lambda: torch.ones(shape, dtype=dtype, device=device)
-
-
-def _arrived(chunk: HybridModel, payload: StageTensors) -> dict[str, Tensor]:
+def _arrived(chunk: HybridModel, payload: StageTensors) -> list[Tensor]:
     """What the stage before sends: the residual stream, and v_first where it is read. Nothing to the first stage."""
     readers = any(block.kind.mixer == "rwkv7" for block in chunk.layers)  # type: ignore[union-attr]
-    return {
-        name: torch.zeros(item.shape, dtype=item.dtype, device=chunk.ctx.device, requires_grad=True)
+    return [
+        torch.zeros(item.shape, dtype=item.dtype, device=chunk.ctx.device, requires_grad=True)
         for name, item in payload.items()
         if not chunk.is_first and (name == "x" or readers)
-    }
+    ]

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,6 +52,20 @@ class ModelParts:
     def tied(self) -> bool:
         """Whether the head is the embedding's matrix."""
         return not self.cfg.untie_embeddings_and_output_weights
+
+    @cached_property
+    def measured(self) -> dict[Any, Any]:
+        """What was measured of this model (:mod:`megaforge.planning.costs`), by what it depends on."""
+        return {}
+
+    @cached_property
+    def _first_with_ffn(self) -> dict[tuple[object, ...], int]:
+        return {(b.kind.ffn, b.kind.channel_mix): i for i, b in reversed(list(enumerate(self.blocks)))}
+
+    def first_with_ffn(self, index: int) -> int:
+        """The first block whose FFN has the sizes of block ``index``'s."""
+        kind = self.blocks[index].kind
+        return self._first_with_ffn[kind.ffn, kind.channel_mix]
 
     @cached_property
     def _models(self) -> tuple[int, ...]:
@@ -109,6 +124,11 @@ class StagePart:
     blocks: range
     first: bool
     last: bool
+
+    @property
+    def ends(self) -> tuple[bool, ...]:
+        """Which ends of the model it has: False for the embedding, True for the head."""
+        return (False,) * self.first + (True,) * self.last
 
 
 def cut_stages(parts: ModelParts, layout: PlannedLayout) -> tuple[StagePart, ...]:

@@ -7,13 +7,8 @@ from dataclasses import dataclass
 
 from megaforge.models.flops import matmul_elements, mixing_flops
 from megaforge.parallel.pipeline.simulator import Costs, Timeline, simulate
-from megaforge.planning.activations import Sizes, ends_saved, ffn_saved, mixer_saved, mixing_saved
-from megaforge.planning.communication import (
-    bandwidth,
-    crossing_bytes,
-    gradient_traffic,
-    stage_traffic,
-)
+from megaforge.planning.communication import bandwidth, gradient_traffic
+from megaforge.planning.costs import crossing_bytes, end_cost, part_cost, stage_cost
 from megaforge.planning.gpus import Efficiency, Gpu
 from megaforge.planning.layout import PlannedLayout
 from megaforge.planning.memory import state_bytes
@@ -66,8 +61,8 @@ def block_forward_seconds(
     parts: ModelParts, layout: PlannedLayout, index: int, gpu: Gpu, efficiency: Efficiency
 ) -> tuple[float, float]:
     """Seconds of one micro-batch's forward pass in a block's mixer and in its FFN, without communication."""
-    cfg, block, sizes = parts.cfg, parts.blocks[index], Sizes(parts.cfg, layout)
-    peak, tokens = gpu.matmul, sizes.tokens
+    cfg, block = parts.cfg, parts.blocks[index]
+    peak, tokens = gpu.matmul, layout.tokens
     # First LoRA factors and the router are not split over tp.
     whole = [h.spec for h in block.mixer if h.spec.shard_dim is None]
     split = [h.spec for h in block.mixer if h.spec.shard_dim is not None]
@@ -76,22 +71,23 @@ def block_forward_seconds(
     kernel = efficiency.attention if block.kind.mixer == "attention" else efficiency.wkv
     moving = gpu.memory_bandwidth * efficiency.memory / FORWARD_PASSES
     mixer_seconds = mixer / (peak * efficiency.matmul) + mixing / (peak * kernel)
-    mixer_seconds += sum(mixer_saved(sizes, block.kind, index == 0).values()) / moving
+    mixer_seconds += part_cost(parts, layout, index, "mixer").kept / moving
     if block.kind.ffn is None:
         return mixer_seconds, 0.0
     experts = matmul_elements((h.spec for h in block.ffn if h.spec.kind == "moe"), cfg)
     dense = matmul_elements((h.spec for h in block.ffn if h.spec.kind != "moe"), cfg)
     ffn_seconds = 2 * tokens * experts / layout.tp / (peak * efficiency.grouped_matmul)
     ffn_seconds += 2 * tokens * dense / layout.tp / (peak * efficiency.matmul)
-    return mixer_seconds, ffn_seconds + sum(ffn_saved(sizes, block.kind).values()) / moving
+    return mixer_seconds, ffn_seconds + part_cost(parts, layout, index, "ffn").kept / moving
 
 
 def mixing_seconds(parts: ModelParts, layout: PlannedLayout, index: int, gpu: Gpu, efficiency: Efficiency) -> float:
     """Seconds of one micro-batch's forward mixing of tokens in a block, which ``--recompute selective`` repeats."""
-    kind, sizes = parts.blocks[index].kind, Sizes(parts.cfg, layout)
+    kind = parts.blocks[index].kind
     kernel = efficiency.attention if kind.mixer == "attention" else efficiency.wkv
-    flops = mixing_flops(parts.cfg, kind, layout.sequence_length) * sizes.tokens / layout.tp
-    moved = mixing_saved(sizes, kind, index == 0) * FORWARD_PASSES
+    flops = mixing_flops(parts.cfg, kind, layout.sequence_length) * layout.tokens / layout.tp
+    whole, without = (part_cost(parts, layout, index, "mixer", recompute).kept for recompute in ("none", "selective"))
+    moved = (whole - without) * FORWARD_PASSES
     return flops / (gpu.matmul * kernel) + moved / (gpu.memory_bandwidth * efficiency.memory)
 
 
@@ -104,20 +100,20 @@ def stage_time(
     for index, count in parts.alike(stage.blocks).items():
         mixer, ffn = block_forward_seconds(parts, layout, index, gpu, efficiency)
         mixers, ffns = mixers + count * mixer, ffns + count * ffn
-        mixing += count * mixing_seconds(parts, layout, index, gpu, efficiency)
+        if layout.recompute == "selective":
+            mixing += count * mixing_seconds(parts, layout, index, gpu, efficiency)
         experts += count * ffn if parts.blocks[index].kind.ffn == "moe" else 0.0
-    sizes = Sizes(parts.cfg, layout)
     moving = gpu.memory_bandwidth * efficiency.memory / FORWARD_PASSES
-    ends = sum(ends_saved(sizes, first=stage.first, last=stage.last).values()) / moving
+    ends = sum(end_cost(parts, layout, last=last).kept for last in stage.ends) / moving
     if stage.last:
-        ends += parts.head_flops * sizes.tokens / layout.tp / (gpu.matmul * efficiency.matmul)
+        ends += parts.head_flops * layout.tokens / layout.tp / (gpu.matmul * efficiency.matmul)
     again = {"none": 0.0, "selective": mixing, "moe": experts, "full": mixers + ffns}[layout.recompute]
     again += ends if stage.last else 0.0  # the head computes its logits again
-    traffic = stage_traffic(parts, layout, stage)
-    speeds = {axis: bandwidth(layout, axis, gpu, efficiency) for axis in {*traffic.forward, *traffic.backward}}
+    cost = stage_cost(parts, layout, stage)
+    speeds = {axis: bandwidth(layout, axis, gpu, efficiency) for axis in {*cost.forward, *cost.backward}}
     sent = {
         name: sum(size / speeds[axis] for axis, size in way.items())
-        for name, way in (("forward", traffic.forward), ("backward", traffic.backward))
+        for name, way in (("forward", cost.forward), ("backward", cost.backward))
     }
     compute = mixers + ffns + ends
     return StageTime(compute + sent["forward"], compute + again + sent["backward"], compute)
@@ -161,7 +157,7 @@ def pipeline_timeline(
         forward=sum(time.forward for time in times) / len(times),
         backward_input=sum(time.backward_input for time in times) / len(times),
         backward_weight=sum(time.backward_weight for time in times) / len(times),
-        communication=0.0 if layout.pp == 1 else crossing_bytes(Sizes(parts.cfg, layout)) / speed,
+        communication=0.0 if layout.pp == 1 else crossing_bytes(parts, layout) / speed,
         stage_scale=scale,
     )
     return simulate(layout.schedule, costs)

@@ -28,21 +28,14 @@ from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.distributed import discover_launch
 from megaforge.parallel.param_spec import Box, named_specs
 from megaforge.parallel.zero import shard_parameters
+from megaforge.planning.costs import stage_cost
 from megaforge.planning.gpus import GPUS, ROOM, verdict
 from megaforge.planning.layout import PlannedLayout
-from megaforge.planning.memory import (
-    LIBRARIES,
-    StateBytes,
-    peak_activations,
-    stage_activations,
-    stage_brought_back,
-    state_bytes,
-)
+from megaforge.planning.memory import LIBRARIES, StateBytes, peak_activations, state_bytes
 from megaforge.planning.plan_command import planned_layout
 from megaforge.planning.report import gigabytes, table
 from megaforge.planning.stage_run import run_stage
 from megaforge.planning.stages import ModelParts, StagePart, cut_stages, model_parts, stage_parameters
-from megaforge.training.checkpointing import compute_dtype
 from megaforge.training.forward_backward import make_reducer
 from megaforge.training.setup import build_model_chunks, make_context, make_pipeline_plan
 
@@ -126,7 +119,7 @@ def try_ranks(config: Config, world_size: int) -> tuple[PlannedLayout, list[DryR
     """
     checked = check_layout(config, world_size)
     plan = make_pipeline_plan(config, checked)
-    layout = planned_layout(config, world_size, dtype=compute_dtype(config.training))
+    layout = planned_layout(config, world_size)
     parts = model_parts(config.model, layout.dtype)
     stages = cut_stages(parts, layout)
     check_ranks(layout)
@@ -291,11 +284,7 @@ def _try_rank(
         state,
         state_bytes(stage_parameters(parts, own), ctx, layout),
         _peak(layout, alike, [(one.kept, max(0, one.between - one.kept)) for one in measured]),
-        _peak(
-            layout,
-            alike,
-            [(stage_activations(parts, layout, one), stage_brought_back(parts, layout, one)) for one in own],
-        ),
+        _peak(layout, alike, [(cost.kept, cost.waiting) for cost in (stage_cost(parts, layout, one) for one in own)]),
         max(float(one.peak - max(one.kept, one.between)) for one in measured),
     )
 

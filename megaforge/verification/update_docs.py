@@ -14,7 +14,7 @@ from megaforge.monitor import names
 from megaforge.planning.communication import step_traffic
 from megaforge.planning.gpus import GPUS
 from megaforge.planning.measured_activations import comparison_rows
-from megaforge.planning.plan_command import planned_dtype, planned_layout
+from megaforge.planning.plan_command import planned_layout
 from megaforge.planning.plan_request import parse_docs, read_jobs
 from megaforge.planning.report import assumptions, search_text
 from megaforge.planning.search import search, worst_rank
@@ -56,7 +56,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def _search(name: str, gpus: int) -> str:
     config = parse_config(["--config", name]).config
-    found = search(config, gpus, GPU, planned_dtype(config), count=LAYOUTS_LISTED)
+    found = search(config, gpus, GPU, count=LAYOUTS_LISTED)
     text = search_text(found, GPU, name, gpus, 0.9).rpartition("\n\nassumed:")[0]
     command = f"$ python tools/plan.py memory --config {name} --gpu {GPU.name} --search --gpus {gpus} --top"
     return f"```\n{command} {LAYOUTS_LISTED}\n{text}\n```"
@@ -84,7 +84,7 @@ def _effects() -> str:
         held, time = fullest.state, step_time(parts, layout, stages, GPU)
         sent = step_traffic(parts, layout, stages, 0)
         sizes = (held.parameters + held.gradients + held.optimizer, fullest.activations, fullest.total)
-        axes = ", ".join(f"{axis} {size / 1e9:.1f}" for axis, size in sent.items() if size)
+        axes = ", ".join(f"{axis} {size / 1e9:.1f}" for axis, size in sent.items() if size > 5e7)
         shown = f"`{flags}`" if flags else "none"
         rows.append((shown, *(f"{size / 1e9:.1f}" for size in sizes), axes, f"{time.bubble:.1%}", f"{time.total:.2f}"))
     return markdown(rows)

@@ -11,7 +11,9 @@ from megaforge.config.check_layout import check_layout
 from megaforge.config.cli import parse_config
 from megaforge.config.run_config import default_expert_tensor_parallel_size
 from megaforge.errors import UserError
-from megaforge.planning.communication import bandwidth, gradient_traffic, ring, stage_traffic, step_traffic
+from megaforge.planning.communication import bandwidth, gradient_traffic, step_traffic
+from megaforge.planning.costs import stage_cost
+from megaforge.planning.counting_group import ring
 from megaforge.planning.gpus import GPUS, Efficiency
 from megaforge.planning.layout import PlannedLayout, layout_of
 from megaforge.planning.memory import rank_memory
@@ -64,13 +66,13 @@ def test_experts_get_the_tensor_parallelism_that_leaves_room() -> None:
         default_expert_tensor_parallel_size(8, 4, 32),
         default_expert_tensor_parallel_size(2, 3, 8),
     ] == [4, 8, 8, 1]
-    layout = layout_of(parse_config([*SMALL, "--tp", "4", "--ep", "4"]).config, 8, torch.bfloat16)
+    layout = layout_of(parse_config([*SMALL, "--tp", "4", "--ep", "4"]).config, 8)
     assert (layout.etp, layout.dp) == (2, 2)
 
 
 def test_search_lists_the_fastest_that_fit() -> None:
     config = parse_config([*SMALL, "--bf16"]).config
-    found = search(config, 4, H100, torch.bfloat16, count=5)
+    found = search(config, 4, H100, count=5)
     assert [item.time.total for item in found] == sorted(item.time.total for item in found)
     assert len({item.layout for item in found}) == 5
     for item in found:
@@ -79,7 +81,7 @@ def test_search_lists_the_fastest_that_fit() -> None:
         assert item.memory.total <= 0.9 * H100.memory
     # Everything but the libraries would have to go: nothing fits, and nothing is listed.
     tight = dataclasses.replace(H100, memory=2e9)
-    assert search(config, 4, tight, torch.bfloat16) == []
+    assert search(config, 4, tight) == []
 
 
 def test_search_finds_what_trying_everything_finds() -> None:
@@ -87,12 +89,12 @@ def test_search_finds_what_trying_everything_finds() -> None:
     config = parse_config([*SMALL, "--bf16"]).config
     parts = model_parts(config.model, torch.bfloat16)
     times = []
-    for layout in candidates(config, 4, torch.bfloat16):
+    for layout in candidates(config, 4):
         stages = cut_stages(parts, layout)
         if worst_rank(parts, layout, stages).total <= 0.9 * H100.memory:
             times.append(step_time(parts, layout, stages, H100).total)
             assert search_bound(parts, layout, stages, H100, Efficiency()) <= times[-1]
-    found = [item.time.total for item in search(config, 4, H100, torch.bfloat16, count=5)]
+    found = [item.time.total for item in search(config, 4, H100, count=5)]
     assert found == pytest.approx(sorted(times)[:5], rel=0.01)
 
 
@@ -104,16 +106,17 @@ def test_traffic_of_every_axis() -> None:
 
     def sent(**sizes: int | bool) -> dict[str, float]:
         layout = PlannedLayout(8, **({"etp": 1} | sizes), sequence_length=tokens, global_batch_size=8)  # type: ignore[arg-type]
-        traffic = stage_traffic(parts, layout, middle)
-        return {axis: traffic.total(axis) for axis in ("tp", "sp", "cp", "ep", "etp")}
+        cost = stage_cost(parts, layout, middle)
+        return {axis: cost.sent(axis) for axis in ("tp", "sp", "cp", "ep", "etp")}
 
     inside = tokens * width * 2
     reduce = inside  # a ring of two: each rank sends half of it twice
     # Two sublayers, each an all-reduce forward and one backward; the same bytes as gathers and scatters.
     assert sent(tp=2, etp=2) == {"tp": 4 * reduce, "sp": 0, "cp": 0, "ep": 0, "etp": 0}
     assert sent(tp=2, etp=2, sequence_parallel=True) == {"tp": 0, "sp": 4 * reduce, "cp": 0, "ep": 0, "etp": 0}
-    # Two experts a token: rows go out and come back, forward and backward.
-    assert sent(ep=4)["ep"] == 4 * 2 * inside * 3 / 4
+    # Two experts a token: rows go out and come back, forward and backward; their fp32 weights go out, and the gradients
+    # of these come back; before, each rank says how many rows it has for each of the four experts.
+    assert sent(ep=4)["ep"] == (4 * 2 * inside + 2 * 2 * tokens * 4 + 4 * 8) * 3 / 4
     assert sent(cp=2)["cp"] > 0
     layout = PlannedLayout(8, ep=2, sequence_length=tokens, global_batch_size=8)
     held = stage_parameters(parts, [whole])
@@ -153,8 +156,8 @@ def test_groups_that_leave_the_server_are_slower() -> None:
 
 
 def test_every_rank_of_a_pipeline_is_planned() -> None:
-    config = parse_config([*SMALL, "--pp", "2"]).config
-    layout = layout_of(config, 4, torch.bfloat16)
+    config = parse_config([*SMALL, "--bf16", "--pp", "2"]).config
+    layout = layout_of(config, 4)
     parts = model_parts(config.model, torch.bfloat16)
     stages = cut_stages(parts, layout)
     first, last = (rank_memory(parts, layout, stages, rank) for rank in (0, 1))

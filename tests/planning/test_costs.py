@@ -12,10 +12,10 @@ from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.pipeline.schedules import build_schedule
-from megaforge.planning.activations import Sizes, block_kept, recomputed_at_once
+from megaforge.planning.costs import block_costs, stage_cost
 from megaforge.planning.layout import PlannedLayout, layout_of
 from megaforge.planning.measured_activations import CASES, compare
-from megaforge.planning.memory import peak_activations, stage_activations
+from megaforge.planning.memory import peak_activations
 from megaforge.planning.meter import StorageMeter
 from megaforge.planning.stage_run import run_stage
 from megaforge.planning.stages import StagePart, cut_stages, model_parts
@@ -55,7 +55,7 @@ def test_prediction_is_what_a_cpu_keeps(case: str) -> None:
 @pytest.mark.parametrize("case", [case for case in CASES if "tiny" not in case])
 def test_what_is_alive_is_what_autograd_saves(case: str) -> None:
     config = parse_config(CASES[case]).config
-    layout = layout_of(config, 1, torch.bfloat16 if config.training.bf16 else torch.float32)
+    layout = layout_of(config, 1)
     model = HybridModel(config.model, ParallelContext.single(), dtype=layout.dtype)
     initialize_parameters(model, ParallelContext.single(), 1)
     assert compare(CASES[case]).measured == pytest.approx(kept_by_autograd(model, layout), rel=0.02)
@@ -64,13 +64,12 @@ def test_what_is_alive_is_what_autograd_saves(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_meta_device_shows_what_a_gpu_would_keep(case: str) -> None:
     config = parse_config(CASES[case]).config
-    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
-    layout = layout_of(config, 1, dtype)
-    model = HybridModel(config.model, ParallelContext.single("meta"), dtype=dtype, recompute=layout.recompute)
-    parts = model_parts(config.model, dtype)
+    layout = layout_of(config, 1)
+    model = HybridModel(config.model, ParallelContext.single("meta"), dtype=layout.dtype, recompute=layout.recompute)
+    parts = model_parts(config.model, layout.dtype)
     whole = StagePart(range(len(parts.blocks)), True, True)
     measured = run_stage(model, layout)
-    assert stage_activations(parts, layout, whole) == pytest.approx(measured.kept, rel=0.005)
+    assert stage_cost(parts, layout, whole).kept == pytest.approx(measured.kept, rel=0.005)
     assert measured.peak > measured.kept
 
 
@@ -78,11 +77,11 @@ def test_recomputation_keeps_less_and_brings_back_the_difference() -> None:
     config = parse_config(BASE).config
     parts = model_parts(config.model, torch.bfloat16)
     plain = PlannedLayout(1, sequence_length=128)
-    kept = {}
+    kept, needed = {}, {}
     for recompute in ("none", "selective", "moe", "full"):
-        sizes = Sizes(config.model, dataclasses.replace(plain, recompute=recompute))
-        kept[recompute] = block_kept(sizes, parts.blocks[1].kind, False)
-        assert bool(recomputed_at_once(sizes, parts.blocks[1].kind, False)) == (recompute != "none")
+        costs = block_costs(parts, dataclasses.replace(plain, recompute=recompute), 1)
+        kept[recompute] = sum(cost.kept for cost in costs)
+        needed[recompute] = kept[recompute] + max(cost.working for cost in costs)
     assert kept["full"] == 128 * 64 * 2
     assert kept["full"] < kept["selective"] < kept["none"]
     assert kept["full"] < kept["moe"] < kept["none"]

@@ -1,0 +1,208 @@
+"""What a part of the model needs for one micro-batch, measured: its own code runs forward and backward on the meta
+device, over groups that only count. Nothing here knows what a layer does.
+
+A model has few kinds of block, and a block's mixer and FFN depend on few sizes of a layout, so that a search of
+thousands of layouts takes some hundred measurements.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megaforge.config.model_config import ModelConfig
+from megaforge.config.pattern import BlockKind, blocks_of
+from megaforge.models.hybrid import Block, HybridModel, Stream
+from megaforge.nn.recompute import recomputed
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.context_parallel.shard import ContextParallelShard
+from megaforge.parallel.packed_sequence import PackedSequence
+from megaforge.parallel.region import TensorParallelRegion
+from megaforge.planning.counting_group import Sent, counting_context
+from megaforge.planning.meter import MetaRun, StorageMeter, fused_attention, storage_key
+from megaforge.planning.stage_run import run_backward, starts_of, without_gradients
+
+
+class Sizes(NamedTuple):
+    """What the cost of a part depends on, of a layout; ``recompute``: none, selective, or full for the part alone;
+    ``split``: whether the schedule computes gradients of weights apart."""
+
+    tp: int
+    cp: int
+    cp_comm_type: str
+    ep: int
+    etp: int
+    sequence_parallel: bool
+    micro_batch_size: int
+    sequence_length: int
+    dtype: torch.dtype
+    device_type: str
+    recompute: str
+    split: bool
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes that a part needs for one micro-batch.
+
+    Attributes:
+        input: of its input, the residual stream.
+        kept: what it alone keeps between its forward and its backward pass, its input included where it keeps it.
+        shared: what it keeps and other parts keep too, by name: carried tensors, and those of the micro-batch's
+            :class:`PackedSequence`.
+        reads: carried tensors that it reads, whether it keeps them or not.
+        touched: tensors of the micro-batch's :class:`PackedSequence` that are there once it has run.
+        working: the most alive at once besides what is kept, forward or backward.
+        waiting: what is alive between the halves of a split backward pass besides what is kept; 0 without.
+        forward, backward: what is sent, by axis.
+        carried: shapes and dtypes of carried tensors that it makes.
+    """
+
+    input: float
+    kept: float
+    shared: Mapping[str, float] = field(default_factory=dict)
+    reads: Mapping[str, float] = field(default_factory=dict)
+    touched: Mapping[str, float] = field(default_factory=dict)
+    working: float = 0.0
+    waiting: float = 0.0
+    forward: Sent = field(default_factory=dict)
+    backward: Sent = field(default_factory=dict)
+    carried: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+
+
+Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+Given = tuple[list[Tensor], dict[str, Tensor]]  # what is differentiated, and carried tensors that are new
+Forward = Callable[[Tensor, dict[str, Tensor], PackedSequence], Given]
+Build = Callable[[ParallelContext], tuple[nn.Module, Forward]]
+
+
+def measure_block(cfg: ModelConfig, index: int, part: str, sizes: Sizes, arriving: Shapes) -> Cost:
+    """The cost of the ``mixer`` or the ``ffn`` of block ``index``, norm and residual sum included.
+
+    Args:
+        arriving: carried tensors that blocks before it have made.
+    """
+    kinds = blocks_of(cfg)
+
+    def build(ctx: ParallelContext) -> tuple[nn.Module, Forward]:
+        kind = kinds[index] if part == "ffn" else BlockKind(kinds[index].mixer, None)
+        region = TensorParallelRegion(ctx, sizes.sequence_parallel, overlap=not sizes.split)
+        block = Block(ctx, cfg, kind, index, len(kinds), region, sizes.dtype, sizes.recompute)
+
+        again = sizes.recompute == "full"
+
+        def mixer(x: Tensor, carried: dict[str, Tensor], info: PackedSequence) -> Given:
+            out, v_first, _ = block(x, carried.get("v_first"), info, None)
+            return [out], {} if carried or v_first is None else {"v_first": v_first}
+
+        def ffn(x: Tensor, carried: dict[str, Tensor], info: PackedSequence) -> Given:
+            first, *losses = (tensor for _, tensor in _tensors(recomputed(again, block._feed_forward, x, info, None)))
+            return [x + first, *losses], {}
+
+        return block, ffn if part == "ffn" else mixer
+
+    return _measure(cfg, sizes, build, arriving)
+
+
+def measure_end(cfg: ModelConfig, sizes: Sizes, *, last: bool) -> Cost:
+    """The cost of the embedding, or (``last``) of final norm, head and loss."""
+    place = len(blocks_of(cfg)) if last else 0
+
+    def build(ctx: ParallelContext) -> tuple[nn.Module, Forward]:
+        model = HybridModel(
+            cfg,
+            ctx,
+            sequence_parallel=sizes.sequence_parallel,
+            dtype=sizes.dtype,
+            cp_comm_type=sizes.cp_comm_type,
+            overlap_tp_comm=not sizes.split,
+            layers=range(place, place),
+        )
+
+        def forward(x: Tensor, carried: dict[str, Tensor], info: PackedSequence) -> Given:
+            tokens = torch.zeros(sizes.micro_batch_size, sizes.sequence_length, dtype=torch.int64, device=ctx.device)
+            mask = torch.ones(tokens.shape, device=ctx.device)
+            output, stream = model.run_stage(tokens, tokens, mask, arrived=Stream(x, None) if last else None)
+            return [output.loss_sum if last else stream.x], {}
+
+        return model, forward
+
+    return _measure(cfg, sizes, build, {})
+
+
+def _measure(cfg: ModelConfig, sizes: Sizes, build: Build, arriving: Shapes) -> Cost:
+    axes = {"tp": sizes.tp, "cp": sizes.cp, "ep": sizes.ep, "etp": sizes.etp}
+    on_meta = sizes.device_type == "meta"
+    with counting_context(sizes.device_type, sizes.sequence_parallel, **axes) as (ctx, sent):
+        module, forward = build(ctx)
+        parameters = list(module.parameters())
+        if not on_meta:  # whatever lies in memory may be no number
+            for parameter in parameters:
+                parameter.data.fill_(0.01)
+        # Leaves as large as the inputs would live as long as the graph, whether the part keeps them or not.
+        anchors = {
+            name: torch.zeros((), dtype=dtype, device=ctx.device, requires_grad=True)
+            for name, (_, dtype) in {"": ((), sizes.dtype), **arriving}.items()
+        }
+        known = [*parameters, *anchors.values()]
+        meter = MetaRun(cfg.num_experts, known) if on_meta else StorageMeter(known)
+        with without_gradients(parameters), meter, fused_attention() if on_meta else nullcontext():
+            shards = ContextParallelShard(ctx.cp, sizes.cp_comm_type)
+            rows = sizes.sequence_length // sizes.cp // (sizes.tp if sizes.sequence_parallel else 1)
+            info = PackedSequence(sizes.micro_batch_size, sizes.sequence_length, ctx.device, shards=shards)
+            x = anchors[""].expand(rows, sizes.micro_batch_size, cfg.hidden_size).clone()
+            carried = {name: anchors[name].expand(shape).clone() for name, (shape, _) in arriving.items()}
+            outputs, made = forward(x, carried, info)
+            named = {
+                storage_key(tensor): (name, tensor.untyped_storage().nbytes())
+                for name, tensor in (*_tensors(vars(info), "packed"), *_tensors(carried), *_tensors(made))
+            }
+            touched = dict(item for item in named.values() if item[0].startswith("packed"))
+            size, shapes = x.nbytes, {name: (tuple(t.shape), t.dtype) for name, t in made.items()}
+            roots, starts = starts_of([*outputs, *made.values()])
+            del x, info, carried, outputs, made
+            kept, going = meter.live, dict(sent)
+            shared = dict(item for key, item in named.items() if meter.is_alive(key))
+            read = _notice_gradients(anchors)
+            between = run_backward(meter, roots, starts, list(anchors.values()), parameters, split=sizes.split)
+    return Cost(
+        input=size,
+        kept=kept - sum(shared.values()),
+        shared=shared,
+        reads={name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in arriving.items() if name in read},
+        touched=touched,
+        working=meter.peak - kept,
+        waiting=max(0, between - kept),
+        forward=going,
+        backward={axis: size - going.get(axis, 0.0) for axis, size in sent.items()},
+        carried=shapes,
+    )
+
+
+def _notice_gradients(anchors: dict[str, Tensor]) -> set[str]:
+    """Will hold the names of those that a gradient has reached."""
+    read: set[str] = set()
+    for name, anchor in anchors.items():
+        anchor.register_hook(lambda _, name=name: read.add(name))
+    return read
+
+
+def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in ``value`` (records, dictionaries and sequences of them), with the path to it."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, (tuple, list)):
+        for place, item in enumerate(value):
+            yield from _tensors(item, f"{path}.{place}")
+    elif dataclasses.is_dataclass(value):
+        yield from _tensors(vars(value), path)

@@ -1,0 +1,82 @@
+"""Costs of parts: what a run of the part alone says, at any layout, without peers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from megaforge.config.cli import parse_config
+from megaforge.config.model_config import ModelConfig
+from megaforge.planning.costs import _sizes, part_cost
+from megaforge.planning.layout import PlannedLayout
+from megaforge.planning.measure import Cost, measure_block, measure_end
+from megaforge.planning.stages import model_parts
+
+PLAIN = PlannedLayout(8, sequence_length=64, global_batch_size=8, dtype=torch.float32)
+TOKENS, WIDTH, WIDE = 64, 64, 4
+
+
+def small(*flags: str) -> ModelConfig:
+    return parse_config(["--config", "cdrmix-test", "--vocab-size", "500", *flags]).config.model
+
+
+def dense_ffn(layout: PlannedLayout) -> Cost:
+    cfg = small("--layer-schedule", "attention", "--ffn", "dense", "--normalization", "rmsnorm")
+    return part_cost(model_parts(cfg, layout.dtype), layout, 1, "ffn")
+
+
+def test_a_dense_ffn_keeps_what_its_formula_says() -> None:
+    """x, 1/rms, the normed x, max(0, inner) and its square."""
+    cost = dense_ffn(PLAIN)
+    inner = small().ffn_size
+    assert cost.input == TOKENS * WIDTH * WIDE
+    assert cost.kept == TOKENS * WIDE * (WIDTH + 1 + WIDTH + 2 * inner)
+    assert (cost.shared, cost.reads, cost.forward, cost.backward) == ({}, {}, {}, {})
+    assert dense_ffn(dataclasses.replace(PLAIN, micro_batch_size=3)).kept == 3 * cost.kept
+    halved = dense_ffn(dataclasses.replace(PLAIN, tp=2, etp=2, sequence_parallel=True))
+    # Inside the region every rank has every token; the residual stream is cut.
+    assert halved.kept == TOKENS * WIDE * (WIDTH / 2 + 1 / 2 + WIDTH + 2 * inner / 2)
+
+
+def test_gradients_of_weights_wait_only_where_the_schedule_splits() -> None:
+    split = dataclasses.replace(PLAIN, pp=2, etp=1, schedule_name="zb-h1", global_batch_size=8)
+    assert dense_ffn(PLAIN).waiting == 0
+    # Of the norm's output, of the inner width, and of the FFN's output, which are the residual stream's.
+    inner = small().ffn_size
+    assert dense_ffn(split).waiting == pytest.approx(TOKENS * WIDE * (2 * WIDTH + inner), rel=0.01)
+
+
+def test_carried_tensors_are_made_once_and_read() -> None:
+    cfg = small("--layer-schedule", "rwkv", "--ffn", "dense")
+    sizes = _sizes(PLAIN, "none", experts=False)
+    first = measure_block(cfg, 0, "mixer", sizes, {})
+    assert first.carried == {"v_first": ((TOKENS, 1, WIDTH), torch.float32)}
+    assert first.reads == {}
+    later = measure_block(cfg, 1, "mixer", sizes, first.carried)
+    assert later.carried == {}
+    assert later.reads == {"v_first": TOKENS * WIDTH * WIDE}
+
+
+def test_attention_shares_its_rotary_tables_with_later_layers() -> None:
+    cfg = small("--layer-schedule", "attention", "--ffn", "dense")
+    cost = measure_block(cfg, 0, "mixer", _sizes(PLAIN, "none", experts=False), {})
+    assert sum(cost.shared.values()) == 2 * TOKENS * cfg.head_dim / 2 * WIDE
+    assert cost.shared.items() <= cost.touched.items()
+
+
+def test_ends() -> None:
+    cfg, sizes = small(), _sizes(PLAIN, "none", experts=False)
+    embedding, head = measure_end(cfg, sizes, last=False), measure_end(cfg, sizes, last=True)
+    assert embedding.kept == TOKENS * 8
+    # Logits of a chunk, twice, are what the head's passes need for a while.
+    assert head.working > 2 * TOKENS * cfg.padded_vocab_size() * WIDE
+    assert head.kept >= 2 * TOKENS * WIDTH * WIDE
+
+
+def test_a_part_is_measured_once_for_layouts_that_agree_on_its_sizes() -> None:
+    parts = model_parts(small(), torch.float32)
+    same = [dataclasses.replace(PLAIN, ep=ep, zero=zero) for ep in (1, 2) for zero in (0, 1)]
+    assert len({id(part_cost(parts, layout, 1, "mixer")) for layout in same}) == 1
+    assert len({id(part_cost(parts, layout, 1, "ffn")) for layout in same}) == 2
