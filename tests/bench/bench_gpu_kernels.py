@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megaforge.errors import UserError
 from megaforge.kernels import rwkv7_fused
 from megaforge.kernels.wkv7.backend import wkv7_backend
-from megaforge.nn.token_shift import mix_tokens
 from tests.bench.harness import Measure, interleaved_ratio, print_json, print_table, seconds
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,7 +117,7 @@ def machine() -> str:
 
 def unfused_mixes(x: torch.Tensor, first: None, starts: None, c: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """What a layer does without the kernel."""
-    return mix_tokens(x, torch.cat([torch.zeros_like(x[:1]), x[:-1]]), c)
+    return rwkv7_fused.mix_tokens(x, torch.cat([torch.zeros_like(x[:1]), x[:-1]]), c)
 
 
 def pointwise(b: int, s: int, heads: int) -> dict[str, dict[str, Callable[[], object]]]:

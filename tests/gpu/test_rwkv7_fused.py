@@ -26,7 +26,6 @@ if torch.cuda.is_available():
 
 def layer_results(fused: bool, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     monkeypatch.setattr(rwkv7_fused, "fused", lambda x: fused)
-    monkeypatch.setattr("megaforge.nn.token_shift.fused", lambda x: fused)
     ctx = ParallelContext.single("cuda")
     layer = RWKV7TimeMix(ctx, "m", ModelConfig(hidden_size=128), 0, 2, TensorParallelRegion(ctx, False))
     initialize_parameters(layer, ctx, 3)

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from megaforge.kernels import native, rwkv7_fused
+from megaforge.kernels.rwkv7_fused import mix_tokens
 from megaforge.kernels.rwkv7_fused.triton import load_triton
+from tests.nn.support import assert_close, random
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
 with_triton = pytest.mark.skipif(
@@ -67,3 +69,30 @@ def test_a_gpu_without_the_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch)
     finally:
         for cached in (load_triton, native.say_fallback):
             cached.cache_clear()
+
+
+@pytest.mark.parametrize("at_once", [1, 20, 10**6])
+def test_mixes_and_their_gradients(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever number of tokens the backward pass takes at once."""
+    monkeypatch.setattr("megaforge.kernels.rwkv7_fused.mixes.CPU_ELEMENTS_AT_ONCE", at_once)
+    leaves = [random(7, 2, 5), random(7, 2, 5, seed=1), random(5, seed=2), random(5, seed=3)]
+    ours = [leaf.clone().requires_grad_() for leaf in leaves]
+    theirs = [leaf.clone().requires_grad_() for leaf in leaves]
+    got = mix_tokens(ours[0], ours[1], ours[2:])
+    expected = [theirs[0] + (theirs[1] - theirs[0]) * c for c in theirs[2:]]
+    for number, (out, reference) in enumerate(zip(got, expected, strict=True)):
+        assert_close(out, reference, 1e-14, f"mix {number}")
+    sum((out * random(7, 2, 5, seed=9 + i)).sum() for i, out in enumerate(got)).backward()
+    sum((out * random(7, 2, 5, seed=9 + i)).sum() for i, out in enumerate(expected)).backward()
+    for name, a, b in zip(("x", "previous", "c0", "c1"), ours, theirs, strict=True):
+        assert_close(a.grad, b.grad, 1e-14, name)
+
+
+def test_bf16_mixes_sum_their_gradients_in_fp32() -> None:
+    x, previous = random(3000, 1, 4).bfloat16(), random(3000, 1, 4, seed=1).bfloat16()
+    coefficient = torch.rand(4, requires_grad=True)
+    (out,) = mix_tokens(x, previous, [coefficient])
+    assert out.dtype == torch.bfloat16
+    out.backward(torch.ones_like(out))
+    assert coefficient.grad is not None and coefficient.grad.dtype == torch.float32
+    assert_close(coefficient.grad, (previous.double() - x.double()).sum((0, 1)), 1e-5, "coefficient")

@@ -2,8 +2,8 @@
 
 :func:`shifted_mixes` is the token shift with the mixes that the projections read, :func:`rwkv7_inputs` what lies
 between them and WKV-7, :func:`norm_bonus_gate` what follows it. On GPUs the first and the last are Triton kernels, one
-pass over the tokens each way (:mod:`.triton`); the second is the same walk in plain torch, on a CPU in pieces that stay
-in cache (:mod:`.inputs`). :mod:`.reference` has the definitions.
+pass over the tokens each way (:mod:`.triton`). The second, and the mixes elsewhere, are such a walk in plain torch, on
+a CPU in pieces that stay in cache (:mod:`.inputs`, :mod:`.mixes`). :mod:`.reference` has the definitions.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from torch import Tensor
 
 from megaforge.kernels.native import say_fallback
 from megaforge.kernels.rwkv7_fused.inputs import RWKV7Inputs
+from megaforge.kernels.rwkv7_fused.mixes import MixTokens
 from megaforge.kernels.rwkv7_fused.reference import (
     norm_bonus_gate_reference,
+    previous_tokens,
     rwkv7_inputs_reference,
     shifted_mixes_reference,
 )
 from megaforge.kernels.rwkv7_fused.triton import NormBonusGate, ShiftedMixes, load_triton
 
 __all__ = [
-    "fused", "norm_bonus_gate", "norm_bonus_gate_reference", "rwkv7_inputs", "rwkv7_inputs_reference", "say_plain",
-    "shifted_mixes", "shifted_mixes_reference",
+    "fused", "mix_tokens", "norm_bonus_gate", "norm_bonus_gate_reference", "rwkv7_inputs", "rwkv7_inputs_reference",
+    "say_plain", "shifted_mixes", "shifted_mixes_reference",
 ]  # fmt: skip
 HEAD_SIZES = (16, 32, 64, 128)
 
@@ -63,7 +65,21 @@ def shifted_mixes(
     """
     if fused(x):
         return ShiftedMixes.apply(x, first, starts, *coefficients)
-    return shifted_mixes_reference(x, first, starts, coefficients)
+    return mix_tokens(x, previous_tokens(x, first, starts), coefficients)
+
+
+def mix_tokens(x: Tensor, previous: Tensor, coefficients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``x + (previous - x) * c`` for each coefficient vector c [h]: the inputs of RWKV's projections.
+
+    Args:
+        x: [s, b, h].
+        previous: [s, b, h], the token before each in the same document, or zero.
+        coefficients: each [h]; may be wider than ``x``.
+
+    Returns:
+        One [s, b, h] of the dtype of ``x`` for each coefficient.
+    """
+    return MixTokens.apply(x, previous, *coefficients)
 
 
 def rwkv7_inputs(

@@ -13,14 +13,18 @@ DECAY_SCALE = -math.exp(-0.5)  # log w = DECAY_SCALE * sigmoid(.), so w > exp(-e
 NORM_EPSILON = 1e-12
 
 
+def previous_tokens(x: Tensor, first: Tensor | None, starts: Tensor | None) -> Tensor:
+    """The token before each [s, b, h]; arguments as :func:`megaforge.kernels.rwkv7_fused.shifted_mixes`."""
+    before = torch.zeros_like(x[:1]) if first is None else first.to(x.dtype).unsqueeze(0)
+    previous = torch.cat([before, x[:-1]])
+    return previous if starts is None else previous.masked_fill(starts.unsqueeze(-1), 0)
+
+
 def shifted_mixes_reference(
     x: Tensor, first: Tensor | None, starts: Tensor | None, coefficients: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """The definition of :func:`megaforge.kernels.rwkv7_fused.shifted_mixes`."""
-    before = torch.zeros_like(x[:1]) if first is None else first.to(x.dtype).unsqueeze(0)
-    previous = torch.cat([before, x[:-1]])
-    if starts is not None:
-        previous = previous.masked_fill(starts.unsqueeze(-1), 0)
+    previous = previous_tokens(x, first, starts)
     return tuple(torch.lerp(x, previous, c.to(x.dtype)) for c in coefficients)
 
 
