@@ -51,8 +51,11 @@ def takes_documents(query: Tensor) -> bool:
     capability = torch.cuda.get_device_capability(query.device)
     if _VARLEN is not None and flash_serves(query.dtype, query.shape[-1], capability):
         return True
-    why = f"flash attention for packed documents does not take {query.dtype} in heads of {query.shape[-1]}"
-    say_fallback("attention", f"{why} on compute capability {capability}", "a mask, whose hidden part is computed too")
+    why = f"does not take {query.dtype} in heads of {query.shape[-1]} on compute capability {capability}"
+    why = "is not in this torch" if _VARLEN is None else why
+    say_fallback(
+        "attention", f"flash attention for packed documents {why}", "a mask, whose hidden part is computed too"
+    )
     return False
 
 
