@@ -35,6 +35,7 @@ from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.stages import PipelinePlan, build_model, plan_pipeline
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import ParamSpec, named_specs
 
 STATE_PREFIX = "optimizer."  # keys of optimizer state: optimizer.STATE.NAME
@@ -146,7 +147,9 @@ def _plan_ranks(
     for rank in range(world_size):
         ctx = _context(rank, world_size, config.parallel)
         if ctx.pp.rank not in specs:
-            specs[ctx.pp.rank] = {spec.name: spec for spec, _ in named_specs(build_model(config.model, ctx, plan))}
+            specs[ctx.pp.rank] = {
+                spec.name: spec for spec, _ in named_specs(build_model(make_layer_context(config.model, ctx), plan))
+            }
         shards = {}
         for name, spec in specs[ctx.pp.rank].items():
             boxes = [piece.global_box for piece in spec.pieces(ctx)]
@@ -213,7 +216,7 @@ def _keys_of_parameters(source: TensorSource, config: Config) -> dict[str, list[
     Raises:
         UserError: a tensor is missing, of another shape, or belongs to no parameter.
     """
-    model = HybridModel(config.model, ParallelContext.single("meta"))
+    model = HybridModel(make_layer_context(config.model, ParallelContext.single("meta")))
     shapes = {spec.name: spec.shape for spec, _ in named_specs(model)}
     keys: dict[str, list[str]] = defaultdict(list)
     for key, info in source.tensors.items():

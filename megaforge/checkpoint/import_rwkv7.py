@@ -21,6 +21,7 @@ from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import ParamSpec, named_specs
 
 MODEL_FILE = "model.yaml"
@@ -102,7 +103,9 @@ def config_of(weights: Mapping[str, Tensor]) -> ModelConfig:
 
 def specs_of(cfg: ModelConfig) -> dict[str, ParamSpec]:
     """The declaration of every parameter of the model, by global name; allocates nothing."""
-    return {spec.name: spec for spec, _ in named_specs(HybridModel(cfg, ParallelContext.single("meta")))}
+    return {
+        spec.name: spec for spec, _ in named_specs(HybridModel(make_layer_context(cfg, ParallelContext.single("meta"))))
+    }
 
 
 def convert_rwkv7(weights: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:

@@ -22,7 +22,7 @@ from megaforge.json_text import parse_json
 MANIFEST_FILE = "manifest.json"
 SUMS_FILE = "SHA256SUMS"
 FORMAT = "megaforge-checkpoint"
-VERSION = 1
+VERSION = 2  # 1: names of parameters were not the paths of their modules
 
 
 class ChunkRecord(NamedTuple):
@@ -123,7 +123,7 @@ def read_manifest(directory: Path) -> Manifest:
         if fields.get("format") != FORMAT or fields.get("version") != VERSION:
             raise CheckpointError(
                 f"{directory}: {MANIFEST_FILE} is {fields.get('format')!r} version {fields.get('version')!r}; "
-                f"this program reads {FORMAT!r} version {VERSION}"
+                f"this program reads {FORMAT!r} version {VERSION}; use the version of MegaForge that wrote it"
             )
         return _decode(directory, fields)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -23,6 +23,7 @@ from megaforge.models.stages import build_model, plan_pipeline
 from megaforge.optim import build_optimizer
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.distributed import discover_launch, initialize
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.training.checkpointing import compute_dtype
 from megaforge.training.setup import set_numerics
 
@@ -105,7 +106,7 @@ def load_trained_model(directory: str, *, tp: int | None = None, pp: int = 1, de
     check_layout(config, launch.world_size)
     set_numerics(config, place)
     plan = plan_pipeline(config.model, config.parallel, 1, config.data.seq_length)
-    model = build_model(config.model, ctx, plan, dtype=compute_dtype(config.training))
+    model = build_model(make_layer_context(config.model, ctx, dtype=compute_dtype(config.training)), plan)
     # The optimizer knows how 16-bit weights come from their fp32 masters; its own state is not read.
     optimizer = build_optimizer(config.optimizer, model, ctx)
     entries = [TensorEntry(*entry) for entry in optimizer.weight_entries()]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import BlockKind, blocks_of
 from megaforge.models.generation_state import BlockState, GenerationState
 from megaforge.nn.attention import KVCache, SelfAttention
@@ -18,11 +17,10 @@ from megaforge.nn.moe import MoEFFN, RouterLosses
 from megaforge.nn.norms import make_norm
 from megaforge.nn.recompute import recomputed
 from megaforge.nn.rwkv7 import RWKV7State, RWKV7TimeMix
-from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.context_parallel.shard import ContextParallelShard
+from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import VocabParallelEmbedding
 from megaforge.parallel.packed_sequence import PackedSequence
-from megaforge.parallel.region import TensorParallelRegion
+from megaforge.parallel.param_spec import name_parameters
 
 
 @dataclass(frozen=True)
@@ -63,42 +61,17 @@ class Stream:
 class Block(nn.Module):
     """``x + mixer(norm(x))``, then ``x + ffn(norm(x))`` where there is an FFN."""
 
-    def __init__(
-        self,
-        ctx: ParallelContext,
-        cfg: ModelConfig,
-        kind: BlockKind,
-        index: int,
-        num_layers: int,
-        region: TensorParallelRegion,
-        dtype: torch.dtype,
-        recompute: str = "none",
-        wkv_backend: str = "auto",
-    ) -> None:
+    def __init__(self, layer: LayerContext, kind: BlockKind) -> None:
         super().__init__()
-        name = f"layers.{index}"
         self.kind = kind
-        self.recompute = recompute
-        self.mixer_norm = make_norm(cfg, ctx, f"{name}.mixer_norm", region=region, dtype=dtype)
-        self.mixer: RWKV7TimeMix | SelfAttention
-        if kind.mixer == "rwkv7":
-            self.mixer = RWKV7TimeMix(ctx, f"{name}.mixer", cfg, index, num_layers, region, dtype, wkv_backend)
-        else:
-            self.mixer = SelfAttention(ctx, f"{name}.mixer", cfg, num_layers=num_layers, region=region, dtype=dtype)
-        self.mixer.recompute_core = recompute == "selective"
+        self.recompute = layer.recompute
+        self.mixer_norm = make_norm(layer)
+        self.mixer = RWKV7TimeMix(layer) if kind.mixer == "rwkv7" else SelfAttention(layer)
         self.ffn: nn.Module | None = None
         if kind.ffn is not None:
-            self.ffn_norm = make_norm(cfg, ctx, f"{name}.ffn_norm", region=region, dtype=dtype)
-            self.ffn = {"dense": DenseFFN, "moe": MoEFFN}[kind.ffn](
-                ctx,
-                f"{name}.ffn",
-                cfg,
-                layer_index=index,
-                num_layers=num_layers,
-                channel_mix=kind.channel_mix,
-                region=region,
-                dtype=dtype,
-            )
+            layer = replace(layer, token_shift=kind.channel_mix)
+            self.ffn_norm = make_norm(layer)
+            self.ffn = {"dense": DenseFFN, "moe": MoEFFN}[kind.ffn](layer)
 
     def forward(
         self, x: Tensor, v_first: Tensor | None, info: PackedSequence, state: BlockState | None
@@ -142,64 +115,49 @@ class HybridModel(nn.Module):
     """
 
     def __init__(
-        self,
-        cfg: ModelConfig,
-        ctx: ParallelContext,
-        *,
-        sequence_parallel: bool = False,
-        dtype: torch.dtype = torch.float32,
-        cp_comm_type: str = "allgather",
-        overlap_tp_comm: bool = True,
-        recompute: str = "none",
-        wkv_backend: str = "auto",
-        layers: range | None = None,
-        embedding_weight: nn.Parameter | None = None,
+        self, layer: LayerContext, layers: range | None = None, embedding_weight: nn.Parameter | None = None
     ) -> None:
         """
         Args:
-            overlap_tp_comm: see :class:`TensorParallelRegion`.
-            recompute: as ``--recompute``.
-            wkv_backend: as ``--wkv-backend``.
+            layer: what all layers are built from.
             layers: the blocks of this stage; None is the whole model. Parameters have the same global names.
             embedding_weight: a tied head of a stage without the embedding: the first stage's matrix where this rank
                 has that stage too. None: the head has a copy of its own.
 
         Raises:
             UserError: the pattern, the vocabulary or a width does not fit the configuration or ``--tp``, or
-                ``wkv_backend`` cannot run here.
+                ``--wkv-backend`` cannot run here.
         """
         super().__init__()
-        self.cfg = cfg
-        self.ctx = ctx
-        self.region = TensorParallelRegion(ctx, sequence_parallel, overlap=overlap_tp_comm)
-        self.shards = ContextParallelShard(ctx.cp, cp_comm_type)
+        cfg = self.cfg = layer.cfg
+        self.ctx, self.region, self.shards = layer.ctx, layer.region, layer.shard
         kinds = blocks_of(cfg)
         self.stage_layers = range(len(kinds)) if layers is None else layers
         self.is_first, self.is_last = self.stage_layers.start == 0, self.stage_layers.stop == len(kinds)
         moe_layers = [index for index, kind in enumerate(kinds) if kind.ffn == "moe"]
         self.num_moe_layers = len(moe_layers)
         self.moe_rows = [row for row, index in enumerate(moe_layers) if index in self.stage_layers]
-        self.loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.loss_dtype = torch.float64 if layer.dtype == torch.float64 else torch.float32
         has_rwkv = any(kind.mixer == "rwkv7" for kind in kinds)
         published = has_rwkv and cfg.normalization == "layernorm" and cfg.untie_embeddings_and_output_weights
-        make: dict[str, Any] = {"region": self.region, "dtype": dtype}
         if self.is_first:
-            init = embedding_init(cfg, published_rwkv=published)
-            self.embedding = VocabParallelEmbedding(
-                ctx, "embedding", cfg.padded_vocab_size(), cfg.hidden_size, init=init, **make
-            )
+            self.embedding = VocabParallelEmbedding(layer, init=embedding_init(cfg, published_rwkv=published))
             layernorm = cfg.normalization == "layernorm"  # then RWKV-LM's ln0
-            self.embedding_norm = make_norm(cfg, ctx, "embedding_norm", **make) if layernorm else nn.Identity()
+            self.embedding_norm = make_norm(layer) if layernorm else nn.Identity()
             embedding_weight = self.embedding.weight
-        self.layers = nn.ModuleList(
-            Block(ctx, cfg, kinds[index], index, len(kinds), self.region, dtype, recompute, wkv_backend)
-            for index in self.stage_layers
+        # By their places in the whole model, which makes a parameter's path the same on every stage.
+        self.layers = nn.ModuleDict(
+            {
+                str(index): Block(replace(layer, index=index, count=len(kinds)), kinds[index])
+                for index in self.stage_layers
+            }
         )
         if self.is_last:
-            self.final_norm = make_norm(cfg, ctx, "final_norm", **make)
+            self.final_norm = make_norm(layer)
             tied = not cfg.untie_embeddings_and_output_weights
             init = (embedding_init if tied else head_init)(cfg, published_rwkv=published)
-            self.head = OutputHead(ctx, cfg, embedding_weight if tied else None, init=init, tied=tied, **make)
+            self.head = OutputHead(layer, embedding_weight if tied else None, init=init, tied=tied)
+        name_parameters(self)
 
     @property
     def chunks(self) -> list[HybridModel]:
@@ -214,7 +172,7 @@ class HybridModel(nn.Module):
             arrived = Stream(self.embedding_norm(self.embedding(tokens_BS)), None)
         x, v_first = arrived.x, arrived.v_first
         routed: list[RouterLosses] = []
-        for index, block in enumerate(self.layers):
+        for index, block in enumerate(self.layers.values()):
             x, v_first, losses = block(x, v_first, info, None if state is None else state.blocks[index])
             if losses is not None:
                 routed.append(losses)
@@ -336,7 +294,7 @@ class HybridModel(nn.Module):
     def new_state(self) -> GenerationState:
         """An empty memory; the first tokens given to it decide how many sequences it holds."""
         state = GenerationState()
-        for module in self.layers:
+        for module in self.layers.values():
             block = cast(Block, module)
             mixer = RWKV7State() if block.kind.mixer == "rwkv7" else KVCache()
             state.blocks.append(BlockState(mixer, FFNState() if block.kind.channel_mix else None))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megaforge.config.model_config import ModelConfig
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import ParamSpec, named_specs
 
 COMPONENTS = {
@@ -45,7 +46,7 @@ def count_parameters(cfg: ModelConfig) -> list[ComponentCount]:
     Raises:
         UserError: the configuration cannot be built.
     """
-    model = HybridModel(cfg, ParallelContext.single("meta"))
+    model = HybridModel(make_layer_context(cfg, ParallelContext.single("meta")))
     specs = [spec for spec, _ in named_specs(model)]
     counts = []
     for kind, component in COMPONENTS.items():

@@ -16,6 +16,7 @@ from megaforge.models.flops import matmul_elements, mixing_flops
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.pipeline_shape import check_stages, pipeline_shape
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.layer_context import LayerContext, make_layer_context
 from megaforge.parallel.param_spec import named_specs
 from megaforge.parallel.pipeline.actions import Schedule
 from megaforge.parallel.pipeline.partition import partition_layers
@@ -90,9 +91,9 @@ def stage_layers(cfg: ModelConfig, num_stages: int, sequence_length: int) -> lis
 def block_costs(cfg: ModelConfig, sequence_length: int) -> tuple[float, ...]:
     """Forward FLOPs of one token in each block: RWKV-7, attention over ``sequence_length`` tokens, the chosen experts
     or the dense FFN. The last one's include the output head; looking up an embedding costs no arithmetic."""
-    model = HybridModel(cfg, ParallelContext.single("meta"))
+    model = HybridModel(make_layer_context(cfg, ParallelContext.single("meta")))
     costs = []
-    for kind, block in zip(blocks_of(cfg), model.layers, strict=True):
+    for kind, block in zip(blocks_of(cfg), model.layers.values(), strict=True):
         matrices = matmul_elements((spec for spec, _ in named_specs(block)), cfg)
         costs.append(2.0 * matrices + mixing_flops(cfg, kind, sequence_length))
     costs[-1] += 2.0 * cfg.padded_vocab_size() * cfg.hidden_size
@@ -112,41 +113,18 @@ class ModelChunks(nn.Module):
         return [chunk for chunk in self.stages if isinstance(chunk, HybridModel)]
 
 
-def build_model(
-    cfg: ModelConfig,
-    ctx: ParallelContext,
-    plan: PipelinePlan,
-    *,
-    sequence_parallel: bool = False,
-    dtype: torch.dtype = torch.float32,
-    cp_comm_type: str = "allgather",
-    overlap_tp_comm: bool = True,
-    recompute: str = "none",
-    wkv_backend: str = "auto",
-) -> HybridModel | ModelChunks:
+def build_model(layer: LayerContext, plan: PipelinePlan) -> HybridModel | ModelChunks:
     """This rank's part of the model, not yet initialised: the whole :class:`HybridModel` where there is one stage.
 
     Raises:
         UserError: see :class:`HybridModel`.
     """
     chunks: list[HybridModel] = []
-    for stage in plan.schedule.stages_of(ctx.pp.rank):
+    for stage in plan.schedule.stages_of(layer.ctx.pp.rank):
         # In a V the first rank has the last stage too: a tied head is the embedding itself.
         shared = chunks[0].embedding.weight if chunks and chunks[0].is_first else None
-        chunk = HybridModel(
-            cfg,
-            ctx,
-            sequence_parallel=sequence_parallel,
-            dtype=dtype,
-            cp_comm_type=cp_comm_type,
-            overlap_tp_comm=overlap_tp_comm,
-            recompute=recompute,
-            wkv_backend=wkv_backend,
-            layers=plan.layers[stage],
-            embedding_weight=shared,
-        )
-        chunks.append(chunk)
-    model = chunks[0] if plan.num_stages == 1 else ModelChunks(cfg, chunks)
+        chunks.append(HybridModel(layer, plan.layers[stage], shared))
+    model = chunks[0] if plan.num_stages == 1 else ModelChunks(layer.cfg, chunks)
     tied = tied_weight(model, plan)
     if tied is not None:
         tied.alone_in_bucket = True  # type: ignore[attr-defined]  # so that ZeRO cuts both copies alike

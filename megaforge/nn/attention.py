@@ -8,17 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
 from megaforge.kernels.attention import causal_attention, takes_documents
 from megaforge.nn.recompute import recomputed
 from megaforge.nn.rope import apply_rotary, rotary_tables
-from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.context_parallel.attention import context_parallel_attention
 from megaforge.parallel.init_rules import Normal
+from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megaforge.parallel.packed_sequence import PackedSequence
-from megaforge.parallel.region import TensorParallelRegion
 
 
 @dataclass
@@ -48,29 +46,21 @@ class KVCache:
 class SelfAttention(nn.Module):
     """Multi-head or grouped-query attention, its heads split over tp; q, k and v come from one fused matrix."""
 
-    def __init__(
-        self,
-        ctx: ParallelContext,
-        name: str,
-        cfg: ModelConfig,
-        *,
-        num_layers: int,
-        region: TensorParallelRegion,
-        dtype: torch.dtype,
-    ) -> None:
-        """``num_layers`` is the depth of the model: the output projection starts smaller by 1/sqrt(2 layers) (GPT-2).
+    def __init__(self, layer: LayerContext) -> None:
+        """The output projection starts smaller by 1/sqrt(2 layers) (GPT-2).
 
         Raises:
             UserError: the key/value heads do not divide by tp.
         """
         super().__init__()
-        self.recompute_core = False
+        cfg, ctx = layer.cfg, layer.ctx
         if cfg.query_groups % ctx.tp.size:
             flag = "--num-query-groups" if cfg.num_query_groups else "--num-attention-heads"
             raise UserError(
                 f"{flag} {cfg.query_groups} does not divide by --tp {ctx.tp.size}; use a --tp that divides it"
             )
         self.cfg = cfg
+        self.recompute_core = layer.recompute == "selective"
         self.head_dim = cfg.head_dim
         self.heads = cfg.num_attention_heads // ctx.tp.size
         self.groups = cfg.query_groups // ctx.tp.size
@@ -78,30 +68,13 @@ class SelfAttention(nn.Module):
             int(cfg.head_dim * cfg.rotary_percent) // 2 * 2 if cfg.position_embedding_type == "rope" else 0
         )
         queries, shared = cfg.num_attention_heads * cfg.head_dim, cfg.query_groups * cfg.head_dim
-        std = cfg.init_std * cfg.init_std_scale
+        std, bias = cfg.init_std * cfg.init_std_scale, cfg.add_bias_linear
+        parts = (queries, shared, shared)
         self.qkv = ColumnParallelLinear(
-            ctx,
-            f"{name}.qkv",
-            cfg.hidden_size,
-            queries + 2 * shared,
-            init=Normal(std),
-            region=region,
-            bias=cfg.add_bias_linear,
-            parts=(queries, shared, shared),
-            dtype=dtype,
-            kind="attention",
+            layer, cfg.hidden_size, sum(parts), init=Normal(std), enter=True, bias=bias, parts=parts, kind="attention"
         )
-        self.output = RowParallelLinear(
-            ctx,
-            f"{name}.output",
-            queries,
-            cfg.hidden_size,
-            init=Normal(std / math.sqrt(2 * num_layers)),
-            region=region,
-            bias=cfg.add_bias_linear,
-            dtype=dtype,
-            kind="attention",
-        )
+        init = Normal(std / math.sqrt(2 * layer.count))
+        self.output = RowParallelLinear(layer, queries, cfg.hidden_size, init=init, bias=bias, kind="attention")
 
     def forward(self, x: Tensor, info: PackedSequence, cache: KVCache | None = None) -> Tensor:
         """Normed residual stream [s(/tp), b, h] -> residual stream [s(/tp), b, h].

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.cross_entropy import vocab_parallel_linear_cross_entropy
 from megaforge.parallel.init_rules import InitRule, Normal, Orthogonal, Uniform
+from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import Linear
 from megaforge.parallel.mappings import gather_from_tensor_parallel
 from megaforge.parallel.param_spec import ParamSpec, make_parameter
-from megaforge.parallel.region import TensorParallelRegion
 
 # A tied head reads a token's own embedding back: where the blocks start at zero, the logit of the input token is
 # h * std. Held at 4, its e^4 is lost in a softmax over thousands of tokens, and the loss starts at ln(vocabulary).
@@ -46,25 +44,18 @@ class OutputHead(Linear):
     """Scores of the vocabulary, its rows split over tp; the matrix is its own (``head.weight``) or the embedding's."""
 
     def __init__(
-        self,
-        ctx: ParallelContext,
-        cfg: ModelConfig,
-        tied_weight: nn.Parameter | None,
-        *,
-        init: InitRule,
-        region: TensorParallelRegion,
-        dtype: torch.dtype,
-        tied: bool = False,
+        self, layer: LayerContext, tied_weight: nn.Parameter | None = None, *, init: InitRule, tied: bool = False
     ) -> None:
         """``tied`` without a ``tied_weight``: the embedding is on another pipeline rank, and this is its copy."""
+        cfg = layer.cfg
         if tied_weight is None:
-            name, kind = ("embedding.weight", "embedding") if tied else ("head.weight", "head")
+            # A copy has the name of what it is a copy of, whatever its path.
+            name, kind = ("embedding.weight", "embedding") if tied else ("", "head")
             shape = (cfg.padded_vocab_size(), cfg.hidden_size)
             spec = ParamSpec(name, shape, init, shard_dim=0, is_tied_copy=tied, kind=kind)
-            tied_weight = make_parameter(spec, ctx, dtype)
+            tied_weight = make_parameter(spec, layer.ctx, layer.dtype)
         super().__init__(tied_weight)
-        self.ctx = ctx
-        self.region = region
+        self.ctx, self.region = layer.ctx, layer.region
         self.vocab_size = cfg.vocab_size or cfg.padded_vocab_size()
 
     def loss(self, x: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.nn.token_shift import token_shift
-from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init_rules import Constant, Elementwise, InitRule, Normal, Orthogonal
+from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megaforge.parallel.packed_sequence import PackedSequence
-from megaforge.parallel.param_spec import ParamSpec, make_parameter
-from megaforge.parallel.region import TensorParallelRegion
 
 
 class _SquaredReLU(torch.autograd.Function):
@@ -77,15 +75,16 @@ def inner_parts(cfg: ModelConfig) -> tuple[int, ...]:
     return (cfg.ffn_size,) * (2 if cfg.activation == "swiglu" else 1)
 
 
-def ffn_init(cfg: ModelConfig, num_layers: int, channel_mix: bool) -> tuple[InitRule, InitRule]:
+def ffn_init(layer: LayerContext) -> tuple[InitRule, InitRule]:
     """Initial weights of an FFN's first and second projection.
 
     After attention GPT-2's rule: normal, the second smaller by 1/sqrt(2 layers). After RWKV-7 the published rule of
     RWKV-LM: the first orthogonal with gain 1 (``--rwkv-init normal``: normal of the same scale), the second zero.
     """
-    if not channel_mix:
+    cfg = layer.cfg
+    if not layer.token_shift:
         std = cfg.init_std * cfg.init_std_scale
-        return Normal(std), Normal(std / math.sqrt(2 * num_layers))
+        return Normal(std), Normal(std / math.sqrt(2 * layer.count))
     gain = cfg.init_std_scale
     if cfg.rwkv_init == "orthogonal":
         return Orthogonal(gain), Constant(0.0)
@@ -99,95 +98,46 @@ class FFNState:
     shift: Tensor | None = None
 
 
-class FFNTokenShift(nn.Module):
-    """RWKV-7's mix of a token with its predecessor in front of an FFN: ``x + (shift(x) - x) * x_k`` (RWKV-LM, x070)."""
+def declare_token_shift(layer: LayerContext) -> nn.Parameter | None:
+    """The coefficients x_k [h] of :func:`mixed_input` with RWKV-LM's initial values; None where the block's mixer wants
+    no token shift."""
+    size, power = layer.cfg.hidden_size, (1 - layer.index / layer.count) ** 4
+    if not layer.token_shift:
+        return None
+    init = Elementwise(lambda channel: 1 - (channel / size) ** power)
+    return layer.parameter((size,), init, tp_partial_grad=True, weight_decay=False, keep_fp32=True, kind="rwkv")
 
-    def __init__(
-        self,
-        ctx: ParallelContext,
-        name: str,
-        cfg: ModelConfig,
-        *,
-        layer_index: int,
-        num_layers: int,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__()
-        size, power = cfg.hidden_size, (1 - layer_index / num_layers) ** 4
-        spec = ParamSpec(
-            f"{name}.x_k",
-            (size,),
-            Elementwise(lambda channel: 1 - (channel / size) ** power),
-            tp_partial_grad=True,
-            weight_decay=False,
-            keep_fp32=True,
-            kind="rwkv",
-        )
-        self.x_k = make_parameter(spec, ctx, dtype)
 
-    def forward(self, x: Tensor, info: PackedSequence, shift_state: Tensor | None) -> Tensor:
-        """[s, b, h] inside the region -> [s, b, h]; ``shift_state`` [b, h] is the token before the first one."""
-        return torch.addcmul(x, token_shift(x, info, shift_state) - x, self.x_k.to(x.dtype))
+def mixed_input(x_k: Tensor | None, x: Tensor, info: PackedSequence, state: FFNState | None) -> Tensor:
+    """The FFN's input inside the region [s, b, h]: ``x``, or RWKV-7's mix of each token with its predecessor,
+    ``x + (shift(x) - x) * x_k`` (RWKV-LM, x070). ``state`` continues a sequence and takes in the last token."""
+    if x_k is None:
+        return x
+    before = token_shift(x, info, None if state is None else state.shift)
+    if state is not None:
+        state.shift = x[-1]
+    return torch.addcmul(x, before - x, x_k.to(x.dtype))
 
 
 class DenseFFN(nn.Module):
     """Two projections with an activation between, the inner width split over tp; after an RWKV mixer, a channel mix."""
 
-    def __init__(
-        self,
-        ctx: ParallelContext,
-        name: str,
-        cfg: ModelConfig,
-        *,
-        layer_index: int,
-        num_layers: int,
-        channel_mix: bool,
-        region: TensorParallelRegion,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, layer: LayerContext) -> None:
         super().__init__()
-        self.region = region
+        cfg, parts = layer.cfg, inner_parts(layer.cfg)
+        self.region = layer.region
         self.activation = cfg.activation
-        mix = {"layer_index": layer_index, "num_layers": num_layers, "dtype": dtype}
-        self.mix = FFNTokenShift(ctx, name, cfg, **mix) if channel_mix else None  # type: ignore[arg-type]
-        first, second = ffn_init(cfg, num_layers, channel_mix)
-        parts = inner_parts(cfg)
+        self.x_k = declare_token_shift(layer)
+        first, second = ffn_init(layer)
+        options: dict[str, Any] = {"bias": cfg.add_bias_linear, "kind": "ffn"}
+        enter = self.x_k is None
         self.up = ColumnParallelLinear(
-            ctx,
-            f"{name}.up",
-            cfg.hidden_size,
-            sum(parts),
-            init=first,
-            region=None if channel_mix else region,
-            bias=cfg.add_bias_linear,
-            parts=parts,
-            dtype=dtype,
-            kind="ffn",
+            layer, cfg.hidden_size, sum(parts), init=first, enter=enter, parts=parts, **options
         )
-        self.down = RowParallelLinear(
-            ctx,
-            f"{name}.down",
-            cfg.ffn_size,
-            cfg.hidden_size,
-            init=second,
-            region=region,
-            bias=cfg.add_bias_linear,
-            dtype=dtype,
-            kind="ffn",
-        )
+        self.down = RowParallelLinear(layer, cfg.ffn_size, cfg.hidden_size, init=second, **options)
 
     def forward(self, x: Tensor, info: PackedSequence, state: FFNState | None = None) -> Tensor:
         """Normed residual stream [s(/tp), b, h] -> residual stream [s(/tp), b, h]."""
-        if self.mix is not None:
-            x = mixed_input(self.mix, self.region.enter(x), info, state)
+        if self.x_k is not None:
+            x = mixed_input(self.x_k, self.region.enter(x), info, state)
         return self.down(activate(self.activation, self.up(x)))
-
-
-def mixed_input(mix: FFNTokenShift | None, x: Tensor, info: PackedSequence, state: FFNState | None) -> Tensor:
-    """The FFN's input inside the region: ``x``, or its channel mix; ``state`` takes in the last token."""
-    if mix is None:
-        return x
-    mixed = mix(x, info, None if state is None else state.shift)
-    if state is not None:
-        state.shift = x[-1]
-    return mixed

@@ -8,11 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megaforge.config.model_config import ModelConfig
-from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init_rules import Constant
-from megaforge.parallel.param_spec import ParamSpec, make_parameter
-from megaforge.parallel.region import TensorParallelRegion
+from megaforge.parallel.layer_context import LayerContext
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -58,21 +55,12 @@ class _StreamNorm(nn.Module):
 
     has_bias = False
 
-    def __init__(
-        self,
-        ctx: ParallelContext,
-        name: str,
-        size: int,
-        epsilon: float,
-        *,
-        region: TensorParallelRegion,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, layer: LayerContext) -> None:
         super().__init__()
-        self.epsilon = epsilon
-        self.weight = make_parameter(_norm_spec(f"{name}.weight", size, 1.0, region), ctx, dtype)
+        self.epsilon = layer.cfg.norm_epsilon
+        self.weight = _vector(layer, 1.0)
         if self.has_bias:
-            self.bias = make_parameter(_norm_spec(f"{name}.bias", size, 0.0, region), ctx, dtype)
+            self.bias = _vector(layer, 0.0)
 
 
 class RMSNorm(_StreamNorm):
@@ -95,22 +83,19 @@ class LayerNorm(_StreamNorm):
         return F.layer_norm(wide, self.weight.shape, self.weight, self.bias, self.epsilon).to(x.dtype)
 
 
-def _norm_spec(name: str, size: int, value: float, region: TensorParallelRegion) -> ParamSpec:
+def _vector(layer: LayerContext, value: float) -> nn.Parameter:
     """A norm lives on the residual stream: under sequence parallelism it sees only this rank's tokens."""
-    return ParamSpec(
-        name,
-        (size,),
+    partial = layer.region.sequence_parallel
+    return layer.parameter(
+        (layer.cfg.hidden_size,),
         Constant(value),
-        tp_partial_grad=region.sequence_parallel,
+        tp_partial_grad=partial,
         weight_decay=False,
         keep_fp32=True,
         kind="norm",
     )
 
 
-def make_norm(
-    cfg: ModelConfig, ctx: ParallelContext, name: str, *, region: TensorParallelRegion, dtype: torch.dtype
-) -> RMSNorm | LayerNorm:
+def make_norm(layer: LayerContext) -> RMSNorm | LayerNorm:
     """The norm that ``--normalization`` names, over the hidden size."""
-    kind: type[RMSNorm] | type[LayerNorm] = RMSNorm if cfg.normalization == "rmsnorm" else LayerNorm
-    return kind(ctx, name, cfg.hidden_size, cfg.norm_epsilon, region=region, dtype=dtype)
+    return RMSNorm(layer) if layer.cfg.normalization == "rmsnorm" else LayerNorm(layer)

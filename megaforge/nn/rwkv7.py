@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,12 @@ from megaforge.kernels.rwkv7_fused import norm_bonus_gate, rwkv7_inputs
 from megaforge.kernels.wkv7.backend import wkv7_backend
 from megaforge.nn.recompute import recomputed
 from megaforge.nn.token_shift import shift_and_mix
-from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.context_parallel.shard import ContextParallelShard
 from megaforge.parallel.context_parallel.wkv7 import context_parallel_wkv7
 from megaforge.parallel.init_rules import Constant, Elementwise, InitRule, Normal, Orthogonal
+from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megaforge.parallel.packed_sequence import PackedSequence
-from megaforge.parallel.param_spec import ParamSpec, make_parameter
-from megaforge.parallel.region import TensorParallelRegion
 
 GROUP_NORM_EPSILON = 64e-5  # the published value, at any head size
 
@@ -105,6 +104,12 @@ def random_matrix(cfg: ModelConfig, gain: float, shape: tuple[int, int]) -> Init
     return Orthogonal(gain)
 
 
+def _channels(layer: LayerContext, init: InitRule, lr_mult: float = 1.0) -> nn.Parameter:
+    """A vector over the channels of all heads."""
+    shape = (layer.cfg.hidden_size,)
+    return layer.parameter(shape, init, shard_dim=0, weight_decay=False, lr_mult=lr_mult, keep_fp32=True, kind="rwkv")
+
+
 class RWKV7TimeMix(nn.Module):
     """RWKV-7's sequence mixer.
 
@@ -135,112 +140,68 @@ class RWKV7TimeMix(nn.Module):
     k_k: nn.Parameter
     k_a: nn.Parameter
     r_k: nn.Parameter  # [H/tp, N]
-    ln_x_weight: nn.Parameter
-    ln_x_bias: nn.Parameter
 
-    def __init__(
-        self,
-        ctx: ParallelContext,
-        name: str,
-        cfg: ModelConfig,
-        layer_index: int,
-        num_layers: int,
-        region: TensorParallelRegion,
-        dtype: torch.dtype = torch.float32,
-        wkv_backend: str = "auto",
-    ) -> None:
-        """Declares the parameters, uninitialised.
-
-        Args:
-            ctx: the layout; ``hidden_size / rwkv_head_size`` heads must divide by tp.
-            name: prefix of the global parameter names.
-            cfg: the model's numbers.
-            layer_index: this block's place among the ``num_layers`` blocks; initial values depend on it. The values
-                of block 0 (v_first) are mixed in by all others.
-            num_layers: blocks in the model.
-            region: the tensor-parallel region.
-            dtype: of the matrices; vectors stay in fp32 where this is a 16-bit type.
-            wkv_backend: as ``--wkv-backend``.
+    def __init__(self, layer: LayerContext) -> None:
+        """Declares the parameters, uninitialised. The values of the model's first block (v_first) are mixed in by all
+        others.
 
         Raises:
             ValueError: the heads do not divide by tp.
-            UserError: ``wkv_backend`` cannot run on the layout's device.
+            UserError: ``--wkv-backend`` cannot run on the layout's device.
         """
         super().__init__()
+        cfg, ctx = layer.cfg, layer.ctx
         size, head = cfg.hidden_size, cfg.rwkv_head_size
         if size % head or (size // head) % ctx.tp.size:
-            raise ValueError(f"{name}: {size} channels in heads of {head} do not divide by tp={ctx.tp.size}")
-        self.ctx, self.name, self.region, self.dtype = ctx, name, region, dtype
-        self.size, self.head_size, self.local_heads = size, head, size // head // ctx.tp.size
-        self.makes_v_first = layer_index == 0
-        self.recompute_core = False
-        self.wkv7 = wkv7_backend(wkv_backend, ctx.device, dtype, head)
-        self._declare_mixing(cfg, layer_index, num_layers)
-        self.receptance = self._column(cfg, "receptance", 1.0)
-        self.key = self._column(cfg, "key", 0.1)
-        self.value = self._column(cfg, "value", 1.0)
-        self.output = RowParallelLinear(
-            ctx, f"{name}.output", size, size, init=Constant(0.0), region=region, dtype=dtype, kind="rwkv"
-        )
+            raise ValueError(f"{size} channels in heads of {head} do not divide by tp={ctx.tp.size}")
+        self.region, self.index = layer.region, layer.index
+        self.head_size, self.local_heads = head, size // head // ctx.tp.size
+        self.makes_v_first = layer.index == 0
+        self.recompute_core = layer.recompute == "selective"
+        self.wkv7 = wkv7_backend(layer.backends.get("wkv", "auto"), ctx.device, layer.dtype, head)
+        self._declare_mixing(layer)
+        self.receptance = self._column(layer, 1.0)
+        self.key = self._column(layer, 0.1)
+        self.value = self._column(layer, 1.0)
+        self.output = RowParallelLinear(layer, size, size, init=Constant(0.0), kind="rwkv")
 
-    def _declare_mixing(self, cfg: ModelConfig, layer_index: int, num_layers: int) -> None:
+    def _declare_mixing(self, layer: LayerContext) -> None:
         """All but the projections: mixes of tokens, LoRAs, vectors over channels, the norm of the heads."""
-        size, head = self.size, self.head_size
-        init = PublishedInit(size, head, layer_index, num_layers)
+        size, head = layer.cfg.hidden_size, self.head_size
+        init = PublishedInit(size, head, layer.index, layer.count)
         for letter, power in (("r", 0.2), ("w", 0.9), ("k", 0.7), ("v", 0.7), ("a", 0.9), ("g", 0.2)):
-            self._declare(f"x_{letter}", (size,), init.mix(power), tp_partial_grad=True, keep_fp32=True)
-        ranks = lora_ranks(cfg)
-        self._declare_lora(cfg, "w", ranks.decay)
-        self._declare_lora(cfg, "a", ranks.iclr)
-        self._declare_lora(cfg, "g", ranks.gate)
-        self._declare_channels("w0", init.decay, lr_mult=2.0)
-        self._declare_channels("a0", init.vector(lambda linear, zigzag: -0.19 + 0.3 * zigzag + 0.4 * linear))
+            self._declare(layer, f"x_{letter}", (size,), init.mix(power), tp_partial_grad=True, keep_fp32=True)
+        ranks = lora_ranks(layer.cfg)
+        self._declare_lora(layer, "w", ranks.decay)
+        self._declare_lora(layer, "a", ranks.iclr)
+        self._declare_lora(layer, "g", ranks.gate)
+        self._declare_channels(layer, "w0", init.decay, lr_mult=2.0)
+        self._declare_channels(layer, "a0", init.vector(lambda linear, zigzag: -0.19 + 0.3 * zigzag + 0.4 * linear))
         if not self.makes_v_first:
-            self._declare_lora(cfg, "v", ranks.value)
-            self._declare_channels("v0", init.vector(lambda linear, zigzag: 0.73 - 0.4 * linear))
-        self._declare_channels("k_k", init.vector(lambda linear, zigzag: 0.71 - 0.1 * linear))
-        self._declare_channels("k_a", Constant(1.02))
-        self._declare("r_k", (size // head, head), Constant(-0.04), shard_dim=0, keep_fp32=True)
-        self._declare_channels("ln_x.weight", Constant(((1 + layer_index) / num_layers) ** 0.7))
-        self._declare_channels("ln_x.bias", Constant(0.0))
+            self._declare_lora(layer, "v", ranks.value)
+            self._declare_channels(layer, "v0", init.vector(lambda linear, zigzag: 0.73 - 0.4 * linear))
+        self._declare_channels(layer, "k_k", init.vector(lambda linear, zigzag: 0.71 - 0.1 * linear))
+        self._declare_channels(layer, "k_a", Constant(1.02))
+        self._declare(layer, "r_k", (size // head, head), Constant(-0.04), shard_dim=0, keep_fp32=True)
+        weight, bias = Constant(((1 + layer.index) / layer.count) ** 0.7), Constant(0.0)
+        self.ln_x = nn.ParameterDict([("weight", _channels(layer, weight)), ("bias", _channels(layer, bias))])
 
-    def _declare(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        init: InitRule,
-        *,
-        shard_dim: int | None = None,
-        tp_partial_grad: bool = False,
-        keep_fp32: bool = False,
-        lr_mult: float = 1.0,
-    ) -> None:
-        """Registers ``self.<name>`` (dots become underscores): a parameter without weight decay."""
-        spec = ParamSpec(
-            f"{self.name}.{name}",
-            shape,
-            init,
-            shard_dim=shard_dim,
-            tp_partial_grad=tp_partial_grad,
-            weight_decay=False,
-            lr_mult=lr_mult,
-            keep_fp32=keep_fp32,
-            kind="rwkv",
-        )
-        self.register_parameter(name.replace(".", "_"), make_parameter(spec, self.ctx, self.dtype))
+    def _declare(self, layer: LayerContext, name: str, shape: tuple[int, ...], init: InitRule, **declared: Any) -> None:
+        """Registers ``self.<name>``, a parameter without weight decay."""
+        self.register_parameter(name, layer.parameter(shape, init, weight_decay=False, kind="rwkv", **declared))
 
-    def _declare_channels(self, name: str, init: InitRule, lr_mult: float = 1.0) -> None:
-        self._declare(name, (self.size,), init, shard_dim=0, keep_fp32=True, lr_mult=lr_mult)
+    def _declare_channels(self, layer: LayerContext, name: str, init: InitRule, lr_mult: float = 1.0) -> None:
+        self.register_parameter(name, _channels(layer, init, lr_mult))
 
-    def _declare_lora(self, cfg: ModelConfig, letter: str, rank: int) -> None:
-        self._declare(f"{letter}1", (self.size, rank), Constant(0.0), tp_partial_grad=True)
-        self._declare(f"{letter}2", (rank, self.size), random_matrix(cfg, 0.1, (rank, self.size)), shard_dim=1)
+    def _declare_lora(self, layer: LayerContext, letter: str, rank: int) -> None:
+        size = layer.cfg.hidden_size
+        self._declare(layer, f"{letter}1", (size, rank), Constant(0.0), tp_partial_grad=True)
+        self._declare(layer, f"{letter}2", (rank, size), random_matrix(layer.cfg, 0.1, (rank, size)), shard_dim=1)
 
-    def _column(self, cfg: ModelConfig, name: str, gain: float) -> ColumnParallelLinear:
-        init = random_matrix(cfg, gain, (self.size, self.size))
-        return ColumnParallelLinear(
-            self.ctx, f"{self.name}.{name}", self.size, self.size, init=init, dtype=self.dtype, kind="rwkv"
-        )
+    def _column(self, layer: LayerContext, gain: float) -> ColumnParallelLinear:
+        size = layer.cfg.hidden_size
+        init = random_matrix(layer.cfg, gain, (size, size))
+        return ColumnParallelLinear(layer, size, size, init=init, kind="rwkv")
 
     def forward(
         self, x: Tensor, info: PackedSequence, v_first: Tensor | None = None, state: RWKV7State | None = None
@@ -272,7 +233,7 @@ class RWKV7TimeMix(nn.Module):
         y, k, final = recomputed(self.recompute_core, self._recurrence, *inputs)
         if state is not None:
             state.shift, state.wkv = x[-1], final
-        norm = (self.ln_x_weight, self.ln_x_bias)
+        norm = (self.ln_x["weight"], self.ln_x["bias"])
         return self.output(norm_bonus_gate(y, r, k, v, gate, *norm, self.r_k, GROUP_NORM_EPSILON)), v_first
 
     def _recurrence(
@@ -299,7 +260,9 @@ class RWKV7TimeMix(nn.Module):
         r, key, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         if not self.makes_v_first:
             if v_first is None:
-                raise ValueError(f"{self.name}: v_first is missing; the model's first mixer must be an RWKV-7 layer")
+                raise ValueError(
+                    f"block {self.index}: v_first is missing; the model's first mixer must be an RWKV-7 layer"
+                )
             v = v + (v_first - v) * torch.sigmoid(self.v0 + x_v @ self.v1 @ self.v2).to(v.dtype)
         decay = torch.tanh(x_w @ self.w1) @ self.w2
         gate = torch.sigmoid(x_g @ self.g1) @ self.g2

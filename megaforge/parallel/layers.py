@@ -7,17 +7,18 @@ Every product with a trained matrix is one of these layers: :class:`ColumnParall
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaforge.kernels.grouped_mm import Runs
 from megaforge.parallel.after_update import Update
-from megaforge.parallel.context import Axis, ParallelContext
+from megaforge.parallel.context import Axis
 from megaforge.parallel.init_rules import Constant, InitRule
+from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.linear_op import PLAIN, LinearOp
-from megaforge.parallel.param_spec import ParamSpec, make_parameter, spec_of
-from megaforge.parallel.region import TensorParallelRegion
+from megaforge.parallel.param_spec import spec_of
 
 
 class Linear(nn.Module):
@@ -57,21 +58,29 @@ class ReplicatedLinear(Linear):
     """``y = x W^T`` with a W that is whole on every rank. Inside a region each rank has a part of its gradient, as its
     spec says."""
 
-    def __init__(self, ctx: ParallelContext, spec: ParamSpec, *, dtype: torch.dtype, transposed: bool = False) -> None:
-        super().__init__(make_parameter(spec, ctx, dtype), transposed=transposed)
-
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         return self.op.apply(x, self.matrix)
 
 
 class GroupedLinear(Linear):
-    """Experts' matrices, ``y_n = x_n W_e^T`` for the rows n of expert e: the experts split over ep, and the rows or the
-    columns of each matrix over etp. A split over the columns leaves partial sums over etp."""
+    """Experts' matrices, ``y_n = x_n W_e^T`` for the rows n of expert e: the experts split over ep, and the rows
+    (``split`` 1) or the columns (2) of each matrix over etp. A split over the columns leaves partial sums over etp."""
 
-    def __init__(self, ctx: ParallelContext, spec: ParamSpec, *, dtype: torch.dtype) -> None:
-        super().__init__(make_parameter(spec, ctx, dtype))
-        self.axis = ctx.etp if spec.shard_dim == 2 else None
+    def __init__(
+        self,
+        layer: LayerContext,
+        in_features: int,
+        out_features: int,
+        *,
+        init: InitRule,
+        split: int,
+        parts: tuple[int, ...] = (),
+    ) -> None:
+        shape = (layer.cfg.num_experts, out_features, in_features)
+        declared: dict[str, Any] = {"shard_dim": split, "shard_axis": "etp", "expert_dim": 0, "parts": parts}
+        super().__init__(layer.parameter(shape, init, kind="moe", **declared))
+        self.axis = layer.ctx.etp if split == 2 else None
 
     def forward(self, rows: Tensor, runs: Runs) -> Tensor:
         """[R, in], sorted by expert as ``runs`` says -> [R, out]."""
@@ -81,80 +90,57 @@ class GroupedLinear(Linear):
 class ColumnParallelLinear(Linear):
     """``y = x W^T + b`` with the rows of W (the output features) split over tp.
 
-    The input is inside a :class:`TensorParallelRegion`: every token, on every rank; with a ``region`` it is the
-    residual stream, and the layer enters the region on its way in. ``parts`` names the logical matrices fused in W
-    (q|k|v, gate|up); each is split on its own.
+    The input is inside a :class:`megaforge.parallel.region.TensorParallelRegion`: every token, on every rank; with
+    ``enter`` it is the residual stream, and the layer enters the region on its way in. ``parts`` names the logical
+    matrices fused in W (q|k|v, gate|up); each is split on its own.
     """
 
     def __init__(
         self,
-        ctx: ParallelContext,
-        name: str,
+        layer: LayerContext,
         in_features: int,
         out_features: int,
         *,
         init: InitRule,
-        region: TensorParallelRegion | None = None,
+        enter: bool = False,
         bias: bool = False,
         parts: tuple[int, ...] = (),
-        dtype: torch.dtype = torch.float32,
-        weight_decay: bool = True,
         kind: str = "other",
     ) -> None:
-        weight = ParamSpec(
-            f"{name}.weight",
-            (out_features, in_features),
-            init,
-            shard_dim=0,
-            parts=parts,
-            weight_decay=weight_decay,
-            kind=kind,
-        )
-        added = ParamSpec(
-            f"{name}.bias", (out_features,), Constant(0.0), shard_dim=0, parts=parts, weight_decay=False, kind=kind
-        )
-        super().__init__(make_parameter(weight, ctx, dtype), make_parameter(added, ctx, dtype) if bias else None)
-        self.region = region
+        declared: dict[str, Any] = {"shard_dim": 0, "parts": parts, "kind": kind}
+        weight = layer.parameter((out_features, in_features), init, **declared)
+        added = layer.parameter((out_features,), Constant(0.0), weight_decay=False, **declared) if bias else None
+        super().__init__(weight, added)
+        self.region = layer.region if enter else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out/tp]; with a region [s(/tp), b, in] -> [s, b, out/tp]."""
+        """[..., in] -> [..., out/tp]; where it enters the region [s(/tp), b, in] -> [s, b, out/tp]."""
         if self.region is not None:
             return self.region.enter_linear(x, self.weight, self.bias, self.op)
         return self.op.apply(x, self.weight, self.bias)
 
 
 class RowParallelLinear(Linear):
-    """``y = x W^T + b`` with the columns of W (the input features) split over tp; leaves the ``region`` on its way out,
-    or without one leaves partial sums over tp, to which no bias can be added."""
+    """``y = x W^T + b`` with the columns of W (the input features) split over tp; leaves the region on its way out, or
+    without ``reduce`` leaves partial sums over tp, to which no bias can be added."""
 
     def __init__(
         self,
-        ctx: ParallelContext,
-        name: str,
+        layer: LayerContext,
         in_features: int,
         out_features: int,
         *,
         init: InitRule,
-        region: TensorParallelRegion | None,
+        reduce: bool = True,
         bias: bool = False,
-        dtype: torch.dtype = torch.float32,
-        weight_decay: bool = True,
         kind: str = "other",
     ) -> None:
-        weight = ParamSpec(
-            f"{name}.weight", (out_features, in_features), init, shard_dim=1, weight_decay=weight_decay, kind=kind
-        )
-        added = ParamSpec(
-            f"{name}.bias",
-            (out_features,),
-            Constant(0.0),
-            tp_partial_grad=region is not None and region.sequence_parallel,
-            weight_decay=False,
-            kind=kind,
-        )
-        super().__init__(make_parameter(weight, ctx, dtype), make_parameter(added, ctx, dtype) if bias else None)
-        self.axis: Axis = ctx.tp
-        self.region = region
+        weight = layer.parameter((out_features, in_features), init, shard_dim=1, kind=kind)
+        declared: dict[str, Any] = {"tp_partial_grad": layer.region.sequence_parallel, "kind": kind}
+        added = layer.parameter((out_features,), Constant(0.0), weight_decay=False, **declared) if bias else None
+        super().__init__(weight, added)
+        self.axis: Axis = layer.ctx.tp
+        self.region = layer.region if reduce else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[s, b, in/tp] -> residual stream [s(/tp), b, out], or partial sums [s, b, out] inside the region."""
@@ -166,23 +152,13 @@ class RowParallelLinear(Linear):
 class VocabParallelEmbedding(nn.Module):
     """Token embedding whose rows are split over tp; a rank looks up its own rows and the sum over tp is the whole."""
 
-    def __init__(
-        self,
-        ctx: ParallelContext,
-        name: str,
-        padded_vocab_size: int,
-        hidden_size: int,
-        *,
-        init: InitRule,
-        region: TensorParallelRegion,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+    def __init__(self, layer: LayerContext, *, init: InitRule) -> None:
         super().__init__()
-        self.region = region
-        spec = ParamSpec(f"{name}.weight", (padded_vocab_size, hidden_size), init, shard_dim=0, kind="embedding")
-        self.weight = make_parameter(spec, ctx, dtype)
-        self.sharded = ctx.tp.size > 1
-        self.first_row = ctx.tp.rank * self.weight.shape[0]
+        self.region = layer.region
+        shape = (layer.cfg.padded_vocab_size(), layer.cfg.hidden_size)
+        self.weight = layer.parameter(shape, init, shard_dim=0, kind="embedding")
+        self.sharded = layer.ctx.tp.size > 1
+        self.first_row = layer.ctx.tp.rank * self.weight.shape[0]
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """int64 [b, s] -> residual stream [s(/tp), b, h]."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -43,7 +43,8 @@ class ParamSpec:
     """Everything the engine must know about one parameter.
 
     Attributes:
-        name: global name, the same at every layout, e.g. ``layers.3.mixer.key.weight``.
+        name: global name, the same at every layout: its path in the model, e.g. ``layers.3.mixer.key.weight``. Empty
+            until the model is built (:func:`name_parameters`).
         shape: global (unsharded) shape.
         init: the rule that fills it (:mod:`megaforge.parallel.init_rules`).
         shard_dim: the dimension that is split, or None when every rank holds the whole tensor.
@@ -181,15 +182,25 @@ def spec_of(parameter: nn.Parameter) -> ParamSpec:
     return spec
 
 
+def name_parameters(module: nn.Module, prefix: str = "") -> None:
+    """Gives every parameter that has no name yet its path in ``module``, behind ``prefix`` if there is one."""
+    for path, parameter in module.named_parameters(prefix):
+        spec = spec_of(parameter)
+        if not spec.name:
+            parameter.spec = replace(spec, name=path)  # type: ignore[attr-defined]
+
+
 def named_specs(module: nn.Module) -> Iterator[tuple[ParamSpec, nn.Parameter]]:
     """Every distinct parameter of ``module`` with its declaration, in module order.
 
     Raises:
-        ValueError: two different parameters claim one global name.
+        ValueError: two different parameters claim one global name, or one has none.
     """
     seen: dict[str, int] = {}
     for parameter in module.parameters():
         spec = spec_of(parameter)
+        if not spec.name:
+            raise ValueError(f"a parameter of shape {spec.shape} has no name; call name_parameters once it is built")
         if seen.setdefault(spec.name, id(parameter)) != id(parameter):
             raise ValueError(f"two parameters are both called {spec.name}")
         yield spec, parameter

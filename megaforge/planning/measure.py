@@ -23,8 +23,8 @@ from megaforge.models.hybrid import Block, HybridModel, Stream
 from megaforge.nn.recompute import recomputed
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.context_parallel.shard import ContextParallelShard
+from megaforge.parallel.layer_context import LayerContext, make_layer_context
 from megaforge.parallel.packed_sequence import PackedSequence
-from megaforge.parallel.region import TensorParallelRegion
 from megaforge.planning.counting_group import Sent, counting_context
 from megaforge.planning.meter import MetaRun, StorageMeter, fused_attention, storage_key
 from megaforge.planning.stage_run import run_backward, starts_of, without_gradients
@@ -93,9 +93,8 @@ def measure_block(cfg: ModelConfig, index: int, part: str, sizes: Sizes, arrivin
 
     def build(ctx: ParallelContext) -> tuple[nn.Module, Forward]:
         kind = kinds[index] if part == "ffn" else BlockKind(kinds[index].mixer, None)
-        region = TensorParallelRegion(ctx, sizes.sequence_parallel, overlap=not sizes.split)
-        block = Block(ctx, cfg, kind, index, len(kinds), region, sizes.dtype, sizes.recompute)
-
+        layer = dataclasses.replace(_layer_context(cfg, ctx, sizes), index=index, count=len(kinds))
+        block = Block(dataclasses.replace(layer, recompute=sizes.recompute), kind)
         again = sizes.recompute == "full"
 
         def mixer(x: Tensor, carried: dict[str, Tensor], info: PackedSequence) -> Given:
@@ -116,15 +115,7 @@ def measure_end(cfg: ModelConfig, sizes: Sizes, *, last: bool) -> Cost:
     place = len(blocks_of(cfg)) if last else 0
 
     def build(ctx: ParallelContext) -> tuple[nn.Module, Forward]:
-        model = HybridModel(
-            cfg,
-            ctx,
-            sequence_parallel=sizes.sequence_parallel,
-            dtype=sizes.dtype,
-            cp_comm_type=sizes.cp_comm_type,
-            overlap_tp_comm=not sizes.split,
-            layers=range(place, place),
-        )
+        model = HybridModel(_layer_context(cfg, ctx, sizes), range(place, place))
 
         def forward(x: Tensor, carried: dict[str, Tensor], info: PackedSequence) -> Given:
             tokens = torch.zeros(sizes.micro_batch_size, sizes.sequence_length, dtype=torch.int64, device=ctx.device)
@@ -135,6 +126,17 @@ def measure_end(cfg: ModelConfig, sizes: Sizes, *, last: bool) -> Cost:
         return model, forward
 
     return _measure(cfg, sizes, build, {})
+
+
+def _layer_context(cfg: ModelConfig, ctx: ParallelContext, sizes: Sizes) -> LayerContext:
+    return make_layer_context(
+        cfg,
+        ctx,
+        sequence_parallel=sizes.sequence_parallel,
+        dtype=sizes.dtype,
+        cp_comm_type=sizes.cp_comm_type,
+        overlap_tp_comm=not sizes.split,
+    )
 
 
 def _measure(cfg: ModelConfig, sizes: Sizes, build: Build, arriving: Shapes) -> Cost:

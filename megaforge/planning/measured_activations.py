@@ -11,6 +11,7 @@ from megaforge.config.cli import parse_config
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.planning.costs import stage_cost
 from megaforge.planning.layout import PlannedLayout, layout_of
 from megaforge.planning.plan_request import parse_activations
@@ -60,7 +61,7 @@ def compare(arguments: tuple[str, ...]) -> Comparison:
     config = parse_config(arguments).config
     layout: PlannedLayout = dataclasses.replace(layout_of(config, 1), device_type="cpu")
     ctx = ParallelContext.single()
-    model = HybridModel(config.model, ctx, dtype=layout.dtype, recompute=layout.recompute)
+    model = HybridModel(make_layer_context(config.model, ctx, dtype=layout.dtype, recompute=layout.recompute))
     initialize_parameters(model, ctx, config.training.seed)
     parts = model_parts(config.model, layout.dtype)
     predicted = stage_cost(parts, layout, StagePart(range(len(parts.blocks)), True, True)).kept

@@ -131,7 +131,7 @@ def _forward(chunk: HybridModel, layout: PlannedLayout, payload: StageTensors, i
 
 def _arrived(chunk: HybridModel, payload: StageTensors) -> list[Tensor]:
     """What the stage before sends: the residual stream, and v_first where it is read. Nothing to the first stage."""
-    readers = any(block.kind.mixer == "rwkv7" for block in chunk.layers)  # type: ignore[union-attr]
+    readers = any(block.kind.mixer == "rwkv7" for block in chunk.layers.values())  # type: ignore[union-attr]
     return [
         torch.zeros(item.shape, dtype=item.dtype, device=chunk.ctx.device, requires_grad=True)
         for name, item in payload.items()

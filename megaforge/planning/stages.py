@@ -17,6 +17,7 @@ from megaforge.models.flops import matmul_elements, mixing_flops
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.stages import stage_layers
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import ParamSpec, named_specs
 from megaforge.planning.layout import PlannedLayout
 
@@ -98,9 +99,9 @@ class ModelParts:
 @cache
 def model_parts(cfg: ModelConfig, dtype: torch.dtype) -> ModelParts:
     """Builds the real model on the meta device and takes down what it declares."""
-    model = HybridModel(cfg, ParallelContext.single("meta"), dtype=dtype)
+    model = HybridModel(make_layer_context(cfg, ParallelContext.single("meta"), dtype=dtype))
     blocks = []
-    for kind, block in zip(blocks_of(cfg), model.layers, strict=True):
+    for kind, block in zip(blocks_of(cfg), model.layers.values(), strict=True):
         ffn = [] if kind.ffn is None else [block.ffn_norm, block.ffn]
         blocks.append(BlockParts(kind, _held([block.mixer_norm, block.mixer]), _held(ffn)))
     return ModelParts(

@@ -23,6 +23,7 @@ from megaforge.parallel.agree import together
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.distributed import check_backend, discover_launch, initialize, print_rank_0
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.zero import shard_parameters
 from megaforge.training.callbacks import (
     Callback,
@@ -140,10 +141,9 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
 
 def build_model_chunks(config: Config, ctx: ParallelContext, plan: PipelinePlan) -> HybridModel | ModelChunks:
     """This rank's stages of the model, not yet initialised."""
-    return build_model(
+    layer = make_layer_context(
         config.model,
         ctx,
-        plan,
         sequence_parallel=config.parallel.sequence_parallel,
         dtype=compute_dtype(config.training),
         cp_comm_type=config.parallel.cp_comm_type,
@@ -151,6 +151,7 @@ def build_model_chunks(config: Config, ctx: ParallelContext, plan: PipelinePlan)
         recompute=config.parallel.recompute,
         wkv_backend=config.training.wkv_backend,
     )
+    return build_model(layer, plan)
 
 
 def _open_data(config: Config, tokenizer: Tokenizer | None) -> DataSource:

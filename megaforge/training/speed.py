@@ -11,6 +11,7 @@ from megaforge.device import peak_memory_bytes
 from megaforge.models.flops import model_flops_per_token
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import named_specs
 from megaforge.training.callbacks import Callback, Place
 from megaforge.training.checkpointing import compute_dtype
@@ -41,7 +42,7 @@ class Speed(Callback):
     def on_train_start(self, trainer: Trainer) -> None:
         self.peak = measure_matmul_peak(trainer.ctx, compute_dtype(trainer.config.training))
         # A rank may hold only some stages of the model: the whole one is built without memory.
-        whole = HybridModel(trainer.config.model, ParallelContext.single("meta"))
+        whole = HybridModel(make_layer_context(trainer.config.model, ParallelContext.single("meta")))
         self.parameters = sum(spec.numel for spec, _ in named_specs(whole))
         self.flops_per_token = model_flops_per_token(whole, trainer.config.data.seq_length)
 

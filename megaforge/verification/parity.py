@@ -27,6 +27,7 @@ from megaforge.models.stages import ModelChunks
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import optimizer_shard
 from megaforge.parallel.init_rules import Normal
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import named_specs
 from megaforge.training.callbacks import Callback
 from megaforge.training.checkpointing import compute_dtype
@@ -207,7 +208,7 @@ def _relative(difference: float, size: float) -> float:
 
 def _spread(record: Record | None, config: Config, ctx: ParallelContext) -> Record:
     """Rank 0's record on every rank."""
-    model = HybridModel(config.model, ParallelContext.single("meta"))
+    model = HybridModel(make_layer_context(config.model, ParallelContext.single("meta")))
     declared = [(spec.name, spec.shape, p.requires_grad) for spec, p in named_specs(model)]
     trained = [(name, shape) for name, shape, trains in declared if trains]
     layout = [*(trained * STEPS), *((name, shape) for name, shape, _ in declared)]
@@ -233,7 +234,7 @@ def combined(comparisons: Iterable[Comparison], config: Config) -> Comparison:
     parts = list(comparisons)
     worst = {kind: max((part.worst[kind] for part in parts), key=lambda pair: pair[0]) for kind in KINDS}
     held = frozenset().union(*(part.held for part in parts))
-    model = HybridModel(config.model, ParallelContext.single("meta"))
+    model = HybridModel(make_layer_context(config.model, ParallelContext.single("meta")))
     missing = [spec.name for spec, _ in named_specs(model) if spec.name not in held]
     if missing:
         worst["weights"] = (math.inf, f"{missing[0]} is on no rank")

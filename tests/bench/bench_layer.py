@@ -25,6 +25,7 @@ from megaforge.kernels.wkv7 import wkv7, wkv7_chunked
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.training.numerics import choose_matmul_precision
 from tests.bench.ceiling import describe, keep_freed_memory
@@ -62,9 +63,9 @@ class Layer:
             vocab_size=64,
         )
         ctx = ParallelContext.single()
-        model = HybridModel(cfg, ctx)
+        model = HybridModel(make_layer_context(cfg, ctx))
         initialize_parameters(model, ctx, seed=0)
-        self.block = model.layers[1]  # the first makes v_first, all others mix it in
+        self.block = model.layers["1"]  # the first makes v_first, all others mix it in
         self.info = PackedSequence(batch, length, torch.device("cpu"))
         self.x = torch.randn(length, batch, WIDTH, requires_grad=True)
         self.v_first = torch.randn(length, batch, WIDTH, requires_grad=True)

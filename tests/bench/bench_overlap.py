@@ -40,6 +40,7 @@ from megaforge.parallel import mappings
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.layer_context import make_layer_context
 from tests.bench.harness import print_json, print_table
 
 CASES = {"dp2": (1, False), "tp2": (2, False), "tp2 sp": (2, True)}
@@ -72,7 +73,7 @@ def make_step(hidden: int, ctx: ParallelContext, sequence_parallel: bool, overla
         vocab_size=VOCAB,
         activation="swiglu",
     )
-    model = HybridModel(cfg, ctx, sequence_parallel=sequence_parallel, overlap_tp_comm=overlap)
+    model = HybridModel(make_layer_context(cfg, ctx, sequence_parallel=sequence_parallel, overlap_tp_comm=overlap))
     initialize_parameters(model, ctx, seed=0)
     elements = sum(parameter.numel() for parameter in model.parameters())
     reducer = GradientReducer(model, ctx, overlap=overlap, bucket_size=elements // 4 + 1)

@@ -33,6 +33,7 @@ from megaforge.models.stages import plan_pipeline
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.training.forward_backward import ForwardBackward
 from tests.bench.harness import interleaved_ratio, print_json, print_table
 
@@ -57,7 +58,7 @@ def steps(hidden: int, layers: int, length: int) -> tuple[Step, Step, GradientRe
         num_layers=layers, hidden_size=hidden, num_attention_heads=4, num_experts=4, vocab_size=VOCAB, rwkv_head_size=32
     )
     ctx = ParallelContext.single()
-    model = HybridModel(cfg, ctx)
+    model = HybridModel(make_layer_context(cfg, ctx))
     initialize_parameters(model, ctx, seed=0)
     reducer = GradientReducer(model, ctx)
     batches = micro_batches(length)

@@ -30,6 +30,7 @@ from megaforge.nn.norms import rms_norm
 from megaforge.nn.token_shift import shift_and_mix
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.packed_sequence import PackedSequence
 from tests.bench.harness import Measure, interleaved_ratio, print_json, print_table
 
@@ -67,9 +68,11 @@ def cpu_seconds(function: Callable[..., Any], inputs: list[torch.Tensor]) -> Mea
 def block(dtype: torch.dtype) -> Measure:
     ctx = ParallelContext.single()
     shape = {"hidden_size": HIDDEN, "rwkv_head_size": HEAD, "ffn_hidden_size": INNER}
-    model = HybridModel(ModelConfig(**shape, hybrid_layer_pattern="R-R-", vocab_size=128), ctx, dtype=dtype)
+    model = HybridModel(
+        make_layer_context(ModelConfig(**shape, hybrid_layer_pattern="R-R-", vocab_size=128), ctx, dtype=dtype)
+    )
     initialize_parameters(model, ctx, 1)
-    layer = model.layers[1]
+    layer = model.layers["1"]
     layer.mixer.wkv7 = lambda *x: _Copy.apply(*x)
     info = PackedSequence(BATCH, LENGTH, torch.device("cpu"))
     x, v_first = (torch.randn(LENGTH, BATCH, HIDDEN, dtype=dtype, requires_grad=True) for _ in range(2))

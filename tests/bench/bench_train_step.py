@@ -34,6 +34,7 @@ from megaforge.optim.clip import clip_gradients
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.training.numerics import choose_matmul_precision, matmul_error
 from tests.bench.harness import interleaved_ratio, print_json, print_table
 
@@ -60,7 +61,7 @@ def our_config() -> ModelConfig:
 def our_step(dtype: torch.dtype, tokens: torch.Tensor) -> tuple[Step, HybridModel]:
     """A function that trains one step and returns the loss before it, and the model."""
     ctx = ParallelContext.single()
-    model = HybridModel(our_config(), ctx, dtype=dtype)
+    model = HybridModel(make_layer_context(our_config(), ctx, dtype=dtype))
     initialize_parameters(model, ctx, seed=0)
     reducer = GradientReducer(model, ctx)
     optimizer = AdamW(OptimizerConfig(lr=LEARNING_RATE), model, ctx)

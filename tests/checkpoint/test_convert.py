@@ -26,6 +26,7 @@ from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import named_specs
 
 safetensors = pytest.importorskip("safetensors")
@@ -49,7 +50,7 @@ def everything() -> dict[str, Tensor]:
     """A weight and two moments of each parameter, by key."""
     generator = torch.Generator().manual_seed(3)
     found = {}
-    for spec, _ in named_specs(HybridModel(MODEL, ParallelContext.single("meta"))):
+    for spec, _ in named_specs(HybridModel(make_layer_context(MODEL, ParallelContext.single("meta")))):
         for key in (spec.name, f"optimizer.exp_avg.{spec.name}", f"optimizer.exp_avg_sq.{spec.name}"):
             found[key] = torch.randn(spec.shape, generator=generator)
     return found
@@ -59,7 +60,10 @@ def everything() -> dict[str, Tensor]:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's directory with one checkpoint, written by one rank that also kept a random state."""
     directory, tensors = tmp_path_factory.mktemp("run"), everything()
-    specs = {spec.name: spec for spec, _ in named_specs(HybridModel(MODEL, ParallelContext.single("meta")))}
+    specs = {
+        spec.name: spec
+        for spec, _ in named_specs(HybridModel(make_layer_context(MODEL, ParallelContext.single("meta"))))
+    }
     entries = [
         TensorEntry(key, specs[key.split(".", 2)[2] if "optimizer" in key else key], tensors[key]) for key in tensors
     ]

@@ -407,10 +407,10 @@ def test_a_manifest_cannot_point_outside_its_directory(tmp_path):
 
 def test_a_manifest_of_another_version_says_so(tmp_path):
     path = _save(tmp_path, 1)
-    text = (path / MANIFEST_FILE).read_text().replace('"version": 1', '"version": 99')
+    text = (path / MANIFEST_FILE).read_text().replace('"version": 2', '"version": 99')
     (path / MANIFEST_FILE).write_text(text)
     (path / SUMS_FILE).write_text(f"{hashlib.sha256(text.encode()).hexdigest()}  {MANIFEST_FILE}\n")
-    with pytest.raises(CheckpointError, match=r"version 99; this program reads 'megaforge-checkpoint' version 1"):
+    with pytest.raises(CheckpointError, match=r"version 99; this program reads 'megaforge-checkpoint' version 2"):
         read_meta(path)
     with pytest.raises(UserError, match="none of its checkpoints is valid"):
         find_checkpoint(tmp_path, CTX)

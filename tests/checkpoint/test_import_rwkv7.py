@@ -21,6 +21,7 @@ from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import named_specs
 from tests.checkpoint.rwkv7_weights import FFN, LAYERS, VOCAB, WIDTH, published_weights
 
@@ -69,7 +70,7 @@ def test_a_file_becomes_a_checkpoint_that_loads_at_any_layout(weights: dict[str,
     assert meta["config"]["model"]["rwkv_iclr_rank"] == 48 and meta["source"]["file"] == "model.pth"
     for rank in range(2):
         ctx = ParallelContext.of_rank(rank, 2, tp=2)
-        model = HybridModel(cfg, ctx)
+        model = HybridModel(make_layer_context(cfg, ctx))
         entries = [TensorEntry(spec.name, spec, p.detach()) for spec, p in named_specs(model)]
         load_checkpoint(path, entries, ctx)
         for name, spec, local in entries:

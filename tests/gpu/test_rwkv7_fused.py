@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,8 +13,9 @@ from megaforge.kernels.rwkv7_fused.triton import load_triton
 from megaforge.nn.rwkv7 import RWKV7TimeMix
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.packed_sequence import PackedSequence
-from megaforge.parallel.region import TensorParallelRegion
+from megaforge.parallel.param_spec import name_parameters
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or load_triton()[0] is None, reason="needs a GPU and Triton"
@@ -27,7 +30,8 @@ if torch.cuda.is_available():
 def layer_results(fused: bool, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     monkeypatch.setattr(rwkv7_fused, "fused", lambda x: fused)
     ctx = ParallelContext.single("cuda")
-    layer = RWKV7TimeMix(ctx, "m", ModelConfig(hidden_size=128), 0, 2, TensorParallelRegion(ctx, False))
+    layer = RWKV7TimeMix(replace(make_layer_context(ModelConfig(hidden_size=128), ctx), count=2))
+    name_parameters(layer)
     initialize_parameters(layer, ctx, 3)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -16,6 +16,7 @@ from megaforge.models.hybrid import HybridModel
 from megaforge.models.stages import build_model, plan_pipeline
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.layer_context import make_layer_context
 from tests.nn.support import perturb
 
 PROMPT = [5, 17, 3, 3, 40]
@@ -33,7 +34,7 @@ def build(ctx: ParallelContext) -> StagedModel:
         hybrid_layer_pattern="RE*ER-",
     )
     plan = plan_pipeline(cfg, ParallelConfig(pipeline_model_parallel_size=ctx.pp.size), 1, 64)
-    model = build_model(cfg, ctx, plan, dtype=torch.float64)
+    model = build_model(make_layer_context(cfg, ctx, dtype=torch.float64), plan)
     initialize_parameters(model, ctx, seed=5)
     for chunk in model.chunks:
         perturb(chunk, ctx)

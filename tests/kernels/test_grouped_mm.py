@@ -11,10 +11,9 @@ from megaforge.config.model_config import ModelConfig
 from megaforge.kernels import grouped_mm, native
 from megaforge.kernels.grouped_mm import FEW_ROWS, make_runs, takes_grouped_mm
 from megaforge.kernels.grouped_mm.reference import grouped_linear_reference
-from megaforge.nn.moe.experts import Experts
-from megaforge.parallel.init_rules import Normal
+from megaforge.nn.moe import MoEFFN
 from megaforge.parallel.linear_op import PLAIN
-from tests.nn.support import CTX
+from tests.nn.support import layer_context
 
 COUNTS = {
     "even": (4, 4, 4),
@@ -100,7 +99,7 @@ def test_where_runs_end_is_sent_to_the_device_once(monkeypatch: pytest.MonkeyPat
     sent: list[list[int]] = []
     monkeypatch.setattr(grouped_mm, "upload", lambda ends, device: sent.append(ends.tolist()) or ends)
     cfg = ModelConfig(hidden_size=16, ffn_hidden_size=32, num_experts=3, activation="relu2")
-    experts = Experts(CTX, "e", cfg, init=(Normal(0.1), Normal(0.1)), dtype=torch.float32)
+    experts = MoEFFN(layer_context(cfg, torch.float32)).experts
     rows = torch.ones(9, 16, requires_grad=True)
     experts(rows, torch.ones(9), (4, 0, 5)).sum().backward()
     assert sent == [[4, 4, 9]] and rows.grad is not None

@@ -16,6 +16,7 @@ from megaforge.kernels.wkv7.backend import wkv7_backend, wkv7_torch
 from megaforge.models.hybrid import HybridModel
 from megaforge.nn.rwkv7 import RWKV7TimeMix
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.layer_context import make_layer_context
 from tests.kernels.wkv7_cases import assert_close, make_inputs, run
 from tests.training.tiny import arguments, make_trainer, write_dataset
 
@@ -93,8 +94,8 @@ def test_plain_torch_is_the_recurrence(s: int) -> None:
 @pytest.mark.parametrize("name", ["auto", "torch"])
 def test_the_layers_of_a_model_call_the_one_that_it_was_given(name: str) -> None:
     cfg = ModelConfig(hidden_size=32, rwkv_head_size=16, hybrid_layer_pattern="R-*-R-", vocab_size=64)
-    model = HybridModel(cfg, ParallelContext.single("meta"), wkv_backend=name)
-    mixers = [layer.mixer for layer in model.layers if isinstance(layer.mixer, RWKV7TimeMix)]
+    model = HybridModel(make_layer_context(cfg, ParallelContext.single("meta"), wkv_backend=name))
+    mixers = [layer.mixer for layer in model.layers.values() if isinstance(layer.mixer, RWKV7TimeMix)]
     assert len(mixers) == 2
     for mixer in mixers:
         assert mixer.wkv7 is wkv7_backend(name, CPU, torch.float32, 16)

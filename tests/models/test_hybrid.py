@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from megaforge.config.model_config import ModelConfig
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import named_specs
 from tests.nn.support import CTX, assert_close, filled
 
@@ -31,7 +32,7 @@ def config(**changes: object) -> ModelConfig:
 
 
 def model_of(dtype: torch.dtype = torch.float64, **changes: object) -> HybridModel:
-    return filled(HybridModel(config(**changes), CTX, dtype=dtype))
+    return filled(HybridModel(make_layer_context(config(**changes), CTX, dtype=dtype)))
 
 
 def ids(*shape: int, seed: int = 1) -> torch.Tensor:
@@ -121,7 +122,7 @@ def test_tied_head_shares_one_parameter() -> None:
 def test_the_loss_starts_near_that_of_a_guess(hidden: int, changes: dict) -> None:
     """A tied head must not begin with telling the input token back, at any width."""
     shape = {"hidden_size": hidden, "vocab_size": 2048, "rwkv_init": "normal", "rwkv_head_size": 32}
-    model = HybridModel(config(hybrid_layer_pattern="R-*-", **shape, **changes), CTX)
+    model = HybridModel(make_layer_context(config(hybrid_layer_pattern="R-*-", **shape, **changes), CTX))
     initialize_parameters(model, CTX, seed=3)
     generator = torch.Generator().manual_seed(0)
     tokens, labels = torch.randint(0, 2048, (2, 4, 64), generator=generator)
@@ -131,7 +132,10 @@ def test_the_loss_starts_near_that_of_a_guess(hidden: int, changes: dict) -> Non
 
 def test_initial_weights_follow_the_published_rules() -> None:
     model = HybridModel(
-        config(hybrid_layer_pattern="R-*-", normalization="layernorm", untie_embeddings_and_output_weights=True), CTX
+        make_layer_context(
+            config(hybrid_layer_pattern="R-*-", normalization="layernorm", untie_embeddings_and_output_weights=True),
+            CTX,
+        )
     )
     initialize_parameters(model, CTX, seed=3)
     w = {spec.name: p.detach() for spec, p in named_specs(model)}

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from megaforge.config.model_config import ModelConfig
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
-from megaforge.parallel.param_spec import named_specs
-from megaforge.parallel.region import TensorParallelRegion
+from megaforge.parallel.layer_context import LayerContext, make_layer_context
+from megaforge.parallel.param_spec import name_parameters, named_specs
 
 M = TypeVar("M", bound=nn.Module)
 CTX = ParallelContext.single()
-REGION = TensorParallelRegion(CTX, sequence_parallel=False)
 
 
 @torch.no_grad()
@@ -28,8 +29,14 @@ def perturb(module: nn.Module, ctx: ParallelContext, scale: float = 0.2) -> None
         parameter += spec.take_local(noise, ctx).to(parameter.dtype)
 
 
-def filled(module: M) -> M:
-    """``module`` with its initial weights and noise on top."""
+def layer_context(cfg: ModelConfig, dtype: torch.dtype = torch.float64, **facts: Any) -> LayerContext:
+    """The context of a layer on one rank; ``facts``: of the layer's place."""
+    return dataclasses.replace(make_layer_context(cfg, CTX, dtype=dtype), **facts)
+
+
+def filled(module: M, name: str = "") -> M:
+    """``module`` as ``name``, with its initial weights and noise on top."""
+    name_parameters(module, name)
     initialize_parameters(module, CTX, seed=7)
     perturb(module, CTX)
     return module

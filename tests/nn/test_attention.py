@@ -12,9 +12,10 @@ from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
 from megaforge.nn.attention import KVCache, SelfAttention
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.packed_sequence import PackedSequence
 from tests.kernels.test_attention import fake_varlen
-from tests.nn.support import CTX, REGION, assert_agrees, assert_close, filled, random
+from tests.nn.support import assert_agrees, assert_close, filled, layer_context, random
 
 LENGTH, BATCH, HIDDEN, HEADS = 7, 2, 24, 4
 CPU = torch.device("cpu")
@@ -25,7 +26,7 @@ def config(**changes: object) -> ModelConfig:
 
 
 def attention(cfg: ModelConfig, dtype: torch.dtype = torch.float64) -> SelfAttention:
-    return filled(SelfAttention(CTX, "a", cfg, num_layers=3, region=REGION, dtype=dtype))
+    return filled(SelfAttention(layer_context(cfg, dtype, count=3)), "a")
 
 
 def rotate(x: Tensor, positions: Tensor, channels: int, base: float) -> Tensor:
@@ -129,11 +130,4 @@ def test_cache_grows_beyond_its_first_capacity() -> None:
 
 def test_heads_that_do_not_divide_are_named() -> None:
     with pytest.raises(UserError, match="--num-query-groups 2 does not divide by --tp 4"):
-        SelfAttention(
-            ParallelContext.of_rank(0, 4, tp=4),
-            "a",
-            config(num_query_groups=2),
-            num_layers=1,
-            region=REGION,
-            dtype=torch.float32,
-        )
+        SelfAttention(make_layer_context(config(num_query_groups=2), ParallelContext.of_rank(0, 4, tp=4)))

@@ -13,7 +13,7 @@ from megaforge.config.model_config import ModelConfig
 from megaforge.nn.mlp import DenseFFN, FFNState
 from megaforge.nn.moe import MoEFFN
 from megaforge.parallel.packed_sequence import PackedSequence
-from tests.nn.support import CTX, REGION, assert_agrees, assert_close, filled, random
+from tests.nn.support import assert_agrees, assert_close, filled, layer_context, random
 
 LENGTH, BATCH, HIDDEN, INNER, EXPERTS, TOPK = 7, 2, 8, 10, 5, 2
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def config(**changes: object) -> ModelConfig:
 
 
 def build(kind: type, cfg: ModelConfig, channel_mix: bool, dtype: torch.dtype = torch.float64):
-    return filled(kind(CTX, "f", cfg, layer_index=1, num_layers=4, channel_mix=channel_mix, region=REGION, dtype=dtype))
+    return filled(kind(layer_context(cfg, dtype, index=1, count=4, token_shift=channel_mix)), "f")
 
 
 def packed_info() -> PackedSequence:

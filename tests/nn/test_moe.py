@@ -16,9 +16,10 @@ from megaforge.nn.moe import MoEFFN, expert_counts
 from megaforge.nn.moe.routing import routing_rule, within_capacity
 from megaforge.parallel.after_update import Update, after_update
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.parallel.param_spec import named_specs
-from tests.nn.support import CTX, REGION, assert_agrees, random
+from tests.nn.support import CTX, assert_agrees, random
 from tests.nn.test_ffn import (
     BATCH,
     CPU,
@@ -160,8 +161,8 @@ def test_counts_and_idle_experts() -> None:
     assert losses.tokens_per_expert.tolist() == [0, 0, 0, LENGTH * BATCH, 0]
     assert float(losses.load_balance_sum.detach()) > BATCH * 2
     out.sum().backward()
-    assert module.experts.up.weight.grad is not None
-    assert [bool(g.any()) for g in module.experts.up.weight.grad] == [False, False, False, True, False]
+    assert module.up.weight.grad is not None
+    assert [bool(g.any()) for g in module.up.weight.grad] == [False, False, False, True, False]
 
 
 def test_balance_loss_is_one_a_sequence_when_balanced() -> None:
@@ -281,7 +282,7 @@ def test_counts_of_another_number_of_layers_are_refused() -> None:
 def test_router_stays_in_fp32() -> None:
     cfg = config(**SIGMOID, moe_router_enable_expert_bias=True)
     module = build(MoEFFN, cfg, True, torch.bfloat16)
-    assert module.router.weight.dtype == torch.float32 and module.experts.up.weight.dtype == torch.bfloat16
+    assert module.router.weight.dtype == torch.float32 and module.up.weight.dtype == torch.bfloat16
     assert module.router.expert_bias is not None and module.router.expert_bias.dtype == torch.float32
     x = random(LENGTH, BATCH, HIDDEN).bfloat16()
     routing, losses = module.router.route(x, packed_info())
@@ -302,7 +303,7 @@ def test_router_stays_in_fp32() -> None:
 def test_splits_that_do_not_divide_are_named(sizes: dict[str, int], message: str) -> None:
     ctx = ParallelContext.of_rank(0, 4, **sizes)
     with pytest.raises(UserError, match=message):
-        MoEFFN(ctx, "f", config(), layer_index=0, num_layers=1, channel_mix=False, region=REGION, dtype=torch.float32)
+        MoEFFN(make_layer_context(config(), ctx))
 
 
 @pytest.mark.parametrize(

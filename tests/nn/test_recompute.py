@@ -14,6 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from megaforge.config.model_config import ModelConfig
 from megaforge.models.hybrid import HybridModel, Stream
 from megaforge.nn import recompute
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import named_specs
 from megaforge.parallel.pipeline.split_backward import backward_input
 from tests.nn.support import CTX, filled, random
@@ -66,7 +67,7 @@ def gradients(kind: str, *, split: bool, first: bool = False) -> dict[str, Tenso
     backward pass, checks what is alive between its halves."""
     Watched.made.clear()
     layers = range(0 if first else 1, 3)
-    model = filled(HybridModel(CFG, CTX, dtype=torch.float64, recompute=kind, layers=layers))
+    model = filled(HybridModel(make_layer_context(CFG, CTX, dtype=torch.float64, recompute=kind), layers))
     tokens = torch.arange(12).view(2, 6)
     inputs = [] if first else [random(6, 2, 16, seed=1).requires_grad_(), random(6, 2, 16, seed=2).requires_grad_()]
     arrived = Stream(*inputs) if inputs else None

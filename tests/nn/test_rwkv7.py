@@ -13,8 +13,8 @@ from megaforge.config.model_config import ModelConfig
 from megaforge.nn.rwkv7 import RWKV7State, RWKV7TimeMix, lora_ranks
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.packed_sequence import PackedSequence
-from megaforge.parallel.param_spec import named_specs
-from tests.nn.support import CTX, REGION, assert_agrees, assert_close, filled, random
+from megaforge.parallel.param_spec import name_parameters, named_specs
+from tests.nn.support import CTX, assert_agrees, assert_close, filled, layer_context, random
 
 N, HEADS = 8, 3
 SIZE = N * HEADS
@@ -29,7 +29,7 @@ CFG = ModelConfig(
 
 
 def time_mix(layer_index: int, dtype: torch.dtype = torch.float64, num_layers: int = 3) -> RWKV7TimeMix:
-    return filled(RWKV7TimeMix(CTX, "m", CFG, layer_index, num_layers, REGION, dtype))
+    return filled(RWKV7TimeMix(layer_context(CFG, dtype, index=layer_index, count=num_layers)), "m")
 
 
 def oracle(x: Tensor, w: dict[str, Tensor], v_first: Tensor | None, start: list[set[int]]) -> tuple[Tensor, Tensor]:
@@ -149,7 +149,8 @@ def test_initial_values_are_the_published_ones() -> None:
     u = ((i % 64) - 31.5) / 31.5
     zigzag, linear = u * u.abs(), i / (c - 1) - 0.5
     for index in (0, 2):
-        layer = RWKV7TimeMix(CTX, "m", cfg, index, layers, REGION, torch.float64)
+        layer = RWKV7TimeMix(layer_context(cfg, index=index, count=layers))
+        name_parameters(layer, "m")
         initialize_parameters(layer, CTX, seed=1)
         down, up = 1 - index / layers, index / (layers - 1)
         expected = {
@@ -205,7 +206,8 @@ def test_normal_init_has_the_scale_of_the_orthogonal_one() -> None:
     scales = []
     for init in ("orthogonal", "normal"):
         cfg = dataclasses.replace(ModelConfig(), hidden_size=256, rwkv_init=init, init_std_scale=0.8)
-        layer = RWKV7TimeMix(CTX, "m", cfg, 1, 4, REGION)
+        layer = RWKV7TimeMix(layer_context(cfg, torch.float32, index=1, count=4))
+        name_parameters(layer, "m")
         initialize_parameters(layer, CTX, seed=1)
         scales.append([p.square().mean().sqrt().item() for p in (layer.receptance.weight, layer.key.weight, layer.g2)])
     assert scales[0][0] == pytest.approx(0.8 / 16, rel=1e-3)

@@ -13,12 +13,13 @@ from megaforge.checkpoint.import_rwkv7 import convert_rwkv7
 from megaforge.config.model_config import ModelConfig
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import named_specs
 from tests.checkpoint.rwkv7_weights import published_weights
 
 
 def load(cfg: ModelConfig, tensors: dict[str, Tensor]) -> HybridModel:
-    model = HybridModel(cfg, ParallelContext.single())
+    model = HybridModel(make_layer_context(cfg, ParallelContext.single()))
     with torch.no_grad():
         for spec, parameter in named_specs(model):
             parameter.copy_(tensors[spec.name])

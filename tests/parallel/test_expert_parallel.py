@@ -19,6 +19,7 @@ from megaforge.parallel.after_update import Update, after_update
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import Box, named_specs
 from tests.nn.support import perturb
 from tests.parallel.pool import RankPool
@@ -108,7 +109,7 @@ def train(
     """Two optimizer steps. All forward passes of a step come before its backward passes, as in a pipeline."""
     cfg = ModelConfig(**{**SHAPE, **VARIANTS[variant]})
     cfg.validate()
-    model = HybridModel(cfg, ctx, sequence_parallel=sequence_parallel, dtype=dtype)
+    model = HybridModel(make_layer_context(cfg, ctx, sequence_parallel=sequence_parallel, dtype=dtype))
     initialize_parameters(model, ctx, seed=3)
     perturb(model, ctx)
     optimizer = build_optimizer(OptimizerConfig(lr=2e-4), model, ctx)
@@ -218,9 +219,11 @@ def idle_experts(sizes: dict[str, int]) -> tuple[Pieces, Tensor, Tensor]:
     """Every token goes to expert 0 of four: whoever holds only others joins every exchange, with zero gradients."""
     ctx = ParallelContext.create(**sizes)
     model = HybridModel(
-        ModelConfig(**{**SHAPE, "num_experts": 4, "moe_router_topk": 1, "hybrid_layer_pattern": "*E"}),
-        ctx,
-        dtype=torch.float64,
+        make_layer_context(
+            ModelConfig(**{**SHAPE, "num_experts": 4, "moe_router_topk": 1, "hybrid_layer_pattern": "*E"}),
+            ctx,
+            dtype=torch.float64,
+        )
     )
     initialize_parameters(model, ctx, seed=3)
     perturb(model, ctx)

@@ -7,17 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megaforge.config.model_config import ModelConfig
 from megaforge.parallel import mappings
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.cross_entropy import vocab_parallel_linear_cross_entropy
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.init_rules import Elementwise, Normal, Orthogonal, Uniform
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megaforge.parallel.param_spec import ParamSpec, make_parameter, named_specs
-from megaforge.parallel.region import TensorParallelRegion
+from megaforge.parallel.param_spec import ParamSpec, make_parameter, name_parameters, named_specs
 
-SEQUENCE, BATCH, HIDDEN, INNER, VOCAB, PADDED = 8, 4, 12, 16, 37, 40
+SEQUENCE, BATCH, HIDDEN, INNER, VOCAB = 8, 4, 12, 16, 37
+CFG = ModelConfig(hidden_size=HIDDEN, vocab_size=VOCAB, make_vocab_size_divisible_by=8)
 
 
 class TinyModel(nn.Module):
@@ -28,22 +30,18 @@ class TinyModel(nn.Module):
     def __init__(self, ctx: ParallelContext, sequence_parallel: bool, dtype: torch.dtype, overlap: bool) -> None:
         super().__init__()
         self.ctx = ctx
-        self.region = region = TensorParallelRegion(ctx, sequence_parallel, overlap=overlap)
+        layer = make_layer_context(CFG, ctx, sequence_parallel=sequence_parallel, dtype=dtype, overlap_tp_comm=overlap)
+        self.region = region = layer.region
         init = Normal(0.3)
-        self.embedding = VocabParallelEmbedding(
-            ctx, "embedding", PADDED, HIDDEN, init=Normal(0.5, VOCAB), region=region, dtype=dtype
-        )
+        self.embedding = VocabParallelEmbedding(layer, init=Normal(0.5, VOCAB))
         scale = ParamSpec("scale", (HIDDEN,), Uniform(2.0), tp_partial_grad=region.sequence_parallel)
         mix = ParamSpec("mix", (HIDDEN,), Uniform(2.0), tp_partial_grad=True)
         self.scale = make_parameter(scale, ctx, dtype)
         self.mix = make_parameter(mix, ctx, dtype)
-        self.column = ColumnParallelLinear(
-            ctx, "column", HIDDEN, 2 * INNER, init=init, bias=True, parts=(INNER, INNER), dtype=dtype
-        )
-        self.opening = ColumnParallelLinear(
-            ctx, "opening", HIDDEN, INNER, init=init, region=region, bias=True, dtype=dtype
-        )
-        self.row = RowParallelLinear(ctx, "row", INNER, HIDDEN, init=init, region=region, bias=True, dtype=dtype)
+        self.column = ColumnParallelLinear(layer, HIDDEN, 2 * INNER, init=init, bias=True, parts=(INNER, INNER))
+        self.opening = ColumnParallelLinear(layer, HIDDEN, INNER, init=init, enter=True, bias=True)
+        self.row = RowParallelLinear(layer, INNER, HIDDEN, init=init, bias=True)
+        name_parameters(self)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         x = self.embedding(tokens) * self.scale

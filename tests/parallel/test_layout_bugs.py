@@ -57,9 +57,9 @@ from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.flat_shard import optimizer_shard
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.init_rules import Normal
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.packed_sequence import PackedSequence
-from megaforge.parallel.param_spec import named_specs
-from megaforge.parallel.region import TensorParallelRegion
+from megaforge.parallel.param_spec import name_parameters, named_specs
 from megaforge.parallel.zero import ShardedParameters
 from megaforge.training.callbacks import MetricsWriter
 from megaforge.training.setup import build_trainer, make_pipeline_plan
@@ -104,8 +104,8 @@ def score(tp: int) -> dict[str, Tensor]:
     ctx = ParallelContext.create(tp=tp)
     sizes = ("--vocab-size", WORDS, "--hidden-size", WIDTH, "--kv-channels", 8, "--rwkv-head-size", WIDTH)
     cfg = parity_config("none", "fp64", None, tuple(map(str, sizes))).model
-    region = TensorParallelRegion(ctx, sequence_parallel=False)
-    head = OutputHead(ctx, cfg, None, init=Normal(0.7, WORDS), region=region, dtype=torch.float64)
+    head = OutputHead(make_layer_context(cfg, ctx, dtype=torch.float64), init=Normal(0.7, WORDS))
+    name_parameters(head, "head")
     initialize_parameters(head, ctx, seed=3)
     rows = slice(ctx.tp.rank * ROWS // tp, (ctx.tp.rank + 1) * ROWS // tp)
     generator = torch.Generator().manual_seed(1)
@@ -164,8 +164,8 @@ def router_gradient(sizes: dict[str, int], in_between: bool) -> tuple[Tensor, Te
     ctx = ParallelContext.create(**sizes)
     flags = ("--moe-router-score-function", "softmax", "--no-moe-router-enable-expert-bias")
     cfg = parity_config("none", "fp64", None, flags).model
-    region = TensorParallelRegion(ctx, sequence_parallel=False)
-    layer = MoEFFN(ctx, "f", cfg, layer_index=0, num_layers=1, channel_mix=False, region=region, dtype=torch.float64)
+    layer = MoEFFN(make_layer_context(cfg, ctx, dtype=torch.float64))
+    name_parameters(layer)
     initialize_parameters(layer, ctx, seed=3)
     perturb(layer, ctx)
     reducer = GradientReducer(layer, ctx)
@@ -201,8 +201,8 @@ def balance_gradient(inputs: Tensor, weight: Tensor, topk: int) -> tuple[Tensor,
 def test_03_router_counts_are_not_overwritten_under_autograd(ranks: RankPool) -> None:
     cfg = parity_config("none", "fp64", None).model
     ctx = ParallelContext.single()
-    region = TensorParallelRegion(ctx, sequence_parallel=False)
-    layer = MoEFFN(ctx, "f", cfg, layer_index=0, num_layers=1, channel_mix=False, region=region, dtype=torch.float64)
+    layer = MoEFFN(make_layer_context(cfg, ctx, dtype=torch.float64))
+    name_parameters(layer)
     initialize_parameters(layer, ctx, seed=3)
     perturb(layer, ctx)
     weight = layer.router.weight.detach()
@@ -237,7 +237,7 @@ def norm_of_known_gradients(sizes: dict[str, int], zero: bool) -> tuple[float, f
     """The norm that clipping finds, and the true one."""
     ctx = ParallelContext.create(**sizes)
     cfg = parity_config("none", "fp64", None, ("--hybrid-layer-pattern", "RE*-")).model
-    model = HybridModel(cfg, ctx, dtype=torch.float64)
+    model = HybridModel(make_layer_context(cfg, ctx, dtype=torch.float64))
     initialize_parameters(model, ctx, seed=1)
     if zero:
         ShardedParameters(model, ctx, bucket_size=700)
@@ -376,13 +376,13 @@ def test_20_a_stage_without_experts_does_not_hang(ranks: RankPool, documents: st
 def test_22_shards_are_drawn_apart_and_replicas_alike() -> None:
     """Whatever is random is a function of the global position: shards make up one tensor, which replicas share."""
     cfg = parity_config("none", "fp64", None).model
-    whole = HybridModel(cfg, ParallelContext.single(), dtype=torch.float64)
+    whole = HybridModel(make_layer_context(cfg, ParallelContext.single(), dtype=torch.float64))
     initialize_parameters(whole, ParallelContext.single(), seed=5)
     full = {spec.name: parameter.detach() for spec, parameter in named_specs(whole)}
     shards: dict[str, list[Tensor]] = {"layers.1.mixer.qkv.weight": [], "layers.1.ffn.up.weight": []}
     for rank in range(8):
         ctx = ParallelContext.of_rank(rank, 8, tp=2, ep=2)
-        model = HybridModel(cfg, ctx, dtype=torch.float64)
+        model = HybridModel(make_layer_context(cfg, ctx, dtype=torch.float64))
         initialize_parameters(model, ctx, seed=5)
         for spec, parameter in named_specs(model):
             assert torch.equal(parameter, spec.take_local(full[spec.name], ctx)), spec.name
@@ -404,19 +404,19 @@ def decay_of(model: nn.Module, ctx: ParallelContext, shards: ShardedParameters |
 def test_23_weight_decay_follows_declarations_not_names_or_shapes() -> None:
     config = parity_config("none", "fp64", None)
     single = ParallelContext.single()
-    plain = HybridModel(config.model, single)
+    plain = HybridModel(make_layer_context(config.model, single))
     expected = decay_of(plain, single)
     assert expected["layers.1.ffn.up.weight"] == (0.1, 1.0)
     assert expected["final_norm.weight"][0] == 0.0
-    wrapped = nn.ModuleDict({"norm": nn.ModuleDict({"bias": HybridModel(config.model, single)})})
+    wrapped = nn.ModuleDict({"norm": nn.ModuleDict({"bias": HybridModel(make_layer_context(config.model, single))})})
     assert decay_of(wrapped, single) == expected
-    sharded = HybridModel(config.model, single)
+    sharded = HybridModel(make_layer_context(config.model, single))
     assert decay_of(sharded, single, ShardedParameters(sharded, single)) == expected
     found: dict[str, Any] = {}
     staged = parity_config("none", "fp64", ParityLayout("", 8, ("--pp", "2", "--tp", "2", "--ep", "2")))
     for rank in range(8):
         ctx = ParallelContext.of_rank(rank, 8, tp=2, pp=2, ep=2)
-        model = build_model(config.model, ctx, make_pipeline_plan(staged, check_layout(staged, 8)))
+        model = build_model(make_layer_context(config.model, ctx), make_pipeline_plan(staged, check_layout(staged, 8)))
         for name, group in decay_of(model, ctx).items():
             assert found.setdefault(name, group) == group
     assert found == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from megaforge.config.model_config import ModelConfig
 from megaforge.kernels.grouped_mm import make_runs
 from megaforge.parallel import mappings
 from megaforge.parallel.after_update import Update, after_update
@@ -16,16 +18,17 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.cross_entropy import vocab_parallel_linear_cross_entropy
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.init_rules import Normal
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.layers import ColumnParallelLinear, GroupedLinear, Linear, ReplicatedLinear, RowParallelLinear
 from megaforge.parallel.linear_op import PLAIN, PlainLinear
-from megaforge.parallel.param_spec import ParamSpec, spec_of
+from megaforge.parallel.param_spec import name_parameters, spec_of
 from megaforge.parallel.pipeline.split_backward import backward_input
-from megaforge.parallel.region import TensorParallelRegion
 from tests.parallel.pool import RankPool
 from tests.toys.int8_linear import Int8Linear
 
 TOKENS, BATCH, WIDTH, INNER, EXPERTS = 4, 3, 8, 12, 3
 CTX = ParallelContext.single()
+CFG = ModelConfig(hidden_size=WIDTH, num_experts=EXPERTS)
 DOUBLE = torch.float64
 
 
@@ -44,19 +47,19 @@ class Family(nn.Module):
 
     def __init__(self, ctx: ParallelContext, sequence_parallel: bool, overlap: bool) -> None:
         super().__init__()
-        self.region = region = TensorParallelRegion(ctx, sequence_parallel, overlap=overlap)
-        init = Normal(0.5)
-        make: dict[str, Any] = {"init": init, "dtype": DOUBLE}
-        self.opening = ColumnParallelLinear(ctx, "opening", WIDTH, INNER, region=region, bias=True, **make)
-        self.closing = RowParallelLinear(ctx, "closing", INNER, WIDTH, region=region, bias=True, **make)
-        low_rank = ParamSpec("low_rank.weight", (WIDTH, INNER), init, tp_partial_grad=True)
-        self.low_rank = ReplicatedLinear(ctx, low_rank, dtype=DOUBLE, transposed=True)
-        self.inside = ColumnParallelLinear(ctx, "inside", INNER, INNER, **make)
-        self.partial = RowParallelLinear(ctx, "partial", INNER, WIDTH, region=None, **make)
-        stack = ParamSpec("up.weight", (EXPERTS, INNER, WIDTH), init, shard_dim=1, shard_axis="etp", expert_dim=0)
-        self.up = GroupedLinear(ctx, stack, dtype=DOUBLE)
-        stack = ParamSpec("down.weight", (EXPERTS, WIDTH, INNER), init, shard_dim=2, shard_axis="etp", expert_dim=0)
-        self.down = GroupedLinear(ctx, stack, dtype=DOUBLE)
+        layer = make_layer_context(
+            CFG, ctx, sequence_parallel=sequence_parallel, dtype=DOUBLE, overlap_tp_comm=overlap
+        )
+        self.region, init = layer.region, Normal(0.5)
+        self.opening = ColumnParallelLinear(layer, WIDTH, INNER, init=init, enter=True, bias=True)
+        self.closing = RowParallelLinear(layer, INNER, WIDTH, init=init, bias=True)
+        low_rank = layer.parameter((WIDTH, INNER), init, tp_partial_grad=True)
+        self.low_rank = ReplicatedLinear(low_rank, transposed=True)
+        self.inside = ColumnParallelLinear(layer, INNER, INNER, init=init)
+        self.partial = RowParallelLinear(layer, INNER, WIDTH, init=init, reduce=False)
+        self.up = GroupedLinear(layer, WIDTH, INNER, init=init, split=1)
+        self.down = GroupedLinear(layer, INNER, WIDTH, init=init, split=2)
+        name_parameters(self)
 
     def forward(self, x: Tensor, counts: tuple[int, ...]) -> Tensor:
         x = x + self.closing(torch.tanh(self.opening(x)))
@@ -172,8 +175,9 @@ class Recorded(PlainLinear):
 def halves(tp: int, leaf: bool) -> tuple[list[str], list[str], list[Tensor], list[Tensor]]:
     """The parts of the op that each half of a split backward pass calls, and both ways' gradients."""
     ctx = ParallelContext.create(tp=tp) if tp > 1 else CTX
-    region = TensorParallelRegion(ctx, False)
-    layer = ColumnParallelLinear(ctx, "c", WIDTH, INNER, init=Normal(1.0), region=region, bias=True, dtype=DOUBLE)
+    context = make_layer_context(CFG, ctx, dtype=DOUBLE)
+    layer = ColumnParallelLinear(context, WIDTH, INNER, init=Normal(1.0), enter=True, bias=True)
+    name_parameters(layer)
     initialize_parameters(layer, ctx, seed=1)
     layer.op = recorded = Recorded()
     parameters = list(layer.parameters())
@@ -227,10 +231,10 @@ def test_the_chunked_head_asks_the_op(dtype: torch.dtype) -> None:
 
 def test_layers_tell_their_sizes() -> None:
     ctx = ParallelContext.of_rank(0, 4, tp=4, device="meta")
-    layer = ColumnParallelLinear(ctx, "c", WIDTH, INNER, init=Normal(1.0), bias=True)
+    context = make_layer_context(replace(CFG, num_experts=8), ctx, dtype=DOUBLE)
+    layer = ColumnParallelLinear(context, WIDTH, INNER, init=Normal(1.0), bias=True)
     assert (layer.in_features, layer.out_features) == (WIDTH, INNER)
     assert repr(layer) == "ColumnParallelLinear(in_features=8, out_features=12, bias=True, local=3 x 8, op=PlainLinear)"
-    stored = ReplicatedLinear(ctx, ParamSpec("w", (WIDTH, INNER), Normal(1.0)), dtype=DOUBLE, transposed=True)
+    stored = ReplicatedLinear(context.parameter((WIDTH, INNER), Normal(1.0)), transposed=True)
     assert (stored.in_features, stored.out_features) == (WIDTH, INNER)
-    stack = ParamSpec("e", (8, INNER, WIDTH), Normal(1.0), shard_dim=1, shard_axis="etp", expert_dim=0)
-    assert "local=8 of 3 x 8" in repr(GroupedLinear(ctx, stack, dtype=DOUBLE))
+    assert "local=8 of 3 x 8" in repr(GroupedLinear(context, WIDTH, INNER, init=Normal(1.0), split=1))

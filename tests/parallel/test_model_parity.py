@@ -21,6 +21,7 @@ from megaforge.optim.clip import clip_gradients
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.mappings import reduce_from_tensor_parallel
 from megaforge.parallel.param_spec import ParamSpec, named_specs
 from tests.nn.support import perturb
@@ -93,7 +94,7 @@ def train(case: str, tp: int, sequence_parallel: bool, dtype: torch.dtype) -> Ou
     """Three steps, two micro-batches a dp rank."""
     ctx = ParallelContext.create(tp=tp)
     cfg = ModelConfig(**{**SMALL, **CASES[case]})  # type: ignore[arg-type]
-    model = HybridModel(cfg, ctx, sequence_parallel=sequence_parallel, dtype=dtype)
+    model = HybridModel(make_layer_context(cfg, ctx, sequence_parallel=sequence_parallel, dtype=dtype))
     initialize_parameters(model, ctx, seed=5)
     perturb(model, ctx, NOISE)
     reducer = GradientReducer(model, ctx, bucket_size=5000)

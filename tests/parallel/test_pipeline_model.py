@@ -25,6 +25,7 @@ from megaforge.models.stages import stage_layers
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import FlatShard, optimizer_shard
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.mappings import reduce_from_tensor_parallel
 from megaforge.parallel.param_spec import ParamSpec, named_specs
 from megaforge.training.prepare import prepare
@@ -234,7 +235,7 @@ def test_recomputation_goes_with_split_backward(
 def kept_bytes(recompute: str) -> int:
     """What one micro-batch's graph keeps for its backward pass, besides weights."""
     cfg = ModelConfig(**{**SMALL, "hybrid_layer_pattern": "RE*-RE"})  # type: ignore[arg-type]
-    model = HybridModel(cfg, ParallelContext.single(), recompute=recompute)
+    model = HybridModel(make_layer_context(cfg, ParallelContext.single(), recompute=recompute))
     initialize_parameters(model, ParallelContext.single(), seed=1)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}

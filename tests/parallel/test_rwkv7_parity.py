@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from megaforge.parallel import mappings
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.packed_sequence import PackedSequence
-from megaforge.parallel.param_spec import named_specs
-from megaforge.parallel.region import TensorParallelRegion
+from megaforge.parallel.param_spec import name_parameters, named_specs
 from tests.nn.support import perturb
 from tests.parallel.pool import RankPool
 from tests.parallel.test_layers import gather_full
@@ -33,10 +34,10 @@ class TwoLayers(nn.Module):
 
     def __init__(self, ctx: ParallelContext, sequence_parallel: bool, dtype: torch.dtype) -> None:
         super().__init__()
-        self.region = TensorParallelRegion(ctx, sequence_parallel)
-        self.layers = nn.ModuleList(
-            RWKV7TimeMix(ctx, f"layers.{i}.mixer", CFG, i, 2, self.region, dtype) for i in range(2)
-        )
+        layer = make_layer_context(CFG, ctx, sequence_parallel=sequence_parallel, dtype=dtype)
+        self.region = layer.region
+        self.layers = nn.ModuleList(RWKV7TimeMix(replace(layer, index=i, count=2)) for i in range(2))
+        name_parameters(self)
         initialize_parameters(self, ctx, seed=3)
         perturb(self, ctx)
 

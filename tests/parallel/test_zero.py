@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megaforge.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from megaforge.checkpoint.shards import TensorEntry
+from megaforge.config.model_config import ModelConfig
 from megaforge.config.run_config import OptimizerConfig
 from megaforge.optim import AdamW, build_optimizer, clip_gradients
 from megaforge.parallel.context import ParallelContext
@@ -24,14 +25,14 @@ from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.flat_shard import FlatShard, optimizer_shard
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.init_rules import Normal
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megaforge.parallel.mappings import (
     gather_from_sequence_parallel,
     reduce_from_tensor_parallel,
     reduce_scatter_to_sequence_parallel,
 )
-from megaforge.parallel.param_spec import ParamSpec, make_parameter, named_specs
-from megaforge.parallel.region import TensorParallelRegion
+from megaforge.parallel.param_spec import ParamSpec, make_parameter, name_parameters, named_specs
 from megaforge.parallel.zero import ShardedParameters
 from tests.nn.support import perturb
 
@@ -70,16 +71,16 @@ class Small(nn.Module):
 
     def __init__(self, ctx: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
-        self.region = region = TensorParallelRegion(ctx, sequence_parallel=False)
+        layer = make_layer_context(ModelConfig(), ctx, dtype=dtype)
+        self.region = layer.region
         init = Normal(0.5)
-        self.column = ColumnParallelLinear(
-            ctx, "column", HIDDEN, 2 * INNER, init=init, bias=True, parts=(INNER, INNER), dtype=dtype
-        )
-        self.row = RowParallelLinear(ctx, "row", INNER, HIDDEN, init=init, region=region, bias=True, dtype=dtype)
+        self.column = ColumnParallelLinear(layer, HIDDEN, 2 * INNER, init=init, bias=True, parts=(INNER, INNER))
+        self.row = RowParallelLinear(layer, INNER, HIDDEN, init=init, bias=True)
         self.mix = make_parameter(ParamSpec("mix", (HIDDEN,), Normal(1.0), tp_partial_grad=True), ctx, dtype)
         self.scale = make_parameter(ParamSpec("scale", (), Normal(1.0), keep_fp32=True, weight_decay=False), ctx, dtype)
         self.experts = Experts(ctx, dtype)
         self.frozen = make_parameter(ParamSpec("frozen", (HIDDEN, HIDDEN), init), ctx, dtype).requires_grad_(False)
+        name_parameters(self)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.column(self.region.enter(x) * self.mix).chunk(2, dim=-1)

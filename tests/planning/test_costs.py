@@ -11,6 +11,7 @@ from megaforge.config.cli import parse_config
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.pipeline.schedules import build_schedule
 from megaforge.planning.costs import block_costs, stage_cost
 from megaforge.planning.layout import PlannedLayout, layout_of
@@ -56,7 +57,7 @@ def test_prediction_is_what_a_cpu_keeps(case: str) -> None:
 def test_what_is_alive_is_what_autograd_saves(case: str) -> None:
     config = parse_config(CASES[case]).config
     layout = layout_of(config, 1)
-    model = HybridModel(config.model, ParallelContext.single(), dtype=layout.dtype)
+    model = HybridModel(make_layer_context(config.model, ParallelContext.single(), dtype=layout.dtype))
     initialize_parameters(model, ParallelContext.single(), 1)
     assert compare(CASES[case]).measured == pytest.approx(kept_by_autograd(model, layout), rel=0.02)
 
@@ -65,7 +66,9 @@ def test_what_is_alive_is_what_autograd_saves(case: str) -> None:
 def test_the_meta_device_shows_what_a_gpu_would_keep(case: str) -> None:
     config = parse_config(CASES[case]).config
     layout = layout_of(config, 1)
-    model = HybridModel(config.model, ParallelContext.single("meta"), dtype=layout.dtype, recompute=layout.recompute)
+    model = HybridModel(
+        make_layer_context(config.model, ParallelContext.single("meta"), dtype=layout.dtype, recompute=layout.recompute)
+    )
     parts = model_parts(config.model, layout.dtype)
     whole = StagePart(range(len(parts.blocks)), True, True)
     measured = run_stage(model, layout)

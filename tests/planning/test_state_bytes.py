@@ -12,6 +12,7 @@ from megaforge.config.cli import parse_config
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.buckets import aligned
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import named_specs
 from megaforge.planning.layout import PlannedLayout
 from megaforge.planning.memory import StateBytes, rank_memory, state_bytes
@@ -62,7 +63,7 @@ def test_plan_equals_the_model_built_at_the_layout(sizes: dict[str, int]) -> Non
     whole = stage_parameters(parts, [StagePart(range(len(parts.blocks)), True, True)])
     for rank in range(8):
         ctx = ParallelContext.of_rank(rank, 8, device="meta", **sizes)
-        model = HybridModel(config.model, ctx, dtype=torch.bfloat16)
+        model = HybridModel(make_layer_context(config.model, ctx, dtype=torch.bfloat16))
         built = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         assert state_bytes(whole, ctx, layout).parameters == built
 

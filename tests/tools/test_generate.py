@@ -19,6 +19,7 @@ from megaforge.inference.staged import StagedModel
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.layer_context import make_layer_context
 from tests.nn.support import perturb
 from tests.training.tiny import make_config
 
@@ -40,7 +41,7 @@ def model() -> StagedModel:
         hybrid_layer_pattern="RE*-",
     )
     ctx = ParallelContext.single()
-    model = HybridModel(cfg, ctx)
+    model = HybridModel(make_layer_context(cfg, ctx))
     initialize_parameters(model, ctx, seed=5)
     perturb(model, ctx)
     return StagedModel(model.eval())

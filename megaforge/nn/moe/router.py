@@ -7,16 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megaforge.config.model_config import ModelConfig
 from megaforge.kernels.moe_routing import Permutation, Route, moe_permutation, moe_route
 from megaforge.nn.moe.routing import expert_capacity, plain_rule, routing_rule, within_capacity
 from megaforge.parallel.after_update import Update
-from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.expert_tokens import ReplicatedTokens
 from megaforge.parallel.init_rules import Constant, Normal
+from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import ReplicatedLinear
 from megaforge.parallel.packed_sequence import PackedSequence
-from megaforge.parallel.param_spec import ParamSpec, make_parameter
 
 
 @dataclass(frozen=True)
@@ -73,33 +71,23 @@ class Router(ReplicatedLinear):
     batch, after each optimizer step. It too is a tensor of the model that no gradient trains.
     """
 
-    def __init__(
-        self, ctx: ParallelContext, name: str, cfg: ModelConfig, share: ReplicatedTokens, *, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, layer: LayerContext, share: ReplicatedTokens) -> None:
+        cfg = layer.cfg
+        shape, init = (cfg.num_experts, cfg.hidden_size), Normal(cfg.init_std * cfg.init_std_scale)
         # A rank routes its own tokens, or has partial sums over tp for all: its gradient is partial either way.
-        spec = ParamSpec(
-            f"{name}.weight",
-            (cfg.num_experts, cfg.hidden_size),
-            Normal(cfg.init_std * cfg.init_std_scale),
-            tp_partial_grad=True,
-            keep_fp32=True,
-            kind="router",
-        )
-        super().__init__(ctx, spec, dtype=dtype)
+        super().__init__(layer.parameter(shape, init, tp_partial_grad=True, keep_fp32=True, kind="router"))
         self.cfg, self.share = cfg, share
         self.expert_bias: nn.Parameter | None = None
         self.previous_load: nn.Parameter | None = None
         if cfg.moe_router_enable_expert_bias:
-            self.expert_bias = self._state(ctx, f"{name}.expert_bias", 0.0, dtype)
+            self.expert_bias = self._state(layer, 0.0)
         if cfg.moe_router_load_balancing_type == "global_aux_loss":
-            self.previous_load = self._state(ctx, f"{name}.previous_load", 1 / cfg.num_experts, dtype)
+            self.previous_load = self._state(layer, 1 / cfg.num_experts)
 
-    def _state(self, ctx: ParallelContext, name: str, value: float, dtype: torch.dtype) -> nn.Parameter:
+    def _state(self, layer: LayerContext, value: float) -> nn.Parameter:
         """A value for each expert that no gradient trains; declared like a parameter, so that checkpoints hold it."""
-        spec = ParamSpec(
-            name, (self.cfg.num_experts,), Constant(value), weight_decay=False, keep_fp32=True, kind="router"
-        )
-        state = make_parameter(spec, ctx, dtype)
+        shape = (self.cfg.num_experts,)
+        state = layer.parameter(shape, Constant(value), weight_decay=False, keep_fp32=True, kind="router")
         state.requires_grad = False
         return state
 

@@ -9,6 +9,7 @@ from megaforge.config.model_config import ModelConfig
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.packed_sequence import PackedSequence
 from tests.gpu.first_day.kernel_time import by_kind
 
@@ -26,9 +27,9 @@ def main(batch: int = BATCH, length: int = LENGTH, width: int = WIDTH, device: s
         vocab_size=64,
     )
     ctx = ParallelContext.single(device)
-    model = HybridModel(cfg, ctx, dtype=torch.bfloat16)
+    model = HybridModel(make_layer_context(cfg, ctx, dtype=torch.bfloat16))
     initialize_parameters(model, ctx, seed=0)
-    block = model.layers[1]  # the first makes v_first, all others mix it in
+    block = model.layers["1"]  # the first makes v_first, all others mix it in
     info = PackedSequence(batch, length, torch.device(device))
     x, v_first, grad = (torch.randn(length, batch, width, device=device, dtype=torch.bfloat16) for _ in range(3))
 

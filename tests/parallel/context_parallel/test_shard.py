@@ -26,6 +26,7 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.context_parallel.shard import ContextParallelShard, ring
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.mappings import reduce_from_tensor_parallel
 from megaforge.parallel.param_spec import named_specs
 from megaforge.training.setup import build_trainer
@@ -96,7 +97,11 @@ def train(case: str, shape: Shape, dtype: torch.dtype, documents: tuple[tuple[in
     """Some steps, two micro-batches a dp rank."""
     ctx = ParallelContext.create(tp=shape.tp, cp=shape.cp)
     cfg = ModelConfig(**{**SMALL, **CASES[case]})  # type: ignore[arg-type]
-    model = HybridModel(cfg, ctx, sequence_parallel=shape.sequence_parallel, dtype=dtype, cp_comm_type=shape.comm_type)
+    model = HybridModel(
+        make_layer_context(
+            cfg, ctx, sequence_parallel=shape.sequence_parallel, dtype=dtype, cp_comm_type=shape.comm_type
+        )
+    )
     initialize_parameters(model, ctx, seed=5)
     perturb(model, ctx, NOISE)
     reducer = GradientReducer(model, ctx, bucket_size=5000)

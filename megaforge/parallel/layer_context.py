@@ -1,0 +1,65 @@
+"""What every layer is built from, in one object in place of an argument for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from megaforge.config.model_config import ModelConfig
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.context_parallel.shard import ContextParallelShard
+from megaforge.parallel.init_rules import InitRule
+from megaforge.parallel.param_spec import ParamSpec, make_parameter
+from megaforge.parallel.region import TensorParallelRegion
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """The model's numbers, the layout, and where in the model the layer stands.
+
+    Attributes:
+        region: between the residual stream and the tensor-parallel part of a sublayer.
+        shard: the part of each sequence that this rank holds.
+        dtype: of matrices and activations; what is declared ``keep_fp32`` stays in fp32 where this is a 16-bit type.
+        recompute: as ``--recompute``.
+        backends: by the name of an operation, the implementation that was asked for: ``{"wkv": "auto"}``.
+        index, count: the block, from 0, and how many the model has. Initial values depend on them.
+        token_shift: whether a block's FFN sees each token mixed with the one before it, as RWKV's mixers want it.
+    """
+
+    cfg: ModelConfig
+    ctx: ParallelContext
+    region: TensorParallelRegion
+    shard: ContextParallelShard
+    dtype: torch.dtype = torch.float32
+    recompute: str = "none"
+    backends: Mapping[str, str] = field(default_factory=dict)
+    index: int = 0
+    count: int = 1
+    token_shift: bool = False
+
+    def parameter(self, shape: tuple[int, ...], init: InitRule, **declared: Any) -> nn.Parameter:
+        """An uninitialised parameter of global ``shape``; ``declared``: what else :class:`ParamSpec` says of it. Its
+        name will be its path in the model (:func:`megaforge.parallel.param_spec.name_parameters`)."""
+        return make_parameter(ParamSpec("", shape, init, **declared), self.ctx, self.dtype)
+
+
+def make_layer_context(
+    cfg: ModelConfig,
+    ctx: ParallelContext,
+    *,
+    sequence_parallel: bool = False,
+    dtype: torch.dtype = torch.float32,
+    cp_comm_type: str = "allgather",
+    overlap_tp_comm: bool = True,
+    recompute: str = "none",
+    wkv_backend: str = "auto",
+) -> LayerContext:
+    """The context of a model's layers from what the flags say."""
+    region = TensorParallelRegion(ctx, sequence_parallel, overlap=overlap_tp_comm)
+    shard = ContextParallelShard(ctx.cp, cp_comm_type)
+    return LayerContext(cfg, ctx, region, shard, dtype, recompute, {"wkv": wkv_backend})
