@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.config.config import Config
 from megaforge.config.fields import divisors, either
 from megaforge.config.model_config import ModelConfig
@@ -18,8 +19,8 @@ class Layout:
     Attributes:
         world_size, tp, cp, dp: ranks, and their tensor-, context- and data-parallel sizes.
         etp: ranks that share each expert's matrices.
-        global_batch_size: sequences of one optimizer step.
-        micro_batches: micro-batches a rank computes in one optimizer step.
+        batches: sequences of each optimizer step.
+        micro_batches: micro-batches a rank computes in one optimizer step, where the batch has its full size.
         notes: what is legal but may surprise; rank 0 prints each once.
     """
 
@@ -28,7 +29,7 @@ class Layout:
     cp: int
     dp: int
     etp: int
-    global_batch_size: int
+    batches: BatchSchedule
     micro_batches: int
     notes: tuple[str, ...]
 
@@ -96,11 +97,11 @@ def check_layout(config: Config, world_size: int) -> Layout:
     _check_gradients(config)
     cp = parallel.context_parallel_size
     dp = world_size // (tp * parallel.pipeline_model_parallel_size * cp)
-    global_batch_size = _global_batch_size(config, dp)
-    micro_batches = global_batch_size // (config.training.micro_batch_size * dp)
+    batches = BatchSchedule(_global_batch_size(config, dp), config.training.rampup_batch_size)
+    micro_batches = batches.size // (config.training.micro_batch_size * dp)
     etp = parallel.expert_tensor_size(world_size)
     notes = tuple(_notes(config, world_size, dp * cp))
-    return Layout(world_size, tp, cp, dp, etp, global_batch_size, micro_batches, notes)
+    return Layout(world_size, tp, cp, dp, etp, batches, micro_batches, notes)
 
 
 def mixer_kinds(model: ModelConfig) -> frozenset[str]:
@@ -292,6 +293,12 @@ def _global_batch_size(config: Config, dp: int) -> int:
         raise UserError(
             f"--global-batch-size {given} is not divisible by --micro-batch-size {micro} x dp {dp} = {step}; "
             f"use --global-batch-size {working}" + (f", or --micro-batch-size {smaller}" if smaller else "")
+        )
+    ramp = config.training.rampup_batch_size
+    if any(size % step for size in ramp[:2]):
+        raise UserError(
+            f"--rampup-batch-size {' '.join(map(str, ramp))}: its START and INCREMENT are not both divisible by "
+            f"--micro-batch-size {micro} x dp {dp} = {step}; use multiples of {step}"
         )
     return given
 

@@ -173,6 +173,11 @@ def _notes(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
             "--moe-router-load-balancing-type global_aux_loss uses the load of the previous step; Megatron-LM's that "
             "of the micro-batches so far"
         )
+    if "training.rampup_batch_size" in typed:
+        yield (
+            "--rampup-batch-size: --train-iters and the learning rate's schedule count steps of any size here; "
+            "Megatron-LM counts samples then (--train-samples)"
+        )
     if "optimizer.lr_decay_style" in typed and config.optimizer.lr_decay_style == "WSD":
         yield "--lr-decay-style WSD decays by 1 - sqrt, over a tenth of the run unless told; Megatron-LM exponentially"
 

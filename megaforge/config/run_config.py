@@ -212,7 +212,14 @@ class TrainingConfig:
     global_batch_size: int | None = flag(
         None, "sequences of one optimizer step (default: micro batch x dp)", least=1, most=1 << 24
     )
-    train_iters: int = flag(100, "optimizer steps of the run", least=0)
+    rampup_batch_size: tuple[int, ...] = flag(
+        (),
+        "START INCREMENT SAMPLES: begin with global batches of START sequences and grow them by INCREMENT, in equal "
+        "parts of the first SAMPLES, to --global-batch-size",
+        metavar="N",
+        least=1,
+    )
+    train_iters: int = flag(100, "optimizer steps of the run, of whatever batch size", least=0)
     exit_interval: int = flag(
         0, "save and leave after each iteration divisible by this; 0: run to --train-iters", least=0
     )
@@ -253,11 +260,26 @@ class TrainingConfig:
     )
 
     def validate(self) -> None:
+        if self.rampup_batch_size:
+            self._check_rampup()
         if self.bf16 + self.fp16 + self.fp64 > 1:
             raise UserError("--bf16, --fp16 and --fp64 exclude each other; choose one")
         if self.wkv_backend == "fla" and (self.device == "cpu" or self.fp64):
             given = "--device cpu" if self.device == "cpu" else "--fp64"
             raise UserError(f"--wkv-backend fla with {given}: it computes on GPUs, not in fp64; use --wkv-backend auto")
+
+    def _check_rampup(self) -> None:
+        given, end = f"--rampup-batch-size {' '.join(map(str, self.rampup_batch_size))}", self.global_batch_size
+        if len(self.rampup_batch_size) != 3:
+            raise UserError(f"{given}: give three numbers, START INCREMENT SAMPLES, such as 32 32 100000")
+        start, increment, _ = self.rampup_batch_size
+        if end is None:
+            raise UserError(f"{given}: --global-batch-size is missing, the size at which the ramp ends")
+        if start >= end or (end - start) % increment:
+            raise UserError(
+                f"{given}: steps of {increment} from {start} on do not lead to --global-batch-size {end}; use a START "
+                "below it and an INCREMENT that divides the difference"
+            )
 
 
 @dataclass(frozen=True)

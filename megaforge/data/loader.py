@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.data.data_source import SampleView
 from megaforge.errors import UserError
 
@@ -35,11 +37,12 @@ class Batch:
 class GlobalBatchLoader:
     """Iterates over global batches; yields this rank's micro-batches of each as ``list[Batch]``.
 
-    A global batch is the next ``global_batch_size`` samples, whatever the ranks: of these, micro-batch m of rank r
-    takes ``micro_batch_size`` from number (m * dp_size + r) * micro_batch_size on. Training data has no end; a
+    A global batch is the next samples, as many as ``batches`` says, whatever the ranks: of these, micro-batch m of
+    rank r takes ``micro_batch_size`` from number (m * dp_size + r) * micro_batch_size on. Training data has no end; a
     validation view ends, its last global batch padded with samples whose loss mask is 0.
 
     Args:
+        batches: how many samples the global batch that begins at any sample has.
         consumed_samples: samples read before, by any layout and any batch size.
         num_workers: threads that build batches ahead, at most ``num_workers + 1`` of them; 0 builds on demand. The
             batches are the same.
@@ -54,59 +57,68 @@ class GlobalBatchLoader:
     def __init__(
         self,
         data: SampleView,
-        global_batch_size: int,
+        batches: BatchSchedule,
         micro_batch_size: int,
         dp_rank: int = 0,
         dp_size: int = 1,
         consumed_samples: int = 0,
         num_workers: int = 0,
     ) -> None:
-        if micro_batch_size < 1 or global_batch_size < 1 or global_batch_size % (micro_batch_size * dp_size):
-            raise UserError(
-                f"--global-batch-size {global_batch_size} is not a multiple of --micro-batch-size {micro_batch_size} "
-                f"times the {dp_size} data-parallel ranks; {_nearest(global_batch_size, micro_batch_size, dp_size)} is"
-            )
-        for start in data.stage_starts:
-            if start > consumed_samples and (start - consumed_samples) % global_batch_size:
+        for size in batches.sizes:
+            if micro_batch_size < 1 or size < 1 or size % (micro_batch_size * dp_size):
+                flag = "--global-batch-size" if size == batches.size else "--rampup-batch-size: a batch of"
                 raise UserError(
-                    f"the sample schedule changes at sample {start}, inside a global batch of {global_batch_size} "
-                    f"that follows sample {consumed_samples}; move it to a batch's boundary"
+                    f"{flag} {size} is not a multiple of --micro-batch-size {micro_batch_size} "
+                    f"times the {dp_size} data-parallel ranks; {_nearest(size, micro_batch_size, dp_size)} is"
+                )
+        for start in data.stage_starts:
+            first, size, _ = next(
+                (f, s, n) for f, s, n in batches.stretches(consumed_samples) if n is None or start < f + n * s
+            )
+            if start > first and (start - first) % size:
+                raise UserError(
+                    f"the sample schedule changes at sample {start}, inside a global batch of {size} "
+                    f"that follows sample {first}; move it to a batch's boundary"
                 )
         self.data = data
         self.consumed_samples = consumed_samples
-        self._global, self._micro = global_batch_size, micro_batch_size
+        self._schedule, self._micro = batches, micro_batch_size
         self._rank, self._ranks, self._workers = dp_rank, dp_size, num_workers
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """Goes on from ``consumed_samples``."""
-        starts = iter(self._starts())
+        whole = self._global_batches()
         if self._workers == 0:
-            for start in starts:
-                batches = self._build(start)
-                self.consumed_samples = start + self._global
+            for first, size in whole:
+                batches = self._build(first, size)
+                self.consumed_samples = first + size
                 yield batches
             return
         with ThreadPoolExecutor(self._workers, thread_name_prefix="megaforge-data") as pool:
             ahead: deque[tuple[int, Future[list[Batch]]]] = deque()
             while True:
-                for start in itertools.islice(starts, self._workers + 1 - len(ahead)):
-                    ahead.append((start, pool.submit(self._build, start)))
+                for first, size in itertools.islice(whole, self._workers + 1 - len(ahead)):
+                    ahead.append((first + size, pool.submit(self._build, first, size)))
                 if not ahead:
                     return
-                start, future = ahead.popleft()
+                stop, future = ahead.popleft()
                 batches = future.result()
-                self.consumed_samples = start + self._global
+                self.consumed_samples = stop
                 yield batches
 
-    def _starts(self) -> Iterator[int] | range:
-        if isinstance(self.data, Sized):
-            return range(self.consumed_samples, len(self.data), self._global)
-        return itertools.count(self.consumed_samples, self._global)
+    def _global_batches(self) -> Iterator[tuple[int, int]]:
+        """(first sample, samples) of each, from ``consumed_samples`` to the end of the data."""
+        end = len(self.data) if isinstance(self.data, Sized) else math.inf
+        for first, size, count in self._schedule.stretches(self.consumed_samples):
+            for start in itertools.count(first, size) if count is None else range(first, first + count * size, size):
+                if start >= end:
+                    return
+                yield start, size
 
-    def _build(self, start: int) -> list[Batch]:
+    def _build(self, start: int, size: int) -> list[Batch]:
         stride = self._micro * self._ranks
         first = start + self._rank * self._micro
-        return [self._micro_batch(first + offset) for offset in range(0, self._global, stride)]
+        return [self._micro_batch(first + offset) for offset in range(0, size, stride)]
 
     def _micro_batch(self, first: int) -> Batch:
         length = self.data.sequence_length(first)

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from megaforge.config.check_layout import Layout
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import blocks_of, pipeline_cuts
 from megaforge.config.run_config import ParallelConfig
 from megaforge.errors import UserError
 from megaforge.parallel.pipeline.partition import partition_layers
-from megaforge.parallel.pipeline.schedules import build_schedule
+from megaforge.parallel.pipeline.schedules import check_schedule
 from megaforge.registry import SCHEDULES
 
 
-def check_pipeline(cfg: ModelConfig, parallel: ParallelConfig, micro_batches: int) -> None:
-    """Checks blocks, stages and schedule against each other.
+def check_pipeline(cfg: ModelConfig, parallel: ParallelConfig, layout: Layout) -> None:
+    """Checks blocks, stages and schedule against each other, at every batch size of the run.
 
     Raises:
         UserError: as :func:`megaforge.models.stages.plan_pipeline` would.
     """
     name, vpp = pipeline_shape(cfg, parallel)
     pp = parallel.pipeline_model_parallel_size
-    build_schedule(name, pp=pp, vpp=vpp, microbatches=micro_batches)
+    for size in layout.batches.sizes:
+        micro_batches = size * layout.micro_batches // layout.batches.size
+        try:
+            check_schedule(name, pp=pp, vpp=vpp, microbatches=micro_batches)
+        except UserError as error:
+            if size == layout.batches.size:
+                raise
+            ramp = " ".join(map(str, layout.batches.rampup))
+            raise UserError(f"--rampup-batch-size {ramp}, at {size} sequences a batch: {error}") from error
     check_stages(cfg, pp * vpp)
 
 

@@ -37,6 +37,7 @@ STEP = {
     "lr": Name("learning rate of the step"),
     "tokens": Name("tokens trained on, from the run's beginning"),
     "consumed_samples": Name("samples trained on, from the run's beginning"),
+    "global_batch_size": Name("samples of the step", "`--rampup-batch-size`"),
     "step_seconds": Name("wall time of the step, the wait for its batch included", measured=True),
     "tokens_per_second": Name("tokens of the step over its time", measured=True),
     "mfu": Name(

@@ -133,7 +133,7 @@ def layout_of(config: Config, world_size: int) -> PlannedLayout:
         zero=parallel.zero_stage,
         recompute=parallel.recompute,
         micro_batch_size=config.training.micro_batch_size,
-        global_batch_size=checked.global_batch_size,
+        global_batch_size=checked.batches.size,
         sequence_length=config.data.seq_length,
         bucket_size=parallel.ddp_bucket_size,
         overlap=parallel.overlap_grad_reduce,

@@ -85,7 +85,7 @@ def run_meta(trainer: Trainer) -> dict[str, Any]:
         "optimizer": trainer.optimizer.state(),
         "scaler": trainer.scaler.state(),
         "schedule": trainer.schedule.digest,
-        "global_batch_size": trainer.global_batch_size,
+        "global_batch_size": trainer.batches.size,
         "started_over": trainer.started_over,
         "earlier": dict(trainer.earlier),
         "callbacks": {c.state_name: c.state() for c in trainer.callbacks if c.state_name is not None},
@@ -130,7 +130,7 @@ def load_run(trainer: Trainer) -> Path | None:
     if "data" not in fresh:
         trainer.data.check_state(meta["data"])
     trainer.config, trainer.schedule, notes = settle_schedule(config, meta, int(meta["iteration"]), str(path))
-    notes += changed_settings(trainer.config, trainer.global_batch_size, meta)
+    notes += changed_settings(trainer.config, trainer.batches.size, meta)
     _load_tensors(trainer, path, fresh)
     if "optimizer" not in fresh:
         optimizer.load_state(meta["optimizer"])

@@ -129,6 +129,7 @@ class ConsoleLog(Callback):
             (6, _duration(interval.seconds / interval.steps)),
             (2, f"{rate:,.0f} tokens/s"),
             (8, f"{_si(rate * self.speed.flops_per_token, 'FLOP/s')} ({self.speed.utilization(rate):.0%} of peak)"),
+            *_batch_size(last),
             *_memory(interval),
             *_experts(interval),
             (3, f"ETA {_clock((train_iters - last.iteration) * self._mean_step)}"),
@@ -151,13 +152,13 @@ def describe(trainer: Trainer, stored: int) -> str:
     """One line on the run: model with ``stored`` parameters, layout, batch, data."""
     config, ctx = trainer.config, trainer.ctx
     epoch = sum(trainer.data.epoch_tokens)
-    planned = config.training.train_iters * trainer.global_batch_size * config.data.seq_length
+    planned = trainer.batches.samples_after(config.training.train_iters) * config.data.seq_length
     layout = f"tp {ctx.tp.size} x " + (f"cp {ctx.cp.size} x " if ctx.cp.size > 1 else "") + f"dp {ctx.dp.size}"
     if trainer.pipeline.plan.num_stages > 1:
         layout = f"{trainer.pipeline.plan.describe()} x {layout}"
     return (
         f"{config.name}: {stored:,} parameters | {layout} on {ctx.device.type} | "
-        f"{trainer.global_batch_size} x {config.data.seq_length} tokens a step | {trainer.optimizer.implementation} | "
+        f"{trainer.batches} x {config.data.seq_length} tokens a step | {trainer.optimizer.implementation} | "
         + (
             f"{epoch:,} training tokens, {planned / epoch:.2f} epochs planned"
             if epoch
@@ -194,6 +195,11 @@ def _loss_scale(interval: Interval) -> list[tuple[int, str]]:
         return []
     skipped = round(interval.mean("skipped") * interval.steps)
     return [(7, f"loss scale {interval.last.extra['loss_scale']:g}" + (f", {skipped} skipped" if skipped else ""))]
+
+
+def _batch_size(last: StepMetrics) -> list[tuple[int, str]]:
+    size = last.extra.get("global_batch_size")
+    return [] if size is None else [(5, f"batch {size:.0f}")]
 
 
 def _memory(interval: Interval) -> list[tuple[int, str]]:

@@ -8,13 +8,14 @@ from typing import Any
 
 from megaforge.config.config import Config
 from megaforge.config.run_config import OptimizerConfig
+from megaforge.config.schema import config_to_dict
 from megaforge.errors import UserError
 from megaforge.optim import LearningRateSchedule
 
 _OVERRIDE, _KEEP = "--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"
 _LEARNING = {
     "optimizer": ("weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"),
-    "training": ("bf16", "fp16", "fp64"),
+    "training": ("bf16", "fp16", "fp64", "rampup_batch_size"),
     "parallel": ("grad_reduce_in_bf16", "grad_compression"),
     "data": ("eod_mask_loss",),
 }
@@ -78,13 +79,13 @@ def changed_settings(config: Config, global_batch_size: int, saved: Mapping[str,
     Args:
         saved: the checkpoint's ``meta``; what an older one does not say is not compared.
     """
-    changes = []
+    changes, described = [], config_to_dict(config)
     before = saved.get("global_batch_size", saved["config"]["training"].get("global_batch_size"))
     if before is not None and before != global_batch_size:
         changes.append(f"a global batch of {before} sequences in the checkpoint, {global_batch_size} here")
     for section, names in _LEARNING.items():
         for name in names:
-            now = getattr(getattr(config, section), name)
+            now = described[section][name]
             was = saved["config"].get(section, {}).get(name, now)
             if was != now:
                 changes.append(f"--{name.replace('_', '-')} {was} in the checkpoint, {now} here")

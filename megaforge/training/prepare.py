@@ -26,7 +26,7 @@ def prepare(config: Config) -> tuple[Config, Layout, Tokenizer | None]:
     config, tokenizer, notes = _with_saved_vocabulary(config)
     layout = check_layout(config, launch.world_size)
     config.model.padded_vocab_size()
-    check_pipeline(config.model, config.parallel, layout.micro_batches)
+    check_pipeline(config.model, config.parallel, layout)
     for note in (*notes, *layout.notes):
         print_rank_0(note)
     return config, layout, tokenizer

@@ -121,7 +121,7 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
         opened[0],
         plan=plan,
         tokenizer=None if tokenizer is None else tokenizer_identity(tokenizer),
-        global_batch_size=layout.global_batch_size,
+        batches=layout.batches,
         callbacks=_callbacks(config),
     )
     if config.checkpoint.load is not None:

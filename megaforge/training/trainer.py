@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.config.config import Config
 from megaforge.data.data_source import DataSource, SampleView
 from megaforge.data.loader import Batch, GlobalBatchLoader
@@ -59,14 +61,14 @@ class Trainer:
         *,
         plan: PipelinePlan,
         tokenizer: dict[str, Any] | None = None,
-        global_batch_size: int,
+        batches: BatchSchedule,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         """``model``: this rank's stages by ``plan``; ``tokenizer``: its identity as checkpoints keep it
         (:func:`megaforge.training.checkpointing.tokenizer_identity`)."""
         self.config, self.ctx, self.model, self.optimizer, self.data = config, ctx, model, optimizer, data
         self.tokenizer = tokenizer
-        self.global_batch_size = global_batch_size
+        self.batches = batches
         self.callbacks = in_order(callbacks)
         self.reducer = make_reducer(config.parallel, model, ctx, optimizer.shards)
         self.pipeline = ForwardBackward(
@@ -114,7 +116,8 @@ class Trainer:
         if requests is not None:
             self._requests = requests
             self._heed(self._totals())  # what came while the run was set up ends it before its first step
-        loader = self._loader(self.data, self.consumed_samples)
+        batch_schedule = dataclasses.replace(self.batches, before=self.earlier["samples"])
+        loader = self._loader(self.data, batch_schedule, self.consumed_samples)
         self._emit("on_train_start")
         try:
             with closing(iter(loader)) as batches:  # type: ignore[type-var]
@@ -128,10 +131,11 @@ class Trainer:
         """One optimizer step over this rank's micro-batches of a global batch."""
         lr = self.schedule(self.iteration + 1)
         tokens = self._global_token_count(micro_batches)
+        sequences = sum(len(batch.tokens) for batch in micro_batches) * self.ctx.dp.size
         length = micro_batches[0].tokens.shape[1]
         self.reducer.zero_grad()
         outputs = self.pipeline.forward_backward(
-            micro_batches, lambda output: self._loss(output, tokens, length), self.scaler.scale
+            micro_batches, lambda output: self._loss(output, tokens, sequences, length), self.scaler.scale
         )
         self.reducer.finish_grad_sync()
         self.pipeline.sum_tied_gradient()
@@ -146,9 +150,9 @@ class Trainer:
                 after_update(stage, Update(self.ctx, counts))
         self.tokens_per_expert = totals.tokens_per_expert
         self.iteration += 1
-        self.consumed_samples += self.global_batch_size
+        self.consumed_samples += sequences
         self._heed(totals)
-        metrics = self._metrics(totals, tokens, grad_norm, lr, length)
+        metrics = self._metrics(totals, tokens, grad_norm, lr, sequences, length)
         metrics.extra.update({f"grad_norm/{kind}": norm for kind, norm in norms.items()})
         metrics.extra["clipped"] = float(0 < clip < grad_norm < math.inf)
         if self.scaler.enabled:
@@ -170,9 +174,9 @@ class Trainer:
             self.stop(reason)
         self.save_due = self.save_due or self._requests.save_is_due(totals.votes)
 
-    def _loss(self, output: ModelOutput, tokens: float, length: int) -> Tensor:
+    def _loss(self, output: ModelOutput, tokens: float, sequences: int, length: int) -> Tensor:
         """What a micro-batch's stage adds to the global batch's mean loss: every sum is divided by a global count."""
-        cfg, sequences = self.config.model, self.global_batch_size
+        cfg = self.config.model
         return (
             output.loss_sum / tokens
             + cfg.moe_aux_loss_coeff * output.load_balance_sum / sequences
@@ -203,7 +207,8 @@ class Trainer:
         if self.validation is None:
             raise ValueError("this run has no validation data: --eval-iters is 0")
         totals = _Totals(self.ctx)
-        with evaluating(self.model), closing(iter(self._loader(self.validation, 0))) as batches:  # type: ignore[type-var]
+        loader = self._loader(self.validation, BatchSchedule(self.batches.size), 0)
+        with evaluating(self.model), closing(iter(loader)) as batches:  # type: ignore[type-var]
             for micro_batches in islice(batches, self.config.training.eval_iters):
                 # The ranks of pp and cp hold the same samples: one of them counts the labels.
                 counts = self.ctx.pp.rank == self.ctx.cp.rank == 0
@@ -234,10 +239,10 @@ class Trainer:
         self._requests.saved()
         self.save_due = False
 
-    def _loader(self, data: SampleView, consumed_samples: int) -> GlobalBatchLoader:
+    def _loader(self, data: SampleView, batches: BatchSchedule, consumed_samples: int) -> GlobalBatchLoader:
         return GlobalBatchLoader(
             data,
-            self.global_batch_size,
+            batches,
             self.config.training.micro_batch_size,
             self.ctx.dp.rank,
             self.ctx.dp.size,
@@ -255,9 +260,10 @@ class Trainer:
             dist.all_reduce(count, group=self.ctx.dp.group)
         return max(count.item(), 1.0)
 
-    def _metrics(self, totals: _Totals, tokens: float, grad_norm: float, lr: float, length: int) -> StepMetrics:
-        sequences = self.global_batch_size
-        extra: dict[str, float] = {}
+    def _metrics(
+        self, totals: _Totals, tokens: float, grad_norm: float, lr: float, sequences: int, length: int
+    ) -> StepMetrics:
+        extra: dict[str, float] = {"global_batch_size": sequences} if self.batches.rampup else {}
         if totals.tokens_per_expert:
             extra["load_balance_loss"] = totals.load_balance_sum / sequences
             extra["z_loss"] = totals.z_loss_sum / (sequences * length)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.config.check_layout import check_layout
 from megaforge.config.config import Config
 from megaforge.data.loader import GlobalBatchLoader
@@ -229,7 +230,7 @@ def check_samples(layout: PlannedLayout) -> None:
     """
     samples = _Samples(layout.global_batch_size)
     for rank in range(layout.dp):
-        sizes = (layout.global_batch_size, layout.micro_batch_size, rank, layout.dp)
+        sizes = (BatchSchedule(layout.global_batch_size), layout.micro_batch_size, rank, layout.dp)
         for micro_batches in GlobalBatchLoader(samples, *sizes):
             if len(micro_batches) != layout.micro_batches:
                 raise RuntimeError(f"dp rank {rank} reads {len(micro_batches)} micro-batches")

@@ -15,9 +15,9 @@ def complaint(world_size: int, *argv: str) -> str:
 
 def test_dp_and_micro_batches_follow() -> None:
     layout = check_layout(parse_config(["--tp", "2", "--micro-batch-size", "3", "--global-batch-size", "24"]).config, 8)
-    assert (layout.tp, layout.dp, layout.global_batch_size, layout.micro_batches) == (2, 4, 24, 2)
+    assert (layout.tp, layout.dp, layout.batches.size, layout.micro_batches) == (2, 4, 24, 2)
     inferred = check_layout(parse_config(["--tp", "2", "--micro-batch-size", "3"]).config, 8)
-    assert (inferred.global_batch_size, inferred.micro_batches, inferred.notes) == (12, 1, ())
+    assert (inferred.batches.size, inferred.micro_batches, inferred.notes) == (12, 1, ())
     staged = check_layout(parse_config(["--tp", "2", "--pp", "2", "--global-batch-size", "8"]).config, 8)
     assert (staged.dp, staged.micro_batches) == (2, 4)
 
@@ -89,6 +89,9 @@ RWKV = ("--layer-schedule", "rwkv")
         (2, ["--micro-batch-size", "8", "--global-batch-size", "8"],
          "--global-batch-size 8 is not divisible by --micro-batch-size 8 x dp 2 = 16; "
          "use --global-batch-size 16, or --micro-batch-size 4"),
+        (2, ["--micro-batch-size", "2", "--global-batch-size", "16", "--rampup-batch-size", "8", "2", "90"],
+         "--rampup-batch-size 8 2 90: its START and INCREMENT are not both divisible by --micro-batch-size 2 x dp 2 = "
+         "4; use multiples of 4"),
         (4, ["--global-batch-size", "3"],
          "--global-batch-size 3 is not divisible by --micro-batch-size 1 x dp 4 = 4; use --global-batch-size 4"),
         (1, ["--seq-length", "64", "--max-position-embeddings", "32"],

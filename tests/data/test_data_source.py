@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.config.cli import parse_config
 from megaforge.data.data_source import FILES, MOCK, source_kind
 from megaforge.data.loader import GlobalBatchLoader
@@ -34,7 +35,7 @@ def test_flags_name_a_source() -> None:
 
 def test_a_small_source_has_the_rest() -> None:
     source = Counting(3, 4)
-    (batch,) = next(iter(GlobalBatchLoader(source, 2, 2)))
+    (batch,) = next(iter(GlobalBatchLoader(source, BatchSchedule(2), 2)))
     assert batch.tokens.tolist() == [[0, 3, 6, 9], [1, 4, 7, 10]] and batch.labels[1].tolist() == [4, 7, 10, 13]
     assert batch.loss_mask.min() == 1 and np.flatnonzero(batch.document_start[0]).tolist() == [0]
     assert (source.stage_starts, source.epoch_tokens, source.bytes_per_token()) == ((0,), (), None)

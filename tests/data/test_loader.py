@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import random
@@ -10,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.data.sample_schedule import ScheduleChange
 from megaforge.data.samples import Batch, DataChecks, GlobalBatchLoader, SampleSchedule, TrainingData
 from megaforge.errors import UserError
 from tests.data.datasets import random_documents, write_dataset
 
 LENGTH, GLOBAL = 32, 16
+WHOLE = BatchSchedule(GLOBAL)
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +33,16 @@ def make(prefixes: list[str], **options: object) -> TrainingData:
 
 
 def global_batches(
-    data: TrainingData, dp: int, micro: int, workers: int, consumed: int, count: int, size: int = GLOBAL
+    data: TrainingData,
+    dp: int,
+    micro: int,
+    workers: int,
+    consumed: int,
+    count: int,
+    batches: BatchSchedule = WHOLE,
 ) -> list[torch.Tensor]:
     """The ranks' micro-batches put back together: per global batch int64 [size, 3, s] of tokens, labels, starts."""
-    loaders = [GlobalBatchLoader(data, size, micro, rank, dp, consumed, workers) for rank in range(dp)]
+    loaders = [GlobalBatchLoader(data, batches, micro, rank, dp, consumed, workers) for rank in range(dp)]
     whole = []
     for ranks in itertools.islice(zip(*loaders, strict=True), count):
         rows = []
@@ -42,7 +51,7 @@ def global_batches(
                 assert batch.tokens.shape == batch.labels.shape == (micro, batch.tokens.shape[1])
                 rows.append(torch.stack([batch.tokens, batch.labels, batch.document_start.long()], dim=1))
         whole.append(torch.cat(rows))
-    assert all(loader.consumed_samples == consumed + count * size for loader in loaders)
+    assert all(loader.consumed_samples == consumed + sum(map(len, whole)) for loader in loaders)
     return whole
 
 
@@ -67,7 +76,7 @@ def test_data_order(prefixes: list[str], capsys: pytest.CaptureFixture[str]) -> 
         digests[f"dp {dp}, micro-batch {micro}, {workers} workers"] = digest(
             global_batches(make(prefixes), dp, micro, workers, 0, steps)
         )
-    digests["global batch 8"] = digest(global_batches(data, 2, 2, 1, 0, 2 * steps, size=8))
+    digests["global batch 8"] = digest(global_batches(data, 2, 2, 1, 0, 2 * steps, BatchSchedule(8)))
     stop = random.Random(LENGTH).randrange(1, steps)
     before = global_batches(make(prefixes), 4, 2, 2, 0, stop)
     resumed = make(prefixes)
@@ -95,16 +104,16 @@ def test_batches_share_nothing_between_ranks(prefixes: list[str]) -> None:
 
 def test_loader_goes_on_from_what_it_handed_out(prefixes: list[str]) -> None:
     """Batches built ahead but never handed out are not counted as read."""
-    loader = GlobalBatchLoader(make(prefixes), GLOBAL, 8, num_workers=3)
+    loader = GlobalBatchLoader(make(prefixes), BatchSchedule(GLOBAL), 8, num_workers=3)
     first = [next(iter(loader)) for _ in range(3)]
     assert loader.consumed_samples == 3 * GLOBAL
-    straight = list(itertools.islice(GlobalBatchLoader(make(prefixes), GLOBAL, 8), 3))
+    straight = list(itertools.islice(GlobalBatchLoader(make(prefixes), BatchSchedule(GLOBAL), 8), 3))
     for ours, expected in zip(first, straight, strict=True):
         assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(ours, expected, strict=True))
 
 
 def test_batch_dtypes_and_mask(prefixes: list[str]) -> None:
-    (batch,) = next(iter(GlobalBatchLoader(make(prefixes), 4, 4)))
+    (batch,) = next(iter(GlobalBatchLoader(make(prefixes), BatchSchedule(4), 4)))
     assert (batch.tokens.dtype, batch.labels.dtype) == (torch.int64, torch.int64)
     assert (batch.loss_mask.dtype, batch.document_start.dtype) == (torch.float32, torch.bool)
     assert torch.equal(batch.loss_mask, torch.ones(4, LENGTH))
@@ -114,7 +123,7 @@ def test_batch_dtypes_and_mask(prefixes: list[str]) -> None:
 
 def test_loss_is_masked_where_the_next_document_begins(prefixes: list[str]) -> None:
     data = make(prefixes, eod_mask_loss=True)
-    (batch,) = next(iter(GlobalBatchLoader(data, 4, 4)))
+    (batch,) = next(iter(GlobalBatchLoader(data, BatchSchedule(4), 4)))
     expected = torch.stack([~data.sample(row).document_start[1:] for row in range(4)]).float()
     assert torch.equal(batch.loss_mask, expected) and 0 < expected.sum() < 4 * LENGTH
 
@@ -123,7 +132,7 @@ def test_loss_is_masked_where_the_next_document_begins(prefixes: list[str]) -> N
 def test_validation_ends_on_all_ranks_and_counts_each_target_once(prefixes: list[str], workers: int) -> None:
     view = make(prefixes).validation(sequence_length=24)
     per_rank: list[list[list[Batch]]] = [
-        list(GlobalBatchLoader(view, 8, 2, rank, 2, num_workers=workers)) for rank in range(2)
+        list(GlobalBatchLoader(view, BatchSchedule(8), 2, rank, 2, num_workers=workers)) for rank in range(2)
     ]
     assert len(per_rank[0]) == len(per_rank[1]) == -(-len(view) // 8)
     batches = [batch for rank in per_rank for step in rank for batch in step]
@@ -133,18 +142,48 @@ def test_validation_ends_on_all_ranks_and_counts_each_target_once(prefixes: list
 
 def test_lengths_change_between_global_batches_only(prefixes: list[str]) -> None:
     data = make(prefixes, changes=(ScheduleChange(8, sequence_length=64),))
-    lengths = [step[0].tokens.shape[1] for step in itertools.islice(GlobalBatchLoader(data, 4, 2, 0, 2), 4)]
+    lengths = [
+        step[0].tokens.shape[1] for step in itertools.islice(GlobalBatchLoader(data, BatchSchedule(4), 2, 0, 2), 4)
+    ]
     assert lengths == [32, 32, 64, 64]
     with pytest.raises(UserError, match="sample 8, inside a global batch of 16"):
-        GlobalBatchLoader(data, 16, 2)
+        GlobalBatchLoader(data, BatchSchedule(16), 2)
     with pytest.raises(UserError, match="follows sample 2"):
-        GlobalBatchLoader(data, 4, 2, consumed_samples=2)
-    GlobalBatchLoader(data, 16, 2, consumed_samples=8)
+        GlobalBatchLoader(data, BatchSchedule(4), 2, consumed_samples=2)
+    GlobalBatchLoader(data, BatchSchedule(16), 2, consumed_samples=8)
 
 
 def test_indivisible_batches_name_the_flags(prefixes: list[str]) -> None:
     with pytest.raises(UserError, match="--global-batch-size 10 .*--micro-batch-size 4 .* 2 data-parallel ranks; 8 is"):
-        GlobalBatchLoader(make(prefixes), 10, 4, 0, 2)
+        GlobalBatchLoader(make(prefixes), BatchSchedule(10), 4, 0, 2)
+    with pytest.raises(UserError, match="--rampup-batch-size: a batch of 4 .* 2 data-parallel ranks; 8 is"):
+        GlobalBatchLoader(make(prefixes), BatchSchedule(16, (4, 4, 90)), 4, 0, 2)
+
+
+def test_batches_that_grow_read_the_same_samples(prefixes: list[str]) -> None:
+    """8, 8, 8, 12, 12, 16: of one rank, of two, and of two that go on from one in the middle."""
+    ramp = BatchSchedule(16, (8, 4, 48))
+    whole = global_batches(make(prefixes), 1, 4, 0, 0, 6, ramp)
+    assert [len(batch) for batch in whole] == [8, 8, 8, 12, 12, 16]
+    expected = digest([torch.stack([direct(make(prefixes), k) for k in range(64)])])
+    assert digest(whole) == expected
+    assert digest(global_batches(make(prefixes), 2, 2, 2, 0, 6, ramp)) == expected
+    resumed = global_batches(make(prefixes), 2, 2, 1, 36, 2, ramp)
+    assert digest(whole[:4] + resumed) == expected
+    early = dataclasses.replace(ramp, before=24)  # --reset-data after the first three
+    assert [len(batch) for batch in global_batches(make(prefixes), 1, 4, 0, 0, 4, early)] == [12, 12, 16, 16]
+    assert [len(batch) for batch in global_batches(make(prefixes), 1, 4, 0, 8, 3, early)] == [12, 12, 16]
+
+
+def test_a_length_may_change_where_a_batch_of_a_ramp_begins(prefixes: list[str]) -> None:
+    ramp = BatchSchedule(8, (4, 4, 8))  # 4, 4, 8, 8 ...
+    data = make(prefixes, changes=(ScheduleChange(4, sequence_length=64), ScheduleChange(16, sequence_length=32)))
+    lengths = [step[0].tokens.shape[1] for step in itertools.islice(GlobalBatchLoader(data, ramp, 2), 4)]
+    assert lengths == [32, 64, 64, 32]
+    for sample, size in ((2, 4), (12, 8)):
+        data = make(prefixes, changes=(ScheduleChange(sample, sequence_length=64),))
+        with pytest.raises(UserError, match=f"sample {sample}, inside a global batch of {size}"):
+            GlobalBatchLoader(data, ramp, 2)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -153,4 +192,4 @@ def test_errors_reach_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     prefix = write_dataset(tmp_path / "d", [[1, 2, 999]])
     data = TrainingData([(1.0, prefix)], "1", SampleSchedule(1, 4), checks=DataChecks(10))
     with pytest.raises(UserError, match="999"):
-        next(iter(GlobalBatchLoader(data, 1, 1, num_workers=workers)))
+        next(iter(GlobalBatchLoader(data, BatchSchedule(1), 1, num_workers=workers)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.data.loader import GlobalBatchLoader
 from megaforge.data.mock import MockData
 from megaforge.data.sample_schedule import SampleSchedule, ScheduleChange
@@ -39,8 +40,8 @@ def test_every_id_is_as_likely_and_documents_begin_at_random() -> None:
 
 def test_any_layout_reads_the_same_and_a_state_goes_on() -> None:
     data = MockData(SampleSchedule(1, 8), 50)
-    whole = next(iter(GlobalBatchLoader(data, 4, 4)))[0].tokens
-    parts = [next(iter(GlobalBatchLoader(data, 4, 1, rank, 2))) for rank in range(2)]
+    whole = next(iter(GlobalBatchLoader(data, BatchSchedule(4), 4)))[0].tokens
+    parts = [next(iter(GlobalBatchLoader(data, BatchSchedule(4), 1, rank, 2))) for rank in range(2)]
     rows = [batch.tokens[0].tolist() for pair in zip(*parts, strict=True) for batch in pair]
     assert rows == whole.tolist()
     data.check_state(data.state(40))

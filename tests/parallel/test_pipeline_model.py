@@ -265,6 +265,11 @@ def test_recomputation_keeps_less() -> None:
         (2, ("--pp", "3"), ("--pp 3", "2 ranks")),
         (4, ("--pp", "4", "--vpp", "2"), ("8 stages", "4 blocks")),
         (2, ("--pp", "2", "--vpp", "2", "--global-batch-size", "6"), ("interleaved", "3 microbatches", "2 or 4")),
+        (
+            2,
+            ("--pp", "2", "--vpp", "2", "--global-batch-size", "8", "--rampup-batch-size", "2", "2", "90"),
+            ("--rampup-batch-size 2 2 90, at 2 sequences a batch", "interleaved", "1 microbatches"),
+        ),
         (2, ("--pp", "2", "--vpp", "3", "--pipeline-schedule", "zb-v"), ("zb-v with --vpp 3", "--vpp 2")),
         (2, ("--pp", "2", "--vpp", "1", "--pipeline-schedule", "interleaved"), ("interleaved with --vpp 1",)),
         (2, ("--pp", "2", "--hybrid-layer-pattern", "R-|*-|RE*E"), ("cut by '|' into 3 stages", "is 2")),

@@ -52,6 +52,12 @@ def test_a_schedule_that_goes_on(
         ((), (), (8, 16), "a global batch of 8 sequences in the checkpoint, 16 here"),
         ((), ("--weight-decay", "0.3"), (8, 8), "--weight-decay 0.1 in the checkpoint, 0.3 here"),
         (("--bf16",), ("--fp16",), (8, 8), "--bf16 True in the checkpoint, False here; --fp16 False in the"),
+        (
+            ("--global-batch-size", "8", "--rampup-batch-size", "4", "4", "80"),
+            (),
+            (8, 8),
+            "--rampup-batch-size [4, 4, 80] in the checkpoint, [] here",
+        ),
         ((), (), (None, 16), None),  # an older checkpoint does not say
     ],
 )

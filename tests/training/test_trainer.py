@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.data.indexed_dataset import IndexedDatasetWriter
 from megaforge.data.loader import Batch, GlobalBatchLoader
 from megaforge.errors import UserError
@@ -30,7 +31,7 @@ def uneven(batch: Batch, number: int) -> Batch:
 def test_the_gradient_is_that_of_the_global_mean(prefix: str) -> None:
     """Micro-batches of unequal token counts: the mean is over the global batch's tokens, not a mean of means."""
     trainer = make_trainer(arguments(prefix, "--fp64", "--clip-grad", "0"))
-    loader = GlobalBatchLoader(trainer.data, 8, 2)
+    loader = GlobalBatchLoader(trainer.data, BatchSchedule(8), 2)
     batches = [uneven(batch, number) for number, batch in enumerate(next(iter(loader)))]
     whole = Batch(*(torch.cat([getattr(b, f) for b in batches]) for f in Batch.__dataclass_fields__))
     output = trainer.model(whole.tokens, whole.labels, whole.loss_mask, whole.document_start)
@@ -113,6 +114,34 @@ def test_resuming_is_bit_identical(prefix: str, tmp_path: Path) -> None:
         assert torch.equal(a, b), name
     states = [[c.state() for c in t.callbacks if c.state_name] for t in (whole, second)]
     assert states[0] == states[1] and states[0][0]["best"] is not None
+
+
+def test_a_batch_that_grows(prefix: str, tmp_path: Path) -> None:
+    """The learning rate follows the steps, the counts the samples; a run that is cut within the ramp goes on, at other
+    micro-batches too, and data that are begun anew do not begin the ramp anew."""
+    ramp = ("--rampup-batch-size", "2", "2", "24", "--micro-batch-size", "1", "--lr-decay-style", "linear", "--fp64")
+    whole = make_trainer(arguments(prefix, *ramp, "--train-iters", "8"))
+    recorder = record(whole)
+    whole.train()
+    sizes = [2, 2, 2, 2, 4, 4, 6, 6]
+    assert [r["global_batch_size"] for r in recorder.records] == sizes
+    assert [r["consumed_samples"] for r in recorder.records] == np.cumsum(sizes).tolist()
+    assert [r["tokens"] for r in recorder.records] == (24 * np.cumsum(sizes)).tolist()
+    assert [r["lr"] for r in recorder.records] == [whole.schedule(i) for i in range(1, 9)]
+    save = str(tmp_path / "run")
+    make_trainer(arguments(prefix, *ramp, "--train-iters", "8", "--save", save, "--exit-interval", "5")).train()
+    for more, rel in ((), 0), (("--micro-batch-size", "2"), 1e-9):
+        rest = make_trainer(arguments(prefix, *ramp, *more, "--train-iters", "8", "--load", save))
+        resumed = record(rest)
+        rest.train()
+        for ours, expected in zip(resumed.records, recorder.records[5:], strict=True):
+            assert ours.pop("kind") == "step"
+            assert ours == pytest.approx({name: expected[name] for name in ours}, rel=rel, abs=rel)
+    anew = make_trainer(arguments(prefix, *ramp, "--train-iters", "8", "--load", save, "--reset-data"))
+    resumed = record(anew)
+    anew.train()
+    assert [r["global_batch_size"] for r in resumed.records] == sizes[5:]
+    assert [r["consumed_samples"] for r in resumed.records] == [16, 22, 28]
 
 
 def test_one_line_starts_a_run_and_continues_it(prefix: str, tmp_path: Path) -> None:
@@ -223,7 +252,7 @@ def test_evaluation_drops_no_tokens(prefix: str) -> None:
     tight.model.chunks[0].head.eval()
     assert tight.evaluate() == free.evaluate()
     assert tight.model.training and not tight.model.chunks[0].head.training
-    batches = next(iter(tight._loader(tight.data, 0)))
+    batches = next(iter(tight._loader(tight.data, tight.batches, 0)))
     assert tight.train_step(batches).loss != free.train_step(batches).loss, "the capacity is tight"
 
 
