@@ -32,7 +32,7 @@ from megaforge.config.config import Config
 from megaforge.config.run_config import ParallelConfig, default_expert_tensor_parallel_size
 from megaforge.config.schema import config_from_dict, suggestion
 from megaforge.errors import UserError
-from megaforge.models.hybrid import HybridModel
+from megaforge.models.parameter_count import declared_parameters
 from megaforge.models.stages import PipelinePlan, build_model, plan_pipeline
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layer_context import make_layer_context
@@ -216,8 +216,7 @@ def _keys_of_parameters(source: TensorSource, config: Config) -> dict[str, list[
     Raises:
         UserError: a tensor is missing, of another shape, or belongs to no parameter.
     """
-    model = HybridModel(make_layer_context(config.model, ParallelContext.single("meta")))
-    shapes = {spec.name: spec.shape for spec, _ in named_specs(model)}
+    shapes = {name: spec.shape for name, spec in declared_parameters(config.model).items()}
     keys: dict[str, list[str]] = defaultdict(list)
     for key, info in source.tensors.items():
         name = key.removeprefix(STATE_PREFIX).partition(".")[2] if key.startswith(STATE_PREFIX) else key

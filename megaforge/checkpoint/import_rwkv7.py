@@ -19,10 +19,9 @@ from megaforge.checkpoint.shards import TensorEntry
 from megaforge.config.config import Config
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
-from megaforge.models.hybrid import HybridModel
+from megaforge.models.parameter_count import declared_parameters
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.layer_context import make_layer_context
-from megaforge.parallel.param_spec import ParamSpec, named_specs
+from megaforge.parallel.param_spec import ParamSpec
 
 MODEL_FILE = "model.yaml"
 
@@ -101,13 +100,6 @@ def config_of(weights: Mapping[str, Tensor]) -> ModelConfig:
     )
 
 
-def specs_of(cfg: ModelConfig) -> dict[str, ParamSpec]:
-    """The declaration of every parameter of the model, by global name; allocates nothing."""
-    return {
-        spec.name: spec for spec, _ in named_specs(HybridModel(make_layer_context(cfg, ParallelContext.single("meta"))))
-    }
-
-
 def convert_rwkv7(weights: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
     """RWKV-LM's ``weights`` as ours.
 
@@ -119,7 +111,7 @@ def convert_rwkv7(weights: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str,
         UserError: a tensor is missing, unknown, or of a shape that the others contradict.
     """
     cfg = config_of(weights)
-    specs, converted = specs_of(cfg), {}
+    specs, converted = declared_parameters(cfg), {}
     for theirs, value in weights.items():
         try:
             name = our_name(theirs)
@@ -199,7 +191,7 @@ def import_rwkv7(
             f"--tokenizer-model {tokenizer['model']}: has {tokenizer['vocab_size']} ids, "
             f"the model knows {cfg.vocab_size}"
         )
-    specs = specs_of(cfg)
+    specs = declared_parameters(cfg)
     with open(file, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     meta = describe_run(config, tokenizer) | {

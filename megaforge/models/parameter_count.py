@@ -1,8 +1,9 @@
-"""How many parameters a configuration has, per component, without building them."""
+"""Which parameters a configuration has, and how many per component, without building them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.models.hybrid import HybridModel
@@ -40,14 +41,20 @@ def active_elements(spec: ParamSpec, cfg: ModelConfig) -> int:
     return spec.numel * cfg.moe_router_topk // cfg.num_experts if spec.kind == "moe" else spec.numel
 
 
+@lru_cache(maxsize=8)
+def declared_parameters(cfg: ModelConfig) -> dict[str, ParamSpec]:
+    """The declaration of every parameter of the whole model by global name; allocates nothing."""
+    model = HybridModel(make_layer_context(cfg, ParallelContext.single("meta")))
+    return {spec.name: spec for spec, _ in named_specs(model)}
+
+
 def count_parameters(cfg: ModelConfig) -> list[ComponentCount]:
     """Counts by component, in the order of :data:`COMPONENTS`; a tied head is counted once, as the embedding.
 
     Raises:
         UserError: the configuration cannot be built.
     """
-    model = HybridModel(make_layer_context(cfg, ParallelContext.single("meta")))
-    specs = [spec for spec, _ in named_specs(model)]
+    specs = declared_parameters(cfg).values()
     counts = []
     for kind, component in COMPONENTS.items():
         own = [spec for spec in specs if spec.kind == kind]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from megaforge.errors import UserError
 from megaforge.kernels.attention import causal_attention, takes_documents
+from megaforge.kernels.pointwise import apply_rotary
 from megaforge.nn.recompute import recomputed
-from megaforge.nn.rope import apply_rotary, rotary_tables
+from megaforge.nn.rope import rotary_tables
 from megaforge.parallel.context_parallel.attention import context_parallel_attention
 from megaforge.parallel.init_rules import Normal
 from megaforge.parallel.layer_context import LayerContext

@@ -11,46 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
+from megaforge.kernels.pointwise import squared_relu, swiglu
 from megaforge.nn.token_shift import token_shift
 from megaforge.parallel.init_rules import Constant, Elementwise, InitRule, Normal, Orthogonal
 from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megaforge.parallel.packed_sequence import PackedSequence
-
-
-class _SquaredReLU(torch.autograd.Function):
-    """``max(x, 0)^2``; keeps max(x, 0) only."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        positive = x.relu()
-        ctx.save_for_backward(positive)
-        return positive.square()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (positive,) = ctx.saved_tensors
-        return (grad * positive).mul_(2)
-
-
-class _SwiGLU(torch.autograd.Function):
-    """``silu(gate) * up`` of the fused [gate | up]; both gradients are written into one fused tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, fused: Tensor) -> Tensor:
-        ctx.save_for_backward(fused)
-        gate, up = fused.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (fused,) = ctx.saved_tensors
-        gate, up = fused.chunk(2, dim=-1)
-        out = torch.empty_like(fused)
-        grad_gate, grad_up = out.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        return out
 
 
 def activate(kind: str, x: Tensor) -> Tensor:
@@ -64,9 +30,9 @@ def activate(kind: str, x: Tensor) -> Tensor:
         [..., f].
     """
     if kind == "relu2":
-        return _SquaredReLU.apply(x)
+        return squared_relu(x)
     if kind == "swiglu":
-        return _SwiGLU.apply(x)
+        return swiglu(x)
     return F.gelu(x, approximate="tanh")
 
 

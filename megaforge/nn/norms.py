@@ -2,52 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megaforge.kernels.pointwise import rms_norm
 from megaforge.parallel.init_rules import Constant
 from megaforge.parallel.layer_context import LayerContext
-
-
-class _RMSNorm(torch.autograd.Function):
-    """``y = x / rms(x) * weight``; keeps x and 1/rms only and forms the gradient in one go."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        wide = x.to(weight.dtype)
-        # A norm reads x once and keeps no x^2.
-        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        scale = mean_square.add_(epsilon).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
-        normed = x.to(weight.dtype) * scale
-        grad = grad.to(weight.dtype)
-        product = grad * normed
-        grad_weight = product.flatten(0, -2).sum(0)
-        along = (product @ weight).div_(x.shape[-1]).unsqueeze(-1)
-        grad_x = (grad * weight).addcmul_(normed, along, value=-1).mul_(scale)
-        return grad_x.to(x.dtype), grad_weight, None
-
-
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Root-mean-square norm over the last dimension (Zhang and Sennrich, arXiv 1910.07467).
-
-    Args:
-        x: [..., h], any float dtype.
-        weight: [h], fp32 (fp64 for fp64 ``x``); the arithmetic is done in its dtype.
-        epsilon: added to the mean square.
-
-    Returns:
-        [..., h] of the dtype of ``x``.
-    """
-    return _RMSNorm.apply(x, weight, epsilon)
 
 
 class _StreamNorm(nn.Module):

@@ -23,6 +23,7 @@ from megaforge.config.config import Config
 from megaforge.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
+from megaforge.models.parameter_count import declared_parameters
 from megaforge.models.stages import ModelChunks
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import optimizer_shard
@@ -234,8 +235,7 @@ def combined(comparisons: Iterable[Comparison], config: Config) -> Comparison:
     parts = list(comparisons)
     worst = {kind: max((part.worst[kind] for part in parts), key=lambda pair: pair[0]) for kind in KINDS}
     held = frozenset().union(*(part.held for part in parts))
-    model = HybridModel(make_layer_context(config.model, ParallelContext.single("meta")))
-    missing = [spec.name for spec, _ in named_specs(model) if spec.name not in held]
+    missing = [name for name in declared_parameters(config.model) if name not in held]
     if missing:
         worst["weights"] = (math.inf, f"{missing[0]} is on no rank")
     return Comparison(worst, held)

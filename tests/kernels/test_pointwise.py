@@ -1,0 +1,54 @@
+"""Pointwise operators against their definitions in fp64, values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from megaforge.kernels import pointwise
+from megaforge.kernels.pointwise import reference
+from tests.nn.support import assert_close, random
+
+ANGLES = random(5, 2, 1, 3, seed=7)
+OPERATORS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[tuple[int, ...]]]] = {
+    "rms_norm": (
+        lambda x, w: pointwise.rms_norm(x, w, 1e-5),
+        lambda x, w: reference.rms_norm_reference(x, w, 1e-5),
+        [(5, 2, 8), (8,)],
+    ),
+    "squared_relu": (pointwise.squared_relu, reference.squared_relu_reference, [(5, 2, 8)]),
+    "swiglu": (pointwise.swiglu, reference.swiglu_reference, [(5, 2, 8)]),
+    "rotary": (
+        lambda x: pointwise.apply_rotary(x, ANGLES.cos().to(x.dtype), ANGLES.sin().to(x.dtype)),
+        lambda x: reference.apply_rotary_reference(x, ANGLES.cos(), ANGLES.sin()),
+        [(5, 2, 4, 8)],
+    ),
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0, 30.0], ids=["random", "all zero", "large"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_values_and_gradients(name: str, dtype: torch.dtype, tolerance: float, scale: float) -> None:
+    function, definition, shapes = OPERATORS[name]
+    inputs = [(scale if index == 0 else 1.0) * random(*shape, seed=index) for index, shape in enumerate(shapes)]
+    ours, theirs = ([x.to(t).requires_grad_() for x in inputs] for t in (dtype, torch.float64))
+    out, expected = function(*ours), definition(*theirs)
+    assert out.dtype == dtype
+    grad = random(*out.shape, seed=9)
+    found = torch.autograd.grad(out, ours, grad.to(dtype))
+    wanted = torch.autograd.grad(expected, theirs, grad)
+    for place, (a, b) in enumerate(zip((out, *found), (expected, *wanted), strict=True)):
+        torch.testing.assert_close(
+            a.double(), b, rtol=tolerance, atol=tolerance * float(b.detach().abs().max()), msg=f"{name}, result {place}"
+        )
+
+
+def test_rows_of_one_token_turn_by_their_own_angles() -> None:
+    x = random(1, 2, 4, 8).expand(5, 2, 4, 8)
+    out = pointwise.apply_rotary(x, ANGLES.cos(), ANGLES.sin())
+    assert_close(out, reference.apply_rotary_reference(x, ANGLES.cos(), ANGLES.sin()), 1e-14, "rotated")
+    assert torch.equal(out[..., 6:], x[..., 6:]) and not torch.equal(out[0], out[1])
