@@ -67,7 +67,7 @@ class Registry:
             close = get_close_matches(name, self._parts, n=1)
             meant = f"; did you mean {close[0]}?" if close else ""
             raise UserError(
-                f"{name!r} is not a known {self.kind} (there are {', '.join(self._parts)}){meant}; "
+                f"{name!r} is not a known {self.kind} (there are {', '.join(self._parts) or 'none'}){meant}; "
                 "a file that registers another is named by --extensions"
             )
 
@@ -92,6 +92,9 @@ SCHEDULES = Registry(
         "zb-v": "megaforge.parallel.pipeline.schedules:ZB_V",
     },
 )
+
+
+CONVERTERS = Registry("converter", {})
 
 
 def load_extensions(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -65,8 +65,10 @@ def _model_differences(saved: dict[str, Any], current: ModelConfig) -> list[str]
     known = {field.name: field for field in dataclasses.fields(ModelConfig)}
     unknown = saved.keys() - known.keys()
     differences = [f"{name} {saved[name]} in the checkpoint, unknown to this version" for name in unknown]
-    # A field younger than the checkpoint: its default is how such checkpoints were trained.
-    then = dataclasses.replace(current, **{name: saved.get(name, field.default) for name, field in known.items()})
+    # A field younger than the checkpoint: its default is how such checkpoints were trained. JSON has lists for tuples.
+    values = {name: saved.get(name, field.default) for name, field in known.items()}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    then = dataclasses.replace(current, **values)
     for name in known.keys() - _INITIAL_ONLY:
         attribute = _DERIVED.get(name, name)
         before, now = getattr(then, attribute), getattr(current, attribute)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megaforge.config.fields import divisors, either, flag
 from megaforge.errors import UserError
+from megaforge.registry import CONVERTERS
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,11 @@ class ModelConfig:
     )
     init_std: float = flag(0.02, "standard deviation of normal initial weights", least=0)
     init_std_scale: float = flag(1.0, "factor on every random initial weight", least=0)
+    converters: tuple[str, ...] = flag(
+        (),
+        "what changes the model once it is built, in this order: quantizers that --extensions register",
+        choices=CONVERTERS,
+    )
     reset_at_document_boundaries: bool = flag(
         True, "packed documents do not see each other: attention mask, positions, token shift and RWKV state restart"
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megaforge.config.pattern import BlockKind, blocks_of
+from megaforge.models.converters import convert
 from megaforge.models.generation_state import BlockState, GenerationState
 from megaforge.nn.attention import KVCache, SelfAttention
 from megaforge.nn.head import OutputHead, embedding_init, head_init
@@ -157,6 +158,7 @@ class HybridModel(nn.Module):
             tied = not cfg.untie_embeddings_and_output_weights
             init = (embedding_init if tied else head_init)(cfg, published_rwkv=published)
             self.head = OutputHead(layer, embedding_weight if tied else None, init=init, tied=tied)
+        convert(self, cfg.converters, layer.ctx)
         name_parameters(self)
 
     @property

@@ -87,9 +87,7 @@ def test_a_base_may_be_a_file_beside_and_circles_are_refused(write, tmp_path: Pa
     config = parse("--config", "sub/b.yaml").config
     assert (config.name, config.optimizer.lr, config.parallel.tensor_model_parallel_size) == ("b", 5e-4, 2)
     write("sub/a.yaml", "base: b.yaml\n")
-    assert "'base' leads back to itself: sub/b.yaml -> sub/a.yaml -> sub/b.yaml" in complaint(
-        "--config", "sub/b.yaml"
-    )
+    assert "'base' leads back to itself: sub/b.yaml -> sub/a.yaml -> sub/b.yaml" in complaint("--config", "sub/b.yaml")
 
 
 @pytest.mark.parametrize(

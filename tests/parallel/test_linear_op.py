@@ -19,12 +19,12 @@ from megaforge.parallel.cross_entropy import vocab_parallel_linear_cross_entropy
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.init_rules import Normal
 from megaforge.parallel.layer_context import make_layer_context
-from megaforge.parallel.layers import ColumnParallelLinear, GroupedLinear, Linear, ReplicatedLinear, RowParallelLinear
+from megaforge.parallel.layers import ColumnParallelLinear, GroupedLinear, ReplicatedLinear, RowParallelLinear
 from megaforge.parallel.linear_op import PLAIN, PlainLinear
 from megaforge.parallel.param_spec import name_parameters, spec_of
 from megaforge.parallel.pipeline.split_backward import backward_input
 from tests.parallel.pool import RankPool
-from tests.toys.int8_linear import Int8Linear
+from tests.toys.int8_linear import Int8Linear, int8
 
 TOKENS, BATCH, WIDTH, INNER, EXPERTS = 4, 3, 8, 12, 3
 CTX = ParallelContext.single()
@@ -70,13 +70,6 @@ class Family(nn.Module):
         return x + self.region.exit(partial + self.down(rows, runs).view_as(inside))
 
 
-def quantized(model: nn.Module, ctx: ParallelContext) -> None:
-    for layer in model.modules():
-        if isinstance(layer, Linear):
-            spec = spec_of(layer.weight)
-            layer.op = Int8Linear(None if spec.shard_dim is None else ctx.axis(spec.shard_axis))
-
-
 def oracle(w: dict[str, Tensor], x: Tensor, counts: tuple[int, ...]) -> Tensor:
     def linear(x: Tensor, name: str) -> Tensor:
         return rounded(x, (-1,)) @ rounded(w[f"{name}.weight"], (-2, -1)).mT
@@ -96,7 +89,7 @@ def run_family(tp: int, sequence_parallel: bool, overlap: bool, x: Tensor, count
     ctx = ParallelContext.create(tp=tp) if tp > 1 else CTX
     model = Family(ctx, sequence_parallel, overlap)
     initialize_parameters(model, ctx, seed=3)
-    quantized(model, ctx)
+    int8(model, ctx)
     own = slice(ctx.tp.rank * len(x) // tp, (ctx.tp.rank + 1) * len(x) // tp) if sequence_parallel else slice(None)
     x = x[own].clone().requires_grad_()
     travelled: list[torch.dtype] = []

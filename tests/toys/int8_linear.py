@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaforge.kernels.grouped_mm import Runs
+from megaforge.models.converters import linears
 from megaforge.parallel.collectives import max_over
 from megaforge.parallel.context import Axis, ParallelContext
 from megaforge.parallel.linear_op import PLAIN, LinearOp
+from megaforge.parallel.param_spec import spec_of
+from megaforge.registry import CONVERTERS
 
 
 class Int8Linear(LinearOp):
@@ -52,3 +55,14 @@ class Int8Linear(LinearOp):
 def _decoded(inside: tuple[Tensor, ...]) -> Tensor:
     codes, scale = inside
     return codes.to(scale.dtype) * scale
+
+
+def int8(model: nn.Module, ctx: ParallelContext) -> None:
+    """All but the head and the routers."""
+    for path, layer in linears(model):
+        if not path.endswith(("head", "router")):
+            spec = spec_of(layer.weight)
+            layer.op = Int8Linear(None if spec.shard_dim is None else ctx.axis(spec.shard_axis))
+
+
+CONVERTERS.register("int8", int8)

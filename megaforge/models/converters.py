@@ -1,0 +1,40 @@
+"""Converters: what changes a model once it has been built. A quantizer gives its linear layers other ops.
+
+A converter is a function in the registry :data:`megaforge.registry.CONVERTERS`, chosen by ``--converters``::
+
+    def eight_bits(model: nn.Module, ctx: ParallelContext) -> None:
+        for path, layer in linears(model):
+            if path != "head":
+                layer.op = EightBitLinear()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import nn
+
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.layers import Linear
+from megaforge.registry import CONVERTERS
+
+
+class Converter(Protocol):
+    def __call__(self, model: nn.Module, ctx: ParallelContext) -> None:
+        """Changes ``model``, a whole one or a pipeline stage, in place. Its parameters have no names and no values yet:
+        what they are called and hold follows from the modules that they are in afterwards."""
+
+
+def convert(model: nn.Module, names: tuple[str, ...], ctx: ParallelContext) -> None:
+    """Applies the converters called ``names``, in this order."""
+    for name in names:
+        converter: Converter = CONVERTERS.get(name)
+        converter(model, ctx)
+
+
+def linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
+    """Every layer of the linear family in ``model``, with its path: ``layers.3.mixer.key``."""
+    for path, module in model.named_modules():
+        if isinstance(module, Linear):
+            yield path, module
