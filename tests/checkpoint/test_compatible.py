@@ -41,6 +41,7 @@ def test_every_differing_field_is_named_with_both_values():
 def test_no_field_of_the_model_is_overlooked(name):
     default = getattr(ModelConfig(), name)
     other = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v + 0.5, str: lambda v: v + "x"}
+    other[tuple] = lambda v: (*v, "x")
     value = 96 if default is None else other[type(default)](default)
     if name == "hybrid_layer_pattern":
         value = "R-"

@@ -47,9 +47,7 @@ class Family(nn.Module):
 
     def __init__(self, ctx: ParallelContext, sequence_parallel: bool, overlap: bool) -> None:
         super().__init__()
-        layer = make_layer_context(
-            CFG, ctx, sequence_parallel=sequence_parallel, dtype=DOUBLE, overlap_tp_comm=overlap
-        )
+        layer = make_layer_context(CFG, ctx, sequence_parallel=sequence_parallel, dtype=DOUBLE, overlap_tp_comm=overlap)
         self.region, init = layer.region, Normal(0.5)
         self.opening = ColumnParallelLinear(layer, WIDTH, INNER, init=init, enter=True, bias=True)
         self.closing = RowParallelLinear(layer, INNER, WIDTH, init=init, bias=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megaforge.config.launcher import print_rank_0
 from megaforge.kernels.grouped_mm import Runs
 from megaforge.models.converters import linears
 from megaforge.parallel.collectives import max_over
@@ -59,10 +60,11 @@ def _decoded(inside: tuple[Tensor, ...]) -> Tensor:
 
 def int8(model: nn.Module, ctx: ParallelContext) -> None:
     """All but the head and the routers."""
-    for path, layer in linears(model):
-        if not path.endswith(("head", "router")):
-            spec = spec_of(layer.weight)
-            layer.op = Int8Linear(None if spec.shard_dim is None else ctx.axis(spec.shard_axis))
+    layers = [layer for path, layer in linears(model) if not path.endswith(("head", "router"))]
+    for layer in layers:
+        spec = spec_of(layer.weight)
+        layer.op = Int8Linear(None if spec.shard_dim is None else ctx.axis(spec.shard_axis))
+    print_rank_0(f"int8: {len(layers)} matrices")
 
 
 CONVERTERS.register("int8", int8)
