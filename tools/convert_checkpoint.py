@@ -115,9 +115,9 @@ def _to_directory(flags: argparse.Namespace) -> None:
 
 
 def _describe(source: TensorSource) -> str:
-    from megaforge.checkpoint.convert import STATE_PREFIX
+    from megaforge.checkpoint.stateful import state_prefixes
 
-    has_state = any(key.startswith(STATE_PREFIX) for key in source.tensors)
+    has_state = any(key.startswith(state_prefixes(source.meta)) for key in source.tensors)
     size = sum(info.nbytes for info in source.tensors.values())
     note = "" if has_state else " (weights only: --load needs --finetune)"
     return f"{len(source.tensors)} tensors{note}, {size:,} bytes"

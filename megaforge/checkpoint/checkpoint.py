@@ -25,7 +25,7 @@ from megaforge.checkpoint.directory import (
 from megaforge.checkpoint.find import verify_checkpoint
 from megaforge.checkpoint.manifest import Manifest, read_manifest
 from megaforge.checkpoint.planner import ShardLoadPlanner, ShardSavePlanner
-from megaforge.checkpoint.shards import RANK_PREFIX, TensorEntry, build_shards
+from megaforge.checkpoint.shards import RANK_PREFIX, Entry, build_shards
 from megaforge.checkpoint.storage import CheckpointHead, CheckpointReader, CheckpointWriter
 from megaforge.errors import CheckpointError, UserError
 from megaforge.parallel.agree import describe_failures, from_first_rank, together
@@ -43,7 +43,7 @@ def layout_of(ctx: ParallelContext) -> dict[str, int]:
 def save_checkpoint(
     directory: str | Path,
     step: int,
-    entries: Iterable[TensorEntry],
+    entries: Iterable[Entry],
     meta: dict[str, Any],
     ctx: ParallelContext,
     rank_tensors: Mapping[str, torch.Tensor] | None = None,
@@ -98,7 +98,7 @@ def save_checkpoint(
 
 
 def build_shards_together(
-    entries: Iterable[TensorEntry], rank_tensors: Mapping[str, torch.Tensor] | None, ctx: ParallelContext
+    entries: Iterable[Entry], rank_tensors: Mapping[str, torch.Tensor] | None, ctx: ParallelContext
 ) -> dict[str, Any]:
     """:func:`build_shards`, whose mistakes on one rank are raised on every rank."""
     own: dict[str, Any] = {}
@@ -150,7 +150,7 @@ def _enforce_retention(directory: Path, newest: Path, ctx: ParallelContext, keep
 
 def load_checkpoint(
     path: str | Path,
-    entries: Iterable[TensorEntry],
+    entries: Iterable[Entry],
     ctx: ParallelContext,
     rank_tensors: Mapping[str, torch.Tensor] | None = None,
     *,

@@ -11,8 +11,6 @@ from megaforge.config.config import Config
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
 
-# What ``meta`` holds of a run besides its model: without these there are weights, and no run to continue.
-RUN_STATE = ("data", "optimizer", "scaler", "schedule", "callbacks")
 # They shape the weights at step 0 only, and a checkpoint brings its own.
 _INITIAL_ONLY = {"rwkv_init", "init_std", "init_std_scale"}
 # None stands for a value that follows from others; compared as what it stands for.

@@ -20,12 +20,12 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from megaforge.checkpoint.boxes import box_of
 from megaforge.checkpoint.checkpoint import layout_of
-from megaforge.checkpoint.compatible import RUN_STATE
 from megaforge.checkpoint.directory import discard_temporary, fsync_directory, list_steps, step_name
 from megaforge.checkpoint.planner import ShardSavePlanner
 from megaforge.checkpoint.safetensors_file import FileRecord, Slot, file_order, write_safetensors
 from megaforge.checkpoint.shards import Shard
 from megaforge.checkpoint.sources import TensorSource
+from megaforge.checkpoint.stateful import state_prefixes
 from megaforge.checkpoint.storage import CheckpointHead, CheckpointWriter
 from megaforge.config.check_layout import check_layout
 from megaforge.config.config import Config
@@ -38,7 +38,8 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import ParamSpec, named_specs
 
-STATE_PREFIX = "optimizer."  # keys of optimizer state: optimizer.STATE.NAME
+OPTIMIZER_PREFIX = "optimizer."  # keys of optimizer state: optimizer.STATE.NAME
+_NO_PARAMETER = ""  # what the tensors of a run's other parts belong to; rank 0 writes them
 _SHOWN = 5
 
 
@@ -49,8 +50,8 @@ def write_file(source: TensorSource, file: str | Path, *, optimizer: bool = Fals
     what else the checkpoint says).
 
     Args:
-        optimizer: optimizer state too, as ``optimizer.STATE.NAME``, and all that continuing the run needs; otherwise
-            the weights alone, from which ``--finetune`` starts.
+        optimizer: optimizer state too, as ``optimizer.STATE.NAME``, and all else that continuing the run needs;
+            otherwise the weights alone, from which ``--finetune`` starts.
 
     Returns:
         Length and hash of the file.
@@ -61,9 +62,9 @@ def write_file(source: TensorSource, file: str | Path, *, optimizer: bool = Fals
     file = Path(file)
     if file.exists():
         raise UserError(f"--save {file}: it exists; remove it, or name another file")
-    keys = [key for key in source.tensors if optimizer or not key.startswith(STATE_PREFIX)]
+    keys = [key for key in source.tensors if optimizer or not key.startswith(state_prefixes(source.meta))]
     slots = sorted((Slot(key, *source.tensors[key]) for key in keys), key=file_order)
-    meta = {key: value for key, value in source.meta.items() if optimizer or key not in RUN_STATE}
+    meta = {key: value for key, value in source.meta.items() if optimizer or key != "state"}
     metadata = {"step": str(source.step), "metric": json.dumps(source.metric), "meta": json.dumps(meta)}
     temporary = file.with_name(f".{file.name}.tmp")
     try:
@@ -155,6 +156,9 @@ def _plan_ranks(
             boxes = [piece.global_box for piece in spec.pieces(ctx)]
             for key in keys[name]:
                 shards[key] = _shard(boxes, spec.shape, source.tensors[key].dtype)
+        for key in keys[_NO_PARAMETER] if rank == 0 else ():
+            info = source.tensors[key]
+            shards[key] = _shard([tuple((0, size) for size in info.shape)], info.shape, info.dtype)
         planners.append(_CopyPlanner(source, shards, first=rank == 0))
     return planners
 
@@ -211,7 +215,7 @@ def _config_at(source: TensorSource, parallel: ParallelConfig) -> Config:
 
 
 def _keys_of_parameters(source: TensorSource, config: Config) -> dict[str, list[str]]:
-    """For every parameter of the model the keys of its weight and state in ``source``.
+    """For every parameter of the model the keys of its weight and state in ``source``; the rest under _NO_PARAMETER.
 
     Raises:
         UserError: a tensor is missing, of another shape, or belongs to no parameter.
@@ -219,7 +223,10 @@ def _keys_of_parameters(source: TensorSource, config: Config) -> dict[str, list[
     shapes = {name: spec.shape for name, spec in declared_parameters(config.model).items()}
     keys: dict[str, list[str]] = defaultdict(list)
     for key, info in source.tensors.items():
-        name = key.removeprefix(STATE_PREFIX).partition(".")[2] if key.startswith(STATE_PREFIX) else key
+        name = key.removeprefix(OPTIMIZER_PREFIX).partition(".")[2] if key.startswith(OPTIMIZER_PREFIX) else key
+        if name == key and key.startswith(state_prefixes(source.meta)):
+            keys[_NO_PARAMETER].append(key)
+            continue
         if name not in shapes:
             raise UserError(
                 f"--load {source.path}: the model has no parameter {name} (tensor {key})" + suggestion(name, shapes)

@@ -22,7 +22,7 @@ from megaforge.json_text import parse_json
 MANIFEST_FILE = "manifest.json"
 SUMS_FILE = "SHA256SUMS"
 FORMAT = "megaforge-checkpoint"
-VERSION = 2  # 1: names of parameters were not the paths of their modules
+VERSION = 2  # 1: a parameter's name was not its path, and the parts of a run had no names
 
 
 class ChunkRecord(NamedTuple):

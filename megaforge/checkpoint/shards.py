@@ -20,12 +20,16 @@ class TensorEntry(NamedTuple):
     """One tensor of a checkpoint: its key there, how it is split, and this rank's part of it.
 
     Optimizer moments use their parameter's ``spec`` under another ``key``. A rank that holds a range of the flattened
-    local tensor (ZeRO) says so by a :class:`FlatShard` in its place, and gives that range, 1-d.
+    local tensor (ZeRO) says so by a :class:`FlatShard` in its place, and gives that range, 1-d. None: every rank holds
+    the whole tensor, and all of them the same.
     """
 
     key: str
-    spec: ParamSpec | FlatShard
+    spec: ParamSpec | FlatShard | None
     tensor: torch.Tensor
+
+
+Entry = TensorEntry | tuple[str, ParamSpec | FlatShard | None, torch.Tensor]
 
 
 class Shard:
@@ -51,6 +55,8 @@ class Shard:
         Raises:
             ValueError: the tensor is not of the local shape that the declaration demands.
         """
+        if entry.spec is None:
+            return cls.whole(entry.tensor)
         expected = entry.spec.local_shape(ctx)
         if tuple(entry.tensor.shape) != expected:
             raise ValueError(
@@ -111,7 +117,7 @@ def chunk_name(key: str, offsets: Sequence[int], sizes: Sequence[int], shape: Se
 
 
 def build_shards(
-    entries: Iterable[TensorEntry | tuple[str, ParamSpec | FlatShard, torch.Tensor]],
+    entries: Iterable[Entry],
     rank_tensors: Mapping[str, torch.Tensor],
     ctx: ParallelContext,
 ) -> dict[str, Shard]:

@@ -112,7 +112,7 @@ def read_dataset(prefix: str, trained: TrainedModel, part: str | None = None) ->
 
 def run_split(trained: TrainedModel) -> tuple[list[float], str]:
     """The run's shares of train, valid and test, and how it drew them."""
-    data = trained.meta.get("data", {})
+    data = trained.data
     order = data.get("split_order") or trained.meta["config"]["data"].get("split_order", "sequential")
     return list(data.get("split") or parse_split(trained.config.data.split)), order
 
@@ -123,8 +123,8 @@ def trained_on(digest: str, trained: TrainedModel) -> bool:
     Raises:
         UserError: the checkpoint is of a version that kept only the digest of several datasets together.
     """
-    data = trained.meta.get("data")
-    if data is None:
+    data = trained.data
+    if not data:
         return False
     if "sources" in data:
         return digest in {source["digest"] for source in data["sources"]}

@@ -45,10 +45,15 @@ class TrainedModel:
     path: Path
 
     @property
+    def data(self) -> dict[str, Any]:
+        """What the run's data kept in the checkpoint; empty for weights that no run wrote."""
+        return dict(self.meta.get("state", {}).get("data", {}))
+
+    @property
     def choices(self) -> dict[str, Any]:
         """What was chosen when the run's data were prepared (:meth:`megaforge.data.sidecar.Sidecar.choices`): of its
         first dataset that says so, for those of a run agree. Empty where none does."""
-        sources = self.meta.get("data", {}).get("sources", [])
+        sources = self.data.get("sources", [])
         return next((dict(source["choices"]) for source in sources if source.get("choices")), {})
 
     def load_tokenizer(self, tokenizer_model: str | None = None) -> Tokenizer:

@@ -12,6 +12,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megaforge.checkpoint.shards import Entry
 from megaforge.monitor.sinks import MetricSink
 
 if TYPE_CHECKING:
@@ -62,6 +63,11 @@ class Callback:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Takes back what :meth:`state` gave."""
+
+    def tensors(self) -> Iterable[Entry]:
+        """What a checkpoint must hold in tensors, as (key, declaration, this rank's part): see
+        :class:`megaforge.checkpoint.shards.TensorEntry`. They are filled in place, after :meth:`load_state`."""
+        return ()
 
 
 def in_order(callbacks: Iterable[Callback]) -> list[Callback]:

@@ -13,17 +13,17 @@ import torch
 
 import megaforge
 from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta, save_checkpoint
-from megaforge.checkpoint.compatible import RUN_STATE, check_compatible, describe_run
+from megaforge.checkpoint.compatible import check_compatible, describe_run
 from megaforge.checkpoint.directory import list_steps
 from megaforge.checkpoint.find import find_checkpoint, holds_no_checkpoint
-from megaforge.checkpoint.shards import TensorEntry
+from megaforge.checkpoint.shards import Entry
+from megaforge.checkpoint.stateful import Stateful, tensors_of
 from megaforge.config.launcher import print_rank_0
 from megaforge.config.run_config import CheckpointConfig, TrainingConfig
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.device import get_random_state, set_random_state
 from megaforge.errors import UserError
-from megaforge.optim.adamw import Entry
-from megaforge.training.callbacks import LARGER_IS_BETTER
+from megaforge.training.callbacks import LARGER_IS_BETTER, Callback
 from megaforge.training.continuing import changed_settings, settle_schedule
 
 if TYPE_CHECKING:
@@ -52,11 +52,12 @@ def save_run(trainer: Trainer) -> Path:
     config = trainer.config
     if config.checkpoint.save is None:
         raise UserError("--save is not set, so there is nowhere to write a checkpoint")
+    parts = stateful_parts(trainer)
     path = save_checkpoint(
         config.checkpoint.save,
         trainer.iteration,
-        _entries(trainer.optimizer.entries()),
-        run_meta(trainer),
+        [*trainer.optimizer.weight_entries(), *tensors_of(parts)],
+        _run_meta(trainer, parts),
         trainer.ctx,
         get_random_state(trainer.ctx.device),
         keep_last=config.checkpoint.keep_last,
@@ -68,27 +69,55 @@ def save_run(trainer: Trainer) -> Path:
     return path
 
 
-def _entries(tensors: Iterable[Entry]) -> list[TensorEntry]:
-    return [TensorEntry(*entry) for entry in tensors]
+def stateful_parts(trainer: Trainer) -> dict[str, Stateful]:
+    """What a checkpoint of ``trainer`` keeps besides the weights, by name; a callback's is ``callbacks.STATE_NAME``.
+
+    Raises:
+        ValueError: two parts have one name.
+    """
+
+    def data_state() -> dict[str, Any]:
+        consumed = trainer.consumed_samples
+        counts = {"consumed_samples": consumed, "consumed_tokens": trainer.data.tokens_before(consumed)}
+        return trainer.data.state(consumed) | counts
+
+    def load_data_state(saved: dict[str, Any]) -> None:
+        trainer.data.check_state(saved)
+        trainer.consumed_samples = int(saved["consumed_samples"])
+
+    optimizer, scaler = trainer.optimizer, trainer.scaler
+    parts = [
+        ("data", Stateful(data_state, load_data_state)),
+        ("optimizer", Stateful(optimizer.state, optimizer.load_state, optimizer.moment_entries)),
+        ("scaler", Stateful(scaler.state, scaler.load_state)),
+        *trainer.stateful.items(),
+        *(_of_callback(callback) for callback in trainer.callbacks if callback.state_name is not None),
+    ]
+    for name, count in Counter(name for name, _ in parts).items():
+        if count > 1:
+            raise ValueError(f"{count} parts of the run want to be kept in checkpoints as {name!r}")
+    return dict(parts)
 
 
-def run_meta(trainer: Trainer) -> dict[str, Any]:
+def _of_callback(callback: Callback) -> tuple[str, Stateful]:
+    name = f"callbacks.{callback.state_name}"
+
+    def tensors() -> Iterable[Entry]:
+        return [(f"{name}.{key}", declared, tensor) for key, declared, tensor in callback.tensors()]
+
+    return name, Stateful(callback.state, callback.load_state, tensors)
+
+
+def _run_meta(trainer: Trainer, parts: dict[str, Stateful]) -> dict[str, Any]:
     """The JSON part of a checkpoint."""
     return describe_run(trainer.config, trainer.tokenizer) | {
         "megaforge_version": megaforge.__version__,
         "iteration": trainer.iteration,
-        "data": trainer.data.state(trainer.consumed_samples)
-        | {
-            "consumed_samples": trainer.consumed_samples,
-            "consumed_tokens": trainer.data.tokens_before(trainer.consumed_samples),
-        },
-        "optimizer": trainer.optimizer.state(),
-        "scaler": trainer.scaler.state(),
         "schedule": trainer.schedule.digest,
         "global_batch_size": trainer.batches.size,
         "started_over": trainer.started_over,
         "earlier": dict(trainer.earlier),
-        "callbacks": {c.state_name: c.state() for c in trainer.callbacks if c.state_name is not None},
+        "state": {name: part.state() for name, part in parts.items()},
     }
 
 
@@ -122,21 +151,20 @@ def load_run(trainer: Trainer) -> Path | None:
     meta = read_meta(path)
     check_compatible(meta, config, trainer.tokenizer, source=str(path))
     if config.checkpoint.finetune:
-        load_checkpoint(path, _entries(optimizer.weight_entries()), ctx, verify=False, allow_extra=("",), cast=True)
+        load_checkpoint(path, optimizer.weight_entries(), ctx, verify=False, allow_extra=("",), cast=True)
         optimizer.after_load()
         return path
     _check_is_run(meta, path)
     fresh = _start_over(trainer, meta, own)
-    if "data" not in fresh:
-        trainer.data.check_state(meta["data"])
     trainer.config, trainer.schedule, notes = settle_schedule(config, meta, int(meta["iteration"]), str(path))
     notes += changed_settings(trainer.config, trainer.batches.size, meta)
-    _load_tensors(trainer, path, fresh)
-    if "optimizer" not in fresh:
-        optimizer.load_state(meta["optimizer"])
-        trainer.scaler.load_state(meta["scaler"])
+    trainer.iteration = int(meta["iteration"])
+    trainer.earlier = Counter(meta["earlier"])
+    if "data" in fresh:
+        data = meta["state"]["data"]
+        trainer.earlier += Counter(samples=data["consumed_samples"], tokens=data["consumed_tokens"])
+    notes += _load_parts(trainer, meta["state"], path, fresh)
     optimizer.after_load()
-    _restore_progress(trainer, meta, fresh)
     for note in notes:
         print_rank_0(note)
     # What lies in --save beyond this iteration is of a past that this run went back behind.
@@ -144,16 +172,27 @@ def load_run(trainer: Trainer) -> Path | None:
     return path
 
 
-def _load_tensors(trainer: Trainer, path: Path, fresh: list[str]) -> None:
-    """Fills weights, moments and this rank's random states, but for what starts ``fresh``."""
-    optimizer, device = trainer.optimizer, trainer.ctx.device
-    moments = "optimizer" not in fresh
-    entries = _entries(optimizer.entries() if moments else optimizer.weight_entries())
+def _load_parts(trainer: Trainer, saved: dict[str, Any], path: Path, fresh: list[str]) -> list[str]:
+    """Fills the weights, the parts of the run that the checkpoint knows, and this rank's random states, but for what
+    starts ``fresh``; returns what to tell of parts that only the checkpoint knows."""
+    parts = stateful_parts(trainer)
+    without = [name for name in ("optimizer", "scaler") if "optimizer" in fresh] + ["data"] * ("data" in fresh)
+    known = {name: part for name, part in parts.items() if name in saved and name not in without}
+    for name, part in known.items():
+        part.load_state(saved[name])
+    device = trainer.ctx.device
     random_state = {name: state.clone() for name, state in get_random_state(device).items()}
-    own = None if "random states" in fresh else random_state
-    unread = () if moments else ("optimizer.",)
-    load_checkpoint(path, entries, trainer.ctx, own, verify=False, allow_extra=unread)
+    load_checkpoint(
+        path,
+        [*trainer.optimizer.weight_entries(), *tensors_of(known)],
+        trainer.ctx,
+        None if "random states" in fresh else random_state,
+        verify=False,
+        allow_extra=tuple(f"{name}." for name in saved if name not in known),
+    )
     set_random_state(device, random_state)
+    lost = ", ".join(name for name in saved if name not in parts)
+    return [f"--load {path}: what it keeps as {lost} is not part of this run, which goes on without it"] if lost else []
 
 
 def loads_own_checkpoints(config: CheckpointConfig) -> bool:
@@ -165,25 +204,12 @@ def loads_own_checkpoints(config: CheckpointConfig) -> bool:
 
 
 def _check_is_run(meta: dict[str, Any], path: Path) -> None:
-    missing = [key for key in ("iteration", *RUN_STATE) if key not in meta]
+    missing = [key for key in ("iteration", "schedule", "state") if key not in meta]
     if missing:
         raise UserError(
             f"--load {path}: it holds weights but no training run to continue (no {', '.join(missing)}); "
             "add --finetune to start a new run from its weights"
         )
-
-
-def _restore_progress(trainer: Trainer, meta: dict[str, Any], fresh: list[str]) -> None:
-    trainer.iteration = int(meta["iteration"])
-    trainer.earlier = Counter(meta.get("earlier", {}))
-    consumed = int(meta["data"]["consumed_samples"])
-    if "data" in fresh:
-        trainer.earlier += Counter(samples=consumed, tokens=int(meta["data"]["consumed_tokens"]))
-    else:
-        trainer.consumed_samples = consumed
-    for callback in trainer.callbacks:
-        if callback.state_name in meta["callbacks"]:
-            callback.load_state(meta["callbacks"][callback.state_name])
 
 
 def _start_over(trainer: Trainer, meta: dict[str, Any], own: bool) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megaforge.checkpoint.stateful import Stateful
 from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.config.config import Config
 from megaforge.data.data_source import DataSource, SampleView
@@ -42,6 +43,7 @@ class Trainer:
         consumed_samples: samples trained on, from the run's beginning.
         earlier: ``samples`` and ``tokens`` trained on before ``--reset-data``; consumed_samples counts from there.
         started_over: what this run, going on from a checkpoint, did not take from it (``--no-load-optim`` ...).
+        stateful: what checkpoints keep besides the run's own parts and callbacks, by name.
         saved_iteration: iteration of the newest checkpoint of this run, loaded or written; 0 if there is none.
         validation: what :meth:`evaluate` reads, or None without ``--eval-iters``.
         last_evaluation: the newest result of :meth:`evaluate`.
@@ -84,6 +86,7 @@ class Trainer:
         self.validation = data.validation("valid") if config.training.eval_iters else None
         self.iteration = 0
         self.consumed_samples = 0
+        self.stateful: dict[str, Stateful] = {}
         self.saved_iteration = 0
         self.earlier: Counter[str] = Counter()
         self.started_over: list[str] = []

@@ -43,7 +43,9 @@ MODEL = ModelConfig(
     vocab_size=61,
     hybrid_layer_pattern="RE|*-*E",
 )
-RUN = {"iteration": 7, "data": {"consumed_samples": 56}, "optimizer": {"step": 7}, "scaler": {}}
+PARTS = {"data": {"consumed_samples": 56}, "optimizer": {"step": 7}, "scaler": {}, "callbacks.average": {"decay": 0.9}}
+RUN = {"iteration": 7, "state": PARTS}
+KEPT = "callbacks.average.loss"  # a tensor of a callback
 
 
 def everything() -> dict[str, Tensor]:
@@ -53,7 +55,7 @@ def everything() -> dict[str, Tensor]:
     for spec, _ in named_specs(HybridModel(make_layer_context(MODEL, ParallelContext.single("meta")))):
         for key in (spec.name, f"optimizer.exp_avg.{spec.name}", f"optimizer.exp_avg_sq.{spec.name}"):
             found[key] = torch.randn(spec.shape, generator=generator)
-    return found
+    return found | {KEPT: torch.randn((2, 3), generator=generator)}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for spec, _ in named_specs(HybridModel(make_layer_context(MODEL, ParallelContext.single("meta"))))
     }
     entries = [
-        TensorEntry(key, specs[key.split(".", 2)[2] if "optimizer" in key else key], tensors[key]) for key in tensors
+        TensorEntry(key, specs.get(key.split(".", 2)[2] if "optimizer" in key else key), tensors[key])
+        for key in tensors
     ]
     meta = describe_run(Config(model=MODEL), None) | RUN
     save_checkpoint(directory, 7, entries, meta, ParallelContext.single(), {"cpu": torch.zeros(3, dtype=torch.uint8)})
@@ -105,10 +108,12 @@ def test_a_round_trip_through_file_and_layouts_keeps_every_bit(
 
 def test_a_file_of_weights_alone(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_tool(monkeypatch, "--load", saved, "--save", tmp_path / "w.safetensors")
-    assert load_file(tmp_path / "w.safetensors").keys() == {k for k in everything() if not k.startswith("optimizer")}
+    assert load_file(tmp_path / "w.safetensors").keys() == {
+        key for key in everything() if not key.startswith(("optimizer", "callbacks"))
+    }
     run_tool(monkeypatch, "--load", tmp_path / "w.safetensors", "--save", tmp_path / "w")
     meta = DirectorySource(tmp_path / "w").meta
-    assert meta["iteration"] == 7 and "optimizer" not in meta and "config" in meta
+    assert meta["iteration"] == 7 and "state" not in meta and "config" in meta
 
 
 def test_pieces_are_read_one_at_a_time(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

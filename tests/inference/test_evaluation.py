@@ -123,7 +123,7 @@ def test_a_checkpoint_of_before_split_orders_is_evaluated_on_its_ranges(tmp_path
     trained = load_trained_model(save, device="cpu")
     expected = evaluated(trained, prefix)
     for name in ("split_order", "sources"):
-        del trained.meta["data"][name]
+        del trained.meta["state"]["data"][name]
     del trained.meta["config"]["data"]["split_order"]
     assert evaluated(trained, prefix) == expected
 

@@ -1,0 +1,108 @@
+"""What parts of a run keep in checkpoints: numbers, tensors that all ranks hold alike, tensors cut like weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megaforge.checkpoint.checkpoint import read_meta
+from megaforge.checkpoint.directory import list_steps
+from megaforge.checkpoint.shards import Entry
+from megaforge.checkpoint.stateful import Stateful
+from megaforge.parallel.flat_shard import optimizer_shard
+from megaforge.parallel.param_spec import named_specs
+from megaforge.training.callbacks import Callback, Place
+from megaforge.training.checkpointing import load_run, stateful_parts
+from megaforge.training.metrics import StepMetrics
+from megaforge.training.trainer import Trainer
+from tests.training.tiny import arguments, make_trainer, write_dataset
+
+
+class WeightMeans(Callback):
+    """Running means of the loss and of every weight that this rank holds."""
+
+    place = Place.RECORD
+    state_name = "means"
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.steps = 0
+        self.loss = torch.zeros(1, dtype=torch.float64)
+        self.declared = {spec.name: optimizer_shard(parameter) for spec, parameter in named_specs(trainer.model)}
+        self.means = {name: torch.zeros_like(tensor) for name, _, tensor in trainer.optimizer.weight_entries()}
+        trainer.add(self)
+
+    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        self.steps += 1
+        self.loss.lerp_(torch.tensor([metrics.loss], dtype=torch.float64), 1 / self.steps)
+        for name, _, tensor in trainer.optimizer.weight_entries():
+            self.means[name].lerp_(tensor, 1 / self.steps)
+
+    def state(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        assert not self.loss.any(), "numbers come before tensors"
+        self.steps = state["steps"]
+
+    def tensors(self) -> list[Entry]:
+        weights = [(f"weights.{name}", self.declared[name], mean) for name, mean in self.means.items()]
+        return [("loss", None, self.loss), *weights]
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_dataset(tmp_path_factory.mktemp("data") / "d")
+
+
+def run(line: list[str]) -> WeightMeans:
+    """Trains as ``line`` says, with means that go on from its ``--load``."""
+    trainer = make_trainer(line)
+    means = WeightMeans(trainer)
+    if trainer.config.checkpoint.load is not None:
+        load_run(trainer)
+    trainer.train()
+    return means
+
+
+def test_a_callback_goes_on_with_its_tensors(prefix: str, tmp_path: Path) -> None:
+    save = str(tmp_path / "run")
+    whole = run(arguments(prefix))
+    run(arguments(prefix, "--save", save, "--train-iters", "3"))
+    resumed = run(arguments(prefix, "--load", save))
+    assert (resumed.steps, len(resumed.means)) == (6, len(whole.means)) and whole.loss.item() > 0
+    assert torch.equal(resumed.loss, whole.loss)
+    assert all(torch.equal(mean, whole.means[name]) for name, mean in resumed.means.items())
+
+
+def test_a_part_that_only_the_checkpoint_knows_is_said(
+    prefix: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save = str(tmp_path / "run")
+    run(arguments(prefix, "--save", save, "--train-iters", "1"))
+    trainer = make_trainer(arguments(prefix, "--load", save))
+    said = "what it keeps as callbacks.means is not part of this run"
+    assert trainer.iteration == 1 and capfd.readouterr().err.count(said) == 1
+    late = WeightMeans(trainer)
+    late.state_name = "other"  # one that the checkpoint does not know starts afresh
+    load_run(trainer)
+    assert late.steps == 0
+
+
+def test_names_are_taken_once_and_lead_the_keys(prefix: str, tmp_path: Path) -> None:
+    trainer = make_trainer(arguments(prefix, "--save", str(tmp_path / "run")))
+    part = Stateful(lambda: {"count": 3}, lambda state: None, lambda: [("elsewhere.x", None, torch.ones(1))])
+    trainer.stateful["counts"] = part
+    with pytest.raises(ValueError, match=r"'elsewhere.x' of 'counts' must be named counts.SOMETHING"):
+        trainer.save()
+    trainer.stateful["counts"] = dataclasses.replace(part, tensors=tuple)
+    trainer.save()
+    [(_, path)] = list_steps(tmp_path / "run")
+    assert read_meta(path)["state"]["counts"] == {"count": 3}
+    trainer.stateful["optimizer"] = part
+    with pytest.raises(ValueError, match="2 parts of the run want to be kept in checkpoints as 'optimizer'"):
+        stateful_parts(trainer)
