@@ -23,22 +23,22 @@ template <int kThreads>
 class Block {
  public:
 #ifdef __CUDACC__
-    // Runs body(thread) on every thread; all of it is visible to all threads afterwards.
-    template <class Body>
-    MF_DEVICE void phase(Body body) const {
-        body(static_cast<int>(threadIdx.x));
-        __syncthreads();
-    }
+  // Runs body(thread) on every thread; all of it is visible to all threads afterwards.
+  template <class Body>
+  MF_DEVICE void phase(Body body) const {
+    body(static_cast<int>(threadIdx.x));
+    __syncthreads();
+  }
 #else
-    explicit Block(bool reversed) : reversed_(reversed) {}
+  explicit Block(bool reversed) : reversed_(reversed) {}
 
-    template <class Body>
-    void phase(Body body) const {
-        for (int i = 0; i < kThreads; ++i) body(reversed_ ? kThreads - 1 - i : i);
-    }
+  template <class Body>
+  void phase(Body body) const {
+    for (int i = 0; i < kThreads; ++i) body(reversed_ ? kThreads - 1 - i : i);
+  }
 
  private:
-    bool reversed_;
+  bool reversed_;
 #endif
 };
 
@@ -47,15 +47,15 @@ template <class T, int kThreads>
 class PerThread {
  public:
 #ifdef __CUDACC__
-    MF_DEVICE T& operator()(int) { return value_; }
+  MF_DEVICE T& operator()(int) { return value_; }
 
  private:
-    T value_;
+  T value_;
 #else
-    T& operator()(int thread) { return values_[static_cast<std::size_t>(thread)]; }
+  T& operator()(int thread) { return values_[static_cast<std::size_t>(thread)]; }
 
  private:
-    std::vector<T> values_ = std::vector<T>(kThreads);
+  std::vector<T> values_ = std::vector<T>(kThreads);
 #endif
 };
 
@@ -63,84 +63,84 @@ class PerThread {
 // a barrier, not before: on the host they are held back until wait().
 class AsyncCopies {
  public:
-    // Copies from `from` where `valid`, else zeros; `from` must be a valid address all the same.
-    MF_DEVICE void copy16(void* to, const void* from, bool valid) {
+  // Copies from `from` where `valid`, else zeros; `from` must be a valid address all the same.
+  MF_DEVICE void copy16(void* to, const void* from, bool valid) {
 #ifdef __CUDACC__
-        const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(valid ? 16 : 0)
-                     : "memory");
+    const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(valid ? 16 : 0)
+                 : "memory");
 #else
-        pending_.push_back({to, from, valid});
+    pending_.push_back({to, from, valid});
 #endif
-    }
+  }
 
-    MF_DEVICE void wait() {
+  MF_DEVICE void wait() {
 #ifdef __CUDACC__
-        asm volatile("cp.async.wait_all;" ::: "memory");
+    asm volatile("cp.async.wait_all;" ::: "memory");
 #else
-        for (const Copy& copy : pending_) {
-            if (copy.valid) std::memcpy(copy.to, copy.from, 16);
-            else std::memset(copy.to, 0, 16);
-        }
-        pending_.clear();
-#endif
+    for (const Copy& copy : pending_) {
+      if (copy.valid) std::memcpy(copy.to, copy.from, 16);
+      else std::memset(copy.to, 0, 16);
     }
+    pending_.clear();
+#endif
+  }
 
 #ifndef __CUDACC__
  private:
-    struct Copy {
-        void* to;
-        const void* from;
-        bool valid;
-    };
-    std::vector<Copy> pending_;
+  struct Copy {
+    void* to;
+    const void* from;
+    bool valid;
+  };
+  std::vector<Copy> pending_;
 #endif
 };
 
 // bfloat16, whichever compiler reads it.
 struct Bf16 {
-    std::uint16_t bits;
+  std::uint16_t bits;
 };
 
 MF_DEVICE float to_float(float x) { return x; }
 
 MF_DEVICE float to_float(Bf16 x) {
 #ifdef __CUDACC__
-    return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
+  return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
 #else
-    const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
+  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
 #endif
 }
 
 MF_DEVICE Bf16 to_bf16(float x) {
 #ifdef __CUDACC__
-    return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
 #else
-    std::uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fff};
-    return {static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fff};
+  return {static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 #endif
 }
 
 // Stores two neighbours; `to` is aligned to both.
 MF_DEVICE void store_pair(float* to, float first, float second) {
 #ifdef __CUDACC__
-    *reinterpret_cast<float2*>(to) = make_float2(first, second);
+  *reinterpret_cast<float2*>(to) = make_float2(first, second);
 #else
-    to[0] = first, to[1] = second;
+  to[0] = first, to[1] = second;
 #endif
 }
 
 MF_DEVICE void store_pair(Bf16* to, float first, float second) {
 #ifdef __CUDACC__
-    const unsigned low = to_bf16(first).bits, high = to_bf16(second).bits;
-    *reinterpret_cast<unsigned*>(to) = low | (high << 16);
+  const unsigned low = to_bf16(first).bits, high = to_bf16(second).bits;
+  *reinterpret_cast<unsigned*>(to) = low | (high << 16);
 #else
-    to[0] = to_bf16(first), to[1] = to_bf16(second);
+  to[0] = to_bf16(first), to[1] = to_bf16(second);
 #endif
 }
 

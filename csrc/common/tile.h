@@ -23,50 +23,50 @@ MF_DEVICE int right_column(int lane) { return lane / 4; }
 // `x` with ten bits of mantissa, to nearest, halves away from zero.
 MF_DEVICE float to_tf32(float x) {
 #ifdef __CUDACC__
-    unsigned bits;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-    return __uint_as_float(bits);
+  unsigned bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return __uint_as_float(bits);
 #else
-    std::uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    if ((bits & 0x7f800000u) != 0x7f800000u) bits = (bits + 0x1000u) & ~0x1fffu;
-    std::memcpy(&x, &bits, 4);
-    return x;
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7f800000u) != 0x7f800000u) bits = (bits + 0x1000u) & ~0x1fffu;
+  std::memcpy(&x, &bits, 4);
+  return x;
 #endif
 }
 
 // An operand: the TF32 number nearest to it, and the one nearest to what that leaves.
 struct Split {
-    float high, low;
+  float high, low;
 };
 
 template <Precision kPrecision>
 MF_DEVICE Split split(float x) {
-    const float high = to_tf32(x);
-    if constexpr (kPrecision == Precision::kTf32) return {high, 0.0f};
-    return {high, to_tf32(x - high)};
+  const float high = to_tf32(x);
+  if constexpr (kPrecision == Precision::kTf32) return {high, 0.0f};
+  return {high, to_tf32(x - high)};
 }
 
 // A lane's share of kTiles tiles, one above the other.
 template <int kTiles>
 struct Tiles {
-    float at[kTiles][4];
+  float at[kTiles][4];
 
-    MF_DEVICE void clear() {
-        MF_UNROLL
-        for (int m = 0; m < kTiles; ++m) {
-            MF_UNROLL
-            for (int i = 0; i < 4; ++i) at[m][i] = 0.0f;
-        }
+  MF_DEVICE void clear() {
+    MF_UNROLL
+    for (int m = 0; m < kTiles; ++m) {
+      MF_UNROLL
+      for (int i = 0; i < 4; ++i) at[m][i] = 0.0f;
     }
+  }
 };
 
 #ifdef __CUDACC__
 MF_DEVICE void mma_tf32(float (&sums)[4], const float (&a)[4], const float (&b)[2]) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
-          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+        "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
 }
 #endif
 
@@ -74,44 +74,44 @@ MF_DEVICE void mma_tf32(float (&sums)[4], const float (&a)[4], const float (&b)[
 // shared memory that no thread writes during the phase. All lanes of the warp take part.
 template <Precision kPrecision, int kDepth, int kTiles, class Left, class Right>
 MF_DEVICE void multiply(Tiles<kTiles>& sums, int lane, Left left, Right right) {
-    static_assert(kDepth % 8 == 0);
+  static_assert(kDepth % 8 == 0);
 #ifdef __CUDACC__
+  MF_UNROLL
+  for (int k = 0; k < kDepth; k += 8) {
+    float b_high[2], b_low[2];
     MF_UNROLL
-    for (int k = 0; k < kDepth; k += 8) {
-        float b_high[2], b_low[2];
-        MF_UNROLL
-        for (int i = 0; i < 2; ++i) {
-            const Split b = split<kPrecision>(right(k + right_row(lane, i), right_column(lane)));
-            b_high[i] = b.high, b_low[i] = b.low;
-        }
-        MF_UNROLL
-        for (int m = 0; m < kTiles; ++m) {
-            float a_high[4], a_low[4];
-            MF_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                const Split a = split<kPrecision>(left(16 * m + left_row(lane, i), k + left_column(lane, i)));
-                a_high[i] = a.high, a_low[i] = a.low;
-            }
-            if constexpr (kPrecision == Precision::kThreeTf32) {
-                mma_tf32(sums.at[m], a_low, b_high);
-                mma_tf32(sums.at[m], a_high, b_low);
-            }
-            mma_tf32(sums.at[m], a_high, b_high);
-        }
+    for (int i = 0; i < 2; ++i) {
+      const Split b = split<kPrecision>(right(k + right_row(lane, i), right_column(lane)));
+      b_high[i] = b.high, b_low[i] = b.low;
     }
-#else
+    MF_UNROLL
     for (int m = 0; m < kTiles; ++m) {
-        for (int i = 0; i < 4; ++i) {
-            float sum = sums.at[m][i];
-            for (int k = 0; k < kDepth; ++k) {
-                const Split a = split<kPrecision>(left(16 * m + tile_row(lane, i), k));
-                const Split b = split<kPrecision>(right(k, tile_column(lane, i)));
-                if constexpr (kPrecision == Precision::kThreeTf32) sum += a.low * b.high + a.high * b.low;
-                sum += a.high * b.high;
-            }
-            sums.at[m][i] = sum;
-        }
+      float a_high[4], a_low[4];
+      MF_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const Split a = split<kPrecision>(left(16 * m + left_row(lane, i), k + left_column(lane, i)));
+        a_high[i] = a.high, a_low[i] = a.low;
+      }
+      if constexpr (kPrecision == Precision::kThreeTf32) {
+        mma_tf32(sums.at[m], a_low, b_high);
+        mma_tf32(sums.at[m], a_high, b_low);
+      }
+      mma_tf32(sums.at[m], a_high, b_high);
     }
+  }
+#else
+  for (int m = 0; m < kTiles; ++m) {
+    for (int i = 0; i < 4; ++i) {
+      float sum = sums.at[m][i];
+      for (int k = 0; k < kDepth; ++k) {
+        const Split a = split<kPrecision>(left(16 * m + tile_row(lane, i), k));
+        const Split b = split<kPrecision>(right(k, tile_column(lane, i)));
+        if constexpr (kPrecision == Precision::kThreeTf32) sum += a.low * b.high + a.high * b.low;
+        sum += a.high * b.high;
+      }
+      sums.at[m][i] = sum;
+    }
+  }
 #endif
 }
 

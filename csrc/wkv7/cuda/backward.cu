@@ -9,26 +9,26 @@ namespace {
 
 template <class Scalar, int kN>
 __global__ void __launch_bounds__(Plan<kN>::kThreads, 2) backward_kernel(const BackwardArguments<Scalar> args) {
-    extern __shared__ __align__(16) unsigned char memory[];
-    backward_block(Block<Plan<kN>::kThreads>{}, *reinterpret_cast<BackwardShared<Scalar, kN>*>(memory), args,
-                   static_cast<int>(blockIdx.x));
+  extern __shared__ __align__(16) unsigned char memory[];
+  backward_block(Block<Plan<kN>::kThreads>{}, *reinterpret_cast<BackwardShared<Scalar, kN>*>(memory), args,
+                 static_cast<int>(blockIdx.x));
 }
 
 }  // namespace
 
 const char* backward(const Problem& problem, const Tensor& dy, const float* states, const float* dfinal_state,
                      const BackwardOutputs& to, void* stream) {
-    const cudaError_t error = dispatch(problem, [&](auto scalar, auto channels) {
-        using Scalar = decltype(scalar);
-        constexpr int kN = decltype(channels)::value;
-        const auto out = [](void* data) { return static_cast<Scalar*>(data); };
-        const BackwardArguments<Scalar> args{inputs<Scalar>(problem), view<Scalar>(dy), states, dfinal_state,
-                                             out(to.dr), out(to.dk), out(to.dv), out(to.da), out(to.db),
-                                             to.dlog_w, to.dinitial_state};
-        return start<Plan<kN>::kThreads, sizeof(BackwardShared<Scalar, kN>)>(backward_kernel<Scalar, kN>, args, problem,
-                                                                             stream);
-    });
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  const cudaError_t error = dispatch(problem, [&](auto scalar, auto channels) {
+      using Scalar = decltype(scalar);
+      constexpr int kN = decltype(channels)::value;
+      const auto out = [](void* data) { return static_cast<Scalar*>(data); };
+      const BackwardArguments<Scalar> args{inputs<Scalar>(problem), view<Scalar>(dy), states, dfinal_state,
+                                           out(to.dr), out(to.dk), out(to.dv), out(to.da), out(to.db),
+                                           to.dlog_w, to.dinitial_state};
+      return start<Plan<kN>::kThreads, sizeof(BackwardShared<Scalar, kN>)>(backward_kernel<Scalar, kN>, args, problem,
+                                                                           stream);
+  });
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace megaforge::wkv7

@@ -15,67 +15,67 @@ namespace megaforge::wkv7 {
 
 template <class Scalar>
 struct BackwardArguments {
-    Inputs<Scalar> in;
-    View<Scalar> dy;
-    const float* states;        // [chunks, b, H, N, N], as the forward pass saved them
-    const float* dfinal_state;  // [b, H, N, N], or null for zero
-    Scalar *dr, *dk, *dv, *da, *db;  // [s, b, H, N]
-    float* dlog_w;
-    float* dinitial_state;  // [b, H, N, N], or null when it is not wanted
+  Inputs<Scalar> in;
+  View<Scalar> dy;
+  const float* states;        // [chunks, b, H, N, N], as the forward pass saved them
+  const float* dfinal_state;  // [b, H, N, N], or null for zero
+  Scalar *dr, *dk, *dv, *da, *db;  // [s, b, H, N]
+  float* dlog_w;
+  float* dinitial_state;  // [b, H, N, N], or null when it is not wanted
 };
 
 template <class Scalar, int kN>
 struct BackwardShared {
-    Stage<Scalar, kN> stage;
-    alignas(16) Scalar stage_dy[kChunk * kN];
-    float left[2 * kChunk * Plan<kN>::kPitch];
-    float right[2 * kChunk * Plan<kN>::kPitch];
-    float uv[2 * kChunk * Plan<kN>::kPitch];
-    float z[2 * kChunk * Plan<kN>::kPitch];
-    float through[kChunk * Plan<kN>::kPitch];
-    float pairs[2 * kChunk * kPairsPitch];
-    float dpairs[2 * kChunk * kPairsPitch];
-    float state[kN * Plan<kN>::kPitch];
-    float dstate[kN * Plan<kN>::kPitch];  // D
-    float survived[Plan<kN>::kParts * kN];  // sums of S D over a part of the value channels
-    float total[kN];
-    Documents documents;
+  Stage<Scalar, kN> stage;
+  alignas(16) Scalar stage_dy[kChunk * kN];
+  float left[2 * kChunk * Plan<kN>::kPitch];
+  float right[2 * kChunk * Plan<kN>::kPitch];
+  float uv[2 * kChunk * Plan<kN>::kPitch];
+  float z[2 * kChunk * Plan<kN>::kPitch];
+  float through[kChunk * Plan<kN>::kPitch];
+  float pairs[2 * kChunk * kPairsPitch];
+  float dpairs[2 * kChunk * kPairsPitch];
+  float state[kN * Plan<kN>::kPitch];
+  float dstate[kN * Plan<kN>::kPitch];  // D
+  float survived[Plan<kN>::kParts * kN];  // sums of S D over a part of the value channels
+  float total[kN];
+  Documents documents;
 
-    // Once z and u|v are used, their rows hold what the decays' gradient is summed from, [16, N] each.
-    MF_DEVICE float* gained() { return z; }                                  // left dleft - right dright
-    MF_DEVICE float* written() { return z + kChunk * Plan<kN>::kPitch; }     // the part of right dright through S'
-    MF_DEVICE float* read_before() { return uv; }                            // left_a dleft_a
+  // Once z and u|v are used, their rows hold what the decays' gradient is summed from, [16, N] each.
+  MF_DEVICE float* gained() { return z; }                                  // left dleft - right dright
+  MF_DEVICE float* written() { return z + kChunk * Plan<kN>::kPitch; }     // the part of right dright through S'
+  MF_DEVICE float* read_before() { return uv; }                            // left_a dleft_a
 };
 
 // A state [N, N] on its way from global to shared memory, in a block's registers.
 template <int kN>
 struct StateRegisters {
-    static constexpr int kCount = kN * kN / Plan<kN>::kThreads;
-    float at[kCount];
+  static constexpr int kCount = kN * kN / Plan<kN>::kThreads;
+  float at[kCount];
 
-    MF_DEVICE void load(const float* from, int thread) {
-        MF_UNROLL
-        for (int i = 0; i < kCount; ++i) at[i] = from[thread + i * Plan<kN>::kThreads];
-    }
+  MF_DEVICE void load(const float* from, int thread) {
+    MF_UNROLL
+    for (int i = 0; i < kCount; ++i) at[i] = from[thread + i * Plan<kN>::kThreads];
+  }
 
-    MF_DEVICE void store(float* to, int thread) const {
-        MF_UNROLL
-        for (int i = 0; i < kCount; ++i) {
-            const int index = thread + i * Plan<kN>::kThreads;
-            to[index / kN * Plan<kN>::kPitch + index % kN] = at[i];
-        }
+  MF_DEVICE void store(float* to, int thread) const {
+    MF_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      const int index = thread + i * Plan<kN>::kThreads;
+      to[index / kN * Plan<kN>::kPitch + index % kN] = at[i];
     }
+  }
 };
 
 // sums rows where keep(token) is false become zero.
 template <class Keep>
 MF_DEVICE void mask_rows(Tiles<2>& sums, int lane, Keep keep) {
-    MF_UNROLL
-    for (int i = 0; i < 4; ++i) {
-        if (keep(tile_row(lane, i))) continue;
-        sums.at[0][i] = 0.0f;
-        sums.at[1][i] = 0.0f;
-    }
+  MF_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if (keep(tile_row(lane, i))) continue;
+    sums.at[0][i] = 0.0f;
+    sums.at[1][i] = 0.0f;
+  }
 }
 
 // One chunk's gradients of a|r and b|k from those of left and right: stores them and what the decays' gradient needs.
@@ -83,244 +83,244 @@ template <class Scalar, int kN>
 MF_DEVICE void store_gradients(BackwardShared<Scalar, kN>& shared, const BackwardArguments<Scalar>& args,
                                const Tiles<2>& dleft, const Tiles<2>& dright, int first, int batch, int head,
                                int thread) {
-    using P = Plan<kN>;
-    const int lane = thread % 32, first_column = thread / 32 * 8;
+  using P = Plan<kN>;
+  const int lane = thread % 32, first_column = thread / 32 * 8;
+  MF_UNROLL
+  for (int i = 0; i < 4; i += 2) {
+    const int row = tile_row(lane, i), column = first_column + tile_column(lane, i);
+    float da[2], dr[2], db[2], dk[2];
     MF_UNROLL
-    for (int i = 0; i < 4; i += 2) {
-        const int row = tile_row(lane, i), column = first_column + tile_column(lane, i);
-        float da[2], dr[2], db[2], dk[2];
-        MF_UNROLL
-        for (int j = 0; j < 2; ++j) {
-            const int upper = row * P::kPitch + column + j, lower = upper + kChunk * P::kPitch;
-            const float through = shared.through[upper];
-            const float before = row == 0 ? 0.0f : shared.through[upper - P::kPitch];
-            const float growth = expf(-through);
-            da[j] = dleft.at[0][i + j] * expf(before);
-            dr[j] = dleft.at[1][i + j] * expf(through);
-            db[j] = dright.at[0][i + j] * growth;
-            dk[j] = dright.at[1][i + j] * growth;
-            const float from_a = shared.left[upper] * dleft.at[0][i + j];
-            shared.read_before()[upper] = from_a;
-            shared.gained()[upper] = (from_a + shared.left[lower] * dleft.at[1][i + j]) -
-                                     (shared.right[upper] * dright.at[0][i + j] +
-                                      shared.right[lower] * dright.at[1][i + j]);
-        }
-        const int token = first + row;
-        if (token >= args.in.tokens) continue;
-        store_pair(output_row<kN>(args.da, args.in, token, batch, head) + column, da[0], da[1]);
-        store_pair(output_row<kN>(args.dr, args.in, token, batch, head) + column, dr[0], dr[1]);
-        store_pair(output_row<kN>(args.db, args.in, token, batch, head) + column, db[0], db[1]);
-        store_pair(output_row<kN>(args.dk, args.in, token, batch, head) + column, dk[0], dk[1]);
+    for (int j = 0; j < 2; ++j) {
+      const int upper = row * P::kPitch + column + j, lower = upper + kChunk * P::kPitch;
+      const float through = shared.through[upper];
+      const float before = row == 0 ? 0.0f : shared.through[upper - P::kPitch];
+      const float growth = expf(-through);
+      da[j] = dleft.at[0][i + j] * expf(before);
+      dr[j] = dleft.at[1][i + j] * expf(through);
+      db[j] = dright.at[0][i + j] * growth;
+      dk[j] = dright.at[1][i + j] * growth;
+      const float from_a = shared.left[upper] * dleft.at[0][i + j];
+      shared.read_before()[upper] = from_a;
+      shared.gained()[upper] = (from_a + shared.left[lower] * dleft.at[1][i + j]) -
+                               (shared.right[upper] * dright.at[0][i + j] +
+                                shared.right[lower] * dright.at[1][i + j]);
     }
+    const int token = first + row;
+    if (token >= args.in.tokens) continue;
+    store_pair(output_row<kN>(args.da, args.in, token, batch, head) + column, da[0], da[1]);
+    store_pair(output_row<kN>(args.dr, args.in, token, batch, head) + column, dr[0], dr[1]);
+    store_pair(output_row<kN>(args.db, args.in, token, batch, head) + column, db[0], db[1]);
+    store_pair(output_row<kN>(args.dk, args.in, token, batch, head) + column, dk[0], dk[1]);
+  }
 }
 
 // The gradient of log w of this thread's channel and tokens.
 template <class Scalar, int kN>
 MF_DEVICE void store_decay_gradient(BackwardShared<Scalar, kN>& shared, const BackwardArguments<Scalar>& args,
                                     int first, int batch, int head, int thread) {
-    using P = Plan<kN>;
-    const int column = thread % kN, part = thread / kN;
-    float to_end = 0.0f;
+  using P = Plan<kN>;
+  const int column = thread % kN, part = thread / kN;
+  float to_end = 0.0f;
+  MF_UNROLL
+  for (int t = 0; t < kChunk; ++t) to_end += shared.written()[t * P::kPitch + column];
+  if (shared.documents.state_survives()) {
     MF_UNROLL
-    for (int t = 0; t < kChunk; ++t) to_end += shared.written()[t * P::kPitch + column];
-    if (shared.documents.state_survives()) {
-        MF_UNROLL
-        for (int p = 0; p < P::kParts; ++p) to_end += shared.survived[p * kN + column];
-    }
-    float later = 0.0f;
-    MF_UNROLL
-    for (int t = kChunk - 1; t >= 0; --t) {
-        later += shared.gained()[t * P::kPitch + column];
-        if (t / P::kPartTokens != part || first + t >= args.in.tokens) continue;
-        output_row<kN>(args.dlog_w, args.in, first + t, batch, head)[column] =
-            later - shared.read_before()[t * P::kPitch + column] + to_end;
-    }
+    for (int p = 0; p < P::kParts; ++p) to_end += shared.survived[p * kN + column];
+  }
+  float later = 0.0f;
+  MF_UNROLL
+  for (int t = kChunk - 1; t >= 0; --t) {
+    later += shared.gained()[t * P::kPitch + column];
+    if (t / P::kPartTokens != part || first + t >= args.in.tokens) continue;
+    output_row<kN>(args.dlog_w, args.in, first + t, batch, head)[column] =
+      later - shared.read_before()[t * P::kPitch + column] + to_end;
+  }
 }
 
 // The block of head `row` % H of sequence `row` / H.
 template <class Scalar, int kN>
 MF_DEVICE void backward_block(const Block<Plan<kN>::kThreads>& block, BackwardShared<Scalar, kN>& shared,
                               const BackwardArguments<Scalar>& args, int row) {
-    using P = Plan<kN>;
-    constexpr Precision kPrecision = PrecisionOf<Scalar>::value;
-    constexpr int kHigh = kN / 16;
-    const Inputs<Scalar>& in = args.in;
-    const int batch = row / in.heads, head = row % in.heads;
-    const std::int64_t state_size = kN * kN, states_size = state_size * in.batch * in.heads;
-    const std::int64_t own_state = state_size * row;
+  using P = Plan<kN>;
+  constexpr Precision kPrecision = PrecisionOf<Scalar>::value;
+  constexpr int kHigh = kN / 16;
+  const Inputs<Scalar>& in = args.in;
+  const int batch = row / in.heads, head = row % in.heads;
+  const std::int64_t state_size = kN * kN, states_size = state_size * in.batch * in.heads;
+  const std::int64_t own_state = state_size * row;
 
-    PerThread<AsyncCopies, P::kThreads> copies;
-    PerThread<int, P::kThreads> next_start;
-    PerThread<StateRegisters<kN>, P::kThreads> next_state;
-    PerThread<Tiles<kHigh>, P::kThreads> dstate;  // this warp's eight key channels of all value channels
-    PerThread<Tiles<1>, P::kThreads> removed;
-    PerThread<Tiles<2>, P::kThreads> dwritten, dleft, dright;
+  PerThread<AsyncCopies, P::kThreads> copies;
+  PerThread<int, P::kThreads> next_start;
+  PerThread<StateRegisters<kN>, P::kThreads> next_state;
+  PerThread<Tiles<kHigh>, P::kThreads> dstate;  // this warp's eight key channels of all value channels
+  PerThread<Tiles<1>, P::kThreads> removed;
+  PerThread<Tiles<2>, P::kThreads> dwritten, dleft, dright;
 
-    const auto fetch = [&](int chunk, int thread) {
-        stage_inputs(shared.stage, in, chunk, batch, head, thread, copies(thread));
-        stage_rows<kN>(shared.stage_dy, args.dy, chunk * kChunk, in.tokens, batch, head, thread, copies(thread));
-        next_start(thread) = document_starts(in, chunk, batch, thread);
-        next_state(thread).load(args.states + chunk * states_size + own_state, thread);
-    };
-    const auto arrive = [&](int thread) {
-        if (thread < kChunk) shared.stage.starts[thread] = next_start(thread);
-        copies(thread).wait();
-    };
+  const auto fetch = [&](int chunk, int thread) {
+    stage_inputs(shared.stage, in, chunk, batch, head, thread, copies(thread));
+    stage_rows<kN>(shared.stage_dy, args.dy, chunk * kChunk, in.tokens, batch, head, thread, copies(thread));
+    next_start(thread) = document_starts(in, chunk, batch, thread);
+    next_state(thread).load(args.states + chunk * states_size + own_state, thread);
+  };
+  const auto arrive = [&](int thread) {
+    if (thread < kChunk) shared.stage.starts[thread] = next_start(thread);
+    copies(thread).wait();
+  };
+
+  block.phase([&](int thread) {
+      fetch(in.chunks() - 1, thread);
+      load_state<kN>(dstate(thread), args.dfinal_state == nullptr ? nullptr : args.dfinal_state + own_state, thread);
+      arrive(thread);
+  });
+
+  for (int chunk = in.chunks() - 1; chunk >= 0; --chunk) {
+    const int first = chunk * kChunk;
 
     block.phase([&](int thread) {
-        fetch(in.chunks() - 1, thread);
-        load_state<kN>(dstate(thread), args.dfinal_state == nullptr ? nullptr : args.dfinal_state + own_state, thread);
-        arrive(thread);
-    });
-
-    for (int chunk = in.chunks() - 1; chunk >= 0; --chunk) {
-        const int first = chunk * kChunk;
-
-        block.phase([&](int thread) {
-            const int lane = thread % 32, first_column = thread / 32 * 8;
-            number_documents(shared.documents, shared.stage, thread);
-            prepare(shared.stage, shared.left, shared.right, shared.uv, shared.total, shared.through, thread);
-            for (int i = thread; i < kChunk * kN; i += P::kThreads)
-                shared.z[(kChunk + i / kN) * P::kPitch + i % kN] = to_float(shared.stage_dy[i]);
-            next_state(thread).store(shared.state, thread);
-            float total[2];
-            MF_UNROLL
-            for (int j = 0; j < 2; ++j) {
-                float sum = 0.0f;
-                for (int t = 0; t < kChunk; ++t)
-                    sum += shared.stage.log_w[t * kN + first_column + tile_column(lane, j)];
-                total[j] = expf(sum);
-            }
-            MF_UNROLL
-            for (int m = 0; m < kHigh; ++m) {
-                MF_UNROLL
-                for (int i = 0; i < 4; i += 2) {
-                    const int value = 16 * m + tile_row(lane, i), key = first_column + tile_column(lane, i);
-                    const float(&cells)[4] = dstate(thread).at[m];
-                    store_pair(shared.dstate + value * P::kPitch + key, cells[i] * total[0], cells[i + 1] * total[1]);
-                }
-            }
-        });
-
-        block.phase([&](int thread) {
-            const int lane = thread % 32, first_column = thread / 32 * 8;
-            if (chunk > 0) fetch(chunk - 1, thread);
-            masked_pairs<kPrecision, kN>(shared.pairs, shared.left, shared.right, shared.documents, thread);
-            removed(thread).clear();
-            multiply<kPrecision, kN>(
-                removed(thread), lane, [&](int i, int k) { return shared.left[i * P::kPitch + k]; },
-                [&](int k, int j) { return shared.state[(first_column + j) * P::kPitch + k]; });
-            MF_UNROLL
-            for (int i = 0; i < 4; ++i)
-                if (!shared.documents.reads_state(tile_row(lane, i))) removed(thread).at[0][i] = 0.0f;
-            dwritten(thread).clear();
-            multiply<kPrecision, kN>(
-                dwritten(thread), lane, [&](int i, int k) { return shared.right[i * P::kPitch + k]; },
-                [&](int k, int j) { return shared.dstate[(first_column + j) * P::kPitch + k]; });
-            mask_rows(dwritten(thread), lane, [&](int t) { return shared.documents.writes_state(t); });
-        });
-
-        block.phase([&](int thread) {  // u and du before their equations are solved
-            const int lane = thread % 32, first_column = thread / 32 * 8;
-            Tiles<1> u, du;
-            u.clear();
-            multiply<kPrecision, kChunk>(
-                u, lane, [&](int i, int k) { return shared.pairs[i * kPairsPitch + kChunk + k]; },
-                [&](int k, int j) { return shared.uv[(kChunk + k) * P::kPitch + first_column + j]; });
-            du.clear();
-            multiply<kPrecision, kChunk>(
-                du, lane, [&](int i, int k) { return shared.pairs[(kChunk + k) * kPairsPitch + i]; },
-                [&](int k, int j) { return shared.z[(kChunk + k) * P::kPitch + first_column + j]; });
-            MF_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                const int at = tile_row(lane, i) * P::kPitch + first_column + tile_column(lane, i);
-                shared.uv[at] = u.at[0][i] + removed(thread).at[0][i];
-                shared.z[at] = du.at[0][i] + dwritten(thread).at[0][i];
-            }
-        });
-
-        block.phase([&](int thread) {
-            if (thread < kN) solve<P::kPitch>(shared.uv, shared.pairs, thread);
-            else if (thread < 2 * kN) solve_transposed<P::kPitch>(shared.z, shared.pairs, thread - kN);
-        });
-
-        block.phase([&](int thread) {
-            const int lane = thread % 32, first_column = thread / 32 * 8;
-            const Documents& documents = shared.documents;
-            Tiles<1> dv;
-            dv.clear();
-            multiply<kPrecision, 2 * kChunk>(
-                dv, lane, [&](int i, int k) { return shared.pairs[k * kPairsPitch + kChunk + i]; },
-                [&](int k, int j) { return shared.z[k * P::kPitch + first_column + j]; });
+        const int lane = thread % 32, first_column = thread / 32 * 8;
+        number_documents(shared.documents, shared.stage, thread);
+        prepare(shared.stage, shared.left, shared.right, shared.uv, shared.total, shared.through, thread);
+        for (int i = thread; i < kChunk * kN; i += P::kThreads)
+            shared.z[(kChunk + i / kN) * P::kPitch + i % kN] = to_float(shared.stage_dy[i]);
+        next_state(thread).store(shared.state, thread);
+        float total[2];
+        MF_UNROLL
+        for (int j = 0; j < 2; ++j) {
+            float sum = 0.0f;
+            for (int t = 0; t < kChunk; ++t)
+                sum += shared.stage.log_w[t * kN + first_column + tile_column(lane, j)];
+            total[j] = expf(sum);
+        }
+        MF_UNROLL
+        for (int m = 0; m < kHigh; ++m) {
             MF_UNROLL
             for (int i = 0; i < 4; i += 2) {
-                const int token = first + tile_row(lane, i), column = first_column + tile_column(lane, i);
-                if (token >= in.tokens) continue;
-                const float(&written)[4] = dwritten(thread).at[1];
-                store_pair(output_row<kN>(args.dv, in, token, batch, head) + column, dv.at[0][i] + written[i],
-                           dv.at[0][i + 1] + written[i + 1]);
+                const int value = 16 * m + tile_row(lane, i), key = first_column + tile_column(lane, i);
+                const float(&cells)[4] = dstate(thread).at[m];
+                store_pair(shared.dstate + value * P::kPitch + key, cells[i] * total[0], cells[i + 1] * total[1]);
             }
-            masked_pairs<kPrecision, kN>(shared.dpairs, shared.z, shared.uv, documents, thread);
+        }
+    });
 
-            dleft(thread).clear();
-            multiply<kPrecision, kN>(
-                dleft(thread), lane, [&](int i, int k) { return shared.z[i * P::kPitch + k]; },
-                [&](int k, int j) { return shared.state[k * P::kPitch + first_column + j]; });
-            mask_rows(dleft(thread), lane, [&](int t) { return documents.reads_state(t); });
-            dright(thread).clear();
-            multiply<kPrecision, kN>(
-                dright(thread), lane, [&](int i, int k) { return shared.uv[i * P::kPitch + k]; },
-                [&](int k, int j) { return shared.dstate[k * P::kPitch + first_column + j]; });
-            mask_rows(dright(thread), lane, [&](int t) { return documents.writes_state(t); });
+    block.phase([&](int thread) {
+        const int lane = thread % 32, first_column = thread / 32 * 8;
+        if (chunk > 0) fetch(chunk - 1, thread);
+        masked_pairs<kPrecision, kN>(shared.pairs, shared.left, shared.right, shared.documents, thread);
+        removed(thread).clear();
+        multiply<kPrecision, kN>(
+            removed(thread), lane, [&](int i, int k) { return shared.left[i * P::kPitch + k]; },
+            [&](int k, int j) { return shared.state[(first_column + j) * P::kPitch + k]; });
+        MF_UNROLL
+        for (int i = 0; i < 4; ++i)
+            if (!shared.documents.reads_state(tile_row(lane, i))) removed(thread).at[0][i] = 0.0f;
+        dwritten(thread).clear();
+        multiply<kPrecision, kN>(
+            dwritten(thread), lane, [&](int i, int k) { return shared.right[i * P::kPitch + k]; },
+            [&](int k, int j) { return shared.dstate[(first_column + j) * P::kPitch + k]; });
+        mask_rows(dwritten(thread), lane, [&](int t) { return shared.documents.writes_state(t); });
+    });
 
-            Tiles<kHigh> through_left;
-            through_left.clear();
-            multiply<kPrecision, 2 * kChunk>(
-                through_left, lane,
-                [&](int i, int k) { return documents.reads_state(k % kChunk) ? shared.z[k * P::kPitch + i] : 0.0f; },
-                [&](int k, int j) { return shared.left[k * P::kPitch + first_column + j]; });
-            const bool survives = documents.state_survives();
-            MF_UNROLL
-            for (int m = 0; m < kHigh; ++m) {
-                MF_UNROLL
-                for (int i = 0; i < 4; ++i) {
-                    const int value = 16 * m + tile_row(lane, i), key = first_column + tile_column(lane, i);
-                    dstate(thread).at[m][i] =
-                        (survives ? shared.dstate[value * P::kPitch + key] : 0.0f) + through_left.at[m][i];
-                }
-            }
-            const int column = thread % kN, part = thread / kN;
-            float survived = 0.0f;
-            for (int i = part * kN / P::kParts; i < (part + 1) * kN / P::kParts; ++i)
-                survived += shared.state[i * P::kPitch + column] * shared.dstate[i * P::kPitch + column];
-            shared.survived[thread] = survived;
-        });
+    block.phase([&](int thread) {  // u and du before their equations are solved
+        const int lane = thread % 32, first_column = thread / 32 * 8;
+        Tiles<1> u, du;
+        u.clear();
+        multiply<kPrecision, kChunk>(
+            u, lane, [&](int i, int k) { return shared.pairs[i * kPairsPitch + kChunk + k]; },
+            [&](int k, int j) { return shared.uv[(kChunk + k) * P::kPitch + first_column + j]; });
+        du.clear();
+        multiply<kPrecision, kChunk>(
+            du, lane, [&](int i, int k) { return shared.pairs[(kChunk + k) * kPairsPitch + i]; },
+            [&](int k, int j) { return shared.z[(kChunk + k) * P::kPitch + first_column + j]; });
+        MF_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            const int at = tile_row(lane, i) * P::kPitch + first_column + tile_column(lane, i);
+            shared.uv[at] = u.at[0][i] + removed(thread).at[0][i];
+            shared.z[at] = du.at[0][i] + dwritten(thread).at[0][i];
+        }
+    });
 
-        block.phase([&](int thread) {
-            const int lane = thread % 32, first_column = thread / 32 * 8;
+    block.phase([&](int thread) {
+        if (thread < kN) solve<P::kPitch>(shared.uv, shared.pairs, thread);
+        else if (thread < 2 * kN) solve_transposed<P::kPitch>(shared.z, shared.pairs, thread - kN);
+    });
+
+    block.phase([&](int thread) {
+        const int lane = thread % 32, first_column = thread / 32 * 8;
+        const Documents& documents = shared.documents;
+        Tiles<1> dv;
+        dv.clear();
+        multiply<kPrecision, 2 * kChunk>(
+            dv, lane, [&](int i, int k) { return shared.pairs[k * kPairsPitch + kChunk + i]; },
+            [&](int k, int j) { return shared.z[k * P::kPitch + first_column + j]; });
+        MF_UNROLL
+        for (int i = 0; i < 4; i += 2) {
+            const int token = first + tile_row(lane, i), column = first_column + tile_column(lane, i);
+            if (token >= in.tokens) continue;
+            const float(&written)[4] = dwritten(thread).at[1];
+            store_pair(output_row<kN>(args.dv, in, token, batch, head) + column, dv.at[0][i] + written[i],
+                       dv.at[0][i + 1] + written[i + 1]);
+        }
+        masked_pairs<kPrecision, kN>(shared.dpairs, shared.z, shared.uv, documents, thread);
+
+        dleft(thread).clear();
+        multiply<kPrecision, kN>(
+            dleft(thread), lane, [&](int i, int k) { return shared.z[i * P::kPitch + k]; },
+            [&](int k, int j) { return shared.state[k * P::kPitch + first_column + j]; });
+        mask_rows(dleft(thread), lane, [&](int t) { return documents.reads_state(t); });
+        dright(thread).clear();
+        multiply<kPrecision, kN>(
+            dright(thread), lane, [&](int i, int k) { return shared.uv[i * P::kPitch + k]; },
+            [&](int k, int j) { return shared.dstate[k * P::kPitch + first_column + j]; });
+        mask_rows(dright(thread), lane, [&](int t) { return documents.writes_state(t); });
+
+        Tiles<kHigh> through_left;
+        through_left.clear();
+        multiply<kPrecision, 2 * kChunk>(
+            through_left, lane,
+            [&](int i, int k) { return documents.reads_state(k % kChunk) ? shared.z[k * P::kPitch + i] : 0.0f; },
+            [&](int k, int j) { return shared.left[k * P::kPitch + first_column + j]; });
+        const bool survives = documents.state_survives();
+        MF_UNROLL
+        for (int m = 0; m < kHigh; ++m) {
             MF_UNROLL
             for (int i = 0; i < 4; ++i) {
-                const int at = tile_row(lane, i) * P::kPitch + first_column + tile_column(lane, i);
-                shared.written()[at] = shared.right[at] * dright(thread).at[0][i] +
-                                       shared.right[at + kChunk * P::kPitch] * dright(thread).at[1][i];
+                const int value = 16 * m + tile_row(lane, i), key = first_column + tile_column(lane, i);
+                dstate(thread).at[m][i] =
+                    (survives ? shared.dstate[value * P::kPitch + key] : 0.0f) + through_left.at[m][i];
             }
-            multiply<kPrecision, 2 * kChunk>(
-                dleft(thread), lane, [&](int i, int k) { return shared.dpairs[i * kPairsPitch + k]; },
-                [&](int k, int j) { return shared.right[k * P::kPitch + first_column + j]; });
-            multiply<kPrecision, 2 * kChunk>(
-                dright(thread), lane, [&](int i, int k) { return shared.dpairs[k * kPairsPitch + i]; },
-                [&](int k, int j) { return shared.left[k * P::kPitch + first_column + j]; });
-            store_gradients(shared, args, dleft(thread), dright(thread), first, batch, head, thread);
-        });
+        }
+        const int column = thread % kN, part = thread / kN;
+        float survived = 0.0f;
+        for (int i = part * kN / P::kParts; i < (part + 1) * kN / P::kParts; ++i)
+            survived += shared.state[i * P::kPitch + column] * shared.dstate[i * P::kPitch + column];
+        shared.survived[thread] = survived;
+    });
 
-        block.phase([&](int thread) {
-            store_decay_gradient(shared, args, first, batch, head, thread);
-            if (chunk > 0) arrive(thread);
-        });
-    }
+    block.phase([&](int thread) {
+        const int lane = thread % 32, first_column = thread / 32 * 8;
+        MF_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            const int at = tile_row(lane, i) * P::kPitch + first_column + tile_column(lane, i);
+            shared.written()[at] = shared.right[at] * dright(thread).at[0][i] +
+                                   shared.right[at + kChunk * P::kPitch] * dright(thread).at[1][i];
+        }
+        multiply<kPrecision, 2 * kChunk>(
+            dleft(thread), lane, [&](int i, int k) { return shared.dpairs[i * kPairsPitch + k]; },
+            [&](int k, int j) { return shared.right[k * P::kPitch + first_column + j]; });
+        multiply<kPrecision, 2 * kChunk>(
+            dright(thread), lane, [&](int i, int k) { return shared.dpairs[k * kPairsPitch + i]; },
+            [&](int k, int j) { return shared.left[k * P::kPitch + first_column + j]; });
+        store_gradients(shared, args, dleft(thread), dright(thread), first, batch, head, thread);
+    });
 
-    if (args.dinitial_state == nullptr) return;
-    block.phase([&](int thread) { store_state<kN>(args.dinitial_state + own_state, kN, dstate(thread), thread); });
+    block.phase([&](int thread) {
+        store_decay_gradient(shared, args, first, batch, head, thread);
+        if (chunk > 0) arrive(thread);
+    });
+  }
+
+  if (args.dinitial_state == nullptr) return;
+  block.phase([&](int thread) { store_state<kN>(args.dinitial_state + own_state, kN, dstate(thread), thread); });
 }
 
 }  // namespace megaforge::wkv7

@@ -20,217 +20,217 @@ constexpr int kPairsPitch = 2 * kChunk + 4;
 // [s, b, H, N] with the channels next to each other, rows aligned to 16 bytes; strides in elements.
 template <class Scalar>
 struct View {
-    const Scalar* data;
-    std::int64_t token, batch, head;
+  const Scalar* data;
+  std::int64_t token, batch, head;
 };
 
 // One block's work and how many warps share it: every warp owns eight columns of the [.., N] matrices.
 template <int kN>
 struct Plan {
-    static_assert(kN % 16 == 0 && kN >= 32);
-    static constexpr int kWarps = kN / 8;
-    static constexpr int kThreads = 32 * kWarps;
-    static constexpr int kParts = kThreads / kN;  // threads a column
-    static constexpr int kPartTokens = kChunk / kParts;
-    static constexpr int kPitch = kN + 4;  // rows in shared memory; lanes that read a left operand meet no bank twice
+  static_assert(kN % 16 == 0 && kN >= 32);
+  static constexpr int kWarps = kN / 8;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kParts = kThreads / kN;  // threads a column
+  static constexpr int kPartTokens = kChunk / kParts;
+  static constexpr int kPitch = kN + 4;  // rows in shared memory; lanes that read a left operand meet no bank twice
 };
 
 template <class Scalar>
 struct PrecisionOf {
-    static constexpr Precision value = Precision::kTf32;
+  static constexpr Precision value = Precision::kTf32;
 };
 template <>
 struct PrecisionOf<float> {
-    static constexpr Precision value = Precision::kThreeTf32;
+  static constexpr Precision value = Precision::kThreeTf32;
 };
 
 // The next chunk's inputs as they arrive from global memory.
 template <class Scalar, int kN>
 struct Stage {
-    alignas(16) Scalar r[kChunk * kN];
-    alignas(16) Scalar k[kChunk * kN];
-    alignas(16) Scalar v[kChunk * kN];
-    alignas(16) Scalar a[kChunk * kN];
-    alignas(16) Scalar b[kChunk * kN];
-    alignas(16) float log_w[kChunk * kN];
-    int starts[kChunk];
+  alignas(16) Scalar r[kChunk * kN];
+  alignas(16) Scalar k[kChunk * kN];
+  alignas(16) Scalar v[kChunk * kN];
+  alignas(16) Scalar a[kChunk * kN];
+  alignas(16) Scalar b[kChunk * kN];
+  alignas(16) float log_w[kChunk * kN];
+  int starts[kChunk];
 };
 
 template <class Scalar>
 struct Inputs {
-    int tokens, batch, heads;
-    View<Scalar> r, k, v, a, b;
-    View<float> log_w;
-    const std::uint8_t* document_start;  // [s, b], nonzero where a document starts; or null
+  int tokens, batch, heads;
+  View<Scalar> r, k, v, a, b;
+  View<float> log_w;
+  const std::uint8_t* document_start;  // [s, b], nonzero where a document starts; or null
 
-    MF_DEVICE int chunks() const { return (tokens + kChunk - 1) / kChunk; }
+  MF_DEVICE int chunks() const { return (tokens + kChunk - 1) / kChunk; }
 };
 
 // Which documents the tokens of a chunk belong to: 0 is the one that the chunk begins in.
 struct Documents {
-    int number[kChunk];
+  int number[kChunk];
 
-    MF_DEVICE bool reads_state(int token) const { return number[token] == 0; }
-    MF_DEVICE bool writes_state(int token) const { return number[token] == number[kChunk - 1]; }
-    MF_DEVICE bool state_survives() const { return number[kChunk - 1] == 0; }
-    // Whether row (a|r) sees column (b|k) of the [32, 32] pairs.
-    MF_DEVICE bool sees(int row, int column) const {
-        const int i = row % kChunk, j = column % kChunk;
-        return (row < kChunk ? j < i : j <= i) && number[i] == number[j];
-    }
+  MF_DEVICE bool reads_state(int token) const { return number[token] == 0; }
+  MF_DEVICE bool writes_state(int token) const { return number[token] == number[kChunk - 1]; }
+  MF_DEVICE bool state_survives() const { return number[kChunk - 1] == 0; }
+  // Whether row (a|r) sees column (b|k) of the [32, 32] pairs.
+  MF_DEVICE bool sees(int row, int column) const {
+    const int i = row % kChunk, j = column % kChunk;
+    return (row < kChunk ? j < i : j <= i) && number[i] == number[j];
+  }
 };
 
 // Starts copying the chunk's 16 rows of one head; rows past the end become zeros, which leave the state alone.
 template <int kN, class Scalar>
 MF_DEVICE void stage_rows(Scalar* to, const View<Scalar>& from, int first, int tokens, int batch, int head, int thread,
                           AsyncCopies& copies) {
-    constexpr int kWidth = 16 / static_cast<int>(sizeof(Scalar)), kPieces = kN / kWidth;
-    const Scalar* base = from.data + batch * from.batch + head * from.head;
-    for (int piece = thread; piece < kChunk * kPieces; piece += Plan<kN>::kThreads) {
-        const int row = piece / kPieces, column = piece % kPieces * kWidth;
-        const bool valid = first + row < tokens;
-        const std::int64_t token = valid ? first + row : 0;
-        copies.copy16(to + row * kN + column, base + token * from.token + column, valid);
-    }
+  constexpr int kWidth = 16 / static_cast<int>(sizeof(Scalar)), kPieces = kN / kWidth;
+  const Scalar* base = from.data + batch * from.batch + head * from.head;
+  for (int piece = thread; piece < kChunk * kPieces; piece += Plan<kN>::kThreads) {
+    const int row = piece / kPieces, column = piece % kPieces * kWidth;
+    const bool valid = first + row < tokens;
+    const std::int64_t token = valid ? first + row : 0;
+    copies.copy16(to + row * kN + column, base + token * from.token + column, valid);
+  }
 }
 
 template <int kN, class Scalar>
 MF_DEVICE void stage_inputs(Stage<Scalar, kN>& stage, const Inputs<Scalar>& in, int chunk, int batch, int head,
                             int thread, AsyncCopies& copies) {
-    const int first = chunk * kChunk;
-    stage_rows<kN>(stage.r, in.r, first, in.tokens, batch, head, thread, copies);
-    stage_rows<kN>(stage.log_w, in.log_w, first, in.tokens, batch, head, thread, copies);
-    stage_rows<kN>(stage.k, in.k, first, in.tokens, batch, head, thread, copies);
-    stage_rows<kN>(stage.v, in.v, first, in.tokens, batch, head, thread, copies);
-    stage_rows<kN>(stage.a, in.a, first, in.tokens, batch, head, thread, copies);
-    stage_rows<kN>(stage.b, in.b, first, in.tokens, batch, head, thread, copies);
+  const int first = chunk * kChunk;
+  stage_rows<kN>(stage.r, in.r, first, in.tokens, batch, head, thread, copies);
+  stage_rows<kN>(stage.log_w, in.log_w, first, in.tokens, batch, head, thread, copies);
+  stage_rows<kN>(stage.k, in.k, first, in.tokens, batch, head, thread, copies);
+  stage_rows<kN>(stage.v, in.v, first, in.tokens, batch, head, thread, copies);
+  stage_rows<kN>(stage.a, in.a, first, in.tokens, batch, head, thread, copies);
+  stage_rows<kN>(stage.b, in.b, first, in.tokens, batch, head, thread, copies);
 }
 
 // Whether a document starts at the token of `thread` in the chunk; threads from 16 on have none.
 template <class Scalar>
 MF_DEVICE int document_starts(const Inputs<Scalar>& in, int chunk, int batch, int thread) {
-    const int token = chunk * kChunk + thread;
-    if (in.document_start == nullptr || thread >= kChunk || token >= in.tokens) return 0;
-    return in.document_start[static_cast<std::int64_t>(token) * in.batch + batch] != 0;
+  const int token = chunk * kChunk + thread;
+  if (in.document_start == nullptr || thread >= kChunk || token >= in.tokens) return 0;
+  return in.document_start[static_cast<std::int64_t>(token) * in.batch + batch] != 0;
 }
 
 template <class Scalar, int kN>
 MF_DEVICE void number_documents(Documents& documents, const Stage<Scalar, kN>& stage, int thread) {
-    if (thread >= kChunk) return;
-    int number = 0;
-    for (int i = 0; i <= thread; ++i) number += stage.starts[i];
-    documents.number[thread] = number;
+  if (thread >= kChunk) return;
+  int number = 0;
+  for (int i = 0; i <= thread; ++i) number += stage.starts[i];
+  documents.number[thread] = number;
 }
 
 // left, right, u|v's lower half and the decay of the whole chunk; with `through` not null also g [16, pitch].
 template <class Scalar, int kN>
 MF_DEVICE void prepare(const Stage<Scalar, kN>& stage, float* left, float* right, float* uv, float* total,
                        float* through, int thread) {
-    using P = Plan<kN>;
-    const int column = thread % kN, part = thread / kN;
-    float sum = 0.0f;
-    MF_UNROLL
-    for (int t = 0; t < kChunk; ++t) {
-        const float before = sum;
-        const int at = t * kN + column;
-        sum += stage.log_w[at];
-        if (t / P::kPartTokens != part) continue;
-        const float decay = expf(sum), growth = expf(-sum);
-        const int upper = t * P::kPitch + column, lower = (kChunk + t) * P::kPitch + column;
-        left[upper] = to_float(stage.a[at]) * expf(before);
-        left[lower] = to_float(stage.r[at]) * decay;
-        right[upper] = to_float(stage.b[at]) * growth;
-        right[lower] = to_float(stage.k[at]) * growth;
-        uv[lower] = to_float(stage.v[at]);
-        if (through != nullptr) through[upper] = sum;
-    }
-    if (part == 0) total[column] = expf(sum);
+  using P = Plan<kN>;
+  const int column = thread % kN, part = thread / kN;
+  float sum = 0.0f;
+  MF_UNROLL
+  for (int t = 0; t < kChunk; ++t) {
+    const float before = sum;
+    const int at = t * kN + column;
+    sum += stage.log_w[at];
+    if (t / P::kPartTokens != part) continue;
+    const float decay = expf(sum), growth = expf(-sum);
+    const int upper = t * P::kPitch + column, lower = (kChunk + t) * P::kPitch + column;
+    left[upper] = to_float(stage.a[at]) * expf(before);
+    left[lower] = to_float(stage.r[at]) * decay;
+    right[upper] = to_float(stage.b[at]) * growth;
+    right[lower] = to_float(stage.k[at]) * growth;
+    uv[lower] = to_float(stage.v[at]);
+    if (through != nullptr) through[upper] = sum;
+  }
+  if (part == 0) total[column] = expf(sum);
 }
 
 // to [32, 32] = left right^T over kN channels where a row sees a column, else zero. left, right: [32, kN].
 template <Precision kPrecision, int kN>
 MF_DEVICE void masked_pairs(float* to, const float* left, const float* right, const Documents& documents, int thread) {
-    using P = Plan<kN>;
-    const int lane = thread % 32;
-    for (int tile = thread / 32; tile < 8; tile += P::kWarps) {
-        const int row = 16 * (tile / 4), column = 8 * (tile % 4);
-        Tiles<1> sums;
-        sums.clear();
-        multiply<kPrecision, kN>(
-            sums, lane, [&](int i, int k) { return left[(row + i) * P::kPitch + k]; },
-            [&](int k, int j) { return right[(column + j) * P::kPitch + k]; });
-        MF_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            const int to_row = row + tile_row(lane, i), to_column = column + tile_column(lane, i);
-            to[to_row * kPairsPitch + to_column] = documents.sees(to_row, to_column) ? sums.at[0][i] : 0.0f;
-        }
+  using P = Plan<kN>;
+  const int lane = thread % 32;
+  for (int tile = thread / 32; tile < 8; tile += P::kWarps) {
+    const int row = 16 * (tile / 4), column = 8 * (tile % 4);
+    Tiles<1> sums;
+    sums.clear();
+    multiply<kPrecision, kN>(
+        sums, lane, [&](int i, int k) { return left[(row + i) * P::kPitch + k]; },
+        [&](int k, int j) { return right[(column + j) * P::kPitch + k]; });
+    MF_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int to_row = row + tile_row(lane, i), to_column = column + tile_column(lane, i);
+      to[to_row * kPairsPitch + to_column] = documents.sees(to_row, to_column) ? sums.at[0][i] : 0.0f;
     }
+  }
 }
 
 // x = (I - pairs_ab)^-1 x for one column of x [16, pitch], in place.
 template <int kPitch>
 MF_DEVICE void solve(float* x, const float* pairs, int column) {
-    float value[kChunk];
+  float value[kChunk];
+  MF_UNROLL
+  for (int t = 0; t < kChunk; ++t) value[t] = x[t * kPitch + column];
+  MF_UNROLL
+  for (int s = 0; s < kChunk; ++s) {
     MF_UNROLL
-    for (int t = 0; t < kChunk; ++t) value[t] = x[t * kPitch + column];
-    MF_UNROLL
-    for (int s = 0; s < kChunk; ++s) {
-        MF_UNROLL
-        for (int t = s + 1; t < kChunk; ++t) value[t] += pairs[t * kPairsPitch + s] * value[s];
-    }
-    MF_UNROLL
-    for (int t = 0; t < kChunk; ++t) x[t * kPitch + column] = value[t];
+    for (int t = s + 1; t < kChunk; ++t) value[t] += pairs[t * kPairsPitch + s] * value[s];
+  }
+  MF_UNROLL
+  for (int t = 0; t < kChunk; ++t) x[t * kPitch + column] = value[t];
 }
 
 // x = (I - pairs_ab^T)^-1 x for one column.
 template <int kPitch>
 MF_DEVICE void solve_transposed(float* x, const float* pairs, int column) {
-    float value[kChunk];
+  float value[kChunk];
+  MF_UNROLL
+  for (int t = 0; t < kChunk; ++t) value[t] = x[t * kPitch + column];
+  MF_UNROLL
+  for (int s = kChunk - 1; s >= 0; --s) {
     MF_UNROLL
-    for (int t = 0; t < kChunk; ++t) value[t] = x[t * kPitch + column];
-    MF_UNROLL
-    for (int s = kChunk - 1; s >= 0; --s) {
-        MF_UNROLL
-        for (int t = 0; t < s; ++t) value[t] += pairs[s * kPairsPitch + t] * value[s];
-    }
-    MF_UNROLL
-    for (int t = 0; t < kChunk; ++t) x[t * kPitch + column] = value[t];
+    for (int t = 0; t < s; ++t) value[t] += pairs[s * kPairsPitch + t] * value[s];
+  }
+  MF_UNROLL
+  for (int t = 0; t < kChunk; ++t) x[t * kPitch + column] = value[t];
 }
 
 // Reads the eight key channels of a thread's warp, of all value channels, from a state [kN, kN]; zero where it is null.
 template <int kN>
 MF_DEVICE void load_state(Tiles<kN / 16>& state, const float* from, int thread) {
-    const int lane = thread % 32, first_column = thread / 32 * 8;
-    state.clear();
-    if (from == nullptr) return;
+  const int lane = thread % 32, first_column = thread / 32 * 8;
+  state.clear();
+  if (from == nullptr) return;
+  MF_UNROLL
+  for (int m = 0; m < kN / 16; ++m) {
     MF_UNROLL
-    for (int m = 0; m < kN / 16; ++m) {
-        MF_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            const int value = 16 * m + tile_row(lane, i), key = first_column + tile_column(lane, i);
-            state.at[m][i] = from[value * kN + key];
-        }
+    for (int i = 0; i < 4; ++i) {
+      const int value = 16 * m + tile_row(lane, i), key = first_column + tile_column(lane, i);
+      state.at[m][i] = from[value * kN + key];
     }
+  }
 }
 
 // Writes them to rows of `pitch` floats.
 template <int kN>
 MF_DEVICE void store_state(float* to, int pitch, const Tiles<kN / 16>& state, int thread) {
-    const int lane = thread % 32, first_column = thread / 32 * 8;
+  const int lane = thread % 32, first_column = thread / 32 * 8;
+  MF_UNROLL
+  for (int m = 0; m < kN / 16; ++m) {
     MF_UNROLL
-    for (int m = 0; m < kN / 16; ++m) {
-        MF_UNROLL
-        for (int i = 0; i < 4; i += 2) {
-            const int value = 16 * m + tile_row(lane, i), key = first_column + tile_column(lane, i);
-            store_pair(to + value * pitch + key, state.at[m][i], state.at[m][i + 1]);
-        }
+    for (int i = 0; i < 4; i += 2) {
+      const int value = 16 * m + tile_row(lane, i), key = first_column + tile_column(lane, i);
+      store_pair(to + value * pitch + key, state.at[m][i], state.at[m][i + 1]);
     }
+  }
 }
 
 // Where token `token` of a contiguous [s, b, H, N] output has its channels of this head.
 template <int kN, class Scalar, class In>
 MF_DEVICE Scalar* output_row(Scalar* data, const In& in, int token, int batch, int head) {
-    return data + ((static_cast<std::int64_t>(token) * in.batch + batch) * in.heads + head) * kN;
+  return data + ((static_cast<std::int64_t>(token) * in.batch + batch) * in.heads + head) * kN;
 }
 
 }  // namespace megaforge::wkv7
