@@ -67,11 +67,11 @@ def step_traffic(parts: ModelParts, layout: PlannedLayout, stages: Sequence[Stag
     total = dict.fromkeys(TRAFFIC_AXES, 0.0)
     own = [stage for number, stage in enumerate(stages) if layout.schedule.rank_of(number) == rank]
     for stage in own:
-        cost = stage_cost(parts, layout, stage)
+        cost = stage_cost(parts, layout.unsplit, stage)
         for axis in TRAFFIC_AXES:
             total[axis] += cost.sent(axis) * layout.micro_batches
         crossings = (not stage.last) + (not stage.first)
-        total["pp"] += crossings * crossing_bytes(parts, layout) * layout.micro_batches
+        total["pp"] += crossings * crossing_bytes(parts, layout.unsplit) * layout.micro_batches
     gradients = gradient_traffic(stage_parameters(parts, own), layout)
     total["dp"] = gradients.reduced + gradients.gathered
     return total

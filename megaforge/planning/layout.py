@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -83,6 +84,11 @@ class PlannedLayout:
     def splits_backward(self) -> bool:
         """Whether the schedule computes gradients of weights apart from those of inputs."""
         return self.pp > 1 and _schedule(self.schedule_name, self.pp, self.vpp, 2 * self.pp).splits_backward
+
+    @property
+    def unsplit(self) -> PlannedLayout:
+        """The same under 1F1B, for what the schedule does not change: what a stage computes and sends."""
+        return dataclasses.replace(self, schedule_name="1f1b", vpp=1) if self.splits_backward else self
 
     def context(self, rank: int = 0) -> ParallelContext:
         """Where ``rank`` stands, on the meta device."""

@@ -59,7 +59,7 @@ class Cost:
             :class:`PackedSequence`.
         reads: carried tensors that it reads, whether it keeps them or not.
         touched: tensors of the micro-batch's :class:`PackedSequence` that are there once it has run.
-        working: the most alive at once besides what is kept, forward or backward.
+        working: the most alive at once besides what is kept (and what is waiting), forward or backward.
         waiting: what is alive between the halves of a split backward pass besides what is kept; 0 without.
         forward, backward: what is sent, by axis.
         carried: shapes and dtypes of carried tensors that it makes.
@@ -180,7 +180,7 @@ def _measure(cfg: ModelConfig, sizes: Sizes, build: Build, arriving: Shapes) -> 
         shared=shared,
         reads={name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in arriving.items() if name in read},
         touched=touched,
-        working=meter.peak - kept,
+        working=meter.peak - max(kept, between),
         waiting=max(0, between - kept),
         forward=going,
         backward={axis: size - going.get(axis, 0.0) for axis, size in sent.items()},

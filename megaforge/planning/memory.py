@@ -33,6 +33,10 @@ class StateBytes:
     optimizer: int
     elements: int
 
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
+
 
 def state_bytes(
     held: Iterable[tuple[DeclaredParameter, int]], ctx: ParallelContext, layout: PlannedLayout
@@ -76,8 +80,7 @@ class RankMemory:
 
     @property
     def total(self) -> float:
-        state = self.state
-        return state.parameters + state.gradients + state.optimizer + self.activations + self.buffers
+        return self.state.total + self.activations + self.buffers
 
 
 def peak_activations(
@@ -104,19 +107,31 @@ def peak_activations(
     return peak, most
 
 
+def rank_state(parts: ModelParts, layout: PlannedLayout, stages: Sequence[StagePart], rank: int) -> StateBytes:
+    """The state of pipeline rank ``rank``."""
+    held = stage_parameters(parts, [stages[stage] for stage in layout.schedule.stages_of(rank)])
+    return state_bytes(held, layout.context(rank * layout.stage_ranks), layout)
+
+
+def least_memory(parts: ModelParts, layout: PlannedLayout, stages: Sequence[StagePart], rank: int) -> float:
+    """Bytes that pipeline rank ``rank`` needs at least, known before halves of a backward pass are measured: its state,
+    and activations of the micro-batches in flight."""
+    own = set(layout.schedule.stages_of(rank))
+    kept = [stage_cost(parts, layout.unsplit, s).kept if number in own else 0.0 for number, s in enumerate(stages)]
+    return rank_state(parts, layout, stages, rank).total + LIBRARIES + peak_activations(layout.schedule, rank, kept)[0]
+
+
 def rank_memory(
     parts: ModelParts, layout: PlannedLayout, stages: Sequence[StagePart], rank: int, libraries: float = LIBRARIES
 ) -> RankMemory:
     """The memory of pipeline rank ``rank``: of its largest rank along the other axes."""
     schedule = layout.schedule
     own = tuple(stages[stage] for stage in schedule.stages_of(rank))
-    ctx = layout.context(rank * layout.stage_ranks)
-    held = stage_parameters(parts, own)
     costs = [stage_cost(parts, layout, stage) if stage in own else None for stage in stages]
     kept, waiting = ([0.0 if cost is None else getattr(cost, name) for cost in costs] for name in ("kept", "waiting"))
     activations, in_flight = peak_activations(schedule, rank, kept, waiting)
     buffers = max(cost.working for cost in costs if cost is not None) + _buckets(layout) + libraries
-    return RankMemory(rank, own, state_bytes(held, ctx, layout), in_flight, activations, buffers)
+    return RankMemory(rank, own, rank_state(parts, layout, stages, rank), in_flight, activations, buffers)
 
 
 def _buckets(layout: PlannedLayout) -> float:

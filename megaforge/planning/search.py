@@ -15,9 +15,9 @@ from megaforge.config.run_config import ParallelConfig, default_expert_tensor_pa
 from megaforge.errors import UserError
 from megaforge.planning.gpus import Efficiency, Gpu
 from megaforge.planning.layout import PlannedLayout, layout_of
-from megaforge.planning.memory import RankMemory, rank_memory
+from megaforge.planning.memory import LIBRARIES, RankMemory, least_memory, rank_memory, rank_state
 from megaforge.planning.stages import ModelParts, StagePart, cut_stages, model_parts
-from megaforge.planning.time import StepTime, stage_time, step_time
+from megaforge.planning.time import StepTime, stage_times, step_time
 from megaforge.registry import SCHEDULES
 from megaforge.training.checkpointing import compute_dtype
 
@@ -115,29 +115,37 @@ def worst_rank(parts: ModelParts, layout: PlannedLayout, stages: tuple[StagePart
 def search(config: Config, gpus: int, gpu: Gpu, *, share: float = 0.9, count: int = 10) -> list[Found]:
     """The ``count`` fastest layouts whose fullest rank needs at most ``share`` of the memory, fastest first.
 
-    Of each layout the cheapest recomputation that fits is taken. Layouts whose busiest stage alone is slower than what
-    is found already are not simulated.
+    Of each layout the cheapest recomputation that fits is taken. Layouts are tried in the order of their
+    :func:`_bound`, until none can be faster than what is found.
     """
     parts, efficiency = model_parts(config.model, compute_dtype(config.training)), Efficiency()
-    fitting = []
     cut: dict[int, tuple[StagePart, ...]] = {}
-    for number, plain in enumerate(candidates(config, gpus, gpu.node_size)):
-        number_of_stages = plain.pp * plain.vpp
-        stages = cut[number_of_stages] = cut.get(number_of_stages) or cut_stages(parts, plain)
-        for recompute in RECOMPUTE:
-            layout = dataclasses.replace(plain, recompute=recompute)
-            short = _shortened(layout)
-            if all(rank_memory(parts, short, stages, r).total <= share * gpu.memory for r in {0, layout.pp - 1}):
-                fitting.append((_bound(parts, layout, stages, gpu, efficiency), number, layout, stages))
-                break
+    waiting: list[tuple[float, int, int, PlannedLayout, tuple[StagePart, ...]]] = []
+
+    def wait(number: int, recompute: int, layout: PlannedLayout, stages: tuple[StagePart, ...]) -> None:
+        layout = dataclasses.replace(layout, recompute=RECOMPUTE[recompute])
+        bound = _bound(parts, layout, stages, gpu, efficiency)
+        heapq.heappush(waiting, (bound, number, recompute, layout, stages))
+
+    for number, layout in enumerate(candidates(config, gpus, gpu.node_size)):
+        number_of_stages = layout.pp * layout.vpp
+        stages = cut[number_of_stages] = cut.get(number_of_stages) or cut_stages(parts, layout)
+        states = (rank_state(parts, _shortened(layout), stages, rank) for rank in {0, layout.pp - 1})
+        if all(state.total + LIBRARIES <= share * gpu.memory for state in states):
+            wait(number, 0, layout, stages)
     best: list[tuple[float, int, PlannedLayout, tuple[StagePart, ...]]] = []
-    for bound, number, layout, stages in sorted(fitting, key=lambda item: item[:2]):
+    while waiting:
+        bound, number, recompute, layout, stages = heapq.heappop(waiting)
         if len(best) == count and bound >= best[-1][0]:
             break
-        memory = worst_rank(parts, _shortened(layout), stages)
-        if memory.total <= share * gpu.memory:
+        short, ranks = _shortened(layout), (0, *range(layout.pp - 1, 0, -1))  # the fullest are at the ends
+        if all(least_memory(parts, short, stages, rank) <= share * gpu.memory for rank in ranks) and all(
+            rank_memory(parts, short, stages, rank).total <= share * gpu.memory for rank in ranks
+        ):
             seconds = _seconds(parts, layout, stages, gpu, efficiency)
             best = heapq.nsmallest(count, [*best, (seconds, number, layout, stages)])
+        elif recompute + 1 < len(RECOMPUTE):
+            wait(number, recompute + 1, layout, stages)
     return [
         Found(layout, worst_rank(parts, layout, stages), step_time(parts, layout, stages, gpu, efficiency))
         for _, _, layout, stages in best
@@ -149,7 +157,6 @@ def _bound(
 ) -> float:
     """A time that the step cannot beat: the busiest rank's work without any wait."""
     busy, placed = [0.0] * layout.pp, _shortened(layout).schedule
-    for number, stage in enumerate(stages):
-        rank = placed.rank_of(number)
-        busy[rank] += stage_time(parts, layout, stage, gpu, efficiency).total * layout.micro_batches
+    for number, time in enumerate(stage_times(parts, layout, stages, gpu, efficiency)):
+        busy[placed.rank_of(number)] += time.total * layout.micro_batches
     return max(busy)

@@ -96,6 +96,7 @@ def stage_time(
 ) -> StageTime:
     """The roofline of one micro-batch on a stage. The backward pass costs two forward passes, one of them for the
     weights. Communication over tp, cp, ep and etp is not hidden."""
+    layout = layout.unsplit
     mixers = ffns = experts = mixing = 0.0
     for index, count in parts.alike(stage.blocks).items():
         mixer, ffn = block_forward_seconds(parts, layout, index, gpu, efficiency)
@@ -119,6 +120,16 @@ def stage_time(
     return StageTime(compute + sent["forward"], compute + again + sent["backward"], compute)
 
 
+def stage_times(
+    parts: ModelParts, layout: PlannedLayout, stages: Sequence[StagePart], gpu: Gpu, efficiency: Efficiency
+) -> list[StageTime]:
+    """:func:`stage_time` of every stage; those of stages that are alike are computed once."""
+    keys = [(tuple(parts.alike(stage.blocks).items()), stage.first, stage.last) for stage in stages]
+    different = dict(zip(keys, stages, strict=True))
+    times = {key: stage_time(parts, layout, stage, gpu, efficiency) for key, stage in different.items()}
+    return [times[key] for key in keys]
+
+
 def step_time(
     parts: ModelParts,
     layout: PlannedLayout,
@@ -128,7 +139,7 @@ def step_time(
 ) -> StepTime:
     """The predicted step of ``layout``."""
     efficiency = efficiency or Efficiency()
-    times = [stage_time(parts, layout, stage, gpu, efficiency) for stage in stages]
+    times = stage_times(parts, layout, stages, gpu, efficiency)
     timeline = pipeline_timeline(parts, layout, times, gpu, efficiency)
     reduction, optimizer = _step_end(parts, layout, stages, times, gpu, efficiency)
     ranks = range(layout.pp)
@@ -157,7 +168,7 @@ def pipeline_timeline(
         forward=sum(time.forward for time in times) / len(times),
         backward_input=sum(time.backward_input for time in times) / len(times),
         backward_weight=sum(time.backward_weight for time in times) / len(times),
-        communication=0.0 if layout.pp == 1 else crossing_bytes(parts, layout) / speed,
+        communication=0.0 if layout.pp == 1 else crossing_bytes(parts, layout.unsplit) / speed,
         stage_scale=scale,
     )
     return simulate(layout.schedule, costs)

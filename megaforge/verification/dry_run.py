@@ -68,8 +68,7 @@ class DryRank:
     @property
     def total(self) -> float:
         """Bytes at the worst moment, those of libraries assumed."""
-        state = self.state
-        return sum((state.parameters, state.gradients, state.optimizer, self.activations, self.temporaries, LIBRARIES))
+        return self.state.total + self.activations + self.temporaries + LIBRARIES
 
 
 def dry_run(config: Config) -> None:

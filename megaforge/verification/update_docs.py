@@ -83,7 +83,7 @@ def _effects() -> str:
         fullest = worst_rank(parts, layout, stages)
         held, time = fullest.state, step_time(parts, layout, stages, GPU)
         sent = step_traffic(parts, layout, stages, 0)
-        sizes = (held.parameters + held.gradients + held.optimizer, fullest.activations, fullest.total)
+        sizes = (held.total, fullest.activations, fullest.total)
         axes = ", ".join(f"{axis} {size / 1e9:.1f}" for axis, size in sent.items() if size > 5e7)
         shown = f"`{flags}`" if flags else "none"
         rows.append((shown, *(f"{size / 1e9:.1f}" for size in sizes), axes, f"{time.bubble:.1%}", f"{time.total:.2f}"))
