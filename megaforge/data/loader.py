@@ -26,12 +26,15 @@ class Batch:
         labels: int64 [b, s], each token's successor.
         loss_mask: float32 [b, s], 1 where the label counts and 0 elsewhere.
         document_start: bool [b, s], True where the first token of a document lies.
+        later: with a look-ahead of n, n - 1 pairs (labels, loss mask) as above, of the second to the n-th token after
+            each; with ``--eod-mask-loss`` none counts where a document begins in between.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
     document_start: torch.Tensor
+    later: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
 
 
 class GlobalBatchLoader:
@@ -46,6 +49,7 @@ class GlobalBatchLoader:
         consumed_samples: samples read before, by any layout and any batch size.
         num_workers: threads that build batches ahead, at most ``num_workers + 1`` of them; 0 builds on demand. The
             batches are the same.
+        look_ahead: how many tokens after each one batches tell of: 1 is its successor, the label.
 
     Attributes:
         consumed_samples: samples of all ranks in the batches handed out so far, those before included.
@@ -63,6 +67,7 @@ class GlobalBatchLoader:
         dp_size: int = 1,
         consumed_samples: int = 0,
         num_workers: int = 0,
+        look_ahead: int = 1,
     ) -> None:
         for size in batches.sizes:
             if micro_batch_size < 1 or size < 1 or size % (micro_batch_size * dp_size):
@@ -84,6 +89,7 @@ class GlobalBatchLoader:
         self.consumed_samples = consumed_samples
         self._schedule, self._micro = batches, micro_batch_size
         self._rank, self._ranks, self._workers = dp_rank, dp_size, num_workers
+        self._look_ahead = look_ahead
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """Goes on from ``consumed_samples``."""
@@ -121,22 +127,24 @@ class GlobalBatchLoader:
         return [self._micro_batch(first + offset) for offset in range(0, size, stride)]
 
     def _micro_batch(self, first: int) -> Batch:
-        length = self.data.sequence_length(first)
-        tokens = np.empty((self._micro, length + 1), np.int64)
-        marks = np.zeros((self._micro, length + 1), np.bool_)
-        mask = np.ones((self._micro, length), np.float32)
+        length, beyond = self.data.sequence_length(first), self._look_ahead
+        tokens = np.empty((self._micro, length + beyond), np.int64)
+        marks = np.zeros((self._micro, length + beyond), np.bool_)
+        mask = np.ones((self._micro, length + beyond - 1), np.float32)
         for row in range(self._micro):
             targets = self.data.fill(first + row, tokens[row], marks[row])
             mask[row, targets:] = 0.0
-        if self.data.eod_mask_loss:
-            mask[marks[:, 1:]] = 0.0
-        whole = torch.from_numpy(tokens)
-        return Batch(
-            tokens=whole[:, :-1].contiguous(),
-            labels=whole[:, 1:].contiguous(),
-            loss_mask=torch.from_numpy(mask),
-            document_start=torch.from_numpy(marks)[:, :-1].contiguous(),
-        )
+        inputs, pairs = torch.from_numpy(tokens), []
+        between = np.zeros((), np.bool_)
+        for ahead in range(1, beyond + 1):
+            counts = mask[:, ahead - 1 : ahead - 1 + length]
+            if self.data.eod_mask_loss:
+                between = between | marks[:, ahead : ahead + length]
+                counts = np.where(between, np.float32(0), counts)
+            labels = inputs[:, ahead : ahead + length].contiguous()
+            pairs.append((labels, torch.from_numpy(counts).contiguous()))
+        starts = torch.from_numpy(marks)[:, :length].contiguous()
+        return Batch(inputs[:, :length].contiguous(), *pairs[0], starts, tuple(pairs[1:]))
 
 
 def _nearest(global_batch_size: int, micro_batch_size: int, dp_size: int) -> int:

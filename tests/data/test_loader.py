@@ -117,7 +117,9 @@ def test_batch_dtypes_and_mask(prefixes: list[str]) -> None:
     assert (batch.tokens.dtype, batch.labels.dtype) == (torch.int64, torch.int64)
     assert (batch.loss_mask.dtype, batch.document_start.dtype) == (torch.float32, torch.bool)
     assert torch.equal(batch.loss_mask, torch.ones(4, LENGTH))
-    assert all(tensor.is_contiguous() for tensor in vars(batch).values())
+    assert batch.later == ()
+    tensors = (batch.tokens, batch.labels, batch.loss_mask, batch.document_start)
+    assert all(tensor.is_contiguous() for tensor in tensors)
     assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
 
 
@@ -126,6 +128,38 @@ def test_loss_is_masked_where_the_next_document_begins(prefixes: list[str]) -> N
     (batch,) = next(iter(GlobalBatchLoader(data, BatchSchedule(4), 4)))
     expected = torch.stack([~data.sample(row).document_start[1:] for row in range(4)]).float()
     assert torch.equal(batch.loss_mask, expected) and 0 < expected.sum() < 4 * LENGTH
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("eod_mask_loss", [False, True])
+@pytest.mark.parametrize("ahead", [1, 2, 5, 40])
+def test_later_labels_are_the_stream_itself(prefixes: list[str], micro: int, eod_mask_loss: bool, ahead: int) -> None:
+    """One stream, whose samples follow each other: what comes after each token is read off it, wherever samples end."""
+    data = TrainingData([(1.0, prefixes[0])], "1", SampleSchedule(3, LENGTH), eod_mask_loss=eod_mask_loss)
+    samples = [data.sample(k) for k in range(6)]
+    stream = torch.cat([sample.tokens[:-1] for sample in samples])
+    starts = torch.cat([sample.document_start[:-1] for sample in samples])
+    plain = GlobalBatchLoader(data, BatchSchedule(4), micro)
+    loader = GlobalBatchLoader(data, BatchSchedule(4), micro, look_ahead=ahead)
+    for number, (batch, same) in enumerate(zip(next(iter(loader)), next(iter(plain)), strict=True)):
+        for name in ("tokens", "labels", "loss_mask", "document_start"):
+            assert torch.equal(getattr(batch, name), getattr(same, name)), name
+        assert len(batch.later) == ahead - 1
+        for depth, (labels, mask) in enumerate(batch.later, start=2):
+            assert labels.is_contiguous() and mask.is_contiguous() and mask.dtype == torch.float32
+            for row in range(micro):
+                first = (number * micro + row) * LENGTH
+                assert torch.equal(labels[row], stream[first + depth : first + depth + LENGTH]), depth
+                begins = [bool(starts[first + i + 1 : first + i + depth + 1].any()) for i in range(LENGTH)]
+                assert mask[row].tolist() == [0.0 if eod_mask_loss and one else 1.0 for one in begins], depth
+
+
+def test_later_labels_end_with_a_validation_view(prefixes: list[str]) -> None:
+    """Every token is predicted once from every distance, but the first ones, which have nothing so far before them."""
+    view = TrainingData([(1.0, prefixes[0])], "50,50", SampleSchedule(3, LENGTH)).validation(sequence_length=24)
+    batches = [batch for step in GlobalBatchLoader(view, BatchSchedule(8), 2, look_ahead=4) for batch in step]
+    for depth in (2, 3, 4):
+        assert sum(int(batch.later[depth - 2][1].sum()) for batch in batches) == view.num_targets - (depth - 1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

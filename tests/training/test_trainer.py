@@ -33,7 +33,9 @@ def test_the_gradient_is_that_of_the_global_mean(prefix: str) -> None:
     trainer = make_trainer(arguments(prefix, "--fp64", "--clip-grad", "0"))
     loader = GlobalBatchLoader(trainer.data, BatchSchedule(8), 2)
     batches = [uneven(batch, number) for number, batch in enumerate(next(iter(loader)))]
-    whole = Batch(*(torch.cat([getattr(b, f) for b in batches]) for f in Batch.__dataclass_fields__))
+    whole = Batch(
+        *(torch.cat([getattr(b, f) for b in batches]) for f in ("tokens", "labels", "loss_mask", "document_start"))
+    )
     output = trainer.model(whole.tokens, whole.labels, whole.loss_mask, whole.document_start)
     cfg = trainer.config.model
     total = (
