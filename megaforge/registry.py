@@ -92,6 +92,9 @@ SCHEDULES = Registry(
         "zb-v": "megaforge.parallel.pipeline.schedules:ZB_V",
     },
 )
+OBJECTIVES = Registry("objective", {"next_token": "megaforge.training.objectives:NextToken"})
+LOSS_TERMS = Registry("loss term", {})
+CALLBACKS = Registry("callback", {})
 
 
 CONVERTERS = Registry("converter", {})

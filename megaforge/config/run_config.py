@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megaforge.config.fields import flag
 from megaforge.errors import UserError
-from megaforge.registry import SCHEDULES
+from megaforge.registry import CALLBACKS, LOSS_TERMS, OBJECTIVES, SCHEDULES
 
 
 def default_expert_tensor_parallel_size(tp: int, ep: int, stage_ranks: int) -> int:
@@ -241,6 +241,9 @@ class TrainingConfig:
         "Python files or modules to import first; each registers parts of its own, such as a layer or an optimizer",
         metavar="FILE.py|MODULE",
     )
+    objective: str = flag("next_token", "what is minimised", choices=OBJECTIVES)
+    loss_terms: tuple[str, ...] = flag((), "terms to add to the loss, by name", choices=LOSS_TERMS, metavar="NAME")
+    callbacks: tuple[str, ...] = flag((), "callbacks to add to the run, by name", choices=CALLBACKS, metavar="NAME")
     deterministic: bool = flag(True, "torch's deterministic algorithms")
     wkv_backend: str = flag(
         "auto",

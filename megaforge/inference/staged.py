@@ -69,14 +69,15 @@ class StagedModel:
         def measure(batch: Batch, received: Stream | None) -> tuple[Tensor, Stream]:
             tokens, labels, mask = (upload(x, self.ctx.device) for x in (batch.tokens, batch.labels, batch.loss_mask))
             output, stream = self._chunk.run_stage(tokens, labels, mask, batch.document_start, arrived=received)
-            return torch.stack([output.loss_sum.double(), output.correct.double()]), stream
+            sums = (torch.zeros(()),) * 2 if output.scored is None else (output.loss_sum, output.correct)
+            return torch.stack(sums).to(self.ctx.device, torch.float64), stream
 
         steps = [partial(measure, batch) for batch in batches]
         return torch.stack(self._run(steps, batches[0].tokens.shape)).sum(0)
 
     def _run(self, steps: Sequence[_Step], shape: torch.Size) -> list[Any]:
         """What each step, of one micro-batch of ``shape`` [b, s], finds out on this rank's stage."""
-        reports = self._executor(len(steps), shape).run(steps, gradients=False).reports
+        reports = self._executor(len(steps), shape).run(steps, _step, gradients=False).reports
         return [reports.get((number, self.ctx.pp.rank)) for number in range(len(steps))]
 
     def _executor(self, count: int, shape: torch.Size) -> PipelineExecutor:
@@ -85,7 +86,7 @@ class StagedModel:
             batch, length = shape
             tensors = make_stage_tensors(self._model, self._plan, batch, length, self._dtype)
             schedule = self._plan.with_micro_batches(count)
-            executor = PipelineExecutor(schedule, self.ctx.pp, [self._chunk], _step, tensors, device=self.ctx.device)
+            executor = PipelineExecutor(schedule, self.ctx.pp, [self._chunk], tensors, device=self.ctx.device)
             self._executors = {(count, shape): executor}
         return self._executors[count, shape]
 

@@ -13,6 +13,7 @@ from megaforge.models.converters import convert
 from megaforge.models.generation_state import BlockState, GenerationState
 from megaforge.nn.attention import KVCache, SelfAttention
 from megaforge.nn.head import OutputHead, embedding_init, head_init
+from megaforge.nn.losses import LossTerm, add_terms
 from megaforge.nn.mlp import DenseFFN, FFNState
 from megaforge.nn.moe import MoEFFN, RouterLosses
 from megaforge.nn.norms import make_norm
@@ -26,24 +27,50 @@ from megaforge.parallel.param_spec import name_parameters
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What one micro-batch gives, as sums and counts, so that the caller divides by the global batch's counts.
-
-    Of sequences that the ranks of cp share, each rank has a part of every sum.
+    """What one micro-batch gives, of the tokens that this rank holds: all of them unless cp > 1.
 
     Attributes:
-        loss_sum: sum over tokens of loss mask * cross-entropy, in nats.
-        load_balance_sum: sum over MoE layers and sequences (see :class:`megaforge.nn.moe.RouterLosses`); 0 without MoE.
-        z_loss_sum: sum over MoE layers and tokens; 0 without MoE.
-        correct: sum over tokens of loss mask * (the label scored highest); no gradient.
-        tokens_per_expert, preferred_per_expert: int64 [MoE layers, E]; a pipeline stage's own layers.
+        scored: of each token's label its cross-entropy in nats (fp32; fp64 in an fp64 model), whether it scored
+            highest (bool), and the loss mask in the type of the first; [s, b] each. None in a pipeline stage without
+            the head.
+        terms: loss terms that layers make, as sums over layers and tokens, by name.
+        experts: int64 [2, MoE layers, E]: tokens_per_expert and preferred_per_expert of
+            :class:`megaforge.nn.moe.RouterLosses`; a pipeline stage's own layers.
     """
 
-    loss_sum: Tensor
-    load_balance_sum: Tensor
-    z_loss_sum: Tensor
-    correct: Tensor
-    tokens_per_expert: Tensor
-    preferred_per_expert: Tensor
+    scored: tuple[Tensor, Tensor, Tensor] | None
+    terms: dict[str, LossTerm]
+    experts: Tensor
+
+    def _scored(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self.scored is None:
+            raise ValueError("this pipeline stage has no head, so it scores no labels")
+        return self.scored
+
+    @property
+    def losses_SB(self) -> Tensor:
+        """Cross-entropy of each token's label, whether it counts or not."""
+        return self._scored()[0]
+
+    @property
+    def log_probs_SB(self) -> Tensor:
+        """Log-probability of each token's label, likewise."""
+        return -self.losses_SB
+
+    @property
+    def mask_SB(self) -> Tensor:
+        """Weight of each token's loss."""
+        return self._scored()[2]
+
+    @property
+    def loss_sum(self) -> Tensor:
+        """Sum over tokens of loss mask * cross-entropy."""
+        return (self.losses_SB * self.mask_SB).sum()
+
+    @property
+    def correct(self) -> Tensor:
+        """Sum over tokens of loss mask * (the label scored highest); no gradient."""
+        return (self._scored()[1] * self.mask_SB).sum()
 
 
 @dataclass(frozen=True)
@@ -138,7 +165,6 @@ class HybridModel(nn.Module):
         moe_layers = [index for index, kind in enumerate(kinds) if kind.ffn == "moe"]
         self.num_moe_layers = len(moe_layers)
         self.moe_rows = [row for row, index in enumerate(moe_layers) if index in self.stage_layers]
-        self.loss_dtype = torch.float64 if layer.dtype == torch.float64 else torch.float32
         has_rwkv = any(kind.mixer == "rwkv7" for kind in kinds)
         published = has_rwkv and cfg.normalization == "layernorm" and cfg.untie_embeddings_and_output_weights
         if self.is_first:
@@ -192,7 +218,7 @@ class HybridModel(nn.Module):
     def forward(
         self, tokens: Tensor, labels: Tensor, loss_mask: Tensor, document_start: Tensor | None = None
     ) -> ModelOutput:
-        """The losses of one micro-batch: sums over the tokens that this rank holds, which is all unless cp > 1.
+        """The losses of one micro-batch, of the tokens that this rank holds.
 
         Every rank of cp gets the same whole sequences and takes its chunks of them.
 
@@ -216,30 +242,24 @@ class HybridModel(nn.Module):
         *,
         arrived: Stream | None = None,
     ) -> tuple[ModelOutput, Stream]:
-        """:meth:`forward` of one pipeline stage: what it adds to the sums, and what the next stage goes on from.
+        """:meth:`forward` of one pipeline stage: what it adds, and what the next stage goes on from.
 
         Args:
-            arrived: what the stage before made; None in the first. Only the last stage has a ``loss_sum``.
+            arrived: what the stage before made; None in the first.
         """
         info = self._info(tokens, document_start)
         tokens, labels, loss_mask = (info.local(whole) for whole in (tokens, labels, loss_mask))
         stream, routed = self._trunk(tokens, info, None, arrived)
-        zero = torch.zeros((), dtype=self.loss_dtype, device=stream.x.device)
-        loss_sum = correct_sum = zero
+        scored = None
         if self.is_last:
             losses, correct = self.head.loss(self.final_norm(stream.x), labels)
-            mask = loss_mask.t().to(losses.dtype)
-            loss_sum, correct_sum = (losses * mask).sum(), (correct * mask).sum()
-        no_experts = tokens.new_zeros((0, self.cfg.num_experts))
-        output = ModelOutput(
-            loss_sum=loss_sum,
-            load_balance_sum=sum((r.load_balance_sum for r in routed), zero),
-            z_loss_sum=sum((r.z_loss_sum for r in routed), zero),
-            correct=correct_sum,
-            tokens_per_expert=torch.stack([r.tokens_per_expert for r in routed]) if routed else no_experts,
-            preferred_per_expert=torch.stack([r.preferred_per_expert for r in routed]) if routed else no_experts,
-        )
-        return output, stream
+            scored = losses, correct, loss_mask.t().to(losses.dtype)
+        terms: dict[str, LossTerm] = {}
+        for layer in routed:
+            add_terms(terms, layer.terms(self.cfg))
+        counts = [torch.stack([r.tokens_per_expert, r.preferred_per_expert]) for r in routed]
+        experts = torch.stack(counts, dim=1) if counts else tokens.new_zeros((2, 0, self.cfg.num_experts))
+        return ModelOutput(scored, terms, experts), stream
 
     def logits(
         self,

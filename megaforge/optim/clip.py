@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,12 @@ _KINDS = {kind: place for place, kind in enumerate(KINDS)}
 
 
 @torch.no_grad()
-def global_grad_norm(model: nn.Module, ctx: ParallelContext, by_kind: dict[str, float] | None = None) -> float:
+def global_grad_norm(
+    model: nn.Module,
+    ctx: ParallelContext,
+    by_kind: dict[str, float] | None = None,
+    read: Callable[[Tensor], list[float]] = Tensor.tolist,
+) -> float:
     """The 2-norm of all ``main_grad`` together, each element of the global model counted once: whole gradients on the
     first rank that has one, shares (ZeRO) on every rank of one copy.
 
@@ -27,6 +33,7 @@ def global_grad_norm(model: nn.Module, ctx: ParallelContext, by_kind: dict[str, 
 
     Args:
         by_kind: takes the norm of each kind of parameter (``ParamSpec.kind``) that the model has.
+        read: brings numbers (fp64 [n]) to the host: a step reads others with them, so that it waits once.
     """
     squares = torch.zeros(len(_KINDS), dtype=torch.float64, device=ctx.device)
     present = torch.zeros_like(squares)
@@ -40,7 +47,8 @@ def global_grad_norm(model: nn.Module, ctx: ParallelContext, by_kind: dict[str, 
     sums = torch.stack([squares, present])
     if ctx.world.size > 1:
         dist.all_reduce(sums, group=ctx.world.group)
-    values, holders = sums.tolist()
+    numbers = read(sums.flatten())
+    values, holders = numbers[: len(_KINDS)], numbers[len(_KINDS) :]
     if by_kind is not None:  # other ranks hold what this one may not: a stage without the head has its norm too
         by_kind.update({kind: math.sqrt(values[place]) for kind, place in _KINDS.items() if holders[place]})
     return math.sqrt(sum(values))
@@ -53,19 +61,20 @@ def clip_gradients(
     max_norm: float,
     loss_scale: float = 1.0,
     by_kind: dict[str, float] | None = None,
+    read: Callable[[Tensor], list[float]] = Tensor.tolist,
 ) -> float:
     """Divides every ``main_grad`` by ``loss_scale``; scales them down where their global norm exceeds ``max_norm``.
 
     Args:
         max_norm: 0 measures the norm and clips nothing.
         loss_scale: the factor that the loss carried.
-        by_kind: takes the norm of each kind of parameter, likewise.
+        by_kind, read: see :func:`global_grad_norm`.
 
     Returns:
         The global norm before clipping, without the loss scale; the same on every rank. When it is not finite the
         gradients are left as they are, and the step must be skipped.
     """
-    norm = global_grad_norm(model, ctx, by_kind) / loss_scale
+    norm = global_grad_norm(model, ctx, by_kind, read) / loss_scale
     if by_kind is not None:
         by_kind.update({kind: value / loss_scale for kind, value in by_kind.items()})
     if not math.isfinite(norm):

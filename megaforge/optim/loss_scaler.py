@@ -31,6 +31,11 @@ class LossScaler:
         self._window, self._hysteresis = config.loss_scale_window, config.hysteresis
         self._clean_steps = self._overflows = 0
 
+    @property
+    def can_fall(self) -> bool:
+        """Whether an overflow may be answered by a lower scale."""
+        return self.enabled and self.scale > self._floor
+
     def update(self, finite: bool) -> None:
         """Takes in whether this step's gradients were finite.
 

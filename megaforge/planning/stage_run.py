@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megaforge.models.hybrid import HybridModel, Stream
+from megaforge.nn.losses import LossTerm, total_loss
 from megaforge.parallel.pipeline.split_backward import backward_input
 from megaforge.parallel.pipeline.stage_tensors import StageTensors
 from megaforge.planning.layout import PlannedLayout
@@ -126,7 +127,9 @@ def _forward(chunk: HybridModel, layout: PlannedLayout, payload: StageTensors, i
     leaving = [] if chunk.is_last else [stream.x]
     if chunk.is_first and "v_first" in payload and stream.v_first is not None:
         leaving.append(stream.v_first)
-    return starts_of([*leaving, output.loss_sum + output.load_balance_sum + output.z_loss_sum])
+    own = {"loss": LossTerm(output.loss_sum, "labels")} if chunk.is_last else {}
+    loss = total_loss(own | output.terms, dict.fromkeys(("labels", "sequences", "tokens"), 1.0))
+    return starts_of(leaving if loss is None else [*leaving, loss])
 
 
 def _arrived(chunk: HybridModel, payload: StageTensors) -> list[Tensor]:

@@ -45,8 +45,19 @@ class Callback:
     def on_train_start(self, trainer: Trainer) -> None:
         """The state is loaded, the first step is about to run."""
 
+    def on_step_start(self, trainer: Trainer) -> None:
+        """A batch is there, and step ``trainer.iteration + 1`` is about to run; ``trainer.lr_factors`` may be set."""
+
+    def on_gradients(self, trainer: Trainer) -> None:
+        """The ``main_grad`` of every parameter is summed over the global batch, not clipped, and still multiplied by
+        ``trainer.scaler.scale``."""
+
+    def on_update(self, trainer: Trainer) -> None:
+        """The optimizer has updated the weights; not after a step that overflowed."""
+
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        """An optimizer step is done; ``trainer.finished`` says whether it was the last."""
+        """An optimizer step is done; ``trainer.finished`` says whether it was the last. ``metrics.extra`` takes numbers
+        of one's own: before ``Place.RECORD``, they are recorded too."""
 
     def on_evaluate(self, trainer: Trainer, metrics: EvaluationMetrics) -> None:
         """The model was evaluated after ``trainer.iteration``."""

@@ -154,8 +154,8 @@ def describe(trainer: Trainer, stored: int) -> str:
     epoch = sum(trainer.data.epoch_tokens)
     planned = trainer.batches.samples_after(config.training.train_iters) * config.data.seq_length
     layout = f"tp {ctx.tp.size} x " + (f"cp {ctx.cp.size} x " if ctx.cp.size > 1 else "") + f"dp {ctx.dp.size}"
-    if trainer.pipeline.plan.num_stages > 1:
-        layout = f"{trainer.pipeline.plan.describe()} x {layout}"
+    if trainer.engine.plan.num_stages > 1:
+        layout = f"{trainer.engine.plan.describe()} x {layout}"
     return (
         f"{config.name}: {stored:,} parameters | {layout} on {ctx.device.type} | "
         f"{trainer.batches} x {config.data.seq_length} tokens a step | {trainer.optimizer.implementation} | "

@@ -15,7 +15,7 @@ from megaforge.optim import LearningRateSchedule
 _OVERRIDE, _KEEP = "--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"
 _LEARNING = {
     "optimizer": ("weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"),
-    "training": ("bf16", "fp16", "fp64", "rampup_batch_size"),
+    "training": ("bf16", "fp16", "fp64", "rampup_batch_size", "objective", "loss_terms"),
     "parallel": ("grad_reduce_in_bf16", "grad_compression"),
     "data": ("eod_mask_loss",),
 }

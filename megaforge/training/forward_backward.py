@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ from megaforge.parallel.pipeline.executor import PipelineExecutor, StageOutput
 from megaforge.parallel.pipeline.tied import sum_tied_gradient
 from megaforge.parallel.zero import ShardedParameters
 
-LossFn = Callable[[ModelOutput], Tensor]
+# What a stage put out for a micro-batch -> its part of the loss (None: no part), and what the caller is told.
+LossFn = Callable[[ModelOutput, Batch], tuple[Tensor | None, Any]]
 
 
 def make_reducer(
@@ -65,32 +67,26 @@ class ForwardBackward:
         self._dtype, self._offload = dtype, offload
         self._tied = tied_weight(model, plan)
         self._executors: dict[tuple[int, torch.Size], PipelineExecutor] = {}
-        self._loss_fn: LossFn | None = None
 
-    def forward_backward(
-        self, micro_batches: Sequence[Batch], loss_fn: LossFn, loss_scale: float
-    ) -> Iterator[tuple[HybridModel, ModelOutput]]:
-        """Accumulates the gradient of ``loss_scale`` times the sum of all ``loss_fn(output)``, over micro-batches
-        and stages. Returns each stage and what it put out for a micro-batch, without gradient."""
-        return self._run(micro_batches, loss_fn, loss_scale)
+    def run(
+        self, micro_batches: Sequence[Batch], loss_fn: LossFn, *, gradients: bool = True, loss_scale: float = 1.0
+    ) -> Iterator[tuple[HybridModel, Any]]:
+        """Every micro-batch through every stage of this rank; with ``gradients`` it accumulates the gradient of
+        ``loss_scale`` times the sum of what ``loss_fn`` makes of them.
 
-    def forward(self, micro_batches: Sequence[Batch]) -> Iterator[tuple[HybridModel, ModelOutput]]:
-        """The outputs alone."""
-        return self._run(micro_batches, None, 1.0)
+        Returns:
+            Each stage and what ``loss_fn`` tells of a micro-batch; it must not keep an autograd graph alive.
+        """
+        executor = self._executor(len(micro_batches), micro_batches[0].tokens.shape)
+        step = partial(self._forward_step, loss_fn)
+        result = executor.run(micro_batches, step, gradients=gradients, loss_scale=loss_scale)
+        chunks = self._model.chunks
+        return ((chunks[self.plan.schedule.chunk_of(stage)], told) for (_, stage), told in result.reports.items())
 
     def sum_tied_gradient(self) -> None:
         """Gives both copies of a matrix on the first and the last stage the gradient of both; after the reduction."""
         if self._tied is not None:
             sum_tied_gradient(self._tied.main_grad, self.plan.schedule, self._ctx.pp)  # type: ignore[attr-defined]
-
-    def _run(
-        self, micro_batches: Sequence[Batch], loss_fn: LossFn | None, loss_scale: float
-    ) -> Iterator[tuple[HybridModel, ModelOutput]]:
-        self._loss_fn = loss_fn
-        executor = self._executor(len(micro_batches), micro_batches[0].tokens.shape)
-        result = executor.run(micro_batches, gradients=loss_fn is not None, loss_scale=loss_scale)
-        chunks = self._model.chunks
-        return ((chunks[self.plan.schedule.chunk_of(stage)], out) for (_, stage), out in result.reports.items())
 
     def _executor(self, count: int, shape: torch.Size) -> PipelineExecutor:
         """The executor for ``count`` micro-batches of ``shape`` [b, s]; kept, for they are the same all along."""
@@ -100,29 +96,23 @@ class ForwardBackward:
                 self.plan.with_micro_batches(count),
                 self._ctx.pp,
                 self._model.chunks,
-                self._forward_step,
                 make_stage_tensors(self._model, self.plan, batch, length, self._dtype),
                 device=self._ctx.device,
                 before_weight_gradients=lambda chunk, last: self._reducer.set_last_microbatch(last, chunk),
             )
         return self._executors[count, shape]
 
-    def _forward_step(self, chunk: nn.Module, batch: Batch, payload: dict[str, Tensor]) -> StageOutput:
+    def _forward_step(self, loss_fn: LossFn, chunk: nn.Module, batch: Batch, payload: dict[str, Tensor]) -> StageOutput:
         assert isinstance(chunk, HybridModel)
         arrived = Stream(payload["x"], payload.get("v_first")) if payload else None
         tokens, labels, mask = (upload(x, self._ctx.device) for x in (batch.tokens, batch.labels, batch.loss_mask))
         with self._saving():
             # Document starts stay in host memory, where the stage asks what there is.
             output, stream = chunk.run_stage(tokens, labels, mask, batch.document_start, arrived=arrived)
-            loss = None if self._loss_fn is None else self._loss_fn(output)
+            loss, told = loss_fn(output, batch)
         leaving = {"x": stream.x} | ({} if stream.v_first is None else {"v_first": stream.v_first})
-        return StageOutput(leaving, loss, _detached(output))
+        return StageOutput(leaving, loss, told)
 
     def _saving(self) -> AbstractContextManager[object]:
         active = self._offload and torch.is_grad_enabled()
         return HostMemory(self._model.parameters()) if active else nullcontext()
-
-
-def _detached(output: ModelOutput) -> ModelOutput:
-    fields = {field.name: getattr(output, field.name).detach() for field in dataclasses.fields(output)}
-    return ModelOutput(**fields)

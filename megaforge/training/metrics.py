@@ -9,6 +9,9 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -105,25 +108,23 @@ class EvaluationMetrics:
         return {name: value for name, value in named.items() if value is not None}
 
 
-def balance_entropy_bits(tokens_per_expert: list[list[float]]) -> float:
+def balance_entropy_bits(tokens_per_expert: Tensor) -> Tensor:
     """Entropy in bits of the experts' shares, mean over layers: log2(E) when every expert gets as much as any other.
 
     Args:
-        tokens_per_expert: [layers, E] counts.
+        tokens_per_expert: float64 [layers, E] counts.
     """
-    entropies = []
-    for counts in tokens_per_expert:
-        total = sum(counts)
-        shares = [count / total for count in counts if count] if total else []
-        entropies.append(-sum(share * math.log2(share) for share in shares))
-    return sum(entropies) / len(entropies) if entropies else 0.0
+    shares = tokens_per_expert / tokens_per_expert.sum(dim=1, keepdim=True).clamp(min=1.0)
+    return -(shares * shares.clamp(min=1e-300).log2()).sum() / max(1, len(shares))
 
 
-def greatest_expert_load(tokens_per_expert: list[list[float]]) -> float:
+def greatest_expert_load(tokens_per_expert: Tensor) -> Tensor:
     """The most tokens that an expert got, as a multiple of its layer's mean: 1 when all get alike, E when one gets all;
     the greatest of the layers, 0 without tokens.
 
     Args:
-        tokens_per_expert: [layers, E] counts.
+        tokens_per_expert: float64 [layers, E] counts.
     """
-    return max((max(counts) * len(counts) / sum(counts) for counts in tokens_per_expert if sum(counts)), default=0.0)
+    busiest, total = tokens_per_expert.amax(dim=1), tokens_per_expert.sum(dim=1).clamp(min=1.0)
+    loads = busiest * tokens_per_expert.shape[1] / total
+    return torch.cat([loads, loads.new_zeros(1)]).amax()

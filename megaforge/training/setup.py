@@ -25,6 +25,7 @@ from megaforge.parallel.distributed import check_backend, discover_launch, initi
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.zero import shard_parameters
+from megaforge.registry import CALLBACKS
 from megaforge.training.callbacks import (
     Callback,
     Checkpointing,
@@ -35,6 +36,7 @@ from megaforge.training.callbacks import (
 )
 from megaforge.training.checkpointing import check_save_directory, compute_dtype, load_run, tokenizer_identity
 from megaforge.training.console import ConsoleLog
+from megaforge.training.engine import Engine
 from megaforge.training.numerics import choose_matmul_precision
 from megaforge.training.profiling import Profile
 from megaforge.training.speed import Speed
@@ -113,13 +115,11 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
     plan = make_pipeline_plan(config, layout)
     model = build_model_chunks(config, ctx, plan)
     initialize_parameters(model, ctx, config.training.seed)
+    optimizer = build_optimizer(config.optimizer, model, ctx, shard_parameters(config.parallel, model.chunks, ctx))
     trainer = Trainer(
         config,
-        ctx,
-        model,
-        build_optimizer(config.optimizer, model, ctx, shard_parameters(config.parallel, model.chunks, ctx)),
+        Engine(config, ctx, model, optimizer, plan),
         opened[0],
-        plan=plan,
         tokenizer=None if tokenizer is None else tokenizer_identity(tokenizer),
         batches=layout.batches,
         callbacks=_callbacks(config),
@@ -181,7 +181,7 @@ def _callbacks(config: Config) -> list[Callback]:
         callbacks.append(Checkpointing(save_interval(config)))
     if config.logging.profile:
         callbacks.append(Profile(config.logging))
-    return callbacks
+    return callbacks + [CALLBACKS.get(name)(config) for name in training.callbacks]
 
 
 def save_interval(config: Config) -> int:

@@ -30,6 +30,7 @@ from megaforge.config.run_config import ParallelConfig
 from megaforge.data.loader import Batch
 from megaforge.models.hybrid import HybridModel, ModelOutput
 from megaforge.models.stages import plan_pipeline
+from megaforge.nn.losses import LossTerm, total_loss
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.init import initialize_parameters
@@ -67,20 +68,23 @@ def steps(hidden: int, layers: int, length: int) -> tuple[Step, Step, GradientRe
         model, ctx, plan_pipeline(cfg, ParallelConfig(), MICRO_BATCHES, length), reducer, dtype=torch.float32
     )
 
-    def share(output: ModelOutput) -> Tensor:
-        auxiliary = cfg.moe_aux_loss_coeff * output.load_balance_sum + cfg.moe_z_loss_coeff * output.z_loss_sum
-        return output.loss_sum / tokens + auxiliary / MICRO_BATCHES
+    counts = {"labels": float(tokens), "sequences": float(MICRO_BATCHES), "tokens": float(tokens)}
+
+    def share(output: ModelOutput) -> Tensor | None:
+        return total_loss({"loss": LossTerm(output.loss_sum, "labels")} | output.terms, counts)
 
     def ours() -> None:
         reducer.zero_grad()
-        runner.forward_backward(batches, share, 1.0)
+        runner.run(batches, lambda output, _: (share(output), None))
         reducer.finish_grad_sync()
 
     def loop() -> None:
         reducer.zero_grad()
         for number, batch in enumerate(batches, 1):
             reducer.set_last_microbatch(number == len(batches))
-            share(model(batch.tokens, batch.labels, batch.loss_mask, batch.document_start)).backward()
+            loss = share(model(batch.tokens, batch.labels, batch.loss_mask, batch.document_start))
+            assert loss is not None
+            loss.backward()
         reducer.finish_grad_sync()
 
     return ours, loop, reducer

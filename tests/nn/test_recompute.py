@@ -72,7 +72,7 @@ def gradients(kind: str, *, split: bool, first: bool = False) -> dict[str, Tenso
     inputs = [] if first else [random(6, 2, 16, seed=1).requires_grad_(), random(6, 2, 16, seed=2).requires_grad_()]
     arrived = Stream(*inputs) if inputs else None
     output, _ = model.run_stage(tokens, tokens, torch.ones(2, 6), arrived=arrived)
-    loss = output.loss_sum + output.load_balance_sum + output.z_loss_sum
+    loss = output.loss_sum + sum(term.sum for term in output.terms.values())
     del output
     if split:
         roots, start = [get_gradient_edge(loss)], [torch.ones_like(loss)]

@@ -100,7 +100,8 @@ def total_over_dp(values: Tensor, ctx: ParallelContext) -> Tensor:
 
 def loss_of(out: ModelOutput, tokens: float, length: int) -> Tensor:
     """Coefficients are large so that nothing of the auxiliary losses is hidden."""
-    return out.loss_sum / tokens + 0.5 * out.load_balance_sum / SEQUENCES + 0.1 * out.z_loss_sum / (SEQUENCES * length)
+    balance, z = out.terms["load_balance_loss"].sum, out.terms["z_loss"].sum
+    return out.loss_sum / tokens + 0.5 * balance / SEQUENCES + 0.1 * z / (SEQUENCES * length)
 
 
 def train(
@@ -130,10 +131,11 @@ def train(
         norms.append(clip_gradients(model, ctx, 0.5))
         optimizer.step(2e-4)
         sums = [
-            torch.stack([o.loss_sum, o.load_balance_sum, o.z_loss_sum, o.correct]).detach().double() for o in outputs
+            torch.stack([o.loss_sum, *(term.sum for term in o.terms.values()), o.correct]).detach().double()
+            for o in outputs
         ]
         scalars.append(total_over_dp(sum(sums), ctx))
-        counts = sum(torch.stack([o.tokens_per_expert, o.preferred_per_expert]) for o in outputs)
+        counts = sum(o.experts for o in outputs)
         statistics.append(total_over_dp(counts, ctx))
         after_update(model, Update(ctx, expert_counts(model, *statistics[-1])))
     return {
@@ -236,12 +238,12 @@ def idle_experts(sizes: dict[str, int]) -> tuple[Pieces, Tensor, Tensor]:
     share = SEQUENCES // ctx.dp.size
     fields = [field[ctx.dp.rank * share : (ctx.dp.rank + 1) * share] for field in global_batch(0, 3)]
     out = model(*fields)
-    (out.loss_sum + out.load_balance_sum).backward()
+    (out.loss_sum + out.terms["load_balance_loss"].sum).backward()
     reducer.finish_grad_sync()
     return (
         pieces_of(model, ctx, gradients=True),
         total_over_dp(out.loss_sum.detach(), ctx),
-        total_over_dp(out.tokens_per_expert, ctx),
+        total_over_dp(out.experts[0].clone(), ctx),
     )
 
 

@@ -307,7 +307,7 @@ def overflow_on_the_last_rank(argv: list[str], name: str) -> tuple[list[tuple[fl
             parameter.main_grad.view(-1)[-1] = math.inf
         return clip(model, ctx, *limits)
 
-    with mock.patch("megaforge.training.trainer.clip_gradients", poisoned):
+    with mock.patch("megaforge.training.engine.clip_gradients", poisoned):
         trainer.train()
     steps = [(step["skipped"], step["loss_scale"]) for step in recorder.records if step["kind"] == "step"]
     before, after = kept[1:]

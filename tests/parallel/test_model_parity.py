@@ -16,6 +16,7 @@ from torch import Tensor
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.run_config import OptimizerConfig
 from megaforge.models.hybrid import HybridModel
+from megaforge.nn.losses import LossTerm, total_loss
 from megaforge.optim.adamw import AdamW
 from megaforge.optim.clip import clip_gradients
 from megaforge.parallel.context import ParallelContext
@@ -109,8 +110,9 @@ def train(case: str, tp: int, sequence_parallel: bool, dtype: torch.dtype) -> Ou
         for number, micro in enumerate(zip(*own, strict=True)):
             reducer.set_last_microbatch(number == 1)
             out = model(*micro)
-            loss = out.loss_sum / tokens + cfg.moe_aux_loss_coeff * out.load_balance_sum / BATCH
-            loss = loss + cfg.moe_z_loss_coeff * out.z_loss_sum / (BATCH * LENGTH)
+            counts = {"labels": tokens, "sequences": BATCH, "tokens": BATCH * LENGTH}
+            loss = total_loss({"loss": LossTerm(out.loss_sum, "labels")} | out.terms, counts)
+            assert loss is not None
             loss.backward()
             total += loss.detach().double()
         reducer.finish_grad_sync()

@@ -94,7 +94,7 @@ def train(argv: list[str], noise: float = 0.05) -> dict[str, Any]:
         perturb(trainer.model, trainer.ctx, noise)
     recorder = record(trainer)
     trainer.train()
-    outcome: dict[str, Any] = {"records": recorder.records, "executed": trainer.pipeline.plan.describe()}
+    outcome: dict[str, Any] = {"records": recorder.records, "executed": trainer.engine.plan.describe()}
     ctx, named = trainer.ctx, list(named_specs(trainer.model))
     outcome["weights"] = {s.name: whole(s, p.detach(), ctx) for s, p in named}
     trained = [(s.name, p) for s, p in named if p.requires_grad]

@@ -36,7 +36,7 @@ def kept_by_autograd(model: HybridModel, layout: PlannedLayout) -> int:
     tokens = torch.randint(0, 500, (layout.micro_batch_size, layout.sequence_length))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         output = model(tokens, tokens, torch.ones(tokens.shape))
-        total = output.loss_sum + output.load_balance_sum + output.z_loss_sum
+        total = output.loss_sum + sum(term.sum for term in output.terms.values())
     size = sum(saved.values())
     total.backward()
     return size

@@ -57,14 +57,14 @@ def _train(argv: list[str], heard: dict[int, int]) -> tuple[int, str | None, boo
         del os.environ["RANK"], os.environ["WORLD_SIZE"]
     requests = Requests()
     if heard.get(-1) == rank:  # during the second step
-        inner = trainer.pipeline.forward_backward
+        inner = trainer.engine.forward_backward
 
         def hearing(*args, **kwargs):  # type: ignore[no-untyped-def]
             if trainer.iteration == 1:
                 requests.hear(signal.SIGUSR1)
             return inner(*args, **kwargs)
 
-        trainer.pipeline.forward_backward = hearing  # type: ignore[method-assign]
+        trainer.engine.forward_backward = hearing  # type: ignore[method-assign]
     elif rank in heard:
         requests.hear(heard[rank])
     trainer.train(requests)

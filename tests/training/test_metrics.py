@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from megaforge.monitor.names import STEP, known
 from megaforge.monitor.sinks import read_metrics
@@ -27,18 +29,22 @@ def test_unknown_numbers_are_left_out() -> None:
     assert EvaluationMetrics(1, 1e6, 1).perplexity == math.inf
 
 
+def counts(*layers: list[int]) -> Tensor:
+    return torch.tensor(layers, dtype=torch.float64).reshape(len(layers), -1 if layers else 4)
+
+
 def test_balance_entropy() -> None:
-    assert balance_entropy_bits([[5, 5, 5, 5]]) == 2.0
-    assert balance_entropy_bits([[7, 0, 0, 0]]) == 0.0
-    assert balance_entropy_bits([[1, 1, 0, 0], [1, 1, 1, 1]]) == 1.5
-    assert balance_entropy_bits([]) == 0.0
+    assert balance_entropy_bits(counts([5, 5, 5, 5])) == 2.0
+    assert balance_entropy_bits(counts([7, 0, 0, 0])) == 0.0
+    assert balance_entropy_bits(counts([1, 1, 0, 0], [1, 1, 1, 1])) == 1.5
+    assert balance_entropy_bits(counts()) == balance_entropy_bits(counts([0, 0])) == 0.0
 
 
 def test_greatest_expert_load() -> None:
-    assert greatest_expert_load([[5, 5, 5, 5]]) == 1.0
-    assert greatest_expert_load([[0, 8, 0, 0], [2, 2, 2, 2]]) == 4.0, "one expert of four got all of its layer's"
-    assert greatest_expert_load([[1, 2, 3, 0]]) == 2.0
-    assert greatest_expert_load([[0, 0]]) == greatest_expert_load([]) == 0.0
+    assert greatest_expert_load(counts([5, 5, 5, 5])) == 1.0
+    assert greatest_expert_load(counts([0, 8, 0, 0], [2, 2, 2, 2])) == 4.0, "one expert of four got all of its layer's"
+    assert greatest_expert_load(counts([1, 2, 3, 0])) == 2.0
+    assert greatest_expert_load(counts([0, 0])) == greatest_expert_load(counts()) == 0.0
 
 
 @pytest.mark.parametrize("precision", [(), ("--fp16",)])

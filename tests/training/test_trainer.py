@@ -40,14 +40,14 @@ def test_the_gradient_is_that_of_the_global_mean(prefix: str) -> None:
     cfg = trainer.config.model
     total = (
         output.loss_sum / whole.loss_mask.sum()
-        + cfg.moe_aux_loss_coeff * output.load_balance_sum / 8
-        + cfg.moe_z_loss_coeff * output.z_loss_sum / (8 * 24)
+        + cfg.moe_aux_loss_coeff * output.terms["load_balance_loss"].sum / 8
+        + cfg.moe_z_loss_coeff * output.terms["z_loss"].sum / (8 * 24)
     )
     parameters = [parameter for _, parameter in named_specs(trainer.model)]
     expected = torch.autograd.grad(total, parameters)
     metrics = trainer.train_step(batches)
     assert metrics.loss == pytest.approx((output.loss_sum / whole.loss_mask.sum()).item(), rel=1e-12)
-    assert metrics.extra["z_loss"] == pytest.approx(output.z_loss_sum.item() / 192, rel=1e-12)
+    assert metrics.extra["z_loss"] == pytest.approx(output.terms["z_loss"].sum.item() / 192, rel=1e-12)
     assert metrics.grad_norm == pytest.approx(torch.stack([g.norm() for g in expected]).norm().item(), rel=1e-12)
     for parameter, grad in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.main_grad, grad, rtol=1e-9, atol=1e-13)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megaforge.config.model_config import ModelConfig
 from megaforge.kernels.moe_routing import Permutation, Route, moe_permutation, moe_route
+from megaforge.nn.losses import LossTerm
 from megaforge.nn.moe.routing import expert_capacity, plain_rule, routing_rule, within_capacity
 from megaforge.parallel.after_update import Update
 from megaforge.parallel.expert_tokens import ReplicatedTokens
@@ -51,6 +53,13 @@ class RouterLosses:
     z_loss_sum: Tensor
     tokens_per_expert: Tensor
     preferred_per_expert: Tensor
+
+    def terms(self, cfg: ModelConfig) -> dict[str, LossTerm]:
+        """By name."""
+        return {
+            "load_balance_loss": LossTerm(self.load_balance_sum, "sequences", cfg.moe_aux_loss_coeff),
+            "z_loss": LossTerm(self.z_loss_sum, "tokens", cfg.moe_z_loss_coeff),
+        }
 
 
 class Router(ReplicatedLinear):

@@ -56,6 +56,7 @@ class _InFlight:
     deferred: DeferredWeightGradients | None = None
 
 
+# forward_step(chunk, microbatch, payload) -> StageOutput; the payload is empty on stage 0
 ForwardStep = Callable[[nn.Module, Any, dict[str, Tensor]], StageOutput]
 
 
@@ -66,7 +67,6 @@ class PipelineExecutor:
         schedule: for all ranks; checked for deadlocks here, once.
         axis: the pipeline axis of this rank (``ctx.pp``).
         chunks: this rank's stages, by chunk.
-        forward_step: ``forward_step(chunk, microbatch, payload) -> StageOutput``; ``payload`` is empty on stage 0.
         payload: what travels between stages; the same on all ranks.
         device: where received tensors live.
         before_weight_gradients: called as ``(chunk index, is last)`` before each action that accumulates weight
@@ -81,7 +81,6 @@ class PipelineExecutor:
         schedule: Schedule,
         axis: Axis,
         chunks: Sequence[nn.Module],
-        forward_step: ForwardStep,
         payload: StageTensors,
         *,
         device: torch.device | str = "cpu",
@@ -96,7 +95,6 @@ class PipelineExecutor:
         self.chunks = chunks
         self._rank = axis.rank
         self._axis = axis
-        self._forward_step = forward_step
         self._payload = payload
         self._device = torch.device(device)
         self._before_weight_gradients = before_weight_gradients
@@ -111,7 +109,14 @@ class PipelineExecutor:
         ]
         self._last_of_chunk = set({a.stage: a for a in makes_weight_gradients}.values())
 
-    def run(self, microbatches: Sequence[Any], *, gradients: bool = True, loss_scale: float = 1.0) -> PipelineResult:
+    def run(
+        self,
+        microbatches: Sequence[Any],
+        forward_step: ForwardStep,
+        *,
+        gradients: bool = True,
+        loss_scale: float = 1.0,
+    ) -> PipelineResult:
         """One global batch: all microbatches forward and, with ``gradients``, backward.
 
         Args:
@@ -121,7 +126,7 @@ class PipelineExecutor:
         """
         if len(microbatches) != self.schedule.num_microbatches:
             raise ValueError(f"{len(microbatches)} microbatches for a schedule of {self.schedule.num_microbatches}")
-        batch = _GlobalBatch(self, microbatches, gradients, loss_scale)
+        batch = _GlobalBatch(self, microbatches, forward_step, gradients, loss_scale)
         for step in self._programs[gradients]:
             batch.step(step)
         batch.mailbox.finish()
@@ -132,7 +137,12 @@ class _GlobalBatch:
     """The state of one run."""
 
     def __init__(
-        self, executor: PipelineExecutor, microbatches: Sequence[Any], gradients: bool, loss_scale: float
+        self,
+        executor: PipelineExecutor,
+        microbatches: Sequence[Any],
+        forward_step: ForwardStep,
+        gradients: bool,
+        loss_scale: float,
     ) -> None:
         self.executor = executor
         self.schedule = executor.schedule
@@ -140,6 +150,7 @@ class _GlobalBatch:
         self.rank = executor._rank
         self.stages = self.schedule.stages_of(self.rank)
         self.microbatches = microbatches
+        self.forward_step = forward_step
         self.gradients = gradients
         self.loss_scale = loss_scale
         self.mailbox = Mailbox(self.schedule, executor._axis, self.payload, executor._device)
@@ -171,7 +182,7 @@ class _GlobalBatch:
     def _forward(self, stage: int, microbatch: int, chunk: nn.Module) -> None:
         inputs = self._inputs(stage, microbatch)
         with torch.set_grad_enabled(self.gradients):
-            output = self.executor._forward_step(chunk, self.microbatches[microbatch], dict(inputs))
+            output = self.forward_step(chunk, self.microbatches[microbatch], dict(inputs))
         if output.loss is not None:
             self.losses[microbatch, stage] = output.loss.detach()
         if output.report is not None:

@@ -117,12 +117,14 @@ def train(case: str, shape: Shape, dtype: torch.dtype, documents: tuple[tuple[in
         for number, micro in enumerate(zip(*own, strict=True)):
             reducer.set_last_microbatch(number == 1)
             out = model(*micro)
-            parts = (out.loss_sum, out.load_balance_sum, out.z_loss_sum, out.correct)
-            loss = out.loss_sum / tokens + cfg.moe_aux_loss_coeff * out.load_balance_sum / sequences
-            loss = loss + cfg.moe_z_loss_coeff * out.z_loss_sum / (sequences * LENGTH)
+            zero = torch.zeros(())
+            balance, z = (out.terms[name].sum if out.terms else zero for name in ("load_balance_loss", "z_loss"))
+            parts = (out.loss_sum, balance, z, out.correct)
+            loss = out.loss_sum / tokens + cfg.moe_aux_loss_coeff * balance / sequences
+            loss = loss + cfg.moe_z_loss_coeff * z / (sequences * LENGTH)
             loss.backward()
             sums += torch.stack([part.detach().double() for part in parts])
-            experts += out.tokens_per_expert
+            experts += out.experts[0]
         reducer.finish_grad_sync()
         totals = reduce_from_tensor_parallel(sums, ctx.dp_cp).tolist()
         names = ("loss", "load balance", "z-loss", "correct")

@@ -113,7 +113,7 @@ def test_sent_output_is_not_kept_for_the_backward_pass() -> None:
 
     schedule = build_schedule("zb-v", pp=1, vpp=2, microbatches=1)
     payload = {"hidden": StageTensor((1, 2), torch.float32)}
-    PipelineExecutor(schedule, Axis("pp"), [nn.Linear(2, 2), nn.Linear(2, 2)], step, payload).run([None])
+    PipelineExecutor(schedule, Axis("pp"), [nn.Linear(2, 2), nn.Linear(2, 2)], payload).run([None], step)
     assert alive == [False]
 
 
@@ -135,9 +135,9 @@ def test_payload_that_is_not_as_declared_is_an_error(output: dict[str, torch.Ten
         "hidden": StageTensor((1, 2), torch.float32),
         "c": StageTensor((1,), torch.float32, carried=True),
     }
-    executor = PipelineExecutor(schedule, Axis("pp"), [nn.Identity()] * 3, lambda *_: StageOutput(output), payload)
+    executor = PipelineExecutor(schedule, Axis("pp"), [nn.Identity()] * 3, payload)
     with pytest.raises(ValueError, match=expected):
-        executor.run([None], gradients=False)
+        executor.run([None], lambda *_: StageOutput(output), gradients=False)
 
 
 def test_loss_scale_multiplies_gradients_only() -> None:
@@ -147,7 +147,7 @@ def test_loss_scale_multiplies_gradients_only() -> None:
         nn.init.constant_(stage.weight, 0.5)
         nn.init.zeros_(stage.bias)
         schedule = build_schedule("zb-h1", pp=1, vpp=1, microbatches=2)
-        executor = PipelineExecutor(schedule, Axis("pp"), [stage], lambda c, x, _: StageOutput(loss=c(x).sum()), {})
-        result = executor.run([torch.ones(1, 2)] * 2, loss_scale=scale)
+        executor = PipelineExecutor(schedule, Axis("pp"), [stage], {})
+        result = executor.run([torch.ones(1, 2)] * 2, lambda c, x, _: StageOutput(loss=c(x).sum()), loss_scale=scale)
         found.append((float(sum(result.losses.values())), stage.weight.grad[0, 0].item()))
     assert found == [(2.0, 2.0), (2.0, 16.0)]

@@ -182,12 +182,12 @@ def run_toy(
     announced: list[tuple[int, bool]] = []
     payload = make_stage_tensors(next(stage for stage, part in enumerate(parts) if 0 in part))
     executor = PipelineExecutor(
-        schedule, axis, stages, forward_step, payload, before_weight_gradients=lambda *call: announced.append(call)
+        schedule, axis, stages, payload, before_weight_gradients=lambda *call: announced.append(call)
     )
     sent = _record_sends()
-    result = executor.run(make_batches(microbatches))
+    result = executor.run(make_batches(microbatches), forward_step)
     recorded = list(sent)
-    evaluation = executor.run(make_batches(microbatches), gradients=False).losses
+    evaluation = executor.run(make_batches(microbatches), forward_step, gradients=False).losses
     dist.batch_isend_irecv = sent.original
     if tied and axis.rank in tied_ranks(schedule):
         sum_tied_gradient(weights["embedding" if "embedding" in weights else "head"].grad, schedule, axis)

@@ -1,0 +1,43 @@
+"""What a loss is made of: named terms, each a sum over this rank's tokens and what its mean is taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """A term of the loss as one micro-batch has it on one rank. Its value is the sum over micro-batches, stages, dp and
+    cp, divided by a count of the global batch, so that no layout enters.
+
+    Attributes:
+        sum: a scalar; the same on every rank of tp.
+        denominator: which count: ``labels`` that count, ``tokens``, ``sequences``, or one that the objective counts.
+        weight: of the term's value in what is trained; 0: it is only reported.
+    """
+
+    sum: Tensor
+    denominator: str
+    weight: float = 1.0
+
+
+def add_terms(known: dict[str, LossTerm], more: Mapping[str, LossTerm]) -> None:
+    """Adds terms to those of the same name."""
+    for name, term in more.items():
+        known[name] = replace(term, sum=known[name].sum + term.sum) if name in known else term
+
+
+def total_loss(terms: Mapping[str, LossTerm], counts: Mapping[str, Tensor | float]) -> Tensor | None:
+    """What ``terms`` add to the loss that is differentiated, by the global batch's ``counts``; None where nothing."""
+    total: Tensor | None = None
+    for term in terms.values():
+        if term.weight:
+            count = counts[term.denominator]
+            # A count of fp64 would make the loss one too.
+            count = count.to(term.sum.dtype) if isinstance(count, Tensor) else count
+            value = (term.sum if term.weight == 1.0 else term.weight * term.sum) / count
+            total = value if total is None else total + value
+    return total

@@ -1,0 +1,110 @@
+"""The numbers of a global batch: summed on the device, over ranks, and read by the host once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaforge.device import upload
+from megaforge.errors import UserError
+from megaforge.models.hybrid import HybridModel
+from megaforge.nn.losses import LossTerm
+from megaforge.parallel.context import ParallelContext
+from megaforge.training.metrics import balance_entropy_bits, greatest_expert_load
+from megaforge.training.objectives import Objective
+
+
+class BatchSums:
+    """Sums over micro-batches and this rank's stages, then over dp, cp and pp; fp64, so that their order hardly
+    matters. Every rank ends with the numbers of the whole model.
+
+    Attributes:
+        objective: what made the terms.
+        counts: what means are taken over, of the global batch: on the device, or known to the host.
+        found: the terms that this rank has added, and the name of the count that each is divided by.
+        experts: after :meth:`reduce`, float64 [2, MoE layers, E]: tokens that each expert was chosen for, and its
+            choices by plain top-k; on the device.
+        votes: what this rank asks of the others; after :meth:`read`, the sums over all ranks.
+        values: after :meth:`read`: the terms' sums by name.
+        balance: after :meth:`read`: how evenly experts were used, by name; empty in a model without.
+    """
+
+    def __init__(
+        self, ctx: ParallelContext, objective: Objective, counts: Mapping[str, Tensor | float] | None = None
+    ) -> None:
+        self.objective = objective
+        self.counts = dict(counts or {})
+        self.found: dict[str, str] = {}
+        self.experts = torch.zeros((2, 0, 0), dtype=torch.float64, device=ctx.device)
+        self.votes: Sequence[float] = ()
+        self.values: dict[str, float] = {}
+        self.balance: dict[str, float] = {}
+        self._ctx = ctx
+        self._sums: dict[str, Tensor] = {}
+        self._denominators: Mapping[str, str] = {}
+        self._reduced = self.experts.flatten()
+
+    def add(self, stage: HybridModel, told: tuple[Mapping[str, LossTerm], Tensor]) -> None:
+        """Takes in what ``stage`` made of a micro-batch: terms without gradient, and int64 [2, its MoE layers, E]."""
+        terms, experts = told
+        for name, term in terms.items():
+            self.found[name] = term.denominator
+            value = term.sum.double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        if not self.experts.numel():
+            self.experts = self.experts.new_zeros((2, stage.num_moe_layers, experts.shape[2]))
+        self.experts[:, stage.moe_rows] += experts
+
+    def reduce(self, denominators: Mapping[str, str]) -> None:
+        """Sums over dp, cp and pp, and votes over all ranks; the host waits for nothing. Collective.
+
+        Args:
+            denominators: the terms of all ranks and their counts' names, the same everywhere.
+
+        Raises:
+            UserError: this rank has another term.
+        """
+        new = self.found.keys() - denominators.keys()
+        if new:
+            raise UserError(f"loss terms have the same names in every step; {min(new)!r} was not there in the first")
+        self._denominators = denominators
+        nothing = self._reduced.new_zeros(())
+        terms = [self._sums.get(name, nothing).view(1) for name in denominators]
+        votes = upload(torch.tensor(self.votes, dtype=torch.float64), self._ctx.device)
+        packed = torch.cat([*terms, votes, self.experts.flatten()])
+        for axis in (self._ctx.dp_cp, self._ctx.pp):
+            if axis.group is not None:
+                dist.all_reduce(packed, group=axis.group)
+        split = len(terms) + len(votes)
+        if self._ctx.tp.group is not None:  # its ranks have equal sums, but one alone may have been asked
+            dist.all_reduce(packed[len(terms) : split], group=self._ctx.tp.group)
+        self._reduced, self.experts = packed[:split], packed[split:].view_as(self.experts)
+
+    def read(self, others: Tensor | None = None) -> list[float]:
+        """Brings the numbers to the host, and ``others`` (fp64 [n]) with them, whose values it returns.
+
+        Here the host waits for the device: what a step reads, it reads here.
+        """
+        single = {name: count for name, count in self.counts.items() if isinstance(count, Tensor)}
+        tokens = self.experts[0]
+        if tokens.numel():
+            single |= {
+                "expert_entropy_bits": balance_entropy_bits(tokens),
+                "expert_max_load": greatest_expert_load(tokens),
+            }
+        others = self._reduced[:0] if others is None else others
+        numbers = iter(torch.cat([others, self._reduced, *(value.view(1) for value in single.values())]).tolist())
+        taken = list(islice(numbers, len(others)))
+        self.values = dict(zip(self._denominators, islice(numbers, len(self._denominators)), strict=True))
+        self.votes = list(islice(numbers, len(self.votes)))
+        for name, value in zip(single, numbers, strict=True):
+            (self.counts if name in self.counts else self.balance)[name] = value
+        return taken
+
+    def means(self) -> dict[str, float]:
+        """After :meth:`read`: every term, divided by its count."""
+        return {name: self.values[name] / float(self.counts[by]) for name, by in self._denominators.items()}

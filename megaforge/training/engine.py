@@ -1,0 +1,165 @@
+"""One optimizer step in parts, at any layout: what a training loop of any kind stands on.
+
+::
+
+    engine.zero_grad()
+    sums = engine.forward_backward(batches, objective)
+    engine.reduce_gradients()
+    norm, _ = engine.clip(1.0, sums)
+    engine.update(lr, norm, sums)
+    print(sums.means())
+
+Every rank calls the same methods in the same order, each with its own micro-batches; the ranks of tp, cp and pp with
+the same. :meth:`Engine.clip` is the only place where the host waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaforge.config.config import Config
+from megaforge.data.loader import Batch
+from megaforge.device import upload
+from megaforge.errors import UserError
+from megaforge.models.hybrid import HybridModel, ModelOutput
+from megaforge.models.stages import ModelChunks, PipelinePlan
+from megaforge.nn.losses import LossTerm, total_loss
+from megaforge.nn.moe import expert_counts
+from megaforge.optim import AdamW, LossScaler, clip_gradients
+from megaforge.parallel.after_update import Update, after_update
+from megaforge.parallel.agree import exchange
+from megaforge.parallel.context import ParallelContext
+from megaforge.training.batch_sums import BatchSums
+from megaforge.training.checkpointing import compute_dtype
+from megaforge.training.forward_backward import ForwardBackward, make_reducer
+from megaforge.training.objectives import Objective
+
+
+class Engine:
+    """This rank's stages of a model, the reduction of their gradients, their optimizer and the loss scale.
+
+    Attributes:
+        plan: how the model is cut into stages, and their schedule.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        ctx: ParallelContext,
+        model: HybridModel | ModelChunks,
+        optimizer: AdamW,
+        plan: PipelinePlan,
+    ) -> None:
+        """``model``: this rank's stages by ``plan``, initialised."""
+        self.ctx, self.model, self.optimizer, self.plan = ctx, model, optimizer, plan
+        self.reducer = make_reducer(config.parallel, model, ctx, optimizer.shards)
+        self.scaler = LossScaler(config.optimizer, enabled=config.training.fp16)
+        dtype, offload = compute_dtype(config.training), config.parallel.cpu_offload_activations
+        self._pipeline = ForwardBackward(model, ctx, plan, self.reducer, dtype=dtype, offload=offload)
+        self._terms: dict[Objective, dict[str, str]] = {}
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients."""
+        self.reducer.zero_grad()
+
+    def forward_backward(self, batches: Sequence[Batch], objective: Objective) -> BatchSums:
+        """Adds the gradient of the loss, the weighted mean of every term over the global batch, times the loss scale.
+
+        Args:
+            batches: this rank's micro-batches of the global batch.
+
+        Returns:
+            The terms' sums over this rank's micro-batches and stages.
+        """
+        sums = BatchSums(self.ctx, objective, self._global_counts(batches, objective))
+        for told in self._pipeline.run(batches, partial(_loss, sums), loss_scale=self.scaler.scale):
+            sums.add(*told)
+        return sums
+
+    def forward(self, batches: Sequence[Batch], sums: BatchSums) -> None:
+        """Adds the terms of these micro-batches by the objective of ``sums``; computes no gradient."""
+        for told in self._pipeline.run(batches, partial(_terms, sums.objective), gradients=False):
+            sums.add(*told)
+
+    def reduce_gradients(self) -> None:
+        """Sums the gradients over replicas, and those of a matrix that two stages have."""
+        self.reducer.finish_grad_sync()
+        self._pipeline.sum_tied_gradient()
+
+    def reduce(self, sums: BatchSums) -> None:
+        """Sums over all ranks. Collective."""
+        terms = self._terms.get(sums.objective)
+        if not terms:  # a rank knows those of its own stages: at first, all tell each other
+            found = exchange(self.ctx, sums.found)
+            terms = self._terms[sums.objective] = {name: count for one in found for name, count in one.items()}
+        sums.reduce(terms)
+
+    def clip(self, max_norm: float, sums: BatchSums) -> tuple[float, dict[str, float]]:
+        """Takes the loss scale off the gradients and scales them down where their global norm exceeds ``max_norm``
+        (0: never); makes ``sums`` global and reads them.
+
+        Returns:
+            The norm before clipping, and that of each kind of parameter; inf or nan where the gradients overflowed.
+        """
+        self.reduce(sums)
+        by_kind: dict[str, float] = {}
+        norm = clip_gradients(self.model, self.ctx, max_norm, self.scaler.scale, by_kind, sums.read)
+        return norm, by_kind
+
+    def update(self, lr: float, grad_norm: float, sums: BatchSums) -> bool:
+        """Steps the optimizer unless the gradient overflowed, and lets modules take in what the batch told of them.
+        All ranks see the same norm, so they agree.
+
+        Returns:
+            Whether the weights were updated.
+        """
+        finite = math.isfinite(grad_norm)
+        if finite:
+            self.optimizer.step(lr)
+            for stage in self.model.chunks:
+                counts = expert_counts(stage, *sums.experts[:, stage.moe_rows])
+                after_update(stage, Update(self.ctx, counts))
+        self.scaler.update(finite)
+        return finite
+
+    def _global_counts(self, batches: Sequence[Batch], objective: Objective) -> dict[str, Tensor | float]:
+        """What terms are divided by, of the whole global batch: at least one, so that an all-masked batch gives zero
+        loss. The ranks of cp and pp hold the same whole samples, so the sum over dp counts everything once."""
+        own: dict[str, float] = {}
+        for batch in batches:
+            for name, count in objective.counts(batch).items():
+                own[name] = own.get(name, 0.0) + count
+        counted = upload(torch.tensor(list(own.values()), dtype=torch.float64), self.ctx.device)
+        if self.ctx.dp.group is not None:
+            dist.all_reduce(counted, group=self.ctx.dp.group)
+        sequences = float(sum(len(batch.tokens) for batch in batches) * self.ctx.dp.size)
+        counts: dict[str, Tensor | float] = {"sequences": sequences, "tokens": sequences * batches[0].tokens.shape[1]}
+        return counts | dict(zip(own, counted.clamp(min=1.0).unbind(), strict=True))
+
+
+_Told = tuple[dict[str, LossTerm], Tensor]
+
+
+def _terms(objective: Objective, output: ModelOutput, batch: Batch) -> tuple[None, _Told]:
+    """The terms of a micro-batch on one stage, and its counts of experts."""
+    own = {} if output.scored is None else objective.terms(output, batch)
+    twice = own.keys() & output.terms.keys()
+    if twice:
+        raise UserError(f"the objective's loss term {min(twice)!r} has the name of one that a layer makes; rename it")
+    if output.scored is not None and "loss" not in own:
+        raise UserError(f"the objective {type(objective).__name__} gives no loss term called 'loss'")
+    return None, (own | output.terms, output.experts)
+
+
+def _loss(sums: BatchSums, output: ModelOutput, batch: Batch) -> tuple[Tensor | None, _Told]:
+    """What a stage adds to the loss that is differentiated."""
+    _, (terms, experts) = _terms(sums.objective, output, batch)
+    detached = {name: replace(term, sum=term.sum.detach()) for name, term in terms.items()}
+    return total_loss(terms, sums.counts), (detached, experts)

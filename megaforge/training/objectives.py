@@ -1,0 +1,92 @@
+"""What a training step minimises: a model's per-token outputs become named loss terms.
+
+An objective of one's own is a class that registers itself; ``--extensions FILE.py --objective NAME`` trains with it::
+
+    from megaforge.nn.losses import LossTerm
+    from megaforge.registry import OBJECTIVES
+    from megaforge.training.objectives import NextToken
+
+    class Focal(NextToken):
+        def terms(self, output, batch):
+            weight = (1 - output.log_probs_SB.exp()) ** 2
+            return {"loss": LossTerm((weight * output.losses_SB * output.mask_SB).sum(), "labels")}
+
+    OBJECTIVES.register("focal", Focal)
+
+A single further term is a function that makes one from what a micro-batch put out, chosen by ``--loss-terms NAME``::
+
+    from megaforge.registry import LOSS_TERMS
+
+    LOSS_TERMS.register("squares", lambda config: lambda output: LossTerm(
+        (output.losses_SB**2 * output.mask_SB).sum(), "labels", weight=0.01))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+
+from megaforge.config.config import Config
+from megaforge.data.loader import Batch
+from megaforge.models.hybrid import ModelOutput
+from megaforge.nn.losses import LossTerm
+from megaforge.registry import LOSS_TERMS, OBJECTIVES
+
+
+class Objective(Protocol):
+    """What is trained for. It is made from the run's configuration, once on each rank."""
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """What this micro-batch adds to the counts that terms are divided by, under the same names for every
+        micro-batch; they are summed over the global batch before its first forward pass."""
+
+    def terms(self, output: ModelOutput, batch: Batch) -> dict[str, LossTerm]:
+        """The loss terms of a micro-batch, under the same names each time; ``loss`` is the one that runs report first.
+
+        Called on the ranks that have the model's head, under autograd.
+
+        Args:
+            output: of this rank's tokens.
+            batch: the whole micro-batch, in host memory.
+        """
+
+
+class NextToken:
+    """Cross-entropy of every label that counts (``--objective next_token``)."""
+
+    def __init__(self, config: Config) -> None:
+        """Needs nothing of the configuration."""
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return {"labels": float(batch.loss_mask.sum(dtype=torch.float64))}
+
+    def terms(self, output: ModelOutput, batch: Batch) -> dict[str, LossTerm]:
+        return {"loss": LossTerm(output.loss_sum, "labels")}
+
+
+class Predictions(NextToken):
+    """What an evaluation sums: nats, right predictions, and the labels themselves."""
+
+    def terms(self, output: ModelOutput, batch: Batch) -> dict[str, LossTerm]:
+        sums = {"loss": output.loss_sum, "correct": output.correct, "labels": output.mask_SB.sum(dtype=torch.float64)}
+        return {name: LossTerm(value, "labels") for name, value in sums.items()}
+
+
+class WithTerms:
+    """An objective and further terms."""
+
+    def __init__(self, objective: Objective, more: Mapping[str, Callable[[ModelOutput], LossTerm]]) -> None:
+        self.counts = objective.counts
+        self._objective, self._more = objective, more
+
+    def terms(self, output: ModelOutput, batch: Batch) -> dict[str, LossTerm]:
+        return self._objective.terms(output, batch) | {name: term(output) for name, term in self._more.items()}
+
+
+def make_objective(config: Config) -> Objective:
+    """The objective of ``--objective``, with the terms of ``--loss-terms``."""
+    objective: Objective = OBJECTIVES.get(config.training.objective)(config)
+    more = {name: LOSS_TERMS.get(name)(config) for name in config.training.loss_terms}
+    return WithTerms(objective, more) if more else objective
