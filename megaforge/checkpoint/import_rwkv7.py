@@ -39,6 +39,7 @@ _BLOCK = {
     "ffn.value": "ffn.down",
     "ffn": "ffn",
 }
+_LOW_RANK = {f"att.{letter}{half}" for letter in "wavg" for half in "12"}  # modules here, tensors there
 # RWKV-LM's layer 0 has them, and neither trains nor reads them: it makes the values that others mix in.
 _UNUSED = {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"}
 
@@ -62,7 +63,8 @@ def our_name(name: str) -> str | None:
     if not matches:
         raise KeyError(name)
     module = max(matches, key=len)
-    return f"layers.{index}.{_BLOCK[module]}{rest[len(module) :]}"
+    weight = ".weight" if rest in _LOW_RANK else ""
+    return f"layers.{index}.{_BLOCK[module]}{rest[len(module) :]}{weight}"
 
 
 def config_of(weights: Mapping[str, Tensor]) -> ModelConfig:

@@ -17,9 +17,9 @@ from megaforge.nn.recompute import recomputed
 from megaforge.nn.token_shift import shift_and_mix
 from megaforge.parallel.context_parallel.shard import ContextParallelShard
 from megaforge.parallel.context_parallel.wkv7 import context_parallel_wkv7
-from megaforge.parallel.init_rules import Constant, Elementwise, InitRule, Normal, Orthogonal
+from megaforge.parallel.init_rules import Constant, Elementwise, InitRule, Normal, OfModule, Orthogonal
 from megaforge.parallel.layer_context import LayerContext
-from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megaforge.parallel.layers import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from megaforge.parallel.packed_sequence import PackedSequence
 
 GROUP_NORM_EPSILON = 64e-5  # the published value, at any head size
@@ -119,21 +119,21 @@ class RWKV7TimeMix(nn.Module):
     ranks of cp, which share each sequence, give each other the last token of every chunk and summaries of the states.
     """
 
-    # Token-shift coefficients [C]; first [C, rank] and second [rank, C/tp] LoRA factors; per-channel vectors [C/tp].
+    # Token-shift coefficients [C]; low-rank maps, stored as [C, rank] and [rank, C/tp]; per-channel vectors [C/tp].
     x_r: nn.Parameter
     x_w: nn.Parameter
     x_k: nn.Parameter
     x_v: nn.Parameter
     x_a: nn.Parameter
     x_g: nn.Parameter
-    w1: nn.Parameter
-    w2: nn.Parameter
-    a1: nn.Parameter
-    a2: nn.Parameter
-    g1: nn.Parameter
-    g2: nn.Parameter
-    v1: nn.Parameter
-    v2: nn.Parameter
+    w1: ReplicatedLinear
+    w2: ColumnParallelLinear
+    a1: ReplicatedLinear
+    a2: ColumnParallelLinear
+    g1: ReplicatedLinear
+    g2: ColumnParallelLinear
+    v1: ReplicatedLinear
+    v2: ColumnParallelLinear
     w0: nn.Parameter
     a0: nn.Parameter
     v0: nn.Parameter
@@ -195,8 +195,12 @@ class RWKV7TimeMix(nn.Module):
 
     def _declare_lora(self, layer: LayerContext, letter: str, rank: int) -> None:
         size = layer.cfg.hidden_size
-        self._declare(layer, f"{letter}1", (size, rank), Constant(0.0), tp_partial_grad=True)
-        self._declare(layer, f"{letter}2", (rank, size), random_matrix(layer.cfg, 0.1, (rank, size)), shard_dim=1)
+        declared: dict[str, Any] = {"weight_decay": False, "kind": "rwkv"}
+        first = layer.parameter((size, rank), Constant(0.0), tp_partial_grad=True, **declared)
+        init = OfModule(random_matrix(layer.cfg, 0.1, (rank, size)))
+        second = ColumnParallelLinear(layer, rank, size, init=init, transposed=True, **declared)
+        self.add_module(f"{letter}1", ReplicatedLinear(first, transposed=True))
+        self.add_module(f"{letter}2", second)
 
     def _column(self, layer: LayerContext, gain: float) -> ColumnParallelLinear:
         size = layer.cfg.hidden_size
@@ -263,7 +267,7 @@ class RWKV7TimeMix(nn.Module):
                 raise ValueError(
                     f"block {self.index}: v_first is missing; the model's first mixer must be an RWKV-7 layer"
                 )
-            v = v + (v_first - v) * torch.sigmoid(self.v0 + x_v @ self.v1 @ self.v2).to(v.dtype)
-        decay = torch.tanh(x_w @ self.w1) @ self.w2
-        gate = torch.sigmoid(x_g @ self.g1) @ self.g2
-        return r, decay, key, v, x_a @ self.a1 @ self.a2, gate
+            v = v + (v_first - v) * torch.sigmoid(self.v0 + self.v2(self.v1(x_v))).to(v.dtype)
+        decay = self.w2(torch.tanh(self.w1(x_w)))
+        gate = self.g2(torch.sigmoid(self.g1(x_g)))
+        return r, decay, key, v, self.a2(self.a1(x_a)), gate

@@ -114,6 +114,16 @@ class Elementwise:
 
 
 @dataclass(frozen=True)
+class OfModule:
+    """``rule`` as it draws for the name of the module that has the parameter: ``mixer.w2``, not ``mixer.w2.weight``."""
+
+    rule: InitRule
+
+    def fill(self, seed: int, name: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
+        return self.rule.fill(seed, name.rpartition(".")[0], shape, box)
+
+
+@dataclass(frozen=True)
 class Orthogonal:
     """A (semi-)orthogonal matrix times ``gain`` (Saxe et al., arXiv 1312.6120), as torch.nn.init.orthogonal_.
 

@@ -104,20 +104,22 @@ class ColumnParallelLinear(Linear):
         init: InitRule,
         enter: bool = False,
         bias: bool = False,
-        parts: tuple[int, ...] = (),
-        kind: str = "other",
+        transposed: bool = False,
+        **declared: Any,
     ) -> None:
-        declared: dict[str, Any] = {"shard_dim": 0, "parts": parts, "kind": kind}
-        weight = layer.parameter((out_features, in_features), init, **declared)
-        added = layer.parameter((out_features,), Constant(0.0), weight_decay=False, **declared) if bias else None
-        super().__init__(weight, added)
+        """``declared``: what else :class:`megaforge.parallel.param_spec.ParamSpec` says of the matrix."""
+        shape = (in_features, out_features) if transposed else (out_features, in_features)
+        weight = layer.parameter(shape, init, shard_dim=1 if transposed else 0, **declared)
+        of_bias = {**declared, "shard_dim": 0, "weight_decay": False}
+        added = layer.parameter((out_features,), Constant(0.0), **of_bias) if bias else None
+        super().__init__(weight, added, transposed=transposed)
         self.region = layer.region if enter else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out/tp]; where it enters the region [s(/tp), b, in] -> [s, b, out/tp]."""
         if self.region is not None:
-            return self.region.enter_linear(x, self.weight, self.bias, self.op)
-        return self.op.apply(x, self.weight, self.bias)
+            return self.region.enter_linear(x, self.matrix, self.bias, self.op)
+        return self.op.apply(x, self.matrix, self.bias)
 
 
 class RowParallelLinear(Linear):

@@ -16,8 +16,7 @@ from megaforge.checkpoint.find import find_checkpoint
 from megaforge.checkpoint.import_rwkv7 import MODEL_FILE, convert_rwkv7, import_rwkv7, our_name, read_pth
 from megaforge.checkpoint.shards import TensorEntry
 from megaforge.config.cli import parse_config
-from megaforge.config.config import Config
-from megaforge.config.model_config import ModelConfig
+from megaforge.config.schema import config_from_dict
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
@@ -66,7 +65,7 @@ def test_a_file_becomes_a_checkpoint_that_loads_at_any_layout(weights: dict[str,
     path = find_checkpoint(tmp_path / "save", whole)
     meta = read_meta(path)
     assert parse_config(["--config", str(tmp_path / "save" / MODEL_FILE)]).config.model == cfg
-    check_compatible(meta, Config(model=ModelConfig(**meta["config"]["model"])))
+    check_compatible(meta, config_from_dict(meta["config"]))
     assert meta["config"]["model"]["rwkv_iclr_rank"] == 48 and meta["source"]["file"] == "model.pth"
     for rank in range(2):
         ctx = ParallelContext.of_rank(rank, 2, tp=2)
@@ -98,7 +97,7 @@ def test_the_tool_writes_it_and_records_the_tokenizer(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"blocks.1.att.w1": None}, "layers.1.mixer.w1"),
+        ({"blocks.1.att.w1": None}, "layers.1.mixer.w1.weight"),
         ({"blocks.0.att.r_k": None}, r"not RWKV-7 \(x070\) weights"),
         ({"blocks.1.ffn.s_emb.weight": torch.zeros(3)}, "s_emb.weight is not a parameter"),
         ({"moba.0.weight": torch.zeros(3)}, "moba.0.weight is not a parameter"),

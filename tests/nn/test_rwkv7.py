@@ -48,12 +48,14 @@ def oracle(x: Tensor, w: dict[str, Tensor], v_first: Tensor | None, start: list[
             now = x[t, batch]
             mixed = {letter: now + (previous - now) * w[f"x_{letter}"] for letter in "rwkvag"}
             r, k, v = (w[f"{n}.weight"] @ mixed[n[0]] for n in ("receptance", "key", "value"))
-            decay = torch.exp(-math.exp(-0.5) * torch.sigmoid(w["w0"] + torch.tanh(mixed["w"] @ w["w1"]) @ w["w2"]))
+            decay = torch.exp(
+                -math.exp(-0.5) * torch.sigmoid(w["w0"] + torch.tanh(mixed["w"] @ w["w1.weight"]) @ w["w2.weight"])
+            )
             values.append(v)
             if v_first is not None:
-                v = v + (v_first[t, batch] - v) * torch.sigmoid(w["v0"] + mixed["v"] @ w["v1"] @ w["v2"])
-            a = torch.sigmoid(w["a0"] + mixed["a"] @ w["a1"] @ w["a2"])
-            gate = torch.sigmoid(mixed["g"] @ w["g1"]) @ w["g2"]
+                v = v + (v_first[t, batch] - v) * torch.sigmoid(w["v0"] + mixed["v"] @ w["v1.weight"] @ w["v2.weight"])
+            a = torch.sigmoid(w["a0"] + mixed["a"] @ w["a1.weight"] @ w["a2.weight"])
+            gate = torch.sigmoid(mixed["g"] @ w["g1.weight"]) @ w["g2.weight"]
             kk, k = k * w["k_k"], k * (1 + (a - 1) * w["k_a"])
             heads = []
             for h in range(HEADS):
@@ -137,7 +139,7 @@ def test_bf16_stays_close_to_fp64_and_keeps_vectors_wide() -> None:
     x, v_first, info = random(40, 2, SIZE), random(40, 2, SIZE, seed=1), PackedSequence(2, 40, torch.device("cpu"))
     state = RWKV7State()
     out, _ = narrow(x.bfloat16(), info, v_first.bfloat16(), state)
-    assert out.dtype == torch.bfloat16 and narrow.w0.dtype == torch.float32 and narrow.w1.dtype == torch.bfloat16
+    assert out.dtype == torch.bfloat16 and narrow.w0.dtype == torch.float32 and narrow.w1.weight.dtype == torch.bfloat16
     assert state.wkv is not None and state.wkv.dtype == torch.float32
     assert_close(out, wide(x, info, v_first)[0], 3e-2, "output")
 
@@ -169,11 +171,11 @@ def test_initial_values_are_the_published_ones() -> None:
             "ln_x.bias": torch.zeros_like(i),
             "output.weight": torch.zeros(c, c, dtype=torch.float64),
         }
-        expected |= {f"{letter}1": torch.zeros(c, 32, dtype=torch.float64) for letter in "wa"}
+        expected |= {f"{letter}1.weight": torch.zeros(c, 32, dtype=torch.float64) for letter in "wa"}
         if index:
             expected["v0"] = 0.73 - 0.4 * linear
         values = {spec.name.removeprefix("m."): p.detach() for spec, p in named_specs(layer)}
-        assert ("v1" in values) == bool(index)
+        assert ("v1.weight" in values) == bool(index)
         for name, value in expected.items():
             torch.testing.assert_close(values[name], value, rtol=1e-12, atol=1e-12, msg=name)
         eye = torch.eye(c, dtype=torch.float64)
@@ -181,7 +183,7 @@ def test_initial_values_are_the_published_ones() -> None:
             weight = values[f"{name}.weight"]
             torch.testing.assert_close(weight @ weight.T, gain**2 * eye, rtol=1e-9, atol=1e-9)
         for letter in "wag":
-            factor = values[f"{letter}2"]
+            factor = values[f"{letter}2.weight"]
             torch.testing.assert_close(factor @ factor.T, 0.01 * torch.eye(factor.shape[0], dtype=torch.float64))
 
 
@@ -209,6 +211,8 @@ def test_normal_init_has_the_scale_of_the_orthogonal_one() -> None:
         layer = RWKV7TimeMix(layer_context(cfg, torch.float32, index=1, count=4))
         name_parameters(layer, "m")
         initialize_parameters(layer, CTX, seed=1)
-        scales.append([p.square().mean().sqrt().item() for p in (layer.receptance.weight, layer.key.weight, layer.g2)])
+        scales.append(
+            [p.square().mean().sqrt().item() for p in (layer.receptance.weight, layer.key.weight, layer.g2.weight)]
+        )
     assert scales[0][0] == pytest.approx(0.8 / 16, rel=1e-3)
     assert scales[1] == pytest.approx(scales[0], rel=0.03)

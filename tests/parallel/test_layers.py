@@ -13,7 +13,7 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.cross_entropy import vocab_parallel_linear_cross_entropy
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.init import initialize_parameters
-from megaforge.parallel.init_rules import Elementwise, Normal, Orthogonal, Uniform
+from megaforge.parallel.init_rules import Elementwise, Normal, OfModule, Orthogonal, Uniform
 from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megaforge.parallel.param_spec import ParamSpec, make_parameter, name_parameters, named_specs
@@ -168,6 +168,7 @@ def test_random_rules_have_their_moments_and_names_differ() -> None:
     assert not torch.equal(first, Normal(0.5).fill(1, "b", (1000, 700), box))
     assert not torch.equal(first, Normal(0.5).fill(2, "a", (1000, 700), box))
     assert float(torch.corrcoef(torch.stack((first[:256].flatten(), first[256:512].flatten())))[0, 1].abs()) < 0.02
+    assert torch.equal(first, OfModule(Normal(0.5)).fill(1, "a.weight", (1000, 700), box))
     q = Orthogonal(2.0).fill(1, "q", (64, 32), ((0, 64), (0, 32)))
     assert torch.allclose(q.T @ q, 4 * torch.eye(32, dtype=torch.float64), atol=1e-12)
 
