@@ -84,11 +84,11 @@ def save_checkpoint(
                 shards,
                 storage_writer=writer,
                 planner=ShardSavePlanner(),
-                process_group=ctx.world.group,
-                no_dist=ctx.world.group is None,
+                process_group=ctx.control,
+                no_dist=ctx.control is None,
             )
     except CheckpointException as error:
-        if ctx.is_first_rank or ctx.world.group is None:
+        if ctx.is_first_rank or ctx.control is None:
             discard_temporary(directory, step)
         text = f"--save {directory}: the checkpoint of step {step} was not written, earlier ones stay valid"
         raise _translate(error, text) from error
@@ -194,8 +194,8 @@ def load_checkpoint(
                 shards,
                 storage_reader=CheckpointReader(path, manifest),
                 planner=ShardLoadPlanner(allow_extra, cast),
-                process_group=ctx.world.group,
-                no_dist=ctx.world.group is None,
+                process_group=ctx.control,
+                no_dist=ctx.control is None,
             )
     except CheckpointException as error:
         raise _translate(error, f"--load {path}") from error

@@ -54,7 +54,7 @@ def _read_files(path: Path) -> tuple[Mapping[str, FileRecord], Problem | None]:
 
 def _share(files: Mapping[str, FileRecord], ctx: ParallelContext) -> list[str]:
     """The files this rank checks: all of them once over the ranks, large ones spread."""
-    if ctx.world.group is None:
+    if ctx.control is None:
         return sorted(files)
     ordered = sorted(files, key=lambda name: (-files[name].bytes, name))
     return ordered[ctx.world.rank :: ctx.world.size]

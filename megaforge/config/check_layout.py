@@ -185,7 +185,7 @@ def _working_tp(config: Config, world_size: int) -> str:
 
 
 def _check_context(config: Config, world_size: int) -> None:
-    """cp ranks share a sequence in 2 cp equal chunks, which --sequence-parallel cuts further over tp."""
+    """cp divides the ranks that tp and pp leave, and the sequence divides into its chunks."""
     parallel, length = config.parallel, config.data.seq_length
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     if cp == 1:
@@ -202,7 +202,7 @@ def _check_context(config: Config, world_size: int) -> None:
             f"--cp {cp} does not divide the {ranks} ranks that {others} of the {world_size} that were started; "
             f"use --cp {either(working)}"
         )
-    unit = 2 * cp * inner
+    unit = parallel.seq_len_divisor
     if length % unit:
         why = (
             f"2 x cp x tp = {unit} (--sequence-parallel cuts each chunk over --tp {tp})"

@@ -94,6 +94,13 @@ class ParallelConfig:
         30.0, "minutes after which a collective that does not end aborts the run", above=0
     )
 
+    @property
+    def seq_len_divisor(self) -> int:
+        """What ``--seq-length`` must be divisible by: cp ranks share a sequence in 2 cp equal chunks, and
+        ``--sequence-parallel`` cuts what a rank holds over tp."""
+        chunks = 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
+        return chunks * (self.tensor_model_parallel_size if self.sequence_parallel else 1)
+
     def expert_tensor_size(self, world_size: int) -> int:
         """``--etp`` on ``world_size`` ranks: as given, or :func:`default_expert_tensor_parallel_size`."""
         if self.expert_tensor_parallel_size is not None:

@@ -19,10 +19,10 @@ _Outcome = tuple[T | None, str | None, bool]  # value, error text, whether the u
 
 def exchange(ctx: ParallelContext, value: T) -> list[T]:
     """Every rank's ``value``, by rank."""
-    if ctx.world.group is None:
+    if ctx.control is None:
         return [value]
     gathered: list[T] = [value] * ctx.world.size
-    dist.all_gather_object(gathered, value, group=ctx.world.group)
+    dist.all_gather_object(gathered, value, group=ctx.control)
     return gathered
 
 
@@ -63,11 +63,9 @@ def from_first_rank(ctx: ParallelContext, action: Callable[[], T]) -> T:
         CheckpointError: it raised a UserError or OSError.
         RuntimeError: it raised anything else.
     """
-    outcome: list[_Outcome[T]] = [
-        _attempt(action) if ctx.is_first_rank or ctx.world.group is None else (None, None, True)
-    ]
-    if ctx.world.group is not None:
-        dist.broadcast_object_list(outcome, src=0, group=ctx.world.group)
+    outcome: list[_Outcome[T]] = [_attempt(action) if ctx.is_first_rank or ctx.control is None else (None, None, True)]
+    if ctx.control is not None:
+        dist.broadcast_object_list(outcome, src=0, group=ctx.control)
     value, text, users = outcome[0]
     if text is not None:
         _raise(text, users)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from megaforge.parallel.distributed import connect
 
@@ -40,6 +40,10 @@ class ParallelContext:
 
     Dense layers are laid out over tp, cp, dp and pp; experts over etp (their inner width), ep (which experts) and edp
     (their replicas), folded from the same ranks of a pipeline stage. ``dp_cp`` are the replicas of a dense parameter.
+
+    Attributes:
+        control: all ranks once more, in a group for what is in host memory (checkpoints, agreements, barriers), which
+            never waits for a device or for gradients on their way; None where there is nobody else.
     """
 
     tp: Axis
@@ -52,6 +56,7 @@ class ParallelContext:
     dp_cp: Axis
     world: Axis
     device: torch.device
+    control: ProcessGroup | None = None
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> ParallelContext:
@@ -59,9 +64,11 @@ class ParallelContext:
         return cls._of_axes(torch.device(device), {name: Axis(name) for name in AXES})
 
     @classmethod
-    def _of_axes(cls, device: torch.device, axes: dict[str, Axis]) -> ParallelContext:
+    def _of_axes(
+        cls, device: torch.device, axes: dict[str, Axis], control: ProcessGroup | None = None
+    ) -> ParallelContext:
         fields: dict[str, Any] = dict(axes)
-        return cls(device=device, **fields)
+        return cls(device=device, control=control, **fields)
 
     @classmethod
     def of_rank(
@@ -100,8 +107,15 @@ class ParallelContext:
         ep: int = 1,
         etp: int | None = None,
         device: torch.device | str = "cpu",
+        timeout: datetime.timedelta | None = None,
     ) -> ParallelContext:
-        """:meth:`of_rank` for this rank of the initialised default process group, with the groups to communicate in."""
+        """:meth:`of_rank` for this rank of the initialised default process group, with the groups to communicate in.
+
+        Collective. An axis of size one has no group, and one of the whole world has the default group.
+
+        Args:
+            timeout: after which a collective that does not end aborts; None: torch's own.
+        """
         device = torch.device(device)
         if not dist.is_initialized():
             return cls.single(device)
@@ -111,13 +125,15 @@ class ParallelContext:
             return ctx
         axes = {"world": dataclasses.replace(ctx.world, group=dist.group.WORLD)}
         for names, sizes in _meshes(world_size, tp, cp, pp, ep, ctx.etp.size).items():
-            mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
-            for name, size in zip(names, sizes, strict=True):
+            grid = torch.arange(world_size).view(sizes)
+            for dim, (name, size) in enumerate(zip(names, sizes, strict=True)):
                 if size > 1 and name not in axes:
-                    axes[name] = dataclasses.replace(ctx.axis(name), group=mesh.get_group(name))
+                    members = grid.movedim(dim, -1).reshape(-1, size).tolist()
+                    axes[name] = dataclasses.replace(ctx.axis(name), group=_make_group(members, timeout))
         groups = (axes[name].group for name in AXES if name in axes)
         connect((group for group in groups if group is not None), device)
-        return cls._of_axes(device, {name: axes.get(name, ctx.axis(name)) for name in AXES})
+        control = _make_control_group(timeout)
+        return cls._of_axes(device, {name: axes.get(name, ctx.axis(name)) for name in AXES}, control)
 
     def axis(self, name: str) -> Axis:
         """The axis called ``name``, one of :data:`AXES`."""
@@ -128,6 +144,31 @@ class ParallelContext:
     def is_first_rank(self) -> bool:
         """Whether this rank speaks for the run (prints, writes metrics)."""
         return self.world.rank == 0
+
+
+def _make_group(members: list[list[int]], timeout: datetime.timedelta | None) -> ProcessGroup:
+    """This rank's group among ``members``, the ranks of each group of an axis: every rank is in one of them.
+
+    Every rank makes its groups axis by axis, so that no two wait for each other.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    if len(members) == 1:
+        return world
+    if world.bound_device_id is not None:  # NCCL splits all groups of an axis off the world's in one call
+        split = dist.split_group(split_ranks=members, timeout=timeout)
+        assert split is not None
+        return split
+    rank = dist.get_rank()
+    if dist.get_backend() == "mpi":  # where all ranks must make all groups
+        made = [dist.new_group(ranks, timeout=timeout) for ranks in members]
+        return next(group for group, ranks in zip(made, members, strict=True) if rank in ranks)
+    own = next(ranks for ranks in members if rank in ranks)
+    return dist.new_group(own, timeout=timeout, use_local_synchronization=True)
+
+
+def _make_control_group(timeout: datetime.timedelta | None) -> ProcessGroup:
+    return dist.new_group(timeout=timeout, backend="gloo" if dist.get_backend() == "nccl" else None)
 
 
 def _meshes(world_size: int, tp: int, cp: int, pp: int, ep: int, etp: int) -> dict[tuple[str, ...], tuple[int, ...]]:

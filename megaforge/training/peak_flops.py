@@ -33,9 +33,9 @@ def measure_matmul_peak(ctx: ParallelContext, dtype: torch.dtype) -> float:
     while stood < _STANDS and spent < _MOST_SECONDS:
         rate, seconds = _burst(ctx, a, out)
         # Every rank sees the same sums, so all stop together.
-        sums = torch.tensor([rate, seconds], dtype=torch.float64, device=ctx.device)
-        if ctx.world.group is not None:
-            dist.all_reduce(sums, group=ctx.world.group)
+        sums = torch.tensor([rate, seconds], dtype=torch.float64)
+        if ctx.control is not None:
+            dist.all_reduce(sums, group=ctx.control)
         rate, seconds = sums.tolist()
         spent += seconds / ctx.world.size
         stood = 0 if rate > _NEW_BEST * best else stood + 1
@@ -46,8 +46,8 @@ def measure_matmul_peak(ctx: ParallelContext, dtype: torch.dtype) -> float:
 def _burst(ctx: ParallelContext, a: torch.Tensor, out: torch.Tensor) -> tuple[float, float]:
     """(FLOP/s, seconds) of a few products on this rank, begun together with the others."""
     synchronize(ctx.device)
-    if ctx.world.group is not None:
-        dist.barrier(group=ctx.world.group)
+    if ctx.control is not None:
+        dist.barrier(group=ctx.control)
     products, seconds, started = 0, 0.0, time.perf_counter()
     while seconds < _BURST_SECONDS:
         torch.mm(a, a, out=out)

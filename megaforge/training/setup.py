@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 
 import torch
@@ -80,6 +81,7 @@ def make_context(config: Config, device: torch.device | str) -> ParallelContext:
         etp=parallel.expert_tensor_size(dist.get_world_size() if dist.is_initialized() else 1),
         cp=parallel.context_parallel_size,
         device=device,
+        timeout=datetime.timedelta(minutes=parallel.distributed_timeout_minutes),
     )
 
 

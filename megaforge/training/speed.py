@@ -59,8 +59,8 @@ class Speed(Callback):
 
 def _greatest(ctx: ParallelContext, value: int) -> int:
     """The greatest ``value`` of any rank. Collective."""
-    if ctx.world.group is None:
+    if ctx.control is None:
         return value
-    most = torch.tensor(value, dtype=torch.int64, device=ctx.device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=ctx.world.group)
+    most = torch.tensor(value, dtype=torch.int64)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=ctx.control)
     return int(most.item())

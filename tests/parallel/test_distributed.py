@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import shutil
 import subprocess
 import sys
@@ -12,8 +14,10 @@ import torch.distributed as dist
 
 from megaforge.errors import UserError
 from megaforge.parallel import context
-from megaforge.parallel.context import AXES, ParallelContext
+from megaforge.parallel.agree import exchange, from_first_rank
+from megaforge.parallel.context import AXES, Axis, ParallelContext
 from megaforge.parallel.distributed import check_backend, connect, initialize
+from megaforge.verification.dry_run import _fake_ranks
 
 
 def test_a_torch_without_a_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,3 +134,56 @@ def test_experts_fold_over_the_same_ranks(ranks) -> None:
     members = ranks.run(4, folded_ranks)
     assert members[0] == {"tp": (0, 1), "ep": (0, 1), "edp": (0, 2), "dp_cp": (0, 2)}
     assert members[3] == {"tp": (2, 3), "ep": (2, 3), "edp": (1, 3), "dp_cp": (1, 3)}
+
+
+def test_a_rank_makes_only_the_groups_it_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand ranks have 576 groups beside the world's two; a rank makes none of size one, and none twice."""
+    made: list[tuple[int, ...]] = []
+    real = dist.new_group
+
+    def counting(ranks: list[int] | None = None, **how: object) -> object:
+        made.append(tuple(range(1024) if ranks is None else ranks))
+        return real(ranks, **how)
+
+    monkeypatch.setattr(dist, "new_group", counting)
+    everywhere = set()
+    for rank in range(1024):
+        with _fake_ranks(rank, 1024):
+            ctx = ParallelContext.create(tp=8, pp=8, ep=8, etp=1)
+        assert len(made) == 7 and all(rank in ranks for ranks in made)
+        assert [axis.group is None for axis in (ctx.cp, ctx.etp)] == [True, True]
+        # Axes may have the same members: tp and ep here, or dp, dp_cp and edp.
+        everywhere.update((place, ranks) for place, ranks in enumerate(made))
+        made.clear()
+    assert len(everywhere) == 576 + 1
+
+
+def test_nccl_splits_each_axis_off_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    splits: list[list[list[int]]] = []
+    monkeypatch.setattr(dist, "split_group", lambda split_ranks, timeout: splits.append(split_ranks) or 1)
+    monkeypatch.setattr(context, "connect", lambda groups, device: None)
+    with _fake_ranks(5, 8):
+        dist.group.WORLD.bound_device_id = torch.device("cuda", 0)
+        ParallelContext.create(tp=2, pp=2)
+    assert splits == [
+        [[0, 4], [1, 5], [2, 6], [3, 7]],
+        [[0, 2], [1, 3], [4, 6], [5, 7]],
+        [[0, 1], [2, 3], [4, 5], [6, 7]],
+        [[0, 2], [1, 3], [4, 6], [5, 7]],
+        [[0, 1], [2, 3], [4, 5], [6, 7]],
+        [[0, 2], [1, 3], [4, 6], [5, 7]],
+    ]
+
+
+def timeouts_and_agreements() -> tuple[list[float], list[int], int]:
+    """Minutes that groups wait, and what ranks agree on without the group of the world."""
+    ctx = ParallelContext.create(tp=2, timeout=datetime.timedelta(minutes=7))
+    assert ctx.control is not ctx.world.group and dist.get_backend(ctx.control) == "gloo"
+    backends = [group._get_backend(torch.device("cpu")) for group in (ctx.tp.group, ctx.dp.group, ctx.control)]
+    alone = dataclasses.replace(ctx, world=Axis("world", ctx.world.size, ctx.world.rank))
+    minutes = [backend.options._timeout.total_seconds() / 60 for backend in backends]
+    return minutes, exchange(alone, 10 * ctx.world.rank), from_first_rank(alone, lambda: 7 + ctx.world.rank)
+
+
+def test_groups_wait_as_long_as_asked_and_ranks_agree_in_the_control_group(ranks) -> None:
+    assert ranks.run(4, timeouts_and_agreements) == [([7.0, 7.0, 7.0], [0, 10, 20, 30], 7)] * 4
