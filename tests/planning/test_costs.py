@@ -17,7 +17,6 @@ from megaforge.planning.costs import block_costs, stage_cost
 from megaforge.planning.layout import PlannedLayout, layout_of
 from megaforge.planning.measured_activations import CASES, compare
 from megaforge.planning.memory import peak_activations
-from megaforge.planning.meter import StorageMeter
 from megaforge.planning.stage_run import run_stage
 from megaforge.planning.stages import StagePart, cut_stages, model_parts
 
@@ -49,8 +48,7 @@ BASE = ["--config", "cdrmix-test", "--vocab-size", "500", "--seq-length", "128"]
 def test_prediction_is_what_a_cpu_keeps(case: str) -> None:
     found = compare(CASES[case])
     print(f"{case}: predicted {found.predicted:,.0f}, kept {found.measured:,} bytes, error {found.error:+.2%}")
-    # A CPU's own attention in bf16 keeps other tensors than a GPU's.
-    assert abs(found.error) < (0.02 if "bf16" in case else 0.001)
+    assert abs(found.error) < 0.001
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "tiny" not in case])
@@ -72,7 +70,7 @@ def test_the_meta_device_shows_what_a_gpu_would_keep(case: str) -> None:
     parts = model_parts(config.model, layout.dtype)
     whole = StagePart(range(len(parts.blocks)), True, True)
     measured = run_stage(model, layout)
-    assert stage_cost(parts, layout, whole).kept == pytest.approx(measured.kept, rel=0.005)
+    assert stage_cost(parts, layout, whole).kept == pytest.approx(measured.kept, rel=0.001)
     assert measured.peak > measured.kept
 
 
@@ -111,16 +109,3 @@ def test_stages_are_cut_by_arithmetic() -> None:
     stages = cut_stages(parts, layout)
     assert [block for stage in stages for block in stage.blocks] == list(range(24))
     assert len(stages[-1].blocks) < max(len(stage.blocks) for stage in stages)  # the head takes its share
-
-
-def test_the_meter_counts_storages_once_and_forgets_freed_ones() -> None:
-    parameter = torch.zeros(100)
-    with StorageMeter([parameter]) as meter:
-        first = parameter + 1
-        view = first[10:]
-        second = view * 2
-        assert meter.live == 400 + 360
-        del first, view
-        assert meter.live == 360
-        del second
-    assert (meter.live, meter.peak) == (0, 760)

@@ -1,0 +1,33 @@
+"""Bytes of storages that are alive, and what a run on the meta device makes up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megaforge.planning.meter import MetaRun, StorageMeter
+
+
+def test_the_meter_counts_storages_once_and_forgets_freed_ones() -> None:
+    parameter = torch.zeros(100)
+    with StorageMeter([parameter]) as meter:
+        first = parameter + 1
+        view = first[10:]
+        second = view * 2
+        assert meter.live == 400 + 360
+        del first, view
+        assert meter.live == 360
+        del second
+    assert (meter.live, meter.peak) == (0, 760)
+
+
+@pytest.mark.parametrize(("assignments", "experts"), [(12, 4), (10, 4), (3, 4), (0, 4), (7, 1)])
+def test_tokens_spread_evenly_over_experts_and_none_is_lost(assignments: int, experts: int) -> None:
+    with MetaRun(experts) as run:
+        run.assignments = assignments
+        # Own counts, and those that arrive from two ranks.
+        counts = torch.zeros(3 * experts, dtype=torch.int64, device="meta").tolist()
+    for rank in range(3):
+        own = counts[rank * experts : (rank + 1) * experts]
+        assert sum(own) == assignments
+        assert max(own) - min(own) <= 1
