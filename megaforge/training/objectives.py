@@ -36,7 +36,14 @@ from megaforge.registry import LOSS_TERMS, OBJECTIVES
 
 
 class Objective(Protocol):
-    """What is trained for. It is made from the run's configuration, once on each rank."""
+    """What is trained for. It is made from the run's configuration, once on each rank.
+
+    Attributes:
+        look_ahead: how many tokens after each one it needs to know: 1 is the label alone; with n, ``batch.later`` has
+            the labels and loss masks of the second to the n-th.
+    """
+
+    look_ahead: int = 1
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """What this micro-batch adds to the counts that terms are divided by, under the same names for every
@@ -53,7 +60,7 @@ class Objective(Protocol):
         """
 
 
-class NextToken:
+class NextToken(Objective):
     """Cross-entropy of every label that counts (``--objective next_token``)."""
 
     def __init__(self, config: Config) -> None:
@@ -78,7 +85,7 @@ class WithTerms:
     """An objective and further terms."""
 
     def __init__(self, objective: Objective, more: Mapping[str, Callable[[ModelOutput], LossTerm]]) -> None:
-        self.counts = objective.counts
+        self.counts, self.look_ahead = objective.counts, objective.look_ahead
         self._objective, self._more = objective, more
 
     def terms(self, output: ModelOutput, batch: Batch) -> dict[str, LossTerm]:

@@ -115,7 +115,7 @@ class Trainer:
             self._requests = requests
             self._read(BatchSums(self.ctx, self.objective))  # what came while the run was set up ends it here
         batch_schedule = dataclasses.replace(self.batches, before=self.earlier["samples"])
-        loader = self._loader(self.data, batch_schedule, self.consumed_samples)
+        loader = self._loader(self.data, batch_schedule, self.consumed_samples, self.objective.look_ahead)
         self._emit("on_train_start")
         try:
             with closing(iter(loader)) as batches:  # type: ignore[type-var]
@@ -197,7 +197,7 @@ class Trainer:
         if self.validation is None:
             raise ValueError("this run has no validation data: --eval-iters is 0")
         sums = BatchSums(self.ctx, self._predictions)
-        loader = self._loader(self.validation, BatchSchedule(self.batches.size), 0)
+        loader = self._loader(self.validation, BatchSchedule(self.batches.size))
         with evaluating(self.model), closing(iter(loader)) as batches:  # type: ignore[type-var]
             for micro_batches in islice(batches, self.config.training.eval_iters):
                 self.engine.forward(micro_batches, sums)
@@ -226,7 +226,9 @@ class Trainer:
         self._requests.saved()
         self.save_due = False
 
-    def _loader(self, data: SampleView, batches: BatchSchedule, consumed_samples: int) -> GlobalBatchLoader:
+    def _loader(
+        self, data: SampleView, batches: BatchSchedule, consumed_samples: int = 0, look_ahead: int = 1
+    ) -> GlobalBatchLoader:
         return GlobalBatchLoader(
             data,
             batches,
@@ -235,6 +237,7 @@ class Trainer:
             self.ctx.dp.size,
             consumed_samples,
             self.config.data.num_workers,
+            look_ahead,
         )
 
     def _timed_step(self, batches: Any) -> StepMetrics:

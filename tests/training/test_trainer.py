@@ -12,7 +12,11 @@ from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.data.indexed_dataset import IndexedDatasetWriter
 from megaforge.data.loader import Batch, GlobalBatchLoader
 from megaforge.errors import UserError
+from megaforge.models.hybrid import ModelOutput
+from megaforge.nn.losses import LossTerm
 from megaforge.parallel.param_spec import named_specs
+from megaforge.registry import OBJECTIVES
+from megaforge.training.objectives import NextToken
 from tests.training.tiny import VOCAB, arguments, make_trainer, record, weights, write_dataset
 
 
@@ -146,6 +150,30 @@ def test_a_batch_that_grows(prefix: str, tmp_path: Path) -> None:
     assert [r["consumed_samples"] for r in resumed.records] == [16, 22, 28]
 
 
+def test_an_objective_looks_as_far_ahead_as_it_asks(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class ThreeAhead(NextToken):
+        look_ahead = 3
+
+        def counts(self, batch: Batch) -> dict[str, float]:
+            return super().counts(batch) | {"third": float(batch.later[1][1].sum())}
+
+        def terms(self, output: ModelOutput, batch: Batch) -> dict[str, LossTerm]:
+            labels, mask = batch.later[1]
+            assert torch.equal(labels[:, :-2], batch.labels[:, 2:])
+            return super().terms(output, batch) | {"third": LossTerm((labels * mask).sum(), "third", weight=0.0)}
+
+    monkeypatch.setattr(OBJECTIVES, "_parts", dict(OBJECTIVES._parts))
+    OBJECTIVES.register("three-ahead", ThreeAhead)
+    flags = ("--train-iters", "2", "--eval-iters", "1", "--num-workers", "2")
+    trainer = make_trainer(arguments(prefix, "--objective", "three-ahead", *flags))
+    recorder = record(trainer)
+    trainer.train()
+    assert [r["kind"] for r in recorder.records] == ["step", "step", "evaluation"]
+    windows = [GlobalBatchLoader(trainer.data, BatchSchedule(8), 8, 0, 1, first, look_ahead=3) for first in (0, 8)]
+    expected = [next(iter(loader))[0].later[1][0].double().mean().item() for loader in windows]
+    assert [r["third"] for r in recorder.records[:2]] == pytest.approx(expected)
+
+
 def test_one_line_starts_a_run_and_continues_it(prefix: str, tmp_path: Path) -> None:
     save = str(tmp_path / "new")
     line = arguments(prefix, "--save", save, "--load", save, "--train-iters", "2", "--save-interval", "1")
@@ -254,7 +282,7 @@ def test_evaluation_drops_no_tokens(prefix: str) -> None:
     tight.model.chunks[0].head.eval()
     assert tight.evaluate() == free.evaluate()
     assert tight.model.training and not tight.model.chunks[0].head.training
-    batches = next(iter(tight._loader(tight.data, tight.batches, 0)))
+    batches = next(iter(tight._loader(tight.data, tight.batches)))
     assert tight.train_step(batches).loss != free.train_step(batches).loss, "the capacity is tight"
 
 

@@ -61,14 +61,16 @@ ForwardStep = Callable[[nn.Module, Any, dict[str, Tensor]], StageOutput]
 
 
 class PipelineExecutor:
-    """Runs ``schedule`` on one rank.
+    """Runs ``schedule`` on one rank: what is the same for every global batch.
 
-    Args:
+    Attributes:
         schedule: for all ranks; checked for deadlocks here, once.
         axis: the pipeline axis of this rank (``ctx.pp``).
         chunks: this rank's stages, by chunk.
         payload: what travels between stages; the same on all ranks.
         device: where received tensors live.
+
+    Args:
         before_weight_gradients: called as ``(chunk index, is last)`` before each action that accumulates weight
             gradients; "last" is when the chunk's gradients will be complete for this global batch.
 
@@ -91,12 +93,8 @@ class PipelineExecutor:
                 f"schedule {schedule.name} is for {schedule.num_ranks} ranks with {schedule.num_chunks} chunks, "
                 f"not {axis.size} ranks with {len(chunks)}"
             )
-        self.schedule = schedule
-        self.chunks = chunks
-        self._rank = axis.rank
-        self._axis = axis
-        self._payload = payload
-        self._device = torch.device(device)
+        self.schedule, self.axis, self.chunks = schedule, axis, chunks
+        self.payload, self.device = payload, torch.device(device)
         self._before_weight_gradients = before_weight_gradients
         self._programs = {}
         for train in (True, False):
@@ -132,9 +130,14 @@ class PipelineExecutor:
         batch.mailbox.finish()
         return PipelineResult(batch.losses, batch.reports, tuple(batch.executed))
 
+    def announce(self, action: Action) -> None:
+        """Tells that ``action`` is about to accumulate weight gradients."""
+        if self._before_weight_gradients is not None:
+            self._before_weight_gradients(self.schedule.chunk_of(action.stage), action in self._last_of_chunk)
+
 
 class _GlobalBatch:
-    """The state of one run."""
+    """One global batch on its way through ``executor``'s stages: what is in flight between its actions."""
 
     def __init__(
         self,
@@ -146,14 +149,14 @@ class _GlobalBatch:
     ) -> None:
         self.executor = executor
         self.schedule = executor.schedule
-        self.payload = executor._payload
-        self.rank = executor._rank
+        self.payload = executor.payload
+        self.rank = executor.axis.rank
         self.stages = self.schedule.stages_of(self.rank)
         self.microbatches = microbatches
         self.forward_step = forward_step
         self.gradients = gradients
         self.loss_scale = loss_scale
-        self.mailbox = Mailbox(self.schedule, executor._axis, self.payload, executor._device)
+        self.mailbox = Mailbox(self.schedule, executor.axis, self.payload, executor.device)
         self.losses: dict[tuple[int, int], Tensor] = {}
         self.reports: dict[tuple[int, int], Any] = {}
         self.executed: list[Action] = []
@@ -301,7 +304,7 @@ class _GlobalBatch:
         state = self._in_flight.pop((stage, microbatch))
         roots, gradients = self._take_gradients(stage, microbatch, state)
         inputs = {name: tensor for name, tensor in state.inputs.items() if tensor.requires_grad}
-        self._announce(Action(ActionKind.BACKWARD, stage, microbatch))
+        self.executor.announce(Action(ActionKind.BACKWARD, stage, microbatch))
         if roots:
             torch.autograd.backward(roots, gradients)
         self._give_gradients(stage, microbatch, inputs, [tensor.grad for tensor in inputs.values()])
@@ -315,12 +318,7 @@ class _GlobalBatch:
         self._give_gradients(stage, microbatch, inputs, input_gradients)
 
     def _backward_weight(self, stage: int, microbatch: int, chunk: nn.Module) -> None:
-        self._announce(Action(ActionKind.BACKWARD_WEIGHT, stage, microbatch))
+        self.executor.announce(Action(ActionKind.BACKWARD_WEIGHT, stage, microbatch))
         deferred = self._in_flight.pop((stage, microbatch)).deferred
         assert deferred is not None
         deferred.run()
-
-    def _announce(self, action: Action) -> None:
-        if self.executor._before_weight_gradients is not None:
-            is_last = action in self.executor._last_of_chunk
-            self.executor._before_weight_gradients(self.schedule.chunk_of(action.stage), is_last)
