@@ -1,4 +1,4 @@
-"""Saving and loading a run's state at any layout: the two functions that trainers and tools call."""
+"""Saving and loading a run's state at any layout. A save has three parts: a snapshot is taken, written, published."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,18 @@ import torch
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megaforge.checkpoint import directory as directories
 from megaforge.checkpoint.directory import (
     abandon_later,
     discard_temporary,
     excess_checkpoints,
     quarantine,
     remove_checkpoint,
-    step_name,
 )
-from megaforge.checkpoint.find import verify_checkpoint
+from megaforge.checkpoint.find import check_length, verify_checkpoint
 from megaforge.checkpoint.manifest import Manifest, read_manifest
 from megaforge.checkpoint.planner import ShardLoadPlanner, ShardSavePlanner
-from megaforge.checkpoint.shards import RANK_PREFIX, Entry, build_shards
+from megaforge.checkpoint.shards import RANK_PREFIX, Entry, Shard, build_shards
 from megaforge.checkpoint.storage import CheckpointHead, CheckpointReader, CheckpointWriter
 from megaforge.errors import CheckpointError, UserError
 from megaforge.parallel.agree import describe_failures, from_first_rank, together
@@ -34,10 +35,20 @@ from megaforge.parallel.context import ParallelContext
 logger = logging.getLogger(__name__)
 
 
-def layout_of(ctx: ParallelContext) -> dict[str, int]:
-    """Sizes of the parallel axes and of the world: when they agree, rank r is the same rank as before, of the dense
-    layers and of the experts."""
-    return {name: ctx.axis(name).size for name in ("tp", "cp", "pp", "dp", "ep", "etp", "edp", "world")}
+def layout_of(ctx: ParallelContext, chunks: int = 1) -> dict[str, int]:
+    """Sizes of the parallel axes and of the world, and the pipeline stages of a rank (``vpp``): when they agree, rank r
+    is the same rank as before, of the dense layers and of the experts."""
+    axes = {name: ctx.axis(name).size for name in ("tp", "cp", "pp", "dp", "ep", "etp", "edp", "world")}
+    return axes | {"vpp": chunks}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one checkpoint will hold, of this rank. Its pieces are views of live memory: it must be written before the
+    next step changes them."""
+
+    head: CheckpointHead
+    shards: dict[str, Shard]
 
 
 def save_checkpoint(
@@ -48,20 +59,18 @@ def save_checkpoint(
     ctx: ParallelContext,
     rank_tensors: Mapping[str, torch.Tensor] | None = None,
     *,
-    keep_last: int = 0,
-    keep_best: int = 0,
     metric: float | None = None,
+    chunks: int = 1,
     goes_on_from: int | None = None,
 ) -> Path:
-    """Writes the checkpoint of ``step`` below ``directory`` and removes those that need not be kept. Collective.
+    """Takes a snapshot, writes it below ``directory`` and publishes it as the checkpoint of ``step``. Collective.
 
     Args:
         entries: the tensors, with this rank's part of each; replicated ones are written by one of their holders.
         meta: JSON values; rank 0's are kept.
         rank_tensors: tensors that belong to this rank alone (random states); see :func:`load_checkpoint`.
-        keep_last: checkpoints to keep, newest first; 0 keeps all.
-        keep_best: further ones to keep, lowest ``metric`` first.
         metric: this checkpoint's score, lower is better (negate an accuracy), or None.
+        chunks: pipeline stages that this rank holds.
         goes_on_from: the step of this run's newest checkpoint there (0: none yet). Later ones are of another run, or of
             a past that this one went back behind: they are set aside as ``NAME.abandoned``, and rank 0 says so. None
             sets nothing aside.
@@ -73,15 +82,40 @@ def save_checkpoint(
         CheckpointError: on every rank, when any rank failed (disk full, ...); earlier checkpoints are untouched.
     """
     directory = Path(directory)
-    shards = build_shards_together(entries, rank_tensors, ctx)
-    from_first_rank(ctx, lambda: json.dumps(meta))
+    snapshot = take_snapshot(step, entries, meta, ctx, rank_tensors, metric=metric, chunks=chunks)
     if goes_on_from is not None:
         from_first_rank(ctx, lambda: _abandon_later(directory, goes_on_from))
-    writer = CheckpointWriter(directory, CheckpointHead(step, layout_of(ctx), meta, metric), ctx.world.rank)
+    return publish_snapshot(write_snapshot(snapshot, directory, ctx), directory, step, ctx)
+
+
+def take_snapshot(
+    step: int,
+    entries: Iterable[Entry],
+    meta: dict[str, Any],
+    ctx: ParallelContext,
+    rank_tensors: Mapping[str, torch.Tensor] | None = None,
+    *,
+    metric: float | None = None,
+    chunks: int = 1,
+) -> Snapshot:
+    """The first part of :func:`save_checkpoint`: what is to be saved, checked on every rank. Collective."""
+    shards = together(ctx, lambda: build_shards(entries, rank_tensors or {}, ctx))
+    from_first_rank(ctx, lambda: json.dumps(meta))
+    return Snapshot(CheckpointHead(step, layout_of(ctx, chunks), meta, metric), shards)
+
+
+def write_snapshot(snapshot: Snapshot, directory: Path, ctx: ParallelContext) -> Manifest | None:
+    """The second part: every rank's file, written and synced in a temporary directory. Collective.
+
+    Returns:
+        On rank 0, what the files hold.
+    """
+    step = snapshot.head.step
+    writer = CheckpointWriter(directory, snapshot.head, ctx.world.rank)
     try:
         with _quiet():
             state_dict_saver.save(
-                shards,
+                snapshot.shards,
                 storage_writer=writer,
                 planner=ShardSavePlanner(),
                 process_group=ctx.control,
@@ -90,20 +124,28 @@ def save_checkpoint(
     except CheckpointException as error:
         if ctx.is_first_rank or ctx.control is None:
             discard_temporary(directory, step)
-        text = f"--save {directory}: the checkpoint of step {step} was not written, earlier ones stay valid"
-        raise _translate(error, text) from error
-    path = directory / step_name(step)
-    _enforce_retention(directory, path, ctx, keep_last, keep_best)
-    return path
+        raise _translate(error, _not_written(directory, step)) from error
+    return writer.manifest
 
 
-def build_shards_together(
-    entries: Iterable[Entry], rank_tensors: Mapping[str, torch.Tensor] | None, ctx: ParallelContext
-) -> dict[str, Any]:
-    """:func:`build_shards`, whose mistakes on one rank are raised on every rank."""
-    own: dict[str, Any] = {}
-    together(ctx, lambda: own.update(build_shards(entries, rank_tensors or {}, ctx)))
-    return own
+def publish_snapshot(manifest: Manifest | None, directory: Path, step: int, ctx: ParallelContext) -> Path:
+    """The last part: the temporary directory becomes the checkpoint, which is there and whole or not there.
+    Collective."""
+
+    def publish() -> Path:
+        assert manifest is not None
+        try:
+            return directories.commit(directory, manifest)
+        except OSError as error:
+            raise CheckpointError(f"{_not_written(directory, step)}: {error}") from error
+        finally:
+            discard_temporary(directory, step)  # nothing, where it has become the checkpoint
+
+    return from_first_rank(ctx, publish)
+
+
+def _not_written(directory: Path, step: int) -> str:
+    return f"--save {directory}: the checkpoint of step {step} was not written, earlier ones stay valid"
 
 
 def _abandon_later(directory: Path, step: int) -> None:
@@ -126,26 +168,34 @@ def _abandon_later(directory: Path, step: int) -> None:
         )
 
 
-def _enforce_retention(directory: Path, newest: Path, ctx: ParallelContext, keep_last: int, keep_best: int) -> None:
-    """Removes what ``--keep-last`` and ``--keep-best`` do not keep, once the newest has been read back and verified:
-    the last checkpoint known to be good never goes.
+def enforce_retention(newest: Path, ctx: ParallelContext, keep_last: int, keep_best: int) -> None:
+    """Removes the checkpoints beside ``newest``, just published, that need not be kept. Collective.
+
+    Args:
+        keep_last: checkpoints to keep, newest first; 0 keeps all.
+        keep_best: further ones to keep, lowest score first.
 
     Raises:
-        CheckpointError: the newest does not read back as it was written.
+        CheckpointError: the files of the newest are not as long as they were written; nothing is removed then.
     """
-    excess = from_first_rank(ctx, lambda: excess_checkpoints(directory, keep_last, keep_best, newest))
-    if not excess:
-        return
-    problem = verify_checkpoint(newest, ctx)
-    if problem is not None:
-        if problem.damaged and ctx.is_first_rank:
-            quarantine(newest)
-        raise CheckpointError(
-            f"--save {directory}: {newest.name} does not read back as written: {problem.text}; older ones are kept"
-        )
-    if ctx.is_first_rank:
+
+    def enforce() -> None:
+        excess = excess_checkpoints(newest.parent, keep_last, keep_best, newest)
+        if not excess:
+            return
+        checked = (check_length(newest / name, record) for name, record in read_manifest(newest).files.items())
+        problem = next(filter(None, checked), None)
+        if problem is not None:
+            if problem.damaged:
+                quarantine(newest)
+            raise CheckpointError(
+                f"--save {newest.parent}: {newest.name} does not read back as written: {problem.text}; older ones are "
+                "kept"
+            )
         for path in excess:
             remove_checkpoint(path)
+
+    from_first_rank(ctx, enforce)
 
 
 def load_checkpoint(
@@ -154,6 +204,7 @@ def load_checkpoint(
     ctx: ParallelContext,
     rank_tensors: Mapping[str, torch.Tensor] | None = None,
     *,
+    chunks: int = 1,
     verify: bool = True,
     allow_extra: tuple[str, ...] = (),
     cast: bool = False,
@@ -166,6 +217,7 @@ def load_checkpoint(
         rank_tensors: this rank's own tensors to fill; they are left alone, with a warning on rank 0, when the
             checkpoint was written at another layout, where "the same rank" has no meaning, or has none (a converted
             one).
+        chunks: pipeline stages that this rank holds.
         verify: check every file's hash first; False when ``find_checkpoint`` has just done so.
         allow_extra: prefixes of keys in the checkpoint that may go unread (``("optimizer.",)``; ``("",)``: any).
         cast: convert element types that differ instead of refusing them.
@@ -181,13 +233,11 @@ def load_checkpoint(
         problem = verify_checkpoint(path, ctx)
         if problem is not None:
             raise CheckpointError(f"--load {path}: this checkpoint is unusable: {problem.text}")
-    manifests: list[Manifest] = []
-    together(ctx, lambda: manifests.append(read_manifest(path)))
-    manifest = manifests[0]
-    why = _why_ranks_differ(manifest, ctx)
+    manifest = together(ctx, lambda: read_manifest(path))
+    why = _why_ranks_differ(manifest, ctx, chunks)
     if rank_tensors and why and ctx.is_first_rank:
         logger.warning("%s %s: the ranks' own tensors (random states) start afresh", path, why)
-    shards = build_shards_together(entries, None if why else rank_tensors, ctx)
+    shards = together(ctx, lambda: build_shards(entries, {} if why else rank_tensors or {}, ctx))
     try:
         with _quiet():
             state_dict_loader.load(
@@ -210,10 +260,10 @@ def _layouts(there: Mapping[str, int], here: Mapping[str, int]) -> str:
     return f"was written at {before}, this run is {now}"
 
 
-def _why_ranks_differ(manifest: Manifest, ctx: ParallelContext) -> str | None:
+def _why_ranks_differ(manifest: Manifest, ctx: ParallelContext, chunks: int = 1) -> str | None:
     """Why no rank here can take what a rank there kept for itself; None when it can."""
-    here = layout_of(ctx)
-    if here | dict(manifest.layout) != here:  # older checkpoints do not name the experts' axes
+    here = layout_of(ctx, chunks)
+    if here | dict(manifest.layout) != here:  # an older checkpoint does not name all of them
         return _layouts(manifest.layout, here)
     if not any(key.startswith(RANK_PREFIX) for key in manifest.tensors):
         return "was not written by the ranks of a run"

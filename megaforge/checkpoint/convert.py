@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from megaforge.checkpoint.boxes import box_of
 from megaforge.checkpoint.checkpoint import layout_of
-from megaforge.checkpoint.directory import discard_temporary, fsync_directory, list_steps, step_name
+from megaforge.checkpoint.directory import commit, discard_temporary, fsync_directory, list_steps
 from megaforge.checkpoint.planner import ShardSavePlanner
 from megaforge.checkpoint.safetensors_file import FileRecord, Slot, file_order, write_safetensors
 from megaforge.checkpoint.shards import Shard
@@ -105,9 +105,9 @@ def write_directory(
     keys = _keys_of_parameters(source, config)
     plan = plan_pipeline(config.model, parallel, parallel.pipeline_model_parallel_size, config.data.seq_length)
     planners = _plan_ranks(source, config, plan, world_size, keys)
-    context = _context(0, world_size, parallel)
+    layout = layout_of(_context(0, world_size, parallel), plan.num_stages // parallel.pipeline_model_parallel_size)
     writers = [
-        CheckpointWriter(directory, CheckpointHead(source.step, layout_of(context), source.meta, source.metric), rank)
+        CheckpointWriter(directory, CheckpointHead(source.step, layout, source.meta, source.metric), rank)
         for rank in range(world_size)
     ]
     plans, metadata = planners[0].create_global_plan([planner.create_local_plan() for planner in planners])
@@ -118,11 +118,12 @@ def write_directory(
             for writer, planner, plan in zip(writers, planners, plans, strict=True)
         ]
         writers[0].finish(metadata, results)
+        assert writers[0].manifest is not None
+        return commit(directory, writers[0].manifest)
     except OSError as error:
         raise UserError(f"--save {directory}: the checkpoint was not written ({error.strerror})") from error
     finally:
         discard_temporary(directory, source.step)
-    return directory / step_name(source.step)
 
 
 class _CopyPlanner(ShardSavePlanner):

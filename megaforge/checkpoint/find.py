@@ -26,16 +26,25 @@ class Problem(NamedTuple):
     damaged: bool
 
 
-def check_file(path: Path, record: FileRecord) -> Problem | None:
-    """Whether ``path`` has the length and hash that were taken while it was written."""
+def check_length(path: Path, record: FileRecord) -> Problem | None:
+    """Whether ``path`` has the length that was written."""
     try:
         size = path.stat().st_size
-        if size != record.bytes:
-            return Problem(f"{path.name} has {size} bytes instead of {record.bytes}", True)
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, HASH).hexdigest()
     except FileNotFoundError:
         return Problem(f"{path.name} is missing", True)
+    except OSError as error:
+        return Problem(f"{path.name} cannot be read: {error}", False)
+    return None if size == record.bytes else Problem(f"{path.name} has {size} bytes instead of {record.bytes}", True)
+
+
+def check_file(path: Path, record: FileRecord) -> Problem | None:
+    """Whether ``path`` has the length and hash that were taken while it was written."""
+    problem = check_length(path, record)
+    if problem is not None:
+        return problem
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, HASH).hexdigest()
     except OSError as error:
         return Problem(f"{path.name} cannot be read: {error}", False)
     return None if digest == record.sha256 else Problem(f"{path.name} has been altered (its {HASH} differs)", True)

@@ -1,8 +1,8 @@
-"""Storage of torch.distributed.checkpoint: one safetensors file a rank, a JSON manifest, one atomic commit.
+"""Storage of torch.distributed.checkpoint: one safetensors file a rank, and the manifest of them all.
 
 The order of events in ``dcp.save``: every rank plans; rank 0 makes the temporary directory and deals the pieces out;
-every rank writes and fsyncs its file; all results, or failures, reach rank 0; only when nobody failed does it write
-the manifest and rename the directory into place. Torch tells every rank about a failure of any.
+every rank writes and fsyncs its file; all results, or failures, reach rank 0; only when nobody failed does it know the
+manifest, with which the directory can be committed. Torch tells every rank about a failure of any.
 """
 
 from __future__ import annotations
@@ -75,12 +75,17 @@ def _slot_of(item: WriteItem) -> Slot:
 
 
 class CheckpointWriter(StorageWriter):
-    """Writes the checkpoint of one step below ``directory``; ``rank`` names this rank's file."""
+    """Writes the files of one step's checkpoint below ``directory``; ``rank`` names this rank's file.
+
+    Attributes:
+        manifest: on rank 0, once every rank has reported success: what the files hold.
+    """
 
     def __init__(self, directory: Path, head: CheckpointHead, rank: int) -> None:
         self.directory = directory
         self.head = head
         self.rank = rank
+        self.manifest: Manifest | None = None
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -119,7 +124,7 @@ class CheckpointWriter(StorageWriter):
         return data
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Rank 0, when every rank has reported success: the manifest and the rename.
+        """Rank 0, when every rank has reported success: the manifest.
 
         Raises:
             CheckpointError: a file that another rank wrote is not visible here.
@@ -144,7 +149,7 @@ class CheckpointWriter(StorageWriter):
             )
             tensors[key] = TensorRecord(DTYPE_NAMES[tensor.properties.dtype], tuple(tensor.size), chunks)
         head = self.head
-        directories.commit(self.directory, Manifest(head.step, head.layout, head.meta, head.metric, files, tensors))
+        self.manifest = Manifest(head.step, head.layout, head.meta, head.metric, files, tensors)
 
 
 class CheckpointReader(StorageReader):

@@ -39,21 +39,20 @@ def _raise(text: str, users: bool) -> None:
     raise CheckpointError(text) if users else RuntimeError(text)
 
 
-def together(ctx: ParallelContext, action: Callable[[], T]) -> list[T]:
-    """Runs ``action`` on every rank and returns all results by rank.
+def together(ctx: ParallelContext, action: Callable[[], T]) -> T:
+    """Runs ``action`` on every rank and returns this rank's result once all have one.
 
     Raises:
         CheckpointError: it failed on some rank with a UserError or OSError; the text names the ranks.
         RuntimeError: it failed on some rank with anything else.
     """
-    outcomes = exchange(ctx, _attempt(action))
-    failures = {rank: outcome for rank, outcome in enumerate(outcomes) if outcome[1] is not None}
+    value, text, users = _attempt(action)
+    complaints = exchange(ctx, None if text is None else (text, users))  # values stay where they are
+    failures = {rank: complaint for rank, complaint in enumerate(complaints) if complaint is not None}
     if failures:
-        _raise(
-            describe_failures({rank: str(text) for rank, (_, text, _) in failures.items()}),
-            all(f[2] for f in failures.values()),
-        )
-    return [value for value, _, _ in outcomes]  # type: ignore[misc]
+        described = describe_failures({rank: text for rank, (text, _) in failures.items()})
+        _raise(described, all(users for _, users in failures.values()))
+    return value  # type: ignore[return-value]
 
 
 def from_first_rank(ctx: ParallelContext, action: Callable[[], T]) -> T:

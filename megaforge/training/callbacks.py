@@ -12,6 +12,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megaforge.checkpoint.checkpoint import enforce_retention
 from megaforge.checkpoint.shards import Entry
 from megaforge.monitor.sinks import MetricSink
 
@@ -63,7 +64,7 @@ class Callback:
         """The model was evaluated after ``trainer.iteration``."""
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
-        """The run's state was written to ``path``."""
+        """The run's state was published as ``path``."""
 
     def on_train_end(self, trainer: Trainer) -> None:
         """The loop is over, by its end or by an exception."""
@@ -186,16 +187,23 @@ class EarlyStopping(Callback):
 
 
 class Checkpointing(Callback):
-    """Saves every ``interval`` iterations (0: never in between), when the time asks for it, and after the last one."""
+    """Saves every ``interval`` iterations (0: never in between), when the time asks for it, and after the last one.
+
+    What is published lets older checkpoints go: all but the ``keep_last`` newest (0: none goes) and the ``keep_best``.
+    """
 
     place = Place.SAVE
 
-    def __init__(self, interval: int) -> None:
-        self.interval = interval
+    def __init__(self, interval: int, keep_last: int = 0, keep_best: int = 0) -> None:
+        self.interval, self.keep_last, self.keep_best = interval, keep_last, keep_best
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
         if trainer.finished or trainer.save_due or (self.interval and metrics.iteration % self.interval == 0):
             trainer.save()
+
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        if self.keep_last:
+            enforce_retention(path, trainer.ctx, self.keep_last, self.keep_best)
 
 
 class ExitInterval(Callback):

@@ -60,9 +60,8 @@ def save_run(trainer: Trainer) -> Path:
         _run_meta(trainer, parts),
         trainer.ctx,
         get_random_state(trainer.ctx.device),
-        keep_last=config.checkpoint.keep_last,
-        keep_best=config.checkpoint.keep_best,
         metric=_score(trainer),
+        chunks=len(trainer.model.chunks),
         goes_on_from=trainer.saved_iteration,
     )
     trainer.saved_iteration = trainer.iteration
@@ -187,6 +186,7 @@ def _load_parts(trainer: Trainer, saved: dict[str, Any], path: Path, fresh: list
         [*trainer.optimizer.weight_entries(), *tensors_of(known)],
         trainer.ctx,
         None if "random states" in fresh else random_state,
+        chunks=len(trainer.model.chunks),
         verify=False,
         allow_extra=tuple(f"{name}." for name in saved if name not in known),
     )

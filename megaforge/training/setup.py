@@ -111,8 +111,7 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
     Raises:
         UserError: on every rank: bad data, no place to save, or a checkpoint that cannot be continued.
     """
-    opened: list[DataSource] = []
-    together(ctx, lambda: opened.append(_open_data(config, tokenizer)))
+    data = together(ctx, lambda: _open_data(config, tokenizer))
     together(ctx, lambda: check_save_directory(config.checkpoint) if ctx.is_first_rank else None)
     plan = make_pipeline_plan(config, layout)
     model = build_model_chunks(config, ctx, plan)
@@ -121,7 +120,7 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
     trainer = Trainer(
         config,
         Engine(config, ctx, model, optimizer, plan),
-        opened[0],
+        data,
         tokenizer=None if tokenizer is None else tokenizer_identity(tokenizer),
         batches=layout.batches,
         callbacks=_callbacks(config),
@@ -133,10 +132,8 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
             f"loading {path}" if path else f"--load {load}: nothing was saved there yet, so the run starts anew"
         )
     goes_on = config.checkpoint.load is not None and not config.checkpoint.finetune
-    sinks: list[MetricSink] = []
-    together(
-        ctx, lambda: sinks.extend(_sinks(config, trainer.iteration if goes_on else None)) if ctx.is_first_rank else None
-    )
+    from_iteration = trainer.iteration if goes_on else None
+    sinks = together(ctx, lambda: _sinks(config, from_iteration) if ctx.is_first_rank else [])
     trainer.add(MetricsWriter(sinks))
     return trainer
 
@@ -180,7 +177,7 @@ def _callbacks(config: Config) -> list[Callback]:
         callbacks.append(Evaluation(training.eval_interval))
         callbacks.append(EarlyStopping(training.early_stopping_metric, training.early_stopping_patience))
     if checkpoint.save is not None:
-        callbacks.append(Checkpointing(save_interval(config)))
+        callbacks.append(Checkpointing(save_interval(config), checkpoint.keep_last, checkpoint.keep_best))
     if config.logging.profile:
         callbacks.append(Profile(config.logging))
     return callbacks + [CALLBACKS.get(name)(config) for name in training.callbacks]

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.planner import SavePlan
 
-from megaforge.checkpoint.checkpoint import layout_of
+from megaforge.checkpoint.checkpoint import enforce_retention, layout_of, save_checkpoint
+from megaforge.checkpoint.directory import commit
 from megaforge.checkpoint.planner import ShardSavePlanner
 from megaforge.checkpoint.shards import TensorEntry, build_shards
 from megaforge.checkpoint.storage import CheckpointHead, CheckpointWriter
@@ -53,6 +54,13 @@ def model_entries(ctx: ParallelContext, *, filled: bool) -> list[TensorEntry]:
     return entries
 
 
+def save_and_retain(directory: Path, step: int, entries, meta, ctx, *, keep_last=0, keep_best=0, **how) -> Path:
+    """:func:`save_checkpoint`, and what follows where older checkpoints may go."""
+    path = save_checkpoint(directory, step, entries, meta, ctx, **how)
+    enforce_retention(path, ctx, keep_last, keep_best)
+    return path
+
+
 def mismatches(entries: Iterable[TensorEntry], ctx: ParallelContext) -> int:
     """How many elements are not, bit for bit, what :func:`full_tensor` says."""
     wrong = 0
@@ -81,4 +89,5 @@ def save_simulated(directory: Path, step: int, tp: int, dp: int, meta: dict | No
         for writer, planner, plan in zip(writers, planners, plans, strict=True)
     ]
     writers[0].finish(metadata, results)
+    commit(directory, writers[0].manifest)
     return plans

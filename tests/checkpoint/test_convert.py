@@ -100,7 +100,7 @@ def test_a_round_trip_through_file_and_layouts_keeps_every_bit(
     run_tool(monkeypatch, "--load", tmp_path / "whole", "--save", again, "--optimizer")
     assert again.read_bytes() == one.read_bytes()
     manifest = read_manifest(cut / "step_0000007")
-    assert manifest.layout == {"tp": 2, "cp": 1, "pp": 2, "dp": 2, "ep": 2, "etp": 1, "edp": 2, "world": 8}
+    assert manifest.layout == {"tp": 2, "cp": 1, "pp": 2, "dp": 2, "ep": 2, "etp": 1, "edp": 2, "world": 8, "vpp": 1}
     sizes = [record.bytes for record in manifest.files.values()]
     assert len(sizes) == 8 and max(sizes) < 0.3 * sum(sizes)
     assert sum(sizes) < 1.3 * one.stat().st_size, "replicas are written once"

@@ -26,7 +26,7 @@ from megaforge.checkpoint.shards import TensorEntry
 from megaforge.errors import CheckpointError, DamagedCheckpointError, UserError
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import ParamSpec
-from tests.checkpoint.model_entries import INIT
+from tests.checkpoint.model_entries import INIT, save_and_retain
 
 CTX = ParallelContext.single()
 DATA_FILE = "rank_00000.safetensors"
@@ -38,7 +38,7 @@ def _entries(value: float) -> list[TensorEntry]:
 
 def _save(directory, step, value=None, **how):
     value = float(step) if value is None else value
-    return save_checkpoint(directory, step, _entries(value), {"value": value}, CTX, **how)
+    return save_and_retain(directory, step, _entries(value), {"value": value}, CTX, **how)
 
 
 def _assert_whole(path) -> float:
@@ -312,7 +312,7 @@ def test_scores_of_another_metric_do_not_count(tmp_path):
     """Perplexities of 20 follow losses of 3: the best perplexity stays, not a loss that looks smaller."""
     for step, name, score in ((1, "loss", 3.0), (2, "perplexity", 20.0), (3, "perplexity", 25.0), (4, "loss", 2.9)):
         meta = {"value": 0.0, "config": {"training": {"early_stopping_metric": name}}}
-        save_checkpoint(
+        save_and_retain(
             tmp_path, step, _entries(0.0), meta, CTX, keep_last=2 if step < 3 else 1, keep_best=1, metric=score
         )
         if step == 3:
@@ -333,7 +333,7 @@ def test_nothing_is_deleted_when_the_newest_does_not_read_back(tmp_path, monkeyp
 
     def faulty_disk(directory, manifest):
         path = commit(directory, manifest)
-        _flip_bit(path / DATA_FILE, -1)
+        os.truncate(path / DATA_FILE, (path / DATA_FILE).stat().st_size - 1)
         return path
 
     monkeypatch.setattr("megaforge.checkpoint.directory.commit", faulty_disk)
@@ -437,3 +437,22 @@ def test_programming_errors_keep_their_traceback(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def _captured_log(caplog):
     caplog.set_level(logging.WARNING, logger="megaforge")
+
+
+def test_a_save_that_is_not_published_changes_nothing(tmp_path, monkeypatch):
+    """Written files are no checkpoint; what fails while they become one leaves the old ones and no half."""
+    old = _save(tmp_path, 1)
+    snapshot = checkpoint_module.take_snapshot(2, _entries(2.0), {"value": 2.0}, CTX)
+    manifest = checkpoint_module.write_snapshot(snapshot, tmp_path, CTX)
+    assert find_checkpoint(tmp_path, CTX) == old and ".tmp_step_0000002" in _names(tmp_path)
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="step 2 was not written.*Permission"):
+        patch.setattr(os, "rename", refuse)
+        checkpoint_module.publish_snapshot(manifest, tmp_path, 2, CTX)
+    assert _names(tmp_path) == ["latest", old.name]
+    manifest = checkpoint_module.write_snapshot(snapshot, tmp_path, CTX)
+    new = checkpoint_module.publish_snapshot(manifest, tmp_path, 2, CTX)
+    assert find_checkpoint(tmp_path, CTX) == new and _assert_whole(new) == 2.0

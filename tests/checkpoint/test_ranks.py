@@ -17,7 +17,7 @@ from megaforge.checkpoint.checkpoint import _layouts, load_checkpoint, save_chec
 from megaforge.checkpoint.find import find_checkpoint
 from megaforge.checkpoint.shards import TensorEntry
 from megaforge.parallel.context import ParallelContext
-from tests.checkpoint.model_entries import mismatches, model_entries
+from tests.checkpoint.model_entries import mismatches, model_entries, save_and_retain
 
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1))
 
@@ -95,7 +95,7 @@ def _fill_disk_of_rank(directory: Path, full_rank: int, how: str) -> tuple[str, 
     entries = model_entries(ctx, filled=False)
     load_checkpoint(path, entries, ctx)
     torch.distributed.barrier()
-    save_checkpoint(directory, 3, model_entries(ctx, filled=True), {}, ctx, keep_last=1)
+    save_and_retain(directory, 3, model_entries(ctx, filled=True), {}, ctx, keep_last=1)
     return error, path.name, mismatches(entries, ctx)
 
 

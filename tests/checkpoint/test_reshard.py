@@ -178,3 +178,13 @@ def test_every_type_survives_bit_for_bit(tmp_path, dtype):
     load_checkpoint(path, [TensorEntry("a", spec, loaded)], ParallelContext.single())
     original = values.reshape(3, 5).T.contiguous()
     assert torch.equal(loaded.reshape(-1).view(torch.uint8), original.reshape(-1).view(torch.uint8))
+
+
+def test_ranks_that_hold_other_stages_are_not_the_same_ranks(tmp_path):
+    """Without other sizes of an axis: one rank of two chunks is another than one of one."""
+    ctx, own = ParallelContext.single(), {"rng": torch.ones(1)}
+    path = save_checkpoint(tmp_path, 1, [_entry("model.a", (4,))], {}, ctx, own, chunks=2)
+    for chunks, taken in ((2, 1.0), (1, 0.0)):
+        fresh = {"rng": torch.zeros(1)}
+        load_checkpoint(path, [_entry("model.a", (4,))], ctx, fresh, chunks=chunks)
+        assert fresh["rng"].item() == taken
