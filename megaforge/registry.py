@@ -82,6 +82,15 @@ class Registry:
 DATA_SOURCES = Registry(
     "data source", {"files": "megaforge.data.data_source:FILES", "mock": "megaforge.data.data_source:MOCK"}
 )
+LAYER_KINDS = Registry(  # by their letters in the layer pattern
+    "layer kind",
+    {
+        "R": "megaforge.nn.kinds.rwkv7:KIND",
+        "*": "megaforge.nn.kinds.attention:KIND",
+        "E": "megaforge.nn.kinds.experts:KIND",
+        "-": "megaforge.nn.kinds.dense:KIND",
+    },
+)
 SCHEDULES = Registry(
     "pipeline schedule",
     {

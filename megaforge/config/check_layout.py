@@ -9,6 +9,7 @@ from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.config.config import Config
 from megaforge.config.fields import divisors, either
 from megaforge.config.model_config import ModelConfig
+from megaforge.config.pattern import kinds_of
 from megaforge.errors import UserError
 
 
@@ -88,6 +89,7 @@ def check_layout(config: Config, world_size: int) -> Layout:
     for label, value in _split_over_tp(config, world_size):
         if value % tp:
             raise UserError(f"--tp {tp} does not divide {label}; use --tp {_working_tp(config, world_size)}")
+    _check_axes(config)
     _check_pipeline(config, world_size)
     _check_context(config, world_size)
     _check_experts(config, world_size)
@@ -104,22 +106,18 @@ def check_layout(config: Config, world_size: int) -> Layout:
     return Layout(world_size, tp, cp, dp, etp, batches, micro_batches, notes)
 
 
-def mixer_kinds(model: ModelConfig) -> frozenset[str]:
-    """Which mixers the model has: ``R`` for RWKV-7, ``*`` for attention."""
-    if model.hybrid_layer_pattern is not None:
-        return frozenset("R*") & frozenset(model.hybrid_layer_pattern)
-    if model.layer_schedule in ("attention", "rwkv"):
-        return frozenset("*" if model.layer_schedule == "attention" else "R")
-    attention_blocks = round(model.num_layers * model.transformer_pct / 100)
-    present = {"*": attention_blocks > 0, "R": attention_blocks < model.num_layers}
-    return frozenset(kind for kind, there in present.items() if there)
+def has_experts(model: ModelConfig) -> bool:
+    """Whether any layer of the model is laid out over ep."""
+    return any(kind.has_experts for kind in kinds_of(model))
 
 
-def ffn_kinds(model: ModelConfig) -> frozenset[str]:
-    """Which FFNs the model has: ``E`` for mixture of experts, ``-`` for dense."""
-    if model.hybrid_layer_pattern is not None:
-        return frozenset("E-") & frozenset(model.hybrid_layer_pattern)
-    return frozenset("E" if model.ffn == "moe" else "-")
+def _check_axes(config: Config) -> None:
+    """A user's layer may be for whole sequences or whole widths."""
+    sizes = {"tp": config.parallel.tensor_model_parallel_size, "cp": config.parallel.context_parallel_size}
+    for kind in kinds_of(config.model):
+        for axis, size in sizes.items():
+            if size > 1 and axis not in kind.axes:
+                raise UserError(f"--{axis} {size}: the model has a {kind.title}, which cannot be split; use --{axis} 1")
 
 
 def _check_experts(config: Config, world_size: int) -> None:
@@ -127,7 +125,7 @@ def _check_experts(config: Config, world_size: int) -> None:
     parallel, model = config.parallel, config.model
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_size(world_size)
     given = parallel.expert_tensor_parallel_size is not None
-    if "E" not in ffn_kinds(model):
+    if not has_experts(model):
         if ep > 1 or given:
             flag = f"--ep {ep}" if ep > 1 else f"--etp {etp}"
             raise UserError(f"{flag} splits experts, and this model has none; leave it out, or use --ffn moe")
@@ -150,25 +148,8 @@ def _check_experts(config: Config, world_size: int) -> None:
 
 def _split_over_tp(config: Config, world_size: int) -> list[tuple[str, int]]:
     """(how to name it, size) of everything that tensor parallelism cuts on ``world_size`` ranks."""
-    model, kinds = config.model, mixer_kinds(config.model)
-    sizes = []
-    if "*" in kinds:
-        sizes.append((f"--num-attention-heads {model.num_attention_heads}", model.num_attention_heads))
-        sizes.append((f"--num-query-groups {model.query_groups}", model.query_groups))
-    if "R" in kinds:
-        heads, head_size = model.hidden_size // model.rwkv_head_size, model.rwkv_head_size
-        sizes.append(
-            (f"the {heads} RWKV heads (--hidden-size {model.hidden_size} / --rwkv-head-size {head_size})", heads)
-        )
-    ffns = ffn_kinds(model)
-    parallel = config.parallel
-    follows_tp = parallel.expert_tensor_parallel_size is None
-    follows_tp = follows_tp and parallel.expert_tensor_size(world_size) == parallel.tensor_model_parallel_size
-    if "-" in ffns or ("E" in ffns and follows_tp):
-        sizes.append((f"--ffn-hidden-size {model.ffn_size}", model.ffn_size))
-    shared = model.moe_shared_expert_intermediate_size
-    if "E" in ffns and shared is not None:
-        sizes.append((f"--moe-shared-expert-intermediate-size {shared}", shared))
+    model, parallel = config.model, config.parallel
+    sizes = [size for kind in kinds_of(model) for size in kind.split_over_tp(config, world_size)]
     if model.vocab_size is not None:
         padded = model.padded_vocab_size()
         multiple = f"--make-vocab-size-divisible-by {model.make_vocab_size_divisible_by}"
@@ -307,7 +288,7 @@ def _notes(config: Config, world_size: int, replicas: int) -> list[str]:
     notes = []
     parallel = config.parallel
     tp, etp = parallel.tensor_model_parallel_size, parallel.expert_tensor_size(world_size)
-    if parallel.expert_tensor_parallel_size is None and etp < tp and "E" in ffn_kinds(config.model):
+    if parallel.expert_tensor_parallel_size is None and etp < tp and has_experts(config.model):
         notes.append(
             f"--etp {etp}, as none was given: the largest divisor of --tp {tp} that leaves room for "
             f"--ep {parallel.expert_model_parallel_size} among the "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from megaforge.config.dry_run_config import DryRunConfig
 from megaforge.config.fields import check_fields
 from megaforge.config.model_config import ModelConfig
+from megaforge.config.pattern import kinds_of
 from megaforge.config.run_config import (
     CheckpointConfig,
     DataConfig,
@@ -45,3 +46,5 @@ class Config:
         ):
             check_fields(section)
             section.validate()
+        for kind in kinds_of(self.model):
+            kind.check(self.model)

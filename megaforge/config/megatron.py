@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from megaforge.config.check_layout import mixer_kinds
 from megaforge.config.config import Config
+from megaforge.config.model_config import ModelConfig
+from megaforge.config.pattern import kinds_of
 from megaforge.errors import UserError
 
 # Its spellings of what one of our flags says with a value.
@@ -154,7 +155,7 @@ def _notes(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
         )
     if "model.activation" in typed and model.activation == "gelu" and not model.add_bias_linear:
         yield "--activation gelu is the tanh form here; Megatron-LM's is the exact one where there are no biases"
-    if "model.normalization" in typed and model.normalization == "layernorm" and "R" not in mixer_kinds(model):
+    if "model.normalization" in typed and model.normalization == "layernorm" and _in_megatron(model):
         yield "--normalization layernorm also norms the embedding here, as RWKV does; Megatron-LM does not"
     tied = not model.untie_embeddings_and_output_weights
     if "model.init_std" in typed and tied and model.init_std > _TIED_OWN_LOGIT / model.hidden_size:
@@ -195,7 +196,7 @@ def _unsaid(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
     elif origins["model.ffn"] == "default" and origins["model.hybrid_layer_pattern"] == "default":
         yield f"--ffn moe, as none was given: {model.num_experts} experts a block; for a dense FFN write --ffn dense"
     on_purpose = any(origins[key] != "default" for key in ("model.hybrid_layer_pattern", "model.layer_schedule"))
-    if "R" in mixer_kinds(model) and on_purpose:
+    if on_purpose and not _in_megatron(model):
         return  # Megatron-LM has no such model
     unsaid = [write for key, ours, write in _UNSAID if origins[key] == "default" and _value(config, key) == ours]
     if unsaid:
@@ -203,6 +204,10 @@ def _unsaid(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
             f"Megatron-LM's defaults, where this line is silent, would be: {' '.join(unsaid)}; and learned positions "
             "and dropout 0.1, which are not available"
         )
+
+
+def _in_megatron(model: ModelConfig) -> bool:
+    return all(kind.in_megatron for kind in kinds_of(model))
 
 
 def _value(config: Config, key: str) -> object:

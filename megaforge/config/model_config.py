@@ -165,11 +165,6 @@ class ModelConfig:
                 f"--num-query-groups {self.query_groups} does not divide "
                 f"--num-attention-heads {self.num_attention_heads}"
             )
-        if self.hidden_size % self.rwkv_head_size and "R" in (self.hybrid_layer_pattern or "R"):
-            raise UserError(
-                f"--hidden-size {self.hidden_size} is not divisible by --rwkv-head-size {self.rwkv_head_size}; "
-                f"use a multiple of {self.rwkv_head_size}"
-            )
         self._validate_moe()
 
     def _validate_moe(self) -> None:

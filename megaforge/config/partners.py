@@ -6,13 +6,16 @@ something. A preset's values are a whole, of which a flag may switch a part off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
-from megaforge.config.check_layout import ffn_kinds, mixer_kinds
 from megaforge.config.config import Config
+from megaforge.config.layer_kind import LayerKind
+from megaforge.config.pattern import kinds_of
 from megaforge.config.schema import settings
 from megaforge.errors import UserError
+from megaforge.registry import LAYER_KINDS
 
 
 class Partner(NamedTuple):
@@ -41,7 +44,6 @@ def _scored(config: Config) -> bool:
     return interval is None or (interval > 0 and interval % evaluation == 0)
 
 
-_NO_EXPERTS = "this model has no experts (--ffn moe, or E in --hybrid-layer-pattern, makes some): it changes nothing"
 _NO_FP16 = "is for --fp16, which is not set: it changes nothing"
 _NO_SAVE = "nothing is saved: add --save DIR"
 
@@ -148,22 +150,6 @@ PARTNERS = (
         refuse=False,
     ),
     Partner(
-        _model("num_experts", "moe_router_topk", "moe_expert_capacity_factor", "moe_shared_expert_intermediate_size"),
-        lambda c: "E" in ffn_kinds(c.model),
-        _NO_EXPERTS,
-        refuse=False,
-    ),
-    Partner(
-        _model(
-            *("moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor"),
-            *("moe_router_num_groups", "moe_router_enable_expert_bias", "moe_router_load_balancing_type"),
-            *("moe_aux_loss_coeff", "moe_z_loss_coeff"),
-        ),
-        lambda c: "E" in ffn_kinds(c.model),
-        _NO_EXPERTS,
-        refuse=False,
-    ),
-    Partner(
         _model("moe_router_bias_update_rate"),
         lambda c: c.model.moe_router_enable_expert_bias,
         "there is no bias to move: add --moe-router-enable-expert-bias",
@@ -181,25 +167,24 @@ PARTNERS = (
         refuse=False,
     ),
     Partner(
-        _model("rwkv_decay_rank", "rwkv_iclr_rank", "rwkv_value_rank", "rwkv_gate_rank", "rwkv_init")
-        + ("training.wkv_backend",),
-        lambda c: "R" in mixer_kinds(c.model),
-        "this model has no RWKV-7 layer: it changes nothing",
-        refuse=False,
-    ),
-    Partner(
-        _model("kv_channels", "num_query_groups", "rotary_base", "rotary_percent", "position_embedding_type"),
-        lambda c: "*" in mixer_kinds(c.model),
-        "this model has no attention layer: it changes nothing",
-        refuse=False,
-    ),
-    Partner(
         _model("rotary_base", "rotary_percent"),
         lambda c: c.model.position_embedding_type == "rope",
         "it shapes --position-embedding-type rope, which is not chosen: it changes nothing",
         refuse=False,
     ),
 )
+
+
+def _kind_partners() -> Iterator[Partner]:
+    """Flags that shape one kind of layer, for models without it."""
+    for letter in LAYER_KINDS.names():
+        kind: LayerKind = LAYER_KINDS.get(letter)
+        text = f"this model has no {kind.title} ({kind.asked_by}{letter} in --hybrid-layer-pattern): it changes nothing"
+        yield Partner(kind.settings, partial(_has, kind), text, refuse=False)
+
+
+def _has(kind: LayerKind, config: Config) -> bool:
+    return kind in kinds_of(config.model)
 
 
 def _decay_iters(config: Config) -> int:
@@ -219,7 +204,7 @@ def check_partners(config: Config, origins: Mapping[str, str]) -> list[str]:
         UserError: a flag without its partner makes this another run than was asked for.
     """
     notes = []
-    for partner in PARTNERS:
+    for partner in (*PARTNERS, *_kind_partners()):
         for key in partner.keys:
             setting = settings()[key]
             value = getattr(getattr(config, setting.section), setting.name)

@@ -1,17 +1,20 @@
-"""Which sublayers a model has, in order: the hybrid layer pattern, written out or made by a schedule.
+"""Which layers a model has, in order: the hybrid layer pattern, written out or made by a schedule.
 
-The letters are Megatron-LM's, with R for RWKV-7: R and * are mixers, E and - are FFNs, | cuts pipeline stages.
+The letters are Megatron-LM's, with R for RWKV-7: R and * are mixers, E and - are FFNs, | cuts pipeline stages. More of
+them are registered by name (:class:`megaforge.config.layer_kind.LayerKind`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
+from megaforge.config.fields import either
+from megaforge.config.layer_kind import LayerKind
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
+from megaforge.registry import LAYER_KINDS
 
-MIXERS = {"R": "rwkv7", "*": "attention"}
-FFNS = {"E": "moe", "-": "dense"}
 CUT = "|"
 NOT_YET = {
     "M": "Mamba layers are not available",
@@ -21,68 +24,66 @@ NOT_YET = {
 
 @dataclass(frozen=True)
 class BlockKind:
-    """One block: its mixer (``rwkv7`` or ``attention``) and its FFN (``moe``, ``dense`` or None)."""
+    """One block: its mixer, its FFN if it has one, and whether no earlier block has such a mixer."""
 
-    mixer: str
-    ffn: str | None
+    mixer: LayerKind
+    ffn: LayerKind | None
+    first: bool = False
 
     @property
-    def channel_mix(self) -> bool:
-        """Whether the FFN's input is token-shifted: it is after an RWKV mixer."""
-        return self.mixer == "rwkv7"
+    def layers(self) -> tuple[LayerKind, ...]:
+        return (self.mixer,) if self.ffn is None else (self.mixer, self.ffn)
 
 
 def parse_pattern(pattern: str) -> tuple[BlockKind, ...]:
     """Reads a pattern such as ``RERERE*E`` or ``RERE|RE*E``.
 
     Raises:
-        UserError: it is empty, holds an unknown or unavailable letter, or has an FFN without a mixer before it.
+        UserError: it is empty, holds an unknown or unavailable letter, has an FFN without a mixer before it, or a layer
+            where such a layer cannot be.
     """
     flag = f"--hybrid-layer-pattern {pattern!r}"
     blocks: list[BlockKind] = []
+    places: dict[LayerKind, list[int]] = {}
     open_mixer = False
     for place, letter in enumerate(pattern):
-        if letter in MIXERS:
-            blocks.append(BlockKind(MIXERS[letter], None))
-            open_mixer = True
-        elif letter in FFNS:
-            if not open_mixer:
-                raise UserError(
-                    f"{flag}: the FFN {letter!r} at position {place} has no mixer before it; "
-                    f"write R{letter} or *{letter}"
-                )
-            blocks[-1] = BlockKind(blocks[-1].mixer, FFNS[letter])
+        if letter == CUT:
             open_mixer = False
-        elif letter == CUT:
-            open_mixer = False
-        elif letter in NOT_YET:
-            raise UserError(
-                f"{flag}: {letter!r} at position {place}: {NOT_YET[letter]} in this version; use R, *, E and -"
-            )
+            continue
+        kind = _kind(letter, place, flag)
+        if kind.is_mixer:
+            blocks.append(BlockKind(kind, None, kind not in places))
+        elif open_mixer:
+            blocks[-1] = replace(blocks[-1], ffn=kind)
         else:
             raise UserError(
-                f"{flag}: unknown letter {letter!r} at position {place}; "
-                "use R (RWKV-7), * (attention), E (mixture of experts), - (dense FFN) and | (pipeline cut)"
+                f"{flag}: the FFN {letter!r} at position {place} has no mixer before it; write R{letter} or *{letter}"
             )
+        places.setdefault(kind, []).append(len(blocks) - 1)
+        open_mixer = kind.is_mixer
     if not blocks:
         raise UserError(f"{flag}: holds no block; a small model is RERERE*E")
-    _check_first_block(blocks, flag)
+    for kind, where in places.items():
+        kind.check_places(where, flag)
     return tuple(blocks)
+
+
+def _kind(letter: str, place: int, flag: str) -> LayerKind:
+    if letter in LAYER_KINDS:
+        kind: LayerKind = LAYER_KINDS.get(letter)
+        return kind
+    if letter in NOT_YET:
+        known = either(LAYER_KINDS.names())
+        raise UserError(f"{flag}: {letter!r} at position {place}: {NOT_YET[letter]} in this version; use {known}")
+    known = ", ".join(f"{name} ({LAYER_KINDS.get(name).title})" for name in LAYER_KINDS.names())
+    raise UserError(f"{flag}: unknown letter {letter!r} at position {place}; use {known} and | (pipeline cut)")
 
 
 def pipeline_cuts(cfg: ModelConfig) -> tuple[int, ...]:
     """How many blocks stand before each ``|`` of the pattern; empty: the cuts are chosen by cost."""
     before = layer_pattern(cfg).split(CUT)[:-1]
-    counts = [sum(letter in MIXERS for letter in part) for part in before]
+    counts = [sum(letter in LAYER_KINDS and LAYER_KINDS.get(letter).is_mixer for letter in part) for part in before]
     return tuple(sum(counts[: number + 1]) for number in range(len(counts)))
-
-
-def _check_first_block(blocks: list[BlockKind], flag: str) -> None:
-    """RWKV-7's later layers use the first one's values (v_first), so it must come first."""
-    if any(block.mixer == "rwkv7" for block in blocks) and blocks[0].mixer != "rwkv7":
-        raise UserError(
-            f"{flag}: the first mixer must be R when there is any R (it makes the values that the others use)"
-        )
 
 
 def attention_count(num_layers: int, transformer_pct: float) -> int:
@@ -130,6 +131,7 @@ def layer_pattern(cfg: ModelConfig) -> str:
     return "".join(("*" if index in attention else "R") + ffn for index in range(cfg.num_layers))
 
 
+@lru_cache(maxsize=64)
 def blocks_of(cfg: ModelConfig) -> tuple[BlockKind, ...]:
     """The model's blocks in order.
 
@@ -137,3 +139,12 @@ def blocks_of(cfg: ModelConfig) -> tuple[BlockKind, ...]:
         UserError: see :func:`parse_pattern`.
     """
     return parse_pattern(layer_pattern(cfg))
+
+
+def kinds_of(cfg: ModelConfig) -> tuple[LayerKind, ...]:
+    """The kinds of layer that the model has, each once, in the order in which it has them first.
+
+    Raises:
+        UserError: see :func:`parse_pattern`.
+    """
+    return tuple(dict.fromkeys(kind for block in blocks_of(cfg) for kind in block.layers))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,11 +13,12 @@ from megaforge.config.run_config import ParallelConfig
 from megaforge.data.loader import Batch
 from megaforge.device import upload
 from megaforge.models.generation_state import GenerationState
-from megaforge.models.hybrid import HybridModel, Stream
+from megaforge.models.hybrid import HybridModel
 from megaforge.models.stages import ModelChunks, PipelinePlan, make_stage_tensors, plan_pipeline
 from megaforge.parallel.pipeline.executor import PipelineExecutor, StageOutput
 
-_Step = Callable[[Stream | None], tuple[Any, Stream]]
+_Tensors = Mapping[str, Tensor]
+_Step = Callable[[_Tensors], tuple[Any, _Tensors]]
 
 
 class StagedModel:
@@ -51,8 +52,8 @@ class StagedModel:
             tokens: they continue those that ``state`` has seen, and it takes them in.
         """
 
-        def score(received: Stream | None) -> tuple[Tensor | None, Stream]:
-            return self._chunk.stage_logits(tokens, state=state, last_only=True, arrived=received)
+        def score(received: _Tensors) -> tuple[Tensor | None, _Tensors]:
+            return self._chunk.stage_logits(tokens, state=state, last_only=True, received=received)
 
         [scores] = self._run([score], tokens.shape)
         return None if scores is None else scores[:, -1]
@@ -66,11 +67,11 @@ class StagedModel:
             batches: of one shape [b, s]; several keep the stages busy at the same time.
         """
 
-        def measure(batch: Batch, received: Stream | None) -> tuple[Tensor, Stream]:
+        def measure(batch: Batch, received: _Tensors) -> tuple[Tensor, _Tensors]:
             tokens, labels, mask = (upload(x, self.ctx.device) for x in (batch.tokens, batch.labels, batch.loss_mask))
-            output, stream = self._chunk.run_stage(tokens, labels, mask, batch.document_start, arrived=received)
+            output, sent = self._chunk.run_stage(tokens, labels, mask, batch.document_start, received=received)
             sums = (torch.zeros(()),) * 2 if output.scored is None else (output.loss_sum, output.correct)
-            return torch.stack(sums).to(self.ctx.device, torch.float64), stream
+            return torch.stack(sums).to(self.ctx.device, torch.float64), sent
 
         steps = [partial(measure, batch) for batch in batches]
         return torch.stack(self._run(steps, batches[0].tokens.shape)).sum(0)
@@ -92,6 +93,5 @@ class StagedModel:
 
 
 def _step(chunk: nn.Module, step: _Step, received: dict[str, Tensor]) -> StageOutput:
-    report, stream = step(Stream(received["x"], received.get("v_first")) if received else None)
-    sent = {"x": stream.x} | ({} if stream.v_first is None else {"v_first": stream.v_first})
+    report, sent = step(received)
     return StageOutput(sent, report=report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -10,15 +11,13 @@ from torch import Tensor, nn
 
 from megaforge.config.pattern import BlockKind, blocks_of
 from megaforge.models.converters import convert
-from megaforge.models.generation_state import BlockState, GenerationState
-from megaforge.nn.attention import KVCache, SelfAttention
-from megaforge.nn.head import OutputHead, embedding_init, head_init
+from megaforge.models.generation_state import GenerationState
+from megaforge.nn.head import OutputHead, ends_init
 from megaforge.nn.losses import LossTerm, add_terms
-from megaforge.nn.mlp import DenseFFN, FFNState
-from megaforge.nn.moe import MoEFFN, RouterLosses
+from megaforge.nn.moe import RouterLosses
 from megaforge.nn.norms import make_norm
 from megaforge.nn.recompute import recomputed
-from megaforge.nn.rwkv7 import RWKV7State, RWKV7TimeMix
+from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState
 from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import VocabParallelEmbedding
 from megaforge.parallel.packed_sequence import PackedSequence
@@ -73,62 +72,75 @@ class ModelOutput:
         return (self._scored()[1] * self.mask_SB).sum()
 
 
-@dataclass(frozen=True)
-class Stream:
-    """What goes from block to block, and from one pipeline stage to the next.
-
-    Attributes:
-        x: the residual stream [s(/tp), b, h].
-        v_first: values of the first RWKV-7 block [s, b, h/tp], which later ones lean on; None in a model without.
-    """
-
-    x: Tensor
-    v_first: Tensor | None
-
-
 class Block(nn.Module):
     """``x + mixer(norm(x))``, then ``x + ffn(norm(x))`` where there is an FFN."""
 
     def __init__(self, layer: LayerContext, kind: BlockKind) -> None:
         super().__init__()
-        self.kind = kind
-        self.recompute = layer.recompute
+        self.kind, self.recompute = kind, layer.recompute
         self.mixer_norm = make_norm(layer)
-        self.mixer = RWKV7TimeMix(layer) if kind.mixer == "rwkv7" else SelfAttention(layer)
-        self.ffn: nn.Module | None = None
+        self.mixer = kind.mixer.build(layer)
         if kind.ffn is not None:
-            layer = replace(layer, token_shift=kind.channel_mix)
+            layer = replace(layer, token_shift=kind.mixer.token_shift)
             self.ffn_norm = make_norm(layer)
-            self.ffn = {"dense": DenseFFN, "moe": MoEFFN}[kind.ffn](layer)
+            self.ffn = kind.ffn.build(layer)
+
+    @property
+    def sublayers(self) -> list[tuple[Any, Any]]:
+        """Its mixer and, if it has one, its FFN, each behind its norm."""
+        mixer = (self.mixer_norm, self.mixer)
+        return [mixer] if self.kind.ffn is None else [mixer, (self.ffn_norm, self.ffn)]
 
     def forward(
-        self, x: Tensor, v_first: Tensor | None, info: PackedSequence, state: BlockState | None
-    ) -> tuple[Tensor, Tensor | None, RouterLosses | None]:
+        self,
+        x: Tensor,
+        info: PackedSequence,
+        carried: Mapping[str, Tensor] = NOTHING,
+        states: Sequence[LayerState | None] = (None, None),
+    ) -> tuple[Tensor, dict[str, Tensor], list[RouterLosses]]:
         """Residual stream [s(/tp), b, h] through the block.
 
-        ``v_first`` [s, b, h/tp] are the values of the first RWKV block, which later ones lean on; attention passes
-        them through.
+        Args:
+            carried: what earlier blocks have made for later ones.
+            states: of the sublayers; they take the tokens in.
+
+        Returns:
+            The residual stream, what later blocks find in ``carried``, and the losses of routers.
         """
-        return recomputed(self.recompute == "full", self._forward, x, v_first, info, state)
+        whole = self.recompute == "full"
+        return recomputed(whole, self._forward, x, info, tuple(carried), states, *carried.values())
 
     def _forward(
-        self, x: Tensor, v_first: Tensor | None, info: PackedSequence, state: BlockState | None
-    ) -> tuple[Tensor, Tensor | None, RouterLosses | None]:
-        memory = None if state is None else state.mixer
-        if self.kind.mixer == "rwkv7":
-            out, v_first = self.mixer(self.mixer_norm(x), info, v_first, memory)
-        else:
-            out = self.mixer(self.mixer_norm(x), info, memory)
-        x = x + out
-        if self.ffn is None:
-            return x, v_first, None
-        active = self.recompute == "moe" and self.kind.ffn == "moe"
-        out = recomputed(active, self._feed_forward, x, info, None if state is None else state.ffn)
-        out, losses = out if self.kind.ffn == "moe" else (out, None)
-        return x + out, v_first, losses
+        self,
+        x: Tensor,
+        info: PackedSequence,
+        names: tuple[str, ...],
+        states: Sequence[LayerState | None],
+        *carried: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor], list[RouterLosses]]:
+        known, losses = dict(zip(names, carried, strict=True)), []
+        for place, kind in enumerate(self.kind.layers):
+            alone = self.recompute == kind.recompute
+            given = (place, x, info, tuple(known), states[place], *known.values())
+            update, made, own = recomputed(alone, self.update, *given)
+            x = x + update
+            known.update(made)
+            losses += [] if own is None else [own]
+        return x, known, losses
 
-    def _feed_forward(self, x: Tensor, info: PackedSequence, state: FFNState | None) -> Any:
-        return cast(nn.Module, self.ffn)(self.ffn_norm(x), info, state)
+    def update(
+        self,
+        place: int,
+        x: Tensor,
+        info: PackedSequence,
+        names: tuple[str, ...] = (),
+        state: LayerState | None = None,
+        *carried: Tensor,
+    ) -> LayerOutput:
+        """What sublayer ``place`` adds to the residual stream; ``carried`` tensors have these ``names``."""
+        norm, module = self.sublayers[place]
+        output: LayerOutput = module(norm(x), info, dict(zip(names, carried, strict=True)), state)
+        return output
 
 
 class HybridModel(nn.Module):
@@ -162,30 +174,34 @@ class HybridModel(nn.Module):
         kinds = blocks_of(cfg)
         self.stage_layers = range(len(kinds)) if layers is None else layers
         self.is_first, self.is_last = self.stage_layers.start == 0, self.stage_layers.stop == len(kinds)
-        moe_layers = [index for index, kind in enumerate(kinds) if kind.ffn == "moe"]
+        moe_layers = [index for index, block in enumerate(kinds) for kind in block.layers if kind.has_experts]
         self.num_moe_layers = len(moe_layers)
         self.moe_rows = [row for row, index in enumerate(moe_layers) if index in self.stage_layers]
-        has_rwkv = any(kind.mixer == "rwkv7" for kind in kinds)
-        published = has_rwkv and cfg.normalization == "layernorm" and cfg.untie_embeddings_and_output_weights
+        embedding_init, head_init = ends_init(cfg)
         if self.is_first:
-            self.embedding = VocabParallelEmbedding(layer, init=embedding_init(cfg, published_rwkv=published))
+            self.embedding = VocabParallelEmbedding(layer, init=embedding_init)
             layernorm = cfg.normalization == "layernorm"  # then RWKV-LM's ln0
             self.embedding_norm = make_norm(layer) if layernorm else nn.Identity()
             embedding_weight = self.embedding.weight
         # By their places in the whole model, which makes a parameter's path the same on every stage.
         self.layers = nn.ModuleDict(
             {
-                str(index): Block(replace(layer, index=index, count=len(kinds)), kinds[index])
+                str(index): Block(replace(layer, index=index, count=len(kinds), first=kinds[index].first), kinds[index])
                 for index in self.stage_layers
             }
         )
         if self.is_last:
             self.final_norm = make_norm(layer)
             tied = not cfg.untie_embeddings_and_output_weights
-            init = (embedding_init if tied else head_init)(cfg, published_rwkv=published)
+            init = embedding_init if tied else head_init
             self.head = OutputHead(layer, embedding_weight if tied else None, init=init, tied=tied)
         convert(self, cfg.converters, layer.ctx)
         name_parameters(self)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Those of this stage, in order."""
+        return cast(list[Block], list(self.layers.values()))
 
     @property
     def chunks(self) -> list[HybridModel]:
@@ -193,18 +209,21 @@ class HybridModel(nn.Module):
         return [self]
 
     def _trunk(
-        self, tokens_BS: Tensor, info: PackedSequence, state: GenerationState | None, arrived: Stream | None = None
-    ) -> tuple[Stream, list[RouterLosses]]:
+        self,
+        tokens_BS: Tensor,
+        info: PackedSequence,
+        state: GenerationState | None = None,
+        received: Mapping[str, Tensor] = NOTHING,
+    ) -> tuple[dict[str, Tensor], list[RouterLosses]]:
         """Tokens, or what an earlier stage made of them, through the blocks; with the losses of the MoE layers."""
-        if arrived is None:
-            arrived = Stream(self.embedding_norm(self.embedding(tokens_BS)), None)
-        x, v_first = arrived.x, arrived.v_first
-        routed: list[RouterLosses] = []
-        for index, block in enumerate(self.layers.values()):
-            x, v_first, losses = block(x, v_first, info, None if state is None else state.blocks[index])
-            if losses is not None:
-                routed.append(losses)
-        return Stream(x, v_first), routed
+        carried, losses = dict(received), list[RouterLosses]()
+        x = carried.pop("x") if carried else self.embedding_norm(self.embedding(tokens_BS))
+        states = None if state is None else iter(state.layers)
+        for block in self.blocks:
+            own = (None, None) if states is None else [next(states) for _ in block.sublayers]
+            x, carried, routed = block(x, info, carried, own)
+            losses += routed
+        return {"x": x, **carried}, losses
 
     def _info(
         self, tokens_BS: Tensor, document_start_BS: Tensor | None, state: GenerationState | None = None
@@ -240,26 +259,26 @@ class HybridModel(nn.Module):
         loss_mask: Tensor,
         document_start: Tensor | None = None,
         *,
-        arrived: Stream | None = None,
-    ) -> tuple[ModelOutput, Stream]:
+        received: Mapping[str, Tensor] = NOTHING,
+    ) -> tuple[ModelOutput, dict[str, Tensor]]:
         """:meth:`forward` of one pipeline stage: what it adds, and what the next stage goes on from.
 
         Args:
-            arrived: what the stage before made; None in the first.
+            received: what the stage before made; nothing in the first.
         """
         info = self._info(tokens, document_start)
         tokens, labels, loss_mask = (info.local(whole) for whole in (tokens, labels, loss_mask))
-        stream, routed = self._trunk(tokens, info, None, arrived)
+        sent, routed = self._trunk(tokens, info, None, received)
         scored = None
         if self.is_last:
-            losses, correct = self.head.loss(self.final_norm(stream.x), labels)
+            losses, correct = self.head.loss(self.final_norm(sent["x"]), labels)
             scored = losses, correct, loss_mask.t().to(losses.dtype)
         terms: dict[str, LossTerm] = {}
         for layer in routed:
             add_terms(terms, layer.terms(self.cfg))
         counts = [torch.stack([r.tokens_per_expert, r.preferred_per_expert]) for r in routed]
         experts = torch.stack(counts, dim=1) if counts else tokens.new_zeros((2, 0, self.cfg.num_experts))
-        return ModelOutput(scored, terms, experts), stream
+        return ModelOutput(scored, terms, experts), sent
 
     def logits(
         self,
@@ -296,28 +315,26 @@ class HybridModel(nn.Module):
         state: GenerationState | None = None,
         *,
         last_only: bool = False,
-        arrived: Stream | None = None,
-    ) -> tuple[Tensor | None, Stream]:
+        received: Mapping[str, Tensor] = NOTHING,
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """:meth:`logits` of one pipeline stage: scores in the last, None in others; and what the next goes on from."""
         if self.ctx.cp.size > 1:
             raise ValueError(f"logits are for models that hold whole sequences: cp is {self.ctx.cp.size}, not 1")
         info = self._info(tokens, document_start, state)
-        stream, _ = self._trunk(tokens, info, state, arrived)
+        sent, _ = self._trunk(tokens, info, state, received)
         if state is not None:
             state.length += tokens.shape[1]
+            if state.unused_B is None:
+                state.unused_B = torch.zeros(tokens.shape[0], dtype=torch.long, device=tokens.device)
         if not self.is_last:
-            return None, stream
-        x = self.final_norm(stream.x)
+            return None, sent
+        x = self.final_norm(sent["x"])
         if last_only and not self.region.sequence_parallel:
             x = x[-1:]
         logits = self.head.logits(x)
-        return logits[:, -1:] if last_only else logits, stream
+        return logits[:, -1:] if last_only else logits, sent
 
     def new_state(self) -> GenerationState:
         """An empty memory; the first tokens given to it decide how many sequences it holds."""
-        state = GenerationState()
-        for module in self.layers.values():
-            block = cast(Block, module)
-            mixer = RWKV7State() if block.kind.mixer == "rwkv7" else KVCache()
-            state.blocks.append(BlockState(mixer, FFNState() if block.kind.channel_mix else None))
-        return state
+        layers = [layer for block in self.blocks for _, layer in block.sublayers]
+        return GenerationState([layer.new_state() for layer in layers])

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.config.pattern import blocks_of, pipeline_cuts
+from megaforge.config.pattern import blocks_of, kinds_of, pipeline_cuts
 from megaforge.config.run_config import ParallelConfig
-from megaforge.models.flops import matmul_elements, mixing_flops
+from megaforge.models.flops import matmul_elements
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.pipeline_shape import check_stages, pipeline_shape
 from megaforge.parallel.context import ParallelContext
@@ -93,9 +93,9 @@ def block_costs(cfg: ModelConfig, sequence_length: int) -> tuple[float, ...]:
     or the dense FFN. The last one's include the output head; looking up an embedding costs no arithmetic."""
     model = HybridModel(make_layer_context(cfg, ParallelContext.single("meta")))
     costs = []
-    for kind, block in zip(blocks_of(cfg), model.layers.values(), strict=True):
+    for kind, block in zip(blocks_of(cfg), model.blocks, strict=True):
         matrices = matmul_elements((spec for spec, _ in named_specs(block)), cfg)
-        costs.append(2.0 * matrices + mixing_flops(cfg, kind, sequence_length))
+        costs.append(2.0 * matrices + sum(layer.flops(cfg, sequence_length) for layer in kind.layers))
     costs[-1] += 2.0 * cfg.padded_vocab_size() * cfg.hidden_size
     return tuple(costs)
 
@@ -145,7 +145,7 @@ def make_stage_tensors(
     model: HybridModel | ModelChunks, plan: PipelinePlan, batch: int, length: int, dtype: torch.dtype
 ) -> StageTensors:
     """What travels between stages for micro-batches of ``batch`` sequences of ``length`` tokens: the residual stream,
-    and RWKV-7's v_first as far as a later stage reads it."""
+    and what layers carry (RWKV-7's v_first), as far as a later stage reads it."""
     if plan.num_stages == 1:
         return {}
     cfg, chunk = model.cfg, model.chunks[0]
@@ -153,9 +153,10 @@ def make_stage_tensors(
     length //= ctx.cp.size
     rows = length // ctx.tp.size if chunk.region.sequence_parallel else length
     payload = {"x": StageTensor((rows, batch, cfg.hidden_size), dtype)}
-    mixers = [kind.mixer for kind in blocks_of(cfg)]
-    readers = [stage for stage, layers in enumerate(plan.layers) if any(mixers[i] == "rwkv7" for i in layers)]
-    if readers and readers[-1] > 0:
-        shape = (length, batch, cfg.hidden_size // ctx.tp.size)
-        payload["v_first"] = StageTensor(shape, dtype, carried=True, made_by=0, read_until=readers[-1])
+    for kind in kinds_of(cfg):
+        places = [index for index, block in enumerate(blocks_of(cfg)) if kind in block.layers]
+        holders = [stage for stage, layers in enumerate(plan.layers) if any(place in layers for place in places)]
+        for name, shape in kind.carried(cfg, length, batch, ctx.tp.size).items():
+            if holders[-1] > holders[0]:
+                payload[name] = StageTensor(shape, dtype, carried=True, made_by=holders[0], read_until=holders[-1])
     return payload

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from megaforge.kernels.attention import causal_attention, takes_documents
 from megaforge.kernels.pointwise import apply_rotary
 from megaforge.nn.recompute import recomputed
 from megaforge.nn.rope import rotary_tables
+from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState
 from megaforge.parallel.context_parallel.attention import context_parallel_attention
 from megaforge.parallel.init_rules import Normal
 from megaforge.parallel.layer_context import LayerContext
@@ -21,7 +23,7 @@ from megaforge.parallel.packed_sequence import PackedSequence
 
 
 @dataclass
-class KVCache:
+class KVCache(LayerState):
     """Keys and values of the tokens seen so far, this rank's heads: [b, groups/tp, capacity, d], ``length`` in use."""
 
     keys: Tensor | None = None
@@ -42,6 +44,25 @@ class KVCache:
         self.values[:, :, self.length : new_length] = values
         self.length = new_length
         return self.keys[:, :, :new_length], self.values[:, :, :new_length]
+
+    @classmethod
+    def side_by_side(cls, states: Sequence[KVCache], length: int) -> KVCache:
+        """One after the other along b, their last used place at ``length``."""
+        keys = _aligned([(state.keys, state.length) for state in states], length)
+        return KVCache(keys, _aligned([(state.values, state.length) for state in states], length), length)
+
+
+def _aligned(caches: Sequence[tuple[Tensor | None, int]], length: int) -> Tensor:
+    """Caches [b, groups, capacity, d] of so many places in use; zeros in front, for a place that a mask hides must
+    still be a number."""
+    filled = [(cache, used) for cache, used in caches if cache is not None]
+    first, rows = filled[0][0], sum(cache.shape[0] for cache, _ in filled)
+    out = first.new_zeros((rows, first.shape[1], 2 * length, first.shape[3]))
+    start = 0
+    for cache, used in filled:
+        out[start : start + cache.shape[0], :, length - used : length] = cache[:, :, :used]
+        start += cache.shape[0]
+    return out
 
 
 class SelfAttention(nn.Module):
@@ -77,10 +98,19 @@ class SelfAttention(nn.Module):
         init = Normal(std / math.sqrt(2 * layer.count))
         self.output = RowParallelLinear(layer, queries, cfg.hidden_size, init=init, bias=bias, kind="attention")
 
-    def forward(self, x: Tensor, info: PackedSequence, cache: KVCache | None = None) -> Tensor:
+    def new_state(self) -> KVCache:
+        return KVCache()
+
+    def forward(
+        self,
+        x: Tensor,
+        info: PackedSequence,
+        carried: Mapping[str, Tensor] = NOTHING,
+        state: KVCache | None = None,
+    ) -> LayerOutput:
         """Normed residual stream [s(/tp), b, h] -> residual stream [s(/tp), b, h].
 
-        With a ``cache`` the tokens continue the ones it holds, and it takes them in.
+        With a ``state`` the tokens continue the ones it holds, and it takes them in.
         """
         fused = self.qkv(x)
         length, batch = fused.shape[:2]
@@ -96,13 +126,13 @@ class SelfAttention(nn.Module):
         if info.shards.axis.size > 1:
             context = recomputed(self.recompute_core, context_parallel_attention, query, key, value, info)
         else:
-            documents = info.packed_documents() if cache is None and takes_documents(query) else None
+            documents = info.packed_documents() if state is None and takes_documents(query) else None
             mask = info.score_mask(query.dtype) if documents is None else None
-            if cache is not None:
-                key, value = cache.append(key, value)
+            if state is not None:
+                key, value = state.append(key, value)
                 mask = _continuation_mask(length, key.shape[2], mask, info)
             context = recomputed(self.recompute_core, causal_attention, query, key, value, mask, documents)
-        return self.output(context.permute(2, 0, 1, 3).reshape(length, batch, self.heads * width))
+        return LayerOutput(self.output(context.permute(2, 0, 1, 3).reshape(length, batch, self.heads * width)))
 
 
 def _continuation_mask(queries: int, keys: int, mask: Tensor | None, info: PackedSequence) -> Tensor | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
+from megaforge.config.pattern import kinds_of
 from megaforge.parallel.cross_entropy import vocab_parallel_linear_cross_entropy
-from megaforge.parallel.init_rules import InitRule, Normal, Orthogonal, Uniform
+from megaforge.parallel.init_rules import InitRule, Normal
 from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import Linear
 from megaforge.parallel.mappings import gather_from_tensor_parallel
@@ -19,25 +18,17 @@ from megaforge.parallel.param_spec import ParamSpec, make_parameter
 TIED_OWN_LOGIT = 4.0
 
 
-def embedding_init(cfg: ModelConfig, *, published_rwkv: bool) -> InitRule:
-    """Initial embedding: RWKV-LM's U(+-1e-4) for its own untied LayerNorm models, otherwise normal."""
-    if published_rwkv:
-        return Uniform(1e-4 * cfg.init_std_scale, cfg.vocab_size)
+def ends_init(cfg: ModelConfig) -> tuple[InitRule, InitRule]:
+    """Initial rules of the embedding and of an untied head: normal, unless a layer of the model brings its own."""
+    for kind in kinds_of(cfg):
+        own: tuple[InitRule, InitRule] | None = kind.ends_init(cfg)
+        if own is not None:
+            return own
     std = cfg.init_std
     if not cfg.untie_embeddings_and_output_weights:
         std = min(std, TIED_OWN_LOGIT / cfg.hidden_size)
-    return Normal(std * cfg.init_std_scale, cfg.vocab_size)
-
-
-def head_init(cfg: ModelConfig, *, published_rwkv: bool) -> InitRule:
-    """Initial untied head: RWKV-LM's orthogonal matrix of gain 0.5 sqrt(V/h) for its own models, otherwise normal."""
-    vocab, hidden = cfg.vocab_size or cfg.padded_vocab_size(), cfg.hidden_size
-    if not published_rwkv:
-        return Normal(cfg.init_std * cfg.init_std_scale, cfg.vocab_size)
-    gain = 0.5 * math.sqrt(max(1.0, vocab / hidden)) * cfg.init_std_scale
-    if cfg.rwkv_init == "orthogonal":
-        return Orthogonal(gain, cfg.vocab_size)
-    return Normal(gain / math.sqrt(max(vocab, hidden)), cfg.vocab_size)
+    head = Normal(cfg.init_std * cfg.init_std_scale, cfg.vocab_size)
+    return Normal(std * cfg.init_std_scale, cfg.vocab_size), head
 
 
 class OutputHead(Linear):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.kernels.pointwise import squared_relu, swiglu
+from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState
 from megaforge.nn.token_shift import token_shift
 from megaforge.parallel.init_rules import Constant, Elementwise, InitRule, Normal, Orthogonal
 from megaforge.parallel.layer_context import LayerContext
@@ -58,7 +60,7 @@ def ffn_init(layer: LayerContext) -> tuple[InitRule, InitRule]:
 
 
 @dataclass
-class FFNState:
+class FFNState(LayerState):
     """What a channel mix remembers between calls of generation: its last input, [b, h]."""
 
     shift: Tensor | None = None
@@ -102,8 +104,17 @@ class DenseFFN(nn.Module):
         )
         self.down = RowParallelLinear(layer, cfg.ffn_size, cfg.hidden_size, init=second, **options)
 
-    def forward(self, x: Tensor, info: PackedSequence, state: FFNState | None = None) -> Tensor:
+    def new_state(self) -> FFNState | None:
+        return None if self.x_k is None else FFNState()
+
+    def forward(
+        self,
+        x: Tensor,
+        info: PackedSequence,
+        carried: Mapping[str, Tensor] = NOTHING,
+        state: FFNState | None = None,
+    ) -> LayerOutput:
         """Normed residual stream [s(/tp), b, h] -> residual stream [s(/tp), b, h]."""
         if self.x_k is not None:
             x = mixed_input(self.x_k, self.region.enter(x), info, state)
-        return self.down(activate(self.activation, self.up(x)))
+        return LayerOutput(self.down(activate(self.activation, self.up(x))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,11 @@ from megaforge.config.model_config import ModelConfig
 from megaforge.kernels.rwkv7_fused import norm_bonus_gate, rwkv7_inputs
 from megaforge.kernels.wkv7.backend import wkv7_backend
 from megaforge.nn.recompute import recomputed
+from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState
 from megaforge.nn.token_shift import shift_and_mix
 from megaforge.parallel.context_parallel.shard import ContextParallelShard
 from megaforge.parallel.context_parallel.wkv7 import context_parallel_wkv7
-from megaforge.parallel.init_rules import Constant, Elementwise, InitRule, Normal, OfModule, Orthogonal
+from megaforge.parallel.init_rules import Constant, Elementwise, InitRule, Normal, OfModule, Orthogonal, Uniform
 from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from megaforge.parallel.packed_sequence import PackedSequence
@@ -26,7 +27,7 @@ GROUP_NORM_EPSILON = 64e-5  # the published value, at any head size
 
 
 @dataclass
-class RWKV7State:
+class RWKV7State(LayerState):
     """What a time-mix remembers of the tokens it has seen; nothing before the first.
 
     Attributes:
@@ -104,6 +105,16 @@ def random_matrix(cfg: ModelConfig, gain: float, shape: tuple[int, int]) -> Init
     return Orthogonal(gain)
 
 
+def published_ends(cfg: ModelConfig) -> tuple[InitRule, InitRule]:
+    """RWKV-LM's embedding, U(+-1e-4), and its head: orthogonal of gain 0.5 sqrt(V/h), or normal of the same scale."""
+    vocab, hidden = cfg.vocab_size or cfg.padded_vocab_size(), cfg.hidden_size
+    gain = 0.5 * math.sqrt(max(1.0, vocab / hidden)) * cfg.init_std_scale
+    embedding = Uniform(1e-4 * cfg.init_std_scale, cfg.vocab_size)
+    if cfg.rwkv_init == "orthogonal":
+        return embedding, Orthogonal(gain, cfg.vocab_size)
+    return embedding, Normal(gain / math.sqrt(max(vocab, hidden)), cfg.vocab_size)
+
+
 def _channels(layer: LayerContext, init: InitRule, lr_mult: float = 1.0) -> nn.Parameter:
     """A vector over the channels of all heads."""
     shape = (layer.cfg.hidden_size,)
@@ -156,7 +167,7 @@ class RWKV7TimeMix(nn.Module):
             raise ValueError(f"{size} channels in heads of {head} do not divide by tp={ctx.tp.size}")
         self.region, self.index = layer.region, layer.index
         self.head_size, self.local_heads = head, size // head // ctx.tp.size
-        self.makes_v_first = layer.index == 0
+        self.makes_v_first = layer.first
         self.recompute_core = layer.recompute == "selective"
         self.wkv7 = wkv7_backend(layer.backends.get("wkv", "auto"), ctx.device, layer.dtype, head)
         self._declare_mixing(layer)
@@ -207,19 +218,23 @@ class RWKV7TimeMix(nn.Module):
         init = random_matrix(layer.cfg, gain, (size, size))
         return ColumnParallelLinear(layer, size, size, init=init, kind="rwkv")
 
+    def new_state(self) -> RWKV7State:
+        return RWKV7State()
+
     def forward(
-        self, x: Tensor, info: PackedSequence, v_first: Tensor | None = None, state: RWKV7State | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        x: Tensor,
+        info: PackedSequence,
+        carried: Mapping[str, Tensor] = NOTHING,
+        state: RWKV7State | None = None,
+    ) -> LayerOutput:
         """Mixes the tokens of each document.
 
         Args:
             x: [s(/tp), b, h], normed, on the residual stream.
             info: the micro-batch's document boundaries.
-            v_first: [s, b, C/tp], values of the first RWKV-7 layer; None in that layer.
+            carried: ``v_first`` [s, b, C/tp], values of the first RWKV-7 layer; that layer makes it.
             state: continues the sequence from it and is updated in place.
-
-        Returns:
-            The residual update [s(/tp), b, h] and ``v_first`` for the layers above.
 
         Raises:
             ValueError: ``v_first`` is missing in a layer that mixes it in.
@@ -227,8 +242,8 @@ class RWKV7TimeMix(nn.Module):
         x = self.region.enter(x)
         coefficients = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         mixes = shift_and_mix(x, info, None if state is None else state.shift, coefficients)
-        r, decay, key, v, rate, gate = self._project(mixes, v_first)
-        v_first = v if v_first is None else v_first
+        r, decay, key, v, rate, gate = self._project(mixes, carried.get("v_first"))
+        made = {"v_first": v} if self.makes_v_first else NOTHING
         heads = (*x.shape[:2], self.local_heads, self.head_size)
         r, v = r.view(heads), v.view(heads)
         starts = info.document_start_SB if info.has_boundaries else None
@@ -238,7 +253,8 @@ class RWKV7TimeMix(nn.Module):
         if state is not None:
             state.shift, state.wkv = x[-1], final
         norm = (self.ln_x["weight"], self.ln_x["bias"])
-        return self.output(norm_bonus_gate(y, r, k, v, gate, *norm, self.r_k, GROUP_NORM_EPSILON)), v_first
+        out = self.output(norm_bonus_gate(y, r, k, v, gate, *norm, self.r_k, GROUP_NORM_EPSILON))
+        return LayerOutput(out, made)
 
     def _recurrence(
         self,

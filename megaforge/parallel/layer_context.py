@@ -28,6 +28,7 @@ class LayerContext:
         recompute: as ``--recompute``.
         backends: by the name of an operation, the implementation that was asked for: ``{"wkv": "auto"}``.
         index, count: the block, from 0, and how many the model has. Initial values depend on them.
+        first: whether no earlier block has such a mixer.
         token_shift: whether a block's FFN sees each token mixed with the one before it, as RWKV's mixers want it.
     """
 
@@ -40,6 +41,7 @@ class LayerContext:
     backends: Mapping[str, str] = field(default_factory=dict)
     index: int = 0
     count: int = 1
+    first: bool = True
     token_shift: bool = False
 
     def parameter(self, shape: tuple[int, ...], init: InitRule, **declared: Any) -> nn.Parameter:

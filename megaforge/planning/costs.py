@@ -64,7 +64,7 @@ def block_costs(parts: ModelParts, layout: PlannedLayout, index: int) -> list[Co
     names = ["mixer"] if kind.ffn is None else ["mixer", "ffn"]
     if recompute == "full":
         return [_recomputed(parts, layout, index, names)]
-    if recompute == "moe" and kind.ffn == "moe":
+    if kind.ffn is not None and recompute == kind.ffn.recompute:
         return [part_cost(parts, layout, index, "mixer"), _recomputed(parts, layout, index, ["ffn"])]
     modes = {"mixer": "selective" if recompute == "selective" else "none", "ffn": "none"}
     return [part_cost(parts, layout, index, name, modes[name]) for name in names]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.config.pattern import BlockKind, blocks_of
-from megaforge.models.hybrid import Block, HybridModel, Stream
+from megaforge.config.pattern import blocks_of
+from megaforge.models.hybrid import Block, HybridModel
 from megaforge.nn.recompute import recomputed
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.context_parallel.shard import ContextParallelShard
@@ -92,17 +92,18 @@ def measure_block(cfg: ModelConfig, index: int, part: str, sizes: Sizes, arrivin
     kinds = blocks_of(cfg)
 
     def build(ctx: ParallelContext) -> tuple[nn.Module, Forward]:
-        kind = kinds[index] if part == "ffn" else BlockKind(kinds[index].mixer, None)
-        layer = dataclasses.replace(_layer_context(cfg, ctx, sizes), index=index, count=len(kinds))
+        kind = kinds[index] if part == "ffn" else dataclasses.replace(kinds[index], ffn=None)
+        layer = _layer_context(cfg, ctx, sizes)
+        layer = dataclasses.replace(layer, index=index, count=len(kinds), first=kind.first)
         block = Block(dataclasses.replace(layer, recompute=sizes.recompute), kind)
         again = sizes.recompute == "full"
 
         def mixer(x: Tensor, carried: dict[str, Tensor], info: PackedSequence) -> Given:
-            out, v_first, _ = block(x, carried.get("v_first"), info, None)
-            return [out], {} if carried or v_first is None else {"v_first": v_first}
+            out, known, _ = block(x, info, carried)
+            return [out], {name: tensor for name, tensor in known.items() if name not in carried}
 
         def ffn(x: Tensor, carried: dict[str, Tensor], info: PackedSequence) -> Given:
-            first, *losses = (tensor for _, tensor in _tensors(recomputed(again, block._feed_forward, x, info, None)))
+            first, *losses = (tensor for _, tensor in _tensors(recomputed(again, block.update, 1, x, info)))
             return [x + first, *losses], {}
 
         return block, ffn if part == "ffn" else mixer
@@ -120,8 +121,8 @@ def measure_end(cfg: ModelConfig, sizes: Sizes, *, last: bool) -> Cost:
         def forward(x: Tensor, carried: dict[str, Tensor], info: PackedSequence) -> Given:
             tokens = torch.zeros(sizes.micro_batch_size, sizes.sequence_length, dtype=torch.int64, device=ctx.device)
             mask = torch.ones(tokens.shape, device=ctx.device)
-            output, stream = model.run_stage(tokens, tokens, mask, arrived=Stream(x, None) if last else None)
-            return [output.loss_sum if last else stream.x], {}
+            output, sent = model.run_stage(tokens, tokens, mask, received={"x": x} if last else {})
+            return [output.loss_sum if last else sent["x"]], {}
 
         return model, forward
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from megaforge.config.check_layout import ffn_kinds
+from megaforge.config.check_layout import has_experts
 from megaforge.config.config import Config
 from megaforge.config.pattern import blocks_of
 from megaforge.config.run_config import ParallelConfig, default_expert_tensor_parallel_size
@@ -44,7 +44,7 @@ def candidates(config: Config, gpus: int, node_size: int = 8) -> Iterator[Planne
     """Valid layouts without recomputation: tp and etp within a server, sequence parallelism wherever there is tp,
     ZeRO-1, every schedule that the micro-batches allow. ``--cp`` is the configuration's."""
     blocks, cp = len(blocks_of(config.model)), config.parallel.context_parallel_size
-    experts = config.model.num_experts if "E" in ffn_kinds(config.model) else 1
+    experts = config.model.num_experts if has_experts(config.model) else 1
     for tp in divisors(gpus, node_size):
         for pp in divisors(gpus // tp, 64):
             stage_ranks = gpus // pp

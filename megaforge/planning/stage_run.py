@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megaforge.models.hybrid import HybridModel, Stream
+from megaforge.models.hybrid import HybridModel
 from megaforge.nn.losses import LossTerm, total_loss
 from megaforge.parallel.pipeline.split_backward import backward_input
 from megaforge.parallel.pipeline.stage_tensors import StageTensors
@@ -122,21 +122,24 @@ def _forward(chunk: HybridModel, layout: PlannedLayout, payload: StageTensors, i
     device = chunk.ctx.device
     tokens = torch.zeros(layout.micro_batch_size, layout.sequence_length, dtype=torch.int64, device=device)
     mask = torch.ones(tokens.shape, dtype=torch.float32, device=device)
-    arrived = Stream(*inputs, *(None,) * (2 - len(inputs))) if inputs else None
-    output, stream = chunk.run_stage(tokens, tokens, mask, arrived=arrived)
-    leaving = [] if chunk.is_last else [stream.x]
-    if chunk.is_first and "v_first" in payload and stream.v_first is not None:
-        leaving.append(stream.v_first)
+    received = dict(zip(_arriving(chunk, payload), inputs, strict=True))
+    output, made = chunk.run_stage(tokens, tokens, mask, received=received)
+    sent = {name: tensor for name, tensor in made.items() if tensor is not received.get(name) and name in payload}
+    leaving = [] if chunk.is_last else list(sent.values())
     own = {"loss": LossTerm(output.loss_sum, "labels")} if chunk.is_last else {}
     loss = total_loss(own | output.terms, dict.fromkeys(("labels", "sequences", "tokens"), 1.0))
     return starts_of(leaving if loss is None else [*leaving, loss])
 
 
+def _arriving(chunk: HybridModel, payload: StageTensors) -> list[str]:
+    """What the stage before sends: the residual stream, and what its layers read. Nothing to the first stage."""
+    if chunk.is_first:
+        return []
+    kinds = {kind for block in chunk.blocks for kind in block.kind.layers}
+    read = {name for kind in kinds for name in kind.carried(chunk.cfg, 1, 1, 1)}
+    return [name for name, item in payload.items() if not item.carried or name in read]
+
+
 def _arrived(chunk: HybridModel, payload: StageTensors) -> list[Tensor]:
-    """What the stage before sends: the residual stream, and v_first where it is read. Nothing to the first stage."""
-    readers = any(block.kind.mixer == "rwkv7" for block in chunk.layers.values())  # type: ignore[union-attr]
-    return [
-        torch.zeros(item.shape, dtype=item.dtype, device=chunk.ctx.device, requires_grad=True)
-        for name, item in payload.items()
-        if not chunk.is_first and (name == "x" or readers)
-    ]
+    arriving = [payload[name] for name in _arriving(chunk, payload)]
+    return [torch.zeros(t.shape, dtype=t.dtype, device=chunk.ctx.device, requires_grad=True) for t in arriving]

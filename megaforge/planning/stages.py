@@ -13,7 +13,7 @@ from torch import nn
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import BlockKind, blocks_of
-from megaforge.models.flops import matmul_elements, mixing_flops
+from megaforge.models.flops import matmul_elements
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.stages import stage_layers
 from megaforge.parallel.context import ParallelContext
@@ -61,12 +61,12 @@ class ModelParts:
 
     @cached_property
     def _first_with_ffn(self) -> dict[tuple[object, ...], int]:
-        return {(b.kind.ffn, b.kind.channel_mix): i for i, b in reversed(list(enumerate(self.blocks)))}
+        return {(b.kind.ffn, b.kind.mixer.token_shift): i for i, b in reversed(list(enumerate(self.blocks)))}
 
     def first_with_ffn(self, index: int) -> int:
         """The first block whose FFN has the sizes of block ``index``'s."""
         kind = self.blocks[index].kind
-        return self._first_with_ffn[kind.ffn, kind.channel_mix]
+        return self._first_with_ffn[kind.ffn, kind.mixer.token_shift]
 
     @cached_property
     def _models(self) -> tuple[int, ...]:
@@ -82,8 +82,9 @@ class ModelParts:
         """Forward FLOPs of one token in the mixer and in the FFN of a block, over all ranks."""
         block = self.blocks[index]
         mixer = 2.0 * matmul_elements((held.spec for held in block.mixer), self.cfg)
-        mixer += mixing_flops(self.cfg, block.kind, sequence_length)
-        return mixer, 2.0 * matmul_elements((held.spec for held in block.ffn), self.cfg)
+        mixer += block.kind.mixer.flops(self.cfg, sequence_length)
+        ffn = 2.0 * matmul_elements((held.spec for held in block.ffn), self.cfg)
+        return mixer, ffn + (0.0 if block.kind.ffn is None else block.kind.ffn.flops(self.cfg, sequence_length))
 
     @property
     def head_flops(self) -> float:
@@ -101,7 +102,7 @@ def model_parts(cfg: ModelConfig, dtype: torch.dtype) -> ModelParts:
     """Builds the real model on the meta device and takes down what it declares."""
     model = HybridModel(make_layer_context(cfg, ParallelContext.single("meta"), dtype=dtype))
     blocks = []
-    for kind, block in zip(blocks_of(cfg), model.layers.values(), strict=True):
+    for kind, block in zip(blocks_of(cfg), model.blocks, strict=True):
         ffn = [] if kind.ffn is None else [block.ffn_norm, block.ffn]
         blocks.append(BlockParts(kind, _held([block.mixer_norm, block.mixer]), _held(ffn)))
     return ModelParts(

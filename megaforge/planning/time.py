@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megaforge.models.flops import matmul_elements, mixing_flops
+from megaforge.models.flops import matmul_elements
 from megaforge.parallel.pipeline.simulator import Costs, Timeline, simulate
 from megaforge.planning.communication import bandwidth, gradient_traffic
 from megaforge.planning.costs import crossing_bytes, end_cost, part_cost, stage_cost
@@ -67,8 +67,8 @@ def block_forward_seconds(
     whole = [h.spec for h in block.mixer if h.spec.shard_dim is None]
     split = [h.spec for h in block.mixer if h.spec.shard_dim is not None]
     mixer = 2 * tokens * (matmul_elements(whole, cfg) + matmul_elements(split, cfg) / layout.tp)
-    mixing = mixing_flops(cfg, block.kind, layout.sequence_length) * tokens / layout.tp
-    kernel = efficiency.attention if block.kind.mixer == "attention" else efficiency.wkv
+    mixing = block.kind.mixer.flops(cfg, layout.sequence_length) * tokens / layout.tp
+    kernel = getattr(efficiency, block.kind.mixer.kernel)
     moving = gpu.memory_bandwidth * efficiency.memory / FORWARD_PASSES
     mixer_seconds = mixer / (peak * efficiency.matmul) + mixing / (peak * kernel)
     mixer_seconds += part_cost(parts, layout, index, "mixer").kept / moving
@@ -84,8 +84,8 @@ def block_forward_seconds(
 def mixing_seconds(parts: ModelParts, layout: PlannedLayout, index: int, gpu: Gpu, efficiency: Efficiency) -> float:
     """Seconds of one micro-batch's forward mixing of tokens in a block, which ``--recompute selective`` repeats."""
     kind = parts.blocks[index].kind
-    kernel = efficiency.attention if kind.mixer == "attention" else efficiency.wkv
-    flops = mixing_flops(parts.cfg, kind, layout.sequence_length) * layout.tokens / layout.tp
+    kernel = getattr(efficiency, kind.mixer.kernel)
+    flops = kind.mixer.flops(parts.cfg, layout.sequence_length) * layout.tokens / layout.tp
     whole, without = (part_cost(parts, layout, index, "mixer", recompute).kept for recompute in ("none", "selective"))
     moved = (whole - without) * FORWARD_PASSES
     return flops / (gpu.matmul * kernel) + moved / (gpu.memory_bandwidth * efficiency.memory)
@@ -103,7 +103,7 @@ def stage_time(
         mixers, ffns = mixers + count * mixer, ffns + count * ffn
         if layout.recompute == "selective":
             mixing += count * mixing_seconds(parts, layout, index, gpu, efficiency)
-        experts += count * ffn if parts.blocks[index].kind.ffn == "moe" else 0.0
+        experts += count * ffn if any(kind.recompute == "moe" for kind in parts.blocks[index].kind.layers) else 0.0
     moving = gpu.memory_bandwidth * efficiency.memory / FORWARD_PASSES
     ends = sum(end_cost(parts, layout, last=last).kept for last in stage.ends) / moving
     if stage.last:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megaforge.config.run_config import ParallelConfig
 from megaforge.data.loader import Batch
 from megaforge.device import upload
-from megaforge.models.hybrid import HybridModel, ModelOutput, Stream
+from megaforge.models.hybrid import HybridModel, ModelOutput
 from megaforge.models.stages import ModelChunks, PipelinePlan, make_stage_tensors, tied_weight
 from megaforge.nn.offload import HostMemory
 from megaforge.parallel.context import ParallelContext
@@ -104,14 +104,12 @@ class ForwardBackward:
 
     def _forward_step(self, loss_fn: LossFn, chunk: nn.Module, batch: Batch, payload: dict[str, Tensor]) -> StageOutput:
         assert isinstance(chunk, HybridModel)
-        arrived = Stream(payload["x"], payload.get("v_first")) if payload else None
         tokens, labels, mask = (upload(x, self._ctx.device) for x in (batch.tokens, batch.labels, batch.loss_mask))
         with self._saving():
             # Document starts stay in host memory, where the stage asks what there is.
-            output, stream = chunk.run_stage(tokens, labels, mask, batch.document_start, arrived=arrived)
+            output, sent = chunk.run_stage(tokens, labels, mask, batch.document_start, received=payload)
             loss, told = loss_fn(output, batch)
-        leaving = {"x": stream.x} | ({} if stream.v_first is None else {"v_first": stream.v_first})
-        return StageOutput(leaving, loss, told)
+        return StageOutput(sent, loss, told)
 
     def _saving(self) -> AbstractContextManager[object]:
         active = self._offload and torch.is_grad_enabled()

@@ -78,7 +78,7 @@ class Layer:
         def once() -> float:
             self.block.zero_grad(set_to_none=True)
             start = time.process_time()
-            self.block(self.x, self.v_first, self.info, None)[0].backward(self.dy)
+            self.block(self.x, self.info, {"v_first": self.v_first})[0].backward(self.dy)
             return self.tokens / (time.process_time() - start)
 
         def measure() -> float:

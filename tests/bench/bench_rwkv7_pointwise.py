@@ -76,7 +76,7 @@ def block(dtype: torch.dtype) -> Measure:
     layer.mixer.wkv7 = lambda *x: _Copy.apply(*x)
     info = PackedSequence(BATCH, LENGTH, torch.device("cpu"))
     x, v_first = (torch.randn(LENGTH, BATCH, HIDDEN, dtype=dtype, requires_grad=True) for _ in range(2))
-    return cpu_seconds(lambda *x: layer(x[0], x[1], info, None)[0], [x, v_first, *layer.parameters()])
+    return cpu_seconds(lambda *x: layer(x[0], info, {"v_first": x[1]})[0], [x, v_first, *layer.parameters()])
 
 
 def parts(dtype: torch.dtype) -> dict[str, Measure]:

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from megaforge.config.check_layout import check_layout, mixer_kinds, with_tokenizer_vocab
+from megaforge.config.check_layout import check_layout, with_tokenizer_vocab
 from megaforge.config.cli import parse_config
+from megaforge.config.pattern import kinds_of
 from megaforge.errors import UserError
+from megaforge.registry import LAYER_KINDS
 
 
 def complaint(world_size: int, *argv: str) -> str:
@@ -165,7 +167,8 @@ def test_only_what_the_model_has_must_divide() -> None:
     ],
 )
 def test_mixer_kinds(argv: list[str], kinds: str) -> None:
-    assert mixer_kinds(parse_config(argv).config.model) == set(kinds)
+    present = kinds_of(parse_config(argv).config.model)
+    assert {kind for kind in present if kind.is_mixer} == {LAYER_KINDS.get(letter) for letter in kinds}
 
 
 def test_notes_on_what_changes_nothing() -> None:

@@ -14,6 +14,9 @@ from megaforge.config.pattern import (
     pipeline_cuts,
 )
 from megaforge.errors import UserError
+from megaforge.registry import LAYER_KINDS
+
+R, ATTENTION, E, DENSE = (LAYER_KINDS.get(letter) for letter in "R*E-")
 
 
 def pattern(**changes: object) -> str:
@@ -22,12 +25,12 @@ def pattern(**changes: object) -> str:
 
 def test_parse() -> None:
     assert parse_pattern("RE*-R*E") == (
-        BlockKind("rwkv7", "moe"),
-        BlockKind("attention", "dense"),
-        BlockKind("rwkv7", None),
-        BlockKind("attention", "moe"),
+        BlockKind(R, E, first=True),
+        BlockKind(ATTENTION, DENSE, first=True),
+        BlockKind(R, None),
+        BlockKind(ATTENTION, E),
     )
-    assert [kind.channel_mix for kind in parse_pattern("R-*-")] == [True, False]
+    assert [block.mixer.token_shift for block in parse_pattern("R-*-")] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -56,8 +59,8 @@ def test_every_schedule_has_exactly_its_share_and_starts_with_rwkv(schedule: str
         blocks = blocks_of(ModelConfig(num_layers=layers, layer_schedule=schedule, transformer_pct=percent))
         mixers = [block.mixer for block in blocks]
         assert len(mixers) == layers
-        assert mixers.count("attention") == round(layers * percent / 100)
-        assert mixers[0] == "rwkv7" or "rwkv7" not in mixers
+        assert mixers.count(ATTENTION) == round(layers * percent / 100)
+        assert mixers[0] is R or R not in mixers
 
 
 def test_placements() -> None:

@@ -40,7 +40,8 @@ def layer_results(fused: bool, monkeypatch: pytest.MonkeyPatch) -> list[torch.Te
     x = torch.randn(50, 2, 128, generator=generator).cuda().requires_grad_()
     starts = torch.zeros(2, 50, dtype=torch.bool)
     starts[0, [7, 30]] = True
-    out, v_first = layer(x, PackedSequence(2, 50, x.device, starts))
+    out, made, _ = layer(x, PackedSequence(2, 50, x.device, starts))
+    v_first = made["v_first"]
     grads = torch.autograd.grad(out.square().sum() + v_first.sum(), [x, *layer.parameters()])
     return [out, *grads]
 

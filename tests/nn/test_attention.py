@@ -80,7 +80,7 @@ def test_documents_take_the_place_of_the_mask(monkeypatch: pytest.MonkeyPatch, g
     start[0, [2, 3]] = start[1, 5] = True
     info, cfg = PackedSequence(BATCH, LENGTH, CPU, start), config(num_query_groups=groups)
     layer = attention(cfg)
-    assert_agrees(layer, lambda x: layer(x, info), oracle_of(cfg, info), random(LENGTH, BATCH, HIDDEN))
+    assert_agrees(layer, lambda x: layer(x, info).update, oracle_of(cfg, info), random(LENGTH, BATCH, HIDDEN))
     assert [call["bounds"] for call in calls] == [[0, 2, 3, 7, 12, 14]]
     assert info._mask is None  # b * s * s entries that nobody needs
 
@@ -101,7 +101,7 @@ def test_values_and_gradients(changes: dict, packed: bool) -> None:
     start[0, 2], start[0, 3], start[1, 5] = packed, packed, packed
     info = PackedSequence(BATCH, LENGTH, CPU, start)
     module = attention(cfg)
-    assert_agrees(module, lambda x: module(x, info), oracle_of(cfg, info), random(LENGTH, BATCH, HIDDEN))
+    assert_agrees(module, lambda x: module(x, info).update, oracle_of(cfg, info), random(LENGTH, BATCH, HIDDEN))
 
 
 @torch.no_grad()
@@ -109,10 +109,11 @@ def test_values_and_gradients(changes: dict, packed: bool) -> None:
 def test_cache_continues_the_parallel_form(cuts: tuple[int, ...]) -> None:
     module = attention(config(num_query_groups=2))
     x = random(LENGTH, BATCH, HIDDEN)
-    whole = module(x, PackedSequence(BATCH, LENGTH, CPU))
+    whole = module(x, PackedSequence(BATCH, LENGTH, CPU)).update
     cache, outs, seen = KVCache(), [], 0
     for piece in x.split(cuts):
-        outs.append(module(piece, PackedSequence(BATCH, piece.shape[0], CPU, None, seen), cache))
+        info = PackedSequence(BATCH, piece.shape[0], CPU, None, seen)
+        outs.append(module(piece, info, state=cache).update)
         seen += piece.shape[0]
     assert cache.length == LENGTH
     assert_close(torch.cat(outs), whole, 1e-13, "output")
@@ -122,9 +123,10 @@ def test_cache_continues_the_parallel_form(cuts: tuple[int, ...]) -> None:
 def test_cache_grows_beyond_its_first_capacity() -> None:
     module = attention(config())
     x = random(150, 1, HIDDEN)
-    whole = module(x, PackedSequence(1, 150, CPU))
+    whole = module(x, PackedSequence(1, 150, CPU)).update
     cache = KVCache()
-    pieces = [module(piece, PackedSequence(1, 50, CPU, None, 50 * n), cache) for n, piece in enumerate(x.split(50))]
+    infos = [PackedSequence(1, 50, CPU, None, offset) for offset in (0, 50, 100)]
+    pieces = [module(x, info, state=cache).update for x, info in zip(x.split(50), infos, strict=True)]
     assert_close(torch.cat(pieces), whole, 1e-13, "output")
 
 

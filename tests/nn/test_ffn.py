@@ -64,7 +64,7 @@ def test_dense(activation: str, bias: bool, channel_mix: bool) -> None:
         inner = nonlinearity(activation, F.linear(x, w["f.up.weight"], w.get("f.up.bias")))
         return F.linear(inner, w["f.down.weight"], w.get("f.down.bias"))
 
-    assert_agrees(module, lambda x: module(x, info), oracle, random(LENGTH, BATCH, HIDDEN))
+    assert_agrees(module, lambda x: module(x, info).update, oracle, random(LENGTH, BATCH, HIDDEN))
 
 
 @torch.no_grad()
@@ -72,10 +72,10 @@ def test_dense(activation: str, bias: bool, channel_mix: bool) -> None:
 def test_shift_state_continues_the_parallel_form(kind: type) -> None:
     module = build(kind, config(), True)
     x = random(LENGTH, BATCH, HIDDEN)
-    first = (lambda result: result[0]) if kind is MoEFFN else (lambda result: result)
-    whole = first(module(x, PackedSequence(BATCH, LENGTH, CPU)))
+    whole = module(x, PackedSequence(BATCH, LENGTH, CPU)).update
     state, outs, seen = FFNState(), [], 0
     for piece in x.split((3, 1, 2, 1)):
-        outs.append(first(module(piece, PackedSequence(BATCH, piece.shape[0], CPU, None, seen), state)))
+        info = PackedSequence(BATCH, piece.shape[0], CPU, None, seen)
+        outs.append(module(piece, info, state=state).update)
         seen += piece.shape[0]
     assert_close(torch.cat(outs), whole, 1e-13, "output")

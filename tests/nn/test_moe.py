@@ -106,7 +106,7 @@ def assert_layer_agrees(module: MoEFFN, cfg: ModelConfig, length: int = LENGTH) 
         return torch.cat([out.flatten(), balance.view(1), z_loss.view(1)])
 
     def run(x: Tensor) -> Tensor:
-        out, losses = module(x, info)
+        out, _, losses = module(x, info)
         return flat(out, losses.load_balance_sum, losses.z_loss_sum)
 
     assert_agrees(module, run, lambda x, w: flat(*oracle(x, w, cfg, info)), random(length, BATCH, HIDDEN))
@@ -157,7 +157,7 @@ def test_counts_and_idle_experts() -> None:
     module = build(MoEFFN, config(moe_router_topk=1), False)
     with torch.no_grad():
         module.router.weight.zero_()[3] = 1.0
-    out, losses = module(random(LENGTH, BATCH, HIDDEN).abs(), PackedSequence(BATCH, LENGTH, CPU))
+    out, _, losses = module(random(LENGTH, BATCH, HIDDEN).abs(), PackedSequence(BATCH, LENGTH, CPU))
     assert losses.tokens_per_expert.tolist() == [0, 0, 0, LENGTH * BATCH, 0]
     assert float(losses.load_balance_sum.detach()) > BATCH * 2
     out.sum().backward()
@@ -169,7 +169,7 @@ def test_balance_loss_is_one_a_sequence_when_balanced() -> None:
     module = build(MoEFFN, config(), False)
     with torch.no_grad():
         module.router.weight.zero_()
-    _, losses = module(random(LENGTH, BATCH, HIDDEN), PackedSequence(BATCH, LENGTH, CPU))
+    _, _, losses = module(random(LENGTH, BATCH, HIDDEN), PackedSequence(BATCH, LENGTH, CPU))
     assert abs(float(losses.load_balance_sum.detach()) - BATCH) < 1e-12
     assert abs(float(losses.z_loss_sum.detach()) - LENGTH * BATCH * math.log(EXPERTS) ** 2) < 1e-9
 
@@ -198,7 +198,7 @@ def test_before_the_softmax_groups_are_ranked_by_probability() -> None:
 def test_one_expert_a_token_trains_its_router(before: bool) -> None:
     """Through its weight, if that is a probability: renormalised to one it gives the router no gradient at all."""
     module = build(MoEFFN, config(moe_router_topk=1, moe_router_pre_softmax=before), False)
-    out, _ = module(random(LENGTH, BATCH, HIDDEN), PackedSequence(BATCH, LENGTH, CPU))
+    out, *_ = module(random(LENGTH, BATCH, HIDDEN), PackedSequence(BATCH, LENGTH, CPU))
     out.square().sum().backward()
     assert module.router.weight.grad is not None
     assert bool(module.router.weight.grad.abs().max() > 1e-6) == before
@@ -211,7 +211,7 @@ def test_the_balance_loss_counts_what_the_router_prefers() -> None:
     with torch.no_grad():
         module.router.expert_bias.copy_(torch.tensor([9.0, 9, 0, 0, 0]))
     x = random(LENGTH, BATCH, HIDDEN)
-    _, losses = module(x, PackedSequence(BATCH, LENGTH, CPU))
+    _, _, losses = module(x, PackedSequence(BATCH, LENGTH, CPU))
     preferred = (x @ module.router.weight.detach().T).topk(2).indices.flatten().bincount(minlength=EXPERTS)
     assert losses.tokens_per_expert.tolist() == [LENGTH * BATCH] * 2 + [0] * 3
     assert losses.preferred_per_expert.tolist() == preferred.tolist() and int((preferred > 0).sum()) > 2
@@ -261,7 +261,7 @@ def test_global_balance_loss_reads_the_previous_global_batch() -> None:
         seen = []
         for _ in range(2):
             module.router.weight.grad = None
-            outputs = [module(piece, PackedSequence(piece.shape[1], LENGTH, CPU))[1] for piece in pieces]
+            outputs = [module(piece, PackedSequence(piece.shape[1], LENGTH, CPU)).losses for piece in pieces]
             balance = sum(losses.load_balance_sum for losses in outputs) / 3
             balance.backward()
             seen += [balance.detach(), module.router.weight.grad]
@@ -287,7 +287,7 @@ def test_router_stays_in_fp32() -> None:
     x = random(LENGTH, BATCH, HIDDEN).bfloat16()
     routing, losses = module.router.route(x, packed_info())
     assert routing.weights.dtype == torch.float32 == losses.load_balance_sum.dtype
-    out, _ = module(x, packed_info())
+    out, *_ = module(x, packed_info())
     assert out.dtype == torch.bfloat16
     out.sum().backward()
     assert module.router.weight.grad is not None and bool(module.router.weight.grad.any())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.models.hybrid import HybridModel, Stream
+from megaforge.models.hybrid import HybridModel
 from megaforge.nn import recompute
 from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import named_specs
@@ -70,8 +70,8 @@ def gradients(kind: str, *, split: bool, first: bool = False) -> dict[str, Tenso
     model = filled(HybridModel(make_layer_context(CFG, CTX, dtype=torch.float64, recompute=kind), layers))
     tokens = torch.arange(12).view(2, 6)
     inputs = [] if first else [random(6, 2, 16, seed=1).requires_grad_(), random(6, 2, 16, seed=2).requires_grad_()]
-    arrived = Stream(*inputs) if inputs else None
-    output, _ = model.run_stage(tokens, tokens, torch.ones(2, 6), arrived=arrived)
+    received = dict(zip(("x", "v_first"), inputs, strict=False))
+    output, _ = model.run_stage(tokens, tokens, torch.ones(2, 6), received=received)
     loss = output.loss_sum + sum(term.sum for term in output.terms.values())
     del output
     if split:

@@ -29,7 +29,8 @@ CFG = ModelConfig(
 
 
 def time_mix(layer_index: int, dtype: torch.dtype = torch.float64, num_layers: int = 3) -> RWKV7TimeMix:
-    return filled(RWKV7TimeMix(layer_context(CFG, dtype, index=layer_index, count=num_layers)), "m")
+    context = layer_context(CFG, dtype, index=layer_index, count=num_layers, first=not layer_index)
+    return filled(RWKV7TimeMix(context), "m")
 
 
 def oracle(x: Tensor, w: dict[str, Tensor], v_first: Tensor | None, start: list[set[int]]) -> tuple[Tensor, Tensor]:
@@ -84,9 +85,10 @@ def boundaries(length: int, starts: list[set[int]]) -> PackedSequence:
 def test_layer_matches_the_equations_with_all_gradients(layer_index: int, starts: list[set[int]]) -> None:
     layer, info = time_mix(layer_index), boundaries(37, starts)
     v_first = random(37, 2, SIZE, seed=1) if layer_index else None
+    carried = {} if v_first is None else {"v_first": v_first}
     assert_agrees(
         layer,
-        lambda x: layer(x, info, v_first)[0],
+        lambda x: layer(x, info, carried).update,
         lambda x, w: oracle(x, w, v_first, starts)[0],
         random(37, 2, SIZE),
     )
@@ -95,15 +97,15 @@ def test_layer_matches_the_equations_with_all_gradients(layer_index: int, starts
 def test_v_first_carries_values_and_gradients_upward() -> None:
     first, second, info = time_mix(0), time_mix(1), boundaries(9, [set()])
     x = random(9, 1, SIZE).requires_grad_()
-    out, v_first = first(x, info)
+    out, made, _ = first(x, info)
+    v_first = made["v_first"]
     weights = {spec.name: p for spec, p in named_specs(first)}
     assert_close(v_first, oracle(x, weights, None, [set()])[1], 1e-12, "v_first")
-    _, passed_on = second(out, info, v_first)
-    assert passed_on is v_first
+    assert not second(out, info, made).carried
     above = random(9, 1, SIZE, seed=2).requires_grad_()
     v_first = v_first.detach().requires_grad_()
     expected = v_first.detach().clone().requires_grad_()
-    second(above, info, v_first)[0].square().sum().backward()
+    second(above, info, {"v_first": v_first}).update.square().sum().backward()
     weights = {spec.name: p for spec, p in named_specs(second)}
     oracle(above, weights, expected, [set()])[0].square().sum().backward()
     assert_close(v_first.grad, expected.grad, 1e-11, "gradient of v_first")
@@ -116,21 +118,23 @@ def test_v_first_carries_values_and_gradients_upward() -> None:
 def test_generation_equals_the_parallel_form(pieces: list[int], layer_index: int) -> None:
     layer = time_mix(layer_index)
     x, v_first = random(12, 2, SIZE), random(12, 2, SIZE, seed=1) if layer_index else None
-    whole, _ = layer(x, PackedSequence(2, 12, x.device), v_first)
+    whole = layer(x, PackedSequence(2, 12, x.device), {} if v_first is None else {"v_first": v_first}).update
     state, out, at = RWKV7State(), [], 0
     for length in pieces:
         part = slice(at, at + length)
         info = PackedSequence(2, length, x.device, offset=at)
-        out.append(layer(x[part], info, None if v_first is None else v_first[part], state)[0])
+        carried = {} if v_first is None else {"v_first": v_first[part]}
+        out.append(layer(x[part], info, carried, state).update)
         at += length
     assert_close(torch.cat(out), whole, 1e-12, "output")
 
 
 def test_packed_documents_equal_separate_ones() -> None:
     layer, x, v_first = time_mix(1), random(50, 1, SIZE), random(50, 1, SIZE, seed=1)
-    packed, _ = layer(x, boundaries(50, [{7, 8, 40}]), v_first)
+    packed = layer(x, boundaries(50, [{7, 8, 40}]), {"v_first": v_first}).update
     for start, stop in ((0, 7), (7, 8), (8, 40), (40, 50)):
-        alone, _ = layer(x[start:stop], PackedSequence(1, stop - start, x.device), v_first[start:stop])
+        info = PackedSequence(1, stop - start, x.device)
+        alone = layer(x[start:stop], info, {"v_first": v_first[start:stop]}).update
         assert_close(packed[start:stop], alone, 1e-12, f"document {start}")
 
 
@@ -138,10 +142,10 @@ def test_bf16_stays_close_to_fp64_and_keeps_vectors_wide() -> None:
     wide, narrow = time_mix(1), time_mix(1, torch.bfloat16)
     x, v_first, info = random(40, 2, SIZE), random(40, 2, SIZE, seed=1), PackedSequence(2, 40, torch.device("cpu"))
     state = RWKV7State()
-    out, _ = narrow(x.bfloat16(), info, v_first.bfloat16(), state)
+    out = narrow(x.bfloat16(), info, {"v_first": v_first.bfloat16()}, state).update
     assert out.dtype == torch.bfloat16 and narrow.w0.dtype == torch.float32 and narrow.w1.weight.dtype == torch.bfloat16
     assert state.wkv is not None and state.wkv.dtype == torch.float32
-    assert_close(out, wide(x, info, v_first)[0], 3e-2, "output")
+    assert_close(out, wide(x, info, {"v_first": v_first}).update, 3e-2, "output")
 
 
 def test_initial_values_are_the_published_ones() -> None:
@@ -151,7 +155,7 @@ def test_initial_values_are_the_published_ones() -> None:
     u = ((i % 64) - 31.5) / 31.5
     zigzag, linear = u * u.abs(), i / (c - 1) - 0.5
     for index in (0, 2):
-        layer = RWKV7TimeMix(layer_context(cfg, index=index, count=layers))
+        layer = RWKV7TimeMix(layer_context(cfg, index=index, count=layers, first=not index))
         name_parameters(layer, "m")
         initialize_parameters(layer, CTX, seed=1)
         down, up = 1 - index / layers, index / (layers - 1)
@@ -208,7 +212,7 @@ def test_normal_init_has_the_scale_of_the_orthogonal_one() -> None:
     scales = []
     for init in ("orthogonal", "normal"):
         cfg = dataclasses.replace(ModelConfig(), hidden_size=256, rwkv_init=init, init_std_scale=0.8)
-        layer = RWKV7TimeMix(layer_context(cfg, torch.float32, index=1, count=4))
+        layer = RWKV7TimeMix(layer_context(cfg, torch.float32, index=1, count=4, first=False))
         name_parameters(layer, "m")
         initialize_parameters(layer, CTX, seed=1)
         scales.append(

@@ -36,16 +36,16 @@ class TwoLayers(nn.Module):
         super().__init__()
         layer = make_layer_context(CFG, ctx, sequence_parallel=sequence_parallel, dtype=dtype)
         self.region = layer.region
-        self.layers = nn.ModuleList(RWKV7TimeMix(replace(layer, index=i, count=2)) for i in range(2))
+        self.layers = nn.ModuleList(RWKV7TimeMix(replace(layer, index=i, count=2, first=not i)) for i in range(2))
         name_parameters(self)
         initialize_parameters(self, ctx, seed=3)
         perturb(self, ctx)
 
     def forward(self, x: Tensor, info: PackedSequence) -> Tensor:
-        v_first = None
+        carried: dict[str, Tensor] = {}
         for layer in self.layers:
-            out, v_first = layer(x, info, v_first)
-            x = x + out
+            out, made, _ = layer(x, info, carried)
+            x, carried = x + out, {**carried, **made}
         return x
 
 
@@ -102,9 +102,10 @@ def generate(tp: int) -> tuple[Tensor, Tensor]:
     layer = TwoLayers(ctx, False, torch.float64).layers[0]
     x = torch.randn(6, BATCH, SIZE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     with torch.no_grad():
-        whole, _ = layer(x, PackedSequence(BATCH, 6, x.device))
+        whole = layer(x, PackedSequence(BATCH, 6, x.device)).update
         state = RWKV7State()
-        steps = [layer(x[t : t + 1], PackedSequence(BATCH, 1, x.device, offset=t), None, state)[0] for t in range(6)]
+        infos = [PackedSequence(BATCH, 1, x.device, offset=t) for t in range(6)]
+        steps = [layer(x[t : t + 1], info, {}, state).update for t, info in enumerate(infos)]
     return whole, torch.cat(steps)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from megaforge.errors import UserError
@@ -9,7 +11,8 @@ from megaforge.kernels.grouped_mm import make_runs
 from megaforge.kernels.moe_routing import moe_permute, moe_unpermute
 from megaforge.nn.mlp import FFNState, activate, declare_token_shift, ffn_init, inner_parts, mixed_input
 from megaforge.nn.moe.experts import SharedExpert
-from megaforge.nn.moe.router import Router, RouterLosses
+from megaforge.nn.moe.router import Router
+from megaforge.nn.sublayer import NOTHING, LayerOutput
 from megaforge.parallel.expert_dispatch import TokenDispatcher
 from megaforge.parallel.expert_tokens import make_expert_tokens
 from megaforge.parallel.layer_context import LayerContext
@@ -45,7 +48,16 @@ class MoEFFN(nn.Module):
         if cfg.moe_shared_expert_intermediate_size is not None:
             self.shared_expert = SharedExpert(layer, init)
 
-    def forward(self, x: Tensor, info: PackedSequence, state: FFNState | None = None) -> tuple[Tensor, RouterLosses]:
+    def new_state(self) -> FFNState | None:
+        return None if self.x_k is None else FFNState()
+
+    def forward(
+        self,
+        x: Tensor,
+        info: PackedSequence,
+        carried: Mapping[str, Tensor] = NOTHING,
+        state: FFNState | None = None,
+    ) -> LayerOutput:
         """Normed residual stream [s(/tp), b, h] -> residual stream [s(/tp), b, h], and the layer's losses."""
         mix = None if self.x_k is None else lambda inside: mixed_input(self.x_k, inside, info, state)
         own, inside = self.share.enter(x, mix, self.shared_expert is not None)
@@ -60,7 +72,7 @@ class MoEFFN(nn.Module):
         rows = dispatcher.token_combine(rows, plan)
         routed = moe_unpermute(rows, position).view_as(own)
         shared = None if self.shared_expert is None else self.shared_expert(inside)
-        return self.share.exit(routed, shared, info.length), losses
+        return LayerOutput(self.share.exit(routed, shared, info.length), losses=losses)
 
     def experts(self, rows: Tensor, weights: Tensor, counts: tuple[int, ...]) -> Tensor:
         """Rows [R, h] sorted by expert and their routing weights [R] -> weighted partial sums over etp [R, h]."""

@@ -35,7 +35,7 @@ def main(batch: int = BATCH, length: int = LENGTH, width: int = WIDTH, device: s
 
     def once() -> None:
         block.zero_grad(set_to_none=True)
-        block(x.requires_grad_(), v_first.requires_grad_(), info, None)[0].backward(grad)
+        block(x.requires_grad_(), info, {"v_first": v_first.requires_grad_()})[0].backward(grad)
 
     once()
     once()
