@@ -23,17 +23,17 @@ class BatchSchedule:
     before: int = 0
 
     @property
-    def sizes(self) -> tuple[int, ...]:
+    def sizes(self) -> range:
         """All sizes, ascending."""
-        return (*range(self.rampup[0], self.size, self.rampup[1]), self.size) if self.rampup else (self.size,)
+        start, increment = self.rampup[:2] or (self.size, 1)
+        return range(start, self.size + 1, increment)
 
     def size_at(self, sample: int) -> int:
         """Sequences of the global batch that begins at ``sample``."""
         if not self.rampup:
             return self.size
-        start, increment, samples = self.rampup
-        grown = (sample + self.before) * (len(self.sizes) - 1) // samples
-        return min(start + grown * increment, self.size)
+        steps = len(self.sizes) - 1
+        return self.sizes[min((sample + self.before) * steps // self.rampup[2], steps)]
 
     def stretches(self, sample: int) -> Iterator[tuple[int, int, int | None]]:
         """The batches from ``sample`` on, as stretches of one size: (first sample, size, how many), None: no end."""

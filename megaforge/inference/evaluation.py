@@ -128,7 +128,7 @@ def trained_on(digest: str, trained: TrainedModel) -> bool:
         return False
     if "sources" in data:
         return digest in {source["digest"] for source in data["sources"]}
-    if digest_of([digest]) == data["manifest_digest"]:
+    if digest_of([digest]) == data.get("manifest_digest"):
         return True
     if len(parse_data_path(trained.config.data.data_path)) > 1:
         raise UserError(

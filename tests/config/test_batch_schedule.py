@@ -37,7 +37,7 @@ def test_the_rule_is_megatrons(size: int, rampup: tuple[int, int, int], before: 
     schedule = BatchSchedule(size, rampup, before)
     for sample in range(rampup[2] + 3):
         assert schedule.size_at(sample) == of_megatron(schedule, sample + before)
-    assert schedule.sizes == tuple(sorted({of_megatron(schedule, n) for n in range(rampup[2] + 2)} | {*schedule.sizes}))
+    assert {of_megatron(schedule, n) for n in range(rampup[2] + 2)} <= {*schedule.sizes}
     for start in (0, 1, 7, rampup[2] - 1, rampup[2] + 4):
         found: list[tuple[int, int]] = []
         for first, each, count in schedule.stretches(start):
@@ -49,7 +49,8 @@ def test_the_rule_is_megatrons(size: int, rampup: tuple[int, int, int], before: 
 
 def test_without_a_ramp_there_is_one_size() -> None:
     schedule = BatchSchedule(8)
-    assert (schedule.sizes, schedule.size_at(0), schedule.size_at(9), schedule.samples_after(3)) == ((8,), 8, 8, 24)
+    assert [*schedule.sizes] == [8] == [schedule.size_at(9)] and schedule.samples_after(3) == 24
+    assert [*BatchSchedule(8, (2, 2, 100)).sizes] == [2, 4, 6, 8]
     assert list(schedule.stretches(5)) == [(5, 8, None)]
     assert str(schedule) == "8" and str(BatchSchedule(8, (2, 2, 100))) == "2 to 8"
 

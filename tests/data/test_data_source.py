@@ -11,7 +11,7 @@ from megaforge.data.data_source import FILES, MOCK, source_kind
 from megaforge.data.loader import GlobalBatchLoader
 from megaforge.errors import UserError
 from megaforge.registry import DATA_SOURCES
-from tests.data.counting import Counting
+from tests.toys.counting_source import Counting
 
 
 def test_flags_name_a_source() -> None:

@@ -15,7 +15,7 @@ SCRIPT = "pretrain_cdrmix.py"
 def line(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """The flags of a short run on both, of which the files stand in the configuration."""
     folder = tmp_path_factory.mktemp("own")
-    own = [REPO / "tests" / name for name in ("data/counting.py", "parallel/pipeline/latest_first.py")]
+    own = [REPO / "tests" / "toys" / name for name in ("counting_source.py", "latest_first_schedule.py")]
     (folder / "run.yaml").write_text(f"base: cdrmix-test\ntraining:\n  extensions: [{own[0]}, {own[1]}]\n")
     return (
         *("--config", str(folder / "run.yaml"), "--vocab-size", "64", "--device", "cpu", "--seq-length", "16"),

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch.distributed as dist
 
+from megaforge.config.cli import parse_config
 from megaforge.data.indexed_dataset import IndexedDataset
 from megaforge.data.tokenizer import load_tokenizer
 from megaforge.errors import UserError
-from megaforge.inference.evaluation import evaluate_stream, is_text, read_dataset, read_text
+from megaforge.inference.evaluation import evaluate_stream, is_text, read_dataset, read_text, trained_on
 from megaforge.inference.restore import TrainedModel, load_trained_model
 from megaforge.training.metrics import EvaluationMetrics
 from tests.data.datasets import write_sidecar
@@ -170,3 +172,10 @@ def test_what_in_run_validation_leaves_out_is_said(
     capsys.readouterr()
     report(parse_arguments(["--load", save, "--input", prefix]), trained, stream, {"ours": evaluated(trained, prefix)})
     assert ("--eod-mask-loss" in capsys.readouterr().out) == masked
+
+
+def test_a_run_on_a_source_of_ones_own_was_trained_on_no_dataset() -> None:
+    """Its state is its own, and names no digests."""
+    config = parse_config(["--data-path", "counting://3"]).config
+    trained = SimpleNamespace(data={"step": 3, "consumed_samples": 8}, config=config, path="r")
+    assert not trained_on("a" * 64, trained)  # type: ignore[arg-type]

@@ -91,7 +91,7 @@ def test_a_schedule_of_ones_own_is_one_file(
 ) -> None:
     monkeypatch.setattr(SCHEDULES, "_parts", dict(SCHEDULES._parts))
     file = tmp_path / "mine.py"  # a copy, so that it registers itself again
-    file.write_text((Path(__file__).parents[1] / "parallel" / "pipeline" / "latest_first.py").read_text())
+    file.write_text((Path(__file__).parents[1] / "toys" / "latest_first_schedule.py").read_text())
     with pytest.raises(UserError, match=r"'latest-first' is not a known pipeline schedule \(there are gpipe"):
         run(["--schedule", "latest-first"])
     sizes = ["--pp", "2", "--microbatches", "2"]
