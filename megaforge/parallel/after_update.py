@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,12 @@ class Update:
     expert_counts: Mapping[nn.Module, tuple[Tensor, Tensor]]
 
 
-@runtime_checkable
 class AfterUpdate(Protocol):
-    """A module that has something to do. Every rank calls it, in module order, so it may communicate."""
+    """What a class of modules declares that has something to do.
+
+    Every rank calls it, in module order, so it may communicate. Under ZeRO trained parameters may still be arriving:
+    what depends on them is computed when the module is next called.
+    """
 
     def after_update(self, update: Update) -> None: ...
 
@@ -37,5 +40,5 @@ def after_update(model: nn.Module, update: Update) -> None:
     """Calls every :class:`AfterUpdate` in ``model``, a model or this rank's stage of it. Call once after each optimizer
     step, on every rank."""
     for module in model.modules():
-        if isinstance(module, AfterUpdate):
-            module.after_update(update)
+        if hasattr(type(module), "after_update"):  # of the class: modules are slow to say that they lack something
+            cast(AfterUpdate, module).after_update(update)

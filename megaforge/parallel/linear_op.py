@@ -60,7 +60,8 @@ class LinearOp(ABC):
         total += self.weight_gradient(grad, inside, weight)
 
     def after_update(self, weight: Tensor, ctx: ParallelContext) -> None:  # noqa: B027 - most keep nothing
-        """The optimizer has changed ``weight``: a scale that was computed from it no longer holds."""
+        """The optimizer has changed ``weight``: a scale that was computed from it no longer holds. The new values may
+        still be arriving (:class:`megaforge.parallel.after_update.AfterUpdate`); the next product finds them."""
 
     def apply(
         self,
