@@ -125,6 +125,8 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
         batches=layout.batches,
         callbacks=_callbacks(config),
     )
+    for name in config.training.callbacks:
+        trainer.add(CALLBACKS.get(name)(trainer))
     if config.checkpoint.load is not None:
         path = load_run(trainer)
         load = config.checkpoint.load
@@ -180,7 +182,7 @@ def _callbacks(config: Config) -> list[Callback]:
         callbacks.append(Checkpointing(save_interval(config), checkpoint.keep_last, checkpoint.keep_best))
     if config.logging.profile:
         callbacks.append(Profile(config.logging))
-    return callbacks + [CALLBACKS.get(name)(config) for name in training.callbacks]
+    return callbacks
 
 
 def save_interval(config: Config) -> int:
