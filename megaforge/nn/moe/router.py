@@ -26,10 +26,12 @@ class Routing:
     Attributes:
         weights: [T, k] in the router's dtype.
         permutation: the order by expert of the assignments that are within their experts' capacity.
+        rows: how many these are; None: the host does not know.
     """
 
     weights: Tensor
     permutation: Permutation
+    rows: int | None
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ class Router(ReplicatedLinear):
             permutation = moe_permutation(route.experts, self.cfg.num_experts, kept)
         plain = plain_rule(self.cfg)
         preferred = route.counts if plain is None else moe_route(logits.detach(), plain, None, x_SBH.shape[1]).counts
-        return Routing(route.weights, permutation), self._losses(route, preferred)
+        rows = route.position.numel() if kept is None else None
+        return Routing(route.weights, permutation, rows), self._losses(route, preferred)
 
     def _kept(self, route: Route, info: PackedSequence) -> Tensor | None:
         """Bool [T, k]; None: all. Decided for whole sequences, on every rank alike: a share of the capacity for each
