@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,8 @@ class Router(ReplicatedLinear):
         cfg = layer.cfg
         shape, init = (cfg.num_experts, cfg.hidden_size), Normal(cfg.init_std * cfg.init_std_scale)
         # A rank routes its own tokens, or has partial sums over tp for all: its gradient is partial either way.
-        super().__init__(layer.parameter(shape, init, tp_partial_grad=True, keep_fp32=True, kind="router"))
+        declared: dict[str, Any] = {"role": "matrix", "update": "elementwise", "kind": "router"}
+        super().__init__(layer.parameter(shape, init, tp_partial_grad=True, keep_fp32=True, **declared))
         self.cfg, self.share = cfg, share
         self.expert_bias: nn.Parameter | None = None
         self.previous_load: nn.Parameter | None = None
@@ -98,7 +100,7 @@ class Router(ReplicatedLinear):
     def _state(self, layer: LayerContext, value: float) -> nn.Parameter:
         """A value for each expert that no gradient trains; declared like a parameter, so that checkpoints hold it."""
         shape = (self.cfg.num_experts,)
-        state = layer.parameter(shape, Constant(value), weight_decay=False, keep_fp32=True, kind="router")
+        state = layer.parameter(shape, Constant(value), weight_decay=False, keep_fp32=True, role="state", kind="router")
         state.requires_grad = False
         return state
 
