@@ -10,7 +10,6 @@ import torch
 
 from megaforge.config.check_layout import check_layout
 from megaforge.config.config import Config
-from megaforge.config.run_config import OptimizerConfig
 from megaforge.models.pipeline_shape import pipeline_shape
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.pipeline.actions import Schedule
@@ -29,7 +28,6 @@ class PlannedLayout:
         recompute: what the backward pass computes again, as ``--recompute``.
         dtype: of parameters and activations.
         device_type: whose kernels keep what they keep; ``meta``: plain torch.
-        optimizer: which update rule keeps how much.
     """
 
     world_size: int
@@ -51,7 +49,6 @@ class PlannedLayout:
     overlap: bool = True
     dtype: torch.dtype = torch.bfloat16
     device_type: str = "meta"
-    optimizer: OptimizerConfig = OptimizerConfig()
 
     @property
     def stage_ranks(self) -> int:
@@ -147,5 +144,4 @@ def layout_of(config: Config, world_size: int) -> PlannedLayout:
         bucket_size=parallel.ddp_bucket_size,
         overlap=parallel.overlap_grad_reduce,
         dtype=compute_dtype(config.training),
-        optimizer=config.optimizer,
     )

@@ -19,6 +19,7 @@ from tests.end_to_end.launch import REPO
 
 # A block that a test runs as it is printed stands below this line; the others are only understood.
 MARK = "<!-- a test runs this -->"
+LIMIT = 300  # seconds of a block
 
 
 def bash_blocks(document: str) -> list[tuple[str, bool]]:
@@ -70,6 +71,19 @@ def bash(code: str, folder: Path) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+
+def finish(code: str, folder: Path) -> str:
+    """What the block prints; it must succeed."""
+    process = bash(code, folder)
+    out, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, f"{code}\n{out}"
+    return out
+
+
+def run_blocks(document: str) -> list[str]:
+    """The blocks of a document that are run, in the user's environment."""
+    return [f"source .venv/bin/activate\n{code}" for code, runs in bash_blocks(document) if runs]
 
 
 class _Understood(BaseException):

@@ -13,17 +13,17 @@ import torch
 
 from megaforge.monitor.sinks import read_metrics
 from tests.checkpoint.rwkv7_weights import published_weights
-from tests.end_to_end.readme import bash, bash_blocks, commands, fresh_copy, inline_commands, understand
-
-LIMIT = 300
-
-
-def finish(code: str, folder: Path) -> str:
-    """What the block prints; it must succeed."""
-    process = bash(code, folder)
-    out, _ = process.communicate(timeout=LIMIT)
-    assert process.returncode == 0, f"{code}\n{out}"
-    return out
+from tests.end_to_end.readme import (
+    LIMIT,
+    bash,
+    bash_blocks,
+    commands,
+    finish,
+    fresh_copy,
+    inline_commands,
+    run_blocks,
+    understand,
+)
 
 
 def kill_after_a_checkpoint(code: str, folder: Path) -> None:
@@ -56,11 +56,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             (home / "shown").write_text(finish(code, home), encoding="utf-8")
     return home
-
-
-def run_blocks(document: str) -> list[str]:
-    """The blocks of a document that are run, in the user's environment."""
-    return [f"source .venv/bin/activate\n{code}" for code, runs in bash_blocks(document) if runs]
 
 
 def losses(metrics: Path) -> dict[int, float]:
@@ -105,6 +100,7 @@ def test_the_example_goes_on_from_published_weights(home: Path) -> None:
 DOCUMENTS = [
     "README.md",
     "examples/cdrmix/README.md",
+    "docs/architecture.md",
     "docs/data.md",
     "docs/layouts.md",
     "docs/planner.md",
