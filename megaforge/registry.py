@@ -79,6 +79,13 @@ class Registry:
         return name in self._parts
 
 
+UPDATE_RULES = Registry(
+    "update rule",
+    {
+        "adam": "megaforge.optim.adamw:AdamW",
+        "sgd": "megaforge.optim.sgd:SGD",
+    },
+)
 DATA_SOURCES = Registry(
     "data source", {"files": "megaforge.data.data_source:FILES", "mock": "megaforge.data.data_source:MOCK"}
 )

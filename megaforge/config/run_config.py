@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megaforge.config.fields import flag
 from megaforge.errors import UserError
-from megaforge.registry import CALLBACKS, LOSS_TERMS, OBJECTIVES, SCHEDULES
+from megaforge.registry import CALLBACKS, LOSS_TERMS, OBJECTIVES, SCHEDULES, UPDATE_RULES
 
 
 def default_expert_tensor_parallel_size(tp: int, ep: int, stage_ranks: int) -> int:
@@ -169,9 +169,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and the learning-rate schedule."""
+    """The update rule and the learning-rate schedule."""
 
-    optimizer: str = flag("adamw", "update rule", choices=("adamw",))
+    optimizer: str = flag("adam", "update rule; adam is AdamW, as in Megatron-LM", choices=UPDATE_RULES)
     lr: float = flag(3e-4, "peak learning rate", above=0)
     min_lr: float = flag(0.0, "learning rate at the end of the decay", least=0)
     lr_decay_style: str = flag("cosine", "shape of the decay", choices=("cosine", "linear", "constant", "WSD"))
@@ -192,6 +192,7 @@ class OptimizerConfig:
     adam_beta1: float = flag(0.9, "decay of the first moment", least=0, below=1)
     adam_beta2: float = flag(0.95, "decay of the second moment", least=0, below=1)
     adam_eps: float = flag(1e-8, "epsilon of Adam", above=0)
+    sgd_momentum: float = flag(0.9, "with --optimizer sgd: momentum", least=0, below=1)
     clip_grad: float = flag(1.0, "largest global gradient norm; 0 switches clipping off", least=0)
     initial_loss_scale: float = flag(65536.0, "fp16: loss scale at the start", above=0)
     min_loss_scale: float = flag(1.0, "fp16: smallest loss scale", above=0)

@@ -20,7 +20,7 @@ from megaforge.device import resolve_device
 from megaforge.errors import UserError
 from megaforge.inference.staged import StagedModel
 from megaforge.models.stages import build_model, plan_pipeline
-from megaforge.optim import build_optimizer
+from megaforge.optim import MainParameters
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.distributed import discover_launch, initialize
 from megaforge.parallel.layer_context import make_layer_context
@@ -112,11 +112,10 @@ def load_trained_model(directory: str, *, tp: int | None = None, pp: int = 1, de
     set_numerics(config, place)
     plan = plan_pipeline(config.model, config.parallel, 1, config.data.seq_length)
     model = build_model(make_layer_context(config.model, ctx, dtype=compute_dtype(config.training)), plan)
-    # The optimizer knows how 16-bit weights come from their fp32 masters; its own state is not read.
-    optimizer = build_optimizer(config.optimizer, model, ctx)
-    entries = [TensorEntry(*entry) for entry in optimizer.weight_entries()]
+    main = MainParameters(model)
+    entries = [TensorEntry(*entry) for entry in main.entries()]
     load_checkpoint(path, entries, ctx, verify=False, allow_extra=("",), cast=True)
-    optimizer.after_load()
+    main.after_load()
     return TrainedModel(StagedModel(model.eval(), plan), ctx, config, meta, path)
 
 

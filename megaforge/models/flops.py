@@ -22,11 +22,10 @@ def matmul_elements(specs: Iterable[ParamSpec], cfg: ModelConfig) -> float:
 
 
 def _active_share(spec: ParamSpec, cfg: ModelConfig) -> float:
-    elementwise = len(spec.shape) < 2 or spec.name.endswith(".r_k")
-    looked_up = spec.kind == "embedding" and cfg.untie_embeddings_and_output_weights
-    if elementwise or looked_up:
+    multiplies = spec.role == "matrix" or (spec.role == "lookup" and not cfg.untie_embeddings_and_output_weights)
+    if not multiplies:
         return 0.0
-    return cfg.moe_router_topk / cfg.num_experts if spec.kind == "moe" else 1.0
+    return 1.0 if spec.expert_dim is None else cfg.moe_router_topk / cfg.num_experts
 
 
 def model_flops_per_token(model: HybridModel, sequence_length: int) -> float:

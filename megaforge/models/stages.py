@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -17,7 +17,7 @@ from megaforge.models.hybrid import HybridModel
 from megaforge.models.pipeline_shape import check_stages, pipeline_shape
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layer_context import LayerContext, make_layer_context
-from megaforge.parallel.param_spec import named_specs
+from megaforge.parallel.param_spec import named_specs, spec_of
 from megaforge.parallel.pipeline.actions import Schedule
 from megaforge.parallel.pipeline.partition import partition_layers
 from megaforge.parallel.pipeline.schedules import build_schedule
@@ -127,7 +127,9 @@ def build_model(layer: LayerContext, plan: PipelinePlan) -> HybridModel | ModelC
     model = chunks[0] if plan.num_stages == 1 else ModelChunks(layer.cfg, chunks)
     tied = tied_weight(model, plan)
     if tied is not None:
-        tied.alone_in_bucket = True  # type: ignore[attr-defined]  # so that ZeRO cuts both copies alike
+        spec = spec_of(tied)
+        if not spec.is_tied_copy:
+            tied.spec = replace(spec, tied_to="head.weight")  # type: ignore[attr-defined]
     return model
 
 

@@ -13,6 +13,7 @@ from megaforge.parallel.layers import Linear
 from megaforge.parallel.mappings import gather_from_tensor_parallel
 from megaforge.parallel.param_spec import ParamSpec, make_parameter
 
+EMBEDDING = "embedding.weight"
 # A tied head reads a token's own embedding back: where the blocks start at zero, the logit of the input token is
 # h * std. Held at 4, its e^4 is lost in a softmax over thousands of tokens, and the loss starts at ln(vocabulary).
 TIED_OWN_LOGIT = 4.0
@@ -41,9 +42,18 @@ class OutputHead(Linear):
         cfg = layer.cfg
         if tied_weight is None:
             # A copy has the name of what it is a copy of, whatever its path.
-            name, kind = ("embedding.weight", "embedding") if tied else ("", "head")
+            name, kind = (EMBEDDING, "embedding") if tied else ("", "head")
             shape = (cfg.padded_vocab_size(), cfg.hidden_size)
-            spec = ParamSpec(name, shape, init, shard_dim=0, is_tied_copy=tied, kind=kind)
+            spec = ParamSpec(
+                name,
+                shape,
+                init,
+                shard_dim=0,
+                role="lookup" if tied else "matrix",
+                update="elementwise",
+                tied_to=EMBEDDING if tied else None,
+                kind=kind,
+            )
             tied_weight = make_parameter(spec, layer.ctx, layer.dtype)
         super().__init__(tied_weight)
         self.ctx, self.region = layer.ctx, layer.region

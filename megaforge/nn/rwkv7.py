@@ -206,8 +206,8 @@ class RWKV7TimeMix(nn.Module):
 
     def _declare_lora(self, layer: LayerContext, letter: str, rank: int) -> None:
         size = layer.cfg.hidden_size
-        declared: dict[str, Any] = {"weight_decay": False, "kind": "rwkv"}
-        first = layer.parameter((size, rank), Constant(0.0), tp_partial_grad=True, **declared)
+        declared: dict[str, Any] = {"weight_decay": False, "kind": "rwkv", "update": "elementwise"}
+        first = layer.parameter((size, rank), Constant(0.0), role="matrix", tp_partial_grad=True, **declared)
         init = OfModule(random_matrix(layer.cfg, 0.1, (rank, size)))
         second = ColumnParallelLinear(layer, rank, size, init=init, transposed=True, **declared)
         self.add_module(f"{letter}1", ReplicatedLinear(first, transposed=True))

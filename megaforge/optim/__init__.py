@@ -1,23 +1,20 @@
-"""Update rules, learning-rate schedules, loss scaling and clipping."""
+"""Update rules and the masters they update, learning-rate schedules, loss scaling and clipping."""
 
-from torch import nn
-
-from megaforge.config.run_config import OptimizerConfig
-from megaforge.optim.adamw import AdamW
 from megaforge.optim.clip import clip_gradients, global_grad_norm
 from megaforge.optim.loss_scaler import LossScaler
+from megaforge.optim.main_parameters import MainParameter, MainParameters
+from megaforge.optim.optimizer import Optimizer, bucket_policy
 from megaforge.optim.schedule import LearningRateSchedule
-from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.zero import ShardedParameters
+from megaforge.optim.update_rule import UpdateRule
 
-__all__ = ["AdamW", "LearningRateSchedule", "LossScaler", "build_optimizer", "clip_gradients", "global_grad_norm"]
-
-
-def build_optimizer(
-    config: OptimizerConfig, model: nn.Module, ctx: ParallelContext, shards: ShardedParameters | None = None
-) -> AdamW:
-    """The optimizer of ``model``, whose weights must be initialised: masters start as copies of them.
-
-    With ``shards`` (ZeRO) each rank updates its own share, and keeps masters and moments of it alone.
-    """
-    return AdamW(config, model, ctx, shards)
+__all__ = [
+    "LearningRateSchedule",
+    "LossScaler",
+    "MainParameter",
+    "MainParameters",
+    "Optimizer",
+    "UpdateRule",
+    "bucket_policy",
+    "clip_gradients",
+    "global_grad_norm",
+]

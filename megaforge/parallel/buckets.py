@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,14 @@ from megaforge.parallel.param_spec import ParamSpec, named_specs
 # Elements to which parameters and slices are aligned in flat buffers: 128 bytes of the narrowest type, a line of a
 # GPU's cache. Vectorised kernels and TMA ask for 16 bytes, which an odd parameter in front would break.
 ALIGNMENT = 64
+# Whole parameters a replica that a bucket waits for before it closes: with fewer, slices would differ much in length.
+BALANCED = 4
 
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """Parameters of one dtype and one set of replicas, laid out one after the other, each from a multiple of
-    :data:`ALIGNMENT` elements on. What fills the gaps belongs to nobody and is zero.
+    """Parameters of one dtype and one set of replicas in one flat buffer, each from a multiple of :data:`ALIGNMENT`
+    elements on. What fills the gaps belongs to nobody and is zero.
 
     Attributes:
         parameters: in the order in which the backward pass is likely to finish them.
@@ -92,7 +95,31 @@ def main_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
-def make_bucket_groups(chunks: Sequence[nn.Module], ctx: ParallelContext, bucket_size: int) -> list[list[Bucket]]:
+@dataclass(frozen=True)
+class BucketPolicy:
+    """How parameters are laid out in buckets that their replicas share out.
+
+    Attributes:
+        name: parameters of different policies never share a bucket.
+        cost: what updating a whole parameter costs. Given: each parameter lies in one replica's slice, so that this
+            replica has it whole, and the slices cost about the same. None: slices cut parameters anywhere.
+    """
+
+    name: str = ""
+    cost: Callable[[ParamSpec], float] | None = None
+
+
+Policy = Callable[[ParamSpec], BucketPolicy]
+
+
+def cut_anywhere(spec: ParamSpec) -> BucketPolicy:
+    """The policy of updates that need not see a parameter whole."""
+    return BucketPolicy()
+
+
+def make_bucket_groups(
+    chunks: Sequence[nn.Module], ctx: ParallelContext, bucket_size: int, policy: Policy = cut_anywhere
+) -> list[list[Bucket]]:
     """The buckets of each chunk of a model (the virtual pipeline stages of this rank), and last those of parameters
     that several chunks share, for which no single chunk can say when their gradients are complete."""
     owners: dict[int, set[int]] = defaultdict(set)
@@ -104,38 +131,63 @@ def make_bucket_groups(chunks: Sequence[nn.Module], ctx: ParallelContext, bucket
     bucket_groups.append(
         list({id(p): (s, p) for chunk in declared for s, p in chunk if len(owners[id(p)]) > 1}.values())
     )
-    return [_make_buckets(trained, ctx, bucket_size) for trained in bucket_groups]
+    return [_make_buckets(trained, ctx, bucket_size, policy) for trained in bucket_groups]
 
 
 def _make_buckets(
-    trained: list[tuple[ParamSpec, nn.Parameter]], ctx: ParallelContext, bucket_size: int
+    trained: list[tuple[ParamSpec, nn.Parameter]], ctx: ParallelContext, bucket_size: int, policy: Policy
 ) -> list[Bucket]:
     """Packs parameters, given in module order, into buckets of at most ``bucket_size`` elements, in the order in which
     the backward pass should complete them; the same on every rank of a pipeline stage.
 
     Parameters are taken in reverse module order, which is about the order of their gradients (Li et al.,
-    arXiv 2006.15704). Each kind (replicas, dtype) fills buckets of its own, and a bucket is due with its last
-    parameter. One larger than ``bucket_size`` stands alone, and so does one with the attribute ``alone_in_bucket``:
-    a tied weight whose copies on two pipeline stages must be cut alike.
+    arXiv 2006.15704). Each kind (replicas, dtype, policy) fills buckets of its own, and a bucket is due with its last
+    parameter. One larger than ``bucket_size`` stands alone, and so does a tied matrix, whose copies on two pipeline
+    stages must be cut alike. Where parameters stay whole, a bucket has room for :data:`BALANCED` a replica.
     """
-    runs: dict[tuple[str, torch.dtype], list[list[tuple[int, nn.Parameter]]]] = defaultdict(list)
-    filled: dict[tuple[str, torch.dtype], float] = {}
+    runs: dict[tuple[str, torch.dtype, BucketPolicy], list[list[tuple[int, ParamSpec, nn.Parameter]]]] = defaultdict(
+        list
+    )
+    filled: dict[tuple[str, torch.dtype, BucketPolicy], float] = {}
     for due, (spec, parameter) in enumerate(reversed(trained)):
-        kind = (spec.replica_axis, parameter.dtype)
-        alone = getattr(parameter, "alone_in_bucket", False)
+        kind = (spec.replica_axis, parameter.dtype, policy(spec))
+        alone = spec.tied_to is not None
         size = math.inf if alone else filled.get(kind, math.inf) + parameter.numel()
-        if size > bucket_size:
+        enough = kind[2].cost is None or not runs[kind] or len(runs[kind][-1]) >= BALANCED * ctx.axis(kind[0]).size
+        if size > bucket_size and (enough or size == math.inf):
             runs[kind].append([])
             size = math.inf if alone else parameter.numel()
-        runs[kind][-1].append((due, parameter))
+        runs[kind][-1].append((due, spec, parameter))
         filled[kind] = size
-    ordered = sorted((run[-1][0], axis, run) for (axis, _), kinds in runs.items() for run in kinds)
-    return [_lay_out([parameter for _, parameter in run], ctx.axis(axis)) for _, axis, run in ordered]
+    ordered = sorted(((run[-1][0], kind, run) for kind, all_of in runs.items() for run in all_of), key=itemgetter(0))
+    return [_lay_out(run, ctx, axis, policy.cost) for _, (axis, _, policy), run in ordered]
 
 
-def _lay_out(parameters: list[nn.Parameter], replicas: Axis) -> Bucket:
+def _lay_out(
+    run: Sequence[tuple[int, ParamSpec, nn.Parameter]],
+    ctx: ParallelContext,
+    axis: str,
+    cost: Callable[[ParamSpec], float] | None,
+) -> Bucket:
+    parameters, replicas = tuple(parameter for _, _, parameter in run), ctx.axis(axis)
+    if cost is not None:
+        return _lay_out_whole(parameters, [cost(spec) / spec.shards(ctx) for _, spec, _ in run], replicas)
     starts, size = [], 0
     for parameter in parameters:
         starts.append(size)
         size += aligned(parameter.numel())
-    return Bucket(tuple(parameters), tuple(starts), aligned(size, replicas.size), replicas)
+    return Bucket(parameters, tuple(starts), aligned(size, replicas.size), replicas)
+
+
+def _lay_out_whole(parameters: tuple[nn.Parameter, ...], costs: Sequence[float], replicas: Axis) -> Bucket:
+    """Each parameter whole in one slice: the costliest first, always to the slice that costs least so far ("longest
+    processing time", Graham 1969), of equal ones to the emptiest. All slices are as long as the longest."""
+    load, length = [0.0] * replicas.size, [0] * replicas.size
+    place: dict[int, tuple[int, int]] = {}
+    for number in sorted(range(len(parameters)), key=lambda number: (-costs[number], number)):
+        slot = min(range(replicas.size), key=lambda one: (load[one], length[one], one))
+        place[number] = slot, length[slot]
+        load[slot] += costs[number]
+        length[slot] += aligned(parameters[number].numel())
+    starts = tuple(slot * max(length) + offset for slot, offset in (place[n] for n in range(len(parameters))))
+    return Bucket(parameters, starts, replicas.size * max(length), replicas)

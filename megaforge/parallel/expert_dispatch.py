@@ -30,14 +30,14 @@ class DispatchPlan:
         runs: lengths of the runs of one expert in which rows arrive: over etp ranks, over ep ranks, over local experts;
             after each etp rank's rows a run of padding.
         by_expert: which runs, in order of local experts.
-        counts: rows of each local expert.
+        counts: rows of each local expert; on the device where nothing is sent and the host need not know.
     """
 
     sent: tuple[int, ...]
     received: tuple[int, ...]
     runs: tuple[int, ...]
     by_expert: tuple[int, ...]
-    counts: tuple[int, ...]
+    counts: tuple[int, ...] | Tensor
 
     @property
     def in_order(self) -> bool:
@@ -62,9 +62,17 @@ class TokenDispatcher:
     def __init__(self, num_experts: int, ep: Axis, etp: Axis) -> None:
         self.num_experts, self.ep, self.etp = num_experts, ep, etp
 
-    def plan(self, counts: Tensor) -> DispatchPlan:
-        """What follows needs to know, of the rows that this rank has for each expert: int64 [E]. The only wait for the
-        device is here."""
+    def plan(self, counts: Tensor, rows: int | None = None) -> DispatchPlan:
+        """What follows needs to know.
+
+        Where rows are sent, or their number is not known, this is the only wait for the device.
+
+        Args:
+            counts: int64 [E], the rows that this rank has for each expert.
+            rows: how many they are together.
+        """
+        if rows is not None and self.ep.size == self.etp.size == 1:
+            return DispatchPlan((rows,), (rows,), (), (), counts)
         arriving = self._exchange_counts(counts)
         host = torch.cat([counts, arriving.flatten()]).tolist()
         mine, theirs = host[: self.num_experts], torch.tensor(host[self.num_experts :]).view(arriving.shape)

@@ -119,9 +119,9 @@ class PowerSGD:
         self.rank = rank
         self._states: dict[int, _LowRank] = {}  # by parameter
 
-    def compresses(self, parameter: Tensor) -> bool:
+    def compresses(self, parameter: nn.Parameter) -> bool:
         """Whether ``parameter`` is sent as factors."""
-        if parameter.dim() < 2:
+        if spec_of(parameter).role not in ("matrix", "lookup"):
             return False
         rows, columns = parameter.shape[-2:]
         return self.rank * (rows + columns) < rows * columns

@@ -79,7 +79,7 @@ class GroupedLinear(Linear):
     ) -> None:
         shape = (layer.cfg.num_experts, out_features, in_features)
         declared: dict[str, Any] = {"shard_dim": split, "shard_axis": "etp", "expert_dim": 0, "parts": parts}
-        super().__init__(layer.parameter(shape, init, kind="moe", **declared))
+        super().__init__(layer.parameter(shape, init, role="matrix", kind="moe", **declared))
         self.axis = layer.ctx.etp if split == 2 else None
 
     def forward(self, rows: Tensor, runs: Runs) -> Tensor:
@@ -109,7 +109,7 @@ class ColumnParallelLinear(Linear):
     ) -> None:
         """``declared``: what else :class:`megaforge.parallel.param_spec.ParamSpec` says of the matrix."""
         shape = (in_features, out_features) if transposed else (out_features, in_features)
-        weight = layer.parameter(shape, init, shard_dim=1 if transposed else 0, **declared)
+        weight = layer.parameter(shape, init, shard_dim=1 if transposed else 0, role="matrix", **declared)
         of_bias = {**declared, "shard_dim": 0, "weight_decay": False}
         added = layer.parameter((out_features,), Constant(0.0), **of_bias) if bias else None
         super().__init__(weight, added, transposed=transposed)
@@ -137,7 +137,7 @@ class RowParallelLinear(Linear):
         bias: bool = False,
         kind: str = "other",
     ) -> None:
-        weight = layer.parameter((out_features, in_features), init, shard_dim=1, kind=kind)
+        weight = layer.parameter((out_features, in_features), init, shard_dim=1, role="matrix", kind=kind)
         declared: dict[str, Any] = {"tp_partial_grad": layer.region.sequence_parallel, "kind": kind}
         added = layer.parameter((out_features,), Constant(0.0), weight_decay=False, **declared) if bias else None
         super().__init__(weight, added)
@@ -158,7 +158,7 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.region = layer.region
         shape = (layer.cfg.padded_vocab_size(), layer.cfg.hidden_size)
-        self.weight = layer.parameter(shape, init, shard_dim=0, kind="embedding")
+        self.weight = layer.parameter(shape, init, shard_dim=0, role="lookup", kind="embedding")
         self.sharded = layer.ctx.tp.size > 1
         self.first_row = layer.ctx.tp.rank * self.weight.shape[0]
 

@@ -57,8 +57,12 @@ class ParamSpec:
         weight_decay: whether decoupled weight decay applies.
         lr_mult: factor on the learning rate.
         keep_fp32: stays in fp32 when the model computes in a 16-bit type (decays, norms, router).
-        is_tied_copy: a second copy, on the last pipeline stage, of a parameter of the first (the embedding that is
-            also the head): its gradient is summed with the first's, and it is not counted in the norm.
+        role: what is done with it: it multiplies (matrix, or a stack of them), its rows are looked up (lookup), it
+            scales or shifts (vector), or training writes it without a gradient (state).
+        update: whether an update rule of whole matrices may take it (matrix) or not (elementwise: vectors, lookups,
+            and matrices that are declared so, as heads, routers and low-rank maps). By default as its role says.
+        tied_to: of a matrix that the first and the last pipeline stage both hold, as embedding and as head: the other
+            copy. The head's is named after the embedding.
         kind: what it is for people and planners: one of :data:`KINDS`.
     """
 
@@ -73,10 +77,14 @@ class ParamSpec:
     weight_decay: bool = True
     lr_mult: float = 1.0
     keep_fp32: bool = False
-    is_tied_copy: bool = False
+    role: Literal["matrix", "lookup", "vector", "state"] = "vector"
+    update: Literal["matrix", "elementwise"] | None = None
+    tied_to: str | None = None
     kind: str = "other"
 
     def __post_init__(self) -> None:
+        if self.update is None:
+            object.__setattr__(self, "update", "matrix" if self.role == "matrix" else "elementwise")
         if self.tp_partial_grad and (self.shard_dim is not None or self.expert_dim is not None):
             raise ValueError(f"{self.name}: a tensor that is split holds the whole gradient of its shard")
         if self.expert_dim is not None and (self.shard_axis != "etp" or self.expert_dim == self.shard_dim):
@@ -88,6 +96,12 @@ class ParamSpec:
     def numel(self) -> int:
         """Number of elements of the global tensor."""
         return math.prod(self.shape)
+
+    @property
+    def is_tied_copy(self) -> bool:
+        """Whether it is the second copy of a tied matrix: its gradient is summed with the first's, and it is not
+        counted in the norm."""
+        return self.tied_to is not None and self.tied_to == self.name
 
     @property
     def replica_axis(self) -> str:

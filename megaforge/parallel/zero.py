@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaforge.config.run_config import ParallelConfig
-from megaforge.parallel.buckets import Bucket, make_bucket_groups
+from megaforge.parallel.buckets import Bucket, Policy, cut_anywhere, make_bucket_groups
 from megaforge.parallel.collectives import all_gather_single
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import FlatShard, optimizer_shard
@@ -49,7 +49,7 @@ class ShardedParameters:
 
     After an update the slices are gathered bucket by bucket in the order of the forward pass, and each module waits,
     in front of its own forward, for the buckets that hold its parameters. A module without a ``forward`` of its own
-    is waited for by the one around it. Whoever reads parameters in another way calls :meth:`wait` first.
+    is waited for by the one around it. Whoever reads parameters in another way calls :meth:`wait_for_parameters` first.
     """
 
     def __init__(
@@ -59,9 +59,11 @@ class ShardedParameters:
         *,
         bucket_size: int = 25_000_000,
         overlap: bool = True,
+        policy: Policy = cut_anywhere,
     ) -> None:
+        """``policy``: how a bucket is cut into slices, see :func:`megaforge.parallel.buckets.make_bucket_groups`."""
         chunks = [module] if isinstance(module, nn.Module) else list(module)
-        self.bucket_groups = make_bucket_groups(chunks, ctx, bucket_size)
+        self.bucket_groups = make_bucket_groups(chunks, ctx, bucket_size, policy)
         self.overlap = overlap
         # In the order of the forward pass: chunks as they come, each from its first bucket to be used.
         self._gathers = [
@@ -116,14 +118,20 @@ class ShardedParameters:
             raise ValueError(f"{share.name} is not shared out")
         return parameter.detach().view(-1)[share.start : share.stop]
 
-    def gather(self) -> None:
-        """Spreads what every rank has written into its own ranges. Collective; returns before it is done."""
-        for gather in self._gathers:
-            gather.start()
-        if not self.overlap:
-            self.wait()
+    def in_forward_order(self) -> list[Bucket]:
+        """The buckets, from the first that a forward pass uses to the last."""
+        return [gather.bucket for gather in self._gathers]
 
-    def wait(self) -> None:
+    def all_gather_parameters(self, bucket: Bucket | None = None) -> None:
+        """Spreads what every rank has written into its own ranges, of one bucket or of all. Collective; returns before
+        it is done where that overlaps with computation."""
+        for gather in self._gathers:
+            if bucket is None or gather.bucket is bucket:
+                gather.start()
+                if not self.overlap:
+                    gather.wait()
+
+    def wait_for_parameters(self) -> None:
         """Returns once every parameter is whole and up to date."""
         for gather in self._gathers:
             gather.wait()
@@ -139,12 +147,17 @@ class ShardedParameters:
 
 
 def shard_parameters(
-    config: ParallelConfig, module: nn.Module | Sequence[nn.Module], ctx: ParallelContext
+    config: ParallelConfig,
+    module: nn.Module | Sequence[nn.Module],
+    ctx: ParallelContext,
+    policy: Policy = cut_anywhere,
 ) -> ShardedParameters | None:
-    """What ``--zero`` asks for; None at stage 0. ``module`` must be initialised, and have no optimizer yet."""
+    """What ``--zero`` asks for; None at stage 0. ``module`` must be initialised, and have no optimizer yet; the
+    ``policy`` is the optimizer's."""
     if config.zero_stage == 0:
         return None
-    return ShardedParameters(module, ctx, bucket_size=config.ddp_bucket_size, overlap=config.overlap_param_gather)
+    size, overlap = config.ddp_bucket_size, config.overlap_param_gather
+    return ShardedParameters(module, ctx, bucket_size=size, overlap=overlap, policy=policy)
 
 
 def _waiter(gathers: tuple[_Gather, ...]) -> Any:

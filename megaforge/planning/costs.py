@@ -39,15 +39,16 @@ def part_cost(parts: ModelParts, layout: PlannedLayout, index: int, part: str, r
     sizes = _sizes(layout, recompute, experts)
     key = (index if part == "mixer" else parts.first_with_ffn(index), part, sizes)
     if key not in parts.measured:
-        arriving = _carried_before(parts, layout, index) if part == "mixer" else {}
+        arriving = carried_before(parts, layout, index) if part == "mixer" else {}
         parts.measured[key] = measure_block(parts.cfg, index, part, sizes, arriving)
     return parts.measured[key]
 
 
-def _carried_before(parts: ModelParts, layout: PlannedLayout, index: int) -> Shapes:
+def carried_before(parts: ModelParts, layout: PlannedLayout, index: int) -> Shapes:
     """Carried tensors that reach block ``index``."""
-    before = (part_cost(parts, layout, place, "mixer").carried for place in parts.alike(range(index)))
-    return {name: shape for carried in before for name, shape in carried.items()}
+    sizes = (parts.cfg, layout.sequence_length // layout.cp, layout.micro_batch_size, layout.tp)
+    kinds = (kind for place in parts.alike(range(index)) for kind in parts.blocks[place].kind.layers)
+    return {name: shape for kind in kinds for name, shape in kind.carried(*sizes).items()}
 
 
 def end_cost(parts: ModelParts, layout: PlannedLayout, *, last: bool) -> Cost:
@@ -132,8 +133,8 @@ def stage_cost(parts: ModelParts, layout: PlannedLayout, stage: StagePart) -> St
     ]
     # Tensors that several parts keep are there once, and so is what has arrived from an earlier stage.
     shared = {name: size for cost, _ in costs for name, size in cost.shared.items()}
-    made = {name for cost, _ in costs for name in cost.carried}
-    shared |= {name: size for cost, _ in costs for name, size in cost.reads.items() if name not in made}
+    arrived = carried_before(parts, layout, stage.blocks.start)
+    shared |= {name: size for cost, _ in costs for name, size in cost.reads.items() if name in arrived}
     waiting = sum(count * cost.waiting for cost, count in costs)
     if stage.first:  # its first half has nothing to do; gradients of what it has sent wait for the second
         waiting = crossing_bytes(parts, layout) if layout.splits_backward else 0.0
@@ -150,6 +151,5 @@ def stage_cost(parts: ModelParts, layout: PlannedLayout, stage: StagePart) -> St
 def crossing_bytes(parts: ModelParts, layout: PlannedLayout) -> float:
     """Bytes from one pipeline rank to the next for one micro-batch, in one direction: the residual stream, and carried
     tensors, which cross once whatever the number of virtual stages (counted with every stage here)."""
-    carried = _carried_before(parts, layout, len(parts.blocks))
-    sizes = (dtype.itemsize * math.prod(shape) for shape, dtype in carried.values())
-    return part_cost(parts, layout, 0, "mixer").input + sum(sizes)
+    elements = sum(map(math.prod, carried_before(parts, layout, len(parts.blocks)).values()))
+    return part_cost(parts, layout, 0, "mixer").input + elements * layout.dtype.itemsize

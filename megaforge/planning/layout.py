@@ -10,6 +10,7 @@ import torch
 
 from megaforge.config.check_layout import check_layout
 from megaforge.config.config import Config
+from megaforge.config.run_config import OptimizerConfig
 from megaforge.models.pipeline_shape import pipeline_shape
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.pipeline.actions import Schedule
@@ -28,6 +29,7 @@ class PlannedLayout:
         recompute: what the backward pass computes again, as ``--recompute``.
         dtype: of parameters and activations.
         device_type: whose kernels keep what they keep; ``meta``: plain torch.
+        optimizer: which update rule keeps how much.
     """
 
     world_size: int
@@ -49,6 +51,7 @@ class PlannedLayout:
     overlap: bool = True
     dtype: torch.dtype = torch.bfloat16
     device_type: str = "meta"
+    optimizer: OptimizerConfig = OptimizerConfig()
 
     @property
     def stage_ranks(self) -> int:
@@ -144,4 +147,5 @@ def layout_of(config: Config, world_size: int) -> PlannedLayout:
         bucket_size=parallel.ddp_bucket_size,
         overlap=parallel.overlap_grad_reduce,
         dtype=compute_dtype(config.training),
+        optimizer=config.optimizer,
     )

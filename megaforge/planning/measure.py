@@ -62,7 +62,6 @@ class Cost:
         working: the most alive at once besides what is kept (and what is waiting), forward or backward.
         waiting: what is alive between the halves of a split backward pass besides what is kept; 0 without.
         forward, backward: what is sent, by axis.
-        carried: shapes and dtypes of carried tensors that it makes.
     """
 
     input: float
@@ -74,10 +73,9 @@ class Cost:
     waiting: float = 0.0
     forward: Sent = field(default_factory=dict)
     backward: Sent = field(default_factory=dict)
-    carried: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
 
 
-Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+Shapes = Mapping[str, tuple[int, ...]]
 Given = tuple[list[Tensor], dict[str, Tensor]]  # what is differentiated, and carried tensors that are new
 Forward = Callable[[Tensor, dict[str, Tensor], PackedSequence], Given]
 Build = Callable[[ParallelContext], tuple[nn.Module, Forward]]
@@ -87,7 +85,7 @@ def measure_block(cfg: ModelConfig, index: int, part: str, sizes: Sizes, arrivin
     """The cost of the ``mixer`` or the ``ffn`` of block ``index``, norm and residual sum included.
 
     Args:
-        arriving: carried tensors that blocks before it have made.
+        arriving: carried tensors that blocks before it have made, and their shapes.
     """
     kinds = blocks_of(cfg)
 
@@ -151,8 +149,7 @@ def _measure(cfg: ModelConfig, sizes: Sizes, build: Build, arriving: Shapes) -> 
                 parameter.data.fill_(0.01)
         # Leaves as large as the inputs would live as long as the graph, whether the part keeps them or not.
         anchors = {
-            name: torch.zeros((), dtype=dtype, device=ctx.device, requires_grad=True)
-            for name, (_, dtype) in {"": ((), sizes.dtype), **arriving}.items()
+            name: torch.zeros((), dtype=sizes.dtype, device=ctx.device, requires_grad=True) for name in ("", *arriving)
         }
         known = [*parameters, *anchors.values()]
         meter = MetaRun(cfg.num_experts, known) if on_meta else StorageMeter(known)
@@ -161,14 +158,14 @@ def _measure(cfg: ModelConfig, sizes: Sizes, build: Build, arriving: Shapes) -> 
             rows = sizes.sequence_length // sizes.cp // (sizes.tp if sizes.sequence_parallel else 1)
             info = PackedSequence(sizes.micro_batch_size, sizes.sequence_length, ctx.device, shards=shards)
             x = anchors[""].expand(rows, sizes.micro_batch_size, cfg.hidden_size).clone()
-            carried = {name: anchors[name].expand(shape).clone() for name, (shape, _) in arriving.items()}
+            carried = {name: anchors[name].expand(shape).clone() for name, shape in arriving.items()}
             outputs, made = forward(x, carried, info)
             named = {
                 storage_key(tensor): (name, tensor.untyped_storage().nbytes())
                 for name, tensor in (*_tensors(vars(info), "packed"), *_tensors(carried), *_tensors(made))
             }
             touched = dict(item for item in named.values() if item[0].startswith("packed"))
-            size, shapes = x.nbytes, {name: (tuple(t.shape), t.dtype) for name, t in made.items()}
+            size = x.nbytes
             roots, starts = starts_of([*outputs, *made.values()])
             del x, info, carried, outputs, made
             kept, going = meter.live, dict(sent)
@@ -179,13 +176,12 @@ def _measure(cfg: ModelConfig, sizes: Sizes, build: Build, arriving: Shapes) -> 
         input=size,
         kept=kept - sum(shared.values()),
         shared=shared,
-        reads={name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in arriving.items() if name in read},
+        reads={name: math.prod(shape) * sizes.dtype.itemsize for name, shape in arriving.items() if name in read},
         touched=touched,
         working=meter.peak - max(kept, between),
         waiting=max(0, between - kept),
         forward=going,
         backward={axis: size - going.get(axis, 0.0) for axis, size in sent.items()},
-        carried=shapes,
     )
 
 

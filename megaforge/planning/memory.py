@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from megaforge.optim.optimizer import rule_of
 from megaforge.parallel.buckets import aligned
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.pipeline.actions import ActionKind, Schedule
@@ -13,7 +14,6 @@ from megaforge.planning.costs import stage_cost
 from megaforge.planning.layout import PlannedLayout
 from megaforge.planning.stages import DeclaredParameter, ModelParts, StagePart, stage_parameters
 
-MOMENTS = 2
 LIBRARIES = 2e9  # CUDA context, cuBLAS workspaces, NCCL's channels: assumed, it differs by driver and number of groups
 
 
@@ -24,7 +24,7 @@ class StateBytes:
     Attributes:
         parameters: in their own types.
         gradients: the fp32 sums (fp64 for fp64 models).
-        optimizer: fp32 masters of 16-bit parameters, and two moments.
+        optimizer: fp32 masters of 16-bit parameters, and what the update rule keeps.
         elements: number of parameters.
     """
 
@@ -43,8 +43,9 @@ def state_bytes(
 ) -> StateBytes:
     """The state of the parameters ``held`` on the rank of ``ctx``.
 
-    ZeRO shares out masters and moments (``--zero 2``: gradients too) over a parameter's replicas; the largest share is
-    counted. What lies in buckets is counted with the gaps between parameters, but not what fills up the last slice.
+    ZeRO shares out masters and optimizer state (``--zero 2``: gradients too) over a parameter's replicas; the largest
+    share is counted. What lies in buckets is counted with the gaps between parameters, but not what fills up the last
+    slice.
     """
     sums = dict.fromkeys(("parameters", "gradients", "optimizer", "elements"), 0)
     for item, copies in held:
@@ -55,7 +56,8 @@ def state_bytes(
         sums["elements"] += copies * count
         sums["parameters"] += copies * (room if layout.zero else count) * item.element_size
         sums["gradients"] += copies * (-(-room // replicas) if layout.zero > 1 else room) * wide
-        sums["optimizer"] += copies * share * (MOMENTS * wide + (wide if item.element_size < wide else 0))
+        states = len(rule_of(layout.optimizer, item.spec).states(layout.optimizer))
+        sums["optimizer"] += copies * share * (states * wide + (wide if item.element_size < wide else 0))
     return StateBytes(**sums)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from megaforge.config.pattern import BlockKind
 from megaforge.models.hybrid import HybridModel
 from megaforge.nn.losses import LossTerm, total_loss
 from megaforge.parallel.pipeline.split_backward import backward_input
@@ -132,12 +133,14 @@ def _forward(chunk: HybridModel, layout: PlannedLayout, payload: StageTensors, i
 
 
 def _arriving(chunk: HybridModel, payload: StageTensors) -> list[str]:
-    """What the stage before sends: the residual stream, and what its layers read. Nothing to the first stage."""
+    """What the stage before sends: the residual stream, and what its layers read and do not make. Nothing to the first
+    stage."""
     if chunk.is_first:
         return []
-    kinds = {kind for block in chunk.blocks for kind in block.kind.layers}
-    read = {name for kind in kinds for name in kind.carried(chunk.cfg, 1, 1, 1)}
-    return [name for name, item in payload.items() if not item.carried or name in read]
+    blocks: list[BlockKind] = [block.kind for block in chunk.layers.values()]  # type: ignore[misc]
+    read = {name for block in blocks for kind in block.layers for name in kind.carried(chunk.cfg, 1, 1, 1)}
+    made = {name for block in blocks if block.first for name in block.mixer.carried(chunk.cfg, 1, 1, 1)}
+    return [name for name, item in payload.items() if not item.carried or name in read - made]
 
 
 def _arrived(chunk: HybridModel, payload: StageTensors) -> list[Tensor]:

@@ -70,12 +70,12 @@ class ModelParts:
 
     @cached_property
     def _models(self) -> tuple[int, ...]:
-        first: dict[tuple[BlockKind, bool], int] = {}
-        return tuple(first.setdefault((block.kind, index == 0), index) for index, block in enumerate(self.blocks))
+        first: dict[BlockKind, int] = {}
+        return tuple(first.setdefault(block.kind, index) for index, block in enumerate(self.blocks))
 
     def alike(self, blocks: range) -> Counter[int]:
         """How many of ``blocks`` have the sizes of block i, for the first i of every kind: a model has few kinds of
-        block, and RWKV-7's very first is one of its own."""
+        block, and the first one with a mixer may be one of its own."""
         return Counter(self._models[index] for index in blocks)
 
     def block_flops(self, index: int, sequence_length: int) -> tuple[float, float]:

@@ -24,7 +24,7 @@ from megaforge.data.tokenizer import Tokenizer
 from megaforge.device import get_random_state, set_random_state
 from megaforge.errors import UserError
 from megaforge.training.callbacks import LARGER_IS_BETTER, Callback
-from megaforge.training.continuing import changed_settings, settle_schedule
+from megaforge.training.continuing import changed_settings, check_update_rule, settle_schedule
 
 if TYPE_CHECKING:
     from megaforge.training.trainer import Trainer
@@ -87,7 +87,7 @@ def stateful_parts(trainer: Trainer) -> dict[str, Stateful]:
     optimizer, scaler = trainer.optimizer, trainer.scaler
     parts = [
         ("data", Stateful(data_state, load_data_state)),
-        ("optimizer", Stateful(optimizer.state, optimizer.load_state, optimizer.moment_entries)),
+        ("optimizer", Stateful(optimizer.state, optimizer.load_state, optimizer.state_entries)),
         ("scaler", Stateful(scaler.state, scaler.load_state)),
         *trainer.stateful.items(),
         *(_of_callback(callback) for callback in trainer.callbacks if callback.state_name is not None),
@@ -156,6 +156,8 @@ def load_run(trainer: Trainer) -> Path | None:
     _check_is_run(meta, path)
     fresh = _start_over(trainer, meta, own)
     trainer.config, trainer.schedule, notes = settle_schedule(config, meta, int(meta["iteration"]), str(path))
+    if "optimizer" not in fresh:
+        check_update_rule(optimizer.state(), meta, str(path))
     notes += changed_settings(trainer.config, trainer.batches.size, meta)
     trainer.iteration = int(meta["iteration"])
     trainer.earlier = Counter(meta["earlier"])

@@ -14,7 +14,7 @@ from megaforge.optim import LearningRateSchedule
 
 _OVERRIDE, _KEEP = "--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"
 _LEARNING = {
-    "optimizer": ("weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"),
+    "optimizer": ("weight_decay", "sgd_momentum", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"),
     "training": ("bf16", "fp16", "fp64", "rampup_batch_size", "objective", "loss_terms"),
     "parallel": ("grad_reduce_in_bf16", "grad_compression"),
     "data": ("eod_mask_loss",),
@@ -68,6 +68,26 @@ def settle_schedule(
         f"--load {source}: until iteration {iteration} it was trained with another learning-rate schedule: {changes}; "
         f"write the former values, or add {_KEEP} to keep that schedule, or {_OVERRIDE} to follow this run's from here"
     )
+
+
+def check_update_rule(state: Mapping[str, Any], saved: Mapping[str, Any], source: str) -> None:
+    """Checks that a checkpoint's optimizer state is what this run's update rules keep.
+
+    Args:
+        state: of this run's optimizer (:meth:`megaforge.optim.Optimizer.state`).
+        saved: the checkpoint's ``meta``.
+
+    Raises:
+        UserError: it is not.
+    """
+    then, now = saved["state"]["optimizer"]["states"], state["states"]
+    if then != now:
+        settings = saved["config"]["optimizer"]
+        raise UserError(
+            f"--load {source}: its optimizer state ({', '.join(then) or 'none'}) is that of --optimizer "
+            f"{settings['optimizer']}, and this run keeps {', '.join(now) or 'none'}; write the former flags, or add "
+            "--no-load-optim to start its state afresh"
+        )
 
 
 def changed_settings(config: Config, global_batch_size: int, saved: Mapping[str, Any]) -> list[str]:

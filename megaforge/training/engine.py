@@ -32,7 +32,7 @@ from megaforge.models.hybrid import HybridModel, ModelOutput
 from megaforge.models.stages import ModelChunks, PipelinePlan
 from megaforge.nn.losses import LossTerm, total_loss
 from megaforge.nn.moe import expert_counts
-from megaforge.optim import AdamW, LossScaler, clip_gradients
+from megaforge.optim import LossScaler, Optimizer, clip_gradients
 from megaforge.parallel.after_update import Update, after_update
 from megaforge.parallel.agree import exchange
 from megaforge.parallel.context import ParallelContext
@@ -54,7 +54,7 @@ class Engine:
         config: Config,
         ctx: ParallelContext,
         model: HybridModel | ModelChunks,
-        optimizer: AdamW,
+        optimizer: Optimizer,
         plan: PipelinePlan,
     ) -> None:
         """``model``: this rank's stages by ``plan``, initialised."""

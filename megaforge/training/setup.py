@@ -19,7 +19,7 @@ from megaforge.models.hybrid import HybridModel
 from megaforge.models.stages import ModelChunks, PipelinePlan, build_model, plan_pipeline
 from megaforge.monitor.sinks import JsonlSink, MetricSink
 from megaforge.monitor.trackers import MlflowSink, TensorBoardSink, WandbSink
-from megaforge.optim import build_optimizer
+from megaforge.optim import Optimizer, bucket_policy
 from megaforge.parallel.agree import together
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.distributed import check_backend, discover_launch, initialize, print_rank_0
@@ -116,7 +116,8 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
     plan = make_pipeline_plan(config, layout)
     model = build_model_chunks(config, ctx, plan)
     initialize_parameters(model, ctx, config.training.seed)
-    optimizer = build_optimizer(config.optimizer, model, ctx, shard_parameters(config.parallel, model.chunks, ctx))
+    shards = shard_parameters(config.parallel, model.chunks, ctx, bucket_policy(config.optimizer))
+    optimizer = Optimizer(config.optimizer, model, shards)
     trainer = Trainer(
         config,
         Engine(config, ctx, model, optimizer, plan),
@@ -125,6 +126,8 @@ def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, c
         batches=layout.batches,
         callbacks=_callbacks(config),
     )
+    for name in config.training.callbacks:
+        trainer.add(CALLBACKS.get(name)(trainer))
     if config.checkpoint.load is not None:
         path = load_run(trainer)
         load = config.checkpoint.load
@@ -180,7 +183,7 @@ def _callbacks(config: Config) -> list[Callback]:
         callbacks.append(Checkpointing(save_interval(config), checkpoint.keep_last, checkpoint.keep_best))
     if config.logging.profile:
         callbacks.append(Profile(config.logging))
-    return callbacks + [CALLBACKS.get(name)(config) for name in training.callbacks]
+    return callbacks
 
 
 def save_interval(config: Config) -> int:

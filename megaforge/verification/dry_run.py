@@ -22,7 +22,7 @@ from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.stages import ModelChunks, PipelinePlan, make_stage_tensors
-from megaforge.optim import AdamW, build_optimizer
+from megaforge.optim import Optimizer, bucket_policy
 from megaforge.parallel.buckets import aligned
 from megaforge.parallel.context import AXES, ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
@@ -265,9 +265,9 @@ def _try_rank(
         ctx = make_context(config, "meta")
         _serve_meta(ctx)
         model = build_model_chunks(config, ctx, plan)
-        shards = shard_parameters(config.parallel, model.chunks, ctx)
+        shards = shard_parameters(config.parallel, model.chunks, ctx, bucket_policy(config.optimizer))
         reducer = make_reducer(config.parallel, model, ctx, shards)
-        state = _registered(model, reducer, build_optimizer(config.optimizer, model, ctx, shards))
+        state = _registered(model, reducer, Optimizer(config.optimizer, model, shards))
         payload = make_stage_tensors(model, plan, layout.micro_batch_size, layout.sequence_length, layout.dtype)
         buffers = [parameter.main_grad for _, parameter in named_specs(model)]  # type: ignore[attr-defined]
         reducer.zero_grad()
@@ -302,14 +302,14 @@ def _peak(layout: PlannedLayout, pipeline_ranks: Iterable[int], chunks: Sequence
     return max(map(on, pipeline_ranks))
 
 
-def _registered(model: HybridModel | ModelChunks, reducer: GradientReducer, optimizer: AdamW) -> StateBytes:
+def _registered(model: HybridModel | ModelChunks, reducer: GradientReducer, optimizer: Optimizer) -> StateBytes:
     """Bytes that the model, the gradient reducer and the optimizer hold."""
     parameters = [parameter for _, parameter in named_specs(model)]
     masters = [tensor for _, _, tensor in optimizer.weight_entries()]
     # A wide parameter is its own master: the same storage, counted with the parameters.
     storages = set(map(_storage, parameters))
     extra = [tensor for tensor in masters if _storage(tensor) not in storages]
-    extra += [tensor for _, _, tensor in optimizer.moment_entries()]
+    extra += [tensor for _, _, tensor in optimizer.state_entries()]
     return StateBytes(
         parameters=sum(
             (p.numel() if optimizer.shards is None else aligned(p.numel())) * p.element_size() for p in parameters

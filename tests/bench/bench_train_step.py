@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.run_config import OptimizerConfig
 from megaforge.models.hybrid import HybridModel
-from megaforge.optim.adamw import AdamW
+from megaforge.optim import Optimizer
 from megaforge.optim.clip import clip_gradients
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
@@ -64,7 +64,7 @@ def our_step(dtype: torch.dtype, tokens: torch.Tensor) -> tuple[Step, HybridMode
     model = HybridModel(make_layer_context(our_config(), ctx, dtype=dtype))
     initialize_parameters(model, ctx, seed=0)
     reducer = GradientReducer(model, ctx)
-    optimizer = AdamW(OptimizerConfig(lr=LEARNING_RATE), model, ctx)
+    optimizer = Optimizer(OptimizerConfig(lr=LEARNING_RATE), model)
     mask = torch.ones(BATCH, LENGTH)
 
     def step() -> float:

@@ -134,7 +134,9 @@ def test_files_that_cannot_be_read(write) -> None:
         (["--lr", "nan"], "--lr nan: expected a finite number"),
         (["--tp", "2.0"], "--tp 2.0: expected an integer"),
         (["--activation", "relu"], "--activation relu: choose relu2, swiglu or gelu"),
-        (["--optimizer", "muon"], "--optimizer muon: there is adamw only"),
+        (["--optimizer", "muon"], "--optimizer 'muon' is not a known update rule "
+                "(there are adam, sgd); a file that registers another is named by "
+            "--extensions"),
         (["--lr"], "--lr: expected one argument"),
         (["--data-path"], "--data-path: expected at least one argument"),
         (["stray"], "stray: no flag takes this word; see --help"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megaforge.config.run_config import OptimizerConfig
-from megaforge.optim import AdamW, adamw, build_optimizer
+from megaforge.optim import Optimizer, adamw
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import optimizer_shard
 from megaforge.parallel.init import initialize_parameters
@@ -36,13 +36,13 @@ def reference(start: dict[str, torch.Tensor], gradients: list[dict[str, torch.Te
     return weights
 
 
-def run_steps(optimizer: AdamW, model: SmallModel, ctx: ParallelContext, steps: range) -> None:
+def run_steps(optimizer: Optimizer, model: SmallModel, ctx: ParallelContext, steps: range) -> None:
     for step in steps:
         set_gradients(model, ctx, global_gradients(step))
         optimizer.step(RATES[step])
 
 
-def masters(optimizer: AdamW) -> dict[str, torch.Tensor]:
+def masters(optimizer: Optimizer) -> dict[str, torch.Tensor]:
     return {key: tensor.clone() for key, _, tensor in optimizer.weight_entries()}
 
 
@@ -50,7 +50,7 @@ def masters(optimizer: AdamW) -> dict[str, torch.Tensor]:
 def test_steps_follow_the_paper(dtype: torch.dtype, tolerance: float) -> None:
     ctx = ParallelContext.single()
     model = SmallModel(ctx, dtype)
-    optimizer = build_optimizer(CONFIG, model, ctx)
+    optimizer = Optimizer(CONFIG, model)
     start = masters(optimizer)
     run_steps(optimizer, model, ctx, range(4))
     expected = reference(start, [global_gradients(step) for step in range(4)])
@@ -62,7 +62,7 @@ def test_steps_follow_the_paper(dtype: torch.dtype, tolerance: float) -> None:
 def test_bf16_parameters_have_fp32_masters_that_keep_small_updates() -> None:
     ctx = ParallelContext.single()
     model = SmallModel(ctx, torch.bfloat16)
-    optimizer = build_optimizer(CONFIG, model, ctx)
+    optimizer = Optimizer(CONFIG, model)
     start = masters(optimizer)
     assert [p.dtype for p in model.parameters()] == [torch.bfloat16, torch.bfloat16, torch.float32]
     assert all(tensor.dtype == torch.float32 for _, _, tensor in optimizer.entries())
@@ -79,13 +79,13 @@ def test_bf16_parameters_have_fp32_masters_that_keep_small_updates() -> None:
 def test_a_reloaded_optimizer_continues_bit_for_bit(dtype: torch.dtype) -> None:
     ctx = ParallelContext.single()
     model = SmallModel(ctx, dtype)
-    optimizer = build_optimizer(CONFIG, model, ctx)
+    optimizer = Optimizer(CONFIG, model)
     run_steps(optimizer, model, ctx, range(2))
     saved = {key: tensor.clone() for key, _, tensor in optimizer.entries()}
     state = optimizer.state()
 
     other_model = SmallModel(ctx, dtype)
-    other = build_optimizer(CONFIG, other_model, ctx)
+    other = Optimizer(CONFIG, other_model)
     for key, _, tensor in other.entries():
         tensor.copy_(saved[key])
     other.load_state(state)
@@ -96,14 +96,14 @@ def test_a_reloaded_optimizer_continues_bit_for_bit(dtype: torch.dtype) -> None:
     run_steps(other, other_model, ctx, range(2, 4))
     for (key, _, one), (_, _, two) in zip(optimizer.entries(), other.entries(), strict=True):
         assert torch.equal(one, two), key
-    assert other.state() == {"step": 4}
+    assert other.state() == {"step": 4, "states": ["exp_avg", "exp_avg_sq"]}
 
 
 def test_entries_name_weights_and_moments() -> None:
     ctx = ParallelContext.single()
     model = SmallModel(ctx)
     model.declared[1].requires_grad_(False)
-    optimizer = build_optimizer(CONFIG, model, ctx)
+    optimizer = Optimizer(CONFIG, model)
     assert [(key, spec.name) for key, spec, _ in optimizer.entries()] == [
         ("column.weight", "column.weight"),
         ("row.weight", "row.weight"),
@@ -117,22 +117,22 @@ def test_entries_name_weights_and_moments() -> None:
 
 def test_who_only_loads_weights_pays_for_no_moments() -> None:
     ctx = ParallelContext.single()
-    optimizer = build_optimizer(CONFIG, SmallModel(ctx, torch.bfloat16), ctx)
+    optimizer = Optimizer(CONFIG, SmallModel(ctx, torch.bfloat16))
     optimizer.weight_entries()
     optimizer.after_load()
-    assert not any(optimizer._optimizer.state.values())
+    assert not any(main.state for main in optimizer.main.trained)
 
 
 def test_shards_take_the_steps_of_the_whole() -> None:
     whole_ctx = ParallelContext.single()
     whole_model = SmallModel(whole_ctx, torch.float64)
-    whole = build_optimizer(CONFIG, whole_model, whole_ctx)
+    whole = Optimizer(CONFIG, whole_model)
     run_steps(whole, whole_model, whole_ctx, range(4))
     expected = masters(whole)
     for rank in range(2):
         ctx = ParallelContext.of_rank(rank, 2, tp=2)
         model = SmallModel(ctx, torch.float64)
-        optimizer = build_optimizer(CONFIG, model, ctx)
+        optimizer = Optimizer(CONFIG, model)
         run_steps(optimizer, model, ctx, range(4))
         for key, spec, tensor in optimizer.weight_entries():
             torch.testing.assert_close(tensor, spec.take_local(expected[key], ctx), rtol=1e-13, atol=1e-14)
@@ -213,14 +213,14 @@ def test_apex_updates_every_element_of_every_share(monkeypatch: pytest.MonkeyPat
     for rank in range(4):
         ctx = ParallelContext.of_rank(rank, 4)
         for apex in (True, False):
-            monkeypatch.setattr(adamw, "_uses_cuda", lambda ctx, apex=apex: apex)
+            monkeypatch.setattr(adamw, "_on_cuda", lambda masters, apex=apex: apex)
             monkeypatch.setattr(adamw, "_nvidia_fused_adam", lambda: ApexLoop)
             model = ManyVectors(ctx, number)
             shards = ShardedParameters(model, ctx, bucket_size=70)
-            optimizer = build_optimizer(CONFIG, model, ctx, shards)
+            optimizer = Optimizer(CONFIG, model, shards)
             start = masters(optimizer)
             empty += sum(not len(tensor) for tensor in start.values())
-            assert len(optimizer.moment_entries()) == 2 * number, "checkpoints still name all of them"
+            assert len(optimizer.state_entries()) == 2 * number, "checkpoints still name all of them"
             for parameter in model.parameters():
                 held = optimizer_shard(parameter)
                 parameter.main_grad = 1.0 + torch.arange(held.start, held.stop, dtype=torch.float32)
@@ -228,7 +228,8 @@ def test_apex_updates_every_element_of_every_share(monkeypatch: pytest.MonkeyPat
             after = masters(optimizer)
             assert all(bool((after[name] != tensor).all()) for name, tensor in start.items())
             has_some = any(map(len, after.values()))
-            assert optimizer.implementation == ("NVIDIA apex FusedAdam" if apex and has_some else "torch fused AdamW")
+            taken = "NVIDIA apex FusedAdam" if apex else "torch fused AdamW"
+            assert optimizer.implementation == (taken if has_some else "nothing to update")
             results["NVIDIA apex FusedAdam" if apex else "torch fused AdamW"] |= {
                 f"{rank} {name}": tensor for name, tensor in after.items()
             }
@@ -252,14 +253,14 @@ def test_nvidia_fused_adam_is_told_everything(monkeypatch: pytest.MonkeyPatch) -
     assert found is FusedAdamStandIn
     ctx = ParallelContext.single()
     model, peer_model = SmallModel(ctx), SmallModel(ctx)
-    peer = build_optimizer(CONFIG, peer_model, ctx)
+    peer = Optimizer(CONFIG, peer_model)
     assert peer.implementation == "torch fused AdamW"  # a CPU never takes apex
-    monkeypatch.setattr(adamw, "_uses_cuda", lambda ctx: True)
-    optimizer = build_optimizer(CONFIG, model, ctx)
+    monkeypatch.setattr(adamw, "_on_cuda", lambda masters: True)
+    optimizer = Optimizer(CONFIG, model)
     assert optimizer.implementation == "NVIDIA apex FusedAdam"
     run_steps(optimizer, model, ctx, range(2))
     run_steps(peer, peer_model, ctx, range(2))
-    resumed = build_optimizer(CONFIG, model, ctx)
+    resumed = Optimizer(CONFIG, model)
     for (_, _, new), (_, _, old) in zip(resumed.entries(), optimizer.entries(), strict=True):
         new.copy_(old)
     resumed.load_state(optimizer.state())
@@ -268,7 +269,7 @@ def test_nvidia_fused_adam_is_told_everything(monkeypatch: pytest.MonkeyPatch) -
     run_steps(peer, peer_model, ctx, range(2, 4))
     for (key, _, one), (_, _, two) in zip(optimizer.entries(), peer.entries(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6, msg=key)
-    in_fp64 = build_optimizer(CONFIG, SmallModel(ctx, torch.float64), ctx)
+    in_fp64 = Optimizer(CONFIG, SmallModel(ctx, torch.float64))
     assert in_fp64.implementation == "torch fused AdamW"  # apex has no fp64
 
 

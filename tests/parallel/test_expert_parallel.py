@@ -14,7 +14,7 @@ from megaforge.config.model_config import ModelConfig
 from megaforge.config.run_config import OptimizerConfig
 from megaforge.models.hybrid import HybridModel, ModelOutput
 from megaforge.nn.moe import expert_counts
-from megaforge.optim import build_optimizer, clip_gradients
+from megaforge.optim import Optimizer, clip_gradients
 from megaforge.parallel.after_update import Update, after_update
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
@@ -113,7 +113,7 @@ def train(
     model = HybridModel(make_layer_context(cfg, ctx, sequence_parallel=sequence_parallel, dtype=dtype))
     initialize_parameters(model, ctx, seed=3)
     perturb(model, ctx)
-    optimizer = build_optimizer(OptimizerConfig(lr=2e-4), model, ctx)
+    optimizer = Optimizer(OptimizerConfig(lr=2e-4), model)
     reducer = GradientReducer(model, ctx, bucket_size=3000)
     scalars, norms, statistics, gradients = [], [], [], []
     for step in range(STEPS):

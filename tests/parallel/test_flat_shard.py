@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from megaforge.parallel.buckets import ALIGNMENT, make_bucket_groups
+from megaforge.parallel.buckets import ALIGNMENT, BALANCED, BucketPolicy, make_bucket_groups
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.flat_shard import FlatShard, flat_boxes, optimizer_shard
@@ -133,10 +135,37 @@ def test_parameters_and_shares_start_aligned_and_gaps_stay_zero(world: int, buck
             assert float(gradients.own.sum()) == held, "the norm and the sum over replicas see parameters only"
 
 
-def test_a_tied_weight_can_ask_for_a_bucket_of_its_own() -> None:
+def test_a_tied_weight_has_a_bucket_of_its_own() -> None:
     ctx = ParallelContext.of_rank(1, 2)
     model = Holder(ctx, torch.float32)
-    model.declared[1].alone_in_bucket = True
+    model.declared[1].spec = dataclasses.replace(model.declared[1].spec, tied_to="head.weight")
     names = [[p.spec.name for p in bucket.parameters] for bucket in make_bucket_groups([model], ctx, 1000)[0]]
     assert ["qkv"] in names
     assert sorted(name for bucket in names for name in bucket) == sorted(spec.name for spec in SPECS)
+
+
+WHOLE = BucketPolicy("whole", lambda spec: float(spec.numel**2))
+SIZES = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=30)
+
+
+@given(SIZES, st.sampled_from([1, 2, 3, 8]))
+def test_whole_parameters_lie_in_one_slice_each_and_slices_cost_alike(sizes: list[tuple[int, int]], world: int) -> None:
+    specs = [ParamSpec(f"p{i}", (rows, columns), Constant(0.0)) for i, (rows, columns) in enumerate(sizes)]
+    held: dict[str, list[int]] = {}
+    for rank in range(world):
+        ctx = ParallelContext.of_rank(rank, world)
+        model = nn.Module()
+        model.declared = nn.ParameterList([make_parameter(spec, ctx, torch.float32) for spec in specs])
+        buckets = make_bucket_groups([model], ctx, 20, lambda spec: WHOLE)[0]
+        for bucket in buckets:
+            assert all(start % ALIGNMENT == 0 for start in bucket.starts)
+            assert len(bucket.parameters) >= min(len(specs), BALANCED * world) or bucket is buckets[-1]
+            costs = [0.0]
+            for parameter, (low, high) in zip(bucket.parameters, bucket.own_ranges(), strict=True):
+                assert (low, high) in ((0, parameter.numel()), (low, low))
+                if high > low:
+                    held.setdefault(parameter.spec.name, []).append(rank)
+                    costs.append(parameter.numel() ** 2)
+            total = sum(float(p.numel() ** 2) for p in bucket.parameters)
+            assert sum(costs) <= total / world + max(costs), "longest processing time"
+    assert {name: len(ranks) for name, ranks in held.items()} == {spec.name: 1 for spec in specs if spec.numel}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from megaforge.config.run_config import OptimizerConfig, ParallelConfig
-from megaforge.optim import build_optimizer, clip_gradients
+from megaforge.optim import Optimizer, clip_gradients
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.flat_shard import optimizer_shard
@@ -18,9 +18,9 @@ from megaforge.parallel.param_spec import ParamSpec, make_parameter, named_specs
 from megaforge.parallel.zero import ShardedParameters, shard_parameters
 
 SPECS = (
-    ParamSpec("matrix", (9, 12), Normal(1.0)),
-    ParamSpec("stack", (3, 8, 10), Normal(1.0)),
-    ParamSpec("thin", (2, 3), Normal(1.0)),
+    ParamSpec("matrix", (9, 12), Normal(1.0), role="matrix"),
+    ParamSpec("stack", (3, 8, 10), Normal(1.0), role="matrix"),
+    ParamSpec("thin", (2, 3), Normal(1.0), role="matrix"),
     ParamSpec("vector", (5,), Normal(1.0)),
 )
 RANK, STEPS = 2, 5
@@ -145,7 +145,7 @@ def train(config: ParallelConfig) -> dict[str, Tensor]:
     ctx = ParallelContext.create()
     model = Holder(ctx, torch.float64)
     shards = shard_parameters(config, model, ctx)
-    optimizer = build_optimizer(OptimizerConfig(), model, ctx, shards)
+    optimizer = Optimizer(OptimizerConfig(), model, shards)
     reducer = GradientReducer(model, ctx, shards=shards, reduction=make_comm_hook(config))
     for step in range(3):
         reduce(reducer, model, given(ctx.world.rank, step))

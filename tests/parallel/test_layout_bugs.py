@@ -51,7 +51,7 @@ from megaforge.models.hybrid import HybridModel
 from megaforge.models.stages import build_model
 from megaforge.nn.head import OutputHead
 from megaforge.nn.moe import MoEFFN
-from megaforge.optim import AdamW, clip_gradients
+from megaforge.optim import Optimizer, clip_gradients
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.flat_shard import optimizer_shard
@@ -146,7 +146,7 @@ def label_counts(documents: str) -> list[float]:
     """Labels that count in each sample of the first global batch, for sequences of 16."""
     config = configured(documents, None, "*-")
     trainer = build_trainer(config, check_layout(config, 1), None, ParallelContext.single())
-    [batch] = next(iter(trainer._loader(trainer.data, 0)))
+    [batch] = next(iter(trainer._loader(trainer.data, trainer.batches)))
     return batch.loss_mask.sum(1).tolist()
 
 
@@ -395,9 +395,10 @@ def test_22_shards_are_drawn_apart_and_replicas_alike() -> None:
 
 def decay_of(model: nn.Module, ctx: ParallelContext, shards: ShardedParameters | None = None) -> dict[str, Any]:
     """(weight decay, factor of the learning rate) of every trained parameter."""
-    optimizer = AdamW(OptimizerConfig(weight_decay=0.1), model, ctx, shards)
-    groups = {id(p): group for group in optimizer._optimizer.param_groups for p in group["params"]}
-    masters = {name: groups[id(master)] for name, master in optimizer._masters.items()}
+    optimizer = Optimizer(OptimizerConfig(weight_decay=0.1), model, shards)
+    rules = [rule for rules, _ in optimizer._phases for rule in rules]
+    groups = {id(p): group for rule in rules for group in rule._optimizer.param_groups for p in group["params"]}
+    masters = {main.spec.name: groups[id(main.master)] for main in optimizer.main.trained}
     return {name: (group["weight_decay"], group["lr_mult"]) for name, group in masters.items()}
 
 

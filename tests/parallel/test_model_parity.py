@@ -17,7 +17,7 @@ from megaforge.config.model_config import ModelConfig
 from megaforge.config.run_config import OptimizerConfig
 from megaforge.models.hybrid import HybridModel
 from megaforge.nn.losses import LossTerm, total_loss
-from megaforge.optim.adamw import AdamW
+from megaforge.optim import Optimizer
 from megaforge.optim.clip import clip_gradients
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
@@ -99,7 +99,7 @@ def train(case: str, tp: int, sequence_parallel: bool, dtype: torch.dtype) -> Ou
     initialize_parameters(model, ctx, seed=5)
     perturb(model, ctx, NOISE)
     reducer = GradientReducer(model, ctx, bucket_size=5000)
-    optimizer = AdamW(OptimizerConfig(lr=LEARNING_RATE), model, ctx)
+    optimizer = Optimizer(OptimizerConfig(lr=LEARNING_RATE), model)
     batch = global_batch(cfg.vocab_size or 0)
     tokens = float(batch[2].sum())
     own = [part.chunk(ctx.dp.size)[ctx.dp.rank].chunk(2) for part in batch]

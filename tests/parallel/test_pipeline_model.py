@@ -99,7 +99,7 @@ def train(argv: list[str], noise: float = 0.05) -> dict[str, Any]:
     outcome["weights"] = {s.name: whole(s, p.detach(), ctx) for s, p in named}
     trained = [(s.name, p) for s, p in named if p.requires_grad]
     outcome["gradients"] = {n: whole(optimizer_shard(p), p.main_grad, ctx) for n, p in trained}  # type: ignore[attr-defined]
-    outcome["moments"] = {key: whole(held, t, ctx) for key, held, t in trainer.optimizer.moment_entries()}
+    outcome["moments"] = {key: whole(held, t, ctx) for key, held, t in trainer.optimizer.state_entries()}
     return outcome
 
 

@@ -19,7 +19,7 @@ from megaforge.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from megaforge.checkpoint.shards import TensorEntry
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.run_config import OptimizerConfig
-from megaforge.optim import AdamW, build_optimizer, clip_gradients
+from megaforge.optim import Optimizer, bucket_policy, clip_gradients
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.flat_shard import FlatShard, optimizer_shard
@@ -34,7 +34,10 @@ from megaforge.parallel.mappings import (
 )
 from megaforge.parallel.param_spec import ParamSpec, make_parameter, name_parameters, named_specs
 from megaforge.parallel.zero import ShardedParameters
+from megaforge.registry import load_extensions
 from tests.nn.support import perturb
+
+TOY = Path(__file__).parents[1] / "toys" / "centred_descent.py"  # its update needs whole matrices
 
 BATCH, STEPS, LEARNING_RATE = 4, 3, 1e-2
 HIDDEN, INNER, EXPERTS, WIDTH = 7, 10, 4, 6
@@ -98,9 +101,10 @@ class Layout:
     etp: int | None = None
     overlap: bool = True
     bucket_size: int = 150
+    optimizer: str = "adam"
 
     def __str__(self) -> str:
-        shape = f"zero{self.zero}-world{self.world}-tp{self.tp}-ep{self.ep}"
+        shape = f"{self.optimizer}-zero{self.zero}-world{self.world}-tp{self.tp}-ep{self.ep}"
         return f"{shape}-{'overlap' if self.overlap else 'after'}-bucket{self.bucket_size}"
 
     def context(self) -> ParallelContext:
@@ -125,10 +129,14 @@ class Run:
         initialize_parameters(self.model, self.ctx, seed=5)
         perturb(self.model, self.ctx, 0.1)
         size, overlap = layout.bucket_size, layout.overlap
+        load_extensions((str(TOY),))
+        config = OptimizerConfig(optimizer=layout.optimizer)
         self.shards = (
-            ShardedParameters(self.model, self.ctx, bucket_size=size, overlap=overlap) if layout.zero else None
+            ShardedParameters(self.model, self.ctx, bucket_size=size, overlap=overlap, policy=bucket_policy(config))
+            if layout.zero
+            else None
         )
-        self.optimizer: AdamW = build_optimizer(OptimizerConfig(), self.model, self.ctx, self.shards)
+        self.optimizer = Optimizer(config, self.model, self.shards)
         self.reducer = GradientReducer(
             self.model,
             self.ctx,
@@ -175,25 +183,19 @@ class Run:
         """(field of Outcome, key, own piece, where it lies globally) of everything that this rank holds."""
         for spec, parameter in named_specs(self.model):
             held = optimizer_shard(parameter)
+            states = [f"optimizer.{state}.{spec.name}" for state in ("exp_avg", "exp_avg_sq", "momentum")]
             for kind, key, local, declared in (
                 ("weights", spec.name, found.weights[spec.name], spec),
                 ("gradients", spec.name, found.gradients.get(spec.name), held),
-                ("state", spec.name, found.state[spec.name], held),
-                ("state", f"optimizer.exp_avg.{spec.name}", found.state.get(f"optimizer.exp_avg.{spec.name}"), held),
-                (
-                    "state",
-                    f"optimizer.exp_avg_sq.{spec.name}",
-                    found.state.get(f"optimizer.exp_avg_sq.{spec.name}"),
-                    held,
-                ),
+                *(("state", key, found.state.get(key), held) for key in (spec.name, *states)),
             ):
                 for piece in declared.pieces(self.ctx) if local is not None else ():
                     where = tuple(slice(a, b) for a, b in piece.global_box)
                     yield kind, key, piece.local_view(local), where
 
 
-def run_alone(dtype: torch.dtype) -> Outcome:
-    return Run(Layout(1, 0), dtype).train()
+def run_alone(dtype: torch.dtype, optimizer: str = "adam") -> Outcome:
+    return Run(Layout(1, 0, optimizer=optimizer), dtype).train()
 
 
 def differences(layout: Layout, dtype: torch.dtype, expected: Outcome) -> dict[str, float]:
@@ -226,12 +228,15 @@ SMALL_LAYOUTS = [
     Layout(4, 1, bucket_size=1),
     Layout(4, 2, tp=2, overlap=False),
     Layout(4, 2, tp=2, ep=2, etp=2),
+    Layout(2, 1, optimizer="centred"),
+    Layout(4, 2, optimizer="centred", overlap=False),
+    Layout(4, 1, tp=2, optimizer="centred"),
 ]
 
 
 @pytest.mark.parametrize("layout", SMALL_LAYOUTS, ids=str)
 def test_every_stage_trains_the_same_model(ranks, layout: Layout) -> None:
-    expected = run_alone(torch.float64)
+    expected = run_alone(torch.float64, layout.optimizer)
     assert min(expected.norms) > 0.3, "clipping must be at work"
     assert all(bool(gradient.any()) for gradient in expected.gradients.values())
     error, where = worst(ranks.run(layout.world, differences, layout, torch.float64, expected))
@@ -252,7 +257,7 @@ def test_masters_of_16_bit_parameters_are_sharded_and_agree(ranks, layout: Layou
 
 def numbers(layout: Layout) -> tuple[Outcome, int]:
     run = Run(layout, torch.float32)
-    return run.train(), sum(t.numel() for _, _, t in run.optimizer.moment_entries())
+    return run.train(), sum(t.numel() for _, _, t in run.optimizer.state_entries())
 
 
 def test_overlap_changes_no_bit(ranks) -> None:
@@ -318,7 +323,7 @@ def train_past_the_hooks(wait: bool) -> str:
     model = PastTheHooks(ctx, torch.float32)
     initialize_parameters(model, ctx, seed=5)
     shards = ShardedParameters(model, ctx)
-    optimizer = build_optimizer(OptimizerConfig(), model, ctx, shards)
+    optimizer = Optimizer(OptimizerConfig(), model, shards)
     reducer = GradientReducer(model, ctx, shards=shards)
     del model._forward_pre_hooks[next(iter(model._forward_pre_hooks))]  # nor does the model wait for its vectors
     try:
@@ -382,7 +387,7 @@ def train_chunks(zero: int) -> tuple[dict[str, Tensor], list[int], int]:
     model = nn.ModuleList(chunks)
     initialize_parameters(model, ctx, seed=5)
     shards = ShardedParameters(chunks, ctx) if zero else None
-    optimizer = build_optimizer(OptimizerConfig(), model, ctx, shards)
+    optimizer = Optimizer(OptimizerConfig(), model, shards)
     reducer = GradientReducer(chunks, ctx, shards=shards, free_buffers=zero == 2)
     sent_before_the_end, alive = [], 0
     for step in range(2):

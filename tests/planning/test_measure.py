@@ -9,7 +9,7 @@ import torch
 
 from megaforge.config.cli import parse_config
 from megaforge.config.model_config import ModelConfig
-from megaforge.planning.costs import _sizes, part_cost
+from megaforge.planning.costs import _sizes, carried_before, part_cost
 from megaforge.planning.layout import PlannedLayout
 from megaforge.planning.measure import Cost, measure_block, measure_end
 from megaforge.planning.stages import model_parts
@@ -52,11 +52,13 @@ def test_carried_tensors_are_made_once_and_read() -> None:
     cfg = small("--layer-schedule", "rwkv", "--ffn", "dense")
     sizes = _sizes(PLAIN, "none", experts=False)
     first = measure_block(cfg, 0, "mixer", sizes, {})
-    assert first.carried == {"v_first": ((TOKENS, 1, WIDTH), torch.float32)}
     assert first.reads == {}
-    later = measure_block(cfg, 1, "mixer", sizes, first.carried)
-    assert later.carried == {}
-    assert later.reads == {"v_first": TOKENS * WIDTH * WIDE}
+    assert first.shared == {"v_first": TOKENS * WIDTH * WIDE}
+    arriving = carried_before(model_parts(cfg, torch.float32), PLAIN, 1)
+    assert arriving == {"v_first": (TOKENS, 1, WIDTH)}
+    later = measure_block(cfg, 1, "mixer", sizes, arriving)
+    assert later.reads == first.shared
+    assert later.shared == {}  # the difference to it is kept, not the tensor
 
 
 def test_attention_shares_its_rotary_tables_with_later_layers() -> None:

@@ -208,7 +208,7 @@ def test_finetuning_takes_the_weights_and_starts_anew(prefix: str, tmp_path: Pat
     assert (tuned.iteration, tuned.consumed_samples) == (0, 0)
     for name, tensor in weights(trained).items():
         assert torch.equal(tensor, weights(tuned)[name]), name
-    assert all(not moment.any() for _, _, moment in tuned.optimizer.moment_entries())
+    assert all(not moment.any() for _, _, moment in tuned.optimizer.state_entries())
     assert next(p for s, p in named_specs(tuned.model) if s.name == "embedding.weight").equal(
         weights(trained)["embedding.weight"]
     )

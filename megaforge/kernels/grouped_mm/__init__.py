@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -64,16 +65,23 @@ class Runs:
     """Whose rows are whose: each expert has a run of them, one after the other.
 
     Attributes:
-        counts: rows of each expert.
+        known: rows of each expert, as far as the host knows them: else int64 [E] on the device of the rows.
         ends: int32 [E], the row at which each run ends, on the device of the rows.
     """
 
-    counts: tuple[int, ...]
+    known: tuple[int, ...] | Tensor
     ends: Tensor
 
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Rows of each expert, for who walks through them; waits for the device where the host does not know them."""
+        return tuple(self.known.tolist()) if isinstance(self.known, Tensor) else self.known
 
-def make_runs(counts: tuple[int, ...], device: torch.device) -> Runs:
+
+def make_runs(counts: tuple[int, ...] | Tensor, device: torch.device) -> Runs:
     """The runs of ``counts``, for all products that share them; nobody waits for ``device``."""
+    if isinstance(counts, Tensor):
+        return Runs(counts, counts.cumsum(0, dtype=torch.int32))
     return Runs(counts, upload(torch.tensor(list(accumulate(counts)), dtype=torch.int32), device))
 
 

@@ -63,7 +63,7 @@ class MoEFFN(nn.Module):
         own, inside = self.share.enter(x, mix, self.shared_expert is not None)
         routing, losses = self.router.route(own, info)
         tokens, dispatcher = own.flatten(0, 1), self.dispatcher
-        plan, position = dispatcher.plan(routing.permutation.counts), routing.permutation.position
+        plan, position = dispatcher.plan(routing.permutation.counts, routing.rows), routing.permutation.position
         rows, weights = moe_permute(tokens, position, plan.own, routing.weights)
         rows, weights = dispatcher.token_dispatch(rows, weights, plan)
         rows, weights = dispatcher.dispatch_postprocess(rows, weights, plan)
@@ -74,7 +74,7 @@ class MoEFFN(nn.Module):
         shared = None if self.shared_expert is None else self.shared_expert(inside)
         return LayerOutput(self.share.exit(routed, shared, info.length), losses=losses)
 
-    def experts(self, rows: Tensor, weights: Tensor, counts: tuple[int, ...]) -> Tensor:
+    def experts(self, rows: Tensor, weights: Tensor, counts: tuple[int, ...] | Tensor) -> Tensor:
         """Rows [R, h] sorted by expert and their routing weights [R] -> weighted partial sums over etp [R, h]."""
         runs = make_runs(counts, rows.device)
         inner = activate(self.activation, self.up(rows, runs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +27,12 @@ class Routing:
     Attributes:
         weights: [T, k] in the router's dtype.
         permutation: the order by expert of the assignments that are within their experts' capacity.
+        rows: how many these are; None: the host does not know.
     """
 
     weights: Tensor
     permutation: Permutation
+    rows: int | None
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ class Router(ReplicatedLinear):
         cfg = layer.cfg
         shape, init = (cfg.num_experts, cfg.hidden_size), Normal(cfg.init_std * cfg.init_std_scale)
         # A rank routes its own tokens, or has partial sums over tp for all: its gradient is partial either way.
-        super().__init__(layer.parameter(shape, init, tp_partial_grad=True, keep_fp32=True, kind="router"))
+        declared: dict[str, Any] = {"role": "matrix", "update": "elementwise", "kind": "router"}
+        super().__init__(layer.parameter(shape, init, tp_partial_grad=True, keep_fp32=True, **declared))
         self.cfg, self.share = cfg, share
         self.expert_bias: nn.Parameter | None = None
         self.previous_load: nn.Parameter | None = None
@@ -96,7 +100,7 @@ class Router(ReplicatedLinear):
     def _state(self, layer: LayerContext, value: float) -> nn.Parameter:
         """A value for each expert that no gradient trains; declared like a parameter, so that checkpoints hold it."""
         shape = (self.cfg.num_experts,)
-        state = layer.parameter(shape, Constant(value), weight_decay=False, keep_fp32=True, kind="router")
+        state = layer.parameter(shape, Constant(value), weight_decay=False, keep_fp32=True, role="state", kind="router")
         state.requires_grad = False
         return state
 
@@ -115,7 +119,8 @@ class Router(ReplicatedLinear):
             permutation = moe_permutation(route.experts, self.cfg.num_experts, kept)
         plain = plain_rule(self.cfg)
         preferred = route.counts if plain is None else moe_route(logits.detach(), plain, None, x_SBH.shape[1]).counts
-        return Routing(route.weights, permutation), self._losses(route, preferred)
+        rows = route.position.numel() if kept is None else None
+        return Routing(route.weights, permutation, rows), self._losses(route, preferred)
 
     def _kept(self, route: Route, info: PackedSequence) -> Tensor | None:
         """Bool [T, k]; None: all. Decided for whole sequences, on every rank alike: a share of the capacity for each

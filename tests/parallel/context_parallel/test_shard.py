@@ -20,7 +20,7 @@ from megaforge.config.cli import parse_config
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.run_config import OptimizerConfig
 from megaforge.models.hybrid import HybridModel
-from megaforge.optim.adamw import AdamW
+from megaforge.optim import Optimizer
 from megaforge.optim.clip import clip_gradients
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.context_parallel.shard import ContextParallelShard, ring
@@ -105,7 +105,7 @@ def train(case: str, shape: Shape, dtype: torch.dtype, documents: tuple[tuple[in
     initialize_parameters(model, ctx, seed=5)
     perturb(model, ctx, NOISE)
     reducer = GradientReducer(model, ctx, bucket_size=5000)
-    optimizer = AdamW(OptimizerConfig(lr=LEARNING_RATE), model, ctx)
+    optimizer = Optimizer(OptimizerConfig(lr=LEARNING_RATE), model)
     batch = global_batch(cfg.vocab_size or 0, documents)
     tokens, sequences = float(batch[2].sum()), len(documents)
     own = [part.chunk(ctx.dp.size)[ctx.dp.rank].chunk(2) for part in batch]

@@ -1,0 +1,85 @@
+"""The weights that training updates and checkpoints keep: fp32 masters of 16-bit parameters, and shards under ZeRO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from megaforge.parallel.flat_shard import FlatShard, optimizer_shard
+from megaforge.parallel.param_spec import ParamSpec, named_specs
+from megaforge.parallel.zero import ShardedParameters
+
+Entry = tuple[str, ParamSpec | FlatShard, Tensor]
+
+
+class MainParameter:
+    """One trained parameter as an update rule sees it.
+
+    Attributes:
+        spec: its declaration.
+        parameter: what the model computes with.
+        master: what is updated, in fp32 (fp64 for fp64 models): the parameter itself where it is that wide. In the
+            parameter's local shape; under ZeRO 1-d, the range of the flattened parameter that this rank holds.
+        state: what the rule keeps of it, each like ``master``, by name.
+    """
+
+    def __init__(self, spec: ParamSpec, parameter: nn.Parameter, shards: ShardedParameters | None) -> None:
+        self.spec, self.parameter = spec, parameter
+        self._held = parameter.detach() if shards is None else shards.own(parameter)
+        if self._held.dtype in (torch.bfloat16, torch.float16):
+            self.master = nn.Parameter(self._held.float())
+        else:
+            self.master = parameter if shards is None else nn.Parameter(self._held)
+        self.state: dict[str, Tensor] = {}
+
+    @property
+    def grad(self) -> Tensor:
+        """The reduced gradient of ``master``, in its shape and type."""
+        grad: Tensor = self.parameter.main_grad  # type: ignore[attr-defined]
+        return grad
+
+    def in_shape(self, tensor: Tensor) -> Tensor:
+        """``master``, ``grad`` or a state of a parameter that this rank holds whole, in the local shape (a view)."""
+        return tensor.view(self.parameter.shape)
+
+    def write_back(self) -> None:
+        """Rounds the master into the model."""
+        if self.master.dtype != self._held.dtype:
+            self._held.copy_(self.master.detach())
+
+
+class MainParameters:
+    """Every parameter of a model's local part; what loads weights needs this, and no optimizer.
+
+    Attributes:
+        trained: those that are updated; a frozen one is its own master.
+        shards: how parameters are shared out (ZeRO), or None.
+    """
+
+    def __init__(self, model: nn.Module, shards: ShardedParameters | None = None) -> None:
+        self.shards = shards
+        self._parameters = list(named_specs(model))
+        self.trained = [MainParameter(spec, p, shards) for spec, p in self._parameters if p.requires_grad]
+
+    def entries(self) -> list[Entry]:
+        """(global name, declaration, local master) of every parameter, to be saved, or loaded into in place."""
+        masters = {id(main.parameter): main.master for main in self.trained}
+        return [
+            (spec.name, optimizer_shard(parameter), masters.get(id(parameter), parameter).detach())
+            for spec, parameter in self._parameters
+        ]
+
+    @torch.no_grad()
+    def write_back(self, some: Iterable[MainParameter] | None = None) -> None:
+        """Rounds the masters of ``some``, or of all, into the model. Under ZeRO a rank writes what it holds: the shards
+        are gathered afterwards."""
+        for main in self.trained if some is None else some:
+            main.write_back()
+
+    def after_load(self) -> None:
+        """Brings freshly loaded masters into the model, on all ranks. Collective under ZeRO."""
+        self.write_back()
+        if self.shards is not None:
+            self.shards.all_gather_parameters()

@@ -1,0 +1,155 @@
+"""The optimizer step of a model's local part: which rule updates what, and when the result travels.
+
+A step has three phases a bucket, and the buckets follow each other in the order in which the next forward pass will
+need them:
+
+1. *update*: the rule of the bucket reads the reduced gradients (``main_grad``) and updates the fp32 masters;
+2. *write back*: 16-bit parameters get their masters, rounded; a wide parameter is its own master, so nothing moves;
+3. *gather* (ZeRO): each rank has updated its own slice only, so the slices start to travel to the other replicas.
+
+The gather of a bucket is on its way while the next bucket is updated, and the last ones while the next forward pass has
+begun: each module waits for its own parameters right before it computes with them
+(:class:`megaforge.parallel.zero.ShardedParameters`). Without ZeRO all parameters of a rule are one bucket, and phase 3
+is empty. The order is the same on every rank, so collectives match; it changes no number, because no parameter's update
+reads another's.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from megaforge.config.run_config import OptimizerConfig
+from megaforge.optim.main_parameters import Entry, MainParameter, MainParameters
+from megaforge.optim.update_rule import UpdateRule
+from megaforge.parallel.buckets import Bucket, BucketPolicy
+from megaforge.parallel.flat_shard import optimizer_shard
+from megaforge.parallel.param_spec import ParamSpec
+from megaforge.parallel.zero import ShardedParameters
+from megaforge.registry import UPDATE_RULES
+
+
+def rule_of(config: OptimizerConfig, spec: ParamSpec) -> type[UpdateRule]:
+    """The rule that updates a parameter: ``--optimizer``, or what that one leaves the parameter to."""
+    chosen: type[UpdateRule] = UPDATE_RULES.get(config.optimizer)
+    return chosen if chosen.takes(spec) else UPDATE_RULES.get(chosen.others)
+
+
+def bucket_policy(config: OptimizerConfig) -> Callable[[ParamSpec], BucketPolicy]:
+    """How ZeRO lays a parameter out: only with those of its rule, and whole where the rule asks for it."""
+
+    def policy(spec: ParamSpec) -> BucketPolicy:
+        rule = rule_of(config, spec)
+        return BucketPolicy(rule.__qualname__, rule.cost if rule.whole_parameters else None)
+
+    return policy
+
+
+class Optimizer:
+    """Updates a model's local parameters by their rules.
+
+    Weight decay and the learning-rate factor of each parameter are those its :class:`ParamSpec` declares. With
+    ``shards`` (ZeRO) all of this is about the range of each parameter that this rank holds.
+
+    Attributes:
+        main: the masters.
+        shards: how parameters are shared out, or None.
+    """
+
+    def __init__(self, config: OptimizerConfig, model: nn.Module, shards: ShardedParameters | None = None) -> None:
+        self.shards = shards
+        self.main = MainParameters(model, shards)
+        self._states = {main.spec.name: rule_of(config, main.spec).states(config) for main in self.main.trained}
+        self._phases: list[tuple[list[UpdateRule], Bucket | None]] = []
+        for bucket, parameters in self._by_bucket():
+            by_rule: dict[type[UpdateRule], list[MainParameter]] = defaultdict(list)
+            for main in parameters:
+                # Of a parameter that other replicas hold there is nothing to update. Apex must not even see it: its
+                # loop launches what it has gathered at the end of the list's last tensor, which an empty one never
+                # reaches.
+                if main.master.numel():
+                    rule = rule_of(config, main.spec)
+                    if rule.whole_parameters and main.master.numel() != main.parameter.numel():
+                        raise ValueError(
+                            f"{main.spec.name} is cut: shard by bucket_policy for --optimizer {config.optimizer}"
+                        )
+                    by_rule[rule].append(main)
+            self._phases.append(([rule(config, tuple(some)) for rule, some in by_rule.items()], bucket))
+        self._steps = 0
+
+    def _by_bucket(self) -> list[tuple[Bucket | None, list[MainParameter]]]:
+        """The trained parameters in the order in which the forward pass uses their buckets."""
+        if self.shards is None:
+            return [(None, self.main.trained)]
+        known = {id(main.parameter): main for main in self.main.trained}
+        return [
+            (bucket, [known[id(parameter)] for parameter in bucket.parameters])
+            for bucket in self.shards.in_forward_order()
+        ]
+
+    @property
+    def implementation(self) -> str:
+        """Which code computes the updates."""
+        names = dict.fromkeys(rule.implementation for rules, _ in self._phases for rule in rules)
+        return ", ".join(names) or "nothing to update"
+
+    def _make_state(self) -> None:
+        """Zero state is made when first asked for: a checkpoint can be loaded into it before the first step, and who
+        only loads weights pays no memory for it."""
+        for main in self.main.trained:
+            for name in self._states[main.spec.name]:
+                if name not in main.state:
+                    main.state[name] = torch.zeros_like(main.master, requires_grad=False)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """One update from every ``main_grad``, at the learning rate ``lr`` times each parameter's own factor."""
+        self.wait_for_parameters()  # a part of the model that no forward pass has used may still be on its way
+        self._make_state()
+        for rules, bucket in self._phases:
+            for rule in rules:
+                rule.step(lr, self._steps)
+                self.main.write_back(rule.parameters)
+            if self.shards is not None and bucket is not None:
+                self.shards.all_gather_parameters(bucket)
+        self._steps += 1
+
+    def wait_for_parameters(self) -> None:
+        """Returns once every parameter of the model is up to date. Modules wait for their own before their forward;
+        call this before reading parameters in another way."""
+        if self.shards is not None:
+            self.shards.wait_for_parameters()
+
+    def weight_entries(self) -> list[Entry]:
+        """:meth:`MainParameters.entries`."""
+        return self.main.entries()
+
+    def state_entries(self) -> list[Entry]:
+        """(``optimizer.STATE.NAME``, the parameter's declaration, local tensor) of what the rules keep."""
+        self._make_state()
+        return [
+            (f"optimizer.{name}.{main.spec.name}", optimizer_shard(main.parameter), tensor)
+            for main in self.main.trained
+            for name, tensor in main.state.items()
+        ]
+
+    def entries(self) -> list[Entry]:
+        """Weights and state. Loading a checkpoint writes into them in place and then calls :meth:`after_load`."""
+        return self.weight_entries() + self.state_entries()
+
+    def state(self) -> dict[str, Any]:
+        """What belongs in a checkpoint besides tensors; JSON-able."""
+        return {"step": self._steps, "states": sorted(set(chain.from_iterable(self._states.values())))}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes back what :meth:`state` gave."""
+        self._steps = int(state["step"])
+
+    def after_load(self) -> None:
+        """Brings freshly loaded masters into the model."""
+        self.main.after_load()

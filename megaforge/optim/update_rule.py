@@ -1,0 +1,97 @@
+"""How parameters are updated: the form that every rule has, and rules that an optimizer of torch's kind computes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from megaforge.config.run_config import OptimizerConfig
+from megaforge.optim.main_parameters import MainParameter
+from megaforge.parallel.param_spec import ParamSpec
+
+
+class UpdateRule(ABC):
+    """The update of some parameters, of a bucket under ZeRO; registered by name for ``--optimizer``.
+
+    Attributes:
+        implementation: which code computes it, for the log.
+        whole_parameters: whether it must see all of this rank's part of a parameter (:meth:`MainParameter.in_shape`).
+            ZeRO then gives each to one of its replicas, balanced by :meth:`cost`, in place of cutting buckets anywhere.
+        others: the rule of the parameters that this one does not take.
+    """
+
+    implementation: str = "torch"
+    whole_parameters: ClassVar[bool] = False
+    others: ClassVar[str] = "adam"
+
+    def __init__(self, config: OptimizerConfig, parameters: Sequence[MainParameter]) -> None:
+        """``parameters``: those that this rank holds something of; their ``state`` has what :meth:`states` names."""
+        self.config, self.parameters = config, parameters
+
+    @classmethod
+    def takes(cls, spec: ParamSpec) -> bool:
+        """Whether the rule updates a parameter; ``spec.update`` says which whole-matrix rules may."""
+        return True
+
+    @classmethod
+    def states(cls, config: OptimizerConfig) -> tuple[str, ...]:
+        """Names of the tensors kept of each parameter, each of its shape: they are saved, resharded and planned for."""
+        return ()
+
+    @classmethod
+    def cost(cls, spec: ParamSpec) -> float:
+        """What an update of the global parameter costs, in any unit."""
+        return float(spec.numel)
+
+    @abstractmethod
+    def step(self, lr: float, done: int) -> None:
+        """Updates every ``master`` from its ``grad``, without gradient tracking.
+
+        Args:
+            lr: the learning rate; a parameter's own is ``spec.lr_mult`` times it.
+            done: steps made before this one.
+        """
+
+
+class TorchRule(UpdateRule):
+    """A rule that a :class:`torch.optim.Optimizer` computes, on our masters, gradients and state."""
+
+    def __init__(self, config: OptimizerConfig, parameters: Sequence[MainParameter]) -> None:
+        super().__init__(config, parameters)
+        groups: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
+        for main in parameters:
+            groups[main.spec.weight_decay, main.spec.lr_mult].append(main.master)
+        self._optimizer = self.make(
+            [
+                {"params": masters, "weight_decay": config.weight_decay if decays else 0.0, "lr_mult": lr_mult}
+                for (decays, lr_mult), masters in groups.items()
+            ]
+        )
+        self._done = -1
+
+    @abstractmethod
+    def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer for parameter groups, at least one, that have a weight decay each."""
+
+    def step(self, lr: float, done: int) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr * group["lr_mult"]
+        for main in self.parameters:
+            main.master.grad = main.grad
+        if done != self._done:
+            self._take_up(done)
+        self._optimizer.step()
+        self._done = done + 1
+
+    def _take_up(self, done: int) -> None:
+        """Gives the optimizer our state, and the number of steps: torch keeps that per parameter, apex per group."""
+        for group in self._optimizer.param_groups:
+            group["step"] = done
+        for main in self.parameters:
+            steps: Tensor = torch.tensor(float(done), dtype=torch.float32, device=main.master.device)
+            self._optimizer.state[main.master] = {**main.state, "step": steps}

@@ -1,0 +1,23 @@
+"""Named terms and what they add to a loss."""
+
+from __future__ import annotations
+
+import torch
+
+from megaforge.nn.losses import LossTerm, add_terms, total_loss
+
+
+def test_the_loss_is_the_weighted_sum_of_means() -> None:
+    a, b, c = (torch.tensor(value, requires_grad=True) for value in (6.0, 10.0, 5.0))
+    terms = {"a": LossTerm(a, "labels"), "b": LossTerm(b, "tokens", 0.5), "c": LossTerm(c, "tokens", 0.0)}
+    loss = total_loss(terms, {"labels": torch.tensor(3.0, dtype=torch.float64), "tokens": 4.0})
+    assert loss is not None and loss.dtype == torch.float32 and float(loss.detach()) == 2 + 1.25
+    loss.backward()
+    assert float(a.grad) == torch.tensor(1.0).div(3) and float(b.grad) == 0.125 and c.grad is None  # type: ignore[arg-type]
+    assert total_loss({}, {}) is None and total_loss({"c": terms["c"]}, {}) is None
+
+
+def test_terms_of_one_name_add_up() -> None:
+    known = {"z": LossTerm(torch.tensor(1.0), "tokens", 0.1)}
+    add_terms(known, {"z": LossTerm(torch.tensor(2.0), "tokens", 0.1), "y": LossTerm(torch.tensor(5.0), "labels")})
+    assert float(known["z"].sum) == 3.0 and known["z"].weight == 0.1 and float(known["y"].sum) == 5.0

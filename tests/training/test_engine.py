@@ -1,0 +1,191 @@
+"""The engine on its own, objectives other than the usual one, and how often the host waits for the device."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+import megaforge.device
+from megaforge.data.loader import Batch
+from megaforge.errors import UserError
+from megaforge.models.hybrid import ModelOutput
+from megaforge.nn.losses import LossTerm
+from megaforge.parallel.param_spec import named_specs
+from megaforge.training.callbacks import MetricsWriter
+from megaforge.training.objectives import NextToken
+from megaforge.training.trainer import Trainer
+from tests.training.tiny import arguments, dense_arguments, make_trainer, record, weights, write_dataset
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_dataset(tmp_path_factory.mktemp("data") / "train_text_document")
+
+
+def global_batches(trainer: Trainer) -> Iterator[list[Batch]]:
+    return iter(trainer._loader(trainer.data, trainer.batches, 0))
+
+
+def test_a_loop_of_ones_own_is_the_trainers(prefix: str) -> None:
+    trainer, other = (make_trainer(arguments(prefix, "--train-iters", "3")) for _ in range(2))
+    engine, losses = other.engine, []
+    for iteration, batches in enumerate(itertools.islice(global_batches(other), 3), 1):
+        engine.zero_grad()
+        sums = engine.forward_backward(batches, other.objective)
+        engine.reduce_gradients()
+        norm, _ = engine.clip(1.0, sums)
+        assert engine.update(other.schedule(iteration), norm, sums)
+        losses.append(sums.means()["loss"])
+    assert losses == [trainer.train_step(batches).loss for batches in itertools.islice(global_batches(trainer), 3)]
+    for name, tensor in weights(trainer).items():
+        assert torch.equal(tensor, weights(other)[name]), name
+
+
+class Surprise(NextToken):
+    """Log-probabilities of every third label, which is a count of its own, with a term that is only reported."""
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return {"thirds": float(batch.loss_mask[:, ::3].sum())}
+
+    def terms(self, output: ModelOutput, batch: Batch) -> dict[str, LossTerm]:
+        chosen = (output.log_probs_SB * output.mask_SB)[::3]
+        return {
+            "loss": LossTerm(-chosen.sum(), "thirds", weight=2.0),
+            "longest": LossTerm((chosen**3).sum(), "tokens", weight=0.0),
+        }
+
+
+def test_an_objective_reads_log_probabilities_and_counts_for_itself(prefix: str) -> None:
+    trainer = make_trainer(dense_arguments(prefix, "R-*-", "--fp64", "--clip-grad", "0"))
+    trainer.objective = Surprise(trainer.config)
+    batches = next(global_batches(trainer))
+    fields = [torch.cat([getattr(b, name) for b in batches]) for name in ("tokens", "labels", "loss_mask")]
+    logits = trainer.model.logits(fields[0], torch.cat([b.document_start for b in batches]))
+    scores = logits.log_softmax(-1).gather(-1, fields[1][:, :, None])[:, :, 0]
+    chosen = (scores * fields[2])[:, ::3]
+    value = -chosen.sum() / fields[2][:, ::3].sum()
+    parameters = [parameter for _, parameter in named_specs(trainer.model)]
+    expected = torch.autograd.grad(2 * value, parameters)
+    metrics = trainer.train_step(batches)
+    assert metrics.loss == pytest.approx(float(value.detach()), rel=1e-12)
+    assert metrics.extra["longest"] == pytest.approx(float((chosen.detach() ** 3).sum()) / (8 * 24), rel=1e-12)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.main_grad, gradient, rtol=1e-9, atol=1e-13)
+
+
+class Wrong(NextToken):
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def terms(self, output: ModelOutput, batch: Batch) -> dict[str, LossTerm]:
+        return {name: LossTerm(output.loss_sum, "labels") for name in self.names}
+
+
+def test_terms_without_a_place_are_refused(prefix: str) -> None:
+    trainer = make_trainer(arguments(prefix))
+    batches = next(global_batches(trainer))
+    for names, complaint in (
+        (("mine",), "the objective Wrong gives no loss term called 'loss'"),
+        (("loss", "z_loss"), "the objective's loss term 'z_loss' has the name of one that a layer makes"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            trainer.engine.forward_backward(batches, Wrong(*names))
+    changing = Wrong("loss")
+    for names in (("loss",), ("loss", "later")):
+        changing.names = names
+        sums = trainer.engine.forward_backward(batches, changing)
+        if len(names) == 2:
+            with pytest.raises(UserError, match="loss terms have the same names in every step; 'later' was not there"):
+                trainer.engine.reduce(sums)
+        else:
+            trainer.engine.reduce(sums)
+
+
+def test_nothing_that_counts_is_no_loss(prefix: str) -> None:
+    trainer = make_trainer(dense_arguments(prefix, "R-*-"))
+    batches = [Batch(**{**vars(b), "loss_mask": torch.zeros_like(b.loss_mask)}) for b in next(global_batches(trainer))]
+    metrics = trainer.train_step(batches)
+    assert metrics.loss == metrics.grad_norm == 0.0
+
+
+class Waits(TorchDispatchMode):
+    """Notes where the host would wait for the device, if all tensors but the batches lay on one.
+
+    Host tensors are the batches and what is computed of nothing else.
+    """
+
+    READS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
+
+    def __init__(self, batches: list[Batch]) -> None:
+        super().__init__()
+        self.places: list[str] = []
+        self.host = WeakIdKeyDictionary()
+        for field in tree_leaves([vars(batch) for batch in batches]):
+            self.host[field] = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        on_host = bool(read) and all(tensor in self.host for tensor in read)
+        if func.overloadpacket in self.READS and not on_host:
+            self.note()
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if on_host and isinstance(leaf, Tensor):
+                self.host[leaf] = True
+        return out
+
+    def note(self) -> None:
+        frames = [frame.filename for frame in traceback.extract_stack() if "/megaforge/" in frame.filename]
+        self.places.append(frames[-1].rpartition("/megaforge/")[2])
+
+    def upload(self, tensor: Tensor, device: torch.device) -> Tensor:
+        there = tensor.clone()
+        self.host.pop(there, None)
+        return there
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Counts also what no dispatch sees on a CPU."""
+        tolist = Tensor.tolist
+
+        def noted(tensor: Tensor) -> Any:
+            if tensor not in self.host:
+                self.note()
+            return tolist(tensor)
+
+        uploading = [m for m in list(sys.modules.values()) if getattr(m, "upload", None) is megaforge.device.upload]
+        with ExitStack() as stack:
+            for module in uploading:
+                stack.enter_context(mock.patch.object(module, "upload", self.upload))
+            stack.enter_context(mock.patch.object(Tensor, "tolist", noted))
+            stack.enter_context(mock.patch("megaforge.device.synchronize", lambda device: self.note()))
+            stack.enter_context(self)
+            yield
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_a_step_waits_for_the_device_once(prefix: str, experts: bool) -> None:
+    flags = ("--log-interval", "1000", "--train-iters", "9", "--bf16")
+    line = arguments(prefix, *flags) if experts else dense_arguments(prefix, "R-*-", *flags)
+    trainer = make_trainer([*line, "--moe-router-load-balancing-type", "global_aux_loss"] if experts else line)
+    record(trainer)
+    [writer] = [callback for callback in trainer.callbacks if isinstance(callback, MetricsWriter)]
+    first, second = itertools.islice(global_batches(trainer), 2)
+    trainer.train_step(first)
+    waits = Waits(second)
+    with waits.watching():
+        writer.on_step_end(trainer, trainer._timed_step(iter([second])))
+    # Experts' products on a CPU read how many rows each has; those of a GPU do not.
+    assert [place for place in waits.places if not place.startswith("kernels/")] == ["training/batch_sums.py"]
