@@ -40,5 +40,5 @@ def tensors_of(parts: Mapping[str, Stateful]) -> list[Entry]:
 
 
 def state_prefixes(meta: Mapping[str, Any]) -> tuple[str, ...]:
-    """How the keys of those tensors of a checkpoint begin that are no weights, by its ``meta``."""
+    """How the keys of those tensors of a checkpoint begin that are not weights, by its ``meta``."""
     return tuple(f"{name}." for name in meta.get("state", {}))

@@ -72,14 +72,14 @@ class SelfAttention(nn.Module):
         """The output projection starts smaller by 1/sqrt(2 layers) (GPT-2).
 
         Raises:
-            UserError: the key/value heads do not divide by tp.
+            UserError: the key/value heads are not divisible by tp.
         """
         super().__init__()
         cfg, ctx = layer.cfg, layer.ctx
         if cfg.query_groups % ctx.tp.size:
             flag = "--num-query-groups" if cfg.num_query_groups else "--num-attention-heads"
             raise UserError(
-                f"{flag} {cfg.query_groups} does not divide by --tp {ctx.tp.size}; use a --tp that divides it"
+                f"{flag} {cfg.query_groups} is not divisible by --tp {ctx.tp.size}; use a --tp that divides it"
             )
         self.cfg = cfg
         self.recompute_core = layer.recompute == "selective"

@@ -29,7 +29,7 @@ class Bucket:
     Attributes:
         parameters: in the order in which the backward pass is likely to finish them.
         starts: index of the first element of each.
-        size: elements of a flat buffer; divides by the number of replicas.
+        size: elements of a flat buffer; divisible by the number of replicas.
         replicas: the ranks that hold copies.
     """
 

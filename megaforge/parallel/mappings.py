@@ -32,7 +32,7 @@ def _all_gather_first(x: Tensor, axis: Axis) -> Tensor:
 
 def _reduce_scatter_first(x: Tensor, axis: Axis) -> Tensor:
     if x.shape[0] % axis.size:
-        raise ValueError(f"dim 0 of {tuple(x.shape)} does not divide by {axis.name}={axis.size}")
+        raise ValueError(f"dim 0 of {tuple(x.shape)} is not divisible by {axis.name}={axis.size}")
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     reduce_scatter_single(out, x.contiguous(), group=axis.group)
     return out
@@ -40,7 +40,7 @@ def _reduce_scatter_first(x: Tensor, axis: Axis) -> Tensor:
 
 def _own_slice(x: Tensor, dim: int, axis: Axis) -> Tensor:
     if x.shape[dim] % axis.size:
-        raise ValueError(f"dim {dim} of {tuple(x.shape)} does not divide by {axis.name}={axis.size}")
+        raise ValueError(f"dim {dim} of {tuple(x.shape)} is not divisible by {axis.name}={axis.size}")
     return x.chunk(axis.size, dim=dim)[axis.rank].contiguous()
 
 
@@ -206,7 +206,7 @@ def reduce_scatter_to_sequence_parallel(x: Tensor, axis: Axis) -> Tensor:
     """Partial sums [s, ...] -> [s/n, ...]. Forward reduce-scatter, backward all-gather.
 
     Raises:
-        ValueError: the sequence does not divide by the axis.
+        ValueError: the sequence is not divisible by the axis.
     """
     return x if axis.size == 1 else _ReduceScatterToSequenceParallel.apply(x, axis)
 

@@ -126,7 +126,7 @@ class ParamSpec:
         """The pieces of the global tensor that this rank holds, one per logical part.
 
         Raises:
-            ValueError: a part, or the number of experts, does not divide by the number of shards.
+            ValueError: a part, or the number of experts, is not divisible by the number of shards.
         """
         whole: list[tuple[int, int]] = [(0, size) for size in self.shape]
         held, local = list(whole), list(whole)
@@ -169,7 +169,7 @@ def _share(name: str, size: int, dim: int, axis: Axis) -> tuple[int, int]:
     """This rank's equal share (start, stop) of ``size`` elements."""
     share, rest = divmod(size, axis.size)
     if rest:
-        raise ValueError(f"{name}: {size} along dim {dim} does not divide by {axis.name}={axis.size}")
+        raise ValueError(f"{name}: {size} along dim {dim} is not divisible by {axis.name}={axis.size}")
     return axis.rank * share, (axis.rank + 1) * share
 
 

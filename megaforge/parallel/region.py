@@ -1,4 +1,4 @@
-"""The doors between the residual stream and the tensor-parallel part of a sublayer."""
+"""Where the residual stream enters and leaves the tensor-parallel part of a sublayer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TensorParallelRegion:
     """
 
     def __init__(self, ctx: ParallelContext, sequence_parallel: bool, *, overlap: bool = True) -> None:
-        """``overlap``: a linear layer at the door computes its weight's gradient while its input's travels."""
+        """``overlap``: a linear layer at the entrance computes its weight's gradient while its input's travels."""
         self.axis = ctx.tp
         self.overlap = overlap
         self.sequence_parallel = sequence_parallel and ctx.tp.size > 1

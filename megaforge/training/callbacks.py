@@ -179,7 +179,7 @@ class EarlyStopping(Callback):
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        # Another metric is another judgement: what was the best of the old one says nothing.
+        # The best value of another metric says nothing about this one.
         if state.get("metric") == self.metric:
             self.best = state["best"]
             self.best_iteration = state["best_iteration"]
@@ -207,7 +207,7 @@ class Checkpointing(Callback):
 
 
 class ExitInterval(Callback):
-    """Ends the run after an iteration that divides by ``interval``: for queues that grant little time at once."""
+    """Ends the run after an iteration divisible by ``interval``: for queues that grant little time at once."""
 
     place = Place.BEFORE
 

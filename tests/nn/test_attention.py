@@ -131,5 +131,5 @@ def test_cache_grows_beyond_its_first_capacity() -> None:
 
 
 def test_heads_that_do_not_divide_are_named() -> None:
-    with pytest.raises(UserError, match="--num-query-groups 2 does not divide by --tp 4"):
+    with pytest.raises(UserError, match="--num-query-groups 2 is not divisible by --tp 4"):
         SelfAttention(make_layer_context(config(num_query_groups=2), ParallelContext.of_rank(0, 4, tp=4)))

@@ -296,8 +296,8 @@ def test_router_stays_in_fp32() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"tp": 4}, "--ffn-hidden-size 10 does not divide by --etp 4"),
-        ({"ep": 4}, "--num-experts 5 does not divide by --ep 4"),
+        ({"tp": 4}, "--ffn-hidden-size 10 is not divisible by --etp 4"),
+        ({"ep": 4}, "--num-experts 5 is not divisible by --ep 4"),
     ],
 )
 def test_splits_that_do_not_divide_are_named(sizes: dict[str, int], message: str) -> None:

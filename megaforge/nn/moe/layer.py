@@ -33,9 +33,9 @@ class MoEFFN(nn.Module):
         super().__init__()
         cfg, ctx = layer.cfg, layer.ctx
         if cfg.num_experts % ctx.ep.size:
-            raise UserError(f"--num-experts {cfg.num_experts} does not divide by --ep {ctx.ep.size}")
+            raise UserError(f"--num-experts {cfg.num_experts} is not divisible by --ep {ctx.ep.size}")
         if cfg.ffn_size % ctx.etp.size:
-            raise UserError(f"--ffn-hidden-size {cfg.ffn_size} does not divide by --etp {ctx.etp.size} (default: --tp)")
+            raise UserError(f"--ffn-hidden-size {cfg.ffn_size} is not divisible by --etp {ctx.etp.size}")
         self.activation = cfg.activation
         self.x_k = declare_token_shift(layer)
         self.share = make_expert_tokens(ctx, layer.region)

@@ -42,7 +42,7 @@ class ContextParallelShard:
         if self.axis.size == 1:
             return x
         if x.shape[dim] % (2 * self.axis.size):
-            raise ValueError(f"dim {dim} of {tuple(x.shape)} does not divide by 2 x cp = {2 * self.axis.size}")
+            raise ValueError(f"dim {dim} of {tuple(x.shape)} is not divisible by 2 x cp = {2 * self.axis.size}")
         pieces = x.chunk(2 * self.axis.size, dim)
         return torch.cat([pieces[number] for number in self.chunks], dim)
 
