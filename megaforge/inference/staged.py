@@ -78,7 +78,7 @@ class StagedModel:
 
     def _run(self, steps: Sequence[_Step], shape: torch.Size) -> list[Any]:
         """What each step, of one micro-batch of ``shape`` [b, s], finds out on this rank's stage."""
-        reports = self._executor(len(steps), shape).run(steps, _step, gradients=False).reports
+        reports = self._executor(len(steps), shape).run(steps, _step, gradients=False)
         return [reports.get((number, self.ctx.pp.rank)) for number in range(len(steps))]
 
     def _executor(self, count: int, shape: torch.Size) -> PipelineExecutor:

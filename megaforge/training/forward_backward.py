@@ -79,9 +79,9 @@ class ForwardBackward:
         """
         executor = self._executor(len(micro_batches), micro_batches[0].tokens.shape)
         step = partial(self._forward_step, loss_fn)
-        result = executor.run(micro_batches, step, gradients=gradients, loss_scale=loss_scale)
+        reports = executor.run(micro_batches, step, gradients=gradients, loss_scale=loss_scale)
         chunks = self._model.chunks
-        return ((chunks[self.plan.schedule.chunk_of(stage)], told) for (_, stage), told in result.reports.items())
+        return ((chunks[self.plan.schedule.chunk_of(stage)], told) for (_, stage), told in reports.items())
 
     def sum_tied_gradient(self) -> None:
         """Gives both copies of a matrix on the first and the last stage the gradient of both; after the reduction."""

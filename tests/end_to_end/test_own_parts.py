@@ -20,7 +20,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return (
         *("--config", str(folder / "run.yaml"), "--vocab-size", "64", "--device", "cpu", "--seq-length", "16"),
         *("--data-path", "counting://3", "--global-batch-size", "8", "--train-iters", "6", "--log-interval", "1"),
-        *("--rampup-batch-size", "2", "2", "12"),
+        *("--rampup-batch-size", "2", "2", "12", "--micro-batch-size", "1"),
         *("--lr", "1e-2", "--lr-decay-style", "constant", "--eval-iters", "1"),
     )
 
@@ -31,7 +31,7 @@ def test_a_run_on_them_goes_on_at_another_layout(line: tuple[str, ...], tmp_path
     whole = run(2, SCRIPT, *line, *two, "--metrics-file", str(metrics))
     assert whole.status == 0, whole.err
     assert whole.err.endswith("counting by 3\n") and "pp 2 (latest-first)" in whole.out
-    resumed = run(1, SCRIPT, *line, "--load", str(save / "step_0000003"), "--metrics-file", str(tmp_path / "rest"))
+    resumed = run(2, SCRIPT, *line, "--load", str(save / "step_0000003"), "--metrics-file", str(tmp_path / "rest"))
     assert resumed.status == 0, resumed.err
     expected = [record for record in records(metrics) if record["iteration"] > 3]
     found = records(tmp_path / "rest")

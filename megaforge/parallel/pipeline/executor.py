@@ -35,16 +35,6 @@ class StageOutput:
     report: Any = None
 
 
-@dataclass(frozen=True)
-class PipelineResult:
-    """One global batch on this rank: ``losses`` (detached) and ``reports`` by (microbatch, stage) where a stage gave
-    one, and the actions in the order in which they were executed."""
-
-    losses: dict[tuple[int, int], Tensor]
-    reports: dict[tuple[int, int], Any]
-    executed: tuple[Action, ...]
-
-
 @dataclass
 class _InFlight:
     """A stage's microbatch between its forward and its backward pass. Outputs are kept as gradient edges, so that
@@ -114,13 +104,16 @@ class PipelineExecutor:
         *,
         gradients: bool = True,
         loss_scale: float = 1.0,
-    ) -> PipelineResult:
+    ) -> dict[tuple[int, int], Any]:
         """One global batch: all microbatches forward and, with ``gradients``, backward.
 
         Args:
             microbatches: the schedule's number of them, given to ``forward_step`` as they are; all ranks get the same.
             gradients: False for evaluation.
             loss_scale: factor of the losses' gradients, for fp16.
+
+        Returns:
+            The reports of this rank's stages by (microbatch, stage), where a stage gave one.
         """
         if len(microbatches) != self.schedule.num_microbatches:
             raise ValueError(f"{len(microbatches)} microbatches for a schedule of {self.schedule.num_microbatches}")
@@ -128,7 +121,7 @@ class PipelineExecutor:
         for step in self._programs[gradients]:
             batch.step(step)
         batch.mailbox.finish()
-        return PipelineResult(batch.losses, batch.reports, tuple(batch.executed))
+        return batch.reports
 
     def announce(self, action: Action) -> None:
         """Tells that ``action`` is about to accumulate weight gradients."""
@@ -157,9 +150,7 @@ class _GlobalBatch:
         self.gradients = gradients
         self.loss_scale = loss_scale
         self.mailbox = Mailbox(self.schedule, executor.axis, self.payload, executor.device)
-        self.losses: dict[tuple[int, int], Tensor] = {}
         self.reports: dict[tuple[int, int], Any] = {}
-        self.executed: list[Action] = []
         self._in_flight: dict[tuple[int, int], _InFlight] = {}
         # Results on their way to a neighbouring stage, on this rank or in the mailbox.
         self._outbox: dict[Transfer, dict[str, Tensor]] = {}
@@ -180,14 +171,11 @@ class _GlobalBatch:
         self._run_action[step.kind](
             step.stage, step.microbatch, self.executor.chunks[self.schedule.chunk_of(step.stage)]
         )
-        self.executed.append(step)
 
     def _forward(self, stage: int, microbatch: int, chunk: nn.Module) -> None:
         inputs = self._inputs(stage, microbatch)
         with torch.set_grad_enabled(self.gradients):
             output = self.forward_step(chunk, self.microbatches[microbatch], dict(inputs))
-        if output.loss is not None:
-            self.losses[microbatch, stage] = output.loss.detach()
         if output.report is not None:
             self.reports[microbatch, stage] = output.report
         made = self._outputs(stage, output.payload, inputs)

@@ -141,6 +141,10 @@ def test_payload_that_is_not_as_declared_is_an_error(output: dict[str, torch.Ten
 
 
 def test_loss_scale_multiplies_gradients_only() -> None:
+    def step(chunk: nn.Module, x: torch.Tensor, _: object) -> StageOutput:
+        loss = chunk(x).sum()
+        return StageOutput(loss=loss, report=loss.item())
+
     found = []
     for scale in (1.0, 8.0):
         stage = nn.Linear(2, 1)
@@ -148,6 +152,6 @@ def test_loss_scale_multiplies_gradients_only() -> None:
         nn.init.zeros_(stage.bias)
         schedule = build_schedule("zb-h1", pp=1, vpp=1, microbatches=2)
         executor = PipelineExecutor(schedule, Axis("pp"), [stage], {})
-        result = executor.run([torch.ones(1, 2)] * 2, lambda c, x, _: StageOutput(loss=c(x).sum()), loss_scale=scale)
-        found.append((float(sum(result.losses.values())), stage.weight.grad[0, 0].item()))
+        losses = executor.run([torch.ones(1, 2)] * 2, step, loss_scale=scale)
+        found.append((sum(losses.values()), stage.weight.grad[0, 0].item()))
     assert found == [(2.0, 2.0), (2.0, 16.0)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from megaforge.parallel.context import Axis
 from megaforge.parallel.pipeline.actions import Action
-from megaforge.parallel.pipeline.executor import PipelineExecutor, StageOutput
+from megaforge.parallel.pipeline.executor import PipelineExecutor, StageOutput, _GlobalBatch
 from megaforge.parallel.pipeline.partition import partition_layers
 from megaforge.parallel.pipeline.schedules import build_schedule
 from megaforge.parallel.pipeline.stage_tensors import StageTensor
@@ -99,7 +100,7 @@ class ToyStage(nn.Module):
             main = nn.functional.cross_entropy(hidden @ self.head.T, batch["labels"])
             loss = main if loss is None else main + loss
         out = {"hidden": hidden, "v_first": v_first} | ({"documents": documents} if self.is_first else {})
-        return StageOutput(out, loss, report=(self.is_last, documents.sum().item()))
+        return StageOutput(out, loss, report=None if loss is None else loss.detach())
 
 
 def forward_step(chunk: nn.Module, batch: dict[str, Tensor], payload: dict[str, Tensor]) -> StageOutput:
@@ -185,16 +186,18 @@ def run_toy(
         schedule, axis, stages, payload, before_weight_gradients=lambda *call: announced.append(call)
     )
     sent = _record_sends()
-    result = executor.run(make_batches(microbatches), forward_step)
+    with mock.patch.object(_GlobalBatch, "step", autospec=True, side_effect=_GlobalBatch.step) as steps:
+        losses = executor.run(make_batches(microbatches), forward_step)
+    executed = tuple(call.args[1] for call in steps.mock_calls if isinstance(call.args[1], Action))
     recorded = list(sent)
-    evaluation = executor.run(make_batches(microbatches), forward_step, gradients=False).losses
+    evaluation = executor.run(make_batches(microbatches), forward_step, gradients=False)
     dist.batch_isend_irecv = sent.original
     if tied and axis.rank in tied_ranks(schedule):
         sum_tied_gradient(weights["embedding" if "embedding" in weights else "head"].grad, schedule, axis)
     return ToyRun(
         gradients_of(stages),
-        result.losses,
-        result.executed,
+        losses,
+        executed,
         schedule.actions[axis.rank],
         recorded,
         hook_calls,
