@@ -31,14 +31,12 @@ def main() -> int:
         check_address(discover_launch())
         from megaforge.training.prepare import prepare
 
-        config, layout, tokenizer = prepare(config)
-        if config.name.startswith("cdrmix-reason"):
-            print_rank_0(f"{config.name}: this version trains stage A (pretraining) only; stage B is not part of it")
+        run = prepare(config)
 
         from megaforge.parallel.distributed import shutdown
         from megaforge.training.setup import build_trainer, initialize_distributed
 
-        trainer = build_trainer(config, layout, tokenizer, initialize_distributed(config))
+        trainer = build_trainer(run, initialize_distributed(run.config))
         requests.listen(announce=discover_launch().rank == 0)
         trainer.train(requests)
         shutdown()

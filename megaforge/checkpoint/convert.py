@@ -27,13 +27,14 @@ from megaforge.checkpoint.shards import Shard
 from megaforge.checkpoint.sources import TensorSource
 from megaforge.checkpoint.stateful import state_prefixes
 from megaforge.checkpoint.storage import CheckpointHead, CheckpointWriter
-from megaforge.config.check_layout import check_layout
 from megaforge.config.config import Config
 from megaforge.config.run_config import ParallelConfig, default_expert_tensor_parallel_size
 from megaforge.config.schema import config_from_dict, suggestion
 from megaforge.errors import UserError
 from megaforge.models.parameter_count import declared_parameters
-from megaforge.models.stages import PipelinePlan, build_model, plan_pipeline
+from megaforge.models.pipeline_shape import PipelinePlan
+from megaforge.models.prepared_run import check_run
+from megaforge.models.stages import build_model
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import ParamSpec, named_specs
@@ -100,10 +101,9 @@ def write_directory(
     parallel, world_size = _fill_in(parallel or ParallelConfig(), dp)
     if directory.is_dir() and list_steps(directory):
         raise UserError(f"--save {directory}: it holds checkpoints; name another directory")
-    config = _config_at(source, parallel)
-    check_layout(config, world_size)
+    config = _config_at(source, parallel, world_size)
+    plan = check_run(config, world_size).plan
     keys = _keys_of_parameters(source, config)
-    plan = plan_pipeline(config.model, parallel, parallel.pipeline_model_parallel_size, config.data.seq_length)
     planners = _plan_ranks(source, config, plan, world_size, keys)
     layout = layout_of(_context(0, world_size, parallel), plan.num_stages // parallel.pipeline_model_parallel_size)
     writers = [
@@ -202,7 +202,7 @@ def _fill_in(parallel: ParallelConfig, dp: int | None) -> tuple[ParallelConfig, 
     return parallel, parallel.pipeline_model_parallel_size * inner * dp
 
 
-def _config_at(source: TensorSource, parallel: ParallelConfig) -> Config:
+def _config_at(source: TensorSource, parallel: ParallelConfig, world_size: int) -> Config:
     """The configuration that ``source`` was trained with, at another layout."""
     saved: Any = source.meta.get("config")
     if saved is None:
@@ -211,7 +211,11 @@ def _config_at(source: TensorSource, parallel: ParallelConfig) -> Config:
     pattern = config.model.hybrid_layer_pattern
     uncut = None if pattern is None else pattern.replace("|", "")  # cuts are of the layout that wrote it
     model = dataclasses.replace(config.model, hybrid_layer_pattern=uncut)
-    training = dataclasses.replace(config.training, micro_batch_size=1, global_batch_size=None, device="cpu")
+    # As many micro-batches as pipeline ranks: every schedule is defined for them.
+    batch = world_size // (parallel.tensor_model_parallel_size * parallel.context_parallel_size)
+    training = dataclasses.replace(
+        config.training, micro_batch_size=1, global_batch_size=batch, rampup_batch_size=(), device="cpu"
+    )
     return dataclasses.replace(config, model=model, parallel=parallel, training=training)
 
 

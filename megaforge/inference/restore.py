@@ -10,7 +10,6 @@ from typing import Any
 from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta
 from megaforge.checkpoint.find import find_checkpoint
 from megaforge.checkpoint.shards import TensorEntry
-from megaforge.config.check_layout import check_layout
 from megaforge.config.config import Config
 from megaforge.config.schema import config_from_dict
 from megaforge.data.run_tokenizer import load_with_eod
@@ -19,7 +18,8 @@ from megaforge.data.tokenizer_files import there_is
 from megaforge.device import resolve_device
 from megaforge.errors import UserError
 from megaforge.inference.staged import StagedModel
-from megaforge.models.stages import build_model, plan_pipeline
+from megaforge.models.prepared_run import check_run
+from megaforge.models.stages import build_model
 from megaforge.optim import MainParameters
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.distributed import discover_launch, initialize
@@ -108,9 +108,8 @@ def load_trained_model(directory: str, *, tp: int | None = None, pp: int = 1, de
     path = find_checkpoint(directory, ctx)
     meta = read_meta(path)
     config = _present_config(meta, path, tp, pp, device)
-    check_layout(config, launch.world_size)
+    plan = check_run(config, launch.world_size).plan
     set_numerics(config, place)
-    plan = plan_pipeline(config.model, config.parallel, 1, config.data.seq_length)
     model = build_model(make_layer_context(config.model, ctx, dtype=compute_dtype(config.training)), plan)
     main = MainParameters(model)
     entries = [TensorEntry(*entry) for entry in main.entries()]
@@ -142,5 +141,7 @@ def _present_config(meta: dict[str, Any], path: Path, tp: int, pp: int, device: 
             sequence_parallel=False,
             zero_stage=0,
         ),
-        training=dataclasses.replace(config.training, micro_batch_size=1, global_batch_size=None, device=device),
+        training=dataclasses.replace(
+            config.training, micro_batch_size=1, global_batch_size=None, rampup_batch_size=(), device=device
+        ),
     )

@@ -14,7 +14,8 @@ from megaforge.data.loader import Batch
 from megaforge.device import upload
 from megaforge.models.generation_state import GenerationState
 from megaforge.models.hybrid import HybridModel
-from megaforge.models.stages import ModelChunks, PipelinePlan, make_stage_tensors, plan_pipeline
+from megaforge.models.pipeline_shape import PipelinePlan
+from megaforge.models.stages import ModelChunks, make_stage_tensors, plan_pipeline
 from megaforge.parallel.pipeline.executor import PipelineExecutor, StageOutput
 
 _Tensors = Mapping[str, Tensor]

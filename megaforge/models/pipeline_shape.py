@@ -1,15 +1,54 @@
-"""Whether a model can be cut into the stages that the flags ask for. Needs no torch: it is checked first."""
+"""Whether and how a model is cut into the stages that the flags ask for. Needs no torch: it is checked first."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from megaforge.config.check_layout import Layout
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import blocks_of, pipeline_cuts
 from megaforge.config.run_config import ParallelConfig
 from megaforge.errors import UserError
+from megaforge.parallel.pipeline.actions import Schedule
 from megaforge.parallel.pipeline.partition import partition_layers
-from megaforge.parallel.pipeline.schedules import check_schedule
+from megaforge.parallel.pipeline.schedules import build_schedule, check_schedule
 from megaforge.registry import SCHEDULES
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """How the model is cut and run.
+
+    Attributes:
+        name: the schedule, as in ``--pipeline-schedule``.
+        pp, vpp: pipeline ranks, and stages on each.
+        layers: the blocks of every stage.
+        schedule: for the micro-batches of a global batch.
+    """
+
+    name: str
+    pp: int
+    vpp: int
+    layers: tuple[range, ...]
+    schedule: Schedule
+
+    @property
+    def num_stages(self) -> int:
+        return self.pp * self.vpp
+
+    def with_micro_batches(self, count: int) -> Schedule:
+        """The schedule for another number of micro-batches.
+
+        Raises:
+            UserError: it is not defined for that number.
+        """
+        if count == self.schedule.num_microbatches:
+            return self.schedule
+        return build_schedule(self.name, pp=self.pp, vpp=self.vpp, microbatches=count)
+
+    def describe(self) -> str:
+        """For the log: ``pp 2 (interleaved, vpp 2)``."""
+        return f"pp {self.pp} ({self.name}" + (f", vpp {self.vpp})" if self.vpp > 1 else ")")
 
 
 def check_pipeline(cfg: ModelConfig, parallel: ParallelConfig, layout: Layout) -> None:

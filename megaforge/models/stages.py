@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -14,51 +14,14 @@ from megaforge.config.pattern import blocks_of, kinds_of, pipeline_cuts
 from megaforge.config.run_config import ParallelConfig
 from megaforge.models.flops import matmul_elements
 from megaforge.models.hybrid import HybridModel
-from megaforge.models.pipeline_shape import check_stages, pipeline_shape
+from megaforge.models.pipeline_shape import PipelinePlan, check_stages, pipeline_shape
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layer_context import LayerContext, make_layer_context
 from megaforge.parallel.param_spec import named_specs, spec_of
-from megaforge.parallel.pipeline.actions import Schedule
 from megaforge.parallel.pipeline.partition import partition_layers
 from megaforge.parallel.pipeline.schedules import build_schedule
 from megaforge.parallel.pipeline.stage_tensors import StageTensor, StageTensors
 from megaforge.parallel.pipeline.tied import tied_ranks
-
-
-@dataclass(frozen=True)
-class PipelinePlan:
-    """How the model is cut and run.
-
-    Attributes:
-        name: the schedule, as in ``--pipeline-schedule``.
-        pp, vpp: pipeline ranks, and stages on each.
-        layers: the blocks of every stage.
-        schedule: for the micro-batches of a global batch.
-    """
-
-    name: str
-    pp: int
-    vpp: int
-    layers: tuple[range, ...]
-    schedule: Schedule
-
-    @property
-    def num_stages(self) -> int:
-        return self.pp * self.vpp
-
-    def with_micro_batches(self, count: int) -> Schedule:
-        """The schedule for another number of micro-batches.
-
-        Raises:
-            UserError: it is not defined for that number.
-        """
-        if count == self.schedule.num_microbatches:
-            return self.schedule
-        return build_schedule(self.name, pp=self.pp, vpp=self.vpp, microbatches=count)
-
-    def describe(self) -> str:
-        """For the log: ``pp 2 (interleaved, vpp 2)``."""
-        return f"pp {self.pp} ({self.name}" + (f", vpp {self.vpp})" if self.vpp > 1 else ")")
 
 
 def plan_pipeline(cfg: ModelConfig, parallel: ParallelConfig, micro_batches: int, sequence_length: int) -> PipelinePlan:

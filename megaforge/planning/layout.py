@@ -8,10 +8,10 @@ from functools import lru_cache
 
 import torch
 
-from megaforge.config.check_layout import check_layout
 from megaforge.config.config import Config
 from megaforge.config.run_config import OptimizerConfig
 from megaforge.models.pipeline_shape import pipeline_shape
+from megaforge.models.prepared_run import check_run
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.pipeline.actions import Schedule
 from megaforge.parallel.pipeline.schedules import build_schedule
@@ -119,14 +119,13 @@ def _schedule(name: str, pp: int, vpp: int, microbatches: int) -> Schedule:
 
 
 def layout_of(config: Config, world_size: int) -> PlannedLayout:
-    """The layout that ``config`` describes on ``world_size`` ranks, by the training script's own checks. Whether the
-    model has enough blocks and the schedule is defined for the micro-batches shows when they are cut and built.
+    """The layout that ``config`` describes on ``world_size`` ranks, by the training script's own checks.
 
     Raises:
         UserError: as training would.
     """
     parallel = config.parallel
-    checked = check_layout(config, world_size)
+    checked = check_run(config, world_size).layout
     schedule_name, vpp = pipeline_shape(config.model, parallel)
     return PlannedLayout(
         world_size=world_size,

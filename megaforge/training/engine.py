@@ -29,7 +29,8 @@ from megaforge.data.loader import Batch
 from megaforge.device import upload
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel, ModelOutput
-from megaforge.models.stages import ModelChunks, PipelinePlan
+from megaforge.models.pipeline_shape import PipelinePlan
+from megaforge.models.stages import ModelChunks
 from megaforge.nn.losses import LossTerm, total_loss
 from megaforge.nn.moe import expert_counts
 from megaforge.optim import LossScaler, Optimizer, clip_gradients

@@ -14,7 +14,8 @@ from megaforge.config.run_config import ParallelConfig
 from megaforge.data.loader import Batch
 from megaforge.device import upload
 from megaforge.models.hybrid import HybridModel, ModelOutput
-from megaforge.models.stages import ModelChunks, PipelinePlan, make_stage_tensors, tied_weight
+from megaforge.models.pipeline_shape import PipelinePlan
+from megaforge.models.stages import ModelChunks, make_stage_tensors, tied_weight
 from megaforge.nn.offload import HostMemory
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer

@@ -5,31 +5,29 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from megaforge.config.check_layout import Layout, check_layout, vocabulary_cost
+from megaforge.config.check_layout import vocabulary_cost
 from megaforge.config.config import Config
 from megaforge.config.launcher import discover_launch, print_rank_0
 from megaforge.data.data_source import source_kind
 from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.json_text import parse_json
-from megaforge.models.pipeline_shape import check_pipeline
+from megaforge.models.prepared_run import PreparedRun, check_run
 
 
-def prepare(config: Config) -> tuple[Config, Layout, Tokenizer | None]:
-    """Checks the run against its ranks and files; the vocabulary size is filled in.
+def prepare(config: Config) -> PreparedRun:
+    """Checks the run against its ranks and files, and prints what is to be noted; the vocabulary size is filled in.
 
     Raises:
         UserError: the same on every rank, which makes it safe to leave.
     """
-    launch = discover_launch()
+    world_size = discover_launch().world_size
     source_kind(config.data).check(config)
     config, tokenizer, notes = _with_saved_vocabulary(config)
-    layout = check_layout(config, launch.world_size)
-    config.model.padded_vocab_size()
-    check_pipeline(config.model, config.parallel, layout)
-    for note in (*notes, *layout.notes):
+    run = check_run(config, world_size, tokenizer, notes)
+    for note in run.notes:
         print_rank_0(note)
-    return config, layout, tokenizer
+    return run
 
 
 def _with_saved_vocabulary(config: Config) -> tuple[Config, Tokenizer | None, list[str]]:

@@ -8,7 +8,6 @@ import os
 import torch
 import torch.distributed as dist
 
-from megaforge.config.check_layout import Layout
 from megaforge.config.config import Config
 from megaforge.config.schema import config_to_dict
 from megaforge.data.data_source import DataSource, source_kind
@@ -16,7 +15,9 @@ from megaforge.data.tokenizer import Tokenizer
 from megaforge.device import resolve_device, set_gpu_environment
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
-from megaforge.models.stages import ModelChunks, PipelinePlan, build_model, plan_pipeline
+from megaforge.models.pipeline_shape import PipelinePlan
+from megaforge.models.prepared_run import PreparedRun
+from megaforge.models.stages import ModelChunks, build_model
 from megaforge.monitor.sinks import JsonlSink, MetricSink
 from megaforge.monitor.trackers import MlflowSink, TensorBoardSink, WandbSink
 from megaforge.optim import Optimizer, bucket_policy
@@ -85,15 +86,6 @@ def make_context(config: Config, device: torch.device | str) -> ParallelContext:
     )
 
 
-def make_pipeline_plan(config: Config, layout: Layout) -> PipelinePlan:
-    """Which blocks go to which pipeline stage, and the schedule.
-
-    Raises:
-        UserError: the model, the flags and the number of micro-batches allow none; needs no process group.
-    """
-    return plan_pipeline(config.model, config.parallel, layout.micro_batches, config.data.seq_length)
-
-
 def set_numerics(config: Config, device: torch.device) -> None:
     """Seeds, deterministic algorithms and matmul precision of the process."""
     torch.manual_seed(config.training.seed)
@@ -105,25 +97,25 @@ def set_numerics(config: Config, device: torch.device) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def build_trainer(config: Config, layout: Layout, tokenizer: Tokenizer | None, ctx: ParallelContext) -> Trainer:
+def build_trainer(run: PreparedRun, ctx: ParallelContext) -> Trainer:
     """The model, its optimizer and its data, fresh or continued from ``--load``. Collective.
 
     Raises:
         UserError: on every rank: bad data, no place to save, or a checkpoint that cannot be continued.
     """
+    config, tokenizer = run.config, run.tokenizer
     data = together(ctx, lambda: _open_data(config, tokenizer))
     together(ctx, lambda: check_save_directory(config.checkpoint) if ctx.is_first_rank else None)
-    plan = make_pipeline_plan(config, layout)
-    model = build_model_chunks(config, ctx, plan)
+    model = build_model_chunks(config, ctx, run.plan)
     initialize_parameters(model, ctx, config.training.seed)
     shards = shard_parameters(config.parallel, model.chunks, ctx, bucket_policy(config.optimizer))
     optimizer = Optimizer(config.optimizer, model, shards)
     trainer = Trainer(
         config,
-        Engine(config, ctx, model, optimizer, plan),
+        Engine(config, ctx, model, optimizer, run.plan),
         data,
         tokenizer=None if tokenizer is None else tokenizer_identity(tokenizer),
-        batches=layout.batches,
+        batches=run.layout.batches,
         callbacks=_callbacks(config),
     )
     for name in config.training.callbacks:

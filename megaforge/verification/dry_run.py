@@ -15,13 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaforge.config.batch_schedule import BatchSchedule
-from megaforge.config.check_layout import check_layout
 from megaforge.config.config import Config
 from megaforge.data.loader import GlobalBatchLoader
 from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
-from megaforge.models.stages import ModelChunks, PipelinePlan, make_stage_tensors
+from megaforge.models.pipeline_shape import PipelinePlan
+from megaforge.models.prepared_run import check_run
+from megaforge.models.stages import ModelChunks, make_stage_tensors
 from megaforge.optim import Optimizer, bucket_policy
 from megaforge.parallel.buckets import aligned
 from megaforge.parallel.context import AXES, ParallelContext
@@ -38,7 +39,7 @@ from megaforge.planning.report import gigabytes, table
 from megaforge.planning.stage_run import run_stage
 from megaforge.planning.stages import ModelParts, StagePart, cut_stages, model_parts, stage_parameters
 from megaforge.training.forward_backward import make_reducer
-from megaforge.training.setup import build_model_chunks, make_context, make_pipeline_plan
+from megaforge.training.setup import build_model_chunks, make_context
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def dry_run(config: Config) -> None:
     started_ranks = discover_launch().world_size
     world_size = config.dry_run.dry_run_world_size or (started_ranks if started_ranks > 1 else fewest_ranks(config))
     layout, ranks = try_ranks(config, world_size)
-    for note in (*notes, *check_layout(config, world_size).notes):
+    for note in check_run(config, world_size, notes=notes).notes:
         print(note)
     print(report(config, layout, ranks))
     print(verdicts(ranks))
@@ -117,8 +118,7 @@ def try_ranks(config: Config, world_size: int) -> tuple[PlannedLayout, list[DryR
         UserError: as the job itself would, or there is no such rank.
         RuntimeError: ranks, parameters or samples are not shared out exactly once, or the plan is wrong.
     """
-    checked = check_layout(config, world_size)
-    plan = make_pipeline_plan(config, checked)
+    plan = check_run(config, world_size).plan
     layout = planned_layout(config, world_size)
     parts = model_parts(config.model, layout.dtype)
     stages = cut_stages(parts, layout)

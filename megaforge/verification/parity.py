@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaforge.config.check_layout import check_layout
 from megaforge.config.cli import parse_config
 from megaforge.config.config import Config
 from megaforge.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.parameter_count import declared_parameters
+from megaforge.models.prepared_run import check_run
 from megaforge.models.stages import ModelChunks
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import optimizer_shard
@@ -33,7 +33,7 @@ from megaforge.parallel.param_spec import named_specs
 from megaforge.training.callbacks import Callback
 from megaforge.training.checkpointing import compute_dtype
 from megaforge.training.metrics import StepMetrics
-from megaforge.training.setup import build_trainer, make_context, make_pipeline_plan
+from megaforge.training.setup import build_trainer, make_context
 from megaforge.training.trainer import Trainer
 from megaforge.verification.parity_layouts import ParityLayout
 
@@ -84,7 +84,7 @@ def parity_config(
         config = parse_config([*argv, "--vocab-size", str(VOCABULARY)], prog="parity").config
     if config.checkpoint.save or config.checkpoint.load or compute_dtype(config.training).itemsize < 4:
         raise UserError("parity compares fresh runs in fp32 or fp64: leave out --save, --load, --bf16 and --fp16")
-    make_pipeline_plan(config, check_layout(config, 1 if layout is None else layout.ranks))
+    check_run(config, 1 if layout is None else layout.ranks)
     return config
 
 
@@ -120,7 +120,7 @@ class Recorder(Callback):
 
 def train(config: Config, ctx: ParallelContext) -> tuple[HybridModel | ModelChunks, Record]:
     """The whole run on this rank. Collective."""
-    trainer = build_trainer(config, check_layout(config, ctx.world.size), None, ctx)
+    trainer = build_trainer(check_run(config, ctx.world.size), ctx)
     _add_noise(trainer.model, ctx, config.training.seed)
     recorder = Recorder()
     trainer.callbacks[:] = [recorder]

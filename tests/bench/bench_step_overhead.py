@@ -40,8 +40,7 @@ def build(directory: Path, iterations: int) -> Trainer:
     sinks = ("--metrics-file", str(directory / "m.jsonl"), "--tensorboard-dir", str(directory / "tensorboard"))
     length = ("--train-iters", str(WARMUP + iterations + 1), "--log-interval", "1", "--eval-iters", "0")
     tokenizer = ("--tokenizer-type", "NullTokenizer", "--tokenizer-model", str(VOCAB))
-    config, layout, loaded = prepare(parse_config([*flags, *tokenizer, *sinks, *length]).config)
-    return build_trainer(config, layout, loaded, ParallelContext.single())
+    return build_trainer(prepare(parse_config([*flags, *tokenizer, *sinks, *length]).config), ParallelContext.single())
 
 
 def measure(trainer: Trainer) -> dict[str, list[float]]:

@@ -43,11 +43,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megaforge.config.check_layout import check_layout
 from megaforge.config.config import Config
 from megaforge.config.run_config import OptimizerConfig
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
+from megaforge.models.prepared_run import check_run
 from megaforge.models.stages import build_model
 from megaforge.nn.head import OutputHead
 from megaforge.nn.moe import MoEFFN
@@ -62,7 +62,7 @@ from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.parallel.param_spec import name_parameters, named_specs
 from megaforge.parallel.zero import ShardedParameters
 from megaforge.training.callbacks import MetricsWriter
-from megaforge.training.setup import build_trainer, make_pipeline_plan
+from megaforge.training.setup import build_trainer
 from megaforge.verification.parity import Comparison, combined, compare, one_rank, parity_config, write_documents
 from megaforge.verification.parity_layouts import ParityLayout
 from tests.nn.support import perturb
@@ -145,7 +145,7 @@ def test_01_the_loss_of_a_split_vocabulary_is_not_off_by_log_tp(scored: Any, tp:
 def label_counts(documents: str) -> list[float]:
     """Labels that count in each sample of the first global batch, for sequences of 16."""
     config = configured(documents, None, "*-")
-    trainer = build_trainer(config, check_layout(config, 1), None, ParallelContext.single())
+    trainer = build_trainer(check_run(config, 1), ParallelContext.single())
     [batch] = next(iter(trainer._loader(trainer.data, trainer.batches)))
     return batch.loss_mask.sum(1).tolist()
 
@@ -417,7 +417,7 @@ def test_23_weight_decay_follows_declarations_not_names_or_shapes() -> None:
     staged = parity_config("none", "fp64", ParityLayout("", 8, ("--pp", "2", "--tp", "2", "--ep", "2")))
     for rank in range(8):
         ctx = ParallelContext.of_rank(rank, 8, tp=2, pp=2, ep=2)
-        model = build_model(make_layer_context(config.model, ctx), make_pipeline_plan(staged, check_layout(staged, 8)))
+        model = build_model(make_layer_context(config.model, ctx), check_run(staged, 8).plan)
         for name, group in decay_of(model, ctx).items():
             assert found.setdefault(name, group) == group
     assert found == expected

@@ -23,8 +23,7 @@ def run_as_rank(argv: list[str]) -> list[dict[str, Any]]:
     before = {name: os.environ.get(name) for name in world}
     os.environ.update(world)  # `prepare` asks the launcher's variables how many ranks there are
     try:
-        config, layout, tokenizer = prepare(make_config(argv))
-        trainer = build_trainer(config, layout, tokenizer, ParallelContext.create())
+        trainer = build_trainer(prepare(make_config(argv)), ParallelContext.create())
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -58,8 +58,7 @@ def make_config(argv: list[str]) -> Config:
 
 def make_trainer(argv: list[str], ctx: ParallelContext | None = None) -> Trainer:
     """A trainer as the entry script builds it, without touching process-wide settings."""
-    config, layout, tokenizer = prepare(make_config(argv))
-    return build_trainer(config, layout, tokenizer, ctx or ParallelContext.single())
+    return build_trainer(prepare(make_config(argv)), ctx or ParallelContext.single())
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:

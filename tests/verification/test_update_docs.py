@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from megaforge.config.check_layout import check_layout
 from megaforge.config.cli import parse_config
 from megaforge.config.schema import settings
 from megaforge.errors import UserError
+from megaforge.models.prepared_run import check_run
 from megaforge.planning.measured_activations import CASES
 from megaforge.planning.plan_request import PLACES, read_jobs
-from megaforge.training.setup import make_pipeline_plan
 from megaforge.verification import update_docs
 from megaforge.verification.update_docs import BLOCKS, DOCUMENTS, blocks_of, markdown, rewritten
 
@@ -45,7 +44,7 @@ def test_listed_layouts_would_start(name: str, gpus: int) -> None:
     assert len(listed) == update_docs.LAYOUTS_LISTED
     for flags in listed:
         config = parse_config(["--config", f"cdrmix-core-{name}", *flags.split()]).config
-        make_pipeline_plan(config, check_layout(config, gpus))
+        check_run(config, gpus)
 
 
 def test_the_page_of_layouts_names_every_flag_and_its_commands_would_start() -> None:
@@ -57,7 +56,7 @@ def test_the_page_of_layouts_names_every_flag_and_its_commands_would_start() -> 
     assert len(commands) == text.count("torchrun") > 10
     for ranks, flags in commands:
         config = parse_config(flags.split()).config
-        make_pipeline_plan(config, check_layout(config, int(ranks)))
+        check_run(config, int(ranks))
 
 
 def test_the_dry_runs_shown_are_of_jobs_that_fit() -> None:

@@ -72,8 +72,8 @@ class Kernels(Callback):
 
 
 def main() -> None:
-    config, layout, tokenizer = prepare(parse_config(sys.argv[2:], prog="observe.py").config)
-    trainer = build_trainer(config, layout, tokenizer, initialize_distributed(config))
+    run = prepare(parse_config(sys.argv[2:], prog="observe.py").config)
+    trainer = build_trainer(run, initialize_distributed(run.config))
     trainer.callbacks.append({"waits": Waits, "kernels": Kernels}[sys.argv[1]]())
     trainer.train()
 

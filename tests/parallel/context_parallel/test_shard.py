@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaforge.config.check_layout import check_layout, with_tokenizer_vocab
+from megaforge.config.check_layout import with_tokenizer_vocab
 from megaforge.config.cli import parse_config
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.run_config import OptimizerConfig
 from megaforge.models.hybrid import HybridModel
+from megaforge.models.prepared_run import check_run
 from megaforge.optim import Optimizer
 from megaforge.optim.clip import clip_gradients
 from megaforge.parallel.context import ParallelContext
@@ -234,7 +235,7 @@ def run_trainer(prefix: str, *more: str) -> list[dict[str, Any]]:
     argv = arguments(prefix, "--fp64", "--train-iters", "2", "--eval-iters", "2", "--eod-mask-loss", *more)
     config = with_tokenizer_vocab(parse_config(argv).config, VOCAB)
     ctx = ParallelContext.create(cp=config.parallel.context_parallel_size)
-    trainer = build_trainer(config, check_layout(config, ctx.world.size), None, ctx)
+    trainer = build_trainer(check_run(config, ctx.world.size), ctx)
     recorder = record(trainer)
     trainer.train()
     return recorder.records
