@@ -176,7 +176,9 @@ class HybridModel(nn.Module):
         self.is_first, self.is_last = self.stage_layers.start == 0, self.stage_layers.stop == len(kinds)
         moe_layers = [index for index, block in enumerate(kinds) for kind in block.layers if kind.has_experts]
         self.num_moe_layers = len(moe_layers)
-        self.moe_rows = [row for row, index in enumerate(moe_layers) if index in self.stage_layers]
+        # A slice, for a list would have to be sent to the device each time.
+        ends = self.stage_layers.start, self.stage_layers.stop
+        self.moe_rows = slice(*(sum(index < end for index in moe_layers) for end in ends))
         embedding_init, head_init = ends_init(cfg)
         if self.is_first:
             self.embedding = VocabParallelEmbedding(layer, init=embedding_init)

@@ -27,7 +27,7 @@ class Name:
 _INTERVAL = "every `--log-interval` iterations"
 
 STEP = {
-    "loss": Name("cross-entropy in nats, mean over the global batch's tokens"),
+    "loss": Name("cross-entropy in nats, mean over the global batch's tokens; of another `--objective` its `loss`"),
     "grad_norm": Name("L2 norm of the whole gradient before clipping"),
     "grad_norm/KIND": Name(
         "the same of the parameters of one kind: embedding, head, attention, rwkv, moe, router, ffn, norm, other",

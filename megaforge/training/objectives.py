@@ -1,24 +1,8 @@
 """What a training step minimises: a model's per-token outputs become named loss terms.
 
-An objective of one's own is a class that registers itself; ``--extensions FILE.py --objective NAME`` trains with it::
-
-    from megaforge.nn.losses import LossTerm
-    from megaforge.registry import OBJECTIVES
-    from megaforge.training.objectives import NextToken
-
-    class Focal(NextToken):
-        def terms(self, output, batch):
-            weight = (1 - output.log_probs_SB.exp()) ** 2
-            return {"loss": LossTerm((weight * output.losses_SB * output.mask_SB).sum(), "labels")}
-
-    OBJECTIVES.register("focal", Focal)
-
-A single further term is a function that makes one from what a micro-batch put out, chosen by ``--loss-terms NAME``::
-
-    from megaforge.registry import LOSS_TERMS
-
-    LOSS_TERMS.register("squares", lambda config: lambda output: LossTerm(
-        (output.losses_SB**2 * output.mask_SB).sum(), "labels", weight=0.01))
+``--objective NAME`` chooses an objective, and ``--loss-terms NAME`` adds terms to it; a file of one's own that
+registers some in :data:`megaforge.registry.OBJECTIVES` or :data:`megaforge.registry.LOSS_TERMS` is named by
+``--extensions``.
 """
 
 from __future__ import annotations
@@ -93,7 +77,8 @@ class WithTerms:
 
 
 def make_objective(config: Config) -> Objective:
-    """The objective of ``--objective``, with the terms of ``--loss-terms``."""
+    """The objective of ``--objective``, with the terms of ``--loss-terms``: both are registered as what makes them from
+    the configuration; a term is a function of a micro-batch's output."""
     objective: Objective = OBJECTIVES.get(config.training.objective)(config)
     more = {name: LOSS_TERMS.get(name)(config) for name in config.training.loss_terms}
     return WithTerms(objective, more) if more else objective

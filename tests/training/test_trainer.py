@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,10 @@ from megaforge.models.hybrid import ModelOutput
 from megaforge.nn.losses import LossTerm
 from megaforge.parallel.param_spec import named_specs
 from megaforge.registry import OBJECTIVES
+from megaforge.training.callbacks import Callback, Place
+from megaforge.training.metrics import StepMetrics
 from megaforge.training.objectives import NextToken
+from megaforge.training.trainer import Trainer
 from tests.training.tiny import VOCAB, arguments, make_trainer, record, weights, write_dataset
 
 
@@ -256,6 +260,48 @@ def test_fp16_skips_an_overflow_and_halves_the_scale(prefix: str) -> None:
     assert [r["skipped"] for r in recorder.records] == [1.0, 1.0]
     assert [r["loss_scale"] for r in recorder.records] == [0.5e30, 0.25e30]
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
+
+
+class Events(Callback):
+    """Notes what happens, and what the gradient is then; halves the learning rate of the third step."""
+
+    place = Place.BEFORE
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.norms: list[float] = []
+
+    def on_step_start(self, trainer: Trainer) -> None:
+        self.seen.append(f"start {trainer.iteration + 1}")
+        trainer.lr_factors["third"] = 0.5 if trainer.iteration == 2 else 1.0
+
+    def on_gradients(self, trainer: Trainer) -> None:
+        gradients = [p.main_grad.double().norm() for _, p in named_specs(trainer.model) if p.requires_grad]
+        self.norms.append(math.hypot(*map(float, gradients)) / trainer.scaler.scale)
+        self.seen.append("gradients")
+
+    def on_update(self, trainer: Trainer) -> None:
+        self.seen.append("update")
+
+    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        self.seen.append(f"end {metrics.iteration}")
+        metrics.extra["mine"] = 7.0
+
+
+def test_callbacks_hear_each_part_of_a_step(prefix: str) -> None:
+    scaling = ("--fp16", "--initial-loss-scale", "1e30", "--hysteresis", "1")
+    for flags in ((), scaling):
+        trainer = make_trainer(arguments(prefix, "--train-iters", "3", "--clip-grad", "0.1", *flags))
+        recorder, events = record(trainer), Events()
+        trainer.add(events)
+        trainer.train()
+        update = () if flags else ("update",)
+        steps = [(f"start {step}", "gradients", *update, f"end {step}") for step in (1, 2, 3)]
+        assert events.seen == [event for step in steps for event in step]
+        assert [r["lr"] for r in recorder.records] == [1e-3, 1e-3, 5e-4]
+        assert {r["mine"] for r in recorder.records} == {7.0}
+        if not flags:
+            assert events.norms == pytest.approx([r["grad_norm"] for r in recorder.records], rel=1e-6)
 
 
 def test_a_run_without_a_loss_scale_continues_in_fp16_at_the_initial_one(prefix: str, tmp_path: Path) -> None:
