@@ -70,7 +70,8 @@ class StagedModel:
 
         def measure(batch: Batch, received: _Tensors) -> tuple[Tensor, _Tensors]:
             tokens, labels, mask = (upload(x, self.ctx.device) for x in (batch.tokens, batch.labels, batch.loss_mask))
-            output, sent = self._chunk.run_stage(tokens, labels, mask, batch.document_start, received=received)
+            info = self._chunk.pack(tokens, batch.document_start)
+            output, sent = self._chunk.run_stage(tokens, labels, mask, info, received=received)
             sums = (torch.zeros(()),) * 2 if output.scored is None else (output.loss_sum, output.correct)
             return torch.stack(sums).to(self.ctx.device, torch.float64), sent
 

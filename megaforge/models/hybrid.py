@@ -227,9 +227,11 @@ class HybridModel(nn.Module):
             losses += routed
         return {"x": x, **carried}, losses
 
-    def _info(
+    def pack(
         self, tokens_BS: Tensor, document_start_BS: Tensor | None, state: GenerationState | None = None
     ) -> PackedSequence:
+        """Where documents begin among the whole sequences ``tokens_BS``, for all stages of a rank alike. In host memory
+        ``document_start_BS``, bool [b, s], costs a GPU no waiting."""
         if not self.cfg.reset_at_document_boundaries:
             document_start_BS = None
         batch, length = tokens_BS.shape
@@ -252,23 +254,24 @@ class HybridModel(nn.Module):
         """
         if not (self.is_first and self.is_last):
             raise ValueError(f"blocks {self.stage_layers} are one pipeline stage: call run_stage")
-        return self.run_stage(tokens, labels, loss_mask, document_start)[0]
+        return self.run_stage(tokens, labels, loss_mask, self.pack(tokens, document_start))[0]
 
     def run_stage(
         self,
         tokens: Tensor,
         labels: Tensor,
         loss_mask: Tensor,
-        document_start: Tensor | None = None,
+        info: PackedSequence | None = None,
         *,
         received: Mapping[str, Tensor] = NOTHING,
     ) -> tuple[ModelOutput, dict[str, Tensor]]:
         """:meth:`forward` of one pipeline stage: what it adds, and what the next stage goes on from.
 
         Args:
+            info: from :meth:`pack`; None: one document each.
             received: what the stage before made; nothing in the first.
         """
-        info = self._info(tokens, document_start)
+        info = self.pack(tokens, None) if info is None else info
         tokens, labels, loss_mask = (info.local(whole) for whole in (tokens, labels, loss_mask))
         sent, routed = self._trunk(tokens, info, None, received)
         scored = None
@@ -322,7 +325,7 @@ class HybridModel(nn.Module):
         """:meth:`logits` of one pipeline stage: scores in the last, None in others; and what the next goes on from."""
         if self.ctx.cp.size > 1:
             raise ValueError(f"logits are for models that hold whole sequences: cp is {self.ctx.cp.size}, not 1")
-        info = self._info(tokens, document_start, state)
+        info = self.pack(tokens, document_start, state)
         sent, _ = self._trunk(tokens, info, state, received)
         if state is not None:
             state.length += tokens.shape[1]

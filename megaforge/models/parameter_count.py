@@ -20,6 +20,7 @@ COMPONENTS = {
     "ffn": "dense FFN",
     "norm": "norms",
     "head": "output head",
+    "other": "other layers",
 }
 
 
@@ -38,7 +39,7 @@ def active_elements(spec: ParamSpec, cfg: ModelConfig) -> int:
 
     The whole embedding counts, as is usual, though a token looks up one row.
     """
-    return spec.numel * cfg.moe_router_topk // cfg.num_experts if spec.kind == "moe" else spec.numel
+    return spec.numel * cfg.moe_router_topk // cfg.num_experts if spec.expert_dim is not None else spec.numel
 
 
 @lru_cache(maxsize=8)

@@ -14,8 +14,8 @@ def rotary_tables(info: PackedSequence, channels: int, base: float, dtype: torch
     Angles are taken in fp64, so that long positions keep their phase, and rounded once to ``dtype``.
     """
     key = ("rope", channels, base, dtype)
-    if key not in info.shared:
+    if key not in info.cache:
         exponent = torch.arange(0, channels, 2, dtype=torch.float64, device=info.position_ids_BS.device) / channels
         angles = info.position_ids_BS.t().unsqueeze(-1).to(torch.float64) * base**-exponent
-        info.shared[key] = (angles.cos().to(dtype).unsqueeze(2), angles.sin().to(dtype).unsqueeze(2))
-    return info.shared[key]
+        info.cache[key] = (angles.cos().to(dtype).unsqueeze(2), angles.sin().to(dtype).unsqueeze(2))
+    return info.cache[key]

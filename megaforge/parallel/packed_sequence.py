@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class PackedSequence:
         shards: the part of the sequences that this rank holds.
         offset: tokens of these sequences that a recurrent state has already consumed, of the longest of them.
         padding_B: int64 [b], how much shorter than that each sequence is; None: not at all.
-        shared: what layers derive from the above and share with later layers (rotary tables).
+        cache: what layers derive from the above for later layers too (rotary tables).
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class PackedSequence:
         self.position_ids_BS = self.local(position_ids_BS)
         self.document_ids_BS = self.local(self._documents_BS)
         self.document_start_SB = self.local(start).t().contiguous()
-        self.shared: dict[Any, Any] = {}
+        self.cache: dict[Any, Any] = {}
         self._start_BS = document_start_BS
         self._mask: torch.Tensor | None = None
         self._packed: PackedDocuments | None = None
@@ -107,6 +108,27 @@ class PackedSequence:
     def all_document_ids_BS(self) -> torch.Tensor:
         """As ``document_ids_BS``, of the whole sequences, wherever their tokens are."""
         return self._documents_BS
+
+    def select(self, indices_SB: torch.Tensor) -> PackedSequence:
+        """Some tokens of each sequence, for a layer that sees no others: documents begin with their first chosen token,
+        and positions stay what they are. On the device alone: nobody waits for ``indices_SB``.
+
+        Args:
+            indices_SB: int64 [k, b], places in each sequence in ascending order.
+
+        Raises:
+            ValueError: the sequences are shared by ranks, or continue from a state.
+        """
+        if self.shards.axis.size > 1 or self.offset:
+            raise ValueError("tokens are selected from whole sequences, from their beginning")
+        places_BS, some = indices_SB.t(), copy.copy(self)
+        some.position_ids_BS = self.position_ids_BS.gather(1, places_BS)
+        some.document_ids_BS = some._documents_BS = documents = self.document_ids_BS.gather(1, places_BS)
+        first = torch.ones_like(documents[:, :1], dtype=torch.bool)
+        some.document_start_SB = torch.cat([first, documents[:, 1:] != documents[:, :-1]], 1).t().contiguous()
+        some._places_S = torch.arange(len(indices_SB), device=indices_SB.device)
+        some.cache, some._start_BS, some._mask, some._packed = {}, None, None, None
+        return some
 
     def local(self, x_BS: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """This rank's tokens of ``x_BS``, which is whole along ``dim``."""
@@ -131,9 +153,9 @@ class PackedSequence:
     def score_mask(self, dtype: torch.dtype) -> torch.Tensor | None:
         """:meth:`attention_mask` as attention's kernels take it for scores of ``dtype``, made once."""
         mask = self.attention_mask()
-        if mask is not None and ("score_mask", dtype) not in self.shared:
-            self.shared["score_mask", dtype] = taken_mask(mask, dtype)
-        return None if mask is None else self.shared["score_mask", dtype]
+        if mask is not None and ("score_mask", dtype) not in self.cache:
+            self.cache["score_mask", dtype] = taken_mask(mask, dtype)
+        return None if mask is None else self.cache["score_mask", dtype]
 
     def packed_documents(self) -> PackedDocuments | None:
         """The documents, which for attention is as good as the mask; None when there are no boundaries. Found on the

@@ -74,8 +74,8 @@ def block_forward_seconds(
     mixer_seconds += part_cost(parts, layout, index, "mixer").kept / moving
     if block.kind.ffn is None:
         return mixer_seconds, 0.0
-    experts = matmul_elements((h.spec for h in block.ffn if h.spec.kind == "moe"), cfg)
-    dense = matmul_elements((h.spec for h in block.ffn if h.spec.kind != "moe"), cfg)
+    experts = matmul_elements((h.spec for h in block.ffn if h.spec.expert_dim is not None), cfg)
+    dense = matmul_elements((h.spec for h in block.ffn if h.spec.expert_dim is None), cfg)
     ffn_seconds = 2 * tokens * experts / layout.tp / (peak * efficiency.grouped_matmul)
     ffn_seconds += 2 * tokens * dense / layout.tp / (peak * efficiency.matmul)
     return mixer_seconds, ffn_seconds + part_cost(parts, layout, index, "ffn").kept / moving
@@ -97,18 +97,19 @@ def stage_time(
     """The roofline of one micro-batch on a stage. The backward pass costs two forward passes, one of them for the
     weights. Communication over tp, cp, ep and etp is not hidden."""
     layout = layout.unsplit
-    mixers = ffns = experts = mixing = 0.0
+    mixers = ffns = alone = mixing = 0.0
     for index, count in parts.alike(stage.blocks).items():
         mixer, ffn = block_forward_seconds(parts, layout, index, gpu, efficiency)
         mixers, ffns = mixers + count * mixer, ffns + count * ffn
         if layout.recompute == "selective":
             mixing += count * mixing_seconds(parts, layout, index, gpu, efficiency)
-        experts += count * ffn if any(kind.recompute == "moe" for kind in parts.blocks[index].kind.layers) else 0.0
+        seconds = zip(parts.blocks[index].kind.layers, (mixer, ffn), strict=False)
+        alone += count * sum(once for kind, once in seconds if kind.recompute == layout.recompute)
     moving = gpu.memory_bandwidth * efficiency.memory / FORWARD_PASSES
     ends = sum(end_cost(parts, layout, last=last).kept for last in stage.ends) / moving
     if stage.last:
         ends += parts.head_flops * layout.tokens / layout.tp / (gpu.matmul * efficiency.matmul)
-    again = {"none": 0.0, "selective": mixing, "moe": experts, "full": mixers + ffns}[layout.recompute]
+    again = {"none": 0.0, "selective": mixing, "full": mixers + ffns}.get(layout.recompute, alone)
     again += ends if stage.last else 0.0  # the head computes its logits again
     cost = stage_cost(parts, layout, stage)
     speeds = {axis: bandwidth(layout, axis, gpu, efficiency) for axis in {*cost.forward, *cost.backward}}

@@ -68,6 +68,7 @@ class ForwardBackward:
         self._dtype, self._offload = dtype, offload
         self._tied = tied_weight(model, plan)
         self._executors: dict[tuple[int, torch.Size], PipelineExecutor] = {}
+        self._inputs: dict[int, tuple[Any, ...]] = {}
 
     def run(
         self, micro_batches: Sequence[Batch], loss_fn: LossFn, *, gradients: bool = True, loss_scale: float = 1.0
@@ -78,6 +79,7 @@ class ForwardBackward:
         Returns:
             Each stage and what ``loss_fn`` tells of a micro-batch; it must not keep an autograd graph alive.
         """
+        self._inputs.clear()  # of a run that ended in an error
         executor = self._executor(len(micro_batches), micro_batches[0].tokens.shape)
         step = partial(self._forward_step, loss_fn)
         reports = executor.run(micro_batches, step, gradients=gradients, loss_scale=loss_scale)
@@ -105,12 +107,18 @@ class ForwardBackward:
 
     def _forward_step(self, loss_fn: LossFn, chunk: nn.Module, batch: Batch, payload: dict[str, Tensor]) -> StageOutput:
         assert isinstance(chunk, HybridModel)
-        tokens, labels, mask = (upload(x, self._ctx.device) for x in (batch.tokens, batch.labels, batch.loss_mask))
+        inputs = self._inputs.pop(id(batch), None) or self._upload(chunk, batch)
+        if chunk is not self._model.chunks[-1]:  # this rank's later stages read them too
+            self._inputs[id(batch)] = inputs
         with self._saving():
-            # Document starts stay in host memory, where the stage asks what there is.
-            output, sent = chunk.run_stage(tokens, labels, mask, batch.document_start, received=payload)
+            output, sent = chunk.run_stage(*inputs, received=payload)
             loss, told = loss_fn(output, batch)
         return StageOutput(sent, loss, told)
+
+    def _upload(self, chunk: HybridModel, batch: Batch) -> tuple[Any, ...]:
+        """A micro-batch as stages take it. Document starts stay in host memory, where it is asked what there is."""
+        tokens, labels, mask = (upload(x, self._ctx.device) for x in (batch.tokens, batch.labels, batch.loss_mask))
+        return tokens, labels, mask, chunk.pack(tokens, batch.document_start)
 
     def _saving(self) -> AbstractContextManager[object]:
         active = self._offload and torch.is_grad_enabled()

@@ -104,3 +104,27 @@ def test_one_mask_serves_every_layer() -> None:
     info = PackedSequence(1, 4, CPU, torch.tensor([[False, True, False, False]]))
     assert info.score_mask(torch.float32) is info.attention_mask()  # on a CPU they are one
     assert PackedSequence(1, 4, CPU).score_mask(torch.float32) is None
+
+
+def test_selected_tokens_keep_their_positions_and_begin_their_documents() -> None:
+    start = torch.tensor([[0, 0, 1, 0, 1, 0], [1, 0, 0, 0, 0, 0]], dtype=torch.bool)
+    info = PackedSequence(2, 6, CPU, start)
+    info.attention_mask()
+    some = info.select(torch.tensor([[1, 0], [3, 2], [5, 3]]))
+    assert some.position_ids_BS.tolist() == [[1, 1, 1], [0, 2, 3]] and some.length == 3
+    assert some.document_ids_BS.tolist() == [[0, 1, 2], [0, 0, 0]]
+    assert some.document_start_SB.t().tolist() == [[True, True, True], [True, False, False]]
+    mask = some.attention_mask()
+    assert mask is not None and torch.equal(mask[0, 0], torch.eye(3, dtype=torch.bool))
+    assert torch.equal(mask[1, 0], torch.ones(3, 3, dtype=torch.bool).tril())
+    assert info.length == 6 and info.attention_mask().shape == (2, 1, 6, 6)  # type: ignore[union-attr]
+    every = info.select(torch.arange(6)[:, None].expand(6, 2))
+    assert torch.equal(every.attention_mask(), info.attention_mask())  # type: ignore[arg-type]
+    assert PackedSequence(1, 4, CPU).select(torch.tensor([[2]])).attention_mask() is None
+    for other in (PackedSequence(1, 3, CPU, None, offset=7), PackedSequence(1, 8, CPU, shards=shard_of_two())):
+        with pytest.raises(ValueError, match="whole sequences"):
+            other.select(torch.tensor([[0]]))
+
+
+def shard_of_two() -> ContextParallelShard:
+    return ContextParallelShard(Axis("cp", size=2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,22 +15,14 @@ from megaforge.parallel.layer_context import make_layer_context
 from megaforge.planning.costs import crossing_bytes, stage_cost
 from megaforge.planning.layout import PlannedLayout, layout_of
 from megaforge.planning.stages import StagePart, model_parts
-from megaforge.registry import LAYER_KINDS, load_extensions
+from megaforge.registry import load_extensions
 from megaforge.verification.dry_run import try_ranks
 from tests.planning.test_costs import kept_by_autograd
 
 TOKENS, WIDTH = 128, 64
 MODEL = ["--config", "cdrmix-test", "--vocab-size", "500", "--seq-length", f"{TOKENS}", "--micro-batch-size", "1"]
-MODEL += ["--hybrid-layer-pattern", "RETET-*E", "--global-batch-size", "16"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def toy() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LAYER_KINDS, "_parts", dict(LAYER_KINDS._parts))
-        patch.setattr(LAYER_KINDS, "_unread", set(LAYER_KINDS._unread))
-        load_extensions((str(Path(__file__).parents[1] / "toys" / "running_sum_mixer.py"),))
-        yield
+MODEL += ["--hybrid-layer-pattern", "REGEG-*E", "--global-batch-size", "16"]
+load_extensions((str(Path(__file__).parents[1] / "toys" / "running_mean.py"),))
 
 
 def test_what_it_keeps_on_a_cpu_is_predicted() -> None:
@@ -68,7 +59,7 @@ def test_what_it_sends_and_carries_is_counted() -> None:
     parts = model_parts(config.model, torch.float32)
     layout = PlannedLayout(8, tp=2, etp=2, sequence_length=TOKENS, dtype=torch.float32)
     inside = TOKENS * WIDTH * 4
-    # The residual stream, and from R and T the half of a tensor each.
+    # The residual stream, and from R and G the half of a tensor each.
     assert crossing_bytes(parts, layout) == inside + 2 * inside / 2
     # Two sublayers, each an all-reduce forward and one backward; in a ring of two each sends half twice.
     assert stage_cost(parts, layout, StagePart(range(2, 3), False, False)).sent("tp") == pytest.approx(
