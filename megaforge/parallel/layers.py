@@ -117,9 +117,7 @@ class ColumnParallelLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out/tp]; where it enters the region [s(/tp), b, in] -> [s, b, out/tp]."""
-        if self.region is not None:
-            return self.region.enter_linear(x, self.matrix, self.bias, self.op)
-        return self.op.apply(x, self.matrix, self.bias)
+        return self.op.apply(x, self.matrix, self.bias, region=self.region)
 
 
 class RowParallelLinear(Linear):

@@ -1,8 +1,8 @@
 """What a linear layer does with its matrix: the product and its two gradients, as an object that can be exchanged.
 
 A layer of the family in :mod:`megaforge.parallel.layers` holds the matrix and says how it is split; its ``op``
-computes. The layers, the collective with a product behind it, the chunked cross-entropy and the experts all call the
-op, so that a quantizer is one class, set after the model has been built.
+computes. The layers, the chunked cross-entropy and the experts all call the op, so that a quantizer is one class, set
+after the model has been built.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from megaforge.kernels.grouped_mm import Runs, grouped_input_gradient, grouped_linear, grouped_weight_gradient
 from megaforge.parallel.context import Axis, ParallelContext
+from megaforge.parallel.region import TensorParallelRegion
 
 
 class LinearOp(ABC):
@@ -70,10 +71,13 @@ class LinearOp(ABC):
         bias: Tensor | None = None,
         *,
         axis: Axis | None = None,
+        region: TensorParallelRegion | None = None,
         runs: Runs | None = None,
     ) -> Tensor:
-        """y, differentiable; ``axis`` as in :meth:`encode`."""
-        return _Linear.apply(x, weight, bias, self, axis, runs)
+        """y, differentiable. ``axis`` as in :meth:`encode`; ``region``: x is outside, and is entered on the way."""
+        if region is not None and region.axis.size == 1:
+            region = None
+        return _Linear.apply(x, weight, bias, self, axis, region, runs)
 
 
 class PlainLinear(LinearOp):
@@ -109,17 +113,18 @@ class PlainLinear(LinearOp):
         bias: Tensor | None = None,
         *,
         axis: Axis | None = None,
+        region: TensorParallelRegion | None = None,
         runs: Runs | None = None,
     ) -> Tensor:
-        if runs is None and type(self) is PlainLinear:
+        if runs is None and (region is None or region.axis.size == 1) and type(self) is PlainLinear:
             return F.linear(x, weight, bias)  # autograd has this one built in: less work for each call
-        return super().apply(x, weight, bias, axis=axis, runs=runs)
+        return super().apply(x, weight, bias, axis=axis, region=region, runs=runs)
 
 
 PLAIN = PlainLinear()
 
 
-def gradients_wanted(ctx: Any) -> list[bool]:
+def _gradients_wanted(ctx: Any) -> list[bool]:
     """In the backward pass of a function whose first inputs are x, weight and bias: which of their gradients this call
     of the engine asks for. A split backward pass (:mod:`megaforge.parallel.pipeline.split_backward`) asks for that of x
     at first and for the others later."""
@@ -140,14 +145,25 @@ def _is_asked_for(node: Any) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """Forward and backward: the op's parts; nothing is communicated besides what the op reduces."""
+    """Forward: what the op makes of x, gathered where the region gathers, and the op's product. Backward: the input's
+    gradient is on its way out of the region while the weight's is computed, as in Megatron-LM's
+    LinearWithGradAccumulationAndAsyncCommunication; what was gathered is kept, not gathered twice."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, op: LinearOp, axis: Axis | None, runs: Runs | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        op: LinearOp,
+        axis: Axis | None,
+        region: TensorParallelRegion | None,
+        runs: Runs | None,
     ) -> Tensor:
         inside = op.encode(x, axis)
-        ctx.op, ctx.runs = op, runs
+        if region is not None:
+            inside = tuple(region.gather(part) for part in inside)
+        ctx.op, ctx.region, ctx.runs = op, region, runs
         ctx.save_for_backward(weight, *inside)
         return op.forward(inside, weight, bias, runs)
 
@@ -155,12 +171,16 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inside = ctx.saved_tensors
-        wants_input, wants_weight, wants_bias = gradients_wanted(ctx)
-        return (
-            ctx.op.input_gradient(grad, weight, ctx.runs) if wants_input else None,
-            ctx.op.weight_gradient(grad, tuple(inside), weight, ctx.runs) if wants_weight else None,
-            grad.flatten(0, -2).sum(0) if wants_bias else None,
-            None,
-            None,
-            None,
-        )
+        wants_input, wants_weight, wants_bias = _gradients_wanted(ctx)
+        grad_input = grad_weight = grad_bias = work = None
+        if wants_input:
+            grad_input = ctx.op.input_gradient(grad, weight, ctx.runs)
+            if ctx.region is not None:
+                grad_input, work = ctx.region.start_reduction(grad_input)
+        if wants_weight:
+            grad_weight = ctx.op.weight_gradient(grad, tuple(inside), weight, ctx.runs)
+        if wants_bias:
+            grad_bias = grad.flatten(0, -2).sum(0)
+        if work is not None:
+            work.wait()
+        return grad_input, grad_weight, grad_bias, None, None, None, None

@@ -11,11 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megaforge.parallel.collectives import all_gather_single, reduce_scatter_single
 from megaforge.parallel.context import Axis
-from megaforge.parallel.linear_op import LinearOp, gradients_wanted
 
 
 def _all_reduce(x: Tensor, axis: Axis) -> Tensor:
@@ -24,7 +22,8 @@ def _all_reduce(x: Tensor, axis: Axis) -> Tensor:
     return out
 
 
-def _all_gather_first(x: Tensor, axis: Axis) -> Tensor:
+def all_gather_first(x: Tensor, axis: Axis) -> Tensor:
+    """All ranks' ``x`` one after the other along dim 0; not differentiable."""
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
     all_gather_single(out, x.contiguous(), group=axis.group)
     return out
@@ -75,7 +74,7 @@ class _GatherFromSequenceParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return _all_gather_first(x, axis)
+        return all_gather_first(x, axis)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -92,7 +91,7 @@ class _ReduceScatterToSequenceParallel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_gather_first(grad, ctx.axis), None
+        return all_gather_first(grad, ctx.axis), None
 
 
 class _GatherFromTensorParallel(torch.autograd.Function):
@@ -104,7 +103,7 @@ class _GatherFromTensorParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return _all_gather_first(x.movedim(-1, 0), axis).movedim(0, -1)
+        return all_gather_first(x.movedim(-1, 0), axis).movedim(0, -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -120,58 +119,13 @@ class _GatherFromContextParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        pairs = _all_gather_first(x, axis).unflatten(0, (axis.size, 2, -1))
+        pairs = all_gather_first(x, axis).unflatten(0, (axis.size, 2, -1))
         return torch.cat([pairs[:, 0], pairs[:, 1].flip(0)]).flatten(0, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         early, late = grad.unflatten(0, (2, ctx.axis.size, -1))
         return _reduce_scatter_first(torch.stack([early, late.flip(0)], 1).flatten(0, 2), ctx.axis), None
-
-
-class _ColumnParallelLinear(torch.autograd.Function):
-    """Forward: what the op makes of x, which under sequence parallelism is gathered along dim 0, and the op's product.
-    Backward: the input's gradient is on its way (all-reduce, or reduce-scatter along dim 0) while the weight's is
-    computed; without ``overlap`` it is waited for at once."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        op: LinearOp,
-        axis: Axis,
-        sequence: bool,
-        overlap: bool,
-    ) -> Tensor:
-        inside = op.encode(x, None)
-        if sequence:
-            inside = tuple(_all_gather_first(part, axis) for part in inside)
-        ctx.op, ctx.axis, ctx.sequence, ctx.overlap = op, axis, sequence, overlap
-        ctx.save_for_backward(weight, *inside)
-        return op.forward(inside, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *inside = ctx.saved_tensors
-        wants_input, wants_weight, wants_bias = gradients_wanted(ctx)
-        grad_input = grad_weight = grad_bias = work = None
-        if wants_input:
-            grad_input = partial = ctx.op.input_gradient(grad, weight)
-            if ctx.sequence:
-                grad_input = partial.new_empty((partial.shape[0] // ctx.axis.size, *partial.shape[1:]))
-                work = reduce_scatter_single(grad_input, partial, group=ctx.axis.group, async_op=ctx.overlap)
-            else:
-                work = dist.all_reduce(grad_input, group=ctx.axis.group, async_op=ctx.overlap)
-        if wants_weight:
-            grad_weight = ctx.op.weight_gradient(grad, tuple(inside), weight)
-        if wants_bias:
-            grad_bias = grad.flatten(0, -2).sum(0)
-        if work is not None:
-            work.wait()
-        return grad_input, grad_weight, grad_bias, None, None, None, None
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -209,20 +163,6 @@ def reduce_scatter_to_sequence_parallel(x: Tensor, axis: Axis) -> Tensor:
         ValueError: the sequence is not divisible by the axis.
     """
     return x if axis.size == 1 else _ReduceScatterToSequenceParallel.apply(x, axis)
-
-
-def column_parallel_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, op: LinearOp, axis: Axis, *, sequence_parallel: bool, overlap: bool
-) -> Tensor:
-    """:func:`copy_to_tensor_parallel` (under sequence parallelism :func:`gather_from_sequence_parallel`) and a linear
-    layer, [s(/n), ..., in] -> [s, ..., out/n]. With ``overlap`` its backward hides the collective behind the weight's
-    gradient, as Megatron-LM's LinearWithGradAccumulationAndAsyncCommunication.
-
-    What travels is what ``op`` makes of x. The whole of it is kept, not gathered twice.
-    """
-    if axis.size == 1:
-        return op.apply(x, weight, bias)
-    return _ColumnParallelLinear.apply(x, weight, bias, op, axis, sequence_parallel, overlap)
 
 
 def gather_from_tensor_parallel(x: Tensor, axis: Axis) -> Tensor:

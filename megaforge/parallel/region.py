@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor
 
+from megaforge.parallel.collectives import reduce_scatter_single
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.linear_op import LinearOp
 from megaforge.parallel.mappings import (
-    column_parallel_linear,
+    all_gather_first,
     copy_to_tensor_parallel,
     gather_from_sequence_parallel,
     reduce_from_tensor_parallel,
@@ -35,10 +36,18 @@ class TensorParallelRegion:
         """Residual stream -> region: [s(/tp), b, h] -> [s, b, h]."""
         return self._enter(x, self.axis)
 
-    def enter_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, op: LinearOp) -> Tensor:
-        """:meth:`enter` and a column-parallel linear layer: [s(/tp), b, h] -> [s, b, out/tp]."""
-        sequence, overlap = self.sequence_parallel, self.overlap
-        return column_parallel_linear(x, weight, bias, op, self.axis, sequence_parallel=sequence, overlap=overlap)
+    def gather(self, x: Tensor) -> Tensor:
+        """What :meth:`enter` gives; not differentiable."""
+        return all_gather_first(x, self.axis) if self.sequence_parallel else x
+
+    def start_reduction(self, partial: Tensor) -> tuple[Tensor, dist.Work | None]:
+        """:meth:`enter`'s backward for a gradient inside, which may be overwritten: the gradient outside, complete once
+        the work (None: now) has been waited for."""
+        group = self.axis.group
+        if not self.sequence_parallel:
+            return partial, dist.all_reduce(partial, group=group, async_op=self.overlap)
+        out = partial.new_empty((partial.shape[0] // self.axis.size, *partial.shape[1:]))
+        return out, reduce_scatter_single(out, partial, group=group, async_op=self.overlap)
 
     def exit(self, x: Tensor) -> Tensor:
         """Partial sums [s, b, h] -> residual stream [s(/tp), b, h]."""

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.models.hybrid import HybridModel
-from megaforge.parallel import mappings
+from megaforge.parallel import mappings, region
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.init import initialize_parameters
@@ -59,7 +59,7 @@ class _Done:
 def silence() -> Iterator[None]:
     """Every collective of a step returns at once and leaves its output as it is."""
     with contextlib.ExitStack() as stack:
-        own = ((mappings, "all_gather_single"), (mappings, "reduce_scatter_single"))
+        own = ((mappings, "all_gather_single"), *((room, "reduce_scatter_single") for room in (mappings, region)))
         for module, name in ((dist, "all_reduce"), *own):
             stack.enter_context(mock.patch.object(module, name, lambda *_, **__: _Done()))
         yield
