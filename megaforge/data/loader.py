@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.data.data_source import SampleView
@@ -30,11 +31,11 @@ class Batch:
             each; with ``--eod-mask-loss`` none counts where a document begins in between.
     """
 
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    loss_mask: torch.Tensor
-    document_start: torch.Tensor
-    later: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    document_start: Tensor
+    later: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 class GlobalBatchLoader:
@@ -134,17 +135,26 @@ class GlobalBatchLoader:
         for row in range(self._micro):
             targets = self.data.fill(first + row, tokens[row], marks[row])
             mask[row, targets:] = 0.0
-        inputs, pairs = torch.from_numpy(tokens), []
-        between = np.zeros((), np.bool_)
-        for ahead in range(1, beyond + 1):
-            counts = mask[:, ahead - 1 : ahead - 1 + length]
+        if self.data.eod_mask_loss:
+            mask[marks[:, 1:]] = 0.0
+        whole, counts, starts = torch.from_numpy(tokens), torch.from_numpy(mask), torch.from_numpy(marks)
+        return Batch(
+            tokens=whole[:, :length].contiguous(),
+            labels=whole[:, 1 : length + 1].contiguous(),
+            loss_mask=counts[:, :length].contiguous(),
+            document_start=starts[:, :length].contiguous(),
+            later=tuple(self._later(whole, counts, starts, length)) if beyond > 1 else (),
+        )
+
+    def _later(self, tokens: Tensor, counts: Tensor, starts: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """``Batch.later`` from windows of ``length`` tokens and those that follow."""
+        between = torch.zeros((), dtype=torch.bool)
+        for ahead in range(2, self._look_ahead + 1):
+            mask = counts[:, ahead - 1 : ahead - 1 + length]
             if self.data.eod_mask_loss:
-                between = between | marks[:, ahead : ahead + length]
-                counts = np.where(between, np.float32(0), counts)
-            labels = inputs[:, ahead : ahead + length].contiguous()
-            pairs.append((labels, torch.from_numpy(counts).contiguous()))
-        starts = torch.from_numpy(marks)[:, :length].contiguous()
-        return Batch(inputs[:, :length].contiguous(), *pairs[0], starts, tuple(pairs[1:]))
+                between = between | starts[:, ahead - 1 : ahead - 1 + length]
+                mask = mask.masked_fill(between, 0.0)
+            yield tokens[:, ahead : ahead + length].contiguous(), mask.contiguous()
 
 
 def _nearest(global_batch_size: int, micro_batch_size: int, dp_size: int) -> int:
