@@ -65,19 +65,8 @@ def _route_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
     return dlogits, *(None,) * 8
 
 
-def _route_backward(
-    logits: Tensor,
-    experts: Tensor,
-    lse: Tensor,
-    dweights: Tensor | None,
-    dlse: Tensor | None,
-    dprobability_sum: Tensor | None,
-    dz_sum: Tensor | None,
-    *settings: Any,
-) -> Tensor:
-    return reference.route_backward(
-        logits, experts, lse, dweights, dlse, dprobability_sum, dz_sum, _rule(*settings)
-    ).contiguous()
+def _route_backward(*arguments: Any) -> Tensor:
+    return reference.route_backward(*arguments[:7], rule=_rule(*arguments[7:])).contiguous()
 
 
 def _permutation_fake(experts: Tensor, num_experts: int, kept: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -10,29 +10,31 @@ Per head, with a state S of [value, key] channels::
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
+from torch import Tensor
 
 from megaforge.kernels.native import say_uncompiled
 from megaforge.kernels.wkv7.chunked import CHUNK, wkv7_chunked, wkv7_state_gradient, wkv7_summary
-from megaforge.kernels.wkv7.native import SAVING, takes, wkv7_native
+from megaforge.kernels.wkv7.native import takes, wkv7_native
 from megaforge.kernels.wkv7.reference import state_dtype, wkv7_recurrent
 
 __all__ = [
-    "CHUNK", "saved_for_backward", "state_dtype", "wkv7", "wkv7_chunked", "wkv7_recurrent", "wkv7_state_gradient",
+    "CHUNK", "state_dtype", "wkv7", "wkv7_chunked", "wkv7_recurrent", "wkv7_state_gradient",
     "wkv7_summary", "wkv7_torch",
 ]  # fmt: skip
 
 
 def wkv7(
-    r: torch.Tensor,
-    log_w: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    initial_state: torch.Tensor | None = None,
-    document_start: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    initial_state: Tensor | None = None,
+    document_start: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """WKV-7 over whole sequences, differentiable in every floating-point argument.
 
     Args:
@@ -54,24 +56,7 @@ def wkv7(
     return wkv7_torch(r, log_w, k, v, a, b, initial_state, document_start)
 
 
-def wkv7_torch(
-    r: torch.Tensor,
-    log_w: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    initial_state: torch.Tensor | None = None,
-    document_start: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def wkv7_torch(r: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
     """As :func:`wkv7`, in plain torch on any device."""
-    function = wkv7_recurrent if r.shape[0] <= 2 else wkv7_chunked
-    return function(r, log_w, k, v, a, b, initial_state, document_start)
-
-
-def saved_for_backward(length: int, channels: int, device_type: str) -> int:
-    """Numbers, in the precision of states, that one head keeps of ``length`` tokens besides the inputs."""
-    if not takes(device_type, torch.float32, channels):
-        return (-(-length // CHUNK) + 1) * channels**2
-    interval, removed = SAVING[device_type]
-    return -(-length // interval) * channels**2 + (length * channels if removed else 0)
+    function: Any = wkv7_recurrent if r.shape[0] <= 2 else wkv7_chunked
+    return function(r, *others)

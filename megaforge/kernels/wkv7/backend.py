@@ -44,4 +44,5 @@ def wkv7_backend(name: str, device: torch.device, dtype: torch.dtype, channels: 
         if kind != "cuda":
             raise UserError(f"--wkv-backend fla: its kernels run on GPUs, not on {kind}; use --wkv-backend auto")
         fla_kernels()
-    return {"auto": wkv7, "native": wkv7_native, "fla": wkv7_fla, "torch": wkv7_torch}[name]
+    functions: dict[str, WKV7] = {"auto": wkv7, "native": wkv7_native, "fla": wkv7_fla, "torch": wkv7_torch}
+    return functions[name]

@@ -63,18 +63,8 @@ def _also(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.float32 else dtype
 
 
-def _shapes(
-    r: Tensor,
-    log_w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    initial_state: Tensor | None,
-    document_start: Tensor | None,
-    state_interval: int,
-    save_removed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, v, _, _, _, _, state_interval, save_removed = arguments
     s, batch, heads, n = v.shape
     dtype = state_dtype(v.dtype)
     kept = -(-s // state_interval) if state_interval else 0
@@ -86,22 +76,9 @@ def _shapes(
     )
 
 
-def _shapes_backward(
-    r: Tensor,
-    log_w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    document_start: Tensor | None,
-    states: Tensor,
-    removed: Tensor,
-    dy: Tensor | None,
-    dfinal_state: Tensor | None,
-    state_interval: int,
-) -> tuple[Tensor, ...]:
-    gradients = [x.new_empty(x.shape) for x in (r, log_w, k, v, a, b)]
-    return *gradients, states.new_empty(states.shape[1:])
+def _shapes_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, states = arguments[:6], arguments[7]
+    return *(x.new_empty(x.shape) for x in inputs), states.new_empty(states.shape[1:])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
