@@ -9,7 +9,6 @@ from typing import Any
 
 from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta
 from megaforge.checkpoint.find import find_checkpoint
-from megaforge.checkpoint.shards import TensorEntry
 from megaforge.config.config import Config
 from megaforge.config.schema import config_from_dict
 from megaforge.data.run_tokenizer import load_with_eod
@@ -112,8 +111,7 @@ def load_trained_model(directory: str, *, tp: int | None = None, pp: int = 1, de
     set_numerics(config, place)
     model = build_model(make_layer_context(config.model, ctx, dtype=compute_dtype(config.training)), plan)
     main = MainParameters(model)
-    entries = [TensorEntry(*entry) for entry in main.entries()]
-    load_checkpoint(path, entries, ctx, verify=False, allow_extra=("",), cast=True)
+    load_checkpoint(path, main.entries(), ctx, verify=False, allow_extra=("",), cast=True)
     main.after_load()
     return TrainedModel(StagedModel(model.eval(), plan), ctx, config, meta, path)
 

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaforge.checkpoint.checkpoint import load_checkpoint, save_checkpoint
-from megaforge.checkpoint.shards import TensorEntry
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.run_config import OptimizerConfig
 from megaforge.optim import Optimizer, bucket_policy, clip_gradients
@@ -421,7 +420,7 @@ def test_chunks_are_sent_each_at_its_own_end_and_what_they_share_at_the_last(ran
 def save_trained(directory: Path, layout: Layout) -> dict[str, Tensor]:
     run = Run(layout, torch.bfloat16)
     state = run.train().state
-    entries = [TensorEntry(*entry) for entry in run.optimizer.entries()]
+    entries = run.optimizer.entries()
     save_checkpoint(directory, 1, entries, run.optimizer.state(), run.ctx)
     return state
 
@@ -429,7 +428,7 @@ def save_trained(directory: Path, layout: Layout) -> dict[str, Tensor]:
 def load_and_save(source: Path, target: Path | None, layout: Layout) -> tuple[dict[str, Tensor], list[str]]:
     """What a fresh run holds after loading ``source``, and which parameters are not their rounded masters."""
     run = Run(layout, torch.bfloat16)
-    entries = [TensorEntry(*entry) for entry in run.optimizer.entries()]
+    entries = run.optimizer.entries()
     for _, _, tensor in entries:
         tensor.fill_(float("nan"))
     meta = load_checkpoint(source / "step_0000001", entries, run.ctx)
