@@ -66,7 +66,9 @@ def _route_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
 
 
 def _route_backward(*arguments: Any) -> Tensor:
-    return reference.route_backward(*arguments[:7], rule=_rule(*arguments[7:])).contiguous()
+    logits, experts, lse, dweights, dlse, dprobabilities, dz_sum, *settings = arguments
+    rule = _rule(*settings)
+    return reference.route_backward(logits, experts, lse, dweights, dlse, dprobabilities, dz_sum, rule).contiguous()
 
 
 def _permutation_fake(experts: Tensor, num_experts: int, kept: Tensor | None) -> tuple[Tensor, Tensor]:
