@@ -5,42 +5,29 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from megaforge.planning.counting_group import Sent
 from megaforge.planning.layout import PlannedLayout
-from megaforge.planning.measure import Cost, Shapes, Sizes, measure_block, measure_end
+from megaforge.planning.measure import Cost, Shapes, Sizes, measure_end, measure_layer
 from megaforge.planning.stages import ModelParts, StagePart
 
 
 def _sizes(layout: PlannedLayout, recompute: str, experts: bool) -> Sizes:
     """``experts``: whether the part is laid out over ep and etp."""
-    return Sizes(
-        tp=layout.tp,
-        cp=layout.cp,
-        cp_comm_type=layout.cp_comm_type,
-        ep=layout.ep if experts else 1,
-        etp=layout.etp if experts else layout.tp,
-        sequence_parallel=layout.sequence_parallel,
-        micro_batch_size=layout.micro_batch_size,
-        sequence_length=layout.sequence_length,
-        dtype=layout.dtype,
-        device_type=layout.device_type,
-        recompute=recompute,
-        split=layout.splits_backward,
-    )
+    sizes = Sizes(*(getattr(layout, name) for name in Sizes._fields))._replace(recompute=recompute)
+    return sizes if experts else sizes._replace(ep=1, etp=layout.tp)
 
 
-def part_cost(parts: ModelParts, layout: PlannedLayout, index: int, part: str, recompute: str = "none") -> Cost:
-    """The cost of the ``mixer`` or the ``ffn`` of block ``index``, measured once for layouts that do not differ in
-    what it depends on; ``recompute``: see :class:`Sizes`."""
+def part_cost(parts: ModelParts, layout: PlannedLayout, index: int, place: int, recompute: str = "none") -> Cost:
+    """The cost of layer ``place`` of block ``index`` (0: its mixer, 1: its FFN), measured once for layouts and blocks
+    that do not differ in what it depends on; ``recompute``: see :class:`Sizes`."""
     block = parts.blocks[index]
-    experts = part == "ffn" and any(held.spec.expert_dim is not None for held in block.ffn)
-    sizes = _sizes(layout, recompute, experts)
-    key = (index if part == "mixer" else parts.first_with_ffn(index), part, sizes)
+    sizes = _sizes(layout, recompute, any(held.spec.expert_dim is not None for held in block.held[place]))
+    layer, mixer = block.kind.layers[place], block.kind.mixer
+    key = (layer, block.kind.first if layer.is_mixer else mixer.token_shift, sizes)
     if key not in parts.measured:
-        arriving = carried_before(parts, layout, index) if part == "mixer" else {}
-        parts.measured[key] = measure_block(parts.cfg, index, part, sizes, arriving)
+        arriving = carried_before(parts, layout, index)
+        parts.measured[key] = measure_layer(parts.cfg, index, place, sizes, arriving)
     return parts.measured[key]
 
 
@@ -61,23 +48,25 @@ def end_cost(parts: ModelParts, layout: PlannedLayout, *, last: bool) -> Cost:
 
 def block_costs(parts: ModelParts, layout: PlannedLayout, index: int) -> list[Cost]:
     """The costs of a block's parts under ``--recompute``."""
-    kind, recompute = parts.blocks[index].kind, layout.recompute
-    names = ["mixer"] if kind.ffn is None else ["mixer", "ffn"]
+    layers, recompute = parts.blocks[index].kind.layers, layout.recompute
     if recompute == "full":
-        return [_recomputed(parts, layout, index, names)]
-    if kind.ffn is not None and recompute == kind.ffn.recompute:
-        return [part_cost(parts, layout, index, "mixer"), _recomputed(parts, layout, index, ["ffn"])]
-    modes = {"mixer": "selective" if recompute == "selective" else "none", "ffn": "none"}
-    return [part_cost(parts, layout, index, name, modes[name]) for name in names]
+        return [_recomputed(parts, layout, index, range(len(layers)))]
+    mixing = {True: recompute if recompute == "selective" else "none", False: "none"}
+    return [
+        _recomputed(parts, layout, index, range(place, place + 1))
+        if recompute == kind.recompute
+        else part_cost(parts, layout, index, place, mixing[kind.is_mixer])
+        for place, kind in enumerate(layers)
+    ]
 
 
-def _recomputed(parts: ModelParts, layout: PlannedLayout, index: int, names: list[str]) -> Cost:
-    """The cost of parts of which only the input is kept, and everything is computed again at once."""
-    costs = [part_cost(parts, layout, index, name) for name in names]
+def _recomputed(parts: ModelParts, layout: PlannedLayout, index: int, places: range) -> Cost:
+    """The cost of layers of which only the input is kept, and everything is computed again at once."""
+    costs = [part_cost(parts, layout, index, place) for place in places]
     size, waiting = costs[0].input, 0.0
     again = sum(cost.kept for cost in costs) - size
     if layout.splits_backward:  # what gradients of weights need stays until the second half: only a run can say
-        halves = [part_cost(parts, layout, index, name, "full") for name in names]
+        halves = [part_cost(parts, layout, index, place, "full") for place in places]
         waiting = sum(half.kept + half.waiting for half in halves) - size
     return dataclasses.replace(
         costs[0],
@@ -98,39 +87,14 @@ def _total(sent: Iterable[tuple[Sent, int]]) -> Sent:
     return total
 
 
-@dataclass(frozen=True)
-class StageCost:
-    """Bytes of one micro-batch on one stage.
-
-    Attributes:
-        kept: between its forward and its backward pass.
-        waiting: between the halves of a backward pass that the schedule splits, besides; 0 where it does not.
-        working: the most that a pass needs besides for a while.
-        forward, backward: sent along tp (or sp, its form under sequence parallelism), cp, ep and etp; what is computed
-            again counts as backward.
-    """
-
-    kept: float
-    waiting: float
-    working: float
-    forward: Sent
-    backward: Sent
-
-    def sent(self, axis: str) -> float:
-        return self.forward.get(axis, 0.0) + self.backward.get(axis, 0.0)
-
-
-def stage_cost(parts: ModelParts, layout: PlannedLayout, stage: StagePart) -> StageCost:
+def stage_cost(parts: ModelParts, layout: PlannedLayout, stage: StagePart) -> Cost:
     """The cost of ``stage``: of one block of every kind, times their number, and of the ends of the model."""
     alike = parts.alike(stage.blocks)
-    key = (tuple(alike.items()), stage.first, stage.last, layout.recompute, _sizes(layout, "", experts=True))
+    key = (tuple(alike.items()), stage.ends, _sizes(layout, layout.recompute, experts=True))
     if key in parts.measured:
-        found: StageCost = parts.measured[key]
-        return found
+        return parts.measured[key]
     costs = [(cost, count) for index, count in alike.items() for cost in block_costs(parts, layout, index)]
-    costs += [
-        (end_cost(parts, layout, last=last), 1) for last in (False, True) if (stage.last if last else stage.first)
-    ]
+    costs += [(end_cost(parts, layout, last=last), 1) for last in stage.ends]
     # Tensors that several parts keep are there once, and so is what has arrived from an earlier stage.
     shared = {name: size for cost, _ in costs for name, size in cost.shared.items()}
     arrived = carried_before(parts, layout, stage.blocks.start)
@@ -138,18 +102,19 @@ def stage_cost(parts: ModelParts, layout: PlannedLayout, stage: StagePart) -> St
     waiting = sum(count * cost.waiting for cost, count in costs)
     if stage.first:  # its first half has nothing to do; gradients of what it has sent wait for the second
         waiting = crossing_bytes(parts, layout) if layout.splits_backward else 0.0
-    parts.measured[key] = StageCost(
+    parts.measured[key] = Cost(
+        input=costs[0][0].input,
         kept=sum(count * cost.kept for cost, count in costs) + sum(shared.values()),
         waiting=waiting,
         working=max(cost.working for cost, _ in costs),
         forward=_total((cost.forward, count) for cost, count in costs),
         backward=_total((cost.backward, count) for cost, count in costs),
     )
-    return stage_cost(parts, layout, stage)
+    return parts.measured[key]
 
 
 def crossing_bytes(parts: ModelParts, layout: PlannedLayout) -> float:
     """Bytes from one pipeline rank to the next for one micro-batch, in one direction: the residual stream, and carried
     tensors, which cross once whatever the number of virtual stages (counted with every stage here)."""
     elements = sum(map(math.prod, carried_before(parts, layout, len(parts.blocks)).values()))
-    return part_cost(parts, layout, 0, "mixer").input + elements * layout.dtype.itemsize
+    return part_cost(parts, layout, 0, 0).input + elements * layout.dtype.itemsize

@@ -31,8 +31,8 @@ from megaforge.planning.stage_run import run_backward, starts_of, without_gradie
 
 
 class Sizes(NamedTuple):
-    """What the cost of a part depends on, of a layout; ``recompute``: none, selective, or full for the part alone;
-    ``split``: whether the schedule computes gradients of weights apart."""
+    """What the cost of a part depends on: fields of a :class:`megaforge.planning.layout.PlannedLayout`. ``recompute``
+    is none, selective, or full for the part alone."""
 
     tp: int
     cp: int
@@ -45,12 +45,12 @@ class Sizes(NamedTuple):
     dtype: torch.dtype
     device_type: str
     recompute: str
-    split: bool
+    splits_backward: bool
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes that a part needs for one micro-batch.
+    """Bytes that a part, or a pipeline stage, needs for one micro-batch.
 
     Attributes:
         input: of its input, the residual stream.
@@ -74,6 +74,9 @@ class Cost:
     forward: Sent = field(default_factory=dict)
     backward: Sent = field(default_factory=dict)
 
+    def sent(self, axis: str) -> float:
+        return self.forward.get(axis, 0.0) + self.backward.get(axis, 0.0)
+
 
 Shapes = Mapping[str, tuple[int, ...]]
 Given = tuple[list[Tensor], dict[str, Tensor]]  # what is differentiated, and carried tensors that are new
@@ -81,30 +84,25 @@ Forward = Callable[[Tensor, dict[str, Tensor], PackedSequence], Given]
 Build = Callable[[ParallelContext], tuple[nn.Module, Forward]]
 
 
-def measure_block(cfg: ModelConfig, index: int, part: str, sizes: Sizes, arriving: Shapes) -> Cost:
-    """The cost of the ``mixer`` or the ``ffn`` of block ``index``, norm and residual sum included.
+def measure_layer(cfg: ModelConfig, index: int, place: int, sizes: Sizes, arriving: Shapes) -> Cost:
+    """The cost of layer ``place`` of block ``index`` (0: its mixer, 1: its FFN), norm and residual sum included.
 
     Args:
-        arriving: carried tensors that blocks before it have made, and their shapes.
+        arriving: carried tensors that earlier layers have made, and their shapes.
     """
     kinds = blocks_of(cfg)
 
     def build(ctx: ParallelContext) -> tuple[nn.Module, Forward]:
-        kind = kinds[index] if part == "ffn" else dataclasses.replace(kinds[index], ffn=None)
         layer = _layer_context(cfg, ctx, sizes)
-        layer = dataclasses.replace(layer, index=index, count=len(kinds), first=kind.first)
-        block = Block(dataclasses.replace(layer, recompute=sizes.recompute), kind)
-        again = sizes.recompute == "full"
+        layer = dataclasses.replace(layer, index=index, count=len(kinds), first=kinds[index].first)
+        block = Block(dataclasses.replace(layer, recompute=sizes.recompute), kinds[index])
 
-        def mixer(x: Tensor, carried: dict[str, Tensor], info: PackedSequence) -> Given:
-            out, known, _ = block(x, info, carried)
-            return [out], {name: tensor for name, tensor in known.items() if name not in carried}
+        def forward(x: Tensor, carried: dict[str, Tensor], info: PackedSequence) -> Given:
+            given = (place, x, info, tuple(carried), None, *carried.values())
+            update, made, losses = recomputed(sizes.recompute == "full", block.update, *given)
+            return [x + update, *(tensor for _, tensor in _tensors(losses))], dict(made)
 
-        def ffn(x: Tensor, carried: dict[str, Tensor], info: PackedSequence) -> Given:
-            first, *losses = (tensor for _, tensor in _tensors(recomputed(again, block.update, 1, x, info)))
-            return [x + first, *losses], {}
-
-        return block, ffn if part == "ffn" else mixer
+        return block, forward
 
     return _measure(cfg, sizes, build, arriving)
 
@@ -134,7 +132,7 @@ def _layer_context(cfg: ModelConfig, ctx: ParallelContext, sizes: Sizes) -> Laye
         sequence_parallel=sizes.sequence_parallel,
         dtype=sizes.dtype,
         cp_comm_type=sizes.cp_comm_type,
-        overlap_tp_comm=not sizes.split,
+        overlap_tp_comm=not sizes.splits_backward,
     )
 
 
@@ -171,7 +169,9 @@ def _measure(cfg: ModelConfig, sizes: Sizes, build: Build, arriving: Shapes) -> 
             kept, going = meter.live, dict(sent)
             shared = dict(item for key, item in named.items() if meter.is_alive(key))
             read = _notice_gradients(anchors)
-            between = run_backward(meter, roots, starts, list(anchors.values()), parameters, split=sizes.split)
+            between = run_backward(
+                meter, roots, starts, list(anchors.values()), parameters, split=sizes.splits_backward
+            )
     return Cost(
         input=size,
         kept=kept - sum(shared.values()),

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.config.pattern import BlockKind, blocks_of
+from megaforge.config.pattern import BlockKind
 from megaforge.models.flops import matmul_elements
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.stages import stage_layers
@@ -32,11 +32,10 @@ class DeclaredParameter:
 
 @dataclass(frozen=True)
 class BlockParts:
-    """One block: its kind and the parameters of its mixer (with norm) and of its FFN (with norm)."""
+    """One block: its kind, and the parameters of each of its layers and the norm before it."""
 
     kind: BlockKind
-    mixer: tuple[DeclaredParameter, ...]
-    ffn: tuple[DeclaredParameter, ...]
+    held: tuple[tuple[DeclaredParameter, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -49,42 +48,20 @@ class ModelParts:
     final_norm: tuple[DeclaredParameter, ...]
     head: tuple[DeclaredParameter, ...]
 
-    @property
-    def tied(self) -> bool:
-        """Whether the head is the embedding's matrix."""
-        return not self.cfg.untie_embeddings_and_output_weights
-
     @cached_property
-    def measured(self) -> dict[Any, Any]:
+    def measured(self) -> dict[object, Any]:
         """What was measured of this model (:mod:`megaforge.planning.costs`), by what it depends on."""
         return {}
 
     @cached_property
-    def _first_with_ffn(self) -> dict[tuple[object, ...], int]:
-        return {(b.kind.ffn, b.kind.mixer.token_shift): i for i, b in reversed(list(enumerate(self.blocks)))}
-
-    def first_with_ffn(self, index: int) -> int:
-        """The first block whose FFN has the sizes of block ``index``'s."""
-        kind = self.blocks[index].kind
-        return self._first_with_ffn[kind.ffn, kind.mixer.token_shift]
-
-    @cached_property
-    def _models(self) -> tuple[int, ...]:
+    def _first_of_kind(self) -> tuple[int, ...]:
         first: dict[BlockKind, int] = {}
         return tuple(first.setdefault(block.kind, index) for index, block in enumerate(self.blocks))
 
     def alike(self, blocks: range) -> Counter[int]:
         """How many of ``blocks`` have the sizes of block i, for the first i of every kind: a model has few kinds of
         block, and the first one with a mixer may be one of its own."""
-        return Counter(self._models[index] for index in blocks)
-
-    def block_flops(self, index: int, sequence_length: int) -> tuple[float, float]:
-        """Forward FLOPs of one token in the mixer and in the FFN of a block, over all ranks."""
-        block = self.blocks[index]
-        mixer = 2.0 * matmul_elements((held.spec for held in block.mixer), self.cfg)
-        mixer += block.kind.mixer.flops(self.cfg, sequence_length)
-        ffn = 2.0 * matmul_elements((held.spec for held in block.ffn), self.cfg)
-        return mixer, ffn + (0.0 if block.kind.ffn is None else block.kind.ffn.flops(self.cfg, sequence_length))
+        return Counter(self._first_of_kind[index] for index in blocks)
 
     @property
     def head_flops(self) -> float:
@@ -93,18 +70,16 @@ class ModelParts:
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Forward and backward FLOPs of one token, recomputation not counted."""
-        blocks = sum(sum(self.block_flops(index, sequence_length)) for index in range(len(self.blocks)))
-        return 3.0 * (blocks + self.head_flops)
+        held = [item.spec for block in self.blocks for layer in block.held for item in layer]
+        mixing = sum(kind.flops(self.cfg, sequence_length) for block in self.blocks for kind in block.kind.layers)
+        return 3.0 * (2.0 * matmul_elements(held, self.cfg) + mixing + self.head_flops)
 
 
 @cache
 def model_parts(cfg: ModelConfig, dtype: torch.dtype) -> ModelParts:
     """Builds the real model on the meta device and takes down what it declares."""
     model = HybridModel(make_layer_context(cfg, ParallelContext.single("meta"), dtype=dtype))
-    blocks = []
-    for kind, block in zip(blocks_of(cfg), model.blocks, strict=True):
-        ffn = [] if kind.ffn is None else [block.ffn_norm, block.ffn]
-        blocks.append(BlockParts(kind, _held([block.mixer_norm, block.mixer]), _held(ffn)))
+    blocks = (BlockParts(block.kind, tuple(map(_held, block.sublayers))) for block in model.blocks)
     return ModelParts(
         cfg,
         _held([model.embedding, model.embedding_norm]),
@@ -155,5 +130,5 @@ def stage_parameters(parts: ModelParts, stages: Sequence[StagePart]) -> list[tup
         ends.update({item.spec.name: item for item in held})
     own = [(item, 1) for item in ends.values()]
     for index, count in counts.items():
-        own += [(item, count) for item in parts.blocks[index].mixer + parts.blocks[index].ffn]
+        own += [(item, count) for layer in parts.blocks[index].held for item in layer]
     return own

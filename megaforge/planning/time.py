@@ -57,38 +57,27 @@ class StepTime:
         return self.pipeline + self.reduction + self.optimizer
 
 
-def block_forward_seconds(
-    parts: ModelParts, layout: PlannedLayout, index: int, gpu: Gpu, efficiency: Efficiency
+def layer_seconds(
+    parts: ModelParts, layout: PlannedLayout, index: int, place: int, gpu: Gpu, efficiency: Efficiency
 ) -> tuple[float, float]:
-    """Seconds of one micro-batch's forward pass in a block's mixer and in its FFN, without communication."""
-    cfg, block = parts.cfg, parts.blocks[index]
-    peak, tokens = gpu.matmul, layout.tokens
-    # First LoRA factors and the router are not split over tp.
-    whole = [h.spec for h in block.mixer if h.spec.shard_dim is None]
-    split = [h.spec for h in block.mixer if h.spec.shard_dim is not None]
-    mixer = 2 * tokens * (matmul_elements(whole, cfg) + matmul_elements(split, cfg) / layout.tp)
-    mixing = block.kind.mixer.flops(cfg, layout.sequence_length) * tokens / layout.tp
-    kernel = getattr(efficiency, block.kind.mixer.kernel)
-    moving = gpu.memory_bandwidth * efficiency.memory / FORWARD_PASSES
-    mixer_seconds = mixer / (peak * efficiency.matmul) + mixing / (peak * kernel)
-    mixer_seconds += part_cost(parts, layout, index, "mixer").kept / moving
-    if block.kind.ffn is None:
-        return mixer_seconds, 0.0
-    experts = matmul_elements((h.spec for h in block.ffn if h.spec.expert_dim is not None), cfg)
-    dense = matmul_elements((h.spec for h in block.ffn if h.spec.expert_dim is None), cfg)
-    ffn_seconds = 2 * tokens * experts / layout.tp / (peak * efficiency.grouped_matmul)
-    ffn_seconds += 2 * tokens * dense / layout.tp / (peak * efficiency.matmul)
-    return mixer_seconds, ffn_seconds + part_cost(parts, layout, index, "ffn").kept / moving
-
-
-def mixing_seconds(parts: ModelParts, layout: PlannedLayout, index: int, gpu: Gpu, efficiency: Efficiency) -> float:
-    """Seconds of one micro-batch's forward mixing of tokens in a block, which ``--recompute selective`` repeats."""
-    kind = parts.blocks[index].kind
-    kernel = getattr(efficiency, kind.mixer.kernel)
-    flops = kind.mixer.flops(parts.cfg, layout.sequence_length) * layout.tokens / layout.tp
-    whole, without = (part_cost(parts, layout, index, "mixer", recompute).kept for recompute in ("none", "selective"))
-    moved = (whole - without) * FORWARD_PASSES
-    return flops / (gpu.matmul * kernel) + moved / (gpu.memory_bandwidth * efficiency.memory)
+    """Seconds of one micro-batch's forward pass in layer ``place`` of a block, without communication; and of the part
+    of it that the backward pass computes again under ``--recompute``."""
+    cfg, kind, tokens = parts.cfg, parts.blocks[index].kind.layers[place], layout.tokens
+    products = 0.0
+    for held in parts.blocks[index].held[place]:
+        reached = efficiency.matmul if held.spec.expert_dim is None else efficiency.grouped_matmul
+        shards = 1 if held.spec.shard_dim is None else layout.tp
+        products += 2 * tokens * matmul_elements([held.spec], cfg) / shards / (gpu.matmul * reached)
+    mixing = kind.flops(cfg, layout.sequence_length) * tokens / layout.tp
+    mixing /= gpu.matmul * getattr(efficiency, kind.kernel)
+    moving = FORWARD_PASSES / (gpu.memory_bandwidth * efficiency.memory)
+    kept = part_cost(parts, layout, index, place).kept
+    whole, again = products + mixing + moving * kept, 0.0
+    if layout.recompute in ("full", kind.recompute):
+        again = whole
+    elif layout.recompute == "selective" and kind.is_mixer:
+        again = mixing + moving * (kept - part_cost(parts, layout, index, place, "selective").kept)
+    return whole, again
 
 
 def stage_time(
@@ -97,27 +86,23 @@ def stage_time(
     """The roofline of one micro-batch on a stage. The backward pass costs two forward passes, one of them for the
     weights. Communication over tp, cp, ep and etp is not hidden."""
     layout = layout.unsplit
-    mixers = ffns = alone = mixing = 0.0
+    compute = again = 0.0
     for index, count in parts.alike(stage.blocks).items():
-        mixer, ffn = block_forward_seconds(parts, layout, index, gpu, efficiency)
-        mixers, ffns = mixers + count * mixer, ffns + count * ffn
-        if layout.recompute == "selective":
-            mixing += count * mixing_seconds(parts, layout, index, gpu, efficiency)
-        seconds = zip(parts.blocks[index].kind.layers, (mixer, ffn), strict=False)
-        alone += count * sum(once for kind, once in seconds if kind.recompute == layout.recompute)
-    moving = gpu.memory_bandwidth * efficiency.memory / FORWARD_PASSES
-    ends = sum(end_cost(parts, layout, last=last).kept for last in stage.ends) / moving
+        for place in range(len(parts.blocks[index].held)):
+            whole, repeated = layer_seconds(parts, layout, index, place, gpu, efficiency)
+            compute, again = compute + count * whole, again + count * repeated
+    moving = FORWARD_PASSES / (gpu.memory_bandwidth * efficiency.memory)
+    ends = moving * sum(end_cost(parts, layout, last=last).kept for last in stage.ends)
     if stage.last:
         ends += parts.head_flops * layout.tokens / layout.tp / (gpu.matmul * efficiency.matmul)
-    again = {"none": 0.0, "selective": mixing, "full": mixers + ffns}.get(layout.recompute, alone)
-    again += ends if stage.last else 0.0  # the head computes its logits again
+        again += ends  # the head computes its logits again
+    compute += ends
     cost = stage_cost(parts, layout, stage)
     speeds = {axis: bandwidth(layout, axis, gpu, efficiency) for axis in {*cost.forward, *cost.backward}}
     sent = {
         name: sum(size / speeds[axis] for axis, size in way.items())
         for name, way in (("forward", cost.forward), ("backward", cost.backward))
     }
-    compute = mixers + ffns + ends
     return StageTime(compute + sent["forward"], compute + again + sent["backward"], compute)
 
 

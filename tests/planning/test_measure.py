@@ -11,7 +11,7 @@ from megaforge.config.cli import parse_config
 from megaforge.config.model_config import ModelConfig
 from megaforge.planning.costs import _sizes, carried_before, part_cost
 from megaforge.planning.layout import PlannedLayout
-from megaforge.planning.measure import Cost, measure_block, measure_end
+from megaforge.planning.measure import Cost, measure_end, measure_layer
 from megaforge.planning.stages import model_parts
 
 PLAIN = PlannedLayout(8, sequence_length=64, global_batch_size=8, dtype=torch.float32)
@@ -24,7 +24,7 @@ def small(*flags: str) -> ModelConfig:
 
 def dense_ffn(layout: PlannedLayout) -> Cost:
     cfg = small("--layer-schedule", "attention", "--ffn", "dense", "--normalization", "rmsnorm")
-    return part_cost(model_parts(cfg, layout.dtype), layout, 1, "ffn")
+    return part_cost(model_parts(cfg, layout.dtype), layout, 1, 1)
 
 
 def test_a_dense_ffn_keeps_what_its_formula_says() -> None:
@@ -51,19 +51,19 @@ def test_gradients_of_weights_wait_only_where_the_schedule_splits() -> None:
 def test_carried_tensors_are_made_once_and_read() -> None:
     cfg = small("--layer-schedule", "rwkv", "--ffn", "dense")
     sizes = _sizes(PLAIN, "none", experts=False)
-    first = measure_block(cfg, 0, "mixer", sizes, {})
+    first = measure_layer(cfg, 0, 0, sizes, {})
     assert first.reads == {}
     assert first.shared == {"v_first": TOKENS * WIDTH * WIDE}
     arriving = carried_before(model_parts(cfg, torch.float32), PLAIN, 1)
     assert arriving == {"v_first": (TOKENS, 1, WIDTH)}
-    later = measure_block(cfg, 1, "mixer", sizes, arriving)
+    later = measure_layer(cfg, 1, 0, sizes, arriving)
     assert later.reads == first.shared
     assert later.shared == {}  # the difference to it is kept, not the tensor
 
 
 def test_attention_shares_its_rotary_tables_with_later_layers() -> None:
     cfg = small("--layer-schedule", "attention", "--ffn", "dense")
-    cost = measure_block(cfg, 0, "mixer", _sizes(PLAIN, "none", experts=False), {})
+    cost = measure_layer(cfg, 0, 0, _sizes(PLAIN, "none", experts=False), {})
     assert sum(cost.shared.values()) == 2 * TOKENS * cfg.head_dim / 2 * WIDE
     assert cost.shared.items() <= cost.touched.items()
 
@@ -80,5 +80,5 @@ def test_ends() -> None:
 def test_a_part_is_measured_once_for_layouts_that_agree_on_its_sizes() -> None:
     parts = model_parts(small(), torch.float32)
     same = [dataclasses.replace(PLAIN, ep=ep, zero=zero) for ep in (1, 2) for zero in (0, 1)]
-    assert len({id(part_cost(parts, layout, 1, "mixer")) for layout in same}) == 1
-    assert len({id(part_cost(parts, layout, 1, "ffn")) for layout in same}) == 2
+    assert len({id(part_cost(parts, layout, 1, 0)) for layout in same}) == 1
+    assert len({id(part_cost(parts, layout, 1, 1)) for layout in same}) == 2

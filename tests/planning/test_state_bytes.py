@@ -114,10 +114,10 @@ def test_shards_that_overlap_are_found() -> None:
     parts = model_parts(config.model, torch.float32)
     layout = PlannedLayout(8, tp=2, ep=2, etp=2, dtype=torch.float32)
     check_sharding(parts, layout)
-    held = parts.blocks[0].mixer[0]
+    (held, *others), ffn = parts.blocks[0].held
     broken = dataclasses.replace(held, spec=dataclasses.replace(held.spec, tp_partial_grad=False, shard_dim=0))
     object.__setattr__(broken.spec, "pieces", lambda ctx: held.spec.pieces(layout.context(0)))
-    blocks = (dataclasses.replace(parts.blocks[0], mixer=(broken, *parts.blocks[0].mixer[1:])), *parts.blocks[1:])
+    blocks = (dataclasses.replace(parts.blocks[0], held=((broken, *others), ffn)), *parts.blocks[1:])
     with pytest.raises(RuntimeError, match="distinct"):
         check_sharding(dataclasses.replace(parts, blocks=blocks), layout)
 
