@@ -29,7 +29,8 @@ class ModelConfig:
     )
     hybrid_layer_pattern: str | None = flag(
         None,
-        "sublayers in order: R RWKV-7, * attention, E MoE FFN, - dense FFN, | pipeline cut; e.g. RERE|RE*E. "
+        "layers in order: R RWKV-7, * attention, E MoE FFN, - dense FFN, | pipeline cut; e.g. RERE|RE*E; a file of "
+        "--extensions adds letters. "
         "Overrides --layer-schedule",
     )
     layer_schedule: str = flag(
