@@ -19,10 +19,10 @@ from megaforge.config.launcher import discover_launch
 from megaforge.data.blend import parse_data_path, parse_split
 from megaforge.data.data_source import SampleView
 from megaforge.data.loader import Batch, GlobalBatchLoader
+from megaforge.data.run_dataset import DataChecks, RunDataset, open_dataset
 from megaforge.data.sample_order import TokenStream, documents_in_order, has_native_copy, key_of, shuffled
 from megaforge.data.sample_schedule import Plan, SampleSchedule, ScheduledSource, make_state
 from megaforge.data.sidecar import check_agreement, digest_of
-from megaforge.data.source import DataChecks, Source, open_source
 from megaforge.data.split import PARTS
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.errors import UserError
@@ -92,13 +92,13 @@ class TrainingData(ScheduledSource):
         weights = [weight for weight, _ in sources]
         Plan(schedule, weights)  # a schedule that cannot be is an error before any file is opened
         checks = checks or DataChecks()
-        self._sources: list[Source] = []
+        self._sources: list[RunDataset] = []
         self._streams: list[TokenStream] = []
         self._lane_of: list[tuple[int, int]] = []
         shares: list[list[float]] = []
         digests: list[str] = []
         for _, prefix in sources:
-            source = open_source(prefix, self.split, split_order, checks)
+            source = open_dataset(prefix, self.split, split_order, checks)
             if source.sidecar is None and checks.fingerprint is not None:
                 self.notices.append(f"{prefix} has no .json beside it, so its tokenizer cannot be checked")
             digests.append(source.digest)
@@ -127,7 +127,7 @@ class TrainingData(ScheduledSource):
         self.digest = digest_of(digests)
         self._sample_key = key_of("sample", schedule.seed, self.digest)
 
-    def _lanes(self, source: Source, key: list[object], lanes: int) -> list[TokenStream]:
+    def _lanes(self, source: RunDataset, key: list[object], lanes: int) -> list[TokenStream]:
         """The source's training documents dealt out, in a keyed order, to ``lanes`` streams of about equal size."""
         starts, lengths = source.extents("train")
         numbers = source.numbers("train")
@@ -238,7 +238,7 @@ class ValidationData(SampleView):
         sources: of which the documents of ``part`` are read.
     """
 
-    def __init__(self, sources: Sequence[Source], part: str, sequence_length: int, eod_mask_loss: bool) -> None:
+    def __init__(self, sources: Sequence[RunDataset], part: str, sequence_length: int, eod_mask_loss: bool) -> None:
         self.eod_mask_loss = eod_mask_loss
         self._length = sequence_length
         self._sources = sources

@@ -15,9 +15,9 @@ from megaforge.data.blend import parse_data_path, parse_split
 from megaforge.data.indexed_dataset import IndexedDataset
 from megaforge.data.loader import Batch
 from megaforge.data.padding import pad_batch
+from megaforge.data.run_dataset import check_ids
 from megaforge.data.sample_order import JoinedTokens
 from megaforge.data.sidecar import content_digest, digest_of, read_sidecar
-from megaforge.data.source import check_ids
 from megaforge.data.split import split_documents
 from megaforge.data.text.expand import expand_inputs
 from megaforge.data.text.formats import TEXT_SUFFIXES, plain_suffix

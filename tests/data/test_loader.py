@@ -222,7 +222,7 @@ def test_a_length_may_change_where_a_batch_of_a_ramp_begins(prefixes: list[str])
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_errors_reach_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    monkeypatch.setattr("megaforge.data.source._SCAN_BYTES", 0)
+    monkeypatch.setattr("megaforge.data.run_dataset._SCAN_BYTES", 0)
     prefix = write_dataset(tmp_path / "d", [[1, 2, 999]])
     data = TrainingData([(1.0, prefix)], "1", SampleSchedule(1, 4), checks=DataChecks(10))
     with pytest.raises(UserError, match="999"):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megaforge.data import source as source_module
+from megaforge.data import run_dataset
 from megaforge.data.sample_schedule import ScheduleChange
 from megaforge.data.samples import DataChecks, SampleSchedule, TrainingData
 from megaforge.errors import UserError
@@ -221,14 +221,14 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UserError, match="d.bin holds ids of a tokenizer of 1,000.*d.json.*500"):
         make(prefix, checks=DataChecks(500))
     with monkeypatch.context() as patch, pytest.raises(UserError, match="token id 999"):
-        patch.setattr(source_module, "_SCAN_CHUNK", 2)
+        patch.setattr(run_dataset, "_SCAN_CHUNK", 2)
         make(write_dataset(tmp_path / "late", [[1, 2], [3], [999]]), checks=DataChecks(500))
     with pytest.raises(UserError, match="token id -1"):
         make(write_dataset(tmp_path / "small", [[1, -1]], "int8"), checks=DataChecks(500))
     negative = write_dataset(tmp_path / "n", [[1, -2], [3]], "int32")
     with pytest.raises(UserError, match="n.bin holds token id -2"):
         make(negative, checks=DataChecks(500))
-    monkeypatch.setattr(source_module, "_SCAN_BYTES", 0)
+    monkeypatch.setattr(run_dataset, "_SCAN_BYTES", 0)
     data = make(negative, checks=DataChecks(500))
     with pytest.raises(UserError, match="n.bin holds token id -2"):
         data.sample(0)

@@ -35,7 +35,7 @@ class DataChecks:
 
 
 @dataclass(frozen=True)
-class Source:
+class RunDataset:
     """One dataset.
 
     Attributes:
@@ -71,7 +71,7 @@ class Source:
             check_ids(self.dataset, tokens, self.reads_below)
 
 
-def open_source(prefix: str, shares: Sequence[float], order: str, checks: DataChecks) -> Source:
+def open_dataset(prefix: str, shares: Sequence[float], order: str, checks: DataChecks) -> RunDataset:
     """The dataset ``prefix``, cut by ``--split`` and ``--split-order``.
 
     Raises:
@@ -85,7 +85,7 @@ def open_source(prefix: str, shares: Sequence[float], order: str, checks: DataCh
     digest = content_digest(dataset, sidecar, verify=checks.verify)
     starts, lengths = dataset.document_extents()
     parts = split_documents(shares, order, digest, dataset.num_documents)
-    return Source(dataset, sidecar, digest, starts, lengths, parts, _scan(dataset, sidecar, checks.vocab_size))
+    return RunDataset(dataset, sidecar, digest, starts, lengths, parts, _scan(dataset, sidecar, checks.vocab_size))
 
 
 def _check_tokenizer(prefix: str, sidecar: Sidecar, checks: DataChecks) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megaforge.data import run_dataset
 from megaforge.data import sidecar as manifest_module
-from megaforge.data import source as source_module
 from megaforge.data.indexed_dataset import IndexedDataset
+from megaforge.data.run_dataset import DataChecks, RunDataset, open_dataset
 from megaforge.data.samples import SampleSchedule, TrainingData
 from megaforge.data.sidecar import check_agreement, probe_tokens, read_sidecar
-from megaforge.data.source import DataChecks, Source, open_source
 from megaforge.errors import UserError
 from tests.data.datasets import write_dataset, write_sidecar
 
@@ -39,8 +39,8 @@ def damage(prefix: str, at: int) -> None:
         file.write(bytes([byte[0] ^ 1]))
 
 
-def opened(prefix: str, checks: DataChecks | None = None) -> Source:
-    return open_source(prefix, EVERYTHING, "shuffled", checks or DataChecks())
+def opened(prefix: str, checks: DataChecks | None = None) -> RunDataset:
+    return open_dataset(prefix, EVERYTHING, "shuffled", checks or DataChecks())
 
 
 def test_a_damaged_token_file_is_found_at_the_start(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_foreign_ids_are_found_though_the_sidecar_denies_them(tmp_path: Path, mo
     write_sidecar(prefix)
     with pytest.raises(UserError, match=r"d\.bin holds token id 5000"):
         opened(prefix, DataChecks(1000))
-    monkeypatch.setattr(source_module, "_SCAN_BYTES", 0)
+    monkeypatch.setattr(run_dataset, "_SCAN_BYTES", 0)
     data = TrainingData([(1.0, prefix)], "1,1", SampleSchedule(1, 2), checks=DataChecks(1000))
     for view in (data, data.validation()):
         with pytest.raises(UserError, match=r"d\.bin holds token id 5000"):
