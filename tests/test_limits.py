@@ -1,8 +1,9 @@
-"""How large a file, a function and a constructor may be."""
+"""How large a file, a function and a constructor may be, and that every module has tests that one finds."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,35 @@ REPO = Path(__file__).parents[1]
 FILE, FUNCTION, CONSTRUCTOR = 500, 60, 8  # lines, lines, arguments beside self
 # Those beyond a limit today. The list may only become shorter.
 BEYOND: set[str] = set()
+
+# Modules and folders that no test imports by name: what covers them. Others have a test module of their name, or one
+# that imports them.
+COVERED = {
+    "config/dry_run_config.py": "verification/test_dry_run.py",
+    "config/fields.py": "config/test_cli.py",
+    "data/corpus/": "data/test_directory_to_jsonl.py",
+    "data/images.py": "tools/test_plot_loss.py",
+    "data/left_out.py": "data/test_directory_to_jsonl.py",
+    "data/outputs.py": "data/test_directory_to_jsonl.py",
+    "data/preprocess/": "data/test_preprocess.py",
+    "kernels/pointwise/": "kernels/test_pointwise.py",
+    "kernels/rwkv7_fused/": "kernels/test_rwkv7_fused.py",
+    "kernels/wkv7/": "kernels/test_wkv7.py",
+    "models/generation_state.py": "inference/test_generation.py",
+    "models/pipeline_shape.py": "config/test_check_layout.py",
+    "nn/kinds/": "config/test_check_layout.py",
+    "nn/moe/": "nn/test_moe.py",
+    "nn/offload.py": "gpu/test_offload.py",
+    "nn/rope.py": "nn/test_attention.py",
+    "optim/": "optim/test_adamw.py",
+    "parallel/context_parallel/": "parallel/context_parallel/test_shard.py",
+    "parallel/expert_tokens.py": "parallel/test_expert_parallel.py",
+    "parallel/pipeline/": "parallel/pipeline/test_executor.py",
+    "parallel/region.py": "parallel/test_layers.py",
+    "planning/report.py": "planning/test_plan_command.py",
+    "training/speed.py": "training/test_metrics.py",
+    "verification/parity_options.py": "tools/test_parity.py",
+}
 
 
 def beyond(source: str) -> Iterator[str]:
@@ -44,3 +74,30 @@ def test_each_limit_is_seen() -> None:
     body = "def f():\n" + "    pass\n" * FUNCTION
     assert list(beyond(body)) == ["f has 61 lines"] and list(beyond(body.removesuffix("    pass\n"))) == []
     assert list(beyond("\n" * 501)) == ["has 501 lines"] and list(beyond("\n" * 500)) == []
+
+
+def modules_without_tests() -> list[str]:
+    """Modules with functions or classes that have no test module of their name, and whose name no test holds."""
+    tests = [file.read_text("utf-8") for file in (REPO / "tests").rglob("*.py") if file != Path(__file__)]
+    named = {name for text in tests for name in re.findall(r"megaforge(?:\.\w+)+", text)}
+    named |= {
+        f"{module}.{name}"
+        for text in tests
+        for module, names in re.findall(r"^ *from (megaforge[\w.]*) import (\w[\w ,]*)", text, re.MULTILINE)
+        for name in re.split("[ ,]+", names)
+    }
+    found = []
+    for file in sorted((REPO / "megaforge").rglob("*.py")):
+        module = file.relative_to(REPO / "megaforge")
+        own = REPO / "tests" / module.parent / f"test_{module.stem}.py"
+        dotted = ".".join(("megaforge", *module.with_suffix("").parts)).removesuffix(".__init__")
+        defines = re.search(r"^(def|class) ", file.read_text("utf-8"), re.MULTILINE)
+        if defines and not own.is_file() and dotted not in named:
+            found.append(str(module))
+    return found
+
+
+def test_every_module_has_tests_that_one_finds() -> None:
+    alone = modules_without_tests()
+    assert [module for module in alone if not any(module.startswith(row) for row in COVERED)] == []
+    assert [test for test in COVERED.values() if not (REPO / "tests" / test).is_file()] == []
