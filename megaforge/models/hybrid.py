@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from megaforge.nn.losses import LossTerm, add_terms
 from megaforge.nn.moe import RouterLosses
 from megaforge.nn.norms import make_norm
 from megaforge.nn.recompute import recomputed
-from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState, Sublayer
+from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState
 from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import VocabParallelEmbedding
 from megaforge.parallel.packed_sequence import PackedSequence
@@ -86,7 +86,7 @@ class Block(nn.Module):
             self.ffn = kind.ffn.build(layer)
 
     @property
-    def sublayers(self) -> list[tuple[nn.Module, Sublayer]]:
+    def sublayers(self) -> list[tuple[nn.Module, Any]]:
         """Its mixer and, if it has one, its FFN, each behind its norm."""
         mixer = (self.mixer_norm, self.mixer)
         return [mixer] if self.kind.ffn is None else [mixer, (self.ffn_norm, self.ffn)]
@@ -139,7 +139,8 @@ class Block(nn.Module):
     ) -> LayerOutput:
         """What sublayer ``place`` adds to the residual stream; ``carried`` tensors have these ``names``."""
         norm, module = self.sublayers[place]
-        return module(norm(x), info, dict(zip(names, carried, strict=True)), state)
+        output: LayerOutput = module(norm(x), info, dict(zip(names, carried, strict=True)), state)
+        return output
 
 
 class HybridModel(nn.Module):
