@@ -1,4 +1,4 @@
-"""JSON Lines files, plain or compressed, read forward in bounded memory and shared out by byte ranges.
+"""JSON Lines files, plain or compressed, read forward in bounded memory and split by byte ranges.
 
 A range [start, stop) of a file's (decompressed) bytes owns the lines that begin in it, so any cut of the file into
 ranges gives every line to exactly one range, and the ranges' lines in order are the file's.

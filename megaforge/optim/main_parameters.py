@@ -55,7 +55,7 @@ class MainParameters:
 
     Attributes:
         trained: those that are updated; a frozen one is its own master.
-        shards: how parameters are shared out (ZeRO), or None.
+        shards: how parameters are sharded (ZeRO), or None.
     """
 
     def __init__(self, model: nn.Module, shards: ShardedParameters | None = None) -> None:

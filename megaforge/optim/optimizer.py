@@ -58,7 +58,7 @@ class Optimizer:
 
     Attributes:
         main: the masters.
-        shards: how parameters are shared out, or None.
+        shards: how parameters are sharded, or None.
     """
 
     def __init__(self, config: OptimizerConfig, model: nn.Module, shards: ShardedParameters | None = None) -> None:

@@ -54,7 +54,7 @@ class Bucket:
 
     @property
     def slice_size(self) -> int:
-        """Elements that each replica keeps when the bucket is shared out."""
+        """Elements that each replica keeps when the bucket is sharded."""
         return self.size // self.replicas.size
 
     def own_slice(self, flat: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def main_dtype(parameter: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class BucketPolicy:
-    """How parameters are laid out in buckets that their replicas share out.
+    """How parameters are laid out in buckets that are sharded over their replicas.
 
     Attributes:
         name: parameters of different policies never share a bucket.

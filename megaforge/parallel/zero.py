@@ -1,4 +1,4 @@
-"""Parameters whose updates are shared out over their replicas (ZeRO: Rajbhandari et al., arXiv 1910.02054).
+"""Parameters whose updates are sharded over their replicas (ZeRO: Rajbhandari et al., arXiv 1910.02054).
 
 Every rank computes with whole parameters, and updates only its slice of each bucket, for which alone it keeps fp32
 masters and moments. The updated slices travel while the next forward pass already runs.
@@ -115,7 +115,7 @@ class ShardedParameters:
         """This rank's range of ``parameter``, flattened [share]: a view of the model's memory."""
         share = optimizer_shard(parameter)
         if not isinstance(share, FlatShard):
-            raise ValueError(f"{share.name} is not shared out")
+            raise ValueError(f"{share.name} is not sharded")
         return parameter.detach().view(-1)[share.start : share.stop]
 
     def in_forward_order(self) -> list[Bucket]:

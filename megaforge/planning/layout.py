@@ -25,7 +25,7 @@ class PlannedLayout:
     Attributes:
         vpp: pipeline stages on each pipeline rank.
         etp: tensor parallelism of experts.
-        zero: 0, 1 (optimizer state shared out) or 2 (gradients too).
+        zero: 0, 1 (optimizer state sharded) or 2 (gradients too).
         recompute: what the backward pass computes again, as ``--recompute``.
         dtype: of parameters and activations.
         device_type: whose kernels keep what they keep; ``meta``: plain torch.

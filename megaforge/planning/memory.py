@@ -137,5 +137,5 @@ def rank_memory(
 
 
 def _buckets(layout: PlannedLayout) -> float:
-    """Gradients that have arrived but are not yet shared out, under ``--zero 2``: two buckets."""
+    """Gradients that have arrived but are not yet sharded, under ``--zero 2``: two buckets."""
     return 2.0 * layout.bucket_size * layout.wide_size if layout.zero > 1 else 0.0

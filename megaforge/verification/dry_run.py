@@ -116,7 +116,7 @@ def try_ranks(config: Config, world_size: int) -> tuple[PlannedLayout, list[DryR
 
     Raises:
         UserError: as the job itself would, or there is no such rank.
-        RuntimeError: ranks, parameters or samples are not shared out exactly once, or the plan is wrong.
+        RuntimeError: ranks, parameters or samples are not split exactly once, or the plan is wrong.
     """
     plan = check_run(config, world_size).plan
     layout = planned_layout(config, world_size)

@@ -4,7 +4,7 @@ Per head, with a state S of [value, key] channels::
 
     S_t = S_{t-1} diag(w_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T        y_t = S_t r_t
 
-:func:`wkv7` is the one door. :func:`wkv7_recurrent` is the definition, token by token: the oracle of the others.
+:func:`wkv7` is the face. :func:`wkv7_recurrent` is the definition, token by token: the oracle of the others.
 :mod:`.native` is compiled code, used where there is some for the tensors' device; :mod:`.chunked` is plain torch.
 """
 

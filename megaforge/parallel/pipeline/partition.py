@@ -25,7 +25,7 @@ def partition_layers(costs: Sequence[float], num_stages: int, cuts: Sequence[int
     """
     if num_stages > len(costs):
         raise UserError(
-            f"--pp times --vpp is {num_stages} stages, but there are only {len(costs)} layers to share out; "
+            f"--pp times --vpp is {num_stages} stages, but there are only {len(costs)} layers to cut; "
             f"use at most {len(costs)} stages"
         )
     if cuts:
