@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import shutil
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megaforge.errors import UserError
 from megaforge.parallel import context
 from megaforge.parallel.agree import exchange, from_first_rank
-from megaforge.parallel.context import AXES, Axis, ParallelContext
+from megaforge.parallel.context import AXES, ParallelContext
 from megaforge.parallel.distributed import check_backend, connect, initialize
 from megaforge.verification.dry_run import _fake_ranks
 
@@ -176,13 +176,18 @@ def test_nccl_splits_each_axis_off_in_one_call(monkeypatch: pytest.MonkeyPatch) 
 
 
 def timeouts_and_agreements() -> tuple[list[float], list[int], int]:
-    """Minutes that groups wait, and what ranks agree on without the group of the world."""
+    """Minutes that groups wait, and what ranks agree on, by themselves in the control group."""
     ctx = ParallelContext.create(tp=2, timeout=datetime.timedelta(minutes=7))
     assert ctx.control is not ctx.world.group and dist.get_backend(ctx.control) == "gloo"
     backends = [group._get_backend(torch.device("cpu")) for group in (ctx.tp.group, ctx.dp.group, ctx.control)]
-    alone = dataclasses.replace(ctx, world=Axis("world", ctx.world.size, ctx.world.rank))
     minutes = [backend.options._timeout.total_seconds() / 60 for backend in backends]
-    return minutes, exchange(alone, 10 * ctx.world.rank), from_first_rank(alone, lambda: 7 + ctx.world.rank)
+    with (
+        patch.object(dist, "all_gather_object", wraps=dist.all_gather_object) as gather,
+        patch.object(dist, "broadcast_object_list", wraps=dist.broadcast_object_list) as broadcast,
+    ):
+        agreed = exchange(ctx, 10 * ctx.world.rank), from_first_rank(ctx, lambda: 7 + ctx.world.rank)
+    assert all(call.call_args.kwargs["group"] is ctx.control for call in (gather, broadcast))
+    return minutes, *agreed
 
 
 def test_groups_wait_as_long_as_asked_and_ranks_agree_in_the_control_group(ranks) -> None:
