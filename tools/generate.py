@@ -191,6 +191,8 @@ def main() -> int:
     discover_launch()
     from megaforge.inference.prompts import Prompt, read_prompts
 
+    if flags.prompt_file == "-" and discover_launch().world_size > 1:
+        raise UserError("--prompt-file -: the ranks would each read a part of standard input; name a file")
     if flags.prompt_file is None:
         prompts = [Prompt("--prompt", flags.prompt)]
     else:

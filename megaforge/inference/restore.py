@@ -138,6 +138,9 @@ def _present_config(meta: dict[str, Any], path: Path, tp: int, pp: int, device: 
             expert_tensor_parallel_size=None,
             sequence_parallel=False,
             zero_stage=0,
+            distributed_backend="auto",
+            grad_compression="none",
+            grad_reduce_in_bf16=False,
         ),
         training=dataclasses.replace(
             config.training, micro_batch_size=1, global_batch_size=None, rampup_batch_size=(), device=device

@@ -35,7 +35,6 @@ class StagedModel:
         [self._chunk] = model.chunks
         self._model, self.ctx, cfg = model, self._chunk.ctx, self._chunk.cfg
         self._plan = plan or plan_pipeline(cfg, ParallelConfig(), 1, 1)
-        self._dtype = next(model.parameters()).dtype
         self.vocab_size = cfg.vocab_size or cfg.padded_vocab_size()
         self._executors: dict[tuple[int, torch.Size], PipelineExecutor] = {}
         pp, world = self.ctx.pp, self.ctx.world
@@ -87,7 +86,7 @@ class StagedModel:
         """The newest one, as most calls are like the one before."""
         if (count, shape) not in self._executors:
             batch, length = shape
-            tensors = make_stage_tensors(self._model, self._plan, batch, length, self._dtype)
+            tensors = make_stage_tensors(self._model, self._plan, batch, length, self._chunk.dtype)
             schedule = self._plan.with_micro_batches(count)
             executor = PipelineExecutor(schedule, self.ctx.pp, [self._chunk], tensors, device=self.ctx.device)
             self._executors = {(count, shape): executor}

@@ -170,7 +170,7 @@ class HybridModel(nn.Module):
         """
         super().__init__()
         cfg = self.cfg = layer.cfg
-        self.ctx, self.region, self.shards = layer.ctx, layer.region, layer.shard
+        self.ctx, self.region, self.shards, self.dtype = layer.ctx, layer.region, layer.shard, layer.dtype
         kinds = blocks_of(cfg)
         self.stage_layers = range(len(kinds)) if layers is None else layers
         self.is_first, self.is_last = self.stage_layers.start == 0, self.stage_layers.stop == len(kinds)

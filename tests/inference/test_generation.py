@@ -22,7 +22,7 @@ from tests.nn.support import perturb
 PROMPT = [5, 17, 3, 3, 40]
 
 
-def build(ctx: ParallelContext) -> StagedModel:
+def build(ctx: ParallelContext, dtype: torch.dtype = torch.float64) -> StagedModel:
     cfg = ModelConfig(
         hidden_size=32,
         ffn_hidden_size=48,
@@ -34,7 +34,7 @@ def build(ctx: ParallelContext) -> StagedModel:
         hybrid_layer_pattern="RE*ER-",
     )
     plan = plan_pipeline(cfg, ParallelConfig(pipeline_model_parallel_size=ctx.pp.size), 1, 64)
-    model = build_model(make_layer_context(cfg, ctx, dtype=torch.float64), plan)
+    model = build_model(make_layer_context(cfg, ctx, dtype=dtype), plan)
     initialize_parameters(model, ctx, seed=5)
     for chunk in model.chunks:
         perturb(chunk, ctx)
@@ -64,6 +64,16 @@ def test_every_layout_continues_alike(ranks, world: int, tp: int, pp: int) -> No
     expected = continuation(1, sampling)
     assert len(set(expected)) > 3
     assert ranks.run(world, continuation, tp, sampling, None, pp) == [expected] * world
+
+
+def in_bf16(pp: int) -> list[int]:
+    model = build(ParallelContext.create(pp=pp), torch.bfloat16)
+    return list(generate(model, PROMPT, 12, Sampling(temperature=0)))
+
+
+def test_stages_hand_on_16_bit_tensors(ranks) -> None:
+    """A stage's first parameter may be a norm, in fp32; between stages travels what the model computes in."""
+    assert ranks.run(3, in_bf16, 3) == [in_bf16(1)] * 3
 
 
 def test_the_stop_token_ends_the_text() -> None:
