@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import blocks_of
-from megaforge.models.hybrid import Block, HybridModel
+from megaforge.models.hybrid import HybridModel
 from megaforge.nn.recompute import recomputed
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.context_parallel.shard import ContextParallelShard
@@ -90,12 +90,10 @@ def measure_layer(cfg: ModelConfig, index: int, place: int, sizes: Sizes, arrivi
     Args:
         arriving: carried tensors that earlier layers have made, and their shapes.
     """
-    kinds = blocks_of(cfg)
 
     def build(ctx: ParallelContext) -> tuple[nn.Module, Forward]:
-        layer = _layer_context(cfg, ctx, sizes)
-        layer = dataclasses.replace(layer, index=index, count=len(kinds), first=kinds[index].first)
-        block = Block(dataclasses.replace(layer, recompute=sizes.recompute), kinds[index])
+        layer = dataclasses.replace(_layer_context(cfg, ctx, sizes), recompute=sizes.recompute)
+        [block] = HybridModel(layer, range(index, index + 1)).blocks  # in a model, so that converters see it
 
         def forward(x: Tensor, carried: dict[str, Tensor], info: PackedSequence) -> Given:
             given = (place, x, info, tuple(carried), None, *carried.values())

@@ -55,6 +55,8 @@ def state_bytes(
         room, share = aligned(count), -(-count // (replicas if layout.zero else 1))
         sums["elements"] += copies * count
         sums["parameters"] += copies * (room if layout.zero else count) * item.element_size
+        if item.spec.role == "state":  # nothing differentiates it, no rule updates it
+            continue
         sums["gradients"] += copies * (-(-room // replicas) if layout.zero > 1 else room) * wide
         states = len(rule_of(layout.optimizer, item.spec).states(layout.optimizer))
         sums["optimizer"] += copies * share * (states * wide + (wide if item.element_size < wide else 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megaforge.errors import UserError
 from megaforge.models.flops import matmul_elements
 from megaforge.parallel.pipeline.simulator import Costs, Timeline, simulate
 from megaforge.planning.communication import bandwidth, gradient_traffic
@@ -69,7 +70,10 @@ def layer_seconds(
         shards = 1 if held.spec.shard_dim is None else layout.tp
         products += 2 * tokens * matmul_elements([held.spec], cfg) / shards / (gpu.matmul * reached)
     mixing = kind.flops(cfg, layout.sequence_length) * tokens / layout.tp
-    mixing /= gpu.matmul * getattr(efficiency, kind.kernel)
+    speed: float | None = getattr(efficiency, kind.kernel, None)
+    if speed is None:
+        raise UserError(f"{kind.title}: its kernel '{kind.kernel}' is not a field of Efficiency (planning/gpus.py)")
+    mixing /= gpu.matmul * speed
     moving = FORWARD_PASSES / (gpu.memory_bandwidth * efficiency.memory)
     kept = part_cost(parts, layout, index, place).kept
     whole, again = products + mixing + moving * kept, 0.0

@@ -269,7 +269,8 @@ def _try_rank(
         reducer = make_reducer(config.parallel, model, ctx, shards)
         state = _registered(model, reducer, Optimizer(config.optimizer, model, shards))
         payload = make_stage_tensors(model, plan, layout.micro_batch_size, layout.sequence_length, layout.dtype)
-        buffers = [parameter.main_grad for _, parameter in named_specs(model)]  # type: ignore[attr-defined]
+        trained = [parameter for _, parameter in named_specs(model) if parameter.requires_grad]
+        buffers = [parameter.main_grad for parameter in trained]  # type: ignore[attr-defined]
         reducer.zero_grad()
         measured = []
         for number, chunk in enumerate(model.chunks):

@@ -111,8 +111,8 @@ class Recorder(Callback):
         self.record = Record()
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        losses = [metrics.extra.get(name, 0.0) for name in ("load_balance_loss", "z_loss")]
         experts = [count for layer in trainer.tokens_per_expert.tolist() for count in layer]
+        losses = [metrics.extra[name] if experts else 0.0 for name in ("load_balance_loss", "z_loss")]
         self.record.numbers.append([metrics.loss, metrics.grad_norm, *losses, *experts])
         trained = [(spec.name, p) for spec, p in named_specs(trainer.model) if p.requires_grad]
         self.record.gradients.append({name: p.main_grad.clone() for name, p in trained})  # type: ignore[attr-defined]

@@ -32,6 +32,17 @@ def test_refuses_what_the_job_would_refuse() -> None:
         parse_config([*TEST, "--dry-run-ranks", "some"])
 
 
+@pytest.mark.parametrize("zero", ["0", "1", "2"])
+def test_what_no_rule_updates_has_no_gradient(zero: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Biases of experts and the load of the last step are parameters that training writes by itself."""
+    flags = (
+        "--ffn moe --moe-router-score-function sigmoid --moe-router-enable-expert-bias "
+        "--moe-router-load-balancing-type global_aux_loss --zero"
+    )
+    dry_run(parse_config([*TEST, *flags.split(), zero, "--dry-run-world-size", "4"]).config)
+    assert "bytes equal the plan's" in capsys.readouterr().out
+
+
 def test_a_model_that_fits_no_machine_is_tried_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real parameters would fill gigabytes: nothing of more than a megabyte may be made outside the meta device."""
     empty = torch.empty
