@@ -126,7 +126,8 @@ class SelfAttention(nn.Module):
         if info.shards.axis.size > 1:
             context = recomputed(self.recompute_core, context_parallel_attention, query, key, value, info)
         else:
-            documents = info.packed_documents() if state is None and takes_documents(query) else None
+            packed = state is None and info.has_boundaries and takes_documents(query)
+            documents = info.packed_documents() if packed else None
             mask = info.score_mask(query.dtype) if documents is None else None
             if state is not None:
                 key, value = state.append(key, value)

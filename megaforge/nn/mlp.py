@@ -83,7 +83,7 @@ def mixed_input(x_k: Tensor | None, x: Tensor, info: PackedSequence, state: FFNS
         return x
     before = token_shift(x, info, None if state is None else state.shift)
     if state is not None:
-        state.shift = x[-1]
+        state.shift = x[-1].clone()  # a view would keep the whole prompt's
     return torch.addcmul(x, before - x, x_k.to(x.dtype))
 
 

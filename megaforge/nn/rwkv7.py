@@ -251,7 +251,7 @@ class RWKV7TimeMix(nn.Module):
         inputs = (r, v, decay, key, rate, memory, starts, info.shards)
         y, k, final = recomputed(self.recompute_core, self._recurrence, *inputs)
         if state is not None:
-            state.shift, state.wkv = x[-1], final
+            state.shift, state.wkv = x[-1].clone(), final  # a view would keep the whole prompt's
         norm = (self.ln_x["weight"], self.ln_x["bias"])
         out = self.output(norm_bonus_gate(y, r, k, v, gate, *norm, self.r_k, GROUP_NORM_EPSILON))
         return LayerOutput(out, made)
