@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megaforge.config.cli import parse_config
+from megaforge.config.cli import config_from_dict, config_to_dict, parse_config
 from megaforge.errors import UserError
 from megaforge.registry import Registry, load_extensions
 
@@ -39,6 +39,15 @@ def test_an_extension_is_imported_once_and_kept_by_its_full_path(
     assert config.training.extensions == (str(tmp_path / "mine.py"),)
     assert load_extensions(config.training.extensions) == config.training.extensions
     assert capsys.readouterr().out == "imported\n"
+
+
+def test_a_checkpoint_is_read_where_its_extensions_are_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = str(tmp_path / "gone.py")
+    saved = config_to_dict(parse_config([]).config)
+    saved["training"]["extensions"] = [gone]
+    config = config_from_dict(saved, source="runs/x/step_1")
+    assert config.training.extensions == (gone,)
+    assert f"runs/x/step_1: --extensions {gone}: there is no such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any
 
 from megaforge.config.config import Config
 from megaforge.config.fields import Bounds
+from megaforge.config.launcher import print_rank_0
 from megaforge.errors import UserError
 from megaforge.registry import Registry, load_extensions
 
@@ -163,15 +164,26 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def build_config(name: str, values: Mapping[str, Any]) -> Config:
+def build_config(name: str, values: Mapping[str, Any], source: str | None = None) -> Config:
     """A :class:`Config` whose settings are ``values`` by key, and defaults elsewhere; imports its ``--extensions``."""
     by_section: dict[str, dict[str, Any]] = {section: {} for section in sections()}
     for key, value in values.items():
         setting = settings()[key]
         by_section[setting.section][setting.name] = value
     training = by_section["training"]
-    training["extensions"] = load_extensions(training.get("extensions", ()))
+    training["extensions"] = tuple(_extension(one, source) for one in training.get("extensions", ()))
     return Config(name=name, **{section: cls(**by_section[section]) for section, cls in sections().items()})
+
+
+def _extension(name: str, source: str | None) -> str:
+    """Imports one; where a checkpoint names it, it may be gone, and what uses the checkpoint may not need it."""
+    try:
+        return load_extensions((name,))[0]
+    except UserError as error:
+        if source is None:
+            raise
+        print_rank_0(f"{source}: {error}; what it registers is unknown here")
+        return name
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -206,4 +218,4 @@ def config_from_dict(data: Mapping[str, Any], source: str = "configuration") -> 
                 values[setting.key] = setting.accept(value)
             except ValueError as error:
                 raise UserError(f"{source}: {setting.key}: {error}") from error
-    return build_config(str(data.get("name", "custom")), values)
+    return build_config(str(data.get("name", "custom")), values, source)

@@ -102,8 +102,12 @@ class DataSource(SampleView, Protocol):
         return None
 
     def validation(self, split: str = "valid") -> SampleView:
-        """What an evaluation reads."""
-        raise NotImplementedError
+        """What an evaluation reads.
+
+        Raises:
+            UserError: there is nothing to evaluate on.
+        """
+        raise UserError(f"--eval-iters: this data source has no '{split}' samples; use --eval-iters 0")
 
 
 @dataclass(frozen=True)

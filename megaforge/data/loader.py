@@ -137,11 +137,11 @@ class GlobalBatchLoader:
             mask[row, targets:] = 0.0
         if self.data.eod_mask_loss:
             mask[marks[:, 1:]] = 0.0
-        whole, counts, starts = torch.from_numpy(tokens), torch.from_numpy(mask), torch.from_numpy(marks)
+        whole, counts, starts = map(torch.from_numpy, (tokens, mask, marks))
         return Batch(
             tokens=whole[:, :length].contiguous(),
             labels=whole[:, 1 : length + 1].contiguous(),
-            loss_mask=counts[:, :length].contiguous(),
+            loss_mask=counts if beyond == 1 else counts[:, :length].contiguous(),
             document_start=starts[:, :length].contiguous(),
             later=tuple(self._later(whole, counts, starts, length)) if beyond > 1 else (),
         )

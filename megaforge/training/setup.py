@@ -152,6 +152,10 @@ def _open_data(config: Config, tokenizer: Tokenizer | None) -> DataSource:
     data = source_kind(config.data).open(config, tokenizer)
     for notice in data.notices:
         print_rank_0(notice)
+    if config.data.eod_mask_loss and not data.eod_mask_loss:
+        raise UserError(
+            f"--eod-mask-loss: the source of --data-path {' '.join(config.data.data_path)} does not do that"
+        )
     watched = config.training.early_stopping_metric
     if config.training.eval_iters and watched == "bits_per_byte" and data.bytes_per_token("valid") is None:
         raise UserError(
