@@ -82,7 +82,9 @@ def _value(command: Command, flag: Flag, draw: random.Random) -> Case:
         wrong = command.only_wrong or draw.random() < 0.6
         value = draw.choice(bad if wrong else PERHAPS_NUMBERS)
     elif flag.name in READS or flag.name in WRITES:
-        value, wrong = draw.choice(NO_PATHS if flag.name in READS else NO_OUTPUTS), not command.reads_nothing
+        # Training writes its metrics; what plots them reads them.
+        written = flag.name in WRITES or (flag.name == "--metrics-file" and command.script == "pretrain_cdrmix.py")
+        value, wrong = draw.choice(NO_OUTPUTS if written else NO_PATHS), not command.reads_nothing
     elif command.only_wrong:
         value, wrong = "\udcff", False
     else:
