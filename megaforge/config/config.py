@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from megaforge.config.dry_run_config import DryRunConfig
 from megaforge.config.fields import check_fields
 from megaforge.config.model_config import ModelConfig
+from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.config.pattern import kinds_of
 from megaforge.config.run_config import (
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
-    OptimizerConfig,
     ParallelConfig,
     TrainingConfig,
 )

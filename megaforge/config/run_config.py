@@ -1,4 +1,4 @@
-"""How a model is trained: layout, data, optimizer, loop, checkpoints, logs. One dataclass a component."""
+"""How a model is trained: layout, data, loop, checkpoints, logs. One dataclass a component."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megaforge.config.fields import flag
 from megaforge.errors import UserError
-from megaforge.registry import CALLBACKS, LOSS_TERMS, OBJECTIVES, SCHEDULES, UPDATE_RULES
+from megaforge.registry import CALLBACKS, LOSS_TERMS, OBJECTIVES, SCHEDULES
 
 
 def default_expert_tensor_parallel_size(tp: int, ep: int, stage_ranks: int) -> int:
@@ -165,51 +165,6 @@ class DataConfig:
             )
         if self.mock_data and self.verify_data:
             raise UserError("--verify-data: --mock-data reads no files, so there is nothing to verify; leave it out")
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """The update rule and the learning-rate schedule."""
-
-    optimizer: str = flag("adam", "update rule; adam is AdamW, as in Megatron-LM", choices=UPDATE_RULES)
-    lr: float = flag(3e-4, "peak learning rate", above=0)
-    min_lr: float = flag(0.0, "learning rate at the end of the decay", least=0)
-    lr_decay_style: str = flag("cosine", "shape of the decay", choices=("cosine", "linear", "constant", "WSD"))
-    lr_warmup_iters: int = flag(0, "iterations of linear warm-up", least=0)
-    lr_decay_iters: int | None = flag(None, "iterations until --min-lr (default: --train-iters)", least=1)
-    lr_wsd_decay_iters: int | None = flag(
-        None,
-        "length of the final decay of WSD (default: a tenth of --lr-decay-iters)",
-        least=1,
-    )
-    override_opt_param_scheduler: bool = flag(
-        False, "with --load: follow this line's learning-rate schedule where the checkpoint had another"
-    )
-    use_checkpoint_opt_param_scheduler: bool = flag(
-        False, "with --load: keep the checkpoint's learning-rate schedule, whatever this line says"
-    )
-    weight_decay: float = flag(0.1, "decoupled weight decay of matrices", least=0)
-    adam_beta1: float = flag(0.9, "decay of the first moment", least=0, below=1)
-    adam_beta2: float = flag(0.95, "decay of the second moment", least=0, below=1)
-    adam_eps: float = flag(1e-8, "epsilon of Adam", above=0)
-    sgd_momentum: float = flag(0.9, "with --optimizer sgd: momentum", least=0, below=1)
-    clip_grad: float = flag(1.0, "largest global gradient norm; 0 switches clipping off", least=0)
-    initial_loss_scale: float = flag(65536.0, "fp16: loss scale at the start", above=0)
-    min_loss_scale: float = flag(1.0, "fp16: smallest loss scale", above=0)
-    loss_scale_window: int = flag(1000, "fp16: clean iterations before the scale grows by 2", least=1)
-    hysteresis: int = flag(
-        2,
-        "fp16: overflows since the scale last grew, of which the last and each further one halve it",
-        least=1,
-    )
-
-    def validate(self) -> None:
-        if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:
-            raise UserError(
-                "--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler exclude each other; choose one"
-            )
-        if self.min_lr > self.lr:
-            raise UserError(f"--min-lr {self.min_lr}: must not exceed --lr {self.lr}")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megaforge.config.run_config import OptimizerConfig
+from megaforge.config.optimizer_config import OptimizerConfig
 
 GROWTH, BACKOFF = 2.0, 0.5
 # What earlier versions wrote for a run that does not scale its loss.

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megaforge.config.run_config import OptimizerConfig
+from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.optim.main_parameters import Entry, MainParameter, MainParameters
 from megaforge.optim.update_rule import UpdateRule
 from megaforge.parallel.buckets import Bucket, BucketPolicy

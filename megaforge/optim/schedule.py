@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 
-from megaforge.config.run_config import OptimizerConfig
+from megaforge.config.optimizer_config import OptimizerConfig
 
 
 class LearningRateSchedule:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megaforge.config.run_config import OptimizerConfig
+from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.optim.update_rule import TorchRule
 
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 
 from megaforge.config.config import Config
-from megaforge.config.run_config import OptimizerConfig
+from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.models.pipeline_shape import pipeline_shape
 from megaforge.models.prepared_run import check_run
 from megaforge.parallel.context import ParallelContext

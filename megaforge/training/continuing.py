@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megaforge.config.config import Config
-from megaforge.config.run_config import OptimizerConfig
+from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.config.schema import config_to_dict
 from megaforge.errors import UserError
 from megaforge.optim import LearningRateSchedule

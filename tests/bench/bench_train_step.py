@@ -27,7 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.config.run_config import OptimizerConfig
+from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.models.hybrid import HybridModel
 from megaforge.optim import Optimizer
 from megaforge.optim.clip import clip_gradients

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from megaforge.config.run_config import OptimizerConfig
+from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.optim import Optimizer, adamw
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import optimizer_shard

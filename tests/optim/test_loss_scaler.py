@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from megaforge.config.run_config import OptimizerConfig
+from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.optim import LossScaler
 
 CONFIG = OptimizerConfig(initial_loss_scale=16.0, min_loss_scale=2.0, loss_scale_window=3, hysteresis=2)

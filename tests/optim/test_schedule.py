@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from megaforge.config.run_config import OptimizerConfig
+from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.optim import LearningRateSchedule
 
 CONFIG = OptimizerConfig(lr=1.0, min_lr=0.1, lr_warmup_iters=10)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megaforge.config.run_config import OptimizerConfig
+from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.optim import Optimizer
 from megaforge.parallel.context import ParallelContext
 from tests.optim.small_model import SPECS, SmallModel, global_gradients, set_gradients

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.config.run_config import OptimizerConfig
+from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.models.hybrid import HybridModel, ModelOutput
 from megaforge.nn.moe import expert_counts
 from megaforge.optim import Optimizer, clip_gradients

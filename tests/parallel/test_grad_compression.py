@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megaforge.config.run_config import OptimizerConfig, ParallelConfig
+from megaforge.config.optimizer_config import OptimizerConfig
+from megaforge.config.run_config import ParallelConfig
 from megaforge.optim import Optimizer, clip_gradients
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer

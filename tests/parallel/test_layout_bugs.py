@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaforge.config.config import Config
-from megaforge.config.run_config import OptimizerConfig
+from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.prepared_run import check_run

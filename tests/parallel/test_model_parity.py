@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.config.run_config import OptimizerConfig
+from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.models.hybrid import HybridModel
 from megaforge.nn.losses import LossTerm, total_loss
 from megaforge.optim import Optimizer

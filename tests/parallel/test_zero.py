@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megaforge.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from megaforge.config.model_config import ModelConfig
-from megaforge.config.run_config import OptimizerConfig
+from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.optim import Optimizer, bucket_policy, clip_gradients
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer

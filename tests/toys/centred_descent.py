@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megaforge.config.run_config import OptimizerConfig
+from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.optim import UpdateRule
 from megaforge.parallel.param_spec import ParamSpec
 from megaforge.registry import UPDATE_RULES

@@ -18,7 +18,7 @@ from torch import Tensor
 from megaforge.config.check_layout import with_tokenizer_vocab
 from megaforge.config.cli import parse_config
 from megaforge.config.model_config import ModelConfig
-from megaforge.config.run_config import OptimizerConfig
+from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.prepared_run import check_run
 from megaforge.optim import Optimizer
