@@ -55,12 +55,12 @@ class Linear(nn.Module):
 
 
 class ReplicatedLinear(Linear):
-    """``y = x W^T`` with a W that is whole on every rank. Inside a region each rank has a part of its gradient, as its
-    spec says."""
+    """``y = x W^T + b`` with a W that is whole on every rank. Inside a region each rank has a part of its gradient, as
+    its spec says."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return self.op.apply(x, self.matrix)
+        return self.op.apply(x, self.matrix, self.bias)
 
 
 class GroupedLinear(Linear):
@@ -135,6 +135,8 @@ class RowParallelLinear(Linear):
         bias: bool = False,
         kind: str = "other",
     ) -> None:
+        if bias and not reduce:
+            raise ValueError("a bias cannot be added to partial sums: every rank of tp would add it")
         weight = layer.parameter((out_features, in_features), init, shard_dim=1, role="matrix", kind=kind)
         declared: dict[str, Any] = {"tp_partial_grad": layer.region.sequence_parallel, "kind": kind}
         added = layer.parameter((out_features,), Constant(0.0), weight_decay=False, **declared) if bias else None

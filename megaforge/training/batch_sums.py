@@ -12,7 +12,8 @@ from torch import Tensor
 from megaforge.device import upload
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
-from megaforge.nn.losses import LossTerm
+from megaforge.nn.losses import LossTerm, count_of
+from megaforge.parallel.agree import describe_failures, exchange
 from megaforge.parallel.context import ParallelContext
 from megaforge.training.metrics import balance_entropy_bits, greatest_expert_load
 from megaforge.training.objectives import Objective
@@ -29,6 +30,7 @@ class BatchSums:
         experts: after :meth:`reduce`, float64 [2, MoE layers, E]: tokens that each expert was chosen for, and its
             choices by plain top-k; on the device.
         votes: what this rank asks of the others; after :meth:`read`, the sums over all ranks.
+        faults: what is wrong with the terms, as far as this rank sees it; :meth:`read` tells every rank.
         values: after :meth:`read`: the terms' sums by name.
         balance: after :meth:`read`: how evenly experts were used, by name; empty in a model without.
     """
@@ -41,6 +43,7 @@ class BatchSums:
         self.found: dict[str, str] = {}
         self.experts = torch.zeros((2, 0, 0), dtype=torch.float64, device=ctx.device)
         self.votes: Sequence[float] = ()
+        self.faults: list[str] = []
         self.values: dict[str, float] = {}
         self.balance: dict[str, float] = {}
         self._ctx = ctx
@@ -64,17 +67,18 @@ class BatchSums:
 
         Args:
             denominators: the terms of all ranks and their counts' names, the same everywhere.
-
-        Raises:
-            UserError: this rank has another term.
         """
-        new = self.found.keys() - denominators.keys()
+        new = self.found.items() - denominators.items()
         if new:
-            raise UserError(f"loss terms have the same names in every step; {min(new)!r} was not there in the first")
+            name, by = min(new)
+            self.faults.append(
+                f"loss terms have the same names and counts in every step; {name!r}, by {by!r}, was not in the first"
+            )
         self._denominators = denominators
         nothing = self._reduced.new_zeros(())
         terms = [self._sums.get(name, nothing).view(1) for name in denominators]
-        votes = upload(torch.tensor(self.votes, dtype=torch.float64), self._ctx.device)
+        asked = [*self.votes, float(len(self.faults))]
+        votes = upload(torch.tensor(asked, dtype=torch.float64), self._ctx.device)
         packed = torch.cat([*terms, votes, self.experts.flatten()])
         for axis in (self._ctx.dp_cp, self._ctx.pp):
             if axis.group is not None:
@@ -87,7 +91,10 @@ class BatchSums:
     def read(self, others: Tensor | None = None) -> list[float]:
         """Brings the numbers to the host, and ``others`` (fp64 [n]) with them, whose values it returns.
 
-        Here the host waits for the device: what a step reads, it reads here.
+        Here the host waits for the device: what a step reads, it reads here. Collective where something is wrong.
+
+        Raises:
+            UserError: on every rank, as some have found a fault.
         """
         single = {name: count for name, count in self.counts.items() if isinstance(count, Tensor)}
         tokens = self.experts[0]
@@ -100,11 +107,19 @@ class BatchSums:
         numbers = iter(torch.cat([others, self._reduced, *(value.view(1) for value in single.values())]).tolist())
         taken = list(islice(numbers, len(others)))
         self.values = dict(zip(self._denominators, islice(numbers, len(self._denominators)), strict=True))
-        self.votes = list(islice(numbers, len(self.votes)))
+        *self.votes, faults = islice(numbers, len(self.votes) + 1)
+        if faults:
+            found = enumerate(exchange(self._ctx, self.faults))
+            raise UserError(describe_failures({rank: own[0] for rank, own in found if own}))
         for name, value in zip(single, numbers, strict=True):
             (self.counts if name in self.counts else self.balance)[name] = value
         return taken
 
     def means(self) -> dict[str, float]:
-        """After :meth:`read`: every term, divided by its count."""
-        return {name: self.values[name] / float(self.counts[by]) for name, by in self._denominators.items()}
+        """After :meth:`read`: every term, divided by its count.
+
+        Raises:
+            UserError: one is divided by what is not counted.
+        """
+        by = self._denominators
+        return {name: self.values[name] / float(count_of(name, by[name], self.counts)) for name in by}

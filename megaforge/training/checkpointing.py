@@ -23,6 +23,7 @@ from megaforge.config.run_config import CheckpointConfig, TrainingConfig
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.device import get_random_state, set_random_state
 from megaforge.errors import UserError
+from megaforge.parallel.agree import exchange
 from megaforge.training.callbacks import LARGER_IS_BETTER, Callback
 from megaforge.training.continuing import changed_settings, check_update_rule, settle_schedule
 
@@ -87,7 +88,7 @@ def stateful_parts(trainer: Trainer) -> dict[str, Stateful]:
     optimizer, scaler = trainer.optimizer, trainer.scaler
     parts = [
         ("data", Stateful(data_state, load_data_state)),
-        ("optimizer", Stateful(optimizer.state, optimizer.load_state, optimizer.state_entries)),
+        ("optimizer", Stateful(lambda: optimizer_state(trainer), optimizer.load_state, optimizer.state_entries)),
         ("scaler", Stateful(scaler.state, scaler.load_state)),
         *trainer.stateful.items(),
         *(_of_callback(callback) for callback in trainer.callbacks if callback.state_name is not None),
@@ -96,6 +97,14 @@ def stateful_parts(trainer: Trainer) -> dict[str, Stateful]:
         if count > 1:
             raise ValueError(f"{count} parts of the run want to be kept in checkpoints as {name!r}")
     return dict(parts)
+
+
+def optimizer_state(trainer: Trainer) -> dict[str, Any]:
+    """What checkpoints keep of the optimizer besides tensors. Collective: a rank knows the rules of its own stages, and
+    one of its stages may have none."""
+    state = trainer.optimizer.state()
+    everywhere = exchange(trainer.ctx, state["states"])
+    return state | {"states": sorted({name for own in everywhere for name in own})}
 
 
 def _of_callback(callback: Callback) -> tuple[str, Stateful]:
@@ -157,7 +166,7 @@ def load_run(trainer: Trainer) -> Path | None:
     fresh = _start_over(trainer, meta, own)
     trainer.config, trainer.schedule, notes = settle_schedule(config, meta, int(meta["iteration"]), str(path))
     if "optimizer" not in fresh:
-        check_update_rule(optimizer.state(), meta, str(path))
+        check_update_rule(optimizer_state(trainer), meta, str(path))
     notes += changed_settings(trainer.config, trainer.batches.size, meta)
     trainer.iteration = int(meta["iteration"])
     trainer.earlier = Counter(meta["earlier"])

@@ -14,7 +14,7 @@ from megaforge.optim import LearningRateSchedule
 
 _OVERRIDE, _KEEP = "--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"
 _LEARNING = {
-    "optimizer": ("weight_decay", "sgd_momentum", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"),
+    "optimizer": ("optimizer", "weight_decay", "sgd_momentum", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"),
     "training": ("bf16", "fp16", "fp64", "rampup_batch_size", "objective", "loss_terms"),
     "parallel": ("grad_reduce_in_bf16", "grad_compression"),
     "data": ("eod_mask_loss",),
@@ -74,7 +74,7 @@ def check_update_rule(state: Mapping[str, Any], saved: Mapping[str, Any], source
     """Checks that a checkpoint's optimizer state is what this run's update rules keep.
 
     Args:
-        state: of this run's optimizer (:meth:`megaforge.optim.Optimizer.state`).
+        state: of this run's optimizer (:func:`megaforge.training.checkpointing.optimizer_state`).
         saved: the checkpoint's ``meta``.
 
     Raises:

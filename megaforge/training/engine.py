@@ -23,6 +23,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from megaforge.config.config import Config
 from megaforge.data.loader import Batch
@@ -64,7 +65,7 @@ class Engine:
         self.scaler = LossScaler(config.optimizer, enabled=config.training.fp16)
         dtype, offload = compute_dtype(config.training), config.parallel.cpu_offload_activations
         self._pipeline = ForwardBackward(model, ctx, plan, self.reducer, dtype=dtype, offload=offload)
-        self._terms: dict[Objective, dict[str, str]] = {}
+        self._terms = WeakIdKeyDictionary()  # of each objective that is alive: its terms and their counts
 
     def zero_grad(self) -> None:
         """Forgets the gradients."""
@@ -86,7 +87,7 @@ class Engine:
 
     def forward(self, batches: Sequence[Batch], sums: BatchSums) -> None:
         """Adds the terms of these micro-batches by the objective of ``sums``; computes no gradient."""
-        for told in self._pipeline.run(batches, partial(_terms, sums.objective), gradients=False):
+        for told in self._pipeline.run(batches, partial(_terms, sums), gradients=False):
             sums.add(*told)
 
     def reduce_gradients(self) -> None:
@@ -96,11 +97,10 @@ class Engine:
 
     def reduce(self, sums: BatchSums) -> None:
         """Sums over all ranks. Collective."""
-        terms = self._terms.get(sums.objective)
-        if not terms:  # a rank knows those of its own stages: at first, all tell each other
+        if not self._terms.get(sums.objective):  # a rank knows those of its own stages: at first, all tell each other
             found = exchange(self.ctx, sums.found)
-            terms = self._terms[sums.objective] = {name: count for one in found for name, count in one.items()}
-        sums.reduce(terms)
+            self._terms[sums.objective] = {name: count for one in found for name, count in one.items()}
+        sums.reduce(self._terms[sums.objective])
 
     def clip(self, max_norm: float, sums: BatchSums) -> tuple[float, dict[str, float]]:
         """Takes the loss scale off the gradients and scales them down where their global norm exceeds ``max_norm``
@@ -108,6 +108,9 @@ class Engine:
 
         Returns:
             The norm before clipping, and that of each kind of parameter; inf or nan where the gradients overflowed.
+
+        Raises:
+            UserError: on every rank: the objective's terms have no place.
         """
         self.reduce(sums)
         by_kind: dict[str, float] = {}
@@ -132,11 +135,20 @@ class Engine:
 
     def _global_counts(self, batches: Sequence[Batch], objective: Objective) -> dict[str, Tensor | float]:
         """What terms are divided by, of the whole global batch: at least one, so that an all-masked batch gives zero
-        loss. The ranks of cp and pp hold the same whole samples, so the sum over dp counts everything once."""
+        loss. The ranks of cp and pp hold the same whole samples, so the sum over dp counts everything once.
+
+        Raises:
+            UserError: the objective has a count of its own by the name of one that there is anyway.
+        """
         own: dict[str, float] = {}
         for batch in batches:
             for name, count in objective.counts(batch).items():
                 own[name] = own.get(name, 0.0) + count
+        if taken := own.keys() & {"sequences", "tokens"}:
+            raise UserError(
+                f"the objective {type(objective).__name__} has a count {min(taken)!r}, as every batch has already; "
+                "give it another name"
+            )
         counted = upload(torch.tensor(list(own.values()), dtype=torch.float64), self.ctx.device)
         if self.ctx.dp.group is not None:
             dist.all_reduce(counted, group=self.ctx.dp.group)
@@ -148,19 +160,34 @@ class Engine:
 _Told = tuple[dict[str, LossTerm], Tensor]
 
 
-def _terms(objective: Objective, output: ModelOutput, batch: Batch) -> tuple[None, _Told]:
-    """The terms of a micro-batch on one stage, and its counts of experts."""
-    own = {} if output.scored is None else objective.terms(output, batch)
+def _objective_terms(objective: Objective, output: ModelOutput, batch: Batch) -> dict[str, LossTerm]:
+    own = objective.terms(output, batch)
     twice = own.keys() & output.terms.keys()
     if twice:
         raise UserError(f"the objective's loss term {min(twice)!r} has the name of one that a layer makes; rename it")
-    if output.scored is not None and "loss" not in own:
+    if "loss" not in own:
         raise UserError(f"the objective {type(objective).__name__} gives no loss term called 'loss'")
+    return own
+
+
+def _terms(sums: BatchSums, output: ModelOutput, batch: Batch) -> tuple[None, _Told]:
+    """The terms of a micro-batch on one stage, and its counts of experts. What is wrong with them only the ranks of the
+    last stage see: they go on until all can be told, or the others would wait for them."""
+    own: dict[str, LossTerm] = {}
+    if output.scored is not None:
+        try:
+            own = _objective_terms(sums.objective, output, batch)
+        except UserError as error:
+            sums.faults.append(str(error))
     return None, (own | output.terms, output.experts)
 
 
 def _loss(sums: BatchSums, output: ModelOutput, batch: Batch) -> tuple[Tensor | None, _Told]:
     """What a stage adds to the loss that is differentiated."""
-    _, (terms, experts) = _terms(sums.objective, output, batch)
+    _, (terms, experts) = _terms(sums, output, batch)
     detached = {name: replace(term, sum=term.sum.detach()) for name, term in terms.items()}
-    return total_loss(terms, sums.counts), (detached, experts)
+    try:
+        return total_loss(terms, sums.counts), (detached, experts)
+    except UserError as error:
+        sums.faults.append(str(error))
+        return None, (detached, experts)

@@ -14,6 +14,7 @@ import torch
 
 from megaforge.config.config import Config
 from megaforge.data.loader import Batch
+from megaforge.errors import UserError
 from megaforge.models.hybrid import ModelOutput
 from megaforge.nn.losses import LossTerm
 from megaforge.registry import LOSS_TERMS, OBJECTIVES
@@ -73,7 +74,10 @@ class WithTerms:
         self._objective, self._more = objective, more
 
     def terms(self, output: ModelOutput, batch: Batch) -> dict[str, LossTerm]:
-        return self._objective.terms(output, batch) | {name: term(output) for name, term in self._more.items()}
+        own = self._objective.terms(output, batch)
+        if twice := own.keys() & self._more.keys():
+            raise UserError(f"--loss-terms {min(twice)}: the objective has a term of this name; register it as another")
+        return own | {name: term(output) for name, term in self._more.items()}
 
 
 def make_objective(config: Config) -> Objective:

@@ -13,9 +13,9 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.cross_entropy import vocab_parallel_linear_cross_entropy
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.init import initialize_parameters
-from megaforge.parallel.init_rules import Elementwise, Normal, OfModule, Orthogonal, Uniform
+from megaforge.parallel.init_rules import Constant, Elementwise, Normal, OfModule, Orthogonal, Uniform
 from megaforge.parallel.layer_context import make_layer_context
-from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megaforge.parallel.layers import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear, VocabParallelEmbedding
 from megaforge.parallel.param_spec import ParamSpec, make_parameter, name_parameters, named_specs
 
 SEQUENCE, BATCH, HIDDEN, INNER, VOCAB = 8, 4, 12, 16, 37
@@ -184,3 +184,19 @@ def test_sixteen_bit_gradients_accumulate_in_fp32() -> None:
     reducer.finish_grad_sync()
     assert holder.weight.main_grad.dtype == torch.float32
     assert torch.equal(holder.weight.main_grad, torch.full((3, 3), 1.0 + 2.0**-10))
+
+
+def test_a_replicated_layer_adds_its_bias() -> None:
+    layer = make_layer_context(CFG, ParallelContext.single())
+    linear = ReplicatedLinear(*(layer.parameter(shape, Constant(0.5)) for shape in ((3, 2), (3,))))
+    name_parameters(linear)
+    initialize_parameters(linear, ParallelContext.single(), seed=1)
+    x = torch.tensor([[1.0, 2.0]])
+    assert torch.equal(linear(x), F.linear(x, linear.weight, linear.bias)) and bool((linear(x) == 2.0).all())
+
+
+def test_partial_sums_take_no_bias() -> None:
+    with pytest.raises(ValueError, match="a bias cannot be added to partial sums"):
+        RowParallelLinear(
+            make_layer_context(CFG, ParallelContext.single()), 4, 4, init=Normal(1), reduce=False, bias=True
+        )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from megaforge.errors import UserError
 from megaforge.nn.losses import LossTerm
 from megaforge.parallel.context import ParallelContext
 from megaforge.training.batch_sums import BatchSums
@@ -44,6 +45,14 @@ def test_votes_and_nothing_else() -> None:
     sums.reduce({})
     assert sums.read() == []
     assert (sums.votes, sums.values, sums.means(), sums.balance) == ([1.0, 0.0], {}, {}, {})
+
+
+def test_a_mean_over_what_is_not_counted_is_named() -> None:
+    sums = BatchSums(ParallelContext.single(), None)  # type: ignore[arg-type]
+    sums.reduce({"loss": "labels"})
+    sums.read()
+    with pytest.raises(UserError, match="'loss' is divided by 'labels', which is not counted; counts are none"):
+        sums.means()
 
 
 def summed(sizes: dict[str, int]) -> tuple[dict[str, float], list[float]]:

@@ -11,6 +11,8 @@ from megaforge.checkpoint.compatible import describe_run
 from megaforge.errors import UserError
 from megaforge.optim import LearningRateSchedule
 from megaforge.training.continuing import changed_settings, settle_schedule
+from tests.parallel.pool import RankPool
+from tests.parallel.test_pipeline_model import flags, train
 from tests.training.tiny import arguments, make_config, make_trainer, record, write_dataset
 
 
@@ -50,6 +52,7 @@ def test_a_schedule_that_goes_on(
         ((), (), (8, 8), None),
         ((), ("--micro-batch-size", "2"), (8, 8), None),
         ((), (), (8, 16), "a global batch of 8 sequences in the checkpoint, 16 here"),
+        ((), ("--optimizer", "sgd"), (8, 8), "--optimizer adam in the checkpoint, sgd here"),
         ((), ("--weight-decay", "0.3"), (8, 8), "--weight-decay 0.1 in the checkpoint, 0.3 here"),
         (("--bf16",), ("--fp16",), (8, 8), "--bf16 True in the checkpoint, False here; --fp16 False in the"),
         (
@@ -132,3 +135,39 @@ def test_what_starts_over_and_what_is_kept(tmp_path: Path, capsys: pytest.Captur
     assert fourth.consumed_tokens == second.consumed_tokens and fourth.started_over == second.started_over
     branch = make_trainer([*again, "--load", f"{save}/step_0000004"])
     assert (branch.iteration, branch.consumed_samples) == (4, 0)
+
+
+FIRST_BLOCK = """
+from megaforge.optim import UpdateRule
+from megaforge.registry import UPDATE_RULES
+
+
+class FirstBlock(UpdateRule):
+    @classmethod
+    def takes(cls, spec):
+        return spec.name.startswith("layers.0.")
+
+    @classmethod
+    def states(cls, config):
+        return ("slow",)
+
+    def step(self, lr, done):
+        for main in self.parameters:
+            main.state["slow"].lerp_(main.grad, 0.1)
+            main.master.sub_(main.state["slow"], alpha=lr)
+
+
+UPDATE_RULES.register("first_block", FirstBlock)
+"""
+
+
+def test_a_rule_with_parameters_on_one_stage_goes_on_in_stages(ranks: RankPool, tmp_path: Path) -> None:
+    (tmp_path / "first_block.py").write_text(FIRST_BLOCK)
+    rule = ("--extensions", str(tmp_path / "first_block.py"), "--optimizer", "first_block", "--pp", "2")
+    save = str(tmp_path / "run")
+    argv = flags(write_dataset(tmp_path / "train_text_document"), *rule, "--save", save, "--load", save)
+    ranks.run(2, train, [*argv, "--train-iters", "1"])
+    found = ranks.run(2, train, argv, 0.0)
+    assert [record["iteration"] for record in found[1]["records"] if record["kind"] == "step"] == [2]
+    with pytest.raises(AssertionError, match=r"its optimizer state \(exp_avg, exp_avg_sq, slow\) is that of"):
+        ranks.run(2, train, [*argv, "--optimizer", "sgd"])

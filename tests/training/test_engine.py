@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import re
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -24,8 +27,10 @@ from megaforge.models.hybrid import ModelOutput
 from megaforge.nn.losses import LossTerm
 from megaforge.parallel.param_spec import named_specs
 from megaforge.training.callbacks import MetricsWriter
-from megaforge.training.objectives import NextToken
+from megaforge.training.objectives import NextToken, Objective, WithTerms
 from megaforge.training.trainer import Trainer
+from tests.parallel.pool import RankPool
+from tests.parallel.test_pipeline_model import trainer_of
 from tests.training.tiny import arguments, dense_arguments, make_trainer, record, weights, write_dataset
 
 
@@ -85,32 +90,81 @@ def test_an_objective_reads_log_probabilities_and_counts_for_itself(prefix: str)
         torch.testing.assert_close(parameter.main_grad, gradient, rtol=1e-9, atol=1e-13)
 
 
-class Wrong(NextToken):
-    def __init__(self, *names: str) -> None:
-        self.names = names
+@dataclass
+class Wrong:
+    """Gives these terms, by this count; not hashable, as a dataclass is not by itself."""
+
+    names: tuple[str, ...]
+    by: str = "labels"
+    counted: str = "labels"
+    look_ahead: int = 1
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return {self.counted: 1.0}
 
     def terms(self, output: ModelOutput, batch: Batch) -> dict[str, LossTerm]:
-        return {name: LossTerm(output.loss_sum, "labels") for name in self.names}
+        return {name: LossTerm(output.loss_sum, self.by) for name in self.names}
 
 
-def test_terms_without_a_place_are_refused(prefix: str) -> None:
+def added(output: ModelOutput) -> LossTerm:
+    return LossTerm(output.loss_sum, "labels")
+
+
+NO_PLACE: list[tuple[Objective, str]] = [
+    (Wrong(("mine",)), "the objective Wrong gives no loss term called 'loss'"),
+    (Wrong(("loss", "z_loss")), "the objective's loss term 'z_loss' has the name of one that a layer makes"),
+    (Wrong(("loss",), "dozens"), "'loss' is divided by 'dozens', .* counts are labels, sequences, tokens"),
+    (WithTerms(Wrong(("loss", "mine")), {"mine": added}), "--loss-terms mine: the objective has a term of this name"),
+]
+
+
+def refused(argv: list[str]) -> list[str]:
+    """What a rank is told of each objective, and of one that changes."""
+    trainer = trainer_of(argv)
+    batches, told = next(global_batches(trainer)), list[str]()
+    changing = Wrong(("loss",))
+    step(trainer, batches, changing)
+    changing.names = ("loss", "later")
+    for objective in (*(objective for objective, _ in NO_PLACE), changing):
+        with pytest.raises(UserError) as caught:
+            step(trainer, batches, objective)
+        told.append(str(caught.value))
+    return told
+
+
+def step(trainer: Trainer, batches: list[Batch], objective: Objective) -> None:
+    trainer.engine.zero_grad()
+    sums = trainer.engine.forward_backward(batches, objective)
+    trainer.engine.reduce_gradients()
+    trainer.engine.clip(1.0, sums)
+
+
+@pytest.mark.parametrize("more", [(), ("--pp", "2"), ("--pp", "2", "--pipeline-schedule", "zb-h1")])
+def test_every_rank_refuses_terms_without_a_place(ranks: RankPool, prefix: str, more: tuple[str, ...]) -> None:
+    """Those without the head see nothing wrong by themselves, and must not be left waiting."""
+    argv = arguments(prefix, *more)
+    [told, *others] = ranks.run(2, refused, argv) if more else [refused(argv)]
+    assert all(other == told for other in others)
+    for text, complaint in zip(told, [*(text for _, text in NO_PLACE), "'later', by 'labels', was not"], strict=True):
+        assert re.search(complaint, text)
+
+
+def test_a_count_of_ones_own_has_a_name_of_its_own(prefix: str) -> None:
     trainer = make_trainer(arguments(prefix))
+    for name in ("tokens", "sequences"):
+        with pytest.raises(UserError, match=f"Wrong has a count '{name}'.*another name"):
+            trainer.engine.forward_backward(next(global_batches(trainer)), Wrong(("loss",), counted=name))
+
+
+def test_an_engine_keeps_nothing_of_objectives_that_are_gone(prefix: str) -> None:
+    trainer = make_trainer(dense_arguments(prefix, "R-*-"))
     batches = next(global_batches(trainer))
-    for names, complaint in (
-        (("mine",), "the objective Wrong gives no loss term called 'loss'"),
-        (("loss", "z_loss"), "the objective's loss term 'z_loss' has the name of one that a layer makes"),
-    ):
-        with pytest.raises(UserError, match=complaint):
-            trainer.engine.forward_backward(batches, Wrong(*names))
-    changing = Wrong("loss")
-    for names in (("loss",), ("loss", "later")):
-        changing.names = names
-        sums = trainer.engine.forward_backward(batches, changing)
-        if len(names) == 2:
-            with pytest.raises(UserError, match="loss terms have the same names in every step; 'later' was not there"):
-                trainer.engine.reduce(sums)
-        else:
-            trainer.engine.reduce(sums)
+    kept = Wrong(("loss",))
+    for objective in (kept, Wrong(("loss",))):
+        step(trainer, batches, objective)
+    del objective
+    gc.collect()
+    assert list(trainer.engine._terms) == [kept]
 
 
 def test_nothing_that_counts_is_no_loss(prefix: str) -> None:
