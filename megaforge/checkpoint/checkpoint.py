@@ -26,11 +26,12 @@ from megaforge.checkpoint.directory import (
 from megaforge.checkpoint.find import check_length, verify_checkpoint
 from megaforge.checkpoint.manifest import Manifest, read_manifest
 from megaforge.checkpoint.planner import ShardLoadPlanner, ShardSavePlanner
-from megaforge.checkpoint.shards import RANK_PREFIX, Entry, Shard, build_shards
+from megaforge.checkpoint.shards import RANK_PREFIX, Shard, build_shards
 from megaforge.checkpoint.storage import CheckpointHead, CheckpointReader, CheckpointWriter
 from megaforge.errors import CheckpointError, UserError
 from megaforge.parallel.agree import describe_failures, from_first_rank, together
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.flat_shard import Entry
 
 logger = logging.getLogger(__name__)
 

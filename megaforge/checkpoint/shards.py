@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.flat_shard import FlatShard
+from megaforge.parallel.flat_shard import Entry, FlatShard
 from megaforge.parallel.param_spec import ParamSpec
 
 RANK_PREFIX = "rank_"  # keys of tensors that belong to one rank: rank_00003/NAME
@@ -27,9 +27,6 @@ class TensorEntry(NamedTuple):
     key: str
     spec: ParamSpec | FlatShard | None
     tensor: torch.Tensor
-
-
-Entry = TensorEntry | tuple[str, ParamSpec | FlatShard | None, torch.Tensor]
 
 
 class Shard:

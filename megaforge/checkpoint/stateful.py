@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megaforge.checkpoint.shards import Entry
+from megaforge.parallel.flat_shard import Entry
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from megaforge.config.config import Config
 from megaforge.config.run_config import DataConfig
+from megaforge.config.schema import settings
 from megaforge.data.blend import parse_data_path, parse_split
 from megaforge.data.indexed_dataset import check_files
 from megaforge.data.tokenizer import Tokenizer
@@ -110,6 +111,10 @@ class DataSource(SampleView, Protocol):
         raise UserError(f"--eval-iters: this data source has no '{split}' samples; use --eval-iters 0")
 
 
+# Settings of the data section that dataset files heed, and other sources may.
+OF_FILES = ("split", "split_order", "verify_data", "data_lanes")
+
+
 @dataclass(frozen=True)
 class DataSourceKind:
     """How a source is opened.
@@ -117,10 +122,12 @@ class DataSourceKind:
     Attributes:
         open: ``open(config, tokenizer)``; raises UserError for data that do not fit the run.
         check: ``check(config)``; raises UserError for what can be seen before torch is imported.
+        reads: settings of the data section that it heeds, of :data:`OF_FILES`; a run says so of others that are given.
     """
 
     open: Callable[[Config, Tokenizer | None], DataSource]
     check: Callable[[Config], None] = lambda config: None
+    reads: tuple[str, ...] = ()
 
 
 def source_kind(data: DataConfig) -> DataSourceKind:
@@ -141,6 +148,15 @@ def source_kind(data: DataConfig) -> DataSourceKind:
     return kind
 
 
+def unread_settings(data: DataConfig) -> Iterator[str]:
+    """What to tell of settings that the source does not heed."""
+    kind, source = source_kind(data), "--mock-data" if data.mock_data else f"--data-path {' '.join(data.data_path)}"
+    for name in (name for name in OF_FILES if name not in kind.reads):
+        value, flag = getattr(data, name), settings()[f"data.{name}"]
+        if value != flag.default:
+            yield f"{flag.flag}{'' if value is True else f' {value}'}: {source} does not heed it: it changes nothing"
+
+
 def _check_files(config: Config) -> None:
     if not config.data.data_path:
         raise UserError(
@@ -154,6 +170,8 @@ def _check_files(config: Config) -> None:
 
 # Reading needs torch, which is not imported before the checks.
 FILES = DataSourceKind(
-    lambda config, tokenizer: resolve_name("megaforge.data.samples:open_files")(config, tokenizer), _check_files
+    lambda config, tokenizer: resolve_name("megaforge.data.samples:open_files")(config, tokenizer),
+    _check_files,
+    OF_FILES,
 )
 MOCK = DataSourceKind(lambda config, tokenizer: resolve_name("megaforge.data.mock:open_mock")(config))

@@ -180,10 +180,6 @@ class TrainingData(ScheduledSource):
         if source.reads_below is not None:
             source.check_read(tokens)
 
-    def generator(self, k: int) -> np.random.Generator:
-        """Randomness that belongs to sample ``k``: counter-based Philox, keyed by the data, the seed and ``k``."""
-        return np.random.Generator(np.random.Philox(key=np.array([self._sample_key, k], np.uint64)))
-
     def state(self, consumed_samples: int) -> dict[str, Any]:
         """The JSON-like state to save when samples [0, consumed_samples) have been trained on."""
         sources = [
@@ -251,11 +247,6 @@ class ValidationData(SampleView):
     def __len__(self) -> int:
         """Number of windows."""
         return len(self._window)
-
-    @property
-    def num_targets(self) -> int:
-        """Labels that count, over all windows."""
-        return sum(max(int(order.bounds[-1]) - 1, 0) for order in self._orders)
 
     def sequence_length(self, k: int) -> int:
         """S, the same for every window."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -195,24 +195,3 @@ def _check_prompt(prompt: Sequence[int], number: int | None, vocabulary: int) ->
         raise UserError(f"{name} is empty: the model needs at least one token to go on from")
     if max(prompt) >= vocabulary or min(prompt) < 0:
         raise UserError(f"{name} holds token {max(prompt)}, the model's vocabulary has {vocabulary}; use its tokenizer")
-
-
-def generate(
-    model: StagedModel, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, stop_token: int | None = None
-) -> Iterator[int]:
-    """Yields the tokens that follow ``prompt``, as they are drawn. Collective: every rank must use it up alike.
-
-    Args:
-        prompt: token ids, at least one.
-        max_new_tokens: how many at most.
-        stop_token: ends the text and is not yielded.
-
-    Raises:
-        UserError: an empty prompt, a token outside the vocabulary or bad sampling settings.
-    """
-    text = Continuations(model, [prompt], sampling)
-    for _ in range(max_new_tokens):
-        token = text.draw()[0]
-        if token == stop_token:
-            return
-        yield token

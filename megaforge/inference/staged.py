@@ -15,8 +15,8 @@ from megaforge.device import upload
 from megaforge.models.generation_state import GenerationState
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.pipeline_shape import PipelinePlan
-from megaforge.models.stages import ModelChunks, make_stage_tensors, plan_pipeline
-from megaforge.parallel.pipeline.executor import PipelineExecutor, StageOutput
+from megaforge.models.stages import ModelChunks, plan_pipeline, stage_executors
+from megaforge.parallel.pipeline.executor import StageOutput
 
 _Tensors = Mapping[str, Tensor]
 _Step = Callable[[_Tensors], tuple[Any, _Tensors]]
@@ -33,10 +33,9 @@ class StagedModel:
     def __init__(self, model: HybridModel | ModelChunks, plan: PipelinePlan | None = None) -> None:
         """``plan``: how the model was cut; None: it is whole."""
         [self._chunk] = model.chunks
-        self._model, self.ctx, cfg = model, self._chunk.ctx, self._chunk.cfg
-        self._plan = plan or plan_pipeline(cfg, ParallelConfig(), 1, 1)
+        self.ctx, cfg = self._chunk.ctx, self._chunk.cfg
+        self._executor = stage_executors(model, plan or plan_pipeline(cfg, ParallelConfig(), 1, 1))
         self.vocab_size = cfg.vocab_size or cfg.padded_vocab_size()
-        self._executors: dict[tuple[int, torch.Size], PipelineExecutor] = {}
         pp, world = self.ctx.pp, self.ctx.world
         self.source = (pp.size - 1) * (world.size // pp.size)
 
@@ -81,16 +80,6 @@ class StagedModel:
         """What each step, of one micro-batch of ``shape`` [b, s], finds out on this rank's stage."""
         reports = self._executor(len(steps), shape).run(steps, _step, gradients=False)
         return [reports.get((number, self.ctx.pp.rank)) for number in range(len(steps))]
-
-    def _executor(self, count: int, shape: torch.Size) -> PipelineExecutor:
-        """The newest one, as most calls are like the one before."""
-        if (count, shape) not in self._executors:
-            batch, length = shape
-            tensors = make_stage_tensors(self._model, self._plan, batch, length, self._chunk.dtype)
-            schedule = self._plan.with_micro_batches(count)
-            executor = PipelineExecutor(schedule, self.ctx.pp, [self._chunk], tensors, device=self.ctx.device)
-            self._executors = {(count, shape): executor}
-        return self._executors[count, shape]
 
 
 def _step(chunk: nn.Module, step: _Step, received: dict[str, Tensor]) -> StageOutput:

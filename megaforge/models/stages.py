@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -18,6 +18,7 @@ from megaforge.models.pipeline_shape import PipelinePlan, check_stages, pipeline
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layer_context import LayerContext, make_layer_context
 from megaforge.parallel.param_spec import named_specs, spec_of
+from megaforge.parallel.pipeline.executor import PipelineExecutor
 from megaforge.parallel.pipeline.partition import partition_layers
 from megaforge.parallel.pipeline.schedules import build_schedule
 from megaforge.parallel.pipeline.stage_tensors import StageTensor, StageTensors
@@ -125,3 +126,24 @@ def make_stage_tensors(
             if holders[-1] > holders[0]:
                 payload[name] = StageTensor(shape, dtype, carried=True, made_by=holders[0], read_until=holders[-1])
     return payload
+
+
+def stage_executors(
+    model: HybridModel | ModelChunks,
+    plan: PipelinePlan,
+    before_weight_gradients: Callable[[int, bool], None] | None = None,
+) -> Callable[[int, torch.Size], PipelineExecutor]:
+    """Gives the executor of this rank's stages for so many micro-batches of a shape [b, s]. The newest few are kept, as
+    most batches are like those before."""
+    chunk = model.chunks[0]
+
+    @lru_cache(maxsize=8)
+    def executor(count: int, shape: torch.Size) -> PipelineExecutor:
+        (batch, length), schedule = shape, plan.with_micro_batches(count)
+        tensors = make_stage_tensors(model, plan, batch, length, chunk.dtype)
+        device, hook = chunk.ctx.device, before_weight_gradients
+        return PipelineExecutor(
+            schedule, chunk.ctx.pp, model.chunks, tensors, device=device, before_weight_gradients=hook
+        )
+
+    return executor

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megaforge.errors import UserError
 from megaforge.kernels.attention import causal_attention, takes_documents
 from megaforge.kernels.pointwise import apply_rotary
 from megaforge.nn.recompute import recomputed
@@ -69,18 +68,9 @@ class SelfAttention(nn.Module):
     """Multi-head or grouped-query attention, its heads split over tp; q, k and v come from one fused matrix."""
 
     def __init__(self, layer: LayerContext) -> None:
-        """The output projection starts smaller by 1/sqrt(2 layers) (GPT-2).
-
-        Raises:
-            UserError: the key/value heads are not divisible by tp.
-        """
+        """The output projection starts smaller by 1/sqrt(2 layers) (GPT-2)."""
         super().__init__()
         cfg, ctx = layer.cfg, layer.ctx
-        if cfg.query_groups % ctx.tp.size:
-            flag = "--num-query-groups" if cfg.num_query_groups else "--num-attention-heads"
-            raise UserError(
-                f"{flag} {cfg.query_groups} is not divisible by --tp {ctx.tp.size}; use a --tp that divides it"
-            )
         self.cfg = cfg
         self.recompute_core = layer.recompute == "selective"
         self.head_dim = cfg.head_dim

@@ -157,14 +157,11 @@ class RWKV7TimeMix(nn.Module):
         others.
 
         Raises:
-            ValueError: the heads are not divisible by tp.
             UserError: ``--wkv-backend`` cannot run on the layout's device.
         """
         super().__init__()
         cfg, ctx = layer.cfg, layer.ctx
         size, head = cfg.hidden_size, cfg.rwkv_head_size
-        if size % head or (size // head) % ctx.tp.size:
-            raise ValueError(f"{size} channels in heads of {head} are not divisible by tp={ctx.tp.size}")
         self.region, self.index = layer.region, layer.index
         self.head_size, self.local_heads = head, size // head // ctx.tp.size
         self.makes_v_first = layer.first

@@ -7,11 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from megaforge.parallel.flat_shard import FlatShard, optimizer_shard
+from megaforge.parallel.flat_shard import Entry, optimizer_shard
 from megaforge.parallel.param_spec import ParamSpec, named_specs
 from megaforge.parallel.zero import ShardedParameters
-
-Entry = tuple[str, ParamSpec | FlatShard, Tensor]
 
 
 class MainParameter:

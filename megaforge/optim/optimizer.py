@@ -25,10 +25,10 @@ import torch
 from torch import nn
 
 from megaforge.config.optimizer_config import OptimizerConfig
-from megaforge.optim.main_parameters import Entry, MainParameter, MainParameters
+from megaforge.optim.main_parameters import MainParameter, MainParameters
 from megaforge.optim.update_rule import UpdateRule
 from megaforge.parallel.buckets import Bucket, BucketPolicy
-from megaforge.parallel.flat_shard import optimizer_shard
+from megaforge.parallel.flat_shard import Entry, optimizer_shard
 from megaforge.parallel.param_spec import ParamSpec
 from megaforge.parallel.zero import ShardedParameters
 from megaforge.registry import UPDATE_RULES

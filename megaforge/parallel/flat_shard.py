@@ -131,3 +131,7 @@ def optimizer_shard(parameter: nn.Parameter) -> ParamSpec | FlatShard:
     shared it out (:class:`megaforge.parallel.zero.ShardedParameters`), a range of it. ``main_grad`` is of that part."""
     share = getattr(parameter, "share", None)
     return share if isinstance(share, FlatShard) else spec_of(parameter)
+
+
+# A tensor as checkpoints name it: its key, how it is split (None: every rank has all of it), and this rank's part.
+Entry = tuple[str, ParamSpec | FlatShard | None, Tensor]

@@ -28,6 +28,7 @@ class PlannedLayout:
         zero: 0, 1 (optimizer state sharded) or 2 (gradients too).
         recompute: what the backward pass computes again, as ``--recompute``.
         dtype: of parameters and activations.
+        wkv_backend: which implementation of WKV-7 keeps what it keeps, as ``--wkv-backend``.
         device_type: whose kernels keep what they keep; ``meta``: plain torch.
         optimizer: which update rule keeps how much.
     """
@@ -51,6 +52,7 @@ class PlannedLayout:
     overlap: bool = True
     dtype: torch.dtype = torch.bfloat16
     device_type: str = "meta"
+    wkv_backend: str = "auto"
     optimizer: OptimizerConfig = OptimizerConfig()
 
     @property
@@ -146,5 +148,6 @@ def layout_of(config: Config, world_size: int) -> PlannedLayout:
         bucket_size=parallel.ddp_bucket_size,
         overlap=parallel.overlap_grad_reduce,
         dtype=compute_dtype(config.training),
+        wkv_backend=config.training.wkv_backend,
         optimizer=config.optimizer,
     )

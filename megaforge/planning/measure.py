@@ -46,6 +46,7 @@ class Sizes(NamedTuple):
     device_type: str
     recompute: str
     splits_backward: bool
+    wkv_backend: str
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def _layer_context(cfg: ModelConfig, ctx: ParallelContext, sizes: Sizes) -> Laye
         dtype=sizes.dtype,
         cp_comm_type=sizes.cp_comm_type,
         overlap_tp_comm=not sizes.splits_backward,
+        wkv_backend=sizes.wkv_backend,
     )
 
 

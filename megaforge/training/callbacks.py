@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaforge.checkpoint.checkpoint import enforce_retention
-from megaforge.checkpoint.shards import Entry
 from megaforge.monitor.sinks import MetricSink
+from megaforge.parallel.flat_shard import Entry
 
 if TYPE_CHECKING:
     from megaforge.training.metrics import EvaluationMetrics, StepMetrics

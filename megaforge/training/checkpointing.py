@@ -16,7 +16,6 @@ from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta, save_che
 from megaforge.checkpoint.compatible import check_compatible, describe_run
 from megaforge.checkpoint.directory import list_steps
 from megaforge.checkpoint.find import find_checkpoint, holds_no_checkpoint
-from megaforge.checkpoint.shards import Entry
 from megaforge.checkpoint.stateful import Stateful, tensors_of
 from megaforge.config.launcher import print_rank_0
 from megaforge.config.run_config import CheckpointConfig, TrainingConfig
@@ -24,6 +23,7 @@ from megaforge.data.tokenizer import Tokenizer
 from megaforge.device import get_random_state, set_random_state
 from megaforge.errors import UserError
 from megaforge.parallel.agree import exchange
+from megaforge.parallel.flat_shard import Entry
 from megaforge.training.callbacks import LARGER_IS_BETTER, Callback
 from megaforge.training.continuing import changed_settings, check_update_rule, settle_schedule
 

@@ -39,7 +39,6 @@ from megaforge.parallel.after_update import Update, after_update
 from megaforge.parallel.agree import exchange
 from megaforge.parallel.context import ParallelContext
 from megaforge.training.batch_sums import BatchSums
-from megaforge.training.checkpointing import compute_dtype
 from megaforge.training.forward_backward import ForwardBackward, make_reducer
 from megaforge.training.objectives import Objective
 
@@ -63,8 +62,8 @@ class Engine:
         self.ctx, self.model, self.optimizer, self.plan = ctx, model, optimizer, plan
         self.reducer = make_reducer(config.parallel, model, ctx, optimizer.shards)
         self.scaler = LossScaler(config.optimizer, enabled=config.training.fp16)
-        dtype, offload = compute_dtype(config.training), config.parallel.cpu_offload_activations
-        self._pipeline = ForwardBackward(model, ctx, plan, self.reducer, dtype=dtype, offload=offload)
+        offload = config.parallel.cpu_offload_activations
+        self._pipeline = ForwardBackward(model, ctx, plan, self.reducer, offload=offload)
         self._terms = WeakIdKeyDictionary()  # of each objective that is alive: its terms and their counts
 
     def zero_grad(self) -> None:

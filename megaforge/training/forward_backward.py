@@ -15,12 +15,12 @@ from megaforge.data.loader import Batch
 from megaforge.device import upload
 from megaforge.models.hybrid import HybridModel, ModelOutput
 from megaforge.models.pipeline_shape import PipelinePlan
-from megaforge.models.stages import ModelChunks, make_stage_tensors, tied_weight
+from megaforge.models.stages import ModelChunks, stage_executors, tied_weight
 from megaforge.nn.offload import HostMemory
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.grad_compression import make_comm_hook
-from megaforge.parallel.pipeline.executor import PipelineExecutor, StageOutput
+from megaforge.parallel.pipeline.executor import StageOutput
 from megaforge.parallel.pipeline.tied import sum_tied_gradient
 from megaforge.parallel.zero import ShardedParameters
 
@@ -59,15 +59,13 @@ class ForwardBackward:
         plan: PipelinePlan,
         reducer: GradientReducer,
         *,
-        dtype: torch.dtype,
         offload: bool = False,
     ) -> None:
         """``offload`` keeps what the backward pass needs in host memory (``--cpu-offload-activations``)."""
         self.plan = plan
-        self._model, self._ctx, self._reducer = model, ctx, reducer
-        self._dtype, self._offload = dtype, offload
+        self._model, self._ctx, self._offload = model, ctx, offload
         self._tied = tied_weight(model, plan)
-        self._executors: dict[tuple[int, torch.Size], PipelineExecutor] = {}
+        self._executor = stage_executors(model, plan, lambda chunk, last: reducer.set_last_microbatch(last, chunk))
         self._inputs: dict[int, tuple[Any, ...]] = {}
 
     def run(
@@ -90,20 +88,6 @@ class ForwardBackward:
         """Gives both copies of a matrix on the first and the last stage the gradient of both; after the reduction."""
         if self._tied is not None:
             sum_tied_gradient(self._tied.main_grad, self.plan.schedule, self._ctx.pp)  # type: ignore[attr-defined]
-
-    def _executor(self, count: int, shape: torch.Size) -> PipelineExecutor:
-        """The executor for ``count`` micro-batches of ``shape`` [b, s]; kept, for they are the same all along."""
-        batch, length = shape
-        if (count, shape) not in self._executors:
-            self._executors[count, shape] = PipelineExecutor(
-                self.plan.with_micro_batches(count),
-                self._ctx.pp,
-                self._model.chunks,
-                make_stage_tensors(self._model, self.plan, batch, length, self._dtype),
-                device=self._ctx.device,
-                before_weight_gradients=lambda chunk, last: self._reducer.set_last_microbatch(last, chunk),
-            )
-        return self._executors[count, shape]
 
     def _forward_step(self, loss_fn: LossFn, chunk: nn.Module, batch: Batch, payload: dict[str, Tensor]) -> StageOutput:
         assert isinstance(chunk, HybridModel)

@@ -8,7 +8,7 @@ from pathlib import Path
 from megaforge.config.check_layout import vocabulary_cost
 from megaforge.config.config import Config
 from megaforge.config.launcher import discover_launch, print_rank_0
-from megaforge.data.data_source import source_kind
+from megaforge.data.data_source import source_kind, unread_settings
 from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.json_text import parse_json
@@ -24,7 +24,7 @@ def prepare(config: Config) -> PreparedRun:
     world_size = discover_launch().world_size
     source_kind(config.data).check(config)
     config, tokenizer, notes = _with_saved_vocabulary(config)
-    run = check_run(config, world_size, tokenizer, notes)
+    run = check_run(config, world_size, tokenizer, [*notes, *unread_settings(config.data)])
     for note in run.notes:
         print_rank_0(note)
     return run

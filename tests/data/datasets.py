@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from megaforge.data.indexed_dataset import IndexedDatasetWriter
+from megaforge.data.samples import ValidationData
 
 TYPE_CODES = {1: "B", 2: "b", 3: "h", 4: "i", 5: "q", 8: "H"}
 
@@ -71,3 +72,8 @@ def second_reader(prefix: str) -> list[list[list[int]]]:
         ids.frombytes(tokens[pointer : pointer + length * ids.itemsize])
         read.append(ids.tolist())
     return [read[first:stop] for first, stop in zip(firsts, firsts[1:], strict=False)]
+
+
+def labels_of(view: ValidationData) -> int:
+    """Labels that count, over all windows."""
+    return sum(view.sample(k).targets for k in range(len(view)))

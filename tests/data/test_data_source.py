@@ -7,7 +7,7 @@ import pytest
 
 from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.config.cli import parse_config
-from megaforge.data.data_source import FILES, MOCK, source_kind
+from megaforge.data.data_source import FILES, MOCK, DataSourceKind, source_kind, unread_settings
 from megaforge.data.loader import GlobalBatchLoader
 from megaforge.errors import UserError
 from megaforge.registry import DATA_SOURCES
@@ -31,6 +31,22 @@ def test_flags_name_a_source() -> None:
             source_kind(parse_config(["--data-path", *paths]).config.data)
     with pytest.raises(UserError, match="--data-path is missing"):
         FILES.check(parse_config([]).config)
+
+
+def test_settings_that_a_source_does_not_heed_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ("--split", "1,1,0", "--data-lanes", "4", "--verify-data", "--split-order", "shuffled")
+
+    def told(*flags: str) -> list[str]:
+        return list(unread_settings(parse_config([*flags, *given]).config.data))
+
+    assert told("--data-path", "a") == []
+    assert told("--data-path", "counting://3") == [
+        f"{flag}: --data-path counting://3 does not heed it: it changes nothing"
+        for flag in ("--split 1,1,0", "--verify-data", "--data-lanes 4")
+    ]
+    reader = DataSourceKind(DATA_SOURCES.get("counting").open, reads=("split", "data_lanes"))
+    monkeypatch.setitem(DATA_SOURCES._parts, "counting", reader)
+    assert [text[:14] for text in told("--data-path", "counting://3")] == ["--verify-data:"]
 
 
 def test_a_small_source_has_the_rest() -> None:

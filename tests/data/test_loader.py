@@ -15,7 +15,7 @@ from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.data.sample_schedule import ScheduleChange
 from megaforge.data.samples import Batch, DataChecks, GlobalBatchLoader, SampleSchedule, TrainingData
 from megaforge.errors import UserError
-from tests.data.datasets import random_documents, write_dataset
+from tests.data.datasets import labels_of, random_documents, write_dataset
 
 LENGTH, GLOBAL = 32, 16
 WHOLE = BatchSchedule(GLOBAL)
@@ -159,7 +159,7 @@ def test_later_labels_end_with_a_validation_view(prefixes: list[str]) -> None:
     view = TrainingData([(1.0, prefixes[0])], "50,50", SampleSchedule(3, LENGTH)).validation(sequence_length=24)
     batches = [batch for step in GlobalBatchLoader(view, BatchSchedule(8), 2, look_ahead=4) for batch in step]
     for depth in (2, 3, 4):
-        assert sum(int(batch.later[depth - 2][1].sum()) for batch in batches) == view.num_targets - (depth - 1)
+        assert sum(int(batch.later[depth - 2][1].sum()) for batch in batches) == labels_of(view) - (depth - 1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -170,7 +170,7 @@ def test_validation_ends_on_all_ranks_and_counts_each_target_once(prefixes: list
     ]
     assert len(per_rank[0]) == len(per_rank[1]) == -(-len(view) // 8)
     batches = [batch for rank in per_rank for step in rank for batch in step]
-    assert sum(int(batch.loss_mask.sum()) for batch in batches) == view.num_targets
+    assert sum(int(batch.loss_mask.sum()) for batch in batches) == labels_of(view)
     assert len(view) % 8, "the last global batch must need padding for this test to mean anything"
 
 

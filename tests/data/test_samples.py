@@ -13,7 +13,7 @@ from megaforge.data import run_dataset
 from megaforge.data.sample_schedule import ScheduleChange
 from megaforge.data.samples import DataChecks, SampleSchedule, TrainingData
 from megaforge.errors import UserError
-from tests.data.datasets import random_documents, write_dataset, write_sidecar
+from tests.data.datasets import labels_of, random_documents, write_dataset, write_sidecar
 
 RANGES = {"split_order": "sequential"}  # where a test must know which documents are held out
 
@@ -148,14 +148,6 @@ def test_one_dataset_listed_twice_is_read_in_two_orders(prefix: str) -> None:
     assert {one.source, two.source} == {0, 1} and one.tokens.tolist() != two.tokens.tolist()
 
 
-def test_randomness_belongs_to_the_sample(prefix: str) -> None:
-    def draw(data: TrainingData, k: int) -> list[int]:
-        return data.generator(k).integers(0, 1 << 30, 4).tolist()
-
-    assert draw(make(prefix), 7) == draw(make(prefix), 7) != draw(make(prefix), 8)
-    assert draw(make(prefix), 7) != draw(make(prefix, seed=6), 7)
-
-
 def test_content_not_name_decides(tmp_path: Path, prefix: str) -> None:
     documents = random_documents(1, 60, 12)
     copy = write_dataset(tmp_path / "elsewhere" / "c", documents)
@@ -288,7 +280,7 @@ def test_validation_predicts_every_token_once_in_order(tmp_path: Path) -> None:
         sample = view.sample(k)
         labels += sample.tokens[1 : sample.targets + 1].tolist()
         assert sample.tokens[: sample.targets + 1].tolist() == flat[k * 10 : k * 10 + 11]
-    assert labels == flat[1:] and len(labels) == view.num_targets
+    assert labels == flat[1:] and len(labels) == labels_of(view)
     assert len(view) == 6 and view.sample(5).tokens[6:].tolist() == [0] * 5
     assert view.sample(5).document_start.tolist() == [False] * 6 + [True] + [False] * 4, "padding is a document apart"
     with pytest.raises(IndexError):
@@ -319,7 +311,7 @@ def test_samples_count_from_zero(prefix: str) -> None:
 def test_data_with_nothing_to_predict_are_refused(tmp_path: Path) -> None:
     """Documents of one token whose first token does not count; without the mask they predict one another."""
     ones = write_dataset(tmp_path / "ones", [[i] for i in range(20)])
-    assert make(ones, split="1,1").validation().num_targets == 9
+    assert labels_of(make(ones, split="1,1").validation()) == 9
     with pytest.raises(UserError, match="ones: there is nothing to predict in its training part.*--eod-mask-loss"):
         make(ones, split="1,1", eod_mask_loss=True)
     mixed = make(write_dataset(tmp_path / "m", [[1, 2], [3], [4]]), split="1,2", eod_mask_loss=True, **RANGES)

@@ -10,13 +10,14 @@ import torch
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.run_config import ParallelConfig
 from megaforge.errors import UserError
-from megaforge.inference.generation import Continuations, Sampling, generate, sample_token, token_probabilities
+from megaforge.inference.generation import Continuations, Sampling, sample_token, token_probabilities
 from megaforge.inference.staged import StagedModel
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.stages import build_model, plan_pipeline
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.layer_context import make_layer_context
+from tests.inference.continue_one import generate
 from tests.nn.support import perturb
 
 PROMPT = [5, 17, 3, 3, 40]
@@ -42,8 +43,7 @@ def build(ctx: ParallelContext, dtype: torch.dtype = torch.float64) -> StagedMod
 
 
 def whole(model: StagedModel) -> HybridModel:
-    [chunk] = model._model.chunks
-    return chunk
+    return model._chunk
 
 
 def continuation(tp: int, sampling: Sampling, stop: int | None = None, pp: int = 1) -> list[int]:

@@ -11,6 +11,7 @@ import torch
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.run_config import TrainingConfig
 from megaforge.errors import UserError
+from megaforge.kernels.native import say_fallback
 from megaforge.kernels.wkv7 import backend, fla, native, wkv7_recurrent
 from megaforge.kernels.wkv7.backend import wkv7_backend, wkv7_torch
 from megaforge.models.hybrid import HybridModel
@@ -75,6 +76,12 @@ def test_what_cannot_run_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> 
     for dtype, channels in ((torch.float64, 64), (torch.bfloat16, 128)):
         with pytest.raises(UserError, match="--wkv-backend native.*--rwkv-head-size 64"):
             wkv7_backend("native", GPU, dtype, channels)
+
+
+def test_plans_take_fla_for_auto_and_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+    say_fallback.cache_clear()
+    assert wkv7_backend("fla", torch.device("meta"), torch.bfloat16, 64) is backend.wkv7
+    assert "--wkv-backend fla computes nothing in plans and dry runs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("other", [{"device": "cpu"}, {"fp64": True}])

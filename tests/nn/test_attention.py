@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.errors import UserError
 from megaforge.nn.attention import KVCache, SelfAttention
-from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.packed_sequence import PackedSequence
 from tests.kernels.test_attention import fake_varlen
 from tests.nn.support import assert_agrees, assert_close, filled, layer_context, random
@@ -128,8 +125,3 @@ def test_cache_grows_beyond_its_first_capacity() -> None:
     infos = [PackedSequence(1, 50, CPU, None, offset) for offset in (0, 50, 100)]
     pieces = [module(x, info, state=cache).update for x, info in zip(x.split(50), infos, strict=True)]
     assert_close(torch.cat(pieces), whole, 1e-13, "output")
-
-
-def test_heads_that_do_not_divide_are_named() -> None:
-    with pytest.raises(UserError, match="--num-query-groups 2 is not divisible by --tp 4"):
-        SelfAttention(make_layer_context(config(num_query_groups=2), ParallelContext.of_rank(0, 4, tp=4)))

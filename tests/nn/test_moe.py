@@ -15,8 +15,6 @@ from megaforge.kernels.moe_routing import moe_route
 from megaforge.nn.moe import MoEFFN, expert_counts
 from megaforge.nn.moe.routing import routing_rule, within_capacity
 from megaforge.parallel.after_update import Update, after_update
-from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.parallel.param_spec import named_specs
 from tests.nn.support import CTX, assert_agrees, random
@@ -291,19 +289,6 @@ def test_router_stays_in_fp32() -> None:
     assert out.dtype == torch.bfloat16
     out.sum().backward()
     assert module.router.weight.grad is not None and bool(module.router.weight.grad.any())
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ({"tp": 4}, "--ffn-hidden-size 10 is not divisible by --etp 4"),
-        ({"ep": 4}, "--num-experts 5 is not divisible by --ep 4"),
-    ],
-)
-def test_splits_that_do_not_divide_are_named(sizes: dict[str, int], message: str) -> None:
-    ctx = ParallelContext.of_rank(0, 4, **sizes)
-    with pytest.raises(UserError, match=message):
-        MoEFFN(make_layer_context(config(), ctx))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from megaforge.config.cli import parse_config
 from megaforge.config.model_config import ModelConfig
 from megaforge.planning.costs import _sizes, carried_before, part_cost
-from megaforge.planning.layout import PlannedLayout
+from megaforge.planning.layout import PlannedLayout, layout_of
 from megaforge.planning.measure import Cost, measure_end, measure_layer
 from megaforge.planning.stages import model_parts
 
@@ -59,6 +59,16 @@ def test_carried_tensors_are_made_once_and_read() -> None:
     later = measure_layer(cfg, 1, 0, sizes, arriving)
     assert later.reads == first.shared
     assert later.shared == {}  # the difference to it is kept, not the tensor
+
+
+def test_a_plan_is_of_the_backend_that_is_chosen() -> None:
+    given = ("--config", "cdrmix-test", "--vocab-size", "500", "--layer-schedule", "rwkv", "--ffn", "dense")
+    given = (*given, "--rwkv-head-size", "32", "--train-iters", "1")
+    kept = {}
+    for backend in ("auto", "torch", "fla"):
+        config = parse_config([*given, "--wkv-backend", backend, "--device", "cuda"]).config
+        kept[backend] = part_cost(model_parts(config.model, torch.float32), layout_of(config, 1), 0, 0).kept
+    assert kept["torch"] != kept["auto"] == kept["fla"]
 
 
 def test_attention_shares_its_rotary_tables_with_later_layers() -> None:

@@ -12,7 +12,7 @@ import pytest
 from megaforge.config.model_config import ModelConfig
 from megaforge.data.tokenizer import NullTokenizer
 from megaforge.errors import UserError
-from megaforge.inference.generation import Sampling, generate
+from megaforge.inference.generation import Sampling
 from megaforge.inference.prompts import Prompt, read_prompts
 from megaforge.inference.restore import TrainedModel
 from megaforge.inference.staged import StagedModel
@@ -20,6 +20,7 @@ from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.layer_context import make_layer_context
+from tests.inference.continue_one import generate
 from tests.nn.support import perturb
 from tests.training.tiny import make_config
 

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from megaforge.checkpoint.shards import Entry
-from megaforge.parallel.flat_shard import optimizer_shard
+from megaforge.parallel.flat_shard import Entry, optimizer_shard
 from megaforge.parallel.param_spec import named_specs
 from megaforge.registry import CALLBACKS
 from megaforge.training.callbacks import Callback, Place

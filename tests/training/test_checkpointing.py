@@ -12,9 +12,8 @@ import torch
 
 from megaforge.checkpoint.checkpoint import read_meta
 from megaforge.checkpoint.directory import list_steps
-from megaforge.checkpoint.shards import Entry
 from megaforge.checkpoint.stateful import Stateful
-from megaforge.parallel.flat_shard import optimizer_shard
+from megaforge.parallel.flat_shard import Entry, optimizer_shard
 from megaforge.parallel.param_spec import named_specs
 from megaforge.training.callbacks import Callback, Place
 from megaforge.training.checkpointing import load_run, stateful_parts

@@ -43,6 +43,10 @@ def test_what_no_rule_updates_has_no_gradient(zero: str, capsys: pytest.CaptureF
     assert "bytes equal the plan's" in capsys.readouterr().out
 
 
+def test_what_runs_on_gpus_alone_is_tried_without() -> None:
+    dry_run(parse_config([*TEST, "--device", "cuda", "--wkv-backend", "fla"]).config)
+
+
 def test_a_model_that_fits_no_machine_is_tried_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real parameters would fill gigabytes: nothing of more than a megabyte may be made outside the meta device."""
     empty = torch.empty

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megaforge.errors import UserError
-from megaforge.kernels.native import why_missing
+from megaforge.kernels.native import say_fallback, why_missing
 from megaforge.kernels.wkv7 import wkv7, wkv7_torch
 from megaforge.kernels.wkv7.fla import fla_kernels, wkv7_fla
 from megaforge.kernels.wkv7.native import COMPILED, takes, wkv7_native
@@ -40,6 +40,9 @@ def wkv7_backend(name: str, device: torch.device, dtype: torch.dtype, channels: 
                 f"--wkv-backend native: compiled WKV-7 for {kind} does not take {dtype} in heads of {channels} "
                 "channels; use --rwkv-head-size 64 in fp32, fp16 or bf16, or --wkv-backend auto"
             )
+    if name == "fla" and kind == "meta":  # a plan: what its kernels keep is known where they are, on GPUs
+        say_fallback("wkv7", "--wkv-backend fla computes nothing in plans and dry runs", "the memory of auto")
+        return wkv7
     if name == "fla":
         if kind != "cuda":
             raise UserError(f"--wkv-backend fla: its kernels run on GPUs, not on {kind}; use --wkv-backend auto")

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from megaforge.errors import UserError
 from megaforge.kernels.grouped_mm import make_runs
 from megaforge.kernels.moe_routing import moe_permute, moe_unpermute
 from megaforge.nn.mlp import FFNState, activate, declare_token_shift, ffn_init, inner_parts, mixed_input
@@ -27,15 +26,8 @@ class MoEFFN(nn.Module):
     """
 
     def __init__(self, layer: LayerContext) -> None:
-        """Raises:
-        UserError: the experts do not divide over ep, or their inner width over etp.
-        """
         super().__init__()
         cfg, ctx = layer.cfg, layer.ctx
-        if cfg.num_experts % ctx.ep.size:
-            raise UserError(f"--num-experts {cfg.num_experts} is not divisible by --ep {ctx.ep.size}")
-        if cfg.ffn_size % ctx.etp.size:
-            raise UserError(f"--ffn-hidden-size {cfg.ffn_size} is not divisible by --etp {ctx.etp.size}")
         self.activation = cfg.activation
         self.x_k = declare_token_shift(layer)
         self.share = make_expert_tokens(ctx, layer.region)
