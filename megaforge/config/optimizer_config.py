@@ -36,6 +36,10 @@ class OptimizerConfig:
     adam_eps: float = flag(1e-8, "epsilon of Adam", above=0)
     sgd_momentum: float = flag(0.9, "with --optimizer sgd: momentum", least=0, below=1)
     clip_grad: float = flag(1.0, "largest global gradient norm; 0 switches clipping off", least=0)
+    clip_grad_per_group: float = flag(
+        0.0, "largest gradient norm of each kind of parameter (embedding, attention, ...); 0: no limit", least=0
+    )
+    clip_grad_value: float = flag(0.0, "largest magnitude of an element of the gradient; 0: no limit", least=0)
     initial_loss_scale: float = flag(65536.0, "fp16: loss scale at the start", above=0)
     min_loss_scale: float = flag(1.0, "fp16: smallest loss scale", above=0)
     loss_scale_window: int = flag(1000, "fp16: clean iterations before the scale grows by 2", least=1)

@@ -33,7 +33,10 @@ STEP = {
         "the same of the parameters of one kind: embedding, head, attention, rwkv, moe, router, ffn, norm, other",
         "the kinds that the model has",
     ),
-    "clipped": Name("1 where `--clip-grad` scaled the gradient down, else 0; its mean is the clipped share"),
+    "clipped": Name(
+        "1 where `--clip-grad` or `--clip-grad-per-group` scaled gradients down, else 0; its mean is the clipped share"
+    ),
+    "clamped": Name("share of the gradient's elements that `--clip-grad-value` limited", "`--clip-grad-value`"),
     "lr": Name("learning rate of the step"),
     "tokens": Name("tokens trained on, from the run's beginning"),
     "consumed_samples": Name("samples trained on, from the run's beginning"),

@@ -54,7 +54,7 @@ def parse(arguments: Sequence[str], prog: str) -> Request:
 GPUS_OF_A_SERVER = 8
 
 # What ``plan.py docs`` fills in: the names of the marked places.
-PLACES = ("activations", "assumptions", "search-40b", "search-200b", "ladders", "effects", "metrics")
+PLACES = ("activations", "assumptions", "search-40b", "search-200b", "ladders", "effects", "metrics", "optimizers")
 
 
 def parse_docs(arguments: Sequence[str], prog: str) -> list[str]:

@@ -14,7 +14,10 @@ from megaforge.optim import LearningRateSchedule
 
 _OVERRIDE, _KEEP = "--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"
 _LEARNING = {
-    "optimizer": ("optimizer", "weight_decay", "sgd_momentum", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"),
+    "optimizer": (
+        *("optimizer", "weight_decay", "sgd_momentum", "adam_beta1", "adam_beta2", "adam_eps"),
+        *("clip_grad", "clip_grad_per_group", "clip_grad_value"),
+    ),
     "training": ("bf16", "fp16", "fp64", "rampup_batch_size", "objective", "loss_terms"),
     "parallel": ("grad_reduce_in_bf16", "grad_compression"),
     "data": ("eod_mask_loss",),

@@ -34,7 +34,7 @@ from megaforge.models.pipeline_shape import PipelinePlan
 from megaforge.models.stages import ModelChunks
 from megaforge.nn.losses import LossTerm, total_loss
 from megaforge.nn.moe import expert_counts
-from megaforge.optim import LossScaler, Optimizer, clip_gradients
+from megaforge.optim import GradientLimits, LossScaler, Optimizer, clip_gradients
 from megaforge.parallel.after_update import Update, after_update
 from megaforge.parallel.agree import exchange
 from megaforge.parallel.context import ParallelContext
@@ -101,20 +101,21 @@ class Engine:
             self._terms[sums.objective] = {name: count for one in found for name, count in one.items()}
         sums.reduce(self._terms[sums.objective])
 
-    def clip(self, max_norm: float, sums: BatchSums) -> tuple[float, dict[str, float]]:
-        """Takes the loss scale off the gradients and scales them down where their global norm exceeds ``max_norm``
-        (0: never); makes ``sums`` global and reads them.
+    def clip(self, limits: GradientLimits | float, sums: BatchSums) -> tuple[float, dict[str, float]]:
+        """Takes the loss scale off the gradients and brings them within ``limits`` (a number: of the global norm; 0 is
+        none); makes ``sums`` global and reads them.
 
         Returns:
-            The norm before clipping, and that of each kind of parameter; inf or nan where the gradients overflowed.
+            The norm before clipping, inf or nan where the gradients overflowed; and what else there is to record
+            (:func:`megaforge.optim.clip.clip_gradients`).
 
         Raises:
             UserError: on every rank: the objective's terms have no place.
         """
         self.reduce(sums)
-        by_kind: dict[str, float] = {}
-        norm = clip_gradients(self.model, self.ctx, max_norm, self.scaler.scale, by_kind, sums.read)
-        return norm, by_kind
+        metrics: dict[str, float] = {}
+        norm = clip_gradients(self.model, self.ctx, limits, self.scaler.scale, metrics, sums.read)
+        return norm, metrics
 
     def update(self, lr: float, grad_norm: float, sums: BatchSums) -> bool:
         """Steps the optimizer unless the gradient overflowed, and lets modules take in what the batch told of them.

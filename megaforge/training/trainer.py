@@ -21,7 +21,7 @@ from megaforge.config.launcher import print_rank_0
 from megaforge.data.data_source import DataSource, SampleView
 from megaforge.data.loader import Batch, GlobalBatchLoader
 from megaforge.errors import UserError
-from megaforge.optim import LearningRateSchedule
+from megaforge.optim import GradientLimits, LearningRateSchedule
 from megaforge.resilience.requests import Requests
 from megaforge.training.batch_sums import BatchSums
 from megaforge.training.callbacks import Callback, in_order
@@ -134,7 +134,7 @@ class Trainer:
         self.engine.reduce_gradients()
         self._emit("on_gradients")
         sums.votes = self._requests.votes()
-        grad_norm, by_kind = self.engine.clip(self.config.optimizer.clip_grad, sums)
+        grad_norm, extra = self.engine.clip(GradientLimits.of(self.config.optimizer), sums)
         self._check(grad_norm)
         updated = self.engine.update(lr, grad_norm, sums)
         if updated:
@@ -143,8 +143,6 @@ class Trainer:
         self.consumed_samples += round(float(sums.counts["sequences"]))
         self.tokens_per_expert = sums.experts[0]
         self._heed(sums)
-        extra = {f"grad_norm/{kind}": norm for kind, norm in by_kind.items()}
-        extra["clipped"] = float(0 < self.config.optimizer.clip_grad < grad_norm < math.inf)
         if self.batches.rampup:
             extra["global_batch_size"] = float(sums.counts["sequences"])
         if self.scaler.enabled:

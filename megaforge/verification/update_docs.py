@@ -20,9 +20,10 @@ from megaforge.planning.report import assumptions, search_text
 from megaforge.planning.search import search, worst_rank
 from megaforge.planning.stages import cut_stages, model_parts
 from megaforge.planning.time import step_time
+from megaforge.verification.optimizer_table import optimizer_table
 from megaforge.verification.slurm_jobs import try_job
 
-DOCUMENTS = ("README.md", "docs/planner.md", "docs/layouts.md", "docs/metrics.md")
+DOCUMENTS = ("README.md", "docs/planner.md", "docs/layouts.md", "docs/metrics.md", "docs/optimizers.md")
 GPU = GPUS["h100-80g"]
 LAYOUTS_LISTED = 8
 # Of docs/layouts.md: flags of cdrmix-core-4b on 32 GPUs.
@@ -98,6 +99,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "ladders": _ladders,
     "effects": _effects,
     "metrics": names.table,
+    "optimizers": optimizer_table,
 }
 
 

@@ -103,6 +103,7 @@ DOCUMENTS = [
     "docs/architecture.md",
     "docs/data.md",
     "docs/layouts.md",
+    "docs/optimizers.md",
     "docs/planner.md",
     "docs/runs.md",
 ]

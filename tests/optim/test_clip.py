@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from megaforge.optim import clip_gradients, global_grad_norm
+from megaforge.optim import GradientLimits, clip_gradients, global_grad_norm
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import named_specs
 from tests.optim.small_model import SmallModel, global_gradients, set_gradients
@@ -94,9 +95,9 @@ def test_long_fp32_gradients_are_summed_without_loss() -> None:
 
 
 def norms_of_kinds(tp: int) -> dict[str, float]:
-    ctx, norms = ParallelContext.create(tp=tp), dict[str, float]()
-    clip_gradients(make(ctx, torch.float64, global_gradients(seed=3)), ctx, 0.1, 2.0, norms)
-    return norms
+    ctx, metrics = ParallelContext.create(tp=tp), dict[str, float]()
+    clip_gradients(make(ctx, torch.float64, global_gradients(seed=3)), ctx, 0.1, 2.0, metrics)
+    return metrics
 
 
 def test_kinds_have_the_norms_of_their_own_gradients(ranks: RankPool) -> None:
@@ -104,6 +105,92 @@ def test_kinds_have_the_norms_of_their_own_gradients(ranks: RankPool) -> None:
     for spec, _ in named_specs(SmallModel(ParallelContext.single())):
         squares = float(gradients[spec.name].square().sum()) / 4  # the loss carried a factor of 2
         expected[spec.kind] = expected.get(spec.kind, 0.0) + squares
-    expected = {kind: math.sqrt(value) for kind, value in expected.items()}
-    for norms in ranks.run(2, norms_of_kinds, 2):
-        assert norms == pytest.approx(expected, rel=1e-13)
+    norms = {f"grad_norm/{kind}": math.sqrt(value) for kind, value in expected.items()}
+    for metrics in ranks.run(2, norms_of_kinds, 2):
+        assert metrics == pytest.approx({**norms, "clipped": 1.0}, rel=1e-13)
+
+
+KINDS = {"column.weight": "attention", "row.weight": "ffn", "mix": "attention"}
+
+
+def limited(gradients: dict[str, torch.Tensor], limits: GradientLimits) -> dict[str, torch.Tensor]:
+    """What the flags promise, one limit after the other."""
+    found = dict(gradients)
+    if limits.value:
+        found = {name: gradient.clamp(-limits.value, limits.value) for name, gradient in found.items()}
+    for kind in set(KINDS.values()):
+        of_kind = {name: gradient for name, gradient in found.items() if KINDS[name] == kind}
+        if 0 < limits.kind_norm < true_norm(of_kind):
+            found |= {name: gradient * limits.kind_norm / true_norm(of_kind) for name, gradient in of_kind.items()}
+    if 0 < limits.norm < true_norm(found):
+        found = {name: gradient * limits.norm / true_norm(found) for name, gradient in found.items()}
+    return found
+
+
+LIMITS = {
+    "values": GradientLimits(value=0.3),
+    "kinds": GradientLimits(kind_norm=4.0),
+    "kinds, one within": GradientLimits(kind_norm=8.0),
+    "values and norm": GradientLimits(norm=1.0, value=0.5),
+    "all": GradientLimits(norm=2.0, kind_norm=1.9, value=0.7),
+    "all, none reached": GradientLimits(norm=1e3, kind_norm=1e3, value=1e3),
+    "none": GradientLimits(),
+}
+
+
+def limit_as_rank(
+    tp: int, scale: float
+) -> tuple[int, dict[str, tuple[float, dict[str, torch.Tensor], dict[str, float]]]]:
+    ctx, found = ParallelContext.create(tp=tp), {}
+    for name, limits in LIMITS.items():
+        gradients = {key: gradient * scale for key, gradient in global_gradients(seed=3).items()}
+        model, metrics = make(ctx, torch.float64, gradients), dict[str, float]()
+        for spec, parameter in list(named_specs(model)):
+            parameter.spec = replace(spec, kind=KINDS[spec.name])
+        norm = clip_gradients(model, ctx, limits, scale, metrics)
+        found[name] = norm, {spec.name: p.main_grad for spec, p in named_specs(model)}, metrics
+    return ctx.tp.rank, found
+
+
+@pytest.mark.parametrize(("world_size", "tp", "scale"), [(1, 1, 1.0), (2, 2, 1024.0), (4, 2, 3.0)])
+def test_limits_hold_one_after_the_other_at_every_layout(
+    ranks: RankPool, world_size: int, tp: int, scale: float
+) -> None:
+    gradients = global_gradients(seed=3)
+    elements = torch.cat([gradient.flatten() for gradient in gradients.values()])
+    for tp_rank, found in ranks.run(world_size, limit_as_rank, tp, scale):
+        ctx = ParallelContext.of_rank(tp_rank, tp, tp=tp)
+        for name, (norm, local, metrics) in found.items():
+            limits, expected = LIMITS[name], limited(gradients, LIMITS[name])
+            assert norm == pytest.approx(true_norm(gradients), rel=1e-13)
+            for spec, _ in named_specs(SmallModel(ctx)):
+                share = spec.take_local(expected[spec.name], ctx)
+                torch.testing.assert_close(local[spec.name], share, rtol=1e-12, atol=0, msg=name)
+            values = limited(gradients, GradientLimits(value=limits.value))
+            scaled = any(not torch.allclose(expected[key], values[key]) for key in expected)
+            assert metrics["clipped"] == scaled, name
+            assert metrics.get("clamped") == (
+                pytest.approx(float((elements.abs() > limits.value).double().mean())) if limits.value else None
+            )
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_no_limit_hides_a_value_that_is_not_finite(value: float) -> None:
+    ctx = ParallelContext.single()
+    gradients = global_gradients(seed=1)
+    gradients["mix"][2] = value
+    model = make(ctx, torch.float32, gradients)
+    before = [parameter.main_grad.clone() for parameter in model.parameters()]
+    assert not math.isfinite(clip_gradients(model, ctx, LIMITS["all"], metrics={}))
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter.main_grad.nan_to_num(), old.nan_to_num())
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
+def test_zeros_and_extreme_gradients(size: float) -> None:
+    ctx = ParallelContext.single()
+    model = make(ctx, torch.float32, {key: gradient * size for key, gradient in global_gradients(seed=1).items()})
+    clip_gradients(model, ctx, LIMITS["all"])
+    norm = global_grad_norm(model, ctx)
+    alone = size * true_norm(global_gradients(seed=1))
+    assert norm == pytest.approx(min(alone, LIMITS["all"].kind_norm), rel=1e-6)  # all are of one kind here
