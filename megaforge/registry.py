@@ -84,6 +84,8 @@ UPDATE_RULES = Registry(
     {
         "adam": "megaforge.optim.adamw:AdamW",
         "sgd": "megaforge.optim.sgd:SGD",
+        "qat_adam": "megaforge.optim.quantized:QATAdam",
+        "qat_sgd": "megaforge.optim.quantized:QATSGD",
     },
 )
 DATA_SOURCES = Registry(

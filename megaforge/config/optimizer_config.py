@@ -40,6 +40,22 @@ class OptimizerConfig:
         0.0, "largest gradient norm of each kind of parameter (embedding, attention, ...); 0: no limit", least=0
     )
     clip_grad_value: float = flag(0.0, "largest magnitude of an element of the gradient; 0: no limit", least=0)
+    qat_latent_limit: float = flag(
+        3.0,
+        "qat_adam, qat_sgd: largest magnitude of a latent weight, times that of the quantized matrix; 0: no limit",
+        least=0,
+    )
+    qat_damping: float = flag(
+        0.0, "qat_adam, qat_sgd: strength of the pull to the code that a weight has, against oscillation", least=0
+    )
+    second_stage_at: float | None = flag(
+        None,
+        "share of --train-iters after which learning rate and weight decay fall, for 1-bit weights",
+        above=0,
+        below=1,
+    )
+    second_stage_lr_factor: float = flag(2 / 3, "on the learning rate after --second-stage-at", least=0)
+    second_stage_weight_decay_factor: float = flag(0.0, "on the weight decay after --second-stage-at", least=0)
     initial_loss_scale: float = flag(65536.0, "fp16: loss scale at the start", above=0)
     min_loss_scale: float = flag(1.0, "fp16: smallest loss scale", above=0)
     loss_scale_window: int = flag(1000, "fp16: clean iterations before the scale grows by 2", least=1)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from megaforge.config.config import Config
+from megaforge.config.fields import either
 from megaforge.config.layer_kind import LayerKind
 from megaforge.config.pattern import kinds_of
 from megaforge.config.schema import settings
@@ -45,6 +46,7 @@ def _scored(config: Config) -> bool:
 
 
 _NO_FP16 = "is for --fp16, which is not set: it changes nothing"
+_QUANTIZED_TRAINING = ("qat_adam", "qat_sgd")
 _NO_SAVE = "nothing is saved: add --save DIR"
 
 PARTNERS = (
@@ -108,6 +110,21 @@ PARTNERS = (
         lambda c: c.optimizer.lr_decay_style == "constant" or c.optimizer.lr_warmup_iters < (_decay_iters(c) or 2**63),
         "the decay is over when the warm-up ends (--lr-decay-iters, or --train-iters): make the one shorter or the "
         "other longer",
+    ),
+    Partner(
+        ("optimizer.qat_latent_limit", "optimizer.qat_damping"),
+        lambda c: c.optimizer.optimizer in _QUANTIZED_TRAINING,
+        f"only rules for quantized training read it: add --optimizer {either(_QUANTIZED_TRAINING)}",
+    ),
+    Partner(
+        ("optimizer.optimizer",),
+        lambda c: c.optimizer.optimizer not in _QUANTIZED_TRAINING or c.model.converters,
+        "no matrix is quantized: add --converters with a quantizer",
+    ),
+    Partner(
+        ("optimizer.second_stage_lr_factor", "optimizer.second_stage_weight_decay_factor"),
+        lambda c: c.optimizer.second_stage_at,
+        "there is no second stage: add --second-stage-at 0.5",
     ),
     Partner(
         tuple(f"optimizer.{n}" for n in ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")),

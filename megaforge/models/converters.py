@@ -11,12 +11,15 @@ A converter is a function in the registry :data:`megaforge.registry.CONVERTERS`,
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Protocol
 
 from torch import nn
 
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layers import Linear
+from megaforge.parallel.linear_op import WeightQuantizer
+from megaforge.parallel.param_spec import spec_of
 from megaforge.registry import CONVERTERS
 
 
@@ -27,10 +30,14 @@ class Converter(Protocol):
 
 
 def convert(model: nn.Module, names: tuple[str, ...], ctx: ParallelContext) -> None:
-    """Applies the converters called ``names``, in this order."""
+    """Applies the converters called ``names``, in this order; matrices that they have quantized are declared so."""
     for name in names:
         converter: Converter = CONVERTERS.get(name)
         converter(model, ctx)
+    for _, layer in linears(model):
+        if layer.op.quantizes:
+            layer.weight.spec = replace(spec_of(layer.weight), quantized=True)  # type: ignore[attr-defined]
+            layer.weight.quantizer = WeightQuantizer(layer.op, layer.transposed)  # type: ignore[attr-defined]
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:

@@ -38,6 +38,7 @@ STEP = {
     ),
     "clamped": Name("share of the gradient's elements that `--clip-grad-value` limited", "`--clip-grad-value`"),
     "lr": Name("learning rate of the step"),
+    "weight_decay_factor": Name("what the stage multiplies weight decay by", "`--second-stage-at`"),
     "tokens": Name("tokens trained on, from the run's beginning"),
     "consumed_samples": Name("samples trained on, from the run's beginning"),
     "global_batch_size": Name("samples of the step", "`--rampup-batch-size`"),

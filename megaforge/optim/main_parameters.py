@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from megaforge.parallel.flat_shard import Entry, optimizer_shard
+from megaforge.parallel.flat_shard import Entry, FlatShard, optimizer_shard
+from megaforge.parallel.linear_op import Quantized
 from megaforge.parallel.param_spec import ParamSpec, named_specs
 from megaforge.parallel.zero import ShardedParameters
 
@@ -41,6 +42,20 @@ class MainParameter:
     def in_shape(self, tensor: Tensor) -> Tensor:
         """``master``, ``grad`` or a state of a parameter that this rank holds whole, in the local shape (a view)."""
         return tensor.view(self.parameter.shape)
+
+    def quantized(self) -> Quantized:
+        """Of a matrix that is declared quantized: what products see of ``master``, and the largest magnitudes there;
+        each like ``master``, or 0-d."""
+        seen: Quantized = self.parameter.quantizer(self.parameter.detach())  # type: ignore[attr-defined]
+        return Quantized(*(self._part(tensor) for tensor in seen))
+
+    def _part(self, tensor: Tensor) -> Tensor:
+        """What ``master`` has of something that broadcasts to the parameter."""
+        if tensor.numel() == 1:
+            return tensor.view(())
+        share = optimizer_shard(self.parameter)
+        tensor = tensor.expand(self.parameter.shape)
+        return tensor.reshape(-1)[share.start : share.stop] if isinstance(share, FlatShard) else tensor
 
     def write_back(self) -> None:
         """Rounds the master into the model."""

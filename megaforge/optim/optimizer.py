@@ -59,7 +59,10 @@ class Optimizer:
     Attributes:
         main: the masters.
         shards: how parameters are sharded, or None.
+        decay_factor: on the weight decay of every parameter.
     """
+
+    decay_factor = 1.0
 
     def __init__(self, config: OptimizerConfig, model: nn.Module, shards: ShardedParameters | None = None) -> None:
         self.shards = shards
@@ -113,6 +116,7 @@ class Optimizer:
         self._make_state()
         for rules, bucket in self._phases:
             for rule in rules:
+                rule.decay_factor = self.decay_factor
                 rule.step(lr, self._steps)
                 self.main.write_back(rule.parameters)
             if self.shards is not None and bucket is not None:

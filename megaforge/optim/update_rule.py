@@ -23,11 +23,13 @@ class UpdateRule(ABC):
         whole_parameters: whether it must see all of this rank's part of a parameter (:meth:`MainParameter.in_shape`).
             ZeRO then gives each to one of its replicas, balanced by :meth:`cost`, in place of cutting buckets anywhere.
         others: the rule of the parameters that this one does not take.
+        decay_factor: what the run multiplies weight decay by at present.
     """
 
     implementation: str = "torch"
     whole_parameters: ClassVar[bool] = False
     others: ClassVar[str] = "adam"
+    decay_factor: float = 1.0
 
     def __init__(self, config: OptimizerConfig, parameters: Sequence[MainParameter]) -> None:
         """``parameters``: those that this rank holds something of; their ``state`` has what :meth:`states` names."""
@@ -68,7 +70,7 @@ class TorchRule(UpdateRule):
             groups[main.spec.weight_decay, main.spec.lr_mult].append(main.master)
         self._optimizer = self.make(
             [
-                {"params": masters, "weight_decay": config.weight_decay if decays else 0.0, "lr_mult": lr_mult}
+                {"params": masters, "weight_decay": 0.0, "decays": decays, "lr_mult": lr_mult}
                 for (decays, lr_mult), masters in groups.items()
             ]
         )
@@ -76,11 +78,13 @@ class TorchRule(UpdateRule):
 
     @abstractmethod
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The optimizer for parameter groups, at least one, that have a weight decay each."""
+        """The optimizer for parameter groups, at least one. Before each step they get their ``lr`` and
+        ``weight_decay``."""
 
     def step(self, lr: float, done: int) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_mult"]
+            group["weight_decay"] = self.config.weight_decay * self.decay_factor if group["decays"] else 0.0
         for main in self.parameters:
             main.master.grad = main.grad
         if done != self._done:

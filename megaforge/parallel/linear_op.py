@@ -8,7 +8,8 @@ after the model has been built.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +21,29 @@ from megaforge.parallel.context import Axis, ParallelContext
 from megaforge.parallel.region import TensorParallelRegion
 
 
+class Quantized(NamedTuple):
+    """A matrix as a quantizer's product sees it.
+
+    Attributes:
+        values: like the weights.
+        largest: the largest magnitude that a weight can have there; broadcasts to the weights.
+    """
+
+    values: Tensor
+    largest: Tensor
+
+
 class LinearOp(ABC):
     """``y = x W^T + b`` in its parts; none of them is differentiated.
 
     Shapes: x [..., in], W [out, in], y [..., out]. With ``runs`` the rows of x [N, in] are those of one expert after
     the other, W is a stack [E, out, in], and there is no bias. W and what is made of x are this rank's shards.
+
+    Attributes:
+        quantizes: whether the product sees :meth:`quantize` of the weights in their place.
     """
+
+    quantizes: ClassVar[bool] = False
 
     def encode(self, x: Tensor, axis: Axis | None) -> tuple[Tensor, ...]:
         """What the product needs of ``x``: what a column layer gathers and the backward pass keeps. ``x`` itself here;
@@ -59,6 +77,15 @@ class LinearOp(ABC):
     def add_weight_gradient(self, total: Tensor, grad: Tensor, inside: tuple[Tensor, ...], weight: Tensor) -> None:
         """Adds :meth:`weight_gradient` to ``total``, which may be of a wider type."""
         total += self.weight_gradient(grad, inside, weight)
+
+    def quantize(self, weight: Tensor) -> Quantized:
+        """What the product sees of the weights [(E,) out, in], at the scales of the last one: for update rules of
+        quantized training.
+
+        Raises:
+            NotImplementedError: it sees the weights themselves.
+        """
+        raise NotImplementedError(f"{type(self).__name__} quantizes nothing")
 
     def after_update(self, weight: Tensor, ctx: ParallelContext) -> None:  # noqa: B027 - most keep nothing
         """The optimizer has changed ``weight``: a scale that was computed from it no longer holds. The new values may
@@ -122,6 +149,21 @@ class PlainLinear(LinearOp):
 
 
 PLAIN = PlainLinear()
+
+
+@dataclass(frozen=True)
+class WeightQuantizer:
+    """What ``op`` makes of a parameter; ``transposed``: it is kept as [in, out]."""
+
+    op: LinearOp
+    transposed: bool
+
+    def __call__(self, weight: Tensor) -> Quantized:
+        """In the parameter's own shape."""
+        if not self.transposed:
+            return self.op.quantize(weight)
+        values, largest = self.op.quantize(weight.t())
+        return Quantized(values.t(), largest.t() if largest.dim() else largest)
 
 
 def _gradients_wanted(ctx: Any) -> list[bool]:

@@ -63,6 +63,8 @@ class ParamSpec:
             and matrices that are declared so, as heads, routers and low-rank maps). By default as its role says.
         tied_to: of a matrix that the first and the last pipeline stage both hold, as embedding and as head: the other
             copy. The head's is named after the embedding.
+        quantized: whether its values are latent: products see what a quantizer makes of it
+            (:attr:`megaforge.parallel.linear_op.LinearOp.quantizes`).
         kind: what it is for people and planners: one of :data:`KINDS`.
     """
 
@@ -81,6 +83,7 @@ class ParamSpec:
     update: Literal["matrix", "elementwise"] | None = None
     tied_to: str | None = None
     kind: str = "other"
+    quantized: bool = False
 
     def __post_init__(self) -> None:
         if self.update is None:

@@ -16,7 +16,8 @@ _OVERRIDE, _KEEP = "--override-opt_param-scheduler", "--use-checkpoint-opt_param
 _LEARNING = {
     "optimizer": (
         *("optimizer", "weight_decay", "sgd_momentum", "adam_beta1", "adam_beta2", "adam_eps"),
-        *("clip_grad", "clip_grad_per_group", "clip_grad_value"),
+        *("clip_grad", "clip_grad_per_group", "clip_grad_value", "qat_latent_limit", "qat_damping"),
+        *("second_stage_at", "second_stage_lr_factor", "second_stage_weight_decay_factor"),
     ),
     "training": ("bf16", "fp16", "fp64", "rampup_batch_size", "objective", "loss_terms"),
     "parallel": ("grad_reduce_in_bf16", "grad_compression"),

@@ -41,6 +41,7 @@ from megaforge.training.console import ConsoleLog
 from megaforge.training.engine import Engine
 from megaforge.training.numerics import choose_matmul_precision
 from megaforge.training.profiling import Profile
+from megaforge.training.second_stage import SecondStage
 from megaforge.training.speed import Speed
 from megaforge.training.trainer import Trainer
 
@@ -171,6 +172,9 @@ def _callbacks(config: Config) -> list[Callback]:
     callbacks: list[Callback] = [speed]
     if training.exit_interval:
         callbacks.append(ExitInterval(training.exit_interval))
+    second = SecondStage.of(config)
+    if second is not None:
+        callbacks.append(second)
     callbacks.append(ConsoleLog(config.logging.log_interval, speed))
     if training.eval_iters:
         callbacks.append(Evaluation(training.eval_interval))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator
 
 from megaforge.config.cli import parse_config
 from megaforge.config.schema import settings
-from megaforge.planning.layout import PlannedLayout
 from megaforge.planning.memory import rank_state
 from megaforge.planning.plan_command import planned_layout
 from megaforge.planning.stages import cut_stages, model_parts
@@ -41,12 +41,9 @@ def _summary(registry: Registry, name: str) -> str:
 def _bytes(rule: str) -> Iterator[str]:
     """Bytes of masters and state for each parameter of :data:`MODEL` on one of :data:`RANKS` GPUs, at each stage."""
     for zero in (0, 1, 2):
-        flags = ["--config", MODEL, "--bf16", "--optimizer", rule, "--zero", str(zero)]
-        layout = planned_layout(parse_config(flags).config, RANKS)
-        yield _per_parameter(layout, flags)
-
-
-def _per_parameter(layout: PlannedLayout, flags: list[str]) -> str:
-    parts = model_parts(parse_config(flags).config.model, layout.dtype)
-    state = rank_state(parts, layout, cut_stages(parts, layout), 0)
-    return f"{state.optimizer / state.elements:.2f}"
+        config = parse_config(["--config", MODEL, "--bf16", "--zero", str(zero)]).config
+        chosen = dataclasses.replace(config.optimizer, optimizer=rule)
+        layout = dataclasses.replace(planned_layout(config, RANKS), optimizer=chosen)
+        parts = model_parts(config.model, layout.dtype)
+        state = rank_state(parts, layout, cut_stages(parts, layout), 0)
+        yield f"{state.optimizer / state.elements:.2f}"

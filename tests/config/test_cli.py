@@ -13,6 +13,7 @@ from megaforge.config.run_config import DataConfig
 from megaforge.config.schema import Setting, sections, settings
 from megaforge.config.yaml_files import preset_names
 from megaforge.errors import UserError
+from megaforge.registry import UPDATE_RULES
 
 
 def parse(*argv: str) -> ParsedConfig:
@@ -134,8 +135,8 @@ def test_files_that_cannot_be_read(write) -> None:
         (["--lr", "nan"], "--lr nan: expected a finite number"),
         (["--tp", "2.0"], "--tp 2.0: expected an integer"),
         (["--activation", "relu"], "--activation relu: choose relu2, swiglu or gelu"),
-        (["--optimizer", "muon"], "--optimizer 'muon' is not a known update rule "
-                "(there are adam, sgd); a file that registers another is named by "
+        (["--optimizer", "shampoo"], "--optimizer 'shampoo' is not a known update rule "
+                f"(there are {', '.join(UPDATE_RULES.names())}); a file that registers another is named by "
             "--extensions"),
         (["--lr"], "--lr: expected one argument"),
         (["--data-path"], "--data-path: expected at least one argument"),

@@ -31,6 +31,11 @@ REFUSED = [
     (("--grad-compression-rank", "8"), (), "--grad-compression powersgd"),
     (("--dry-run-world-size", "8"), (), "--dry-run"),
     (("--dry-run-ranks", "stage"), (), "--dry-run"),
+    (("--optimizer", "qat_adam"), (), "--converters with a quantizer"),
+    (("--qat-latent-limit", "2"), (), "--optimizer qat_adam or qat_sgd"),
+    (("--qat-damping", "1"), ("--optimizer", "sgd"), "--optimizer qat_adam or qat_sgd"),
+    (("--second-stage-lr-factor", "0.5"), (), "--second-stage-at 0.5"),
+    (("--second-stage-weight-decay-factor", "0.5"), (), "--second-stage-at 0.5"),
     (("--moe-router-bias-update-rate", "0.1"), (), "--moe-router-enable-expert-bias"),
 ]
 SAID = [

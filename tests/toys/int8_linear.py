@@ -10,7 +10,7 @@ from megaforge.kernels.grouped_mm import Runs
 from megaforge.models.converters import linears
 from megaforge.parallel.collectives import max_over
 from megaforge.parallel.context import Axis, ParallelContext
-from megaforge.parallel.linear_op import PLAIN, LinearOp
+from megaforge.parallel.linear_op import PLAIN, LinearOp, Quantized
 from megaforge.parallel.param_spec import spec_of
 from megaforge.registry import CONVERTERS
 
@@ -20,6 +20,8 @@ class Int8Linear(LinearOp):
 
     A real one would multiply the codes; this one multiplies what they stand for.
     """
+
+    quantizes = True
 
     def __init__(self, axis: Axis | None) -> None:
         """``axis``: over which the matrix is split."""
@@ -48,6 +50,11 @@ class Int8Linear(LinearOp):
         self, grad: Tensor, inside: tuple[Tensor, ...], weight: Tensor, runs: Runs | None = None
     ) -> Tensor:
         return PLAIN.weight_gradient(grad, (_decoded(inside),), weight, runs)
+
+    def quantize(self, weight: Tensor) -> Quantized:
+        values = self._matrix(weight)
+        assert self.scale is not None
+        return Quantized(values, 127 * self.scale)
 
     def after_update(self, weight: Tensor, ctx: ParallelContext) -> None:
         self.scale = None

@@ -25,7 +25,12 @@ _styles = settings()["optimizer.lr_decay_style"].choices
 STYLES = _styles.names() if isinstance(_styles, Registry) else _styles
 RULES = UPDATE_RULES.names()
 PAIRS = max(len(RULES), len(STYLES))
-BESIDE: dict[str, tuple[str, ...]] = {"sgd": ("--lr", "0.1")}
+INT8 = ("--extensions", str(Path(__file__).parents[1] / "toys" / "int8_linear.py"), "--converters", "int8")
+BESIDE: dict[str, tuple[str, ...]] = {
+    "sgd": ("--lr", "0.1"),
+    "qat_adam": (*INT8, "--qat-damping", "1"),
+    "qat_sgd": (*INT8, "--qat-damping", "1", "--lr", "0.1"),
+}
 LAYOUT = ("--tp", "2", "--zero", "1")
 SIZES = ("--hidden-size", "64", "--ffn-hidden-size", "128", "--rwkv-head-size", "16")
 
