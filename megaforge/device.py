@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 
 import torch
 
@@ -57,6 +58,41 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def zeros_in_host_memory(like: torch.Tensor) -> torch.Tensor:
+    """Zeros of the shape and type of ``like`` in host memory, pinned where ``like`` is on a GPU (on meta: there)."""
+    device = "meta" if like.device.type == "meta" else "cpu"
+    return torch.zeros(like.shape, dtype=like.dtype, device=device, pin_memory=like.device.type == "cuda")
+
+
+Mark = torch.cuda.Event | None  # a place in a queue; a CPU needs none
+
+
+class Queue:
+    """Work that a device does in order, beside its other queues: a CUDA stream. A CPU does everything at once."""
+
+    def __init__(self, device: torch.device, *, current: bool = False) -> None:
+        """``current``: the queue that everything goes to at present; else a new one."""
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.current_stream(device) if current else torch.cuda.Stream(device)
+
+    @contextmanager
+    def after(self, *marks: Mark) -> Iterator[None]:
+        """What is started inside goes to this queue, behind ``marks`` of others."""
+        if self._stream is None:
+            yield
+            return
+        for mark in marks:
+            if mark is not None:
+                self._stream.wait_event(mark)
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def mark(self) -> Mark:
+        """The end of what is in the queue so far."""
+        return None if self._stream is None else self._stream.record_event()
 
 
 def synchronize(device: torch.device) -> None:

@@ -84,6 +84,7 @@ UPDATE_RULES = Registry(
     {
         "adam": "megaforge.optim.adamw:AdamW",
         "sgd": "megaforge.optim.sgd:SGD",
+        "paged_adam": "megaforge.optim.paged_adam:PagedAdam",
         "qat_adam": "megaforge.optim.quantized:QATAdam",
         "qat_sgd": "megaforge.optim.quantized:QATSGD",
     },

@@ -20,13 +20,13 @@ class AdamW(TorchRule):
     def states(cls, config: OptimizerConfig) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
 
-    def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def arguments(self) -> dict[str, Any]:
+        """What every implementation is told."""
         config = self.config
-        arguments: dict[str, Any] = {
-            "lr": config.lr,
-            "betas": (config.adam_beta1, config.adam_beta2),
-            "eps": config.adam_eps,
-        }
+        return {"lr": config.lr, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps}
+
+    def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        arguments = self.arguments()
         masters = [main.master for main in self.parameters]
         wide = any(master.dtype == torch.float64 for master in masters)
         fused_adam = _nvidia_fused_adam() if _on_cuda(masters) and not wide else None

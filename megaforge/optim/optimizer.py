@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from megaforge.config.optimizer_config import OptimizerConfig
+from megaforge.device import synchronize, zeros_in_host_memory
 from megaforge.optim.main_parameters import MainParameter, MainParameters
 from megaforge.optim.update_rule import UpdateRule
 from megaforge.parallel.buckets import Bucket, BucketPolicy
@@ -65,7 +66,7 @@ class Optimizer:
     decay_factor = 1.0
 
     def __init__(self, config: OptimizerConfig, model: nn.Module, shards: ShardedParameters | None = None) -> None:
-        self.shards = shards
+        self.config, self.shards = config, shards
         self.main = MainParameters(model, shards)
         self._states = {main.spec.name: rule_of(config, main.spec).states(config) for main in self.main.trained}
         self._phases: list[tuple[list[UpdateRule], Bucket | None]] = []
@@ -107,7 +108,8 @@ class Optimizer:
         for main in self.main.trained:
             for name in self._states[main.spec.name]:
                 if name not in main.state:
-                    main.state[name] = torch.zeros_like(main.master, requires_grad=False)
+                    zeros = zeros_in_host_memory(main.master) if self._on_host(main) else torch.zeros_like(main.master)
+                    main.state[name] = zeros.requires_grad_(False)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -134,13 +136,25 @@ class Optimizer:
         return self.main.entries()
 
     def state_entries(self) -> list[Entry]:
-        """(``optimizer.STATE.NAME``, the parameter's declaration, local tensor) of what the rules keep."""
+        """(``optimizer.STATE.NAME``, the parameter's declaration, local tensor) of what the rules keep. What lies in
+        host memory has arrived there."""
         self._make_state()
+        for device in {main.master.device for main in self.main.trained if self._on_host(main)}:
+            synchronize(device)
         return [
             (f"optimizer.{name}.{main.spec.name}", optimizer_shard(main.parameter), tensor)
             for main in self.main.trained
             for name, tensor in main.state.items()
         ]
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of state in host memory."""
+        self._make_state()
+        return sum(t.nbytes for main in self.main.trained if self._on_host(main) for t in main.state.values())
+
+    def _on_host(self, main: MainParameter) -> bool:
+        return rule_of(self.config, main.spec).host_state
 
     def entries(self) -> list[Entry]:
         """Weights and state. Loading a checkpoint writes into them in place and then calls :meth:`after_load`."""

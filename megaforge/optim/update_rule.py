@@ -22,18 +22,25 @@ class UpdateRule(ABC):
         implementation: which code computes it, for the log.
         whole_parameters: whether it must see all of this rank's part of a parameter (:meth:`MainParameter.in_shape`).
             ZeRO then gives each to one of its replicas, balanced by :meth:`cost`, in place of cutting buckets anywhere.
+        host_state: whether its states lie in host memory (pinned, beside a GPU) rather than where parameters do.
         others: the rule of the parameters that this one does not take.
         decay_factor: what the run multiplies weight decay by at present.
     """
 
     implementation: str = "torch"
     whole_parameters: ClassVar[bool] = False
+    host_state: ClassVar[bool] = False
     others: ClassVar[str] = "adam"
     decay_factor: float = 1.0
 
     def __init__(self, config: OptimizerConfig, parameters: Sequence[MainParameter]) -> None:
         """``parameters``: those that this rank holds something of; their ``state`` has what :meth:`states` names."""
         self.config, self.parameters = config, parameters
+
+    @property
+    def decay(self) -> float:
+        """Weight decay of parameters that have some (``spec.weight_decay``), at present."""
+        return self.config.weight_decay * self.decay_factor
 
     @classmethod
     def takes(cls, spec: ParamSpec) -> bool:
@@ -84,7 +91,7 @@ class TorchRule(UpdateRule):
     def step(self, lr: float, done: int) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_mult"]
-            group["weight_decay"] = self.config.weight_decay * self.decay_factor if group["decays"] else 0.0
+            group["weight_decay"] = self.decay if group["decays"] else 0.0
         for main in self.parameters:
             main.master.grad = main.grad
         if done != self._done:

@@ -26,12 +26,14 @@ class StateBytes:
         gradients: the fp32 sums (fp64 for fp64 models).
         optimizer: fp32 masters of 16-bit parameters, and what the update rule keeps.
         elements: number of parameters.
+        host: what the update rule keeps in host memory; not in :attr:`total`.
     """
 
     parameters: int
     gradients: int
     optimizer: int
     elements: int
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -47,7 +49,7 @@ def state_bytes(
     share is counted. What lies in buckets is counted with the gaps between parameters, but not what fills up the last
     slice.
     """
-    sums = dict.fromkeys(("parameters", "gradients", "optimizer", "elements"), 0)
+    sums = dict.fromkeys(("parameters", "gradients", "optimizer", "elements", "host"), 0)
     for item, copies in held:
         count = math.prod(item.spec.local_shape(ctx))
         wide = max(4, item.element_size)
@@ -58,8 +60,10 @@ def state_bytes(
         if item.spec.role == "state":  # nothing differentiates it, no rule updates it
             continue
         sums["gradients"] += copies * (-(-room // replicas) if layout.zero > 1 else room) * wide
-        states = len(rule_of(layout.optimizer, item.spec).states(layout.optimizer))
-        sums["optimizer"] += copies * share * (states * wide + (wide if item.element_size < wide else 0))
+        rule = rule_of(layout.optimizer, item.spec)
+        states = copies * share * len(rule.states(layout.optimizer)) * wide
+        sums["host" if rule.host_state else "optimizer"] += states
+        sums["optimizer"] += copies * share * (wide if item.element_size < wide else 0)
     return StateBytes(**sums)
 
 

@@ -48,6 +48,11 @@ def memory_table(memories: Sequence[RankMemory], gpu: Gpu) -> str:
     return table(rows)
 
 
+def _in_host_memory(memories: Sequence[RankMemory]) -> list[str]:
+    most = max(memory.state.host for memory in memories)
+    return [f"optimizer state in host memory: {gigabytes(most)} GB a rank"] if most else []
+
+
 def plan_text(parts: ModelParts, layout: PlannedLayout, gpu: Gpu, name: str) -> str:
     """Everything about one layout: memory, communication, bubble, time, and what they assume."""
     stages = cut_stages(parts, layout)
@@ -64,6 +69,7 @@ def plan_text(parts: ModelParts, layout: PlannedLayout, gpu: Gpu, name: str) -> 
         f"{layout.micro_batches} micro-batches of {layout.micro_batch_size} on a rank",
         "",
         memory_table(memories, gpu),
+        *_in_host_memory(memories),
         f"fullest rank: {fullest:.1%} of {gpu.memory / 1e9:g} GB: {verdict(fullest)}",
         "",
         "GB that a rank sends in a step, by axis:" if axes else "no communication",

@@ -139,7 +139,7 @@ def _agree(real: StateBytes, planned: StateBytes, layout: PlannedLayout) -> bool
         return real == planned
     return real.elements == planned.elements and all(
         math.isclose(getattr(real, name), getattr(planned, name), rel_tol=0.01)
-        for name in ("parameters", "gradients", "optimizer")
+        for name in ("parameters", "gradients", "optimizer", "host")
     )
 
 
@@ -320,8 +320,9 @@ def _registered(model: HybridModel | ModelChunks, reducer: GradientReducer, opti
             * (bucket.slice_size if reducer.frees_buffers else sum(aligned(p.numel()) for p in bucket.parameters))
             for bucket in reducer.buckets
         ),
-        optimizer=sum(t.numel() * t.element_size() for t in extra),
+        optimizer=sum(t.numel() * t.element_size() for t in extra) - optimizer.host_bytes,
         elements=sum(p.numel() for p in parameters),
+        host=optimizer.host_bytes,
     )
 
 

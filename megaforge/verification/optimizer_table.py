@@ -46,4 +46,5 @@ def _bytes(rule: str) -> Iterator[str]:
         layout = dataclasses.replace(planned_layout(config, RANKS), optimizer=chosen)
         parts = model_parts(config.model, layout.dtype)
         state = rank_state(parts, layout, cut_stages(parts, layout), 0)
-        yield f"{state.optimizer / state.elements:.2f}"
+        host = f" + {state.host / state.elements:.2f} host" if state.host else ""
+        yield f"{state.optimizer / state.elements:.2f}{host}"
