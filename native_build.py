@@ -28,7 +28,8 @@ CPU_FLAGS = [
 ]  # fmt: skip
 CUDA_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo"]
 OLDEST_GPU = (8, 0)  # cp.async and the matrix products of bf16 and TF32
-ANY_GPU = "8.0;9.0+PTX"  # machine code for A100 and H100; the PTX serves what comes after them
+ANY_GPU = "8.0+PTX;9.0a"  # machine code for A100 and H100; the PTX serves what comes after them
+HOPPER = (9, 0)  # built as 9.0a, which alone has wgmma and which every GPU of 9.0 runs
 MEMORY_PER_JOB = 2 << 30  # bytes; a file that includes torch's headers takes this much to compile
 MOST_JOBS = 16
 
@@ -72,6 +73,16 @@ def served(architectures: str) -> list[str]:
     ]
 
 
+def with_wgmma(entries: Sequence[str]) -> list[str]:
+    """The same list with the code for 9.0 that has wgmma. Its PTX serves no other GPU: that of 8.0 stands for it."""
+    changed: list[str] = []
+    for entry in entries:
+        changed += {"9.0": ["9.0a"], "9.0+PTX": ["9.0a", "8.0+PTX"]}.get(entry, [entry])
+    if "8.0+PTX" in changed:
+        changed = [entry for entry in changed if entry != "8.0"]
+    return list(dict.fromkeys(changed))
+
+
 def architectures(asked: str | None, visible: Sequence[tuple[int, int]]) -> str | None:
     """What ``TORCH_CUDA_ARCH_LIST`` must be.
 
@@ -83,14 +94,14 @@ def architectures(asked: str | None, visible: Sequence[tuple[int, int]]) -> str 
         None: leave it as it is, torch finds what is right. Empty: none of these GPUs runs the kernels.
     """
     if asked and asked != "native":
-        kept = served(asked)
+        kept = with_wgmma(served(asked))
         return None if kept == [entry for entry in re.split(r"[;\s]+", asked) if entry] else ";".join(kept)
     if not visible:  # a login node, an image being built; torch's own detection fails here
         return ANY_GPU
     new_enough = sorted({capability for capability in visible if capability >= OLDEST_GPU})
-    if len(new_enough) == len(set(visible)):
+    if len(new_enough) == len(set(visible)) and HOPPER not in new_enough:
         return None
-    return ";".join(f"{major}.{minor}" for major, minor in new_enough)
+    return ";".join(with_wgmma([f"{major}.{minor}" for major, minor in new_enough]))
 
 
 def cuda_plan(

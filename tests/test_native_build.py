@@ -42,7 +42,7 @@ def built() -> set[str]:
 
 
 CPU_OPS = {"megaforge.data._data_helpers", "megaforge.kernels._wkv7_cpu", "megaforge.kernels._moe_routing_cpu"}
-CUDA_OPS = {"megaforge.kernels._wkv7_cuda", "megaforge.kernels._moe_routing_cuda"}
+CUDA_OPS = {f"megaforge.kernels._{op}_cuda" for op in ("wkv7", "moe_routing", "newton_schulz")}
 
 
 def test_nvcc_without_a_gpu_builds_for_any(cuda_torch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -52,9 +52,9 @@ def test_nvcc_without_a_gpu_builds_for_any(cuda_torch: pytest.MonkeyPatch, tmp_p
     cuda_torch.setenv("TORCH_CUDA_ARCH_LIST", "native")  # means the same, and so that it is put back after the test
     assert built() >= CPU_OPS | CUDA_OPS
     assert cpp_extension._get_cuda_arch_flags() == [
+        "-gencode=arch=compute_80,code=compute_80",
         "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90,code=compute_90",
-        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90a,code=sm_90a",
     ]
 
 
@@ -120,12 +120,15 @@ def test_nvcc_that_says_nothing_has_no_release(tmp_path: Path) -> None:
     [
         (None, [], ANY_GPU),
         ("native", [], ANY_GPU),
-        (None, [(9, 0)], None),  # torch finds it
-        (None, [(9, 0), (7, 0), (8, 0), (9, 0)], "8.0;9.0"),
+        (None, [(8, 0)], None),  # torch finds it
+        (None, [(9, 0)], "9.0a"),
+        (None, [(9, 0), (7, 0), (8, 0), (9, 0)], "8.0;9.0a"),
         (None, [(7, 0)], ""),
-        ("9.0", [], None),
+        ("9.0", [], "9.0a"),
+        ("8.0;9.0+PTX", [], "9.0a;8.0+PTX"),
+        ("9.0a", [], None),
         ("9.0a 12.0+PTX", [(7, 0)], None),
-        ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", [], "8.0;8.6;9.0;10.0;12.0+PTX"),  # as images carry it
+        ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", [], "8.0;8.6;9.0a;10.0;12.0+PTX"),  # as images carry it
         ("7.0;7.5", [(9, 0)], ""),
         ("Hopper", [], None),
     ],

@@ -7,6 +7,8 @@
 #include <cstring>
 #include <math.h>
 
+#include "bf16.h"
+
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #define MF_DEVICE __device__ __forceinline__
@@ -59,10 +61,15 @@ class PerThread {
 #endif
 };
 
-// A thread's copies of 16 bytes from global to shared memory, both aligned to 16 bytes. They are there after wait() and
-// a barrier, not before: on the host they are held back until wait().
+// A thread's copies of 16 bytes from global to shared memory, both aligned to 16 bytes. They are there after wait() (or,
+// of those before a close(), after a wait_for_all_but()) and a barrier, not before: on the host they are held back until
+// then, or made at once where `eager`, for a GPU may do either.
 class AsyncCopies {
  public:
+#ifndef __CUDACC__
+  static inline bool eager = false;
+#endif
+
   // Copies from `from` where `valid`, else zeros; `from` must be a valid address all the same.
   MF_DEVICE void copy16(void* to, const void* from, bool valid) {
 #ifdef __CUDACC__
@@ -71,6 +78,7 @@ class AsyncCopies {
                  : "memory");
 #else
     pending_.push_back({to, from, valid});
+    if (eager) make(pending_.size());
 #endif
   }
 
@@ -78,11 +86,27 @@ class AsyncCopies {
 #ifdef __CUDACC__
     asm volatile("cp.async.wait_all;" ::: "memory");
 #else
-    for (const Copy& copy : pending_) {
-      if (copy.valid) std::memcpy(copy.to, copy.from, 16);
-      else std::memset(copy.to, 0, 16);
-    }
-    pending_.clear();
+    make(pending_.size());
+    closed_.clear();
+#endif
+  }
+
+  // The copies since the last close(), maybe none, are a group.
+  MF_DEVICE void close() {
+#ifdef __CUDACC__
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+    closed_.push_back(pending_.size());
+#endif
+  }
+
+  // Waits for all groups but the last kGroups.
+  template <int kGroups>
+  MF_DEVICE void wait_for_all_but() {
+#ifdef __CUDACC__
+    asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+#else
+    while (closed_.size() > kGroups) make(closed_.front()), closed_.erase(closed_.begin());
 #endif
   }
 
@@ -93,13 +117,21 @@ class AsyncCopies {
     const void* from;
     bool valid;
   };
-  std::vector<Copy> pending_;
-#endif
-};
 
-// bfloat16, whichever compiler reads it.
-struct Bf16 {
-  std::uint16_t bits;
+  // The first `count` that are pending.
+  void make(std::size_t count) {
+    for (std::size_t i = 0; i < count; ++i) {
+      const Copy& copy = pending_[i];
+      if (copy.valid) std::memcpy(copy.to, copy.from, 16);
+      else std::memset(copy.to, 0, 16);
+    }
+    pending_.erase(pending_.begin(), pending_.begin() + static_cast<std::ptrdiff_t>(count));
+    for (std::size_t& end : closed_) end -= count < end ? count : end;
+  }
+
+  std::vector<Copy> pending_;
+  std::vector<std::size_t> closed_;  // how many of pending_ end a group
+#endif
 };
 
 MF_DEVICE float to_float(float x) { return x; }
@@ -123,6 +155,16 @@ MF_DEVICE Bf16 to_bf16(float x) {
   std::memcpy(&bits, &x, 4);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fff};
   return {static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+#endif
+}
+
+// Two neighbours; `from` is aligned to both.
+MF_DEVICE void load_pair(const Bf16* from, float& first, float& second) {
+#ifdef __CUDACC__
+  const unsigned both = *reinterpret_cast<const unsigned*>(from);
+  first = __uint_as_float(both << 16), second = __uint_as_float(both & 0xffff0000u);
+#else
+  first = to_float(from[0]), second = to_float(from[1]);
 #endif
 }
 
