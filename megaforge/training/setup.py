@@ -20,14 +20,14 @@ from megaforge.models.prepared_run import PreparedRun
 from megaforge.models.stages import ModelChunks, build_model
 from megaforge.monitor.sinks import JsonlSink, MetricSink
 from megaforge.monitor.trackers import MlflowSink, TensorBoardSink, WandbSink
-from megaforge.optim import Optimizer, bucket_policy
-from megaforge.parallel.agree import together
+from megaforge.optim import Optimizer, UpdateRule, bucket_policy
+from megaforge.parallel.agree import exchange, together
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.distributed import check_backend, discover_launch, initialize, print_rank_0
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.zero import shard_parameters
-from megaforge.registry import CALLBACKS
+from megaforge.registry import CALLBACKS, UPDATE_RULES
 from megaforge.training.callbacks import (
     Callback,
     Checkpointing,
@@ -111,6 +111,7 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext) -> Trainer:
     initialize_parameters(model, ctx, config.training.seed)
     shards = shard_parameters(config.parallel, model.chunks, ctx, bucket_policy(config.optimizer))
     optimizer = Optimizer(config.optimizer, model, shards)
+    _check_rule(config.optimizer.optimizer, optimizer, ctx)
     trainer = Trainer(
         config,
         Engine(config, ctx, model, optimizer, run.plan),
@@ -132,6 +133,20 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext) -> Trainer:
     sinks = together(ctx, lambda: _sinks(config, from_iteration) if ctx.is_first_rank else [])
     trainer.add(MetricsWriter(sinks))
     return trainer
+
+
+def _check_rule(name: str, optimizer: Optimizer, ctx: ParallelContext) -> None:
+    """
+    Raises:
+        UserError: on every rank: the update rule takes nothing of this model.
+    """
+    rule: type[UpdateRule] = UPDATE_RULES.get(name)
+    takes = {rule.takes(main.spec) for main in optimizer.main.trained}
+    if set().union(*exchange(ctx, takes)) == {False}:
+        raise UserError(
+            f"--optimizer {name}: it takes no parameter of this model, and leaves all to --optimizer {rule.others}; "
+            "write that, or look at what --converters do"
+        )
 
 
 def build_model_chunks(config: Config, ctx: ParallelContext, plan: PipelinePlan) -> HybridModel | ModelChunks:

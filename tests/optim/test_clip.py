@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import named_specs
 from tests.optim.small_model import SmallModel, global_gradients, set_gradients
 from tests.parallel.pool import RankPool
+from tests.parallel.test_pipeline_model import compare, train
+from tests.training.tiny import arguments, write_dataset
 
 
 def true_norm(gradients: dict[str, torch.Tensor]) -> float:
@@ -194,3 +197,15 @@ def test_zeros_and_extreme_gradients(size: float) -> None:
     norm = global_grad_norm(model, ctx)
     alone = size * true_norm(global_gradients(seed=1))
     assert norm == pytest.approx(min(alone, LIMITS["all"].kind_norm), rel=1e-6)  # all are of one kind here
+
+
+@pytest.mark.parametrize(
+    "layout", [("--tp", "2", "--zero", "1"), ("--pp", "2", "--ep", "2", "--zero", "2")], ids=" ".join
+)
+def test_limits_are_the_same_at_every_layout(ranks: RankPool, tmp_path: Path, layout: tuple[str, ...]) -> None:
+    prefix = write_dataset(tmp_path / "train_text_document")
+    limits = ("--clip-grad", "0.25", "--clip-grad-per-group", "0.2", "--clip-grad-value", "0.01")
+    argv = arguments(prefix, "--fp64", "--train-iters", "2", "--micro-batch-size", "1", *limits)
+    expected = train(argv)
+    assert all(0 < step["clamped"] < 1 and step["clipped"] == 1 for step in expected["records"])
+    compare(ranks.run(4, train, [*argv, *layout]), expected, 1e-9)

@@ -17,6 +17,7 @@ from megaforge.parallel.flat_shard import optimizer_shard
 from megaforge.parallel.linear_op import PLAIN, PlainLinear, Quantized, WeightQuantizer
 from megaforge.parallel.param_spec import named_specs
 from megaforge.parallel.zero import ShardedParameters
+from megaforge.registry import CONVERTERS
 from tests.optim.small_model import SPECS, SmallModel, global_gradients, set_gradients
 from tests.parallel.pool import RankPool
 from tests.parallel.test_pipeline_model import compare, train
@@ -211,6 +212,12 @@ def test_every_layout_takes_the_same_steps(ranks: RankPool, prefix: str) -> None
     qat = ("--optimizer", "qat_adam", "--qat-latent-limit", "1", "--qat-damping", "10", "--lr", "1e-3")
     argv = arguments(prefix, *INT8, *qat, "--fp64", "--train-iters", "3", "--micro-batch-size", "1")
     compare(ranks.run(4, train, [*argv, "--tp", "2", "--zero", "1"]), train(argv), 1e-9)
+
+
+def test_a_rule_that_takes_nothing_is_refused(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CONVERTERS._parts, "nothing", lambda model, ctx: None)
+    with pytest.raises(UserError, match="--optimizer qat_sgd: it takes no parameter of this model, and leaves all to"):
+        make_trainer(arguments(prefix, "--converters", "nothing", "--optimizer", "qat_sgd"))
 
 
 @pytest.mark.parametrize(
