@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -36,7 +38,9 @@ class PagedAdam(AdamW):
     """AdamW with its moments in host memory, for GPUs that they do not fit: they come and go in chunks, while the GPU
     updates others.
 
-    The update is AdamW's, element by element. On a CPU nothing moves: the rule is AdamW bit for bit.
+    The update is AdamW's, element by element. On a CPU nothing moves: the rule is AdamW bit for bit. On a GPU with
+    bitsandbytes (github.com/bitsandbytes-foundation/bitsandbytes) that one updates, and pages in memory that CUDA
+    manages.
 
     Attributes:
         chunk: elements that are moved at once.
@@ -46,7 +50,13 @@ class PagedAdam(AdamW):
     chunk: ClassVar[int] = 8 << 20
 
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        self._moves = _moves([main.master for main in self.parameters])
+        masters = [main.master for main in self.parameters]
+        self._moves = _moves(masters)
+        paged = _bitsandbytes() if self._moves and all(m.dtype == torch.float32 for m in masters) else None
+        self._lent = paged is not None
+        if paged is not None:
+            self._moves, self.implementation = False, "bitsandbytes PagedAdamW32bit"
+            return paged(groups, **self.arguments())
         self.implementation = "torch fused AdamW, moments in host memory" + (", moved in chunks" if self._moves else "")
         return torch.optim.AdamW(groups, fused=True, **self.arguments())
 
@@ -61,6 +71,22 @@ class PagedAdam(AdamW):
             parameters = [held[id(master)] for master in group["params"]]
             work += [(settings, slices) for slices in _chunks(parameters, self.chunk)]
         self._run(work, done)
+
+    def _take_up(self, done: int) -> None:
+        """bitsandbytes makes buffers of its own, which become our state; it pages those of 100,000 elements up."""
+        if not self._lent:
+            super()._take_up(done)
+            return
+        optimizer: Any = self._optimizer
+        held = {id(main.master): main for main in self.parameters}
+        for number, group in enumerate(optimizer.param_groups):
+            for index, master in enumerate(group["params"]):
+                if not optimizer.state[master]:
+                    optimizer.init_state(group, master, number, index)
+                state, ours = optimizer.state[master], held[id(master)].state
+                for name, theirs in zip(MOMENTS, ("state1", "state2"), strict=True):
+                    ours[name] = state[theirs].copy_(ours[name])
+                state["step"] = done
 
     def _run(self, work: Sequence[tuple[dict[str, Any], list[_Slice]]], done: int) -> None:
         """Chunk i is updated while i + 1 arrives and i - 1 leaves."""
@@ -112,6 +138,16 @@ class PagedAdam(AdamW):
             maximize=False,
             **settings,
         )
+
+
+def _bitsandbytes() -> Callable[..., torch.optim.Optimizer] | None:
+    """Its paged AdamW with moments in fp32, where it is installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return None
+    try:
+        return getattr(importlib.import_module("bitsandbytes.optim"), "PagedAdamW32bit", None)
+    except (ImportError, OSError, RuntimeError):  # its library does not load here
+        return None
 
 
 def _moves(masters: Sequence[Tensor]) -> bool:

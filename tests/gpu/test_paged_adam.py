@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megaforge.optim import paged_adam
 from megaforge.optim.paged_adam import PagedAdam
 from megaforge.parallel.context import ParallelContext
 from tests.training.tiny import arguments, make_trainer, weights, write_dataset
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize("chunk", [PagedAdam.chunk, 10_007])
 def test_paging_changes_nothing_but_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(PagedAdam, "chunk", chunk)
+    monkeypatch.setattr(paged_adam, "_bitsandbytes", lambda: None)
     prefix = write_dataset(tmp_path / "train_text_document")
     found, held = [], []
     for rule in ("adam", "paged_adam"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -144,3 +146,55 @@ def test_numbers_that_are_not_finite_stay_where_they_are(monkeypatch: pytest.Mon
     found = {name: tensor for name, _, tensor in optimizer.weight_entries()}
     assert int(found["row.weight"].isnan().sum()) == 1 and bool(found["row.weight"][1, 2].isnan())
     assert bool(found["column.weight"].isfinite().all()) and bool(found["mix"].isfinite().all())
+
+
+class PagedStandIn(torch.optim.Optimizer):
+    """What bitsandbytes' PagedAdamW32bit is seen to do: moments by other names in its own buffers, an integer step."""
+
+    def __init__(self, params: list, lr: float, betas: tuple, eps: float, weight_decay: float = 1e-2) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def init_state(self, group: dict, p: torch.Tensor, gindex: int, pindex: int) -> None:
+        assert self.param_groups[gindex]["params"][pindex] is p
+        self.state[p] = {"step": 0, "state1": torch.zeros_like(p), "state2": torch.zeros_like(p)}
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                state = self.state[p]
+                state["step"] += 1
+                state["state1"].lerp_(p.grad, 1 - beta1)
+                state["state2"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                unbiased = (state["state2"] / (1 - beta2 ** state["step"])).sqrt() + group["eps"]
+                p.sub_(group["lr"] * (state["state1"] / (1 - beta1 ** state["step"])) / unbiased)
+
+
+def test_bitsandbytes_is_told_everything_and_its_buffers_are_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_adam, "_moves", lambda masters: True)
+    monkeypatch.setattr(paged_adam, "_bitsandbytes", lambda: PagedStandIn)
+    ctx = ParallelContext.single()
+    model, peer_model = SmallModel(ctx), SmallModel(ctx)
+    optimizer, peer = Optimizer(config("paged_adam"), model), Optimizer(config("adam"), peer_model)
+    for step, rate in enumerate(RATES):
+        if step == 2:  # a run that is continued
+            resumed = Optimizer(config("paged_adam"), model)
+            for (_, _, new), (_, _, old) in zip(resumed.entries(), optimizer.entries(), strict=True):
+                new.copy_(old)
+            resumed.load_state(optimizer.state())
+            optimizer = resumed
+        for each, of in ((optimizer, model), (peer, peer_model)):
+            set_gradients(of, ctx, global_gradients(step))
+            each.step(rate)
+    assert optimizer.implementation == "bitsandbytes PagedAdamW32bit"
+    for (name, _, one), (_, _, two) in zip(optimizer.entries(), peer.entries(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6, msg=name)
+    assert "moved in chunks" in Optimizer(config("paged_adam"), SmallModel(ctx, torch.float64)).implementation
+
+
+def test_without_bitsandbytes_moments_are_moved_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", broken := types.ModuleType("bitsandbytes"))
+    broken.__spec__ = types.SimpleNamespace(name="bitsandbytes")  # type: ignore[assignment]
+    assert paged_adam._bitsandbytes() is None  # it is there, but has no optimizers
