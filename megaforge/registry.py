@@ -89,6 +89,17 @@ UPDATE_RULES = Registry(
         "qat_sgd": "megaforge.optim.quantized:QATSGD",
     },
 )
+LR_SCHEDULES = Registry(
+    "learning-rate schedule",
+    {
+        "cosine": "megaforge.config.lr_shapes:COSINE",
+        "linear": "megaforge.config.lr_shapes:LINEAR",
+        "constant": "megaforge.config.lr_shapes:CONSTANT",
+        "WSD": "megaforge.config.lr_shapes:WSD",
+        "cosine-restarts": "megaforge.config.lr_shapes:COSINE_RESTARTS",
+        "inverse-square-root": "megaforge.config.lr_shapes:INVERSE_SQUARE_ROOT",
+    },
+)
 DATA_SOURCES = Registry(
     "data source", {"files": "megaforge.data.data_source:FILES", "mock": "megaforge.data.data_source:MOCK"}
 )

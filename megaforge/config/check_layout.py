@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.config.config import Config
 from megaforge.config.fields import divisors, either
+from megaforge.config.lr_shapes import RateShape
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import kinds_of
 from megaforge.errors import UserError
+from megaforge.registry import LR_SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -225,19 +227,25 @@ def _check_backend(config: Config) -> None:
 
 
 def _check_schedule(config: Config) -> None:
+    shape: RateShape = LR_SCHEDULES.get(config.optimizer.lr_decay_style)
     warmup, end = config.optimizer.lr_warmup_iters, config.optimizer.lr_decay_iters
     over = end is not None and end <= warmup < config.training.train_iters
-    if over and config.optimizer.lr_decay_style != "constant":
+    if over and "lr_decay_iters" in shape.reads:
         raise UserError(
             f"--lr-decay-iters {end}: the decay is over when the warm-up of --lr-warmup-iters {warmup} ends, and the "
             "rate would fall to --min-lr in one step; make the one longer or the other shorter"
         )
     final = config.optimizer.lr_wsd_decay_iters
     decay_iters = config.optimizer.lr_decay_iters or config.training.train_iters
-    if config.optimizer.lr_decay_style == "WSD" and final is not None and final > decay_iters > 0:
+    if "lr_wsd_decay_iters" in shape.reads and final is not None and final > decay_iters > 0:
         raise UserError(
             f"--lr-wsd-decay-iters {final} exceeds the schedule's {decay_iters} iterations "
             f"(--lr-decay-iters, or --train-iters); use --lr-wsd-decay-iters {decay_iters} or fewer"
+        )
+    if "lr_restart_iters" in shape.reads and config.optimizer.lr_restart_iters is None:
+        raise UserError(
+            f"--lr-decay-style {config.optimizer.lr_decay_style}: it does not say how long a cycle is; add "
+            f"--lr-restart-iters, such as {max(1, decay_iters // 4)}"
         )
 
 

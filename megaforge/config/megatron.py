@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from megaforge.config.config import Config
+from megaforge.config.lr_shapes import RateShape
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import kinds_of
 from megaforge.errors import UserError
+from megaforge.registry import LR_SCHEDULES
 
 # Its spellings of what one of our flags says with a value.
 SPELLINGS: Mapping[str, tuple[str, ...]] = {
@@ -183,8 +185,13 @@ def _notes(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
             "--rampup-batch-size: --train-iters and the learning rate's schedule count steps of any size here; "
             "Megatron-LM counts samples then (--train-samples)"
         )
-    if "optimizer.lr_decay_style" in typed and config.optimizer.lr_decay_style == "WSD":
-        yield "--lr-decay-style WSD decays by 1 - sqrt, over a tenth of the run unless told; Megatron-LM exponentially"
+    if "optimizer.lr_decay_style" in typed and not typed & {"optimizer.lr_wsd_decay_style"}:
+        shape: RateShape = LR_SCHEDULES.get(config.optimizer.lr_decay_style)
+        if "lr_wsd_decay_style" in shape.reads:
+            yield (
+                f"--lr-decay-style {config.optimizer.lr_decay_style} decays by 1 - sqrt, over a tenth of the run "
+                "unless told; in Megatron-LM --lr-wsd-decay-style is exponential unless told"
+            )
 
 
 def _unsaid(config: Config, origins: Mapping[str, str]) -> Iterator[str]:

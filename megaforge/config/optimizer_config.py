@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megaforge.config.fields import flag
 from megaforge.errors import UserError
-from megaforge.registry import UPDATE_RULES
+from megaforge.registry import LR_SCHEDULES, UPDATE_RULES
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class OptimizerConfig:
     optimizer: str = flag("adam", "update rule; adam is AdamW, as in Megatron-LM", choices=UPDATE_RULES)
     lr: float = flag(3e-4, "peak learning rate", above=0)
     min_lr: float = flag(0.0, "learning rate at the end of the decay", least=0)
-    lr_decay_style: str = flag("cosine", "shape of the decay", choices=("cosine", "linear", "constant", "WSD"))
+    lr_decay_style: str = flag("cosine", "shape of the decay", choices=LR_SCHEDULES)
     lr_warmup_iters: int = flag(0, "iterations of linear warm-up", least=0)
     lr_decay_iters: int | None = flag(None, "iterations until --min-lr (default: --train-iters)", least=1)
     lr_wsd_decay_iters: int | None = flag(
@@ -24,6 +24,19 @@ class OptimizerConfig:
         "length of the final decay of WSD (default: a tenth of --lr-decay-iters)",
         least=1,
     )
+    lr_warmup_fraction: float = flag(
+        0.0, "instead of --lr-warmup-iters: the warm-up's share of --lr-decay-iters, not rounded", least=0, below=1
+    )
+    lr_warmup_init: float = flag(0.0, "learning rate that the warm-up starts from, as if at step 0", least=0)
+    lr_wsd_decay_style: str = flag(
+        "minus_sqrt",
+        "shape of WSD's final decay, with Megatron-LM's formulas (where exponential is the default)",
+        choices=("exponential", "linear", "cosine", "minus_sqrt"),
+    )
+    lr_restart_iters: int | None = flag(
+        None, "with --lr-decay-style cosine-restarts: iterations of the first cycle behind the warm-up", least=1
+    )
+    lr_restart_mult: float = flag(1.0, "each cycle of cosine-restarts is this times as long as the last", least=1)
     override_opt_param_scheduler: bool = flag(
         False, "with --load: follow this line's learning-rate schedule where the checkpoint had another"
     )
@@ -72,3 +85,10 @@ class OptimizerConfig:
             )
         if self.min_lr > self.lr:
             raise UserError(f"--min-lr {self.min_lr}: must not exceed --lr {self.lr}")
+        if self.lr_warmup_init > self.lr:
+            raise UserError(f"--lr-warmup-init {self.lr_warmup_init}: must not exceed --lr {self.lr}")
+        if self.lr_warmup_fraction and self.lr_warmup_iters:
+            raise UserError(
+                f"--lr-warmup-fraction {self.lr_warmup_fraction} and --lr-warmup-iters {self.lr_warmup_iters} exclude "
+                "each other; leave out one of them"
+            )

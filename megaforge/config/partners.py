@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 from megaforge.config.config import Config
 from megaforge.config.fields import either
 from megaforge.config.layer_kind import LayerKind
+from megaforge.config.lr_shapes import RateShape
 from megaforge.config.pattern import kinds_of
 from megaforge.config.schema import settings
 from megaforge.errors import UserError
-from megaforge.registry import LAYER_KINDS
+from megaforge.registry import LAYER_KINDS, LR_SCHEDULES
 
 
 class Partner(NamedTuple):
@@ -95,19 +96,8 @@ PARTNERS = (
         refuse=False,
     ),
     Partner(
-        ("optimizer.lr_wsd_decay_iters",),
-        lambda c: c.optimizer.lr_decay_style == "WSD",
-        "only one schedule has a final decay: add --lr-decay-style WSD",
-    ),
-    Partner(
-        ("optimizer.min_lr", "optimizer.lr_decay_iters"),
-        lambda c: c.optimizer.lr_decay_style != "constant",
-        "--lr-decay-style constant does not decay: it changes nothing",
-        refuse=False,
-    ),
-    Partner(
         ("optimizer.lr_warmup_iters",),
-        lambda c: c.optimizer.lr_decay_style == "constant" or c.optimizer.lr_warmup_iters < (_decay_iters(c) or 2**63),
+        lambda c: not _reads(c, "lr_decay_iters") or c.optimizer.lr_warmup_iters < (_decay_iters(c) or 2**63),
         "the decay is over when the warm-up ends (--lr-decay-iters, or --train-iters): make the one shorter or the "
         "other longer",
     ),
@@ -125,6 +115,11 @@ PARTNERS = (
         ("optimizer.second_stage_lr_factor", "optimizer.second_stage_weight_decay_factor"),
         lambda c: c.optimizer.second_stage_at,
         "there is no second stage: add --second-stage-at 0.5",
+    ),
+    Partner(
+        ("optimizer.lr_warmup_init",),
+        lambda c: c.optimizer.lr_warmup_iters or c.optimizer.lr_warmup_fraction,
+        "there is no warm-up to start from it: add --lr-warmup-iters or --lr-warmup-fraction",
     ),
     Partner(
         tuple(f"optimizer.{n}" for n in ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")),
@@ -204,6 +199,28 @@ def _has(kind: LayerKind, config: Config) -> bool:
     return kind in kinds_of(config.model)
 
 
+def _schedule_partners(config: Config) -> Iterator[Partner]:
+    """Flags that shape some learning-rate schedules, for another one. A ``--min-lr`` or a length is idle; what shapes
+    the decay itself asks for another run."""
+    readers: dict[str, list[str]] = {}
+    for style in LR_SCHEDULES.names():
+        for name in LR_SCHEDULES.get(style).reads:
+            readers.setdefault(name, []).append(style)
+    style = config.optimizer.lr_decay_style
+    for name, styles in readers.items():
+        idle = name in ("min_lr", "lr_decay_iters")
+        text = f"--lr-decay-style {style} does not use it" + (
+            ": it changes nothing" if idle else f"; add --lr-decay-style {either(styles)}"
+        )
+        yield Partner((f"optimizer.{name}",), partial(_reads, name=name), text, refuse=not idle)
+
+
+def _reads(config: Config, name: str) -> bool:
+    """Whether the learning-rate schedule depends on a flag."""
+    shape: RateShape = LR_SCHEDULES.get(config.optimizer.lr_decay_style)
+    return name in shape.reads
+
+
 def _decay_iters(config: Config) -> int:
     return config.optimizer.lr_decay_iters or config.training.train_iters
 
@@ -221,7 +238,7 @@ def check_partners(config: Config, origins: Mapping[str, str]) -> list[str]:
         UserError: a flag without its partner makes this another run than was asked for.
     """
     notes = []
-    for partner in (*PARTNERS, *_kind_partners()):
+    for partner in (*PARTNERS, *_schedule_partners(config), *_kind_partners()):
         for key in partner.keys:
             setting = settings()[key]
             value = getattr(getattr(config, setting.section), setting.name)

@@ -11,6 +11,7 @@ from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.config.schema import config_to_dict
 from megaforge.errors import UserError
 from megaforge.optim import LearningRateSchedule
+from megaforge.registry import LR_SCHEDULES
 
 _OVERRIDE, _KEEP = "--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"
 _LEARNING = {
@@ -23,7 +24,12 @@ _LEARNING = {
     "parallel": ("grad_reduce_in_bf16", "grad_compression"),
     "data": ("eod_mask_loss",),
 }
-_COMPARED = 1000  # iterations at which two schedules' pasts are compared, besides their own corners
+# What says which schedule a run has.
+_SCHEDULE = (
+    *("lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_warmup_fraction", "lr_warmup_init"),
+    *("lr_wsd_decay_iters", "lr_wsd_decay_style", "lr_restart_iters", "lr_restart_mult"),
+)
+_COMPARED = 10_000  # iterations at which two schedules' pasts are compared, besides their own corners
 
 
 def settle_schedule(
@@ -48,25 +54,26 @@ def settle_schedule(
     now = LearningRateSchedule(config.optimizer, config.training.train_iters)
     if saved["schedule"] == now.digest:
         return config, now, []
-    before = _saved_schedule(saved["config"])
+    override = f"{_OVERRIDE}: this run's values hold from iteration {iteration + 1} on: "
+    former = _saved_settings(saved["config"])
+    if config.optimizer.override_opt_param_scheduler and former.lr_decay_style not in LR_SCHEDULES:
+        return config, now, [f"{override}--lr-decay-style was {former.lr_decay_style}, which is unknown here"]
+    before = LearningRateSchedule(former, saved["config"]["training"]["train_iters"])
     changes = "; ".join(_differences(before, now)) or "its settings differ"
     if config.optimizer.use_checkpoint_opt_param_scheduler:
         kept = dataclasses.replace(
             config.optimizer,
-            lr=before.peak,
-            min_lr=before.floor,
-            lr_decay_style=before.style,
-            lr_warmup_iters=before.warmup_iters,
-            lr_decay_iters=before.decay_iters or None,
-            lr_wsd_decay_iters=before.wsd_decay_iters if before.style == "WSD" else None,
+            **{name: getattr(former, name) for name in _SCHEDULE},
+            lr_decay_iters=int(before.settings.lr_decay_iters) or None,  # the default may be another now
         )
         told = f"{_KEEP}: the checkpoint's values hold: {changes}"
         return dataclasses.replace(config, optimizer=kept), before, [told]
     if config.optimizer.override_opt_param_scheduler:
-        return config, now, [f"{_OVERRIDE}: this run's values hold from iteration {iteration + 1} on: {changes}"]
+        return config, now, [f"{override}{changes}"]
     if _same_past(before, now, iteration):
         return config, now, [f"the learning rate was the same so far and now goes another way: {changes}"]
-    if before.style == now.style == "constant" and iteration >= max(before.warmup_iters, now.warmup_iters):
+    warm = max(before.settings.lr_warmup_iters, now.settings.lr_warmup_iters)
+    if before.style == now.style and now.is_flat and iteration >= warm:
         return config, now, [f"the constant learning rate is set anew from iteration {iteration + 1} on: {changes}"]
     raise UserError(
         f"--load {source}: until iteration {iteration} it was trained with another learning-rate schedule: {changes}; "
@@ -116,30 +123,27 @@ def changed_settings(config: Config, global_batch_size: int, saved: Mapping[str,
     return [f"it learns otherwise from here on: {'; '.join(changes)}"] if changes else []
 
 
-def _saved_schedule(config: Mapping[str, Any]) -> LearningRateSchedule:
+def _saved_settings(config: Mapping[str, Any]) -> OptimizerConfig:
     names = {field.name for field in dataclasses.fields(OptimizerConfig)}
-    settings = {name: value for name, value in config["optimizer"].items() if name in names}
-    return LearningRateSchedule(OptimizerConfig(**settings), config["training"]["train_iters"])
+    return OptimizerConfig(**{name: value for name, value in config["optimizer"].items() if name in names})
 
 
 def _differences(before: LearningRateSchedule, now: LearningRateSchedule) -> list[str]:
-    settings = {
-        "--lr-decay-style": (before.style, now.style),
-        "--lr": (before.peak, now.peak),
-        "--min-lr": (before.floor, now.floor),
-        "--lr-warmup-iters": (before.warmup_iters, now.warmup_iters),
-        "--lr-decay-iters (by default --train-iters)": (before.decay_iters, now.decay_iters),
-        "--lr-wsd-decay-iters": (before.wsd_decay_iters, now.wsd_decay_iters),
-    }
-    if before.style == now.style == "constant":
-        settings = {flag: values for flag, values in settings.items() if flag in ("--lr", "--lr-warmup-iters")}
-    if "WSD" not in (before.style, now.style):
-        settings.pop("--lr-wsd-decay-iters", None)
-    return [f"{flag} {a} in the checkpoint, {b} here" for flag, (a, b) in settings.items() if a != b]
+    """What differs of two schedules' settings, of those that the one or the other depends on."""
+    values = {"--lr-decay-style": (before.style, now.style)}
+    for name in (*before.facts, *now.facts):
+        flag = f"--{name.replace('_', '-')}" + " (by default --train-iters)" * (name == "lr_decay_iters")
+        values[flag] = (getattr(before.settings, name), getattr(now.settings, name))
+    return [f"{flag} {a} in the checkpoint, {b} here" for flag, (a, b) in values.items() if a != b]
 
 
 def _same_past(before: LearningRateSchedule, now: LearningRateSchedule, iteration: int) -> bool:
-    corners = {s.warmup_iters + d for s in (before, now) for d in (0, 1)}
-    corners |= {s.decay_iters - back + d for s in (before, now) for back in (0, s.wsd_decay_iters) for d in (0, 1)}
-    steps = {*range(1, iteration + 1, max(1, iteration // _COMPARED)), iteration, *corners}
+    steps = {*range(1, iteration + 1, max(1, iteration // _COMPARED)), iteration, *_corners(before), *_corners(now)}
     return all(before(step) == now(step) for step in steps if 1 <= step <= iteration)
+
+
+def _corners(schedule: LearningRateSchedule) -> set[int]:
+    """The steps around which the built-in shapes bend."""
+    s = schedule.settings
+    bends = (s.lr_warmup_iters, s.lr_decay_iters - s.lr_wsd_decay_iters, s.lr_decay_iters)
+    return {int(bend) + more for bend in bends for more in (0, 1)}

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 
 import pytest
+import torch
 
 from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.optim import LearningRateSchedule
+from megaforge.registry import LR_SCHEDULES
 
 CONFIG = OptimizerConfig(lr=1.0, min_lr=0.1, lr_warmup_iters=10)
 
@@ -15,11 +19,16 @@ def schedule(style: str, train_iters: int = 110, **changes: object) -> LearningR
     return LearningRateSchedule(dataclasses.replace(CONFIG, lr_decay_style=style, **changes), train_iters)
 
 
-@pytest.mark.parametrize("style", ["cosine", "linear", "constant", "WSD"])
+@pytest.mark.parametrize("style", LR_SCHEDULES.names())
 def test_warm_up_rises_by_equal_steps_to_the_peak(style: str) -> None:
     rates = schedule(style)
     assert [rates(i) for i in range(1, 11)] == pytest.approx([i / 10 for i in range(1, 11)], abs=1e-15)
     assert rates(11) <= 1.0
+    raised = schedule(style, lr_warmup_init=0.5)
+    assert [raised(i) for i in (1, 5, 10)] == pytest.approx([0.55, 0.75, 1.0], abs=1e-15)
+    shares = schedule(style, lr_warmup_iters=0, lr_warmup_fraction=0.095)  # of 110: 10.45 iterations
+    assert shares(10) == pytest.approx(10 / 10.45, abs=1e-15) and shares(11) <= 1.0
+    assert shares(11) == LR_SCHEDULES.get(style).rate(shares.settings, 11)
 
 
 def test_closed_forms() -> None:
@@ -40,7 +49,49 @@ def test_wsd_is_flat_until_its_decay() -> None:
     assert [schedule("WSD")(iteration) < 1.0 for iteration in (99, 100)] == [False, True]  # a tenth of 110 by default
 
 
-@pytest.mark.parametrize("style", ["cosine", "linear", "WSD"])
+@pytest.mark.parametrize("name", ["exponential", "linear", "cosine", "minus_sqrt"])
+def test_wsd_decays_as_megatron_does(name: str) -> None:
+    rates = schedule("WSD", lr_wsd_decay_iters=20, lr_wsd_decay_style=name)
+    for iteration in range(91, 111):
+        share = (iteration - 90) / 20
+        left = {
+            "exponential": 2 * math.pow(0.5, share) - 1,
+            "linear": 1 - share,
+            "cosine": (math.cos(math.pi * share) + 1) / 2,
+            "minus_sqrt": 1 - math.sqrt(share),
+        }[name]
+        assert rates(iteration) == pytest.approx(0.1 + 0.9 * left, abs=1e-14)
+
+
+@pytest.mark.parametrize("mult", [1, 2])
+def test_restarts_are_torchs(mult: int) -> None:
+    rates = schedule("cosine-restarts", lr_warmup_iters=0, lr_restart_iters=15, lr_restart_mult=float(mult))
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 15, mult, eta_min=0.1)
+    ends, length = set[int](), 15
+    while max(ends, default=0) < 110:
+        ends.add(max(ends, default=0) + length)
+        length *= mult
+    for iteration in range(1, 110):
+        theirs.step()
+        # The last step of a cycle is at the floor; torch's next cycle begins there already.
+        expected = 0.1 if iteration in ends else theirs.get_last_lr()[0]
+        assert rates(iteration) == pytest.approx(expected, abs=1e-13), iteration
+    assert rates(110) == rates(500) == 0.1
+    warm = schedule("cosine-restarts", lr_restart_iters=15)
+    assert [warm(i + 10) for i in (1, 15, 16)] == pytest.approx([rates(1), 0.1, rates(1)], abs=1e-14)
+
+
+def test_inverse_square_root_falls_from_the_warm_up_on() -> None:
+    rates = schedule("inverse-square-root", lr_decay_iters=2000)
+    assert rates(10) == 1.0
+    assert [rates(i) for i in (40, 90, 160)] == pytest.approx([1 / 2, 1 / 3, 1 / 4], abs=1e-15)
+    assert rates(1001) == rates(2000) == rates(2001) == 0.1
+    assert schedule("inverse-square-root", min_lr=0.0)(111) == 0.0
+    assert schedule("inverse-square-root", lr_warmup_iters=0)(1) == 1.0
+
+
+@pytest.mark.parametrize("style", ["cosine", "linear", "WSD", "cosine-restarts"])
 def test_the_floor_is_reached_with_the_last_iteration_and_kept(style: str) -> None:
     rates = schedule(style)
     assert rates(109) > 0.1
@@ -66,5 +117,14 @@ def test_digest_changes_with_the_rates_only() -> None:
     assert schedule("constant").digest == schedule("constant", train_iters=500).digest
     different = [schedule("cosine"), schedule("linear"), schedule("WSD"), schedule("cosine", train_iters=111)]
     different += [schedule("cosine", lr=2.0), schedule("cosine", min_lr=0.0), schedule("cosine", lr_warmup_iters=9)]
-    different += [schedule("WSD", lr_wsd_decay_iters=12)]
+    different += [schedule("WSD", lr_wsd_decay_iters=12), schedule("WSD", lr_wsd_decay_style="linear")]
+    different += [schedule("cosine", lr_warmup_init=0.2), schedule("inverse-square-root")]
+    different += [schedule("cosine-restarts", lr_restart_iters=20), schedule("cosine-restarts", lr_restart_iters=30)]
     assert len({one.digest for one in different}) == len(different)
+
+
+def test_digests_of_former_checkpoints_stay() -> None:
+    facts = ["cosine", 1.0, 10, 0.1, 110]
+    assert schedule("cosine").digest == hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    assert schedule("constant").digest == hashlib.sha256(json.dumps(["constant", 1.0, 10]).encode()).hexdigest()
+    assert schedule("WSD").digest == hashlib.sha256(json.dumps(["WSD", *facts[1:], 11]).encode()).hexdigest()

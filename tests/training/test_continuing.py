@@ -23,6 +23,7 @@ def saved_by(*flags: str) -> dict[str, Any]:
 
 
 CONSTANT, WSD = ("--lr-decay-style", "constant"), ("--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "10")
+RESTARTS = ("--lr-decay-style", "cosine-restarts", "--lr-restart-iters", "10")
 OVERRIDE, KEEP = "--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"
 
 
@@ -33,6 +34,7 @@ OVERRIDE, KEEP = "--override-opt_param-scheduler", "--use-checkpoint-opt_param-s
         ((*CONSTANT, "--train-iters", "50"), (*CONSTANT, "--train-iters", "90"), 50, None),  # a longer run
         ((*CONSTANT,), (*CONSTANT, "--lr", "5e-4"), 20, "set anew from iteration 21"),
         ((*WSD, "--train-iters", "50"), (*WSD, "--train-iters", "90"), 40, "same so far"),  # the stable part grows
+        (RESTARTS, (*RESTARTS, "--lr-restart-mult", "2"), 10, "same so far"),
         (("--lr-warmup-iters", "50"), ("--lr-warmup-iters", "50", "--min-lr", "1e-5"), 50, "same so far"),
     ],
 )
@@ -79,6 +81,8 @@ def test_what_is_learnt_otherwise_is_told(
         (("--lr", "1e-3"), ("--lr", "2e-3"), 1, "--lr 0.001 in the checkpoint, 0.002 here"),
         (CONSTANT, (), 5, "--lr-decay-style constant in the checkpoint, cosine here"),
         ((*WSD, "--train-iters", "50"), (*WSD, "--train-iters", "90"), 41, "50 in the checkpoint, 90 here"),
+        (RESTARTS, (*RESTARTS, "--lr-restart-mult", "2"), 11, "--lr-restart-mult 1.0 in the checkpoint, 2.0 here"),
+        (WSD, (*WSD, "--lr-wsd-decay-style", "linear"), 95, "style minus_sqrt in the checkpoint, linear here"),
         ((*CONSTANT, "--lr-warmup-iters", "9"), CONSTANT, 5, "--lr-warmup-iters 9 in the checkpoint, 0 here"),
     ],
 )
@@ -97,6 +101,16 @@ def test_another_schedule_needs_a_choice(
     assert schedule.digest == saved["schedule"] and KEEP in notes[0]
     again = LearningRateSchedule(settled.optimizer, settled.training.train_iters)
     assert again.digest == schedule.digest, "what the next checkpoint records is the schedule that held"
+
+
+def test_a_schedule_whose_file_is_gone_can_be_replaced() -> None:
+    saved = saved_by()
+    saved["config"]["optimizer"]["lr_decay_style"] = "waves"
+    saved["schedule"] = "other"
+    with pytest.raises(UserError, match=r"'waves' is not a known learning-rate schedule"):
+        settle_schedule(make_config([]), saved, 5, "r")
+    _, schedule, [note] = settle_schedule(make_config([OVERRIDE]), saved, 5, "r")
+    assert schedule.style == "cosine" and "waves" in note
 
 
 def test_both_choices_exclude_each_other() -> None:

@@ -28,6 +28,7 @@ PAIRS = max(len(RULES), len(STYLES))
 INT8 = ("--extensions", str(Path(__file__).parents[1] / "toys" / "int8_linear.py"), "--converters", "int8")
 BESIDE: dict[str, tuple[str, ...]] = {
     "sgd": ("--lr", "0.1"),
+    "cosine-restarts": ("--lr-restart-iters", "2"),
     "qat_adam": (*INT8, "--qat-damping", "1"),
     "qat_sgd": (*INT8, "--qat-damping", "1", "--lr", "0.1"),
 }
