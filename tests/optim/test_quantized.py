@@ -210,7 +210,7 @@ def test_damping_brings_weights_to_their_codes_while_they_learn(prefix: str) -> 
 
 def test_every_layout_takes_the_same_steps(ranks: RankPool, prefix: str) -> None:
     qat = ("--optimizer", "qat_adam", "--qat-latent-limit", "1", "--qat-damping", "10", "--lr", "1e-3")
-    argv = arguments(prefix, *INT8, *qat, "--fp64", "--train-iters", "3", "--micro-batch-size", "1")
+    argv = arguments(prefix, *INT8, *qat, "--fp64", "--train-iters", "2", "--micro-batch-size", "1")
     compare(ranks.run(4, train, [*argv, "--tp", "2", "--zero", "1"]), train(argv), 1e-9)
 
 
