@@ -79,15 +79,16 @@ def _measure(model: nn.Module, ctx: ParallelContext, limit: float, read: Read) -
         if parameter.requires_grad:
             gradient: Tensor = parameter.main_grad  # type: ignore[attr-defined]
             # Copies on other ranks are multiplied by 0 rather than left out: 0 x inf = nan reaches every rank.
-            share = 1.0 if optimizer_shard(parameter).is_first_copy(ctx) else 0.0
+            first = optimizer_shard(parameter).is_first_copy(ctx)
             place = _KINDS.get(spec.kind, _KINDS["other"])
-            squares[place] += _sum_of_squares(gradient) * share
+            own = _sum_of_squares(gradient)
+            squares[place] += own if first else own * 0.0
             present[place] = 1.0
             if limit:
                 limited, beyond, elements = more
-                limited[place] += _sum_of_squares(gradient, limit) * share
-                beyond[place] += (gradient.abs() > limit).sum() * share
-                elements[place] += gradient.numel() * share
+                limited[place] += _sum_of_squares(gradient, limit) * first
+                beyond[place] += (gradient.abs() > limit).sum() * first
+                elements[place] += gradient.numel() * first
     if ctx.world.size > 1:
         dist.all_reduce(rows, group=ctx.world.group)
     numbers = read(rows.flatten())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from megaforge.optim.adamw import AdamW
@@ -28,6 +31,11 @@ class LatentWeights(TorchRule):
     @classmethod
     def takes(cls, spec: ParamSpec) -> bool:
         return spec.quantized
+
+    def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        optimizer = super().make(groups)  # type: ignore[safe-super]
+        self.implementation += " on latent weights"
+        return optimizer
 
     def step(self, lr: float, done: int) -> None:
         limits = [self._before(main, lr) for main in self.parameters]

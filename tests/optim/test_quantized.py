@@ -176,6 +176,7 @@ def test_matrices_of_a_converter_are_declared_and_only_they_are_taken(prefix: st
     rules = [rule for rules, _ in trainer.optimizer._phases for rule in rules]
     taken = {main.spec.name for rule in rules if "QAT" in type(rule).__name__ for main in rule.parameters}
     assert taken == declared
+    assert set(trainer.optimizer.implementation.split(", ")) == {"torch SGD on latent weights", "torch SGD"}
 
 
 @pytest.mark.parametrize("rule", ["adam", "sgd"])
