@@ -77,7 +77,12 @@ class TorchRule(UpdateRule):
             groups[main.spec.weight_decay, main.spec.lr_mult].append(main.master)
         self._optimizer = self.make(
             [
-                {"params": masters, "weight_decay": 0.0, "decays": decays, "lr_mult": lr_mult}
+                {
+                    "params": masters,
+                    "weight_decay": config.weight_decay if decays else 0.0,
+                    "decays": decays,
+                    "lr_mult": lr_mult,
+                }
                 for (decays, lr_mult), masters in groups.items()
             ]
         )
