@@ -57,10 +57,12 @@ class MainParameter:
         tensor = tensor.expand(self.parameter.shape)
         return tensor.reshape(-1)[share.start : share.stop] if isinstance(share, FlatShard) else tensor
 
-    def write_back(self) -> None:
-        """Rounds the master into the model."""
-        if self.master.dtype != self._held.dtype:
-            self._held.copy_(self.master.detach())
+    def written_back(self) -> tuple[Tensor, Tensor] | None:
+        """What the model computes with, or this rank's share of it, and the master to round into it; None where they
+        are one, or where there is nothing of it here."""
+        if self.master.dtype == self._held.dtype or self._held.numel() == 0:
+            return None
+        return self._held, self.master.detach()
 
 
 class MainParameters:
@@ -88,8 +90,10 @@ class MainParameters:
     def write_back(self, some: Iterable[MainParameter] | None = None) -> None:
         """Rounds the masters of ``some``, or of all, into the model. Under ZeRO a rank writes what it holds: the shards
         are gathered afterwards."""
-        for main in self.trained if some is None else some:
-            main.write_back()
+        pairs = [main.written_back() for main in (self.trained if some is None else some)]
+        if moved := [pair for pair in pairs if pair is not None]:
+            # One launch on a GPU for many parameters.
+            torch._foreach_copy_([model for model, _ in moved], [master for _, master in moved])
 
     def after_load(self) -> None:
         """Brings freshly loaded masters into the model, on all ranks. Collective under ZeRO."""
