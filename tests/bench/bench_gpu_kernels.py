@@ -1,4 +1,4 @@
-"""RWKV-7's kernels on a GPU, turn about in one process.
+"""Kernels on a GPU, turn about in one process.
 
 WKV-7: compiled CUDA, fla-core's Triton kernels and plain chunked torch.
 
@@ -6,6 +6,9 @@ bf16 inputs, fp32 log decays and states, [s, b, H, 64]. Cases are sequences x le
 kept) and forward + backward: the time of each and its peak memory beyond the inputs, and how many times as long as the
 first implementation it takes. The arithmetic around it: the Triton kernels (first) and the same in plain torch, forward
 + backward. The machine's copy bandwidth and TF32 matrix rate are measured beside them.
+
+Newton-Schulz, five steps of normalised bf16 matrices: compiled CUDA (wgmma where it is there, mma.sync), cuBLAS in a
+batch, and torch.optim.Muon's own function, matrix by matrix.
 
     python tests/bench/bench_gpu_kernels.py [--rounds 20] [--write docs/gpu_kernels.md]
 """
@@ -22,11 +25,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.optim._muon import _zeropower_via_newtonschulz
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megaforge.errors import UserError
 from megaforge.kernels import rwkv7_fused
+from megaforge.kernels.newton_schulz import cuda
 from megaforge.kernels.wkv7.backend import wkv7_backend
 from tests.bench.harness import Measure, interleaved_ratio, print_json, print_table, seconds
 
@@ -36,7 +41,9 @@ N = 64
 PLAIN_TORCH = 2**20  # tokens times heads
 NAMES = ("native", "fla", "torch")
 POINTWISE_SHAPES = ((8, 4096, 32), (1, 4096, 12))  # b, s, H
-HEADER = ["b x s x H", "what", "implementation", "ms", "times the first", "range", "peak MiB"]
+MATRICES = ((1, 1024, 1024), (1, 4096, 4096), (1, 8192, 8192), (1, 2048, 8192), (24, 512, 512), (8, 2048, 2048))
+QUINTIC = (3.4445, -4.7750, 2.0315)
+HEADER = ["shape", "what", "implementation", "ms", "times the first", "range", "peak MiB"]
 
 
 def inputs(b: int, s: int, heads: int) -> list[torch.Tensor]:
@@ -142,6 +149,27 @@ def pointwise(b: int, s: int, heads: int) -> dict[str, dict[str, Callable[[], ob
     }
 
 
+def cublas_steps(x: torch.Tensor) -> torch.Tensor:
+    for a, b, c in [QUINTIC] * 5:
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def muon_steps(x: torch.Tensor) -> object:
+    return [_zeropower_via_newtonschulz(one, QUINTIC, 5, 1e-7) for one in x]
+
+
+def orthogonalizations(shape: tuple[int, int, int]) -> dict[str, Callable[[], object]]:
+    """Five steps of matrices [b, m, n] by each implementation that is here."""
+    x = torch.randn(shape, device="cuda")
+    x = (x / x.norm(dim=(1, 2), keepdim=True)).bfloat16()
+    ways = {"wgmma": True, "mma": False} if cuda.has_wgmma(x.device) else {"mma": False}
+    ours = {name: partial(cuda.steps_by_cuda, x, [QUINTIC] * 5, wgmma) for name, wgmma in ways.items()}
+    others = {"cublas": partial(cublas_steps, x), "torch.optim.Muon": partial(muon_steps, x)}
+    return {**(ours if cuda.takes(x) else {}), **others}
+
+
 def compare(label: str, what: str, functions: dict[str, Callable[[], object]], rounds: int) -> tuple[list, dict]:
     """Rows of the table, and the JSON cases: everything against the first of ``functions``."""
     rows, cases = [], {}
@@ -171,6 +199,12 @@ def measured(rounds: int) -> tuple[list[list[object]], dict]:
         here = [name for name in names if name != "torch" or math.prod(shape) <= PLAIN_TORCH]
         add(label, "WKV-7 fwd", {name: forward(name, six) for name in here})
         add(label, "WKV-7 fwd+bwd", {name: forward_backward(name, six) for name in here})
+    if "cuda" not in cuda.COMPILED:
+        print(
+            "without compiled Newton-Schulz: megaforge.kernels._newton_schulz_cuda is not built, or MEGAFORGE_NATIVE=0"
+        )
+    for matrices in MATRICES:
+        add(" x ".join(map(str, matrices)), "Newton-Schulz", orthogonalizations(matrices))
     if not rwkv7_fused.fused(torch.empty(0, device="cuda")):
         print("without the fused arithmetic: Triton is not installed (extra 'gpu'), or MEGAFORGE_NATIVE=0")
         return rows, cases
@@ -184,7 +218,7 @@ def write(path: Path, about: str, rows: list[list[object]]) -> None:
     """The table as a page of documentation."""
     command = "bash run_scripts/bench.sh gpu_kernels --write docs/gpu_kernels.md"
     lines = ["# Kernels on a GPU", "", f"Written by `{command}`."]
-    lines += ["", "## RWKV-7", "", f"{about}.", "", "| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
+    lines += ["", f"{about}.", "", "| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
     for row in rows:
         lines.append("| " + " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row) + " |")
     path.write_text("\n".join(lines) + "\n")
@@ -202,7 +236,7 @@ def main() -> None:
     about = machine()
     print(about)
     rows, cases = measured(args.rounds)
-    print_table("RWKV-7", HEADER, rows)
+    print_table("Kernels", HEADER, rows)
     if args.write:
         write(args.write, about, rows)
     print_json("gpu_kernels", cases)

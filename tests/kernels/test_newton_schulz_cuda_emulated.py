@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megaforge.kernels.newton_schulz import cuda, newton_schulz, reference
+
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 FORMS = pytest.mark.parametrize("wgmma", [False, True], ids=["mma", "wgmma"])
@@ -210,3 +212,31 @@ def test_the_descriptor_is_that_of_the_ptx_manual(library: ctypes.CDLL) -> None:
     assert found & 0x3FFF == 0x2346 and found >> 32 & 0x3FFF == 64  # start and stride, in 16 bytes
     assert found >> 49 & 7 == 0 and found >> 62 == 1  # no offset; swizzle of 128 bytes
     assert found == 0x2346 | 1 << 16 | 64 << 32 | 1 << 62
+
+
+def test_the_operator_has_the_shape_of_its_input() -> None:
+    x = torch.empty(2, 64, 136, dtype=torch.bfloat16, device="meta")
+    result = torch.ops.megaforge.newton_schulz_steps(x, [1.0, 2.0, 3.0], False)
+    assert result.shape == x.shape and result.dtype == x.dtype
+
+
+def test_cpus_are_not_its_business() -> None:
+    assert not cuda.takes(torch.empty(1, 128, 128, dtype=torch.bfloat16)) and not cuda.has_wgmma(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("shape", [(64, 136), (136, 64), (2, 64, 64)], ids=str)
+def test_the_face_hands_it_bf16_and_the_steps(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
+    handed: list[Tensor] = []
+
+    def steps(x: Tensor, triples: tuple[tuple[float, float, float], ...]) -> Tensor:
+        handed.append(x)
+        return reference.standard(x, triples)
+
+    x = random(*shape).float()
+    expected = newton_schulz(x, algorithm="standard")
+    monkeypatch.setattr(cuda, "takes", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(cuda, "steps_by_cuda", steps)
+    assert torch.equal(newton_schulz(x, algorithm="standard"), expected)
+    assert len(handed) == 1 and handed[0].dim() == 3 and handed[0].shape[1] <= handed[0].shape[2]
+    newton_schulz(x, precision="fp32"), newton_schulz(x.double()), newton_schulz(x, precision="split")
+    assert len(handed) == 1

@@ -38,11 +38,13 @@ Tensor newton_schulz_steps(const Tensor& x_any, at::ArrayRef<double> coefficient
   if (steps.empty() || x_any.numel() == 0) return x_any.clone(at::MemoryFormat::Contiguous);
   TORCH_CHECK(!wgmma || has_wgmma(), "megaforge::newton_schulz_steps: no code with wgmma for this GPU (sm_90a)");
 
-  // Tall matrices are iterated as their transposes; both are needed in any case.
+  // Tall matrices are iterated as their transposes; both are needed in any case, and one of them may be there already.
   const bool tall = rows > columns;
-  Tensor x = x_any.contiguous();
-  if (reinterpret_cast<std::uintptr_t>(x.const_data_ptr()) % 16 != 0) x = x.clone();
-  const Tensor turned = x.transpose(1, 2).contiguous();
+  const auto rows_aligned = [](const Tensor& any) {
+    const Tensor whole = any.contiguous();
+    return reinterpret_cast<std::uintptr_t>(whole.const_data_ptr()) % 16 == 0 ? whole : whole.clone();
+  };
+  const Tensor x = rows_aligned(x_any), turned = rows_aligned(x_any.transpose(1, 2));
   const Matrices from = tall ? Matrices{data(turned), data(x)} : Matrices{data(x), data(turned)};
   const std::int64_t m = tall ? columns : rows, n = tall ? rows : columns;
   TORCH_CHECK(batch * ((m + 127) / 128) * ((n + 127) / 128) <= std::numeric_limits<int>::max(),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megaforge.errors import UserError
-from megaforge.kernels.newton_schulz import reference
+from megaforge.kernels.newton_schulz import cuda, reference
 from megaforge.kernels.newton_schulz.coefficients import COEFFICIENT_TYPES, Triple, coefficients
 
 __all__ = ["COEFFICIENT_TYPES", "coefficients", "gram_polynomial", "newton_schulz"]
@@ -42,7 +42,8 @@ def newton_schulz(
             does.
         coefficient_type, steps, custom: see :func:`coefficients`.
         algorithm: ``standard`` iterates on X, ``gram`` on X X^T and multiplies X once, which takes fewer products the
-            longer a matrix is. ``auto``: gram from a side ratio of 4 on for the precisions that it is safe in.
+            longer a matrix is. ``auto``: gram from a side ratio of 4 on for the precisions that it is safe in; on GPUs
+            for fp32 alone.
         precision: of the products: ``bf16`` (with ``standard``), ``split`` (with ``gram``: long products have bf16
             factors, the others are fp32), ``fp32``, ``fp64``. ``auto``: fp64 for fp64 matrices, else bf16 or split.
         eps: the least norm that a matrix is divided by.
@@ -64,7 +65,7 @@ def newton_schulz(
         return x.clone()
     narrow = reference.normalize(stack, eps).to(_TYPES[precision])
     if algorithm == "standard":
-        result = reference.standard(narrow, triples)
+        result = (cuda.steps_by_cuda if cuda.takes(narrow) else reference.standard)(narrow, triples)
     else:
         result = (reference.by_gram_split if precision == "split" else reference.by_gram)(narrow, triples)
     return (result.mT if tall else result).to(x.dtype).reshape(x.shape).contiguous()
@@ -98,7 +99,9 @@ def _choose(x: Tensor, algorithm: str, precision: str) -> tuple[str, str]:
         precision = "fp64"
     if algorithm == "auto":
         long = x.shape[2] >= LONG * x.shape[1]
-        algorithm = "gram" if precision == "split" or (long and precision in ("auto", "fp32")) else "standard"
+        # A GPU's fp32 products take longer than the bf16 ones that they save.
+        safe = ("fp32",) if x.device.type == "cuda" else ("auto", "fp32")
+        algorithm = "gram" if precision == "split" or (long and precision in safe) else "standard"
     if precision == "auto":
         precision = "split" if algorithm == "gram" else "bf16"
     return algorithm, precision

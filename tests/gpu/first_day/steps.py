@@ -16,7 +16,9 @@ ITERATIONS = 10
 VOCAB = 50_272
 EXTENSIONS = (
     "import megaforge.kernels.wkv7.native as n, megaforge.kernels.moe_routing.native as m; "
-    "print('wkv7:', *sorted(n.COMPILED - {'meta'})); print('moe:', *sorted(m.COMPILED - {'meta'}))"
+    "import torch, megaforge.kernels.newton_schulz.cuda as s; "
+    "print('wkv7:', *sorted(n.COMPILED - {'meta'})); print('moe:', *sorted(m.COMPILED - {'meta'})); "
+    "print('newton-schulz:', *sorted({'cuda'} & s.COMPILED), *['wgmma'] * s.has_wgmma(torch.device('cuda', 0)))"
 )
 VERSIONS = (
     "import importlib.metadata as m, torch; print('torch', torch.__version__, 'CUDA', torch.version.cuda);"
@@ -30,6 +32,8 @@ WKV = (
     ("1 x 4096 x 32", 0.8, 3.0),
     ("1 x 16384 x 64", 3, 11),
 )
+# (b x m x n, milliseconds of five steps with wgmma), at 450 TFLOP/s
+NEWTON_SCHULZ = (("1 x 4096 x 4096", 3.0), ("1 x 8192 x 8192", 24.0), ("8 x 2048 x 2048", 3.0))
 
 
 def steps(python: str, folder: Path) -> list[Step]:
@@ -44,6 +48,7 @@ def steps(python: str, folder: Path) -> list[Step]:
             [
                 Figure("WKV-7", "cpu cuda", pattern(r"^wkv7: (.*)$"), equal="cpu cuda"),
                 Figure("expert routing", "cpu cuda", pattern(r"^moe: (.*)$"), equal="cpu cuda"),
+                Figure("Newton-Schulz", "cuda wgmma", pattern(r"^newton-schulz: (.*)$"), equal="cuda wgmma"),
             ],
         ),
         _tests(python, "tests on the GPU", 300, "tests/gpu", "-k", "not 4096"),
@@ -117,10 +122,12 @@ def _sanitizers(python: str) -> list[Step]:
     tool = ["compute-sanitizer", "--tool"]
     races = [*tool, "racecheck", python, "-m", "pytest", "-q", "tests/gpu/test_wkv7.py", "-k", "resets and 40"]
     reads = [*tool, "memcheck", python, "-m", "pytest", "-q", "tests/gpu/test_moe_routing.py", "-k", "rows or permut"]
+    tiles = [*tool, "racecheck", python, "-m", "pytest", "-q", "tests/gpu/test_newton_schulz.py", "-k", "one_step"]
     hazards = pattern(r"RACECHECK SUMMARY: (\d+) hazard")
     errors = pattern(r"ERROR SUMMARY: (\d+) error")
     return [
         Step("races in WKV-7", races, 150, [Figure("hazards", "0", hazards, high=0)], "compute-sanitizer"),
+        Step("races in Newton-Schulz", tiles, 150, [Figure("hazards", "0", hazards, high=0)], "compute-sanitizer"),
         Step("reads and writes of routing", reads, 150, [Figure("errors", "0", errors, high=0)], "compute-sanitizer"),
     ]
 
@@ -137,6 +144,9 @@ def _kernels(python: str) -> Step:
     for what, expected in (("shift and 6 mixes", 0.8), ("norm, bonus, gate", 0.9)):
         row = pattern(rf"^8 x 4096 x 32\s+{what}\s+triton\s+([\d.e+-]+)")
         figures.append(Figure(f"{what}, 8 x 4096 x 32 fwd+bwd, ms", str(expected), row, high=2 * expected))
+    for shape, expected in NEWTON_SCHULZ:
+        row = pattern(rf"^{shape}\s+Newton-Schulz\s+wgmma\s+([\d.e+-]+)")
+        figures.append(Figure(f"Newton-Schulz {shape}, ms", str(expected), row, high=1.5 * expected))
     return Step("kernels", [python, "tests/bench/bench_gpu_kernels.py", "--rounds", "5"], 240, figures, shows=True)
 
 
