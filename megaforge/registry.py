@@ -100,6 +100,13 @@ LR_SCHEDULES = Registry(
         "inverse-square-root": "megaforge.config.lr_shapes:INVERSE_SQUARE_ROOT",
     },
 )
+GRADIENT_FILTERS = Registry(
+    "gradient filter",
+    {
+        "ema": "megaforge.optim.grokfast:ExponentialMean",
+        "ma": "megaforge.optim.grokfast:WindowMean",
+    },
+)
 DATA_SOURCES = Registry(
     "data source", {"files": "megaforge.data.data_source:FILES", "mock": "megaforge.data.data_source:MOCK"}
 )

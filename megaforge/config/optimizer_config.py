@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megaforge.config.fields import flag
 from megaforge.errors import UserError
-from megaforge.registry import LR_SCHEDULES, UPDATE_RULES
+from megaforge.registry import GRADIENT_FILTERS, LR_SCHEDULES, UPDATE_RULES
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ class OptimizerConfig:
         False, "with --load: keep the checkpoint's learning-rate schedule, whatever this line says"
     )
     weight_decay: float = flag(0.1, "decoupled weight decay of matrices", least=0)
+    decoupled_weight_decay: bool = flag(
+        True,
+        "with --optimizer adam: decay weights beside the update; otherwise as part of the gradient (plain Adam, L2)",
+    )
     adam_beta1: float = flag(0.9, "decay of the first moment", least=0, below=1)
     adam_beta2: float = flag(0.95, "decay of the second moment", least=0, below=1)
     adam_eps: float = flag(1e-8, "epsilon of Adam", above=0)
@@ -69,6 +73,30 @@ class OptimizerConfig:
     )
     second_stage_lr_factor: float = flag(2 / 3, "on the learning rate after --second-stage-at", least=0)
     second_stage_weight_decay_factor: float = flag(0.0, "on the weight decay after --second-stage-at", least=0)
+    grokfast: str | None = flag(
+        None,
+        "add the gradient's slow part to it before it is clipped (Grokfast): ema, an exponential mean, or ma, the mean "
+        "of a window",
+        choices=GRADIENT_FILTERS,
+    )
+    grokfast_alpha: float = flag(0.98, "with --grokfast ema: weight of the past in the mean", least=0, below=1)
+    grokfast_lambda: float | None = flag(
+        None, "with --grokfast: how much of the mean is added (default: 2 for ema, 5 for ma)", least=0
+    )
+    grokfast_window: int = flag(
+        100,
+        "with --grokfast ma: gradients of the window; each is kept, and nothing is added before it is full",
+        least=1,
+    )
+    plateau_boost: bool = flag(False, "raise the learning rate while the training loss stands still")
+    plateau_boost_factor: float = flag(2.0, "with --plateau-boost: factor on the learning rate", least=1)
+    plateau_boost_interval: int = flag(
+        500, "with --plateau-boost: iterations over which losses are averaged and compared", least=1
+    )
+    plateau_boost_trigger: float = flag(
+        0.1, "with --plateau-boost: relative improvement from one interval to the next below which it begins", above=0
+    )
+    plateau_boost_intervals: int = flag(4, "with --plateau-boost: most intervals that one boost lasts", least=1)
     initial_loss_scale: float = flag(65536.0, "fp16: loss scale at the start", above=0)
     min_loss_scale: float = flag(1.0, "fp16: smallest loss scale", above=0)
     loss_scale_window: int = flag(1000, "fp16: clean iterations before the scale grows by 2", least=1)

@@ -122,6 +122,31 @@ PARTNERS = (
         "there is no warm-up to start from it: add --lr-warmup-iters or --lr-warmup-fraction",
     ),
     Partner(
+        ("optimizer.decoupled_weight_decay",),
+        lambda c: c.optimizer.optimizer == "adam",
+        "only Adam's decay may be either: add --optimizer adam",
+    ),
+    Partner(
+        ("optimizer.grokfast_lambda",),
+        lambda c: c.optimizer.grokfast,
+        "no gradient is filtered: add --grokfast ema or --grokfast ma",
+    ),
+    Partner(
+        ("optimizer.grokfast_alpha",),
+        lambda c: c.optimizer.grokfast not in (None, "ma"),
+        "it is the weight of an exponential mean: add --grokfast ema",
+    ),
+    Partner(
+        ("optimizer.grokfast_window",),
+        lambda c: c.optimizer.grokfast not in (None, "ema"),
+        "it is the window of a moving average: add --grokfast ma",
+    ),
+    Partner(
+        tuple(f"optimizer.plateau_boost_{name}" for name in ("factor", "interval", "trigger", "intervals")),
+        lambda c: c.optimizer.plateau_boost,
+        "the learning rate is not boosted: add --plateau-boost",
+    ),
+    Partner(
         tuple(f"optimizer.{n}" for n in ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")),
         lambda c: c.training.fp16,
         _NO_FP16,

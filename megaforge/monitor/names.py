@@ -33,12 +33,17 @@ STEP = {
         "the same of the parameters of one kind: embedding, head, attention, rwkv, moe, router, ffn, norm, other",
         "the kinds that the model has",
     ),
+    "unfiltered_grad_norm": Name("L2 norm of the whole gradient before it was filtered", "`--grokfast`"),
     "clipped": Name(
         "1 where `--clip-grad` or `--clip-grad-per-group` scaled gradients down, else 0; its mean is the clipped share"
     ),
     "clamped": Name("share of the gradient's elements that `--clip-grad-value` limited", "`--clip-grad-value`"),
     "lr": Name("learning rate of the step"),
     "weight_decay_factor": Name("what the stage multiplies weight decay by", "`--second-stage-at`"),
+    "lr_boost": Name("factor on the step's learning rate; 1 without a boost", "`--plateau-boost`"),
+    "plateau_improvement": Name(
+        "relative fall of the mean loss from one interval to the next", "`--plateau-boost`, every interval's last step"
+    ),
     "tokens": Name("tokens trained on, from the run's beginning"),
     "consumed_samples": Name("samples trained on, from the run's beginning"),
     "global_batch_size": Name("samples of the step", "`--rampup-batch-size`"),

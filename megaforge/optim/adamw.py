@@ -14,7 +14,10 @@ from megaforge.optim.update_rule import TorchRule
 
 
 class AdamW(TorchRule):
-    """Adam with decoupled weight decay: NVIDIA apex's on CUDA where it is installed, else torch's fused one."""
+    """Adam with decoupled weight decay: NVIDIA apex's on CUDA where it is installed, else torch's fused one.
+
+    With ``--no-decoupled-weight-decay`` the decay is part of the gradient: Adam (Kingma & Ba, arXiv 1412.6980) with L2.
+    """
 
     @classmethod
     def states(cls, config: OptimizerConfig) -> tuple[str, ...]:
@@ -32,7 +35,10 @@ class AdamW(TorchRule):
         fused_adam = _nvidia_fused_adam() if _on_cuda(masters) and not wide else None
         if fused_adam is not None:
             self.implementation = "NVIDIA apex FusedAdam"
-            return fused_adam(groups, adam_w_mode=True, **arguments)
+            return fused_adam(groups, adam_w_mode=self.config.decoupled_weight_decay, **arguments)
+        if not self.config.decoupled_weight_decay:
+            self.implementation = "torch fused Adam"
+            return torch.optim.Adam(groups, fused=True, **arguments)
         self.implementation = "torch fused AdamW"
         return torch.optim.AdamW(groups, fused=True, **arguments)
 

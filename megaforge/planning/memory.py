@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from megaforge.optim.gradient_filter import filter_rows
 from megaforge.optim.optimizer import rule_of
 from megaforge.parallel.buckets import aligned
 from megaforge.parallel.context import ParallelContext
@@ -24,7 +25,7 @@ class StateBytes:
     Attributes:
         parameters: in their own types.
         gradients: the fp32 sums (fp64 for fp64 models).
-        optimizer: fp32 masters of 16-bit parameters, and what the update rule keeps.
+        optimizer: fp32 masters of 16-bit parameters, and what the update rule and a gradient filter keep.
         elements: number of parameters.
         host: what the update rule keeps in host memory; not in :attr:`total`.
     """
@@ -64,6 +65,7 @@ def state_bytes(
         states = copies * share * len(rule.states(layout.optimizer)) * wide
         sums["host" if rule.host_state else "optimizer"] += states
         sums["optimizer"] += copies * share * (wide if item.element_size < wide else 0)
+        sums["optimizer"] += copies * share * filter_rows(layout.optimizer) * wide
     return StateBytes(**sums)
 
 

@@ -85,11 +85,12 @@ def stateful_parts(trainer: Trainer) -> dict[str, Stateful]:
         trainer.data.check_state(saved)
         trainer.consumed_samples = int(saved["consumed_samples"])
 
-    optimizer, scaler = trainer.optimizer, trainer.scaler
+    optimizer, scaler, kept = trainer.optimizer, trainer.scaler, trainer.engine.filter
     parts = [
         ("data", Stateful(data_state, load_data_state)),
         ("optimizer", Stateful(lambda: optimizer_state(trainer), optimizer.load_state, optimizer.state_entries)),
         ("scaler", Stateful(scaler.state, scaler.load_state)),
+        *([] if kept is None else [("gradient_filter", Stateful(kept.state, kept.load_state, kept.entries))]),
         *trainer.stateful.items(),
         *(_of_callback(callback) for callback in trainer.callbacks if callback.state_name is not None),
     ]
@@ -186,7 +187,9 @@ def _load_parts(trainer: Trainer, saved: dict[str, Any], path: Path, fresh: list
     """Fills the weights, the parts of the run that the checkpoint knows, and this rank's random states, but for what
     starts ``fresh``; returns what to tell of parts that only the checkpoint knows."""
     parts = stateful_parts(trainer)
-    without = [name for name in ("optimizer", "scaler") if "optimizer" in fresh] + ["data"] * ("data" in fresh)
+    without = [name for name in ("optimizer", "scaler", "gradient_filter") if "optimizer" in fresh] + ["data"] * (
+        "data" in fresh
+    )
     known = {name: part for name, part in parts.items() if name in saved and name not in without}
     for name, part in known.items():
         part.load_state(saved[name])

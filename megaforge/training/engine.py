@@ -35,6 +35,7 @@ from megaforge.models.stages import ModelChunks
 from megaforge.nn.losses import LossTerm, total_loss
 from megaforge.nn.moe import expert_counts
 from megaforge.optim import GradientLimits, LossScaler, Optimizer, clip_gradients
+from megaforge.optim.gradient_filter import make_filter
 from megaforge.parallel.after_update import Update, after_update
 from megaforge.parallel.agree import exchange
 from megaforge.parallel.context import ParallelContext
@@ -48,6 +49,7 @@ class Engine:
 
     Attributes:
         plan: how the model is cut into stages, and their schedule.
+        filter: what changes reduced gradients before they are clipped (``--grokfast``), or None.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Engine:
         """``model``: this rank's stages by ``plan``, initialised."""
         self.ctx, self.model, self.optimizer, self.plan = ctx, model, optimizer, plan
         self.reducer = make_reducer(config.parallel, model, ctx, optimizer.shards)
+        self.filter = make_filter(config.optimizer, optimizer.main.trained)
         self.scaler = LossScaler(config.optimizer, enabled=config.training.fp16)
         offload = config.parallel.cpu_offload_activations
         self._pipeline = ForwardBackward(model, ctx, plan, self.reducer, offload=offload)
@@ -102,8 +105,8 @@ class Engine:
         sums.reduce(self._terms[sums.objective])
 
     def clip(self, limits: GradientLimits | float, sums: BatchSums) -> tuple[float, dict[str, float]]:
-        """Takes the loss scale off the gradients and brings them within ``limits`` (a number: of the global norm; 0 is
-        none); makes ``sums`` global and reads them.
+        """Takes the loss scale off the gradients, filters them (``--grokfast``), and brings them within ``limits`` (a
+        number: of the global norm; 0 is none); makes ``sums`` global and reads them.
 
         Returns:
             The norm before clipping, inf or nan where the gradients overflowed; and what else there is to record
@@ -113,9 +116,16 @@ class Engine:
             UserError: on every rank: the objective's terms have no place.
         """
         self.reduce(sums)
-        metrics: dict[str, float] = {}
-        norm = clip_gradients(self.model, self.ctx, limits, self.scaler.scale, metrics, sums.read)
-        return norm, metrics
+        scale, metrics = self.scaler.scale, dict[str, float]()
+        if self.filter is None:
+            return clip_gradients(self.model, self.ctx, limits, scale, metrics, sums.read), metrics
+        unfiltered = clip_gradients(self.model, self.ctx, 0.0, scale, metrics, sums.read)
+        if math.isfinite(unfiltered):
+            self.filter.apply()
+            norm = clip_gradients(self.model, self.ctx, limits, 1.0, metrics)
+        else:
+            norm = unfiltered
+        return norm, metrics | {"unfiltered_grad_norm": unfiltered}
 
     def update(self, lr: float, grad_norm: float, sums: BatchSums) -> bool:
         """Steps the optimizer unless the gradient overflowed, and lets modules take in what the batch told of them.

@@ -40,6 +40,7 @@ from megaforge.training.checkpointing import check_save_directory, compute_dtype
 from megaforge.training.console import ConsoleLog
 from megaforge.training.engine import Engine
 from megaforge.training.numerics import choose_matmul_precision
+from megaforge.training.plateau_boost import PlateauBoost
 from megaforge.training.profiling import Profile
 from megaforge.training.second_stage import SecondStage
 from megaforge.training.speed import Speed
@@ -190,6 +191,8 @@ def _callbacks(config: Config) -> list[Callback]:
     second = SecondStage.of(config)
     if second is not None:
         callbacks.append(second)
+    if config.optimizer.plateau_boost:
+        callbacks.append(PlateauBoost(config.optimizer))
     callbacks.append(ConsoleLog(config.logging.log_interval, speed))
     if training.eval_iters:
         callbacks.append(Evaluation(training.eval_interval))

@@ -24,6 +24,7 @@ from megaforge.models.pipeline_shape import PipelinePlan
 from megaforge.models.prepared_run import check_run
 from megaforge.models.stages import ModelChunks, make_stage_tensors
 from megaforge.optim import Optimizer, bucket_policy
+from megaforge.optim.gradient_filter import GradientFilter, make_filter
 from megaforge.parallel.buckets import aligned
 from megaforge.parallel.context import AXES, ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
@@ -267,7 +268,9 @@ def _try_rank(
         model = build_model_chunks(config, ctx, plan)
         shards = shard_parameters(config.parallel, model.chunks, ctx, bucket_policy(config.optimizer))
         reducer = make_reducer(config.parallel, model, ctx, shards)
-        state = _registered(model, reducer, Optimizer(config.optimizer, model, shards))
+        optimizer = Optimizer(config.optimizer, model, shards)
+        kept = make_filter(config.optimizer, optimizer.main.trained)
+        state = _registered(model, reducer, optimizer, kept)
         payload = make_stage_tensors(model, plan, layout.micro_batch_size, layout.sequence_length, layout.dtype)
         trained = [parameter for _, parameter in named_specs(model) if parameter.requires_grad]
         buffers = [parameter.main_grad for parameter in trained]  # type: ignore[attr-defined]
@@ -303,14 +306,18 @@ def _peak(layout: PlannedLayout, pipeline_ranks: Iterable[int], chunks: Sequence
     return max(map(on, pipeline_ranks))
 
 
-def _registered(model: HybridModel | ModelChunks, reducer: GradientReducer, optimizer: Optimizer) -> StateBytes:
-    """Bytes that the model, the gradient reducer and the optimizer hold."""
+def _registered(
+    model: HybridModel | ModelChunks, reducer: GradientReducer, optimizer: Optimizer, kept: GradientFilter | None = None
+) -> StateBytes:
+    """Bytes that the model, the gradient reducer, the optimizer and a gradient filter hold."""
     parameters = [parameter for _, parameter in named_specs(model)]
     masters = [tensor for _, _, tensor in optimizer.weight_entries()]
     # A wide parameter is its own master: the same storage, counted with the parameters.
     storages = set(map(_storage, parameters))
     extra = [tensor for tensor in masters if _storage(tensor) not in storages]
     extra += [tensor for _, _, tensor in optimizer.state_entries()]
+    if kept is not None:
+        extra.append(kept.kept)
     return StateBytes(
         parameters=sum(
             (p.numel() if optimizer.shards is None else aligned(p.numel())) * p.element_size() for p in parameters

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -283,3 +284,31 @@ def test_the_other_package_called_apex_and_one_without_cuda_code_are_not_taken(m
     optimizers.FusedAdam = FusedAdamStandIn  # type: ignore[attr-defined]
     install(monkeypatch, apex__optimizers=optimizers)
     assert adamw._nvidia_fused_adam() is None
+
+
+def test_plain_adam_takes_the_decay_into_the_gradient() -> None:
+    """``--no-decoupled-weight-decay`` is torch's Adam with L2, and its state is that of AdamW."""
+    ctx = ParallelContext.single()
+    model = SmallModel(ctx, torch.float64)
+    optimizer = Optimizer(replace(CONFIG, decoupled_weight_decay=False), model)
+    start = masters(optimizer)
+    copies = {spec.name: torch.nn.Parameter(start[spec.name].clone()) for spec in SPECS}
+    plain = torch.optim.Adam(
+        [
+            {"params": [copies[spec.name]], "weight_decay": 0.1 if spec.weight_decay else 0.0, "mult": spec.lr_mult}
+            for spec in SPECS
+        ],
+        betas=(0.9, 0.95),
+    )
+    for step, rate in enumerate(RATES):
+        given = global_gradients(step)
+        for group in plain.param_groups:
+            group["lr"] = rate * group["mult"]
+        for spec in SPECS:
+            copies[spec.name].grad = given[spec.name].clone()
+        plain.step()
+    run_steps(optimizer, model, ctx, range(4))
+    for name, tensor in masters(optimizer).items():
+        torch.testing.assert_close(tensor, copies[name].detach(), rtol=1e-12, atol=1e-14)
+    assert optimizer.implementation == "torch fused Adam"
+    assert optimizer.state() == Optimizer(CONFIG, SmallModel(ctx)).state() | {"step": 4}
