@@ -53,6 +53,7 @@ def test_every_number_that_a_run_writes_has_a_name_in_the_table(tmp_path: Path, 
     path = tmp_path / "metrics.jsonl"
     flags = ("--eval-iters", "1", "--train-iters", "2", "--log-interval", "2", "--metrics-file", str(path))
     flags += ("--rampup-batch-size", "4", "4", "80", "--clip-grad-value", "0.1", "--second-stage-at", "0.5")
+    flags += ("--grokfast", "ema", "--plateau-boost", "--plateau-boost-interval", "1")
     make_trainer(arguments(prefix, *flags, *precision)).train()
     records = read_metrics(path)
     for record in records:
