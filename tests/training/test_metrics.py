@@ -59,7 +59,7 @@ def test_every_number_that_a_run_writes_has_a_name_in_the_table(tmp_path: Path, 
     for record in records:
         assert not [name for name in record.keys() - {"kind", "iteration"} if not known(record["kind"], name)]
     first, last = records[0].keys(), records[1].keys()
-    assert last - first == {"peak_memory_bytes"}, "the one number of the interval alone"
+    assert last - first == {"peak_memory_bytes", "plateau_improvement"}, "numbers of an interval alone"
     fp16 = {"loss_scale", "skipped"} if precision else set()
     assert {name.partition("/")[0] for name in last} - {"kind", "iteration"} == {
         name.partition("/")[0] for name in STEP
