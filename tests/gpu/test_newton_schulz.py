@@ -145,4 +145,4 @@ def test_huge_and_tiny_scales_on_a_gpu() -> None:
     x = torch.randn(2, 128, 256, device=GPU)
     expected = newton_schulz(x)
     for scale in (1e30, 1e-30):
-        assert (newton_schulz(scale * x) - expected).norm() <= 2e-2 * expected.norm()
+        assert (newton_schulz(scale * x, eps=1e-37) - expected).norm() <= 2e-2 * expected.norm()
