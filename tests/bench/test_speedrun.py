@@ -1,0 +1,42 @@
+"""What the speedrun's numbers stand on: when a curve reaches its target, and a peer that cannot look ahead."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.bench.speedrun_peers import SpeedrunGPT
+from tests.bench.speedrun_session import Run, crossing
+
+
+def test_a_curve_reaches_its_target_between_two_evaluations():
+    curve = [[0, 0.0, 3.5], [10, 5.0, 2.5], [20, 10.0, 2.0]]
+    assert crossing(curve, 2.25) == pytest.approx(7.5)
+    assert crossing(curve, 2.0) == pytest.approx(10.0)
+    assert crossing(curve, 3.0) == pytest.approx(2.5)
+    assert crossing(curve, 1.9) is None
+
+
+def test_a_curve_that_starts_below_the_target_has_reached_it_at_once():
+    assert crossing([[0, 0.0, 1.0], [10, 5.0, 2.0]], 2.5) == 0.0
+
+
+def test_runs_that_differ_have_results_of_their_own():
+    runs = [Run("ours", lr, seed, 10, bf16) for lr in (1e-3, 2e-3) for seed in (1, 2) for bf16 in (False, True)]
+    assert len({run.name for run in runs}) == 8
+
+
+def test_the_speedrun_peer_does_not_look_ahead():
+    torch.manual_seed(0)
+    model = SpeedrunGPT(vocabulary=32, length=16, hidden=32, layers=2, inner=48)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    tokens = torch.randint(0, 32, (2, 16))
+    labels = torch.randint(0, 32, (2, 16))
+    labels[:, 8:] = -100
+    before = model(tokens, labels)
+    tokens[:, 8:] = (tokens[:, 8:] + 1) % 32
+    torch.testing.assert_close(model(tokens, labels), before)
+    tokens[:, 7] = (tokens[:, 7] + 1) % 32
+    assert not torch.allclose(model(tokens, labels), before)
