@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What takes minutes: the whole quickstart, 500 random wrong inputs for every command, all layouts in both precisions,
-# Triton's interpreter. Every step runs, whatever became of those before; the status is 1 when one failed.
+# Triton's interpreter, the grokking example's arms. Every step runs, whatever became of those before; the status is 1 when one failed.
 #
 #   bash run_scripts/nightly.sh            all steps          bash run_scripts/nightly.sh sweep parity   some of them
 #   SEED=7 bash run_scripts/nightly.sh     other random inputs (default: the day's number)
@@ -12,9 +12,10 @@ declare -A steps=(
     [quickstart]='bash run_scripts/quickstart.sh --output "$(mktemp -d)"'
     [sweep]='"$PYTHON" -m tests.sweep --cases 500 --seed "${SEED:-$(date +%j)}"'
     [parity]='"$PYTHON" tools/parity.py && "$PYTHON" tools/parity.py --dtype fp32'
+    [grokking]='"$PYTHON" examples/grokking/arms.py --seeds 0 1 2 --output "$(mktemp -d)"'
     [triton]='bash run_scripts/check_triton.sh'
 )
-order=(quickstart sweep parity triton)
+order=(quickstart sweep parity grokking triton)
 
 for name in "$@"; do
     [ -n "${steps[$name]:-}" ] || fail "$name: no such step; there are ${order[*]}"

@@ -100,6 +100,7 @@ def test_the_example_goes_on_from_published_weights(home: Path) -> None:
 DOCUMENTS = [
     "README.md",
     "examples/cdrmix/README.md",
+    "examples/grokking/README.md",
     "docs/architecture.md",
     "docs/data.md",
     "docs/layouts.md",

@@ -1,0 +1,153 @@
+"""Modular multiplication, the task on which Grokfast was published (Lee et al., arXiv 2405.20233): every sample is
+``x * y = z`` for two numbers below a prime p, and only z is predicted.
+
+``--data-path modular://97`` reads it with p = 97: numbers are their own tokens, p is ``=`` and p + 1 is ``*``. Of the
+p (p - 1) equations with y > 0 a random half (by ``--seed``) is trained on, in an order that is shuffled anew in each
+epoch; the other half validates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from megaforge.config.config import Config
+from megaforge.data.data_source import DataSource, DataSourceKind, SampleView
+from megaforge.errors import UserError
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.init_rules import Normal
+from megaforge.parallel.param_spec import ParamSpec, make_parameter, spec_of
+from megaforge.registry import CONVERTERS, DATA_SOURCES
+
+LENGTH = 4  # x * y =, of which the last is followed by z
+
+
+class Equations(SampleView):
+    """The equations ``x * y = z`` of some pairs, int64 [n, 2] of x and y."""
+
+    # The tokens that follow x, * and y are given, not predicted: they are marked as what a loss leaves out.
+    eod_mask_loss = True
+
+    def __init__(self, p: int, pairs: npt.NDArray[np.int64]) -> None:
+        self.p, self.pairs = p, pairs
+
+    def sequence_length(self, k: int) -> int:
+        return LENGTH
+
+    def pair(self, k: int) -> npt.NDArray[np.int64]:
+        """x and y of sample ``k``."""
+        return self.pairs[k]
+
+    def fill(self, k: int, tokens: npt.NDArray[np.int64], marks: npt.NDArray[np.bool_]) -> int:
+        """Writes x * y = z; the label of ``=`` is the only one that counts."""
+        x, y = self.pair(k)
+        tokens[: LENGTH + 1] = x, self.p + 1, y, self.p, x * y % self.p
+        marks[:LENGTH] = True
+        return LENGTH
+
+
+class HeldOut(Equations):
+    """Each equation once; what fills up the last batch counts for nothing."""
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def fill(self, k: int, tokens: npt.NDArray[np.int64], marks: npt.NDArray[np.bool_]) -> int:
+        if k < len(self):
+            return super().fill(k, tokens, marks)
+        tokens[:] = 0
+        return 0
+
+
+class ModularMultiplication(Equations, DataSource):
+    """A random half of the equations, in another order in each epoch."""
+
+    def __init__(self, p: int, seed: int) -> None:
+        pairs = np.stack([axis.ravel() for axis in np.meshgrid(np.arange(p), np.arange(1, p), indexing="ij")], 1)
+        pairs = pairs[np.random.default_rng(seed).permutation(len(pairs))]
+        half = len(pairs) // 2
+        super().__init__(p, pairs[:half])
+        self._seed, self._held_out = seed, pairs[half:]
+        self.notices = [f"modular://{p}: {half:,} equations to train on, {len(self._held_out):,} held out"]
+        self._order = lru_cache(maxsize=4)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> npt.NDArray[np.int64]:
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self.pairs))
+
+    def pair(self, k: int) -> npt.NDArray[np.int64]:
+        epoch, place = divmod(k, len(self.pairs))
+        return self.pairs[self._order(epoch)[place]]
+
+    def tokens_before(self, samples: int) -> int:
+        return samples * LENGTH
+
+    def state(self, consumed_samples: int) -> dict[str, Any]:
+        return {"p": self.p, "seed": self._seed}
+
+    def validation(self, split: str = "valid") -> SampleView:
+        return HeldOut(self.p, self._held_out)
+
+
+def prime_of(config: Config) -> int:
+    """The p of ``--data-path modular://p``.
+
+    Raises:
+        UserError: it is no prime.
+    """
+    path = config.data.data_path[0]
+    text = path.removeprefix("modular://")
+    if not text.isdecimal() or int(text) < 3 or any(int(text) % d == 0 for d in range(2, int(int(text) ** 0.5) + 1)):
+        raise UserError(f"--data-path {path}: modular:// is followed by an odd prime, such as modular://97")
+    return int(text)
+
+
+def check(config: Config) -> None:
+    """Refuses what this task cannot be trained with."""
+    p = prime_of(config)
+    if config.data.seq_length != LENGTH:
+        raise UserError(f"--seq-length {config.data.seq_length}: an equation has {LENGTH} tokens before its answer")
+    if (config.model.vocab_size or p + 2) < p + 2:
+        raise UserError(f"--vocab-size {config.model.vocab_size}: modular://{p} has {p + 2} tokens")
+    if config.model.reset_at_document_boundaries:
+        raise UserError("modular:// marks the tokens that are not predicted; add --no-reset-at-document-boundaries")
+
+
+class Positions(nn.Module):
+    """A learned vector of each position, added to the embedding."""
+
+    def __init__(self, size: int, ctx: ParallelContext, dtype: torch.dtype) -> None:
+        super().__init__()
+        spec = ParamSpec("", (LENGTH, size), Normal(1.0), role="lookup", kind="embedding")
+        self.weight = make_parameter(spec, ctx, dtype)
+
+    def forward(self, embedded: Tensor) -> Tensor:
+        """[s, b, h] -> [s, b, h]."""
+        return embedded + self.weight[: len(embedded), None]
+
+
+def as_published(model: nn.Module, ctx: ParallelContext) -> None:
+    """What the published model has and ours has not: learned positions, embeddings of standard deviation 1, and weight
+    decay of every parameter, norms and biases too."""
+    embedding = getattr(model, "embedding", None)
+    if embedding is not None:  # on the first pipeline stage
+        positions = Positions(embedding.weight.shape[1], ctx, embedding.weight.dtype)
+        embedding.positions = positions
+        embedding.register_forward_hook(lambda module, given, embedded: positions(embedded))
+    for parameter in model.parameters():
+        spec = replace(spec_of(parameter), weight_decay=True)
+        if spec.kind == "embedding":
+            spec = replace(spec, init=Normal(1.0))
+        parameter.spec = spec  # type: ignore[attr-defined]
+
+
+CONVERTERS.register("as_published", as_published)
+DATA_SOURCES.register(
+    "modular",
+    DataSourceKind(lambda config, tokenizer: ModularMultiplication(prime_of(config), config.training.seed), check),
+)

@@ -1,0 +1,77 @@
+"""The grokking example: its equations, and its arms in small."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from megaforge.errors import UserError
+from tests.end_to_end.launch import REPO, run
+from tests.training.tiny import make_config
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"grokking_{name}", REPO / "examples" / "grokking" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def modular() -> ModuleType:
+    return load("modular")
+
+
+def equations(view: object, numbers: range) -> list[tuple[int, ...]]:
+    found = []
+    for k in numbers:
+        tokens, marks = np.full(5, -1), np.zeros(5, np.bool_)
+        assert view.fill(k, tokens, marks) == 4  # type: ignore[attr-defined]
+        assert marks.tolist() == [True] * 4 + [False], "only the answer counts"
+        found.append(tuple(tokens.tolist()))
+    return found
+
+
+def test_each_equation_is_right_and_in_one_half(modular: ModuleType) -> None:
+    data = modular.ModularMultiplication(11, seed=3)
+    held_out = data.validation()
+    assert len(held_out) == 55
+    first, second = equations(data, range(55)), equations(data, range(55, 110))
+    others = equations(held_out, range(55))
+    assert set(first) == set(second) and first != second, "each epoch has an order of its own"
+    assert len({*first, *others}) == 110
+    for x, times, y, equals, z in first + others:
+        assert (times, equals, z) == (12, 11, x * y % 11) and 0 <= x < 11 and 1 <= y < 11
+    assert equations(modular.ModularMultiplication(11, seed=3), range(55, 110)) == second
+    assert equations(modular.ModularMultiplication(11, seed=4), range(55)) != first
+    assert held_out.fill(55, np.zeros(5, np.int64), np.zeros(5, np.bool_)) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--data-path", "modular://9"), "odd prime"),
+        (("--data-path", "modular://x"), "odd prime"),
+        (("--data-path", "modular://97", "--seq-length", "8"), "--seq-length 8"),
+        (("--data-path", "modular://97", "--seq-length", "4", "--vocab-size", "98"), "has 99 tokens"),
+        (("--data-path", "modular://97", "--seq-length", "4"), "--no-reset-at-document-boundaries"),
+    ],
+)
+def test_what_the_task_cannot_use_is_refused(modular: ModuleType, more: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        modular.check(make_config(["--vocab-size", "99", *more]))
+
+
+def test_arms_are_trained_once_listed_and_drawn(tmp_path: Path) -> None:
+    line = ("examples/grokking/arms.py", "--small", "--arms", "ma", "--output", str(tmp_path))
+    first = run(1, *line)
+    assert first.status == 0, first.err
+    assert "--grokfast ma" in first.out and "95% at" in first.out
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    again = run(1, *line)
+    assert "pretrain_cdrmix.py" not in again.out and "95% at" in again.out
