@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megaforge.errors import UserError
-from megaforge.kernels.newton_schulz import coefficients, gram_polynomial, newton_schulz, reference
+from megaforge.kernels.newton_schulz import coefficients, gram_polynomial, native, newton_schulz, reference
 
 STEPS = coefficients("polar_express", 5)
 # (m, n) with both sides' multiples of nothing, and the least.
@@ -140,6 +140,21 @@ def test_scale_does_not_matter(scale: float) -> None:
         torch.testing.assert_close(
             newton_schulz(x * scale, precision=precision), newton_schulz(x, precision=precision), rtol=0, atol=0.02
         )
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "scalar"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "split"])
+def test_every_instruction_set_computes_the_same(isa: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "cpu" not in native.COMPILED:
+        pytest.skip("the CPU code is not built")
+    x = torch.randn(2, 40, 210, generator=torch.Generator().manual_seed(9))
+    want = torch.stack([oracle(one, coefficients("quintic", 5)) for one in x])
+    monkeypatch.setenv("MEGAFORGE_CPU_ISA", isa)
+    try:
+        got = newton_schulz(x, precision=precision)
+    except RuntimeError as failure:
+        pytest.skip(str(failure))
+    assert error(got, want) < (0.03 if precision != "fp32" else 2e-3)
 
 
 def test_rank_one_alike_rows_and_columns() -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from megaforge.errors import UserError
-from megaforge.kernels.newton_schulz import cuda, reference
+from megaforge.kernels.native import say_uncompiled
+from megaforge.kernels.newton_schulz import cuda, native, reference
 from megaforge.kernels.newton_schulz.coefficients import COEFFICIENT_TYPES, Triple, coefficients
 
 __all__ = ["COEFFICIENT_TYPES", "coefficients", "gram_polynomial", "newton_schulz"]
@@ -63,11 +64,15 @@ def newton_schulz(
     algorithm, precision = _choose(stack, algorithm, precision)
     if stack.numel() == 0:
         return x.clone()
-    narrow = reference.normalize(stack, eps).to(_TYPES[precision])
-    if algorithm == "standard":
-        result = (cuda.steps_by_cuda if cuda.takes(narrow) else reference.standard)(narrow, triples)
+    gram, narrow = algorithm == "gram", _TYPES[precision] == torch.bfloat16
+    if x.device.type == "cuda" and narrow and not gram:
+        kept = reference.normalize(stack, eps).bfloat16()
+        result = (cuda.steps_by_cuda if cuda.takes(kept) else reference.standard)(kept, triples)
     else:
-        result = (reference.by_gram_split if precision == "split" else reference.by_gram)(narrow, triples)
+        if x.device.type not in native.COMPILED and x.device.type == "cpu":
+            say_uncompiled("newton_schulz", "cpu")
+        wide = stack.to(torch.float64 if precision == "fp64" else torch.float32).contiguous()
+        result = native.orthogonalize(wide, triples, gram=gram, narrow=narrow, eps=eps)
     return (result.mT if tall else result).to(x.dtype).reshape(x.shape).contiguous()
 
 
@@ -82,7 +87,7 @@ def gram_polynomial(
     Returns:
         [b, m, m].
     """
-    return reference.gram_polynomial(gram, coefficients(coefficient_type, steps, custom))
+    return native.polynomial(gram, coefficients(coefficient_type, steps, custom))
 
 
 def _choose(x: Tensor, algorithm: str, precision: str) -> tuple[str, str]:
