@@ -97,6 +97,7 @@ LR_SCHEDULES = Registry(
         "constant": "megaforge.config.lr_shapes:CONSTANT",
         "WSD": "megaforge.config.lr_shapes:WSD",
         "cosine-restarts": "megaforge.config.lr_shapes:COSINE_RESTARTS",
+        "plateau": "megaforge.config.lr_shapes:PLATEAU",
         "inverse-square-root": "megaforge.config.lr_shapes:INVERSE_SQUARE_ROOT",
     },
 )
@@ -131,7 +132,7 @@ SCHEDULES = Registry(
 )
 OBJECTIVES = Registry("objective", {"next_token": "megaforge.training.objectives:NextToken"})
 LOSS_TERMS = Registry("loss term", {})
-CALLBACKS = Registry("callback", {})
+CALLBACKS = Registry("callback", {"reduce_on_plateau": "megaforge.training.lr_plateau:reduce_on_plateau"})
 
 
 CONVERTERS = Registry("converter", {})

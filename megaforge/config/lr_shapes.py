@@ -160,6 +160,12 @@ COSINE_RESTARTS = RateShape(
     "half cosines one behind the other, the first of `--lr-restart-iters`, each next `--lr-restart-mult` times as long",
     reads=("min_lr", "lr_decay_iters", "lr_restart_iters", "lr_restart_mult"),
 )
+PLATEAU = RateShape(
+    constant,
+    "`--lr`, times `--lr-plateau-factor` each time evaluations improve no longer, at least `--min-lr`",
+    reads=("min_lr", "lr_plateau_factor", "lr_plateau_patience", "lr_plateau_threshold"),
+    callbacks=("reduce_on_plateau",),
+)
 INVERSE_SQUARE_ROOT = RateShape(
     inverse_square_root, "`--lr` x sqrt(warm-up / step), at least `--min-lr`, up to `--lr-decay-iters`"
 )

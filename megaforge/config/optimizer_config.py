@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megaforge.config.fields import flag
+from megaforge.config.groups import group_factors
 from megaforge.errors import UserError
 from megaforge.registry import GRADIENT_FILTERS, LR_SCHEDULES, UPDATE_RULES
 
@@ -37,6 +38,26 @@ class OptimizerConfig:
         None, "with --lr-decay-style cosine-restarts: iterations of the first cycle behind the warm-up", least=1
     )
     lr_restart_mult: float = flag(1.0, "each cycle of cosine-restarts is this times as long as the last", least=1)
+    lr_plateau_factor: float = flag(
+        0.5, "--lr-decay-style plateau: factor on the rate where evaluations improve no longer", above=0, below=1
+    )
+    lr_plateau_patience: int = flag(5, "plateau: evaluations without improvement that change nothing yet", least=0)
+    lr_plateau_threshold: float = flag(
+        1e-4, "plateau: share of the best loss by which another is better", least=0, below=1
+    )
+    lr_on_spike: float | None = flag(
+        None, "factor on the learning rate after a spike of loss or gradient norm; it fades", above=0, below=1
+    )
+    lr_spike_window: int = flag(
+        100, "--lr-on-spike: steps that tell what is usual, and in which the factor fades", least=8, most=1 << 16
+    )
+    lr_mult: tuple[str, ...] = flag(
+        (),
+        "factors on the learning rate of groups of parameters: a kind (embedding, head, attention, rwkv, moe, router, "
+        "ffn, norm, other), a role (matrix, lookup, vector) or an update rule's name",
+        metavar="GROUP=X",
+    )
+    wd_mult: tuple[str, ...] = flag((), "factors on the weight decay of such groups", metavar="GROUP=X")
     override_opt_param_scheduler: bool = flag(
         False, "with --load: follow this line's learning-rate schedule where the checkpoint had another"
     )
@@ -113,6 +134,8 @@ class OptimizerConfig:
             )
         if self.min_lr > self.lr:
             raise UserError(f"--min-lr {self.min_lr}: must not exceed --lr {self.lr}")
+        group_factors("--lr-mult", self.lr_mult)
+        group_factors("--wd-mult", self.wd_mult)
         if self.lr_warmup_init > self.lr:
             raise UserError(f"--lr-warmup-init {self.lr_warmup_init}: must not exceed --lr {self.lr}")
         if self.lr_warmup_fraction and self.lr_warmup_iters:

@@ -117,6 +117,16 @@ PARTNERS = (
         "there is no second stage: add --second-stage-at 0.5",
     ),
     Partner(
+        ("optimizer.lr_decay_style",),
+        lambda c: "reduce_on_plateau" not in _shape(c).callbacks or c.training.eval_iters and c.training.eval_interval,
+        "it goes by evaluations, and there are none before the end: add --eval-iters N and --eval-interval N",
+    ),
+    Partner(
+        ("optimizer.lr_spike_window",),
+        lambda c: c.optimizer.lr_on_spike,
+        "nothing happens on a spike: add --lr-on-spike 0.5",
+    ),
+    Partner(
         ("optimizer.lr_warmup_init",),
         lambda c: c.optimizer.lr_warmup_iters or c.optimizer.lr_warmup_fraction,
         "there is no warm-up to start from it: add --lr-warmup-iters or --lr-warmup-fraction",
@@ -242,8 +252,12 @@ def _schedule_partners(config: Config) -> Iterator[Partner]:
 
 def _reads(config: Config, name: str) -> bool:
     """Whether the learning-rate schedule depends on a flag."""
+    return name in _shape(config).reads
+
+
+def _shape(config: Config) -> RateShape:
     shape: RateShape = LR_SCHEDULES.get(config.optimizer.lr_decay_style)
-    return name in shape.reads
+    return shape
 
 
 def _decay_iters(config: Config) -> int:

@@ -65,6 +65,8 @@ STEP = {
     "expert_max_load": Name(
         "tokens of the busiest expert over its layer's mean, greatest of the layers; 1 is even", "models with experts"
     ),
+    "spike": Name("1 where the loss or the gradient's norm is a spike, else 0", "`--lr-on-spike`"),
+    "spike_lr_factor": Name("factor on the learning rate after spikes; part of `lr`", "`--lr-on-spike`"),
     "loss_scale": Name("factor on the loss", "`--fp16`"),
     "skipped": Name("1 where the gradient overflowed and the update was left out, else 0", "`--fp16`"),
 }

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import nn
 
 from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.device import synchronize, zeros_in_host_memory
+from megaforge.optim.groups import with_factors
 from megaforge.optim.main_parameters import MainParameter, MainParameters
 from megaforge.optim.update_rule import UpdateRule
 from megaforge.parallel.buckets import Bucket, BucketPolicy
@@ -54,7 +56,8 @@ def bucket_policy(config: OptimizerConfig) -> Callable[[ParamSpec], BucketPolicy
 class Optimizer:
     """Updates a model's local parameters by their rules.
 
-    Weight decay and the learning-rate factor of each parameter are those its :class:`ParamSpec` declares. With
+    Weight decay and the learning-rate factor of each parameter are those its :class:`ParamSpec` declares, times
+    ``--lr-mult`` and ``--wd-mult``. With
     ``shards`` (ZeRO) all of this is about the range of each parameter that this rank holds.
 
     Attributes:
@@ -68,6 +71,8 @@ class Optimizer:
     def __init__(self, config: OptimizerConfig, model: nn.Module, shards: ShardedParameters | None = None) -> None:
         self.config, self.shards = config, shards
         self.main = MainParameters(model, shards)
+        for main in self.main.trained:
+            main.spec = with_factors(config, main.spec, partial(rule_of, config))
         self._states = {main.spec.name: rule_of(config, main.spec).states(config) for main in self.main.trained}
         self._phases: list[tuple[list[UpdateRule], Bucket | None]] = []
         for bucket, parameters in self._by_bucket():

@@ -67,7 +67,7 @@ class PagedAdam(AdamW):
         held = {id(main.master): main for main in self.parameters}
         work: list[tuple[dict[str, Any], list[_Slice]]] = []
         for group in self._optimizer.param_groups:
-            settings = {"lr": lr * group["lr_mult"], "weight_decay": self.decay if group["decays"] else 0.0}
+            settings = {"lr": lr * group["lr_mult"], "weight_decay": self.decay * group["decays"]}
             parameters = [held[id(master)] for master in group["params"]]
             work += [(settings, slices) for slices in _chunks(parameters, self.chunk)]
         self._run(work, done)

@@ -39,7 +39,7 @@ class UpdateRule(ABC):
 
     @property
     def decay(self) -> float:
-        """Weight decay of parameters that have some (``spec.weight_decay``), at present."""
+        """Weight decay at present; a parameter's own is ``spec.weight_decay``, a factor, times it."""
         return self.config.weight_decay * self.decay_factor
 
     @classmethod
@@ -72,14 +72,14 @@ class TorchRule(UpdateRule):
 
     def __init__(self, config: OptimizerConfig, parameters: Sequence[MainParameter]) -> None:
         super().__init__(config, parameters)
-        groups: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
+        groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
         for main in parameters:
             groups[main.spec.weight_decay, main.spec.lr_mult].append(main.master)
         self._optimizer = self.make(
             [
                 {
                     "params": masters,
-                    "weight_decay": config.weight_decay if decays else 0.0,
+                    "weight_decay": config.weight_decay * decays,
                     "decays": decays,
                     "lr_mult": lr_mult,
                 }
@@ -96,7 +96,7 @@ class TorchRule(UpdateRule):
     def step(self, lr: float, done: int) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_mult"]
-            group["weight_decay"] = self.decay if group["decays"] else 0.0
+            group["weight_decay"] = self.decay * group["decays"]
         for main in self.parameters:
             main.master.grad = main.grad
         if done != self._done:

@@ -14,12 +14,11 @@ from typing import Literal
 import torch
 from torch import nn
 
+from megaforge.config.groups import KINDS as KINDS
 from megaforge.parallel.context import Axis, ParallelContext
 from megaforge.parallel.init_rules import InitRule
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) per dimension
-# What parameters are for; statistics are kept by kind.
-KINDS = ("embedding", "head", "attention", "rwkv", "moe", "router", "ffn", "norm", "other")
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class ParamSpec:
             on its own, so a rank's local tensor is the concatenation of its share of every part. Empty: one part.
         tp_partial_grad: the tensor is replicated over tp but each rank computes only a part of its gradient
             (its own heads, experts' columns or sequence share), so gradients are summed over tp.
-        weight_decay: whether decoupled weight decay applies.
+        weight_decay: whether weight decay applies, or a factor on it.
         lr_mult: factor on the learning rate.
         keep_fp32: stays in fp32 when the model computes in a 16-bit type (decays, norms, router).
         role: what is done with it: it multiplies (matrix, or a stack of them), its rows are looked up (lookup), it
@@ -76,7 +75,7 @@ class ParamSpec:
     expert_dim: int | None = None
     parts: tuple[int, ...] = ()
     tp_partial_grad: bool = False
-    weight_decay: bool = True
+    weight_decay: float = True
     lr_mult: float = 1.0
     keep_fp32: bool = False
     role: Literal["matrix", "lookup", "vector", "state"] = "vector"

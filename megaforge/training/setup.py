@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import os
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from megaforge.config.config import Config
+from megaforge.config.lr_shapes import RateShape
 from megaforge.config.schema import config_to_dict
 from megaforge.data.data_source import DataSource, source_kind
 from megaforge.data.tokenizer import Tokenizer
@@ -21,13 +23,15 @@ from megaforge.models.stages import ModelChunks, build_model
 from megaforge.monitor.sinks import JsonlSink, MetricSink
 from megaforge.monitor.trackers import MlflowSink, TensorBoardSink, WandbSink
 from megaforge.optim import Optimizer, UpdateRule, bucket_policy
+from megaforge.optim.groups import check_groups
+from megaforge.optim.optimizer import rule_of
 from megaforge.parallel.agree import exchange, together
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.distributed import check_backend, discover_launch, initialize, print_rank_0
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.zero import shard_parameters
-from megaforge.registry import CALLBACKS, UPDATE_RULES
+from megaforge.registry import CALLBACKS, LR_SCHEDULES, UPDATE_RULES
 from megaforge.training.callbacks import (
     Callback,
     Checkpointing,
@@ -39,6 +43,7 @@ from megaforge.training.callbacks import (
 from megaforge.training.checkpointing import check_save_directory, compute_dtype, load_run, tokenizer_identity
 from megaforge.training.console import ConsoleLog
 from megaforge.training.engine import Engine
+from megaforge.training.lr_on_spike import ReduceOnSpike
 from megaforge.training.numerics import choose_matmul_precision
 from megaforge.training.plateau_boost import PlateauBoost
 from megaforge.training.profiling import Profile
@@ -113,6 +118,9 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext) -> Trainer:
     shards = shard_parameters(config.parallel, model.chunks, ctx, bucket_policy(config.optimizer))
     optimizer = Optimizer(config.optimizer, model, shards)
     _check_rule(config.optimizer.optimizer, optimizer, ctx)
+    check_groups(
+        config.optimizer, [main.spec for main in optimizer.main.trained], partial(rule_of, config.optimizer), ctx
+    )
     trainer = Trainer(
         config,
         Engine(config, ctx, model, optimizer, run.plan),
@@ -121,7 +129,8 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext) -> Trainer:
         batches=run.layout.batches,
         callbacks=_callbacks(config),
     )
-    for name in config.training.callbacks:
+    shape: RateShape = LR_SCHEDULES.get(config.optimizer.lr_decay_style)
+    for name in dict.fromkeys((*shape.callbacks, *config.training.callbacks)):
         trainer.add(CALLBACKS.get(name)(trainer))
     if config.checkpoint.load is not None:
         path = load_run(trainer)
@@ -193,6 +202,8 @@ def _callbacks(config: Config) -> list[Callback]:
         callbacks.append(second)
     if config.optimizer.plateau_boost:
         callbacks.append(PlateauBoost(config.optimizer))
+    if config.optimizer.lr_on_spike is not None:
+        callbacks.append(ReduceOnSpike(config.optimizer.lr_on_spike, config.optimizer.lr_spike_window))
     callbacks.append(ConsoleLog(config.logging.log_interval, speed))
     if training.eval_iters:
         callbacks.append(Evaluation(training.eval_interval))

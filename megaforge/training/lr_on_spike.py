@@ -1,0 +1,92 @@
+"""``--lr-on-spike``: a lower learning rate behind a spike of the loss or of the gradient's norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from megaforge.config.launcher import print_rank_0
+from megaforge.training.callbacks import Callback, Place
+
+if TYPE_CHECKING:
+    from megaforge.training.metrics import StepMetrics
+    from megaforge.training.trainer import Trainer
+
+SIGMAS = 6.0  # beyond the median, in standard deviations as the median absolute deviation tells them
+LEAST = {"loss": 0.1, "grad_norm": 1.0}  # and by at least this share of the median
+DEVIATION = 1.4826  # of a normal distribution, in units of its median absolute deviation
+REPEAT = 10  # steps after a reduction before the next: the first must show its effect
+MOST = 3  # reductions in force at once
+
+
+def is_spike(value: float, window: Sequence[float], least: float) -> bool:
+    """Whether ``value`` lies beyond what ``window`` leads to expect: above its median by more than :data:`SIGMAS`
+    standard deviations and by more than ``least`` of the median's magnitude."""
+    middle = median(window)
+    deviation = DEVIATION * median(abs(one - middle) for one in window)
+    return value - middle > max(SIGMAS * deviation, least * abs(middle))
+
+
+class ReduceOnSpike(Callback):
+    """After a spike the learning rate is multiplied by ``factor``, and grows back, by an equal ratio a step, to what
+    is scheduled in ``window`` steps.
+
+    A spike is a loss or gradient norm far above the last ``window`` of them (:func:`is_spike`), once a quarter of the
+    window is filled. What comes within :data:`REPEAT` steps of a reduction changes nothing; a later one multiplies by
+    ``factor`` again, down to ``factor`` to the power of :data:`MOST`, and the way back begins anew. Spikes enter the
+    window, too: a level that stays becomes the usual one. Steps that overflowed are not looked at.
+    """
+
+    place = Place.BEFORE
+    state_name = "spike"
+
+    def __init__(self, factor: float, window: int) -> None:
+        self.factor, self.window = factor, window
+        self.seen: dict[str, list[float]] = {name: [] for name in LEAST}
+        self.reduced, self.since = 0.0, 0  # reductions in force (a fraction on the way back); steps since the last
+
+    def on_step_start(self, trainer: Trainer) -> None:
+        trainer.lr_factors["spike"] = self.factor**self.reduced if self.reduced else 1.0
+
+    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        values = {"loss": metrics.loss, "grad_norm": metrics.grad_norm}
+        metrics.extra["spike"], metrics.extra["spike_lr_factor"] = 0.0, trainer.lr_factors.get("spike", 1.0)
+        self._release()
+        if not all(map(math.isfinite, values.values())):
+            return
+        spikes = [
+            name
+            for name, value in values.items()
+            if len(self.seen[name]) >= max(2, self.window // 4) and is_spike(value, self.seen[name], LEAST[name])
+        ]
+        if spikes:
+            metrics.extra["spike"] = 1.0
+            self._reduce(metrics.iteration, spikes[0], values[spikes[0]])
+        for name, value in values.items():
+            self.seen[name] = [*self.seen[name], value][-self.window :]
+
+    def _release(self) -> None:
+        """One step of the way back."""
+        if self.reduced:
+            self.since += 1
+            left = self.window - self.since + 1
+            self.reduced = self.reduced * (left - 1) / left if left > 1 else 0.0
+
+    def _reduce(self, iteration: int, name: str, value: float) -> None:
+        if self.reduced and self.since <= REPEAT:
+            return
+        self.reduced, self.since = min(self.reduced + 1, MOST), 0
+        print_rank_0(
+            f"iteration {iteration}: {name} spikes to {value:.4g} (the median of {len(self.seen[name])} steps is "
+            f"{median(self.seen[name]):.4g}): the learning rate is multiplied by {self.factor**self.reduced:.3g}, "
+            f"which fades in {self.window} steps"
+        )
+
+    def state(self) -> dict[str, Any]:
+        return {"seen": self.seen, "reduced": self.reduced, "since": self.since}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.seen = {name: list(values)[-self.window :] for name, values in state["seen"].items()}
+        self.reduced, self.since = state["reduced"], state["since"]

@@ -1,0 +1,56 @@
+"""``--lr-decay-style plateau``: the learning rate falls where evaluations no longer improve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from megaforge.config.launcher import print_rank_0
+from megaforge.config.optimizer_config import OptimizerConfig
+from megaforge.training.callbacks import Callback, Place
+
+if TYPE_CHECKING:
+    from megaforge.training.metrics import EvaluationMetrics
+    from megaforge.training.trainer import Trainer
+
+
+class ReduceOnPlateau(Callback):
+    """Multiplies the learning rate by ``--lr-plateau-factor`` after more than ``--lr-plateau-patience`` evaluations in
+    a row whose loss is not below (1 - ``--lr-plateau-threshold``) times the best; never below ``--min-lr``. It is the
+    rule of :class:`torch.optim.lr_scheduler.ReduceLROnPlateau`."""
+
+    place = Place.JUDGE
+    state_name = "plateau"
+
+    def __init__(self, config: OptimizerConfig) -> None:
+        self.config = config
+        self.best: float | None = None
+        self.bad_evaluations = 0
+
+    def on_evaluate(self, trainer: Trainer, metrics: EvaluationMetrics) -> None:
+        if self.best is None or metrics.loss < self.best * (1 - self.config.lr_plateau_threshold):
+            self.best, self.bad_evaluations = metrics.loss, 0
+            return
+        self.bad_evaluations += 1
+        if self.bad_evaluations <= self.config.lr_plateau_patience:
+            return
+        self.bad_evaluations = 0
+        before = trainer.lr_factors.get("plateau", 1.0)
+        factor = max(before * self.config.lr_plateau_factor, self.config.min_lr / self.config.lr)
+        if factor < before:
+            trainer.lr_factors["plateau"] = factor
+            print_rank_0(
+                f"the evaluation loss {metrics.loss:.5g} is no better than {self.best:.5g}: from iteration "
+                f"{metrics.iteration + 1} on, the learning rate is multiplied by {factor:g}"
+            )
+
+    def state(self) -> dict[str, Any]:
+        return {"best": self.best, "bad_evaluations": self.bad_evaluations}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.best, self.bad_evaluations = state["best"], state["bad_evaluations"]
+
+
+def reduce_on_plateau(trainer: Trainer) -> Callback:
+    """The callback by its name in the registry."""
+    return ReduceOnPlateau(trainer.config.optimizer)
