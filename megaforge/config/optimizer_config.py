@@ -118,6 +118,11 @@ class OptimizerConfig:
         0.1, "with --plateau-boost: relative improvement from one interval to the next below which it begins", above=0
     )
     plateau_boost_intervals: int = flag(4, "with --plateau-boost: most intervals that one boost lasts", least=1)
+    qk_clip: bool = flag(False, "scale down queries and keys of heads whose attention logits grow beyond a threshold")
+    qk_clip_threshold: float = flag(100.0, "with --qk-clip: the largest logit that stays", above=0)
+    qk_clip_alpha: float = flag(
+        0.5, "with --qk-clip: the queries' share of the scaling, as an exponent", least=0, most=1
+    )
     initial_loss_scale: float = flag(65536.0, "fp16: loss scale at the start", above=0)
     min_loss_scale: float = flag(1.0, "fp16: smallest loss scale", above=0)
     loss_scale_window: int = flag(1000, "fp16: clean iterations before the scale grows by 2", least=1)

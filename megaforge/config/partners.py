@@ -51,6 +51,11 @@ _QUANTIZED_TRAINING = ("qat_adam", "qat_sgd")
 _NO_SAVE = "nothing is saved: add --save DIR"
 
 PARTNERS = (
+    Partner(
+        ("optimizer.qk_clip_threshold", "optimizer.qk_clip_alpha"),
+        lambda c: c.optimizer.qk_clip,
+        "no logit is looked at: add --qk-clip",
+    ),
     Partner(("checkpoint.save_interval", "checkpoint.keep_last"), lambda c: c.checkpoint.save, _NO_SAVE),
     Partner(("checkpoint.keep_best",), lambda c: c.checkpoint.save, _NO_SAVE),
     Partner(

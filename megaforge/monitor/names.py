@@ -67,6 +67,8 @@ STEP = {
     ),
     "spike": Name("1 where the loss or the gradient's norm is a spike, else 0", "`--lr-on-spike`"),
     "spike_lr_factor": Name("factor on the learning rate after spikes; part of `lr`", "`--lr-on-spike`"),
+    "max_attention_logit": Name("largest attention logit of any head, over the step's batch", "`--qk-clip`"),
+    "qk_clipped": Name("1 where it was above `--qk-clip-threshold`, and heads were scaled down, else 0", "`--qk-clip`"),
     "loss_scale": Name("factor on the loss", "`--fp16`"),
     "skipped": Name("1 where the gradient overflowed and the update was left out, else 0", "`--fp16`"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from megaforge.kernels.pointwise import apply_rotary
 from megaforge.nn.recompute import recomputed
 from megaforge.nn.rope import rotary_tables
 from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState
-from megaforge.parallel.context_parallel.attention import context_parallel_attention
+from megaforge.parallel.context_parallel.attention import context_parallel_attention, largest_visible_logits
 from megaforge.parallel.init_rules import Normal
 from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -88,8 +89,27 @@ class SelfAttention(nn.Module):
         init = Normal(std / math.sqrt(2 * layer.count))
         self.output = RowParallelLinear(layer, queries, cfg.hidden_size, init=init, bias=bias, kind="attention")
 
+        self.watches_logits, self.largest_logits = False, cast(Tensor | None, None)
+
     def new_state(self) -> KVCache:
         return KVCache()
+
+    def _watch(self, query: Tensor, key: Tensor, info: PackedSequence) -> None:
+        """Takes down the largest logits; a part that is computed again finds the same ones."""
+        found, known = largest_visible_logits(query.detach(), key.detach(), info), self.largest_logits
+        self.largest_logits = found if known is None else torch.maximum(known, found)
+
+    def logit_factors(self, limit: float, alpha: float) -> dict[nn.Parameter, Tensor]:
+        """See :class:`megaforge.training.qk_clip.HasLogits`."""
+        if self.largest_logits is None:
+            return {}
+        largest = self.largest_logits.view(self.groups, -1).amax(1)
+        share = torch.where((largest > limit) & largest.isfinite(), limit / largest, 1.0)
+        each, width = self.heads // self.groups, self.head_dim
+        query, key = share.pow(alpha).repeat_interleave(each * width), share.pow(1 - alpha).repeat_interleave(width)
+        rows = torch.cat([query, key, torch.ones_like(key)])
+        trained = (self.qkv.weight, self.qkv.bias)
+        return {parameter: rows for parameter in trained if isinstance(parameter, nn.Parameter)}
 
     def forward(
         self,
@@ -113,6 +133,8 @@ class SelfAttention(nn.Module):
             query_key = apply_rotary(query_key, cos, sin)
         query, key = query_key.permute(1, 2, 0, 3).split((self.heads, self.groups), dim=1)
         value = value.view(length, batch, self.groups, width).permute(1, 2, 0, 3)
+        if self.watches_logits and self.training and state is None:
+            self._watch(query, key, info)
         if info.shards.axis.size > 1:
             context = recomputed(self.recompute_core, context_parallel_attention, query, key, value, info)
         else:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from megaforge.parallel.flat_shard import Entry, FlatShard, optimizer_shard
+from megaforge.parallel.flat_shard import Entry, FlatShard, flat_boxes, optimizer_shard
 from megaforge.parallel.linear_op import Quantized
 from megaforge.parallel.param_spec import ParamSpec, named_specs
 from megaforge.parallel.zero import ShardedParameters
@@ -42,6 +42,16 @@ class MainParameter:
     def in_shape(self, tensor: Tensor) -> Tensor:
         """``master``, ``grad`` or a state of a parameter that this rank holds whole, in the local shape (a view)."""
         return tensor.view(self.parameter.shape)
+
+    def scale_rows(self, factors: Tensor) -> None:
+        """Multiplies row i of the local parameter by ``factors[i]``, in the master, as far as this rank holds it."""
+        share, flat = optimizer_shard(self.parameter), self.master.detach().view(-1)
+        start = share.start if isinstance(share, FlatShard) else 0
+        factors = factors.to(flat.device, flat.dtype)
+        for at, box in flat_boxes((len(factors), self.parameter.numel() // len(factors)), start, start + len(flat)):
+            (first, last), (left, right) = box
+            piece = flat[at - start : at - start + (last - first) * (right - left)].view(last - first, right - left)
+            piece.mul_(factors[first:last, None])
 
     def quantized(self) -> Quantized:
         """Of a matrix that is declared quantized: what products see of ``master``, and the largest magnitudes there;

@@ -64,9 +64,11 @@ class Optimizer:
         main: the masters.
         shards: how parameters are sharded, or None.
         decay_factor: on the weight decay of every parameter.
+        correct: is called with each parameter that its rule has updated, before its master is rounded and travels.
     """
 
     decay_factor = 1.0
+    correct: Callable[[MainParameter], None] | None = None
 
     def __init__(self, config: OptimizerConfig, model: nn.Module, shards: ShardedParameters | None = None) -> None:
         self.config, self.shards = config, shards
@@ -121,10 +123,14 @@ class Optimizer:
         """One update from every ``main_grad``, at the learning rate ``lr`` times each parameter's own factor."""
         self.wait_for_parameters()  # a part of the model that no forward pass has used may still be on its way
         self._make_state()
+        correct = self.correct
         for rules, bucket in self._phases:
             for rule in rules:
                 rule.decay_factor = self.decay_factor
                 rule.step(lr, self._steps)
+                if correct is not None:
+                    for main in rule.parameters:
+                        correct(main)
                 self.main.write_back(rule.parameters)
             if self.shards is not None and bucket is not None:
                 self.shards.all_gather_parameters(bucket)

@@ -20,6 +20,7 @@ _LEARNING = {
         *("clip_grad", "clip_grad_per_group", "clip_grad_value", "qat_latent_limit", "qat_damping"),
         *("lr_plateau_factor", "lr_plateau_patience", "lr_plateau_threshold", "lr_on_spike", "lr_spike_window"),
         *("lr_mult", "wd_mult"),
+        *("qk_clip", "qk_clip_threshold", "qk_clip_alpha"),
         *("second_stage_at", "second_stage_lr_factor", "second_stage_weight_decay_factor"),
         *("decoupled_weight_decay", "grokfast", "grokfast_alpha", "grokfast_lambda", "grokfast_window"),
         *("plateau_boost", "plateau_boost_factor", "plateau_boost_interval", "plateau_boost_trigger"),

@@ -47,6 +47,7 @@ from megaforge.training.lr_on_spike import ReduceOnSpike
 from megaforge.training.numerics import choose_matmul_precision
 from megaforge.training.plateau_boost import PlateauBoost
 from megaforge.training.profiling import Profile
+from megaforge.training.qk_clip import QKClip
 from megaforge.training.second_stage import SecondStage
 from megaforge.training.speed import Speed
 from megaforge.training.trainer import Trainer
@@ -205,6 +206,8 @@ def _callbacks(config: Config) -> list[Callback]:
     if config.optimizer.lr_on_spike is not None:
         callbacks.append(ReduceOnSpike(config.optimizer.lr_on_spike, config.optimizer.lr_spike_window))
     callbacks.append(ConsoleLog(config.logging.log_interval, speed))
+    if config.optimizer.qk_clip:
+        callbacks.append(QKClip(config.optimizer))
     if training.eval_iters:
         callbacks.append(Evaluation(training.eval_interval))
         callbacks.append(EarlyStopping(training.early_stopping_metric, training.early_stopping_patience))

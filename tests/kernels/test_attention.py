@@ -22,7 +22,9 @@ from megaforge.kernels.attention import (
     takes_documents,
 )
 from megaforge.kernels.attention.blockwise import BlockwiseAttention
+from megaforge.kernels.attention.largest_logits import largest_logits
 from megaforge.kernels.attention.reference import causal_attention_reference as formula
+from megaforge.kernels.attention.reference import largest_logits_reference
 
 
 def inputs(length: int, groups: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -201,3 +203,38 @@ def test_a_mask_to_add_hides_the_same() -> None:
     added = additive_mask(mask, torch.float64)
     assert added.dtype == torch.float64 and taken_mask(mask, torch.float64) is mask  # a CPU takes the bool one
     assert relative(causal_attention(*qkv, added), formula(*qkv, mask)) < 1e-13
+
+
+@pytest.mark.parametrize("at_once", [1, 500, 1 << 24])
+@pytest.mark.parametrize(("length", "groups"), [(1, 4), (7, 2), (29, 1)])
+def test_the_largest_logit_of_each_head(
+    monkeypatch: pytest.MonkeyPatch, length: int, groups: int, at_once: int
+) -> None:
+    monkeypatch.setattr("megaforge.kernels.attention.largest_logits.SCORES_AT_ONCE", at_once)
+    query, key, *_ = inputs(length, groups)
+    documents = (torch.arange(length)[None, :] >= torch.tensor([[5], [length // 2]])).long()
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    for own, visible in ((None, causal), ((documents, documents), document_mask(length))):
+        expected = largest_logits_reference(query, key, visible)
+        torch.testing.assert_close(largest_logits(query, key, 0, own), expected, rtol=1e-13, atol=0.0)
+        rounded = largest_logits_reference(query.bfloat16().double(), key.bfloat16().double(), visible).float()
+        torch.testing.assert_close(largest_logits(query.bfloat16(), key.bfloat16(), 0, own), rounded)
+    half = length // 2  # the second half's queries, to keys of the first and of the second
+    parts = [
+        largest_logits(query[:, :, half:], block, ahead)
+        for block, ahead in ((key[:, :, :half], half), (key[:, :, half:], 0))
+    ]
+    expected = largest_logits_reference(query[:, :, half:], key, causal[half:])
+    torch.testing.assert_close(torch.maximum(*parts), expected, rtol=1e-13, atol=0.0)
+
+
+def test_largest_logits_of_little() -> None:
+    query, key, *_ = inputs(6)
+    assert (largest_logits(query[:0], key[:0]) == -torch.inf).all() and (
+        largest_logits(query, key, -6) == -torch.inf
+    ).all()
+    assert (largest_logits(query * 0, key) == 0).all() and largest_logits(
+        query * 1e18, key.float() * 1e18
+    ).isfinite().all()
+    query[1, 2, 3, 0] = torch.nan
+    assert largest_logits(query, key).isnan().tolist() == [False, False, True, False]

@@ -55,6 +55,7 @@ def test_every_number_that_a_run_writes_has_a_name_in_the_table(tmp_path: Path, 
     flags += ("--rampup-batch-size", "4", "4", "80", "--clip-grad-value", "0.1", "--second-stage-at", "0.5")
     flags += ("--grokfast", "ema", "--plateau-boost", "--plateau-boost-interval", "1")
     flags += ("--lr-on-spike", "0.5")
+    flags += ("--qk-clip",)
     make_trainer(arguments(prefix, *flags, *precision)).train()
     records = read_metrics(path)
     for record in records:

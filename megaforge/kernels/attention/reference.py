@@ -15,3 +15,11 @@ def causal_attention_reference(query: Tensor, key: Tensor, value: Tensor, mask: 
     visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril() if mask is None else mask
     scores = (query @ key.transpose(2, 3) / math.sqrt(query.shape[3])).masked_fill(~visible, -math.inf)
     return scores.softmax(-1) @ value
+
+
+def largest_logits_reference(query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
+    """What :func:`megaforge.kernels.attention.largest_logits.largest_logits` gives, of all scores at once; ``visible``:
+    bool, broadcastable to [b, heads, s, t]."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    scores = (query @ key.transpose(2, 3) / math.sqrt(query.shape[3])).masked_fill(~visible, -math.inf)
+    return scores.amax((0, 2, 3))

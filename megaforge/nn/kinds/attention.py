@@ -17,7 +17,7 @@ class Attention(LayerKind):
     in_megatron = True
     settings = (
         *("model.kv_channels", "model.num_query_groups", "model.rotary_base", "model.rotary_percent"),
-        "model.position_embedding_type",
+        *("model.position_embedding_type", "optimizer.qk_clip"),
     )
 
     def split_over_tp(self, config: Config, world_size: int) -> list[tuple[str, int]]:

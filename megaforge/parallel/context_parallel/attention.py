@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from megaforge.kernels.attention import causal_attention
+from megaforge.kernels.attention.largest_logits import largest_logits
 from megaforge.parallel.context_parallel.ring_attention import ring_attention
+from megaforge.parallel.context_parallel.shard import ring
 from megaforge.parallel.packed_sequence import PackedSequence
 
 
@@ -41,3 +43,21 @@ def context_parallel_attention(query: Tensor, key: Tensor, value: Tensor, info: 
         end = (number + 1) * rows.shape[2]
         out.append(causal_attention(rows, key[:, :, :end], value[:, :, :end], visible[..., :end]))
     return torch.cat(out, dim=2)
+
+
+@torch.no_grad()
+def largest_visible_logits(query: Tensor, key: Tensor, info: PackedSequence) -> Tensor:
+    """The largest logit of each head over this rank's queries and all tokens that they see, whose keys pass in a ring:
+    arguments as above -> [heads]; see :func:`megaforge.kernels.attention.largest_logits.largest_logits`."""
+    shards, documents = info.shards, info.all_document_ids_BS if info.has_boundaries else None
+    count, found = len(shards.chunks), list[Tensor]()
+    size = query.shape[2] // count
+    for owner, keys in ring(key, shards.axis):
+        for number, rows in zip(shards.chunks, query.chunk(count, 2), strict=True):
+            for seen, block in zip(shards.chunks_of(owner), keys.chunk(count, 2), strict=True):
+                if seen <= number:
+                    both = (number, seen)
+                    own = None if documents is None else [documents[:, n * size : (n + 1) * size] for n in both]
+                    pair = None if own is None else (own[0], own[1])
+                    found.append(largest_logits(rows, block, (number - seen) * size, pair))
+    return torch.stack(found).amax(0)
