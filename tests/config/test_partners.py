@@ -14,6 +14,7 @@ DENSE = ("--ffn", "dense")
 ATTENTION, RWKV = ("--layer-schedule", "attention"), ("--layer-schedule", "rwkv")
 
 REFUSED = [
+    (("--qk-clip-alpha", "0.4"), (), "add --qk-clip"),
     (("--save-interval", "2"), (), "--save DIR"),
     (("--save-interval", "0"), (), "--save DIR"),
     (("--keep-last", "9"), (), "--save DIR"),
