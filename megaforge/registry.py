@@ -84,6 +84,8 @@ UPDATE_RULES = Registry(
     {
         "adam": "megaforge.optim.adamw:AdamW",
         "sgd": "megaforge.optim.sgd:SGD",
+        "muon": "megaforge.optim.muon:Muon",
+        "normuon": "megaforge.optim.normuon:NorMuon",
         "paged_adam": "megaforge.optim.paged_adam:PagedAdam",
         "qat_adam": "megaforge.optim.quantized:QATAdam",
         "qat_sgd": "megaforge.optim.quantized:QATSGD",

@@ -237,6 +237,9 @@ def _keys_of_parameters(source: TensorSource, config: Config) -> dict[str, list[
                 f"--load {source.path}: the model has no parameter {name} (tensor {key})" + suggestion(name, shapes)
             )
         if info.shape != shapes[name]:
+            if name != key:  # what a rule keeps of a parameter may have a shape of its own
+                keys[_NO_PARAMETER].append(key)
+                continue
             raise UserError(f"--load {source.path}: {key} has the shape {info.shape}, the model's is {shapes[name]}")
         keys[name].append(key)
     missing = sorted(name for name in shapes if name not in keys[name])

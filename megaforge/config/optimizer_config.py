@@ -73,6 +73,35 @@ class OptimizerConfig:
     adam_beta2: float = flag(0.95, "decay of the second moment", least=0, below=1)
     adam_eps: float = flag(1e-8, "epsilon of Adam", above=0)
     sgd_momentum: float = flag(0.9, "with --optimizer sgd: momentum", least=0, below=1)
+    muon_momentum: float = flag(0.95, "muon: decay of the mean of gradients", least=0, below=1)
+    muon_use_nesterov: bool = flag(True, "muon: orthogonalize the mean as it will be one gradient later")
+    muon_num_ns_steps: int = flag(5, "muon: Newton-Schulz steps", least=1, most=20)
+    muon_coefficient_type: str = flag(
+        "quintic",
+        "muon: polynomials of the Newton-Schulz steps",
+        choices=("simple", "quintic", "polar_express", "cans"),
+    )
+    muon_fp32_matmul_prec: str = flag(
+        "medium",
+        "muon: products of the Newton-Schulz steps: low, bf16; medium, also fp32 for long matrices; high, fp32",
+        choices=("low", "medium", "high"),
+    )
+    muon_scale_mode: str = flag(
+        "spectral",
+        "muon: factor on the update of a matrix of m rows and n columns: sqrt(max(m, n)), sqrt(m / n), or "
+        "sqrt(max(1, m / n))",
+        choices=("spectral", "unit_rms_norm", "shape_scaling"),
+    )
+    muon_extra_scale_factor: float = flag(
+        0.2, "muon: factor on every update; with spectral 0.2 gives them the size of AdamW's", above=0
+    )
+    muon_tp_mode: str = flag(
+        "distributed",
+        "muon: who orthogonalizes a matrix that is split over tp: every rank (duplicated), the ranks in turn "
+        "(distributed), or each rank its own part (blockwise, another update)",
+        choices=("duplicated", "distributed", "blockwise"),
+    )
+    normuon_beta2: float = flag(0.95, "normuon: decay of the mean square of each row of the update", least=0, below=1)
     clip_grad: float = flag(1.0, "largest global gradient norm; 0 switches clipping off", least=0)
     clip_grad_per_group: float = flag(
         0.0, "largest gradient norm of each kind of parameter (embedding, attention, ...); 0: no limit", least=0
@@ -133,6 +162,11 @@ class OptimizerConfig:
     )
 
     def validate(self) -> None:
+        if self.muon_coefficient_type in ("polar_express", "cans") and self.muon_num_ns_steps < 5:
+            raise UserError(
+                f"--muon-num-ns-steps {self.muon_num_ns_steps}: the first steps of {self.muon_coefficient_type} are "
+                "made to be followed by the rest; use at least 5, or --muon-coefficient-type simple"
+            )
         if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:
             raise UserError(
                 "--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler exclude each other; choose one"

@@ -48,6 +48,7 @@ def _scored(config: Config) -> bool:
 
 _NO_FP16 = "is for --fp16, which is not set: it changes nothing"
 _QUANTIZED_TRAINING = ("qat_adam", "qat_sgd")
+_MUON = ("muon", "normuon")
 _NO_SAVE = "nothing is saved: add --save DIR"
 
 PARTNERS = (
@@ -140,6 +141,22 @@ PARTNERS = (
         ("optimizer.decoupled_weight_decay",),
         lambda c: c.optimizer.optimizer == "adam",
         "only Adam's decay may be either: add --optimizer adam",
+    ),
+    Partner(
+        tuple(
+            f"optimizer.muon_{name}"
+            for name in (
+                *("momentum", "use_nesterov", "num_ns_steps", "coefficient_type", "fp32_matmul_prec", "scale_mode"),
+                *("extra_scale_factor", "tp_mode"),
+            )
+        ),
+        lambda c: c.optimizer.optimizer in _MUON,
+        f"another rule updates the weights: add --optimizer {either(_MUON)}",
+    ),
+    Partner(
+        ("optimizer.normuon_beta2",),
+        lambda c: c.optimizer.optimizer == "normuon",
+        "it is of another rule: add --optimizer normuon",
     ),
     Partner(
         ("optimizer.grokfast_lambda",),

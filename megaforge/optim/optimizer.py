@@ -16,9 +16,10 @@ reads another's.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from typing import Any
 
@@ -31,7 +32,8 @@ from megaforge.optim.groups import with_factors
 from megaforge.optim.main_parameters import MainParameter, MainParameters
 from megaforge.optim.update_rule import UpdateRule
 from megaforge.parallel.buckets import Bucket, BucketPolicy
-from megaforge.parallel.flat_shard import Entry, optimizer_shard
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.flat_shard import Entry, FlatShard, optimizer_shard
 from megaforge.parallel.param_spec import ParamSpec
 from megaforge.parallel.zero import ShardedParameters
 from megaforge.registry import UPDATE_RULES
@@ -46,11 +48,11 @@ def rule_of(config: OptimizerConfig, spec: ParamSpec) -> type[UpdateRule]:
 def bucket_policy(config: OptimizerConfig) -> Callable[[ParamSpec], BucketPolicy]:
     """How ZeRO lays a parameter out: only with those of its rule, and whole where the rule asks for it."""
 
-    def policy(spec: ParamSpec) -> BucketPolicy:
-        rule = rule_of(config, spec)
-        return BucketPolicy(rule.__qualname__, rule.cost if rule.whole_parameters else None)
+    @cache
+    def of_rule(rule: type[UpdateRule]) -> BucketPolicy:
+        return BucketPolicy(rule.__qualname__, partial(rule.cost, config) if rule.whole_parameters else None)
 
-    return policy
+    return lambda spec: of_rule(rule_of(config, spec))
 
 
 class Optimizer:
@@ -62,6 +64,7 @@ class Optimizer:
 
     Attributes:
         main: the masters.
+        ctx: this rank among the others.
         shards: how parameters are sharded, or None.
         decay_factor: on the weight decay of every parameter.
         correct: is called with each parameter that its rule has updated, before its master is rounded and travels.
@@ -70,8 +73,16 @@ class Optimizer:
     decay_factor = 1.0
     correct: Callable[[MainParameter], None] | None = None
 
-    def __init__(self, config: OptimizerConfig, model: nn.Module, shards: ShardedParameters | None = None) -> None:
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        model: nn.Module,
+        shards: ShardedParameters | None = None,
+        ctx: ParallelContext | None = None,
+    ) -> None:
+        """``ctx``: the ranks that hold the model's other shards; needed where a rule or its state asks for them."""
         self.config, self.shards = config, shards
+        self.ctx = ParallelContext.single() if ctx is None else ctx
         self.main = MainParameters(model, shards)
         for main in self.main.trained:
             main.spec = with_factors(config, main.spec, partial(rule_of, config))
@@ -90,7 +101,7 @@ class Optimizer:
                             f"{main.spec.name} is cut: shard by bucket_policy for --optimizer {config.optimizer}"
                         )
                     by_rule[rule].append(main)
-            self._phases.append(([rule(config, tuple(some)) for rule, some in by_rule.items()], bucket))
+            self._phases.append(([rule(config, tuple(some), self.ctx) for rule, some in by_rule.items()], bucket))
         self._steps = 0
 
     def _by_bucket(self) -> list[tuple[Bucket | None, list[MainParameter]]]:
@@ -115,8 +126,25 @@ class Optimizer:
         for main in self.main.trained:
             for name in self._states[main.spec.name]:
                 if name not in main.state:
-                    zeros = zeros_in_host_memory(main.master) if self._on_host(main) else torch.zeros_like(main.master)
+                    zeros = self._zeros(main, self._declared(main, name))
                     main.state[name] = zeros.requires_grad_(False)
+
+    def _zeros(self, main: MainParameter, declared: ParamSpec | FlatShard) -> torch.Tensor:
+        master = main.master
+        if declared is not optimizer_shard(main.parameter):
+            return torch.zeros(declared.local_shape(self.ctx), dtype=master.dtype, device=master.device)
+        return zeros_in_host_memory(master) if self._on_host(main) else torch.zeros_like(master)
+
+    def _declared(self, main: MainParameter, name: str) -> ParamSpec | FlatShard:
+        """What this rank holds of the state ``name`` of a parameter."""
+        held = optimizer_shard(main.parameter)
+        spec = rule_of(self.config, main.spec).state_spec(self.config, name, main.spec)
+        if spec is main.spec:
+            return held
+        if not isinstance(held, FlatShard):
+            return spec
+        # Under ZeRO the one replica that holds the parameter, whole, has its state, and the others nothing.
+        return FlatShard(spec, 0, math.prod(spec.local_shape(self.ctx)) if held.start < held.stop else 0)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -147,13 +175,13 @@ class Optimizer:
         return self.main.entries()
 
     def state_entries(self) -> list[Entry]:
-        """(``optimizer.STATE.NAME``, the parameter's declaration, local tensor) of what the rules keep. What lies in
+        """(``optimizer.STATE.NAME``, declaration, local tensor) of what the rules keep. What lies in
         host memory has arrived there."""
         self._make_state()
         for device in {main.master.device for main in self.main.trained if self._on_host(main)}:
             synchronize(device)
         return [
-            (f"optimizer.{name}.{main.spec.name}", optimizer_shard(main.parameter), tensor)
+            (f"optimizer.{name}.{main.spec.name}", self._declared(main, name), tensor)
             for main in self.main.trained
             for name, tensor in main.state.items()
         ]

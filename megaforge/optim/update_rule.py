@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.optim.main_parameters import MainParameter
+from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import ParamSpec
 
 
@@ -33,9 +34,14 @@ class UpdateRule(ABC):
     others: ClassVar[str] = "adam"
     decay_factor: float = 1.0
 
-    def __init__(self, config: OptimizerConfig, parameters: Sequence[MainParameter]) -> None:
-        """``parameters``: those that this rank holds something of; their ``state`` has what :meth:`states` names."""
-        self.config, self.parameters = config, parameters
+    def __init__(self, config: OptimizerConfig, parameters: Sequence[MainParameter], ctx: ParallelContext) -> None:
+        """
+        Args:
+            parameters: those that this rank holds something of; their ``state`` has what :meth:`states` names.
+            ctx: the other ranks. All that hold shards of the same parameters (tp, etp) make the same rules of them and
+                step in the same order, so that a rule may communicate over these axes.
+        """
+        self.config, self.parameters, self.ctx = config, parameters, ctx
 
     @property
     def decay(self) -> float:
@@ -49,13 +55,19 @@ class UpdateRule(ABC):
 
     @classmethod
     def states(cls, config: OptimizerConfig) -> tuple[str, ...]:
-        """Names of the tensors kept of each parameter, each of its shape: they are saved, resharded and planned for."""
+        """Names of the tensors kept of each parameter: they are saved, resharded and planned for."""
         return ()
 
     @classmethod
-    def cost(cls, spec: ParamSpec) -> float:
-        """What an update of the global parameter costs, in any unit."""
-        return float(spec.numel)
+    def state_spec(cls, config: OptimizerConfig, name: str, spec: ParamSpec) -> ParamSpec:
+        """The declaration of the state ``name`` of a parameter: its shape, and how that is split; by default the
+        parameter's own. One of another shape needs :attr:`whole_parameters`."""
+        return spec
+
+    @classmethod
+    def cost(cls, config: OptimizerConfig, spec: ParamSpec, ctx: ParallelContext) -> float:
+        """What a rank does to update its shard of a parameter, in any unit; the same number on all that hold one."""
+        return spec.numel / spec.shards(ctx)
 
     @abstractmethod
     def step(self, lr: float, done: int) -> None:
@@ -70,8 +82,8 @@ class UpdateRule(ABC):
 class TorchRule(UpdateRule):
     """A rule that a :class:`torch.optim.Optimizer` computes, on our masters, gradients and state."""
 
-    def __init__(self, config: OptimizerConfig, parameters: Sequence[MainParameter]) -> None:
-        super().__init__(config, parameters)
+    def __init__(self, config: OptimizerConfig, parameters: Sequence[MainParameter], ctx: ParallelContext) -> None:
+        super().__init__(config, parameters, ctx)
         groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
         for main in parameters:
             groups[main.spec.weight_decay, main.spec.lr_mult].append(main.master)

@@ -101,12 +101,13 @@ class BucketPolicy:
 
     Attributes:
         name: parameters of different policies never share a bucket.
-        cost: what updating a whole parameter costs. Given: each parameter lies in one replica's slice, so that this
-            replica has it whole, and the slices cost about the same. None: slices cut parameters anywhere.
+        cost: what updating its shard of a whole parameter costs a rank. Given: each parameter lies in one replica's
+            slice, so that this replica has it whole, and the slices cost about the same. None: slices cut parameters
+            anywhere.
     """
 
     name: str = ""
-    cost: Callable[[ParamSpec], float] | None = None
+    cost: Callable[[ParamSpec, ParallelContext], float] | None = None
 
 
 Policy = Callable[[ParamSpec], BucketPolicy]
@@ -167,11 +168,11 @@ def _lay_out(
     run: Sequence[tuple[int, ParamSpec, nn.Parameter]],
     ctx: ParallelContext,
     axis: str,
-    cost: Callable[[ParamSpec], float] | None,
+    cost: Callable[[ParamSpec, ParallelContext], float] | None,
 ) -> Bucket:
     parameters, replicas = tuple(parameter for _, _, parameter in run), ctx.axis(axis)
     if cost is not None:
-        return _lay_out_whole(parameters, [cost(spec) / spec.shards(ctx) for _, spec, _ in run], replicas)
+        return _lay_out_whole(parameters, [cost(spec, ctx) for _, spec, _ in run], replicas)
     starts, size = [], 0
     for parameter in parameters:
         starts.append(size)

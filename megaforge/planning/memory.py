@@ -62,8 +62,10 @@ def state_bytes(
             continue
         sums["gradients"] += copies * (-(-room // replicas) if layout.zero > 1 else room) * wide
         rule = rule_of(layout.optimizer, item.spec)
-        states = copies * share * len(rule.states(layout.optimizer)) * wide
-        sums["host" if rule.host_state else "optimizer"] += states
+        for name in rule.states(layout.optimizer):
+            elements = math.prod(rule.state_spec(layout.optimizer, name, item.spec).local_shape(ctx))
+            own = -(-elements // (replicas if layout.zero else 1))
+            sums["host" if rule.host_state else "optimizer"] += copies * own * wide
         sums["optimizer"] += copies * share * (wide if item.element_size < wide else 0)
         sums["optimizer"] += copies * share * filter_rows(layout.optimizer) * wide
     return StateBytes(**sums)

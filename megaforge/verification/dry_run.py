@@ -268,7 +268,7 @@ def _try_rank(
         model = build_model_chunks(config, ctx, plan)
         shards = shard_parameters(config.parallel, model.chunks, ctx, bucket_policy(config.optimizer))
         reducer = make_reducer(config.parallel, model, ctx, shards)
-        optimizer = Optimizer(config.optimizer, model, shards)
+        optimizer = Optimizer(config.optimizer, model, shards, ctx)
         kept = make_filter(config.optimizer, optimizer.main.trained)
         state = _registered(model, reducer, optimizer, kept)
         payload = make_stage_tensors(model, plan, layout.micro_batch_size, layout.sequence_length, layout.dtype)

@@ -145,6 +145,8 @@ def test_files_that_cannot_be_read(write) -> None:
         (["--tp", "0"], "--tp 0: must be at least 1 and at most 1048576"),
         (["--weight-decay", "-0.1"], "--weight-decay -0.1: must be at least 0"),
         (["--lr", "0"], "--lr 0: must be positive"),
+        (["--muon-num-ns-steps", "3", "--muon-coefficient-type", "cans"], "--muon-num-ns-steps 3: the first steps of "
+         "cans are made to be followed by the rest; use at least 5, or --muon-coefficient-type simple"),
         (["--min-lr", "1"], "--min-lr 1.0: must not exceed --lr 0.0003"),
         (["--bf16", "--fp16"], "--bf16, --fp16 and --fp64 exclude each other; choose one"),
     ],

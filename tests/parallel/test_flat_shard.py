@@ -144,7 +144,7 @@ def test_a_tied_weight_has_a_bucket_of_its_own() -> None:
     assert sorted(name for bucket in names for name in bucket) == sorted(spec.name for spec in SPECS)
 
 
-WHOLE = BucketPolicy("whole", lambda spec: float(spec.numel**2))
+WHOLE = BucketPolicy("whole", lambda spec, ctx: float(spec.numel**2))
 SIZES = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=30)
 
 
