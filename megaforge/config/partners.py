@@ -274,7 +274,8 @@ def _schedule_partners(config: Config) -> Iterator[Partner]:
 
 def _reads(config: Config, name: str) -> bool:
     """Whether the learning-rate schedule depends on a flag."""
-    return name in _shape(config).reads
+    # The length of a warm-up by its share is counted from it.
+    return name in _shape(config).reads or (name == "lr_decay_iters" and config.optimizer.lr_warmup_fraction > 0)
 
 
 def _shape(config: Config) -> RateShape:

@@ -52,6 +52,11 @@ class LearningRateSchedule:
         return {field.name: getattr(self.settings, field.name) for field in _FIELDS if field.name in used}
 
     @property
+    def callbacks(self) -> tuple[str, ...]:
+        """Names of the callbacks that belong to the shape."""
+        return self._shape.callbacks
+
+    @property
     def is_flat(self) -> bool:
         """Whether it is ``--lr`` for ever once the warm-up is over."""
         return self.facts.keys() <= set(_EVERYWHERE)

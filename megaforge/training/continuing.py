@@ -36,6 +36,7 @@ _LEARNING = {
 _SCHEDULE = (
     *("lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_warmup_fraction", "lr_warmup_init"),
     *("lr_wsd_decay_iters", "lr_wsd_decay_style", "lr_restart_iters", "lr_restart_mult"),
+    *("lr_plateau_factor", "lr_plateau_patience", "lr_plateau_threshold"),
 )
 _COMPARED = 10_000  # iterations at which two schedules' pasts are compared, besides their own corners
 
@@ -69,6 +70,11 @@ def settle_schedule(
     before = LearningRateSchedule(former, saved["config"]["training"]["train_iters"])
     changes = "; ".join(_differences(before, now)) or "its settings differ"
     if config.optimizer.use_checkpoint_opt_param_scheduler:
+        if before.callbacks != now.callbacks:  # they are there already, or are not
+            raise UserError(
+                f"{_KEEP}: --load {source} was trained with --lr-decay-style {before.style}, which takes another part "
+                f"in the run than --lr-decay-style {now.style}; write --lr-decay-style {before.style}"
+            )
         kept = dataclasses.replace(
             config.optimizer,
             **{name: getattr(former, name) for name in _SCHEDULE},

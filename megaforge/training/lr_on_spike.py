@@ -48,11 +48,12 @@ class ReduceOnSpike(Callback):
         self.reduced, self.since = 0.0, 0  # reductions in force (a fraction on the way back); steps since the last
 
     def on_step_start(self, trainer: Trainer) -> None:
+        # It is no part of the trainer's factors between steps: without this flag nothing would let it fade.
         trainer.lr_factors["spike"] = self.factor**self.reduced if self.reduced else 1.0
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
         values = {"loss": metrics.loss, "grad_norm": metrics.grad_norm}
-        metrics.extra["spike"], metrics.extra["spike_lr_factor"] = 0.0, trainer.lr_factors.get("spike", 1.0)
+        metrics.extra["spike"], metrics.extra["spike_lr_factor"] = 0.0, trainer.lr_factors.pop("spike", 1.0)
         self._release()
         if not all(map(math.isfinite, values.values())):
             return

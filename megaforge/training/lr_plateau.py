@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megaforge.config.launcher import print_rank_0
-from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.training.callbacks import Callback, Place
 
 if TYPE_CHECKING:
@@ -17,30 +17,34 @@ if TYPE_CHECKING:
 class ReduceOnPlateau(Callback):
     """Multiplies the learning rate by ``--lr-plateau-factor`` after more than ``--lr-plateau-patience`` evaluations in
     a row whose loss is not below (1 - ``--lr-plateau-threshold``) times the best; never below ``--min-lr``. It is the
-    rule of :class:`torch.optim.lr_scheduler.ReduceLROnPlateau`."""
+    rule of :class:`torch.optim.lr_scheduler.ReduceLROnPlateau`. An evaluation between those of ``--eval-interval``,
+    where a run ends for now, does not count: one that goes on has the rates of one that never stopped."""
 
     place = Place.JUDGE
     state_name = "plateau"
 
-    def __init__(self, config: OptimizerConfig) -> None:
-        self.config = config
+    def __init__(self) -> None:
         self.best: float | None = None
         self.bad_evaluations = 0
 
     def on_evaluate(self, trainer: Trainer, metrics: EvaluationMetrics) -> None:
-        if self.best is None or metrics.loss < self.best * (1 - self.config.lr_plateau_threshold):
+        interval, flags = trainer.config.training.eval_interval, trainer.config.optimizer
+        if not interval or metrics.iteration % interval:
+            return
+        best = math.inf if self.best is None else self.best
+        if metrics.loss < best * (1 - flags.lr_plateau_threshold):  # not where it is nan
             self.best, self.bad_evaluations = metrics.loss, 0
             return
         self.bad_evaluations += 1
-        if self.bad_evaluations <= self.config.lr_plateau_patience:
+        if self.bad_evaluations <= flags.lr_plateau_patience:
             return
         self.bad_evaluations = 0
         before = trainer.lr_factors.get("plateau", 1.0)
-        factor = max(before * self.config.lr_plateau_factor, self.config.min_lr / self.config.lr)
+        factor = max(before * flags.lr_plateau_factor, flags.min_lr / flags.lr)
         if factor < before:
             trainer.lr_factors["plateau"] = factor
             print_rank_0(
-                f"the evaluation loss {metrics.loss:.5g} is no better than {self.best:.5g}: from iteration "
+                f"the evaluation loss {metrics.loss:.5g} is no better than {best:.5g}: from iteration "
                 f"{metrics.iteration + 1} on, the learning rate is multiplied by {factor:g}"
             )
 
@@ -53,4 +57,4 @@ class ReduceOnPlateau(Callback):
 
 def reduce_on_plateau(trainer: Trainer) -> Callback:
     """The callback by its name in the registry."""
-    return ReduceOnPlateau(trainer.config.optimizer)
+    return ReduceOnPlateau()

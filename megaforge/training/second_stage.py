@@ -55,6 +55,8 @@ class SecondStage(Callback):
         trainer.optimizer.decay_factor = self.decay_factor if second else 1.0
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        # Like the decay's, it is set anew in each step: a run that goes on without a second stage has neither.
+        trainer.lr_factors.pop("second_stage", None)
         metrics.extra["weight_decay_factor"] = trainer.optimizer.decay_factor
 
     def state(self) -> dict[str, Any]:

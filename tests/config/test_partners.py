@@ -103,6 +103,7 @@ def test_said(flag: tuple[str, ...], beside: tuple[str, ...], advice: str, capsy
         ("--config", "cdrmix-core-1b", "--ffn", "dense", "--moe-aux-loss-coeff", "0"),
         ("--lr-warmup-iters", "499", "--train-iters", "500"),
         ("--lr-warmup-iters", "900", "--train-iters", "500", "--lr-decay-style", "constant"),
+        ("--lr-decay-iters", "90", "--lr-decay-style", "constant", "--lr-warmup-fraction", "0.1"),
         ("--dry-run", "--dry-run-world-size", "8"),
         ("--load", "r", "--no-load-optim", "--no_load_rng", "--reset-data", "--override-opt_param-scheduler"),
         ("--load-optim", "--load-rng"),

@@ -25,6 +25,7 @@ def saved_by(*flags: str) -> dict[str, Any]:
 CONSTANT, WSD = ("--lr-decay-style", "constant"), ("--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "10")
 RESTARTS = ("--lr-decay-style", "cosine-restarts", "--lr-restart-iters", "10")
 OVERRIDE, KEEP = "--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"
+PLATEAU = ("--lr-decay-style", "plateau", "--eval-iters", "1", "--eval-interval", "2")
 
 
 @pytest.mark.parametrize(
@@ -185,3 +186,13 @@ def test_a_rule_with_parameters_on_one_stage_goes_on_in_stages(ranks: RankPool, 
     assert [record["iteration"] for record in found[1]["records"] if record["kind"] == "step"] == [2]
     with pytest.raises(AssertionError, match=r"its optimizer state \(exp_avg, exp_avg_sq, slow\) is that of"):
         ranks.run(2, train, [*argv, "--optimizer", "sgd"])
+
+
+def test_a_kept_schedule_has_its_callbacks() -> None:
+    """The callback of a plateau is made before the checkpoint is read: it must be the one that the kept shape needs."""
+    for before, now in ((PLATEAU, ()), ((), PLATEAU)):
+        with pytest.raises(UserError, match="write --lr-decay-style " + ("plateau" if before else "cosine")):
+            settle_schedule(make_config([*now, KEEP]), saved_by(*before), 20, "r")
+    saved = saved_by(*PLATEAU, "--lr-plateau-patience", "2", "--min-lr", "1e-5")
+    kept = settle_schedule(make_config([*PLATEAU, "--lr", "7e-4", KEEP]), saved, 20, "r")[0].optimizer
+    assert (kept.lr_plateau_patience, kept.min_lr) == (2, 1e-5) and kept.lr != 7e-4

@@ -19,10 +19,12 @@ def feed(callback: ReduceOnSpike, losses: list[float], norms: list[float] | None
     trainer: Any = SimpleNamespace(lr_factors={}, iteration=0)
     for loss, norm in zip(losses, norms or [1.0] * len(losses), strict=True):
         callback.on_step_start(trainer)
+        during = trainer.lr_factors["spike"]
         metrics: Any = SimpleNamespace(loss=loss, grad_norm=norm, iteration=len(factors) + 1, extra={})
         callback.on_step_end(trainer, metrics)
-        factors.append(trainer.lr_factors["spike"])
-        assert metrics.extra["spike_lr_factor"] == factors[-1]
+        factors.append(metrics.extra["spike_lr_factor"])
+        assert factors[-1] == during
+        assert not trainer.lr_factors, "a checkpoint that goes on without the flag is at the scheduled rate"
     return factors
 
 

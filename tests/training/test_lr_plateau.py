@@ -12,6 +12,11 @@ from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.training.lr_plateau import ReduceOnPlateau
 
 
+def run_of(config: OptimizerConfig, eval_interval: int = 1) -> Any:
+    whole = SimpleNamespace(optimizer=config, training=SimpleNamespace(eval_interval=eval_interval))
+    return SimpleNamespace(lr_factors={}, config=whole)
+
+
 @pytest.mark.parametrize("patience", [0, 2])
 def test_rates_are_torchs(patience: int) -> None:
     config = OptimizerConfig(
@@ -21,16 +26,43 @@ def test_rates_are_torchs(patience: int) -> None:
     theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, factor=0.4, patience=patience, threshold=0.01, min_lr=0.1, eps=0.0
     )
-    ours, trainer = ReduceOnPlateau(config), SimpleNamespace(lr_factors={})
-    losses = [3.0, 2.5, 2.5, 2.49, 2.48, 2.47, float("nan"), 2.3, 2.4, 2.4, 2.4, 2.4, 2.4, 2.4, 2.4, 2.4, 2.4]
+    ours, trainer = ReduceOnPlateau(), run_of(config)
+    losses = [
+        float("nan"),
+        3.0,
+        2.5,
+        2.5,
+        2.49,
+        2.48,
+        2.47,
+        float("nan"),
+        2.3,
+        2.4,
+        2.4,
+        2.4,
+        2.4,
+        2.4,
+        2.4,
+        2.4,
+        2.4,
+        2.4,
+    ]
     seen = []
     for number, loss in enumerate(losses, 1):
         theirs.step(loss)
         if number == 5:  # from a checkpoint
-            kept, ours = ours.state(), ReduceOnPlateau(config)
+            kept, ours = ours.state(), ReduceOnPlateau()
             ours.load_state(kept)
         metrics: Any = SimpleNamespace(loss=loss, iteration=number)
-        ours.on_evaluate(trainer, metrics)  # type: ignore[arg-type]
+        ours.on_evaluate(trainer, metrics)
         seen.append(trainer.lr_factors.get("plateau", 1.0))
         assert seen[-1] == pytest.approx(theirs.get_last_lr()[0], rel=1e-12), number
     assert seen[-1] == 0.1 and len(set(seen)) > 2
+
+
+def test_an_evaluation_where_a_run_stops_does_not_count() -> None:
+    ours, trainer = ReduceOnPlateau(), run_of(OptimizerConfig(lr_plateau_patience=0), eval_interval=10)
+    for iteration, factor in ((10, 1.0), (15, 1.0), (20, 0.5), (21, 0.5)):
+        metrics: Any = SimpleNamespace(loss=2.0, iteration=iteration)
+        ours.on_evaluate(trainer, metrics)
+        assert trainer.lr_factors.get("plateau", 1.0) == factor, iteration

@@ -82,3 +82,12 @@ def test_flags_of_a_stage_that_is_not_there_are_refused(prefix: str) -> None:
     for flag in ("--second-stage-lr-factor", "--second-stage-weight-decay-factor"):
         with pytest.raises(UserError, match=f"{flag} 0.3: there is no second stage: add --second-stage-at 0.5"):
             make_trainer(dense_arguments(prefix, "R-*-", flag, "0.3"))
+
+
+def test_a_run_without_a_second_stage_leaves_it(prefix: str, tmp_path: Path) -> None:
+    save = ("--save", str(tmp_path / "run"), "--load", str(tmp_path / "run"))
+    make_trainer(dense_arguments(prefix, "R-*-", *STAGES, *save, "--exit-interval", "3")).train()
+    plain = make_trainer(dense_arguments(prefix, "R-*-", *save, "--train-iters", "4"))
+    recorder = record(plain)
+    plain.train()
+    assert [entry["lr"] for entry in recorder.records] == [1e-3], "neither its rate nor its decay"
