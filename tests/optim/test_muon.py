@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megaforge.config.cli import parse_config
 from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.kernels.newton_schulz import coefficients
+from megaforge.models.hybrid import HybridModel
 from megaforge.optim import Optimizer, bucket_policy, matrices, muon
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import FlatShard, optimizer_shard
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.init_rules import Normal
+from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import ParamSpec, make_parameter, named_specs
 from megaforge.parallel.zero import ShardedParameters
 
@@ -300,3 +303,34 @@ def test_owners_have_about_the_same_to_do() -> None:
     owners = matrices.owners_of([(5.0, 3), (1.0, 9), (2.0, 0)], 4)
     load = [sum(float((o == rank).sum()) * cost for o, cost in zip(owners, costs, strict=True)) for rank in range(4)]
     assert sorted(load) == [6.0, 6.0, 6.0, 6.0]
+
+
+def work_of_a_step(sizes: dict[str, int], zero: bool, hidden: int) -> float:
+    """Multiply-adds of this rank's Newton-Schulz iterations in a step of a CDRmix model, counted."""
+    ctx = ParallelContext.create(**sizes)
+    flags = ["--config", "cdrmix-tiny", "--vocab-size", "64", "--hidden-size", str(hidden), "--rwkv-init", "normal"]
+    config = replace(CONFIG, muon_fp32_matmul_prec="low")
+    model = HybridModel(make_layer_context(parse_config(flags).config.model, ctx))
+    shards = ShardedParameters(model, ctx, policy=bucket_policy(config)) if zero else None
+    optimizer = Optimizer(config, model, shards, ctx)
+    for _, parameter in named_specs(model):
+        parameter.main_grad = torch.zeros(optimizer_shard(parameter).local_shape(ctx))
+    counted = [0.0]
+
+    def count(x: Tensor, **_: object) -> Tensor:
+        counted[0] += len(x) * muon.multiply_adds(config, matrices.MatrixKind(x.shape[1], x.shape[2], None, "tp"))
+        return x
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(muon, "newton_schulz", count)
+        optimizer.step(RATE)
+    optimizer.wait_for_parameters()
+    return counted[0]
+
+
+@pytest.mark.parametrize("hidden", [192])
+def test_ranks_share_the_work(ranks, hidden: int) -> None:
+    alone = work_of_a_step({}, False, hidden)
+    shared = ranks.run(4, work_of_a_step, {"tp": 2}, True, hidden)
+    assert sum(shared) == pytest.approx(alone)
+    assert max(shared) <= 1.15 * alone / 4
