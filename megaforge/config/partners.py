@@ -49,7 +49,18 @@ def _scored(config: Config) -> bool:
 _NO_FP16 = "is for --fp16, which is not set: it changes nothing"
 _QUANTIZED_TRAINING = ("qat_adam", "qat_sgd")
 _MUON = ("muon", "normuon")
+_BY_SGD, _BY_ADAM = ("sgd", "qat_sgd"), ("adam", "paged_adam", "qat_adam", *_MUON)
 _NO_SAVE = "nothing is saved: add --save DIR"
+# Of these 0 is a value like others; elsewhere it switches something off, which needs no partner.
+_ZERO_ASKS = frozenset(
+    {
+        "checkpoint.save_interval",
+        *(f"optimizer.lr_plateau_{name}" for name in ("patience", "threshold")),
+        *(f"optimizer.{name}" for name in ("adam_beta1", "adam_beta2", "sgd_momentum", "muon_momentum")),
+        *(f"optimizer.{name}" for name in ("normuon_beta2", "grokfast_alpha", "grokfast_lambda", "qk_clip_alpha")),
+        "optimizer.second_stage_lr_factor",
+    }
+)
 
 PARTNERS = (
     Partner(
@@ -157,6 +168,18 @@ PARTNERS = (
         ("optimizer.normuon_beta2",),
         lambda c: c.optimizer.optimizer == "normuon",
         "it is of another rule: add --optimizer normuon",
+    ),
+    Partner(
+        ("optimizer.sgd_momentum",),
+        lambda c: c.optimizer.optimizer not in _BY_ADAM,  # rules of one's own may read it
+        "no weight is updated by --optimizer sgd: it changes nothing",
+        refuse=False,
+    ),
+    Partner(
+        tuple(f"optimizer.adam_{name}" for name in ("beta1", "beta2", "eps")),
+        lambda c: c.optimizer.optimizer not in _BY_SGD,
+        "no weight is updated by --optimizer adam: it changes nothing",
+        refuse=False,
     ),
     Partner(
         ("optimizer.grokfast_lambda",),
@@ -304,7 +327,7 @@ def check_partners(config: Config, origins: Mapping[str, str]) -> list[str]:
         for key in partner.keys:
             setting = settings()[key]
             value = getattr(getattr(config, setting.section), setting.name)
-            off = value in (None, False, 0) and setting.default is not True and key != "checkpoint.save_interval"
+            off = value in (None, False, 0) and setting.default is not True and key not in _ZERO_ASKS
             asks = value != setting.default and not off
             if not asks or not _written(origins[key]) or partner.needs(config):
                 continue
