@@ -158,6 +158,8 @@ def main() -> None:
                     [compared.name, "two threads", "one", ratio.candidate * 1e3, speedup(ratio), "", "", "", ""]
                 )
                 compared.cases[f"two threads {compared.name}"] = ratio.case("one thread")
+            for row in compared.rows:
+                print("done:", row[0], row[1], row[4], flush=True)
             rows += compared.rows
             cases.update(compared.cases)
     header = ["shape", "way", "peer", "ms", "times faster", "error", "max sv", "its error", "its max sv"]
