@@ -48,6 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=integer(1), default=8, help="windows computed at once")
     parser.add_argument("--tp", type=integer(1), help="tensor-parallel size (default: all ranks of a stage)")
     parser.add_argument("--pp", type=integer(1), default=1, help="pipeline stages, one a rank")
+    parser.add_argument("--ema", action="store_true", help="with the average of the weights (--ema-decay)")
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="where to compute")
     parser.add_argument("--baseline", choices=("bigram",), help="also fit this model and print it beside ours")
     parser.add_argument("--train-data", metavar="PREFIX", help="what the baseline is fitted on")
@@ -145,7 +146,7 @@ def main() -> int:
     from megaforge.parallel.distributed import shutdown
 
     check_input(flags)
-    trained = load_trained_model(flags.load, tp=flags.tp, pp=flags.pp, device=flags.device)
+    trained = load_trained_model(flags.load, tp=flags.tp, pp=flags.pp, device=flags.device, ema=flags.ema)
     stream = load_stream(flags, trained)
     if len(stream.tokens) < 2:
         raise UserError(f"--input {flags.input}: there is nothing to predict in a single token; give it more text")
@@ -165,10 +166,16 @@ def report(
     """Prints the result, as a table or as JSON."""
     if flags.json:
         described: dict[str, Any] = {name: finite(metrics.values()) for name, metrics in rows.items()}
-        facts = {"checkpoint": str(trained.path), "iteration": rows["ours"].iteration, "input": flags.input}
+        facts = {
+            "checkpoint": str(trained.path),
+            "iteration": rows["ours"].iteration,
+            "input": flags.input,
+            "ema": flags.ema,
+        }
         print(json.dumps(facts | {"documents": stream.documents, "text_bytes": stream.text_bytes} | described))
         return
-    print(f"{trained.path} on {flags.input}: {stream.documents:,} documents, {rows['ours'].tokens:,} tokens predicted")
+    which = f"{trained.path} (average of the weights)" if flags.ema else trained.path
+    print(f"{which} on {flags.input}: {stream.documents:,} documents, {rows['ours'].tokens:,} tokens predicted")
     if trained.config.data.eod_mask_loss:
         print("every token counts here; the run's own validation (--eod-mask-loss) leaves out documents' first tokens")
     print_table(rows)

@@ -51,6 +51,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokenizer-model", metavar="FILE", help="where the tokenizer is now, if it was moved")
     parser.add_argument("--tp", type=integer(1), help="tensor-parallel size (default: all ranks of a stage)")
     parser.add_argument("--pp", type=integer(1), default=1, help="pipeline stages, one a rank")
+    parser.add_argument("--ema", action="store_true", help="with the average of the weights (--ema-decay)")
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="where to compute")
     flags = parser.parse_args(arguments)
     if "" in flags.stop:
@@ -204,7 +205,7 @@ def main() -> int:
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     sampling.validate(flags.num_samples)
-    trained = load_trained_model(flags.load, tp=flags.tp, pp=flags.pp, device=flags.device)
+    trained = load_trained_model(flags.load, tp=flags.tp, pp=flags.pp, device=flags.device, ema=flags.ema)
     Writer(flags, trained, trained.load_tokenizer(flags.tokenizer_model)).write(prompts, sampling)
     shutdown()
     return 0

@@ -152,6 +152,13 @@ class OptimizerConfig:
     qk_clip_alpha: float = flag(
         0.5, "with --qk-clip: the queries' share of the scaling, as an exponent", least=0, most=1
     )
+    ema_decay: float = flag(
+        0.0,
+        "keep an exponential moving average of the weights, this much of it from the past; 0: no",
+        least=0,
+        below=1,
+    )
+    ema_evaluate: bool = flag(False, "with --ema-decay: the run's own evaluations use the average")
     initial_loss_scale: float = flag(65536.0, "fp16: loss scale at the start", above=0)
     min_loss_scale: float = flag(1.0, "fp16: smallest loss scale", above=0)
     loss_scale_window: int = flag(1000, "fp16: clean iterations before the scale grows by 2", least=1)

@@ -68,6 +68,8 @@ PARTNERS = (
         lambda c: c.optimizer.qk_clip,
         "no logit is looked at: add --qk-clip",
     ),
+    Partner(("optimizer.ema_evaluate",), lambda c: c.optimizer.ema_decay, "no average is kept: add --ema-decay 0.999"),
+    Partner(("optimizer.ema_evaluate",), lambda c: c.training.eval_iters, "nothing is evaluated: add --eval-iters N"),
     Partner(("checkpoint.save_interval", "checkpoint.keep_last"), lambda c: c.checkpoint.save, _NO_SAVE),
     Partner(("checkpoint.keep_best",), lambda c: c.checkpoint.save, _NO_SAVE),
     Partner(

@@ -24,6 +24,7 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.distributed import discover_launch, initialize
 from megaforge.parallel.layer_context import make_layer_context
 from megaforge.training.checkpointing import compute_dtype
+from megaforge.training.ema import average_entries, has_average
 from megaforge.training.setup import set_numerics
 
 
@@ -83,7 +84,9 @@ class TrainedModel:
         return tokenizer
 
 
-def load_trained_model(directory: str, *, tp: int | None = None, pp: int = 1, device: str = "auto") -> TrainedModel:
+def load_trained_model(
+    directory: str, *, tp: int | None = None, pp: int = 1, device: str = "auto", ema: bool = False
+) -> TrainedModel:
     """Joins the other ranks, if there are any, and loads the newest valid checkpoint of ``directory``. Collective.
 
     Args:
@@ -91,9 +94,11 @@ def load_trained_model(directory: str, *, tp: int | None = None, pp: int = 1, de
         tp: tensor-parallel size; None takes all ranks of a stage.
         pp: pipeline stages, one a rank.
         device: cpu, cuda or auto.
+        ema: with the moving average of the weights (``--ema-decay``) in their place.
 
     Raises:
-        UserError: no valid checkpoint, or its model does not divide over ``tp``, or has fewer blocks than ``pp``.
+        UserError: no valid checkpoint, or no average in it where ``ema`` asks for one, or its model does not divide
+            over ``tp``, or has fewer blocks than ``pp``.
     """
     launch = discover_launch()
     if pp < 1 or launch.world_size % pp:
@@ -106,12 +111,18 @@ def load_trained_model(directory: str, *, tp: int | None = None, pp: int = 1, de
     ctx = ParallelContext.create(tp=tp, pp=pp, device=place)
     path = find_checkpoint(directory, ctx)
     meta = read_meta(path)
+    if ema and not has_average(meta):
+        raise UserError(
+            f"--ema: {path} keeps no average of the weights; train with --ema-decay 0.999, or leave --ema out"
+        )
     config = _present_config(meta, path, tp, pp, device)
     plan = check_run(config, launch.world_size).plan
     set_numerics(config, place)
     model = build_model(make_layer_context(config.model, ctx, dtype=compute_dtype(config.training)), plan)
     main = MainParameters(model)
-    load_checkpoint(path, main.entries(), ctx, verify=False, allow_extra=("",), cast=True)
+    load_checkpoint(
+        path, average_entries(main) if ema else main.entries(), ctx, verify=False, allow_extra=("",), cast=True
+    )
     main.after_load()
     return TrainedModel(StagedModel(model.eval(), plan), ctx, config, meta, path)
 

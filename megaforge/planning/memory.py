@@ -25,7 +25,8 @@ class StateBytes:
     Attributes:
         parameters: in their own types.
         gradients: the fp32 sums (fp64 for fp64 models).
-        optimizer: fp32 masters of 16-bit parameters, and what the update rule and a gradient filter keep.
+        optimizer: fp32 masters of 16-bit parameters, and what the update rule, a gradient filter and the average
+            of the weights keep.
         elements: number of parameters.
         host: what the update rule keeps in host memory; not in :attr:`total`.
     """
@@ -67,7 +68,8 @@ def state_bytes(
             own = -(-elements // (replicas if layout.zero else 1))
             sums["host" if rule.host_state else "optimizer"] += copies * own * wide
         sums["optimizer"] += copies * share * (wide if item.element_size < wide else 0)
-        sums["optimizer"] += copies * share * filter_rows(layout.optimizer) * wide
+        rows = filter_rows(layout.optimizer) + bool(layout.optimizer.ema_decay)
+        sums["optimizer"] += copies * share * rows * wide
     return StateBytes(**sums)
 
 

@@ -19,7 +19,7 @@ _LEARNING = {
         *("optimizer", "weight_decay", "sgd_momentum", "adam_beta1", "adam_beta2", "adam_eps"),
         *("clip_grad", "clip_grad_per_group", "clip_grad_value", "qat_latent_limit", "qat_damping"),
         *("lr_plateau_factor", "lr_plateau_patience", "lr_plateau_threshold", "lr_on_spike", "lr_spike_window"),
-        *("lr_mult", "wd_mult"),
+        *("lr_mult", "wd_mult", "ema_decay"),
         *("qk_clip", "qk_clip_threshold", "qk_clip_alpha"),
         *("second_stage_at", "second_stage_lr_factor", "second_stage_weight_decay_factor"),
         *("decoupled_weight_decay", "grokfast", "grokfast_alpha", "grokfast_lambda", "grokfast_window"),

@@ -42,6 +42,7 @@ from megaforge.training.callbacks import (
 )
 from megaforge.training.checkpointing import check_save_directory, compute_dtype, load_run, tokenizer_identity
 from megaforge.training.console import ConsoleLog
+from megaforge.training.ema import WeightAverage
 from megaforge.training.engine import Engine
 from megaforge.training.lr_on_spike import ReduceOnSpike
 from megaforge.training.numerics import choose_matmul_precision
@@ -130,6 +131,8 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext) -> Trainer:
         batches=run.layout.batches,
         callbacks=_callbacks(config),
     )
+    if config.optimizer.ema_decay:
+        trainer.add(WeightAverage(config.optimizer, optimizer.main))
     shape: RateShape = LR_SCHEDULES.get(config.optimizer.lr_decay_style)
     for name in dict.fromkeys((*shape.callbacks, *config.training.callbacks)):
         trainer.add(CALLBACKS.get(name)(trainer))

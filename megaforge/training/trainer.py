@@ -6,8 +6,8 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -45,6 +45,7 @@ class Trainer:
         stateful: what checkpoints keep besides the run's own parts and callbacks, by name.
         saved_iteration: iteration of the newest checkpoint of this run, loaded or written; 0 if there is none.
         validation: what :meth:`evaluate` reads, or None without ``--eval-iters``.
+        for_evaluation: what :meth:`evaluate` runs the model within, on all ranks: other weights, say.
         last_evaluation: the newest result of :meth:`evaluate`.
         tokens_per_expert: of the newest step's global batch, tokens that each expert of each MoE layer was chosen for:
             [MoE layers, E], on the device.
@@ -80,6 +81,7 @@ class Trainer:
         self.saved_iteration = 0
         self.earlier: Counter[str] = Counter()
         self.started_over: list[str] = []
+        self.for_evaluation: Callable[[], AbstractContextManager[None]] = nullcontext
         self.last_evaluation: EvaluationMetrics | None = None
         self.stop_reason: str | None = None
         self.tokens_per_expert = torch.empty((0, 0))
@@ -196,7 +198,7 @@ class Trainer:
             raise ValueError("this run has no validation data: --eval-iters is 0")
         sums = BatchSums(self.ctx, self._predictions)
         loader = self._loader(self.validation, BatchSchedule(self.batches.size))
-        with evaluating(self.model), closing(iter(loader)) as batches:  # type: ignore[type-var]
+        with self.for_evaluation(), evaluating(self.model), closing(iter(loader)) as batches:  # type: ignore[type-var]
             for micro_batches in islice(batches, self.config.training.eval_iters):
                 self.engine.forward(micro_batches, sums)
         self._read(sums)

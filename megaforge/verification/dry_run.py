@@ -39,6 +39,7 @@ from megaforge.planning.plan_command import planned_layout
 from megaforge.planning.report import gigabytes, table
 from megaforge.planning.stage_run import run_stage
 from megaforge.planning.stages import ModelParts, StagePart, cut_stages, model_parts, stage_parameters
+from megaforge.training.ema import WeightAverage
 from megaforge.training.forward_backward import make_reducer
 from megaforge.training.setup import build_model_chunks, make_context
 
@@ -270,7 +271,8 @@ def _try_rank(
         reducer = make_reducer(config.parallel, model, ctx, shards)
         optimizer = Optimizer(config.optimizer, model, shards, ctx)
         kept = make_filter(config.optimizer, optimizer.main.trained)
-        state = _registered(model, reducer, optimizer, kept)
+        average = WeightAverage(config.optimizer, optimizer.main).averages if config.optimizer.ema_decay else []
+        state = _registered(model, reducer, optimizer, kept, average)
         payload = make_stage_tensors(model, plan, layout.micro_batch_size, layout.sequence_length, layout.dtype)
         trained = [parameter for _, parameter in named_specs(model) if parameter.requires_grad]
         buffers = [parameter.main_grad for parameter in trained]  # type: ignore[attr-defined]
@@ -307,15 +309,20 @@ def _peak(layout: PlannedLayout, pipeline_ranks: Iterable[int], chunks: Sequence
 
 
 def _registered(
-    model: HybridModel | ModelChunks, reducer: GradientReducer, optimizer: Optimizer, kept: GradientFilter | None = None
+    model: HybridModel | ModelChunks,
+    reducer: GradientReducer,
+    optimizer: Optimizer,
+    kept: GradientFilter | None = None,
+    average: Iterable[Tensor] = (),
 ) -> StateBytes:
-    """Bytes that the model, the gradient reducer, the optimizer and a gradient filter hold."""
+    """Bytes that the model, the gradient reducer, the optimizer, a gradient filter and the weights' average hold."""
     parameters = [parameter for _, parameter in named_specs(model)]
     masters = [tensor for _, _, tensor in optimizer.weight_entries()]
     # A wide parameter is its own master: the same storage, counted with the parameters.
     storages = set(map(_storage, parameters))
     extra = [tensor for tensor in masters if _storage(tensor) not in storages]
     extra += [tensor for _, _, tensor in optimizer.state_entries()]
+    extra += average
     if kept is not None:
         extra.append(kept.kept)
     return StateBytes(

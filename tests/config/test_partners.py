@@ -15,6 +15,8 @@ ATTENTION, RWKV = ("--layer-schedule", "attention"), ("--layer-schedule", "rwkv"
 
 REFUSED = [
     (("--qk-clip-alpha", "0.4"), (), "add --qk-clip"),
+    (("--ema-evaluate",), ("--eval-iters", "1"), "add --ema-decay"),
+    (("--ema-evaluate",), ("--ema-decay", "0.9"), "--eval-iters N"),
     (("--save-interval", "2"), (), "--save DIR"),
     (("--save-interval", "0"), (), "--save DIR"),
     (("--keep-last", "9"), (), "--save DIR"),

@@ -81,6 +81,8 @@ def test_plan_equals_the_model_built_at_the_layout(sizes: dict[str, int]) -> Non
         "--cp 2 --cp-comm-type p2p --pp 2 --pipeline-schedule zb-h1",
         "--pp 2 --pipeline-schedule zb-h1 --recompute full",
         "--pp 2 --zero 2 --vpp 2",
+        "--pp 2 --zero 1 --bf16 --ema-decay 0.9",
+        "--ema-decay 0.9",
     ],
 )
 def test_plan_equals_the_dry_run(flags: str) -> None:
