@@ -2,8 +2,8 @@
 
 A polynomial of X X^T takes all singular values of X near 1 in a few matrix products. :mod:`.reference` writes the
 iterations out, :mod:`.coefficients` has the published polynomials; ``csrc/newton_schulz`` has compiled code, which
-computes products that are symmetric by half. No implementation depends on the number of threads, and each matrix of a
-batch comes out as it does alone, bit for bit.
+computes products that are symmetric by half. It does not depend on the number of threads, and each matrix of a batch
+comes out as it does alone, bit for bit; the products of torch (fp64, GPUs, no compiled code) do not promise that.
 """
 
 from __future__ import annotations
