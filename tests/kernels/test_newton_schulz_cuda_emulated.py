@@ -233,7 +233,11 @@ def test_the_face_hands_it_bf16_and_the_steps(monkeypatch: pytest.MonkeyPatch, s
         return reference.standard(x, triples)
 
     x = random(*shape).float()
-    expected = newton_schulz(x, algorithm="standard")
+    with monkeypatch.context() as without:
+        without.setattr(cuda, "on_gpu", lambda x: True)
+        without.setattr(cuda, "takes", lambda x: False)
+        expected = newton_schulz(x, algorithm="standard")
+    monkeypatch.setattr(cuda, "on_gpu", lambda x: True)
     monkeypatch.setattr(cuda, "takes", lambda x: x.dtype == torch.bfloat16)
     monkeypatch.setattr(cuda, "steps_by_cuda", steps)
     assert torch.equal(newton_schulz(x, algorithm="standard"), expected)

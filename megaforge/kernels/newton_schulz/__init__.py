@@ -65,7 +65,7 @@ def newton_schulz(
     if stack.numel() == 0:
         return x.clone()
     gram, narrow = algorithm == "gram", _TYPES[precision] == torch.bfloat16
-    if x.device.type == "cuda" and narrow and not gram:
+    if narrow and not gram and cuda.on_gpu(x):
         kept = reference.normalize(stack, eps).bfloat16()
         result = (cuda.steps_by_cuda if cuda.takes(kept) else reference.standard)(kept, triples)
     else:

@@ -26,10 +26,15 @@ UNIT = 8  # values in the 16 bytes that rows must begin at
 CUBLAS = "cuBLAS, which computes symmetric products whole. To build it: pip install --no-build-isolation -e ."
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether a GPU iterates on ``x``, by this code or cuBLAS."""
+    return x.device.type == "cuda"
+
+
 def takes(x: Tensor) -> bool:
     """Whether there is compiled code for [b, m, n] matrices like ``x``: bf16 on a GPU, with sides that it can take.
     Says once where there is none for GPUs."""
-    if x.device.type != "cuda" or x.dtype != torch.bfloat16:
+    if not on_gpu(x) or x.dtype != torch.bfloat16:
         return False
     if "cuda" not in COMPILED:
         say_fallback("newton_schulz", f"no compiled code for cuda ({why_missing('newton_schulz', 'cuda')})", CUBLAS)
