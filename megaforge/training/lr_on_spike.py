@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from megaforge.config.config import Config
 from megaforge.config.launcher import print_rank_0
 from megaforge.training.callbacks import Callback, Place
 
@@ -46,6 +47,12 @@ class ReduceOnSpike(Callback):
         self.factor, self.window = factor, window
         self.seen: dict[str, list[float]] = {name: [] for name in LEAST}
         self.reduced, self.since = 0.0, 0  # reductions in force (a fraction on the way back); steps since the last
+
+    @classmethod
+    def of(cls, config: Config) -> ReduceOnSpike | None:
+        """What the flags ask for."""
+        flags = config.optimizer
+        return cls(flags.lr_on_spike, flags.lr_spike_window) if flags.lr_on_spike is not None else None
 
     def on_step_start(self, trainer: Trainer) -> None:
         # It is no part of the trainer's factors between steps: without this flag nothing would let it fade.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from megaforge.config.config import Config
 from megaforge.config.launcher import print_rank_0
 from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.training.callbacks import Callback, Place
@@ -48,6 +49,12 @@ class PlateauBoost(Callback):
     def boosting(self) -> bool:
         """Whether the next step's rate is the higher one."""
         return self._began_at is not None
+
+    @classmethod
+    def of(cls, config: Config) -> PlateauBoost | None:
+        """What the flags ask for."""
+        flags = config.optimizer
+        return cls(flags) if flags.plateau_boost else None
 
     def on_step_start(self, trainer: Trainer) -> None:
         # It is no part of the trainer's factors between steps: a checkpoint that is continued without this flag goes

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megaforge.config.config import Config
 from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.optim.main_parameters import MainParameter
 from megaforge.training.callbacks import Callback, Place
@@ -46,6 +47,12 @@ class QKClip(Callback):
         self._layers: list[HasLogits] = []
         self._highest = torch.tensor(-math.inf)
         self._factors: dict[int, Tensor] | None = None
+
+    @classmethod
+    def of(cls, config: Config) -> QKClip | None:
+        """What the flags ask for."""
+        flags = config.optimizer
+        return cls(flags) if flags.qk_clip else None
 
     def on_train_start(self, trainer: Trainer) -> None:
         having = (module for module in trainer.model.modules() if hasattr(type(module), "logit_factors"))

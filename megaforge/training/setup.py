@@ -195,22 +195,18 @@ def _open_data(config: Config, tokenizer: Tokenizer | None) -> DataSource:
     return data
 
 
+# Those that change how weights are updated, in their order; each knows from the flags whether it is asked for.
+_OF_UPDATES = (SecondStage, PlateauBoost, ReduceOnSpike, QKClip)
+
+
 def _callbacks(config: Config) -> list[Callback]:
     training, checkpoint = config.training, config.checkpoint
     speed = Speed(config.logging.log_interval)
     callbacks: list[Callback] = [speed]
     if training.exit_interval:
         callbacks.append(ExitInterval(training.exit_interval))
-    second = SecondStage.of(config)
-    if second is not None:
-        callbacks.append(second)
-    if config.optimizer.plateau_boost:
-        callbacks.append(PlateauBoost(config.optimizer))
-    if config.optimizer.lr_on_spike is not None:
-        callbacks.append(ReduceOnSpike(config.optimizer.lr_on_spike, config.optimizer.lr_spike_window))
+    callbacks += [asked for kind in _OF_UPDATES if (asked := kind.of(config)) is not None]
     callbacks.append(ConsoleLog(config.logging.log_interval, speed))
-    if config.optimizer.qk_clip:
-        callbacks.append(QKClip(config.optimizer))
     if training.eval_iters:
         callbacks.append(Evaluation(training.eval_interval))
         callbacks.append(EarlyStopping(training.early_stopping_metric, training.early_stopping_patience))

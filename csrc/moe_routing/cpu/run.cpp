@@ -2,11 +2,10 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "common/isa.h"
+#include "common/scratch.h"
 #include "moe_routing.h"
 
 namespace megaforge::moe {
@@ -47,22 +46,6 @@ int useful_threads(int threads, std::int64_t elements, std::int64_t pieces) {
   const std::int64_t most = std::min(pieces, elements / kWorthAThread + 1);
   return static_cast<int>(std::clamp<std::int64_t>(threads, 1, std::max<std::int64_t>(most, 1)));
 }
-
-// Equal shares of cache-aligned scratch; made before threads start, since an exception must not leave them.
-class Scratch {
- public:
-  Scratch(int threads, std::int64_t bytes)
-      : share_((static_cast<std::size_t>(bytes) + 63) / 64 * 64),
-        data_(static_cast<char*>(::operator new(share_ * static_cast<std::size_t>(threads), std::align_val_t(64)))) {}
-  ~Scratch() { ::operator delete(data_, std::align_val_t(64)); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  void* of(int thread) const { return data_ + share_ * static_cast<std::size_t>(thread); }
-
- private:
-  std::size_t share_;
-  char* data_;
-};
 
 // In: assignments of every block to every expert, counts [blocks, experts]. Out: where each block's first one goes.
 // Returns the totals in `totals` [experts].

@@ -1,11 +1,10 @@
 // Chooses the instruction set, and spreads the matrices of a batch, or the blocks of a matrix, over threads.
 #include <algorithm>
-#include <memory>
-#include <new>
 
 #include <omp.h>
 
 #include "common/isa.h"
+#include "common/scratch.h"
 #include "newton_schulz.h"
 
 namespace megaforge::newton_schulz {
@@ -22,22 +21,6 @@ const Kernels& kernels() {
 #endif
   return scalar_kernels;
 }
-
-// Equal shares of cache-aligned scratch; made before threads start, since an exception must not leave them.
-class Scratch {
- public:
-  Scratch(std::int64_t shares, std::int64_t bytes)
-      : share_((static_cast<std::size_t>(bytes) + 63) / 64 * 64),
-        data_(static_cast<char*>(::operator new(share_ * static_cast<std::size_t>(shares), std::align_val_t(64)))) {}
-  ~Scratch() { ::operator delete(data_, std::align_val_t(64)); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  void* of(std::int64_t share) const { return data_ + share_ * static_cast<std::size_t>(share); }
-
- private:
-  std::size_t share_;
-  char* data_;
-};
 
 // body(matrix, scratch, team): each matrix by one thread where there are enough of them, else by all threads.
 template <class Body>

@@ -16,7 +16,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from megaforge.kernels.native import define, load, say_fallback, why_missing
+from megaforge.kernels.native import define, say_fallback, why_missing
+from megaforge.kernels.newton_schulz.native import COMPILED
 
 SWITCH = "MEGAFORGE_WGMMA"
 OLDEST = (8, 0)
@@ -84,4 +85,3 @@ define(
     "newton_schulz_steps(Tensor x, float[] coefficients, bool wgmma) -> Tensor",
     lambda x, coefficients, wgmma: x.new_empty(x.shape),
 )
-COMPILED = load("newton_schulz")
