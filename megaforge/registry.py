@@ -36,12 +36,13 @@ class Registry:
         self._unread = set(builtin)
 
     def register(self, name: str, part: Any) -> None:
-        """Adds a part.
+        """Adds a part. A file that is imported under two names (as a module of a package and by ``--extensions``) adds
+        its parts twice: the later ones replace the earlier.
 
         Raises:
             UserError: the name is taken by another.
         """
-        if name in self._parts and self._parts[name] is not part:
+        if name in self._parts and self._parts[name] is not part and not _same_source(self._parts[name], part):
             raise UserError(f"{self.kind} {name!r} is registered already; use another name")
         self._parts[name] = part
 
@@ -77,6 +78,16 @@ class Registry:
 
     def __contains__(self, name: object) -> bool:
         return name in self._parts
+
+
+def _same_source(one: Any, other: Any) -> bool:
+    """Whether both are the class or function of the same name of the same file."""
+    return None not in _source(one) and _source(one) == _source(other)
+
+
+def _source(part: Any) -> tuple[str | None, str | None]:
+    module = sys.modules.get(getattr(part, "__module__", ""))
+    return getattr(module, "__file__", None), getattr(part, "__qualname__", None)
 
 
 UPDATE_RULES = Registry(

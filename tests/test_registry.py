@@ -8,7 +8,7 @@ import pytest
 
 from megaforge.config.cli import config_from_dict, config_to_dict, parse_config
 from megaforge.errors import UserError
-from megaforge.registry import Registry, load_extensions
+from megaforge.registry import CALLBACKS, Registry, load_extensions
 
 
 def test_built_in_parts_are_imported_when_asked_for() -> None:
@@ -28,6 +28,19 @@ def test_unknown_and_taken_names_are_told() -> None:
     assert registry.get("one") == 1 and "one" in registry
     with pytest.raises(UserError, match="'complex' is registered already"):
         registry.register("complex", 2)
+
+
+def test_a_file_imported_under_two_names_registers_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "from megaforge.registry import CALLBACKS\ndef twice(): pass\nCALLBACKS.register('twice', twice)"
+    (tmp_path / "twice_named.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(CALLBACKS, "_parts", dict(CALLBACKS._parts))
+    load_extensions((str(tmp_path / "twice_named.py"),))
+    first = CALLBACKS.get("twice")
+    load_extensions(("twice_named",))
+    assert CALLBACKS.get("twice") is not first
+    with pytest.raises(UserError, match="'twice' is registered already"):
+        CALLBACKS.register("twice", print)
 
 
 def test_an_extension_is_imported_once_and_kept_by_its_full_path(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import gc
 import os
+import queue
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +20,11 @@ def _serve(index: int, inbox: Any, outbox: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     while True:
-        job = inbox.get()
-        if job is None:
-            return
-        function, args, world_size, store_path = job
         try:
+            job = inbox.get()  # imports the module of the function: what that raises is an answer, too
+            if job is None:
+                return
+            function, args, world_size, store_path = job
             outbox.put((index, True, _as_rank(function, args, index, world_size, store_path)))
         except BaseException:
             outbox.put((index, False, traceback.format_exc()))
@@ -68,7 +70,8 @@ class RankPool:
         """``function(*args)`` in each of ``world_size`` ranks; the results by rank.
 
         Raises:
-            AssertionError: a rank raised; all tracebacks are in the message. The pool is started anew afterwards.
+            AssertionError: a rank raised, ended, or gave no answer for five minutes; all tracebacks are in the message.
+                The pool is started anew afterwards.
         """
         self._grow(world_size)
         with tempfile.TemporaryDirectory() as folder:
@@ -76,9 +79,16 @@ class RankPool:
                 inbox.put((function, args, world_size, os.path.join(folder, "store")))
             results: dict[int, Any] = {}
             failures: dict[int, str] = {}
-            for _ in range(world_size):
-                index, fine, value = self._outbox.get(timeout=300)
-                (results if fine else failures)[index] = value
+            deadline = time.monotonic() + 300
+            while len(results) + len(failures) < world_size:
+                try:
+                    index, fine, value = self._outbox.get(timeout=1)
+                    (results if fine else failures)[index] = value
+                except queue.Empty:
+                    late = [rank for rank in range(world_size) if rank not in results and rank not in failures]
+                    ended = [rank for rank in late if not self._processes[rank].is_alive()]
+                    if ended or time.monotonic() > deadline:
+                        failures |= {rank: f"no answer; exit code {self._processes[rank].exitcode}" for rank in late}
         if failures:
             self.close()
             raise AssertionError("\n".join(f"rank {rank}:\n{text}" for rank, text in sorted(failures.items())))
