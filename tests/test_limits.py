@@ -22,6 +22,7 @@ COVERED = {
     "data/left_out.py": "data/test_directory_to_jsonl.py",
     "data/outputs.py": "data/test_directory_to_jsonl.py",
     "data/preprocess/": "data/test_preprocess.py",
+    "kernels/bitgemm/": "kernels/test_bitgemm.py",
     "kernels/pointwise/": "kernels/test_pointwise.py",
     "kernels/rwkv7_fused/": "kernels/test_rwkv7_fused.py",
     "kernels/wkv7/": "kernels/test_wkv7.py",

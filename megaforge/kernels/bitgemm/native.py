@@ -1,0 +1,63 @@
+"""The operators ``torch.ops.megaforge.bitgemm_*``. Their code is in ``csrc/bitgemm``; elsewhere they are
+:mod:`.reference`'s.
+
+A prepared matrix is whatever ``bitgemm_prepare`` of its device makes of the stored rows; its type and shape tell the
+layouts apart. The plain form keeps the rows, uint8 [N, bytes].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megaforge.kernels.bitgemm import reference
+from megaforge.kernels.native import define, load
+
+_SCHEMES = {bits: scheme for scheme, bits in reference.BITS.items()}
+
+
+def _prepare(packed: Tensor, bits: int, columns: int) -> Tensor:
+    return packed.clone()
+
+
+def _linear(
+    x: Tensor, prepared: Tensor, scale: Tensor, bias: Tensor | None, bits: int, columns: int, activation_bits: int
+) -> Tensor:
+    codes, worth = reference.quantize_activations(x, activation_bits)
+    return _product(codes, worth, prepared, scale, bias, bits, columns, x.dtype)
+
+
+def _product(
+    codes: Tensor,
+    worth: Tensor,
+    prepared: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    weight = reference.unpack_codes(prepared, _SCHEMES[bits], columns)
+    return reference.product(codes, worth, weight, scale, bias, dtype)
+
+
+define(
+    "bitgemm_prepare(Tensor packed, int bits, int columns) -> Tensor",
+    lambda packed, *_: packed.new_empty(packed.shape), _prepare,
+)  # fmt: skip
+define(
+    "bitgemm_linear(Tensor x, Tensor prepared, Tensor scale, Tensor? bias, int rows, int bits, int columns, "
+    "int activation_bits) -> Tensor",
+    lambda x, prepared, scale, bias, rows, *_: x.new_empty(x.shape[0], rows),
+    lambda x, prepared, scale, bias, rows, *rest: _linear(x, prepared, scale, bias, *rest),
+)  # fmt: skip
+define(
+    "bitgemm_product(Tensor codes, Tensor worth, Tensor prepared, Tensor scale, Tensor? bias, int rows, int bits, "
+    "int columns, ScalarType dtype) -> Tensor",
+    lambda codes, worth, prepared, scale, bias, rows, bits, columns, dtype: worth.new_empty(
+        codes.shape[0], rows, dtype=dtype
+    ),
+    lambda codes, worth, prepared, scale, bias, rows, *rest: _product(codes, worth, prepared, scale, bias, *rest),
+)  # fmt: skip
+
+COMPILED = load("bitgemm")
