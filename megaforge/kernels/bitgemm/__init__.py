@@ -116,7 +116,8 @@ def prepare(packed: Packed) -> Prepared:
     serves this machine alone (its instruction set chooses the layout): never save it."""
     if packed.codes.device.type not in COMPILED:
         say_uncompiled("bitgemm", packed.codes.device.type)
-    panels = torch.ops.megaforge.bitgemm_prepare(packed.codes, BITS[packed.scheme], packed.shape[1])
+    groups = packed.scale.shape[1] if packed.scale.dim() == 2 else 1
+    panels = torch.ops.megaforge.bitgemm_prepare(packed.codes, BITS[packed.scheme], packed.shape[1], groups)
     return Prepared(panels, packed.scheme, packed.shape, packed.scale)
 
 

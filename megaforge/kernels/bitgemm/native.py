@@ -2,7 +2,8 @@
 :mod:`.reference`'s.
 
 A prepared matrix is whatever ``bitgemm_prepare`` of its device makes of the stored rows; its type and shape tell the
-layouts apart. The plain form keeps the rows, uint8 [N, bytes].
+layouts apart; the plain form keeps the rows, uint8 [N, bytes]. ``groups``: of columns, each with scales of its own; 1
+where a row has one scale.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from megaforge.kernels.native import define, load
 _SCHEMES = {bits: scheme for scheme, bits in reference.BITS.items()}
 
 
-def _prepare(packed: Tensor, bits: int, columns: int) -> Tensor:
+def _prepare(packed: Tensor, bits: int, columns: int, groups: int) -> Tensor:
     return packed.clone()
 
 
@@ -42,7 +43,7 @@ def _product(
 
 
 define(
-    "bitgemm_prepare(Tensor packed, int bits, int columns) -> Tensor",
+    "bitgemm_prepare(Tensor packed, int bits, int columns, int groups) -> Tensor",
     lambda packed, *_: packed.new_empty(packed.shape), _prepare,
 )  # fmt: skip
 define(

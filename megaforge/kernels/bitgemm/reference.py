@@ -47,7 +47,8 @@ def quantize_activations(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     finite = largest.isfinite()
     codes = (wide * (1.0 / largest * most)).round().clamp(-most - 1, most)
     codes = torch.where(finite, codes, torch.zeros_like(codes)).to(torch.int8)
-    return codes, torch.where(finite, largest / most, torch.full_like(largest, torch.nan))
+    # By a tensor: GPUs multiply by the reciprocal of a number.
+    return codes, torch.where(finite, largest / torch.full_like(largest, most), torch.nan)
 
 
 def exact_sums(codes: Tensor, weight: Tensor) -> Tensor:
