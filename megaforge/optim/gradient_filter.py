@@ -25,7 +25,8 @@ class GradientFilter(ABC):
     """Changes the gradients of an update in place, and remembers earlier ones; registered by name for ``--grokfast``.
 
     It sees the reduced gradient without the loss scale, under ZeRO this rank's part of it. As each element is filtered
-    alone, the layout changes nothing. An update that is left out (its gradient overflowed) is not seen.
+    alone, the layout changes nothing. An update that is left out is not seen: its gradient overflowed, or might do so
+    once filtered (:meth:`bears`).
 
     Attributes:
         updates: gradients seen so far.
@@ -41,6 +42,17 @@ class GradientFilter(ABC):
     @abstractmethod
     def rows(cls, config: OptimizerConfig) -> int:
         """How many tensors of a gradient's shape and type are kept of each parameter: saved, resharded, planned for."""
+
+    @classmethod
+    @abstractmethod
+    def gain(cls, config: OptimizerConfig) -> float:
+        """How many times the largest element of all gradients so far any number can be that the filter computes."""
+
+    def bears(self, norm: float) -> bool:
+        """Whether filtering a gradient of this norm stays within fp32's range, whatever came before it. The norm is
+        the whole model's, so that all ranks agree before any of them has changed what it keeps."""
+        # Half the range is left to rounding. As larger ones never enter, what is kept is no larger either.
+        return norm <= torch.finfo(torch.float32).max / (2 * max(1.0, self.gain(self.config)))
 
     @abstractmethod
     def filter(self) -> None:

@@ -17,6 +17,10 @@ class ExponentialMean(GradientFilter):
     def rows(cls, config: OptimizerConfig) -> int:
         return 1
 
+    @classmethod
+    def gain(cls, config: OptimizerConfig) -> float:
+        return 1 + _factor(config, 2.0)
+
     def filter(self) -> None:
         alpha, factor = self.config.grokfast_alpha, _factor(self.config, 2.0)
         for columns, held in self.stretches():
@@ -35,6 +39,10 @@ class WindowMean(GradientFilter):
     @classmethod
     def rows(cls, config: OptimizerConfig) -> int:
         return config.grokfast_window
+
+    @classmethod
+    def gain(cls, config: OptimizerConfig) -> float:
+        return max(1 + _factor(config, 5.0), config.grokfast_window)  # the window is summed before it is divided
 
     def filter(self) -> None:
         window, factor = self.config.grokfast_window, _factor(self.config, 5.0)

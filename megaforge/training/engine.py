@@ -109,7 +109,8 @@ class Engine:
         number: of the global norm; 0 is none); makes ``sums`` global and reads them.
 
         Returns:
-            The norm before clipping, inf or nan where the gradients overflowed; and what else there is to record
+            The norm before clipping, inf or nan where the gradients overflowed or the filter does not bear them
+            (:meth:`megaforge.optim.gradient_filter.GradientFilter.bears`); and what else there is to record
             (:func:`megaforge.optim.clip.clip_gradients`).
 
         Raises:
@@ -120,11 +121,13 @@ class Engine:
         if self.filter is None:
             return clip_gradients(self.model, self.ctx, limits, scale, metrics, sums.read), metrics
         unfiltered = clip_gradients(self.model, self.ctx, 0.0, scale, metrics, sums.read)
-        if math.isfinite(unfiltered):
+        enters = self.filter.bears(unfiltered)
+        if enters:
             self.filter.apply()
-            norm = clip_gradients(self.model, self.ctx, limits, 1.0, metrics)
-        else:
-            norm = unfiltered
+        scale = 1.0 if math.isfinite(unfiltered) else scale
+        norm = clip_gradients(self.model, self.ctx, limits, scale, metrics)
+        if not enters and math.isfinite(norm):
+            norm = math.inf
         return norm, metrics | {"unfiltered_grad_norm": unfiltered}
 
     def update(self, lr: float, grad_norm: float, sums: BatchSums) -> bool:

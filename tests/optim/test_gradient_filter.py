@@ -18,6 +18,7 @@ from megaforge.optim import MainParameters, gradient_filter
 from megaforge.optim.gradient_filter import GradientFilter, filter_rows, make_filter
 from megaforge.parallel.context import ParallelContext
 from megaforge.training.callbacks import Callback, Checkpointing, ExitInterval
+from megaforge.training.metrics import StepMetrics
 from megaforge.training.trainer import Trainer
 from megaforge.verification.dry_run import try_ranks
 from tests.optim.small_model import SPECS, SmallModel, set_gradients
@@ -106,16 +107,18 @@ def test_a_checkpoint_of_another_filter_is_refused() -> None:
 class Watch(Callback):
     """Recomputes by the published code what the filter makes of every gradient of this rank."""
 
-    def __init__(self, trainer: Trainer, poison: int = 0) -> None:
+    def __init__(self, trainer: Trainer, poison: dict[int, float]) -> None:
         self.poison, self.filtered = poison, list[list[Tensor]]()
+        self.metrics: list[dict[str, float]] = []
         assert trainer.engine.filter is not None
         self.filter = trainer.engine.filter
         self.published = [Published(trainer.config.optimizer) for _ in self.filter.parameters]
         self.scale, self.raw = 1.0, list[Tensor]()
 
     def on_gradients(self, trainer: Trainer) -> None:
-        if trainer.iteration + 1 == self.poison and trainer.ctx.world.rank == 0:
-            next(main.grad for main in self.filter.parameters if main.master.numel()).view(-1)[0] = math.inf
+        bad = self.poison.get(trainer.iteration + 1)
+        if bad is not None and trainer.ctx.world.rank == 0:
+            next(main.grad for main in self.filter.parameters if main.master.numel()).view(-1)[0] = bad
         self.scale = 1 / trainer.scaler.scale
         self.raw = [main.grad * self.scale for main in self.filter.parameters]
 
@@ -124,17 +127,23 @@ class Watch(Callback):
         for one, raw, ours in zip(self.published, self.raw, self.filtered[-1], strict=True):
             assert same(ours, one(raw)), trainer.iteration
 
+    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        self.metrics.append(metrics.values())
 
-def train(argv: list[str], poison: int = 0) -> tuple[dict[str, Tensor], int]:
-    """Trains as one of the ranks, watched; the weights of this rank, and the updates that the filter has seen."""
+
+def train(
+    argv: list[str], poison: dict[int, float] | None = None
+) -> tuple[dict[str, Tensor], int, list[dict[str, float]]]:
+    """Trains as one of the ranks, watched; the weights of this rank, the updates that the filter has seen, and what a
+    run from its beginning records."""
     trainer = trainer_of(argv) if torch.distributed.is_initialized() else make_trainer(argv)
-    watch = Watch(trainer, poison)
+    watch = Watch(trainer, poison or {})
     # Measuring how fast the machine is takes long. What was filtered before a checkpoint the formula has not seen.
     kept = [callback for callback in trainer.callbacks if isinstance(callback, Checkpointing | ExitInterval)]
     trainer.callbacks = [watch, *kept] if trainer.iteration == 0 else kept
     trainer.train()
     assert trainer.engine.filter is not None
-    return weights(trainer), trainer.engine.filter.updates
+    return weights(trainer), trainer.engine.filter.updates, watch.metrics
 
 
 @pytest.mark.parametrize(("kind", "layout"), [("ema", ("--zero", "1", "--pp", "2")), ("ma", ("--zero", "2"))])
@@ -153,10 +162,10 @@ def test_at_any_layout_by_the_formula_and_resumed_bit_for_bit(
     resumed = ranks.run(world, train, [*line, *layout, "--load", f"{save}/step_0000004"])
     alone = train(line)
     elsewhere = train([*line, "--load", f"{save}/step_0000004"])
-    assert [updates for _, updates in (*whole, *stopped, *resumed, alone, elsewhere)] == (
+    assert [updates for _, updates, _ in (*whole, *stopped, *resumed, alone, elsewhere)] == (
         [5] * world + [4] * world + [5] * world + [5, 5]
     )
-    for (expected, _), (found, _) in zip(whole, resumed, strict=True):
+    for (expected, *_), (found, *_) in zip(whole, resumed, strict=True):
         for name, tensor in expected.items():
             assert torch.equal(found[name], tensor), name
     for name, tensor in alone[0].items():
@@ -166,10 +175,31 @@ def test_at_any_layout_by_the_formula_and_resumed_bit_for_bit(
 @pytest.mark.parametrize("kind", ["ema", "ma"])
 def test_an_update_that_is_left_out_does_not_enter(ranks: RankPool, tmp_path: Path, kind: str) -> None:
     prefix = write_dataset(tmp_path / "train_text_document")
-    scaling = ("--fp16", "--initial-loss-scale", "1024", "--hysteresis", "1", "--zero", "1", "--micro-batch-size", "1")
-    line = arguments(prefix, *scaling, "--clip-grad", "0", *FLAGS[kind])
-    for _, updates in ranks.run(2, train, line, 3):
-        assert updates == 5
+    scaling = ("--fp16", "--initial-loss-scale", "4", "--hysteresis", "1", "--zero", "1", "--micro-batch-size", "1")
+    line = arguments(prefix, *scaling, "--clip-grad", "0", "--clip-grad-value", "1e30", *FLAGS[kind])
+    # The first is no number of fp32; the second one is, but its filtered form is not.
+    for _, updates, steps in ranks.run(2, train, line, {2: math.inf, 4: 3e38}):
+        assert updates == 4
+        assert [step["skipped"] for step in steps] == [0, 1, 0, 1, 0, 0]
+        assert [math.isfinite(step["grad_norm"]) for step in steps] == [True, False, True, False, True, True]
+        assert [step["unfiltered_grad_norm"] for step in steps[1:4:2]] == pytest.approx([math.inf, 1.5e38])
+        assert all((step["clamped"] > 0) == step["skipped"] for step in steps), "recorded in every step"
+
+
+@pytest.mark.parametrize("kind", ["ema", "ma"])
+def test_what_a_filter_bears_it_keeps_finite(kind: str) -> None:
+    config = OptimizerConfig(grokfast=kind)
+    model, made = make(config)
+    low, high = 1e30, 3.4e38  # the largest norm that is borne
+    for _ in range(200):
+        low, high = (middle, high) if made.bears(middle := (low + high) / 2) else (low, middle)
+    for _ in range(config.grokfast_window + 1):
+        signs = {name: gradient.sign() for name, gradient in gradients(0).items()}
+        set_gradients(model, ParallelContext.single(), {name: low * sign for name, sign in signs.items()})
+        made.apply()
+        assert all(parameter.main_grad.isfinite().all() for parameter in model.parameters())
+        assert made.kept.isfinite().all()
+    assert not made.bears(high * 1.01) and not made.bears(math.inf) and not made.bears(math.nan)
 
 
 def test_clipping_is_of_the_filtered_gradient(tmp_path: Path) -> None:
