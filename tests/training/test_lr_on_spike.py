@@ -6,10 +6,14 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from megaforge.training import lr_on_spike
 from megaforge.training.lr_on_spike import REPEAT, ReduceOnSpike, is_spike
+from tests.parallel.pool import RankPool
+from tests.parallel.test_pipeline_model import compare, train
 from tests.training.tiny import arguments, make_trainer, record, write_dataset
 
 
@@ -74,3 +78,18 @@ def test_a_run_goes_on_in_the_middle_of_it(tmp_path: Path, monkeypatch: pytest.M
     rest = record(again)
     again.train()
     assert rest.records == recorder.records[5:]
+
+
+def train_touchily(argv: list[str]) -> dict[str, Any]:
+    """Some step of a run this short becomes a spike where little is enough: here, beyond the median."""
+    with mock.patch.multiple(lr_on_spike, SIGMAS=0.0, LEAST={"loss": 0.0, "grad_norm": 0.0}):
+        return train(argv)
+
+
+def test_spikes_are_the_same_at_every_layout(ranks: RankPool, tmp_path: Path) -> None:
+    prefix = write_dataset(tmp_path / "train_text_document")
+    argv = arguments(prefix, "--fp64", "--micro-batch-size", "1", "--train-iters", "6")
+    argv += ["--lr-on-spike", "0.5", "--lr-spike-window", "8"]
+    expected = train_touchily(argv)
+    assert [step["spike_lr_factor"] < 1 for step in expected["records"]].count(True) >= 2
+    compare(ranks.run(4, train_touchily, [*argv, "--tp", "2", "--sp", "--zero", "2"]), expected, 1e-9)
