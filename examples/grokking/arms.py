@@ -3,8 +3,8 @@
 
 python examples/grokking/arms.py --output runs/grokking --seeds 0 1 2
 
-An arm that has been trained is not trained again. ``--small`` takes seconds: a small prime and model, too few steps to
-see anything generalise.
+An arm that has been trained is not trained again. ``--check`` fails where a filter has not generalised in time, or what
+is unfiltered has. ``--small`` takes seconds: a small prime and model, too few steps to see anything generalise.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ from megaforge.monitor.sinks import read_metrics
 REPO = Path(__file__).resolve().parents[2]
 ARMS = {
     "none": (),
+    "none-0.01": ("--weight-decay", "0.01"),
     "ema": ("--grokfast", "ema"),
     "ma": ("--grokfast", "ma", "--weight-decay", "0.01"),
     "adamw": ("--decoupled-weight-decay", "--weight-decay", "1"),
 }
 LABELS = {
     "none": "Adam, no filter",
+    "none-0.01": "Adam, L2 of 0.01, no filter",
     "ema": "Adam, --grokfast ema",
-    "ma": "Adam, --grokfast ma",
+    "ma": "Adam, L2 of 0.01, --grokfast ma",
     "adamw": "AdamW, weight decay 1, no filter",
 }
 SMALL = (  # in which only what runs can be seen
@@ -44,6 +46,8 @@ SMALL = (  # in which only what runs can be seen
     *("--eval-interval", "20", "--grokfast-window", "10"),
 )
 GOAL = 0.95
+MEMORISED = 0.1  # what has not begun to generalise is below
+FILTERED = {"ema": "none", "ma": "none-0.01"}  # and the same optimizer unfiltered
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -54,7 +58,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of weights, split and order of the data")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS), help="default: all")
     parser.add_argument("--small", action="store_true", help="seconds in place of minutes")
-    return parser.parse_args(arguments)
+    parser.add_argument("--check", action="store_true", help="fail unless the filters, and they alone, generalise")
+    flags = parser.parse_args(arguments)
+    if flags.check and flags.small:
+        raise UserError("--check: nothing generalises with --small; leave one of the two away")
+    return flags
 
 
 def line_of(arm: str, seed: int, metrics: Path, small: bool) -> list[str]:
@@ -82,13 +90,19 @@ def train(flags: argparse.Namespace) -> dict[tuple[str, int], dict[int, float]]:
         for arm in flags.arms:
             metrics = output / f"{arm}.{seed}.jsonl"
             done = metrics.with_suffix(".done")
+            line = line_of(arm, seed, metrics, flags.small)
+            command = shlex.join(line[:-1])  # the folder may have moved
+            if done.exists() and done.read_text() != command:
+                raise UserError(
+                    f"--output {flags.output}: the arm {arm} was trained there by another command: {done.read_text()}; "
+                    f"choose another folder, or delete {done} to train it anew"
+                )
             if not done.exists():
                 metrics.unlink(missing_ok=True)
-                line = line_of(arm, seed, metrics, flags.small)
                 print(shlex.join(["python", *line]), flush=True)
                 if subprocess.run([sys.executable, *line], cwd=REPO, env=os.environ).returncode:
                     raise UserError(f"the arm {arm} did not end well; its command is printed above")
-                done.touch()
+                done.write_text(command)
             found[arm, seed] = accuracies(metrics)
     return found
 
@@ -102,6 +116,20 @@ def table(found: dict[tuple[str, int], dict[int, float]]) -> str:
     return "\n".join(rows)
 
 
+def failures(found: dict[tuple[str, int], dict[int, float]]) -> list[str]:
+    """What the curves contradict: both filters generalise, and the same optimizer without does not."""
+    faults = []
+    for (arm, seed), curve in found.items():
+        most, last = max(curve.values()), list(curve.values())[-1]
+        if arm in FILTERED and most < GOAL:
+            faults.append(f"{LABELS[arm]}, seed {seed}: {most:.1%} of the held-out equations, below {GOAL:.0%}")
+        if arm in FILTERED.values() and last >= MEMORISED:
+            faults.append(
+                f"{LABELS[arm]}, seed {seed}: {last:.1%} of the held-out equations, not below {MEMORISED:.0%}"
+            )
+    return faults
+
+
 def draw(found: dict[tuple[str, int], dict[int, float]], picture: str) -> None:
     """Validation accuracy of every arm; its seeds have one colour."""
     require("matplotlib", extra="train", purpose="examples/grokking/arms.py").use("Agg")
@@ -110,7 +138,9 @@ def draw(found: dict[tuple[str, int], dict[int, float]], picture: str) -> None:
     seen: set[str] = set()
     for (arm, _), curve in found.items():
         label = None if arm in seen else LABELS[arm]
-        axes.plot(list(curve), [100 * a for a in curve.values()], f"C{list(ARMS).index(arm)}", label=label)
+        axes.plot(
+            list(curve), [100 * a for a in curve.values()], f"C{list(ARMS).index(arm)}", label=label, linewidth=1.2
+        )
         seen.add(arm)
     axes.set(xlabel="iteration", ylabel="validation accuracy in %", ylim=(0, 101))
     axes.grid(alpha=0.3)
@@ -128,7 +158,10 @@ def main() -> int:
     found = train(flags)
     print(table(found))
     draw(found, picture)
-    return 0
+    faults = failures(found) if flags.check else []
+    for fault in faults:
+        print(fault)
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

@@ -75,3 +75,25 @@ def test_arms_are_trained_once_listed_and_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").stat().st_size > 1000
     again = run(1, *line)
     assert "pretrain_cdrmix.py" not in again.out and "95% at" in again.out
+
+
+def test_arms_of_another_command_are_not_mixed_in(tmp_path: Path) -> None:
+    arms = load("arms")
+    flags = arms.parse_arguments(["--output", str(tmp_path), "--arms", "ema"])
+    line = arms.line_of("ema", 0, tmp_path / "ema.0.jsonl", small=True)
+    (tmp_path / "ema.0.done").write_text(" ".join(line[:-1]))
+    with pytest.raises(UserError, match="trained there by another command: pretrain_cdrmix.py .* modular://23"):
+        arms.train(flags)
+    with pytest.raises(UserError, match="nothing generalises with --small"):
+        arms.parse_arguments(["--output", str(tmp_path), "--small", "--check"])
+
+
+def test_what_the_curves_must_show() -> None:
+    arms = load("arms")
+    held = {("none", 0): {800: 0.01, 1600: 0.05}, ("none-0.01", 0): {1600: 0.02}, ("adamw", 0): {1600: 0.3}}
+    held |= {("ema", 0): {800: 0.2, 1550: 0.96, 1600: 0.94}, ("ma", 0): {1600: 0.95}}
+    assert arms.failures(held) == []
+    [late] = arms.failures({**held, ("ma", 1): {1600: 0.949}})
+    assert late == "Adam, L2 of 0.01, --grokfast ma, seed 1: 94.9% of the held-out equations, below 95%"
+    [early] = arms.failures({**held, ("none-0.01", 1): {1600: 0.1}})
+    assert early.startswith("Adam, L2 of 0.01, no filter, seed 1: 10.0%")
