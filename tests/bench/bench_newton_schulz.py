@@ -134,7 +134,7 @@ def main() -> None:
     cases: dict[str, dict[str, object]] = {}
     faster: dict[str, list[float]] = {}
     for kind in args.kinds:
-        for shape in LONG if kind == "long" else SQUARE[:3] if kind == "fp32" else SQUARE:
+        for shape in LONG if kind == "long" else SQUARE[:3] + LONG if kind == "fp32" else SQUARE:
             if min(shape[-2:]) > args.largest:
                 continue
             compared = Compared(shape, args.rounds)
@@ -148,7 +148,7 @@ def main() -> None:
                 for precision in ("highest", "medium"):
                     peer = {f"torch {precision}": lambda p=precision, x=compared.x: theirs_fp32(x, p)}
                     label = f"fp32 {precision}"
-                    found = compared.against(label, compared.ours("fp32", "standard"), peer)
+                    found = compared.against(label, compared.ours("fp32", "auto"), peer)
                     faster.setdefault(label, []).append(found)
             else:
                 ours = compared.ours("bf16", "standard")

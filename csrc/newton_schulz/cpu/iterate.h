@@ -180,10 +180,13 @@ inline void multiply_row(const Word* a, const Packed& right, int64_t k, int64_t 
 template <class Type, class Finish, class Done>
 void product(std::span<const Packed> lefts, const Packed& right, int64_t rows, int64_t columns, int64_t words, bool lower,
              float* sums, int team, Finish finish, Done done) {
-  const int64_t row_blocks = (rows + kRowBlock - 1) / kRowBlock, column_blocks = (columns + kColumnBlock - 1) / kColumnBlock;
+  const int64_t column_blocks = (columns + kColumnBlock - 1) / kColumnBlock;
+  int64_t block_rows = kRowBlock;  // fewer where a team would have too few blocks to end together
+  while (team > 1 && block_rows > kRows && (rows + block_rows - 1) / block_rows * column_blocks < 8 * team) block_rows /= 2;
+  const int64_t row_blocks = (rows + block_rows - 1) / block_rows;
   share(team, row_blocks * column_blocks, [=](int64_t block) {
     // The last rows of a triangle are the longest: they come first, so that threads end together.
-    const int64_t r0 = (row_blocks - 1 - block / column_blocks) * kRowBlock, r1 = std::min(r0 + kRowBlock, rows);
+    const int64_t r0 = (row_blocks - 1 - block / column_blocks) * block_rows, r1 = std::min(r0 + block_rows, rows);
     const int64_t c0 = block % column_blocks * kColumnBlock, c1 = std::min(c0 + kColumnBlock, columns);
     if (lower && c0 >= r1) return;
 #if defined(_OPENMP)
