@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaforge.optim.main_parameters import MainParameter
+from megaforge.parallel.balance import balanced
 from megaforge.parallel.collectives import all_gather_single, max_over
 from megaforge.parallel.context import Axis, ParallelContext
 from megaforge.parallel.param_spec import ParamSpec, ShardPiece
@@ -143,16 +144,9 @@ def shared(jobs: Sequence[Job], axis: Axis) -> list[Tensor]:
 
 
 def owners_of(costs: Sequence[tuple[float, int]], ranks: int) -> list[Tensor]:
-    """For stacks of (cost of a matrix, number of matrices) the rank of each matrix: the costliest first, always to the
-    rank that has least so far ("longest processing time", Graham 1969)."""
-    owners = [torch.zeros(number, dtype=torch.int64) for _, number in costs]
-    load = [0.0] * ranks
-    for place in sorted(range(len(costs)), key=lambda place: (-costs[place][0], place)):
-        for matrix in range(costs[place][1]):
-            rank = min(range(ranks), key=lambda one: (load[one], one))
-            owners[place][matrix] = rank
-            load[rank] += costs[place][0]
-    return owners
+    """For stacks of (cost of a matrix, number of matrices) the rank of each matrix."""
+    found = torch.tensor(balanced([cost for cost, number in costs for _ in range(number)], ranks), dtype=torch.int64)
+    return list(found.split([number for _, number in costs]))
 
 
 def _scaled(jobs: Sequence[Job], axis: Axis) -> tuple[list[Tensor], list[Tensor]]:

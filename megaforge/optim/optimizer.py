@@ -77,12 +77,10 @@ class Optimizer:
         self,
         config: OptimizerConfig,
         model: nn.Module,
+        ctx: ParallelContext,
         shards: ShardedParameters | None = None,
-        ctx: ParallelContext | None = None,
     ) -> None:
-        """``ctx``: the ranks that hold the model's other shards; needed where a rule or its state asks for them."""
-        self.config, self.shards = config, shards
-        self.ctx = ParallelContext.single() if ctx is None else ctx
+        self.config, self.ctx, self.shards = config, ctx, shards
         self.main = MainParameters(model, shards)
         for main in self.main.trained:
             main.spec = with_factors(config, main.spec, partial(rule_of, config))

@@ -11,6 +11,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor, nn
 
+from megaforge.parallel.balance import balanced
 from megaforge.parallel.context import Axis, ParallelContext
 from megaforge.parallel.param_spec import ParamSpec, named_specs
 
@@ -181,14 +182,11 @@ def _lay_out(
 
 
 def _lay_out_whole(parameters: tuple[nn.Parameter, ...], costs: Sequence[float], replicas: Axis) -> Bucket:
-    """Each parameter whole in one slice: the costliest first, always to the slice that costs least so far ("longest
-    processing time", Graham 1969), of equal ones to the emptiest. All slices are as long as the longest."""
-    load, length = [0.0] * replicas.size, [0] * replicas.size
-    place: dict[int, tuple[int, int]] = {}
-    for number in sorted(range(len(parameters)), key=lambda number: (-costs[number], number)):
-        slot = min(range(replicas.size), key=lambda one: (load[one], length[one], one))
-        place[number] = slot, length[slot]
-        load[slot] += costs[number]
-        length[slot] += aligned(parameters[number].numel())
-    starts = tuple(slot * max(length) + offset for slot, offset in (place[n] for n in range(len(parameters))))
+    """Each parameter whole in one slice, balanced by cost. All slices are as long as the longest."""
+    sizes, length = [aligned(parameter.numel()) for parameter in parameters], [0] * replicas.size
+    slots, offsets = balanced(costs, replicas.size, sizes), []
+    for slot, size in zip(slots, sizes, strict=True):
+        offsets.append(length[slot])
+        length[slot] += size
+    starts = tuple(slot * max(length) + offset for slot, offset in zip(slots, offsets, strict=True))
     return Bucket(parameters, starts, replicas.size * max(length), replicas)

@@ -118,7 +118,7 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext) -> Trainer:
     model = build_model_chunks(config, ctx, run.plan)
     initialize_parameters(model, ctx, config.training.seed)
     shards = shard_parameters(config.parallel, model.chunks, ctx, bucket_policy(config.optimizer))
-    optimizer = Optimizer(config.optimizer, model, shards, ctx)
+    optimizer = Optimizer(config.optimizer, model, ctx, shards)
     _check_rule(config.optimizer.optimizer, optimizer, ctx)
     check_groups(
         config.optimizer, [main.spec for main in optimizer.main.trained], partial(rule_of, config.optimizer), ctx

@@ -269,7 +269,7 @@ def _try_rank(
         model = build_model_chunks(config, ctx, plan)
         shards = shard_parameters(config.parallel, model.chunks, ctx, bucket_policy(config.optimizer))
         reducer = make_reducer(config.parallel, model, ctx, shards)
-        optimizer = Optimizer(config.optimizer, model, shards, ctx)
+        optimizer = Optimizer(config.optimizer, model, ctx, shards)
         kept = make_filter(config.optimizer, optimizer.main.trained)
         average = WeightAverage(config.optimizer, optimizer.main).averages if config.optimizer.ema_decay else []
         state = _registered(model, reducer, optimizer, kept, average)

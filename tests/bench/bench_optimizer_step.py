@@ -47,7 +47,7 @@ def make(flags: tuple[str, ...]) -> tuple[Callable[[], None], Callable[[], None]
     """Our step, the peer's, and how many million parameters Muon updates."""
     ctx = ParallelContext.single()
     model = HybridModel(make_layer_context(parse_config(list(flags)).config.model, ctx))
-    ours = Optimizer(CONFIG, model, ctx=ctx)
+    ours = Optimizer(CONFIG, model, ctx)
     matrices, others, count = [], [], 0
     for number, (spec, parameter) in enumerate(named_specs(model)):
         generator = torch.Generator().manual_seed(number)

@@ -64,7 +64,7 @@ def our_step(dtype: torch.dtype, tokens: torch.Tensor) -> tuple[Step, HybridMode
     model = HybridModel(make_layer_context(our_config(), ctx, dtype=dtype))
     initialize_parameters(model, ctx, seed=0)
     reducer = GradientReducer(model, ctx)
-    optimizer = Optimizer(OptimizerConfig(lr=LEARNING_RATE), model)
+    optimizer = Optimizer(OptimizerConfig(lr=LEARNING_RATE), model, ctx)
     mask = torch.ones(BATCH, LENGTH)
 
     def step() -> float:

@@ -87,6 +87,7 @@ SAID = [
     (("--rwkv-gate-rank", "8"), ATTENTION, "no RWKV-7 layer"),
     (("--num-query-groups", "1"), RWKV, "no attention layer"),
     (("--rotary-base", "1e6"), (*ATTENTION, "--position-embedding-type", "none"), "rope"),
+    (("--qk-clip",), RWKV, "no attention"),
 ]
 
 

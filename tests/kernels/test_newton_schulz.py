@@ -190,6 +190,23 @@ def test_gram_polynomial_makes_the_same_result_from_parts() -> None:
     torch.testing.assert_close(got, reference.standard(x, STEPS), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gram_matrices_of_16_bits_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=r"in fp32 or fp64, got torch.*float16 \[1, 4, 4\]"):
+        gram_polynomial(torch.eye(4, dtype=dtype)[None])
+    with pytest.raises(ValueError, match=r"got torch.float32 \[1, 4, 5\]"):
+        gram_polynomial(torch.ones(1, 4, 5))
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-5, 1e160, 1e300])
+def test_fp64_norms_do_not_overflow(scale: float) -> None:
+    x = torch.randn(3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    x[1] = 0
+    found = reference.normalize(x * scale, 1e-7)
+    want = x / 1e-7 * scale if scale < 1e-7 else reference.normalize(x, 1e-7)
+    torch.testing.assert_close(found, want, rtol=1e-14, atol=0)
+
+
 def test_equal_to_torch_where_it_offers_the_same() -> None:
     from torch.optim._muon import _zeropower_via_newtonschulz
 

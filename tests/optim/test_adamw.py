@@ -51,7 +51,7 @@ def masters(optimizer: Optimizer) -> dict[str, torch.Tensor]:
 def test_steps_follow_the_paper(dtype: torch.dtype, tolerance: float) -> None:
     ctx = ParallelContext.single()
     model = SmallModel(ctx, dtype)
-    optimizer = Optimizer(CONFIG, model)
+    optimizer = Optimizer(CONFIG, model, ctx)
     start = masters(optimizer)
     run_steps(optimizer, model, ctx, range(4))
     expected = reference(start, [global_gradients(step) for step in range(4)])
@@ -63,7 +63,7 @@ def test_steps_follow_the_paper(dtype: torch.dtype, tolerance: float) -> None:
 def test_bf16_parameters_have_fp32_masters_that_keep_small_updates() -> None:
     ctx = ParallelContext.single()
     model = SmallModel(ctx, torch.bfloat16)
-    optimizer = Optimizer(CONFIG, model)
+    optimizer = Optimizer(CONFIG, model, ctx)
     start = masters(optimizer)
     assert [p.dtype for p in model.parameters()] == [torch.bfloat16, torch.bfloat16, torch.float32]
     assert all(tensor.dtype == torch.float32 for _, _, tensor in optimizer.entries())
@@ -80,13 +80,13 @@ def test_bf16_parameters_have_fp32_masters_that_keep_small_updates() -> None:
 def test_a_reloaded_optimizer_continues_bit_for_bit(dtype: torch.dtype) -> None:
     ctx = ParallelContext.single()
     model = SmallModel(ctx, dtype)
-    optimizer = Optimizer(CONFIG, model)
+    optimizer = Optimizer(CONFIG, model, ctx)
     run_steps(optimizer, model, ctx, range(2))
     saved = {key: tensor.clone() for key, _, tensor in optimizer.entries()}
     state = optimizer.state()
 
     other_model = SmallModel(ctx, dtype)
-    other = Optimizer(CONFIG, other_model)
+    other = Optimizer(CONFIG, other_model, ctx)
     for key, _, tensor in other.entries():
         tensor.copy_(saved[key])
     other.load_state(state)
@@ -104,7 +104,7 @@ def test_entries_name_weights_and_moments() -> None:
     ctx = ParallelContext.single()
     model = SmallModel(ctx)
     model.declared[1].requires_grad_(False)
-    optimizer = Optimizer(CONFIG, model)
+    optimizer = Optimizer(CONFIG, model, ctx)
     assert [(key, spec.name) for key, spec, _ in optimizer.entries()] == [
         ("column.weight", "column.weight"),
         ("row.weight", "row.weight"),
@@ -118,7 +118,7 @@ def test_entries_name_weights_and_moments() -> None:
 
 def test_who_only_loads_weights_pays_for_no_moments() -> None:
     ctx = ParallelContext.single()
-    optimizer = Optimizer(CONFIG, SmallModel(ctx, torch.bfloat16))
+    optimizer = Optimizer(CONFIG, SmallModel(ctx, torch.bfloat16), ctx)
     optimizer.weight_entries()
     optimizer.after_load()
     assert not any(main.state for main in optimizer.main.trained)
@@ -127,13 +127,13 @@ def test_who_only_loads_weights_pays_for_no_moments() -> None:
 def test_shards_take_the_steps_of_the_whole() -> None:
     whole_ctx = ParallelContext.single()
     whole_model = SmallModel(whole_ctx, torch.float64)
-    whole = Optimizer(CONFIG, whole_model)
+    whole = Optimizer(CONFIG, whole_model, whole_ctx)
     run_steps(whole, whole_model, whole_ctx, range(4))
     expected = masters(whole)
     for rank in range(2):
         ctx = ParallelContext.of_rank(rank, 2, tp=2)
         model = SmallModel(ctx, torch.float64)
-        optimizer = Optimizer(CONFIG, model)
+        optimizer = Optimizer(CONFIG, model, ctx)
         run_steps(optimizer, model, ctx, range(4))
         for key, spec, tensor in optimizer.weight_entries():
             torch.testing.assert_close(tensor, spec.take_local(expected[key], ctx), rtol=1e-13, atol=1e-14)
@@ -218,7 +218,7 @@ def test_apex_updates_every_element_of_every_share(monkeypatch: pytest.MonkeyPat
             monkeypatch.setattr(adamw, "_nvidia_fused_adam", lambda: ApexLoop)
             model = ManyVectors(ctx, number)
             shards = ShardedParameters(model, ctx, bucket_size=70)
-            optimizer = Optimizer(CONFIG, model, shards)
+            optimizer = Optimizer(CONFIG, model, ctx, shards)
             start = masters(optimizer)
             empty += sum(not len(tensor) for tensor in start.values())
             assert len(optimizer.state_entries()) == 2 * number, "checkpoints still name all of them"
@@ -254,14 +254,14 @@ def test_nvidia_fused_adam_is_told_everything(monkeypatch: pytest.MonkeyPatch) -
     assert found is FusedAdamStandIn
     ctx = ParallelContext.single()
     model, peer_model = SmallModel(ctx), SmallModel(ctx)
-    peer = Optimizer(CONFIG, peer_model)
+    peer = Optimizer(CONFIG, peer_model, ctx)
     assert peer.implementation == "torch fused AdamW"  # a CPU never takes apex
     monkeypatch.setattr(adamw, "_on_cuda", lambda masters: True)
-    optimizer = Optimizer(CONFIG, model)
+    optimizer = Optimizer(CONFIG, model, ctx)
     assert optimizer.implementation == "NVIDIA apex FusedAdam"
     run_steps(optimizer, model, ctx, range(2))
     run_steps(peer, peer_model, ctx, range(2))
-    resumed = Optimizer(CONFIG, model)
+    resumed = Optimizer(CONFIG, model, ctx)
     for (_, _, new), (_, _, old) in zip(resumed.entries(), optimizer.entries(), strict=True):
         new.copy_(old)
     resumed.load_state(optimizer.state())
@@ -270,7 +270,7 @@ def test_nvidia_fused_adam_is_told_everything(monkeypatch: pytest.MonkeyPatch) -
     run_steps(peer, peer_model, ctx, range(2, 4))
     for (key, _, one), (_, _, two) in zip(optimizer.entries(), peer.entries(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6, msg=key)
-    in_fp64 = Optimizer(CONFIG, SmallModel(ctx, torch.float64))
+    in_fp64 = Optimizer(CONFIG, SmallModel(ctx, torch.float64), ctx)
     assert in_fp64.implementation == "torch fused AdamW"  # apex has no fp64
 
 
@@ -290,7 +290,7 @@ def test_plain_adam_takes_the_decay_into_the_gradient() -> None:
     """``--no-decoupled-weight-decay`` is torch's Adam with L2, and its state is that of AdamW."""
     ctx = ParallelContext.single()
     model = SmallModel(ctx, torch.float64)
-    optimizer = Optimizer(replace(CONFIG, decoupled_weight_decay=False), model)
+    optimizer = Optimizer(replace(CONFIG, decoupled_weight_decay=False), model, ctx)
     start = masters(optimizer)
     copies = {spec.name: torch.nn.Parameter(start[spec.name].clone()) for spec in SPECS}
     plain = torch.optim.Adam(
@@ -311,4 +311,4 @@ def test_plain_adam_takes_the_decay_into_the_gradient() -> None:
     for name, tensor in masters(optimizer).items():
         torch.testing.assert_close(tensor, copies[name].detach(), rtol=1e-12, atol=1e-14)
     assert optimizer.implementation == "torch fused Adam"
-    assert optimizer.state() == Optimizer(CONFIG, SmallModel(ctx)).state() | {"step": 4}
+    assert optimizer.state() == Optimizer(CONFIG, SmallModel(ctx), ctx).state() | {"step": 4}

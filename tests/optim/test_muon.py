@@ -59,7 +59,7 @@ def train(
 ) -> tuple[Optimizer, Model]:
     model = Model(ctx, dtype)
     shards = ShardedParameters(model, ctx, bucket_size=700, policy=bucket_policy(config)) if zero else None
-    optimizer = Optimizer(config, model, shards, ctx)
+    optimizer = Optimizer(config, model, ctx, shards)
     go_on(optimizer, model, ctx, steps)
     return optimizer, model
 
@@ -256,7 +256,7 @@ def one_step(gradient: Tensor, rule: str = "muon") -> Tensor:
     model.weight = make_parameter(ParamSpec("w", tuple(gradient.shape), INIT, role="matrix"), ctx, torch.float32)
     model.weight.data.zero_()
     model.weight.main_grad = gradient
-    optimizer = Optimizer(replace(CONFIG, optimizer=rule), model, ctx=ctx)
+    optimizer = Optimizer(replace(CONFIG, optimizer=rule), model, ctx)
     optimizer.step(1.0)
     return model.weight.detach()
 
@@ -312,7 +312,7 @@ def work_of_a_step(sizes: dict[str, int], zero: bool, hidden: int) -> float:
     config = replace(CONFIG, muon_fp32_matmul_prec="low")
     model = HybridModel(make_layer_context(parse_config(flags).config.model, ctx))
     shards = ShardedParameters(model, ctx, policy=bucket_policy(config)) if zero else None
-    optimizer = Optimizer(config, model, shards, ctx)
+    optimizer = Optimizer(config, model, ctx, shards)
     for _, parameter in named_specs(model):
         parameter.main_grad = torch.zeros(optimizer_shard(parameter).local_shape(ctx))
     counted = [0.0]

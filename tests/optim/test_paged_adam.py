@@ -35,7 +35,7 @@ def config(rule: str) -> OptimizerConfig:
 def run(rule: str, dtype: torch.dtype) -> tuple[Optimizer, dict[str, torch.Tensor]]:
     ctx = ParallelContext.single()
     model = SmallModel(ctx, dtype)
-    optimizer = Optimizer(config(rule), model)
+    optimizer = Optimizer(config(rule), model, ctx)
     for step, rate in enumerate(RATES):
         set_gradients(model, ctx, global_gradients(step))
         optimizer.decay_factor = 0.5 if step == 1 else 1.0
@@ -140,7 +140,7 @@ def test_numbers_that_are_not_finite_stay_where_they_are(monkeypatch: pytest.Mon
     bad["row.weight"][1, 2] = float("nan")
     bad["mix"][:] = 0.0
     model = SmallModel(ctx)
-    optimizer: Any = Optimizer(config("paged_adam"), model)
+    optimizer: Any = Optimizer(config("paged_adam"), model, ctx)
     set_gradients(model, ctx, bad)
     optimizer.step(1e-2)
     found = {name: tensor for name, _, tensor in optimizer.weight_entries()}
@@ -177,10 +177,10 @@ def test_bitsandbytes_is_told_everything_and_its_buffers_are_saved(monkeypatch: 
     monkeypatch.setattr(paged_adam, "_bitsandbytes", lambda: PagedStandIn)
     ctx = ParallelContext.single()
     model, peer_model = SmallModel(ctx), SmallModel(ctx)
-    optimizer, peer = Optimizer(config("paged_adam"), model), Optimizer(config("adam"), peer_model)
+    optimizer, peer = Optimizer(config("paged_adam"), model, ctx), Optimizer(config("adam"), peer_model, ctx)
     for step, rate in enumerate(RATES):
         if step == 2:  # a run that is continued
-            resumed = Optimizer(config("paged_adam"), model)
+            resumed = Optimizer(config("paged_adam"), model, ctx)
             for (_, _, new), (_, _, old) in zip(resumed.entries(), optimizer.entries(), strict=True):
                 new.copy_(old)
             resumed.load_state(optimizer.state())
@@ -191,7 +191,7 @@ def test_bitsandbytes_is_told_everything_and_its_buffers_are_saved(monkeypatch: 
     assert optimizer.implementation == "bitsandbytes PagedAdamW32bit"
     for (name, _, one), (_, _, two) in zip(optimizer.entries(), peer.entries(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6, msg=name)
-    assert "moved in chunks" in Optimizer(config("paged_adam"), SmallModel(ctx, torch.float64)).implementation
+    assert "moved in chunks" in Optimizer(config("paged_adam"), SmallModel(ctx, torch.float64), ctx).implementation
 
 
 def test_without_bitsandbytes_moments_are_moved_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,7 @@ def test_steps_follow_the_formula_at_every_layout(rule: str, limit: float, dampi
         ctx = ParallelContext.of_rank(rank, size, tp=size)
         for rows in (False, True):
             model = quantized_model(ctx, torch.float64, rows)
-            optimizer = Optimizer(config(rule, limit, damping), model)
+            optimizer = Optimizer(config(rule, limit, damping), model, ctx)
             for step, rate in enumerate(RATES):
                 set_gradients(model, ctx, global_gradients(step))
                 optimizer.step(rate)
@@ -104,9 +104,9 @@ def test_a_cut_parameter_takes_the_step_of_the_whole(rule: str, rows: bool) -> N
     for rank in range(3):
         ctx = ParallelContext.of_rank(rank, 3)
         whole_model, model = (quantized_model(ctx, torch.float64, rows) for _ in range(2))
-        whole = Optimizer(flags, whole_model)
+        whole = Optimizer(flags, whole_model, ctx)
         shards = ShardedParameters(model, ctx, bucket_size=70, policy=bucket_policy(flags))
-        optimizer = Optimizer(flags, model, shards)
+        optimizer = Optimizer(flags, model, ctx, shards)
         for each in (whole_model, model):
             set_gradients(each, ctx, global_gradients(0))
         for parameter in model.parameters():
@@ -125,7 +125,7 @@ def test_a_cut_parameter_takes_the_step_of_the_whole(rule: str, rows: bool) -> N
 def test_16_bit_weights_have_masters_that_go_by_the_codes_of_the_product(rule: str) -> None:
     ctx = ParallelContext.single()
     model = quantized_model(ctx, torch.bfloat16, rows=True)
-    optimizer = Optimizer(config(rule, 1.0, 3.0), model)
+    optimizer = Optimizer(config(rule, 1.0, 3.0), model, ctx)
     for step, rate in enumerate(RATES):
         set_gradients(model, ctx, global_gradients(step))
         optimizer.step(rate)
@@ -139,7 +139,7 @@ def test_16_bit_weights_have_masters_that_go_by_the_codes_of_the_product(rule: s
 def test_zeros_and_extreme_gradients(value: float) -> None:
     ctx = ParallelContext.single()
     model = quantized_model(ctx, torch.float32, rows=False)
-    optimizer = Optimizer(config("qat_sgd", 2.0, 0.5), model)
+    optimizer = Optimizer(config("qat_sgd", 2.0, 0.5), model, ctx)
     set_gradients(model, ctx, {spec.name: torch.full(spec.shape, value, dtype=torch.float64) for spec in SPECS})
     optimizer.step(1e-2)
     for name, _, tensor in optimizer.weight_entries():

@@ -16,7 +16,7 @@ def test_steps_follow_the_formula(momentum: float) -> None:
     ctx, rates = ParallelContext.single(), (1e-2, 2e-2, 5e-3)
     config = OptimizerConfig(optimizer="sgd", sgd_momentum=momentum, weight_decay=0.1)
     model = SmallModel(ctx, torch.float64)
-    optimizer = Optimizer(config, model)
+    optimizer = Optimizer(config, model, ctx)
     weights = {name: tensor.clone() for name, _, tensor in optimizer.weight_entries()}
     velocity = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
     for step, rate in enumerate(rates):

@@ -26,7 +26,7 @@ def matrices(dtype: torch.dtype = torch.float64) -> SmallModel:
 @pytest.mark.parametrize("rule", UPDATE_RULES.names())
 def test_without_gradient_weights_move_by_their_decay_alone(rule: str) -> None:
     model = matrices()
-    optimizer = Optimizer(OptimizerConfig(optimizer=rule, weight_decay=0.5), model)
+    optimizer = Optimizer(OptimizerConfig(optimizer=rule, weight_decay=0.5), model, ParallelContext.single())
     before = {name: tensor.clone() for name, _, tensor in optimizer.weight_entries()}
     optimizer.decay_factor = 0.0
     optimizer.step(0.1)

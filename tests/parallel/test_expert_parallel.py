@@ -113,7 +113,7 @@ def train(
     model = HybridModel(make_layer_context(cfg, ctx, sequence_parallel=sequence_parallel, dtype=dtype))
     initialize_parameters(model, ctx, seed=3)
     perturb(model, ctx)
-    optimizer = Optimizer(OptimizerConfig(lr=2e-4), model)
+    optimizer = Optimizer(OptimizerConfig(lr=2e-4), model, ctx)
     reducer = GradientReducer(model, ctx, bucket_size=3000)
     scalars, norms, statistics, gradients = [], [], [], []
     for step in range(STEPS):

@@ -146,7 +146,7 @@ def train(config: ParallelConfig) -> dict[str, Tensor]:
     ctx = ParallelContext.create()
     model = Holder(ctx, torch.float64)
     shards = shard_parameters(config, model, ctx)
-    optimizer = Optimizer(OptimizerConfig(), model, shards)
+    optimizer = Optimizer(OptimizerConfig(), model, ctx, shards)
     reducer = GradientReducer(model, ctx, shards=shards, reduction=make_comm_hook(config))
     for step in range(3):
         reduce(reducer, model, given(ctx.world.rank, step))

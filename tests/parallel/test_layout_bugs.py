@@ -395,7 +395,7 @@ def test_22_shards_are_drawn_apart_and_replicas_alike() -> None:
 
 def decay_of(model: nn.Module, ctx: ParallelContext, shards: ShardedParameters | None = None) -> dict[str, Any]:
     """(weight decay, factor of the learning rate) of every trained parameter."""
-    optimizer = Optimizer(OptimizerConfig(weight_decay=0.1), model, shards)
+    optimizer = Optimizer(OptimizerConfig(weight_decay=0.1), model, ctx, shards)
     rules = [rule for rules, _ in optimizer._phases for rule in rules]
     groups = {id(p): group for rule in rules for group in rule._optimizer.param_groups for p in group["params"]}
     masters = {main.spec.name: groups[id(main.master)] for main in optimizer.main.trained}

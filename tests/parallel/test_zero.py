@@ -135,7 +135,7 @@ class Run:
             if layout.zero
             else None
         )
-        self.optimizer = Optimizer(config, self.model, self.shards)
+        self.optimizer = Optimizer(config, self.model, self.ctx, self.shards)
         self.reducer = GradientReducer(
             self.model,
             self.ctx,
@@ -322,7 +322,7 @@ def train_past_the_hooks(wait: bool) -> str:
     model = PastTheHooks(ctx, torch.float32)
     initialize_parameters(model, ctx, seed=5)
     shards = ShardedParameters(model, ctx)
-    optimizer = Optimizer(OptimizerConfig(), model, shards)
+    optimizer = Optimizer(OptimizerConfig(), model, ctx, shards)
     reducer = GradientReducer(model, ctx, shards=shards)
     del model._forward_pre_hooks[next(iter(model._forward_pre_hooks))]  # nor does the model wait for its vectors
     try:
@@ -386,7 +386,7 @@ def train_chunks(zero: int) -> tuple[dict[str, Tensor], list[int], int]:
     model = nn.ModuleList(chunks)
     initialize_parameters(model, ctx, seed=5)
     shards = ShardedParameters(chunks, ctx) if zero else None
-    optimizer = Optimizer(OptimizerConfig(), model, shards)
+    optimizer = Optimizer(OptimizerConfig(), model, ctx, shards)
     reducer = GradientReducer(chunks, ctx, shards=shards, free_buffers=zero == 2)
     sent_before_the_end, alive = [], 0
     for step in range(2):

@@ -86,7 +86,12 @@ def gram_polynomial(
 
     Returns:
         [b, m, m].
+
+    Raises:
+        ValueError: another type or shape; the polynomial of a bf16 matrix diverges.
     """
+    if gram.dtype not in (torch.float32, torch.float64) or gram.dim() != 3 or gram.shape[1] != gram.shape[2]:
+        raise ValueError(f"expected Gram matrices [b, m, m] in fp32 or fp64, got {gram.dtype} {list(gram.shape)}")
     return native.polynomial(gram, coefficients(coefficient_type, steps, custom))
 
 

@@ -12,9 +12,15 @@ from torch import Tensor
 
 
 def normalize(x: Tensor, eps: float) -> Tensor:
-    """Each matrix divided by its Frobenius norm, or by ``eps`` where that is larger; norms are taken in fp64."""
-    norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float64).clamp(min=eps)
-    return (x.double() / norms).to(torch.promote_types(x.dtype, torch.float32))
+    """Each matrix divided by its Frobenius norm, or by ``eps`` where that is larger; norms are taken in fp64, of fp64
+    matrices divided by their largest element, for the squares may be beyond what fp64 has."""
+    wide, least = x.double(), torch.full((len(x), 1, 1), eps, dtype=torch.float64, device=x.device)
+    if x.dtype == torch.float64:
+        largest = x.abs().amax((1, 2), keepdim=True)
+        largest = torch.where(largest == 0, 1.0, largest)
+        wide, least = wide / largest, least / largest
+    norms = torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True)
+    return (wide / torch.maximum(norms, least)).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def standard(x: Tensor, steps: Sequence[tuple[float, float, float]]) -> Tensor:

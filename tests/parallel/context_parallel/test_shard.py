@@ -106,7 +106,7 @@ def train(case: str, shape: Shape, dtype: torch.dtype, documents: tuple[tuple[in
     initialize_parameters(model, ctx, seed=5)
     perturb(model, ctx, NOISE)
     reducer = GradientReducer(model, ctx, bucket_size=5000)
-    optimizer = Optimizer(OptimizerConfig(lr=LEARNING_RATE), model)
+    optimizer = Optimizer(OptimizerConfig(lr=LEARNING_RATE), model, ctx)
     batch = global_batch(cfg.vocab_size or 0, documents)
     tokens, sequences = float(batch[2].sum()), len(documents)
     own = [part.chunk(ctx.dp.size)[ctx.dp.rank].chunk(2) for part in batch]
