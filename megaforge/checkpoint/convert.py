@@ -28,6 +28,7 @@ from megaforge.checkpoint.sources import TensorSource
 from megaforge.checkpoint.stateful import state_prefixes
 from megaforge.checkpoint.storage import CheckpointHead, CheckpointWriter
 from megaforge.config.config import Config
+from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.config.run_config import ParallelConfig, default_expert_tensor_parallel_size
 from megaforge.config.schema import config_from_dict, suggestion
 from megaforge.errors import UserError
@@ -35,9 +36,11 @@ from megaforge.models.parameter_count import declared_parameters
 from megaforge.models.pipeline_shape import PipelinePlan
 from megaforge.models.prepared_run import check_run
 from megaforge.models.stages import build_model
+from megaforge.optim.optimizer import rule_of
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import ParamSpec, named_specs
+from megaforge.registry import UPDATE_RULES
 
 OPTIMIZER_PREFIX = "optimizer."  # keys of optimizer state: optimizer.STATE.NAME
 _NO_PARAMETER = ""  # what the tensors of a run's other parts belong to; rank 0 writes them
@@ -154,14 +157,23 @@ def _plan_ranks(
             }
         shards = {}
         for name, spec in specs[ctx.pp.rank].items():
-            boxes = [piece.global_box for piece in spec.pieces(ctx)]
             for key in keys[name]:
-                shards[key] = _shard(boxes, spec.shape, source.tensors[key].dtype)
+                kept = _declared(key, spec, config.optimizer)
+                boxes = [piece.global_box for piece in kept.pieces(ctx)]
+                shards[key] = _shard(boxes, kept.shape, source.tensors[key].dtype)
         for key in keys[_NO_PARAMETER] if rank == 0 else ():
             info = source.tensors[key]
             shards[key] = _shard([tuple((0, size) for size in info.shape)], info.shape, info.dtype)
         planners.append(_CopyPlanner(source, shards, first=rank == 0))
     return planners
+
+
+def _declared(key: str, spec: ParamSpec, optimizer: OptimizerConfig) -> ParamSpec:
+    """The declaration of a parameter's weight or state: what its update rule keeps may have a shape of its own."""
+    if not key.startswith(OPTIMIZER_PREFIX) or optimizer.optimizer not in UPDATE_RULES:
+        return spec
+    state = key.removeprefix(OPTIMIZER_PREFIX).partition(".")[0]
+    return rule_of(optimizer, spec).state_spec(optimizer, state, spec)
 
 
 def _shard(boxes: Iterable[tuple[tuple[int, int], ...]], shape: tuple[int, ...], dtype: torch.dtype) -> Shard:
@@ -225,24 +237,26 @@ def _keys_of_parameters(source: TensorSource, config: Config) -> dict[str, list[
     Raises:
         UserError: a tensor is missing, of another shape, or belongs to no parameter.
     """
-    shapes = {name: spec.shape for name, spec in declared_parameters(config.model).items()}
+    specs = declared_parameters(config.model)
     keys: dict[str, list[str]] = defaultdict(list)
     for key, info in source.tensors.items():
         name = key.removeprefix(OPTIMIZER_PREFIX).partition(".")[2] if key.startswith(OPTIMIZER_PREFIX) else key
         if name == key and key.startswith(state_prefixes(source.meta)):
             keys[_NO_PARAMETER].append(key)
             continue
-        if name not in shapes:
+        if name not in specs:
             raise UserError(
-                f"--load {source.path}: the model has no parameter {name} (tensor {key})" + suggestion(name, shapes)
+                f"--load {source.path}: the model has no parameter {name} (tensor {key})" + suggestion(name, specs)
             )
-        if info.shape != shapes[name]:
-            if name != key:  # what a rule keeps of a parameter may have a shape of its own
+        shape, rule = _declared(key, specs[name], config.optimizer).shape, config.optimizer.optimizer
+        if info.shape != shape:
+            if name != key and rule not in UPDATE_RULES:  # its file is gone, and nobody knows what it keeps
                 keys[_NO_PARAMETER].append(key)
                 continue
-            raise UserError(f"--load {source.path}: {key} has the shape {info.shape}, the model's is {shapes[name]}")
+            whose = "the model" if name == key else f"--optimizer {rule}"
+            raise UserError(f"--load {source.path}: {key} has the shape {info.shape}, {whose}'s is {shape}")
         keys[name].append(key)
-    missing = sorted(name for name in shapes if name not in keys[name])
+    missing = sorted(name for name in specs if name not in keys[name])
     if missing:
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         listed = ", ".join(missing[:_SHOWN])

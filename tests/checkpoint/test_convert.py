@@ -160,6 +160,10 @@ BAD_FILES = {
         changed(lambda t: t.update({"optimizer.exp_avg.final_norm.wait": torch.zeros(16)})),
         r"no parameter final_norm.wait \(tensor optimizer.exp_avg.final_norm.wait\); did you mean final_norm.weight\?",
     ),
+    "shape of a state": (
+        changed(lambda t: t.update({"optimizer.exp_avg.final_norm.weight": torch.zeros(17)})),
+        r"optimizer.exp_avg.final_norm.weight has the shape \(17,\), --optimizer adam's is \(16,\)",
+    ),
     "no metadata": (lambda source, target: save_file(load_file(source), target), "metadata does not say which model"),
     "no safetensors": (lambda source, target: target.write_bytes(b"weights"), "not a safetensors file"),
     "truncated": (

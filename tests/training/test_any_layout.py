@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megaforge.checkpoint.manifest import read_manifest
+from megaforge.checkpoint.shards import RANK_PREFIX
 from tests.parallel.pool import RankPool
 from tests.parallel.test_pipeline_model import compare, flags, train
 from tests.training.tiny import write_dataset
@@ -28,22 +30,34 @@ def convert(monkeypatch: pytest.MonkeyPatch, source: str, target: str, *layout: 
     return target
 
 
-@pytest.mark.parametrize("by_file", [False, True], ids=["checkpoints", "one file"])
+def run_pieces(directory: Path) -> dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]]:
+    """Where the pieces of each tensor of a run's first checkpoint lie, and how large they are."""
+    [first, *_] = sorted(directory.glob("step_*"))
+    tensors = {key: kept for key, kept in read_manifest(first).tensors.items() if not key.startswith(RANK_PREFIX)}
+    return {key: sorted((tuple(c.offsets), tuple(c.sizes)) for c in kept.chunks) for key, kept in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("by_file", "rule"),
+    [(False, ()), (True, ("--optimizer", "normuon", "--muon-fp32-matmul-prec", "high"))],
+    ids=["checkpoints", "one file, NorMuon"],
+)
 def test_tensor_pipeline_and_expert_parallel_to_zero_2_and_back(
-    ranks: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_file: bool
+    ranks: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_file: bool, rule: tuple[str, ...]
 ) -> None:
-    """Metrics, gradients, weights and both moments, in fp32."""
-    prefix = write_dataset(tmp_path / "train_text_document")
-    expected = train(flags(prefix, *STEPS))
+    """Metrics, gradients, weights and all that the update rule keeps, in fp32."""
+    prefix, steps = write_dataset(tmp_path / "train_text_document"), (*STEPS, *rule)
+    expected = train(flags(prefix, *steps))
     run = str(tmp_path / "run")
-    found = [ranks.run(RANKS, train, flags(prefix, *STEPS, *SPLIT, "--save", run, "--exit-interval", "2"))]
+    found = [ranks.run(RANKS, train, flags(prefix, *steps, *SPLIT, "--save", run, "--exit-interval", "2"))]
     if by_file:
         run = convert(monkeypatch, run, str(tmp_path / "middle"))
     again = ("--load", run, "--save", run, "--exit-interval", "4")
-    found.append(ranks.run(RANKS, train, flags(prefix, *STEPS, *SHARED, *again), 0.0))
+    found.append(ranks.run(RANKS, train, flags(prefix, *steps, *SHARED, *again), 0.0))
     if by_file:
-        run = convert(monkeypatch, run, str(tmp_path / "end"), *SPLIT)
-    found.append(ranks.run(RANKS, train, flags(prefix, *STEPS, *SPLIT, "--load", run, "--save", run), 0.0))
+        written, run = run_pieces(tmp_path / "run"), convert(monkeypatch, run, str(tmp_path / "end"), *SPLIT)
+        assert run_pieces(Path(run)) == written, "converted files have the pieces that ranks of the layout write"
+    found.append(ranks.run(RANKS, train, flags(prefix, *steps, *SPLIT, "--load", run, "--save", run), 0.0))
     assert [part[0]["executed"] for part in found] == ["pp 2 (1f1b)", "pp 1 (1f1b)", "pp 2 (1f1b)"]
     for rank, outcome in enumerate(found[-1]):
         outcome["records"] = [record for part in found for record in part[rank]["records"]]
