@@ -46,12 +46,22 @@ class BatchSchedule:
             sample += count * size
         yield sample, self.size, None
 
-    def samples_after(self, steps: int) -> int:
-        """Samples of the first ``steps`` global batches."""
-        for first, size, count in self.stretches(0):
+    def samples_after(self, steps: int, first: int = 0) -> int:
+        """The sample behind ``steps`` global batches from ``first`` on: how many there were, from 0 on."""
+        for start, size, count in self.stretches(first):
             if count is None or steps <= count:
-                return first + steps * size
+                return start + steps * size
             steps -= count
+        raise AssertionError("the last stretch has no end")
+
+    def steps_until(self, samples: int, first: int = 0) -> int:
+        """The fewest global batches from sample ``first`` on behind which ``samples`` have been read."""
+        done = 0
+        for start, size, count in self.stretches(first):
+            needed = max(0, -(-(samples - start) // size))
+            if count is None or needed <= count:
+                return done + needed
+            done += count
         raise AssertionError("the last stretch has no end")
 
     def __str__(self) -> str:

@@ -97,7 +97,7 @@ def check_layout(config: Config, world_size: int) -> Layout:
     _check_experts(config, world_size)
     _check_lengths(config)
     _check_backend(config)
-    _check_schedule(config)
+    _check_length(config)
     _check_gradients(config)
     cp = parallel.context_parallel_size
     dp = world_size // (tp * parallel.pipeline_model_parallel_size * cp)
@@ -226,7 +226,25 @@ def _check_backend(config: Config) -> None:
         raise UserError("--distributed-backend nccl does not serve --device cpu; use --distributed-backend gloo")
 
 
-def _check_schedule(config: Config) -> None:
+def _check_length(config: Config) -> None:
+    """What a run counts in epochs needs data that have them; its schedule is checked once it is counted
+    (:mod:`megaforge.training.lengths`)."""
+    epochs = [flag for flag in config.length.given if flag.endswith("-epochs")]
+    if config.data.mock_data and epochs:
+        raise UserError(
+            f"{epochs[0]} {config.length.given[epochs[0]]:g}: --mock-data has no end, so there is no epoch; count in "
+            "iterations (--train-iters) or samples (--train-samples)"
+        )
+    if not config.length.needs_data:
+        check_schedule(config)
+
+
+def check_schedule(config: Config) -> None:
+    """Checks the learning-rate schedule's lengths, in iterations, against each other and the run.
+
+    Raises:
+        UserError: naming the flag, its value and one that would work.
+    """
     shape: RateShape = LR_SCHEDULES.get(config.optimizer.lr_decay_style)
     warmup, end = config.optimizer.lr_warmup_iters, config.optimizer.lr_decay_iters
     over = end is not None and end <= warmup < config.training.train_iters
@@ -321,9 +339,14 @@ def _notes(config: Config, world_size: int, replicas: int) -> list[str]:
         notes.append("--sequence-parallel has nothing to share at --tp 1: it changes nothing")
     if config.parallel.context_parallel_size == 1 and config.parallel.cp_comm_type != "allgather":
         notes.append(f"--cp-comm-type {config.parallel.cp_comm_type} has nothing to exchange at --cp 1")
-    if 0 < config.training.train_iters < config.optimizer.lr_warmup_iters:
-        notes.append(
-            f"--lr-warmup-iters {config.optimizer.lr_warmup_iters} exceeds --train-iters "
-            f"{config.training.train_iters}: the run ends before --lr is reached"
-        )
+    if not config.length.needs_data:
+        notes += warmup_notes(config)
     return notes
+
+
+def warmup_notes(config: Config) -> list[str]:
+    """What to tell of a warm-up that is longer than the run."""
+    warmup, whole = config.optimizer.lr_warmup_iters, config.training.train_iters
+    if not 0 < whole < warmup:
+        return []
+    return [f"--lr-warmup-iters {warmup} exceeds --train-iters {whole}: the run ends before --lr is reached"]

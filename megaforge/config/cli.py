@@ -15,6 +15,7 @@ from megaforge.config.arguments import ArgumentParser
 from megaforge.config.config import Config
 from megaforge.config.entry import launched_rank, run_entry
 from megaforge.config.launcher import print_rank_0
+from megaforge.config.lengths import choose_lengths
 from megaforge.config.partners import check_partners
 from megaforge.config.schema import (
     Setting,
@@ -73,6 +74,7 @@ def parse_config(
             values[setting.key] = value
             origins[setting.key] = f"command line {spelling}"
     _leave_vocabulary_to_tokenizer(values, origins)
+    choose_lengths(values, origins)
     config = build_config(layer.name, values)
     if namespace.print_config and launched_rank()[0] == 0:
         print(format_config(ParsedConfig(config, origins)))

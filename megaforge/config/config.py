@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from megaforge.config.dry_run_config import DryRunConfig
 from megaforge.config.fields import check_fields
+from megaforge.config.length_config import LengthConfig
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.config.pattern import kinds_of
@@ -28,6 +29,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    length: LengthConfig = field(default_factory=LengthConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     dry_run: DryRunConfig = field(default_factory=DryRunConfig)
@@ -40,6 +42,7 @@ class Config:
             self.data,
             self.optimizer,
             self.training,
+            self.length,
             self.checkpoint,
             self.logging,
             self.dry_run,

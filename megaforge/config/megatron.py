@@ -182,9 +182,11 @@ def _notes(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
         )
     if "training.rampup_batch_size" in typed:
         yield (
-            "--rampup-batch-size: --train-iters and the learning rate's schedule count steps of any size here; "
-            "Megatron-LM counts samples then (--train-samples)"
+            "--rampup-batch-size: the learning rate's schedule counts steps of any size here, also where its lengths "
+            "are given in samples; Megatron-LM's counts samples then"
         )
+    if config.length.train_samples is not None and "length.train_samples" in typed:
+        yield "--train-samples: the last step that begins is whole here; Megatron-LM leaves out what does not fill one"
     if "optimizer.lr_decay_style" in typed and not typed & {"optimizer.lr_wsd_decay_style"}:
         shape: RateShape = LR_SCHEDULES.get(config.optimizer.lr_decay_style)
         if "lr_wsd_decay_style" in shape.reads:

@@ -7,12 +7,14 @@ something. A preset's values are a whole, of which a flag may switch a part off.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
 
 from megaforge.config.config import Config
 from megaforge.config.fields import either
 from megaforge.config.layer_kind import LayerKind
+from megaforge.config.length_config import LENGTHS
 from megaforge.config.lr_shapes import RateShape
 from megaforge.config.pattern import kinds_of
 from megaforge.config.schema import settings
@@ -40,10 +42,28 @@ def _model(*names: str) -> tuple[str, ...]:
     return tuple(f"model.{name}" for name in names)
 
 
+def _evaluates(config: Config) -> bool:
+    """Whether there are evaluations before the end."""
+    between = config.training.eval_interval or config.length.eval_interval_epochs
+    return bool(config.training.eval_iters and between)
+
+
+def _warms_up(config: Config) -> bool:
+    length, optimizer = config.length, config.optimizer
+    return any(
+        (optimizer.lr_warmup_iters, optimizer.lr_warmup_fraction, length.lr_warmup_epochs, length.lr_warmup_samples)
+    )
+
+
 def _scored(config: Config) -> bool:
     """Whether the checkpoints between the beginning and the end have an evaluation's score."""
-    interval, evaluation = config.checkpoint.save_interval, config.training.eval_interval
-    return interval is None or (interval > 0 and interval % evaluation == 0)
+    length, interval = config.length, config.checkpoint.save_interval
+    saved, evaluated = length.save_interval_epochs, length.eval_interval_epochs
+    if saved is not None and evaluated is not None:
+        return (Fraction(repr(saved)) / Fraction(repr(evaluated))).denominator == 1
+    if saved is not None or evaluated is not None:
+        return saved is None and interval is None
+    return interval is None or (interval > 0 and interval % config.training.eval_interval == 0)
 
 
 _NO_FP16 = "is for --fp16, which is not set: it changes nothing"
@@ -70,17 +90,22 @@ PARTNERS = (
     ),
     Partner(("optimizer.ema_evaluate",), lambda c: c.optimizer.ema_decay, "no average is kept: add --ema-decay 0.999"),
     Partner(("optimizer.ema_evaluate",), lambda c: c.training.eval_iters, "nothing is evaluated: add --eval-iters N"),
-    Partner(("checkpoint.save_interval", "checkpoint.keep_last"), lambda c: c.checkpoint.save, _NO_SAVE),
+    Partner(
+        ("checkpoint.save_interval", "length.save_interval_epochs", "checkpoint.keep_last"),
+        lambda c: c.checkpoint.save,
+        _NO_SAVE,
+    ),
     Partner(("checkpoint.keep_best",), lambda c: c.checkpoint.save, _NO_SAVE),
     Partner(
         ("checkpoint.keep_best",),
-        lambda c: c.training.eval_iters and c.training.eval_interval,
+        _evaluates,
         "checkpoints have no score to be best by: add --eval-iters N and --eval-interval N",
     ),
     Partner(
         ("checkpoint.keep_best",),
-        lambda c: not c.training.eval_interval or _scored(c),
-        "only checkpoints of evaluated iterations have a score: make --save-interval a multiple of --eval-interval",
+        lambda c: not _evaluates(c) or _scored(c),
+        "only checkpoints of evaluated iterations have a score: make --save-interval a multiple of --eval-interval, "
+        "both in iterations or both in epochs",
     ),
     Partner(
         ("checkpoint.finetune",),
@@ -97,15 +122,19 @@ PARTNERS = (
         refuse=False,
     ),
     Partner(
-        ("training.exit_interval", "training.exit_duration_in_mins"),
+        ("training.exit_interval", "length.exit_interval_epochs", "training.exit_duration_in_mins"),
         lambda c: c.checkpoint.save,
         "it leaves without saving, as --save is not set",
         refuse=False,
     ),
-    Partner(("training.eval_interval",), lambda c: c.training.eval_iters, "nothing is evaluated: add --eval-iters N"),
+    Partner(
+        ("training.eval_interval", "length.eval_interval_epochs"),
+        lambda c: c.training.eval_iters,
+        "nothing is evaluated: add --eval-iters N",
+    ),
     Partner(
         ("training.early_stopping_patience",),
-        lambda c: c.training.eval_iters and c.training.eval_interval,
+        _evaluates,
         "it judges evaluations, and there are none before the end: add --eval-iters N and --eval-interval N",
     ),
     Partner(
@@ -137,7 +166,7 @@ PARTNERS = (
     ),
     Partner(
         ("optimizer.lr_decay_style",),
-        lambda c: "reduce_on_plateau" not in _shape(c).callbacks or c.training.eval_iters and c.training.eval_interval,
+        lambda c: "reduce_on_plateau" not in _shape(c).callbacks or _evaluates(c),
         "it goes by evaluations, and there are none before the end: add --eval-iters N and --eval-interval N",
     ),
     Partner(
@@ -147,7 +176,7 @@ PARTNERS = (
     ),
     Partner(
         ("optimizer.lr_warmup_init",),
-        lambda c: c.optimizer.lr_warmup_iters or c.optimizer.lr_warmup_fraction,
+        _warms_up,
         "there is no warm-up to start from it: add --lr-warmup-iters or --lr-warmup-fraction",
     ),
     Partner(
@@ -294,7 +323,8 @@ def _schedule_partners(config: Config) -> Iterator[Partner]:
         text = f"--lr-decay-style {style} does not use it" + (
             ": it changes nothing" if idle else f"; add --lr-decay-style {either(styles)}"
         )
-        yield Partner((f"optimizer.{name}",), partial(_reads, name=name), text, refuse=not idle)
+        keys = [f"optimizer.{name}", *(f"length.{other}" for other in LENGTHS.get(f"optimizer.{name}", ()))]
+        yield Partner(tuple(keys), partial(_reads, name=name), text, refuse=not idle)
 
 
 def _reads(config: Config, name: str) -> bool:
@@ -309,6 +339,9 @@ def _shape(config: Config) -> RateShape:
 
 
 def _decay_iters(config: Config) -> int:
+    """0: not known yet, and checked when it is (:mod:`megaforge.training.lengths`)."""
+    if config.length.needs_data:
+        return 0
     return config.optimizer.lr_decay_iters or config.training.train_iters
 
 

@@ -73,6 +73,11 @@ class DataSource(SampleView, Protocol):
         """Training tokens of one epoch of each source; empty where there are no epochs."""
         return ()
 
+    def passes(self, samples: int) -> Sequence[float]:
+        """How often samples [0, samples) read each source; empty where there are no epochs."""
+        tokens = sum(self.epoch_tokens)
+        return [self.tokens_before(samples) / tokens] if tokens else ()
+
     def tokens_before(self, samples: int) -> int:
         """Labels in samples [0, samples)."""
         raise NotImplementedError

@@ -146,6 +146,14 @@ class TrainingData(ScheduledSource):
         """Training tokens of one epoch of each source."""
         return [int(source.extents("train")[1].sum()) for source in self._sources]
 
+    def passes(self, samples: int) -> list[float]:
+        """How often samples [0, samples) read each source: more than another one where its weight is above its size."""
+        stage = self.plan.stage_at(max(samples - 1, 0))
+        read = [0] * len(self._sources)
+        for (source, _), cursor in zip(self._lane_of, stage.cursors_after(samples - stage.start), strict=True):
+            read[source] += cursor
+        return [tokens / whole for tokens, whole in zip(read, self.epoch_tokens, strict=True)]
+
     def locate(self, k: int) -> tuple[int, int, int]:
         """(source, lane, token cursor) of sample ``k``: its identity."""
         stream, cursor = self._stream_at(k)

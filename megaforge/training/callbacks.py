@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from megaforge.checkpoint.checkpoint import enforce_retention
 from megaforge.monitor.sinks import MetricSink
 from megaforge.parallel.flat_shard import Entry
+from megaforge.training.intervals import Interval
 
 if TYPE_CHECKING:
     from megaforge.training.metrics import EvaluationMetrics, StepMetrics
@@ -113,18 +114,18 @@ class MetricsWriter(Callback):
 
 
 class Evaluation(Callback):
-    """Evaluates every ``interval`` iterations (0: never in between) and after the last one, unless the run was asked to
-    end: whoever asked may not wait."""
+    """Evaluates at each ``interval`` and after the last iteration, unless the run was asked to end: whoever asked may
+    not wait."""
 
     place = Place.JUDGE
 
-    def __init__(self, interval: int) -> None:
+    def __init__(self, interval: Interval) -> None:
         self.interval = interval
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        ended = trainer.finished and not trainer.interrupted
-        if ended or (self.interval and metrics.iteration % self.interval == 0):
-            trainer.evaluate()
+        due = self.interval.is_due(trainer)
+        if due or (trainer.finished and not trainer.interrupted):
+            trainer.evaluate(due)
 
 
 class EarlyStopping(Callback):
@@ -187,18 +188,18 @@ class EarlyStopping(Callback):
 
 
 class Checkpointing(Callback):
-    """Saves every ``interval`` iterations (0: never in between), when the time asks for it, and after the last one.
+    """Saves at each ``interval``, when the time asks for it, and after the last iteration.
 
     What is published lets older checkpoints go: all but the ``keep_last`` newest (0: none goes) and the ``keep_best``.
     """
 
     place = Place.SAVE
 
-    def __init__(self, interval: int, keep_last: int = 0, keep_best: int = 0) -> None:
+    def __init__(self, interval: Interval, keep_last: int = 0, keep_best: int = 0) -> None:
         self.interval, self.keep_last, self.keep_best = interval, keep_last, keep_best
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        if trainer.finished or trainer.save_due or (self.interval and metrics.iteration % self.interval == 0):
+        if trainer.finished or trainer.save_due or self.interval.is_due(trainer):
             trainer.save()
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
@@ -207,13 +208,14 @@ class Checkpointing(Callback):
 
 
 class ExitInterval(Callback):
-    """Ends the run after an iteration divisible by ``interval``: for queues that grant little time at once."""
+    """Ends the run at each ``interval``: for queues that grant little time at once. ``asked`` is how it was asked for:
+    the flag and its value."""
 
     place = Place.BEFORE
 
-    def __init__(self, interval: int) -> None:
-        self.interval = interval
+    def __init__(self, interval: Interval, asked: str) -> None:
+        self.interval, self.asked = interval, asked
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        if metrics.iteration % self.interval == 0 and not trainer.finished:
-            trainer.stop(f"--exit-interval {self.interval}")
+        if self.interval.is_due(trainer) and not trainer.finished:
+            trainer.stop(self.asked)

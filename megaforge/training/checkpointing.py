@@ -26,6 +26,7 @@ from megaforge.parallel.agree import exchange
 from megaforge.parallel.flat_shard import Entry
 from megaforge.training.callbacks import LARGER_IS_BETTER, Callback
 from megaforge.training.continuing import changed_settings, check_update_rule, settle_schedule
+from megaforge.training.lengths import in_iterations
 
 if TYPE_CHECKING:
     from megaforge.training.trainer import Trainer
@@ -165,15 +166,12 @@ def load_run(trainer: Trainer) -> Path | None:
         return path
     _check_is_run(meta, path)
     fresh = _start_over(trainer, meta, own)
-    trainer.config, trainer.schedule, notes = settle_schedule(config, meta, int(meta["iteration"]), str(path))
+    _go_to(trainer, meta, fresh)
+    config = in_iterations(config, trainer.progress)
+    trainer.config, trainer.schedule, notes = settle_schedule(config, meta, trainer.iteration, str(path))
     if "optimizer" not in fresh:
         check_update_rule(optimizer_state(trainer), meta, str(path))
     notes += changed_settings(trainer.config, trainer.batches.size, meta)
-    trainer.iteration = int(meta["iteration"])
-    trainer.earlier = Counter(meta["earlier"])
-    if "data" in fresh:
-        data = meta["state"]["data"]
-        trainer.earlier += Counter(samples=data["consumed_samples"], tokens=data["consumed_tokens"])
     notes += _load_parts(trainer, meta["state"], path, fresh)
     optimizer.after_load()
     for note in notes:
@@ -181,6 +179,16 @@ def load_run(trainer: Trainer) -> Path | None:
     # What lies in --save beyond this iteration is of a past that this run went back behind.
     trainer.saved_iteration = trainer.iteration
     return path
+
+
+def _go_to(trainer: Trainer, meta: dict[str, Any], fresh: list[str]) -> None:
+    """Sets how far ``trainer`` is."""
+    data = meta["state"]["data"]
+    trainer.iteration, trainer.earlier = int(meta["iteration"]), Counter(meta["earlier"])
+    if "data" in fresh:
+        trainer.earlier += Counter(samples=data["consumed_samples"], tokens=data["consumed_tokens"])
+    else:
+        trainer.consumed_samples = int(data["consumed_samples"])
 
 
 def _load_parts(trainer: Trainer, saved: dict[str, Any], path: Path, fresh: list[str]) -> list[str]:

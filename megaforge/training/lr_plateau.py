@@ -28,9 +28,9 @@ class ReduceOnPlateau(Callback):
         self.bad_evaluations = 0
 
     def on_evaluate(self, trainer: Trainer, metrics: EvaluationMetrics) -> None:
-        interval, flags = trainer.config.training.eval_interval, trainer.config.optimizer
-        if not interval or metrics.iteration % interval:
+        if not metrics.due:
             return
+        flags = trainer.config.optimizer
         best = math.inf if self.best is None else self.best
         if metrics.loss < best * (1 - flags.lr_plateau_threshold):  # not where it is nan
             self.best, self.bad_evaluations = metrics.loss, 0

@@ -72,6 +72,8 @@ class EvaluationMetrics:
         tokens: predicted tokens.
         correct: tokens whose most likely prediction was right; None if not counted.
         text_bytes: UTF-8 bytes of the text those tokens stand for; None if unknown.
+        due: whether it is one of ``--eval-interval``; others, where a run ends for now, must not change what a run
+            that goes on does.
     """
 
     iteration: int
@@ -79,6 +81,7 @@ class EvaluationMetrics:
     tokens: int
     correct: int | None = None
     text_bytes: float | None = None
+    due: bool = True
 
     @property
     def loss(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from functools import partial
+from math import ceil
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,8 @@ from megaforge.training.checkpointing import check_save_directory, compute_dtype
 from megaforge.training.console import ConsoleLog
 from megaforge.training.ema import WeightAverage
 from megaforge.training.engine import Engine
+from megaforge.training.intervals import Interval
+from megaforge.training.lengths import Progress, described, in_iterations, interval
 from megaforge.training.lr_on_spike import ReduceOnSpike
 from megaforge.training.numerics import choose_matmul_precision
 from megaforge.training.plateau_boost import PlateauBoost
@@ -114,6 +117,8 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext) -> Trainer:
     """
     config, tokenizer = run.config, run.tokenizer
     data = together(ctx, lambda: _open_data(config, tokenizer))
+    progress = Progress(data, run.layout.batches)
+    config = in_iterations(config, progress)
     together(ctx, lambda: check_save_directory(config.checkpoint) if ctx.is_first_rank else None)
     model = build_model_chunks(config, ctx, run.plan)
     initialize_parameters(model, ctx, config.training.seed)
@@ -129,7 +134,7 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext) -> Trainer:
         data,
         tokenizer=None if tokenizer is None else tokenizer_identity(tokenizer),
         batches=run.layout.batches,
-        callbacks=_callbacks(config),
+        callbacks=_callbacks(config, progress),
     )
     if config.optimizer.ema_decay:
         trainer.add(WeightAverage(config.optimizer, optimizer.main))
@@ -142,6 +147,8 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext) -> Trainer:
         print_rank_0(
             f"loading {path}" if path else f"--load {load}: nothing was saved there yet, so the run starts anew"
         )
+    for line in described(trainer.config, data, trainer.progress):
+        print_rank_0(line)
     goes_on = config.checkpoint.load is not None and not config.checkpoint.finetune
     from_iteration = trainer.iteration if goes_on else None
     sinks = together(ctx, lambda: _sinks(config, from_iteration) if ctx.is_first_rank else [])
@@ -199,33 +206,39 @@ def _open_data(config: Config, tokenizer: Tokenizer | None) -> DataSource:
 _OF_UPDATES = (SecondStage, PlateauBoost, ReduceOnSpike, QKClip)
 
 
-def _callbacks(config: Config) -> list[Callback]:
-    training, checkpoint = config.training, config.checkpoint
+def _callbacks(config: Config, progress: Progress) -> list[Callback]:
+    training, checkpoint, data = config.training, config.checkpoint, progress.data
+    leaving = interval(config, data, "training.exit_interval")
     speed = Speed(config.logging.log_interval)
     callbacks: list[Callback] = [speed]
-    if training.exit_interval:
-        callbacks.append(ExitInterval(training.exit_interval))
+    if leaving:
+        epochs = config.length.exit_interval_epochs
+        flag = f"--exit-interval {leaving.iterations}" if epochs is None else f"--exit-interval-epochs {epochs:g}"
+        callbacks.append(ExitInterval(leaving, flag))
     callbacks += [asked for kind in _OF_UPDATES if (asked := kind.of(config)) is not None]
     callbacks.append(ConsoleLog(config.logging.log_interval, speed))
     if training.eval_iters:
-        callbacks.append(Evaluation(training.eval_interval))
+        callbacks.append(Evaluation(interval(config, data, "training.eval_interval")))
         callbacks.append(EarlyStopping(training.early_stopping_metric, training.early_stopping_patience))
     if checkpoint.save is not None:
-        callbacks.append(Checkpointing(save_interval(config), checkpoint.keep_last, checkpoint.keep_best))
+        callbacks.append(Checkpointing(save_interval(config, progress), checkpoint.keep_last, checkpoint.keep_best))
     if config.logging.profile:
         callbacks.append(Profile(config.logging))
     return callbacks
 
 
-def save_interval(config: Config) -> int:
-    """Iterations between checkpoints: ``--save-interval``, or a tenth of the run. Where checkpoints are kept by their
-    evaluation, a multiple of its interval, so that they have one."""
-    given, evaluation = config.checkpoint.save_interval, config.training.eval_interval
-    if given is not None:
-        return given
+def save_interval(config: Config, progress: Progress) -> Interval:
+    """When checkpoints are due: ``--save-interval``, or ten times in the run. Where they are kept by their evaluation,
+    at a multiple of its interval, so that they have one."""
+    if config.checkpoint.save_interval is not None or config.length.save_interval_epochs is not None:
+        return interval(config, progress.data, "checkpoint.save_interval")
     tenth = max(1, -(-config.training.train_iters // 10))
-    judged = config.checkpoint.keep_best and evaluation and config.training.eval_iters
-    return -(-tenth // evaluation) * evaluation if judged else tenth
+    evaluation = interval(config, progress.data, "training.eval_interval")
+    if not (config.checkpoint.keep_best and config.training.eval_iters and evaluation):
+        return Interval(tenth)
+    if evaluation.tokens:
+        return Interval(tokens=ceil(progress.at(tenth)[0] / evaluation.tokens) * evaluation.tokens)
+    return Interval(ceil(tenth / evaluation.iterations) * evaluation.iterations)
 
 
 def _sinks(config: Config, iteration: int | None) -> list[MetricSink]:

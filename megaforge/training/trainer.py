@@ -27,6 +27,7 @@ from megaforge.training.batch_sums import BatchSums
 from megaforge.training.callbacks import Callback, in_order
 from megaforge.training.checkpointing import save_run
 from megaforge.training.engine import Engine
+from megaforge.training.lengths import Progress
 from megaforge.training.metrics import EvaluationMetrics, StepMetrics
 from megaforge.training.objectives import Predictions, make_objective
 
@@ -40,6 +41,7 @@ class Trainer:
         lr_factors: what callbacks multiply the scheduled learning rate by, by name; checkpoints keep them.
         iteration: optimizer steps done, from the run's beginning.
         consumed_samples: samples trained on, from the run's beginning.
+        tokens_before_step: :attr:`consumed_tokens` before the newest step.
         earlier: ``samples`` and ``tokens`` trained on before ``--reset-data``; consumed_samples counts from there.
         started_over: what this run, going on from a checkpoint, did not take from it (``--no-load-optim`` ...).
         stateful: what checkpoints keep besides the run's own parts and callbacks, by name.
@@ -77,6 +79,7 @@ class Trainer:
         self.validation = data.validation("valid") if config.training.eval_iters else None
         self.iteration = 0
         self.consumed_samples = 0
+        self.tokens_before_step = 0
         self.stateful = {"lr_factors": Stateful(lambda: dict(self.lr_factors), self._load_lr_factors)}
         self.saved_iteration = 0
         self.earlier: Counter[str] = Counter()
@@ -98,6 +101,13 @@ class Trainer:
         """Tokens trained on, from the run's beginning."""
         return self.data.tokens_before(self.consumed_samples) + self.earlier["tokens"]
 
+    @property
+    def progress(self) -> Progress:
+        """What has been read so far, and what each next step reads."""
+        samples, tokens = self.earlier["samples"], self.earlier["tokens"]
+        batches = dataclasses.replace(self.batches, before=samples)
+        return Progress(self.data, batches, self.iteration, self.consumed_samples, samples, tokens)
+
     def add(self, callback: Callback) -> None:
         """Another callback, at its place."""
         self.callbacks = in_order([*self.callbacks, callback])
@@ -116,8 +126,7 @@ class Trainer:
         if requests is not None:
             self._requests = requests
             self._read(BatchSums(self.ctx, self.objective))  # what came while the run was set up ends it here
-        batch_schedule = dataclasses.replace(self.batches, before=self.earlier["samples"])
-        loader = self._loader(self.data, batch_schedule, self.consumed_samples, self.objective.look_ahead)
+        loader = self._loader(self.data, self.progress.batches, self.consumed_samples, self.objective.look_ahead)
         self._emit("on_train_start")
         try:
             with closing(iter(loader)) as batches:  # type: ignore[type-var]
@@ -142,6 +151,7 @@ class Trainer:
         if updated:
             self._emit("on_update")
         self.iteration += 1
+        self.tokens_before_step = self.consumed_tokens
         self.consumed_samples += round(float(sums.counts["sequences"]))
         self.tokens_per_expert = sums.experts[0]
         self._heed(sums)
@@ -188,8 +198,11 @@ class Trainer:
             self.stop(reason)
         self.save_due = self.save_due or self._requests.save_is_due(sums.votes)
 
-    def evaluate(self) -> EvaluationMetrics:
+    def evaluate(self, due: bool = True) -> EvaluationMetrics:
         """Measures the model, in evaluation mode, on the first ``--eval-iters`` global batches of the validation split.
+
+        Args:
+            due: whether it is one of ``--eval-interval`` (:class:`megaforge.training.metrics.EvaluationMetrics`).
 
         Raises:
             UserError: no label in them counts.
@@ -214,6 +227,7 @@ class Trainer:
             tokens=round(sums.values["labels"]),
             correct=round(sums.values["correct"]),
             text_bytes=None if ratio is None else sums.values["labels"] * ratio,
+            due=due,
         )
         self.last_evaluation = metrics
         self._emit("on_evaluate", metrics)

@@ -244,7 +244,7 @@ def test_the_base_size() -> None:
 
 
 def test_sections_are_the_fields_of_config() -> None:
-    expected = ["model", "parallel", "data", "optimizer", "training", "checkpoint", "logging", "dry_run"]
+    expected = ["model", "parallel", "data", "optimizer", "training", "length", "checkpoint", "logging", "dry_run"]
     assert list(sections()) == expected
 
 

@@ -10,6 +10,7 @@ from megaforge.config.schema import settings
 from megaforge.errors import UserError
 
 EVALUATED = ("--eval-iters", "1", "--eval-interval", "2")
+IN_EPOCHS = ("--eval-iters", "1", "--eval-interval-epochs", "0.1")
 DENSE = ("--ffn", "dense")
 ATTENTION, RWKV = ("--layer-schedule", "attention"), ("--layer-schedule", "rwkv")
 
@@ -19,17 +20,24 @@ REFUSED = [
     (("--ema-evaluate",), ("--ema-decay", "0.9"), "--eval-iters N"),
     (("--save-interval", "2"), (), "--save DIR"),
     (("--save-interval", "0"), (), "--save DIR"),
+    (("--save-interval-epochs", "0.5"), (), "--save DIR"),
     (("--keep-last", "9"), (), "--save DIR"),
     (("--keep-best", "1"), EVALUATED, "--save DIR"),
     (("--keep-best", "1"), ("--save", "r"), "--eval-iters N"),
     (("--keep-best", "1"), ("--save", "r", "--eval-iters", "1"), "--eval-interval N"),
     (("--keep-best", "1"), ("--save", "r", *EVALUATED, "--save-interval", "3"), "multiple of --eval-interval"),
     (("--keep-best", "1"), ("--save", "r", *EVALUATED, "--save-interval", "0"), "multiple of --eval-interval"),
+    (("--keep-best", "1"), ("--save", "r", *EVALUATED, "--save-interval-epochs", "1"), "multiple of --eval-interval"),
+    (("--keep-best", "1"), ("--save", "r", *IN_EPOCHS, "--save-interval-epochs", "0.25"), "multiple of --eval"),
+    (("--keep-best", "1"), ("--save", "r", *IN_EPOCHS, "--save-interval", "5"), "both in epochs"),
     (("--eval-interval", "2"), (), "--eval-iters N"),
+    (("--eval-interval-epochs", "2"), (), "--eval-iters N"),
     (("--early-stopping-patience", "2"), ("--eval-iters", "1"), "--eval-interval N"),
     (("--finetune",), (), "--load DIR"),
     (("--lr-wsd-decay-iters", "5"), (), "--lr-decay-style WSD"),
     (("--lr-wsd-decay-style", "linear"), (), "--lr-decay-style WSD"),
+    (("--lr-wsd-decay-samples", "5"), (), "--lr-decay-style WSD"),
+    (("--lr-restart-epochs", "5"), (), "--lr-decay-style cosine-restarts"),
     (("--lr-restart-iters", "5"), (), "--lr-decay-style cosine-restarts"),
     (("--lr-restart-mult", "2"), (), "--lr-decay-style cosine-restarts"),
     (("--lr-plateau-patience", "5000"), (), "--lr-decay-style plateau"),
@@ -70,10 +78,12 @@ SAID = [
     (("--no-load-optim",), (), "--load"),
     (("--reset-data",), ("--load", "r", "--finetune"), "--finetune"),
     (("--exit-interval", "2"), (), "--save"),
+    (("--exit-interval-epochs", "2"), (), "--save"),
     (("--exit-duration-in-mins", "2"), (), "--save"),
     (("--early-stopping-metric", "accuracy"), EVALUATED, "--keep-best"),
     (("--min-lr", "1e-5"), ("--lr-decay-style", "constant"), "constant"),
     (("--lr-decay-iters", "9"), ("--lr-decay-style", "constant"), "constant"),
+    (("--lr-decay-epochs", "9"), ("--lr-decay-style", "constant"), "constant"),
     (("--hysteresis", "4"), ("--bf16",), "--fp16"),
     (("--sgd-momentum", "0"), (), "--optimizer sgd"),
     (("--sgd-momentum", "0.5"), ("--optimizer", "muon"), "--optimizer sgd"),
@@ -111,6 +121,12 @@ def test_said(flag: tuple[str, ...], beside: tuple[str, ...], advice: str, capsy
     [
         ("--save", "r", "--save-interval", "4", "--keep-best", "1", "--keep-last", "5", *EVALUATED),
         ("--save", "r", "--keep-best", "1", *EVALUATED),
+        ("--save", "r", "--keep-best", "1", *IN_EPOCHS),
+        ("--save", "r", "--keep-best", "1", *IN_EPOCHS, "--save-interval-epochs", "0.3"),
+        ("--early-stopping-patience", "2", *IN_EPOCHS),
+        ("--lr-decay-style", "plateau", *IN_EPOCHS),
+        ("--lr-warmup-iters", "500", "--train-epochs", "3", "--lr-warmup-init", "1e-6"),
+        ("--lr-warmup-epochs", "0.1", "--lr-warmup-init", "1e-6"),
         ("--keep-best", "0", "--exit-interval", "0", "--eval-interval", "0"),
         ("--config", "cdrmix-core-1b", "--train-iters", "20"),  # a preset's warm-up is its own
         ("--config", "cdrmix-core-1b", "--ffn", "dense", "--moe-aux-loss-coeff", "0"),

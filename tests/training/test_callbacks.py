@@ -13,6 +13,7 @@ from megaforge.training.callbacks import (
     MetricsWriter,
     in_order,
 )
+from megaforge.training.intervals import Interval
 from megaforge.training.metrics import EvaluationMetrics, StepMetrics
 from megaforge.training.trainer import Trainer
 
@@ -35,9 +36,10 @@ class FakeTrainer:
     def stop(self, reason: str) -> None:
         self.reason = self.reason or reason
 
-    def evaluate(self) -> None:
+    def evaluate(self, due: bool) -> None:
         self.evaluated.append(self.iteration)
-        metrics = EvaluationMetrics(self.iteration, 10 * self.losses.get(self.iteration, 1.0), 10, correct=5)
+        loss = self.losses.get(self.iteration, 1.0)
+        metrics = EvaluationMetrics(self.iteration, 10 * loss, 10, correct=5, due=due)
         for callback in self.callbacks:
             callback.on_evaluate(cast(Trainer, self), metrics)
 
@@ -58,36 +60,41 @@ def step(iteration: int) -> StepMetrics:
 
 def test_the_place_decides_and_not_the_order_of_adding() -> None:
     writer, other = MetricsWriter([]), Callback()
-    judges: list[Callback] = [Evaluation(1), EarlyStopping("loss", 1)]
-    added = [other, Checkpointing(0), *judges, writer, ExitInterval(3)]
+    judges: list[Callback] = [Evaluation(Interval(1)), EarlyStopping("loss", 1)]
+    added = [other, Checkpointing(Interval(0)), *judges, writer, ExitInterval(Interval(3), "--exit-interval 3")]
     assert in_order(added) == [added[5], writer, *judges, added[1], other]
-    trainer = FakeTrainer(9, in_order([Checkpointing(0), Evaluation(2), ExitInterval(3)])).run()
+    trainer = FakeTrainer(
+        9,
+        in_order([Checkpointing(Interval(0)), Evaluation(Interval(2)), ExitInterval(Interval(3), "--exit-interval 3")]),
+    ).run()
     assert (trainer.saved, trainer.evaluated) == ([3], [2, 3]), "the last step is the last for all"
 
 
 def test_evaluation_and_checkpoints_come_at_their_intervals_and_at_the_end() -> None:
-    trainer = FakeTrainer(7, [Evaluation(3), Checkpointing(2)]).run()
+    trainer = FakeTrainer(7, [Evaluation(Interval(3)), Checkpointing(Interval(2))]).run()
     assert trainer.evaluated == [3, 6, 7]
     assert trainer.saved == [2, 4, 6, 7]
 
 
 def test_interval_zero_means_only_at_the_end() -> None:
-    trainer = FakeTrainer(4, [Evaluation(0), Checkpointing(0)]).run()
+    trainer = FakeTrainer(4, [Evaluation(Interval(0)), Checkpointing(Interval(0))]).run()
     assert (trainer.evaluated, trainer.saved) == ([4], [4])
 
 
 def test_an_end_that_falls_on_the_interval_is_saved_once() -> None:
-    assert FakeTrainer(4, [Checkpointing(2)]).run().saved == [2, 4]
+    assert FakeTrainer(4, [Checkpointing(Interval(2))]).run().saved == [2, 4]
 
 
 def test_exit_interval_ends_saved() -> None:
-    trainer = FakeTrainer(9, [ExitInterval(4), Evaluation(0), Checkpointing(0)]).run()
+    trainer = FakeTrainer(
+        9, [ExitInterval(Interval(4), "--exit-interval 4"), Evaluation(Interval(0)), Checkpointing(Interval(0))]
+    ).run()
     assert (trainer.iteration, trainer.saved, trainer.evaluated) == (4, [4], [4])
     assert trainer.reason == "--exit-interval 4"
 
 
 def test_a_run_that_was_asked_to_end_saves_and_does_not_evaluate() -> None:
-    callbacks = [Evaluation(3), Checkpointing(0)]
+    callbacks = [Evaluation(Interval(3)), Checkpointing(Interval(0))]
     for iteration, evaluated in ((2, []), (3, [3])):
         trainer = FakeTrainer(iteration, callbacks)
         trainer.interrupted = True
@@ -96,7 +103,9 @@ def test_a_run_that_was_asked_to_end_saves_and_does_not_evaluate() -> None:
 
 def test_early_stopping_counts_evaluations_without_a_better_one() -> None:
     losses = {1: 3.0, 2: 2.0, 3: 2.5, 4: 1.9, 5: 2.0, 6: 1.9, 7: 1.0}
-    trainer = FakeTrainer(9, [Evaluation(1), EarlyStopping("loss", 2), Checkpointing(0)], losses).run()
+    trainer = FakeTrainer(
+        9, [Evaluation(Interval(1)), EarlyStopping("loss", 2), Checkpointing(Interval(0))], losses
+    ).run()
     assert trainer.iteration == 6, "1.9 again is not better than 1.9"
     assert trainer.saved == [6], "the checkpoint callback must see the stop as the last step"
     assert trainer.reason is not None and "1.9 (iteration 4)" in trainer.reason
@@ -104,7 +113,7 @@ def test_early_stopping_counts_evaluations_without_a_better_one() -> None:
 
 def test_patience_zero_only_remembers_the_best() -> None:
     stopping = EarlyStopping("loss", 0)
-    trainer = FakeTrainer(5, [Evaluation(1), stopping], {2: 0.5}).run()
+    trainer = FakeTrainer(5, [Evaluation(Interval(1)), stopping], {2: 0.5}).run()
     assert trainer.iteration == 5
     assert (stopping.best, stopping.best_iteration) == (0.5, 2)
 
@@ -118,7 +127,7 @@ def test_accuracy_is_better_when_larger() -> None:
 
 def test_a_run_that_stopped_early_stays_stopped_unless_the_patience_grows() -> None:
     stopped = EarlyStopping("loss", 2)
-    FakeTrainer(9, [Evaluation(1), stopped], {1: 1.0, 2: 2.0, 3: 2.0}).run()
+    FakeTrainer(9, [Evaluation(Interval(1)), stopped], {1: 1.0, 2: 2.0, 3: 2.0}).run()
     told = "2 evaluations; to go on, give a greater --early-stopping-patience"
     for patience, reason in ((2, told), (3, ""), (0, "")):
         again, trainer = EarlyStopping("loss", patience), FakeTrainer(9, [])
@@ -129,13 +138,13 @@ def test_a_run_that_stopped_early_stays_stopped_unless_the_patience_grows() -> N
 
 def test_state_goes_on_where_it_was_but_not_for_another_metric() -> None:
     first = EarlyStopping("loss", 2)
-    FakeTrainer(2, [Evaluation(1), first], {1: 1.0, 2: 2.0}).run()
+    FakeTrainer(2, [Evaluation(Interval(1)), first], {1: 1.0, 2: 2.0}).run()
     again, other = EarlyStopping("loss", 2), EarlyStopping("perplexity", 2)
     again.load_state(first.state())
     other.load_state(first.state())
     assert (again.best, again.bad_evaluations) == (1.0, 1)
     assert other.best is None
-    trainer = FakeTrainer(9, [Evaluation(1), again], {1: 2.0}).run()
+    trainer = FakeTrainer(9, [Evaluation(Interval(1)), again], {1: 2.0}).run()
     assert trainer.iteration == 1
 
 
@@ -153,7 +162,7 @@ def test_the_writer_passes_everything_on_and_closes() -> None:
             told.append("close")
 
     writer = MetricsWriter([Sink()])
-    trainer = FakeTrainer(2, [writer, Evaluation(2)]).run()
+    trainer = FakeTrainer(2, [writer, Evaluation(Interval(2))]).run()
     writer.on_checkpoint(cast(Trainer, trainer), cast(Any, None))
     writer.on_train_end(cast(Trainer, trainer))
     assert told == [("step", 1, 2.0), ("step", 2, 2.0), ("evaluation", 2, 1.0), "flush", "close"]

@@ -12,9 +12,8 @@ from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.training.lr_plateau import ReduceOnPlateau
 
 
-def run_of(config: OptimizerConfig, eval_interval: int = 1) -> Any:
-    whole = SimpleNamespace(optimizer=config, training=SimpleNamespace(eval_interval=eval_interval))
-    return SimpleNamespace(lr_factors={}, config=whole)
+def run_of(config: OptimizerConfig) -> Any:
+    return SimpleNamespace(lr_factors={}, config=SimpleNamespace(optimizer=config))
 
 
 @pytest.mark.parametrize("patience", [0, 2])
@@ -53,7 +52,7 @@ def test_rates_are_torchs(patience: int) -> None:
         if number == 5:  # from a checkpoint
             kept, ours = ours.state(), ReduceOnPlateau()
             ours.load_state(kept)
-        metrics: Any = SimpleNamespace(loss=loss, iteration=number)
+        metrics: Any = SimpleNamespace(loss=loss, iteration=number, due=True)
         ours.on_evaluate(trainer, metrics)
         seen.append(trainer.lr_factors.get("plateau", 1.0))
         assert seen[-1] == pytest.approx(theirs.get_last_lr()[0], rel=1e-12), number
@@ -61,8 +60,8 @@ def test_rates_are_torchs(patience: int) -> None:
 
 
 def test_an_evaluation_where_a_run_stops_does_not_count() -> None:
-    ours, trainer = ReduceOnPlateau(), run_of(OptimizerConfig(lr_plateau_patience=0), eval_interval=10)
+    ours, trainer = ReduceOnPlateau(), run_of(OptimizerConfig(lr_plateau_patience=0))
     for iteration, factor in ((10, 1.0), (15, 1.0), (20, 0.5), (21, 0.5)):
-        metrics: Any = SimpleNamespace(loss=2.0, iteration=iteration)
+        metrics: Any = SimpleNamespace(loss=2.0, iteration=iteration, due=iteration % 10 == 0)
         ours.on_evaluate(trainer, metrics)
         assert trainer.lr_factors.get("plateau", 1.0) == factor, iteration
