@@ -2,13 +2,13 @@
 
 Arms, each with about 3.5M parameters, the tokenizer of 2,048 entries, 8 x 256 tokens a step, one thread:
     ours      cdrmix-tiny as the preset is
-    dense     our attention model: 6 blocks, squared ReLU of 960
+    dense     our attention model with AdamW: 6 blocks, squared ReLU of 960; in plain torch, from our initial weights
     llama     transformers' Llama with AdamW
     speedrun  a transformer as public speedruns train it: torch.optim.Muon, QK norm, squared ReLU, token smear
 
 The peers are compiled (not counted) and use the faster of fp32 and bf16, as ours does. First every arm trains at each
 learning rate of ``--lrs`` for ``--sweep-seconds``; the best one is taken. Then it trains for its ``--seconds`` with
-every seed, the schedule (warm-up over a twentieth, cosine to a fiftieth) fitted to them. CPU time under load is
+every seed, the schedule (warm-up over a fifteenth, cosine to a fiftieth) fitted to them. CPU time under load is
 inflated for everyone, so arms run turn about. Everything is kept in ``--output``: run again, it goes on where it was.
 
     python tests/bench/bench_speedrun.py [--data runs/quickstart] [--seconds ours=200 llama=850] [--target 2.21]

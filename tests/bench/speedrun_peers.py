@@ -1,4 +1,5 @@
-"""What the speedrun compares with, in plain torch: two small language models as others train them."""
+"""What the speedrun compares with, in plain torch: two small language models as others train them, and our dense
+preset again."""
 
 from __future__ import annotations
 
@@ -39,6 +40,64 @@ class LlamaLoss(nn.Module):
     def optimizers(self, lr: float) -> Optimizers:
         """AdamW of everything; norms do not decay."""
         return [_adamw(list(self.parameters()), lr)]
+
+
+class DensePreset(nn.Module):
+    """Our model of attention and squared ReLU without experts, in operations that torch.compile fuses. Parameters have
+    the names of :class:`megaforge.models.hybrid.HybridModel`, whose initial values it is given; documents of a window
+    see each other, as in the other peers."""
+
+    def __init__(
+        self, vocabulary: int, length: int, hidden: int = 192, layers: int = 6, inner: int = 960, heads: int = 4
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, hidden)
+        self.layers = nn.ModuleList(DenseBlock(hidden, inner, heads) for _ in range(layers))
+        self.final_norm = nn.RMSNorm(hidden, eps=1e-6)
+        half = hidden // heads // 2
+        angles = torch.outer(torch.arange(length), 10000.0 ** -(torch.arange(half) / half))
+        self.register_buffer("cos", angles.cos()[:, None], persistent=False)
+        self.register_buffer("sin", -angles.sin()[:, None], persistent=False)  # _rotated turns the other way
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """int64 [b, s] twice -> summed cross-entropy."""
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x, self.cos, self.sin)
+        logits = F.linear(self.final_norm(x), self.embedding.weight)
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
+
+    def optimizers(self, lr: float) -> Optimizers:
+        """AdamW of everything; norms do not decay."""
+        return [_adamw(list(self.parameters()), lr)]
+
+
+class DenseBlock(nn.Module):
+    def __init__(self, hidden: int, inner: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.mixer_norm, self.ffn_norm = nn.RMSNorm(hidden, eps=1e-6), nn.RMSNorm(hidden, eps=1e-6)
+        self.mixer = nn.ModuleDict(
+            {
+                "qkv": nn.Linear(hidden, 3 * hidden, bias=False),
+                "output": nn.Linear(hidden, hidden, bias=False),
+            }
+        )
+        self.ffn = nn.ModuleDict(
+            {
+                "up": nn.Linear(hidden, inner, bias=False),
+                "down": nn.Linear(inner, hidden, bias=False),
+            }
+        )
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[b, s, h] -> [b, s, h]."""
+        fused = self.mixer["qkv"](self.mixer_norm(x))
+        query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in fused.chunk(3, dim=-1))
+        query, key = (_rotated(part, cos, sin).transpose(1, 2) for part in (query, key))
+        mixed = F.scaled_dot_product_attention(query, key, value.transpose(1, 2), is_causal=True)
+        x = x + self.mixer["output"](mixed.transpose(1, 2).flatten(-2))
+        return x + self.ffn["down"](F.relu(self.ffn["up"](self.ffn_norm(x))).square())
 
 
 class SpeedrunGPT(nn.Module):

@@ -25,18 +25,16 @@ from megaforge.data.sidecar import read_sidecar
 from megaforge.models.prepared_run import PreparedRun
 from megaforge.optim import LearningRateSchedule
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.init import initialize_parameters
 from megaforge.training.numerics import choose_matmul_precision
 from megaforge.training.prepare import prepare
-from megaforge.training.setup import build_trainer
-from tests.bench.speedrun_peers import LlamaLoss, SpeedrunGPT
+from megaforge.training.setup import build_model_chunks, build_trainer
+from tests.bench.speedrun_peers import DensePreset, LlamaLoss, SpeedrunGPT
 
 LENGTH, BATCH, WINDOWS = 256, 8, 128
-PEERS: dict[str, type[nn.Module]] = {"llama": LlamaLoss, "speedrun": SpeedrunGPT}
-ENGINE = {
-    "ours": [],
-    "dense": "--layer-schedule attention --ffn dense --num-layers 6 --ffn-hidden-size 960".split(),
-}
-ARMS = (*ENGINE, *PEERS)
+PEERS: dict[str, type[nn.Module]] = {"dense": DensePreset, "llama": LlamaLoss, "speedrun": SpeedrunGPT}
+ARMS = ("ours", *PEERS)
+DENSE = "--layer-schedule attention --ffn dense --num-layers 6 --ffn-hidden-size 960".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +89,12 @@ class Text:
             *("--data-path", str(self.folder / "train_text_document"), "--seq-length", str(LENGTH)),
             *("--micro-batch-size", str(BATCH), "--global-batch-size", str(BATCH)),
             *("--train-iters", str(run.steps), "--seed", str(run.seed), "--lr", repr(run.lr)),
-            *("--min-lr", repr(run.lr / 50), "--lr-warmup-iters", str(max(1, run.steps // 20))),
+            *("--min-lr", repr(run.lr / 50), "--lr-warmup-iters", str(max(10, run.steps // 15))),
             *("--save", str(folder), "--keep-last", "1", "--save-interval", "1000000"),
             *(["--load", str(folder)] if any(folder.glob("step_*")) else []),
-            *ENGINE.get(run.arm, []),
-            *(["--bf16"] if run.bf16 and run.arm in ENGINE else []),
-            *(run.flags if run.arm in ENGINE else ()),
+            *(DENSE if run.arm == "dense" else ()),
+            *(["--bf16"] if run.bf16 and run.arm == "ours" else []),
+            *run.flags,
         ]
         return prepare(parse_config(flags).config)
 
@@ -194,6 +192,8 @@ class TorchSession(Session):
         config = self.prepared.config
         vocabulary = config.model.padded_vocab_size()
         self.model = PEERS[self.run.arm](vocabulary, LENGTH)
+        if self.run.arm == "dense":
+            self.model.load_state_dict(initial_weights(self.prepared))
         self.optimizers = self.model.optimizers(self.run.lr)  # type: ignore[operator]
         self.schedule = LearningRateSchedule(config.optimizer, self.run.steps)
         self.iteration = 0
@@ -247,8 +247,16 @@ class TorchSession(Session):
         self.iteration = content["iteration"]
 
 
+def initial_weights(prepared: PreparedRun) -> dict[str, torch.Tensor]:
+    """Of the engine's model, by name."""
+    ctx = ParallelContext.single()
+    model = build_model_chunks(prepared.config, ctx, prepared.plan)
+    initialize_parameters(model, ctx, prepared.config.training.seed)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
 def open_session(run: Run, text: Text, folder: Path) -> Session:
-    return (EngineSession if run.arm in ENGINE else TorchSession)(run, text, folder)
+    return (EngineSession if run.arm == "ours" else TorchSession)(run, text, folder)
 
 
 def train_in_turns(runs: list[Run], text: Text, folder: Path, evaluations: int) -> dict[Run, list[list[float]]]:

@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.bench.speedrun_peers import SpeedrunGPT
-from tests.bench.speedrun_session import Run, crossing
+from megaforge.config.cli import parse_config
+from megaforge.models.hybrid import HybridModel
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.layer_context import make_layer_context
+from tests.bench.speedrun_peers import DensePreset, SpeedrunGPT
+from tests.bench.speedrun_session import DENSE, Run, crossing
 
 
 def test_a_curve_reaches_its_target_between_two_evaluations():
@@ -40,3 +45,18 @@ def test_the_speedrun_peer_does_not_look_ahead():
     torch.testing.assert_close(model(tokens, labels), before)
     tokens[:, 7] = (tokens[:, 7] + 1) % 32
     assert not torch.allclose(model(tokens, labels), before)
+
+
+def test_the_dense_peer_is_our_dense_preset():
+    flags = ["--config", "cdrmix-tiny", *DENSE, "--vocab-size", "128", "--num-layers", "2", "--ffn-hidden-size", "48"]
+    ctx = ParallelContext.single()
+    ours = HybridModel(make_layer_context(parse_config(flags).config.model, ctx))
+    initialize_parameters(ours, ctx, 1)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.normal_(std=0.2)
+    peer = DensePreset(ours.cfg.padded_vocab_size(), 16, layers=2, inner=48)
+    peer.load_state_dict({name: parameter.detach() for name, parameter in ours.named_parameters()})
+    tokens, labels = torch.randint(0, 128, (2, 2, 16))
+    expected = ours(tokens, labels, torch.ones(2, 16)).loss_sum
+    torch.testing.assert_close(peer(tokens, labels), expected, rtol=2e-6, atol=0)
