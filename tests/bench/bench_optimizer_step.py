@@ -1,15 +1,19 @@
-"""A whole optimizer step with Muon, beside torch.optim.Muon and AdamW on the same matrices.
+"""A whole optimizer step with Muon, beside torch.optim.Muon and the published packages on the same matrices.
 
     bash run_scripts/bench.sh optimizer_step [--rounds 7] [--models cdrmix-tiny 100M]
 
+The packages are measured where they are installed (``pip install --no-deps muon-optimizer==0.1.0
+pytorch-optimizer==4.1.0``): Keller Jordan's muon, and pytorch_optimizer, which batches equal shapes.
+
 Models: cdrmix-tiny, and a dense transformer of 12 layers and 768 channels. Both sides update the same matrices, fp32
-with bf16 products, and all other parameters by fused AdamW. The peer gets each expert and each of q, k and v as a
+with bf16 products, and all other parameters by fused AdamW. A peer gets each expert and each of q, k and v as a
 parameter of its own. CPU-seconds of one thread; the ratio is the peer's over ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import time
 from collections.abc import Callable
 
@@ -41,14 +45,46 @@ MODELS = {
     ),
 }
 CONFIG = OptimizerConfig(optimizer="muon", muon_fp32_matmul_prec="medium")
+# A module and its class.
+PEERS: dict[str, tuple[str, str]] = {
+    "torch.optim": ("torch.optim", "Muon"),
+    "muon": ("muon", "SingleDeviceMuon"),
+    "pytorch_optimizer": ("pytorch_optimizer", "Muon"),
+}
 
 
-def make(flags: tuple[str, ...]) -> tuple[Callable[[], None], Callable[[], None], float]:
-    """Our step, the peer's, and how many million parameters Muon updates."""
+def peer_step(name: str, matrices: list[nn.Parameter], others: list[nn.Parameter]) -> Callable[[], None]:
+    """One step of the peer and of fused AdamW, on parameters of its own.
+
+    Raises:
+        ModuleNotFoundError: the peer is not installed.
+    """
+    module, kind = PEERS[name]
+    muon_class = getattr(importlib.import_module(module), kind)
+    matrices, others = ([_copy(x) for x in group] for group in (matrices, others))
+    group = {"params": matrices} if module != "pytorch_optimizer" else {"params": matrices, "use_muon": True}
+    muon, adamw = muon_class([group], lr=1e-3), torch.optim.AdamW(others, lr=1e-3, fused=True)
+
+    def step() -> None:
+        muon.step()
+        adamw.step()
+
+    return step
+
+
+def _copy(parameter: nn.Parameter) -> nn.Parameter:
+    copy = nn.Parameter(parameter.detach().clone())
+    assert parameter.grad is not None
+    copy.grad = parameter.grad.clone()
+    return copy
+
+
+def make(flags: tuple[str, ...]) -> tuple[Callable[[], None], list[nn.Parameter], list[nn.Parameter]]:
+    """Our step; the matrices that Muon updates, one by one; and all other parameters."""
     ctx = ParallelContext.single()
     model = HybridModel(make_layer_context(parse_config(list(flags)).config.model, ctx))
     ours = Optimizer(CONFIG, model, ctx)
-    matrices, others, count = [], [], 0
+    matrices, others = [], []
     for number, (spec, parameter) in enumerate(named_specs(model)):
         generator = torch.Generator().manual_seed(number)
         with torch.no_grad():
@@ -59,19 +95,12 @@ def make(flags: tuple[str, ...]) -> tuple[Callable[[], None], Callable[[], None]
             others.append(nn.Parameter(parameter.detach().clone()))
             others[-1].grad = gradient.clone()
             continue
-        count += parameter.numel()
         for piece in spec.pieces(ctx):
             parts = [piece.local_view(x).reshape(-1, *piece.shape[-2:]) for x in (parameter.detach(), gradient)]
             for weight, part in zip(*parts, strict=True):
                 matrices.append(nn.Parameter(weight.clone()))
                 matrices[-1].grad = part.clone()
-    muon, adamw = torch.optim.Muon(matrices, lr=1e-3), torch.optim.AdamW(others, lr=1e-3, fused=True)
-
-    def theirs() -> None:
-        muon.step()
-        adamw.step()
-
-    return lambda: ours.step(1e-3), theirs, count / 1e6
+    return lambda: ours.step(1e-3), matrices, others
 
 
 def cpu_seconds(step: Callable[[], None]) -> Callable[[], float]:
@@ -92,11 +121,19 @@ def main() -> None:
     rows: list[list[object]] = []
     cases = {}
     for name in arguments.models:
-        ours, theirs, millions = make(MODELS[name])
-        ratio = interleaved_ratio(cpu_seconds(theirs), cpu_seconds(ours), arguments.rounds)
-        rows.append([name, millions, ratio.peer * 1e3, ratio.candidate * 1e3, ratio.median, ratio.min, ratio.max])
-        cases[name] = ratio.case("this over torch.optim.Muon and fused AdamW")
-    header = ["model", "million in matrices", "ours ms", "torch ms", "torch / ours", "min", "max"]
+        ours, matrices, others = make(MODELS[name])
+        millions = sum(x.numel() for x in matrices) / 1e6
+        for peer in PEERS:
+            try:
+                theirs = peer_step(peer, matrices, others)
+            except ModuleNotFoundError as error:
+                print(f"{peer} is left out: {error}")
+                continue
+            ratio = interleaved_ratio(cpu_seconds(theirs), cpu_seconds(ours), arguments.rounds)
+            times = [ratio.peer * 1e3, ratio.candidate * 1e3, ratio.median, ratio.min, ratio.max]
+            rows.append([name, millions, peer, *times])
+            cases[f"{name} {peer}"] = ratio.case("this over the peer's Muon and fused AdamW")
+    header = ["model", "million in matrices", "peer", "ours ms", "peer ms", "peer / ours", "min", "max"]
     print_table("optimizer step, CPU time of one thread", header, rows)
     print_json("optimizer_step", cases)
 
