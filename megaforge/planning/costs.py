@@ -62,9 +62,12 @@ def block_costs(parts: ModelParts, layout: PlannedLayout, index: int) -> list[Co
 
 def _recomputed(parts: ModelParts, layout: PlannedLayout, index: int, places: range) -> Cost:
     """The cost of layers of which only the input is kept, and everything is computed again at once."""
-    costs = [part_cost(parts, layout, index, place) for place in places]
+    stays = dataclasses.replace(layout, offload=False)  # what is computed again is: it is needed at once
+    costs = [part_cost(parts, stays, index, place) for place in places]
     size, waiting = costs[0].input, 0.0
     again = sum(cost.kept for cost in costs) - size
+    if layout.offload:
+        return _brought_back(parts, layout, index, places, again + size + max(cost.working for cost in costs))
     if layout.splits_backward:  # what gradients of weights need stays until the second half: only a run can say
         halves = [part_cost(parts, layout, index, place, "full") for place in places]
         waiting = sum(half.kept + half.waiting for half in halves) - size
@@ -76,6 +79,20 @@ def _recomputed(parts: ModelParts, layout: PlannedLayout, index: int, places: ra
         waiting=waiting,
         forward=_total((cost.forward, 1) for cost in costs),
         backward=_total((way, 1) for cost in costs for way in (cost.forward, cost.backward)),
+    )
+
+
+def _brought_back(parts: ModelParts, layout: PlannedLayout, index: int, places: range, working: float) -> Cost:
+    """:func:`_recomputed` where inputs are kept in host memory: the first layer's are the whole's."""
+    costs = [part_cost(parts, layout, index, place, "full") for place in places]
+    between = sum(cost.kept + cost.waiting for cost in costs)
+    return dataclasses.replace(
+        costs[0],
+        shared={name: size for cost in costs for name, size in (*cost.shared.items(), *cost.touched.items())},
+        working=working,
+        waiting=max(0.0, between - costs[0].kept) if layout.splits_backward else 0.0,
+        forward=_total((cost.forward, 1) for cost in costs),
+        backward=_total((cost.backward, 1) for cost in costs),
     )
 
 
@@ -98,6 +115,8 @@ def stage_cost(parts: ModelParts, layout: PlannedLayout, stage: StagePart) -> Co
     # Tensors that several parts keep are there once, and so is what has arrived from an earlier stage.
     shared = {name: size for cost, _ in costs for name, size in cost.shared.items()}
     arrived = carried_before(parts, layout, stage.blocks.start)
+    if layout.offload and not stage.first:  # the executor holds the stage's input, whose gradient it sends back
+        shared["x"] = costs[0][0].input
     shared |= {name: size for cost, _ in costs for name, size in cost.reads.items() if name in arrived}
     waiting = sum(count * cost.waiting for cost, count in costs)
     if stage.first:  # its first half has nothing to do; gradients of what it has sent wait for the second
@@ -107,6 +126,7 @@ def stage_cost(parts: ModelParts, layout: PlannedLayout, stage: StagePart) -> Co
         kept=sum(count * cost.kept for cost, count in costs) + sum(shared.values()),
         waiting=waiting,
         working=max(cost.working for cost, _ in costs),
+        host=sum(count * cost.host for cost, count in costs),
         forward=_total((cost.forward, count) for cost, count in costs),
         backward=_total((cost.backward, count) for cost, count in costs),
     )

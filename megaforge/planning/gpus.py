@@ -17,6 +17,7 @@ class Gpu:
         memory_bandwidth: bytes/s.
         node_bandwidth: bytes/s to the other GPUs of the server (NVLink).
         network_bandwidth: bytes/s to other servers.
+        host_bandwidth: bytes/s to host memory (PCIe x16).
         node_size: GPUs of a server.
     """
 
@@ -26,16 +27,17 @@ class Gpu:
     memory_bandwidth: float
     node_bandwidth: float
     network_bandwidth: float
+    host_bandwidth: float
     node_size: int = 8
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-80g", 80e9, 312e12, 2.039e12, 300e9, 25e9),  # SXM, DGX A100: 8 x 200 Gbit/s
-        Gpu("h100-80g", 80e9, 989e12, 3.35e12, 450e9, 50e9),  # SXM, DGX H100: 8 x 400 Gbit/s
-        Gpu("h200-141g", 141e9, 989e12, 4.8e12, 450e9, 50e9),
-        Gpu("b200-180g", 180e9, 2250e12, 7.7e12, 900e9, 50e9),  # DGX B200: 8 x 400 Gbit/s
+        Gpu("a100-80g", 80e9, 312e12, 2.039e12, 300e9, 25e9, 32e9),  # SXM, DGX A100: 8 x 200 Gbit/s, PCIe 4
+        Gpu("h100-80g", 80e9, 989e12, 3.35e12, 450e9, 50e9, 64e9),  # SXM, DGX H100: 8 x 400 Gbit/s, PCIe 5
+        Gpu("h200-141g", 141e9, 989e12, 4.8e12, 450e9, 50e9, 64e9),
+        Gpu("b200-180g", 180e9, 2250e12, 7.7e12, 900e9, 50e9, 64e9),  # DGX B200: 8 x 400 Gbit/s
     )
 }
 
@@ -72,6 +74,7 @@ class Efficiency:
         memory: of memory bandwidth, in elementwise work.
         node: of the bandwidth within a server.
         network: of the bandwidth between servers.
+        host: of the bandwidth to host memory, from and to pinned memory.
     """
 
     matmul: float = 0.65
@@ -81,3 +84,4 @@ class Efficiency:
     memory: float = 0.75
     node: float = 0.75
     network: float = 0.80
+    host: float = 0.80

@@ -27,6 +27,7 @@ class PlannedLayout:
         etp: tensor parallelism of experts.
         zero: 0, 1 (optimizer state sharded) or 2 (gradients too).
         recompute: what the backward pass computes again, as ``--recompute``.
+        offload: whether activations are kept in host memory, as ``--cpu-offload-activations``.
         dtype: of parameters and activations.
         wkv_backend: which implementation of WKV-7 keeps what it keeps, as ``--wkv-backend``.
         device_type: whose kernels keep what they keep; ``meta``: plain torch.
@@ -45,6 +46,7 @@ class PlannedLayout:
     schedule_name: str = "1f1b"
     zero: int = 0
     recompute: str = "none"
+    offload: bool = False
     micro_batch_size: int = 1
     global_batch_size: int = 1
     sequence_length: int = 1024
@@ -111,6 +113,7 @@ class PlannedLayout:
         words.append(f"--etp {self.etp}" if self.etp != self.tp else "")
         words.append(f"--zero {self.zero}" if self.zero else "")
         words.append(f"--recompute {self.recompute}" if self.recompute != "none" else "")
+        words.append("--cpu-offload-activations" if self.offload else "")
         words.append(f"--micro-batch-size {self.micro_batch_size}")
         return " ".join(word for word in words if word)
 
@@ -142,6 +145,7 @@ def layout_of(config: Config, world_size: int) -> PlannedLayout:
         schedule_name=schedule_name,
         zero=parallel.zero_stage,
         recompute=parallel.recompute,
+        offload=parallel.cpu_offload_activations,
         micro_batch_size=config.training.micro_batch_size,
         global_batch_size=checked.batches.size,
         sequence_length=config.data.seq_length,

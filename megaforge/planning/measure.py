@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import blocks_of
 from megaforge.models.hybrid import HybridModel
+from megaforge.nn.offload import HostMemory
 from megaforge.nn.recompute import recomputed
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.context_parallel.shard import ContextParallelShard
@@ -45,6 +46,7 @@ class Sizes(NamedTuple):
     dtype: torch.dtype
     device_type: str
     recompute: str
+    offload: bool
     splits_backward: bool
     wkv_backend: str
 
@@ -61,6 +63,7 @@ class Cost:
         reads: carried tensors that it reads, whether it keeps them or not.
         touched: tensors of the micro-batch's :class:`PackedSequence` that are there once it has run.
         working: the most alive at once besides what is kept (and what is waiting), forward or backward.
+        host: what goes to host memory in the forward pass (``--cpu-offload-activations``), and comes back.
         waiting: what is alive between the halves of a split backward pass besides what is kept; 0 without.
         forward, backward: what is sent, by axis.
     """
@@ -72,6 +75,7 @@ class Cost:
     touched: Mapping[str, float] = field(default_factory=dict)
     working: float = 0.0
     waiting: float = 0.0
+    host: float = 0.0
     forward: Sent = field(default_factory=dict)
     backward: Sent = field(default_factory=dict)
 
@@ -157,7 +161,9 @@ def _measure(cfg: ModelConfig, sizes: Sizes, build: Build, arriving: Shapes) -> 
             info = PackedSequence(sizes.micro_batch_size, sizes.sequence_length, ctx.device, shards=shards)
             x = anchors[""].expand(rows, sizes.micro_batch_size, cfg.hidden_size).clone()
             carried = {name: anchors[name].expand(shape).clone() for name, shape in arriving.items()}
-            outputs, made = forward(x, carried, info)
+            saving = HostMemory(parameters)
+            with saving if sizes.offload else nullcontext():
+                outputs, made = forward(x, carried, info)
             named = {
                 storage_key(tensor): (name, tensor.untyped_storage().nbytes())
                 for name, tensor in (*_tensors(vars(info), "packed"), *_tensors(carried), *_tensors(made))
@@ -180,6 +186,7 @@ def _measure(cfg: ModelConfig, sizes: Sizes, build: Build, arriving: Shapes) -> 
         touched=touched,
         working=meter.peak - max(kept, between),
         waiting=max(0, between - kept),
+        host=saving.moved,
         forward=going,
         backward={axis: size - going.get(axis, 0.0) for axis, size in sent.items()},
     )

@@ -82,6 +82,7 @@ class RankMemory:
         stages: its stages, and which blocks each holds.
         in_flight: most micro-batches (of a stage each) whose activations are alive at once.
         activations: what they keep.
+        host: activations that are kept in host memory; not in :attr:`total`.
         buffers: temporaries of one backward pass, recomputed activations, communication buckets, libraries.
     """
 
@@ -91,6 +92,7 @@ class RankMemory:
     in_flight: int
     activations: float
     buffers: float
+    host: float = 0.0
 
     @property
     def total(self) -> float:
@@ -144,8 +146,9 @@ def rank_memory(
     costs = [stage_cost(parts, layout, stage) if stage in own else None for stage in stages]
     kept, waiting = ([0.0 if cost is None else getattr(cost, name) for cost in costs] for name in ("kept", "waiting"))
     activations, in_flight = peak_activations(schedule, rank, kept, waiting)
+    host, _ = peak_activations(schedule, rank, [0.0 if cost is None else cost.host for cost in costs])
     buffers = max(cost.working for cost in costs if cost is not None) + _buckets(layout) + libraries
-    return RankMemory(rank, own, rank_state(parts, layout, stages, rank), in_flight, activations, buffers)
+    return RankMemory(rank, own, rank_state(parts, layout, stages, rank), in_flight, activations, buffers, host)
 
 
 def _buckets(layout: PlannedLayout) -> float:

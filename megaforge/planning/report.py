@@ -49,8 +49,9 @@ def memory_table(memories: Sequence[RankMemory], gpu: Gpu) -> str:
 
 
 def _in_host_memory(memories: Sequence[RankMemory]) -> list[str]:
-    most = max(memory.state.host for memory in memories)
-    return [f"optimizer state in host memory: {gigabytes(most)} GB a rank"] if most else []
+    state, activations = max(m.state.host for m in memories), max(m.host for m in memories)
+    lines = [f"optimizer state in host memory: {gigabytes(state)} GB a rank"] if state else []
+    return lines + [f"activations in host memory: {gigabytes(activations)} GB a rank"] * bool(activations)
 
 
 def plan_text(parts: ModelParts, layout: PlannedLayout, gpu: Gpu, name: str) -> str:
@@ -98,11 +99,12 @@ def assumptions(gpu: Gpu, efficiency: Efficiency | None = None) -> str:
     return (
         f"assumed: {gpu.name} with {gpu.matmul / 1e12:g} TFLOP/s, {gpu.memory_bandwidth / 1e12:g} TB/s, "
         f"{gpu.node_bandwidth / 1e9:g} GB/s in the server ({gpu.node_size} GPUs) and {gpu.network_bandwidth / 1e9:g} "
-        f"GB/s out of it, one direction; reached: dense products {reached.matmul:.0%}, experts "
-        f"{reached.grouped_matmul:.0%}, attention {reached.attention:.0%}, WKV {reached.wkv:.1%}, memory "
-        f"{reached.memory:.0%}, server {reached.node:.0%}, network {reached.network:.0%}; tp, cp, ep and etp "
-        "communication is not hidden, gradient reduction is hidden behind one backward pass; tokens spread evenly over "
-        f"experts; {LIBRARIES / 1e9:g} GB for CUDA, cuBLAS and NCCL; parameters, gradients and optimizer are exact"
+        f"GB/s out of it, {gpu.host_bandwidth / 1e9:g} GB/s to host memory, one direction; reached: dense products "
+        f"{reached.matmul:.0%}, experts {reached.grouped_matmul:.0%}, attention {reached.attention:.0%}, WKV "
+        f"{reached.wkv:.1%}, memory {reached.memory:.0%}, server {reached.node:.0%}, network {reached.network:.0%}, "
+        f"host memory {reached.host:.0%}; tp, cp, ep and etp communication is not hidden, gradient reduction is hidden "
+        f"behind one backward pass; tokens spread evenly over experts; {LIBRARIES / 1e9:g} GB for CUDA, cuBLAS and "
+        "NCCL; parameters, gradients and optimizer are exact"
     )
 
 

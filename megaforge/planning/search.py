@@ -64,6 +64,7 @@ def candidates(config: Config, gpus: int, node_size: int = 8) -> Iterator[Planne
                         zero_stage=1,
                         ddp_bucket_size=config.parallel.ddp_bucket_size,
                         cp_comm_type=config.parallel.cp_comm_type,
+                        cpu_offload_activations=config.parallel.cpu_offload_activations,
                     )
                     batch = config.training.global_batch_size or gpus
                     training = dataclasses.replace(config.training, micro_batch_size=micro, global_batch_size=batch)

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from megaforge.config.pattern import BlockKind
 from megaforge.models.hybrid import HybridModel
 from megaforge.nn.losses import LossTerm, total_loss
+from megaforge.nn.offload import HostMemory
 from megaforge.parallel.pipeline.split_backward import backward_input
 from megaforge.parallel.pipeline.stage_tensors import StageTensors
 from megaforge.planning.layout import PlannedLayout
@@ -27,11 +28,13 @@ class Measured:
         kept: alive between forward and backward pass, the input included.
         between: alive between the halves of a backward pass that the schedule splits; 0 where it does not.
         peak: the most alive at once, forward and backward.
+        host: what went to host memory (``--cpu-offload-activations``).
     """
 
     kept: int
     between: int
     peak: int
+    host: int = 0
 
 
 def run_stage(
@@ -59,10 +62,12 @@ def run_stage(
     split = layout.pp > 1 and layout.schedule.splits_backward
     with without_gradients(() if known else parameters), meter, fused_attention() if on_meta else nullcontext():
         inputs = _arrived(chunk, payload or {})
-        roots, starts = _forward(chunk, layout, payload or {}, inputs)
+        saving = HostMemory(chunk.parameters())
+        with saving if layout.offload else nullcontext():
+            roots, starts = _forward(chunk, layout, payload or {}, inputs)
         kept = meter.live
         between = run_backward(meter, roots, starts, inputs, parameters, split=split)
-    return Measured(kept, between, meter.peak)
+    return Measured(kept, between, meter.peak, saving.moved)
 
 
 @contextmanager

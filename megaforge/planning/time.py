@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,15 +89,17 @@ def stage_time(
     parts: ModelParts, layout: PlannedLayout, stage: StagePart, gpu: Gpu, efficiency: Efficiency
 ) -> StageTime:
     """The roofline of one micro-batch on a stage. The backward pass costs two forward passes, one of them for the
-    weights. Communication over tp, cp, ep and etp is not hidden."""
-    layout = layout.unsplit
+    weights. Communication over tp, cp, ep and etp is not hidden, nor is the way of activations to host memory and back
+    (in either half of a backward pass)."""
+    split, layout = layout.splits_backward, layout.unsplit
+    made = dataclasses.replace(layout, offload=False)  # what is computed is the same wherever it is kept
     compute = again = 0.0
     for index, count in parts.alike(stage.blocks).items():
         for place in range(len(parts.blocks[index].held)):
-            whole, repeated = layer_seconds(parts, layout, index, place, gpu, efficiency)
+            whole, repeated = layer_seconds(parts, made, index, place, gpu, efficiency)
             compute, again = compute + count * whole, again + count * repeated
     moving = FORWARD_PASSES / (gpu.memory_bandwidth * efficiency.memory)
-    ends = moving * sum(end_cost(parts, layout, last=last).kept for last in stage.ends)
+    ends = moving * sum(end_cost(parts, made, last=last).kept for last in stage.ends)
     if stage.last:
         ends += parts.head_flops * layout.tokens / layout.tp / (gpu.matmul * efficiency.matmul)
         again += ends  # the head computes its logits again
@@ -107,7 +110,9 @@ def stage_time(
         name: sum(size / speeds[axis] for axis, size in way.items())
         for name, way in (("forward", cost.forward), ("backward", cost.backward))
     }
-    return StageTime(compute + sent["forward"], compute + again + sent["backward"], compute)
+    moved = cost.host / (gpu.host_bandwidth * efficiency.host)
+    twice = moved if split else 0.0
+    return StageTime(compute + sent["forward"] + moved, compute + again + sent["backward"] + moved, compute + twice)
 
 
 def stage_times(
@@ -188,6 +193,9 @@ def _step_end(
         waiting = max(0.0, sent.reduced / speed - hidden_back) + max(0.0, sent.gathered / speed - hidden_front)
         state = state_bytes(held, layout.context(rank * layout.stage_ranks), layout)
         touched = OPTIMIZER_PASSES * state.optimizer + state.gradients + state.parameters
+        touched += 2 * OPTIMIZER_PASSES * state.host  # buffers are filled and emptied, too
         exposed = max(exposed, waiting)
-        update = max(update, touched / (gpu.memory_bandwidth * efficiency.memory))
+        # What lies in host memory comes while other parts leave and are updated.
+        moving = state.host / (gpu.host_bandwidth * efficiency.host)
+        update = max(update, moving, touched / (gpu.memory_bandwidth * efficiency.memory))
     return exposed, update

@@ -74,6 +74,28 @@ def test_the_meta_device_shows_what_a_gpu_would_keep(case: str) -> None:
     assert measured.peak > measured.kept
 
 
+@pytest.mark.parametrize(
+    "case", ["hybrid MoE, bf16", "cdrmix-tiny, --recompute selective", "cdrmix-tiny, --recompute full"]
+)
+def test_what_goes_to_host_memory_leaves_the_device(case: str) -> None:
+    config = parse_config(CASES[case]).config
+    plain = layout_of(config, 1)
+    layout = dataclasses.replace(plain, offload=True)
+    ctx = ParallelContext.single("meta")
+    model = HybridModel(make_layer_context(config.model, ctx, dtype=layout.dtype, recompute=layout.recompute))
+    parts = model_parts(config.model, layout.dtype)
+    whole = StagePart(range(len(parts.blocks)), True, True)
+    cost, kept, measured = (
+        stage_cost(parts, layout, whole),
+        stage_cost(parts, plain, whole).kept,
+        run_stage(model, layout),
+    )
+    assert cost.host == pytest.approx(measured.host, rel=0.05) and cost.host > 0.9 * kept
+    assert cost.kept == pytest.approx(measured.kept, abs=0.001 * kept) and cost.kept < 0.1 * kept
+    assert cost.kept + cost.working == pytest.approx(measured.peak, rel=0.1), "what is brought back is there again"
+    assert run_stage(model, plain).host == stage_cost(parts, plain, whole).host == 0
+
+
 def test_recomputation_keeps_less_and_brings_back_the_difference() -> None:
     config = parse_config(BASE).config
     parts = model_parts(config.model, torch.bfloat16)

@@ -157,6 +157,23 @@ def test_recomputation_costs_time_and_a_pipeline_has_a_bubble() -> None:
     assert 0.05 < times["none"].mfu < Efficiency().matmul
 
 
+def test_copies_to_host_memory_take_time(capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse_config(["--config", "cdrmix-core-1b", "--bf16", "--zero", "1", "--optimizer", "paged_adam"]).config
+    parts, layout = model_parts(config.model, torch.bfloat16), layout_of(config, 8)
+    stages, speed = cut_stages(parts, layout), H100.host_bandwidth * Efficiency().host
+    moments = rank_memory(parts, layout, stages, 0).state.host
+    paged = step_time(parts, layout, stages, H100)
+    assert paged.optimizer == pytest.approx(moments / speed), "they come and go at once"
+    fast = dataclasses.replace(H100, host_bandwidth=1e15)
+    assert 0 < step_time(parts, layout, stages, fast).optimizer < paged.optimizer / 2
+    offloaded = dataclasses.replace(layout, offload=True)
+    memory = rank_memory(parts, offloaded, stages, 0)
+    slower = step_time(parts, offloaded, stages, H100).pipeline - paged.pipeline
+    assert slower == pytest.approx(2 * layout.micro_batches * memory.host / speed)
+    run("--config cdrmix-core-1b --bf16 --dp 8 --cpu-offload-activations".split())
+    assert f"activations in host memory: {memory.host / 1e9:.2f} GB a rank" in capsys.readouterr().out
+
+
 def test_groups_that_leave_the_server_are_slower() -> None:
     layout = PlannedLayout(128, tp=8, pp=4, ep=8, etp=1, global_batch_size=128)
     speed = {axis: bandwidth(layout, axis, H100, Efficiency()) for axis in ("tp", "ep", "dp", "pp")}

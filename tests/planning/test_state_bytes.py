@@ -83,6 +83,7 @@ def test_plan_equals_the_model_built_at_the_layout(sizes: dict[str, int]) -> Non
         "--pp 2 --zero 2 --vpp 2",
         "--pp 2 --zero 1 --bf16 --ema-decay 0.9",
         "--ema-decay 0.9",
+        "--pp 2 --vpp 2 --tp 2 --cpu-offload-activations",
     ],
 )
 def test_plan_equals_the_dry_run(flags: str) -> None:
