@@ -226,7 +226,12 @@ def _config_at(source: TensorSource, parallel: ParallelConfig, world_size: int) 
     # As many micro-batches as pipeline ranks: every schedule is defined for them.
     batch = world_size // (parallel.tensor_model_parallel_size * parallel.context_parallel_size)
     training = dataclasses.replace(
-        config.training, micro_batch_size=1, global_batch_size=batch, rampup_batch_size=(), device="cpu"
+        config.training,
+        micro_batch_size=1,
+        global_batch_size=batch,
+        rampup_batch_size=(),
+        device="cpu",
+        eval_global_batch_size=None,
     )
     return dataclasses.replace(config, model=model, parallel=parallel, training=training)
 

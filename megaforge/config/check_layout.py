@@ -102,6 +102,7 @@ def check_layout(config: Config, world_size: int) -> Layout:
     cp = parallel.context_parallel_size
     dp = world_size // (tp * parallel.pipeline_model_parallel_size * cp)
     batches = BatchSchedule(_global_batch_size(config, dp), config.training.rampup_batch_size)
+    _check_evaluation(config, dp)
     micro_batches = batches.size // (config.training.micro_batch_size * dp)
     etp = parallel.expert_tensor_size(world_size)
     notes = tuple(_notes(config, world_size, dp * cp))
@@ -308,6 +309,17 @@ def _global_batch_size(config: Config, dp: int) -> int:
             f"--micro-batch-size {micro} x dp {dp} = {step}; use multiples of {step}"
         )
     return given
+
+
+def _check_evaluation(config: Config, dp: int) -> None:
+    given, step = config.training.eval_global_batch_size, config.training.micro_batch_size * dp
+    if given is not None and given % step:
+        below = given // step * step
+        working = either(size for size in (below, below + step) if size > 0)
+        raise UserError(
+            f"--eval-global-batch-size {given} is not divisible by --micro-batch-size "
+            f"{config.training.micro_batch_size} x dp {dp} = {step}; use --eval-global-batch-size {working}"
+        )
 
 
 def _notes(config: Config, world_size: int, replicas: int) -> list[str]:

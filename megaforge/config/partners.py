@@ -128,9 +128,14 @@ PARTNERS = (
         refuse=False,
     ),
     Partner(
-        ("training.eval_interval", "length.eval_interval_epochs"),
+        ("training.eval_interval", "length.eval_interval_epochs", "training.eval_global_batch_size"),
         lambda c: c.training.eval_iters,
         "nothing is evaluated: add --eval-iters N",
+    ),
+    Partner(
+        ("checkpoint.phase6_output",),
+        lambda c: c.checkpoint.save,
+        "it is written from the last checkpoint, and nothing is saved: add --save DIR",
     ),
     Partner(
         ("training.early_stopping_patience",),

@@ -90,6 +90,9 @@ class ParallelConfig:
     distributed_backend: str = flag(
         "auto", "process-group backend; auto is nccl on GPUs and gloo on CPUs", choices=("auto", "gloo", "nccl", "mpi")
     )
+    world_size: int | None = flag(
+        None, "ranks that this configuration is meant for; a run of any other number is refused", least=1, most=1 << 24
+    )
     distributed_timeout_minutes: float = flag(
         30.0, "minutes after which a collective that does not end aborts the run", above=0
     )
@@ -216,6 +219,9 @@ class TrainingConfig:
     )
     eval_interval: int = flag(0, "iterations between evaluations; 0: only at the end when --eval-iters is set", least=0)
     eval_iters: int = flag(0, "global batches of one evaluation; 0: no evaluation", least=0)
+    eval_global_batch_size: int | None = flag(
+        None, "sequences of a global batch of evaluations (default: --global-batch-size)", least=1, most=1 << 24
+    )
     early_stopping_patience: int = flag(
         0,
         "evaluations without a better --early-stopping-metric before the run ends; 0: never",
@@ -270,6 +276,11 @@ class CheckpointConfig:
         False, "with --load: read the data, which may be others, from their beginning; the iteration goes on"
     )
     finetune: bool = flag(False, "load the weights only and start the run at iteration 0")
+    phase6_output: str | None = flag(
+        None,
+        "at the end of the run, write trained_model.pt and phase5_metadata.json from its last checkpoint there",
+        metavar="DIR",
+    )
 
     def validate(self) -> None:
         """The fields' bounds are all there is to check."""

@@ -154,6 +154,11 @@ def _present_config(meta: dict[str, Any], path: Path, tp: int, pp: int, device: 
             grad_reduce_in_bf16=False,
         ),
         training=dataclasses.replace(
-            config.training, micro_batch_size=1, global_batch_size=None, rampup_batch_size=(), device=device
+            config.training,
+            micro_batch_size=1,
+            global_batch_size=None,
+            rampup_batch_size=(),
+            device=device,
+            eval_global_batch_size=None,
         ),
     )

@@ -51,21 +51,27 @@ class PipelinePlan:
         return f"pp {self.pp} ({self.name}" + (f", vpp {self.vpp})" if self.vpp > 1 else ")")
 
 
-def check_pipeline(cfg: ModelConfig, parallel: ParallelConfig, layout: Layout) -> None:
+def check_pipeline(cfg: ModelConfig, parallel: ParallelConfig, layout: Layout, evaluated: int | None = None) -> None:
     """Checks blocks, stages and schedule against each other, at every batch size of the run.
+
+    Args:
+        evaluated: sequences of a batch of evaluations, where it has another size.
 
     Raises:
         UserError: as :func:`megaforge.models.stages.plan_pipeline` would.
     """
     name, vpp = pipeline_shape(cfg, parallel)
     pp = parallel.pipeline_model_parallel_size
-    for size in layout.batches.sizes:
+    sizes = [*layout.batches.sizes, *([] if evaluated is None else [evaluated])]
+    for size in sizes:
         micro_batches = size * layout.micro_batches // layout.batches.size
         try:
             check_schedule(name, pp=pp, vpp=vpp, microbatches=micro_batches)
         except UserError as error:
             if size == layout.batches.size:
                 raise
+            if size == evaluated:
+                raise UserError(f"--eval-global-batch-size {size}: {error}") from error
             ramp = " ".join(map(str, layout.batches.rampup))
             raise UserError(f"--rampup-batch-size {ramp}, at {size} sequences a batch: {error}") from error
     check_stages(cfg, pp * vpp)

@@ -53,5 +53,5 @@ def check_run(
     """
     layout = check_layout(config, world_size)
     config.model.padded_vocab_size()
-    check_pipeline(config.model, config.parallel, layout)
+    check_pipeline(config.model, config.parallel, layout, config.training.eval_global_batch_size)
     return PreparedRun(config, layout, tokenizer, (*notes, *layout.notes))

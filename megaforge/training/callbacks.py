@@ -218,4 +218,5 @@ class ExitInterval(Callback):
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
         if self.interval.is_due(trainer) and not trainer.finished:
+            trainer.paused = True
             trainer.stop(self.asked)

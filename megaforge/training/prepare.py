@@ -11,6 +11,7 @@ from megaforge.config.launcher import discover_launch, print_rank_0
 from megaforge.data.data_source import source_kind, unread_settings
 from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.data.tokenizer import Tokenizer
+from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 from megaforge.models.prepared_run import PreparedRun, check_run
 
@@ -22,12 +23,21 @@ def prepare(config: Config) -> PreparedRun:
         UserError: the same on every rank, which makes it safe to leave.
     """
     world_size = discover_launch().world_size
+    _check_world_size(config.parallel.world_size, world_size)
     source_kind(config.data).check(config)
     config, tokenizer, notes = _with_saved_vocabulary(config)
     run = check_run(config, world_size, tokenizer, [*notes, *unread_settings(config.data)])
     for note in run.notes:
         print_rank_0(note)
     return run
+
+
+def _check_world_size(meant: int | None, started: int) -> None:
+    if meant is not None and meant != started:
+        raise UserError(
+            f"--world-size {meant}: {started} rank{'s were' if started > 1 else ' was'} started; start {meant} "
+            f"(torchrun --nproc-per-node {meant}), or give --world-size {started} or none: the model is the same"
+        )
 
 
 def _with_saved_vocabulary(config: Config) -> tuple[Config, Tokenizer | None, list[str]]:

@@ -49,6 +49,7 @@ from megaforge.training.intervals import Interval
 from megaforge.training.lengths import Progress, described, in_iterations, interval
 from megaforge.training.lr_on_spike import ReduceOnSpike
 from megaforge.training.numerics import choose_matmul_precision
+from megaforge.training.phase6_output import Phase6Output
 from megaforge.training.plateau_boost import PlateauBoost
 from megaforge.training.profiling import Profile
 from megaforge.training.qk_clip import QKClip
@@ -222,6 +223,8 @@ def _callbacks(config: Config, progress: Progress) -> list[Callback]:
         callbacks.append(EarlyStopping(training.early_stopping_metric, training.early_stopping_patience))
     if checkpoint.save is not None:
         callbacks.append(Checkpointing(save_interval(config, progress), checkpoint.keep_last, checkpoint.keep_best))
+    if (output := Phase6Output.of(config)) is not None:
+        callbacks.append(output)
     if config.logging.profile:
         callbacks.append(Profile(config.logging))
     return callbacks

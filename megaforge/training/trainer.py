@@ -52,6 +52,7 @@ class Trainer:
         tokens_per_expert: of the newest step's global batch, tokens that each expert of each MoE layer was chosen for:
             [MoE layers, E], on the device.
         interrupted: whether the run ends because it was asked to (:class:`megaforge.resilience.requests.Requests`).
+        paused: whether it ends to be continued (``--exit-interval``).
         save_due: whether the time asks for a checkpoint.
         stop_reason: why the run ends before ``--train-iters``, or None.
     """
@@ -88,7 +89,7 @@ class Trainer:
         self.last_evaluation: EvaluationMetrics | None = None
         self.stop_reason: str | None = None
         self.tokens_per_expert = torch.empty((0, 0))
-        self.interrupted = self.save_due = False
+        self.interrupted = self.save_due = self.paused = False
         self._requests = Requests()
 
     @property
@@ -111,6 +112,11 @@ class Trainer:
     def add(self, callback: Callback) -> None:
         """Another callback, at its place."""
         self.callbacks = in_order([*self.callbacks, callback])
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is finished for good: neither asked to end nor paused."""
+        return self.finished and not self.interrupted and not self.paused
 
     def stop(self, reason: str) -> None:
         """Ends the run after this iteration's callbacks."""
@@ -210,7 +216,8 @@ class Trainer:
         if self.validation is None:
             raise ValueError("this run has no validation data: --eval-iters is 0")
         sums = BatchSums(self.ctx, self._predictions)
-        loader = self._loader(self.validation, BatchSchedule(self.batches.size))
+        size = self.config.training.eval_global_batch_size or self.batches.size
+        loader = self._loader(self.validation, BatchSchedule(size))
         with self.for_evaluation(), evaluating(self.model), closing(iter(loader)) as batches:  # type: ignore[type-var]
             for micro_batches in islice(batches, self.config.training.eval_iters):
                 self.engine.forward(micro_batches, sums)

@@ -32,6 +32,8 @@ REFUSED = [
     (("--keep-best", "1"), ("--save", "r", *IN_EPOCHS, "--save-interval", "5"), "both in epochs"),
     (("--eval-interval", "2"), (), "--eval-iters N"),
     (("--eval-interval-epochs", "2"), (), "--eval-iters N"),
+    (("--eval-global-batch-size", "2"), (), "--eval-iters N"),
+    (("--phase6-output", "d"), (), "--save DIR"),
     (("--early-stopping-patience", "2"), ("--eval-iters", "1"), "--eval-interval N"),
     (("--finetune",), (), "--load DIR"),
     (("--lr-wsd-decay-iters", "5"), (), "--lr-decay-style WSD"),

@@ -49,6 +49,12 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments
         (("--max-ranks", "0"), "--max-ranks 0"),
         (("--lr", "-1"), "--lr"),
     ],
+    "tools/phase_interface.py": [
+        (("take",), "invalid choice: 'take'"),
+        (("export", "--load", "x"), "--output"),
+        (("export", "--load", "x", "--output", "y", "--tp", "2"), "--tp: export takes"),
+        (("import", "--phase4", "x", "--save", "y", "--config", "cdrmix-tinny"), "did you mean cdrmix-tiny?"),
+    ],
     "tools/plan.py": [
         (("lay",), "choose a command"),
         (("memory", "--gpu", "abacus"), "abacus"),

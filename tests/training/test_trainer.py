@@ -370,3 +370,20 @@ def test_a_run_goes_on_with_the_vocabulary_of_its_checkpoint(prefix: str, tmp_pa
     assert (trainer.config.model.vocab_size, trainer.iteration) == (300, 1)
     with pytest.raises(UserError, match="--vocab-size 300 in the checkpoint, 62 here"):
         make_trainer(arguments(prefix, "--load", save, "--vocab-size", "62"))
+
+
+def test_evaluations_may_have_batches_of_their_own(tmp_path: Path) -> None:
+    """One batch of 16 sequences reads what two of 8 do."""
+    prefix = write_dataset(tmp_path / "train_text_document")
+    twice = make_trainer(arguments(prefix, "--eval-iters", "2")).evaluate()
+    once = make_trainer(arguments(prefix, "--eval-iters", "1", "--eval-global-batch-size", "16")).evaluate()
+    assert (once.tokens, once.correct) == (twice.tokens, twice.correct) and once.nats == pytest.approx(twice.nats)
+    with pytest.raises(UserError, match="--eval-global-batch-size 5 is not divisible .* use .*4 or 6"):
+        make_trainer(arguments(prefix, "--eval-iters", "1", "--eval-global-batch-size", "5"))
+
+
+def test_another_number_of_ranks_is_refused_where_one_is_named(tmp_path: Path) -> None:
+    prefix = write_dataset(tmp_path / "train_text_document")
+    make_trainer(arguments(prefix, "--world-size", "1"))
+    with pytest.raises(UserError, match="--world-size 4: 1 rank was started"):
+        make_trainer(arguments(prefix, "--world-size", "4"))

@@ -1,0 +1,70 @@
+#!/usr/bin/env python3
+"""Takes a model over from the phase before and hands it on to the next, by the folders and keys that they use.
+
+    python tools/phase_interface.py import --phase4 phase4/ --save runs/start --config phase5-base
+    python pretrain_cdrmix.py --config phase5-base --load runs/start --finetune --save runs/phase5 ...
+    python tools/phase_interface.py export --load runs/phase5 --output phase6/
+
+import reads compression_metadata.json and compressed_model.pt (method 'bitnet', width 1; nothing in them is executed)
+and writes a checkpoint of step 0; any flag of the model may follow. export writes trained_model.pt and
+phase5_metadata.json from a run's newest checkpoint, as --phase6-output does at the end of a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from megaforge.config.arguments import ArgumentParser
+from megaforge.config.entry import run_entry
+
+
+def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """The command line: its own flags, and those of the model."""
+    parser = ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=ArgumentParser)
+    taken = commands.add_parser("import", help="phase 4's folder -> a checkpoint to start from")
+    taken.add_argument("--phase4", required=True, metavar="DIR", help="holds the compressed model and its metadata")
+    taken.add_argument("--save", required=True, metavar="DIR", help="where the checkpoint goes")
+    given = commands.add_parser("export", help="a checkpoint -> phase 6's folder")
+    given.add_argument("--load", required=True, metavar="DIR|FILE.safetensors", help="a run's --save directory")
+    given.add_argument("--output", required=True, metavar="DIR", help="where the two files go")
+    flags, rest = parser.parse_known_args(arguments)
+    if rest and flags.command == "export":
+        parser.error(f"{rest[0]}: export takes --load and --output only")
+    return flags, rest
+
+
+def main() -> int:
+    """Runs the command; 0 when its result is written."""
+    flags, rest = parse_arguments()
+    if flags.command == "export":
+        from megaforge.checkpoint.phase_interface import export_phase6
+        from megaforge.checkpoint.sources import open_source
+
+        source = open_source(flags.load)
+        print(f"{export_phase6(source, flags.output)}: written from step {source.step} of {source.path}")
+        return 0
+    _import(flags, rest)
+    return 0
+
+
+def _import(flags: argparse.Namespace, rest: list[str]) -> None:
+    from megaforge.config.cli import parse_config
+    from megaforge.data.run_tokenizer import with_run_tokenizer
+
+    config = parse_config(rest, prog="phase_interface.py import").config
+    config, tokenizer, _ = with_run_tokenizer(config)
+    from megaforge.checkpoint.phase_interface import import_phase4
+    from megaforge.training.checkpointing import tokenizer_identity
+
+    identity = None if tokenizer is None else tokenizer_identity(tokenizer)
+    path = import_phase4(flags.phase4, flags.save, config, identity)
+    print(f"{path}: written from {flags.phase4}; start from it with --load {flags.save} --finetune")
+
+
+if __name__ == "__main__":
+    run_entry(main)
