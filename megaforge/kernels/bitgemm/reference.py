@@ -19,10 +19,11 @@ def pack_codes(codes: Tensor, scheme: str) -> Tensor:
     low = {"binary": (codes + 1) >> 1, "ternary": codes + 1, "int4": codes & 15}[scheme]
     each = 8 // bits
     rows, columns = low.shape
-    padded = low.new_zeros(rows, -(-columns // each) * each, dtype=torch.int32)
+    num_bytes = -(-columns // each)
+    padded = low.new_zeros(rows, num_bytes * each, dtype=torch.int32)
     padded[:, :columns] = low
     shifts = torch.arange(0, 8, bits, device=codes.device, dtype=torch.int32)
-    return (padded.view(rows, -1, each) << shifts).sum(-1).to(torch.uint8)
+    return (padded.view(rows, num_bytes, each) << shifts).sum(-1).to(torch.uint8)
 
 
 def unpack_codes(packed: Tensor, scheme: str, columns: int) -> Tensor:
