@@ -148,7 +148,7 @@ LOSS_TERMS = Registry("loss term", {})
 CALLBACKS = Registry("callback", {"reduce_on_plateau": "megaforge.training.lr_plateau:reduce_on_plateau"})
 
 
-CONVERTERS = Registry("converter", {})
+CONVERTERS = Registry("converter", {"bitnet": "megaforge.quant.converter:bitnet"})
 
 
 def load_extensions(names: tuple[str, ...]) -> tuple[str, ...]:

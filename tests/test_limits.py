@@ -17,6 +17,7 @@ BEYOND: set[str] = set()
 COVERED = {
     "config/dry_run_config.py": "verification/test_dry_run.py",
     "config/fields.py": "config/test_cli.py",
+    "config/quant_config.py": "quant/test_converter.py",
     "data/corpus/": "data/test_directory_to_jsonl.py",
     "data/images.py": "tools/test_plot_loss.py",
     "data/left_out.py": "data/test_directory_to_jsonl.py",
@@ -38,6 +39,7 @@ COVERED = {
     "parallel/pipeline/": "parallel/pipeline/test_executor.py",
     "parallel/region.py": "parallel/test_layers.py",
     "planning/report.py": "planning/test_plan_command.py",
+    "quant/products.py": "quant/test_linear.py",
     "training/speed.py": "training/test_metrics.py",
     "verification/parity_options.py": "tools/test_parity.py",
 }

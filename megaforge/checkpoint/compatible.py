@@ -9,10 +9,12 @@ from typing import Any
 
 from megaforge.config.config import Config
 from megaforge.config.model_config import ModelConfig
+from megaforge.config.quant_config import QuantConfig
 from megaforge.errors import UserError
 
 # They shape the weights at step 0 only, and a checkpoint brings its own.
 _INITIAL_ONLY = {"rwkv_init", "init_std", "init_std_scale"}
+_QUANTIZERS = {field.name for field in dataclasses.fields(QuantConfig)} - {"sub_norm"}
 # None stands for a value that follows from others; compared as what it stands for.
 _DERIVED = {"ffn_hidden_size": "ffn_size", "kv_channels": "head_dim", "num_query_groups": "query_groups"}
 
@@ -46,7 +48,7 @@ def check_compatible(
         saved_model = dict(saved["config"]["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"--load {source}: it does not say which model it is of; no training run wrote it") from error
-    differences = _model_differences(saved_model, config.model)
+    differences = _model_differences(saved_model, config.model, config.checkpoint.finetune)
     saved_tokenizer = saved.get("tokenizer")
     if tokenizer is not None and saved_tokenizer is not None:
         differences += [
@@ -59,7 +61,7 @@ def check_compatible(
         raise UserError(f"--load {source}: it is of another model or tokenizer: " + "; ".join(differences))
 
 
-def _model_differences(saved: dict[str, Any], current: ModelConfig) -> list[str]:
+def _model_differences(saved: dict[str, Any], current: ModelConfig, finetune: bool) -> list[str]:
     known = {field.name: field for field in dataclasses.fields(ModelConfig)}
     unknown = saved.keys() - known.keys()
     differences = [f"{name} {saved[name]} in the checkpoint, unknown to this version" for name in unknown]
@@ -67,7 +69,9 @@ def _model_differences(saved: dict[str, Any], current: ModelConfig) -> list[str]
     values = {name: saved.get(name, field.default) for name, field in known.items()}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     then = dataclasses.replace(current, **values)
-    for name in known.keys() - _INITIAL_ONLY:
+    # The same weights, multiplied otherwise: --finetune may begin or end quantizing them.
+    free = _INITIAL_ONLY | _QUANTIZERS if finetune else _INITIAL_ONLY
+    for name in known.keys() - free:
         attribute = _DERIVED.get(name, name)
         before, now = getattr(then, attribute), getattr(current, attribute)
         if name == "max_position_embeddings" and None in (before, now):

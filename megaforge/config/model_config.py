@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megaforge.config.fields import divisors, either, flag
+from megaforge.config.quant_config import QuantConfig
 from megaforge.errors import UserError
 from megaforge.registry import CONVERTERS
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Shape of the model."""
+class ModelConfig(QuantConfig):
+    """Shape of the model, and what its matrices are trained as."""
 
     num_layers: int = flag(
         12, "number of blocks (a mixer and its FFN) when the pattern comes from --layer-schedule", least=1, most=100_000
@@ -132,6 +133,12 @@ class ModelConfig:
     )
 
     @property
+    def all_converters(self) -> tuple[str, ...]:
+        """``--converters`` behind the one that ``--quantize-weights`` asks for."""
+        own = ("bitnet",) if self.quantizes and "bitnet" not in self.converters else ()
+        return own + self.converters
+
+    @property
     def ffn_size(self) -> int:
         return self.ffn_hidden_size or 4 * self.hidden_size
 
@@ -167,6 +174,7 @@ class ModelConfig:
                 f"--num-attention-heads {self.num_attention_heads}"
             )
         self._validate_moe()
+        self.validate_quantizers()
 
     def _validate_moe(self) -> None:
         if self.moe_router_topk > self.num_experts:

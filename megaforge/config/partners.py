@@ -161,8 +161,28 @@ PARTNERS = (
     ),
     Partner(
         ("optimizer.optimizer",),
-        lambda c: c.optimizer.optimizer not in _QUANTIZED_TRAINING or c.model.converters,
-        "no matrix is quantized: add --converters with a quantizer",
+        lambda c: c.optimizer.optimizer not in _QUANTIZED_TRAINING or c.model.quantize_weights or c.model.converters,
+        "no matrix is quantized: add --quantize-weights ternary, or --converters with a quantizer",
+    ),
+    Partner(
+        _model("quant_granularity", "quant_scale_dtype", "asymmetric_weights", "quant_noise"),
+        lambda c: c.model.quantize_weights,
+        "no matrix is quantized: add --quantize-weights ternary",
+    ),
+    Partner(
+        _model("quant_group_size"),
+        lambda c: c.model.quantize_weights and c.model.quant_granularity == "group",
+        "no scale belongs to a group: add --quantize-weights and --quant-granularity group",
+    ),
+    Partner(
+        _model("bitnet_layers"),
+        lambda c: c.model.quantizes,
+        "nothing is quantized: add --quantize-weights ternary",
+    ),
+    Partner(
+        _model("asymmetric_activations", "hadamard"),
+        lambda c: c.model.activation_kind,
+        "no activation is quantized: add --quantize-weights ternary, or --quantize-activations int8",
     ),
     Partner(
         ("optimizer.second_stage_lr_factor", "optimizer.second_stage_weight_decay_factor"),

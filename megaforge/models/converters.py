@@ -10,14 +10,13 @@ A converter is a function in the registry :data:`megaforge.registry.CONVERTERS`,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Protocol
 
 from torch import nn
 
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.layers import Linear
+from megaforge.parallel.layers import linears as linears
 from megaforge.parallel.linear_op import WeightQuantizer
 from megaforge.parallel.param_spec import spec_of
 from megaforge.registry import CONVERTERS
@@ -38,10 +37,3 @@ def convert(model: nn.Module, names: tuple[str, ...], ctx: ParallelContext) -> N
         if layer.op.quantizes:
             layer.weight.spec = replace(spec_of(layer.weight), quantized=True)  # type: ignore[attr-defined]
             layer.weight.quantizer = WeightQuantizer(layer.op, layer.transposed)  # type: ignore[attr-defined]
-
-
-def linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
-    """Every layer of the linear family in ``model``, with its path: ``layers.3.mixer.key``."""
-    for path, module in model.named_modules():
-        if isinstance(module, Linear):
-            yield path, module

@@ -197,7 +197,7 @@ class HybridModel(nn.Module):
             tied = not cfg.untie_embeddings_and_output_weights
             init = embedding_init if tied else head_init
             self.head = OutputHead(layer, embedding_weight if tied else None, init=init, tied=tied)
-        convert(self, cfg.converters, layer.ctx)
+        convert(self, cfg.all_converters, layer.ctx)
         name_parameters(self)
 
     @property

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megaforge.kernels.attention import causal_attention, takes_documents
 from megaforge.kernels.pointwise import apply_rotary
+from megaforge.nn.norms import make_sub_norm
 from megaforge.nn.recompute import recomputed
 from megaforge.nn.rope import rotary_tables
 from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState
@@ -86,6 +87,7 @@ class SelfAttention(nn.Module):
         self.qkv = ColumnParallelLinear(
             layer, cfg.hidden_size, sum(parts), init=Normal(std), enter=True, bias=bias, parts=parts, kind="attention"
         )
+        self.sub_norm = make_sub_norm(layer, queries)
         init = Normal(std / math.sqrt(2 * layer.count))
         self.output = RowParallelLinear(layer, queries, cfg.hidden_size, init=init, bias=bias, kind="attention")
 
@@ -145,7 +147,8 @@ class SelfAttention(nn.Module):
                 key, value = state.append(key, value)
                 mask = _continuation_mask(length, key.shape[2], mask, info)
             context = recomputed(self.recompute_core, causal_attention, query, key, value, mask, documents)
-        return LayerOutput(self.output(context.permute(2, 0, 1, 3).reshape(length, batch, self.heads * width)))
+        context = context.permute(2, 0, 1, 3).reshape(length, batch, self.heads * width)
+        return LayerOutput(self.output(self.sub_norm(context)))
 
 
 def _continuation_mask(queries: int, keys: int, mask: Tensor | None, info: PackedSequence) -> Tensor | None:

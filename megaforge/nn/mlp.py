@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.kernels.pointwise import squared_relu, swiglu
+from megaforge.nn.norms import make_sub_norm
 from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState
 from megaforge.nn.token_shift import token_shift
 from megaforge.parallel.init_rules import Constant, Elementwise, InitRule, Normal, Orthogonal
@@ -102,6 +103,7 @@ class DenseFFN(nn.Module):
         self.up = ColumnParallelLinear(
             layer, cfg.hidden_size, sum(parts), init=first, enter=enter, parts=parts, **options
         )
+        self.sub_norm = make_sub_norm(layer, cfg.ffn_size)
         self.down = RowParallelLinear(layer, cfg.ffn_size, cfg.hidden_size, init=second, **options)
 
     def new_state(self) -> FFNState | None:
@@ -117,4 +119,4 @@ class DenseFFN(nn.Module):
         """Normed residual stream [s(/tp), b, h] -> residual stream [s(/tp), b, h]."""
         if self.x_k is not None:
             x = mixed_input(self.x_k, self.region.enter(x), info, state)
-        return LayerOutput(self.down(activate(self.activation, self.up(x))))
+        return LayerOutput(self.down(self.sub_norm(activate(self.activation, self.up(x)))))

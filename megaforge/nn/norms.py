@@ -1,13 +1,17 @@
-"""Norms of the residual stream, with statistics in fp32 (fp64 for fp64 input)."""
+"""Norms of the residual stream and in front of projections, with statistics in fp32 (fp64 for fp64 input)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megaforge.kernels.grouped_mm import Runs
 from megaforge.kernels.pointwise import rms_norm
 from megaforge.parallel.init_rules import Constant
 from megaforge.parallel.layer_context import LayerContext
+from megaforge.parallel.sharded_norm import sharded_rms_norm
 
 
 class _StreamNorm(nn.Module):
@@ -41,6 +45,42 @@ class LayerNorm(_StreamNorm):
         """[..., h] -> [..., h]."""
         wide = x.to(self.weight.dtype)
         return F.layer_norm(wide, self.weight.shape, self.weight, self.bias, self.epsilon).to(x.dtype)
+
+
+class SubNorm(nn.Module):
+    """An RMS norm in front of a projection out of a tensor-parallel region, over features that are split over tp
+    (SubLN: Wang et al., arXiv 2210.06423; so placed in BitNet b1.58 2B4T)."""
+
+    def __init__(self, layer: LayerContext, width: int) -> None:
+        super().__init__()
+        self.epsilon, self.axis = layer.cfg.norm_epsilon, layer.ctx.tp
+        declared: dict[str, Any] = {"weight_decay": False, "keep_fp32": True, "kind": "norm"}
+        self.weight = layer.parameter((width,), Constant(1.0), shard_dim=0, **declared)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width/tp] -> [..., width/tp]."""
+        return sharded_rms_norm(x, self.weight, self.epsilon, self.axis)
+
+
+class ExpertSubNorm(nn.Module):
+    """A :class:`SubNorm` for each expert, its features split over etp."""
+
+    def __init__(self, layer: LayerContext, width: int) -> None:
+        super().__init__()
+        self.epsilon, self.axis = layer.cfg.norm_epsilon, layer.ctx.etp
+        declared: dict[str, Any] = {"weight_decay": False, "keep_fp32": True, "kind": "norm"}
+        shape = (layer.cfg.num_experts, width)
+        self.weight = layer.parameter(shape, Constant(1.0), shard_dim=1, shard_axis="etp", expert_dim=0, **declared)
+
+    def forward(self, rows: Tensor, runs: Runs) -> Tensor:
+        """[R, width/etp], sorted by expert -> the same."""
+        experts = runs.experts(len(rows))
+        return sharded_rms_norm(rows, self.weight[experts], self.epsilon, self.axis)
+
+
+def make_sub_norm(layer: LayerContext, width: int) -> nn.Module:
+    """What ``--sub-norm`` asks for in front of an output or down projection of ``width`` input features."""
+    return SubNorm(layer, width) if layer.cfg.sub_norm else nn.Identity()
 
 
 def _vector(layer: LayerContext, value: float) -> nn.Parameter:

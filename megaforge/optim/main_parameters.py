@@ -98,9 +98,13 @@ class MainParameters:
 
     @torch.no_grad()
     def write_back(self, some: Iterable[MainParameter] | None = None) -> None:
-        """Rounds the masters of ``some``, or of all, into the model. Under ZeRO a rank writes what it holds: the shards
-        are gathered afterwards."""
-        pairs = [main.written_back() for main in (self.trained if some is None else some)]
+        """Rounds the masters of ``some``, or of all, into the model, where quantizers renew their scales. Under ZeRO a
+        rank writes what it holds: the shards are gathered afterwards."""
+        written = self.trained if some is None else tuple(some)
+        for main in written:
+            if main.spec.quantized:
+                main.parameter.quantizer.forget()  # type: ignore[attr-defined]
+        pairs = [main.written_back() for main in written]
         if moved := [pair for pair in pairs if pair is not None]:
             # One launch on a GPU for many parameters.
             torch._foreach_copy_([model for model, _ in moved], [master for _, master in moved])

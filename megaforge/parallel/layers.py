@@ -7,6 +7,7 @@ Every product with a trained matrix is one of these layers: :class:`ColumnParall
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
@@ -52,6 +53,13 @@ class Linear(nn.Module):
         local = f"{rows} x {columns}" if not stack else f"{stack[0]} of {rows} x {columns}"
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{sizes}, local={local}, op={type(self.op).__name__}"
+
+
+def linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
+    """Every layer of the linear family in ``model``, with its path: ``layers.3.mixer.key``."""
+    for path, module in model.named_modules():
+        if isinstance(module, Linear):
+            yield path, module
 
 
 class ReplicatedLinear(Linear):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class LinearOp(ABC):
         quantizes: whether the product sees :meth:`quantize` of the weights in their place.
     """
 
-    quantizes: ClassVar[bool] = False
+    quantizes: bool = False
 
     def encode(self, x: Tensor, axis: Axis | None) -> tuple[Tensor, ...]:
         """What the product needs of ``x``: what a column layer gathers and the backward pass keeps. ``x`` itself here;
@@ -87,9 +87,13 @@ class LinearOp(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} quantizes nothing")
 
-    def after_update(self, weight: Tensor, ctx: ParallelContext) -> None:  # noqa: B027 - most keep nothing
-        """The optimizer has changed ``weight``: a scale that was computed from it no longer holds. The new values may
-        still be arriving (:class:`megaforge.parallel.after_update.AfterUpdate`); the next product finds them."""
+    def forget(self) -> None:  # noqa: B027 - most keep nothing
+        """The weights have changed, by a step, a checkpoint or their average: a scale that was computed from them no
+        longer holds. The new values may still be arriving; the next product finds them."""
+
+    def after_update(self, weight: Tensor, ctx: ParallelContext) -> None:
+        """The optimizer has changed ``weight`` (:class:`megaforge.parallel.after_update.AfterUpdate`)."""
+        self.forget()
 
     def apply(
         self,
@@ -157,6 +161,10 @@ class WeightQuantizer:
 
     op: LinearOp
     transposed: bool
+
+    def forget(self) -> None:
+        """The weights have changed."""
+        self.op.forget()
 
     def __call__(self, weight: Tensor) -> Quantized:
         """In the parameter's own shape."""

@@ -56,7 +56,7 @@ class Int8Linear(LinearOp):
         assert self.scale is not None
         return Quantized(values, 127 * self.scale)
 
-    def after_update(self, weight: Tensor, ctx: ParallelContext) -> None:
+    def forget(self) -> None:
         self.scale = None
 
 

@@ -77,6 +77,12 @@ class Runs:
         """Rows of each expert, for who walks through them; waits for the device where the host does not know them."""
         return tuple(self.known.tolist()) if isinstance(self.known, Tensor) else self.known
 
+    def experts(self, rows: int) -> Tensor:
+        """int64 [rows], whose each of the ``rows`` is."""
+        row = torch.arange(rows, device=self.ends.device, dtype=torch.int32)
+        # Rows beyond the last run belong to nobody, and no product reads them.
+        return torch.searchsorted(self.ends, row, right=True).clamp_max_(len(self.ends) - 1)
+
 
 def make_runs(counts: tuple[int, ...] | Tensor, device: torch.device) -> Runs:
     """The runs of ``counts``, for all products that share them; nobody waits for ``device``."""

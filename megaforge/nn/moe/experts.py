@@ -7,6 +7,7 @@ import dataclasses
 from torch import Tensor, nn
 
 from megaforge.nn.mlp import activate, inner_parts
+from megaforge.nn.norms import make_sub_norm
 from megaforge.parallel.init_rules import InitRule
 from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -22,8 +23,9 @@ class SharedExpert(nn.Module):
         cfg = dataclasses.replace(layer.cfg, ffn_hidden_size=layer.cfg.moe_shared_expert_intermediate_size)
         self.activation, parts = cfg.activation, inner_parts(cfg)
         self.up = ColumnParallelLinear(layer, hidden, sum(parts), init=init[0], parts=parts, kind="ffn")
+        self.sub_norm = make_sub_norm(layer, cfg.ffn_size)
         self.down = RowParallelLinear(layer, cfg.ffn_size, hidden, init=init[1], reduce=False, kind="ffn")
 
     def forward(self, x: Tensor) -> Tensor:
         """Every token [s, b, h], inside the region -> partial sums over tp [s, b, h]."""
-        return self.down(activate(self.activation, self.up(x)))
+        return self.down(self.sub_norm(activate(self.activation, self.up(x))))

@@ -11,6 +11,7 @@ from megaforge.kernels.moe_routing import moe_permute, moe_unpermute
 from megaforge.nn.mlp import FFNState, activate, declare_token_shift, ffn_init, inner_parts, mixed_input
 from megaforge.nn.moe.experts import SharedExpert
 from megaforge.nn.moe.router import Router
+from megaforge.nn.norms import ExpertSubNorm
 from megaforge.nn.sublayer import NOTHING, LayerOutput
 from megaforge.parallel.expert_dispatch import TokenDispatcher
 from megaforge.parallel.expert_tokens import make_expert_tokens
@@ -35,6 +36,7 @@ class MoEFFN(nn.Module):
         self.dispatcher = TokenDispatcher(cfg.num_experts, *self.share.expert_axes)
         init, parts = ffn_init(layer), inner_parts(cfg)
         self.up = GroupedLinear(layer, cfg.hidden_size, sum(parts), init=init[0], split=1, parts=parts)
+        self.sub_norm = ExpertSubNorm(layer, cfg.ffn_size) if cfg.sub_norm else None
         self.down = GroupedLinear(layer, cfg.ffn_size, cfg.hidden_size, init=init[1], split=2)
         self.shared_expert: SharedExpert | None = None
         if cfg.moe_shared_expert_intermediate_size is not None:
@@ -70,5 +72,6 @@ class MoEFFN(nn.Module):
         """Rows [R, h] sorted by expert and their routing weights [R] -> weighted partial sums over etp [R, h]."""
         runs = make_runs(counts, rows.device)
         inner = activate(self.activation, self.up(rows, runs))
+        inner = inner if self.sub_norm is None else self.sub_norm(inner, runs)
         # The routing weight goes in front of the second projection: its gradient then needs no saved expert output.
         return self.down(inner * weights.to(inner.dtype).unsqueeze(1), runs)

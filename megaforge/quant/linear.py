@@ -1,0 +1,157 @@
+"""The products of quantized matrices, as ops of the linear family."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megaforge.kernels.grouped_mm import Runs
+from megaforge.parallel.collectives import max_over
+from megaforge.parallel.context import Axis
+from megaforge.parallel.linear_op import PLAIN, LinearOp, Quantized
+from megaforge.quant.noise import uniform
+from megaforge.quant.products import code_product
+from megaforge.quant.quantizers import (
+    ActivationScheme,
+    Scale,
+    WeightScheme,
+    activation_codes,
+    activation_levels,
+    activation_range,
+    activation_values,
+    weight_codes,
+    weight_values,
+)
+from megaforge.quant.rotation import rotate
+from megaforge.quant.scales import ScaleSource
+
+
+class QuantizedLinear(LinearOp):
+    """Quantized activations times quantized weights; gradients straight through both quantizers (Bengio et al.,
+    arXiv 1308.3432): that of x is formed with the quantized weights, that of W with the quantized x, and neither is
+    masked or reaches a step.
+
+    Where steps belong to matrices or rows, forward multiplies codes, whose sums are exact, and scales the sums; what
+    travels under sequence parallelism, and what the backward pass keeps, are the codes.
+
+    Attributes:
+        share: of the way from full precision to the quantized product, in [0, 1]: both operands are
+            ``x + share * (q(x) - x)``.
+    """
+
+    share: float = 1.0
+
+    def __init__(
+        self,
+        weights: WeightScheme | None,
+        activations: ActivationScheme | None,
+        source: ScaleSource | None,
+        *,
+        layer: nn.Module,
+        noise: float = 0.0,
+        rotation: int = 0,
+    ) -> None:
+        """
+        Args:
+            weights: None leaves them as they are, and needs no ``source`` of steps.
+            activations: None leaves them as they are.
+            layer: what the op belongs to: in training, and only then, there is noise.
+            noise: width of the uniform noise on weights before they are rounded, in steps.
+            rotation: width of the blocks of activations that are rotated before they are quantized; 0: none.
+        """
+        if (weights is None) != (source is None):
+            raise ValueError("quantized weights need a source of their steps, and only they do")
+        self.weights, self.activations, self.source = weights, activations, source
+        self.noise, self.rotation = noise, rotation
+        self.quantizes = weights is not None
+        self._layer = layer
+
+    def forget(self) -> None:
+        if self.source is not None:
+            self.source.forget()
+
+    def encode(self, x: Tensor, axis: Axis | None) -> tuple[Tensor, ...]:
+        x = x.detach()
+        x = rotate(x, self.rotation) if self.rotation else x
+        if self.activations is None or self.share == 0:
+            return (x,)
+        codes, step = activation_codes(x, max_over(activation_range(x, self.activations), axis), self.activations)
+        if self.share == 1:
+            return codes, step
+        return (torch.lerp(x, activation_values(codes, step).to(x.dtype), self.share),)
+
+    def forward(
+        self, inside: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None = None, runs: Runs | None = None
+    ) -> Tensor:
+        weight = weight.detach()
+        if len(inside) == 1 or self.weights is None or self.weights.granularity == "group" or self.share != 1:
+            return PLAIN.forward((_values(inside, weight),), self._matrix(weight), bias, runs)
+        codes, step = inside
+        scale = self._scale(weight)
+        matrix = self._codes(weight, scale)
+        levels: Tensor = activation_levels(codes, step) if step.shape[-1] == 2 else codes
+        if self.weights.asymmetric and scale.shift is not None:
+            matrix = matrix.to(scale.step.dtype) - scale.shift
+        sums = code_product(levels, matrix, weight.dtype, runs)
+        out = sums * _of_rows(scale.step, sums, runs) * step[..., :1]
+        return (out if bias is None else out + bias.to(out.dtype)).to(weight.dtype)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, runs: Runs | None = None) -> Tensor:
+        found = PLAIN.input_gradient(grad, self._matrix(weight.detach()), runs)
+        return rotate(found, self.rotation) if self.rotation else found
+
+    def weight_gradient(
+        self, grad: Tensor, inside: tuple[Tensor, ...], weight: Tensor, runs: Runs | None = None
+    ) -> Tensor:
+        return PLAIN.weight_gradient(grad, (_values(inside, weight),), weight, runs)
+
+    def quantize(self, weight: Tensor) -> Quantized:
+        """Without noise, and all of the way."""
+        assert self.weights is not None
+        scale = self._scale(weight)
+        values = weight_values(weight_codes(weight, scale, self.weights), scale, self.weights)
+        largest = scale.step * self.weights.largest_code
+        if self.weights.asymmetric and scale.shift is not None:
+            most = self.weights.largest_code
+            largest = scale.step * torch.maximum(most - scale.shift, scale.shift + most + 1)
+        if self.weights.granularity == "group":
+            largest = largest.expand(self.weights.view(weight).shape).reshape(weight.shape)
+        return Quantized(values.to(weight.dtype), largest.to(weight.dtype))
+
+    def codes(self, weight: Tensor) -> tuple[Tensor, Scale]:
+        """int8 codes of this rank's shard of the weights, without noise, and their steps."""
+        assert self.weights is not None
+        scale = self._scale(weight)
+        return weight_codes(weight.detach(), scale, self.weights), scale
+
+    def _scale(self, weight: Tensor) -> Scale:
+        assert self.source is not None
+        return self.source.scale(weight)
+
+    def _codes(self, weight: Tensor, scale: Scale) -> Tensor:
+        assert self.weights is not None and self.source is not None
+        noise = None
+        if self.noise and self._layer.training:
+            place = self.weights.view(self.source.places(weight))
+            noise = uniform(place, scale.step).mul_(self.noise).to(scale.step.dtype)
+        return weight_codes(weight, scale, self.weights, noise)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """What the product sees in place of the weights, in their type."""
+        if self.weights is None or self.share == 0:
+            return weight
+        scale = self._scale(weight)
+        values = weight_values(self._codes(weight, scale), scale, self.weights).to(weight.dtype)
+        return values if self.share == 1 else torch.lerp(weight, values, self.share)
+
+
+def _values(inside: tuple[Tensor, ...], weight: Tensor) -> Tensor:
+    return inside[0] if len(inside) == 1 else activation_values(*inside).to(weight.dtype)
+
+
+def _of_rows(step: Tensor, sums: Tensor, runs: Runs | None) -> Tensor:
+    """Steps [1, 1] or [N, 1], with experts [E, 1, 1] or [E, N, 1], as what the sums [..., N] are multiplied by."""
+    by_row = step.squeeze(-1)
+    if runs is None:
+        return by_row.view(-1)
+    return by_row[runs.experts(len(sums))]

@@ -1,0 +1,48 @@
+"""Products of whole numbers, exact where the type can hold the sums."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megaforge.kernels.grouped_mm import Runs
+from megaforge.parallel.linear_op import PLAIN
+from megaforge.quant.quantizers import wide
+
+
+def code_product(codes: Tensor, matrix: Tensor, dtype: torch.dtype, runs: Runs | None = None) -> Tensor:
+    """``codes matrix^T``, summed exactly: as int8 where the machine multiplies them, else in fp32 (fp64 in an fp64
+    model), where sums are exact up to 2^24. On a GPU experts of 16-bit models, and what its int8 product does not take,
+    are multiplied as bf16, which holds the codes and rounds the sums.
+
+    Args:
+        codes: whole numbers [..., K]: int8, or another type up to 255 in size.
+        matrix: likewise [N, K], or [E, N, K] with ``runs``.
+        dtype: of the model.
+
+    Returns:
+        [..., N], fp32 or fp64.
+    """
+    kept = wide(dtype)
+    both_int8 = codes.dtype == matrix.dtype == torch.int8
+    if both_int8 and dtype != torch.float64 and runs is None and _takes_int8(codes, matrix):
+        return torch._int_mm(codes.flatten(0, -2), matrix.t()).to(kept).unflatten(0, codes.shape[:-1])
+    if both_int8 and dtype != torch.float64 and runs is not None and codes.device.type == "cpu" and _vnni():
+        pairs = zip(codes.split(runs.counts), matrix, strict=True)
+        return torch.cat([torch._int_mm(rows, one.t()) for rows, one in pairs]).to(kept)
+    narrow = codes.device.type == "cuda" and dtype == torch.bfloat16
+    common = torch.bfloat16 if narrow else kept
+    return PLAIN.forward((codes.to(common),), matrix.to(common), None, runs).to(kept)
+
+
+def _vnni() -> bool:
+    """Whether this CPU sums int8 products in 32 bits: others saturate in 16."""
+    return bool(torch.cpu._is_vnni_supported())
+
+
+def _takes_int8(codes: Tensor, matrix: Tensor) -> bool:
+    if codes.device.type == "cpu":
+        return _vnni()
+    # cuBLASLt's conditions
+    rows = codes.numel() // codes.shape[-1]
+    return codes.device.type == "cuda" and rows > 16 and all(size % 8 == 0 for size in matrix.shape)
