@@ -42,7 +42,7 @@ def built() -> set[str]:
 
 
 CPU_OPS = {"megaforge.data._data_helpers", "megaforge.kernels._wkv7_cpu", "megaforge.kernels._moe_routing_cpu"}
-CUDA_OPS = {f"megaforge.kernels._{op}_cuda" for op in ("wkv7", "moe_routing", "newton_schulz")}
+CUDA_OPS = {f"megaforge.kernels._{op}_cuda" for op in ("wkv7", "moe_routing", "newton_schulz", "bitgemm")}
 
 
 def test_nvcc_without_a_gpu_builds_for_any(cuda_torch: pytest.MonkeyPatch, tmp_path: Path) -> None:

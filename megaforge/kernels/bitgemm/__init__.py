@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megaforge.kernels.bitgemm import reference
+from megaforge.kernels.bitgemm import cuda, reference
 from megaforge.kernels.bitgemm.native import COMPILED
 from megaforge.kernels.bitgemm.reference import BITS, quantize_activations
 from megaforge.kernels.native import say_uncompiled
@@ -117,6 +117,7 @@ def prepare(packed: Packed) -> Prepared:
     if packed.codes.device.type not in COMPILED:
         say_uncompiled("bitgemm", packed.codes.device.type)
     groups = packed.scale.shape[1] if packed.scale.dim() == 2 else 1
+    cuda.say_plain(packed.codes, packed.shape[1], groups)
     panels = torch.ops.megaforge.bitgemm_prepare(packed.codes, BITS[packed.scheme], packed.shape[1], groups)
     return Prepared(panels, packed.scheme, packed.shape, packed.scale)
 

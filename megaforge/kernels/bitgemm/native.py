@@ -11,14 +11,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megaforge.kernels.bitgemm import reference
-from megaforge.kernels.native import define, load
+from megaforge.kernels.bitgemm import cuda, reference
+from megaforge.kernels.native import define
 
 _SCHEMES = {bits: scheme for scheme, bits in reference.BITS.items()}
 
 
 def _prepare(packed: Tensor, bits: int, columns: int, groups: int) -> Tensor:
     return packed.clone()
+
+
+def _prepared(packed: Tensor, bits: int, columns: int, groups: int) -> Tensor:
+    if packed.device.type == "cuda" and "cuda" in COMPILED:
+        return packed.new_empty(cuda.panel_shape(packed.shape[0], bits, columns), dtype=torch.int32)
+    return packed.new_empty(packed.shape)
 
 
 def _linear(
@@ -44,7 +50,7 @@ def _product(
 
 define(
     "bitgemm_prepare(Tensor packed, int bits, int columns, int groups) -> Tensor",
-    lambda packed, *_: packed.new_empty(packed.shape), _prepare,
+    _prepared, _prepare,
 )  # fmt: skip
 define(
     "bitgemm_linear(Tensor x, Tensor prepared, Tensor scale, Tensor? bias, int rows, int bits, int columns, "
@@ -61,4 +67,4 @@ define(
     lambda codes, worth, prepared, scale, bias, rows, *rest: _product(codes, worth, prepared, scale, bias, *rest),
 )  # fmt: skip
 
-COMPILED = load("bitgemm")
+COMPILED = cuda.COMPILED

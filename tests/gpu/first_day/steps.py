@@ -16,9 +16,10 @@ ITERATIONS = 10
 VOCAB = 50_272
 EXTENSIONS = (
     "import megaforge.kernels.wkv7.native as n, megaforge.kernels.moe_routing.native as m; "
-    "import torch, megaforge.kernels.newton_schulz.cuda as s; "
+    "import torch, megaforge.kernels.newton_schulz.cuda as s, megaforge.kernels.bitgemm.cuda as b; "
     "print('wkv7:', *sorted(n.COMPILED - {'meta'})); print('moe:', *sorted(m.COMPILED - {'meta'})); "
-    "print('newton-schulz:', *sorted({'cuda'} & s.COMPILED), *['wgmma'] * s.has_wgmma(torch.device('cuda', 0)))"
+    "print('newton-schulz:', *sorted({'cuda'} & s.COMPILED), *['wgmma'] * s.has_wgmma(torch.device('cuda', 0))); "
+    "print('bitgemm:', *sorted({'cuda'} & b.COMPILED), *['wgmma'] * b.has_wgmma(torch.device('cuda', 0)))"
 )
 VERSIONS = (
     "import importlib.metadata as m, torch; print('torch', torch.__version__, 'CUDA', torch.version.cuda);"
@@ -49,6 +50,7 @@ def steps(python: str, folder: Path) -> list[Step]:
                 Figure("WKV-7", "cpu cuda", pattern(r"^wkv7: (.*)$"), equal="cpu cuda"),
                 Figure("expert routing", "cpu cuda", pattern(r"^moe: (.*)$"), equal="cpu cuda"),
                 Figure("Newton-Schulz", "cuda wgmma", pattern(r"^newton-schulz: (.*)$"), equal="cuda wgmma"),
+                Figure("packed products", "cuda wgmma", pattern(r"^bitgemm: (.*)$"), equal="cuda wgmma"),
             ],
         ),
         _tests(python, "tests on the GPU", 300, "tests/gpu", "-k", "not 4096"),
@@ -123,11 +125,13 @@ def _sanitizers(python: str) -> list[Step]:
     races = [*tool, "racecheck", python, "-m", "pytest", "-q", "tests/gpu/test_wkv7.py", "-k", "resets and 40"]
     reads = [*tool, "memcheck", python, "-m", "pytest", "-q", "tests/gpu/test_moe_routing.py", "-k", "rows or permut"]
     tiles = [*tool, "racecheck", python, "-m", "pytest", "-q", "tests/gpu/test_newton_schulz.py", "-k", "one_step"]
+    bits = [*tool, "racecheck", python, "-m", "pytest", "-q", "tests/gpu/test_bitgemm.py", "-k", "extremes"]
     hazards = pattern(r"RACECHECK SUMMARY: (\d+) hazard")
     errors = pattern(r"ERROR SUMMARY: (\d+) error")
     return [
         Step("races in WKV-7", races, 150, [Figure("hazards", "0", hazards, high=0)], "compute-sanitizer"),
         Step("races in Newton-Schulz", tiles, 150, [Figure("hazards", "0", hazards, high=0)], "compute-sanitizer"),
+        Step("races in packed products", bits, 150, [Figure("hazards", "0", hazards, high=0)], "compute-sanitizer"),
         Step("reads and writes of routing", reads, 150, [Figure("errors", "0", errors, high=0)], "compute-sanitizer"),
     ]
 
