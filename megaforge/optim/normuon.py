@@ -42,11 +42,9 @@ class NorMuon(Muon):
 
     def adjusted(self, stack: Stack, update: Tensor) -> Tensor:
         kind, beta = stack.kind, self.config.normuon_beta2
-        whole = self.config.muon_tp_mode != "blockwise"
-        columns = kind.columns if whole else update.shape[2]
         square = update.double().square().sum(-1)
-        self._sum(square, stack, whole and kind.split == 1)
-        mean = square / columns
+        self._sum(square, stack, kind.split == 1)
+        mean = square / kind.columns
         factor, start = mean.clone(), 0
         for main, piece in stack.pieces:
             state = main.state["row_square"].view(main.parameter.shape[:-1])
@@ -56,7 +54,7 @@ class NorMuon(Muon):
             factor[own] = rows.double().sqrt().clamp_min(_SMALLEST).reciprocal().view(factor[own].shape)
         norms = mean.new_empty((2, len(mean)))
         norms[0], norms[1] = square.sum(-1), (square * factor.square()).sum(-1)
-        self._sum(norms, stack, whole and kind.split == 0)
+        self._sum(norms, stack, kind.split == 0)
         kept = (norms[0] / norms[1].clamp_min(_SMALLEST**2)).sqrt()
         return update * (factor * kept[:, None]).unsqueeze(-1).to(update.dtype)
 

@@ -219,6 +219,20 @@ def test_blocks_of_matrices_are_another_update(ranks) -> None:
     assert min(ranks.run(2, blockwise)) > 1e-3
 
 
+def unsplit_states() -> dict[str, Tensor]:
+    config = replace(CONFIG, optimizer="normuon", muon_tp_mode="blockwise")
+    optimizer, _ = train(config, ParallelContext.create(tp=2), torch.float64)
+    return {key: tensor for key, spec, tensor in optimizer.state_entries() if spec.shard_dim is None}  # type: ignore[union-attr]
+
+
+def test_what_is_saved_once_is_the_same_on_all_ranks(ranks) -> None:
+    """Mean squares of rows whose columns are split, of blocks, too."""
+    one, two = ranks.run(2, unsplit_states)
+    assert any("row_square" in key for key in one)
+    for key, tensor in one.items():
+        assert torch.equal(tensor, two[key]), key
+
+
 @pytest.mark.parametrize("rule", ["muon", "normuon"])
 def test_a_reloaded_optimizer_continues_bit_for_bit(rule: str) -> None:
     ctx, config = ParallelContext.single(), replace(CONFIG, optimizer=rule)
