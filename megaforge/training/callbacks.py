@@ -130,7 +130,8 @@ class Evaluation(Callback):
 
 class EarlyStopping(Callback):
     """Watches one evaluation metric: remembers the best, and ends the run after ``patience`` evaluations without a
-    better one (0: never ends it)."""
+    better one (0: never ends it). Evaluations between those of ``--eval-interval``, where a run ends for now, do not
+    count: one that goes on stops where one that never stopped does."""
 
     place = Place.JUDGE
     state_name = "early_stopping"
@@ -143,6 +144,8 @@ class EarlyStopping(Callback):
         self.bad_evaluations = 0
 
     def on_evaluate(self, trainer: Trainer, metrics: EvaluationMetrics) -> None:
+        if not metrics.due:
+            return
         value = float(metrics.values()[self.metric])
         if not math.isnan(value) and self._better(value):
             self.best, self.best_iteration, self.bad_evaluations = value, metrics.iteration, 0

@@ -118,6 +118,16 @@ def test_patience_zero_only_remembers_the_best() -> None:
     assert (stopping.best, stopping.best_iteration) == (0.5, 2)
 
 
+def test_an_evaluation_where_a_run_stops_does_not_count() -> None:
+    stopping = EarlyStopping("loss", 2)
+    callbacks = [Evaluation(Interval(2)), stopping]
+    FakeTrainer(4, callbacks, {2: 1.0, 4: 2.0}).run()
+    kept = stopping.state()
+    trainer = FakeTrainer(1, callbacks, {1: 0.5})  # ends off the interval, better than ever
+    assert trainer.run().evaluated == [1] and stopping.state() == kept
+    assert FakeTrainer(3, callbacks, {2: 3.0, 3: 9.0}).run().reason is not None, "the second bad one is that of 2"
+
+
 def test_accuracy_is_better_when_larger() -> None:
     stopping = EarlyStopping("accuracy", 9)
     for iteration, correct in ((1, 4), (2, 6), (3, 5)):
