@@ -29,7 +29,7 @@ _LEARNING = {
         "normuon_beta2",
     ),
     "training": ("bf16", "fp16", "fp64", "rampup_batch_size", "objective", "loss_terms"),
-    "parallel": ("grad_reduce_in_bf16", "grad_compression"),
+    "parallel": ("grad_reduce_in_bf16", "grad_compression", "grad_compression_rank"),
     "data": ("eod_mask_loss",),
 }
 # What says which schedule a run has.
@@ -38,6 +38,8 @@ _SCHEDULE = (
     *("lr_wsd_decay_iters", "lr_wsd_decay_style", "lr_restart_iters", "lr_restart_mult"),
     *("lr_plateau_factor", "lr_plateau_patience", "lr_plateau_threshold"),
 )
+# Values that learn the same: of these, the second is as good as the first.
+_ALIKE = {"muon_tp_mode": ("distributed", "duplicated")}
 _COMPARED = 10_000  # iterations at which two schedules' pasts are compared, besides their own corners
 
 
@@ -132,7 +134,8 @@ def changed_settings(config: Config, global_batch_size: int, saved: Mapping[str,
         for name in names:
             now = described[section][name]
             was = saved["config"].get(section, {}).get(name, now)
-            if was != now:
+            alike = _ALIKE.get(name, ())
+            if was != now and not (was in alike and now in alike):
                 changes.append(f"--{name.replace('_', '-')} {was} in the checkpoint, {now} here")
     return [f"it learns otherwise from here on: {'; '.join(changes)}"] if changes else []
 
@@ -152,6 +155,8 @@ def _differences(before: LearningRateSchedule, now: LearningRateSchedule) -> lis
 
 
 def _same_past(before: LearningRateSchedule, now: LearningRateSchedule, iteration: int) -> bool:
+    if not {*before.callbacks} <= {*now.callbacks}:
+        return False  # the past was also theirs
     steps = {*range(1, iteration + 1, max(1, iteration // _COMPARED)), iteration, *_corners(before), *_corners(now)}
     return all(before(step) == now(step) for step in steps if 1 <= step <= iteration)
 

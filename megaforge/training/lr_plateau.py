@@ -10,7 +10,7 @@ from megaforge.config.launcher import print_rank_0
 from megaforge.training.callbacks import Callback, Place
 
 if TYPE_CHECKING:
-    from megaforge.training.metrics import EvaluationMetrics
+    from megaforge.training.metrics import EvaluationMetrics, StepMetrics
     from megaforge.training.trainer import Trainer
 
 
@@ -26,6 +26,20 @@ class ReduceOnPlateau(Callback):
     def __init__(self) -> None:
         self.best: float | None = None
         self.bad_evaluations = 0
+        self.factor = 1.0
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        self.factor = trainer.lr_factors.pop("plateau", self.factor)  # where older checkpoints keep it
+        if self.factor < 1:
+            print_rank_0(f"the learning rate goes on multiplied by {self.factor:g} (plateau)")
+
+    def on_step_start(self, trainer: Trainer) -> None:
+        trainer.lr_factors["plateau"] = self.factor
+
+    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        # It is no part of the trainer's factors between steps: a run that goes on without plateaus is at the
+        # scheduled rate.
+        trainer.lr_factors.pop("plateau", None)
 
     def on_evaluate(self, trainer: Trainer, metrics: EvaluationMetrics) -> None:
         if not metrics.due:
@@ -39,20 +53,20 @@ class ReduceOnPlateau(Callback):
         if self.bad_evaluations <= flags.lr_plateau_patience:
             return
         self.bad_evaluations = 0
-        before = trainer.lr_factors.get("plateau", 1.0)
-        factor = max(before * flags.lr_plateau_factor, flags.min_lr / flags.lr)
-        if factor < before:
-            trainer.lr_factors["plateau"] = factor
+        factor = max(self.factor * flags.lr_plateau_factor, flags.min_lr / flags.lr)
+        if factor < self.factor:
+            self.factor = factor
             print_rank_0(
                 f"the evaluation loss {metrics.loss:.5g} is no better than {best:.5g}: from iteration "
                 f"{metrics.iteration + 1} on, the learning rate is multiplied by {factor:g}"
             )
 
     def state(self) -> dict[str, Any]:
-        return {"best": self.best, "bad_evaluations": self.bad_evaluations}
+        return {"best": self.best, "bad_evaluations": self.bad_evaluations, "factor": self.factor}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.best, self.bad_evaluations = state["best"], state["bad_evaluations"]
+        self.factor = state.get("factor", self.factor)
 
 
 def reduce_on_plateau(trainer: Trainer) -> Callback:

@@ -13,7 +13,7 @@ from megaforge.optim import LearningRateSchedule
 from megaforge.training.continuing import changed_settings, settle_schedule
 from tests.parallel.pool import RankPool
 from tests.parallel.test_pipeline_model import flags, train
-from tests.training.tiny import arguments, make_config, make_trainer, record, write_dataset
+from tests.training.tiny import arguments, dense_arguments, make_config, make_trainer, record, write_dataset
 
 
 def saved_by(*flags: str) -> dict[str, Any]:
@@ -25,6 +25,7 @@ def saved_by(*flags: str) -> dict[str, Any]:
 CONSTANT, WSD = ("--lr-decay-style", "constant"), ("--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "10")
 RESTARTS = ("--lr-decay-style", "cosine-restarts", "--lr-restart-iters", "10")
 OVERRIDE, KEEP = "--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"
+MUON = ("--optimizer", "muon")
 PLATEAU = ("--lr-decay-style", "plateau", "--eval-iters", "1", "--eval-interval", "2")
 
 
@@ -64,6 +65,14 @@ def test_a_schedule_that_goes_on(
             (8, 8),
             "--rampup-batch-size [4, 4, 80] in the checkpoint, [] here",
         ),
+        (
+            ("--grad-compression", "powersgd"),
+            ("--grad-compression", "powersgd", "--grad-compression-rank", "8"),
+            (8, 8),
+            "--grad-compression-rank 4 in the checkpoint, 8 here",
+        ),
+        (MUON, (*MUON, "--muon-tp-mode", "duplicated"), (8, 8), None),
+        (MUON, (*MUON, "--muon-tp-mode", "blockwise"), (8, 8), "--muon-tp-mode distributed in the checkpoint, block"),
         ((), (), (None, 16), None),  # an older checkpoint does not say
     ],
 )
@@ -186,6 +195,36 @@ def test_a_rule_with_parameters_on_one_stage_goes_on_in_stages(ranks: RankPool, 
     assert [record["iteration"] for record in found[1]["records"] if record["kind"] == "step"] == [2]
     with pytest.raises(AssertionError, match=r"its optimizer state \(exp_avg, exp_avg_sq, slow\) is that of"):
         ranks.run(2, train, [*argv, "--optimizer", "sgd"])
+
+
+def test_a_schedule_without_the_callbacks_of_its_past_is_another() -> None:
+    """Behind a plateau's back the rate may have been lower than the shape says."""
+    with pytest.raises(UserError, match="--lr-decay-style plateau in the checkpoint, constant here"):
+        settle_schedule(make_config([*CONSTANT]), saved_by(*PLATEAU), 5, "r")
+    _, schedule, [note] = settle_schedule(make_config([*PLATEAU]), saved_by(*CONSTANT), 5, "r")
+    assert schedule.style == "plateau" and "same so far" in note
+
+
+def test_a_plateaus_factor_ends_with_it(tmp_path: Path) -> None:
+    prefix, save = write_dataset(tmp_path / "train_text_document"), str(tmp_path / "run")
+    line = [*dense_arguments(prefix, "R-"), "--save", save, "--load", save, "--keep-last", "0"]
+    waiting = (
+        "--eval-iters",
+        "1",
+        "--eval-interval",
+        "1",
+        "--lr-plateau-patience",
+        "0",
+        "--lr-plateau-threshold",
+        "0.9",
+    )
+    style = ("--lr-decay-style", "plateau", *waiting)
+    make_trainer([*line, *style, "--train-iters", "3"]).train()
+    for more, rates in ((style, [2.5e-4, 1.25e-4]), ((*CONSTANT, OVERRIDE), [1e-3, 1e-3])):
+        trainer = make_trainer([*line, *more, "--train-iters", "5", "--load", f"{save}/step_0000003"])
+        recorder = record(trainer)
+        trainer.train()
+        assert [r["lr"] for r in recorder.records if r["kind"] == "step"] == pytest.approx(rates)
 
 
 def test_a_kept_schedule_has_its_callbacks() -> None:
