@@ -68,6 +68,7 @@ class Engine:
         offload = config.parallel.cpu_offload_activations
         self._pipeline = ForwardBackward(model, ctx, plan, self.reducer, offload=offload)
         self._terms = WeakIdKeyDictionary()  # of each objective that is alive: its terms and their counts
+        self._kept: dict[int, _Kept] = {}  # those of which Python cannot tell that they are gone (with slots)
 
     def zero_grad(self) -> None:
         """Forgets the gradients."""
@@ -99,10 +100,13 @@ class Engine:
 
     def reduce(self, sums: BatchSums) -> None:
         """Sums over all ranks. Collective."""
-        if not self._terms.get(sums.objective):  # a rank knows those of its own stages: at first, all tell each other
+        key: Objective | _Kept = sums.objective
+        if not hasattr(key, "__weakref__"):
+            key = self._kept.setdefault(id(key), _Kept(sums.objective))
+        if not self._terms.get(key):  # a rank knows those of its own stages: at first, all tell each other
             found = exchange(self.ctx, sums.found)
-            self._terms[sums.objective] = {name: count for one in found for name, count in one.items()}
-        sums.reduce(self._terms[sums.objective])
+            self._terms[key] = {name: count for one in found for name, count in one.items()}
+        sums.reduce(self._terms[key])
 
     def clip(self, limits: GradientLimits | float, sums: BatchSums) -> tuple[float, dict[str, float]]:
         """Takes the loss scale off the gradients, filters them (``--grokfast``), and brings them within ``limits`` (a
@@ -168,6 +172,13 @@ class Engine:
         sequences = float(sum(len(batch.tokens) for batch in batches) * self.ctx.dp.size)
         counts: dict[str, Tensor | float] = {"sequences": sequences, "tokens": sequences * batches[0].tokens.shape[1]}
         return counts | dict(zip(own, counted.clamp(min=1.0).unbind(), strict=True))
+
+
+class _Kept:
+    """An objective that cannot be referred to weakly."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
 
 
 _Told = tuple[dict[str, LossTerm], Tensor]

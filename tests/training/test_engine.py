@@ -167,6 +167,29 @@ def test_an_engine_keeps_nothing_of_objectives_that_are_gone(prefix: str) -> Non
     assert list(trainer.engine._terms) == [kept]
 
 
+@dataclass(slots=True)
+class Slotted:
+    """An objective to which Python makes no weak reference."""
+
+    look_ahead: int = 1
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return {"labels": float(batch.loss_mask.sum())}
+
+    def terms(self, output: ModelOutput, batch: Batch) -> dict[str, LossTerm]:
+        return {"loss": LossTerm(output.loss_sum, "labels")}
+
+
+def test_an_objective_may_have_slots(prefix: str) -> None:
+    trainer, plain = (make_trainer(dense_arguments(prefix, "R-*-")) for _ in range(2))
+    trainer.objective = Slotted()
+    batches = next(global_batches(trainer))
+    for _ in range(2):
+        assert trainer.train_step(batches).loss == plain.train_step(batches).loss
+    step(trainer, batches, Slotted())  # another one that is equal is not the same
+    assert len(trainer.engine._terms) == 2
+
+
 def test_nothing_that_counts_is_no_loss(prefix: str) -> None:
     trainer = make_trainer(dense_arguments(prefix, "R-*-"))
     batches = [Batch(**{**vars(b), "loss_mask": torch.zeros_like(b.loss_mask)}) for b in next(global_batches(trainer))]
