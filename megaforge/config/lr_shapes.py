@@ -17,11 +17,14 @@ A file of one's own adds one::
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from megaforge.config.optimizer_config import OptimizerConfig
+from megaforge.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,25 @@ class RateShape:
         reads: the flags that the shape depends on besides ``lr`` and the warm-up's, by their names with underscores:
             a run that goes on with others has another schedule. A flag that is not among them is idle.
         callbacks: names of callbacks that belong to it.
+
+    Raises:
+        UserError: there is no setting of a name in ``reads``.
     """
 
     rate: Callable[[RateSettings, float], float]
     summary: str
     reads: tuple[str, ...] = ("min_lr", "lr_decay_iters")
     callbacks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        known = [field.name for field in dataclasses.fields(OptimizerConfig)]
+        for name in self.reads:
+            if name not in known:
+                close = get_close_matches(name, known, n=1)
+                raise UserError(
+                    f"a learning-rate shape reads {name!r}, which is no setting of the optimizer section"
+                    + (f"; did you mean {close[0]}?" if close else "; leave it out of reads")
+                )
 
 
 def constant(s: RateSettings, step: float) -> float:

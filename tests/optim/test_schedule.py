@@ -8,7 +8,9 @@ import math
 import pytest
 import torch
 
+from megaforge.config.lr_shapes import RateShape
 from megaforge.config.optimizer_config import OptimizerConfig
+from megaforge.errors import UserError
 from megaforge.optim import LearningRateSchedule
 from megaforge.registry import LR_SCHEDULES
 
@@ -128,3 +130,8 @@ def test_digests_of_former_checkpoints_stay() -> None:
     assert schedule("cosine").digest == hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     assert schedule("constant").digest == hashlib.sha256(json.dumps(["constant", 1.0, 10]).encode()).hexdigest()
     assert schedule("WSD").digest == hashlib.sha256(json.dumps(["WSD", *facts[1:], 11]).encode()).hexdigest()
+
+
+def test_a_shape_reads_what_there_is() -> None:
+    with pytest.raises(UserError, match="reads 'lr_decay_iter', .*did you mean lr_decay_iters"):
+        RateShape(lambda s, step: s.lr, "one", reads=("lr_decay_iter",))
