@@ -52,6 +52,8 @@ _OURS: Mapping[str, str] = {
     "--optimizer-offload-fraction": "--optimizer paged_adam, which keeps all moments in host memory",
     "--overlap-cpu-optimizer-d2h-h2d": "--optimizer paged_adam, which overlaps its copies with the update",
     "--use-torch-optimizer-for-cpu-offload": "--optimizer paged_adam",
+    "--decoupled-lr": "--lr-mult embedding=X head=X, with its share X of --lr",
+    "--decoupled-min-lr": "--lr-mult embedding=X head=X, whose X is on --min-lr too",
     "--cpu-offloading-num-layers": "--cpu-offload-activations",
     "--reset-position-ids": "--reset-at-document-boundaries, which does both at once",
     "--reset-attention-mask": "--reset-at-document-boundaries, which does both at once",

@@ -44,11 +44,14 @@ def test_a_line_that_says_all_is_told_nothing() -> None:
         (("--moe-expert-capacity-factor", "1.5"), "of each sequence here, in training only"),
         (("--moe-router-load-balancing-type", "global_aux_loss"), "the load of the previous step"),
         (("--lr-decay-style", "WSD"), "1 - sqrt"),
+        (("--train-samples", "100"), "the last step that begins is whole"),
+        (("--global-batch-size", "4", "--rampup-batch-size", "2", "2", "9"), "counts steps of any size"),
     ],
 )
 def test_what_differs_is_told_once(argv: tuple[str, ...], words: str) -> None:
     [note] = notes(*argv)
-    assert note.startswith(argv[0] if argv[0] != "--swiglu" else "--activation swiglu") and words in note
+    given = {"--swiglu": "--activation swiglu", "--global-batch-size": "--rampup-batch-size"}.get(argv[0], argv[0])
+    assert note.startswith(given) and words in note
 
 
 @pytest.mark.parametrize(
@@ -89,6 +92,8 @@ def test_grouped_queries_need_their_number() -> None:
         ("--use-distributed-optimizer", "write --zero-stage 1"),
         ("--recompute-activations", "write --recompute selective"),
         ("--init-method-std", "write --init-std"),
+        ("--decoupled-lr", "write --lr-mult embedding=X head=X"),
+        ("--decoupled-min-lr", "write --lr-mult embedding=X head=X"),
         ("--use-mcore-models", "leave it out"),
         ("--use_mcore_models", "leave it out"),
         ("--dp", "leave this flag out"),
