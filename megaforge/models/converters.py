@@ -25,7 +25,8 @@ from megaforge.registry import CONVERTERS
 class Converter(Protocol):
     def __call__(self, model: nn.Module, ctx: ParallelContext) -> None:
         """Changes ``model``, a whole one or a pipeline stage, in place. Its parameters have no names and no values yet:
-        what they are called and hold follows from the modules that they are in afterwards."""
+        what they are called and hold follows from the modules that they are in afterwards. A model of the device meta
+        is built to be counted, beside the run's own: say nothing of it."""
 
 
 def convert(model: nn.Module, names: tuple[str, ...], ctx: ParallelContext) -> None:
