@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
-"""Converts checkpoints: to one safetensors file, from it, to another layout, and from weights published by others.
+"""Converts checkpoints: to one safetensors file, from it, to another layout, and from and to weights that others read.
 
     python tools/convert_checkpoint.py --load runs/1b --save 1b.safetensors --optimizer
     python tools/convert_checkpoint.py --load 1b.safetensors --save runs/1b-tp2 --tp 2 --pp 2
     python tools/convert_checkpoint.py --load runs/1b --save runs/1b-tp8 --tp 8
+    python tools/convert_checkpoint.py --load runs/bitnet --save bitnet.safetensors --to packed
     python tools/convert_checkpoint.py --from rwkv7 RWKV-x070-World-0.1B.pth --save checkpoints/rwkv7-0.1b
 
 A directory is what a run was given as --save (its newest valid checkpoint is taken) or one step_N in it. A file has
 whole tensors by their global names, weights alone or with --optimizer everything that continuing the run needs; its
 metadata carry step and configuration as JSON. Any directory loads at any layout; --tp, --pp, ... decide into which
 files it is cut. Values stay the same bits, and memory holds one tensor at a time.
+
+--to packed writes a model of --quantize-weights as packed codes with their scales, which tools/generate.py and
+tools/evaluate.py read.
 """
 
 from __future__ import annotations
@@ -55,6 +59,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             f"--{name}", type=integer(1), metavar="N", help=f"with --save DIR: {field.replace('_', ' ')}"
         )
     parser.add_argument("--dp", type=integer(1), metavar="N", help="with --save DIR: data-parallel size")
+    parser.add_argument("--to", dest="target", choices=("packed",), help="what --save is for, other than training")
     parser.add_argument("--from", dest="source", choices=("rwkv7",), help="whose format FILE is in")
     parser.add_argument("--tokenizer-model", help="with --from: the model's tokenizer, recorded in the checkpoint")
     parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: told from --tokenizer-model")
@@ -67,6 +72,8 @@ def main() -> int:
     _check(flags)
     if flags.source is not None:
         _import(flags)
+    elif flags.target is not None:
+        _export(flags)
     elif flags.save.endswith(FILE_SUFFIX):
         _to_file(flags)
     else:
@@ -83,10 +90,19 @@ def _check(flags: argparse.Namespace) -> None:
         if flags.source is None and (value := getattr(flags, name)) is not None:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} {value}: it is for --from; --load says which tokenizer it was trained with")
+    if flags.target is not None:
+        _check_target(flags)
     if flags.source is None and flags.save.endswith(FILE_SUFFIX) and (given := _given_layout(flags)):
         raise UserError(f"--{next(iter(given))}: one file has no layout; leave it out, or give --save a directory")
     if flags.source is None and not flags.save.endswith(FILE_SUFFIX) and flags.optimizer:
         raise UserError("--optimizer is for --save FILE.safetensors; a directory gets all that --load has")
+
+
+def _check_target(flags: argparse.Namespace) -> None:
+    if flags.source is not None or flags.optimizer or _given_layout(flags):
+        raise UserError(f"--to {flags.target}: it takes --load and --save, and no --from, --optimizer or layout")
+    if not flags.save.endswith(FILE_SUFFIX):
+        raise UserError(f"--save {flags.save}: --to {flags.target} writes one file; give it a name in {FILE_SUFFIX}")
 
 
 def _given_layout(flags: argparse.Namespace) -> dict[str, int]:
@@ -100,6 +116,16 @@ def _to_file(flags: argparse.Namespace) -> None:
     source = open_source(flags.load)
     record = write_file(source, flags.save, optimizer=flags.optimizer)
     print(f"{flags.save}: step {source.step} of {source.path}, {record.bytes:,} bytes, SHA-256 {record.sha256}")
+
+
+def _export(flags: argparse.Namespace) -> None:
+    from megaforge.checkpoint.packed_file import write_packed
+    from megaforge.checkpoint.sources import open_source
+
+    source = open_source(flags.load)
+    record, packed, weights = write_packed(source, flags.save)
+    print(f"{flags.save}: step {source.step} of {source.path}, {record.bytes:,} bytes, SHA-256 {record.sha256}")
+    print(f"{weights:,} quantized weights take {packed:,} bytes, {packed * 8 / weights:.3f} bits each")
 
 
 def _to_directory(flags: argparse.Namespace) -> None:

@@ -39,7 +39,12 @@ if TYPE_CHECKING:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags of the command line."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--load", required=True, metavar="DIR", help="a run's --save directory, or one checkpoint")
+    parser.add_argument(
+        "--load",
+        required=True,
+        metavar="DIR|FILE.safetensors",
+        help="a run's --save directory, one checkpoint, or a file made of one",
+    )
     _add_texts(parser)
     parser.add_argument("--max-new-tokens", type=integer(0), default=100, help="tokens to draw at most")
     parser.add_argument("--temperature", type=number(0), default=0.8, help="0 takes the most likely token")
@@ -52,6 +57,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tp", type=integer(1), help="tensor-parallel size (default: all ranks of a stage)")
     parser.add_argument("--pp", type=integer(1), default=1, help="pipeline stages, one a rank")
     parser.add_argument("--ema", action="store_true", help="with the average of the weights (--ema-decay)")
+    parser.add_argument(
+        "--use-custom-kernels",
+        action="store_true",
+        help="multiply quantized matrices by packed 1-, 2- or 4-bit kernels",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="where to compute")
     flags = parser.parse_args(arguments)
     if "" in flags.stop:
@@ -205,7 +215,9 @@ def main() -> int:
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     sampling.validate(flags.num_samples)
-    trained = load_trained_model(flags.load, tp=flags.tp, pp=flags.pp, device=flags.device, ema=flags.ema)
+    trained = load_trained_model(
+        flags.load, tp=flags.tp, pp=flags.pp, device=flags.device, ema=flags.ema, kernels=flags.use_custom_kernels
+    )
     Writer(flags, trained, trained.load_tokenizer(flags.tokenizer_model)).write(prompts, sampling)
     shutdown()
     return 0

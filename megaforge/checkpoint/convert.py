@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +63,29 @@ def write_file(source: TensorSource, file: str | Path, *, optimizer: bool = Fals
     Raises:
         UserError: ``file`` exists, or cannot be written (and then does not exist).
     """
+    keys = [key for key in source.tensors if optimizer or not key.startswith(state_prefixes(source.meta))]
+    meta = {key: value for key, value in source.meta.items() if optimizer or key != "state"}
+    metadata = {"step": str(source.step), "metric": json.dumps(source.metric), "meta": json.dumps(meta)}
+    return publish_file(file, [Slot(key, *source.tensors[key]) for key in keys], source.read, metadata)
+
+
+def publish_file(
+    file: str | Path, slots: Iterable[Slot], read: Callable[[str], torch.Tensor], metadata: Mapping[str, str]
+) -> FileRecord:
+    """Writes a safetensors file whole or not at all; ``read`` gives the tensor of a slot by its name.
+
+    Raises:
+        UserError: ``file`` exists, or cannot be written (and then does not exist).
+    """
     file = Path(file)
     if file.exists():
         raise UserError(f"--save {file}: it exists; remove it, or name another file")
-    keys = [key for key in source.tensors if optimizer or not key.startswith(state_prefixes(source.meta))]
-    slots = sorted((Slot(key, *source.tensors[key]) for key in keys), key=file_order)
-    meta = {key: value for key, value in source.meta.items() if optimizer or key != "state"}
-    metadata = {"step": str(source.step), "metric": json.dumps(source.metric), "meta": json.dumps(meta)}
+    ordered = sorted(slots, key=file_order)
     temporary = file.with_name(f".{file.name}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
-        record = write_safetensors(temporary, slots, (source.read(slot.name) for slot in slots), metadata)
+        record = write_safetensors(temporary, ordered, (read(slot.name) for slot in ordered), metadata)
         os.replace(temporary, file)
         fsync_directory(file.parent)
     except OSError as error:

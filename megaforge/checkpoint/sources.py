@@ -112,7 +112,8 @@ class FileSource(TensorSource):
         UserError: there is no such file, it is damaged, or its metadata does not say what it holds.
     """
 
-    def __init__(self, file: str | Path) -> None:
+    def __init__(self, file: str | Path, *, packed: bool = False) -> None:
+        """``packed``: whether a file of packed weights will do."""
         self.path = Path(file)
         try:
             self._file = SafetensorsFile(self.path)
@@ -121,7 +122,7 @@ class FileSource(TensorSource):
         except OSError as error:
             raise UserError(f"--load {file}: it cannot be read ({error.strerror})") from error
         try:
-            metadata = self._file.metadata
+            self.metadata = metadata = self._file.metadata
             self.step, self.meta = int(metadata["step"]), dict(parse_json(metadata["meta"]))
             metric = parse_json(metadata.get("metric", "null"))
             self.metric = None if metric is None else float(metric)
@@ -131,6 +132,11 @@ class FileSource(TensorSource):
                 "rewrites a converted file must keep its metadata: save_file(tensors, FILE, "
                 "metadata=safe_open(OLD, 'pt').metadata())"
             ) from error
+        if "packed" in metadata and not packed:
+            raise UserError(
+                f"--load {file}: it holds packed codes in place of weights, for tools/generate.py and "
+                "tools/evaluate.py; give the checkpoint that it was made from"
+            )
         self.tensors = {slot.name: TensorInfo(slot.dtype, slot.shape) for slot in self._file.slots()}
 
     def read(self, key: str, box: Box | None = None) -> torch.Tensor:

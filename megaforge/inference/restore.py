@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta
 from megaforge.checkpoint.find import find_checkpoint
+from megaforge.checkpoint.packed_file import TrainedFile
+from megaforge.checkpoint.sources import SUFFIX
 from megaforge.config.config import Config
+from megaforge.config.launcher import print_rank_0
 from megaforge.config.schema import config_from_dict
 from megaforge.data.run_tokenizer import load_with_eod
 from megaforge.data.tokenizer import Tokenizer, guess_tokenizer_type, load_tokenizer
@@ -20,10 +25,12 @@ from megaforge.inference.staged import StagedModel
 from megaforge.models.prepared_run import check_run
 from megaforge.models.stages import build_model
 from megaforge.optim import MainParameters
+from megaforge.parallel.agree import together
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.distributed import discover_launch, initialize
-from megaforge.parallel.layer_context import make_layer_context
-from megaforge.training.checkpointing import compute_dtype
+from megaforge.parallel.layer_context import compute_dtype, make_layer_context
+from megaforge.parallel.layers import linears
+from megaforge.quant.packed import PackedLinear, pack_model
 from megaforge.training.ema import average_entries, has_average
 from megaforge.training.setup import set_numerics
 
@@ -85,16 +92,24 @@ class TrainedModel:
 
 
 def load_trained_model(
-    directory: str, *, tp: int | None = None, pp: int = 1, device: str = "auto", ema: bool = False
+    load: str,
+    *,
+    tp: int | None = None,
+    pp: int = 1,
+    device: str = "auto",
+    ema: bool = False,
+    kernels: bool = False,
 ) -> TrainedModel:
-    """Joins the other ranks, if there are any, and loads the newest valid checkpoint of ``directory``. Collective.
+    """Joins the other ranks, if there are any, and loads a model. Collective.
 
     Args:
-        directory: a run's ``--save`` directory, or one checkpoint in it.
+        load: a run's ``--save`` directory, whose newest valid checkpoint is taken, one checkpoint in it, or a
+            ``.safetensors`` file of weights, packed or not.
         tp: tensor-parallel size; None takes all ranks of a stage.
         pp: pipeline stages, one a rank.
         device: cpu, cuda or auto.
         ema: with the moving average of the weights (``--ema-decay``) in their place.
+        kernels: quantized matrices are multiplied by packed kernels.
 
     Raises:
         UserError: no valid checkpoint, or no average in it where ``ema`` asks for one, or its model does not divide
@@ -109,8 +124,9 @@ def load_trained_model(
     place = resolve_device(device, launch.local_rank)
     initialize(place)
     ctx = ParallelContext.create(tp=tp, pp=pp, device=place)
-    path = find_checkpoint(directory, ctx)
-    meta = read_meta(path)
+    file = together(ctx, lambda: TrainedFile(load)) if Path(load).suffix == SUFFIX else None
+    path = find_checkpoint(load, ctx) if file is None else file.path
+    meta = read_meta(path) if file is None else file.meta
     if ema and not has_average(meta):
         raise UserError(
             f"--ema: {path} keeps no average of the weights; train with --ema-decay 0.999, or leave --ema out"
@@ -119,12 +135,31 @@ def load_trained_model(
     plan = check_run(config, launch.world_size).plan
     set_numerics(config, place)
     model = build_model(make_layer_context(config.model, ctx, dtype=compute_dtype(config.training)), plan)
-    main = MainParameters(model)
-    load_checkpoint(
-        path, average_entries(main) if ema else main.entries(), ctx, verify=False, allow_extra=("",), cast=True
-    )
-    main.after_load()
+    if file is not None:
+        together(ctx, lambda: file.load(model, ctx, kernels=kernels))
+    else:
+        main = MainParameters(model)
+        entries = average_entries(main) if ema else main.entries()
+        load_checkpoint(path, entries, ctx, verify=False, allow_extra=("",), cast=True)
+        main.after_load()
+    if kernels:
+        _use_kernels(model, packed=file is not None and file.is_packed, path=path)
     return TrainedModel(StagedModel(model.eval(), plan), ctx, config, meta, path)
+
+
+def _use_kernels(model: nn.Module, *, packed: bool, path: Path) -> None:
+    """Packs what a checkpoint has not packed already, and says which matrices have no kernel."""
+    if not packed:
+        pack_model(model, kernels=True)
+    ops = [layer.op for _, layer in linears(model) if isinstance(layer.op, PackedLinear)]
+    if not ops:
+        raise UserError(f"--use-custom-kernels: no matrix of {path} is quantized (--quantize-weights); leave it out")
+    left = sum(not op.uses_kernels for op in ops)
+    if left:
+        print_rank_0(
+            f"--use-custom-kernels: {left} of {len(ops)} quantized matrices have no packed kernel (they are for "
+            "binary, ternary and int4 weights with symmetric activations); torch multiplies their codes"
+        )
 
 
 def _present_config(meta: dict[str, Any], path: Path, tp: int, pp: int, device: str) -> Config:

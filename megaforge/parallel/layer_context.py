@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from megaforge.config.model_config import ModelConfig
+from megaforge.config.run_config import TrainingConfig
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.context_parallel.shard import ContextParallelShard
 from megaforge.parallel.init_rules import InitRule
@@ -65,3 +66,12 @@ def make_layer_context(
     region = TensorParallelRegion(ctx, sequence_parallel, overlap=overlap_tp_comm)
     shard = ContextParallelShard(ctx.cp, cp_comm_type)
     return LayerContext(cfg, ctx, region, shard, dtype, recompute, {"wkv": wkv_backend})
+
+
+def compute_dtype(training: TrainingConfig) -> torch.dtype:
+    """The type the model computes in, from ``--bf16``, ``--fp16`` and ``--fp64``."""
+    if training.bf16:
+        return torch.bfloat16
+    if training.fp16:
+        return torch.float16
+    return torch.float64 if training.fp64 else torch.float32

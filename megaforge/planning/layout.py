@@ -13,9 +13,9 @@ from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.models.pipeline_shape import pipeline_shape
 from megaforge.models.prepared_run import check_run
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.layer_context import compute_dtype
 from megaforge.parallel.pipeline.actions import Schedule
 from megaforge.parallel.pipeline.schedules import build_schedule
-from megaforge.training.checkpointing import compute_dtype
 
 
 @dataclass(frozen=True)

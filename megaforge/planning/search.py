@@ -13,13 +13,13 @@ from megaforge.config.config import Config
 from megaforge.config.pattern import blocks_of
 from megaforge.config.run_config import ParallelConfig, default_expert_tensor_parallel_size
 from megaforge.errors import UserError
+from megaforge.parallel.layer_context import compute_dtype
 from megaforge.planning.gpus import Efficiency, Gpu
 from megaforge.planning.layout import PlannedLayout, layout_of
 from megaforge.planning.memory import LIBRARIES, RankMemory, least_memory, rank_memory, rank_state
 from megaforge.planning.stages import ModelParts, StagePart, cut_stages, model_parts
 from megaforge.planning.time import StepTime, stage_times, step_time
 from megaforge.registry import SCHEDULES
-from megaforge.training.checkpointing import compute_dtype
 
 MICRO_BATCHES = (1, 2, 4)
 RECOMPUTE = ("none", "selective", "moe", "full")  # cheapest first

@@ -64,7 +64,7 @@ class QuantizedLinear(LinearOp):
         self.weights, self.activations, self.source = weights, activations, source
         self.noise, self.rotation = noise, rotation
         self.quantizes = weights is not None
-        self._layer = layer
+        self.layer = layer
 
     def forget(self) -> None:
         if self.source is not None:
@@ -131,7 +131,7 @@ class QuantizedLinear(LinearOp):
     def _codes(self, weight: Tensor, scale: Scale) -> Tensor:
         assert self.weights is not None and self.source is not None
         noise = None
-        if self.noise and self._layer.training:
+        if self.noise and self.layer.training:
             place = self.weights.view(self.source.places(weight))
             noise = uniform(place, scale.step).mul_(self.noise).to(scale.step.dtype)
         return weight_codes(weight, scale, self.weights, noise)

@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 import megaforge
 from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from megaforge.checkpoint.compatible import check_compatible, describe_run
@@ -18,7 +16,7 @@ from megaforge.checkpoint.directory import list_steps
 from megaforge.checkpoint.find import find_checkpoint, holds_no_checkpoint
 from megaforge.checkpoint.stateful import Stateful, tensors_of
 from megaforge.config.launcher import print_rank_0
-from megaforge.config.run_config import CheckpointConfig, TrainingConfig
+from megaforge.config.run_config import CheckpointConfig
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.device import get_random_state, set_random_state
 from megaforge.errors import UserError
@@ -280,12 +278,3 @@ def check_save_directory(config: CheckpointConfig) -> None:
             f"--save {directory}: a run has left its checkpoints there (the newest is {steps[0][1].name}); "
             f"{how} to continue it, or name another directory"
         )
-
-
-def compute_dtype(training: TrainingConfig) -> torch.dtype:
-    """The type the model computes in, from ``--bf16``, ``--fp16`` and ``--fp64``."""
-    if training.bf16:
-        return torch.bfloat16
-    if training.fp16:
-        return torch.float16
-    return torch.float64 if training.fp64 else torch.float32

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from megaforge.config.launcher import SAID
+from megaforge.parallel.layer_context import compute_dtype
 from megaforge.training.callbacks import Callback, Place
-from megaforge.training.checkpointing import compute_dtype
 from megaforge.training.metrics import EvaluationMetrics, StepMetrics
 from megaforge.training.speed import Speed
 

@@ -30,7 +30,7 @@ from megaforge.parallel.agree import exchange, together
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.distributed import check_backend, discover_launch, initialize, print_rank_0
 from megaforge.parallel.init import initialize_parameters
-from megaforge.parallel.layer_context import make_layer_context
+from megaforge.parallel.layer_context import compute_dtype, make_layer_context
 from megaforge.parallel.zero import shard_parameters
 from megaforge.registry import CALLBACKS, LR_SCHEDULES, UPDATE_RULES
 from megaforge.training.callbacks import (
@@ -41,7 +41,7 @@ from megaforge.training.callbacks import (
     ExitInterval,
     MetricsWriter,
 )
-from megaforge.training.checkpointing import check_save_directory, compute_dtype, load_run, tokenizer_identity
+from megaforge.training.checkpointing import check_save_directory, load_run, tokenizer_identity
 from megaforge.training.console import ConsoleLog
 from megaforge.training.ema import WeightAverage
 from megaforge.training.engine import Engine

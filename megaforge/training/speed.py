@@ -11,10 +11,9 @@ from megaforge.device import peak_memory_bytes
 from megaforge.models.flops import model_flops_per_token
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.layer_context import make_layer_context
+from megaforge.parallel.layer_context import compute_dtype, make_layer_context
 from megaforge.parallel.param_spec import named_specs
 from megaforge.training.callbacks import Callback, Place
-from megaforge.training.checkpointing import compute_dtype
 from megaforge.training.metrics import StepMetrics
 from megaforge.training.peak_flops import measure_matmul_peak
 

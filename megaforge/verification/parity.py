@@ -28,10 +28,9 @@ from megaforge.models.stages import ModelChunks
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import optimizer_shard
 from megaforge.parallel.init_rules import Normal
-from megaforge.parallel.layer_context import make_layer_context
+from megaforge.parallel.layer_context import compute_dtype, make_layer_context
 from megaforge.parallel.param_spec import named_specs
 from megaforge.training.callbacks import Callback
-from megaforge.training.checkpointing import compute_dtype
 from megaforge.training.metrics import StepMetrics
 from megaforge.training.setup import build_trainer, make_context
 from megaforge.training.trainer import Trainer

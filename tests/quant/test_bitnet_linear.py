@@ -46,7 +46,7 @@ def test_the_product_follows_every_change_of_the_weights() -> None:
         torch.testing.assert_close(layer(x), (codes * step).t() + layer.bias)
     copied = copy.deepcopy(layer)
     copied.eval()
-    assert copied.op._layer is copied and layer.training
+    assert copied.op.layer is copied and layer.training
 
 
 @pytest.mark.parametrize("weights", ["binary", "ternary"])

@@ -158,9 +158,9 @@ def test_noise_moves_codes_in_training_alone_and_stays_within_a_step() -> None:
         assert torch.equal(op.apply(x, w), seen)  # the same product again, as recomputation wants it
         moved = (seen != plain).double().mean()
         assert 0.01 < float(moved) < 0.5
-        op._layer.eval()
+        op.layer.eval()
         assert torch.equal(op.apply(x, w), plain)
-        op._layer.train()
+        op.layer.train()
         assert torch.equal(op.quantize(w).values, quiet.quantize(w).values)
         op.forget()
         assert not torch.equal(op.apply(x, w * 1.001), seen * 1.001)  # another step has other noise

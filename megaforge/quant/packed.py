@@ -1,0 +1,120 @@
+"""Quantized matrices of which only codes and steps are left: for evaluation and generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from megaforge.kernels.bitgemm import BITS, TYPES, Prepared, bit_product, pack, prepare
+from megaforge.kernels.grouped_mm import Runs
+from megaforge.parallel.layers import Linear, linears
+from megaforge.quant.linear import QuantizedLinear
+from megaforge.quant.quantizers import Scale
+
+
+class KnownScale:
+    """Steps that no longer change (:class:`megaforge.quant.scales.ScaleSource`)."""
+
+    def __init__(self, scale: Scale) -> None:
+        self._scale = scale
+
+    def scale(self, weight: Tensor) -> Scale:
+        return self._scale
+
+    def forget(self) -> None:
+        raise RuntimeError("a matrix of codes alone cannot be trained")
+
+    def places(self, weight: Tensor) -> Tensor:
+        raise RuntimeError("a matrix of codes alone has no noise: that is for training")
+
+
+class PackedLinear(QuantizedLinear):
+    """The product of a :class:`QuantizedLinear` in evaluation, from its codes: the same numbers.
+
+    Codes are kept as int8, or with ``kernels`` as :mod:`megaforge.kernels.bitgemm` reads them, in 1, 2 or 4 bits; there
+    steps of groups are applied to integer sums, which rounds otherwise than the quantized weights do.
+    """
+
+    def __init__(self, op: QuantizedLinear, codes: Tensor, scale: Scale, *, dtype: torch.dtype, kernels: bool) -> None:
+        """
+        Args:
+            op: whose product it takes over.
+            codes: int8 [(E,) N, K], of this rank's shard.
+            scale: their steps, as ``op.codes`` gives them.
+            dtype: of the model.
+            kernels: use the packed kernels, where they have this product.
+        """
+        super().__init__(op.weights, op.activations, KnownScale(scale), layer=op.layer, rotation=op.rotation)
+        assert op.weights is not None
+        symmetric = op.activations is not None and not (op.activations.asymmetric or op.weights.asymmetric)
+        self._codes_held, self._prepared = codes, list[Prepared]()
+        if kernels and symmetric and op.weights.kind in BITS and dtype in TYPES:
+            stack, steps = (codes, scale.step) if codes.dim() == 3 else (codes.unsqueeze(0), scale.step.unsqueeze(0))
+            self._prepared = [
+                prepare(pack(one, _of_kernel(step, one.shape[0]), op.weights.kind))
+                for one, step in zip(stack, steps, strict=True)
+            ]
+            self._codes_held = codes.new_empty(0)
+
+    @property
+    def uses_kernels(self) -> bool:
+        """Whether the packed kernels multiply."""
+        return bool(self._prepared)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the codes as they are kept."""
+        return self._codes_held.numel() + sum(one.num_bytes for one in self._prepared)
+
+    def forward(
+        self, inside: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None = None, runs: Runs | None = None
+    ) -> Tensor:
+        if not self._prepared:
+            return super().forward(inside, weight, bias, runs)
+        codes, step = inside
+        if runs is None:
+            return bit_product(codes, step, self._prepared[0], bias, weight.dtype)
+        out = weight.new_zeros((len(codes), self._prepared[0].shape[0]))  # rows beyond the last run are nobody's
+        stop = 0
+        for count, one in zip(runs.counts, self._prepared, strict=True):
+            start, stop = stop, stop + count
+            if count:
+                out[start:stop] = bit_product(codes[start:stop], step[start:stop], one, None, weight.dtype)
+        return out
+
+    def _codes(self, weight: Tensor, scale: Scale) -> Tensor:
+        return self._codes_held
+
+
+def _of_kernel(step: Tensor, rows: int) -> Tensor:
+    """Steps [1, 1], [N, 1] or [N, K / group, 1] as the kernels take them."""
+    step = step.float().squeeze(-1)
+    return step.contiguous() if step.dim() == 2 else step.view(-1).expand(rows).contiguous()
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Linear, QuantizedLinear]]:
+    """The layers of ``model`` whose matrices ``--quantize-weights`` turns into codes, with their paths."""
+    for path, layer in linears(model):
+        if isinstance(layer.op, QuantizedLinear) and layer.op.weights is not None:
+            yield path, layer, layer.op
+
+
+def keep_codes(layer: Linear, op: PackedLinear) -> None:
+    """Gives ``layer`` the op, and takes its weights away."""
+    layer.op = op
+    layer.weight = nn.Parameter(layer.weight.new_empty((0, 0)), requires_grad=False)
+
+
+@torch.no_grad()
+def pack_model(model: nn.Module, *, kernels: bool) -> int:
+    """Turns the quantized matrices of a trained model into codes. Collective: steps are of whole matrices.
+
+    Returns:
+        How many.
+    """
+    found = [(layer, op, *op.codes(layer.matrix)) for _, layer, op in quantized_layers(model)]
+    for layer, op, codes, scale in found:
+        keep_codes(layer, PackedLinear(op, codes, scale, dtype=layer.weight.dtype, kernels=kernels))
+    return len(found)
