@@ -39,6 +39,7 @@ COVERED = {
     "parallel/pipeline/": "parallel/pipeline/test_executor.py",
     "parallel/region.py": "parallel/test_layers.py",
     "planning/report.py": "planning/test_plan_command.py",
+    "config/qat_config.py": "training/test_quantization.py",
     "quant/products.py": "quant/test_linear.py",
     "training/speed.py": "training/test_metrics.py",
     "verification/parity_options.py": "tools/test_parity.py",

@@ -10,6 +10,7 @@ from megaforge.config.length_config import LengthConfig
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.config.pattern import kinds_of
+from megaforge.config.qat_config import QATConfig
 from megaforge.config.run_config import (
     CheckpointConfig,
     DataConfig,
@@ -28,6 +29,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    qat: QATConfig = field(default_factory=QATConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     length: LengthConfig = field(default_factory=LengthConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -41,6 +43,7 @@ class Config:
             self.parallel,
             self.data,
             self.optimizer,
+            self.qat,
             self.training,
             self.length,
             self.checkpoint,

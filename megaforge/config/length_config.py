@@ -14,6 +14,8 @@ LENGTHS: Mapping[str, tuple[str, ...]] = {
     "optimizer.lr_decay_iters": ("lr_decay_epochs", "lr_decay_samples"),
     "optimizer.lr_wsd_decay_iters": ("lr_wsd_decay_epochs", "lr_wsd_decay_samples"),
     "optimizer.lr_restart_iters": ("lr_restart_epochs",),
+    "qat.quant_lambda_start_iters": ("quant_lambda_start_epochs",),
+    "qat.quant_lambda_end_iters": ("quant_lambda_end_epochs",),
 }
 INTERVALS: Mapping[str, tuple[str, ...]] = {
     "training.eval_interval": ("eval_interval_epochs",),
@@ -40,6 +42,12 @@ class LengthConfig:
     )
     lr_restart_epochs: float | None = flag(
         None, "instead of --lr-restart-iters: epochs of the first cycle of cosine-restarts", above=0
+    )
+    quant_lambda_start_epochs: float | None = flag(
+        None, "instead of --quant-lambda-start-iters: epochs before lambda begins to grow", above=0
+    )
+    quant_lambda_end_epochs: float | None = flag(
+        None, "instead of --quant-lambda-end-iters: epochs until lambda is 1", above=0
     )
     eval_interval_epochs: float | None = flag(None, "instead of --eval-interval: epochs between evaluations", above=0)
     save_interval_epochs: float | None = flag(None, "instead of --save-interval: epochs between checkpoints", above=0)

@@ -170,6 +170,48 @@ PARTNERS = (
         "no matrix is quantized: add --quantize-weights ternary",
     ),
     Partner(
+        ("qat.quant_lambda", "qat.quant_stages", "qat.log_quantization"),
+        lambda c: c.model.quantize_weights,
+        "no matrix is quantized: add --quantize-weights ternary",
+    ),
+    Partner(
+        ("qat.quant_lambda",),
+        lambda c: c.qat.quant_lambda_end_iters or c.length.quant_lambda_end_epochs,
+        "it does not say when lambda is 1: add --quant-lambda-end-iters N",
+    ),
+    Partner(
+        (
+            *("qat.quant_lambda_start_iters", "qat.quant_lambda_end_iters"),
+            *("length.quant_lambda_start_epochs", "length.quant_lambda_end_epochs"),
+        ),
+        lambda c: c.qat.quant_lambda,
+        "lambda is 1 from the beginning: add --quant-lambda linear",
+    ),
+    Partner(
+        ("qat.quant_lambda_steps",),
+        lambda c: c.qat.quant_lambda == "step",
+        "lambda does not grow in steps: add --quant-lambda step",
+    ),
+    Partner(
+        ("qat.quant_lambda_sharpness",),
+        lambda c: c.qat.quant_lambda in ("exponential", "sigmoid"),
+        "no lambda goes by it: add --quant-lambda exponential or --quant-lambda sigmoid",
+    ),
+    Partner(
+        ("qat.quant_stages",),
+        lambda c: not c.qat.quant_lambda and c.optimizer.second_stage_at is None,
+        "stages have their own lambda and factors: leave out --quant-lambda and --second-stage-at",
+    ),
+    Partner(
+        ("qat.quant_stages",),
+        lambda c: (
+            c.qat.stages[-1].weights == c.model.quantize_weights
+            and c.qat.stages[-1].activations == (c.model.activation_kind or "none")
+            and c.qat.stages[-1].share == 1
+        ),
+        "the last stage is not the model of --quantize-weights and --quantize-activations, with lambda 1",
+    ),
+    Partner(
         _model("quant_group_size"),
         lambda c: c.model.quantize_weights and c.model.quant_granularity == "group",
         "no scale belongs to a group: add --quantize-weights and --quant-granularity group",

@@ -25,6 +25,7 @@ class Name:
 
 
 _INTERVAL = "every `--log-interval` iterations"
+_QUANTIZATION = "`--log-quantization`, " + _INTERVAL
 
 STEP = {
     "loss": Name("cross-entropy in nats, mean over the global batch's tokens; of another `--objective` its `loss`"),
@@ -69,6 +70,13 @@ STEP = {
     "spike_lr_factor": Name("factor on the learning rate after spikes; part of `lr`", "`--lr-on-spike`"),
     "max_attention_logit": Name("largest attention logit of any head, over the step's batch", "`--qk-clip`"),
     "qk_clipped": Name("1 where it was above `--qk-clip-threshold`, and heads were scaled down, else 0", "`--qk-clip`"),
+    "quant_lambda": Name(
+        "share of the way from full precision to the quantized product", "`--quant-lambda`, `--quant-stages`"
+    ),
+    "quant_error": Name("L2 norm of quantized minus latent weights over that of the latent ones", _QUANTIZATION),
+    "quant_flips": Name("share of the codes that are others than at the last such record", _QUANTIZATION),
+    "quant_saturation": Name("share of the weights beyond the last code by more than half a step", _QUANTIZATION),
+    "quant_step": Name("what a code of 1 stands for, mean over the quantized weights", _QUANTIZATION),
     "loss_scale": Name("factor on the loss", "`--fp16`"),
     "skipped": Name("1 where the gradient overflowed and the update was left out, else 0", "`--fp16`"),
 }

@@ -70,6 +70,12 @@ class QuantizedLinear(LinearOp):
         if self.source is not None:
             self.source.forget()
 
+    def set_weights(self, scheme: WeightScheme) -> None:
+        """Another way to quantize the weights, of the same granularity; on every rank at once."""
+        assert self.source is not None
+        self.weights = scheme
+        self.source.set_scheme(scheme)
+
     def encode(self, x: Tensor, axis: Axis | None) -> tuple[Tensor, ...]:
         x = x.detach()
         x = rotate(x, self.rotation) if self.rotation else x

@@ -34,6 +34,9 @@ class ScaleSource(Protocol):
     def forget(self) -> None:
         """The weights have changed."""
 
+    def set_scheme(self, scheme: WeightScheme) -> None:
+        """Another scheme, of the same granularity; the steps are forgotten."""
+
     def places(self, weight: Tensor) -> Tensor:
         """int64, like ``weight``: the number of each weight in the whole parameter."""
 
@@ -67,6 +70,10 @@ class WholeMatrix:
     def forget(self) -> None:
         self._scale = None
 
+    def set_scheme(self, scheme: WeightScheme) -> None:
+        self._scheme = scheme
+        self.forget()
+
     def places(self, weight: Tensor) -> Tensor:
         if self._spec is None or self._ctx is None:
             return torch.arange(weight.numel(), device=weight.device).view(weight.shape)
@@ -97,6 +104,10 @@ class LogicalMatrices:
 
     def forget(self) -> None:
         self.known = None
+
+    def set_scheme(self, scheme: WeightScheme) -> None:
+        self._model.scheme = scheme  # all of a model's matrices have one
+        self.forget()
 
     def places(self, weight: Tensor) -> Tensor:
         return places(spec_of(self.parameter), weight, self._model.ctx)

@@ -31,6 +31,10 @@ _LEARNING = {
     "training": ("bf16", "fp16", "fp64", "rampup_batch_size", "objective", "loss_terms"),
     "parallel": ("grad_reduce_in_bf16", "grad_compression", "grad_compression_rank"),
     "data": ("eod_mask_loss",),
+    "qat": (
+        *("quant_lambda", "quant_lambda_start_iters", "quant_lambda_end_iters", "quant_lambda_steps"),
+        *("quant_lambda_sharpness", "quant_stages"),
+    ),
 }
 # What says which schedule a run has.
 _SCHEDULE = (

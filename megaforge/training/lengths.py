@@ -115,6 +115,7 @@ def in_iterations(config: Config, progress: Progress) -> Config:
             changed = dataclasses.replace(getattr(config, section), **{field: counted[key]})
             config = dataclasses.replace(config, **{section: changed})
     try:
+        config.qat.validate()
         check_schedule(config)
         _check_warmup(config)
     except UserError as error:

@@ -53,6 +53,7 @@ from megaforge.training.phase6_output import Phase6Output
 from megaforge.training.plateau_boost import PlateauBoost
 from megaforge.training.profiling import Profile
 from megaforge.training.qk_clip import QKClip
+from megaforge.training.quantization import Quantization
 from megaforge.training.second_stage import SecondStage
 from megaforge.training.speed import Speed
 from megaforge.training.trainer import Trainer
@@ -204,7 +205,7 @@ def _open_data(config: Config, tokenizer: Tokenizer | None) -> DataSource:
 
 
 # Those that change how weights are updated, in their order; each knows from the flags whether it is asked for.
-_OF_UPDATES = (SecondStage, PlateauBoost, ReduceOnSpike, QKClip)
+_OF_UPDATES = (SecondStage, Quantization, PlateauBoost, ReduceOnSpike, QKClip)
 
 
 def _callbacks(config: Config, progress: Progress) -> list[Callback]:
