@@ -244,7 +244,18 @@ def test_the_base_size() -> None:
 
 
 def test_sections_are_the_fields_of_config() -> None:
-    expected = ["model", "parallel", "data", "optimizer", "training", "length", "checkpoint", "logging", "dry_run"]
+    expected = [
+        "model",
+        "parallel",
+        "data",
+        "optimizer",
+        "qat",
+        "training",
+        "length",
+        "checkpoint",
+        "logging",
+        "dry_run",
+    ]
     assert list(sections()) == expected
 
 

@@ -55,17 +55,19 @@ def test_every_number_that_a_run_writes_has_a_name_in_the_table(tmp_path: Path, 
     flags += ("--rampup-batch-size", "4", "4", "80", "--clip-grad-value", "0.1", "--second-stage-at", "0.5")
     flags += ("--grokfast", "ema", "--plateau-boost", "--plateau-boost-interval", "1")
     flags += ("--lr-on-spike", "0.5")
-    flags += ("--qk-clip",)
+    flags += ("--qk-clip", "--quantize-weights", "ternary", "--log-quantization")
+    flags += ("--quant-lambda", "linear", "--quant-lambda-end-iters", "2")
     make_trainer(arguments(prefix, *flags, *precision)).train()
     records = read_metrics(path)
     for record in records:
         assert not [name for name in record.keys() - {"kind", "iteration"} if not known(record["kind"], name)]
     first, last = records[0].keys(), records[1].keys()
-    assert last - first == {"peak_memory_bytes", "plateau_improvement"}, "numbers of an interval alone"
+    of_interval = {"peak_memory_bytes", "plateau_improvement", "quant_error", "quant_saturation", "quant_step"}
+    assert last - first == of_interval, "numbers of an interval alone"
     fp16 = {"loss_scale", "skipped"} if precision else set()
     assert {name.partition("/")[0] for name in last} - {"kind", "iteration"} == {
         name.partition("/")[0] for name in STEP
-    } - ({"loss_scale", "skipped"} - fp16)
+    } - ({"loss_scale", "skipped"} - fp16) - {"quant_flips"}  # from the second interval on
     kinds = {name.partition("/")[2] for name in last if "/" in name}
     assert kinds == {"embedding", "attention", "rwkv", "moe", "router", "norm"}
     squares = math.fsum(value**2 for name, value in records[1].items() if name.startswith("grad_norm/"))
