@@ -6,7 +6,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,11 +71,8 @@ class Bucket:
     def own_ranges(self) -> list[tuple[int, int]]:
         """Of each parameter, flattened: the range [start, stop) within this rank's slice; start == stop for none."""
         begin = self.replicas.rank * self.slice_size
-        ranges = []
-        for parameter, start in zip(self.parameters, self.starts, strict=True):
-            low = min(max(begin - start, 0), parameter.numel())
-            ranges.append((low, min(max(begin + self.slice_size - start, low), parameter.numel())))
-        return ranges
+        pairs = zip(self.parameters, self.starts, strict=True)
+        return [range_in_slice(start, p.numel(), begin, self.slice_size) for p, start in pairs]
 
     def own_views(self, own: Tensor) -> list[Tensor]:
         """Each parameter's range (see :meth:`own_ranges`) in a buffer [slice_size] of this rank's slice."""
@@ -83,6 +81,13 @@ class Bucket:
             own.narrow(0, max(start + low - begin, 0) if low < high else 0, high - low)
             for start, (low, high) in zip(self.starts, self.own_ranges(), strict=True)
         ]
+
+
+def range_in_slice(start: int, numel: int, begin: int, size: int) -> tuple[int, int]:
+    """Of a parameter of ``numel`` elements from ``start`` on in a flat buffer: its range in the ``size`` elements from
+    ``begin`` on; start == stop for none."""
+    low = min(max(begin - start, 0), numel)
+    return low, min(max(begin + size - start, low), numel)
 
 
 def aligned(elements: int, slices: int = 1) -> int:
@@ -136,9 +141,50 @@ def make_bucket_groups(
     return [_make_buckets(trained, ctx, bucket_size, policy) for trained in bucket_groups]
 
 
+class Member(NamedTuple):
+    """What decides where a parameter lies: its declaration, its elements on a rank, its type."""
+
+    spec: ParamSpec
+    numel: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """A :class:`Bucket` before there are parameters.
+
+    Attributes:
+        members: places of its parameters among those that were planned.
+        starts, size: see :class:`Bucket`.
+        axis, replicas: the name of the axis whose ranks hold copies, and their number.
+        whole: whether each parameter lies in one slice.
+    """
+
+    members: tuple[int, ...]
+    starts: tuple[int, ...]
+    size: int
+    axis: str
+    replicas: int
+    whole: bool
+
+    @property
+    def slice_size(self) -> int:
+        return self.size // self.replicas
+
+
 def _make_buckets(
     trained: list[tuple[ParamSpec, nn.Parameter]], ctx: ParallelContext, bucket_size: int, policy: Policy
 ) -> list[Bucket]:
+    members = [Member(spec, parameter.numel(), parameter.dtype) for spec, parameter in trained]
+    return [
+        Bucket(tuple(trained[place][1] for place in plan.members), plan.starts, plan.size, ctx.axis(plan.axis))
+        for plan in plan_buckets(members, ctx, bucket_size, policy)
+    ]
+
+
+def plan_buckets(
+    members: Sequence[Member], ctx: ParallelContext, bucket_size: int, policy: Policy = cut_anywhere
+) -> list[BucketPlan]:
     """Packs parameters, given in module order, into buckets of at most ``bucket_size`` elements, in the order in which
     the backward pass should complete them; the same on every rank of a pipeline stage.
 
@@ -147,46 +193,46 @@ def _make_buckets(
     parameter. One larger than ``bucket_size`` stands alone, and so does a tied matrix, whose copies on two pipeline
     stages must be cut alike. Where parameters stay whole, a bucket has room for :data:`BALANCED` a replica.
     """
-    runs: dict[tuple[str, torch.dtype, BucketPolicy], list[list[tuple[int, ParamSpec, nn.Parameter]]]] = defaultdict(
-        list
-    )
+    runs: dict[tuple[str, torch.dtype, BucketPolicy], list[list[int]]] = defaultdict(list)
     filled: dict[tuple[str, torch.dtype, BucketPolicy], float] = {}
-    for due, (spec, parameter) in enumerate(reversed(trained)):
-        kind = (spec.replica_axis, parameter.dtype, policy(spec))
+    for place in reversed(range(len(members))):
+        spec, numel, dtype = members[place]
+        kind = (spec.replica_axis, dtype, policy(spec))
         alone = spec.tied_to is not None
-        size = math.inf if alone else filled.get(kind, math.inf) + parameter.numel()
+        size = math.inf if alone else filled.get(kind, math.inf) + numel
         enough = kind[2].cost is None or not runs[kind] or len(runs[kind][-1]) >= BALANCED * ctx.axis(kind[0]).size
         if size > bucket_size and (enough or size == math.inf):
             runs[kind].append([])
-            size = math.inf if alone else parameter.numel()
-        runs[kind][-1].append((due, spec, parameter))
+            size = math.inf if alone else numel
+        runs[kind][-1].append(place)
         filled[kind] = size
-    ordered = sorted(((run[-1][0], kind, run) for kind, all_of in runs.items() for run in all_of), key=itemgetter(0))
-    return [_lay_out(run, ctx, axis, policy.cost) for _, (axis, _, policy), run in ordered]
+    ordered = sorted(((run, kind) for kind, all_of in runs.items() for run in all_of), key=lambda one: -one[0][-1])
+    return [_lay_out(run, members, ctx, axis, policy.cost) for run, (axis, _, policy) in ordered]
 
 
 def _lay_out(
-    run: Sequence[tuple[int, ParamSpec, nn.Parameter]],
+    run: Sequence[int],
+    members: Sequence[Member],
     ctx: ParallelContext,
     axis: str,
     cost: Callable[[ParamSpec, ParallelContext], float] | None,
-) -> Bucket:
-    parameters, replicas = tuple(parameter for _, _, parameter in run), ctx.axis(axis)
+) -> BucketPlan:
+    replicas = ctx.axis(axis).size
+    sizes = [aligned(members[place].numel) for place in run]
     if cost is not None:
-        return _lay_out_whole(parameters, [cost(spec, ctx) for _, spec, _ in run], replicas)
-    starts, size = [], 0
-    for parameter in parameters:
-        starts.append(size)
-        size += aligned(parameter.numel())
-    return Bucket(parameters, tuple(starts), aligned(size, replicas.size), replicas)
+        starts, size = _lay_out_whole(sizes, [cost(members[place].spec, ctx) for place in run], replicas)
+    else:
+        *starts, size = accumulate(sizes, initial=0)
+        size = aligned(size, replicas)
+    return BucketPlan(tuple(run), tuple(starts), size, axis, replicas, cost is not None)
 
 
-def _lay_out_whole(parameters: tuple[nn.Parameter, ...], costs: Sequence[float], replicas: Axis) -> Bucket:
-    """Each parameter whole in one slice, balanced by cost. All slices are as long as the longest."""
-    sizes, length = [aligned(parameter.numel()) for parameter in parameters], [0] * replicas.size
-    slots, offsets = balanced(costs, replicas.size, sizes), []
+def _lay_out_whole(sizes: Sequence[int], costs: Sequence[float], replicas: int) -> tuple[list[int], int]:
+    """Starts and size where each parameter lies whole in one slice, balanced by cost. All slices are as long as the
+    longest."""
+    length, offsets, slots = [0] * replicas, [], balanced(costs, replicas, sizes)
     for slot, size in zip(slots, sizes, strict=True):
         offsets.append(length[slot])
         length[slot] += size
-    starts = tuple(slot * max(length) + offset for slot, offset in zip(slots, offsets, strict=True))
-    return Bucket(parameters, starts, replicas.size * max(length), replicas)
+    starts = [slot * max(length) + offset for slot, offset in zip(slots, offsets, strict=True)]
+    return starts, replicas * max(length)

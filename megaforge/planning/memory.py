@@ -2,75 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megaforge.optim.gradient_filter import filter_rows
-from megaforge.optim.optimizer import rule_of
-from megaforge.parallel.buckets import aligned
-from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.pipeline.actions import ActionKind, Schedule
 from megaforge.planning.costs import stage_cost
 from megaforge.planning.layout import PlannedLayout
-from megaforge.planning.stages import DeclaredParameter, ModelParts, StagePart, stage_parameters
+from megaforge.planning.stages import ModelParts, StagePart
+from megaforge.planning.state_bytes import StateBytes, stage_plan, state_bytes
 
 LIBRARIES = 2e9  # CUDA context, cuBLAS workspaces, NCCL's channels: assumed, it differs by driver and number of groups
-
-
-@dataclass(frozen=True)
-class StateBytes:
-    """What training keeps between micro-batches on one rank.
-
-    Attributes:
-        parameters: in their own types.
-        gradients: the fp32 sums (fp64 for fp64 models).
-        optimizer: fp32 masters of 16-bit parameters, and what the update rule, a gradient filter and the average
-            of the weights keep.
-        elements: number of parameters.
-        host: what the update rule keeps in host memory; not in :attr:`total`.
-    """
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    elements: int
-    host: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer
-
-
-def state_bytes(
-    held: Iterable[tuple[DeclaredParameter, int]], ctx: ParallelContext, layout: PlannedLayout
-) -> StateBytes:
-    """The state of the parameters ``held`` on the rank of ``ctx``.
-
-    ZeRO shares out masters and optimizer state (``--zero 2``: gradients too) over a parameter's replicas; the largest
-    share is counted. What lies in buckets is counted with the gaps between parameters, but not what fills up the last
-    slice.
-    """
-    sums = dict.fromkeys(("parameters", "gradients", "optimizer", "elements", "host"), 0)
-    for item, copies in held:
-        count = math.prod(item.spec.local_shape(ctx))
-        wide = max(4, item.element_size)
-        replicas = ctx.axis(item.spec.replica_axis).size
-        room, share = aligned(count), -(-count // (replicas if layout.zero else 1))
-        sums["elements"] += copies * count
-        sums["parameters"] += copies * (room if layout.zero else count) * item.element_size
-        if item.spec.role == "state":  # nothing differentiates it, no rule updates it
-            continue
-        sums["gradients"] += copies * (-(-room // replicas) if layout.zero > 1 else room) * wide
-        rule = rule_of(layout.optimizer, item.spec)
-        for name in rule.states(layout.optimizer):
-            elements = math.prod(rule.state_spec(layout.optimizer, name, item.spec).local_shape(ctx))
-            own = -(-elements // (replicas if layout.zero else 1))
-            sums["host" if rule.host_state else "optimizer"] += copies * own * wide
-        sums["optimizer"] += copies * share * (wide if item.element_size < wide else 0)
-        rows = filter_rows(layout.optimizer) + bool(layout.optimizer.ema_decay)
-        sums["optimizer"] += copies * share * rows * wide
-    return StateBytes(**sums)
 
 
 @dataclass(frozen=True)
@@ -124,9 +65,8 @@ def peak_activations(
 
 
 def rank_state(parts: ModelParts, layout: PlannedLayout, stages: Sequence[StagePart], rank: int) -> StateBytes:
-    """The state of pipeline rank ``rank``."""
-    held = stage_parameters(parts, [stages[stage] for stage in layout.schedule.stages_of(rank)])
-    return state_bytes(held, layout.context(rank * layout.stage_ranks), layout)
+    """The state of pipeline rank ``rank``, of its fullest rank along the other axes."""
+    return state_bytes(parts, [stages[stage] for stage in layout.schedule.stages_of(rank)], layout)
 
 
 def least_memory(parts: ModelParts, layout: PlannedLayout, stages: Sequence[StagePart], rank: int) -> float:
@@ -147,10 +87,7 @@ def rank_memory(
     kept, waiting = ([0.0 if cost is None else getattr(cost, name) for cost in costs] for name in ("kept", "waiting"))
     activations, in_flight = peak_activations(schedule, rank, kept, waiting)
     host, _ = peak_activations(schedule, rank, [0.0 if cost is None else cost.host for cost in costs])
-    buffers = max(cost.working for cost in costs if cost is not None) + _buckets(layout) + libraries
+    # Under --zero 2 gradients that have arrived but are not yet sharded: two buckets.
+    arrived = 2.0 * stage_plan(parts, own, layout).largest_bucket if layout.zero > 1 else 0.0
+    buffers = max(cost.working for cost in costs if cost is not None) + arrived + libraries
     return RankMemory(rank, own, rank_state(parts, layout, stages, rank), in_flight, activations, buffers, host)
-
-
-def _buckets(layout: PlannedLayout) -> float:
-    """Gradients that have arrived but are not yet sharded, under ``--zero 2``: two buckets."""
-    return 2.0 * layout.bucket_size * layout.wide_size if layout.zero > 1 else 0.0

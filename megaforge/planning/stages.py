@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -24,10 +24,15 @@ from megaforge.planning.layout import PlannedLayout
 
 @dataclass(frozen=True)
 class DeclaredParameter:
-    """One parameter as it is declared, and the bytes of one of its elements."""
+    """One parameter as it is declared, and its type."""
 
     spec: ParamSpec
-    element_size: int
+    dtype: torch.dtype
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of one of its elements."""
+        return self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,11 @@ class ModelParts:
         block, and the first one with a mixer may be one of its own."""
         return Counter(self._first_of_kind[index] for index in blocks)
 
+    def layers_of(self, blocks: range) -> Iterator[tuple[DeclaredParameter, ...]]:
+        """The parameters of the layers of ``blocks``, in order; of alike blocks, those of the first."""
+        for index in blocks:
+            yield from self.blocks[self._first_of_kind[index]].held
+
     @property
     def head_flops(self) -> float:
         """Forward FLOPs of one token's scores, over all ranks."""
@@ -91,7 +101,7 @@ def model_parts(cfg: ModelConfig, dtype: torch.dtype) -> ModelParts:
 
 def _held(modules: Iterable[nn.Module | torch.Tensor]) -> tuple[DeclaredParameter, ...]:
     pairs = (pair for module in modules if isinstance(module, nn.Module) for pair in named_specs(module))
-    return tuple(DeclaredParameter(spec, parameter.element_size()) for spec, parameter in pairs)
+    return tuple(DeclaredParameter(spec, parameter.dtype) for spec, parameter in pairs)
 
 
 @dataclass(frozen=True)
@@ -132,3 +142,35 @@ def stage_parameters(parts: ModelParts, stages: Sequence[StagePart]) -> list[tup
     for index, count in counts.items():
         own += [(item, count) for layer in parts.blocks[index].held for item in layer]
     return own
+
+
+def chunk_parameters(
+    parts: ModelParts, stages: Sequence[StagePart], copies_tied: bool
+) -> list[list[DeclaredParameter]]:
+    """The parameters of each of a rank's stages, in module order, and last those that several of them share; of alike
+    blocks, those of the first.
+
+    Args:
+        copies_tied: whether a matrix that is both embedding and head is on two ranks, each of which has a copy.
+    """
+    chunks: list[list[DeclaredParameter]] = []
+    shared: dict[str, DeclaredParameter] = {}
+    tied = {item.spec.name for item in parts.embedding} & {item.spec.name for item in parts.head}
+    both_ends = sum(stage.first for stage in stages) + sum(stage.last for stage in stages) > 1
+    for stage in stages:
+        chunk = [*parts.embedding] if stage.first else []
+        chunk += [item for layer in parts.layers_of(stage.blocks) for item in layer]
+        if stage.last:
+            chunk += [*parts.final_norm, *(item for item in parts.head if not (stage.first and item.spec.name in tied))]
+        if both_ends and not (stage.first and stage.last):
+            shared.update({item.spec.name: item for item in chunk if item.spec.name in tied})
+            chunk = [item for item in chunk if item.spec.name not in tied]
+        elif copies_tied:
+            chunk = [_copied(item) if item.spec.name in tied else item for item in chunk]
+        chunks.append(chunk)
+    return [*chunks, list(shared.values())]
+
+
+def _copied(item: DeclaredParameter) -> DeclaredParameter:
+    """A tied matrix of which another rank has the other copy."""
+    return replace(item, spec=replace(item.spec, tied_to=item.spec.name))

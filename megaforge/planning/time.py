@@ -13,8 +13,8 @@ from megaforge.planning.communication import bandwidth, gradient_traffic
 from megaforge.planning.costs import crossing_bytes, end_cost, part_cost, stage_cost
 from megaforge.planning.gpus import Efficiency, Gpu
 from megaforge.planning.layout import PlannedLayout
-from megaforge.planning.memory import state_bytes
 from megaforge.planning.stages import ModelParts, StagePart, stage_parameters
+from megaforge.planning.state_bytes import state_bytes
 
 FORWARD_PASSES = 3.0  # over kept activations: written, read by the next operation, and once for what is not kept
 OPTIMIZER_PASSES = 2.0  # masters and moments are read and written
@@ -191,7 +191,7 @@ def _step_end(
         if not layout.overlap:
             hidden_back = hidden_front = 0.0
         waiting = max(0.0, sent.reduced / speed - hidden_back) + max(0.0, sent.gathered / speed - hidden_front)
-        state = state_bytes(held, layout.context(rank * layout.stage_ranks), layout)
+        state = state_bytes(parts, [stages[stage] for stage in own], layout)
         touched = OPTIMIZER_PASSES * state.optimizer + state.gradients + state.parameters
         touched += 2 * OPTIMIZER_PASSES * state.host  # buffers are filled and emptied, too
         exposed = max(exposed, waiting)

@@ -12,33 +12,31 @@ from itertools import product
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.config.config import Config
 from megaforge.data.loader import GlobalBatchLoader
 from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.errors import UserError
-from megaforge.models.hybrid import HybridModel
 from megaforge.models.pipeline_shape import PipelinePlan
 from megaforge.models.prepared_run import check_run
-from megaforge.models.stages import ModelChunks, make_stage_tensors
+from megaforge.models.stages import make_stage_tensors
 from megaforge.optim import Optimizer, bucket_policy
-from megaforge.optim.gradient_filter import GradientFilter, make_filter
-from megaforge.parallel.buckets import aligned
+from megaforge.optim.gradient_filter import make_filter
 from megaforge.parallel.context import AXES, ParallelContext
-from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.distributed import discover_launch
 from megaforge.parallel.param_spec import Box, named_specs
 from megaforge.parallel.zero import shard_parameters
 from megaforge.planning.costs import stage_cost
 from megaforge.planning.gpus import GPUS, ROOM, verdict
 from megaforge.planning.layout import PlannedLayout
-from megaforge.planning.memory import LIBRARIES, StateBytes, peak_activations, state_bytes
+from megaforge.planning.memory import LIBRARIES, peak_activations
 from megaforge.planning.plan_command import planned_layout
 from megaforge.planning.report import gigabytes, table
 from megaforge.planning.stage_run import run_stage
 from megaforge.planning.stages import ModelParts, StagePart, cut_stages, model_parts, stage_parameters
+from megaforge.planning.state_bytes import StateBytes, fullest_rank, state_bytes
 from megaforge.training.ema import WeightAverage
 from megaforge.training.forward_backward import make_reducer
 from megaforge.training.setup import build_model_chunks, make_context
@@ -130,19 +128,9 @@ def try_ranks(config: Config, world_size: int) -> tuple[PlannedLayout, list[DryR
     chosen = representatives(parts, layout, stages, config.dry_run.dry_run_ranks)
     ranks = [_try_rank(config, plan, parts, layout, rank, alike) for rank, alike in chosen.items()]
     for rank in ranks:
-        if not _agree(rank.state, rank.planned, layout):
+        if rank.state != rank.planned:
             raise RuntimeError(f"rank {rank.rank} registered {rank.state}, the planner says {rank.planned}")
     return layout, ranks
-
-
-def _agree(real: StateBytes, planned: StateBytes, layout: PlannedLayout) -> bool:
-    """Exactly; where ZeRO cuts buckets without regard to the parameters in them, to a percent."""
-    if not layout.zero:
-        return real == planned
-    return real.elements == planned.elements and all(
-        math.isclose(getattr(real, name), getattr(planned, name), rel_tol=0.01)
-        for name in ("parameters", "gradients", "optimizer", "host")
-    )
 
 
 def representatives(
@@ -150,8 +138,9 @@ def representatives(
 ) -> dict[int, tuple[int, ...]]:
     """World ranks to build -> the pipeline ranks each stands for.
 
-    Shards are equal, so all ranks of a pipeline rank have the same shapes. So have pipeline ranks whose stages have
-    equally many blocks of every kind and the same ends; they differ in how many micro-batches are in flight.
+    Ranks of a pipeline rank have the same shapes and differ in what of the optimizer they keep; the fullest is taken.
+    Pipeline ranks whose stages have equally many blocks of every kind and the same ends differ in how many
+    micro-batches are in flight.
     """
     schedule = layout.schedule
     own = {rank: [stages[stage] for stage in schedule.stages_of(rank)] for rank in range(layout.pp)}
@@ -160,12 +149,12 @@ def representatives(
             raise UserError(f"--dry-run-ranks {wanted}: the job has ranks 0 to {layout.world_size - 1}")
         return {int(wanted): (int(wanted) // layout.stage_ranks,)}
     if wanted == "stage":
-        return {rank * layout.stage_ranks: (rank,) for rank in range(layout.pp)}
+        return {fullest_rank(parts, own[rank], layout, rank): (rank,) for rank in range(layout.pp)}
     alike: dict[object, list[int]] = {}
     for rank, held in own.items():
         key = tuple((s.first, s.last, tuple(sorted(parts.alike(s.blocks).items()))) for s in held)
         alike.setdefault(key, []).append(rank)
-    return {ranks[0] * layout.stage_ranks: tuple(ranks) for ranks in alike.values()}
+    return {fullest_rank(parts, own[ranks[0]], layout, ranks[0]): tuple(ranks) for ranks in alike.values()}
 
 
 def check_ranks(layout: PlannedLayout) -> None:
@@ -272,7 +261,7 @@ def _try_rank(
         optimizer = Optimizer(config.optimizer, model, ctx, shards)
         kept = make_filter(config.optimizer, optimizer.main.trained)
         average = WeightAverage(config.optimizer, optimizer.main).averages if config.optimizer.ema_decay else []
-        state = _registered(model, reducer, optimizer, kept, average)
+        state = held_bytes(model, optimizer, [] if kept is None else [kept.kept], average)
         payload = make_stage_tensors(model, plan, layout.micro_batch_size, layout.sequence_length, layout.dtype)
         trained = [parameter for _, parameter in named_specs(model) if parameter.requires_grad]
         buffers = [parameter.main_grad for parameter in trained]  # type: ignore[attr-defined]
@@ -288,7 +277,7 @@ def _try_rank(
         alike,
         tuple(own),
         state,
-        state_bytes(stage_parameters(parts, own), ctx, layout),
+        state_bytes(parts, own, layout, ctx),
         _peak(layout, alike, [(one.kept, max(0, one.between - one.kept)) for one in measured]),
         _peak(layout, alike, [(cost.kept, cost.waiting) for cost in (stage_cost(parts, layout, one) for one in own)]),
         max(float(one.peak - max(one.kept, one.between)) for one in measured),
@@ -308,40 +297,28 @@ def _peak(layout: PlannedLayout, pipeline_ranks: Iterable[int], chunks: Sequence
     return max(map(on, pipeline_ranks))
 
 
-def _registered(
-    model: HybridModel | ModelChunks,
-    reducer: GradientReducer,
-    optimizer: Optimizer,
-    kept: GradientFilter | None = None,
-    average: Iterable[Tensor] = (),
-) -> StateBytes:
-    """Bytes that the model, the gradient reducer, the optimizer, a gradient filter and the weights' average hold."""
-    parameters = [parameter for _, parameter in named_specs(model)]
-    masters = [tensor for _, _, tensor in optimizer.weight_entries()]
-    # A wide parameter is its own master: the same storage, counted with the parameters.
-    storages = set(map(_storage, parameters))
-    extra = [tensor for tensor in masters if _storage(tensor) not in storages]
-    extra += [tensor for _, _, tensor in optimizer.state_entries()]
-    extra += average
-    if kept is not None:
-        extra.append(kept.kept)
-    return StateBytes(
-        parameters=sum(
-            (p.numel() if optimizer.shards is None else aligned(p.numel())) * p.element_size() for p in parameters
-        ),
-        gradients=sum(
-            bucket.main_dtype.itemsize
-            * (bucket.slice_size if reducer.frees_buffers else sum(aligned(p.numel()) for p in bucket.parameters))
-            for bucket in reducer.buckets
-        ),
-        optimizer=sum(t.numel() * t.element_size() for t in extra) - optimizer.host_bytes,
-        elements=sum(p.numel() for p in parameters),
-        host=optimizer.host_bytes,
-    )
+def held_bytes(model: nn.Module, optimizer: Optimizer, *more: Iterable[Tensor]) -> StateBytes:
+    """Bytes of memory in which the model, its gradients, the optimizer and ``more`` tensors lie, gaps included; the
+    optimizer has its state."""
+    named = [parameter for _, parameter in named_specs(model)]
+    sums = [parameter.main_grad for parameter in named if parameter.requires_grad]  # type: ignore[attr-defined]
+    # A wide parameter is its own master: the same memory, counted with the parameters.
+    seen: set[int] = set()
+    parameters, gradients = _bytes(named, seen), _bytes(sums, seen)
+    kept = _bytes((tensor for _, _, tensor in optimizer.entries()), seen)
+    kept += sum(_bytes(tensors, seen) for tensors in more)
+    host = optimizer.host_bytes
+    return StateBytes(parameters, gradients, kept - host, sum(p.numel() for p in named), host)
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def _bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
+    """Of memory that is not among what was ``seen``, which it then is."""
+    size = 0
+    for storage in (tensor.untyped_storage() for tensor in tensors):
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            size += storage.nbytes()
+    return size
 
 
 def report(config: Config, layout: PlannedLayout, ranks: Sequence[DryRank]) -> str:

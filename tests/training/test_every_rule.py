@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from megaforge.config.schema import settings
-from megaforge.planning.memory import state_bytes
 from megaforge.planning.plan_command import planned_layout
-from megaforge.planning.stages import StagePart, model_parts, stage_parameters
+from megaforge.planning.stages import StagePart, model_parts
+from megaforge.planning.state_bytes import StateBytes, state_bytes
 from megaforge.registry import UPDATE_RULES, Registry
-from megaforge.verification.dry_run import _agree, _registered
+from megaforge.training.ema import WeightAverage
+from megaforge.training.trainer import Trainer
+from megaforge.verification.dry_run import held_bytes
 from tests.parallel.pool import RankPool
 from tests.parallel.test_pipeline_model import trainer_of
 from tests.training.tiny import arguments, record, write_dataset
@@ -37,6 +39,17 @@ LAYOUT = ("--tp", "2", "--zero", "1")
 SIZES = ("--hidden-size", "64", "--ffn-hidden-size", "128", "--rwkv-head-size", "16")
 
 
+def weighed(trainer: Trainer) -> tuple[StateBytes, StateBytes]:
+    """What this rank holds, and what is planned."""
+    layout = planned_layout(trainer.config, trainer.ctx.world.size)
+    parts = model_parts(trainer.config.model, layout.dtype)
+    stages = [StagePart(range(len(parts.blocks)), True, True)]
+    kept = trainer.engine.filter
+    more = [[] if kept is None else [kept.kept]]
+    more += [callback.averages for callback in trainer.callbacks if isinstance(callback, WeightAverage)]
+    return held_bytes(trainer.model, trainer.optimizer, *more), state_bytes(parts, stages, layout, trainer.ctx)
+
+
 def run_twice(argv: list[str], folder: str) -> dict[str, Any]:
     """Three steps, and the last one again from a checkpoint."""
     whole = trainer_of([*argv, "--save", folder, "--save-interval", "2"])
@@ -46,20 +59,31 @@ def run_twice(argv: list[str], folder: str) -> dict[str, Any]:
     again = record(resumed)
     resumed.train()
     pairs = zip(whole.optimizer.entries(), resumed.optimizer.entries(), strict=True)
-    layout = planned_layout(whole.config, 4)
-    parts = model_parts(whole.config.model, layout.dtype)
-    held = stage_parameters(parts, [StagePart(range(len(parts.blocks)), True, True)])
     return {
         "records": recorder.records,
         "again": again.records,
         "differ": [name for (name, _, one), (other, _, two) in pairs if name != other or not torch.equal(one, two)],
-        "held": _registered(whole.model, whole.engine.reducer, whole.optimizer),
-        "agree": _agree(
-            _registered(whole.model, whole.engine.reducer, whole.optimizer),
-            state_bytes(held, whole.ctx, layout),
-            layout,
-        ),
+        "bytes": weighed(whole),
     }
+
+
+def bytes_of(runs: list[list[str]]) -> list[tuple[StateBytes, StateBytes]]:
+    """What this rank holds after a step of each run, and what is planned."""
+    return [weighed(trainer) for trainer in map(trainer_of, runs) if trainer.train() is None]
+
+
+def test_bytes_are_as_planned_at_every_stage(ranks: RankPool, tmp_path: Path) -> None:
+    prefix = write_dataset(tmp_path / "train_text_document")
+    small = ("--train-iters", "1", "--global-batch-size", "2", "--micro-batch-size", "1", "--ddp-bucket-size", "9000")
+    beside = ("--bf16", "--ema-decay", "0.9", "--grokfast", "ema", "--eval-iters", "0")
+    runs = [
+        arguments(prefix, *small, *beside, "--optimizer", rule, *BESIDE.get(rule, ()), "--zero", zero)
+        for rule in RULES
+        for zero in ("0", "1", "2")
+    ]
+    for rank in ranks.run(2, bytes_of, runs):
+        for run, (held, planned) in zip(runs, rank, strict=True):
+            assert held == planned, " ".join(run)
 
 
 @pytest.mark.parametrize(
@@ -75,4 +99,5 @@ def test_trains_resumes_and_takes_the_bytes_that_are_planned(
         losses = [entry["loss"] for entry in one["records"] if entry["kind"] == "step"]
         assert len(losses) == 3 and all(map(math.isfinite, losses)) and min(losses[1:]) < losses[0]
         assert one["again"] == [entry for entry in one["records"] if entry["iteration"] > 2] and one["differ"] == []
-        assert one["agree"], one["held"]
+        held, planned = one["bytes"]
+        assert held == planned
