@@ -17,13 +17,22 @@ _BURST_SECONDS = 0.04
 _MOST_SECONDS = 1.0
 _STANDS = 5
 _NEW_BEST = 1.01
+_measured: dict[tuple[str, torch.dtype, int], float] = {}  # by kind of device, type and number of ranks
 
 
 def measure_matmul_peak(ctx: ParallelContext, dtype: torch.dtype) -> float:
-    """FLOP/s of square matrix products in ``dtype``, summed over all ranks: the best of several short bursts.
+    """FLOP/s of square matrix products in ``dtype``, summed over all ranks: the best of several short bursts, measured
+    once in a process.
 
     The ranks measure at the same time, so that those that share a machine's cores count them once. Collective.
     """
+    key = ctx.device.type, dtype, ctx.world.size
+    if key not in _measured:
+        _measured[key] = _measure(ctx, dtype)
+    return _measured[key]
+
+
+def _measure(ctx: ParallelContext, dtype: torch.dtype) -> float:
     edge = _EDGE.get(ctx.device.type, 1024)
     if ctx.device.type == "cpu" and dtype == torch.float16:
         edge //= 8  # few CPUs multiply fp16, and one large product would take seconds

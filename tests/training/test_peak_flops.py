@@ -10,7 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megaforge.models.flops import active_matmul_parameters, model_flops_per_token
+from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import named_specs
+from megaforge.training import peak_flops
 from megaforge.training.peak_flops import measure_matmul_peak
 from tests.training.tiny import arguments, dense_arguments, make_trainer, write_dataset
 
@@ -44,5 +46,11 @@ def test_experts_count_as_far_as_they_are_chosen(tmp_path: Path) -> None:
     assert model_flops_per_token(model, 24) == 3 * (2 * (experts / 2 + rest) + attention + wkv)
 
 
-def test_the_peak_is_a_rate(tmp_path: Path) -> None:
-    assert measure_matmul_peak(build(tmp_path).ctx, torch.float32) > 1e8
+def test_the_peak_is_a_rate_and_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peak_flops, "_measured", {})
+    ctx = ParallelContext.single()
+    rate = measure_matmul_peak(ctx, torch.float32)
+    assert rate > 1e8
+    monkeypatch.setattr(peak_flops, "_burst", lambda *_: (1.0, 1.0))
+    assert measure_matmul_peak(ctx, torch.float32) == rate
+    assert measure_matmul_peak(ctx, torch.float64) == 1.0, "of another type it is another"
