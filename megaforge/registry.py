@@ -23,7 +23,7 @@ from megaforge.errors import UserError
 
 
 class Registry:
-    """Parts of one kind by name, in the order in which they were added."""
+    """Parts of one kind by name, in the order in which they were added; ``builtin`` has the names of ours."""
 
     def __init__(self, kind: str, builtin: Mapping[str, str]) -> None:
         """
@@ -31,7 +31,7 @@ class Registry:
             kind: what the parts are, for messages: ``update rule``.
             builtin: ``module:attribute`` of each, imported when it is first asked for.
         """
-        self.kind = kind
+        self.kind, self.builtin = kind, tuple(builtin)
         self._parts: dict[str, Any] = dict(builtin)
         self._unread = set(builtin)
 

@@ -19,14 +19,14 @@ RULE = ("---", "---", "---:", "---:", "---:")
 
 
 def optimizer_table() -> str:
-    """A row for every name that is registered, in Markdown."""
-    rules = ((f"`--optimizer {name}`", _summary(UPDATE_RULES, name), *_bytes(name)) for name in UPDATE_RULES.names())
+    """A row for every rule and schedule of ours, in Markdown."""
+    rules = ((f"`--optimizer {name}`", _summary(UPDATE_RULES, name), *_bytes(name)) for name in UPDATE_RULES.builtin)
     return "\n".join("| " + " | ".join(row) + " |" for row in (HEAD, RULE, *rules, *_schedules()))
 
 
 def _schedules() -> Iterator[tuple[str, ...]]:
     styles = settings()["optimizer.lr_decay_style"].choices or ()
-    for name in styles.names() if isinstance(styles, Registry) else styles:
+    for name in styles.builtin if isinstance(styles, Registry) else styles:
         text = _summary(styles, name) if isinstance(styles, Registry) else "see below"
         yield f"`--lr-decay-style {name}`", text, "0", "0", "0"
 
