@@ -23,6 +23,7 @@ class ThreeMoments(AdamW):
 
 def test_a_rule_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(UPDATE_RULES._parts, "three", ThreeMoments)
+    monkeypatch.setattr(UPDATE_RULES, "builtin", (*UPDATE_RULES.builtin, "three"))
     rows = [row.strip("| ").split(" | ") for row in optimizer_table().splitlines()]
     by_flag = {row[0]: row[1:] for row in rows}
     assert len(by_flag) == len(rows) >= 6 and all(len(row) == 5 for row in rows)
