@@ -67,14 +67,12 @@ def parse_config(
     layer = load_layer(namespace.config) if namespace.config else ConfigLayer("custom")
     origins = dict.fromkeys(settings(), "default") | layer.origins
     values = dict(layer.values)
-    for setting in settings().values():
-        given = getattr(namespace, setting.key, None)
-        if given is not None:
-            spelling, value = given
-            values[setting.key] = value
-            origins[setting.key] = f"command line {spelling}"
+    typed = {key: getattr(namespace, key) for key in settings() if hasattr(namespace, key)}
+    for key, (spelling, value) in typed.items():
+        values[key] = value
+        origins[key] = f"command line {spelling}"
     _leave_vocabulary_to_tokenizer(values, origins)
-    choose_lengths(values, origins)
+    choose_lengths(values, origins, typed, lists_all=False)
     config = build_config(layer.name, values)
     if namespace.print_config and launched_rank()[0] == 0:
         print(format_config(ParsedConfig(config, origins)))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from megaforge.config.fields import flag
 
+_MOST = 100_000  # epochs; more is a slip of the pen
+
 # Settings that count iterations, and those here that say the same in epochs or in samples.
 LENGTHS: Mapping[str, tuple[str, ...]] = {
     "training.train_iters": ("train_epochs", "train_samples"),
@@ -28,31 +30,41 @@ INTERVALS: Mapping[str, tuple[str, ...]] = {
 class LengthConfig:
     """Lengths and intervals in epochs of the training data, or in samples, instead of iterations."""
 
-    train_epochs: float | None = flag(None, "instead of --train-iters: passes over the training data", above=0)
+    train_epochs: float | None = flag(
+        None, "instead of --train-iters: passes over the training data", above=0, most=_MOST
+    )
     train_samples: int | None = flag(None, "instead of --train-iters: samples to train on", least=1)
-    lr_warmup_epochs: float | None = flag(None, "instead of --lr-warmup-iters: epochs of linear warm-up", above=0)
+    lr_warmup_epochs: float | None = flag(
+        None, "instead of --lr-warmup-iters: epochs of linear warm-up", above=0, most=_MOST
+    )
     lr_warmup_samples: int | None = flag(None, "instead of --lr-warmup-iters: samples of linear warm-up", least=1)
-    lr_decay_epochs: float | None = flag(None, "instead of --lr-decay-iters: epochs until --min-lr", above=0)
+    lr_decay_epochs: float | None = flag(
+        None, "instead of --lr-decay-iters: epochs until --min-lr", above=0, most=_MOST
+    )
     lr_decay_samples: int | None = flag(None, "instead of --lr-decay-iters: samples until --min-lr", least=1)
     lr_wsd_decay_epochs: float | None = flag(
-        None, "instead of --lr-wsd-decay-iters: epochs of WSD's final decay", above=0
+        None, "instead of --lr-wsd-decay-iters: epochs of WSD's final decay", above=0, most=_MOST
     )
     lr_wsd_decay_samples: int | None = flag(
         None, "instead of --lr-wsd-decay-iters: samples of WSD's final decay", least=1
     )
     lr_restart_epochs: float | None = flag(
-        None, "instead of --lr-restart-iters: epochs of the first cycle of cosine-restarts", above=0
+        None, "instead of --lr-restart-iters: epochs of the first cycle of cosine-restarts", above=0, most=_MOST
+    )
+    eval_interval_epochs: float | None = flag(
+        None, "instead of --eval-interval: epochs between evaluations", above=0, most=_MOST
+    )
+    save_interval_epochs: float | None = flag(
+        None, "instead of --save-interval: epochs between checkpoints", above=0, most=_MOST
     )
     quant_lambda_start_epochs: float | None = flag(
-        None, "instead of --quant-lambda-start-iters: epochs before lambda begins to grow", above=0
+        None, "instead of --quant-lambda-start-iters: epochs before lambda begins to grow", above=0, most=_MOST
     )
     quant_lambda_end_epochs: float | None = flag(
-        None, "instead of --quant-lambda-end-iters: epochs until lambda is 1", above=0
+        None, "instead of --quant-lambda-end-iters: epochs until lambda is 1", above=0, most=_MOST
     )
-    eval_interval_epochs: float | None = flag(None, "instead of --eval-interval: epochs between evaluations", above=0)
-    save_interval_epochs: float | None = flag(None, "instead of --save-interval: epochs between checkpoints", above=0)
     exit_interval_epochs: float | None = flag(
-        None, "instead of --exit-interval: save and leave each time so many more epochs are read", above=0
+        None, "instead of --exit-interval: save and leave each time so many more epochs are read", above=0, most=_MOST
     )
 
     @property

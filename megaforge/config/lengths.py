@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
 from megaforge.config.length_config import INTERVALS, LENGTHS
@@ -16,39 +16,29 @@ _ROWS = [
 ]
 
 
-def choose_lengths(values: dict[str, Any], origins: dict[str, str]) -> None:
-    """What was written nearer to the run holds: the command line before a file, a file before a preset. What it
-    replaces becomes the default again, and its origin says so.
+def choose_lengths(
+    values: dict[str, Any], origins: dict[str, str], written: Collection[str], *, lists_all: bool
+) -> None:
+    """What is written here holds against what was written further from the run: the command line before a file, a file
+    before its ``base``. What it replaces has its default again, and its origin says so.
 
     Args:
         values, origins: of settings by key, changed in place.
+        written: the keys that were written here.
+        lists_all: whether here may be a list of every setting, as ``--print-config`` writes it: of a row, those that
+            are off or at their default then ask for nothing.
 
     Raises:
-        UserError: two of a row were written in one place.
+        UserError: two of a row were written here.
     """
     for row in _ROWS:
-        asked = {key: _rank(origins[key]) for key in row if _asks(key, values, origins[key])}
-        if len(asked) < 2:
-            continue
-        nearest = [key for key in asked if asked[key] == max(asked.values())]
-        if len(nearest) > 1:
-            one, other = (f"{settings()[key].flag} {values[key]:g}" for key in nearest[:2])
+        own = [key for key in row if key in written and values[key] is not None]
+        if lists_all and len(own) > 1:
+            own = [key for key in own if values[key] not in (0, settings()[key].default)]
+        if len(own) > 1:
+            one, other = (f"{settings()[key].flag} {values[key]:g}" for key in own[:2])
             raise UserError(f"{one} and {other} exclude each other; leave out one of them")
-        for key in asked:
-            if key != nearest[0]:
-                values[key] = settings()[key].default
-                origins[key] = f"{settings()[nearest[0]].flag} ({origins[nearest[0]]}) holds in its place"
-
-
-def _asks(key: str, values: Mapping[str, Any], origin: str) -> bool:
-    """Whether somebody wants it. A file that lists every setting also lists those that are off or at their default."""
-    if origin == "default" or values[key] is None:
-        return False
-    return _rank(origin) == _COMMAND_LINE or values[key] not in (0, settings()[key].default)
-
-
-_PRESET, _FILE, _COMMAND_LINE = range(3)
-
-
-def _rank(origin: str) -> int:
-    return _PRESET if origin.startswith("preset ") else _COMMAND_LINE if origin.startswith("command line") else _FILE
+        for key in row:
+            if own and key != own[0] and key in values and key not in written:
+                del values[key]
+                origins[key] = f"{settings()[own[0]].flag} ({origins[own[0]]}) holds in its place"

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from megaforge.config.lengths import choose_lengths
 from megaforge.config.schema import Setting, sections, setting_of, settings, suggestion
 from megaforge.errors import UserError
 
@@ -76,17 +77,20 @@ def load_layer(name_or_file: str, beside: Path | None = None, including: tuple[s
         layer.values, layer.origins = base.values, base.origins
     if "name" in entries:
         layer.name = _text(entries["name"], label, "name")
+    written = set[str]()
     for section, node in entries.items():
         if section in _TOP_LEVEL:
             continue
         if section not in sections():
             hint = suggestion(section, [*sections(), *_TOP_LEVEL])
             raise UserError(f"{_at(label, node)}: unknown section '{section}'{hint}")
-        _read_section(layer, section, node, label)
+        written |= _read_section(layer, section, node, label)
+    choose_lengths(layer.values, layer.origins, written, lists_all=True)
     return layer
 
 
-def _read_section(layer: ConfigLayer, section: str, node: yaml.Node, label: str) -> None:
+def _read_section(layer: ConfigLayer, section: str, node: yaml.Node, label: str) -> set[str]:
+    """Reads a section into ``layer``; returns the keys of its settings."""
     written: dict[str, str] = {}
     for name, value in _mapping(node, label, f"section '{section}'").items():
         setting = setting_of(section, name)
@@ -100,6 +104,7 @@ def _read_section(layer: ConfigLayer, section: str, node: yaml.Node, label: str)
         except ValueError as error:
             raise UserError(f"{_at(label, value)}: {section}.{name}: {error}") from error
         layer.origins[setting.key] = label if label.startswith("preset ") else _at(label, value)
+    return set(written)
 
 
 def _nearest(section: str, name: str) -> str:

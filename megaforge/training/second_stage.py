@@ -25,9 +25,10 @@ class SecondStage(Callback):
     place = Place.BEFORE
     state_name = "second_stage"
 
-    def __init__(self, last_of_first: int, lr_factor: float, decay_factor: float) -> None:
-        """``last_of_first``: iterations of the first stage."""
-        self.last_of_first, self.lr_factor, self.decay_factor = last_of_first, lr_factor, decay_factor
+    def __init__(self, share: float, lr_factor: float, decay_factor: float) -> None:
+        """``share``: of the run's iterations, that of the first stage."""
+        self.share, self.lr_factor, self.decay_factor = share, lr_factor, decay_factor
+        self.last_of_first = 0
         self._was: int | None = None
 
     @classmethod
@@ -36,10 +37,10 @@ class SecondStage(Callback):
         flags = config.optimizer
         if flags.second_stage_at is None:
             return None
-        last = round(flags.second_stage_at * config.training.train_iters)
-        return cls(last, flags.second_stage_lr_factor, flags.second_stage_weight_decay_factor)
+        return cls(flags.second_stage_at, flags.second_stage_lr_factor, flags.second_stage_weight_decay_factor)
 
     def on_train_start(self, trainer: Trainer) -> None:
+        self.last_of_first = round(self.share * trainer.config.training.train_iters)
         if self._was is not None and self._was <= trainer.iteration and self._was != self.last_of_first:
             print_rank_0(f"the second stage began after iteration {self._was}, and goes on")
             self.last_of_first = self._was

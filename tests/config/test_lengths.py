@@ -43,6 +43,9 @@ def test_what_is_nearer_to_the_run_holds(tmp_path: Path) -> None:
     assert parsed.config.length.lr_warmup_epochs is None and parsed.config.optimizer.lr_warmup_iters == 0
     assert "--lr-warmup-fraction (command line" in parsed.origins["length.lr_warmup_epochs"]
     assert lengths(parse_config([*preset, "--train-epochs", "none"])) == (450, None, None)
+    nearer = tmp_path / "nearer.yaml"
+    nearer.write_text("base: mine.yaml\ntraining: {train_iters: 9}\nlength: {eval_interval_epochs: 1}\n")
+    assert lengths(parse_config(["--config", str(nearer)]))[:2] == (9, None), "a file holds before its base"
     off = [*file(tmp_path, "length: {eval_interval_epochs: 2}\ntraining: {eval_iters: 1}\n"), "--eval-interval", "0"]
     assert parse_config(off).config.length.eval_interval_epochs is None
 
@@ -60,8 +63,9 @@ def test_the_printed_configuration_is_read_back(tmp_path: Path) -> None:
         (("--train-epochs", "2.5", "--train-samples", "9"), "--train-epochs 2.5 and --train-samples 9 exclude"),
         (("--lr-warmup-epochs", "1", "--lr-warmup-fraction", "0.1"), "exclude each other; leave out one of them"),
         (("--eval-interval", "0", "--eval-interval-epochs", "1"), "--eval-interval 0 and --eval-interval-epochs 1"),
-        (("--train-epochs", "0"), "--train-epochs 0: must be positive"),
-        (("--train-epochs", "-1"), "--train-epochs -1: must be positive"),
+        (("--train-epochs", "0"), "--train-epochs 0: must be above 0 and at most 100000"),
+        (("--train-epochs", "-1"), "--train-epochs -1: must be"),
+        (("--train-epochs", "1e9"), "--train-epochs 1e9: must be above 0 and at most 100000"),
         (("--train-epochs", "nan"), "--train-epochs nan: expected a finite number"),
     ],
 )

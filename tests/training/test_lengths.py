@@ -10,6 +10,7 @@ from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.data.data_source import DataSource
 from megaforge.errors import UserError
 from megaforge.training.lengths import Progress, in_iterations, samples_of
+from megaforge.training.second_stage import SecondStage
 from megaforge.training.trainer import Trainer
 from tests.training.tiny import arguments, make_config, make_trainer, record, write_dataset
 
@@ -176,9 +177,12 @@ def test_a_run_in_epochs_is_resumed_and_goes_on_at_another_batch(
     capsys.readouterr()
     half = ("--load", str(tmp_path / "parts" / f"step_{ends[0]:07}"), "--save", str(tmp_path / "parts"))
     more = ("--global-batch-size", "4", *CONSTANT, "--override-opt_param-scheduler", "--train-epochs", "1")
-    other = make_trainer([*line, *half, *more])
+    other = make_trainer([*line, *half, *more, "--second-stage-at", "0.5"])
     done = ends[0] + -(-(epoch - ends[0] * 192) // 96)
     assert (
         other.config.training.train_iters == done
         and f"--train-epochs 1 is {done:,} iterations" in capsys.readouterr().err
     )
+    [stage] = [callback for callback in other.callbacks if isinstance(callback, SecondStage)]
+    stage.on_train_start(other)
+    assert stage.last_of_first == round(done / 2), "of the iterations that there are now"
