@@ -5,6 +5,8 @@
     python tools/convert_checkpoint.py --load 1b.safetensors --save runs/1b-tp2 --tp 2 --pp 2
     python tools/convert_checkpoint.py --load runs/1b --save runs/1b-tp8 --tp 8
     python tools/convert_checkpoint.py --load runs/bitnet --save bitnet.safetensors --to packed
+    python tools/convert_checkpoint.py --load runs/bitnet --save bitnet-hf --to hf
+    python tools/convert_checkpoint.py --load runs/bitnet --save bitnet.gguf --to gguf --gguf-type TQ2_0
     python tools/convert_checkpoint.py --from rwkv7 RWKV-x070-World-0.1B.pth --save checkpoints/rwkv7-0.1b
 
 A directory is what a run was given as --save (its newest valid checkpoint is taken) or one step_N in it. A file has
@@ -13,7 +15,8 @@ metadata carry step and configuration as JSON. Any directory loads at any layout
 files it is cut. Values stay the same bits, and memory holds one tensor at a time.
 
 --to packed writes a model of --quantize-weights as packed codes with their scales, which tools/generate.py and
-tools/evaluate.py read.
+tools/evaluate.py read. --to hf and --to gguf write attention models as Hugging Face's transformers and llama.cpp know
+them.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
     from megaforge.checkpoint.sources import TensorSource
 
 FILE_SUFFIX = ".safetensors"
+TARGETS = {"packed": FILE_SUFFIX, "hf": "", "gguf": ".gguf"}  # name -> how --save ends
+GGUF_TYPES = ("TQ1_0", "TQ2_0", "Q1_0", "Q2_0")
 LAYOUT = {  # flag -> field of the parallel section
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
@@ -59,7 +64,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             f"--{name}", type=integer(1), metavar="N", help=f"with --save DIR: {field.replace('_', ' ')}"
         )
     parser.add_argument("--dp", type=integer(1), metavar="N", help="with --save DIR: data-parallel size")
-    parser.add_argument("--to", dest="target", choices=("packed",), help="what --save is for, other than training")
+    parser.add_argument("--to", dest="target", choices=tuple(TARGETS), help="whose format --save is in")
+    parser.add_argument("--gguf-type", choices=GGUF_TYPES, help="with --to gguf: blocks of quantized matrices")
     parser.add_argument("--from", dest="source", choices=("rwkv7",), help="whose format FILE is in")
     parser.add_argument("--tokenizer-model", help="with --from: the model's tokenizer, recorded in the checkpoint")
     parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: told from --tokenizer-model")
@@ -90,19 +96,24 @@ def _check(flags: argparse.Namespace) -> None:
         if flags.source is None and (value := getattr(flags, name)) is not None:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} {value}: it is for --from; --load says which tokenizer it was trained with")
+    if flags.gguf_type is not None and flags.target != "gguf":
+        raise UserError(f"--gguf-type {flags.gguf_type}: it is for --to gguf")
     if flags.target is not None:
         _check_target(flags)
     if flags.source is None and flags.save.endswith(FILE_SUFFIX) and (given := _given_layout(flags)):
         raise UserError(f"--{next(iter(given))}: one file has no layout; leave it out, or give --save a directory")
-    if flags.source is None and not flags.save.endswith(FILE_SUFFIX) and flags.optimizer:
+    if flags.source is None and flags.target is None and not flags.save.endswith(FILE_SUFFIX) and flags.optimizer:
         raise UserError("--optimizer is for --save FILE.safetensors; a directory gets all that --load has")
 
 
 def _check_target(flags: argparse.Namespace) -> None:
+    suffix = TARGETS[flags.target]
     if flags.source is not None or flags.optimizer or _given_layout(flags):
         raise UserError(f"--to {flags.target}: it takes --load and --save, and no --from, --optimizer or layout")
-    if not flags.save.endswith(FILE_SUFFIX):
-        raise UserError(f"--save {flags.save}: --to {flags.target} writes one file; give it a name in {FILE_SUFFIX}")
+    if suffix and not flags.save.endswith(suffix):
+        raise UserError(f"--save {flags.save}: --to {flags.target} writes one file; give it a name in {suffix}")
+    if not suffix and flags.save.endswith((FILE_SUFFIX, ".gguf")):
+        raise UserError(f"--save {flags.save}: --to {flags.target} writes a directory; name one")
 
 
 def _given_layout(flags: argparse.Namespace) -> dict[str, int]:
@@ -119,13 +130,26 @@ def _to_file(flags: argparse.Namespace) -> None:
 
 
 def _export(flags: argparse.Namespace) -> None:
-    from megaforge.checkpoint.packed_file import write_packed
     from megaforge.checkpoint.sources import open_source
 
     source = open_source(flags.load)
-    record, packed, weights = write_packed(source, flags.save)
-    print(f"{flags.save}: step {source.step} of {source.path}, {record.bytes:,} bytes, SHA-256 {record.sha256}")
-    print(f"{weights:,} quantized weights take {packed:,} bytes, {packed * 8 / weights:.3f} bits each")
+    said = f"{flags.save}: step {source.step} of {source.path}"
+    if flags.target == "packed":
+        from megaforge.checkpoint.packed_file import write_packed
+
+        record, packed, weights = write_packed(source, flags.save)
+        print(f"{said}, {record.bytes:,} bytes, SHA-256 {record.sha256}")
+        print(f"{weights:,} quantized weights take {packed:,} bytes, {packed * 8 / weights:.3f} bits each")
+    elif flags.target == "hf":
+        from megaforge.checkpoint.export_hf import export_hf
+
+        print(f"{said}, {export_hf(source, flags.save).bytes:,} bytes of weights")
+    else:
+        from megaforge.checkpoint.export_gguf import export_gguf
+
+        size, has_tokenizer = export_gguf(source, flags.save, flags.gguf_type)
+        without = "" if has_tokenizer else ", without a tokenizer: it has none that is a byte-level BPE tokenizer.json"
+        print(f"{said}, {size:,} bytes{without}")
 
 
 def _to_directory(flags: argparse.Namespace) -> None:
