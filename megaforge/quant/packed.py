@@ -11,7 +11,7 @@ from megaforge.kernels.bitgemm import BITS, TYPES, Prepared, bit_product, pack, 
 from megaforge.kernels.grouped_mm import Runs
 from megaforge.parallel.layers import Linear, linears
 from megaforge.quant.linear import QuantizedLinear
-from megaforge.quant.quantizers import Scale
+from megaforge.quant.quantizers import Scale, WeightScheme
 
 
 class KnownScale:
@@ -25,6 +25,9 @@ class KnownScale:
 
     def forget(self) -> None:
         raise RuntimeError("a matrix of codes alone cannot be trained")
+
+    def set_scheme(self, scheme: WeightScheme) -> None:
+        raise RuntimeError("a matrix of codes alone has the scheme of its codes")
 
     def places(self, weight: Tensor) -> Tensor:
         raise RuntimeError("a matrix of codes alone has no noise: that is for training")
