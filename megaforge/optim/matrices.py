@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -86,6 +87,22 @@ def stacks_of(parameters: Sequence[MainParameter], ctx: ParallelContext) -> list
         for piece in main.spec.pieces(ctx):
             found.setdefault(kind_of(main.spec, piece, ctx), []).append((main, piece))
     return [Stack(kind, tuple(pieces)) for kind, pieces in found.items()]
+
+
+def in_batches(stacks: Sequence[Stack], most: int) -> list[list[Stack]]:
+    """``stacks`` in batches of at most ``most`` elements of this rank, or of a single piece that is larger; the same
+    ones on all ranks that hold shards of them."""
+    batches: list[dict[MatrixKind, list[tuple[MainParameter, ShardPiece]]]] = []
+    filled = most
+    for stack in stacks:
+        for main, piece in stack.pieces:
+            size = math.prod(piece.shape)
+            if filled + size > most:
+                batches.append({})
+                filled = 0
+            batches[-1].setdefault(stack.kind, []).append((main, piece))
+            filled += size
+    return [[Stack(kind, tuple(pieces)) for kind, pieces in batch.items()] for batch in batches]
 
 
 def gathered(stacks: Sequence[tuple[MatrixKind, Tensor]], axis: Axis, whole: Sequence[WholeMatrices]) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.kernels.newton_schulz import LONG, gram_polynomial, newton_schulz
 from megaforge.optim.main_parameters import MainParameter
-from megaforge.optim.matrices import Job, MatrixKind, Stack, gathered, kind_of, shared, stacks_of
+from megaforge.optim.matrices import Job, MatrixKind, Stack, gathered, in_batches, kind_of, shared, stacks_of
 from megaforge.optim.update_rule import UpdateRule
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import ParamSpec
@@ -31,14 +32,18 @@ class Muon(UpdateRule):
     Which parameters are matrices is declared (``ParamSpec.update``). Each expert of a stack and each fused part (q, k,
     v; gate, up) is a matrix of its own. A matrix that is split over tp is updated as the whole it is, except with
     ``--muon-tp-mode blockwise``.
+
+    Attributes:
+        most_at_once: elements of this rank that are worked on together; each takes some 12 bytes meanwhile.
     """
 
     whole_parameters = True
+    most_at_once: ClassVar[int] = 1 << 27
 
     def __init__(self, config: OptimizerConfig, parameters: Sequence[MainParameter], ctx: ParallelContext) -> None:
         super().__init__(config, parameters, ctx)
         self.implementation = f"Muon ({config.muon_num_ns_steps} {config.muon_coefficient_type} steps)"
-        self._stacks = stacks_of(parameters, ctx)
+        self._batches = in_batches(stacks_of(parameters, ctx), self.most_at_once)
 
     @classmethod
     def takes(cls, spec: ParamSpec) -> bool:
@@ -50,7 +55,10 @@ class Muon(UpdateRule):
 
     @classmethod
     def cost(cls, config: OptimizerConfig, spec: ParamSpec, ctx: ParallelContext) -> float:
-        """Multiply-adds of this rank, on average over those that share the work."""
+        return cls.products(config, spec, ctx)
+
+    @classmethod
+    def products(cls, config: OptimizerConfig, spec: ParamSpec, ctx: ParallelContext) -> float:
         total = 0.0
         for piece in spec.pieces(ctx):
             kind = kind_of(spec, piece, ctx)
@@ -61,9 +69,10 @@ class Muon(UpdateRule):
         return total
 
     def step(self, lr: float, done: int) -> None:
-        updates = [self._momentum(stack) for stack in self._stacks]
-        for stack, update in zip(self._stacks, self._orthogonalized(updates), strict=True):
-            self._apply(stack, self.adjusted(stack, update), lr)
+        for stacks in self._batches:
+            updates = [self._momentum(stack) for stack in stacks]
+            for stack, update in zip(stacks, self._orthogonalized(stacks, updates), strict=True):
+                self._apply(stack, self.adjusted(stack, update), lr)
 
     def adjusted(self, stack: Stack, update: Tensor) -> Tensor:
         """What is made of orthogonalized matrices [b, rows, columns] of this rank before they are applied."""
@@ -83,22 +92,22 @@ class Muon(UpdateRule):
                 into.copy_(mean)
         return update
 
-    def _orthogonalized(self, updates: Sequence[Tensor]) -> list[Tensor]:
+    def _orthogonalized(self, stacks: Sequence[Stack], updates: Sequence[Tensor]) -> list[Tensor]:
         found: list[Tensor | None] = [None] * len(updates)
         for name in ("tp", "etp"):
-            places = [place for place, stack in enumerate(self._stacks) if self._travels(stack.kind, name)]
+            places = [place for place, stack in enumerate(stacks) if self._travels(stack.kind, name)]
             if places:
-                stacks = [(self._stacks[place].kind, updates[place]) for place in places]
+                split = [(stacks[place].kind, updates[place]) for place in places]
                 axis = self.ctx.axis(name)
                 if self.config.muon_tp_mode == "duplicated":
-                    made = gathered(stacks, axis, [partial(self._whole, kind) for kind, _ in stacks])
+                    made = gathered(split, axis, [partial(self._whole, kind) for kind, _ in split])
                 else:
-                    made = shared([self._job(kind, part) for kind, part in stacks], axis)
+                    made = shared([self._job(kind, part) for kind, part in split], axis)
                 for place, one in zip(places, made, strict=True):
                     found[place] = one
         return [
             self._whole(stack.kind, update) if one is None else one
-            for stack, update, one in zip(self._stacks, updates, found, strict=True)
+            for stack, update, one in zip(stacks, updates, found, strict=True)
         ]
 
     def _travels(self, kind: MatrixKind, axis: str) -> bool:

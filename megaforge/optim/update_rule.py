@@ -69,6 +69,12 @@ class UpdateRule(ABC):
         """What a rank does to update its shard of a parameter, in any unit; the same number on all that hold one."""
         return spec.numel / spec.shards(ctx)
 
+    @classmethod
+    def products(cls, config: OptimizerConfig, spec: ParamSpec, ctx: ParallelContext) -> float:
+        """Multiply-adds in matrix products of a rank that updates its shard of a parameter, on average over those that
+        share the work; for the planner. What is done element by element has none."""
+        return 0.0
+
     @abstractmethod
     def step(self, lr: float, done: int) -> None:
         """Updates every ``master`` from its ``grad``, without gradient tracking.

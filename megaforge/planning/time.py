@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from megaforge.errors import UserError
 from megaforge.models.flops import matmul_elements
+from megaforge.optim.optimizer import rule_of
 from megaforge.parallel.pipeline.simulator import Costs, Timeline, simulate
 from megaforge.planning.communication import bandwidth, gradient_traffic
 from megaforge.planning.costs import crossing_bytes, end_cost, part_cost, stage_cost
 from megaforge.planning.gpus import Efficiency, Gpu
 from megaforge.planning.layout import PlannedLayout
-from megaforge.planning.stages import ModelParts, StagePart, stage_parameters
+from megaforge.planning.stages import DeclaredParameter, ModelParts, StagePart, stage_parameters
 from megaforge.planning.state_bytes import state_bytes
 
 FORWARD_PASSES = 3.0  # over kept activations: written, read by the next operation, and once for what is not kept
@@ -195,7 +196,20 @@ def _step_end(
         touched = OPTIMIZER_PASSES * state.optimizer + state.gradients + state.parameters
         touched += 2 * OPTIMIZER_PASSES * state.host  # buffers are filled and emptied, too
         exposed = max(exposed, waiting)
+        products = _products(held, layout, rank) / (gpu.matmul * efficiency.grouped_matmul)
         # What lies in host memory comes while other parts leave and are updated.
         moving = state.host / (gpu.host_bandwidth * efficiency.host)
-        update = max(update, moving, touched / (gpu.memory_bandwidth * efficiency.memory))
+        update = max(update, moving, products + touched / (gpu.memory_bandwidth * efficiency.memory))
     return exposed, update
+
+
+def _products(held: Sequence[tuple[DeclaredParameter, int]], layout: PlannedLayout, rank: int) -> float:
+    """FLOPs of the update's matrix products (of orthogonalization, say) on pipeline rank ``rank``, all in 16 bit; under
+    ZeRO replicas share them."""
+    total, ctx = 0.0, layout.context(rank * layout.stage_ranks)
+    for item, copies in held:
+        if item.spec.role != "state":
+            sharers = ctx.axis(item.spec.replica_axis).size if layout.zero else 1
+            rule = rule_of(layout.optimizer, item.spec)
+            total += 2 * copies * rule.products(layout.optimizer, item.spec, ctx) / sharers
+    return total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from megaforge.config.cli import parse_config
 from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.kernels.newton_schulz import coefficients
 from megaforge.models.hybrid import HybridModel
-from megaforge.optim import Optimizer, bucket_policy, matrices, muon
+from megaforge.optim import MainParameters, Optimizer, bucket_policy, matrices, muon
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import FlatShard, optimizer_shard
 from megaforge.parallel.init import initialize_parameters
@@ -198,6 +199,33 @@ def test_every_layout_makes_the_same_update(ranks, world: int, rule: str, dtype:
     for errors in ranks.run(world, differences, LAYOUTS[world], config, dtype, expected):
         worst = max(errors, key=lambda where: errors[where])
         assert errors[worst] < tolerance, worst
+
+
+def errors_in_batches(expected: dict[str, Tensor]) -> dict[str, float]:
+    """With so few elements at once that stacks are cut."""
+    config = replace(CONFIG, optimizer="normuon", muon_fp32_matmul_prec="high")
+    with mock.patch.object(muon.Muon, "most_at_once", 600):
+        return differences(
+            [({"tp": 2}, False, "distributed"), ({}, True, "distributed")], config, torch.float64, expected
+        )
+
+
+def test_batches_of_matrices_change_nothing(ranks) -> None:
+    model = Model(ParallelContext.single(), torch.float64)
+    taken = [main for main in MainParameters(model).trained if muon.Muon.takes(main.spec)]
+    stacks = matrices.stacks_of(taken, ParallelContext.single())
+    pieces = sum(len(stack.pieces) for stack in stacks)
+    for most, least in ((1, pieces), (600, 2), (1 << 20, 1)):
+        batches = matrices.in_batches(stacks, most)
+        sizes = [sum(math.prod(piece.shape) for stack in batch for _, piece in stack.pieces) for batch in batches]
+        assert all(
+            size <= most or len(batch) == len(batch[0].pieces) == 1 for size, batch in zip(sizes, batches, strict=True)
+        )
+        assert sum(sizes) == sum(main.spec.numel for main in taken)
+        assert least <= len(batches) <= pieces and (most < 1 << 20 or len(batches) == 1)
+    expected = whole(replace(CONFIG, optimizer="normuon", muon_fp32_matmul_prec="high"), torch.float64)
+    for errors in ranks.run(2, errors_in_batches, expected):
+        assert max(errors.values()) < 1e-9
 
 
 def blockwise() -> float:

@@ -174,6 +174,20 @@ def test_copies_to_host_memory_take_time(capsys: pytest.CaptureFixture[str]) -> 
     assert f"activations in host memory: {memory.host / 1e9:.2f} GB a rank" in capsys.readouterr().out
 
 
+def test_orthogonalization_takes_time_that_replicas_share() -> None:
+    rates = {}
+    for rule, zero in (("adam", 0), ("muon", 0), ("muon", 1)):
+        flags = ["--config", "cdrmix-core-1b", "--bf16", "--zero", str(zero), "--optimizer", rule]
+        config = parse_config(flags).config
+        parts, layout = model_parts(config.model, torch.bfloat16), layout_of(config, 8)
+        without = dataclasses.replace(H100, memory_bandwidth=1e30)  # what is left are products
+        rates[rule, zero] = step_time(parts, layout, cut_stages(parts, layout), without).optimizer
+    assert rates["adam", 0] < 1e-9 and rates["muon", 1] == pytest.approx(rates["muon", 0] / 8)
+    # Five steps of 1.5 m^2 n + 0.5 m^3 multiply-adds for matrices of the hidden size, 2,048, squared or longer.
+    least = 2 * 5 * 2 * 2048 * 3.5e9 / (H100.matmul * Efficiency().grouped_matmul)
+    assert least * 0.5 < rates["muon", 0] < least * 3
+
+
 def test_groups_that_leave_the_server_are_slower() -> None:
     layout = PlannedLayout(128, tp=8, pp=4, ep=8, etp=1, global_batch_size=128)
     speed = {axis: bandwidth(layout, axis, H100, Efficiency()) for axis in ("tp", "ep", "dp", "pp")}
