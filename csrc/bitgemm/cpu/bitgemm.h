@@ -95,10 +95,10 @@ struct Kernels {
   // `count` <= 32 results of one token: total * worth + bias.
   void (*finish)(const float* total, float worth, const float* bias, int count, Type type, void* y);
   // Null without look-ups: tables [words * 3][count][32] of `count` rows of codes, `stride` apart, and sums
-  // [count][stride] += of one panel's words (count 1, 2, 4 or 8).
+  // [count][stride] += of the words of panels one after the other (count 1, 2, 4 or 8).
   void (*tables)(int count, const std::int8_t* codes, int64_t stride, int64_t words, std::int16_t* tables);
-  void (*look_up)(int count, const std::uint16_t* panel, const std::int16_t* tables, int64_t words, std::int32_t* sums,
-                  int64_t stride);
+  void (*look_up)(int count, const std::uint16_t* panel, int64_t panels, const std::int16_t* tables, int64_t words,
+                  std::int32_t* sums, int64_t stride);
 };
 
 extern const Kernels scalar_kernels;

@@ -115,7 +115,8 @@ class Product {
   // Tiles first to last of one panel of 32 rows.
   void panel(int64_t panel, int64_t first, int64_t last) const {
     alignas(64) std::int32_t sums[kMostTokens * kPanel];
-    alignas(64) float total[kMostTokens * kPanel], scale[kPanel];
+    alignas(64) float total[kMostTokens * kPanel], held[kPanel];
+    const float* scale = held;
     const int64_t group_bytes = shape_.steps() * kPanel * 4;
     const auto* codes = static_cast<const std::uint8_t*>(matrix_.panels) + panel * shape_.groups * group_bytes;
     for (int64_t tile = first; tile < last; ++tile) {
@@ -123,7 +124,7 @@ class Product {
       for (int64_t group = 0; group < shape_.groups; ++group) {
         const std::int8_t* tokens = tokens_.of(tile) + group * shape_.padded_columns() * size;
         code_.tile(shape_.bits, size, codes + group * group_bytes, tokens, shape_.steps(), sums);
-        if (shape_.groups > 1 || tile == first) scales(panel * kPanel, group, scale);
+        if (shape_.groups > 1 || tile == first) scale = scales(panel * kPanel, group, held);
         for (int i = 0; i < tiles_.of(tile); ++i) {
           code_.scale(sums + i * kPanel, twice(), less(tile, i, group), scale, group == 0, total + i * kPanel);
         }
@@ -138,7 +139,7 @@ class Product {
     const int size = tiles_.size(tile);
     const int64_t rows = (last - first) * kWide, stride = shape_.groups * shape_.padded_columns();
     const auto* group_codes = static_cast<const std::uint16_t*>(matrix_.panels);
-    alignas(64) float scale[kPanel];
+    alignas(64) float held[kPanel];
     for (int64_t group = 0; group < shape_.groups; ++group) {
       std::memset(sums, 0, static_cast<std::size_t>(4 * size * rows));
       const std::int8_t* tokens = tokens_.of(tile) + group * shape_.padded_columns();
@@ -146,12 +147,10 @@ class Product {
         const int64_t words = std::min<int64_t>(kBlockWords, shape_.group_words() - start);
         code_.tables(size, tokens + start * kWordColumns, stride, words, tables);
         const std::uint16_t* block = group_codes + start * kWide * shape_.panels();
-        for (int64_t panel = first; panel < last; ++panel) {
-          code_.look_up(size, block + panel * words * kWide, tables, words, sums + (panel - first) * kWide, rows);
-        }
+        code_.look_up(size, block + first * words * kWide, last - first, tables, words, sums, rows);
       }
       for (int64_t row = 0; row < rows; row += kPanel) {
-        scales(first * kWide + row, group, scale);
+        const float* scale = scales(first * kWide + row, group, held);
         for (int i = 0; i < tiles_.of(tile); ++i) {
           const int64_t at = i * rows + row;
           code_.scale(sums + at, twice(), less(tile, i, group), scale, group == 0, total + at);
@@ -173,11 +172,13 @@ class Product {
     return shape_.offset() * tokens_.sums[(tile * tiles_.most + i) * shape_.groups + group];
   }
 
-  // Of 32 rows from `row` on; 0 beyond the matrix.
-  void scales(int64_t row, int64_t group, float* out) const {
-    const int64_t held = std::clamp<int64_t>(shape_.rows - row, 0, kPanel);
-    for (int64_t i = 0; i < held; ++i) out[i] = matrix_.scale[(row + i) * matrix_.row_stride + group];
-    for (int64_t i = held; i < kPanel; ++i) out[i] = 0;
+  // Of 32 rows from `row` on, in `held` unless they lie so; 0 beyond the matrix.
+  const float* scales(int64_t row, int64_t group, float* held) const {
+    const int64_t rows = std::clamp<int64_t>(shape_.rows - row, 0, kPanel), stride = matrix_.row_stride;
+    if (rows == kPanel && stride == 1) return matrix_.scale + row;
+    for (int64_t i = 0; i < rows; ++i) held[i] = matrix_.scale[(row + i) * stride + group];
+    std::fill(held + rows, held + kPanel, 0.0f);
+    return held;
   }
 
   // 32 rows from `row` on of a tile whose tokens' totals are `stride` apart.

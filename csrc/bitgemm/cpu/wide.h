@@ -49,6 +49,9 @@ inline __m512i add_products(__m512i sum, __m512i codes, __m512i token) {
 #endif
 }
 
+// Holds a value in its register, in this order: compilers load operands twice, and reorder sums until registers run out.
+inline void keep(__m512i& x) { asm volatile("" : "+v"(x)); }
+
 inline __m512i broadcast(const std::int8_t* four) {
   int word;
   std::memcpy(&word, four, 4);
@@ -207,40 +210,46 @@ inline void add_wide(std::int32_t* sums, __m512i narrow) {
   _mm512_storeu_si512(sums + 16, _mm512_add_epi32(_mm512_loadu_si512(sums + 16), high));
 }
 
-// At most kBlockWords words. An index is the lowest five bits of its lane; what is above them is not looked at.
+// At most kBlockWords words of each panel. An index is the lowest five bits of its lane; what is above them is not
+// looked at.
 template <int kCount>
-void look_up_of(const std::uint16_t* panel, const std::int16_t* tables, int64_t words, std::int32_t* sums,
-                int64_t stride) {
-  __m512i total[kCount][2];
+void look_up_all(const std::uint16_t* panel, int64_t panels, const std::int16_t* tables, int64_t words,
+                 std::int32_t* sums, int64_t stride) {
+  for (int64_t p = 0; p < panels; ++p, sums += kWide) {
+    __m512i total[kCount][2];
 #pragma GCC unroll 8
-  for (int m = 0; m < kCount; ++m) total[m][0] = total[m][1] = _mm512_setzero_si512();
-  for (int64_t w = 0; w < words; ++w, panel += kWide) {
-    __m512i low = _mm512_loadu_si512(panel), high = _mm512_loadu_si512(panel + 32);
+    for (int m = 0; m < kCount; ++m) total[m][0] = total[m][1] = _mm512_setzero_si512();
+    const std::int16_t* of_word = tables;
+    for (int64_t w = 0; w < words; ++w, panel += kWide) {
+      __m512i low = _mm512_loadu_si512(panel), high = _mm512_loadu_si512(panel + 32);
 #pragma GCC unroll 3
-    for (int five = 0; five < 3; ++five, tables += 32 * kCount) {
+      for (int five = 0; five < 3; ++five, of_word += 32 * kCount) {
 #pragma GCC unroll 8
-      for (int m = 0; m < kCount; ++m) {
-        const __m512i table = _mm512_loadu_si512(tables + 32 * m);
-        total[m][0] = _mm512_add_epi16(total[m][0], _mm512_permutexvar_epi16(low, table));
-        total[m][1] = _mm512_add_epi16(total[m][1], _mm512_permutexvar_epi16(high, table));
+        for (int m = 0; m < kCount; ++m) {
+          __m512i table = _mm512_loadu_si512(of_word + 32 * m);
+          keep(table);
+          total[m][0] = _mm512_add_epi16(total[m][0], _mm512_permutexvar_epi16(low, table));
+          total[m][1] = _mm512_add_epi16(total[m][1], _mm512_permutexvar_epi16(high, table));
+          keep(total[m][0]), keep(total[m][1]);
+        }
+        if (five < 2) low = _mm512_srli_epi16(low, 5), high = _mm512_srli_epi16(high, 5);
       }
-      if (five < 2) low = _mm512_srli_epi16(low, 5), high = _mm512_srli_epi16(high, 5);
     }
-  }
 #pragma GCC unroll 8
-  for (int m = 0; m < kCount; ++m) {
-    add_wide(sums + m * stride, total[m][0]);
-    add_wide(sums + m * stride + 32, total[m][1]);
+    for (int m = 0; m < kCount; ++m) {
+      add_wide(sums + m * stride, total[m][0]);
+      add_wide(sums + m * stride + 32, total[m][1]);
+    }
   }
 }
 
-inline void look_up(int count, const std::uint16_t* panel, const std::int16_t* tables, int64_t words,
+inline void look_up(int count, const std::uint16_t* panel, int64_t panels, const std::int16_t* tables, int64_t words,
                     std::int32_t* sums, int64_t stride) {
   switch (count) {
-    case 1: return look_up_of<1>(panel, tables, words, sums, stride);
-    case 2: return look_up_of<2>(panel, tables, words, sums, stride);
-    case 4: return look_up_of<4>(panel, tables, words, sums, stride);
-    default: return look_up_of<8>(panel, tables, words, sums, stride);
+    case 1: return look_up_all<1>(panel, panels, tables, words, sums, stride);
+    case 2: return look_up_all<2>(panel, panels, tables, words, sums, stride);
+    case 4: return look_up_all<4>(panel, panels, tables, words, sums, stride);
+    default: return look_up_all<8>(panel, panels, tables, words, sums, stride);
   }
 }
 

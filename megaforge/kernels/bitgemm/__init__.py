@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megaforge.kernels.bitgemm import cuda, reference
-from megaforge.kernels.bitgemm.native import COMPILED
+from megaforge.kernels.bitgemm import cuda, native, reference
 from megaforge.kernels.bitgemm.reference import BITS, quantize_activations
 from megaforge.kernels.native import say_uncompiled
 
@@ -114,7 +113,7 @@ def dequantize(packed: Packed) -> Tensor:
 def prepare(packed: Packed) -> Prepared:
     """What :func:`bit_linear` reads on the device of ``packed``, about as large; made once, as a model is loaded. It
     serves this machine alone (its instruction set chooses the layout): never save it."""
-    if packed.codes.device.type not in COMPILED:
+    if packed.codes.device.type not in native.COMPILED:
         say_uncompiled("bitgemm", packed.codes.device.type)
     groups = packed.scale.shape[1] if packed.scale.dim() == 2 else 1
     cuda.say_plain(packed.codes, packed.shape[1], groups)
@@ -136,11 +135,11 @@ def bit_linear(x: Tensor, weight: Prepared, bias: Tensor | None = None, activati
     if x.dtype not in TYPES or x.dim() == 0 or x.shape[-1] != columns:
         raise ValueError(f"expected [..., {columns}] in fp32, bf16 or fp16, got {x.dtype} {list(x.shape)}")
     _check_bits(activation_bits)
-    flat = x.reshape(-1, columns)
-    result: Tensor = torch.ops.megaforge.bitgemm_linear(
+    flat = x if x.dim() == 2 else x.reshape(-1, columns)
+    result: Tensor = native.LINEAR(
         flat, weight.panels, weight.scale, bias, rows, BITS[weight.scheme], columns, activation_bits
     )
-    return result.view(*x.shape[:-1], rows)
+    return result if x.dim() == 2 else result.view(*x.shape[:-1], rows)
 
 
 def bit_product(
@@ -160,7 +159,7 @@ def bit_product(
         )
     if dtype not in TYPES:
         raise ValueError(f"results are fp32, bf16 or fp16, not {dtype}")
-    result: Tensor = torch.ops.megaforge.bitgemm_product(
+    result: Tensor = native.PRODUCT(
         codes.reshape(-1, columns), worth.reshape(-1, 1).float(), weight.panels, weight.scale, bias, rows,
         BITS[weight.scheme], columns, dtype,
     )  # fmt: skip

@@ -68,3 +68,6 @@ define(
 )  # fmt: skip
 
 COMPILED = cuda.COMPILED
+# Calls of a packet (torch.ops.megaforge.NAME) look for the overload each time: microseconds, where a product has few.
+LINEAR = torch.ops.megaforge.bitgemm_linear.default
+PRODUCT = torch.ops.megaforge.bitgemm_product.default
