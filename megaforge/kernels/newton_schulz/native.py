@@ -1,5 +1,5 @@
 """The operators ``torch.ops.megaforge.newton_schulz`` and ``newton_schulz_gram``. Their code for CPUs is in
-``csrc/newton_schulz/cpu``; elsewhere they are :mod:`.reference`'s."""
+``csrc/newton_schulz/cpu``; elsewhere they are :mod:`.reference`'s, on CPUs with :mod:`.tiles`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megaforge.kernels.native import define, load
-from megaforge.kernels.newton_schulz import reference
+from megaforge.kernels.newton_schulz import reference, tiles
 
 
 def _triples(flat: Sequence[float]) -> list[tuple[float, float, float]]:
@@ -21,7 +21,8 @@ def _orthogonalize(x: Tensor, coefficients: Sequence[float], gram: bool, narrow:
     kept = kept.bfloat16() if narrow else kept
     if gram:
         return (reference.by_gram_split if narrow else reference.by_gram)(kept, _triples(coefficients)).to(x.dtype)
-    return reference.standard(kept, _triples(coefficients)).to(x.dtype)
+    iterate = tiles.standard if x.device.type == "cpu" else reference.standard
+    return iterate(kept, _triples(coefficients)).to(x.dtype)
 
 
 def _polynomial(gram: Tensor, coefficients: Sequence[float]) -> Tensor:
