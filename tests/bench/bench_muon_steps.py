@@ -3,10 +3,10 @@
     python tests/bench/bench_muon_steps.py [--data runs/quickstart] [--rule muon] [--steps 450] [--share 0.75]
 
 Both train cdrmix-tiny in bf16 on batches of 8 x 256 tokens, at each learning rate of ``--lrs`` for ``--sweep-steps``,
-the schedule (warm-up over a fifteenth, cosine to a fiftieth) fitted to them; the sweep of a rule goes on by factors of
-two until its best rate is none of the ends. AdamW then trains for ``--steps`` at its two best rates, the better end
-counts; the rule trains at its best rate for ``--share`` of the steps. All are judged by the same windows of held-out
-documents. Everything is kept in ``--output``: run again, it goes on.
+the schedule (warm-up over a fifteenth, cosine to a fiftieth) fitted to them; the sweep of a rule goes on by factors
+of two until its best rate is none of the ends. AdamW then trains for ``--steps`` at its ``--tries`` best rates, the
+best end counts; the rule trains at its best rate for ``--share`` of the steps. All are judged by the same windows of
+held-out documents. Everything is kept in ``--output``: run again, it goes on.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--sweep-steps", type=int, default=60)
     parser.add_argument("--steps", type=int, default=450, help="of AdamW")
     parser.add_argument("--share", type=float, default=0.75, help="of these steps that the rule trains for")
+    parser.add_argument("--tries", type=int, default=2, help="of AdamW's rates, for the whole length")
     parser.add_argument("--seeds", nargs="*", type=int, default=[1], help="none: the sweep only")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -51,7 +52,7 @@ def main() -> None:
     rules = {"adam": options.steps, options.rule: int(options.share * options.steps)}
 
     def run(rule: str, lr: float, seed: int, steps: int) -> Run:
-        return Run("ours", lr, seed, steps, True, ("--optimizer", rule) if rule != "adam" else ())
+        return Run("ours", lr, seed, steps, True, ("--optimizer", rule))
 
     found: dict[str, dict[float, float]] = {rule: {} for rule in rules}
     wanted = [(rule, lr) for lr in lrs for rule in rules]
@@ -68,7 +69,7 @@ def main() -> None:
     title = f"held-out bits per byte after {options.sweep_steps} steps, by learning rate"
     print_table(title, ["rule", *(f"{lr:g}" for lr in lrs)], rows)
     best = {rule: sorted(of_rule, key=lambda lr: of_rule[lr]) for rule, of_rule in found.items()}
-    tried = {rule: best[rule][: 2 if rule == "adam" else 1] for rule in rules}
+    tried = {rule: best[rule][: options.tries if rule == "adam" else 1] for rule in rules}
     runs = [run(rule, lr, seed, rules[rule]) for seed in options.seeds for rule in rules for lr in tried[rule]]
     if not runs:
         return
@@ -80,7 +81,7 @@ def main() -> None:
         shares.append(own / adam)
         for one, bits in ends.items():
             if one.seed == seed:
-                rows.append([seed, one.flags[-1] if one.flags else "adam", f"{one.lr:g}", one.steps, f"{bits:.4f}"])
+                rows.append([seed, one.flags[-1], f"{one.lr:g}", one.steps, f"{bits:.4f}"])
     print_table("held-out bits per byte at the end", ["seed", "rule", "lr", "steps", "bits per byte"], rows)
     print(f"{options.rule} at {options.share:g} of AdamW's steps: {statistics.median(shares):.4f} of its bits per byte")
     case = {"ratio": round(statistics.median(shares), 4), "min": round(min(shares), 4), "max": round(max(shares), 4)}
