@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Takes a model over from the phase before and hands it on to the next, by the folders and keys that they use.
 
+    python tools/phase_interface.py config phase5.yaml --save mine.yaml
     python tools/phase_interface.py import --phase4 phase4/ --save runs/start --config phase5-base
     python pretrain_cdrmix.py --config phase5-base --load runs/start --finetune --save runs/phase5 ...
     python tools/phase_interface.py export --load runs/phase5 --output phase6/
 
-import reads compression_metadata.json and compressed_model.pt (method 'bitnet', width 1; nothing in them is executed)
-and writes a checkpoint of step 0; any flag of the model may follow. export writes trained_model.pt and
-phase5_metadata.json from a run's newest checkpoint, as --phase6-output does at the end of a run.
+config turns a configuration of that pipeline into one for --config, and says which keys change nothing here; the preset
+phase5-base is its published example. import reads compression_metadata.json and compressed_model.pt (method 'bitnet',
+width 1; nothing in them is executed) and writes a checkpoint of step 0; any flag of the model may follow. export writes
+trained_model.pt and phase5_metadata.json from a run's newest checkpoint, as --phase6-output does at the end of a run.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from megaforge.config.arguments import ArgumentParser
 from megaforge.config.entry import run_entry
+from megaforge.errors import UserError
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -32,9 +36,13 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
     given = commands.add_parser("export", help="a checkpoint -> phase 6's folder")
     given.add_argument("--load", required=True, metavar="DIR|FILE.safetensors", help="a run's --save directory")
     given.add_argument("--output", required=True, metavar="DIR", help="where the two files go")
+    written = commands.add_parser("config", help="the pipeline's configuration -> ours")
+    written.add_argument("file", metavar="FILE.yaml", help="theirs")
+    written.add_argument("--save", required=True, metavar="FILE.yaml", help="ours; must be new")
     flags, rest = parser.parse_known_args(arguments)
-    if rest and flags.command == "export":
-        parser.error(f"{rest[0]}: export takes --load and --output only")
+    if rest and flags.command != "import":
+        takes = "--load and --output" if flags.command == "export" else "FILE.yaml and --save"
+        parser.error(f"{rest[0]}: {flags.command} takes {takes} only")
     return flags, rest
 
 
@@ -48,8 +56,26 @@ def main() -> int:
         source = open_source(flags.load)
         print(f"{export_phase6(source, flags.output)}: written from step {source.step} of {source.path}")
         return 0
-    _import(flags, rest)
+    if flags.command == "config":
+        _config(flags)
+    else:
+        _import(flags, rest)
     return 0
+
+
+def _config(flags: argparse.Namespace) -> None:
+    from megaforge.config.phase5_config import TrainingConfig
+
+    config, file = TrainingConfig.from_file(flags.file), Path(flags.save)
+    text = config.as_yaml(flags.file)
+    if file.suffix not in (".yaml", ".yml"):
+        raise UserError(f"--save {file}: --config takes files in .yaml; give it such a name")
+    if file.exists():
+        raise UserError(f"--save {file}: it exists; remove it, or name another file")
+    file.write_text(text, encoding="utf-8")
+    for note in config.notes():
+        print(note)
+    print(f"{file}: for --config, on {config.ranks} rank{'s' * (config.ranks > 1)}")
 
 
 def _import(flags: argparse.Namespace, rest: list[str]) -> None:

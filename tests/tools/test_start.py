@@ -52,6 +52,7 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments
     "tools/phase_interface.py": [
         (("take",), "invalid choice: 'take'"),
         (("export", "--load", "x"), "--output"),
+        (("config", "none.yaml", "--save", "x.yaml"), "none.yaml: cannot read it"),
         (("export", "--load", "x", "--output", "y", "--tp", "2"), "--tp: export takes"),
         (("import", "--phase4", "x", "--save", "y", "--config", "cdrmix-tinny"), "did you mean cdrmix-tiny?"),
     ],
