@@ -1,4 +1,4 @@
-"""A run whose length, warm-up and intervals are in epochs, through the real script, on two ranks and on one."""
+"""A run whose length, warm-up and intervals are in epochs, through the real script, on two ranks."""
 
 from __future__ import annotations
 
@@ -14,22 +14,20 @@ def test_a_run_in_epochs(flags: tuple[str, ...], corpus: Path, tmp_path: Path) -
     metrics, save = tmp_path / "m.jsonl", str(tmp_path / "run")
     behind = {place for place, word in enumerate(flags) if word in SAME_IN_EPOCHS}
     line = [word for place, word in enumerate(flags) if place not in behind and place - 1 not in behind]
-    line += ["--train-epochs", "0.02", "--lr-warmup-epochs", "0.004", "--eval-interval-epochs", "0.01"]
-    line += ["--save-interval-epochs", "0.01", "--save", save, "--load", save, "--metrics-file", str(metrics)]
-    first = run(2, "pretrain_cdrmix.py", *line, "--zero", "1", "--exit-interval-epochs", "0.01")
-    assert first.status == 0, first.err
-    second = run(1, "pretrain_cdrmix.py", *line)
-    assert second.status == 0, second.err
-    [told] = [part for part in second.err.splitlines() if part.startswith("an epoch is")]
+    line += ["--train-epochs", "0.006", "--lr-warmup-epochs", "0.002", "--eval-interval-epochs", "0.003"]
+    line += ["--save-interval-epochs", "0.003", "--save", save, "--metrics-file", str(metrics)]
+    outcome = run(2, "pretrain_cdrmix.py", *line, "--zero", "1")
+    assert outcome.status == 0, outcome.err
+    [told] = [part for part in outcome.err.splitlines() if part.startswith("an epoch is")]
     epoch = int(told.split()[3].replace(",", ""))
-    half, end = (-(-epoch * hundredths // (100 * 4 * 32)) for hundredths in (1, 2))
+    warm, half, end = (-(-epoch * thousandths // (1000 * 4 * 32)) for thousandths in (2, 3, 6))
     found = records(metrics)
     assert [one["iteration"] for one in found if one["kind"] == "step"] == [*range(1, end + 1)]
     assert [one["iteration"] for one in found if one["kind"] == "evaluation"] == [half, end]
     assert {path.name for path in Path(save).glob("step_*")} == {f"step_{half:07}", f"step_{end:07}"}
-    assert f"--train-epochs 0.02 is {end} iterations; --lr-warmup-epochs 0.004 is {-(-epoch // 32000)}" in second.err
+    assert f"--train-epochs 0.006 is {end} iterations; --lr-warmup-epochs 0.002 is {warm}" in outcome.err
     rates = [one["lr"] for one in found if one["kind"] == "step"]
-    assert rates.index(max(rates)) + 1 == -(-epoch // 32000), "the warm-up ends there"
+    assert rates.index(max(rates)) + 1 == warm < half < end, "the warm-up ends there"
     manifest = json.loads((Path(save) / f"step_{end:07}" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["meta"]["config"]["training"]["train_iters"] == end
 

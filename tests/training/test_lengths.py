@@ -115,7 +115,7 @@ CONSTANT = ("--lr-decay-style", "constant")
 @pytest.fixture(scope="module")
 def prefixes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("data")
-    return [write_dataset(folder / "a"), write_dataset(folder / "b", documents=20, seed=1)]
+    return [write_dataset(folder / "a"), write_dataset(folder / "b", documents=16, seed=1)]
 
 
 def counted(prefix: str, *more: str) -> list[str]:
