@@ -10,6 +10,9 @@ first implementation it takes. The arithmetic around it: the Triton kernels (fir
 Newton-Schulz, five steps of normalised bf16 matrices: compiled CUDA (wgmma where it is there, mma.sync), cuBLAS in a
 batch, and torch.optim.Muon's own function, matrix by matrix.
 
+Products with packed weights: every form of the compiled code, torch's bf16 and raw int8 products; bf16 tokens x rows x
+columns. A call is 16 layers of different weights, which caches do not hold, in one CUDA graph.
+
     python tests/bench/bench_gpu_kernels.py [--rounds 20] [--write docs/gpu_kernels.md]
 """
 
@@ -30,7 +33,8 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megaforge.errors import UserError
-from megaforge.kernels import rwkv7_fused
+from megaforge.kernels import bitgemm, rwkv7_fused
+from megaforge.kernels.bitgemm import cuda as packed_products
 from megaforge.kernels.newton_schulz import cuda
 from megaforge.kernels.wkv7.backend import wkv7_backend
 from tests.bench.harness import Measure, interleaved_ratio, print_json, print_table, seconds
@@ -42,6 +46,9 @@ PLAIN_TORCH = 2**20  # tokens times heads
 NAMES = ("native", "fla", "torch")
 POINTWISE_SHAPES = ((8, 4096, 32), (1, 4096, 12))  # b, s, H
 MATRICES = ((1, 1024, 1024), (1, 4096, 4096), (1, 8192, 8192), (1, 2048, 8192), (24, 512, 512), (8, 2048, 2048))
+PACKED_SHAPES = tuple((m, n, k) for n, k in ((4096, 4096), (4096, 14336)) for m in (1, 8, 32, 64, 128, 512, 2048))
+SCHEMES = ("binary", "ternary", "int4")
+LAYERS = 16  # of a call
 QUINTIC = (3.4445, -4.7750, 2.0315)
 HEADER = ["shape", "what", "implementation", "ms", "times the first", "range", "peak MiB"]
 
@@ -170,6 +177,54 @@ def orthogonalizations(shape: tuple[int, int, int]) -> dict[str, Callable[[], ob
     return {**(ours if cuda.takes(x) else {}), **others}
 
 
+def graphed(layers: list[Callable[[], object]]) -> Callable[[], object]:
+    """One call of all of them, without the host's time."""
+    for layer in layers:
+        layer()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in layers:
+            layer()
+    return graph.replay
+
+
+def random_codes(scheme: str, rows: int, columns: int) -> torch.Tensor:
+    least, most = bitgemm.reference.RANGES[scheme]
+    codes = torch.randint(least, most + 1, (rows, columns), device="cuda", dtype=torch.int8)
+    return codes.where(codes != 0, 1) if scheme == "binary" else codes
+
+
+def packed_layers(scheme: str, m: int, n: int, k: int) -> dict[str, Callable[[], object]]:
+    """LAYERS products [m, k] x [n, k] with packed weights, by each form that is there."""
+    x, scale, bits = torch.randn(m, k, device="cuda").bfloat16(), torch.ones((), device="cuda"), bitgemm.BITS[scheme]
+    weights = [bitgemm.prepare(bitgemm.pack(random_codes(scheme, n, k), scale, scheme)) for _ in range(LAYERS)]
+    forms = ["gemv"] * (m <= 8) + ["stream"] * (m <= 64) + ["mma"]
+    forms += ["wgmma"] * (m > 8 and packed_products.has_wgmma(x.device))
+    return {
+        form: graphed(
+            [partial(packed_products.linear_by, form, x, w.panels, scale, None, (n, k), bits) for w in weights]
+        )
+        for form in forms
+    }
+
+
+def dense_layers(m: int, n: int, k: int) -> dict[str, Callable[[], object]]:
+    """The same by torch: bf16, and int8 without quantizing (for more than 16 tokens, as torch has it)."""
+    x, weights = torch.randn(m, k, device="cuda").bfloat16(), torch.randn(LAYERS, n, k, device="cuda").bfloat16()
+    found = {"torch bf16": graphed([partial(torch.nn.functional.linear, x, w) for w in weights])}
+    if m > 16:
+        x8, w8 = x.to(torch.int8), weights.to(torch.int8)
+        found["torch int8"] = graphed([partial(torch._int_mm, x8, w.t()) for w in w8])
+    return found
+
+
+def add_packed(add: Callable[..., None]) -> None:
+    """Rows of all schemes; the first of each is torch's bf16 product."""
+    for m, n, k in PACKED_SHAPES:
+        for scheme in SCHEMES:
+            add(f"{m} x {n} x {k}", f"{LAYERS} {scheme}", {**dense_layers(m, n, k), **packed_layers(scheme, m, n, k)})
+
+
 def compare(label: str, what: str, functions: dict[str, Callable[[], object]], rounds: int) -> tuple[list, dict]:
     """Rows of the table, and the JSON cases: everything against the first of ``functions``."""
     rows, cases = [], {}
@@ -205,6 +260,10 @@ def measured(rounds: int) -> tuple[list[list[object]], dict]:
         )
     for matrices in MATRICES:
         add(" x ".join(map(str, matrices)), "Newton-Schulz", orthogonalizations(matrices))
+    if "cuda" in packed_products.COMPILED:
+        add_packed(add)
+    else:
+        print("without packed products: megaforge.kernels._bitgemm_cuda is not built, or MEGAFORGE_NATIVE=0")
     if not rwkv7_fused.fused(torch.empty(0, device="cuda")):
         print("without the fused arithmetic: Triton is not installed (extra 'gpu'), or MEGAFORGE_NATIVE=0")
         return rows, cases

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megaforge.kernels.bitgemm import BITS, Packed, bit_linear, bit_product, pack, prepare, reference
-from megaforge.kernels.bitgemm.cuda import COMPILED, has_wgmma, linear_by, panel_shape
+from megaforge.kernels.bitgemm.cuda import COMPILED, FORMS, has_wgmma, linear_by, panel_shape
 from tests.kernels.test_bitgemm import some_codes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -16,7 +16,7 @@ SCHEMES = pytest.mark.parametrize("scheme", ["binary", "ternary", "int4"])
 GPU = torch.device("cuda")
 
 
-@pytest.fixture(params=["plain", "gemv", "mma", "wgmma"])
+@pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest) -> str:
     if request.param == "wgmma" and not has_wgmma(torch.device("cuda", 0)):
         pytest.skip("no wgmma: another GPU than sm_90, or a build without 9.0a")

@@ -22,11 +22,16 @@ from tests.kernels.test_bitgemm import some_codes
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 SCHEMES = pytest.mark.parametrize("scheme", ["binary", "ternary", "int4"])
-PLAIN, GEMV, MMA, WGMMA = range(4)  # Form of csrc/bitgemm/cuda/launch.h
+PLAIN, GEMV, STREAM, MMA, WGMMA = range(5)  # Form of csrc/bitgemm/cuda/launch.h
 TYPES = (torch.float32, torch.bfloat16, torch.float16)  # Type of it
 # form, tokens of a tile
-FORMS = {"plain": (PLAIN, 0), "mma 32": (MMA, 32), "mma 128": (MMA, 128), "wgmma": (WGMMA, 128)} | {
-    f"gemv {tokens}": (GEMV, tokens) for tokens in (1, 2, 4, 8)
+FORMS = {
+    "plain": (PLAIN, 0),
+    **{f"gemv {tokens}": (GEMV, tokens) for tokens in (1, 2, 4, 8)},
+    **{f"stream {tokens}": (STREAM, tokens) for tokens in (8, 16, 32)},
+    "mma 32": (MMA, 32),
+    "mma 128": (MMA, 128),
+    "wgmma": (WGMMA, 128),
 }
 THREADS = 256
 
@@ -86,18 +91,20 @@ def product(
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     order: tuple[bool, bool] = (False, False),
+    parts: int = 1,
 ) -> Tensor:
     """x W^T + bias by one form; order: threads backwards, copies made at once."""
     (rows, columns), tokens = codes.shape, x.shape[0]
     kind, tile = FORMS[form]
     panels = panels_of(library, codes, scheme)
-    given, worth, sums = quantized(library, x, scheme, gemv=kind == GEMV)
+    given, worth, sums = quantized(library, x, scheme, gemv=kind in (GEMV, STREAM))
     out = torch.full((tokens, rows), torch.nan, dtype=dtype)
+    scales = torch.cat([scale.flatten(), torch.full((8,), torch.nan)])  # what is read beyond them shows
     groups = scale.shape[1] if scale.dim() == 2 else 0
-    sizes = ints(BITS[scheme], rows, columns, tokens, int(scale.dim() == 1), groups, TYPES.index(dtype))
+    sizes = ints(BITS[scheme], rows, columns, tokens, int(scale.dim() == 1), groups, TYPES.index(dtype), parts)
     library.emulate_product(
         kind, tile, *map(int, order), sizes, address(panels), address(given), address(worth), address(sums),
-        address(scale), address(bias), address(out),
+        address(scales), address(bias), address(out),
     )  # fmt: skip
     return out
 
@@ -194,10 +201,30 @@ def test_a_product_is_the_defined_one(
 
 
 @SCHEMES
-@pytest.mark.parametrize("form", ["mma 128", "wgmma"])
+@pytest.mark.parametrize("form", ["stream 32", "mma 128", "wgmma"])
 def test_more_tokens_than_a_tile(library: ctypes.CDLL, scheme: str, form: str) -> None:
     x, codes, scale = random(130, 70), some_codes(scheme, 20, 70), some_scale(20)
     assert torch.equal(product(library, form, x, codes, scheme, scale), defined(x, codes, scale, None, torch.float32))
+
+
+@SCHEMES
+@pytest.mark.parametrize("form", ["mma 32", "wgmma"])
+@pytest.mark.parametrize("parts", [2, 3])
+def test_a_tile_in_parts(library: ctypes.CDLL, scheme: str, form: str, parts: int) -> None:
+    """The last part of binary weights, whose loads serve two stages, is a longer one."""
+    x, codes, scale = random(3, 1000), some_codes(scheme, 20, 1000), some_scale(20)
+    got = product(library, form, x, codes, scheme, scale, parts=parts)
+    assert torch.equal(got, defined(x, codes, scale, None, torch.float32))
+
+
+def test_how_many_parts_a_tile_has(library: ctypes.CDLL) -> None:
+    def count(form: int, tokens: int, rows: int, depth: int, groups: int = 0) -> int:
+        return int(library.count_parts(form, tokens, rows, depth, groups, 132))
+
+    assert count(WGMMA, 128, 4096, 4096) == 4 and count(WGMMA, 512, 4096, 4096) == 1
+    assert count(MMA, 64, 4096, 4096) == 2 and count(MMA, 33, 128, 1 << 16) == 8
+    assert count(WGMMA, 128, 128, 1024) == 2 and count(WGMMA, 128, 128, 128) == 1
+    assert count(MMA, 64, 128, 1 << 16, groups=4) == count(STREAM, 8, 128, 1 << 16) == 1
 
 
 @SCHEMES
@@ -217,7 +244,7 @@ def test_odd_groups_are_plain(library: ctypes.CDLL, scheme: str) -> None:
     assert torch.equal(got, defined(x, codes, scale, None, torch.float32))
 
 
-@pytest.mark.parametrize("form", ["gemv 1", "gemv 8", "mma 32", "mma 128", "wgmma"])
+@pytest.mark.parametrize("form", ["gemv 1", "gemv 8", "stream 8", "mma 32", "mma 128", "wgmma"])
 @pytest.mark.parametrize("columns", [64, 256, 384, 640])
 def test_the_order_of_threads_and_copies_does_not_matter(library: ctypes.CDLL, form: str, columns: int) -> None:
     """A barrier, or a stage, too few would let a thread read what another has, or has not yet, written."""
@@ -254,7 +281,7 @@ def long_product(library: ctypes.CDLL, x: Tensor, codes: Tensor) -> int:
     """Of one row and one token, by gemv, whose sums are of codes up to 16 times as large."""
     given, _, sums = quantized(library, x, "int4", gemv=True)
     panels, one, out = panels_of(library, codes, "int4"), torch.ones(1), torch.zeros(1)
-    sizes = ints(4, 1, x.shape[1], 1, 0, 0, 0)
+    sizes = ints(4, 1, x.shape[1], 1, 0, 0, 0, 1)
     library.emulate_product(
         GEMV, 1, 0, 0, sizes, address(panels), address(given), address(one), address(sums), address(one), None,
         address(out),

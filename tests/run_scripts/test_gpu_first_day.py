@@ -13,13 +13,13 @@ import torch
 
 from megaforge.config.check_layout import check_layout
 from megaforge.config.cli import parse_config
-from tests.bench.bench_gpu_kernels import HEADER, MATRICES, SHAPES
+from tests.bench.bench_gpu_kernels import HEADER, LAYERS, MATRICES, PACKED_SHAPES, SCHEMES, SHAPES
 from tests.bench.harness import print_table
 from tests.gpu.first_day import __main__ as command
 from tests.gpu.first_day import layer
 from tests.gpu.first_day.kernel_time import by_kind
 from tests.gpu.first_day.runner import Figure, Step, pattern, report, run_step, run_steps
-from tests.gpu.first_day.steps import ITERATIONS, NEWTON_SCHULZ, WKV, steps
+from tests.gpu.first_day.steps import ITERATIONS, NEWTON_SCHULZ, PACKED, WKV, steps
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"PATH": "/usr/bin:/bin"}
@@ -161,6 +161,7 @@ def test_figures_are_read_from_what_the_tools_print(capsys: pytest.CaptureFixtur
     rows += [["8 x 4096 x 32", "WKV-7 fwd+bwd", "native", 5.5, 1.0, "1-1", 80.0]]
     rows += [["8 x 4096 x 32", "norm, bonus, gate", "triton", 0.9, 1.0, "1-1", 80.0]]
     rows += [["1 x 4096 x 4096", "Newton-Schulz", "wgmma", 2.9, 1.0, "1-1", 80.0]]
+    rows += [["1 x 4096 x 14336", "16 ternary", "gemv", 0.14, 0.2, "0.1-0.3", 1.0]]
     print("NVIDIA H100, torch 2.13.0; copies 2712 GB/s, TF32 371 TFLOP/s")
     print_table("Kernels", HEADER, rows)
     printed, kernels = capsys.readouterr().out, figures_of("kernels")
@@ -172,8 +173,12 @@ def test_figures_are_read_from_what_the_tools_print(capsys: pytest.CaptureFixtur
         "WKV-7 8 x 4096 x 32 fwd+bwd, ms": "5.5",
         "norm, bonus, gate, 8 x 4096 x 32 fwd+bwd, ms": "0.9",
         "Newton-Schulz 1 x 4096 x 4096, ms": "2.9",
+        "packed, 1 x 4096 x 14336, 16 ternary, gemv, ms": "0.14",
     }
     assert {shape for shape, _, _ in WKV} <= {" x ".join(map(str, shape)) for shape in SHAPES}
+    assert {(shape, what) for shape, what, _, _ in PACKED} <= {
+        (" x ".join(map(str, shape)), f"{LAYERS} {scheme}") for shape in PACKED_SHAPES for scheme in SCHEMES
+    }
     assert {shape for shape, _ in NEWTON_SCHULZ} <= {" x ".join(map(str, shape)) for shape in MATRICES}
 
 

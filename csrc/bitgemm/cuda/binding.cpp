@@ -19,8 +19,8 @@ namespace {
 using at::Tensor;
 using Maybe = std::optional<Tensor>;
 
-constexpr int kGemvTokens = 8;      // up to which weights are all that counts
-constexpr int kWgmmaTokens = 64;    // from which on a tile of 128 tokens is well filled
+// Up to so many tokens each form is taken. Worked out, not measured yet.
+constexpr int kGemvTokens = 4, kStreamTokens = 32, kMmaTokens = 64;
 constexpr int kGroupUnit = 32;      // depth of one instruction: groups are multiples of it, or take the plain form
 constexpr std::int64_t kMostTokens = 1 << 24, kMostRows = 1 << 24;
 
@@ -48,13 +48,15 @@ bool wgmma_allowed() {
 Form best_form(const Product& p) {
   if (p.groups > 0) return p.columns / p.groups % kGroupUnit == 0 ? Form::kMma : Form::kPlain;
   if (p.tokens <= kGemvTokens) return Form::kGemv;
-  return p.tokens > kWgmmaTokens && wgmma_allowed() ? Form::kWgmma : Form::kMma;
+  if (p.tokens <= kStreamTokens) return Form::kStream;
+  return p.tokens > kMmaTokens && wgmma_allowed() ? Form::kWgmma : Form::kMma;
 }
 
 Form named_form(std::string_view name, const Product& p) {
   if (name == "plain") return Form::kPlain;
   const bool groups = p.groups > 0;
   if (name == "gemv" && !groups) return Form::kGemv;
+  if (name == "stream" && !groups) return Form::kStream;
   if (name == "mma" && (!groups || p.columns / p.groups % kGroupUnit == 0)) return Form::kMma;
   TORCH_CHECK(name == "wgmma" && !groups, "megaforge::bitgemm: no form '", name, "' for ", p.groups, " groups");
   TORCH_CHECK(has_wgmma(), "megaforge::bitgemm: no code with wgmma for this GPU (sm_90a)");
@@ -114,16 +116,22 @@ Tensor linear(const Tokens& tokens, const Tensor& prepared, const Tensor& scale_
   const Tensor codes = at::empty({count, depth}, x.options().dtype(at::kChar)), sums = at::empty({count}, ints);
   const Tensor worth = given ? tokens.worth->to(at::kFloat).contiguous() : at::empty({count}, ints.dtype(at::kFloat));
   TORCH_CHECK(worth.numel() == count, "megaforge::bitgemm: ", count, " tokens of ", worth.sizes());
-  const Product product{reinterpret_cast<const std::uint32_t*>(prepared.const_data_ptr<std::int32_t>()),
+  Product product{reinterpret_cast<const std::uint32_t*>(prepared.const_data_ptr<std::int32_t>()),
                         codes.const_data_ptr<std::int8_t>(), worth.const_data_ptr<float>(),
                         sums.const_data_ptr<std::int32_t>(), scale.const_data_ptr<float>(),
                         bias ? bias->const_data_ptr<float>() : nullptr, out.mutable_data_ptr(), type_of(type),
                         static_cast<int>(bits), count, static_cast<int>(rows), static_cast<int>(columns), depth,
-                        scale.numel() > 1 && !grouped, grouped ? static_cast<int>(scale.size(1)) : 0};
+                        scale.numel() > 1 && !grouped, grouped ? static_cast<int>(scale.size(1)) : 0, 1, nullptr};
   const Form chosen = form.empty() ? best_form(product) : named_form(form, product);
+  product.parts = parts_for(chosen, count, product.rows, depth, product.groups, count_processors());
+  Tensor partial;
+  if (product.parts > 1) {
+    partial = at::empty({product.parts, count, rows}, ints);
+    product.partial = partial.mutable_data_ptr<std::int32_t>();
+  }
   check(quantize({x.const_data_ptr(), codes.mutable_data_ptr<std::int8_t>(), worth.mutable_data_ptr<float>(),
                   sums.mutable_data_ptr<std::int32_t>(), given ? Type::kFloat : type_of(x.scalar_type()), given,
-                  chosen == Form::kGemv, count, static_cast<int>(columns), depth,
+                  in_gemv_order(chosen), count, static_cast<int>(columns), depth,
                   tokens.activation_bits == 4 ? 7.0f : 127.0f},
                  stream(x)));
   check(multiply(product, chosen, stream(x)));

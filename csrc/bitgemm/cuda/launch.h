@@ -16,10 +16,11 @@ enum class Type { kFloat, kBf16, kFp16 };
 
 // How a product is computed. All forms give the same bits.
 enum class Form {
-  kPlain,  // one thread a result: any groups
-  kGemv,   // dp4a: few tokens; no groups
-  kMma,    // mma.sync: groups of multiples of 32
-  kWgmma,  // sm_90a; no groups
+  kPlain,   // one thread a result: any groups
+  kGemv,    // dp4a: very few tokens; no groups
+  kStream,  // mma.sync, each warp with a share of the depth: few tokens; no groups
+  kMma,     // mma.sync on tiles: groups of multiples of 32
+  kWgmma,   // wgmma on tiles: sm_90a; no groups
 };
 
 // Rows as files hold them, uint8 [rows, ceil(columns bits / 8)], become panels.
@@ -29,6 +30,15 @@ struct Preparation {
   int bits, rows, columns, depth;  // depth: padded_depth(bits, columns)
 };
 
+constexpr int kTileRows = 128;  // of the forms on tiles
+
+// Whether codes are to be in the order of gemv_word().
+constexpr bool in_gemv_order(Form form) { return form == Form::kGemv || form == Form::kStream; }
+
+constexpr bool on_tiles(Form form) { return form == Form::kMma || form == Form::kWgmma; }
+
+constexpr int tile_tokens(Form form, int tokens) { return form == Form::kMma && tokens <= 64 ? 32 : 128; }
+
 // Tokens [tokens, columns] become int8 codes [tokens, depth], zeros beyond the columns.
 struct Quantization {
   const void* x;      // of `type`, or int8 codes where `given`
@@ -36,7 +46,7 @@ struct Quantization {
   float* worth;       // [tokens] what a code is worth: NaN where a value is not finite; not written where `given`
   std::int32_t* sums;  // [tokens] of the codes
   Type type;
-  bool given, for_gemv;
+  bool given, gemv_order;
   int tokens, columns, depth;
   float most;  // 127 or 7
 };
@@ -55,13 +65,29 @@ struct Product {
   int bits, tokens, rows, columns, depth;
   bool scale_of_rows;
   int groups;  // 0: none
+  // Tiles that are too few for a GPU are computed in parts of the depth, whose sums are added up afterwards.
+  int parts;
+  std::int32_t* partial;  // [parts, tokens, rows] where there are several parts
 };
+
+// Parts that fill `processors` with blocks; each has at least four stages.
+constexpr int parts_for(Form form, int tokens, int rows, int depth, int groups, int processors) {
+  if (!on_tiles(form) || groups > 0) return 1;
+  const std::int64_t wide = tile_tokens(form, tokens);
+  const std::int64_t tiles = (tokens + wide - 1) / wide * ((rows + kTileRows - 1) / kTileRows);
+  const std::int64_t fill = processors / tiles, longest = depth / (4 * kStageDepth);
+  const std::int64_t parts = fill < longest ? fill : longest;
+  return parts < 1 ? 1 : parts > 8 ? 8 : static_cast<int>(parts);
+}
 
 // The most columns: no sum leaves 32 bits.
 constexpr int kMostColumns = 1 << 17;
 
 // Whether this build and the current device have the form with wgmma (sm_90a); the others run from sm_80 on.
 bool has_wgmma();
+
+// Of the current device.
+int count_processors();
 
 // Each is null, or what the CUDA runtime says of the launch. `stream` is a cudaStream_t. Nothing is empty.
 const char* prepare(const Preparation& preparation, void* stream);

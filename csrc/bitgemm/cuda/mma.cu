@@ -4,13 +4,11 @@
 namespace megaforge::bitgemm {
 namespace {
 
-constexpr int kFewTokens = 32, kManyTokens = 128;  // of a tile
-
 template <int kBits, int kTokens, bool kGrouped>
 __global__ void __launch_bounds__(kThreads, kGrouped ? 1 : 2) mma_kernel(const Product product) {
   extern __shared__ __align__(16) unsigned char memory[];
   product_block<MmaSums<kBits, kTokens, kGrouped>>(Block<kThreads>{}, aligned_memory<kTokens>(memory), product,
-                                                    static_cast<std::int64_t>(blockIdx.x));
+                                                    static_cast<std::int64_t>(blockIdx.x), static_cast<int>(blockIdx.y));
 }
 
 template <int kBits, int kTokens>
@@ -23,8 +21,8 @@ cudaError_t start_tokens(const Product& p, void* stream) {
 
 cudaError_t start_mma(const Product& p, void* stream) {
   return with_bits(p.bits, [&]<int kBits>() {
-    return p.tokens <= 2 * kFewTokens ? start_tokens<kBits, kFewTokens>(p, stream)
-                                      : start_tokens<kBits, kManyTokens>(p, stream);
+    return tile_tokens(Form::kMma, p.tokens) == 32 ? start_tokens<kBits, 32>(p, stream)
+                                                   : start_tokens<kBits, 128>(p, stream);
   });
 }
 

@@ -1,6 +1,7 @@
 // The product by mma.sync.m16n8k32: a warp has kHigh panels and 8 kWide tokens of the tile.
 #pragma once
 
+#include "instruction.cuh"
 #include "product.cuh"
 
 namespace megaforge::bitgemm {
@@ -87,18 +88,6 @@ struct MmaSums {
                  : "memory");
   }
 
-  static MF_DEVICE void multiply_registers(int* d, const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    if constexpr (kGrouped) {
-      asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-          : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    } else {
-      asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-          : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    }
-  }
-
   MF_DEVICE void add_step(const Stage<kTokens>& stage, const StageWords<kBits> (&words)[kHigh], const Product&, int, int,
                           int step, int thread) {
     unsigned a[kHigh][4];
@@ -113,8 +102,8 @@ struct MmaSums {
       load(b, stage.codes + right_piece(thread % 32, first_token(thread) + 8 * j, step));
       MF_UNROLL
       for (int m = 0; m < kHigh; ++m) {
-        multiply_registers(at + (m * kWide + j) * 4, a[m], b[0], b[1]);
-        multiply_registers(at + (m * kWide + j + 1) * 4, a[m], b[2], b[3]);
+        multiply_registers<kGrouped>(at + (m * kWide + j) * 4, a[m], b[0], b[1]);
+        multiply_registers<kGrouped>(at + (m * kWide + j + 1) * 4, a[m], b[2], b[3]);
       }
     }
   }

@@ -68,4 +68,16 @@ MF_DEVICE void plain_block(const Block<kPrepareThreads>& block, const Product& p
   });
 }
 
+// One thread a result, whose parts it adds up.
+template <int kBits>
+MF_DEVICE void finish_block(const Block<kPrepareThreads>& block, const Product& p, std::int64_t index) {
+  block.phase([&](int thread) {
+    const std::int64_t result = index * kPrepareThreads + thread, results = static_cast<std::int64_t>(p.tokens) * p.rows;
+    if (result >= results) return;
+    int sum = 0;
+    for (int part = 0; part < p.parts; ++part) sum += p.partial[part * results + result];
+    finish_stored<kBits>(p, static_cast<int>(result / p.rows), static_cast<int>(result % p.rows), sum);
+  });
+}
+
 }  // namespace megaforge::bitgemm

@@ -8,7 +8,6 @@
 namespace megaforge::bitgemm {
 
 constexpr int kThreads = 256;
-constexpr int kTileRows = 128;
 constexpr int kPiece = 16;                     // bytes
 constexpr int kPieces = kStageDepth / kPiece;  // of a token in a stage
 constexpr int kSteps = kStageDepth / kStep;    // of a stage
@@ -68,7 +67,7 @@ class Weights {
   static constexpr int kServes = block_depth(kBits) > kStageDepth ? block_depth(kBits) / kStageDepth : 1;
 
   // Panels beyond the last are read as the last; their results are not stored.
-  MF_DEVICE void begin(const Product& p, int first_panel, int lane, int stage = 0) {
+  MF_DEVICE void begin(const Product& p, int first_panel, int lane, int stage) {
     MF_UNROLL
     for (int m = 0; m < kHigh; ++m) {
       const int last = panels_of(p.rows) - 1, panel = first_panel + m < last ? first_panel + m : last;
@@ -140,12 +139,15 @@ MF_DEVICE void fetch_codes(Stage<kTokens>& to, const Product& p, int first, int 
 // Sums: a form of the product. A thread's Sums::kCount of the tile are at (row(thread, i), token(thread, i)).
 template <class Sums>
 MF_DEVICE void product_block(const Block<kThreads>& block, Shared<Sums::kTokens>& shared, const Product& p,
-                             std::int64_t index) {
+                             std::int64_t index, int part) {
   constexpr int kTokens = Sums::kTokens, kBits = Sums::kBits;
   const int tiles_high = (p.rows + kTileRows - 1) / kTileRows;
   const int first_row = static_cast<int>(index % tiles_high) * kTileRows;
   const int first_token = static_cast<int>(index / tiles_high) * kTokens;
-  const int stages = p.depth / kStageDepth;
+  // Of whole loads of weights.
+  constexpr int kServes = Weights<kBits, Sums::kHigh>::kServes;
+  const int loads = p.depth / (kStageDepth * kServes);
+  const int from = loads * part / p.parts * kServes, stages = loads * (part + 1) / p.parts * kServes;
   PerThread<AsyncCopies, kThreads> copies;
   PerThread<Weights<kBits, Sums::kHigh>, kThreads> weights;
   PerThread<Sums, kThreads> sums;
@@ -158,13 +160,13 @@ MF_DEVICE void product_block(const Block<kThreads>& block, Shared<Sums::kTokens>
 
   block.phase([&](int thread) {
     sums(thread).clear();
-    fetch(0, thread);
-    fetch(1, thread);
-    weights(thread).begin(p, (first_row + Sums::first_row(thread)) / kPanelRows, thread % kLanes);
+    fetch(from, thread);
+    fetch(from + 1, thread);
+    weights(thread).begin(p, (first_row + Sums::first_row(thread)) / kPanelRows, thread % kLanes, from);
     copies(thread).template wait_for_all_but<1>();
     Sums::copied();
   });
-  for (int stage = 0; stage < stages; ++stage) {
+  for (int stage = from; stage < stages; ++stage) {
     block.phase([&](int thread) {
       fetch(stage + 2, thread);  // over what all threads multiplied before the barrier
       weights(thread).advance(stage, stages);
@@ -185,7 +187,10 @@ MF_DEVICE void product_block(const Block<kThreads>& block, Shared<Sums::kTokens>
     if (row >= p.rows) return;
     for (int token = thread / kTileRows; token < kTokens && first_token + token < p.tokens; token += kThreads / kTileRows) {
       const std::uint32_t value = shared.tile[token * kTilePitch + thread % kTileRows];
-      if constexpr (Sums::kGrouped) finish(p, first_token + token, row, from_bits(value));
+      if (p.parts > 1) {
+        const std::int64_t place = (static_cast<std::int64_t>(part) * p.tokens + first_token + token) * p.rows + row;
+        p.partial[place] = static_cast<std::int32_t>(value);
+      } else if constexpr (Sums::kGrouped) finish(p, first_token + token, row, from_bits(value));
       else finish_stored<kBits>(p, first_token + token, row, static_cast<int>(value));
     }
   });

@@ -13,6 +13,11 @@ __global__ void __launch_bounds__(kPrepareThreads) plain_kernel(const Product pr
   plain_block(Block<kPrepareThreads>{}, product, static_cast<std::int64_t>(blockIdx.x));
 }
 
+template <int kBits>
+__global__ void __launch_bounds__(kPrepareThreads) finish_kernel(const Product product) {
+  finish_block<kBits>(Block<kPrepareThreads>{}, product, static_cast<std::int64_t>(blockIdx.x));
+}
+
 template <class T>
 __global__ void __launch_bounds__(kQuantizeThreads) quantize_kernel(const Quantization quantization) {
   __shared__ QuantizeShared shared;
@@ -36,6 +41,21 @@ cudaError_t start_plain(const Product& p, void* stream) {
   return cudaGetLastError();
 }
 
+cudaError_t start_finish(const Product& p, void* stream) {
+  const unsigned blocks = blocks_of(static_cast<std::int64_t>(p.tokens) * p.rows);
+  return with_bits(p.bits, [&]<int kBits>() {
+    finish_kernel<kBits><<<blocks, kPrepareThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
+    return cudaGetLastError();
+  });
+}
+
+int count_processors() {
+  int device = 0, count = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+  return known ? count : 1;
+}
+
 const char* prepare(const Preparation& p, void* stream) {
   const unsigned blocks = blocks_of(panel_words(p.bits, p.depth) * panels_of(p.rows));
   prepare_kernel<<<blocks, kPrepareThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
@@ -53,13 +73,16 @@ const char* quantize(const Quantization& q, void* stream_any) {
 }
 
 const char* multiply(const Product& product, Form form, void* stream) {
+  cudaError_t error = cudaErrorInvalidValue;
   switch (form) {
-    case Form::kPlain: return said(start_plain(product, stream));
-    case Form::kGemv: return said(start_gemv(product, stream));
-    case Form::kMma: return said(start_mma(product, stream));
-    case Form::kWgmma: return said(start_wgmma(product, stream));
+    case Form::kPlain: error = start_plain(product, stream); break;
+    case Form::kGemv: error = start_gemv(product, stream); break;
+    case Form::kStream: error = start_stream(product, stream); break;
+    case Form::kMma: error = start_mma(product, stream); break;
+    case Form::kWgmma: error = start_wgmma(product, stream); break;
   }
-  return "no such form";
+  if (error == cudaSuccess && product.parts > 1) error = start_finish(product, stream);
+  return said(error);
 }
 
 }  // namespace megaforge::bitgemm

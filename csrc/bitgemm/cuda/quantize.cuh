@@ -33,7 +33,7 @@ MF_DEVICE int code_of(float x, float factor, float most) {
 
 // The four codes of depths k to k + 3.
 MF_DEVICE void store_codes(const Quantization& q, std::int8_t* row, int k, std::uint32_t word) {
-  const int in_order = k % 64 / 4, at = k / 64 * 64 + 4 * (q.for_gemv ? gemv_word(in_order) : in_order);
+  const int in_order = k % 64 / 4, at = k / 64 * 64 + 4 * (q.gemv_order ? gemv_word(in_order) : in_order);
 #ifdef __CUDACC__
   *reinterpret_cast<std::uint32_t*>(row + at) = word;
 #else

@@ -19,12 +19,15 @@ cudaError_t start(void (*kernel)(Product), const Product& p, void* stream) {
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
   const std::int64_t high = (p.rows + kTileRows - 1) / kTileRows, wide = (p.tokens + kTokens - 1) / kTokens;
-  kernel<<<static_cast<unsigned>(high * wide), kThreads, kBytes, static_cast<cudaStream_t>(stream)>>>(p);
+  const dim3 grid(static_cast<unsigned>(high * wide), static_cast<unsigned>(p.parts));
+  kernel<<<grid, kThreads, kBytes, static_cast<cudaStream_t>(stream)>>>(p);
   return cudaGetLastError();
 }
 
+cudaError_t start_finish(const Product& p, void* stream);
 cudaError_t start_gemv(const Product& p, void* stream);
 cudaError_t start_plain(const Product& p, void* stream);
+cudaError_t start_stream(const Product& p, void* stream);
 cudaError_t start_mma(const Product& p, void* stream);
 cudaError_t start_wgmma(const Product& p, void* stream);
 

@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kThreads, 2) wgmma_kernel(const Product produc
   using Sums = WgmmaSums<kBits>;
   extern __shared__ __align__(16) unsigned char memory[];
   product_block<Sums>(Block<kThreads>{}, aligned_memory<Sums::kTokens>(memory), product,
-                      static_cast<std::int64_t>(blockIdx.x));
+                      static_cast<std::int64_t>(blockIdx.x), static_cast<int>(blockIdx.y));
 }
 #endif
 

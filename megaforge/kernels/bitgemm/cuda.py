@@ -1,10 +1,11 @@
 """What GPUs have of :mod:`megaforge.kernels.bitgemm` beyond its operators; the code is in ``csrc/bitgemm/cuda``.
 
-Weights are decoded in registers, in the order that tensor cores take them in. Up to 8 tokens ``gemv`` multiplies by
-dp4a, each warp with a share of the columns. More take ``mma`` (mma.sync, sm_80 and later) or, from 65 on and where the
-build and the GPU have it (sm_90a), ``wgmma``; ``MEGAFORGE_WGMMA=0`` in the environment does without. Scales of groups
-are ``mma``'s, where the groups are multiples of 32 columns; ``plain``, one thread a result, takes all others. All forms
-give the same bits.
+Weights are decoded in registers, in the order that tensor cores take them in. Up to 4 tokens ``gemv`` multiplies by
+dp4a; up to 32 ``stream`` does by mma.sync; in both each warp has a share of the columns. More tokens take tiles:
+``mma`` (mma.sync) or, from 65 on and where the build and the GPU have it (sm_90a), ``wgmma``; ``MEGAFORGE_WGMMA=0`` in
+the environment does without. Where there are fewer tiles than a GPU has processors, each is computed in parts. Scales
+of groups are ``mma``'s, where the groups are multiples of 32 columns; ``plain``, one thread a result, takes all others.
+All forms give the same bits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from megaforge.kernels.native import define, load, say_fallback
 
-FORMS = ("plain", "gemv", "mma", "wgmma")
+FORMS = ("plain", "gemv", "stream", "mma", "wgmma")
 UNIT = 32  # columns that one instruction multiplies
 STAGE = 128  # columns that a block of threads loads at a time
 

@@ -35,6 +35,14 @@ WKV = (
 )
 # (b x m x n, milliseconds of five steps with wgmma), at 450 TFLOP/s
 NEWTON_SCHULZ = (("1 x 4096 x 4096", 3.0), ("1 x 8192 x 8192", 24.0), ("8 x 2048 x 2048", 3.0))
+# (tokens x rows x columns, what, form, milliseconds of 16 layers): at 2.5 TB/s, at 500 TOP/s
+PACKED = (
+    ("1 x 4096 x 14336", "16 ternary", "gemv", 0.15),
+    ("1 x 4096 x 14336", "16 binary", "gemv", 0.1),
+    ("8 x 4096 x 14336", "16 ternary", "stream", 0.2),
+    ("128 x 4096 x 4096", "16 ternary", "wgmma", 0.4),
+    ("2048 x 4096 x 14336", "16 ternary", "wgmma", 8.0),
+)
 
 
 def steps(python: str, folder: Path) -> list[Step]:
@@ -151,7 +159,10 @@ def _kernels(python: str) -> Step:
     for shape, expected in NEWTON_SCHULZ:
         row = pattern(rf"^{shape}\s+Newton-Schulz\s+wgmma\s+([\d.e+-]+)")
         figures.append(Figure(f"Newton-Schulz {shape}, ms", str(expected), row, high=1.5 * expected))
-    return Step("kernels", [python, "tests/bench/bench_gpu_kernels.py", "--rounds", "5"], 240, figures, shows=True)
+    for shape, what, form, expected in PACKED:
+        row = pattern(rf"^{shape}\s+{what}\s+{form}\s+([\d.e+-]+)")
+        figures.append(Figure(f"packed, {shape}, {what}, {form}, ms", str(expected), row, high=1.5 * expected))
+    return Step("kernels", [python, "tests/bench/bench_gpu_kernels.py", "--rounds", "5"], 360, figures, shows=True)
 
 
 def _attention(python: str, script: str) -> Step:
