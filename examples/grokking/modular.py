@@ -146,7 +146,24 @@ def as_published(model: nn.Module, ctx: ParallelContext) -> None:
         parameter.spec = spec  # type: ignore[attr-defined]
 
 
+class Unchanged(nn.Module):
+    """Stands where a norm was that is applied elsewhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x."""
+        return x
+
+
+def normed_stream(model: nn.Module, ctx: ParallelContext) -> None:
+    """The published blocks norm the residual stream itself before attention, not only what attention sees of it."""
+    for block in getattr(model, "blocks", ()):
+        norm = block.mixer_norm
+        block.stream_norm, block.mixer_norm = norm, Unchanged()
+        block.register_forward_pre_hook(lambda module, given: (module.stream_norm(given[0]), *given[1:]))
+
+
 CONVERTERS.register("as_published", as_published)
+CONVERTERS.register("normed_stream", normed_stream)
 DATA_SOURCES.register(
     "modular",
     DataSourceKind(lambda config, tokenizer: ModularMultiplication(prime_of(config), config.training.seed), check),

@@ -8,8 +8,16 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional as F
 
 from megaforge.errors import UserError
+from megaforge.models.hybrid import HybridModel
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.layer_context import make_layer_context
+from megaforge.parallel.packed_sequence import PackedSequence
+from megaforge.parallel.param_spec import named_specs
 from tests.end_to_end.launch import REPO, run
 from tests.training.tiny import make_config
 
@@ -65,6 +73,24 @@ def test_each_equation_is_right_and_in_one_half(modular: ModuleType) -> None:
 def test_what_the_task_cannot_use_is_refused(modular: ModuleType, more: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         modular.check(make_config(["--vocab-size", "99", *more]))
+
+
+def test_the_published_stream_is_normed_itself(modular: ModuleType) -> None:
+    flags = ("--hidden-size", "32", "--num-attention-heads", "2", "--layer-schedule", "attention", "--ffn", "dense")
+    config = make_config([*flags, "--num-layers", "2", "--normalization", "layernorm", "--vocab-size", "11", "--fp64"])
+    ctx = ParallelContext.single()
+    model = HybridModel(make_layer_context(config.model, ctx, dtype=torch.float64))
+    modular.normed_stream(model, ctx)
+    initialize_parameters(model, ctx, 0)
+    block, x = model.blocks[0], torch.randn(4, 3, 32, dtype=torch.float64) * 5
+    block.stream_norm.weight.data.uniform_(0.5, 2)
+    info = PackedSequence(3, 4, x.device)
+    normed = F.layer_norm(x, (32,), block.stream_norm.weight, block.stream_norm.bias, config.model.norm_epsilon)
+    middle = normed + block.mixer(normed, info)[0]
+    expected = middle + block.ffn(block.ffn_norm(middle), info)[0]
+    torch.testing.assert_close(block(x, info)[0], expected, rtol=1e-12, atol=1e-12)
+    names = [spec.name for spec, _ in named_specs(model)]
+    assert len(names) == len(set(names)), "every norm is there once"
 
 
 def test_arms_are_trained_once_listed_and_drawn(tmp_path: Path) -> None:
