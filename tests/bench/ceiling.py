@@ -1,4 +1,4 @@
-"""What the machine can do at most: multiply-adds a second on one core, and bytes copied a second.
+"""What the machine can do at most: multiply-adds and products of bytes a second on one core, bytes copied and read.
 
 Measured in the process and the run of a benchmark, turn about with what is compared with it, since a shared machine's
 clock and memory change by the minute.
@@ -20,6 +20,9 @@ import torch
 _SOURCE = r"""
 #include <cstdint>
 #ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+#ifdef __AVX512F__
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
@@ -39,6 +42,34 @@ extern "C" std::int64_t multiply_adds(std::int64_t rounds, float* out) {
   for (int i = 0; i < 12; ++i) sum += x[i];
   *out = sum[0];
   return rounds * 12 * kLanes;
+}
+// Products of unsigned and signed bytes, summed by fours; 0 where the CPU has no instruction for them.
+extern "C" std::int64_t byte_products(std::int64_t rounds, std::int32_t* out) {
+#ifdef __AVX512VNNI__
+  __m512i x[12], codes = _mm512_set1_epi8(1), token = _mm512_set1_epi8(2);
+#pragma GCC unroll 12
+  for (int i = 0; i < 12; ++i) x[i] = _mm512_set1_epi32(i);
+  for (std::int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 12
+    for (int i = 0; i < 12; ++i) x[i] = _mm512_dpbusd_epi32(x[i], codes, token);
+  }
+#pragma GCC unroll 12
+  for (int i = 1; i < 12; ++i) x[0] = _mm512_add_epi32(x[0], x[i]);
+  *out = _mm512_reduce_add_epi32(x[0]);
+  return rounds * 12 * 64;
+#else
+  *out = 0;
+  return 0;
+#endif
+}
+extern "C" void read_all(const char* from, std::int64_t bytes, std::int64_t* out) {
+  typedef std::int64_t Words __attribute__((vector_size(64), aligned(1)));
+  Words sum[4] = {};
+  for (std::int64_t i = 0; i + 256 <= bytes; i += 256) {
+    for (int j = 0; j < 4; ++j) sum[j] ^= *reinterpret_cast<const Words*>(from + i + 64 * j);
+  }
+  for (int j = 1; j < 4; ++j) sum[0] ^= sum[j];
+  *out = sum[0][0];
 }
 """
 # With glibc's defaults every large tensor is mapped, cleared by the kernel and unmapped again at each use, which costs
@@ -66,6 +97,10 @@ def _loop() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(library))
     loaded.multiply_adds.restype = ctypes.c_int64
     loaded.multiply_adds.argtypes = [ctypes.c_int64, ctypes.POINTER(ctypes.c_float)]
+    loaded.byte_products.restype = ctypes.c_int64
+    loaded.byte_products.argtypes = [ctypes.c_int64, ctypes.POINTER(ctypes.c_int32)]
+    loaded.read_all.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)]
+    loaded.read_all.restype = None
     return loaded
 
 
@@ -76,6 +111,26 @@ def multiply_adds_per_second(seconds: float = 0.05) -> float:
         start = time.thread_time()
         done = _loop().multiply_adds(400_000, ctypes.byref(out))
         best = max(best, done / (time.thread_time() - start))
+    return best
+
+
+def byte_products_per_second(seconds: float = 0.05) -> float:
+    """int8 multiply-adds a CPU-second on this thread, likewise; 0 on a CPU without AVX-512 VNNI."""
+    out, best, end = ctypes.c_int32(), 0.0, time.thread_time() + seconds
+    while time.thread_time() < end:
+        start = time.thread_time()
+        done = _loop().byte_products(400_000, ctypes.byref(out))
+        best = max(best, done / (time.thread_time() - start))
+    return best
+
+
+def read_bytes_per_second(megabytes: int = 256, repeat: int = 5) -> float:
+    """Bytes a CPU-second that this thread reads of memory that no cache holds, the best of ``repeat``."""
+    source, out, best = torch.zeros(megabytes << 18), ctypes.c_int64(), 0.0
+    for _ in range(repeat):
+        start = time.thread_time()
+        _loop().read_all(source.data_ptr(), source.nbytes, ctypes.byref(out))
+        best = max(best, source.nbytes / (time.thread_time() - start))
     return best
 
 
