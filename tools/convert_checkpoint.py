@@ -7,6 +7,7 @@
     python tools/convert_checkpoint.py --load runs/bitnet --save bitnet.safetensors --to packed
     python tools/convert_checkpoint.py --load runs/bitnet --save bitnet-hf --to hf
     python tools/convert_checkpoint.py --load runs/bitnet --save bitnet.gguf --to gguf --gguf-type TQ2_0
+    python tools/convert_checkpoint.py --from hf bitnet-hf --save runs/again
     python tools/convert_checkpoint.py --from rwkv7 RWKV-x070-World-0.1B.pth --save checkpoints/rwkv7-0.1b
 
 A directory is what a run was given as --save (its newest valid checkpoint is taken) or one step_N in it. A file has
@@ -55,7 +56,7 @@ LAYOUT = {  # flag -> field of the parallel section
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("file", metavar="FILE", nargs="?", help="with --from: the published weights")
+    parser.add_argument("file", metavar="FILE", nargs="?", help="with --from: the published weights (hf: a directory)")
     parser.add_argument("--load", metavar="DIR|FILE.safetensors", help="what is converted")
     parser.add_argument("--save", required=True, metavar="DIR|FILE.safetensors", help="where it goes; must be new")
     parser.add_argument("--optimizer", action="store_true", help="with --save FILE: optimizer and run state too")
@@ -66,7 +67,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dp", type=integer(1), metavar="N", help="with --save DIR: data-parallel size")
     parser.add_argument("--to", dest="target", choices=tuple(TARGETS), help="whose format --save is in")
     parser.add_argument("--gguf-type", choices=GGUF_TYPES, help="with --to gguf: blocks of quantized matrices")
-    parser.add_argument("--from", dest="source", choices=("rwkv7",), help="whose format FILE is in")
+    parser.add_argument("--from", dest="source", choices=("rwkv7", "hf"), help="whose format FILE is in")
     parser.add_argument("--tokenizer-model", help="with --from: the model's tokenizer, recorded in the checkpoint")
     parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: told from --tokenizer-model")
     return parser.parse_args(arguments)
@@ -91,7 +92,7 @@ def _check(flags: argparse.Namespace) -> None:
     if flags.source is None and flags.file is not None:
         raise UserError(f"{flags.file}: a FILE goes with --from; --load takes its own value")
     if (flags.load is None) == (flags.source is None) or (flags.source is None) != (flags.file is None):
-        raise UserError("give either --load DIR|FILE.safetensors, or --from rwkv7 FILE")
+        raise UserError("give either --load DIR|FILE.safetensors, or --from rwkv7 FILE, or --from hf DIR")
     for name in ("tokenizer_model", "tokenizer_type"):
         if flags.source is None and (value := getattr(flags, name)) is not None:
             flag = f"--{name.replace('_', '-')}"
@@ -174,16 +175,21 @@ def _describe(source: TensorSource) -> str:
 
 
 def _import(flags: argparse.Namespace) -> None:
+    from megaforge.checkpoint.import_hf import import_hf
     from megaforge.checkpoint.import_rwkv7 import MODEL_FILE, import_rwkv7
     from megaforge.training.checkpointing import tokenizer_identity
 
+    own = os.path.join(flags.file, "tokenizer.json")
+    if flags.source == "hf" and flags.tokenizer_model is None and os.path.exists(own):
+        flags.tokenizer_model = own
     config, identity = Config(), None
     if flags.tokenizer_model:
         kind = flags.tokenizer_type or guess_tokenizer_type(flags.tokenizer_model)
         identity = tokenizer_identity(load_tokenizer(kind, flags.tokenizer_model))
         data = dataclasses.replace(config.data, tokenizer_type=kind, tokenizer_model=flags.tokenizer_model)
         config = dataclasses.replace(config, data=data)
-    path = import_rwkv7(flags.file, flags.save, config, identity)
+    read = import_hf if flags.source == "hf" else import_rwkv7
+    path = read(flags.file, flags.save, config, identity)
     print(f"{path}: written from {flags.file}")
     print(f"continue from it with: --config {os.path.join(flags.save, MODEL_FILE)} --load {flags.save} --finetune")
 

@@ -3,14 +3,16 @@ what its matrices are called there one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
 
 from megaforge.checkpoint.packed_file import QuantizedModel
+from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import blocks_of
 from megaforge.errors import UserError
+from megaforge.parallel.param_spec import ParamSpec
 from megaforge.registry import LAYER_KINDS
 
 
@@ -73,21 +75,23 @@ def architecture(model: QuantizedModel, wanted: str) -> str:
     if any(scheme.kind not in ("binary", "ternary") for scheme in model.schemes.values()):
         raise refuse(f"{cfg.quantize_weights} weights", "--quantize-weights ternary or binary")
     if cfg.sub_norm:
-        if cfg.activation != "swiglu":
-            raise refuse(f"sub-norms and --activation {cfg.activation}", "--activation swiglu, or without --sub-norm")
+        if not cfg.is_gated:
+            gated = "--activation gated_relu2 or swiglu, or without --sub-norm"
+            raise refuse(f"sub-norms and --activation {cfg.activation}", gated)
         if cfg.add_bias_linear:
             raise refuse("sub-norms and biases", "--no-add-bias-linear")
         if cfg.num_attention_heads * cfg.head_dim != cfg.hidden_size:
             raise refuse("heads that are not as wide as the model, and sub-norms", "no --kv-channels")
         return "bitnet"
-    if cfg.activation == "gelu":
-        raise refuse("--activation gelu", "--activation swiglu or relu2")
+    if cfg.activation in ("gelu", "gated_relu2"):
+        with_norms = ", or with --sub-norm" if cfg.is_gated else ""
+        raise refuse(f"--activation {cfg.activation}", f"--activation swiglu or relu2{with_norms}")
     return "llama" if cfg.activation == "swiglu" else "arcee"
 
 
-def pieces(model: QuantizedModel) -> Iterator[Piece]:
-    """Every logical tensor of the model; the head only where it has a matrix of its own."""
-    cfg = model.config.model
+def pieces(cfg: ModelConfig, specs: Mapping[str, ParamSpec]) -> Iterator[Piece]:
+    """Every logical tensor of the model, whose parameters are ``specs``; the head only where it has a matrix of its
+    own."""
     vocabulary = (0, cfg.vocab_size or cfg.padded_vocab_size())
     yield Piece("embedding", None, "embedding.weight", vocabulary)
     for i in range(len(blocks_of(cfg))):
@@ -98,19 +102,19 @@ def pieces(model: QuantizedModel) -> Iterator[Piece]:
             yield Piece("attention_sub_norm", i, f"{at}.mixer.sub_norm.weight")
             yield Piece("ffn_sub_norm", i, f"{at}.ffn.sub_norm.weight")
         for kind in ("weight", "bias") if cfg.add_bias_linear else ("weight",):
-            yield from _parts(model, ("q", "k", "v"), i, f"{at}.mixer.qkv.{kind}")
+            yield from _parts(specs, ("q", "k", "v"), i, f"{at}.mixer.qkv.{kind}")
             yield Piece("o", i, f"{at}.mixer.output.{kind}")
-            roles = ("gate", "up") if cfg.activation == "swiglu" else ("up",)
-            yield from _parts(model, roles, i, f"{at}.ffn.up.{kind}")
+            roles = ("gate", "up") if cfg.is_gated else ("up",)
+            yield from _parts(specs, roles, i, f"{at}.ffn.up.{kind}")
             yield Piece("down", i, f"{at}.ffn.down.{kind}")
     yield Piece("norm", None, "final_norm.weight")
     if cfg.untie_embeddings_and_output_weights:
         yield Piece("head", None, "head.weight", vocabulary)
 
 
-def _parts(model: QuantizedModel, roles: tuple[str, ...], layer: int, name: str) -> Iterator[Piece]:
+def _parts(specs: Mapping[str, ParamSpec], roles: tuple[str, ...], layer: int, name: str) -> Iterator[Piece]:
     start = 0
-    sizes = model.specs[name].parts or (model.specs[name].shape[0],)
+    sizes = specs[name].parts or (specs[name].shape[0],)
     for number, (role, size) in enumerate(zip(roles, sizes, strict=True)):
         yield Piece(role, layer, name, (start, start + size), number)
         start += size

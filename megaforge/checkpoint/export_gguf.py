@@ -50,6 +50,10 @@ def export_gguf(source: TensorSource, file: str | Path, block_type: str | None =
     model, file = open_quantized(source), Path(file)
     kind = architecture(model, _WANTED)
     blocks = _blocks(model, block_type)
+    if kind == "bitnet" and model.config.model.activation != "swiglu":
+        raise UserError(
+            f"{_WANTED}: llama.cpp's bitnet has gates of SiLU; train with --activation swiglu, or use --to hf"
+        )
     if kind == "bitnet" and model.config.model.untie_embeddings_and_output_weights:
         raise UserError(f"{_WANTED}: llama.cpp's bitnet has its embedding as its head, and this model is untied")
     if file.exists():
@@ -95,7 +99,7 @@ def _blocks(model: QuantizedModel, name: str | None) -> BlockType | None:
 
 
 def _tensors(model: QuantizedModel, kind: str, blocks: BlockType | None) -> Iterator[GGUFTensor]:
-    for piece in pieces(model):
+    for piece in pieces(model.config.model, model.specs):
         module = _ENDS[piece.role] if piece.layer is None else f"blk.{piece.layer}.{_IN_LAYER[piece.role]}"
         name = f"{module}.{piece.name.rpartition('.')[2]}"
         if piece.name not in model.schemes or blocks is None:
@@ -133,7 +137,7 @@ def _fields(model: QuantizedModel, kind: str, blocks: BlockType | None) -> dict[
         "general.file_type": plain.get(model.dtype, 0) if blocks is None else blocks.file_type,
     }
     own = {
-        "block_count": len({piece.layer for piece in pieces(model)} - {None}),
+        "block_count": len({piece.layer for piece in pieces(model.config.model, model.specs)} - {None}),
         "context_length": cfg.max_position_embeddings or data.seq_length,
         "embedding_length": cfg.hidden_size,
         "feed_forward_length": cfg.ffn_size,

@@ -87,7 +87,7 @@ def _check_quantizer(model: QuantizedModel) -> None:
 
 
 def _tensors(model: QuantizedModel) -> Iterator[tuple[str, Tensor]]:
-    for piece in pieces(model):
+    for piece in pieces(model.config.model, model.specs):
         module = their_module(piece)
         if piece.name not in model.schemes:
             yield f"{module}.{piece.name.rpartition('.')[2]}", piece.of(model.read(piece.name)).contiguous()
@@ -110,11 +110,11 @@ def _config(model: QuantizedModel, kind: str) -> dict[str, Any]:
         "vocab_size": cfg.vocab_size or cfg.padded_vocab_size(),
         "hidden_size": cfg.hidden_size,
         "intermediate_size": cfg.ffn_size,
-        "num_hidden_layers": len({piece.layer for piece in pieces(model)} - {None}),
+        "num_hidden_layers": len({piece.layer for piece in pieces(model.config.model, model.specs)} - {None}),
         "num_attention_heads": cfg.num_attention_heads,
         "num_key_value_heads": cfg.query_groups,
         "head_dim": cfg.head_dim,
-        "hidden_act": "relu2" if cfg.activation == "relu2" else "silu",
+        "hidden_act": "silu" if cfg.activation == "swiglu" else "relu2",
         "max_position_embeddings": cfg.max_position_embeddings or config.data.seq_length,
         "rms_norm_eps": cfg.norm_epsilon,
         "rope_theta": cfg.rotary_base,
@@ -131,7 +131,7 @@ def _config(model: QuantizedModel, kind: str) -> dict[str, Any]:
     if model.schemes:
         left = [
             their_module(piece)
-            for piece in pieces(model)
+            for piece in pieces(model.config.model, model.specs)
             if piece.role in _MATRICES and piece.name not in model.schemes and not piece.is_bias
         ]
         written["quantization_config"] = {

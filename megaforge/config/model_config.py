@@ -43,7 +43,7 @@ class ModelConfig(QuantConfig):
         25.0, "share of attention blocks in percent; their number is round(L * pct / 100)", least=0, most=100
     )
     ffn: str = flag("moe", "FFN of the blocks made by --layer-schedule", choices=("moe", "dense"))
-    activation: str = flag("relu2", "FFN activation", choices=("relu2", "swiglu", "gelu"))
+    activation: str = flag("relu2", "FFN activation", choices=("relu2", "gated_relu2", "swiglu", "gelu"))
     normalization: str = flag("rmsnorm", "norm of the residual stream", choices=("rmsnorm", "layernorm"))
     norm_epsilon: float = flag(1e-6, "epsilon of the norms", above=0)
     untie_embeddings_and_output_weights: bool = flag(False, "give the output head a matrix of its own")
@@ -137,6 +137,11 @@ class ModelConfig(QuantConfig):
         """``--converters`` behind the one that ``--quantize-weights`` asks for."""
         own = ("bitnet",) if self.quantizes and "bitnet" not in self.converters else ()
         return own + self.converters
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether an FFN's first projection has a gate beside what goes up."""
+        return self.activation in ("swiglu", "gated_relu2")
 
     @property
     def ffn_size(self) -> int:

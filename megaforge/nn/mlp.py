@@ -23,11 +23,12 @@ from megaforge.parallel.packed_sequence import PackedSequence
 
 
 def activate(kind: str, x: Tensor) -> Tensor:
-    """The FFN's nonlinearity: ``relu2`` (arXiv 2109.08668), ``gelu`` (tanh form) or ``swiglu`` (arXiv 2002.05202).
+    """The FFN's nonlinearity: ``relu2`` (arXiv 2109.08668), ``gelu`` (tanh form), ``swiglu`` (arXiv 2002.05202) or
+    ``gated_relu2``, relu2 of the gate times the other half (BitNet b1.58 2B4T, arXiv 2504.12285).
 
     Args:
         kind: as ``--activation``.
-        x: [..., f]; for swiglu [..., 2f], gate before up.
+        x: [..., f]; for swiglu and gated_relu2 [..., 2f], gate before up.
 
     Returns:
         [..., f].
@@ -36,12 +37,15 @@ def activate(kind: str, x: Tensor) -> Tensor:
         return squared_relu(x)
     if kind == "swiglu":
         return swiglu(x)
+    if kind == "gated_relu2":
+        gate, up = x.chunk(2, dim=-1)
+        return squared_relu(gate) * up
     return F.gelu(x, approximate="tanh")
 
 
 def inner_parts(cfg: ModelConfig) -> tuple[int, ...]:
     """Sizes of the logical matrices fused in an FFN's first projection: gate and up, or one."""
-    return (cfg.ffn_size,) * (2 if cfg.activation == "swiglu" else 1)
+    return (cfg.ffn_size,) * (2 if cfg.is_gated else 1)
 
 
 def ffn_init(layer: LayerContext) -> tuple[InitRule, InitRule]:

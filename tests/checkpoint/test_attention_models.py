@@ -40,10 +40,12 @@ def test_every_row_belongs_to_one_tensor(flags: tuple[str, ...], kind: str) -> N
     model = open_quantized(Described(*flags))
     assert architecture(model, "--to hf") == kind
     rows = Counter[str]()
-    for piece in pieces(model):
+    for piece in pieces(model.config.model, model.specs):
         first, end = piece.rows or (0, model.specs[piece.name].shape[0])
         assert first == rows[piece.name]
         rows[piece.name] = end
     padded = {name: 61 for name in ("embedding.weight", "head.weight") if name in model.specs}
     assert dict(rows) == {name: spec.shape[0] for name, spec in model.specs.items()} | padded
-    assert len({(piece.role, piece.layer, piece.is_bias) for piece in pieces(model)}) == len(list(pieces(model)))
+    assert len({(piece.role, piece.layer, piece.is_bias) for piece in pieces(model.config.model, model.specs)}) == len(
+        list(pieces(model.config.model, model.specs))
+    )

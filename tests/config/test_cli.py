@@ -134,7 +134,7 @@ def test_files_that_cannot_be_read(write) -> None:
         (["--lr", "fast"], "--lr fast: expected a number"),
         (["--lr", "nan"], "--lr nan: expected a finite number"),
         (["--tp", "2.0"], "--tp 2.0: expected an integer"),
-        (["--activation", "relu"], "--activation relu: choose relu2, swiglu or gelu"),
+        (["--activation", "relu"], "--activation relu: choose relu2, gated_relu2, swiglu or gelu"),
         (["--optimizer", "shampoo"], "--optimizer 'shampoo' is not a known update rule "
                 f"(there are {', '.join(UPDATE_RULES.names())}); a file that registers another is named by "
             "--extensions"),

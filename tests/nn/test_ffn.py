@@ -38,6 +38,9 @@ def nonlinearity(kind: str, x: Tensor) -> Tensor:
     if kind == "swiglu":
         half = x.shape[-1] // 2
         return x[..., :half] * torch.sigmoid(x[..., :half]) * x[..., half:]
+    if kind == "gated_relu2":
+        gate, up = x.tensor_split(2, dim=-1)
+        return torch.where(gate > 0, gate * gate, 0) * up
     if kind == "gelu":
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     return torch.where(x > 0, x * x, 0)
@@ -53,7 +56,8 @@ def mixed(x: Tensor, w: dict[str, Tensor], info: PackedSequence) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "activation,bias,channel_mix", [("relu2", False, True), ("swiglu", True, False), ("gelu", True, False)]
+    "activation,bias,channel_mix",
+    [("relu2", False, True), ("swiglu", True, False), ("gelu", True, False), ("gated_relu2", False, True)],
 )
 def test_dense(activation: str, bias: bool, channel_mix: bool) -> None:
     module = build(DenseFFN, config(activation=activation, add_bias_linear=bias), channel_mix)
