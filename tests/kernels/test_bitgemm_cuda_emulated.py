@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megaforge.kernels.bitgemm import BITS, cuda, pack, reference
+from megaforge.kernels.bitgemm import BITS, cuda, native, pack, reference
 from tests.kernels.test_bitgemm import some_codes
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -287,6 +288,30 @@ def long_product(library: ctypes.CDLL, x: Tensor, codes: Tensor) -> int:
         address(out),
     )  # fmt: skip
     return int(out)
+
+
+@pytest.mark.parametrize("scheme", ["binary", "int4"])
+def test_plans_see_the_panels_of_gpus(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    bits = BITS[scheme]
+    monkeypatch.setattr(native, "COMPILED", frozenset({"meta", "cpu", "cuda"}))
+    with FakeTensorMode():
+        packed = torch.empty(37, 300 * bits // 8 + 1, dtype=torch.uint8, device="cuda")
+        panels = torch.ops.megaforge.bitgemm_prepare(packed, bits, 300, 1)
+        assert panels.dtype == torch.int32 and panels.shape == cuda.panel_shape(37, bits, 300)
+        x, scale = torch.empty(3, 300, dtype=torch.bfloat16, device="cuda"), torch.empty(37, device="cuda")
+        y = cuda.linear_by("mma", x, panels, scale, None, (37, 300), bits)
+        assert y.shape == (3, 37) and y.dtype == torch.bfloat16
+
+
+def test_slow_groups_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(cuda, "COMPILED", frozenset({"cuda"}))
+    monkeypatch.setattr(cuda, "say_fallback", lambda op, why, instead: said.append(f"{op}: {why}"))
+    with FakeTensorMode():
+        packed, here = (torch.empty(4, 20, dtype=torch.uint8, device=device) for device in ("cuda", "cpu"))
+    for tensor, columns, groups in ((packed, 80, 1), (packed, 64, 2), (here, 80, 2), (packed, 80, 2)):
+        cuda.say_plain(tensor, columns, groups)
+    assert said == ["bitgemm: groups of 40 columns are no multiple of 32"]
 
 
 @pytest.mark.parametrize(("form", "tile"), [(MMA, 32), (MMA, 128), (WGMMA, 128)])
