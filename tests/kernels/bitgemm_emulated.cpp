@@ -66,8 +66,7 @@ void run(const Product& p, int form, int tile_tokens, bool reversed) {
     } else if (form == static_cast<int>(Form::kGemv)) {
         if (tile_tokens == 1) run_gemv<kBits, 1>(p, reversed);
         else if (tile_tokens == 2) run_gemv<kBits, 2>(p, reversed);
-        else if (tile_tokens == 4) run_gemv<kBits, 4>(p, reversed);
-        else run_gemv<kBits, 8>(p, reversed);
+        else run_gemv<kBits, kMostTokens>(p, reversed);
     } else if (form == static_cast<int>(Form::kStream)) {
         if (tile_tokens == 8) run_stream<kBits, 1>(p, reversed);
         else if (tile_tokens == 16) run_stream<kBits, 2>(p, reversed);

@@ -28,7 +28,7 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)  # Type of it
 # form, tokens of a tile
 FORMS = {
     "plain": (PLAIN, 0),
-    **{f"gemv {tokens}": (GEMV, tokens) for tokens in (1, 2, 4, 8)},
+    **{f"gemv {tokens}": (GEMV, tokens) for tokens in (1, 2, 4)},
     **{f"stream {tokens}": (STREAM, tokens) for tokens in (8, 16, 32)},
     "mma 32": (MMA, 32),
     "mma 128": (MMA, 128),
@@ -245,7 +245,7 @@ def test_odd_groups_are_plain(library: ctypes.CDLL, scheme: str) -> None:
     assert torch.equal(got, defined(x, codes, scale, None, torch.float32))
 
 
-@pytest.mark.parametrize("form", ["gemv 1", "gemv 8", "stream 8", "mma 32", "mma 128", "wgmma"])
+@pytest.mark.parametrize("form", ["gemv 1", "gemv 4", "stream 8", "mma 32", "mma 128", "wgmma"])
 @pytest.mark.parametrize("columns", [64, 256, 384, 640])
 def test_the_order_of_threads_and_copies_does_not_matter(library: ctypes.CDLL, form: str, columns: int) -> None:
     """A barrier, or a stage, too few would let a thread read what another has, or has not yet, written."""
@@ -256,7 +256,7 @@ def test_the_order_of_threads_and_copies_does_not_matter(library: ctypes.CDLL, f
 
 
 @SCHEMES
-@pytest.mark.parametrize("form", ["gemv 8", "mma 128", "wgmma"])
+@pytest.mark.parametrize("form", ["gemv 4", "mma 128", "wgmma"])
 def test_extremes_and_broken_tokens(library: ctypes.CDLL, scheme: str, form: str) -> None:
     """The largest sums; tokens of zeros, NaN and infinities stay by themselves."""
     rows, columns = 17, 4096

@@ -24,7 +24,7 @@ cudaError_t start_gemv(const Product& p, void* stream) {
   return with_bits(p.bits, [&]<int kBits>() {
     if (p.tokens == 1) return start_tokens<kBits, 1>(p, stream);
     if (p.tokens == 2) return start_tokens<kBits, 2>(p, stream);
-    return p.tokens <= 4 ? start_tokens<kBits, 4>(p, stream) : start_tokens<kBits, kMostTokens>(p, stream);
+    return start_tokens<kBits, kMostTokens>(p, stream);
   });
 }
 

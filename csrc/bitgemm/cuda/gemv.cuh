@@ -12,7 +12,7 @@ constexpr int kGemvWarps = kGemvThreads / 32;
 constexpr int kPair = 2 * kStep;  // depths of a lane's 16 bytes of codes
 
 // A block's tokens; more of them take more blocks.
-constexpr int kMostTokens = 8;
+constexpr int kMostTokens = 4;
 
 // Loads of weights that a lane has on their way.
 constexpr int ahead(int tokens) { return tokens <= 2 ? 4 : 2; }
