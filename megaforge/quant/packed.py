@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from megaforge.kernels.bitgemm import BITS, TYPES, Prepared, bit_product, pack, prepare
+from megaforge.kernels.bitgemm import BITS, TYPES, Prepared, bit_linear, bit_product, pack, prepare
 from megaforge.kernels.grouped_mm import Runs
+from megaforge.parallel.context import Axis
 from megaforge.parallel.layers import Linear, linears
 from megaforge.quant.linear import QuantizedLinear
 from megaforge.quant.quantizers import Scale, WeightScheme
@@ -71,20 +72,35 @@ class PackedLinear(QuantizedLinear):
         """Of the codes as they are kept."""
         return self._codes_held.numel() + sum(one.num_bytes for one in self._prepared)
 
+    def encode(self, x: Tensor, axis: Axis | None) -> tuple[Tensor, ...]:
+        if self._prepared and not self.rotation and (axis is None or axis.size == 1) and x.dtype in TYPES:
+            return (x.detach(),)  # the kernel finds the same codes, in one pass
+        return super().encode(x, axis)
+
     def forward(
         self, inside: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None = None, runs: Runs | None = None
     ) -> Tensor:
         if not self._prepared:
             return super().forward(inside, weight, bias, runs)
-        codes, step = inside
+        if len(inside) == 1:
+            assert self.activations is not None
+            bits = self.activations.bits
+
+            def product(part: slice, one: Prepared) -> Tensor:
+                return bit_linear(inside[0][part], one, bias, bits)
+        else:
+
+            def product(part: slice, one: Prepared) -> Tensor:
+                return bit_product(inside[0][part], inside[1][part], one, bias, weight.dtype)
+
         if runs is None:
-            return bit_product(codes, step, self._prepared[0], bias, weight.dtype)
-        out = weight.new_zeros((len(codes), self._prepared[0].shape[0]))  # rows beyond the last run are nobody's
+            return product(slice(None), self._prepared[0])
+        out = weight.new_zeros((len(inside[0]), self._prepared[0].shape[0]))  # rows beyond the last run are nobody's
         stop = 0
         for count, one in zip(runs.counts, self._prepared, strict=True):
             start, stop = stop, stop + count
             if count:
-                out[start:stop] = bit_product(codes[start:stop], step[start:stop], one, None, weight.dtype)
+                out[start:stop] = product(slice(start, stop), one)
         return out
 
     def _codes(self, weight: Tensor, scale: Scale) -> Tensor:
