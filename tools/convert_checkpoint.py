@@ -151,6 +151,9 @@ def _export(flags: argparse.Namespace) -> None:
         size, has_tokenizer = export_gguf(source, flags.save, flags.gguf_type)
         without = "" if has_tokenizer else ", without a tokenizer: it has none that is a byte-level BPE tokenizer.json"
         print(f"{said}, {size:,} bytes{without}")
+        model = source.meta["config"]["model"]
+        if model.get("quantize_weights") and model.get("quant_scale_dtype") != "fp16":
+            print("its scales are rounded to fp16, which training did not; --quant-scale-dtype fp16 trains with such")
 
 
 def _to_directory(flags: argparse.Namespace) -> None:

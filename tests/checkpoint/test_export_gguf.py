@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megaforge.quant.formats.ggml_blocks import BLOCK_TYPES
 from megaforge.quant.quantizers import weight_values
 from megaforge.quant.whole_matrix import scale_of
 from tests.checkpoint.test_export_hf import TERNARY, TOKENS, train
+from tools import convert_checkpoint
 
 WIDE = ("--hidden-size", "256", "--ffn-hidden-size", "256", "--quant-scale-dtype", "fp16")
 MODELS = {
@@ -92,7 +94,9 @@ def test_transformers_computes_the_same_from_the_file(runs: dict[str, Path], tmp
     torch.testing.assert_close(theirs(TOKENS).logits, ours[..., :62], rtol=0, atol=1e-5)
 
 
-def test_what_does_not_fit_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     file = tmp_path / "m.gguf"
     with pytest.raises(UserError, match="Q1_0: it has one bit"):
         export_gguf(open_source(runs["llama"]), file, "Q1_0")
@@ -102,3 +106,9 @@ def test_what_does_not_fit_is_refused(runs: dict[str, Path], tmp_path: Path) -> 
     assert export_gguf(open_source(narrow), file, "Q2_0")[0] > 0
     with pytest.raises(UserError, match="it exists"):
         export_gguf(open_source(narrow), file, "Q2_0")
+    again = str(tmp_path / "again.gguf")
+    argv = ["convert", "--load", str(narrow), "--save", again, "--to", "gguf", "--gguf-type", "Q2_0"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert convert_checkpoint.main() == 0 and file.read_bytes() == Path(again).read_bytes()
+    said = capsys.readouterr().out
+    assert "without a tokenizer" in said and "rounded to fp16" in said
