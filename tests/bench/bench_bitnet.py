@@ -1,0 +1,138 @@
+"""A training step with quantized matrices against the same model in full precision, option by option.
+
+    bash run_scripts/bench.sh bitnet [--rounds 5] [--dtype fp32 bf16] [--options ternary hadamard ...]
+
+A dense attention model of 384 channels and 4 layers, SwiGLU, on 2 x 256 tokens: forward, backward, clipping, AdamW, one
+thread. Beside the ratio of CPU-seconds (quantized / full) stand the loss of the first forward pass, what a micro-batch
+keeps for its backward pass, and the model in 16 bits over its packed bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megaforge.config.model_config import ModelConfig
+from megaforge.config.optimizer_config import OptimizerConfig
+from megaforge.models.hybrid import HybridModel
+from megaforge.optim import Optimizer
+from megaforge.optim.clip import clip_gradients
+from megaforge.parallel.after_update import Update, after_update
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.data_parallel import GradientReducer
+from megaforge.parallel.init import initialize_parameters
+from megaforge.parallel.layer_context import make_layer_context
+from megaforge.quant.statistics import quantized_size
+from tests.bench.harness import interleaved_ratio, print_json, print_table
+
+TERNARY: dict[str, Any] = {"quantize_weights": "ternary"}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "binary": {"quantize_weights": "binary"},
+    "ternary": TERNARY,
+    "int4": {"quantize_weights": "int4"},
+    "int8": {"quantize_weights": "int8"},
+    "weights alone": TERNARY | {"quantize_activations": "none"},
+    "activations alone": {"quantize_activations": "int8"},
+    "4-bit activations": TERNARY | {"quantize_activations": "int4"},
+    "asymmetric activations": TERNARY | {"asymmetric_activations": True},
+    "rows": TERNARY | {"quant_granularity": "channel"},
+    "groups": TERNARY | {"quant_granularity": "group", "quant_group_size": 64},
+    "asymmetric int4": {"quantize_weights": "int4", "asymmetric_weights": True},
+    "noise": TERNARY | {"quant_noise": 0.1},
+    "hadamard": TERNARY | {"hadamard": 64},
+    "sub norm": TERNARY | {"sub_norm": True},
+    "fp16 steps": TERNARY | {"quant_scale_dtype": "fp16"},
+    "attention alone": TERNARY | {"bitnet_layers": ("attention",)},
+}
+BATCH, LENGTH, VOCAB, RATE = 2, 256, 2048, 1e-4
+
+
+@dataclass
+class Trained:
+    """A model with what trains it, and its batch."""
+
+    options: dict[str, Any]
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        ctx = self.ctx = ParallelContext.single()
+        shape: dict[str, Any] = {"num_layers": 4, "hidden_size": 384, "ffn_hidden_size": 1024, "num_attention_heads": 6}
+        kind: dict[str, Any] = {"layer_schedule": "attention", "ffn": "dense", "activation": "swiglu"}
+        cfg = ModelConfig(**shape, **kind, vocab_size=VOCAB, **self.options)
+        self.model = HybridModel(make_layer_context(cfg, ctx, dtype=self.dtype))
+        initialize_parameters(self.model, ctx, seed=0)
+        self.reducer = GradientReducer(self.model, ctx)
+        self.optimizer = Optimizer(OptimizerConfig(lr=RATE), self.model, ctx)
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=generator)
+
+    def loss(self) -> Tensor:
+        mask = torch.ones(BATCH, LENGTH)
+        return self.model(self.tokens[:, :-1], self.tokens[:, 1:], mask).loss_sum / mask.numel()
+
+    def step(self) -> float:
+        """CPU-seconds of one step."""
+        start = time.process_time()
+        self.reducer.zero_grad()
+        self.reducer.set_last_microbatch(True)
+        self.loss().backward()
+        self.reducer.finish_grad_sync()
+        clip_gradients(self.model, self.ctx, 1.0)
+        self.optimizer.step(RATE)
+        after_update(self.model, Update(self.ctx, {}))
+        return time.process_time() - start
+
+    def kept_bytes(self) -> int:
+        """What one micro-batch keeps besides weights."""
+        weights = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = self.loss()
+        assert loss.requires_grad
+        return sum(kept.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
+    parser.add_argument("--options", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    cases: dict[str, dict[str, Any]] = {}
+    for kind in args.dtype:
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[kind]
+        full = Trained({}, dtype)
+        rows: list[list[object]] = [
+            ["full precision", 1.0, "", float(full.loss().detach()), full.kept_bytes() / 1e6, 1.0],
+        ]
+        for name in args.options:
+            quantized = Trained(OPTIONS[name], dtype)
+            facts = float(quantized.loss().detach()), quantized.kept_bytes() / 1e6
+            compression = quantized_size(quantized.model).compression
+            ratio = interleaved_ratio(quantized.step, full.step, args.rounds)
+            rows.append([name, ratio.median, f"{ratio.min:.2f} - {ratio.max:.2f}", *facts, compression])
+            cases[f"{kind} {name}"] = ratio.case("the same model in full precision", kept_mb=facts[1], loss=facts[0])
+        header = ["option", "step time / full", "spread", "first loss", "kept MB", "compression"]
+        print_table(f"{kind}, CPU-seconds, one thread, {args.rounds} rounds", header, rows)
+    print_json("bitnet", cases)
+
+
+if __name__ == "__main__":
+    main()
