@@ -154,8 +154,7 @@ class RowParallelLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[s, b, in/tp] -> residual stream [s(/tp), b, out], or partial sums [s, b, out] inside the region."""
-        out = self.op.apply(x, self.weight, axis=self.axis)
-        out = out if self.region is None else self.region.exit(out)
+        out = self.op.apply(x, self.weight, axis=self.axis, leaves=self.region)
         return out if self.bias is None else out + self.bias
 
 

@@ -45,6 +45,24 @@ class LinearOp(ABC):
 
     quantizes: bool = False
 
+    @property
+    def sums_exactly(self) -> bool:
+        """Whether its products are :meth:`sums`, which are added up over ranks without rounding, and then
+        :meth:`finish`: a row layer then gives the same bits however it is split."""
+        return False
+
+    def sums(self, inside: tuple[Tensor, ...], weight: Tensor, runs: Runs | None = None) -> Tensor:
+        """Partial sums [..., out] of what :meth:`encode` gave.
+
+        Raises:
+            NotImplementedError: see :attr:`sums_exactly`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no sums apart from its product")
+
+    def finish(self, sums: Tensor, inside: tuple[Tensor, ...], weight: Tensor, runs: Runs | None = None) -> Tensor:
+        """y of complete sums; of ``inside`` all but the first part, of the same tokens."""
+        raise NotImplementedError(f"{type(self).__name__} has no sums apart from its product")
+
     def encode(self, x: Tensor, axis: Axis | None) -> tuple[Tensor, ...]:
         """What the product needs of ``x``: what a column layer gathers and the backward pass keeps. ``x`` itself here;
         codes and a scale for each token in a quantizer.
@@ -103,12 +121,21 @@ class LinearOp(ABC):
         *,
         axis: Axis | None = None,
         region: TensorParallelRegion | None = None,
+        leaves: TensorParallelRegion | None = None,
         runs: Runs | None = None,
     ) -> Tensor:
-        """y, differentiable. ``axis`` as in :meth:`encode`; ``region``: x is outside, and is entered on the way."""
+        """y, differentiable.
+
+        Args:
+            axis: as in :meth:`encode`.
+            region: x is outside, and is entered on the way.
+            leaves: y is summed over the ranks of the region, which it leaves; there is no bias.
+        """
         if region is not None and region.axis.size == 1:
             region = None
-        return _Linear.apply(x, weight, bias, self, axis, region, runs)
+        if leaves is not None and (leaves.axis.size == 1 or not self.sums_exactly):
+            return leaves.exit(_Linear.apply(x, weight, bias, self, axis, region, runs, None))
+        return _Linear.apply(x, weight, bias, self, axis, region, runs, leaves)
 
 
 class PlainLinear(LinearOp):
@@ -145,11 +172,13 @@ class PlainLinear(LinearOp):
         *,
         axis: Axis | None = None,
         region: TensorParallelRegion | None = None,
+        leaves: TensorParallelRegion | None = None,
         runs: Runs | None = None,
     ) -> Tensor:
         if runs is None and (region is None or region.axis.size == 1) and type(self) is PlainLinear:
-            return F.linear(x, weight, bias)  # autograd has this one built in: less work for each call
-        return super().apply(x, weight, bias, axis=axis, region=region, runs=runs)
+            out = F.linear(x, weight, bias)  # autograd has this one built in: less work for each call
+            return out if leaves is None else leaves.exit(out)
+        return super().apply(x, weight, bias, axis=axis, region=region, leaves=leaves, runs=runs)
 
 
 PLAIN = PlainLinear()
@@ -209,13 +238,17 @@ class _Linear(torch.autograd.Function):
         axis: Axis | None,
         region: TensorParallelRegion | None,
         runs: Runs | None,
+        leaves: TensorParallelRegion | None,
     ) -> Tensor:
         inside = op.encode(x, axis)
         if region is not None:
             inside = tuple(region.gather(part) for part in inside)
-        ctx.op, ctx.region, ctx.runs = op, region, runs
+        ctx.op, ctx.region, ctx.runs, ctx.leaves = op, region, runs, leaves
         ctx.save_for_backward(weight, *inside)
-        return op.forward(inside, weight, bias, runs)
+        if leaves is None:
+            return op.forward(inside, weight, bias, runs)
+        sums = leaves.reduce(op.sums(inside, weight, runs))
+        return op.finish(sums, tuple(leaves.own(part) for part in inside[1:]), weight, runs)
 
     @staticmethod
     @once_differentiable
@@ -223,6 +256,8 @@ class _Linear(torch.autograd.Function):
         weight, *inside = ctx.saved_tensors
         wants_input, wants_weight, wants_bias = _gradients_wanted(ctx)
         grad_input = grad_weight = grad_bias = work = None
+        if ctx.leaves is not None:
+            grad = ctx.leaves.gather(grad)
         if wants_input:
             grad_input = ctx.op.input_gradient(grad, weight, ctx.runs)
             if ctx.region is not None:
@@ -233,4 +268,4 @@ class _Linear(torch.autograd.Function):
             grad_bias = grad.flatten(0, -2).sum(0)
         if work is not None:
             work.wait()
-        return grad_input, grad_weight, grad_bias, None, None, None, None
+        return grad_input, grad_weight, grad_bias, None, None, None, None, None

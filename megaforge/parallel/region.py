@@ -49,6 +49,21 @@ class TensorParallelRegion:
         out = partial.new_empty((partial.shape[0] // self.axis.size, *partial.shape[1:]))
         return out, reduce_scatter_single(out, partial, group=group, async_op=self.overlap)
 
+    def own(self, x: Tensor) -> Tensor:
+        """What this rank has outside of a tensor inside that is the same on every rank; not differentiable."""
+        return x.chunk(self.axis.size)[self.axis.rank] if self.sequence_parallel else x
+
+    def reduce(self, partial: Tensor) -> Tensor:
+        """What :meth:`exit` gives of partial sums, which may be overwritten; not differentiable. The gradient inside is
+        :meth:`gather` of that outside."""
+        if self.sequence_parallel:
+            out = partial.new_empty((partial.shape[0] // self.axis.size, *partial.shape[1:]))
+            reduce_scatter_single(out, partial.contiguous(), group=self.axis.group)
+            return out
+        partial = partial.contiguous()
+        dist.all_reduce(partial, group=self.axis.group)
+        return partial
+
     def exit(self, x: Tensor) -> Tensor:
         """Partial sums [s, b, h] -> residual stream [s(/tp), b, h]."""
         return self._exit(x, self.axis)

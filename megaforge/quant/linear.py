@@ -86,21 +86,37 @@ class QuantizedLinear(LinearOp):
             return codes, step
         return (torch.lerp(x, activation_values(codes, step).to(x.dtype), self.share),)
 
+    @property
+    def sums_exactly(self) -> bool:
+        """Where codes are multiplied, and their steps do not change within a row."""
+        if self.weights is None or self.activations is None:
+            return False
+        return self.share == 1 and self.weights.granularity != "group"
+
     def forward(
         self, inside: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None = None, runs: Runs | None = None
     ) -> Tensor:
-        weight = weight.detach()
-        if len(inside) == 1 or self.weights is None or self.weights.granularity == "group" or self.share != 1:
-            return PLAIN.forward((_values(inside, weight),), self._matrix(weight), bias, runs)
-        codes, step = inside
+        if not self.sums_exactly:
+            return PLAIN.forward((_values(inside, weight),), self._matrix(weight.detach()), bias, runs)
+        out = self._scaled(self.sums(inside, weight, runs), inside[1], weight, runs)
+        return (out if bias is None else out + bias.to(out.dtype)).to(weight.dtype)
+
+    def sums(self, inside: tuple[Tensor, ...], weight: Tensor, runs: Runs | None = None) -> Tensor:
+        """Of codes: whole numbers, in fp32 or fp64."""
+        assert self.weights is not None
+        (codes, step), weight = inside, weight.detach()
         scale = self._scale(weight)
         matrix = self._codes(weight, scale)
         levels: Tensor = activation_levels(codes, step) if step.shape[-1] == 2 else codes
         if self.weights.asymmetric and scale.shift is not None:
             matrix = matrix.to(scale.step.dtype) - scale.shift
-        sums = code_product(levels, matrix, weight.dtype, runs)
-        out = sums * _of_rows(scale.step, sums, runs) * step[..., :1]
-        return (out if bias is None else out + bias.to(out.dtype)).to(weight.dtype)
+        return code_product(levels, matrix, weight.dtype, runs)
+
+    def finish(self, sums: Tensor, inside: tuple[Tensor, ...], weight: Tensor, runs: Runs | None = None) -> Tensor:
+        return self._scaled(sums, inside[0], weight, runs).to(weight.dtype)
+
+    def _scaled(self, sums: Tensor, step: Tensor, weight: Tensor, runs: Runs | None) -> Tensor:
+        return sums * _of_rows(self._scale(weight.detach()).step, sums, runs) * step[..., :1]
 
     def input_gradient(self, grad: Tensor, weight: Tensor, runs: Runs | None = None) -> Tensor:
         found = PLAIN.input_gradient(grad, self._matrix(weight.detach()), runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -102,6 +103,14 @@ class PackedLinear(QuantizedLinear):
             if count:
                 out[start:stop] = product(slice(start, stop), one)
         return out
+
+    def sums(self, inside: tuple[Tensor, ...], weight: Tensor, runs: Runs | None = None) -> Tensor:
+        if not self._prepared or runs is not None:
+            return super().sums(inside, weight, runs)
+        codes, step = inside
+        [one] = self._prepared
+        unscaled = dataclasses.replace(one, scale=torch.ones_like(one.scale))
+        return bit_product(codes, torch.ones_like(step), unscaled, None, torch.float32)
 
     def _codes(self, weight: Tensor, scale: Scale) -> Tensor:
         return self._codes_held

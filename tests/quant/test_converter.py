@@ -16,6 +16,7 @@ from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.layers import linears
 from megaforge.parallel.linear_op import PLAIN
+from megaforge.parallel.mappings import gather_from_sequence_parallel
 from megaforge.parallel.param_spec import named_specs, spec_of
 from megaforge.quant.linear import QuantizedLinear
 from megaforge.training.trainer import Trainer
@@ -160,6 +161,35 @@ def test_full_precision_weights_go_on_as_codes(prefix: str, tmp_path: Path) -> N
         make_trainer(arguments(prefix, *flags, *load, *RECIPES["ternary"]))
     with pytest.raises(UserError, match="--sub-norm False in the checkpoint, True here"):
         make_trainer(arguments(prefix, *flags, *load, "--finetune", "--sub-norm"))
+
+
+def hidden_states(prefix: str, tp: int, more: tuple[str, ...]) -> list[torch.Tensor]:
+    """What the final norm is given, whole, in fp32 and bf16."""
+    ctx = ParallelContext.create(tp=tp) if tp > 1 else ParallelContext.single()
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        flags = arguments(prefix, "--hybrid-layer-pattern", "*-*-", "--vocab-size", str(VOCAB), *more)
+        layer = make_layer_context(make_config(flags).model, ctx, dtype=dtype, sequence_parallel=tp > 2)
+        model = HybridModel(layer)
+        initialize_parameters(model, ctx, seed=1)
+        perturb(model, ctx, 0.05)
+        model.final_norm.register_forward_pre_hook(lambda module, given: found.append(given[0].detach()))
+        tokens = torch.arange(48).view(2, 24) % VOCAB
+        model(tokens, tokens.roll(1), torch.ones(2, 24))
+        if tp > 2:
+            found[-1] = gather_from_sequence_parallel(found[-1], ctx.tp)
+    return found
+
+
+@pytest.mark.parametrize("more", [("--quantize-weights", "ternary"), RECIPES["rows"]])
+def test_row_layers_sum_codes_so_that_every_split_has_the_same_bits(
+    ranks: RankPool, prefix: str, more: tuple[str, ...]
+) -> None:
+    expected = hidden_states(prefix, 1, more)
+    for tp in (2, 4):
+        for rank in ranks.run(tp, hidden_states, prefix, tp, more):
+            assert [one.dtype for one in rank] == [torch.float32, torch.bfloat16]
+            assert all(torch.equal(one, whole) for one, whole in zip(rank, expected, strict=True))
 
 
 def layers_of(prefix: str, *more: str) -> set[str]:
