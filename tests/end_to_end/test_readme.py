@@ -99,6 +99,7 @@ def test_the_example_goes_on_from_published_weights(home: Path) -> None:
 
 DOCUMENTS = [
     "README.md",
+    "examples/bitnet/README.md",
     "examples/cdrmix/README.md",
     "examples/grokking/README.md",
     "docs/architecture.md",
