@@ -3,13 +3,17 @@
     bash run_scripts/bench.sh bitnet [--rounds 5] [--dtype fp32 bf16] [--options ternary hadamard ...]
 
 A dense attention model of 384 channels and 4 layers, SwiGLU, on 2 x 256 tokens: forward, backward, clipping, AdamW, one
-thread. Beside the ratio of CPU-seconds (quantized / full) stand the loss of the first forward pass, what a micro-batch
-keeps for its backward pass, and the model in 16 bits over its packed bytes.
+thread. Beside steps per CPU-second and the ratio of CPU-seconds (quantized / full) stand the loss of the first forward
+pass, what a micro-batch keeps for its backward pass, the most that two steps add to the resident set of a process that
+has the model and its gradients, and what is smaller by how much in true bytes: the packed matrices with their steps
+against 16 bits, and the whole model.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -31,7 +35,7 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.layer_context import make_layer_context
-from megaforge.quant.statistics import quantized_size
+from megaforge.quant.statistics import FULL_BYTES, quantized_size
 from tests.bench.harness import interleaved_ratio, print_json, print_table
 
 TERNARY: dict[str, Any] = {"quantize_weights": "ternary"}
@@ -50,10 +54,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "noise": TERNARY | {"quant_noise": 0.1},
     "hadamard": TERNARY | {"hadamard": 64},
     "sub norm": TERNARY | {"sub_norm": True},
+    "qat_adam": TERNARY | {"optimizer": "qat_adam"},  # of the optimizer, the others are of the model
     "fp16 steps": TERNARY | {"quant_scale_dtype": "fp16"},
     "attention alone": TERNARY | {"bitnet_layers": ("attention",)},
 }
 BATCH, LENGTH, VOCAB, RATE = 2, 256, 2048, 1e-4
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -67,11 +73,13 @@ class Trained:
         ctx = self.ctx = ParallelContext.single()
         shape: dict[str, Any] = {"num_layers": 4, "hidden_size": 384, "ffn_hidden_size": 1024, "num_attention_heads": 6}
         kind: dict[str, Any] = {"layer_schedule": "attention", "ffn": "dense", "activation": "swiglu"}
-        cfg = ModelConfig(**shape, **kind, vocab_size=VOCAB, **self.options)
+        options = dict(self.options)
+        rule = options.pop("optimizer", "adam")
+        cfg = ModelConfig(**shape, **kind, vocab_size=VOCAB, **options)
         self.model = HybridModel(make_layer_context(cfg, ctx, dtype=self.dtype))
         initialize_parameters(self.model, ctx, seed=0)
         self.reducer = GradientReducer(self.model, ctx)
-        self.optimizer = Optimizer(OptimizerConfig(lr=RATE), self.model, ctx)
+        self.optimizer = Optimizer(OptimizerConfig(optimizer=rule, lr=RATE), self.model, ctx)
         generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=generator)
 
@@ -108,28 +116,59 @@ class Trained:
         return sum(kept.values())
 
 
+def peak_bytes(kind: str, options: dict[str, Any]) -> int:
+    """What two steps add at most to what is there before the first, in a process of its own."""
+    given = json.dumps([kind, options])
+    done = subprocess.run([sys.executable, __file__, "--peak-of", given], stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def print_peak(given: str) -> None:
+    kind, options = json.loads(given)
+    trained = Trained(options, TYPES[kind])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident_bytes("VmRSS")
+    trained.step()
+    trained.step()
+    print(resident_bytes("VmHWM") - before)
+
+
+def resident_bytes(name: str) -> int:
+    """A line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
     parser.add_argument("--options", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.peak_of:
+        return print_peak(args.peak_of)
     cases: dict[str, dict[str, Any]] = {}
     for kind in args.dtype:
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[kind]
+        dtype = TYPES[kind]
         full = Trained({}, dtype)
-        rows: list[list[object]] = [
-            ["full precision", 1.0, "", float(full.loss().detach()), full.kept_bytes() / 1e6, 1.0],
-        ]
+        facts = [float(full.loss().detach()), full.kept_bytes() / 1e6, peak_bytes(kind, {}) / 1e6]
+        rows: list[list[object]] = []
         for name in args.options:
             quantized = Trained(OPTIONS[name], dtype)
-            facts = float(quantized.loss().detach()), quantized.kept_bytes() / 1e6
-            compression = quantized_size(quantized.model).compression
+            loss, kept = float(quantized.loss().detach()), quantized.kept_bytes() / 1e6
+            peak, size = peak_bytes(kind, OPTIONS[name]) / 1e6, quantized_size(quantized.model)
+            smaller = size.elements * FULL_BYTES / size.matrix_bytes if size.matrices else 1.0
             ratio = interleaved_ratio(quantized.step, full.step, args.rounds)
-            rows.append([name, ratio.median, f"{ratio.min:.2f} - {ratio.max:.2f}", *facts, compression])
-            cases[f"{kind} {name}"] = ratio.case("the same model in full precision", kept_mb=facts[1], loss=facts[0])
-        header = ["option", "step time / full", "spread", "first loss", "kept MB", "compression"]
+            if not rows:
+                rows.append(["full precision", 1 / ratio.peer, 1.0, "", *facts, 1.0, 1.0])
+            spread = f"{ratio.min:.2f} - {ratio.max:.2f}"
+            rows.append([name, 1 / ratio.candidate, ratio.median, spread, loss, kept, peak, smaller, size.compression])
+            measured = {"kept_mb": kept, "peak_mb": peak, "loss": loss, "compression": round(smaller, 3)}
+            cases[f"{kind} {name}"] = ratio.case("the same model in full precision", **measured)
+        header = ["option", "steps/s", "time / full", "spread", "first loss", "kept MB", "peak MB"]
+        header += ["matrices smaller", "model smaller"]
         print_table(f"{kind}, CPU-seconds, one thread, {args.rounds} rounds", header, rows)
     print_json("bitnet", cases)
 
