@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The BitNet example from nothing: environment, corpus, tokenizer, dataset, then examples/bitnet/arms.py. An hour or more.
+# The BitNet example from nothing: environment, corpus, tokenizer, dataset, then examples/bitnet/arms.py. About 4,100 steps.
 #
 #   bash examples/bitnet/run.sh [--output DIR] [FLAGS OF arms.py]      (default: runs/bitnet)
 #
