@@ -114,8 +114,8 @@ class MetricsWriter(Callback):
 
 
 class Evaluation(Callback):
-    """Evaluates at each ``interval`` and after the last iteration, unless the run was asked to end: whoever asked may
-    not wait."""
+    """Evaluates at each ``interval`` and after the last iteration. A run that was asked to end does not evaluate, as
+    whoever asked may not wait; one that was asked in its last iteration does so once it is saved."""
 
     place = Place.JUDGE
 
@@ -126,6 +126,11 @@ class Evaluation(Callback):
         due = self.interval.is_due(trainer)
         if due or (trainer.finished and not trainer.interrupted):
             trainer.evaluate(due)
+
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        evaluated = trainer.last_evaluation is not None and trainer.last_evaluation.iteration == trainer.iteration
+        if trainer.interrupted and trainer.iteration >= trainer.config.training.train_iters and not evaluated:
+            trainer.evaluate(due=False)
 
 
 class EarlyStopping(Callback):

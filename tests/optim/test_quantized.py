@@ -224,7 +224,7 @@ def test_a_rule_that_takes_nothing_is_refused(prefix: str, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("flags", "advice"),
     [
-        (("--optimizer", "qat_adam"), "--optimizer qat_adam: no matrix is quantized: add --converters"),
+        (("--optimizer", "qat_adam"), "--optimizer qat_adam: no matrix is quantized: add --quantize"),
         (("--qat-damping", "1"), "--qat-damping 1.0: only rules for quantized training read it: add --optimizer qat"),
         (("--qat-latent-limit", "2"), "add --optimizer qat_adam or qat_sgd"),
     ],

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
+
+import pytest
 
 from megaforge.training.callbacks import (
     Callback,
@@ -27,7 +31,10 @@ class FakeTrainer:
         self.reason: str | None = None
         self.evaluated: list[int] = []
         self.saved: list[int] = []
+        self.log: list[str] = []
         self.interrupted = self.save_due = False
+        self.last_evaluation: EvaluationMetrics | None = None
+        self.config = SimpleNamespace(training=SimpleNamespace(train_iters=iterations))
 
     @property
     def finished(self) -> bool:
@@ -38,13 +45,17 @@ class FakeTrainer:
 
     def evaluate(self, due: bool) -> None:
         self.evaluated.append(self.iteration)
+        self.log.append(f"E{self.iteration}")
         loss = self.losses.get(self.iteration, 1.0)
-        metrics = EvaluationMetrics(self.iteration, 10 * loss, 10, correct=5, due=due)
+        self.last_evaluation = metrics = EvaluationMetrics(self.iteration, 10 * loss, 10, correct=5, due=due)
         for callback in self.callbacks:
             callback.on_evaluate(cast(Trainer, self), metrics)
 
     def save(self) -> None:
         self.saved.append(self.iteration)
+        self.log.append(f"S{self.iteration}")
+        for callback in self.callbacks:
+            callback.on_checkpoint(cast(Trainer, self), Path())
 
     def run(self) -> FakeTrainer:
         while not self.finished:
@@ -93,12 +104,22 @@ def test_exit_interval_ends_saved() -> None:
     assert trainer.reason == "--exit-interval 4"
 
 
-def test_a_run_that_was_asked_to_end_saves_and_does_not_evaluate() -> None:
-    callbacks = [Evaluation(Interval(3)), Checkpointing(Interval(0))]
-    for iteration, evaluated in ((2, []), (3, [3])):
-        trainer = FakeTrainer(iteration, callbacks)
-        trainer.interrupted = True
-        assert (trainer.run().saved, trainer.evaluated) == ([iteration], evaluated)
+class AskedToEnd(Callback):
+    """As by a signal in step ``step``."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        if trainer.iteration == self.step:
+            trainer.interrupted = True
+            trainer.stop("asked")
+
+
+@pytest.mark.parametrize(("asked", "order"), [(2, "S2"), (3, "E3 S3"), (4, "E3 S4"), (5, "E3 S5 E5")])
+def test_a_run_that_was_asked_to_end_saves_and_evaluates_only_at_its_end(asked: int, order: str) -> None:
+    trainer = FakeTrainer(5, [AskedToEnd(asked), Evaluation(Interval(3)), Checkpointing(Interval(0))]).run()
+    assert trainer.log == order.split()
 
 
 def test_early_stopping_counts_evaluations_without_a_better_one() -> None:
