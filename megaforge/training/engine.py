@@ -16,6 +16,7 @@ the same. :meth:`Engine.clip` is the only place where the host waits for the dev
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -101,7 +102,9 @@ class Engine:
     def reduce(self, sums: BatchSums) -> None:
         """Sums over all ranks. Collective."""
         key: Objective | _Kept = sums.objective
-        if not hasattr(key, "__weakref__"):
+        try:
+            weakref.ref(key)
+        except TypeError:  # a class with slots
             key = self._kept.setdefault(id(key), _Kept(sums.objective))
         if not self._terms.get(key):  # a rank knows those of its own stages: at first, all tell each other
             found = exchange(self.ctx, sums.found)
