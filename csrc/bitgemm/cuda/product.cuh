@@ -3,6 +3,7 @@
 // whose eight pieces of 16 bytes are permuted by the row, as wgmma's 128-byte swizzle does it.
 #pragma once
 
+#include "../../common/wgmma.cuh"
 #include "values.cuh"
 
 namespace megaforge::bitgemm {
@@ -13,7 +14,6 @@ constexpr int kPieces = kStageDepth / kPiece;  // of a token in a stage
 constexpr int kSteps = kStageDepth / kStep;    // of a stage
 constexpr int kStages = 3;
 constexpr int kTilePitch = kTileRows + 4;    // of results in shared memory
-constexpr int kSwizzleAlignment = 1024;      // bytes: eight tokens, after which the permutation repeats
 constexpr int kRegisters = 4;                // of a lane's left operand in a step
 
 // Where the piece lies in a stage, in bytes.

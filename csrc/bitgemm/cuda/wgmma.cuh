@@ -6,25 +6,6 @@
 
 namespace megaforge::bitgemm {
 
-// An address in shared memory as instructions of the asynchronous proxy take it.
-#ifdef __CUDACC__
-MF_DEVICE unsigned shared_address(const void* x) { return static_cast<unsigned>(__cvta_generic_to_shared(x)); }
-#else
-inline thread_local const unsigned char* shared_memory = nullptr;  // the emulated block's, aligned as a GPU's
-inline unsigned shared_address(const void* x) {
-  return static_cast<unsigned>(static_cast<const unsigned char*>(x) - shared_memory);
-}
-#endif
-
-// The matrix descriptor (PTX ISA, "Asynchronous warpgroup level matrix instructions") of rows of 128 bytes in the 128-byte
-// swizzle, the first at `address`: bits 0-13 are the address / 16, bits 32-45 the bytes from eight rows to the next eight
-// / 16, bits 62-63 the swizzle (1: 128 bytes). Bits 16-29, the other stride, count for nothing in this layout; bits 49-51,
-// the offset of the permutation, are zero since the stage is aligned to eight rows.
-MF_DEVICE std::uint64_t descriptor(unsigned address) {
-  return static_cast<std::uint64_t>((address & 0x3ffffu) >> 4) | std::uint64_t{1} << 16 |
-         static_cast<std::uint64_t>(kSwizzleAlignment >> 4) << 32 | std::uint64_t{1} << 62;
-}
-
 // Of the codes at the depth of step `step`: 32 bytes further on each time, within the rows' 128 bytes.
 template <int kTokens>
 MF_DEVICE std::uint64_t codes_descriptor(const Stage<kTokens>& stage, int step) {
@@ -110,13 +91,8 @@ struct WgmmaSums {
   static void copied() {}
   void finish() {}
 
-  // The code of a token at depth `k` of what a descriptor is of, as the hardware finds it: bits 4-6 of the address are
-  // permuted by bits 7-9.
-  static int read(std::uint64_t of, int token, int k) {
-    const auto start = static_cast<std::int64_t>(of & 0x3fffu) * 16, stride = static_cast<std::int64_t>(of >> 32 & 0x3fffu) * 16;
-    const std::int64_t address = start + token / 8 * stride + token % 8 * 128 + k;
-    return static_cast<std::int8_t>(shared_memory[address ^ (address >> 3 & 0x70)]);
-  }
+  // The code of a token at depth `k` of what a descriptor is of.
+  static int read(std::uint64_t of, int token, int k) { return static_cast<std::int8_t>(*described(of, token, k)); }
 
   // The left operand's registers are those of mma.m16n8k32, for each warp's 16 rows.
   void multiply(const Stage<kTokens>& stage, const Weights<kBits, kHigh>& weights, const Product& p, int tile_row,

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../../common/block.h"
+#include "../../common/wgmma.cuh"
 #include "launch.h"
 #include "tiles.h"
 
@@ -16,7 +17,6 @@ constexpr int kPieces = kDepth / kPiece;  // in a row
 constexpr int kStages = 3;
 constexpr int kSums = kTile * kTile / kThreads;  // that a thread holds
 constexpr int kTilePitch = kTile + kPiece;       // of the result in shared memory
-constexpr int kSwizzleAlignment = 1024;          // bytes: eight rows, after which the permutation repeats
 
 // Where the piece lies in a factor's stage, in values.
 MF_DEVICE constexpr int place_in_stage(int row, int piece) {
