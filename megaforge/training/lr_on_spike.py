@@ -55,7 +55,7 @@ class ReduceOnSpike(Callback):
         return cls(flags.lr_on_spike, flags.lr_spike_window) if flags.lr_on_spike is not None else None
 
     def on_step_start(self, trainer: Trainer) -> None:
-        # It is no part of the trainer's factors between steps: without this flag nothing would let it fade.
+        # It is not a part of the trainer's factors between steps: without this flag nothing would let it fade.
         trainer.lr_factors["spike"] = self.factor**self.reduced if self.reduced else 1.0
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:

@@ -37,7 +37,7 @@ class ReduceOnPlateau(Callback):
         trainer.lr_factors["plateau"] = self.factor
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        # It is no part of the trainer's factors between steps: a run that goes on without plateaus is at the
+        # It is not a part of the trainer's factors between steps: a run that goes on without plateaus is at the
         # scheduled rate.
         trainer.lr_factors.pop("plateau", None)
 

@@ -57,7 +57,7 @@ class PlateauBoost(Callback):
         return cls(flags) if flags.plateau_boost else None
 
     def on_step_start(self, trainer: Trainer) -> None:
-        # It is no part of the trainer's factors between steps: a checkpoint that is continued without this flag goes
+        # It is not a part of the trainer's factors between steps: a checkpoint that is continued without this flag goes
         # on at the scheduled rate.
         if self.boosting:
             trainer.lr_factors[self.state_name or ""] = self.factor

@@ -48,8 +48,8 @@ class BlockType(ABC):
             uint8 [N, row_bytes(K)].
 
         Raises:
-            ValueError: K is no multiple of the block, a code is not one of the type's, or a scale is not finite or is
-                lost in fp16.
+            ValueError: K is not a multiple of the block, a code is not one of the type's, or a scale is not finite or
+                is lost in fp16.
         """
         rows, columns = codes.shape
         if columns % self.weights:

@@ -16,7 +16,7 @@ def pack_rows(codes: Tensor) -> Tensor:
         uint8 [N/4, K].
 
     Raises:
-        ValueError: N is no multiple of 4: transformers makes room for N // 4 rows; or a code is none of the three.
+        ValueError: N is not a multiple of 4: transformers makes room for N // 4 rows; or a code is none of the three.
     """
     rows, columns = codes.shape
     if rows % 4:
