@@ -133,6 +133,9 @@ class ParallelContext:
         groups = (axes[name].group for name in AXES if name in axes)
         connect((group for group in groups if group is not None), device)
         control = _make_control_group(timeout)
+        # A rank that ends at once (a flag that it refuses) must not close its connections while another still makes its
+        # own: that one would report a lost peer in place of the refusal.
+        dist.barrier(control)
         return cls._of_axes(device, {name: axes.get(name, ctx.axis(name)) for name in AXES}, control)
 
     def axis(self, name: str) -> Axis:

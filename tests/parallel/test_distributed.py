@@ -6,6 +6,8 @@ import datetime
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -79,6 +81,30 @@ def connected_groups() -> list[str]:
 
 def test_all_axes_are_connected_in_one_order(ranks) -> None:
     assert ranks.run(4, connected_groups) == [["tp", "dp", "ep", "edp", "dp_cp", "world"]] * 4
+
+
+def slow_first_rank(mark: str) -> bool:
+    """Whether rank 0, which is late with its last group, has made it when ``create`` is over on this rank."""
+    original = context._make_control_group
+
+    def late(timeout: datetime.timedelta | None) -> object:
+        group = original(timeout)
+        time.sleep(0.3)
+        Path(mark).touch()
+        return group
+
+    if dist.get_rank() == 0:
+        context._make_control_group = late  # type: ignore[assignment]
+    try:
+        ParallelContext.create(tp=2)
+    finally:
+        context._make_control_group = original
+    return Path(mark).exists()
+
+
+def test_no_rank_goes_on_while_another_makes_its_groups(ranks, tmp_path: Path) -> None:
+    """One that ended at once would close its connections, and the other would report a lost peer."""
+    assert ranks.run(2, slow_first_rank, str(tmp_path / "made")) == [True, True]
 
 
 def axis_ranks(tp: int) -> tuple[int, int, int]:
