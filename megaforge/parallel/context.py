@@ -135,7 +135,7 @@ class ParallelContext:
         control = _make_control_group(timeout)
         # A rank that ends at once (a flag that it refuses) must not close its connections while another still makes its
         # own: that one would report a lost peer in place of the refusal.
-        dist.barrier(control)
+        dist.all_reduce(torch.zeros(1), group=control)
         return cls._of_axes(device, {name: axes.get(name, ctx.axis(name)) for name in AXES}, control)
 
     def axis(self, name: str) -> Axis:
