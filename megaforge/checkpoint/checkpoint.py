@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megaforge.checkpoint import directory as directories
 from megaforge.checkpoint.directory import (
+    Retention,
     abandon_later,
     discard_temporary,
     excess_checkpoints,
@@ -169,19 +170,15 @@ def _abandon_later(directory: Path, step: int) -> None:
         )
 
 
-def enforce_retention(newest: Path, ctx: ParallelContext, keep_last: int, keep_best: int) -> None:
+def enforce_retention(newest: Path, ctx: ParallelContext, keep: Retention) -> None:
     """Removes the checkpoints beside ``newest``, just published, that need not be kept. Collective.
-
-    Args:
-        keep_last: checkpoints to keep, newest first; 0 keeps all.
-        keep_best: further ones to keep, lowest score first.
 
     Raises:
         CheckpointError: the files of the newest are not as long as they were written; nothing is removed then.
     """
 
     def enforce() -> None:
-        excess = excess_checkpoints(newest.parent, keep_last, keep_best, newest)
+        excess = excess_checkpoints(newest.parent, keep, newest)
         if not excess:
             return
         checked = (check_length(newest / name, record) for name, record in read_manifest(newest).files.items())

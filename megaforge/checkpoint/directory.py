@@ -17,8 +17,10 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 from megaforge.checkpoint.manifest import Manifest, read_manifest, write_and_sync, write_manifest
+from megaforge.config.run_config import CheckpointConfig
 from megaforge.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -147,14 +149,35 @@ def set_aside_names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if _ASIDE.fullmatch(path.name))
 
 
-def excess_checkpoints(directory: Path, keep_last: int, keep_best: int, newest: Path) -> list[Path]:
-    """The checkpoints that may go: not among the ``keep_last`` newest (0: all stay), nor the ``keep_best`` of lowest
-    metric, nor ``newest``, which was just written. A score of another metric than that of ``newest`` says nothing."""
-    if not keep_last:
+class Retention(NamedTuple):
+    """Which checkpoints stay.
+
+    Attributes:
+        last: so many newest; 0: all.
+        best: so many of the lowest metric.
+        every: those of iterations divisible by it; 0: none.
+    """
+
+    last: int = 0
+    best: int = 0
+    every: int = 0
+
+    @classmethod
+    def of(cls, flags: CheckpointConfig) -> Retention:
+        """What the flags ask for. ``--save-retain-interval`` asks that others go, if only by and by."""
+        every = flags.save_retain_interval or 0
+        return cls(max(flags.keep_last, 1) if every else flags.keep_last, flags.keep_best, every)
+
+
+def excess_checkpoints(directory: Path, keep: Retention, newest: Path) -> list[Path]:
+    """The checkpoints that may go: none that ``keep`` names, nor ``newest``, which was just written. A score of another
+    metric than that of ``newest`` says nothing."""
+    if not keep.last:
         return []
-    steps = [path for _, path in list_steps(directory)]
-    kept = {newest, *steps[:keep_last]}
-    if keep_best:
+    numbered = list_steps(directory)
+    steps = [path for _, path in numbered]
+    kept = {newest, *steps[: keep.last], *(path for step, path in numbered if keep.every and step % keep.every == 0)}
+    if keep.best:
         scored = []
         judged_by = _metric_name(read_manifest(newest))
         for path in steps:
@@ -164,7 +187,7 @@ def excess_checkpoints(directory: Path, keep_last: int, keep_best: int, newest: 
                 continue  # no metric to be best by; whether it is damaged is for the next load to say
             if manifest.metric is not None and _metric_name(manifest) == judged_by:
                 scored.append((manifest.metric, path))
-        kept.update(path for _, path in sorted(scored)[:keep_best])
+        kept.update(path for _, path in sorted(scored)[: keep.best])
     return [path for path in steps if path not in kept]
 
 

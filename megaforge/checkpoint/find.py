@@ -116,6 +116,18 @@ def holds_no_checkpoint(directory: str | Path, ctx: ParallelContext) -> bool:
     return from_first_rank(ctx, nothing)
 
 
+def holds_other_program(directory: str | Path, ctx: ParallelContext) -> bool:
+    """Whether ``directory`` has what another program keeps a model in: Megatron-LM's mark, or published weights.
+    Collective."""
+    directory = Path(directory)
+
+    def other() -> bool:
+        marks = ("latest_checkpointed_iteration.txt", "config.json", "*.safetensors", "*.pth")
+        return directory.is_dir() and any(next(directory.glob(mark), None) for mark in marks)
+
+    return from_first_rank(ctx, other)
+
+
 def find_checkpoint(directory: str | Path, ctx: ParallelContext, *, quarantine_damaged: bool = False) -> Path:
     """The newest checkpoint below ``directory`` that verifies, or ``directory`` itself when it is one checkpoint.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from megaforge.config import megatron
 from megaforge.config.arguments import ArgumentParser
+from megaforge.config.checkpoint_source import at_step, take_checkpoint_args
 from megaforge.config.config import Config
 from megaforge.config.entry import launched_rank, run_entry
 from megaforge.config.launcher import print_rank_0
@@ -36,7 +37,8 @@ __all__ = ["ParsedConfig", "config_from_dict", "config_to_dict", "format_config"
 @dataclass(frozen=True)
 class ParsedConfig:
     """A configuration and where each of its values came from: ``origins["section.name"]`` is ``default``,
-    ``preset NAME``, ``FILE:LINE`` or ``command line FLAG``. ``notes`` say where Megatron-LM would mean otherwise."""
+    ``preset NAME``, ``FILE:LINE``, ``checkpoint PATH`` or ``command line FLAG``. ``notes`` say where Megatron-LM would
+    mean otherwise."""
 
     config: Config
     origins: Mapping[str, str]
@@ -73,6 +75,8 @@ def parse_config(
         origins[key] = f"command line {spelling}"
     _leave_vocabulary_to_tokenizer(values, origins)
     choose_lengths(values, origins, typed, lists_all=False)
+    at_step(values)
+    taken = take_checkpoint_args(values, origins, typed)
     config = build_config(layer.name, values)
     if namespace.print_config and launched_rank()[0] == 0:
         print(format_config(ParsedConfig(config, origins)))
@@ -80,7 +84,7 @@ def parse_config(
     notes = check_partners(config, origins)
     if namespace.print_config:
         sys.exit(0)
-    for note in notes:
+    for note in (*taken, *notes):
         print_rank_0(note)
     return ParsedConfig(config, origins)
 

@@ -58,7 +58,6 @@ _OURS: Mapping[str, str] = {
     "--reset-position-ids": "--reset-at-document-boundaries, which does both at once",
     "--reset-attention-mask": "--reset-at-document-boundaries, which does both at once",
     "--dataloader-inter-document-masking": "--reset-at-document-boundaries",
-    "--ckpt-step": "--load DIR/step_N, of seven digits",
     "--wandb-exp-name": "--run-name",
     "--deterministic-mode": "--deterministic",
     "--skip-train": "tools/evaluate.py",

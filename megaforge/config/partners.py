@@ -107,6 +107,14 @@ PARTNERS = (
         "only checkpoints of evaluated iterations have a score: make --save-interval a multiple of --eval-interval, "
         "both in iterations or both in epochs",
     ),
+    Partner(("checkpoint.save_retain_interval",), lambda c: c.checkpoint.save, _NO_SAVE),
+    Partner(("checkpoint.ckpt_step",), lambda c: c.checkpoint.load, "there is no directory of it: add --load DIR"),
+    Partner(
+        ("checkpoint.exit_on_missing_checkpoint",),
+        lambda c: c.checkpoint.load,
+        "nothing is loaded: it changes nothing",
+        refuse=False,
+    ),
     Partner(
         ("checkpoint.finetune",),
         lambda c: c.checkpoint.load,
@@ -442,4 +450,4 @@ def check_partners(config: Config, origins: Mapping[str, str]) -> list[str]:
 
 
 def _written(origin: str) -> bool:
-    return origin != "default" and not origin.startswith("preset ")
+    return origin != "default" and not origin.startswith(("preset ", "checkpoint "))

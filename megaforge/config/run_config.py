@@ -281,9 +281,29 @@ class CheckpointConfig:
         "at the end of the run, write trained_model.pt and phase5_metadata.json from its last checkpoint there",
         metavar="DIR",
     )
+    exit_on_missing_checkpoint: bool = flag(
+        True, "end where --load holds no checkpoint; otherwise the run then starts anew, and says so"
+    )
+    pretrained_checkpoint: str | None = flag(
+        None, "checkpoint directory whose weights the run starts from while --load holds nothing", metavar="DIR"
+    )
+    use_checkpoint_args: bool = flag(
+        False, "take the flags of the model section, and the tokenizer where none is named, from the checkpoint"
+    )
+    ckpt_step: int | None = flag(None, "with --load DIR: its checkpoint of this iteration, not the newest", least=0)
+    save_retain_interval: int | None = flag(
+        None,
+        "keep the checkpoints of iterations divisible by this, and otherwise --keep-last (0 means 1 here)",
+        least=1,
+    )
 
     def validate(self) -> None:
-        """The fields' bounds are all there is to check."""
+        every, retained = self.save_interval, self.save_retain_interval
+        if every and retained is not None and retained % every:
+            raise UserError(
+                f"--save-retain-interval {retained}: no checkpoint may be due then; make it a multiple of "
+                f"--save-interval {every}"
+            )
 
 
 @dataclass(frozen=True)

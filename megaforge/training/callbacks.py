@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaforge.checkpoint.checkpoint import enforce_retention
+from megaforge.checkpoint.directory import Retention
 from megaforge.monitor.sinks import MetricSink
 from megaforge.parallel.flat_shard import Entry
 from megaforge.training.intervals import Interval
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from megaforge.training.trainer import Trainer
 
 LARGER_IS_BETTER = frozenset({"accuracy"})
+_KEEP_ALL = Retention()
 
 
 class Place(IntEnum):
@@ -198,21 +200,21 @@ class EarlyStopping(Callback):
 class Checkpointing(Callback):
     """Saves at each ``interval``, when the time asks for it, and after the last iteration.
 
-    What is published lets older checkpoints go: all but the ``keep_last`` newest (0: none goes) and the ``keep_best``.
+    What is published lets older checkpoints go, all but those that ``keep`` names.
     """
 
     place = Place.SAVE
 
-    def __init__(self, interval: Interval, keep_last: int = 0, keep_best: int = 0) -> None:
-        self.interval, self.keep_last, self.keep_best = interval, keep_last, keep_best
+    def __init__(self, interval: Interval, keep: Retention = _KEEP_ALL) -> None:
+        self.interval, self.keep = interval, keep
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
         if trainer.finished or trainer.save_due or self.interval.is_due(trainer):
             trainer.save()
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
-        if self.keep_last:
-            enforce_retention(path, trainer.ctx, self.keep_last, self.keep_best)
+        if self.keep.last:
+            enforce_retention(path, trainer.ctx, self.keep)
 
 
 class ExitInterval(Callback):

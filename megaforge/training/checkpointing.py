@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from collections import Counter
@@ -13,7 +14,7 @@ import megaforge
 from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from megaforge.checkpoint.compatible import check_compatible, describe_run
 from megaforge.checkpoint.directory import list_steps
-from megaforge.checkpoint.find import find_checkpoint, holds_no_checkpoint
+from megaforge.checkpoint.find import find_checkpoint, holds_no_checkpoint, holds_other_program
 from megaforge.checkpoint.stateful import Stateful, tensors_of
 from megaforge.config.launcher import print_rank_0
 from megaforge.config.run_config import CheckpointConfig
@@ -21,6 +22,7 @@ from megaforge.data.tokenizer import Tokenizer
 from megaforge.device import get_random_state, set_random_state
 from megaforge.errors import UserError
 from megaforge.parallel.agree import exchange
+from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import Entry
 from megaforge.training.callbacks import LARGER_IS_BETTER, Callback
 from megaforge.training.continuing import changed_settings, check_update_rule, settle_schedule
@@ -140,28 +142,27 @@ def _score(trainer: Trainer) -> float | None:
 
 
 def load_run(trainer: Trainer) -> Path | None:
-    """Fills ``trainer`` from the newest valid checkpoint of ``--load``; ``--finetune``: its weights only. Collective.
+    """Fills ``trainer`` from the newest valid checkpoint of ``--load``; ``--finetune``: its weights only; from the
+    weights of ``--pretrained-checkpoint`` where ``--load`` holds nothing yet. Collective.
 
     Returns:
-        The checkpoint, or None where the run starts from the beginning: ``--load`` and ``--save`` name one directory,
-        and nothing has been saved there.
+        The checkpoint, or None where the run starts from the beginning: nothing is there, and nothing needs to be
+        (:func:`_may_be_missing`).
 
     Raises:
         UserError: on every rank: no valid checkpoint, one of another model or tokenizer, or another order of data.
     """
     config, ctx, optimizer = trainer.config, trainer.ctx, trainer.optimizer
-    if config.checkpoint.load is None:
+    flags, own = config.checkpoint, loads_own_checkpoints(config.checkpoint)
+    if flags.load is None and flags.pretrained_checkpoint is None:
         raise UserError("--load is not set, so there is nothing to continue from")
-    own = loads_own_checkpoints(config.checkpoint)
-    if own and not config.checkpoint.finetune and holds_no_checkpoint(config.checkpoint.load, ctx):
-        return None
-    path = find_checkpoint(config.checkpoint.load, ctx, quarantine_damaged=own)
+    if flags.load is None or (_may_be_missing(flags, own) and _is_missing(flags.load, ctx)):
+        return None if flags.pretrained_checkpoint is None else _load_pretrained(trainer, flags.pretrained_checkpoint)
+    if flags.finetune:
+        return _load_weights(trainer, flags.load, quarantine_damaged=own)
+    path = find_checkpoint(flags.load, ctx, quarantine_damaged=own)
     meta = read_meta(path)
     check_compatible(meta, config, trainer.tokenizer, source=str(path))
-    if config.checkpoint.finetune:
-        load_checkpoint(path, optimizer.weight_entries(), ctx, verify=False, allow_extra=("",), cast=True)
-        optimizer.after_load()
-        return path
     _check_is_run(meta, path)
     fresh = _start_over(trainer, meta, own)
     _go_to(trainer, meta, fresh)
@@ -177,6 +178,39 @@ def load_run(trainer: Trainer) -> Path | None:
     # What lies in --save beyond this iteration is of a past that this run went back behind.
     trainer.saved_iteration = trainer.iteration
     return path
+
+
+def _may_be_missing(flags: CheckpointConfig, own: bool) -> bool:
+    """Whether a run may start although ``--load`` holds no checkpoint: where it continues itself (``own``), where there
+    are other weights to start from, or where the user says so. One step of many, and weights to finetune, must be
+    there."""
+    if flags.ckpt_step is not None or (flags.finetune and flags.pretrained_checkpoint is None):
+        return False
+    return own or flags.pretrained_checkpoint is not None or not flags.exit_on_missing_checkpoint
+
+
+def _is_missing(directory: str, ctx: ParallelContext) -> bool:
+    """Whether there is nothing, neither of ours nor of another program, whose model a fresh start would ignore."""
+    return holds_no_checkpoint(directory, ctx) and not holds_other_program(directory, ctx)
+
+
+def _load_weights(trainer: Trainer, directory: str, *, quarantine_damaged: bool = False) -> Path:
+    """The weights alone, for a new run."""
+    path = find_checkpoint(directory, trainer.ctx, quarantine_damaged=quarantine_damaged)
+    flags = dataclasses.replace(trainer.config.checkpoint, finetune=True)
+    config = dataclasses.replace(trainer.config, checkpoint=flags)
+    check_compatible(read_meta(path), config, trainer.tokenizer, source=str(path))
+    entries = trainer.optimizer.weight_entries()
+    load_checkpoint(path, entries, trainer.ctx, verify=False, allow_extra=("",), cast=True)
+    trainer.optimizer.after_load()
+    return path
+
+
+def _load_pretrained(trainer: Trainer, directory: str) -> Path:
+    try:
+        return _load_weights(trainer, directory)
+    except UserError as error:
+        raise UserError(str(error).replace("--load", "--pretrained-checkpoint", 1)) from error
 
 
 def _go_to(trainer: Trainer, meta: dict[str, Any], fresh: list[str]) -> None:

@@ -6,13 +6,13 @@ import dataclasses
 from pathlib import Path
 
 from megaforge.config.check_layout import vocabulary_cost
+from megaforge.config.checkpoint_source import newest_meta
 from megaforge.config.config import Config
 from megaforge.config.launcher import discover_launch, print_rank_0
 from megaforge.data.data_source import source_kind, unread_settings
 from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.errors import UserError
-from megaforge.json_text import parse_json
 from megaforge.models.prepared_run import PreparedRun, check_run
 
 
@@ -44,27 +44,24 @@ def _with_saved_vocabulary(config: Config) -> tuple[Config, Tokenizer | None, li
     """As :func:`megaforge.data.run_tokenizer.with_run_tokenizer`, and a run that continues without a ``--vocab-size``
     keeps its checkpoint's where that is larger than the tokenizer's: presets once had their own."""
     found, tokenizer, notes = with_run_tokenizer(config)
-    if config.checkpoint.load is None or config.model.vocab_size is not None or tokenizer is None:
+    loaded = [name for name in (config.checkpoint.load, config.checkpoint.pretrained_checkpoint) if name is not None]
+    if not loaded or config.model.vocab_size is not None or tokenizer is None:
         return found, tokenizer, notes
-    saved = _saved_vocabulary(Path(config.checkpoint.load))
+    directory = next((name for name in loaded if newest_meta(Path(name))), loaded[0])
+    saved = _saved_vocabulary(Path(directory))
     if saved is None or saved <= tokenizer.vocab_size:
         return found, tokenizer, notes
     model = dataclasses.replace(config.model, vocab_size=saved)
     note = vocabulary_cost(model, tokenizer.vocab_size)
-    kept = f"--vocab-size {saved}, as in the checkpoints of --load {config.checkpoint.load}"
+    kept = f"--vocab-size {saved}, as in the checkpoints of {directory}"
     return dataclasses.replace(config, model=model), tokenizer, [f"{kept} ({note})" if note else kept]
 
 
 def _saved_vocabulary(directory: Path) -> int | None:
-    """``--vocab-size`` of the newest checkpoint; None where there is none to read, which is for loading to say.
-
-    Reads the manifest as plain JSON: the checkpoint's own reader needs torch.
-    """
-    steps = [path for path in directory.glob("step_*") if "." not in path.name]  # others were set aside
-    manifests = [path / "manifest.json" for path in (directory, *sorted(steps, reverse=True))]
+    """``--vocab-size`` of the newest checkpoint; None where there is none to read, which is for loading to say."""
+    found = newest_meta(directory)
     try:
-        content = parse_json(next(path for path in manifests if path.is_file()).read_text(encoding="utf-8"))
-        size = content["meta"]["config"]["model"]["vocab_size"]
-    except (StopIteration, OSError, ValueError, KeyError, TypeError):
+        size = None if found is None else found[1]["config"]["model"]["vocab_size"]
+    except (KeyError, TypeError):
         return None
     return size if isinstance(size, int) else None

@@ -10,6 +10,7 @@ from math import ceil
 import torch
 import torch.distributed as dist
 
+from megaforge.checkpoint.directory import Retention
 from megaforge.config.config import Config
 from megaforge.config.lr_shapes import RateShape
 from megaforge.config.schema import config_to_dict
@@ -143,12 +144,11 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext) -> Trainer:
     shape: RateShape = LR_SCHEDULES.get(config.optimizer.lr_decay_style)
     for name in dict.fromkeys((*shape.callbacks, *config.training.callbacks)):
         trainer.add(CALLBACKS.get(name)(trainer))
-    if config.checkpoint.load is not None:
+    flags = config.checkpoint
+    if flags.load is not None or flags.pretrained_checkpoint is not None:
         path = load_run(trainer)
-        load = config.checkpoint.load
-        print_rank_0(
-            f"loading {path}" if path else f"--load {load}: nothing was saved there yet, so the run starts anew"
-        )
+        anew = f"--load {flags.load}: nothing was saved there yet, so the run starts anew"
+        print_rank_0(f"loading {path}" if path else anew)
     for line in described(trainer.config, data, trainer.progress):
         print_rank_0(line)
     goes_on = config.checkpoint.load is not None and not config.checkpoint.finetune
@@ -223,7 +223,7 @@ def _callbacks(config: Config, progress: Progress) -> list[Callback]:
         callbacks.append(Evaluation(interval(config, data, "training.eval_interval")))
         callbacks.append(EarlyStopping(training.early_stopping_metric, training.early_stopping_patience))
     if checkpoint.save is not None:
-        callbacks.append(Checkpointing(save_interval(config, progress), checkpoint.keep_last, checkpoint.keep_best))
+        callbacks.append(Checkpointing(save_interval(config, progress), Retention.of(checkpoint)))
     if (output := Phase6Output.of(config)) is not None:
         callbacks.append(output)
     if config.logging.profile:

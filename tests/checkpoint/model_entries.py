@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.planner import SavePlan
 
 from megaforge.checkpoint.checkpoint import enforce_retention, layout_of, save_checkpoint
-from megaforge.checkpoint.directory import commit
+from megaforge.checkpoint.directory import Retention, commit
 from megaforge.checkpoint.planner import ShardSavePlanner
 from megaforge.checkpoint.shards import TensorEntry, build_shards
 from megaforge.checkpoint.storage import CheckpointHead, CheckpointWriter
@@ -54,10 +54,12 @@ def model_entries(ctx: ParallelContext, *, filled: bool) -> list[TensorEntry]:
     return entries
 
 
-def save_and_retain(directory: Path, step: int, entries, meta, ctx, *, keep_last=0, keep_best=0, **how) -> Path:
+def save_and_retain(
+    directory: Path, step: int, entries, meta, ctx, *, keep_last=0, keep_best=0, keep_every=0, **how
+) -> Path:
     """:func:`save_checkpoint`, and what follows where older checkpoints may go."""
     path = save_checkpoint(directory, step, entries, meta, ctx, **how)
-    enforce_retention(path, ctx, keep_last, keep_best)
+    enforce_retention(path, ctx, Retention(keep_last, keep_best, keep_every))
     return path
 
 

@@ -18,11 +18,12 @@ import torch
 
 from megaforge.checkpoint import checkpoint as checkpoint_module
 from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta, save_checkpoint
-from megaforge.checkpoint.directory import commit
+from megaforge.checkpoint.directory import Retention, commit
 from megaforge.checkpoint.find import find_checkpoint, holds_no_checkpoint
 from megaforge.checkpoint.manifest import MANIFEST_FILE, SUMS_FILE, read_manifest, write_manifest
 from megaforge.checkpoint.safetensors_file import FileRecord
 from megaforge.checkpoint.shards import TensorEntry
+from megaforge.config.run_config import CheckpointConfig
 from megaforge.errors import CheckpointError, DamagedCheckpointError, UserError
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import ParamSpec
@@ -306,6 +307,15 @@ def test_keep_last_and_keep_best(tmp_path):
     assert _names(tmp_path) == ["latest", "step_0000002", "step_0000005", "step_0000006"]
     _save(tmp_path, 7, keep_last=1)
     assert _names(tmp_path) == ["latest", "step_0000007"]
+
+
+def test_keep_every(tmp_path):
+    """Multiples stay, the newest too, and the rest goes."""
+    for step in range(1, 8):
+        _save(tmp_path, step, keep_last=1, keep_every=3)
+    assert _names(tmp_path) == ["latest", "step_0000003", "step_0000006", "step_0000007"]
+    flags = CheckpointConfig(keep_last=0, save_retain_interval=4)
+    assert (Retention.of(flags), Retention.of(CheckpointConfig(keep_last=0)).last) == (Retention(1, 0, 4), 0)
 
 
 def test_scores_of_another_metric_do_not_count(tmp_path):

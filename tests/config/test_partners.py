@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from megaforge.config.cli import parse_config
@@ -22,6 +24,8 @@ REFUSED = [
     (("--save-interval", "0"), (), "--save DIR"),
     (("--save-interval-epochs", "0.5"), (), "--save DIR"),
     (("--keep-last", "9"), (), "--save DIR"),
+    (("--save-retain-interval", "9"), (), "--save DIR"),
+    (("--ckpt-step", "9"), (), "--load DIR"),
     (("--keep-best", "1"), EVALUATED, "--save DIR"),
     (("--keep-best", "1"), ("--save", "r"), "--eval-iters N"),
     (("--keep-best", "1"), ("--save", "r", "--eval-iters", "1"), "--eval-interval N"),
@@ -88,6 +92,7 @@ SAID = [
     (("--num-experts", "4"), DENSE, "--ffn moe"),
     (("--moe-router-score-function", "sigmoid"), DENSE, "--ffn moe"),
     (("--no-load-optim",), (), "--load"),
+    (("--no-exit-on-missing-checkpoint",), (), "nothing is loaded"),
     (("--reset-data",), ("--load", "r", "--finetune"), "--finetune"),
     (("--exit-interval", "2"), (), "--save"),
     (("--exit-interval-epochs", "2"), (), "--save"),
@@ -159,6 +164,6 @@ def test_quiet_beside_its_partner(line: tuple[str, ...], capsys: pytest.CaptureF
 
 
 def test_every_rule_has_a_line_above() -> None:
-    tried = {flag[0].replace("--no-decoupled", "--decoupled") for flag, _, _ in REFUSED + SAID}
+    tried = {re.sub("--no-(decoupled|exit)", r"--\1", flag[0]) for flag, _, _ in REFUSED + SAID}
     for partner in PARTNERS:
         assert tried & {settings()[key].flag for key in partner.keys}, partner.text

@@ -13,13 +13,14 @@ import torch
 from megaforge.checkpoint.checkpoint import read_meta
 from megaforge.checkpoint.directory import list_steps
 from megaforge.checkpoint.stateful import Stateful
+from megaforge.errors import UserError
 from megaforge.parallel.flat_shard import Entry, optimizer_shard
 from megaforge.parallel.param_spec import named_specs
 from megaforge.training.callbacks import Callback, Place
 from megaforge.training.checkpointing import load_run, stateful_parts
 from megaforge.training.metrics import StepMetrics
 from megaforge.training.trainer import Trainer
-from tests.training.tiny import arguments, make_trainer, write_dataset
+from tests.training.tiny import arguments, make_trainer, weights, write_dataset
 
 
 class WeightMeans(Callback):
@@ -105,3 +106,38 @@ def test_names_are_taken_once_and_lead_the_keys(prefix: str, tmp_path: Path) -> 
     trainer.stateful["optimizer"] = part
     with pytest.raises(ValueError, match="2 parts of the run want to be kept in checkpoints as 'optimizer'"):
         stateful_parts(trainer)
+
+
+def test_a_run_starts_where_its_checkpoint_may_be_missing(
+    prefix: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """From other weights while there is nothing of its own, then from its own; from nothing where that is allowed."""
+    other, save, missing = (str(tmp_path / name) for name in ("other", "run", "missing"))
+    first = run_tiny(arguments(prefix, "--save", other, "--train-iters", "1"))
+    line = arguments(prefix, "--pretrained-checkpoint", other, "--train-iters", "2")
+    for more in ((), ("--load", missing), ("--load", missing, "--finetune")):
+        trainer = make_trainer([*line, *more])
+        assert trainer.iteration == 0 and all(map(torch.equal, weights(trainer).values(), weights(first).values()))
+    line += ["--save", save, "--load", save]
+    run_tiny(line)
+    assert make_trainer(line).iteration == 2, "its own checkpoint goes before"
+    with pytest.raises(UserError, match=f"^--pretrained-checkpoint {missing}: does not exist"):
+        make_trainer(arguments(prefix, "--pretrained-checkpoint", missing))
+
+    capfd.readouterr()
+    lenient = arguments(prefix, "--no-exit-on-missing-checkpoint", "--load", missing)
+    assert make_trainer(lenient).iteration == 0
+    assert f"--load {missing}: nothing was saved there yet, so the run starts anew" in capfd.readouterr().err
+    for more in (("--finetune",), ("--ckpt-step", "4"), ("--exit-on-missing-checkpoint",)):
+        with pytest.raises(UserError, match="does not exist"):
+            make_trainer([*lenient, *more])
+    (tmp_path / "missing").mkdir()
+    (tmp_path / "missing" / "latest_checkpointed_iteration.txt").write_text("100")
+    with pytest.raises(UserError, match="it holds latest_checkpointed_iteration.txt"):
+        make_trainer(lenient)
+
+
+def run_tiny(line: list[str]) -> Trainer:
+    trainer = make_trainer(line)
+    trainer.train()
+    return trainer
