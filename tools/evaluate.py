@@ -29,6 +29,7 @@ from megaforge.config.entry import run_entry
 from megaforge.config.launcher import discover_launch
 from megaforge.data.split import PARTS
 from megaforge.errors import UserError
+from megaforge.inference.open_model import add_model_flags, open_model
 
 if TYPE_CHECKING:
     from megaforge.inference.evaluation import Stream
@@ -39,27 +40,12 @@ if TYPE_CHECKING:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags of the command line."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--load",
-        required=True,
-        metavar="DIR|FILE.safetensors",
-        help="a run's --save directory, one checkpoint, or a file made of one",
-    )
+    add_model_flags(parser)
     parser.add_argument("--input", required=True, help="a text, JSON Lines or Parquet file, or a dataset's prefix")
     parser.add_argument("--part", choices=(*PARTS, "all"), help="which documents of a dataset (default: see above)")
     parser.add_argument("--json-key", metavar="KEY", help="where a JSONL line has its text (default: as in training)")
-    parser.add_argument("--tokenizer-model", metavar="FILE", help="where the tokenizer is now, if it was moved")
     parser.add_argument("--seq-length", type=integer(1), help="tokens of a window (default: as in training)")
     parser.add_argument("--batch-size", type=integer(1), default=8, help="windows computed at once")
-    parser.add_argument("--tp", type=integer(1), help="tensor-parallel size (default: all ranks of a stage)")
-    parser.add_argument("--pp", type=integer(1), default=1, help="pipeline stages, one a rank")
-    parser.add_argument("--ema", action="store_true", help="with the average of the weights (--ema-decay)")
-    parser.add_argument(
-        "--use-custom-kernels",
-        action="store_true",
-        help="multiply quantized matrices by packed 1-, 2- or 4-bit kernels",
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="where to compute")
     parser.add_argument("--baseline", choices=("bigram",), help="also fit this model and print it beside ours")
     parser.add_argument("--train-data", metavar="PREFIX", help="what the baseline is fitted on")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -152,13 +138,10 @@ def main() -> int:
     flags = parse_arguments()
     discover_launch()
     from megaforge.inference.evaluation import evaluate_stream
-    from megaforge.inference.restore import load_trained_model
     from megaforge.parallel.distributed import shutdown
 
     check_input(flags)
-    trained = load_trained_model(
-        flags.load, tp=flags.tp, pp=flags.pp, device=flags.device, ema=flags.ema, kernels=flags.use_custom_kernels
-    )
+    trained = open_model(flags)
     stream = load_stream(flags, trained)
     if len(stream.tokens) < 2:
         raise UserError(f"--input {flags.input}: there is nothing to predict in a single token; give it more text")

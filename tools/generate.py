@@ -27,6 +27,7 @@ from megaforge.config.arguments import ArgumentParser, integer, number
 from megaforge.config.entry import run_entry
 from megaforge.config.launcher import discover_launch
 from megaforge.errors import UserError
+from megaforge.inference.open_model import add_model_flags, open_model
 
 if TYPE_CHECKING:
     from megaforge.data.tokenizer import Tokenizer
@@ -39,12 +40,7 @@ if TYPE_CHECKING:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags of the command line."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--load",
-        required=True,
-        metavar="DIR|FILE.safetensors",
-        help="a run's --save directory, one checkpoint, or a file made of one",
-    )
+    add_model_flags(parser)
     _add_texts(parser)
     parser.add_argument("--max-new-tokens", type=integer(0), default=100, help="tokens to draw at most")
     parser.add_argument("--temperature", type=number(0), default=0.8, help="0 takes the most likely token")
@@ -53,16 +49,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--top-p", type=number(above=0, most=1), default=0.95, help="draw among the most likely of this total share"
     )
     parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, help="of the draws")
-    parser.add_argument("--tokenizer-model", metavar="FILE", help="where the tokenizer is now, if it was moved")
-    parser.add_argument("--tp", type=integer(1), help="tensor-parallel size (default: all ranks of a stage)")
-    parser.add_argument("--pp", type=integer(1), default=1, help="pipeline stages, one a rank")
-    parser.add_argument("--ema", action="store_true", help="with the average of the weights (--ema-decay)")
-    parser.add_argument(
-        "--use-custom-kernels",
-        action="store_true",
-        help="multiply quantized matrices by packed 1-, 2- or 4-bit kernels",
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="where to compute")
     flags = parser.parse_args(arguments)
     if "" in flags.stop:
         raise UserError("--stop '': an empty text would end every continuation at once")
@@ -210,14 +196,11 @@ def main() -> int:
         by_name = "jsonl" if flags.prompt_file.endswith((".jsonl", ".ndjson")) else "lines"
         prompts = read_prompts(flags.prompt_file, (flags.prompt_format or by_name) == "jsonl")
     from megaforge.inference.generation import Sampling
-    from megaforge.inference.restore import load_trained_model
     from megaforge.parallel.distributed import shutdown
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     sampling.validate(flags.num_samples)
-    trained = load_trained_model(
-        flags.load, tp=flags.tp, pp=flags.pp, device=flags.device, ema=flags.ema, kernels=flags.use_custom_kernels
-    )
+    trained = open_model(flags)
     Writer(flags, trained, trained.load_tokenizer(flags.tokenizer_model)).write(prompts, sampling)
     shutdown()
     return 0

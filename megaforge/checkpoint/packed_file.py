@@ -26,7 +26,7 @@ from megaforge.json_text import parse_json
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layer_context import compute_dtype, make_layer_context
-from megaforge.parallel.param_spec import ParamSpec, named_specs, spec_of
+from megaforge.parallel.param_spec import ParamSpec, give_memory, named_specs, spec_of
 from megaforge.quant.packed import PackedLinear, keep_codes, quantized_layers
 from megaforge.quant.quantizers import WeightScheme
 from megaforge.quant.whole_matrix import CodedMatrix, code_matrix, local_codes, pack_stack, unpack_stack
@@ -140,7 +140,8 @@ class TrainedFile:
 
     @torch.no_grad()
     def load(self, model: nn.Module, ctx: ParallelContext, *, kernels: bool) -> None:
-        """Fills this rank's part of ``model``; its packed matrices keep codes alone.
+        """Fills this rank's part of ``model``; its packed matrices keep codes alone. A model that was built without
+        memory (:class:`megaforge.parallel.layer_context.LayerContext`) gets no more than it keeps.
 
         Raises:
             UserError: the file lacks a weight of the model, or has another shape.
@@ -150,11 +151,12 @@ class TrainedFile:
             if spec.name in self._kinds:
                 layer, op = layers[spec.name]
                 codes, scale = self._local(spec, op.weights, ctx)
-                place = parameter.device
+                place = ctx.device
                 scale = type(scale)(*(None if one is None else one.to(place) for one in scale))
                 keep_codes(layer, PackedLinear(op, codes.to(place), scale, dtype=parameter.dtype, kernels=kernels))
                 continue
             self._check(spec.name, spec.shape)
+            give_memory(parameter, ctx.device)
             for piece in spec.pieces(ctx):
                 piece.local_view(parameter).copy_(self._source.read(spec.name, piece.global_box))
 

@@ -134,7 +134,8 @@ def load_trained_model(
     config = _present_config(meta, path, tp, pp, device)
     plan = check_run(config, launch.world_size).plan
     set_numerics(config, place)
-    model = build_model(make_layer_context(config.model, ctx, dtype=compute_dtype(config.training)), plan)
+    layer = make_layer_context(config.model, ctx, dtype=compute_dtype(config.training))
+    model = build_model(dataclasses.replace(layer, without_memory=file is not None), plan)
     if file is not None:
         together(ctx, lambda: file.load(model, ctx, kernels=kernels))
     else:

@@ -31,6 +31,7 @@ class LayerContext:
         index, count: the block, from 0, and how many the model has. Initial values depend on them.
         first: whether no earlier block has such a mixer.
         token_shift: whether a block's FFN sees each token mixed with the one before it, as RWKV's mixers want it.
+        without_memory: parameters lie on the device meta, until :func:`megaforge.parallel.param_spec.give_memory`.
     """
 
     cfg: ModelConfig
@@ -44,11 +45,13 @@ class LayerContext:
     count: int = 1
     first: bool = True
     token_shift: bool = False
+    without_memory: bool = False
 
     def parameter(self, shape: tuple[int, ...], init: InitRule, **declared: Any) -> nn.Parameter:
         """An uninitialised parameter of global ``shape``; ``declared``: what else :class:`ParamSpec` says of it. Its
         name will be its path in the model (:func:`megaforge.parallel.param_spec.name_parameters`)."""
-        return make_parameter(ParamSpec("", shape, init, **declared), self.ctx, self.dtype)
+        place = torch.device("meta") if self.without_memory else None
+        return make_parameter(ParamSpec("", shape, init, **declared), self.ctx, self.dtype, place)
 
 
 def make_layer_context(

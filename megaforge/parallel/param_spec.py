@@ -175,13 +175,28 @@ def _share(name: str, size: int, dim: int, axis: Axis) -> tuple[int, int]:
     return axis.rank * share, (axis.rank + 1) * share
 
 
-def make_parameter(spec: ParamSpec, ctx: ParallelContext, dtype: torch.dtype) -> nn.Parameter:
-    """An uninitialised local parameter that carries ``spec``; :func:`.init.initialize_parameters` fills it."""
+def make_parameter(
+    spec: ParamSpec, ctx: ParallelContext, dtype: torch.dtype, device: torch.device | None = None
+) -> nn.Parameter:
+    """An uninitialised local parameter that carries ``spec``; :func:`.init.initialize_parameters` fills it.
+
+    Args:
+        device: where it lies, if not on that of ``ctx``; meta: it has no memory until :func:`give_memory`.
+    """
     spec.pieces(ctx)  # divisibility is an error here, at construction, not at first use
     dtype = torch.float32 if spec.keep_fp32 and dtype in (torch.bfloat16, torch.float16) else dtype
-    parameter = nn.Parameter(torch.empty(spec.local_shape(ctx), dtype=dtype, device=ctx.device))
+    parameter = nn.Parameter(torch.empty(spec.local_shape(ctx), dtype=dtype, device=device or ctx.device))
     parameter.spec = spec  # type: ignore[attr-defined]
     return parameter
+
+
+def give_memory(parameter: nn.Parameter, device: torch.device) -> None:
+    """Memory, uninitialised, for one that was made on the device meta; it stays the same object."""
+    if not parameter.is_meta:
+        return
+    filled = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
+    filled.__dict__.update(parameter.__dict__)
+    torch.utils.swap_tensors(parameter, filled)
 
 
 def spec_of(parameter: nn.Parameter) -> ParamSpec:

@@ -64,6 +64,11 @@ class PackedLinear(QuantizedLinear):
             self._codes_held = codes.new_empty(0)
 
     @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self._codes_held.device
+
+    @property
     def uses_kernels(self) -> bool:
         """Whether the packed kernels multiply."""
         return bool(self._prepared)
@@ -132,7 +137,8 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Linear, QuantizedL
 def keep_codes(layer: Linear, op: PackedLinear) -> None:
     """Gives ``layer`` the op, and takes its weights away."""
     layer.op = op
-    layer.weight = nn.Parameter(layer.weight.new_empty((0, 0)), requires_grad=False)
+    nothing = layer.weight.new_empty((0, 0), device=op.device)
+    layer.weight = nn.Parameter(nothing, requires_grad=False)
 
 
 @torch.no_grad()

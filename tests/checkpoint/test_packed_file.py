@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megaforge.checkpoint.packed_file import TrainedFile, write_packed
+from megaforge.checkpoint.packed_file import TrainedFile, open_quantized, write_packed
 from megaforge.checkpoint.safetensors_file import SafetensorsFile
 from megaforge.checkpoint.sources import open_source
 from megaforge.config.run_config import ParallelConfig
 from megaforge.config.schema import config_from_dict
 from megaforge.errors import UserError
+from megaforge.inference.generation import Continuations, Sampling
 from megaforge.inference.restore import TrainedModel, load_trained_model
 from megaforge.inference.staged import StagedModel
 from megaforge.models.stages import build_model, plan_pipeline
@@ -71,6 +73,45 @@ def test_the_file_computes_what_the_checkpoint_does(runs: dict[str, Path], schem
         torch.testing.assert_close(fast, expected, rtol=1e-4, atol=1e-5)
     else:
         assert torch.equal(fast, expected)
+
+
+class Made(TorchDispatchMode):
+    """Notes the shapes of all fp32 and 16-bit tensors that get memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not out.is_meta and out.is_floating_point():
+            self.shapes.add(tuple(out.shape))
+        return out
+
+
+def test_a_packed_model_is_never_whole(runs: dict[str, Path]) -> None:
+    """Its quantized matrices get no memory as weights, not even while it is built."""
+    with Made() as made:
+        model = loaded(runs["ternary"] / "packed.safetensors").model._chunk
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+    specs = open_quantized(open_source(runs["ternary"] / "run")).specs
+    matrices = {spec.shape for spec in specs.values() if spec.quantized}
+    assert len(matrices) > 3 and specs["embedding.weight"].shape in made.shapes
+    assert matrices & made.shapes <= {(32, 32)}  # other things are as large
+
+
+def greedy(path: Path, **more: Any) -> list[dict[int, int]]:
+    prompts = [[5, 17, 3], [40], [9, 9, 9, 2, 60]]
+    drawn = Continuations(loaded(path, **more).model, prompts, Sampling(temperature=0), seeds=[0, 1, 2])
+    return [drawn.draw() for _ in range(24)]
+
+
+@pytest.mark.parametrize("scheme", ["ternary", "ternary-bf16", "binary", "int4-asymmetric"])
+def test_greedy_generation_gives_the_tokens_of_the_trained_model(runs: dict[str, Path], scheme: str) -> None:
+    expected = greedy(runs[scheme] / "run")  # weights that are quantized in each product
+    assert len({token for tokens in expected for token in tokens.values()}) > 1
+    for kernels in (False, True):
+        assert greedy(runs[scheme] / "packed.safetensors", kernels=kernels) == expected
 
 
 def test_kernels_take_what_they_can_and_the_rest_is_said(runs: dict[str, Path], capsys: Any) -> None:
