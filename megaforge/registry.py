@@ -133,6 +133,14 @@ LAYER_KINDS = Registry(  # by their letters in the layer pattern
         "-": "megaforge.nn.kinds.dense:KIND",
     },
 )
+NORMS = Registry("norm", {"rmsnorm": "megaforge.nn.norms:RMSNorm", "layernorm": "megaforge.nn.norms:LayerNorm"})
+POSITION_EMBEDDINGS = Registry(
+    "position embedding",
+    {
+        "rope": "megaforge.nn.positions.rotary:KIND",
+        "none": "megaforge.config.position_kind:NONE",
+    },
+)
 SCHEDULES = Registry(
     "pipeline schedule",
     {

@@ -15,8 +15,10 @@ BEYOND: set[str] = set()
 # Modules and folders that no test imports by name: what covers them. Others have a test module of their name, or one
 # that imports them.
 COVERED = {
+    "config/attention_config.py": "nn/test_attention.py",
     "config/dry_run_config.py": "verification/test_dry_run.py",
     "config/fields.py": "config/test_cli.py",
+    "config/position_kind.py": "config/test_partners.py",
     "config/quant_config.py": "quant/test_converter.py",
     "data/corpus/": "data/test_directory_to_jsonl.py",
     "data/images.py": "tools/test_plot_loss.py",
@@ -32,7 +34,7 @@ COVERED = {
     "nn/kinds/": "config/test_check_layout.py",
     "nn/moe/": "nn/test_moe.py",
     "nn/offload.py": "gpu/test_offload.py",
-    "nn/rope.py": "nn/test_attention.py",
+    "nn/positions/": "config/test_check_layout.py",
     "optim/": "optim/test_adamw.py",
     "parallel/context_parallel/": "parallel/context_parallel/test_shard.py",
     "parallel/expert_tokens.py": "parallel/test_expert_parallel.py",

@@ -70,6 +70,12 @@ def architecture(model: QuantizedModel, wanted: str) -> str:
         raise refuse("layer norms", "--normalization rmsnorm")
     if cfg.position_embedding_type != "rope" or cfg.rotary_percent != 1:
         raise refuse("positions other than rotary ones of whole heads", "--position-embedding-type rope")
+    for name in (
+        *("qk_layernorm", "add_qkv_bias", "use_rope_scaling", "rotary_interleaved"),
+        "rotary_seq_len_interpolation_factor",
+    ):
+        if getattr(cfg, name):
+            raise refuse(f"--{name.replace('_', '-')}", "models without it")
     if cfg.hadamard:
         raise refuse(f"activations that are rotated (--hadamard {cfg.hadamard})", "--hadamard 0")
     if any(scheme.kind not in ("binary", "ternary") for scheme in model.schemes.values()):

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megaforge.config.attention_config import AttentionConfig
 from megaforge.config.fields import divisors, either, flag
-from megaforge.config.quant_config import QuantConfig
 from megaforge.errors import UserError
-from megaforge.registry import CONVERTERS
+from megaforge.registry import CONVERTERS, NORMS
 
 
 @dataclass(frozen=True)
-class ModelConfig(QuantConfig):
+class ModelConfig(AttentionConfig):
     """Shape of the model, and what its matrices are trained as."""
 
     num_layers: int = flag(
         12, "number of blocks (a mixer and its FFN) when the pattern comes from --layer-schedule", least=1, most=100_000
     )
-    hidden_size: int = flag(768, "width of the residual stream (d_model)", least=1, most=1 << 24)
     ffn_hidden_size: int | None = flag(
         None, "inner width of the FFN, or of each expert (default: 4 x hidden size)", least=1, most=1 << 28
-    )
-    num_attention_heads: int = flag(12, "query heads of an attention block", least=1, most=1 << 20)
-    num_query_groups: int | None = flag(
-        None, "key/value heads (grouped-query attention); default: one a query head", least=1, most=1 << 20
-    )
-    kv_channels: int | None = flag(
-        None, "channels of an attention head (default: hidden size / heads)", least=1, most=1 << 20
     )
     hybrid_layer_pattern: str | None = flag(
         None,
@@ -44,19 +36,13 @@ class ModelConfig(QuantConfig):
     )
     ffn: str = flag("moe", "FFN of the blocks made by --layer-schedule", choices=("moe", "dense"))
     activation: str = flag("relu2", "FFN activation", choices=("relu2", "gated_relu2", "swiglu", "gelu"))
-    normalization: str = flag("rmsnorm", "norm of the residual stream", choices=("rmsnorm", "layernorm"))
+    normalization: str = flag("rmsnorm", "norm of the residual stream", choices=NORMS)
     norm_epsilon: float = flag(1e-6, "epsilon of the norms", above=0)
     untie_embeddings_and_output_weights: bool = flag(False, "give the output head a matrix of its own")
-    position_embedding_type: str = flag("rope", "positions in attention blocks", choices=("rope", "none"))
-    rotary_base: float = flag(10000.0, "base of the rotary frequencies", above=0)
-    rotary_percent: float = flag(1.0, "share of each head's channels that rotates", above=0, most=1)
     add_bias_linear: bool = flag(False, "biases in attention and FFN projections")
     vocab_size: int | None = flag(None, "true vocabulary size (default: the tokenizer's)", least=1, most=1 << 31)
     make_vocab_size_divisible_by: int = flag(
         128, "pad the vocabulary to this multiple, at every layout alike", least=1, most=1 << 31
-    )
-    max_position_embeddings: int | None = flag(
-        None, "longest sequence the model is meant for (default: --seq-length)", least=1
     )
     num_experts: int = flag(8, "experts of a MoE FFN", least=1, most=1_000_000)
     moe_router_topk: int = flag(2, "experts a token goes to", least=1, most=1_000_000)
@@ -147,14 +133,6 @@ class ModelConfig(QuantConfig):
     def ffn_size(self) -> int:
         return self.ffn_hidden_size or 4 * self.hidden_size
 
-    @property
-    def head_dim(self) -> int:
-        return self.kv_channels or self.hidden_size // self.num_attention_heads
-
-    @property
-    def query_groups(self) -> int:
-        return self.num_query_groups or self.num_attention_heads
-
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: the vocabulary padded to ``make_vocab_size_divisible_by``, whatever the layout."""
         if self.vocab_size is None:
@@ -173,11 +151,7 @@ class ModelConfig(QuantConfig):
                 f"--hidden-size {self.hidden_size} is not divisible by --num-attention-heads "
                 f"{self.num_attention_heads}; choose a divisor of {self.hidden_size} or set --kv-channels"
             )
-        if self.num_attention_heads % self.query_groups:
-            raise UserError(
-                f"--num-query-groups {self.query_groups} does not divide "
-                f"--num-attention-heads {self.num_attention_heads}"
-            )
+        self.validate_attention()
         self._validate_moe()
         self.validate_quantizers()
 

@@ -17,9 +17,10 @@ from megaforge.config.layer_kind import LayerKind
 from megaforge.config.length_config import LENGTHS
 from megaforge.config.lr_shapes import RateShape
 from megaforge.config.pattern import kinds_of
+from megaforge.config.position_kind import PositionKind
 from megaforge.config.schema import settings
 from megaforge.errors import UserError
-from megaforge.registry import LAYER_KINDS, LR_SCHEDULES
+from megaforge.registry import LAYER_KINDS, LR_SCHEDULES, POSITION_EMBEDDINGS
 
 
 class Partner(NamedTuple):
@@ -365,10 +366,20 @@ PARTNERS = (
         refuse=False,
     ),
     Partner(
-        _model("rotary_base", "rotary_percent"),
-        lambda c: c.model.position_embedding_type == "rope",
-        "it shapes --position-embedding-type rope, which is not chosen: it changes nothing",
-        refuse=False,
+        _model("rope_scaling_factor"),
+        lambda c: c.model.use_rope_scaling,
+        "no frequency is scaled: add --use-rope-scaling",
+    ),
+    Partner(
+        _model("apply_wd_to_qk_layernorm"),
+        lambda c: c.model.qk_layernorm,
+        "there is no such norm: add --qk-layernorm",
+    ),
+    Partner(
+        ("optimizer.qk_clip",),
+        lambda c: not c.model.qk_layernorm,
+        "--qk-layernorm norms queries and keys, so that smaller matrices make no smaller logit; leave one of the two "
+        "out",
     ),
 )
 
@@ -379,6 +390,18 @@ def _kind_partners() -> Iterator[Partner]:
         kind: LayerKind = LAYER_KINDS.get(letter)
         text = f"this model has no {kind.title} ({kind.asked_by}{letter} in --hybrid-layer-pattern): it changes nothing"
         yield Partner(kind.settings, partial(_has, kind), text, refuse=False)
+
+
+def _position_partners() -> Iterator[Partner]:
+    """Flags that shape one kind of position embedding, for models with another."""
+    for name in POSITION_EMBEDDINGS.names():
+        kind: PositionKind = POSITION_EMBEDDINGS.get(name)
+        text = f"it shapes --position-embedding-type {name}, which is not chosen: it changes nothing"
+        yield Partner(kind.settings, partial(_placed_by, name), text, refuse=False)
+
+
+def _placed_by(name: str, config: Config) -> bool:
+    return config.model.position_embedding_type == name
 
 
 def _has(kind: LayerKind, config: Config) -> bool:
@@ -433,7 +456,7 @@ def check_partners(config: Config, origins: Mapping[str, str]) -> list[str]:
         UserError: a flag without its partner makes this another run than was asked for.
     """
     notes = []
-    for partner in (*PARTNERS, *_schedule_partners(config), *_kind_partners()):
+    for partner in (*PARTNERS, *_schedule_partners(config), *_kind_partners(), *_position_partners()):
         for key in partner.keys:
             setting = settings()[key]
             value = getattr(getattr(config, setting.section), setting.name)

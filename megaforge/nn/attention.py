@@ -5,22 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from megaforge.kernels.attention import causal_attention, takes_documents
-from megaforge.kernels.pointwise import apply_rotary
-from megaforge.nn.norms import make_sub_norm
+from megaforge.nn.norms import make_head_norm, make_sub_norm
 from megaforge.nn.recompute import recomputed
-from megaforge.nn.rope import rotary_tables
 from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState
 from megaforge.parallel.context_parallel.attention import context_parallel_attention, largest_visible_logits
 from megaforge.parallel.init_rules import Normal
 from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megaforge.parallel.packed_sequence import PackedSequence
+from megaforge.registry import POSITION_EMBEDDINGS
 
 
 @dataclass
@@ -73,20 +72,17 @@ class SelfAttention(nn.Module):
         """The output projection starts smaller by 1/sqrt(2 layers) (GPT-2)."""
         super().__init__()
         cfg, ctx = layer.cfg, layer.ctx
-        self.cfg = cfg
         self.recompute_core = layer.recompute == "selective"
         self.head_dim = cfg.head_dim
         self.heads = cfg.num_attention_heads // ctx.tp.size
         self.groups = cfg.query_groups // ctx.tp.size
-        self.rotary_channels = (
-            int(cfg.head_dim * cfg.rotary_percent) // 2 * 2 if cfg.position_embedding_type == "rope" else 0
-        )
+        self.rotation = POSITION_EMBEDDINGS.get(cfg.position_embedding_type).rotation(cfg)
         queries, shared = cfg.num_attention_heads * cfg.head_dim, cfg.query_groups * cfg.head_dim
         std, bias = cfg.init_std * cfg.init_std_scale, cfg.add_bias_linear
         parts = (queries, shared, shared)
-        self.qkv = ColumnParallelLinear(
-            layer, cfg.hidden_size, sum(parts), init=Normal(std), enter=True, bias=bias, parts=parts, kind="attention"
-        )
+        declared: dict[str, Any] = {"bias": bias or cfg.add_qkv_bias, "parts": parts, "kind": "attention"}
+        self.qkv = ColumnParallelLinear(layer, cfg.hidden_size, sum(parts), init=Normal(std), enter=True, **declared)
+        self.query_norm, self.key_norm = (make_head_norm(layer) if cfg.qk_layernorm else None for _ in range(2))
         self.sub_norm = make_sub_norm(layer, queries)
         init = Normal(std / math.sqrt(2 * layer.count))
         self.output = RowParallelLinear(layer, queries, cfg.hidden_size, init=init, bias=bias, kind="attention")
@@ -113,6 +109,13 @@ class SelfAttention(nn.Module):
         trained = (self.qkv.weight, self.qkv.bias)
         return {parameter: rows for parameter in trained if isinstance(parameter, nn.Parameter)}
 
+    def _normed(self, query_key: Tensor) -> Tensor:
+        """Queries and keys [s, b, (heads + groups)/tp, d], each head normed where ``--qk-layernorm`` says so."""
+        if self.query_norm is None or self.key_norm is None:
+            return query_key
+        query, key = query_key.split((self.heads, self.groups), dim=2)
+        return torch.cat([self.query_norm(query), self.key_norm(key)], dim=2)
+
     def forward(
         self,
         x: Tensor,
@@ -130,9 +133,9 @@ class SelfAttention(nn.Module):
         # split, not slices: its backward is one concatenation
         query_key, value = fused.split(((self.heads + self.groups) * width, self.groups * width), dim=-1)
         query_key = query_key.view(length, batch, self.heads + self.groups, width)
-        if self.rotary_channels:
-            cos, sin = rotary_tables(info, self.rotary_channels, self.cfg.rotary_base, fused.dtype)
-            query_key = apply_rotary(query_key, cos, sin)
+        query_key = self._normed(query_key)
+        if self.rotation is not None:
+            query_key = self.rotation(query_key, info)
         query, key = query_key.permute(1, 2, 0, 3).split((self.heads, self.groups), dim=1)
         value = value.view(length, batch, self.groups, width).permute(1, 2, 0, 3)
         if self.watches_logits and self.training and state is None:

@@ -12,22 +12,29 @@ from megaforge.kernels.pointwise import rms_norm
 from megaforge.parallel.init_rules import Constant
 from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.sharded_norm import sharded_rms_norm
+from megaforge.registry import NORMS
 
 
-class _StreamNorm(nn.Module):
-    """A norm of the residual stream: a learned weight [h], and a bias where ``has_bias``, that stay in fp32."""
+class _Norm(nn.Module):
+    """A norm of the residual stream, or of ``size`` other features of which each rank has all: a learned weight, and a
+    bias where ``has_bias``, that stay in fp32."""
 
     has_bias = False
 
-    def __init__(self, layer: LayerContext) -> None:
+    def __init__(self, layer: LayerContext, size: int | None = None, **declared: Any) -> None:
+        """``declared``: of the weight, where it is not one of the residual stream: that lives outside the region, where
+        under sequence parallelism it sees only this rank's tokens."""
         super().__init__()
         self.epsilon = layer.cfg.norm_epsilon
-        self.weight = _vector(layer, 1.0)
+        shape = (layer.cfg.hidden_size if size is None else size,)
+        partial = {"tp_partial_grad": layer.region.sequence_parallel, "weight_decay": False}
+        declared = {**partial, **declared, "keep_fp32": True, "kind": "norm"}
+        self.weight = layer.parameter(shape, Constant(1.0), **declared)
         if self.has_bias:
-            self.bias = _vector(layer, 0.0)
+            self.bias = layer.parameter(shape, Constant(0.0), **{**declared, "weight_decay": False})
 
 
-class RMSNorm(_StreamNorm):
+class RMSNorm(_Norm):
     """:func:`rms_norm` with a learned weight."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,7 +42,7 @@ class RMSNorm(_StreamNorm):
         return rms_norm(x, self.weight, self.epsilon)
 
 
-class LayerNorm(_StreamNorm):
+class LayerNorm(_Norm):
     """Layer norm (Ba et al., arXiv 1607.06450) with weight and bias."""
 
     has_bias = True
@@ -83,19 +90,16 @@ def make_sub_norm(layer: LayerContext, width: int) -> nn.Module:
     return SubNorm(layer, width) if layer.cfg.sub_norm else nn.Identity()
 
 
-def _vector(layer: LayerContext, value: float) -> nn.Parameter:
-    """A norm lives on the residual stream: under sequence parallelism it sees only this rank's tokens."""
-    partial = layer.region.sequence_parallel
-    return layer.parameter(
-        (layer.cfg.hidden_size,),
-        Constant(value),
-        tp_partial_grad=partial,
-        weight_decay=False,
-        keep_fp32=True,
-        kind="norm",
-    )
-
-
-def make_norm(layer: LayerContext) -> RMSNorm | LayerNorm:
+def make_norm(layer: LayerContext) -> nn.Module:
     """The norm that ``--normalization`` names, over the hidden size."""
-    return RMSNorm(layer) if layer.cfg.normalization == "rmsnorm" else LayerNorm(layer)
+    norm: nn.Module = NORMS.get(layer.cfg.normalization)(layer)
+    return norm
+
+
+def make_head_norm(layer: LayerContext) -> nn.Module:
+    """The same norm over each head, for ``--qk-layernorm`` (Henry et al., arXiv 2010.04245; Dehghani et al., arXiv
+    2302.05442): one weight for all heads, of which a rank of tp sees its own."""
+    cfg = layer.cfg
+    declared = {"tp_partial_grad": True, "weight_decay": cfg.apply_wd_to_qk_layernorm}
+    norm: nn.Module = NORMS.get(cfg.normalization)(layer, cfg.head_dim, **declared)
+    return norm

@@ -1,21 +1,69 @@
-"""The angles of rotary position embedding (Su et al., arXiv 2104.09864)."""
+"""Rotary position embedding (Su et al., arXiv 2104.09864)."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megaforge.config.attention_config import AttentionConfig
+from megaforge.kernels.pointwise import apply_rotary
+from megaforge.nn.rope_scaling import scaled_frequencies
 from megaforge.parallel.packed_sequence import PackedSequence
 
 
-def rotary_tables(info: PackedSequence, channels: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every token's angles, [s, b, 1, channels / 2]; made once a micro-batch.
+@dataclass(frozen=True)
+class Rotary:
+    """Rotates the first channels of each head by angles that grow with the token's position in its document.
 
-    Angles are taken in fp64, so that long positions keep their phase, and rounded once to ``dtype``.
+    Attributes:
+        channels: how many of a head's channels rotate, an even number.
+        base: of the frequencies ``base^(-2i / channels)``.
+        interleaved: whether channels 2i and 2i + 1 are a pair (GPT-J), and not i and i + channels / 2 (Llama).
+        stretch: what positions are divided by (position interpolation: Chen et al., arXiv 2306.15595).
+        scaling: the factor of :func:`megaforge.nn.rope_scaling.scaled_frequencies`, or None.
     """
-    key = ("rope", channels, base, dtype)
-    if key not in info.cache:
-        exponent = torch.arange(0, channels, 2, dtype=torch.float64, device=info.position_ids_BS.device) / channels
-        angles = info.position_ids_BS.t().unsqueeze(-1).to(torch.float64) * base**-exponent
-        info.cache[key] = (angles.cos().to(dtype).unsqueeze(2), angles.sin().to(dtype).unsqueeze(2))
-    return info.cache[key]
+
+    channels: int
+    base: float
+    interleaved: bool = False
+    stretch: float = 1.0
+    scaling: float | None = None
+
+    @classmethod
+    def of(cls, cfg: AttentionConfig) -> Rotary | None:
+        """What the flags ask for; None where no channel would rotate."""
+        width = cfg.head_dim
+        channels = int(width * cfg.rotary_percent) // 2 * 2
+        scaling = cfg.rope_scaling_factor if cfg.use_rope_scaling else None
+        stretch = cfg.rotary_seq_len_interpolation_factor or 1.0
+        return cls(channels, cfg.rotary_base, cfg.rotary_interleaved, stretch, scaling) if channels else None
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        """Angle that each pair turns by from one position to the next: fp64 [channels / 2]."""
+        exponent = torch.arange(0, self.channels, 2, dtype=torch.float64, device=device) / self.channels
+        frequencies = self.base**-exponent
+        return frequencies if self.scaling is None else scaled_frequencies(frequencies, self.scaling)
+
+    def tables(self, info: PackedSequence, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of every token's angles, [s, b, 1, channels / 2]; made once a micro-batch.
+
+        Angles are taken in fp64, so that long positions keep their phase, and rounded once to ``dtype``.
+        """
+        key = ("rope", self, dtype)
+        if key not in info.cache:
+            positions = info.position_ids_BS.t().unsqueeze(-1).to(torch.float64)
+            if self.stretch != 1:
+                positions = positions / self.stretch
+            angles = positions * self.frequencies(positions.device)
+            info.cache[key] = (angles.cos().to(dtype).unsqueeze(2), angles.sin().to(dtype).unsqueeze(2))
+        return info.cache[key]
+
+    def __call__(self, x: Tensor, info: PackedSequence) -> Tensor:
+        """Queries or keys [s, b, heads, d] -> the same. Interleaved pairs come out apart, as halves: queries and keys
+        alike, so that no score sees it."""
+        if self.interleaved:
+            pairs = x[..., : self.channels].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+            x = torch.cat([pairs, x[..., self.channels :]], dim=-1)
+        return apply_rotary(x, *self.tables(info, x.dtype))

@@ -18,6 +18,9 @@ ATTENTION, RWKV = ("--layer-schedule", "attention"), ("--layer-schedule", "rwkv"
 
 REFUSED = [
     (("--qk-clip-alpha", "0.4"), (), "add --qk-clip"),
+    (("--qk-clip",), ("--qk-layernorm",), "leave one of the two out"),
+    (("--rope-scaling-factor", "4"), (), "add --use-rope-scaling"),
+    (("--apply-wd-to-qk-layernorm",), (), "add --qk-layernorm"),
     (("--ema-evaluate",), ("--eval-iters", "1"), "add --ema-decay"),
     (("--ema-evaluate",), ("--ema-decay", "0.9"), "--eval-iters N"),
     (("--save-interval", "2"), (), "--save DIR"),

@@ -1,4 +1,5 @@
-"""Attention against a written-out fp64 form: loops over batch and heads, RoPE by complex rotation."""
+"""Attention against a written-out fp64 form (loops over batch and heads, RoPE by complex rotation) and against
+transformers' Qwen 3."""
 
 from __future__ import annotations
 
@@ -6,11 +7,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.nn.attention import KVCache, SelfAttention
 from megaforge.parallel.packed_sequence import PackedSequence
+from megaforge.parallel.param_spec import named_specs
 from tests.kernels.test_attention import fake_varlen
 from tests.nn.support import assert_agrees, assert_close, filled, layer_context, random
 
@@ -26,12 +29,28 @@ def attention(cfg: ModelConfig, dtype: torch.dtype = torch.float64) -> SelfAtten
     return filled(SelfAttention(layer_context(cfg, dtype, count=3)), "a")
 
 
-def rotate(x: Tensor, positions: Tensor, channels: int, base: float) -> Tensor:
-    """[s, d]: channel pairs (i, i + channels/2) as complex numbers times exp(i position base^(-2i/channels))."""
+def rotate(x: Tensor, positions: Tensor, cfg: ModelConfig) -> Tensor:
+    """[s, d]: channel pairs (i, i + channels/2), or neighbours, as complex numbers times
+    exp(i position base^(-2i/channels)); neighbours stay neighbours."""
+    channels = int(x.shape[1] * cfg.rotary_percent) // 2 * 2
     half = channels // 2
-    angle = positions[:, None] * base ** (-torch.arange(half, dtype=torch.float64) / half)
-    turned = torch.complex(x[:, :half], x[:, half:channels]) * torch.polar(torch.ones_like(angle), angle)
-    return torch.cat([turned.real, turned.imag, x[:, channels:]], dim=1)
+    pairs = torch.stack([x[:, :half], x[:, half:channels]], -1)
+    if cfg.rotary_interleaved:
+        pairs = x[:, :channels].view(-1, half, 2)
+    angle = positions.double()[:, None] / (cfg.rotary_seq_len_interpolation_factor or 1)
+    angle = angle * cfg.rotary_base ** (-torch.arange(half, dtype=torch.float64) / half)
+    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.exp(1j * angle))
+    whole = turned.flatten(1) if cfg.rotary_interleaved else turned.transpose(1, 2).flatten(1)
+    return torch.cat([whole, x[:, channels:]], dim=1)
+
+
+def head_norm(x: Tensor, w: dict[str, Tensor], name: str, cfg: ModelConfig) -> Tensor:
+    if not cfg.qk_layernorm:
+        return x
+    weight, size = w[f"a.{name}.weight"], (x.shape[1],)
+    if cfg.normalization == "layernorm":
+        return F.layer_norm(x, size, weight, w[f"a.{name}.bias"], cfg.norm_epsilon)
+    return F.rms_norm(x, size, weight, cfg.norm_epsilon)
 
 
 def oracle_of(cfg: ModelConfig, info: PackedSequence):
@@ -51,10 +70,10 @@ def oracle_of(cfg: ModelConfig, info: PackedSequence):
                     k[:, b, g * d : (g + 1) * d],
                     v[:, b, g * d : (g + 1) * d],
                 )
+                query = head_norm(query, w, "query_norm", cfg)
+                key = head_norm(key, w, "key_norm", cfg)
                 if cfg.position_embedding_type == "rope":
-                    turned = int(d * cfg.rotary_percent) // 2 * 2
-                    query = rotate(query, info.position_ids_BS[b], turned, cfg.rotary_base)
-                    key = rotate(key, info.position_ids_BS[b], turned, cfg.rotary_base)
+                    query, key = (rotate(x, info.position_ids_BS[b], cfg) for x in (query, key))
                 scores = query @ key.T / math.sqrt(d)
                 documents = info.document_ids_BS[b]
                 hidden = (documents[:, None] != documents[None, :]) | ~torch.ones_like(scores, dtype=torch.bool).tril()
@@ -90,6 +109,14 @@ def test_documents_take_the_place_of_the_mask(monkeypatch: pytest.MonkeyPatch, g
         {"num_query_groups": 2, "add_bias_linear": True},
         {"num_query_groups": 1, "rotary_percent": 0.5, "rotary_base": 100.0},
         {"position_embedding_type": "none", "kv_channels": 10},
+        {"qk_layernorm": True, "num_query_groups": 2, "add_qkv_bias": True, "rotary_interleaved": True},
+        {
+            "qk_layernorm": True,
+            "normalization": "layernorm",
+            "rotary_interleaved": True,
+            "rotary_percent": 0.7,
+            "rotary_seq_len_interpolation_factor": 3.0,
+        },
     ],
 )
 def test_values_and_gradients(changes: dict, packed: bool) -> None:
@@ -104,7 +131,8 @@ def test_values_and_gradients(changes: dict, packed: bool) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("cuts", [(1, 1, 1, 1, 1, 1, 1), (4, 1, 1, 1), (3, 4)])
 def test_cache_continues_the_parallel_form(cuts: tuple[int, ...]) -> None:
-    module = attention(config(num_query_groups=2))
+    changes = {"qk_layernorm": True, "rotary_interleaved": True, "use_rope_scaling": True, "add_qkv_bias": True}
+    module = attention(config(num_query_groups=2, **changes))
     x = random(LENGTH, BATCH, HIDDEN)
     whole = module(x, PackedSequence(BATCH, LENGTH, CPU)).update
     cache, outs, seen = KVCache(), [], 0
@@ -125,3 +153,43 @@ def test_cache_grows_beyond_its_first_capacity() -> None:
     infos = [PackedSequence(1, 50, CPU, None, offset) for offset in (0, 50, 100)]
     pieces = [module(x, info, state=cache).update for x, info in zip(x.split(50), infos, strict=True)]
     assert_close(torch.cat(pieces), whole, 1e-13, "output")
+
+
+def test_which_parameters_there_are() -> None:
+    """Biases of q, k and v alone; norms decay where that is asked for, their biases never."""
+    cfg = config(qk_layernorm=True, add_qkv_bias=True, normalization="layernorm", apply_wd_to_qk_layernorm=True)
+    specs = {spec.name: spec for spec, _ in named_specs(attention(cfg))}
+    assert "a.qkv.bias" in specs and "a.output.bias" not in specs
+    norms = {name: spec.weight_decay for name, spec in specs.items() if "norm" in name}
+    assert norms == {f"a.{n}_norm.{w}": w == "weight" for n in ("query", "key") for w in ("weight", "bias")}
+    plain = [spec for spec, _ in named_specs(attention(config(qk_layernorm=True)))]
+    assert not any(spec.weight_decay for spec in plain if "norm" in spec.name)
+
+
+def test_as_transformers_qwen3() -> None:
+    transformers = pytest.importorskip("transformers")
+    qwen3 = pytest.importorskip("transformers.models.qwen3.modeling_qwen3")
+    cfg = config(qk_layernorm=True, num_query_groups=2, kv_channels=8, rotary_base=1e4)
+    theirs = qwen3.Qwen3Config(
+        hidden_size=HIDDEN,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        head_dim=8,
+        rms_norm_eps=cfg.norm_epsilon,
+        num_hidden_layers=1,
+        vocab_size=8,
+        intermediate_size=8,
+        attn_implementation="eager",
+    )
+    assert transformers.__version__
+    module, other = attention(cfg), qwen3.Qwen3Attention(theirs, 0).double()
+    parts = module.qkv.weight.split((32, 16, 16))
+    named = {f"{name}_proj.weight": part for name, part in zip("qkv", parts, strict=True)}
+    named |= {"q_norm.weight": module.query_norm.weight, "k_norm.weight": module.key_norm.weight}
+    other.load_state_dict({**named, "o_proj.weight": module.output.weight})
+    x, rope = random(LENGTH, BATCH, HIDDEN), qwen3.Qwen3RotaryEmbedding(theirs)
+    positions = torch.arange(LENGTH).expand(BATCH, -1)
+    turn = tuple(part.double() for part in rope(x, positions))  # its angles are fp32
+    hidden = torch.full((LENGTH, LENGTH), -math.inf, dtype=torch.float64).triu(1).expand(BATCH, 1, -1, -1)
+    expected = other(x.transpose(0, 1), turn, hidden)[0].transpose(0, 1)
+    assert_close(module(x, PackedSequence(BATCH, LENGTH, CPU)).update, expected, 1e-6, "output")

@@ -53,7 +53,15 @@ CASES = {
         "num_attention_heads": 8,
         "num_query_groups": 4,
     },
-    "attention, experts": {"hybrid_layer_pattern": "*E*E", "activation": "swiglu", "rotary_percent": 0.5},
+    "attention, experts": {
+        "hybrid_layer_pattern": "*E*E",
+        "activation": "swiglu",
+        "rotary_percent": 0.5,
+        "qk_layernorm": True,
+        "rotary_interleaved": True,
+        "use_rope_scaling": True,
+        "apply_wd_to_qk_layernorm": True,
+    },
     "RWKV-7 as published": {
         "hybrid_layer_pattern": "R-R-",
         "normalization": "layernorm",

@@ -16,8 +16,8 @@ class Attention(LayerKind):
     kernel = "attention"
     in_megatron = True
     settings = (
-        *("model.kv_channels", "model.num_query_groups", "model.rotary_base", "model.rotary_percent"),
-        *("model.position_embedding_type", "optimizer.qk_clip"),
+        *("model.kv_channels", "model.num_query_groups", "model.add_qkv_bias", "model.qk_layernorm"),
+        *("model.rotary_base", "model.rotary_percent", "model.position_embedding_type", "optimizer.qk_clip"),
     )
 
     def split_over_tp(self, config: Config, world_size: int) -> list[tuple[str, int]]:

@@ -1,0 +1,1 @@
+"""The values of ``--position-embedding-type``; needs no torch until one is built."""
