@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 
@@ -12,6 +14,36 @@ class UserError(Exception):
     The message stands alone: it names the flag or file, its value and what would work. Entry scripts print it
     without a traceback and exit with status 2 (see :func:`megaforge.config.cli.run_entry`).
     """
+
+
+class UserErrors(UserError):
+    """Several mistakes, told together."""
+
+    def __init__(self, messages: Sequence[str]) -> None:
+        super().__init__("\n  ".join([f"{len(messages)} things are wrong:", *messages]))
+        self.messages = tuple(messages)
+
+
+@contextlib.contextmanager
+def gathered(problems: list[str]) -> Iterator[None]:
+    """What is refused inside is added to ``problems``, each text once; :func:`raise_all` tells them."""
+    try:
+        yield
+    except UserError as error:
+        for message in error.messages if isinstance(error, UserErrors) else (str(error),):
+            if message not in problems:
+                problems.append(message)
+
+
+def raise_all(problems: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: there are problems; with all of them.
+    """
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        raise UserErrors(problems)
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

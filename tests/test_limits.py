@@ -16,8 +16,10 @@ BEYOND: set[str] = set()
 # that imports them.
 COVERED = {
     "config/attention_config.py": "nn/test_attention.py",
+    "config/blocks.py": "config/test_megatron_flags.py",
     "config/dry_run_config.py": "verification/test_dry_run.py",
     "config/fields.py": "config/test_cli.py",
+    "config/megatron/": "config/test_megatron_flags.py",
     "config/position_kind.py": "config/test_partners.py",
     "config/quant_config.py": "quant/test_converter.py",
     "data/corpus/": "data/test_directory_to_jsonl.py",
@@ -45,6 +47,7 @@ COVERED = {
     "quant/products.py": "quant/test_linear.py",
     "training/speed.py": "training/test_metrics.py",
     "verification/parity_options.py": "tools/test_parity.py",
+    "pretrain.py": "end_to_end/test_bad_input.py",
 }
 
 

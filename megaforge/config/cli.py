@@ -28,7 +28,7 @@ from megaforge.config.schema import (
     suggestion,
 )
 from megaforge.config.yaml_files import ConfigLayer, load_layer, preset_names
-from megaforge.errors import UserError
+from megaforge.errors import UserError, gathered, raise_all
 from megaforge.registry import Registry
 
 __all__ = ["ParsedConfig", "config_from_dict", "config_to_dict", "format_config", "parse_config", "run_entry"]
@@ -37,19 +37,23 @@ __all__ = ["ParsedConfig", "config_from_dict", "config_to_dict", "format_config"
 @dataclass(frozen=True)
 class ParsedConfig:
     """A configuration and where each of its values came from: ``origins["section.name"]`` is ``default``,
-    ``preset NAME``, ``FILE:LINE``, ``checkpoint PATH`` or ``command line FLAG``. ``notes`` say where Megatron-LM would
-    mean otherwise."""
+    ``preset NAME``, ``FILE:LINE``, ``checkpoint PATH`` or ``command line FLAG``. ``told`` is what became of flags of
+    Megatron-LM's; ``notes`` are these, and where it would mean otherwise."""
 
     config: Config
     origins: Mapping[str, str]
+    told: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return megatron.notes(self.config, self.origins)
+        return (*self.told, *megatron.notes(self.config, self.origins))
 
 
 def parse_config(
-    argv: Sequence[str] | None = None, prog: str | None = None, description: str | None = None
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+    description: str | None = None,
+    as_megatron: bool = False,
 ) -> ParsedConfig:
     """Turns arguments into a validated configuration. With ``--print-config`` it prints it and ends the program.
 
@@ -57,36 +61,67 @@ def parse_config(
         argv: arguments without the program's name; None takes those of the process.
         prog: the program's name in messages.
         description: one line for ``--help``.
+        as_megatron: where nothing is said, Megatron-LM's defaults hold, and what it requires is required.
 
     Raises:
-        UserError: naming the flag or the file and key, its value and what would work.
+        UserError: naming the flag or the file and key, its value and what would work; all that is wrong with the line.
     """
     parser = _make_parser(prog, description)
-    arguments = megatron.respell(sys.argv[1:] if argv is None else argv)
-    namespace, rest = parser.parse_known_args(arguments)
-    if rest:
-        raise UserError(_unknown(rest[0]))
-    layer = load_layer(namespace.config) if namespace.config else ConfigLayer("custom")
+    line = megatron.read_line(sys.argv[1:] if argv is None else argv, as_megatron)
+    slips: list[str] = []
+    namespace = _read_flags(parser, line, slips)
+    if slips:  # what these flags would have said is not known
+        raise_all([*line.refused, *slips])
+    layer = _layer(namespace.config, as_megatron)
     origins = dict.fromkeys(settings(), "default") | layer.origins
     values = dict(layer.values)
     typed = {key: getattr(namespace, key) for key in settings() if hasattr(namespace, key)}
     for key, (spelling, value) in typed.items():
         values[key] = value
         origins[key] = f"command line {spelling}"
+    problems = line.refused
     _leave_vocabulary_to_tokenizer(values, origins)
-    choose_lengths(values, origins, typed, lists_all=False)
-    at_step(values)
-    taken = take_checkpoint_args(values, origins, typed)
+    taken: list[str] = []
+    with gathered(problems):
+        choose_lengths(values, origins, typed, lists_all=False)
+        at_step(values)
+        taken = take_checkpoint_args(values, origins, typed)
+    megatron.settle(line, values, origins)
     config = build_config(layer.name, values)
     if namespace.print_config and launched_rank()[0] == 0:
         print(format_config(ParsedConfig(config, origins)))
-    config.validate()
-    notes = check_partners(config, origins)
+    with gathered(problems):
+        config.validate()
+    notes = []
+    with gathered(problems):
+        notes = check_partners(config, origins)
+    raise_all(problems)
     if namespace.print_config:
         sys.exit(0)
     for note in (*taken, *notes):
         print_rank_0(note)
-    return ParsedConfig(config, origins)
+    return ParsedConfig(config, origins, tuple(line.notes))
+
+
+def _read_flags(parser: argparse.ArgumentParser, line: megatron.Line, slips: list[str]) -> argparse.Namespace:
+    """What our flags of the line say; what cannot be read goes to ``slips``."""
+    namespace = parser.parse_args([])
+    for one in filter(lambda one: one.words, line.given):
+        with gathered(slips):
+            _, rest = parser.parse_known_args(one.words, namespace)
+            if rest:
+                raise UserError(_unknown(rest[0]))
+    return namespace
+
+
+def _layer(name: str | None, as_megatron: bool) -> ConfigLayer:
+    """What ``--config`` says, on top of Megatron-LM's defaults where these hold."""
+    own = load_layer(name) if name else ConfigLayer("custom")
+    if not as_megatron:
+        return own
+    base = load_layer(megatron.PRESET)
+    name = own.name if name else base.name
+    return ConfigLayer(name, base.values | own.values, base.origins | own.origins)
 
 
 def _leave_vocabulary_to_tokenizer(values: dict[str, Any], origins: dict[str, str]) -> None:
@@ -188,14 +223,10 @@ def _add_flag(group: argparse._ArgumentGroup, setting: Setting) -> None:
 
 def _unknown(word: str) -> str:
     flag = word.partition("=")[0]
-    advice = megatron.advice(flag.replace("_", "-"))
-    if advice:
-        return f"{flag}: {advice}"
     if not flag.startswith("-"):
         return f"{word}: no flag takes this word; see --help"
-    known = ["--config", "--print-config", *megatron.SPELLINGS]
-    for setting in settings().values():
-        known += [setting.flag, *setting.aliases]
-        if setting.kind is bool:
-            known.append("--no-" + setting.flag.removeprefix("--"))
+    meant = megatron.meaning(flag)
+    if meant:
+        return f"{flag}: {meant}"
+    known = [*megatron.own_flags(), *megatron.known_flags()]
     return f"{flag}: unknown flag{suggestion(flag, known) or '; see --help'}"

@@ -18,6 +18,7 @@ from megaforge.config.run_config import (
     ParallelConfig,
     TrainingConfig,
 )
+from megaforge.errors import gathered, raise_all
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,12 @@ class Config:
     dry_run: DryRunConfig = field(default_factory=DryRunConfig)
 
     def validate(self) -> None:
-        """Each section's own checks; :mod:`megaforge.config.check_layout` checks them against each other."""
+        """Each section's own checks; :mod:`megaforge.config.check_layout` checks them against each other.
+
+        Raises:
+            UserError: with what is wrong in every section.
+        """
+        problems: list[str] = []
         for section in (
             self.model,
             self.parallel,
@@ -50,7 +56,9 @@ class Config:
             self.logging,
             self.dry_run,
         ):
-            check_fields(section)
-            section.validate()
+            with gathered(problems):
+                check_fields(section)
+                section.validate()
+        raise_all(problems)
         for kind in kinds_of(self.model):
             kind.check(self.model)

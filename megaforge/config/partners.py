@@ -19,7 +19,7 @@ from megaforge.config.lr_shapes import RateShape
 from megaforge.config.pattern import kinds_of
 from megaforge.config.position_kind import PositionKind
 from megaforge.config.schema import settings
-from megaforge.errors import UserError
+from megaforge.errors import raise_all
 from megaforge.registry import LAYER_KINDS, LR_SCHEDULES, POSITION_EMBEDDINGS
 
 
@@ -453,9 +453,10 @@ def check_partners(config: Config, origins: Mapping[str, str]) -> list[str]:
         What to tell the user of flags that do nothing.
 
     Raises:
-        UserError: a flag without its partner makes this another run than was asked for.
+        UserError: flags without their partners make this another run than was asked for.
     """
-    notes = []
+    notes: list[str] = []
+    refused: list[str] = []
     for partner in (*PARTNERS, *_schedule_partners(config), *_kind_partners(), *_position_partners()):
         for key in partner.keys:
             setting = settings()[key]
@@ -466,9 +467,8 @@ def check_partners(config: Config, origins: Mapping[str, str]) -> list[str]:
                 continue
             word = setting.flag if value is not False else "--no-" + setting.flag.removeprefix("--")
             text = f"{word}{'' if isinstance(value, bool) else f' {value}'}: {partner.text}"
-            if partner.refuse:
-                raise UserError(text)
-            notes.append(text)
+            (refused if partner.refuse else notes).append(text)
+    raise_all(refused)
     return notes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from megaforge.config.check_layout import vocabulary_cost
@@ -16,8 +17,9 @@ from megaforge.errors import UserError
 from megaforge.models.prepared_run import PreparedRun, check_run
 
 
-def prepare(config: Config) -> PreparedRun:
-    """Checks the run against its ranks and files, and prints what is to be noted; the vocabulary size is filled in.
+def prepare(config: Config, said: Sequence[str] = ()) -> PreparedRun:
+    """Checks the run against its ranks and files, and prints ``said`` and what else is to be noted; the vocabulary size
+    is filled in.
 
     Raises:
         UserError: the same on every rank, which makes it safe to leave.
@@ -27,7 +29,7 @@ def prepare(config: Config) -> PreparedRun:
     source_kind(config.data).check(config)
     config, tokenizer, notes = _with_saved_vocabulary(config)
     run = check_run(config, world_size, tokenizer, [*notes, *unread_settings(config.data)])
-    for note in run.notes:
+    for note in (*said, *run.notes):
         print_rank_0(note)
     return run
 

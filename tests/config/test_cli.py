@@ -145,8 +145,9 @@ def test_files_that_cannot_be_read(write) -> None:
         (["--tp", "0"], "--tp 0: must be at least 1 and at most 1048576"),
         (["--weight-decay", "-0.1"], "--weight-decay -0.1: must be at least 0"),
         (["--lr", "0"], "--lr 0: must be positive"),
-        (["--muon-num-ns-steps", "3", "--muon-coefficient-type", "cans"], "--muon-num-ns-steps 3: the first steps of "
-         "cans are made to be followed by the rest; use at least 5, or --muon-coefficient-type simple"),
+        (["--optimizer", "muon", "--muon-num-ns-steps", "3", "--muon-coefficient-type", "cans"],
+         "--muon-num-ns-steps 3: the first steps of cans are made to be followed by the rest; "
+         "use at least 5, or --muon-coefficient-type simple"),
         (["--min-lr", "1"], "--min-lr 1.0: must not exceed --lr 0.0003"),
         (["--bf16", "--fp16"], "--bf16, --fp16 and --fp64 exclude each other; choose one"),
     ],
@@ -156,7 +157,7 @@ def test_mistakes_on_the_command_line_are_named(argv: list[str], message: str) -
 
 
 def test_dp_is_explained() -> None:
-    assert complaint("--dp", "2").startswith("--dp: data parallelism is what --tp, --pp and --cp leave")
+    assert complaint("--dp", "2").startswith("--dp 2: data parallelism is what --tp, --pp and --cp leave")
 
 
 def test_print_config_shows_origins_and_reads_back(write, capsys: pytest.CaptureFixture[str]) -> None:

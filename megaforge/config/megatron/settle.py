@@ -1,0 +1,78 @@
+"""What Megatron-LM makes of values together, wherever they stand: on the line, in a file, in its defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megaforge.config.megatron.line import Line
+from megaforge.config.schema import settings
+
+_BALANCE = "--moe-router-load-balancing-type"
+# Its entries ask for these; any one of a row.
+_REQUIRED = (
+    ("model.num_layers", "model.hybrid_layer_pattern"),
+    ("model.hidden_size",),
+    ("model.num_attention_heads",),
+    ("data.seq_length",),
+    ("model.max_position_embeddings",),
+    ("training.micro_batch_size",),
+    ("optimizer.lr",),
+    ("training.train_iters", "length.train_samples", "length.train_epochs"),
+)
+_LAYERS = ("model.ffn", "model.hybrid_layer_pattern")
+_CONVENTIONS = (
+    "as always here, and otherwise than in Megatron-LM: step k has the learning rate that it gives step k + 1; every "
+    "token has the same weight in the loss, whatever its micro-batch; initial weights and order of the data follow "
+    "--seed alone, at every layout (docs/from_megatron.md)"
+)
+
+
+def settle(line: Line, values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Fills in what follows from other values, in place; what is wrong goes to ``line.refused``."""
+    _balance(line, values)
+    if not line.as_there:
+        return
+    if "model.num_experts" in values and not any(_written(origins, key) for key in _LAYERS):
+        values["model.ffn"], origins["model.ffn"] = "moe", "--num-experts, as in Megatron-LM"
+    if values.get("model.activation") == "swiglu" and "model.ffn_hidden_size" not in values:
+        # Two thirds of four times the width, in whole 64s.
+        values["model.ffn_hidden_size"] = 64 * (8 * values.get("model.hidden_size", 0) // 3 // 64) or None
+        origins["model.ffn_hidden_size"] = "--swiglu, as in Megatron-LM"
+    for row in _REQUIRED:
+        if not any(key in values for key in row):
+            flags = " or ".join("--" + key.partition(".")[2].replace("_", "-") for key in row[:2])
+            line.refused.append(f"{flags} is missing: there is no default, as in Megatron-LM")
+    if values.get("checkpoint.save") and "checkpoint.save_interval" not in values:
+        line.refused.append(f"--save {values['checkpoint.save']}: add --save-interval N, as in Megatron-LM")
+    _silence(line, origins)
+    line.notes.append(_CONVENTIONS)
+
+
+def _silence(line: Line, origins: Mapping[str, str]) -> None:
+    """Defaults of Megatron-LM's that are not available must not be left to silence."""
+    positions = settings()["model.position_embedding_type"]
+    if "learned_absolute" not in (positions.choices or ()) and not _written(origins, positions.key):
+        line.refused.append(
+            f"{positions.flag} is missing: learned positions, the default of Megatron-LM, are not available; write "
+            "rope or none"
+        )
+    for name in ("attention", "hidden"):
+        if f"model.{name}_dropout" not in settings() and line.find(f"--{name}-dropout") is None:
+            line.refused.append(f"--{name}-dropout is missing: 0.1 in Megatron-LM; there is none here: write 0.0")
+
+
+def _written(origins: Mapping[str, str], key: str) -> bool:
+    return origins[key] != "default" and not origins[key].startswith("preset megatron")
+
+
+def _balance(line: Line, values: Mapping[str, Any]) -> None:
+    """Its ``aux_loss``, the default there, balances micro-batches: of one sequence, as ``seq_aux_loss`` does."""
+    given = line.value(_BALANCE)
+    silent = line.as_there and given is None and values.get("model.moe_aux_loss_coeff")
+    size = values.get("training.micro_batch_size", 1)
+    if (given == "aux_loss" or (silent and "model.num_experts" in values)) and size > 1:
+        line.refused.append(
+            f"{_BALANCE} aux_loss with --micro-batch-size {size}: balances each micro-batch, so that its size changes "
+            f"the model; write {_BALANCE} seq_aux_loss, which balances each sequence, or --micro-batch-size 1"
+        )
