@@ -154,8 +154,20 @@ SCHEDULES = Registry(
 OBJECTIVES = Registry("objective", {"next_token": "megaforge.training.objectives:NextToken"})
 LOSS_TERMS = Registry("loss term", {})
 CALLBACKS = Registry("callback", {"reduce_on_plateau": "megaforge.training.lr_plateau:reduce_on_plateau"})
-
-
+ARCHITECTURES = Registry(  # by their model_type in Hugging Face's config.json
+    "published architecture",
+    {
+        "llama": "megaforge.checkpoint.architectures.llama:LLAMA",
+        "arcee": "megaforge.checkpoint.architectures.llama:ARCEE",
+        "bitnet": "megaforge.checkpoint.architectures.bitnet:BITNET",
+        "qwen2": "megaforge.checkpoint.architectures.qwen:QWEN2",
+        "qwen3": "megaforge.checkpoint.architectures.qwen:QWEN3",
+        "mixtral": "megaforge.checkpoint.architectures.mixtral:MIXTRAL",
+        "qwen3_moe": "megaforge.checkpoint.architectures.qwen:QWEN3_MOE",
+        "mistral": "megaforge.checkpoint.architectures.llama:MISTRAL",
+        "rwkv7": "megaforge.checkpoint.architectures.rwkv7:RWKV7_HF",
+    },
+)
 CONVERTERS = Registry("converter", {"bitnet": "megaforge.quant.converter:bitnet"})
 
 

@@ -5,9 +5,10 @@
     python tools/convert_checkpoint.py --load 1b.safetensors --save runs/1b-tp2 --tp 2 --pp 2
     python tools/convert_checkpoint.py --load runs/1b --save runs/1b-tp8 --tp 8
     python tools/convert_checkpoint.py --load runs/bitnet --save bitnet.safetensors --to packed
-    python tools/convert_checkpoint.py --load runs/bitnet --save bitnet-hf --to hf
+    python tools/convert_checkpoint.py --load runs/1b --save 1b-hf --to hf
+    python tools/convert_checkpoint.py --load runs/rwkv7 --save rwkv7.pth --to rwkv7
     python tools/convert_checkpoint.py --load runs/bitnet --save bitnet.gguf --to gguf --gguf-type TQ2_0
-    python tools/convert_checkpoint.py --from hf bitnet-hf --save runs/again
+    python tools/convert_checkpoint.py --from hf Llama-3.1-8B --save runs/llama
     python tools/convert_checkpoint.py --from rwkv7 RWKV-x070-World-0.1B.pth --save checkpoints/rwkv7-0.1b
 
 A directory is what a run was given as --save (its newest valid checkpoint is taken) or one step_N in it. A file has
@@ -16,16 +17,19 @@ metadata carry step and configuration as JSON. Any directory loads at any layout
 files it is cut. Values stay the same bits, and memory holds one tensor at a time.
 
 --to packed writes a model of --quantize-weights as packed codes with their scales, which tools/generate.py and
-tools/evaluate.py read. --to hf and --to gguf write attention models as Hugging Face's transformers and llama.cpp know
-them.
+tools/evaluate.py read. --to hf writes models of the architectures that Hugging Face's transformers knows, --to gguf
+those that llama.cpp knows, --to rwkv7 RWKV-LM's. --from hf and --from rwkv7 read such models; docs/from_huggingface.md
+says which.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -41,7 +45,12 @@ if TYPE_CHECKING:
     from megaforge.checkpoint.sources import TensorSource
 
 FILE_SUFFIX = ".safetensors"
-TARGETS = {"packed": FILE_SUFFIX, "hf": "", "gguf": ".gguf"}  # name -> how --save ends
+TARGETS = {"packed": FILE_SUFFIX, "hf": "", "gguf": ".gguf", "rwkv7": ".pth"}  # name -> how --save ends
+SOURCES = {  # name -> what reads it, of an Import
+    "hf": "megaforge.checkpoint.import_hf:import_hf",
+    "rwkv7": "megaforge.checkpoint.import_rwkv7:import_rwkv7",
+}
+DTYPES = ("float32", "bfloat16", "float16")
 GGUF_TYPES = ("TQ1_0", "TQ2_0", "Q1_0", "Q2_0")
 LAYOUT = {  # flag -> field of the parallel section
     "tp": "tensor_model_parallel_size",
@@ -67,7 +76,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dp", type=integer(1), metavar="N", help="with --save DIR: data-parallel size")
     parser.add_argument("--to", dest="target", choices=tuple(TARGETS), help="whose format --save is in")
     parser.add_argument("--gguf-type", choices=GGUF_TYPES, help="with --to gguf: blocks of quantized matrices")
-    parser.add_argument("--from", dest="source", choices=("rwkv7", "hf"), help="whose format FILE is in")
+    parser.add_argument("--dtype", choices=DTYPES, help="with --to hf or rwkv7: of the weights (default: the run's)")
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", help="with --to hf: most bytes of a file, as 5GB (default), 500MB"
+    )
+    parser.add_argument("--from", dest="source", choices=tuple(SOURCES), help="whose format FILE is in")
     parser.add_argument("--tokenizer-model", help="with --from: the model's tokenizer, recorded in the checkpoint")
     parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: told from --tokenizer-model")
     return parser.parse_args(arguments)
@@ -99,6 +112,10 @@ def _check(flags: argparse.Namespace) -> None:
             raise UserError(f"{flag} {value}: it is for --from; --load says which tokenizer it was trained with")
     if flags.gguf_type is not None and flags.target != "gguf":
         raise UserError(f"--gguf-type {flags.gguf_type}: it is for --to gguf")
+    if flags.dtype is not None and flags.target not in ("hf", "rwkv7"):
+        raise UserError(f"--dtype {flags.dtype}: it is for --to hf and --to rwkv7")
+    if flags.max_shard_size is not None and flags.target != "hf":
+        raise UserError(f"--max-shard-size {flags.max_shard_size}: it is for --to hf")
     if flags.target is not None:
         _check_target(flags)
     if flags.source is None and flags.save.endswith(FILE_SUFFIX) and (given := _given_layout(flags)):
@@ -142,9 +159,11 @@ def _export(flags: argparse.Namespace) -> None:
         print(f"{said}, {record.bytes:,} bytes, SHA-256 {record.sha256}")
         print(f"{weights:,} quantized weights take {packed:,} bytes, {packed * 8 / weights:.3f} bits each")
     elif flags.target == "hf":
-        from megaforge.checkpoint.export_hf import export_hf
+        _export_hf(flags, source, said)
+    elif flags.target == "rwkv7":
+        from megaforge.checkpoint.export_rwkv7 import export_rwkv7
 
-        print(f"{said}, {export_hf(source, flags.save).bytes:,} bytes of weights")
+        print(f"{said}, {export_rwkv7(source, flags.save, dtype=flags.dtype):,} bytes")
     else:
         from megaforge.checkpoint.export_gguf import export_gguf
 
@@ -154,6 +173,23 @@ def _export(flags: argparse.Namespace) -> None:
         model = source.meta["config"]["model"]
         if model.get("quantize_weights") and model.get("quant_scale_dtype") != "fp16":
             print("its scales are rounded to fp16, which training did not; --quant-scale-dtype fp16 trains with such")
+
+
+def _export_hf(flags: argparse.Namespace, source: TensorSource, said: str) -> None:
+    from megaforge.checkpoint.export_hf import SHARD_BYTES, export_hf, parse_bytes
+
+    try:
+        shard_bytes = SHARD_BYTES if flags.max_shard_size is None else parse_bytes(flags.max_shard_size)
+    except ValueError as error:
+        raise UserError(f"--max-shard-size: {error}") from error
+    done = export_hf(source, flags.save, dtype=flags.dtype, shard_bytes=shard_bytes)
+    files = f"{done.shards} file{'s' if done.shards > 1 else ''}"
+    print(f"{said}, a model of {done.model_type}, {done.bytes:,} bytes of weights in {files}")
+    print(
+        f"with its tokenizer ({', '.join(done.tokenizer)})"
+        if done.tokenizer
+        else "without a tokenizer: it has no files"
+    )
 
 
 def _to_directory(flags: argparse.Namespace) -> None:
@@ -178,21 +214,25 @@ def _describe(source: TensorSource) -> str:
 
 
 def _import(flags: argparse.Namespace) -> None:
-    from megaforge.checkpoint.import_hf import import_hf
-    from megaforge.checkpoint.import_rwkv7 import MODEL_FILE, import_rwkv7
-    from megaforge.training.checkpointing import tokenizer_identity
+    from megaforge.checkpoint.published_import import MODEL_FILE, Import, own_tokenizer
 
-    own = os.path.join(flags.file, "tokenizer.json")
-    if flags.source == "hf" and flags.tokenizer_model is None and os.path.exists(own):
-        flags.tokenizer_model = own
+    kind, model = flags.tokenizer_type, flags.tokenizer_model
+    if model is None and os.path.isdir(flags.file):
+        model = own_tokenizer(flags.file)
     config, identity = Config(), None
-    if flags.tokenizer_model:
-        kind = flags.tokenizer_type or guess_tokenizer_type(flags.tokenizer_model)
-        identity = tokenizer_identity(load_tokenizer(kind, flags.tokenizer_model))
-        data = dataclasses.replace(config.data, tokenizer_type=kind, tokenizer_model=flags.tokenizer_model)
+    if model is not None:
+        from megaforge.training.checkpointing import tokenizer_identity
+
+        kind = kind or guess_tokenizer_type(model)
+        identity = tokenizer_identity(load_tokenizer(kind, model))
+        data = dataclasses.replace(config.data, tokenizer_type=kind, tokenizer_model=model)
         config = dataclasses.replace(config, data=data)
-    read = import_hf if flags.source == "hf" else import_rwkv7
-    path = read(flags.file, flags.save, config, identity)
+    given = _given_layout(flags)
+    dp = given.pop("dp", None)
+    parallel = ParallelConfig(**{LAYOUT[name]: size for name, size in given.items()})  # type: ignore[arg-type]
+    module, _, name = SOURCES[flags.source].partition(":")
+    read = getattr(importlib.import_module(module), name)
+    path = read(Import(Path(flags.file), Path(flags.save), config, identity, parallel, dp))
     print(f"{path}: written from {flags.file}")
     print(f"continue from it with: --config {os.path.join(flags.save, MODEL_FILE)} --load {flags.save} --finetune")
 

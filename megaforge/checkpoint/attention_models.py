@@ -1,5 +1,4 @@
-"""A trained attention model in the words of those who publish such models: which of its architectures others know, and
-what its matrices are called there one by one."""
+"""The logical tensors of an attention model, one by one, by the parts that they play."""
 
 from __future__ import annotations
 
@@ -8,12 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from megaforge.checkpoint.packed_file import QuantizedModel
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import blocks_of
-from megaforge.errors import UserError
-from megaforge.parallel.param_spec import ParamSpec
-from megaforge.registry import LAYER_KINDS
+from megaforge.parallel.param_spec import Box, ParamSpec
 
 
 class Piece(NamedTuple):
@@ -21,11 +17,13 @@ class Piece(NamedTuple):
 
     Attributes:
         role: ``embedding``, ``head``, ``norm``, ``q``, ``k``, ``v``, ``o``, ``gate``, ``up``, ``down``,
-            ``attention_norm``, ``ffn_norm``, ``attention_sub_norm`` or ``ffn_sub_norm``.
+            ``attention_norm``, ``ffn_norm``, ``attention_sub_norm``, ``ffn_sub_norm``, ``q_norm``, ``k_norm``,
+            ``router``, ``expert_gate``, ``expert_up`` or ``expert_down``.
         layer: its block; None of the model's ends.
         name: the parameter that it is a part of.
         rows: (first, end) of its rows there; None: all.
         part: its number among the parameter's logical matrices.
+        expert: its place in a stack of experts' matrices.
     """
 
     role: str
@@ -33,6 +31,7 @@ class Piece(NamedTuple):
     name: str
     rows: tuple[int, int] | None = None
     part: int = 0
+    expert: int | None = None
 
     @property
     def is_bias(self) -> bool:
@@ -42,80 +41,61 @@ class Piece(NamedTuple):
         """Its part of the parameter, or of something with as many rows."""
         return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
 
-
-def architecture(model: QuantizedModel, wanted: str) -> str:
-    """``bitnet`` (with sub-norms), ``llama`` or ``arcee`` (squared ReLU without a gate).
-
-    Args:
-        wanted: what it is asked for, for messages: ``--to hf``.
-
-    Raises:
-        UserError: no published architecture computes what the model does; with what would have to be otherwise.
-    """
-    cfg = model.config.model
-
-    def refuse(has: str, instead: str) -> UserError:
-        return UserError(
-            f"{wanted}: the model of {model.source.path} has {has}, which its architectures do not know; train with "
-            f"{instead}, or use --to packed, which holds every model"
-        )
-
-    attention, dense = LAYER_KINDS.get("*"), LAYER_KINDS.get("-")
-    for block in blocks_of(cfg):
-        for kind, allowed in ((block.mixer, attention), (block.ffn, dense)):
-            if kind is not allowed:
-                has = "a block without an FFN" if kind is None else f"{kind.title} layers"
-                raise refuse(has, "--layer-schedule attention --ffn dense")
-    if cfg.normalization != "rmsnorm":
-        raise refuse("layer norms", "--normalization rmsnorm")
-    if cfg.position_embedding_type != "rope" or cfg.rotary_percent != 1:
-        raise refuse("positions other than rotary ones of whole heads", "--position-embedding-type rope")
-    for name in (
-        *("qk_layernorm", "add_qkv_bias", "use_rope_scaling", "rotary_interleaved"),
-        "rotary_seq_len_interpolation_factor",
-    ):
-        if getattr(cfg, name):
-            raise refuse(f"--{name.replace('_', '-')}", "models without it")
-    if cfg.hadamard:
-        raise refuse(f"activations that are rotated (--hadamard {cfg.hadamard})", "--hadamard 0")
-    if any(scheme.kind not in ("binary", "ternary") for scheme in model.schemes.values()):
-        raise refuse(f"{cfg.quantize_weights} weights", "--quantize-weights ternary or binary")
-    if cfg.sub_norm:
-        if not cfg.is_gated:
-            gated = "--activation gated_relu2 or swiglu, or without --sub-norm"
-            raise refuse(f"sub-norms and --activation {cfg.activation}", gated)
-        if cfg.add_bias_linear:
-            raise refuse("sub-norms and biases", "--no-add-bias-linear")
-        if cfg.num_attention_heads * cfg.head_dim != cfg.hidden_size:
-            raise refuse("heads that are not as wide as the model, and sub-norms", "no --kv-channels")
-        return "bitnet"
-    if cfg.activation in ("gelu", "gated_relu2"):
-        with_norms = ", or with --sub-norm" if cfg.is_gated else ""
-        raise refuse(f"--activation {cfg.activation}", f"--activation swiglu or relu2{with_norms}")
-    return "llama" if cfg.activation == "swiglu" else "arcee"
+    def box(self, shape: tuple[int, ...]) -> Box:
+        """Where it lies in its parameter, which has this ``shape``."""
+        whole = tuple((0, size) for size in shape)
+        if self.expert is not None:
+            return ((self.expert, self.expert + 1), self.rows or whole[1], *whole[2:])
+        return whole if self.rows is None else (self.rows, *whole[1:])
 
 
 def pieces(cfg: ModelConfig, specs: Mapping[str, ParamSpec]) -> Iterator[Piece]:
-    """Every logical tensor of the model, whose parameters are ``specs``; the head only where it has a matrix of its
-    own."""
+    """Every logical tensor of a model of attention blocks with FFNs, whose parameters are ``specs``; the head only
+    where it has a matrix of its own."""
     vocabulary = (0, cfg.vocab_size or cfg.padded_vocab_size())
     yield Piece("embedding", None, "embedding.weight", vocabulary)
-    for i in range(len(blocks_of(cfg))):
+    for i, block in enumerate(blocks_of(cfg)):
         at = f"layers.{i}"
         yield Piece("attention_norm", i, f"{at}.mixer_norm.weight")
         yield Piece("ffn_norm", i, f"{at}.ffn_norm.weight")
-        if cfg.sub_norm:
-            yield Piece("attention_sub_norm", i, f"{at}.mixer.sub_norm.weight")
-            yield Piece("ffn_sub_norm", i, f"{at}.ffn.sub_norm.weight")
-        for kind in ("weight", "bias") if cfg.add_bias_linear else ("weight",):
-            yield from _parts(specs, ("q", "k", "v"), i, f"{at}.mixer.qkv.{kind}")
-            yield Piece("o", i, f"{at}.mixer.output.{kind}")
-            roles = ("gate", "up") if cfg.is_gated else ("up",)
-            yield from _parts(specs, roles, i, f"{at}.ffn.up.{kind}")
-            yield Piece("down", i, f"{at}.ffn.down.{kind}")
+        yield from _attention(cfg, specs, i)
+        yield from (_experts if block.ffn is not None and block.ffn.has_experts else _dense)(cfg, specs, i)
     yield Piece("norm", None, "final_norm.weight")
     if cfg.untie_embeddings_and_output_weights:
         yield Piece("head", None, "head.weight", vocabulary)
+
+
+def _attention(cfg: ModelConfig, specs: Mapping[str, ParamSpec], layer: int) -> Iterator[Piece]:
+    at = f"layers.{layer}.mixer"
+    if cfg.sub_norm:
+        yield Piece("attention_sub_norm", layer, f"{at}.sub_norm.weight")
+    if cfg.qk_layernorm:
+        yield Piece("q_norm", layer, f"{at}.query_norm.weight")
+        yield Piece("k_norm", layer, f"{at}.key_norm.weight")
+    for kind in ("weight", "bias"):
+        if f"{at}.qkv.{kind}" in specs:
+            yield from _parts(specs, ("q", "k", "v"), layer, f"{at}.qkv.{kind}")
+        if f"{at}.output.{kind}" in specs:
+            yield Piece("o", layer, f"{at}.output.{kind}")
+
+
+def _dense(cfg: ModelConfig, specs: Mapping[str, ParamSpec], layer: int) -> Iterator[Piece]:
+    at = f"layers.{layer}.ffn"
+    if cfg.sub_norm:
+        yield Piece("ffn_sub_norm", layer, f"{at}.sub_norm.weight")
+    for kind in ("weight", "bias") if cfg.add_bias_linear else ("weight",):
+        yield from _parts(specs, ("gate", "up") if cfg.is_gated else ("up",), layer, f"{at}.up.{kind}")
+        yield Piece("down", layer, f"{at}.down.{kind}")
+
+
+def _experts(cfg: ModelConfig, specs: Mapping[str, ParamSpec], layer: int) -> Iterator[Piece]:
+    at = f"layers.{layer}.ffn"
+    yield Piece("router", layer, f"{at}.router.weight")
+    roles = ("expert_gate", "expert_up") if cfg.is_gated else ("expert_up",)
+    for expert in range(cfg.num_experts):
+        for piece in _parts(specs, roles, layer, f"{at}.up.weight"):
+            yield piece._replace(expert=expert)
+        yield Piece("expert_down", layer, f"{at}.down.weight", expert=expert)
 
 
 def _parts(specs: Mapping[str, ParamSpec], roles: tuple[str, ...], layer: int, name: str) -> Iterator[Piece]:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaforge.checkpoint.attention_models import Piece, architecture, pieces
+from megaforge.checkpoint.attention_models import Piece, pieces
 from megaforge.checkpoint.gguf_file import PLAIN, GGUFTensor, write_gguf
 from megaforge.checkpoint.packed_file import QuantizedModel, open_quantized
+from megaforge.checkpoint.published import architecture
 from megaforge.checkpoint.sources import TensorSource
 from megaforge.errors import UserError
 from megaforge.json_text import parse_json
@@ -48,7 +49,7 @@ def export_gguf(source: TensorSource, file: str | Path, block_type: str | None =
         UserError: llama.cpp has no such model, the blocks do not fit, or ``file`` exists or cannot be written.
     """
     model, file = open_quantized(source), Path(file)
-    kind = architecture(model, _WANTED)
+    kind = architecture(model, _WANTED, ("llama", "arcee", "bitnet")).name
     blocks = _blocks(model, block_type)
     if kind == "bitnet" and model.config.model.activation != "swiglu":
         raise UserError(
@@ -56,6 +57,8 @@ def export_gguf(source: TensorSource, file: str | Path, block_type: str | None =
         )
     if kind == "bitnet" and model.config.model.untie_embeddings_and_output_weights:
         raise UserError(f"{_WANTED}: llama.cpp's bitnet has its embedding as its head, and this model is untied")
+    if model.config.model.use_rope_scaling or model.config.model.rotary_seq_len_interpolation_factor:
+        raise UserError(f"{_WANTED}: rotary positions that are scaled are not written to GGUF; use --to hf")
     if file.exists():
         raise UserError(f"--save {file}: it exists; remove it, or name another file")
     tokenizer = _tokenizer(model)

@@ -26,7 +26,7 @@ from megaforge.json_text import parse_json
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layer_context import compute_dtype, make_layer_context
-from megaforge.parallel.param_spec import ParamSpec, give_memory, named_specs, spec_of
+from megaforge.parallel.param_spec import Box, ParamSpec, give_memory, named_specs, spec_of
 from megaforge.quant.packed import PackedLinear, keep_codes, quantized_layers
 from megaforge.quant.quantizers import WeightScheme
 from megaforge.quant.whole_matrix import CodedMatrix, code_matrix, local_codes, pack_stack, unpack_stack
@@ -47,13 +47,16 @@ class QuantizedModel(NamedTuple):
     specs: dict[str, ParamSpec]
     schemes: dict[str, WeightScheme]
 
-    def read(self, name: str) -> Tensor:
-        """A parameter as the model computes with it."""
+    def dtype_of(self, name: str) -> torch.dtype:
+        """In which the model computes with a parameter."""
+        narrow = self.dtype in (torch.bfloat16, torch.float16)
+        return torch.float32 if narrow and self.specs[name].keep_fp32 else self.dtype
+
+    def read(self, name: str, box: Box | None = None) -> Tensor:
+        """A parameter, or the part ``box`` of it, as the model computes with it."""
         if name not in self.source.tensors:
             raise UserError(f"--load {self.source.path}: the weight {name} is missing")
-        value = self.source.read(name)
-        narrow = self.dtype in (torch.bfloat16, torch.float16)
-        return value.to(torch.float32 if narrow and self.specs[name].keep_fp32 else self.dtype)
+        return self.source.read(name, box).to(self.dtype_of(name))
 
     def coded(self, name: str) -> CodedMatrix:
         """A quantized parameter's codes."""
@@ -102,11 +105,9 @@ def write_packed(source: TensorSource, file: str | Path) -> tuple[FileRecord, in
         if matrix.zero is not None:
             packed[f"{name}.zero"] = matrix.zero
     others = [name for name in model.specs if name not in model.schemes]
-    narrow = model.dtype in (torch.bfloat16, torch.float16)
 
     def slot(name: str) -> Slot:
-        spec = model.specs[name]
-        return Slot(name, torch.float32 if narrow and spec.keep_fp32 else model.dtype, spec.shape)
+        return Slot(name, model.dtype_of(name), model.specs[name].shape)
 
     slots = [*map(slot, others), *(Slot(key, value.dtype, tuple(value.shape)) for key, value in packed.items())]
     kinds = json.dumps({name: {"kind": scheme.kind} for name, scheme in model.schemes.items()})

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from megaforge.checkpoint.attention_models import architecture, pieces
+from megaforge.checkpoint.attention_models import pieces
 from megaforge.checkpoint.packed_file import open_quantized
+from megaforge.checkpoint.published import architecture
 from megaforge.checkpoint.sources import TensorSource
 from megaforge.config.schema import config_to_dict
 from tests.training.tiny import dense_arguments, make_config
@@ -38,7 +39,7 @@ class Described(TensorSource):
 )
 def test_every_row_belongs_to_one_tensor(flags: tuple[str, ...], kind: str) -> None:
     model = open_quantized(Described(*flags))
-    assert architecture(model, "--to hf") == kind
+    assert architecture(model, "--to hf").name == kind
     rows = Counter[str]()
     for piece in pieces(model.config.model, model.specs):
         first, end = piece.rows or (0, model.specs[piece.name].shape[0])

@@ -99,13 +99,13 @@ def test_by_the_command(runs: dict[str, Path], tmp_path: Path, monkeypatch: Any,
 
 
 REFUSED = {
-    "RWKV-7": ((), "R-"),
+    "RWKV-7 layers with a dense FFN, attention layers with a dense FFN": ((), "R-*-"),
     "--ffn dense": ((*TERNARY,), "*"),
     "--normalization rmsnorm": (("--normalization", "layernorm"), "*-"),
     "--position-embedding-type rope": (("--rotary-percent", "0.5"), "*-"),
     "--hadamard 8": ((*TERNARY, "--hadamard", "8"), "*-"),
     "int4 weights": (("--quantize-weights", "int4"), "*-"),
-    "sub-norms and --activation relu2": ((*TERNARY, "--sub-norm"), "*-"),
+    "has --sub-norm, which arcee": ((*TERNARY, "--sub-norm"), "*-"),
     "--activation gelu": (("--activation", "gelu"), "*-"),
     "--quant-granularity channel": ((*TERNARY, "--quant-granularity", "channel"), "*-"),
     "--quantize-activations none": ((*TERNARY, "--quantize-activations", "none"), "*-"),

@@ -13,6 +13,7 @@ import torch
 from megaforge.checkpoint.export_hf import export_hf
 from megaforge.checkpoint.import_hf import config_of, import_hf
 from megaforge.checkpoint.packed_file import open_quantized
+from megaforge.checkpoint.published_import import Import
 from megaforge.checkpoint.sources import open_source
 from megaforge.config.cli import parse_config
 from megaforge.errors import UserError
@@ -45,12 +46,14 @@ def test_there_and_back(runs: dict[str, Path], kind: str, tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type gpt2 with hidden_act silu is not one of"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type yarn"),
+        ({"model_type": "gpt2"}, "model_type gpt2 is not one of llama"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu': llama is known with silu"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type yarn: known are"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 2}}, "low_freq_factor 2: here"),
         ({"mlp_bias": True}, "attention_bias and mlp_bias differ"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quant_method gptq"),
-        ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
-        ({"vocab_size": 61}, "embedding.weight has the shape"),
+        ({"num_hidden_layers": 3}, "9 weights .model.layers.2.input_layernorm.weight, .*4 more. are missing"),
+        ({"vocab_size": 61}, "model.embed_tokens.weight has the shape"),
         ({"hidden_size": None}, "config.json lacks or has an odd"),
     ],
 )
@@ -60,7 +63,7 @@ def test_what_is_wrong_is_named(runs: dict[str, Path], tmp_path: Path, change: A
     content = json.loads(file.read_text()) | {"attention_bias": False, "mlp_bias": False} | change
     file.write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
-        import_hf(tmp_path / "hf", tmp_path / "out")
+        import_hf(Import(tmp_path / "hf", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

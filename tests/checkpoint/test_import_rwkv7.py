@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from megaforge.checkpoint.architectures.rwkv7 import pth_name
 from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta
 from megaforge.checkpoint.compatible import check_compatible
 from megaforge.checkpoint.find import find_checkpoint
-from megaforge.checkpoint.import_rwkv7 import MODEL_FILE, convert_rwkv7, import_rwkv7, our_name, read_pth
+from megaforge.checkpoint.import_rwkv7 import import_rwkv7, read_pth, rwkv7_source
+from megaforge.checkpoint.published_import import MODEL_FILE, Import
 from megaforge.checkpoint.shards import TensorEntry
 from megaforge.config.cli import parse_config
+from megaforge.config.model_config import ModelConfig
 from megaforge.config.schema import config_from_dict
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
@@ -25,6 +28,11 @@ from megaforge.parallel.param_spec import named_specs
 from tests.checkpoint.rwkv7_weights import FFN, LAYERS, VOCAB, WIDTH, published_weights
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+
+
+def convert_rwkv7(weights: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
+    cfg, source = rwkv7_source(weights, Path("model.pth"))
+    return cfg, {name: source.read(name) for name in source.tensors}
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +55,17 @@ def test_the_configuration_is_read_off_the_tensors(weights: dict[str, Tensor]) -
 
 def test_every_used_value_arrives_exactly(weights: dict[str, Tensor]) -> None:
     _, tensors = convert_rwkv7(weights)
-    used = {name: our_name(name) for name in weights}
-    assert {name for name, ours in used.items() if ours is None} == {f"blocks.0.att.v{i}" for i in range(3)}
-    assert {ours for ours in used.values() if ours} == tensors.keys()
+    used = {pth_name(name): name for name in tensors}
+    assert weights.keys() - used.keys() == {f"blocks.0.att.v{i}" for i in range(3)} and used.keys() <= weights.keys()
     for theirs, ours in used.items():
-        if ours is not None:
-            value = weights[theirs].float().flatten()
-            assert torch.equal(tensors[ours].flatten()[: value.numel()], value), theirs
-            assert not tensors[ours].flatten()[value.numel() :].any()  # only the vocabulary's padding is left
+        value = weights[theirs].float().flatten()
+        assert torch.equal(tensors[ours].flatten()[: value.numel()], value), theirs
+        assert not tensors[ours].flatten()[value.numel() :].any()  # only the vocabulary's padding is left
 
 
 def test_a_file_becomes_a_checkpoint_that_loads_at_any_layout(weights: dict[str, Tensor], tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "model.pth")
-    import_rwkv7(tmp_path / "model.pth", tmp_path / "save")
+    import_rwkv7(Import(tmp_path / "model.pth", tmp_path / "save"))
     cfg, tensors = convert_rwkv7(weights)
     whole = ParallelContext.single()
     path = find_checkpoint(tmp_path / "save", whole)
@@ -97,10 +103,10 @@ def test_the_tool_writes_it_and_records_the_tokenizer(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"blocks.1.att.w1": None}, "layers.1.mixer.w1.weight"),
+        ({"blocks.1.att.w1": None}, "model.pth: the weight blocks.1.att.w1 is missing"),
         ({"blocks.0.att.r_k": None}, r"not RWKV-7 \(x070\) weights"),
-        ({"blocks.1.ffn.s_emb.weight": torch.zeros(3)}, "s_emb.weight is not a parameter"),
-        ({"moba.0.weight": torch.zeros(3)}, "moba.0.weight is not a parameter"),
+        ({"blocks.1.ffn.s_emb.weight": torch.zeros(3)}, "s_emb.weight is of a part of the model that we do not have"),
+        ({"moba.0.weight": torch.zeros(3)}, "moba.0.weight is of a part"),
         ({"blocks.2.att.g1": torch.zeros(WIDTH, 32)}, "blocks.2.att.g1 has the shape"),
         ({"blocks.2.ffn.x_k": torch.zeros(2, 1, WIDTH)}, "blocks.2.ffn.x_k has the shape"),
     ],

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaforge.checkpoint.import_rwkv7 import convert_rwkv7
 from megaforge.config.model_config import ModelConfig
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import named_specs
 from tests.checkpoint.rwkv7_weights import published_weights
+from tests.checkpoint.test_import_rwkv7 import convert_rwkv7
 
 
 def load(cfg: ModelConfig, tensors: dict[str, Tensor]) -> HybridModel:

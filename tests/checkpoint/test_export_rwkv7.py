@@ -1,0 +1,72 @@
+"""RWKV-LM's files: its own package computes from them what we do, and they come back bit for bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megaforge.checkpoint.export_rwkv7 import export_rwkv7
+from megaforge.checkpoint.import_rwkv7 import import_rwkv7
+from megaforge.checkpoint.published_import import Import
+from megaforge.checkpoint.sources import open_source
+from megaforge.errors import UserError
+from megaforge.inference.restore import load_trained_model
+from tests.checkpoint.published_models import train
+from tools import convert_checkpoint
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train("rwkv7", tmp_path_factory.mktemp("rwkv7"))
+
+
+def test_there_and_back(run: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    file = tmp_path / "model.pth"
+    monkeypatch.setattr(sys, "argv", ["convert", "--load", str(run), "--save", str(file), "--to", "rwkv7"])
+    assert convert_checkpoint.main() == 0 and f"{file.stat().st_size:,} bytes" in capsys.readouterr().out
+    import_rwkv7(Import(file, tmp_path / "again"))
+    before, after = open_source(run), open_source(tmp_path / "again")
+    assert len(after.tensors) > 60
+    for name in after.tensors:
+        kept = 62 if name in ("embedding.weight", "head.weight") else None
+        assert torch.equal(before.read(name)[:kept], after.read(name)[:kept]), name
+    weights = torch.load(file, weights_only=True)
+    assert weights["blocks.1.att.x_r"].shape == (1, 1, 64) and not weights["blocks.0.att.v2"].any()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    with pytest.raises(UserError, match="it exists"):
+        export_rwkv7(open_source(run), file)
+
+
+def test_in_another_type(run: Path, tmp_path: Path) -> None:
+    export_rwkv7(open_source(run), tmp_path / "model.pth", dtype="bfloat16")
+    weights = torch.load(tmp_path / "model.pth", weights_only=True)
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    key = open_source(run).read("layers.1.mixer.key.weight")
+    assert torch.equal(weights["blocks.1.att.key.weight"], key.bfloat16())
+
+
+@torch.no_grad()
+def test_rwkv_computes_the_same(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("rwkv") is None:
+        pytest.skip("rwkv is not installed (pip install --no-deps rwkv==0.8.32)")
+    for name, value in (("RWKV_V7_ON", "1"), ("RWKV_JIT_ON", "0"), ("RWKV_CUDA_ON", "0")):
+        monkeypatch.setenv(name, value)
+    from rwkv.model import RWKV
+
+    export_rwkv7(open_source(run), tmp_path / "model.pth")
+    ids = [7 * i % 61 for i in range(20)]
+    theirs, _ = RWKV(str(tmp_path / "model"), "cpu fp32").forward(ids, None, full_output=True)
+    ours = load_trained_model(str(run), device="cpu").model._chunk.logits(torch.tensor([ids]))[0, :, :62]
+    torch.testing.assert_close(theirs.float(), ours, rtol=0, atol=1e-5)
+    assert float(ours.std()) > 1e-3
+
+
+def test_other_models_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="attention layers with a dense FFN; its architectures have throughout RWKV-7"):
+        export_rwkv7(open_source(train("qwen2", tmp_path)), tmp_path / "model.pth")
+    assert not (tmp_path / "model.pth").exists()
