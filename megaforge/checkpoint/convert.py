@@ -241,6 +241,7 @@ def _config_at(source: TensorSource, parallel: ParallelConfig, world_size: int) 
         micro_batch_size=1,
         global_batch_size=batch,
         rampup_batch_size=(),
+        step_batch_size_schedule=(),
         device="cpu",
         eval_global_batch_size=None,
     )

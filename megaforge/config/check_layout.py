@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from megaforge.config.batch_schedule import BatchSchedule
+from megaforge.config.batch_schedule import BatchSchedule, in_samples
 from megaforge.config.config import Config
 from megaforge.config.fields import divisors, either
 from megaforge.config.lr_shapes import RateShape
@@ -101,7 +101,8 @@ def check_layout(config: Config, world_size: int) -> Layout:
     _check_gradients(config)
     cp = parallel.context_parallel_size
     dp = world_size // (tp * parallel.pipeline_model_parallel_size * cp)
-    batches = BatchSchedule(_global_batch_size(config, dp), config.training.rampup_batch_size)
+    steps = in_samples(config.training.batch_steps, config.data.seq_length)
+    batches = BatchSchedule(_global_batch_size(config, dp), config.training.rampup_batch_size, steps=steps)
     _check_evaluation(config, dp)
     micro_batches = batches.size // (config.training.micro_batch_size * dp)
     etp = parallel.expert_tensor_size(world_size)
@@ -290,10 +291,16 @@ def _check_gradients(config: Config) -> None:
 
 def _global_batch_size(config: Config, dp: int) -> int:
     micro = config.training.micro_batch_size
-    given = config.training.global_batch_size
+    given = config.training.full_batch_size
     if given is None:
         return micro * dp
     step = micro * dp
+    for _, size in config.training.batch_steps:
+        if size % step:
+            raise UserError(
+                f"--step-batch-size-schedule {' '.join(config.training.step_batch_size_schedule)}: a batch of {size} "
+                f"is not divisible by --micro-batch-size {micro} x dp {dp} = {step}; use multiples of {step}"
+            )
     if given % step:
         below = given // step * step
         working = either(size for size in (below, below + step) if size > 0)

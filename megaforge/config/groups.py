@@ -9,6 +9,8 @@ from megaforge.registry import UPDATE_RULES
 
 # What parameters are for; statistics are kept by kind.
 KINDS = ("embedding", "head", "attention", "rwkv", "moe", "router", "ffn", "norm", "other")
+# Those of --decoupled-lr.
+ENDS = ("embedding", "head")
 # What is done with them, where training updates them.
 ROLES = ("matrix", "lookup", "vector")
 

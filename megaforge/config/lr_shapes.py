@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from megaforge.config.length_config import LengthConfig
 from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.errors import UserError
 
@@ -59,6 +60,31 @@ class RateSettings:
             lr_restart_iters=config.lr_restart_iters or decay,
             lr_restart_mult=config.lr_restart_mult,
             lr_warmup_init=config.lr_warmup_init,
+        )
+
+    @classmethod
+    def in_samples(cls, config: OptimizerConfig, length: LengthConfig) -> RateSettings | None:
+        """Those of a run whose schedule is given in samples throughout, as Megatron-LM counts it then; otherwise None:
+        a length in iterations or epochs lets all of it be counted in iterations."""
+        end = length.lr_decay_samples or length.train_samples
+        others = (
+            *(length.lr_warmup_epochs, length.lr_decay_epochs, length.lr_wsd_decay_epochs, length.lr_restart_epochs),
+            config.lr_restart_iters,
+            # What is given in samples stands here too, once it is counted.
+            None if length.lr_warmup_samples else config.lr_warmup_iters or None,
+            None if length.lr_decay_samples else config.lr_decay_iters,
+            None if length.lr_wsd_decay_samples else config.lr_wsd_decay_iters,
+        )
+        if end is None or any(other is not None for other in others):
+            return None
+        share = config.lr_warmup_fraction
+        return dataclasses.replace(
+            cls.of(config, end),
+            lr_warmup_iters=end * share if share else length.lr_warmup_samples or 0,
+            lr_decay_iters=end,
+            lr_wsd_decay_iters=length.lr_wsd_decay_samples or max(1, end // 10),
+            lr_restart_iters=end,
+            unit="samples",
         )
 
 

@@ -168,7 +168,25 @@ class OptimizerConfig:
         least=1,
     )
 
+    loss_scale: float | None = flag(
+        None, "fp16: this scale for good; a step that overflows is left out, and 20 in a row end the run", above=0
+    )
+    decoupled_lr: float | None = flag(
+        None, "peak learning rate of the embedding and the output head; the others keep --lr", above=0
+    )
+    decoupled_min_lr: float | None = flag(
+        None, "with --decoupled-lr: their rate at the end of the decay (default: --min-lr)", least=0
+    )
+    weight_decay_incr_style: str = flag(
+        "constant", "how weight decay grows over the run", choices=("constant", "linear", "cosine")
+    )
+    start_weight_decay: float | None = flag(
+        None, "with --weight-decay-incr-style: weight decay at the start, in place of --weight-decay", least=0
+    )
+    end_weight_decay: float | None = flag(None, "with --weight-decay-incr-style: weight decay at the end", least=0)
+
     def validate(self) -> None:
+        self._check_ends()
         if self.muon_coefficient_type in ("polar_express", "cans") and self.muon_num_ns_steps < 5:
             raise UserError(
                 f"--muon-num-ns-steps {self.muon_num_ns_steps}: the first steps of {self.muon_coefficient_type} are "
@@ -189,3 +207,27 @@ class OptimizerConfig:
                 f"--lr-warmup-fraction {self.lr_warmup_fraction} and --lr-warmup-iters {self.lr_warmup_iters} exclude "
                 "each other; leave out one of them"
             )
+
+    def _check_ends(self) -> None:
+        """The rate of embedding and head, and the decay at both ends of the run."""
+        if self.decoupled_lr is not None:
+            least = self.min_lr if self.decoupled_min_lr is None else self.decoupled_min_lr
+            name = "--min-lr" if self.decoupled_min_lr is None else "--decoupled-min-lr"
+            if least > self.decoupled_lr:
+                raise UserError(f"{name} {least}: must not exceed --decoupled-lr {self.decoupled_lr}")
+            if self.lr_warmup_init > self.decoupled_lr:
+                raise UserError(
+                    f"--lr-warmup-init {self.lr_warmup_init}: must not exceed --decoupled-lr {self.decoupled_lr}"
+                )
+        start, end = self.start_weight_decay, self.end_weight_decay
+        if self.weight_decay_incr_style == "constant":
+            return
+        given = f"--weight-decay-incr-style {self.weight_decay_incr_style}"
+        if start is None or end is None:
+            raise UserError(
+                f"{given}: it does not say from where to where; add --start-weight-decay and --end-weight-decay"
+            )
+        if end < start:
+            raise UserError(f"--end-weight-decay {end}: must be at least --start-weight-decay {start}")
+        if not self.weight_decay:
+            raise UserError(f"{given} with --weight-decay 0: the two exclude each other; leave out --weight-decay")

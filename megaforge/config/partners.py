@@ -6,10 +6,9 @@ something. A preset's values are a whole, of which a flag may switch a part off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from functools import partial
-from typing import Any, NamedTuple
 
 from megaforge.config.config import Config
 from megaforge.config.fields import either
@@ -18,25 +17,10 @@ from megaforge.config.length_config import LENGTHS
 from megaforge.config.lr_shapes import RateShape
 from megaforge.config.pattern import kinds_of
 from megaforge.config.position_kind import PositionKind
+from megaforge.config.run_partners import RUN_PARTNERS, Partner
 from megaforge.config.schema import settings
 from megaforge.errors import raise_all
 from megaforge.registry import LAYER_KINDS, LR_SCHEDULES, POSITION_EMBEDDINGS
-
-
-class Partner(NamedTuple):
-    """One rule.
-
-    Attributes:
-        keys: the flags, as ``section.name`` of settings.
-        needs: whether the configuration has what they need.
-        text: what is wrong and what to write; the sentence begins with the flag and its value.
-        refuse: whether the run is another one than was asked for; otherwise the flag is idle, and rank 0 says so.
-    """
-
-    keys: tuple[str, ...]
-    needs: Callable[[Config], Any]
-    text: str
-    refuse: bool = True
 
 
 def _model(*names: str) -> tuple[str, ...]:
@@ -79,11 +63,13 @@ _ZERO_ASKS = frozenset(
         *(f"optimizer.lr_plateau_{name}" for name in ("patience", "threshold")),
         *(f"optimizer.{name}" for name in ("adam_beta1", "adam_beta2", "sgd_momentum", "muon_momentum")),
         *(f"optimizer.{name}" for name in ("normuon_beta2", "grokfast_alpha", "grokfast_lambda", "qk_clip_alpha")),
-        "optimizer.second_stage_lr_factor",
+        *("optimizer.second_stage_lr_factor", "optimizer.start_weight_decay", "optimizer.end_weight_decay"),
+        "optimizer.decoupled_min_lr",
     }
 )
 
 PARTNERS = (
+    *RUN_PARTNERS,
     Partner(
         ("optimizer.qk_clip_threshold", "optimizer.qk_clip_alpha"),
         lambda c: c.optimizer.qk_clip,
@@ -107,14 +93,6 @@ PARTNERS = (
         lambda c: not _evaluates(c) or _scored(c),
         "only checkpoints of evaluated iterations have a score: make --save-interval a multiple of --eval-interval, "
         "both in iterations or both in epochs",
-    ),
-    Partner(("checkpoint.save_retain_interval",), lambda c: c.checkpoint.save, _NO_SAVE),
-    Partner(("checkpoint.ckpt_step",), lambda c: c.checkpoint.load, "there is no directory of it: add --load DIR"),
-    Partner(
-        ("checkpoint.exit_on_missing_checkpoint",),
-        lambda c: c.checkpoint.load,
-        "nothing is loaded: it changes nothing",
-        refuse=False,
     ),
     Partner(
         ("checkpoint.finetune",),
@@ -309,7 +287,10 @@ PARTNERS = (
         "the learning rate is not boosted: add --plateau-boost",
     ),
     Partner(
-        tuple(f"optimizer.{n}" for n in ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")),
+        (
+            *("optimizer.initial_loss_scale", "optimizer.min_loss_scale", "optimizer.loss_scale_window"),
+            *("optimizer.hysteresis", "optimizer.loss_scale"),
+        ),
         lambda c: c.training.fp16,
         _NO_FP16,
         refuse=False,

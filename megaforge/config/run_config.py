@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megaforge.config.batch_schedule import parse_steps
 from megaforge.config.fields import flag
 from megaforge.errors import UserError
 from megaforge.registry import CALLBACKS, LOSS_TERMS, OBJECTIVES, SCHEDULES
@@ -231,14 +232,52 @@ class TrainingConfig:
         "loss", "what early stopping and --keep-best watch", choices=("loss", "perplexity", "bits_per_byte", "accuracy")
     )
 
+    step_batch_size_schedule: tuple[str, ...] = flag(
+        (),
+        "TOKENS:SIZE TOKENS:SIZE ...: global batches of so many sequences from so many training tokens on (2.4B:320; "
+        "K, M, B and T are thousands, millions, ...), the first from 0",
+        metavar="T:B",
+    )
+    skip_train: bool = flag(False, "evaluate what --load holds, and end without a step")
+    manual_gc: bool = flag(
+        False, "collect Python's garbage on all ranks together, at the start and as below, not wherever it happens"
+    )
+    manual_gc_interval: int = flag(0, "with --manual-gc: iterations between collections; 0: none", least=0)
+    manual_gc_eval: bool = flag(True, "with --manual-gc: collect after each evaluation, too")
+    disable_bf16_reduced_precision_matmul: bool = flag(
+        False, "GPUs: add up the parts of a bf16 product in fp32 (torch's allow_bf16_reduced_precision_reduction)"
+    )
+
+    @property
+    def batch_steps(self) -> tuple[tuple[int, int], ...]:
+        """(tokens, sequences) of ``--step-batch-size-schedule``: from when on batches are of which size."""
+        return parse_steps(self.step_batch_size_schedule)
+
+    @property
+    def full_batch_size(self) -> int | None:
+        """Sequences of a global batch where it grows no more; None: as the layout has it."""
+        steps = self.batch_steps
+        return steps[-1][1] if steps else self.global_batch_size
+
     def validate(self) -> None:
         if self.rampup_batch_size:
             self._check_rampup()
+        if self.step_batch_size_schedule:
+            self._check_steps()
         if self.bf16 + self.fp16 + self.fp64 > 1:
             raise UserError("--bf16, --fp16 and --fp64 exclude each other; choose one")
         if self.wkv_backend == "fla" and (self.device == "cpu" or self.fp64):
             given = "--device cpu" if self.device == "cpu" else "--fp64"
             raise UserError(f"--wkv-backend fla with {given}: it computes on GPUs, not in fp64; use --wkv-backend auto")
+
+    def _check_steps(self) -> None:
+        given, full = f"--step-batch-size-schedule {' '.join(self.step_batch_size_schedule)}", self.full_batch_size
+        if self.rampup_batch_size:
+            raise UserError(f"{given} and --rampup-batch-size exclude each other; leave out one of them")
+        if self.global_batch_size not in (None, full):
+            raise UserError(
+                f"{given}: its last size is {full}, and --global-batch-size is {self.global_batch_size}; leave that out"
+            )
 
     def _check_rampup(self) -> None:
         given, end = f"--rampup-batch-size {' '.join(map(str, self.rampup_batch_size))}", self.global_batch_size
@@ -334,6 +373,10 @@ class LoggingConfig:
     profile_step_end: int = flag(12, "the last iteration to profile", least=1)
     profile_ranks: tuple[int, ...] = flag((0,), "ranks to profile", least=0)
     profile_dir: str = flag("profile", "where --profile writes", metavar="DIR")
+    log_params_norm: bool = flag(False, "record the norm of all trained weights after each step")
+    log_num_zeros_in_grad: bool = flag(False, "record how many elements of each step's gradient are 0")
+    wandb_save_dir: str | None = flag(None, "with --wandb-project: where its files are kept", metavar="DIR")
+    wandb_entity: str | None = flag(None, "with --wandb-project: the user or team that the run belongs to")
 
     def validate(self) -> None:
         if self.profile_step_end <= self.profile_step_start:

@@ -22,8 +22,9 @@ _BLOCK = 4096
 _BLOCKS_HELD = 4
 
 
-def parse_data_path(values: Sequence[str]) -> list[tuple[float, str]]:
-    """``--data-path P`` or ``--data-path w1 P1 w2 P2 ...`` as [(weight, prefix)].
+def parse_data_path(values: Sequence[str]) -> list[tuple[float | None, str]]:
+    """``--data-path P``, ``--data-path w1 P1 w2 P2 ...`` or ``--data-path P1 P2 ...`` as [(weight, prefix)]; without
+    weights (None), each source counts by its size.
 
     A prefix may hold spaces or be a number: a single word that names a dataset is that dataset, and only then may one
     word hold a whole blend.
@@ -41,6 +42,8 @@ def parse_data_path(values: Sequence[str]) -> list[tuple[float, str]]:
     shown = " ".join(words)
     if dataset_exists(dataset_prefix(shown)) and not any(dataset_exists(dataset_prefix(word)) for word in words):
         raise UserError(f"--data-path {shown}: that is one dataset; put its name in quotes: --data-path '{shown}'")
+    if len(words) > 1 and not any(_weight(word) is not None for word in words):
+        return [(None, dataset_prefix(word)) for word in words]
     if not words or len(words) % 2:
         raise UserError(
             f"--data-path '{shown}': give one dataset prefix, or pairs 'weight prefix weight prefix ...' "
@@ -51,7 +54,7 @@ def parse_data_path(values: Sequence[str]) -> list[tuple[float, str]]:
             f"--data-path '{shown}': {' and '.join(words[::2])} may be weights, and are datasets: write a dataset as "
             f"./{words[0]} and give each a weight, such as '1 ./{words[0]} 1 ./{words[1]}'"
         )
-    pairs = []
+    pairs: list[tuple[float | None, str]] = []
     for text, prefix in zip(words[::2], words[1::2], strict=True):
         weight = _weight(text)
         if weight is None or not 0 < weight < math.inf:
@@ -95,13 +98,13 @@ def _weight(word: str) -> float | None:
 
 
 def parse_split(text: str) -> tuple[float, float, float]:
-    """``--split 99,1,0`` (train, valid, test; any scale, missing ones 0) as three shares of 1.
+    """``--split 99,1,0`` (train, valid, test; any scale, missing ones 0; within quotes or not) as three shares of 1.
 
     Raises:
         UserError: not one to three numbers >= 0 with a sum above zero.
     """
     try:
-        numbers = [float(part) for part in text.split(",")]
+        numbers = [float(part) for part in text.strip("'\" ").split(",")]
     except ValueError:
         numbers = []
     if not 1 <= len(numbers) <= 3 or not all(0 <= n < math.inf for n in numbers) or sum(numbers) == 0:

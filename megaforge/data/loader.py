@@ -72,7 +72,7 @@ class GlobalBatchLoader:
     ) -> None:
         for size in batches.sizes:
             if micro_batch_size < 1 or size < 1 or size % (micro_batch_size * dp_size):
-                flag = "--global-batch-size" if size == batches.size else "--rampup-batch-size: a batch of"
+                flag = "--global-batch-size" if size == batches.size else f"{batches.flag}: a batch of"
                 raise UserError(
                     f"{flag} {size} is not a multiple of --micro-batch-size {micro_batch_size} "
                     f"times the {dp_size} data-parallel ranks; {_nearest(size, micro_batch_size, dp_size)} is"

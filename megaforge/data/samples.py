@@ -55,7 +55,8 @@ class TrainingData(ScheduledSource):
     """The endless training samples of a blend of datasets.
 
     Args:
-        sources: [(weight, prefix)], as :func:`megaforge.data.blend.parse_data_path` returns them.
+        sources: [(weight, prefix)], as :func:`megaforge.data.blend.parse_data_path` returns them; a weight of None is
+            the source's training tokens.
         split: ``--split``: shares of each source's documents for train, valid and test.
         schedule: seed, sequence length and later changes.
         split_order: ``--split-order``: which documents these are; see :func:`megaforge.data.split.split_documents`.
@@ -73,7 +74,7 @@ class TrainingData(ScheduledSource):
 
     def __init__(
         self,
-        sources: Sequence[tuple[float, str]],
+        sources: Sequence[tuple[float | None, str]],
         split: str,
         schedule: SampleSchedule,
         *,
@@ -89,7 +90,7 @@ class TrainingData(ScheduledSource):
                 "(pip install --no-build-isolation -e .); short documents are read several times slower"
             )
         self.split_text, self.split, self.split_order = split, parse_split(split), split_order
-        weights = [weight for weight, _ in sources]
+        weights = [1.0 if weight is None else weight for weight, _ in sources]
         Plan(schedule, weights)  # a schedule that cannot be is an error before any file is opened
         checks = checks or DataChecks()
         self._sources: list[RunDataset] = []
@@ -111,6 +112,8 @@ class TrainingData(ScheduledSource):
                     f"--split {split} leaves no training tokens in {prefix}: {len(source.numbers('train'))} of its "
                     f"{source.dataset.num_documents} documents are for training; give the first number a larger share"
                 )
+            if sources[len(self._sources)][0] is None:
+                weights[len(self._sources)] = float(tokens)
             lanes = self._lanes(source, key, schedule.lanes)
             shares.append([lane.num_tokens / tokens for lane in lanes])
             self._lane_of += [(len(self._sources), number) for number in range(len(lanes))]

@@ -194,6 +194,7 @@ def _present_config(meta: dict[str, Any], path: Path, tp: int, pp: int, device: 
             micro_batch_size=1,
             global_batch_size=None,
             rampup_batch_size=(),
+            step_batch_size_schedule=(),
             device=device,
             eval_global_batch_size=None,
         ),

@@ -72,8 +72,8 @@ def check_pipeline(cfg: ModelConfig, parallel: ParallelConfig, layout: Layout, e
                 raise
             if size == evaluated:
                 raise UserError(f"--eval-global-batch-size {size}: {error}") from error
-            ramp = " ".join(map(str, layout.batches.rampup))
-            raise UserError(f"--rampup-batch-size {ramp}, at {size} sequences a batch: {error}") from error
+            ramp = " ".join(map(str, layout.batches.rampup or (f"{a}:{b}" for a, b in layout.batches.steps)))
+            raise UserError(f"{layout.batches.flag} {ramp}, at {size} sequences a batch: {error}") from error
     check_stages(cfg, pp * vpp)
 
 

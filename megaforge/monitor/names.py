@@ -40,6 +40,10 @@ STEP = {
     ),
     "clamped": Name("share of the gradient's elements that `--clip-grad-value` limited", "`--clip-grad-value`"),
     "lr": Name("learning rate of the step"),
+    "decoupled_lr": Name("that of the embedding and the head", "`--decoupled-lr`"),
+    "weight_decay": Name("weight decay of the step", "`--weight-decay-incr-style`"),
+    "params_norm": Name("L2 norm of all trained weights behind the step", "`--log-params-norm`"),
+    "num_zeros": Name("elements of the step's gradient that are 0", "`--log-num-zeros-in-grad`"),
     "weight_decay_factor": Name("what the stage multiplies weight decay by", "`--second-stage-at`"),
     "lr_boost": Name("factor on the step's learning rate; 1 without a boost", "`--plateau-boost`"),
     "plateau_improvement": Name(
@@ -47,7 +51,7 @@ STEP = {
     ),
     "tokens": Name("tokens trained on, from the run's beginning"),
     "consumed_samples": Name("samples trained on, from the run's beginning"),
-    "global_batch_size": Name("samples of the step", "`--rampup-batch-size`"),
+    "global_batch_size": Name("samples of the step", "`--rampup-batch-size`, `--step-batch-size-schedule`"),
     "step_seconds": Name("wall time of the step, the wait for its batch included", measured=True),
     "tokens_per_second": Name("tokens of the step over its time", measured=True),
     "mfu": Name(

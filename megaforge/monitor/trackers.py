@@ -76,10 +76,28 @@ class TensorBoardSink:
 class WandbSink:
     """Weights & Biases. Without WANDB_MODE and credentials the run is kept on disk (``wandb sync`` sends it)."""
 
-    def __init__(self, project: str, run_name: str | None, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        project: str,
+        run_name: str | None,
+        config: Mapping[str, Any],
+        save_dir: str | None = None,
+        entity: str | None = None,
+    ) -> None:
+        """
+        Raises:
+            UserError: ``save_dir`` cannot be made.
+        """
         wandb = require("wandb", extra="track", purpose="--wandb-project")
+        where: dict[str, str] = {} if entity is None else {"entity": entity}
+        if save_dir is not None:
+            try:
+                Path(save_dir).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--wandb-save-dir {save_dir}: cannot be made ({error.strerror})") from error
+            where["dir"] = save_dir
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_credentials() else "offline")
-        self._run = wandb.init(project=project, name=run_name, config=dict(config), mode=mode)
+        self._run = wandb.init(project=project, name=run_name, config=dict(config), mode=mode, **where)
 
     def write(self, kind: Kind, iteration: int, values: Mapping[str, float | int]) -> None:
         # The tracker's own step only grows, so the iteration travels as a value of its own.

@@ -81,12 +81,12 @@ def _measure(model: nn.Module, ctx: ParallelContext, limit: float, read: Read) -
             # Copies on other ranks are multiplied by 0 rather than left out: 0 x inf = nan reaches every rank.
             first = optimizer_shard(parameter).is_first_copy(ctx)
             place = _KINDS.get(spec.kind, _KINDS["other"])
-            own = _sum_of_squares(gradient)
+            own = sum_of_squares(gradient)
             squares[place] += own if first else own * 0.0
             present[place] = 1.0
             if limit:
                 limited, beyond, elements = more
-                limited[place] += _sum_of_squares(gradient, limit) * first
+                limited[place] += sum_of_squares(gradient, limit) * first
                 beyond[place] += (gradient.abs() > limit).sum() * first
                 elements[place] += gradient.numel() * first
     if ctx.world.size > 1:
@@ -163,7 +163,7 @@ def _factors(squares: dict[str, float], limits: GradientLimits, loss_scale: floa
     return factors
 
 
-def _sum_of_squares(gradient: Tensor, limit: float | None = None) -> Tensor:
+def sum_of_squares(gradient: Tensor, limit: float | None = None) -> Tensor:
     """Sum of the squares in fp64, a 0-dim tensor; of values brought within ``limit`` where there is one."""
     total = torch.zeros((), dtype=torch.float64, device=gradient.device)
     for block in gradient.reshape(-1).split(_BLOCK[gradient.device.type]):

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megaforge.config.groups import ENDS
 from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.device import synchronize, zeros_in_host_memory
 from megaforge.optim.groups import with_factors
@@ -67,10 +68,12 @@ class Optimizer:
         ctx: this rank among the others.
         shards: how parameters are sharded, or None.
         decay_factor: on the weight decay of every parameter.
+        decoupled_lr: the next step's learning rate of embedding and head, where they have their own.
         correct: is called with each parameter that its rule has updated, before its master is rounded and travels.
     """
 
     decay_factor = 1.0
+    decoupled_lr: float | None = None
     correct: Callable[[MainParameter], None] | None = None
 
     def __init__(
@@ -87,7 +90,7 @@ class Optimizer:
         self._states = {main.spec.name: rule_of(config, main.spec).states(config) for main in self.main.trained}
         self._phases: list[tuple[list[UpdateRule], Bucket | None]] = []
         for bucket, parameters in self._by_bucket():
-            by_rule: dict[type[UpdateRule], list[MainParameter]] = defaultdict(list)
+            by_rule: dict[tuple[type[UpdateRule], bool], list[MainParameter]] = defaultdict(list)
             for main in parameters:
                 # Of a parameter that other replicas hold there is nothing to update. Apex must not even see it: its
                 # loop launches what it has gathered at the end of the list's last tensor, which an empty one never
@@ -98,8 +101,11 @@ class Optimizer:
                         raise ValueError(
                             f"{main.spec.name} is cut: shard by bucket_policy for --optimizer {config.optimizer}"
                         )
-                    by_rule[rule].append(main)
-            self._phases.append(([rule(config, tuple(some), self.ctx) for rule, some in by_rule.items()], bucket))
+                    by_rule[rule, config.decoupled_lr is not None and main.spec.kind in ENDS].append(main)
+            rules = [rule(config, tuple(some), self.ctx) for (rule, _), some in by_rule.items()]
+            for made, (_, decoupled) in zip(rules, by_rule, strict=True):
+                made.decoupled = decoupled
+            self._phases.append((rules, bucket))
         self._steps = 0
 
     def _by_bucket(self) -> list[tuple[Bucket | None, list[MainParameter]]]:
@@ -146,14 +152,15 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One update from every ``main_grad``, at the learning rate ``lr`` times each parameter's own factor."""
+        """One update from every ``main_grad``, at the learning rate ``lr`` (embedding and head: :attr:`decoupled_lr`,
+        where it is set) times each parameter's own factor."""
         self.wait_for_parameters()  # a part of the model that no forward pass has used may still be on its way
         self._make_state()
         correct = self.correct
         for rules, bucket in self._phases:
             for rule in rules:
                 rule.decay_factor = self.decay_factor
-                rule.step(lr, self._steps)
+                rule.step(self.decoupled_lr if rule.decoupled and self.decoupled_lr is not None else lr, self._steps)
                 if correct is not None:
                     for main in rule.parameters:
                         correct(main)

@@ -26,6 +26,7 @@ class UpdateRule(ABC):
         host_state: whether its states lie in host memory (pinned, beside a GPU) rather than where parameters do.
         others: the rule of the parameters that this one does not take.
         decay_factor: what the run multiplies weight decay by at present.
+        decoupled: whether its parameters are those of ``--decoupled-lr``.
     """
 
     implementation: str = "torch"
@@ -33,6 +34,7 @@ class UpdateRule(ABC):
     host_state: ClassVar[bool] = False
     others: ClassVar[str] = "adam"
     decay_factor: float = 1.0
+    decoupled: bool = False
 
     def __init__(self, config: OptimizerConfig, parameters: Sequence[MainParameter], ctx: ParallelContext) -> None:
         """

@@ -167,7 +167,8 @@ def load_run(trainer: Trainer) -> Path | None:
     fresh = _start_over(trainer, meta, own)
     _go_to(trainer, meta, fresh)
     config = in_iterations(config, trainer.progress)
-    trainer.config, trainer.schedule, notes = settle_schedule(config, meta, trainer.iteration, str(path))
+    settled = settle_schedule(config, meta, trainer.iteration, str(path), trainer.progress)
+    trainer.config, trainer.schedule, notes = settled
     if "optimizer" not in fresh:
         check_update_rule(optimizer_state(trainer), meta, str(path))
     notes += changed_settings(trainer.config, trainer.batches.size, meta)

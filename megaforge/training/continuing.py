@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from megaforge.config.config import Config
+from megaforge.config.length_config import LengthConfig
 from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.config.schema import config_to_dict
 from megaforge.errors import UserError
 from megaforge.optim import LearningRateSchedule
 from megaforge.registry import LR_SCHEDULES
+from megaforge.training.lengths import Progress
 
 _OVERRIDE, _KEEP = "--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"
 _LEARNING = {
@@ -26,9 +29,10 @@ _LEARNING = {
         *("plateau_boost", "plateau_boost_factor", "plateau_boost_interval", "plateau_boost_trigger"),
         *("plateau_boost_intervals", "muon_momentum", "muon_use_nesterov", "muon_num_ns_steps", "muon_scale_mode"),
         *("muon_coefficient_type", "muon_fp32_matmul_prec", "muon_extra_scale_factor", "muon_tp_mode"),
-        "normuon_beta2",
+        *("normuon_beta2", "decoupled_lr", "decoupled_min_lr"),
+        *("weight_decay_incr_style", "start_weight_decay", "end_weight_decay"),
     ),
-    "training": ("bf16", "fp16", "fp64", "rampup_batch_size", "objective", "loss_terms"),
+    "training": ("bf16", "fp16", "fp64", "rampup_batch_size", "step_batch_size_schedule", "objective", "loss_terms"),
     "parallel": ("grad_reduce_in_bf16", "grad_compression", "grad_compression_rank"),
     "data": ("eod_mask_loss",),
     "qat": (
@@ -40,7 +44,11 @@ _LEARNING = {
 _SCHEDULE = (
     *("lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_warmup_fraction", "lr_warmup_init"),
     *("lr_wsd_decay_iters", "lr_wsd_decay_style", "lr_restart_iters", "lr_restart_mult"),
-    *("lr_plateau_factor", "lr_plateau_patience", "lr_plateau_threshold"),
+    *("lr_plateau_factor", "lr_plateau_patience", "lr_plateau_threshold", "decoupled_lr", "decoupled_min_lr"),
+)
+_IN_LENGTH = (
+    *("lr_warmup_epochs", "lr_warmup_samples", "lr_decay_epochs", "lr_decay_samples", "lr_wsd_decay_epochs"),
+    *("lr_wsd_decay_samples", "lr_restart_epochs"),
 )
 # Values that learn the same: of these, the second is as good as the first.
 _ALIKE = {"muon_tp_mode": ("distributed", "duplicated")}
@@ -48,7 +56,7 @@ _COMPARED = 10_000  # iterations at which two schedules' pasts are compared, bes
 
 
 def settle_schedule(
-    config: Config, saved: Mapping[str, Any], iteration: int, source: str
+    config: Config, saved: Mapping[str, Any], iteration: int, source: str, progress: Progress | None = None
 ) -> tuple[Config, LearningRateSchedule, list[str]]:
     """The learning-rate schedule of a run that goes on after ``iteration``.
 
@@ -59,6 +67,7 @@ def settle_schedule(
     Args:
         saved: the checkpoint's ``meta``.
         source: what messages call the checkpoint.
+        progress: what has been read, for a schedule that counts samples.
 
     Returns:
         The configuration with the schedule that holds, that schedule, and what to tell the user.
@@ -66,14 +75,14 @@ def settle_schedule(
     Raises:
         UserError: the schedules differ and nobody chose.
     """
-    now = LearningRateSchedule(config.optimizer, config.training.train_iters)
+    now = LearningRateSchedule(config.optimizer, config.training.train_iters, config.length, progress)
     if saved["schedule"] == now.digest:
         return config, now, []
     override = f"{_OVERRIDE}: this run's values hold from iteration {iteration + 1} on: "
-    former = _saved_settings(saved["config"])
+    former = _section(OptimizerConfig, saved["config"]["optimizer"])
     if config.optimizer.override_opt_param_scheduler and former.lr_decay_style not in LR_SCHEDULES:
         return config, now, [f"{override}--lr-decay-style was {former.lr_decay_style}, which is unknown here"]
-    before = LearningRateSchedule(former, saved["config"]["training"]["train_iters"])
+    before = _former_schedule(former, saved, progress)
     changes = "; ".join(_differences(before, now)) or "its settings differ"
     if config.optimizer.use_checkpoint_opt_param_scheduler:
         if before.callbacks != now.callbacks:  # they are there already, or are not
@@ -81,13 +90,8 @@ def settle_schedule(
                 f"{_KEEP}: --load {source} was trained with --lr-decay-style {before.style}, which takes another part "
                 f"in the run than --lr-decay-style {now.style}; write --lr-decay-style {before.style}"
             )
-        kept = dataclasses.replace(
-            config.optimizer,
-            **{name: getattr(former, name) for name in _SCHEDULE},
-            lr_decay_iters=int(before.settings.lr_decay_iters) or None,  # the default may be another now
-        )
         told = f"{_KEEP}: the checkpoint's values hold: {changes}"
-        return dataclasses.replace(config, optimizer=kept), before, [told]
+        return _with_schedule(config, former, before, saved), before, [told]
     if config.optimizer.override_opt_param_scheduler:
         return config, now, [f"{override}{changes}"]
     if _same_past(before, now, iteration):
@@ -144,16 +148,54 @@ def changed_settings(config: Config, global_batch_size: int, saved: Mapping[str,
     return [f"it learns otherwise from here on: {'; '.join(changes)}"] if changes else []
 
 
-def _saved_settings(config: Mapping[str, Any]) -> OptimizerConfig:
-    names = {field.name for field in dataclasses.fields(OptimizerConfig)}
-    return OptimizerConfig(**{name: value for name, value in config["optimizer"].items() if name in names})
+_Section = TypeVar("_Section", OptimizerConfig, LengthConfig)
+
+
+def _section(kind: type[_Section], saved: Mapping[str, Any]) -> _Section:
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in saved.items() if name in names})
+
+
+def _former_schedule(
+    former: OptimizerConfig, saved: Mapping[str, Any], progress: Progress | None
+) -> LearningRateSchedule:
+    """The checkpoint's. One of an older version counted iterations where its lengths were given in samples."""
+    iters = saved["config"]["training"]["train_iters"]
+    plain = LearningRateSchedule(former, iters)
+    if plain.digest == saved["schedule"]:
+        return plain
+    return LearningRateSchedule(former, iters, _section(LengthConfig, saved["config"].get("length", {})), progress)
+
+
+def _with_schedule(
+    config: Config, former: OptimizerConfig, before: LearningRateSchedule, saved: Mapping[str, Any]
+) -> Config:
+    """``config`` with the settings that make its schedule ``before``."""
+    end = int(before.settings.lr_decay_iters) or None  # the default may be another now
+    kept = {name: getattr(former, name) for name in _SCHEDULE}
+    lengths = {name: saved["config"].get("length", {}).get(name) for name in _IN_LENGTH}
+    if before.settings.unit == "samples":
+        lengths["lr_decay_samples"] = end
+    else:
+        lengths = dict.fromkeys(lengths)
+        kept["lr_decay_iters"] = end
+    return dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(config.optimizer, **kept),
+        length=dataclasses.replace(config.length, **lengths),
+    )
 
 
 def _differences(before: LearningRateSchedule, now: LearningRateSchedule) -> list[str]:
     """What differs of two schedules' settings, of those that the one or the other depends on."""
     values = {"--lr-decay-style": (before.style, now.style)}
+    in_samples = before.settings.unit == now.settings.unit == "samples"
     for name in (*before.facts, *now.facts):
         flag = f"--{name.replace('_', '-')}" + " (by default --train-iters)" * (name == "lr_decay_iters")
+        if in_samples:
+            flag = flag.replace("-iters", "-samples")
+        if name == "unit":
+            flag = "lengths counted in"
         values[flag] = (getattr(before.settings, name), getattr(now.settings, name))
     return [f"{flag} {a} in the checkpoint, {b} here" for flag, (a, b) in values.items() if a != b]
 
@@ -161,12 +203,6 @@ def _differences(before: LearningRateSchedule, now: LearningRateSchedule) -> lis
 def _same_past(before: LearningRateSchedule, now: LearningRateSchedule, iteration: int) -> bool:
     if not {*before.callbacks} <= {*now.callbacks}:
         return False  # the past was also theirs
-    steps = {*range(1, iteration + 1, max(1, iteration // _COMPARED)), iteration, *_corners(before), *_corners(now)}
-    return all(before(step) == now(step) for step in steps if 1 <= step <= iteration)
-
-
-def _corners(schedule: LearningRateSchedule) -> set[int]:
-    """The steps around which the built-in shapes bend."""
-    s = schedule.settings
-    bends = (s.lr_warmup_iters, s.lr_decay_iters - s.lr_wsd_decay_iters, s.lr_decay_iters)
-    return {int(bend) + more for bend in bends for more in (0, 1)}
+    steps = {*range(1, iteration + 1, max(1, iteration // _COMPARED)), iteration, *before.corners, *now.corners}
+    # Sums of another order differ in the last bit where the one counts iterations and the other samples.
+    return all(math.isclose(before(step), now(step), rel_tol=1e-12) for step in steps if 1 <= step <= iteration)

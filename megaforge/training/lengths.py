@@ -52,7 +52,7 @@ class Progress:
 
     def first_at(self, tokens: Fraction | int = 0, samples: int = 0) -> int:
         """The first iteration after which as many ``tokens`` and ``samples`` have been read."""
-        of_tokens = samples_of(self.data, ceil(tokens) - self.earlier_tokens)
+        of_tokens = samples_of(self.data, ceil(tokens) - self.earlier_tokens) if tokens else 0
         needed = max(of_tokens, samples - self.earlier_samples)
         if needed > self.samples or not self.iteration:
             return self.iteration + self.batches.steps_until(needed, self.samples)
@@ -143,7 +143,23 @@ def _count(config: Config, progress: Progress, name: str) -> int:
         whole = optimizer.lr_decay_iters or config.training.train_iters
         start = optimizer.lr_warmup_iters or int(whole * optimizer.lr_warmup_fraction)
         return max(1, first_at(read_at(start) + amount) - start)
+    if name == "train_samples":
+        return _whole_steps(progress, int(value))
     return first_at(amount)
+
+
+def _whole_steps(progress: Progress, samples: int) -> int:
+    """The most iterations that read no more than ``samples``, as Megatron-LM has it.
+
+    Raises:
+        UserError: there is none.
+    """
+    count = progress.first_at(samples=samples)
+    count -= progress.at(count)[1] > samples
+    if count < 1:
+        least = progress.batches.size_at(0)
+        raise UserError(f"--train-samples {samples}: fewer than one global batch; give at least {least}")
+    return count
 
 
 def _exactly(number: float) -> Fraction:

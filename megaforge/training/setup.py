@@ -44,11 +44,14 @@ from megaforge.training.callbacks import (
 )
 from megaforge.training.checkpointing import check_save_directory, load_run, tokenizer_identity
 from megaforge.training.console import ConsoleLog
+from megaforge.training.decoupled_lr import DecoupledRate
 from megaforge.training.ema import WeightAverage
 from megaforge.training.engine import Engine
 from megaforge.training.intervals import Interval
 from megaforge.training.lengths import Progress, described, in_iterations, interval
 from megaforge.training.lr_on_spike import ReduceOnSpike
+from megaforge.training.manual_gc import ManualCollection
+from megaforge.training.norms import Norms
 from megaforge.training.numerics import choose_matmul_precision
 from megaforge.training.phase6_output import Phase6Output
 from megaforge.training.plateau_boost import PlateauBoost
@@ -56,8 +59,10 @@ from megaforge.training.profiling import Profile
 from megaforge.training.qk_clip import QKClip
 from megaforge.training.quantization import Quantization
 from megaforge.training.second_stage import SecondStage
+from megaforge.training.skip_train import SkipTrain
 from megaforge.training.speed import Speed
 from megaforge.training.trainer import Trainer
+from megaforge.training.weight_decay import GrowingDecay
 
 
 def initialize_distributed(config: Config) -> ParallelContext:
@@ -105,6 +110,8 @@ def set_numerics(config: Config, device: torch.device) -> None:
     """Seeds, deterministic algorithms and matmul precision of the process."""
     torch.manual_seed(config.training.seed)
     choose_matmul_precision(config.training.float32_matmul_precision, device)
+    if config.training.disable_bf16_reduced_precision_matmul:
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if config.training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first cuBLAS handle is made
         torch.use_deterministic_algorithms(True)
@@ -205,7 +212,9 @@ def _open_data(config: Config, tokenizer: Tokenizer | None) -> DataSource:
 
 
 # Those that change how weights are updated, in their order; each knows from the flags whether it is asked for.
-_OF_UPDATES = (SecondStage, Quantization, PlateauBoost, ReduceOnSpike, QKClip)
+_OF_UPDATES = (SecondStage, Quantization, PlateauBoost, ReduceOnSpike, QKClip, GrowingDecay, DecoupledRate)
+# What is seen, and when the run ends.
+_OTHERS = (Norms, ManualCollection, SkipTrain)
 
 
 def _callbacks(config: Config, progress: Progress) -> list[Callback]:
@@ -217,7 +226,7 @@ def _callbacks(config: Config, progress: Progress) -> list[Callback]:
         epochs = config.length.exit_interval_epochs
         flag = f"--exit-interval {leaving.iterations}" if epochs is None else f"--exit-interval-epochs {epochs:g}"
         callbacks.append(ExitInterval(leaving, flag))
-    callbacks += [asked for kind in _OF_UPDATES if (asked := kind.of(config)) is not None]
+    callbacks += [asked for kind in (*_OF_UPDATES, *_OTHERS) if (asked := kind.of(config)) is not None]
     callbacks.append(ConsoleLog(config.logging.log_interval, speed))
     if training.eval_iters:
         callbacks.append(Evaluation(interval(config, data, "training.eval_interval")))
@@ -254,7 +263,8 @@ def _sinks(config: Config, iteration: int | None) -> list[MetricSink]:
     if logging.tensorboard_dir is not None:
         sinks.append(TensorBoardSink(logging.tensorboard_dir, iteration, described))
     if logging.wandb_project is not None:
-        sinks.append(WandbSink(logging.wandb_project, logging.run_name, described))
+        where = (logging.wandb_save_dir, logging.wandb_entity)
+        sinks.append(WandbSink(logging.wandb_project, logging.run_name, described, *where))
     if logging.mlflow_experiment is not None:
         sinks.append(MlflowSink(logging.mlflow_experiment, logging.run_name, described))
     for notice in (getattr(sink, "notice", None) for sink in sinks):

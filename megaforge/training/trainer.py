@@ -76,7 +76,6 @@ class Trainer:
         self.lr_factors: dict[str, float] = {}
         self.batches = batches
         self.callbacks = in_order(callbacks)
-        self.schedule = LearningRateSchedule(config.optimizer, config.training.train_iters)
         self.validation = data.validation("valid") if config.training.eval_iters else None
         self.iteration = 0
         self.consumed_samples = 0
@@ -84,6 +83,9 @@ class Trainer:
         self.stateful = {"lr_factors": Stateful(lambda: dict(self.lr_factors), self._load_lr_factors)}
         self.saved_iteration = 0
         self.earlier: Counter[str] = Counter()
+        self.schedule = LearningRateSchedule(
+            config.optimizer, config.training.train_iters, config.length, self.progress
+        )
         self.started_over: list[str] = []
         self.for_evaluation: Callable[[], AbstractContextManager[None]] = nullcontext
         self.last_evaluation: EvaluationMetrics | None = None
@@ -161,7 +163,7 @@ class Trainer:
         self.consumed_samples += round(float(sums.counts["sequences"]))
         self.tokens_per_expert = sums.experts[0]
         self._heed(sums)
-        if self.batches.rampup:
+        if self.batches.changes:
             extra["global_batch_size"] = float(sums.counts["sequences"])
         if self.scaler.enabled:
             extra.update(loss_scale=self.scaler.scale, skipped=float(not updated))

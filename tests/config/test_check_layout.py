@@ -91,6 +91,9 @@ RWKV = ("--layer-schedule", "rwkv")
         (2, ["--micro-batch-size", "8", "--global-batch-size", "8"],
          "--global-batch-size 8 is not divisible by --micro-batch-size 8 x dp 2 = 16; "
          "use --global-batch-size 16, or --micro-batch-size 4"),
+        (2, ["--micro-batch-size", "2", "--step-batch-size-schedule", "0:6", "1K:16"],
+         "--step-batch-size-schedule 0:6 1K:16: a batch of 6 is not divisible by --micro-batch-size 2 x dp 2 = 4; use "
+         "multiples of 4"),
         (2, ["--micro-batch-size", "2", "--global-batch-size", "16", "--rampup-batch-size", "8", "2", "90"],
          "--rampup-batch-size 8 2 90: its START and INCREMENT are not both divisible by --micro-batch-size 2 x dp 2 = "
          "4; use multiples of 4"),

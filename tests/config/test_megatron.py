@@ -43,7 +43,7 @@ def test_a_line_that_says_all_is_told_nothing() -> None:
         (("--moe-expert-capacity-factor", "1.5"), "of each sequence here, in training only"),
         (("--moe-router-load-balancing-type", "global_aux_loss"), "the load of the previous step"),
         (("--lr-decay-style", "WSD"), "1 - sqrt"),
-        (("--train-samples", "100"), "the last step that begins is whole"),
+        (("--step-batch-size-schedule", "0:2 1M:4"), "counts steps of any size"),
         (("--global-batch-size", "4", "--rampup-batch-size", "2", "2", "9"), "counts steps of any size"),
     ],
 )
@@ -61,6 +61,7 @@ def test_what_differs_is_told_once(argv: tuple[str, ...], words: str) -> None:
         ("--normalization", "layernorm"),
         ("--init-std", "0.02", "--untie-embeddings-and-output-weights"),
         ("--init-std", "0.005"),
+        ("--global-batch-size", "4", "--rampup-batch-size", "2", "2", "9", "--train-samples", "100"),
     ],
 )
 def test_what_is_alike_is_told_nothing(argv: tuple[str, ...]) -> None:

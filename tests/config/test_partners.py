@@ -16,6 +16,8 @@ IN_EPOCHS = ("--eval-iters", "1", "--eval-interval-epochs", "0.1")
 DENSE = ("--ffn", "dense")
 ATTENTION, RWKV = ("--layer-schedule", "attention"), ("--layer-schedule", "rwkv")
 
+GROWING = ("--weight-decay-incr-style", "linear", "--start-weight-decay", "0", "--end-weight-decay", "0.1")
+
 REFUSED = [
     (("--qk-clip-alpha", "0.4"), (), "add --qk-clip"),
     (("--qk-clip",), ("--qk-layernorm",), "leave one of the two out"),
@@ -29,6 +31,11 @@ REFUSED = [
     (("--keep-last", "9"), (), "--save DIR"),
     (("--save-retain-interval", "9"), (), "--save DIR"),
     (("--ckpt-step", "9"), (), "--load DIR"),
+    (("--decoupled-min-lr", "0"), (), "add --decoupled-lr X"),
+    (("--start-weight-decay", "0"), (), "add --weight-decay-incr-style linear or cosine"),
+    (GROWING, ("--second-stage-at", "0.5"), "--second-stage-at and"),
+    (("--skip-train",), ("--load", "r"), "--eval-iters N"),
+    (("--skip-train",), ("--eval-iters", "1"), "--load DIR"),
     (("--keep-best", "1"), EVALUATED, "--save DIR"),
     (("--keep-best", "1"), ("--save", "r"), "--eval-iters N"),
     (("--keep-best", "1"), ("--save", "r", "--eval-iters", "1"), "--eval-interval N"),
@@ -110,6 +117,10 @@ SAID = [
     (("--adam-beta2", "0.9"), ("--optimizer", "sgd"), "--optimizer adam"),
     (("--pipeline-schedule", "gpipe"), (), "--pp 1"),
     (("--run-name", "x"), (), "--wandb-project"),
+    (("--wandb-entity", "x"), (), "--wandb-project"),
+    (("--loss-scale", "1024"), ("--bf16",), "--fp16"),
+    (("--hysteresis", "4"), ("--fp16", "--loss-scale", "1024"), "--loss-scale fixes"),
+    (("--manual-gc-interval", "9"), (), "--manual-gc"),
     (("--transformer-pct", "50"), ("--hybrid-layer-pattern", "RE*E", "--num-layers", "2"), "--hybrid-layer-pattern"),
     (("--transformer-pct", "50"), RWKV, "--layer-schedule"),
     (("--moe-token-drop-policy", "probs"), (), "--moe-expert-capacity-factor"),

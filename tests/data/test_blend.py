@@ -20,6 +20,7 @@ def test_data_path_forms() -> None:
     assert parse_data_path(["0.7", "a", "0.3", "b.idx"]) == [(0.7, "a"), (0.3, "b")]
     assert parse_data_path(["0.7 a 3 b"]) == [(0.7, "a"), (3.0, "b")]
     assert parse_data_path(["my data/a"]) == [(1.0, "my data/a")]
+    assert parse_data_path(["a", "b.bin", "c"]) == [(None, "a"), (None, "b"), (None, "c")]
     assert parse_data_path(["0.7", "my data/a", "3", "2024"]) == [(0.7, "my data/a"), (3.0, "2024")]
 
 
@@ -47,8 +48,8 @@ def test_a_word_that_names_a_dataset_is_that_dataset(tmp_path: Path, monkeypatch
         ([], "give one dataset prefix"),
         ([""], "give one dataset prefix"),
         (["0.5"], r"there is no 0.5\.idx; give one dataset prefix"),
-        (["a", "b", "c"], "give one dataset prefix"),
-        (["a", "b"], "weight of b is 'a'"),
+        (["0.5", "a", "b"], "give one dataset prefix"),
+        (["a", "0.5"], "weight of 0.5 is 'a'"),
         (["1", "a", "-2", "b"], "weight of b is '-2'"),
         (["0", "a"], "weight of a is '0'"),
         (["nan", "a"], "weight of a is 'nan'"),
@@ -63,6 +64,7 @@ def test_data_path_errors_name_the_flag(words: list[str], message: str) -> None:
 def test_split_forms() -> None:
     assert parse_split("99,1,0") == (0.99, 0.01, 0.0)
     assert parse_split("1") == (1.0, 0.0, 0.0)
+    assert parse_split("'99,1,0'") == parse_split('"99,1,0"') == parse_split("99,1,0"), "as Llama's scripts quote it"
     assert parse_split("0.5, 0.5") == (0.5, 0.5, 0.0)
     for bad in ("", "a", "1,2,3,4", "0,0", "-1,2", "nan,1"):
         with pytest.raises(UserError, match=f"--split '{bad}'"):

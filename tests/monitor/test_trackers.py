@@ -49,8 +49,12 @@ def test_wandb_runs_offline_without_credentials(monkeypatch: pytest.MonkeyPatch,
     assert fake.logged == [{"train/loss": 2.5, "iteration": 3}, {"valid/loss": 2.25, "iteration": 3}]
     assert fake.finished
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    WandbSink("project", None, {})
-    assert fake.settings["mode"] == "online"
+    WandbSink("project", None, {}, str(tmp_path / "kept"), "team")
+    assert fake.settings["mode"] == "online" and (tmp_path / "kept").is_dir()
+    assert (fake.settings["dir"], fake.settings["entity"]) == (str(tmp_path / "kept"), "team")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"--wandb-save-dir {tmp_path}/file/x: cannot be made"):
+        WandbSink("project", None, {}, str(tmp_path / "file" / "x"))
 
 
 def test_mlflow_gets_parameters_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,3 +109,14 @@ def test_after_a_run_without_scaling_it_starts_at_the_initial_scale(state: dict[
     scaler = LossScaler(CONFIG, enabled=True)
     scaler.load_state(json.loads(json.dumps(state)))
     assert scales(scaler, "...") == [16, 16, 32]
+
+
+def test_a_fixed_scale_stays_and_bears_overflows_for_a_while() -> None:
+    config = dataclasses.replace(CONFIG, loss_scale=1024.0)
+    scaler = LossScaler(config, enabled=True)
+    assert scales(scaler, "....x.x....") == [1024] * 11
+    for overflows in range(20):
+        assert scaler.can_fall == (overflows < 19), "the 20th in a row ends the run"
+        scaler.update(False)
+    scaler.load_state({"scale": 64.0, "clean_steps": 3, "overflows": 1})
+    assert scaler.scale == 1024 and LossScaler(config, enabled=False).scale == 1

@@ -4,10 +4,14 @@ import dataclasses
 import hashlib
 import json
 import math
+from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
 
+from megaforge.config.batch_schedule import BatchSchedule
+from megaforge.config.length_config import LengthConfig
 from megaforge.config.lr_shapes import RateShape
 from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.errors import UserError
@@ -135,3 +139,58 @@ def test_digests_of_former_checkpoints_stay() -> None:
 def test_a_shape_reads_what_there_is() -> None:
     with pytest.raises(UserError, match="reads 'lr_decay_iter', .*did you mean lr_decay_iters"):
         RateShape(lambda s, step: s.lr, "one", reads=("lr_decay_iter",))
+
+
+class Batches:
+    """Samples of an iteration as batches count them."""
+
+    def __init__(self, batches: BatchSchedule) -> None:
+        self.batches = batches
+
+    def at(self, iteration: int) -> tuple[int, int]:
+        return 0, self.batches.samples_after(iteration)
+
+    def first_at(self, tokens: Fraction | int = 0, samples: int = 0) -> int:
+        return self.batches.steps_until(samples)
+
+
+def in_samples(batches: BatchSchedule, length: LengthConfig, **changes: object) -> LearningRateSchedule:
+    config = OptimizerConfig(lr=1.0, min_lr=0.1, lr_decay_style="linear", **changes)
+    return LearningRateSchedule(config, 10, length, Batches(batches))
+
+
+def test_lengths_in_samples_need_not_be_whole_steps() -> None:
+    """Llama 3's line: 3906252 samples of warm-up are 30517.59 batches of 128."""
+    length = LengthConfig(train_samples=1953125000, lr_decay_samples=1949218748, lr_warmup_samples=3906252)
+    rates = in_samples(BatchSchedule(128), length)
+    assert rates(30517) == pytest.approx(30517 * 128 / 3906252, rel=1e-15) and rates(30517) < 1
+    left = (1949218748 - 30518 * 128) / (1949218748 - 3906252)
+    assert rates(30518) == pytest.approx(0.1 + 0.9 * left, rel=1e-15)
+    assert rates(15228272) == 0.1 < rates(15228271) and {30517, 15228271} < rates.corners
+    whole = in_samples(BatchSchedule(4), LengthConfig(train_samples=440, lr_warmup_samples=40))
+    plain = schedule("linear")
+    assert [whole(k) for k in range(1, 120)] == pytest.approx([plain(k) for k in range(1, 120)], rel=1e-14)
+    assert whole.digest != plain.digest and whole.facts["unit"] == "samples"
+
+
+def test_batches_that_grow_stretch_it() -> None:
+    """A step of twice the samples goes twice as far."""
+    length = LengthConfig(train_samples=100)
+    rates = in_samples(BatchSchedule(20, steps=((0, 10), (40, 20))), length, lr_warmup_fraction=0.25)
+    assert [rates(k) for k in (1, 2)] == pytest.approx([0.4, 0.8])
+    assert [rates(k) for k in (3, 4, 5, 6)] == pytest.approx([0.1 + 0.9 * (100 - s) / 75 for s in (30, 40, 60, 80)])
+    assert rates(7) == 0.1 and rates.between(3.0, 0.0)(6) == pytest.approx(3 * 20 / 75)
+    assert rates.between(3.0, 0.0)(2) == pytest.approx(2.4), "the same warm-up to another peak"
+
+
+@pytest.mark.parametrize(
+    ("length", "changes"),
+    [
+        ({"lr_warmup_samples": 9}, {}),
+        ({"train_samples": 99}, {"lr_warmup_iters": 3}),
+        ({"train_samples": 99}, {"lr_decay_iters": 30}),
+        ({"train_samples": 99, "lr_warmup_epochs": 0.1}, {}),
+    ],
+)
+def test_mixed_lengths_are_counted_in_iterations(length: dict[str, Any], changes: dict[str, int]) -> None:
+    assert in_samples(BatchSchedule(4), LengthConfig(**length), **changes).settings.unit == "iterations"

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
 from megaforge.checkpoint.compatible import describe_run
+from megaforge.config.batch_schedule import BatchSchedule
+from megaforge.config.config import Config
+from megaforge.data.mock import MockData
+from megaforge.data.sample_schedule import SampleSchedule
 from megaforge.errors import UserError
 from megaforge.optim import LearningRateSchedule
 from megaforge.training.continuing import changed_settings, settle_schedule
+from megaforge.training.lengths import Progress, in_iterations
 from tests.parallel.pool import RankPool
 from tests.parallel.test_pipeline_model import flags, train
 from tests.training.tiny import arguments, dense_arguments, make_config, make_trainer, record, write_dataset
@@ -57,6 +64,7 @@ def test_a_schedule_that_goes_on(
         ((), ("--micro-batch-size", "2"), (8, 8), None),
         ((), (), (8, 16), "a global batch of 8 sequences in the checkpoint, 16 here"),
         ((), ("--optimizer", "sgd"), (8, 8), "--optimizer adam in the checkpoint, sgd here"),
+        ((), ("--decoupled-lr", "1e-3"), (8, 8), "--decoupled-lr None in the checkpoint, 0.001 here"),
         ((), ("--weight-decay", "0.3"), (8, 8), "--weight-decay 0.1 in the checkpoint, 0.3 here"),
         (("--bf16",), ("--fp16",), (8, 8), "--bf16 True in the checkpoint, False here; --fp16 False in the"),
         (
@@ -235,3 +243,28 @@ def test_a_kept_schedule_has_its_callbacks() -> None:
     saved = saved_by(*PLATEAU, "--lr-plateau-patience", "2", "--min-lr", "1e-5")
     kept = settle_schedule(make_config([*PLATEAU, "--lr", "7e-4", KEEP]), saved, 20, "r")[0].optimizer
     assert (kept.lr_plateau_patience, kept.min_lr) == (2, 1e-5) and kept.lr != 7e-4
+
+
+def test_schedules_in_samples_and_of_older_versions() -> None:
+    line = ("--train-samples", "800", "--lr-warmup-samples", "80", "--lr-decay-style", "linear")
+    progress = Progress(MockData(SampleSchedule(1, 8), 9), BatchSchedule(8), 20, 160)
+
+    def counted(*flags: str) -> Config:
+        return in_iterations(make_config(list(flags)), progress)
+
+    config = counted(*line)
+    now = LearningRateSchedule(config.optimizer, 100, config.length, progress)
+    saved = {**describe_run(config, None), "schedule": now.digest}
+    assert settle_schedule(config, saved, 20, "r", progress) == (config, ANY, [])
+    older = {**saved, "schedule": LearningRateSchedule(config.optimizer, 100).digest}
+    assert "the learning rate was the same so far" in settle_schedule(config, older, 20, "r", progress)[2][0]
+    other = counted("--train-samples", "1600", *line[2:])
+    with pytest.raises(
+        UserError, match=r"--lr-decay-samples \(by default --train-samples\) 800 in the checkpoint, 1600"
+    ):
+        settle_schedule(other, saved, 20, "r", progress)
+    for changed in (other, counted("--train-iters", "100", "--lr-decay-style", "linear")):
+        keep = dataclasses.replace(changed.optimizer, use_checkpoint_opt_param_scheduler=True)
+        kept, schedule, _ = settle_schedule(dataclasses.replace(changed, optimizer=keep), saved, 20, "r", progress)
+        again = LearningRateSchedule(kept.optimizer, kept.training.train_iters, kept.length, progress)
+        assert schedule.digest == again.digest == now.digest, "its own checkpoints say so"

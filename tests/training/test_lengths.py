@@ -68,7 +68,7 @@ def test_samples_of_tokens() -> None:
         (("--train-epochs", "2"), {"train_iters": 13}),  # 300 tokens in 30 samples, 1700 in 68: 98 samples
         (("--train-epochs", "0.25"), {"train_iters": 4}),  # 250 tokens, 25 samples
         (("--train-epochs", "2", "--lr-warmup-epochs", "0.1"), {"train_iters": 13, "lr_warmup_iters": 2}),
-        (("--train-samples", "98"), {"train_iters": 13}),
+        (("--train-samples", "98"), {"train_iters": 12}),  # as in Megatron-LM, what does not fill a batch stays
         (("--train-samples", "96", "--lr-warmup-samples", "9"), {"train_iters": 12, "lr_warmup_iters": 2}),
         (("--train-iters", "50", "--lr-decay-epochs", "2"), {"train_iters": 50, "lr_decay_iters": 13}),
         (
@@ -98,6 +98,8 @@ def test_in_iterations(flags: tuple[str, ...], expected: dict[str, int]) -> None
 
 def test_lengths_that_do_not_fit_are_refused() -> None:
     progress = Progress(Stages(), CONSTANT_BATCH)
+    with pytest.raises(UserError, match="--train-samples 7: fewer than one global batch; give at least 8"):
+        in_iterations(make_config(["--train-samples", "7"]), progress)
     late = make_config(["--train-epochs", "1", "--lr-warmup-epochs", "2"])
     with pytest.raises(UserError, match=r"--train-epochs 1 is 8 iter.*--lr-warmup-epochs 2 is 13 iter.*the decay is"):
         in_iterations(late, progress)
@@ -186,3 +188,27 @@ def test_a_run_in_epochs_is_resumed_and_goes_on_at_another_batch(
     [stage] = [callback for callback in other.callbacks if isinstance(callback, SecondStage)]
     stage.on_train_start(other)
     assert stage.last_of_first == round(done / 2), "of the iterations that there are now"
+
+
+def test_a_schedule_in_samples_goes_on_with_other_batches(
+    prefixes: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """40 samples of warm-up are over when they are read, however many steps that takes; growing batches, too."""
+    save = str(tmp_path / "run")
+    linear = ("--lr-decay-style", "linear", "--train-samples", "107", "--lr-warmup-samples", "41", "--save", save)
+
+    def expected(*samples: int) -> list[float]:
+        return [1e-3 * (s / 41 if s <= 41 else (107 - s) / 66) for s in samples]
+
+    first, records = trained(
+        counted(prefixes[0], *linear, "--step-batch-size-schedule", "0:4 300:8", "--exit-interval", "3")
+    )
+    assert first.config.training.train_iters == 14 and first.consumed_samples == 12  # 3 x 4 and 11 x 8
+    assert [record["lr"] for record in records] == pytest.approx(expected(4, 8, 12))
+    assert records[-1]["global_batch_size"] == 4
+    capfd.readouterr()
+    second, records = trained(counted(prefixes[0], *linear, "--load", save, "--global-batch-size", "16"))
+    said = capfd.readouterr().err
+    assert "rate was" not in said and "--step-batch-size-schedule ['0:4 300:8'] in the checkpoint, [] here" in said
+    assert second.iteration == 8 and second.consumed_samples == 12 + 5 * 16
+    assert [record["lr"] for record in records] == pytest.approx(expected(28, 44, 60, 76, 92))

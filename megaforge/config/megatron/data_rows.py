@@ -21,7 +21,7 @@ DATA_ROWS: tuple[Row, ...] = (
     *advice(1, _TOKENIZER, "vocab-extra-ids tokenizer-metadata chat-template"),
     *advice(ANY, _TOKENIZER, "tokenizer-special-tokens"),
     *advice(1, "write --train-data-path, --valid-data-path and --test-data-path", "per-split-data-args-path"),
-    *advice(0, _EVALUATION, "skip-train test-mode"),
+    *advice(0, _EVALUATION, "test-mode"),
     *advice(
         ANY,
         "evaluations read the first --eval-iters batches of the validation data; leave it out",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from megaforge.config.config import Config
-from megaforge.config.lr_shapes import RateShape
+from megaforge.config.lr_shapes import RateSettings, RateShape
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import kinds_of
 from megaforge.registry import LR_SCHEDULES
@@ -63,13 +63,13 @@ def _notes(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
             "--moe-router-load-balancing-type global_aux_loss uses the load of the previous step; Megatron-LM's that "
             "of the micro-batches so far"
         )
-    if "training.rampup_batch_size" in typed:
-        yield (
-            "--rampup-batch-size: the learning rate's schedule counts steps of any size here, also where its lengths "
-            "are given in samples; Megatron-LM's counts samples then"
-        )
-    if config.length.train_samples is not None and "length.train_samples" in typed:
-        yield "--train-samples: the last step that begins is whole here; Megatron-LM leaves out what does not fill one"
+    in_samples = RateSettings.in_samples(config.optimizer, config.length) is not None
+    for key in sorted(typed & {"training.rampup_batch_size", "training.step_batch_size_schedule"}):
+        if not in_samples:
+            yield (
+                f"--{key.split('.')[1].replace('_', '-')}: the learning rate's schedule counts steps of any size here; "
+                "Megatron-LM's counts samples, as it does here with --train-samples and the --lr-...-samples"
+            )
     if "optimizer.lr_decay_style" in typed and origins["optimizer.lr_wsd_decay_style"] == "default":
         shape: RateShape = LR_SCHEDULES.get(config.optimizer.lr_decay_style)
         if "lr_wsd_decay_style" in shape.reads:

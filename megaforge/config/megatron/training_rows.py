@@ -19,12 +19,8 @@ TRAINING_ROWS: tuple[Row, ...] = (
         only(f"{name}-dtype", "fp32 float32", _PRECISE)
         for name in ("main-grads", "main-params", "exp-avg", "exp-avg-sq")
     ),
-    only("weight-decay-incr-style", "constant", "weight decay is constant; write --weight-decay X"),
-    *advice(1, "weight decay is constant; write --weight-decay X", "start-weight-decay end-weight-decay"),
     *advice(0, _OFFLOAD, "optimizer-cpu-offload overlap-cpu-optimizer-d2h-h2d use-torch-optimizer-for-cpu-offload"),
     *advice(1, _OFFLOAD, "optimizer-offload-fraction"),
-    *advice(1, "write --lr-mult embedding=X head=X, with its share X of --lr", "decoupled-lr"),
-    *advice(1, "write --lr-mult embedding=X head=X, whose X is on --min-lr too", "decoupled-min-lr"),
     *advice(1, "write --micro-batch-size (of a rank) or --global-batch-size", "batch-size"),
     *advice(1, "write --lr-warmup-fraction", "warmup"),
     *advice(ANY, NOT_AVAILABLE, "fp16-lm-cross-entropy output-logit-dtype freeze-all-layers fim-*"),

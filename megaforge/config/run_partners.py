@@ -1,0 +1,79 @@
+"""What a partner rule is, and those of a run's flags: checkpoints, loop, logs. See :mod:`megaforge.config.partners`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from megaforge.config.config import Config
+
+
+class Partner(NamedTuple):
+    """One rule.
+
+    Attributes:
+        keys: the flags, as ``section.name`` of settings.
+        needs: whether the configuration has what they need.
+        text: what is wrong and what to write; the sentence begins with the flag and its value.
+        refuse: whether the run is another one than was asked for; otherwise the flag is idle, and rank 0 says so.
+    """
+
+    keys: tuple[str, ...]
+    needs: Callable[[Config], Any]
+    text: str
+    refuse: bool = True
+
+
+RUN_PARTNERS = (
+    Partner(
+        tuple(f"optimizer.{n}" for n in ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")),
+        lambda c: c.optimizer.loss_scale is None,
+        "--loss-scale fixes the scale: it changes nothing",
+        refuse=False,
+    ),
+    Partner(
+        ("optimizer.decoupled_min_lr",),
+        lambda c: c.optimizer.decoupled_lr is not None,
+        "embedding and head have the rate of the others: add --decoupled-lr X",
+    ),
+    Partner(
+        ("optimizer.start_weight_decay", "optimizer.end_weight_decay"),
+        lambda c: c.optimizer.weight_decay_incr_style != "constant",
+        "weight decay does not change: add --weight-decay-incr-style linear or cosine",
+    ),
+    Partner(
+        ("optimizer.weight_decay_incr_style",),
+        lambda c: c.optimizer.second_stage_at is None and not c.qat.quant_stages,
+        "--second-stage-at and --quant-stages set the weight decay too: leave out the one or the other",
+    ),
+    Partner(
+        ("training.manual_gc_interval", "training.manual_gc_eval"),
+        lambda c: c.training.manual_gc,
+        "collections are automatic: add --manual-gc",
+        refuse=False,
+    ),
+    Partner(
+        ("training.skip_train",),
+        lambda c: c.training.eval_iters,
+        "nothing is evaluated: add --eval-iters N",
+    ),
+    Partner(
+        ("training.skip_train",),
+        lambda c: c.checkpoint.load or c.checkpoint.pretrained_checkpoint,
+        "there is no model to evaluate: add --load DIR",
+    ),
+    Partner(
+        ("logging.wandb_save_dir", "logging.wandb_entity"),
+        lambda c: c.logging.wandb_project,
+        "no run is kept there: add --wandb-project NAME",
+        refuse=False,
+    ),
+    Partner(
+        ("checkpoint.exit_on_missing_checkpoint",),
+        lambda c: c.checkpoint.load,
+        "nothing is loaded: it changes nothing",
+        refuse=False,
+    ),
+    Partner(("checkpoint.save_retain_interval",), lambda c: c.checkpoint.save, "nothing is saved: add --save DIR"),
+    Partner(("checkpoint.ckpt_step",), lambda c: c.checkpoint.load, "there is no directory of it: add --load DIR"),
+)

@@ -1,0 +1,25 @@
+"""``--skip-train``: an evaluation of what was loaded, and no step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megaforge.config.config import Config
+from megaforge.training.callbacks import Callback
+
+if TYPE_CHECKING:
+    from megaforge.training.trainer import Trainer
+
+
+class SkipTrain(Callback):
+    """Evaluates once, before the first step, and ends the run."""
+
+    @classmethod
+    def of(cls, config: Config) -> SkipTrain | None:
+        """What the flags ask for."""
+        return cls() if config.training.skip_train else None
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        if trainer.stop_reason is None:
+            trainer.stop("--skip-train")
+            trainer.evaluate(due=False)
