@@ -1,0 +1,18 @@
+// Products with a few vectors for any CPU.
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+
+#include "gemv.h"
+
+#define MF_ISA scalar
+#include "vec.h"
+
+#include "products.h"
+
+namespace megaforge::gemv {
+
+const Kernels scalar_kernels = {scalar::part<float>, scalar::part<Bf16>};
+
+}  // namespace megaforge::gemv
