@@ -28,6 +28,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="multiply quantized matrices by packed 1-, 2- or 4-bit kernels",
     )
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), help="of weights and activations (default: as in training)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="where to compute")
 
 
@@ -37,5 +40,11 @@ def open_model(flags: argparse.Namespace) -> TrainedModel:
     from megaforge.inference.restore import load_trained_model
 
     return load_trained_model(
-        flags.load, tp=flags.tp, pp=flags.pp, device=flags.device, ema=flags.ema, kernels=flags.use_custom_kernels
+        flags.load,
+        tp=flags.tp,
+        pp=flags.pp,
+        device=flags.device,
+        ema=flags.ema,
+        kernels=flags.use_custom_kernels,
+        dtype=flags.dtype,
     )

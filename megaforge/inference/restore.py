@@ -21,6 +21,7 @@ from megaforge.data.tokenizer import Tokenizer, guess_tokenizer_type, load_token
 from megaforge.data.tokenizer_files import there_is
 from megaforge.device import resolve_device
 from megaforge.errors import UserError
+from megaforge.inference.few_tokens import multiply_few_tokens_fast
 from megaforge.inference.staged import StagedModel
 from megaforge.models.prepared_run import check_run
 from megaforge.models.stages import build_model
@@ -99,6 +100,7 @@ def load_trained_model(
     device: str = "auto",
     ema: bool = False,
     kernels: bool = False,
+    dtype: str | None = None,
 ) -> TrainedModel:
     """Joins the other ranks, if there are any, and loads a model. Collective.
 
@@ -110,6 +112,7 @@ def load_trained_model(
         device: cpu, cuda or auto.
         ema: with the moving average of the weights (``--ema-decay``) in their place.
         kernels: quantized matrices are multiplied by packed kernels.
+        dtype: what weights and activations are kept in, fp32 or bf16; None: as in training.
 
     Raises:
         UserError: no valid checkpoint, or no average in it where ``ema`` asks for one, or its model does not divide
@@ -131,7 +134,7 @@ def load_trained_model(
         raise UserError(
             f"--ema: {path} keeps no average of the weights; train with --ema-decay 0.999, or leave --ema out"
         )
-    config = _present_config(meta, path, tp, pp, device)
+    config = _present_config(meta, path, tp, pp, device, dtype)
     plan = check_run(config, launch.world_size).plan
     set_numerics(config, place)
     layer = make_layer_context(config.model, ctx, dtype=compute_dtype(config.training))
@@ -145,6 +148,7 @@ def load_trained_model(
         main.after_load()
     if kernels:
         _use_kernels(model, packed=file is not None and file.is_packed, path=path)
+    multiply_few_tokens_fast(model, place.type)
     return TrainedModel(StagedModel(model.eval(), plan), ctx, config, meta, path)
 
 
@@ -163,12 +167,13 @@ def _use_kernels(model: nn.Module, *, packed: bool, path: Path) -> None:
         )
 
 
-def _present_config(meta: dict[str, Any], path: Path, tp: int, pp: int, device: str) -> Config:
+def _present_config(meta: dict[str, Any], path: Path, tp: int, pp: int, device: str, dtype: str | None) -> Config:
     if "config" not in meta:
         raise UserError(f"--load {path}: it does not say which model it is of; no training run wrote it")
     config = config_from_dict(meta["config"], source=str(path))
     pattern = config.model.hybrid_layer_pattern
     uncut = None if pattern is None else pattern.replace("|", "")  # the run's stages need not be these
+    types: dict[str, Any] = {} if dtype is None else {"bf16": dtype == "bf16", "fp16": False, "fp64": False}
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, hybrid_layer_pattern=uncut),
@@ -197,5 +202,6 @@ def _present_config(meta: dict[str, Any], path: Path, tp: int, pp: int, device: 
             step_batch_size_schedule=(),
             device=device,
             eval_global_batch_size=None,
+            **types,
         ),
     )

@@ -1,4 +1,4 @@
-"""Products with a few vectors: the definition's numbers, whatever the matrix's layout, alike rows and extreme values."""
+"""Products with a few vectors: the definition's numbers, whatever the matrix's layout; hard values."""
 
 from __future__ import annotations
 
