@@ -356,8 +356,6 @@ def _notes(config: Config, world_size: int, replicas: int) -> list[str]:
         )
     if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
         notes.append("--sequence-parallel has nothing to share at --tp 1: it changes nothing")
-    if config.parallel.context_parallel_size == 1 and config.parallel.cp_comm_type != "allgather":
-        notes.append(f"--cp-comm-type {config.parallel.cp_comm_type} has nothing to exchange at --cp 1")
     if not config.length.needs_data:
         notes += warmup_notes(config)
     return notes

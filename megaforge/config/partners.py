@@ -301,6 +301,12 @@ PARTNERS = (
         "it is the rank of --grad-compression powersgd, which is not set: add it",
     ),
     Partner(
+        ("parallel.cp_comm_type",),
+        lambda c: c.parallel.context_parallel_size > 1,
+        "there is nothing to exchange at --cp 1: it changes nothing",
+        refuse=False,
+    ),
+    Partner(
         ("parallel.pipeline_schedule", "parallel.virtual_pipeline_model_parallel_size"),
         lambda c: c.parallel.pipeline_model_parallel_size > 1,
         "there is no pipeline at --pp 1: it changes nothing but the order of the work",

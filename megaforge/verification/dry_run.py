@@ -19,6 +19,7 @@ from megaforge.config.config import Config
 from megaforge.data.loader import GlobalBatchLoader
 from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.errors import UserError
+from megaforge.models.parameter_count import count_parameters, total
 from megaforge.models.pipeline_shape import PipelinePlan
 from megaforge.models.prepared_run import check_run
 from megaforge.models.stages import make_stage_tensors
@@ -335,6 +336,7 @@ def report(config: Config, layout: PlannedLayout, ranks: Sequence[DryRank]) -> s
     return "\n".join(
         [
             f"{config.name} on {layout.world_size} ranks: {layout.describe()} (dp {layout.dp})",
+            f"{total(count_parameters(config.model)).stored:,} parameters",
             f"checked: layout; every rank's place; every parameter's shards over the {layout.stage_ranks} ranks of a "
             f"stage; every sample of a global batch of {layout.global_batch_size} on one of {layout.dp} dp ranks; "
             "bytes equal the plan's",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
+
 import pytest
 
 from megaforge.config.cli import ParsedConfig, parse_config
@@ -17,7 +20,8 @@ SAID = "--position-embedding-type rope --attention-dropout 0.0 --hidden-dropout 
 
 
 def gpt(*more: str) -> ParsedConfig:
-    return parse_config((*GPT.split(), *SAID.split(), *more), as_megatron=True)
+    base = GPT.replace(" --train-iters 2", "") if "--train-samples" in more else GPT
+    return parse_config((*base.split(), *SAID.split(), *more), as_megatron=True)
 
 
 def test_a_flag_of_ours_is_in_no_table() -> None:
@@ -73,3 +77,66 @@ def test_experts_make_it_a_mixture_and_swiglu_two_thirds() -> None:
     assert gpt("--num-experts", "0").config.model.ffn == "dense"
     pattern = gpt("--num-experts", "4", "--hybrid-layer-pattern", "*-*E").config.model
     assert pattern.hybrid_layer_pattern == "*-*E"
+
+
+def table() -> list[tuple[str, tuple[str, ...], str]]:
+    lines = Path(__file__).with_name("megatron_flags.txt").read_text("utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.split(" |")] for line in lines if line and not line.startswith("#")]
+    return [(verdict, tuple(line.split()), "|".join(rest).strip()) for verdict, line, *rest in rows]
+
+
+TABLE = table()
+SOON = {
+    *("attention-dropout", "hidden-dropout", "moe-ffn-hidden-size", "weight-decay-incr-style", "start-weight-decay"),
+    *("end-weight-decay", "decoupled-lr", "decoupled-min-lr", "skip-train"),
+}
+
+
+@pytest.mark.parametrize(("verdict", "line", "expected"), TABLE, ids=[" ".join(line) for _, line, _ in TABLE])
+def test_each_row(verdict: str, line: tuple[str, ...], expected: str) -> None:
+    if verdict == "ADVICE":
+        with pytest.raises(UserError) as found:
+            gpt(*line)
+        [said] = [text for text in str(found.value).split("\n  ") if text.startswith(line[0].replace("_", "-"))]
+        assert expected in said and len(said) < 400
+        return
+    parsed = gpt(*line)
+    if verdict == "NOOP":
+        [note] = [note for note in parsed.told if "change nothing" in note]
+        assert (expected or " ".join(line)) in note and parsed.config == gpt().config
+    elif expected.startswith("~"):
+        [note] = [note for note in parsed.notes if expected[1:] in note]
+    else:
+        assert verdict in ("SAME", "ALIAS", "DIFFERS")
+        for pair in expected.split():
+            key, _, value = pair.partition("=")
+            section, name = key.split(".")
+            assert str(getattr(getattr(parsed.config, section), name)).replace(" ", "") == value, key
+            assert parsed.origins[key] != "default" or value == "None"
+
+
+def test_the_verdicts_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = Counter(verdict for verdict, _, _ in TABLE)
+    with capsys.disabled():
+        print(f"\nflags of Megatron-LM: {', '.join(f'{count} {verdict}' for verdict, count in counts.items())}")
+    tried = {word for _, line, _ in TABLE for word in line}
+    untried = {row.flag for row in ROWS if f"--{row.flag}" not in tried and not row.flag.endswith("*")}
+    assert untried <= SOON, "a row of the tables without a line here"
+
+
+def test_arity_is_minded() -> None:
+    for line, words in (
+        (("--attention-backend",), "--attention-backend: expected one argument"),
+        (("--use-flash-attn", "yes"), "yes: no flag takes this word; --use-flash-attn takes none"),
+        (("--attention-backend", ""), "--attention-backend '': the value is empty"),
+    ):
+        with pytest.raises(UserError) as found:
+            gpt(*line)
+        assert str(found.value).startswith(words)
+    assert gpt("--attention_backend=flash").config == gpt().config
+
+
+def test_meaning_comes_before_spelling() -> None:
+    for flag, words in (("--learning-rate", "write --lr"), ("--use-mcore-model", "did you mean --use-mcore-models?")):
+        with pytest.raises(UserError, match=words):
+            gpt(flag)

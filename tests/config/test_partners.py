@@ -101,6 +101,7 @@ REFUSED = [
 SAID = [
     (("--num-experts", "4"), DENSE, "--ffn moe"),
     (("--moe-router-score-function", "sigmoid"), DENSE, "--ffn moe"),
+    (("--cp-comm-type", "p2p"), (), "--cp 1"),
     (("--no-load-optim",), (), "--load"),
     (("--no-exit-on-missing-checkpoint",), (), "nothing is loaded"),
     (("--reset-data",), ("--load", "r", "--finetune"), "--finetune"),

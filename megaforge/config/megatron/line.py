@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from megaforge.config.megatron.rows import ANY, Outcome, Row
 from megaforge.config.megatron.rules import RULES
-from megaforge.config.megatron.table import MEANINGS, own_flags, row_of, value_outcome
+from megaforge.config.megatron.table import MEANINGS, own_flags, row_of, takes_one_of, value_outcome
 
 
 @dataclass
@@ -68,6 +68,9 @@ def read_line(argv: Sequence[str], as_there: bool = False) -> Line:
         row = None if one.flag in own_flags() else row_of(one.flag.removeprefix("--"))
         if row is not None:
             _apply(line, one, row)
+        elif len(one.values) > 1 and takes_one_of(one.flag):
+            line.refused.append(f"{one.written}: lists are not available; write one of them")
+            one.words = []
         elif len(one.values) == 1 and (outcome := value_outcome(one.flag, one.values[0])) is not None:
             _follow(line, one, outcome)
     if line.needless:

@@ -46,6 +46,7 @@ def settle(line: Line, values: dict[str, Any], origins: dict[str, str]) -> None:
     if values.get("checkpoint.save") and "checkpoint.save_interval" not in values:
         line.refused.append(f"--save {values['checkpoint.save']}: add --save-interval N, as in Megatron-LM")
     _silence(line, origins)
+    _vocabulary(line, values)
     line.notes.append(_CONVENTIONS)
 
 
@@ -60,6 +61,22 @@ def _silence(line: Line, origins: Mapping[str, str]) -> None:
     for name in ("attention", "hidden"):
         if f"model.{name}_dropout" not in settings() and line.find(f"--{name}-dropout") is None:
             line.refused.append(f"--{name}-dropout is missing: 0.1 in Megatron-LM; there is none here: write 0.0")
+
+
+def _vocabulary(line: Line, values: Mapping[str, Any]) -> None:
+    """Rows of the embedding, which it counts otherwise."""
+    size, multiple = line.find("--vocab-size"), line.find("--make-vocab-size-divisible-by")
+    reads = ("NullTokenizer", "TikTokenizer")
+    if size is not None and values.get("data.tokenizer_model") and values.get("data.tokenizer_type") not in reads:
+        line.notes.append(
+            f"{size.written}: the model has so many rows, whatever the tokenizer; Megatron-LM reads it with a "
+            "NullTokenizer or TikTokenizer only"
+        )
+    if multiple is not None:
+        line.notes.append(
+            f"{multiple.written}: the embedding's rows are a multiple of this at every --tp, and those that fill up "
+            "have no share in the softmax; in Megatron-LM a multiple of this times --tp, and they have"
+        )
 
 
 def _written(origins: Mapping[str, str], key: str) -> bool:

@@ -84,6 +84,11 @@ def value_outcome(flag: str, value: str) -> Outcome | None:
     return None if choices is not None and value in choices else outcome
 
 
+def takes_one_of(flag: str) -> bool:
+    """Whether it is a flag of ours that takes one word, of which Megatron-LM may take a list."""
+    return flag.removeprefix("--") in VALUES
+
+
 def known_flags() -> Iterator[str]:
     """Every flag of the tables that has a name of its own."""
     return (f"--{row.flag}" for row in ROWS if not row.flag.endswith("*"))
