@@ -32,6 +32,7 @@ COVERED = {
     "kernels/rwkv7_fused/": "kernels/test_rwkv7_fused.py",
     "kernels/wkv7/": "kernels/test_wkv7.py",
     "checkpoint/architectures/": "checkpoint/test_architectures.py",
+    "checkpoint/foreign.py": "checkpoint/test_published_import.py",
     "models/generation_state.py": "inference/test_generation.py",
     "models/pipeline_shape.py": "config/test_check_layout.py",
     "nn/kinds/": "config/test_check_layout.py",

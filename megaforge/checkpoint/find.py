@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megaforge.checkpoint.directory import is_step_directory, list_steps, quarantine, set_aside_names
+from megaforge.checkpoint.foreign import conversion_of
 from megaforge.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from megaforge.checkpoint.safetensors_file import HASH, FileRecord
 from megaforge.errors import CheckpointError, DamagedCheckpointError, UserError
@@ -164,7 +165,13 @@ def find_checkpoint(directory: str | Path, ctx: ParallelContext, *, quarantine_d
     raise UserError(f"--load {directory}: none of its checkpoints is valid: {'; '.join(rejected)}")
 
 
+def _has_steps(directory: Path) -> bool:
+    return directory.is_dir() and bool(list_steps(directory))
+
+
 def _candidates(directory: Path) -> list[Path]:
+    if (conversion := conversion_of(directory)) is not None and not _has_steps(directory):
+        raise UserError(f"--load {directory}: {conversion}")
     if not directory.is_dir():
         if directory.is_file():
             raise UserError(

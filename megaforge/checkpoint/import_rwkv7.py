@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -80,7 +81,9 @@ def read_pth(file: str | Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise UserError(f"{file}: there is no such file") from error
     except Exception as error:  # a damaged or foreign file makes torch raise almost anything
+        code = re.search(r"GLOBAL:? ([\w.]+)", str(error))
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = f"it asks to run {code[1]}" if code else reason
         raise UserError(f"{file}: not a file of tensors that torch can read safely ({reason})") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{file}: holds something else than named tensors; give the published .pth of the model")

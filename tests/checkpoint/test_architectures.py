@@ -78,7 +78,8 @@ def test_transformers_computes_the_same(exported: dict[str, tuple[Path, Path]], 
 @pytest.mark.parametrize("kind", MODELS)
 def test_weights_come_back_bit_for_bit(exported: dict[str, tuple[Path, Path]], kind: str, tmp_path: Path) -> None:
     run, folder = exported[kind]
-    import_hf(Import(folder, tmp_path / "again", parallel=ParallelConfig(tensor_model_parallel_size=1), dp=2))
+    layout = ParallelConfig(tensor_model_parallel_size=1 if kind == "rwkv7" else 2)
+    import_hf(Import(folder, tmp_path / "again", parallel=layout, dp=2))
     before, after = open_source(run), open_source(tmp_path / "again")
     assert {key for key in before.tensors if not key.startswith(("optimizer.", "data."))} >= after.tensors.keys()
     for name in after.tensors:

@@ -133,4 +133,6 @@ def test_files_that_hold_no_tensors_are_refused_unread(tmp_path: Path) -> None:
     for name in ("text", "hostile", "list"):
         with pytest.raises(UserError, match=f"{name}.pth"):
             read_pth(tmp_path / f"{name}.pth")
+    with pytest.raises(UserError, match=r"it asks to run (getattr|pathlib)"):
+        read_pth(tmp_path / "hostile.pth")
     assert not Path(__file__).with_name("unpickled").exists()

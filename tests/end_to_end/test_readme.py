@@ -104,6 +104,7 @@ DOCUMENTS = [
     "examples/grokking/README.md",
     "docs/architecture.md",
     "docs/data.md",
+    "docs/from_huggingface.md",
     "docs/layouts.md",
     "docs/optimizers.md",
     "docs/planner.md",
