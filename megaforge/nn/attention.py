@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from megaforge.kernels.attention import causal_attention, takes_documents
+from megaforge.kernels.attention import PackedDocuments, causal_attention, takes_documents, takes_segments
 from megaforge.nn.norms import make_head_norm, make_sub_norm
 from megaforge.nn.recompute import recomputed
 from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState
@@ -143,15 +143,26 @@ class SelfAttention(nn.Module):
         if info.shards.axis.size > 1:
             context = recomputed(self.recompute_core, context_parallel_attention, query, key, value, info)
         else:
-            packed = state is None and info.has_boundaries and takes_documents(query)
-            documents = info.packed_documents() if packed else None
-            mask = info.score_mask(query.dtype) if documents is None else None
             if state is not None:
                 key, value = state.append(key, value)
-                mask = _continuation_mask(length, key.shape[2], mask, info)
-            context = recomputed(self.recompute_core, causal_attention, query, key, value, mask, documents)
+            seen = _seen(query, key, info, state is not None)
+            context = recomputed(self.recompute_core, causal_attention, query, key, value, *seen)
         context = context.permute(2, 0, 1, 3).reshape(length, batch, self.heads * width)
         return LayerOutput(self.output(self.sub_norm(context)))
+
+
+def _seen(
+    query: Tensor, key: Tensor, info: PackedSequence, continues: bool
+) -> tuple[Tensor | None, PackedDocuments | None, Tensor | None]:
+    """Which keys a query sees, in the form that attention takes here: a mask (None: all up to its own), documents or
+    segments; ``continues``: queries may follow cached ones."""
+    length, keys = query.shape[2], key.shape[2]
+    if takes_segments(query, key):
+        return None, None, info.segments(range(keys - length, keys), range(keys))
+    if not continues and info.has_boundaries and takes_documents(query):
+        return None, info.packed_documents(), None
+    mask = info.score_mask(query.dtype)
+    return _continuation_mask(length, keys, mask, info) if continues else mask, None, None
 
 
 def _continuation_mask(queries: int, keys: int, mask: Tensor | None, info: PackedSequence) -> Tensor | None:

@@ -9,6 +9,7 @@ import torch
 
 from megaforge.device import upload
 from megaforge.kernels.attention import PackedDocuments, taken_mask
+from megaforge.kernels.attention.segments import documents_of, segments_of
 from megaforge.parallel.context_parallel.shard import ContextParallelShard
 
 
@@ -156,6 +157,16 @@ class PackedSequence:
         if mask is not None and ("score_mask", dtype) not in self.cache:
             self.cache["score_mask", dtype] = taken_mask(mask, dtype)
         return None if mask is None else self.cache["score_mask", dtype]
+
+    def segments(self, queries: range, keys: range) -> torch.Tensor:
+        """What queries at some places of the whole sequences see of keys at some places, for attention that takes
+        segments (:mod:`megaforge.kernels.attention.segments`): int64 [n, 6], made once."""
+        if "documents" not in self.cache:
+            self.cache["documents"] = documents_of(self._documents_BS, self.offset, self.padding_B)
+        if ("segments", queries, keys) not in self.cache:
+            self.cache["segments", queries, keys] = segments_of(self.cache["documents"], queries, keys)
+        found: torch.Tensor = self.cache["segments", queries, keys]
+        return found
 
     def packed_documents(self) -> PackedDocuments | None:
         """The documents, which for attention is as good as the mask; None when there are no boundaries. Found on the

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megaforge.config.model_config import ModelConfig
+from megaforge.kernels.attention import native
 from megaforge.nn.attention import KVCache, SelfAttention
 from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.parallel.param_spec import named_specs
@@ -126,6 +127,31 @@ def test_values_and_gradients(changes: dict, packed: bool) -> None:
     info = PackedSequence(BATCH, LENGTH, CPU, start)
     module = attention(cfg)
     assert_agrees(module, lambda x: module(x, info).update, oracle_of(cfg, info), random(LENGTH, BATCH, HIDDEN))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_segments_take_the_place_of_the_mask_on_a_cpu(packed: bool) -> None:
+    """In fp32, against the mask's way in fp64; then a cache of two sequences of different lengths, continued."""
+    if "cpu" not in native.COMPILED:
+        pytest.skip("not built")
+    start = torch.zeros(BATCH, 20, dtype=torch.bool)
+    start[0, [2, 3]] = start[1, 5] = packed
+    infos = [PackedSequence(BATCH, 20, CPU, start) for _ in range(2)]
+    wide, narrow = (attention(config(num_query_groups=2), dtype) for dtype in (torch.float64, torch.float32))
+    narrow.load_state_dict(wide.state_dict())
+    x = random(20, BATCH, HIDDEN)
+    expected, found = wide(x, infos[0]).update, narrow(x.float(), infos[1]).update
+    assert_close(found.double(), expected, 2e-6, "output")
+    assert infos[1]._mask is None and (infos[0]._mask is not None) == packed
+    caches = [KVCache(), KVCache()]
+    before = PackedSequence(1, 12, CPU)
+    for cache, module, kind in zip(caches, (wide, narrow), (torch.float64, torch.float32), strict=True):
+        module(x[:12, :1].to(kind), before, state=cache)
+    longer = [KVCache.side_by_side([cache, cache], 15) for cache in caches]
+    rest = PackedSequence(BATCH, 8, CPU, offset=15, padding_B=torch.tensor([3, 3]))
+    expected = wide(x[12:], rest, state=longer[0]).update
+    found = narrow(x[12:].float(), rest, state=longer[1]).update
+    assert_close(found.double(), expected, 2e-6, "output after a cache")
 
 
 @torch.no_grad()

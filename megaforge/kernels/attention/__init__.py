@@ -1,7 +1,9 @@
-"""Causal softmax attention: one face over torch's fused kernels and, for 16-bit tensors on a CPU, a blockwise form.
+"""Causal softmax attention: one face over flash attention and, where it cannot be, over what torch has.
 
-torch's fused CPU kernel makes little of the CPU's 16-bit matrix products; the blockwise form (:mod:`.blockwise`) is
-made of them. Both need memory linear in the sequence length. :mod:`.reference` has the definition.
+On a CPU the compiled code of :mod:`.native` takes fp32 and bf16; documents, caches and parts of sequences are segments
+(:mod:`.segments`), and no mask exists. Without it, torch's fused kernel makes little of the CPU's 16-bit matrix
+products; the blockwise form (:mod:`.blockwise`) is made of them. All need memory linear in the sequence length, but for
+a mask. :mod:`.reference` has the definition.
 
 On a GPU packed documents go through flash attention for sequences of different lengths (:func:`takes_documents`), which
 skips what a mask hides and has no mask. Where that cannot be, a mask leaves torch the memory-efficient kernel, which
@@ -20,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megaforge.kernels.attention import native
 from megaforge.kernels.attention.blockwise import BlockwiseAttention
-from megaforge.kernels.native import say_fallback
+from megaforge.kernels.attention.segments import whole
+from megaforge.kernels.native import say_fallback, say_uncompiled
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -29,6 +33,7 @@ except ImportError:
     varlen_attn = None  # type: ignore[assignment]
 
 _VARLEN: Callable[..., Any] | None = varlen_attn
+FEW = 8  # queries from which a cache is worth packing for the compiled code
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,16 @@ class PackedDocuments:
 
     bounds: Tensor
     longest: int
+
+
+def takes_segments(query: Tensor, key: Tensor) -> bool:
+    """Whether :func:`causal_attention` takes segments for ``query`` [b, heads, s, d] and ``key`` [b, groups, t, d]:
+    fp32 or bf16, on a CPU, and not just a few tokens after many."""
+    if native.takes(query):
+        return query.shape[2] == key.shape[2] or query.shape[2] >= FEW
+    if query.device.type == "cpu" and query.dtype in native.DTYPES:
+        say_uncompiled("attention", "cpu")
+    return False
 
 
 def takes_documents(query: Tensor) -> bool:
@@ -83,7 +98,12 @@ def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, documents: PackedDocuments | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    documents: PackedDocuments | None = None,
+    segments: Tensor | None = None,
 ) -> Tensor:
     """``softmax(q k^T / sqrt(d)) v`` over what each query may see.
 
@@ -95,12 +115,18 @@ def causal_attention(
             also in the form of :func:`taken_mask`. None: token i sees tokens 0 to i (then s = t).
         documents: instead of a mask, where :func:`takes_documents`: a token sees those before it in its document
             (then s = t).
+        segments: instead of either, where :func:`takes_segments`: int64 [n, 6] of :mod:`.segments`; a query that is in
+            none of them gives zeros.
 
     Returns:
         [b, heads, s, d] of the dtype of ``query``; the softmax is taken in fp32 (fp64 for fp64).
     """
     if documents is not None:
         return _within_documents(query, key, value, documents)
+    if segments is None and mask is None and query.shape[2] == key.shape[2] and takes_segments(query, key):
+        segments = whole(query.shape[0], query.shape[2])
+    if segments is not None:
+        return native.attention(query, key, value, segments)
     grouped = key.shape[1] != query.shape[1]
     kind = query.device.type
     blockwise = kind == "cpu" and query.dtype == torch.bfloat16 and query.shape[2] == key.shape[2]

@@ -206,7 +206,7 @@ def test_sharing_sequences_changes_nothing(ranks: RankPool, case: str) -> None:
 
 
 def test_sharing_sequences_changes_nothing_in_fp32(ranks: RankPool) -> None:
-    assert_same(ranks, "hybrid", torch.float32, (Shape(4, cp=4),))
+    assert_same(ranks, "hybrid", torch.float32, (Shape(4, cp=4), Shape(4, 2, 2, True, "p2p")))
 
 
 @pytest.mark.parametrize("documents", [PACKED, ALONE], ids=["packed", "alone"])

@@ -1,0 +1,84 @@
+// Causal attention on CPUs: what its implementations take and do. No torch here.
+//
+// o = softmax(scale q k^T) v over the keys that a query sees. Who sees whom is a list of segments: a segment's query i
+// sees its keys 0 to i + ahead, as far as it has them. No tensor of queries x keys exists.
+#pragma once
+
+#include <cstdint>
+
+namespace megaforge::attention {
+
+enum class Type : std::uint8_t { f32, bf16 };
+
+// [b, heads, s, d] with contiguous channels; strides in elements.
+struct View {
+  const void* data;
+  Type type;
+  std::int64_t stride_b, stride_h, stride_s;
+};
+
+struct Result {
+  void* data;
+  Type type;
+  std::int64_t stride_b, stride_h, stride_s;
+};
+
+// A row of queries and the keys that they may see. A query or a key is in one segment at most.
+struct Segment {
+  std::int64_t batch, query, queries, key, keys, ahead;
+};
+
+struct Problem {
+  std::int64_t heads, groups, length, d;  // length: queries of each sequence, for the log-sum-exp
+  float scale;                            // above 0
+  const Segment* segments;
+  std::int64_t count;
+  View q, k, v;  // of one type; each group of k and v serves heads / groups neighbouring heads
+};
+
+struct Forward {
+  Problem in;
+  Result out;
+  float* lse;  // [b, heads, length]: log of the sum of exp(score); -inf, with an output of 0, where nothing is seen
+};
+
+struct Backward {
+  Problem in;
+  View out, dout;  // dout of the type of q
+  const float* lse;
+  Result dq, dk, dv;
+};
+
+// Work of one thread: a segment and a group of heads; of the forward pass the blocks [first, last) of its queries,
+// counted head by head.
+struct Unit {
+  const Segment* segment;
+  std::int64_t group, first, last;
+};
+
+constexpr std::int64_t kQueryBlock = 96;  // queries of a block of the forward pass
+
+inline std::int64_t query_blocks(const Segment& segment) { return (segment.queries + kQueryBlock - 1) / kQueryBlock; }
+
+// One instruction set's code. Scratch is 64-byte aligned.
+struct Kernels {
+  std::int64_t (*forward_bytes)(const Problem&, const Unit&);
+  void (*forward)(const Forward&, const Unit&, void* scratch);
+  std::int64_t (*backward_bytes)(const Problem&, const Unit&);
+  void (*backward)(const Backward&, const Unit&, void* scratch);
+};
+
+extern const Kernels scalar_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels, avx512_kernels;
+extern const Kernels avx512_bf16_kernels;  // for bf16 alone
+#endif
+
+// What this CPU, or MEGAFORGE_CPU_ISA, has for inputs of `type`.
+const Kernels& choose(Type type);
+
+// On at most `threads` threads; no result depends on their number.
+void forward(const Kernels& kernels, const Forward& args, int threads);
+void backward(const Kernels& kernels, const Backward& args, int threads);
+
+}  // namespace megaforge::attention

@@ -1,0 +1,92 @@
+// Chooses the instruction set, cuts the work into units and spreads them over threads.
+#include <algorithm>
+#include <vector>
+
+#include <omp.h>
+
+#include "attention.h"
+#include "common/isa.h"
+#include "common/scratch.h"
+
+namespace megaforge::attention {
+namespace {
+
+constexpr std::int64_t kUnitsPerThread = 4;  // about as many, so that no thread waits long for another
+
+// Pairs of a query and a key that it sees, without those that it would see of keys that are not there.
+double pairs(const Segment& segment) {
+  double seen = 0;
+  const double queries = static_cast<double>(segment.queries), keys = static_cast<double>(segment.keys);
+  // The queries before `full` see fewer than all keys.
+  const double full = std::clamp(keys - 1.0 - static_cast<double>(segment.ahead), 0.0, queries);
+  const double none = std::clamp(-static_cast<double>(segment.ahead) - 1.0, 0.0, full);
+  const double first = none + 1.0 + static_cast<double>(segment.ahead), last = full + static_cast<double>(segment.ahead);
+  if (full > none) seen += (first + last) / 2 * (full - none);
+  return seen + (queries - full) * keys;
+}
+
+// The most expensive ones first.
+std::vector<Unit> units(const Problem& in, int threads, bool cut) {
+  double all = 0;
+  for (std::int64_t i = 0; i < in.count; ++i) all += pairs(in.segments[i]) * static_cast<double>(in.groups);
+  const double share = all / static_cast<double>(kUnitsPerThread * std::max(threads, 1));
+  std::vector<std::pair<double, Unit>> found;
+  for (const Segment* segment = in.segments; segment < in.segments + in.count; ++segment) {
+    const std::int64_t blocks = query_blocks(*segment) * (in.heads / in.groups);
+    if (blocks == 0 && segment->keys == 0) continue;
+    const double cost = pairs(*segment);
+    const auto parts = std::clamp<std::int64_t>(cut && threads > 1 ? static_cast<std::int64_t>(cost / share) : 1, 1,
+                                                std::max<std::int64_t>(blocks, 1));
+    for (std::int64_t group = 0; group < in.groups; ++group) {
+      for (std::int64_t part = 0; part < parts; ++part) {
+        found.push_back({cost / static_cast<double>(parts), {segment, group, blocks * part / parts, blocks * (part + 1) / parts}});
+      }
+    }
+  }
+  std::stable_sort(found.begin(), found.end(), [](const auto& x, const auto& y) { return x.first > y.first; });
+  std::vector<Unit> sorted;
+  for (const auto& [cost, unit] : found) sorted.push_back(unit);
+  return sorted;
+}
+
+template <class Bytes, class Body>
+void spread(const std::vector<Unit>& units, int threads, Bytes bytes, Body body) {
+  if (units.empty()) return;
+  const auto count = static_cast<std::int64_t>(units.size());
+  const int used = static_cast<int>(std::clamp<std::int64_t>(threads, 1, count));
+  std::int64_t largest = 0;
+  for (const Unit& unit : units) largest = std::max(largest, bytes(unit));
+  const Scratch scratch(used, largest);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(used) if (used > 1)
+  for (std::int64_t i = 0; i < count; ++i) {
+    body(units[static_cast<std::size_t>(i)], scratch.of(used > 1 ? omp_get_thread_num() : 0));
+  }
+}
+
+}  // namespace
+
+const Kernels& choose(Type type) {
+  const Isa isa = cpu_isa();
+  (void)isa, (void)type;
+#if defined(__x86_64__)
+  if (isa == Isa::avx512) {
+    return type == Type::bf16 && __builtin_cpu_supports("avx512bf16") ? avx512_bf16_kernels : avx512_kernels;
+  }
+  if (isa == Isa::avx2) return avx2_kernels;
+#endif
+  return scalar_kernels;
+}
+
+void forward(const Kernels& kernels, const Forward& args, int threads) {
+  spread(
+      units(args.in, threads, true), threads, [&](const Unit& unit) { return kernels.forward_bytes(args.in, unit); },
+      [&](const Unit& unit, void* scratch) { kernels.forward(args, unit, scratch); });
+}
+
+void backward(const Kernels& kernels, const Backward& args, int threads) {
+  spread(
+      units(args.in, threads, false), threads, [&](const Unit& unit) { return kernels.backward_bytes(args.in, unit); },
+      [&](const Unit& unit, void* scratch) { kernels.backward(args, unit, scratch); });
+}
+
+}  // namespace megaforge::attention
