@@ -60,18 +60,26 @@ class QuantizedModel(NamedTuple):
 
     def coded(self, name: str) -> CodedMatrix:
         """A quantized parameter's codes."""
-        return code_matrix(self.read(name), self.specs[name].parts, self.schemes[name])
+        clip = f"{name.rpartition('.')[0]}.ranges.clip"
+        share = self.read(clip)[0] if clip in self.specs and self.config.model.quant_clip != "activations" else None
+        return code_matrix(self.read(name), self.specs[name].parts, self.schemes[name], share)
 
 
 def open_quantized(source: TensorSource) -> QuantizedModel:
     """The model that ``source`` is a checkpoint of.
 
     Raises:
-        UserError: it does not say which, or a converter of one's own quantizes it in a way that files do not hold.
+        UserError: it does not say which, its quantization is still coming in (``--quant-lambda``, ``--quant-stages``),
+            or a converter of one's own quantizes it in a way that files do not hold.
     """
     if "config" not in source.meta:
         raise UserError(f"--load {source.path}: it does not say which model it is of")
     config = config_from_dict(source.meta["config"], source=str(source.path))
+    if "iteration" in source.meta and (why := config.qat.unfinished(int(source.meta["iteration"]))):
+        raise UserError(
+            f"--load {source.path}: after iteration {source.meta['iteration']} its quantization is not complete ({why})"
+            ", and a file holds the last codes alone; train on, or give a later checkpoint"
+        )
     model = HybridModel(make_layer_context(config.model, ParallelContext.single("meta")))
     schemes = {spec_of(layer.weight).name: op.weights for _, layer, op in quantized_layers(model) if op.weights}
     specs = {spec.name: spec for spec, _ in named_specs(model)}

@@ -21,6 +21,10 @@ def architecture(model: QuantizedModel, wanted: str, among: tuple[str, ...] = ()
         UserError: no published architecture computes what the model does; with what would have to be otherwise.
     """
     cfg, whose = model.config.model, f"the model of {model.source.path}"
+    if cfg.online_calibration:
+        raise UserError(f"{wanted}: {whose} has static steps of activations (--online-calibration); {_PACKED}")
+    if cfg.quant_clip in ("activations", "both"):
+        raise UserError(f"{wanted}: {whose} has clipped activations (--quant-clip {cfg.quant_clip}); {_PACKED}")
     if cfg.hadamard:
         raise UserError(f"{wanted}: {whose} has activations that are rotated (--hadamard {cfg.hadamard}); {_PACKED}")
     if any(scheme.kind not in ("binary", "ternary") for scheme in model.schemes.values()):

@@ -17,14 +17,11 @@ from megaforge.config.length_config import LENGTHS
 from megaforge.config.lr_shapes import RateShape
 from megaforge.config.pattern import kinds_of
 from megaforge.config.position_kind import PositionKind
+from megaforge.config.quant_partners import QUANTIZATION, of_model
 from megaforge.config.run_partners import RUN_PARTNERS, Partner
 from megaforge.config.schema import settings
 from megaforge.errors import raise_all
 from megaforge.registry import LAYER_KINDS, LR_SCHEDULES, POSITION_EMBEDDINGS
-
-
-def _model(*names: str) -> tuple[str, ...]:
-    return tuple(f"model.{name}" for name in names)
 
 
 def _evaluates(config: Config) -> bool:
@@ -151,68 +148,7 @@ PARTNERS = (
         lambda c: c.optimizer.optimizer not in _QUANTIZED_TRAINING or c.model.quantize_weights or c.model.converters,
         "no matrix is quantized: add --quantize-weights ternary, or --converters with a quantizer",
     ),
-    Partner(
-        _model("quant_granularity", "quant_scale_dtype", "asymmetric_weights", "quant_noise"),
-        lambda c: c.model.quantize_weights,
-        "no matrix is quantized: add --quantize-weights ternary",
-    ),
-    Partner(
-        ("qat.quant_lambda", "qat.quant_stages", "qat.log_quantization"),
-        lambda c: c.model.quantize_weights,
-        "no matrix is quantized: add --quantize-weights ternary",
-    ),
-    Partner(
-        ("qat.quant_lambda",),
-        lambda c: c.qat.quant_lambda_end_iters or c.length.quant_lambda_end_epochs,
-        "it does not say when lambda is 1: add --quant-lambda-end-iters N",
-    ),
-    Partner(
-        (
-            *("qat.quant_lambda_start_iters", "qat.quant_lambda_end_iters"),
-            *("length.quant_lambda_start_epochs", "length.quant_lambda_end_epochs"),
-        ),
-        lambda c: c.qat.quant_lambda,
-        "lambda is 1 from the beginning: add --quant-lambda linear",
-    ),
-    Partner(
-        ("qat.quant_lambda_steps",),
-        lambda c: c.qat.quant_lambda == "step",
-        "lambda does not grow in steps: add --quant-lambda step",
-    ),
-    Partner(
-        ("qat.quant_lambda_sharpness",),
-        lambda c: c.qat.quant_lambda in ("exponential", "sigmoid"),
-        "no lambda goes by it: add --quant-lambda exponential or --quant-lambda sigmoid",
-    ),
-    Partner(
-        ("qat.quant_stages",),
-        lambda c: not c.qat.quant_lambda and c.optimizer.second_stage_at is None,
-        "stages have their own lambda and factors: leave out --quant-lambda and --second-stage-at",
-    ),
-    Partner(
-        ("qat.quant_stages",),
-        lambda c: (
-            c.qat.stages[-1].weights == c.model.quantize_weights
-            and c.qat.stages[-1].activations == (c.model.activation_kind or "none")
-            and c.qat.stages[-1].share == 1
-        ),
-        "the last stage is not the model of --quantize-weights and --quantize-activations, with lambda 1",
-    ),
-    Partner(
-        _model("quant_group_size"),
-        lambda c: c.model.quantize_weights and c.model.quant_granularity == "group",
-        "no scale belongs to a group: add --quantize-weights and --quant-granularity group",
-    ),
-    Partner(
-        _model("bitnet_layers"),
-        lambda c: c.model.quantizes,
-        "nothing is quantized: add --quantize-weights ternary",
-    ),
-    Partner(
-        _model("asymmetric_activations", "hadamard"),
-        lambda c: c.model.activation_kind,
-        "no activation is quantized: add --quantize-weights ternary, or --quantize-activations int8",
-    ),
+    *QUANTIZATION,
     Partner(
         ("optimizer.second_stage_lr_factor", "optimizer.second_stage_weight_decay_factor"),
         lambda c: c.optimizer.second_stage_at,
@@ -336,29 +272,29 @@ PARTNERS = (
         refuse=False,
     ),
     Partner(
-        _model("moe_router_bias_update_rate"),
+        of_model("moe_router_bias_update_rate"),
         lambda c: c.model.moe_router_enable_expert_bias,
         "there is no bias to move: add --moe-router-enable-expert-bias",
     ),
     Partner(
-        _model("moe_token_drop_policy"),
+        of_model("moe_token_drop_policy"),
         lambda c: c.model.moe_expert_capacity_factor,
         "no token is dropped without --moe-expert-capacity-factor: it changes nothing",
         refuse=False,
     ),
     Partner(
-        _model("moe_aux_loss_coeff"),
+        of_model("moe_aux_loss_coeff"),
         lambda c: c.model.moe_router_load_balancing_type != "none",
         "--moe-router-load-balancing-type none has no such loss: it changes nothing",
         refuse=False,
     ),
     Partner(
-        _model("rope_scaling_factor"),
+        of_model("rope_scaling_factor"),
         lambda c: c.model.use_rope_scaling,
         "no frequency is scaled: add --use-rope-scaling",
     ),
     Partner(
-        _model("apply_wd_to_qk_layernorm"),
+        of_model("apply_wd_to_qk_layernorm"),
         lambda c: c.model.qk_layernorm,
         "there is no such norm: add --qk-layernorm",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,6 +52,15 @@ class QATConfig:
         "(weights/activations, factors on learning rate and weight decay); the last one is the model's own",
         metavar="STAGE",
     )
+    calibration_interval: int = flag(1000, "with --online-calibration: iterations from one to the next", least=1)
+    calibration_samples: int = flag(512, "with --online-calibration: samples that each one looks at", least=1)
+    calibration_ema: float = flag(
+        0.9, "with --online-calibration: what a step leaves of the average of earlier ones", least=0, below=1
+    )
+    quant_clip_interval: int = flag(1000, "with --quant-clip: iterations from one choice to the next", least=1)
+    quant_clip_grid: tuple[float, ...] = flag(
+        (0.6, 0.7, 0.8, 0.9, 1.0), "with --quant-clip: the shares to choose from", above=0, most=4, metavar="SHARE"
+    )
     log_quantization: bool = flag(
         False, "at each --log-interval: error of quantization, flipped and saturated codes, steps"
     )
@@ -64,7 +74,41 @@ class QATConfig:
         """
         return tuple(_stage(text) for text in self.quant_stages)
 
+    def stage_at(self, step: int) -> QuantStage:
+        """The stage that step ``step`` (from 1) is in; there are some."""
+        return [one for one in self.stages if one.start < step][-1]
+
+    def share_at(self, step: int) -> float:
+        """Lambda in step ``step`` (from 1), in [0, 1], after the schedules of huggingface/blog,
+        1_58_llm_extreme_quantization.md: with p the progress from start to end, ``linear`` p; ``step`` p rounded down
+        to equal steps; ``exponential`` (e^(kp) - 1) / (e^k - 1); ``sigmoid`` the logistic function of k (p - 1/2),
+        stretched to reach 0 and 1. Without a schedule 1."""
+        start, end = self.quant_lambda_start_iters, self.quant_lambda_end_iters
+        if self.quant_lambda is None or end is None or step >= end:
+            return 1.0
+        progress = max(0.0, (step - start) / (end - start))
+        k = self.quant_lambda_sharpness
+        if self.quant_lambda == "step":
+            return math.floor(progress * self.quant_lambda_steps) / self.quant_lambda_steps
+        if self.quant_lambda == "exponential":
+            return (math.exp(k * progress - k) - math.exp(-k)) / (1 - math.exp(-k))
+        if self.quant_lambda == "sigmoid":
+            edge = math.tanh(k / 4)
+            return 0.5 + 0.5 * math.tanh(k * (progress - 0.5) / 2) / edge
+        return progress
+
+    def unfinished(self, iteration: int) -> str | None:
+        """Why a model after so many iterations is not yet the one that its last codes are of; None where it is."""
+        if self.stages and self.stage_at(max(iteration, 1)) != self.stages[-1]:
+            return f"the last of --quant-stages begins after iteration {self.stages[-1].start}"
+        if (share := self.share_at(iteration)) < 1:
+            end = self.quant_lambda_end_iters
+            return f"lambda of --quant-lambda {self.quant_lambda} is {share:.3g}, and 1 from iteration {end} on"
+        return None
+
     def validate(self) -> None:
+        if not self.quant_clip_grid:
+            raise UserError("--quant-clip-grid: give at least one share, such as 0.8 0.9 1")
         end = self.quant_lambda_end_iters
         if end is not None and end <= self.quant_lambda_start_iters:
             raise UserError(

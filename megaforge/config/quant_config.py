@@ -57,6 +57,17 @@ class QuantConfig:
         least=0,
         most=1 << 14,
     )
+    online_calibration: bool = flag(
+        False,
+        "activations: a static step for each layer, from a moving average of the largest values that it sees in "
+        "training (--calibration-interval), in place of one for each token",
+    )
+    quant_clip: str = flag(
+        "none",
+        "choose by the validation loss what share of their range levels reach (--quant-clip-grid): of weights, of "
+        "activations, or of both",
+        choices=("none", "weights", "activations", "both"),
+    )
     sub_norm: bool = flag(False, "a norm in front of output and down projections too (SubLN), as in BitNet b1.58 2B4T")
 
     @property

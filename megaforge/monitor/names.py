@@ -81,6 +81,8 @@ STEP = {
     "quant_flips": Name("share of the codes that are others than at the last such record", _QUANTIZATION),
     "quant_saturation": Name("share of the weights beyond the last code by more than half a step", _QUANTIZATION),
     "quant_step": Name("what a code of 1 stands for, mean over the quantized weights", _QUANTIZATION),
+    "quant_clip_weights": Name("share of the weights' range that levels reach", "`--quant-clip`"),
+    "quant_clip_activations": Name("share of the activations' range that levels reach", "`--quant-clip`"),
     "loss_scale": Name("factor on the loss", "`--fp16`"),
     "skipped": Name("1 where the gradient overflowed and the update was left out, else 0", "`--fp16`"),
 }

@@ -17,6 +17,7 @@ from megaforge.parallel.layers import Linear, linears
 from megaforge.parallel.param_spec import ParamSpec, spec_of
 from megaforge.quant.linear import QuantizedLinear
 from megaforge.quant.quantizers import ActivationScheme, WeightScheme
+from megaforge.quant.ranges import make_ranges
 from megaforge.quant.scales import ModelScales, ScaleSource, WholeMatrix
 
 SCALE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,7 +86,12 @@ def bitnet(model: nn.Module, ctx: ParallelContext) -> None:
         if weights is not None and scales is not None:
             whole = weights.granularity == "tensor"
             source = scales.add(layer.weight) if whole else WholeMatrix(weights, partial(_spec, layer), ctx)
-        layer.op = QuantizedLinear(weights, activations, source, layer=layer, noise=cfg.quant_noise, rotation=rotation)
+        ranges = make_ranges(layer, cfg, ctx)
+        if ranges is not None:
+            layer.ranges = ranges
+        layer.op = QuantizedLinear(
+            weights, activations, source, layer=layer, noise=cfg.quant_noise, rotation=rotation, ranges=ranges
+        )
 
 
 def _spec(layer: Linear) -> ParamSpec:

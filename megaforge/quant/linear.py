@@ -22,6 +22,7 @@ from megaforge.quant.quantizers import (
     weight_codes,
     weight_values,
 )
+from megaforge.quant.ranges import Ranges
 from megaforge.quant.rotation import rotate
 from megaforge.quant.scales import ScaleSource
 
@@ -50,6 +51,7 @@ class QuantizedLinear(LinearOp):
         layer: nn.Module,
         noise: float = 0.0,
         rotation: int = 0,
+        ranges: Ranges | None = None,
     ) -> None:
         """
         Args:
@@ -58,11 +60,14 @@ class QuantizedLinear(LinearOp):
             layer: what the op belongs to: in training, and only then, there is noise.
             noise: width of the uniform noise on weights before they are rounded, in steps.
             rotation: width of the blocks of activations that are rotated before they are quantized; 0: none.
+            ranges: of the layer, where it has some.
         """
         if (weights is None) != (source is None):
             raise ValueError("quantized weights need a source of their steps, and only they do")
         self.weights, self.activations, self.source = weights, activations, source
-        self.noise, self.rotation = noise, rotation
+        self.noise, self.rotation, self.ranges = noise, rotation, ranges
+        if source is not None:
+            source.ranges = ranges
         self.quantizes = weights is not None
         self.layer = layer
 
@@ -79,12 +84,23 @@ class QuantizedLinear(LinearOp):
     def encode(self, x: Tensor, axis: Axis | None) -> tuple[Tensor, ...]:
         x = x.detach()
         x = rotate(x, self.rotation) if self.rotation else x
+        if self.ranges is not None and self.ranges.watches and self.layer.training:
+            self.ranges.watch(x)
         if self.activations is None or self.share == 0:
             return (x,)
-        codes, step = activation_codes(x, max_over(activation_range(x, self.activations), axis), self.activations)
+        codes, step = activation_codes(x, self._extent(x, axis, self.activations), self.activations)
         if self.share == 1:
             return codes, step
         return (torch.lerp(x, activation_values(codes, step).to(x.dtype), self.share),)
+
+    def _extent(self, x: Tensor, axis: Axis | None, scheme: ActivationScheme) -> Tensor:
+        """What the steps of tokens are made of: a static range needs no look at them, nor at other ranks."""
+        static = self.ranges is not None and self.ranges.has_input
+        own = None if static else max_over(activation_range(x, scheme), axis)
+        if self.ranges is not None:
+            return self.ranges.extent(own, x)
+        assert own is not None
+        return own
 
     @property
     def sums_exactly(self) -> bool:

@@ -14,10 +14,13 @@ from megaforge.parallel.context import Axis
 from megaforge.parallel.layers import Linear, linears
 from megaforge.quant.linear import QuantizedLinear
 from megaforge.quant.quantizers import Scale, WeightScheme
+from megaforge.quant.ranges import Ranges
 
 
 class KnownScale:
     """Steps that no longer change (:class:`megaforge.quant.scales.ScaleSource`)."""
+
+    ranges: Ranges | None = None
 
     def __init__(self, scale: Scale) -> None:
         self._scale = scale
@@ -51,7 +54,8 @@ class PackedLinear(QuantizedLinear):
             dtype: of the model.
             kernels: use the packed kernels, where they have this product.
         """
-        super().__init__(op.weights, op.activations, KnownScale(scale), layer=op.layer, rotation=op.rotation)
+        source = KnownScale(scale)
+        super().__init__(op.weights, op.activations, source, layer=op.layer, rotation=op.rotation, ranges=op.ranges)
         assert op.weights is not None
         symmetric = op.activations is not None and not (op.activations.asymmetric or op.weights.asymmetric)
         self._codes_held, self._prepared = codes, list[Prepared]()
@@ -79,7 +83,8 @@ class PackedLinear(QuantizedLinear):
         return self._codes_held.numel() + sum(one.num_bytes for one in self._prepared)
 
     def encode(self, x: Tensor, axis: Axis | None) -> tuple[Tensor, ...]:
-        if self._prepared and not self.rotation and (axis is None or axis.size == 1) and x.dtype in TYPES:
+        by_token = self.ranges is None or not self.ranges.changes_inputs
+        if by_token and self._prepared and not self.rotation and (axis is None or axis.size == 1) and x.dtype in TYPES:
             return (x.detach(),)  # the kernel finds the same codes, in one pass
         return super().encode(x, axis)
 

@@ -120,6 +120,15 @@ def weight_statistics(w: Tensor, scheme: WeightScheme) -> Statistics:
     return Statistics(first, second, count)
 
 
+def clipped(statistics: Statistics, scheme: WeightScheme, share: Tensor | None) -> Statistics:
+    """Of levels that reach ``share`` (0-d; None: all) of the weights' range. The mean that binary weights' signs are
+    taken beside stays."""
+    if share is None:
+        return statistics
+    first, second, number = statistics
+    return Statistics(first * share, second if scheme.by_mean else second * share, number)
+
+
 def weight_scale(statistics: Statistics, scheme: WeightScheme, dtype: torch.dtype) -> Scale:
     """The steps, for weights of ``dtype``."""
     first, second, count = statistics

@@ -22,11 +22,18 @@ from megaforge.parallel.collectives import max_over
 from megaforge.parallel.context import Axis, ParallelContext
 from megaforge.parallel.flat_shard import FlatShard, optimizer_shard
 from megaforge.parallel.param_spec import ParamSpec, spec_of
-from megaforge.quant.quantizers import Scale, Statistics, WeightScheme, weight_scale, weight_statistics
+from megaforge.quant.quantizers import Scale, Statistics, WeightScheme, clipped, weight_scale, weight_statistics
+from megaforge.quant.ranges import Ranges
 
 
 class ScaleSource(Protocol):
-    """Where an op has the steps of its matrix from."""
+    """Where an op has the steps of its matrix from.
+
+    Attributes:
+        ranges: of the layer, where it has some: what share of the weights' range levels reach.
+    """
+
+    ranges: Ranges | None
 
     def scale(self, weight: Tensor) -> Scale:
         """Of this rank's shard [(E,) N, K]; the same until :meth:`forget`. Collective the first time."""
@@ -50,6 +57,7 @@ class WholeMatrix:
         """``spec``: declares the matrix among the ranks of ``ctx``; None: it is alone."""
         self._scheme, self._spec, self._ctx = scheme, spec, ctx
         self._scale: Scale | None = None
+        self.ranges: Ranges | None = None
 
     @property
     def _axis(self) -> Axis | None:
@@ -64,7 +72,8 @@ class WholeMatrix:
             found = weight_statistics(weight.detach(), self._scheme)
             if (axis := self._axis) is not None and axis.size > 1 and not weight.is_meta:
                 found = _over(axis, found, self._scheme)
-            self._scale = weight_scale(found, self._scheme, weight.dtype)
+            share = None if self.ranges is None else self.ranges.weight_clip
+            self._scale = weight_scale(clipped(found, self._scheme, share), self._scheme, weight.dtype)
         return self._scale
 
     def forget(self) -> None:
@@ -95,6 +104,7 @@ class LogicalMatrices:
     def __init__(self, model: ModelScales, parameter: nn.Parameter) -> None:
         self._model, self.parameter = model, parameter
         self.known: Scale | None = None
+        self.ranges: Ranges | None = None
 
     def scale(self, weight: Tensor) -> Scale:
         if self.known is None:
@@ -140,7 +150,8 @@ class ModelScales:
                 self._add_own(one.parameter, both[:, start:stop])
             reduced = self._reduced(both)
         for one, start, stop in zip(stale, ends, ends[1:], strict=False):
-            one.known = self._own_scale(one.parameter, reduced[:, start:stop])
+            share = None if one.ranges is None else one.ranges.weight_clip
+            one.known = self._own_scale(one.parameter, reduced[:, start:stop], share)
 
     def _add_own(self, parameter: nn.Parameter, both: Tensor) -> None:
         """Adds what this rank holds, where no other rank counts the same."""
@@ -173,8 +184,9 @@ class ModelScales:
                 dist.all_reduce(both, op=how, group=axis.group)
         return both
 
-    def _own_scale(self, parameter: nn.Parameter, both: Tensor) -> Scale:
-        """Of this rank's experts, and of each row where rows are of several matrices."""
+    def _own_scale(self, parameter: nn.Parameter, both: Tensor, share: Tensor | None) -> Scale:
+        """Of this rank's experts, and of each row where rows are of several matrices; ``share``: as in
+        :func:`clipped`."""
         spec, ctx = spec_of(parameter), self.ctx
         parts, experts = _parts(spec), 1 if spec.expert_dim is None else spec.shape[spec.expert_dim]
         sizes = torch.tensor(spec.parts or (1,), dtype=torch.float64, device=both.device)
@@ -182,7 +194,8 @@ class ModelScales:
         first, second = both.view(2, experts, parts)
         if self.scheme.by_mean:
             first, second = first / counts, second / counts
-        scale = weight_scale(Statistics(first, second, 1), self.scheme, parameter.dtype)
+        found = clipped(Statistics(first, second, 1), self.scheme, share)
+        scale = weight_scale(found, self.scheme, parameter.dtype)
         return Scale(*(None if one is None else _rows(one, spec, ctx) for one in scale))  # type: ignore[arg-type]
 
 

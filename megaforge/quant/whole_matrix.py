@@ -10,7 +10,7 @@ from torch import Tensor
 from megaforge.kernels.bitgemm.reference import pack_codes, unpack_codes
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import ParamSpec
-from megaforge.quant.quantizers import Scale, WeightScheme, weight_codes, weight_scale, weight_statistics
+from megaforge.quant.quantizers import Scale, WeightScheme, clipped, weight_codes, weight_scale, weight_statistics
 
 
 class CodedMatrix(NamedTuple):
@@ -29,16 +29,19 @@ class CodedMatrix(NamedTuple):
 
 
 @torch.no_grad()
-def code_matrix(weight: Tensor, parts: tuple[int, ...], scheme: WeightScheme) -> CodedMatrix:
+def code_matrix(
+    weight: Tensor, parts: tuple[int, ...], scheme: WeightScheme, share: Tensor | None = None
+) -> CodedMatrix:
     """The codes that training saw of ``weight`` [(E,) N, K], in the type that the model computes in.
 
     Args:
         parts: rows of the logical matrices fused in it; empty: one.
         scheme: how they become codes.
+        share: of their range that levels reach, 0-d; None: all.
     """
     found = []
     for part in weight.split(parts or weight.shape[-2], dim=-2):
-        scale = weight_scale(weight_statistics(part, scheme), scheme, weight.dtype)
+        scale = weight_scale(clipped(weight_statistics(part, scheme), scheme, share), scheme, weight.dtype)
         found.append((weight_codes(part, scale, scheme), scale.step, scale.shift if scheme.asymmetric else None))
     codes, steps, shifts = (list(column) for column in zip(*found, strict=True))
     dropped = (-1, -2) if scheme.granularity == "tensor" else (-1,)

@@ -15,13 +15,14 @@ from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta, save_che
 from megaforge.checkpoint.compatible import check_compatible, describe_run
 from megaforge.checkpoint.directory import list_steps
 from megaforge.checkpoint.find import find_checkpoint, holds_no_checkpoint, holds_other_program
+from megaforge.checkpoint.manifest import read_manifest
 from megaforge.checkpoint.stateful import Stateful, tensors_of
 from megaforge.config.launcher import print_rank_0
 from megaforge.config.run_config import CheckpointConfig
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.device import get_random_state, set_random_state
 from megaforge.errors import UserError
-from megaforge.parallel.agree import exchange
+from megaforge.parallel.agree import exchange, together
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import Entry
 from megaforge.training.callbacks import LARGER_IS_BETTER, Callback
@@ -201,8 +202,7 @@ def _load_weights(trainer: Trainer, directory: str, *, quarantine_damaged: bool 
     flags = dataclasses.replace(trainer.config.checkpoint, finetune=True)
     config = dataclasses.replace(trainer.config, checkpoint=flags)
     check_compatible(read_meta(path), config, trainer.tokenizer, source=str(path))
-    entries = trainer.optimizer.weight_entries()
-    load_checkpoint(path, entries, trainer.ctx, verify=False, allow_extra=("",), cast=True)
+    load_checkpoint(path, _known_entries(trainer, path), trainer.ctx, verify=False, allow_extra=("",), cast=True)
     trainer.optimizer.after_load()
     return path
 
@@ -212,6 +212,14 @@ def _load_pretrained(trainer: Trainer, directory: str) -> Path:
         return _load_weights(trainer, directory)
     except UserError as error:
         raise UserError(str(error).replace("--load", "--pretrained-checkpoint", 1)) from error
+
+
+def _known_entries(trainer: Trainer, path: Path) -> list[Entry]:
+    """The weights of a run that starts from those at ``path``; values that only training writes, and that are not kept
+    there, as of a model that was not quantized, stay as they begin."""
+    saved = together(trainer.ctx, lambda: set(read_manifest(path).tensors))
+    entries = trainer.optimizer.weight_entries()
+    return [entry for entry in entries if entry[0] in saved or getattr(entry[1], "role", "") != "state"]
 
 
 def _go_to(trainer: Trainer, meta: dict[str, Any], fresh: list[str]) -> None:

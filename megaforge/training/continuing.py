@@ -37,7 +37,8 @@ _LEARNING = {
     "data": ("eod_mask_loss",),
     "qat": (
         *("quant_lambda", "quant_lambda_start_iters", "quant_lambda_end_iters", "quant_lambda_steps"),
-        *("quant_lambda_sharpness", "quant_stages"),
+        *("quant_lambda_sharpness", "quant_stages", "calibration_interval", "calibration_samples", "calibration_ema"),
+        *("quant_clip_interval", "quant_clip_grid"),
     ),
 }
 # What says which schedule a run has.

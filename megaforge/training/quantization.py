@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING
 
 from megaforge.config.config import Config
 from megaforge.config.launcher import print_rank_0
-from megaforge.config.qat_config import QATConfig, QuantStage
+from megaforge.config.qat_config import QuantStage
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.agree import exchange
 from megaforge.parallel.context import ParallelContext
@@ -20,26 +19,6 @@ from megaforge.training.callbacks import Callback, Place
 if TYPE_CHECKING:
     from megaforge.training.metrics import StepMetrics
     from megaforge.training.trainer import Trainer
-
-
-def share_at(flags: QATConfig, step: int) -> float:
-    """Lambda in step ``step`` (from 1), in [0, 1], after the schedules of huggingface/blog,
-    1_58_llm_extreme_quantization.md: with p the progress from start to end, ``linear`` p; ``step`` p rounded down to
-    equal steps; ``exponential`` (e^(kp) - 1) / (e^k - 1); ``sigmoid`` the logistic function of k (p - 1/2), stretched
-    to reach 0 and 1. Without a schedule 1."""
-    start, end = flags.quant_lambda_start_iters, flags.quant_lambda_end_iters
-    if flags.quant_lambda is None or end is None or step >= end:
-        return 1.0
-    progress = max(0.0, (step - start) / (end - start))
-    k = flags.quant_lambda_sharpness
-    if flags.quant_lambda == "step":
-        return math.floor(progress * flags.quant_lambda_steps) / flags.quant_lambda_steps
-    if flags.quant_lambda == "exponential":
-        return (math.exp(k * progress - k) - math.exp(-k)) / (1 - math.exp(-k))
-    if flags.quant_lambda == "sigmoid":
-        edge = math.tanh(k / 4)
-        return 0.5 + 0.5 * math.tanh(k * (progress - 0.5) / 2) / edge
-    return progress
 
 
 class Quantization(Callback):
@@ -68,9 +47,9 @@ class Quantization(Callback):
         self._set(trainer, trainer.iteration + 1)
 
     def _set(self, trainer: Trainer, step: int) -> None:
-        share = share_at(self.flags, step)
+        share = self.flags.share_at(step)
         if self.stages:
-            stage = [one for one in self.stages if one.start < step][-1]
+            stage = self.flags.stage_at(step)
             if stage is not self._stage:
                 self._enter(trainer, stage)
             trainer.lr_factors["quant_stage"] = stage.lr
@@ -95,7 +74,7 @@ class Quantization(Callback):
         trainer.lr_factors.pop("quant_stage", None)
         if self.flags.quant_lambda is not None or self.stages:
             shares = [op.share for _, _, op in quantized_layers(trainer.model)]
-            metrics.extra["quant_lambda"] = share_at(self.flags, metrics.iteration) if not shares else shares[0]
+            metrics.extra["quant_lambda"] = self.flags.share_at(metrics.iteration) if not shares else shares[0]
         if self._log_interval and metrics.iteration % self._log_interval == 0:
             trainer.optimizer.wait_for_parameters()
             own = [self._statistics.sums(stage, trainer.ctx) for stage in trainer.model.chunks]

@@ -34,6 +34,7 @@ from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.layer_context import compute_dtype, make_layer_context
 from megaforge.parallel.zero import shard_parameters
 from megaforge.registry import CALLBACKS, LR_SCHEDULES, UPDATE_RULES
+from megaforge.training.calibration import Calibration
 from megaforge.training.callbacks import (
     Callback,
     Checkpointing,
@@ -43,6 +44,7 @@ from megaforge.training.callbacks import (
     MetricsWriter,
 )
 from megaforge.training.checkpointing import check_save_directory, load_run, tokenizer_identity
+from megaforge.training.clip_search import ClipSearch
 from megaforge.training.console import ConsoleLog
 from megaforge.training.decoupled_lr import DecoupledRate
 from megaforge.training.ema import WeightAverage
@@ -212,7 +214,17 @@ def _open_data(config: Config, tokenizer: Tokenizer | None) -> DataSource:
 
 
 # Those that change how weights are updated, in their order; each knows from the flags whether it is asked for.
-_OF_UPDATES = (SecondStage, Quantization, PlateauBoost, ReduceOnSpike, QKClip, GrowingDecay, DecoupledRate)
+_OF_UPDATES = (
+    SecondStage,
+    Quantization,
+    Calibration,
+    ClipSearch,
+    PlateauBoost,
+    ReduceOnSpike,
+    QKClip,
+    GrowingDecay,
+    DecoupledRate,
+)
 # What is seen, and when the run ends.
 _OTHERS = (Norms, ManualCollection, SkipTrain)
 

@@ -207,7 +207,14 @@ class Trainer:
         self.save_due = self.save_due or self._requests.save_is_due(sums.votes)
 
     def evaluate(self, due: bool = True) -> EvaluationMetrics:
+        """:meth:`measure`, told to callbacks."""
+        metrics = self.last_evaluation = self.measure(due)
+        self._emit("on_evaluate", metrics)
+        return metrics
+
+    def measure(self, due: bool = True) -> EvaluationMetrics:
         """Measures the model, in evaluation mode, on the first ``--eval-iters`` global batches of the validation split.
+        Collective.
 
         Args:
             due: whether it is one of ``--eval-interval`` (:class:`megaforge.training.metrics.EvaluationMetrics`).
@@ -230,7 +237,7 @@ class Trainer:
                 "samples it reads (with --eod-mask-loss, the first token of a document does not count)"
             )
         ratio = self.data.bytes_per_token("valid")
-        metrics = EvaluationMetrics(
+        return EvaluationMetrics(
             iteration=self.iteration,
             nats=sums.values["loss"],
             tokens=round(sums.values["labels"]),
@@ -238,9 +245,6 @@ class Trainer:
             text_bytes=None if ratio is None else sums.values["labels"] * ratio,
             due=due,
         )
-        self.last_evaluation = metrics
-        self._emit("on_evaluate", metrics)
-        return metrics
 
     def save(self) -> None:
         """Writes a checkpoint below ``--save``."""

@@ -29,12 +29,14 @@ from tests.training.tiny import arguments, make_trainer, write_dataset
 from tools import convert_checkpoint, evaluate, generate
 
 TERNARY = ("--quantize-weights", "ternary", "--sub-norm")
+CHOOSING = ("--quant-clip-interval", "1", "--quant-clip-grid", "0.5", "0.7", "--eval-iters", "1")
 SCHEMES = {
     "ternary": TERNARY,
     "ternary-bf16": (*TERNARY, "--bf16", "--hadamard", "8", "--bitnet-layers", "attention", "moe", "--add-bias-linear"),
     "binary": ("--quantize-weights", "binary", "--quant-granularity", "channel", "--activation", "swiglu"),
     "int4-groups": ("--quantize-weights", "int4", "--quant-granularity", "group", "--quant-group-size", "8"),
     "int4-asymmetric": ("--quantize-weights", "int4", "--asymmetric-weights", "--asymmetric-activations"),
+    "static": (*TERNARY, "--bf16", "--online-calibration", "--quant-clip", "both", *CHOOSING),
     "int8": ("--quantize-weights", "int8", "--quantize-activations", "none", "--activation", "swiglu"),
 }
 TOKENS = torch.arange(24).view(2, 12) * 7 % 61
@@ -120,6 +122,20 @@ def test_kernels_take_what_they_can_and_the_rest_is_said(runs: dict[str, Path], 
     assert "no packed kernel" not in capsys.readouterr().err
     loaded(runs["int8"] / "packed.safetensors", kernels=True)
     assert "10 of 10 quantized matrices have no packed kernel" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_static_steps_and_clips_are_in_the_file(runs: dict[str, Path]) -> None:
+    """Its numbers are others than those of the same weights without them; llama.cpp's and transformers' have no such
+    thing."""
+    model = loaded(runs["static"] / "packed.safetensors", kernels=True).model
+    [*ops] = (op for _, _, op in quantized_layers(model._chunk))
+    assert all(isinstance(op, PackedLinear) and op.uses_kernels for op in ops)
+    assert all(op.ranges is not None and op.ranges.has_input and op.ranges.clip is not None for op in ops)
+    expected = logits(model)
+    for op in ops:
+        op.ranges.clip.fill_(1.0)  # type: ignore[union-attr]
+    assert not torch.equal(logits(model), expected)
 
 
 def test_codes_take_the_bits_that_they_should(runs: dict[str, Path]) -> None:

@@ -8,12 +8,14 @@ import pytest
 
 from megaforge.config.cli import parse_config
 from megaforge.config.partners import PARTNERS
+from megaforge.config.quant_partners import of_model
 from megaforge.config.schema import settings
 from megaforge.errors import UserError
 
 EVALUATED = ("--eval-iters", "1", "--eval-interval", "2")
 IN_EPOCHS = ("--eval-iters", "1", "--eval-interval-epochs", "0.1")
 DENSE = ("--ffn", "dense")
+ALONE = ("--quantize-weights", "int4", "--quantize-activations", "none")
 ATTENTION, RWKV = ("--layer-schedule", "attention"), ("--layer-schedule", "rwkv")
 
 GROWING = ("--weight-decay-incr-style", "linear", "--start-weight-decay", "0", "--end-weight-decay", "0.1")
@@ -92,6 +94,11 @@ REFUSED = [
     (("--quant-lambda-sharpness", "9"), ("--quantize-weights", "int4"), "--quant-lambda sigmoid"),
     (("--quant-stages", "0:int4"), ("--quantize-weights", "int4", "--second-stage-at", "0.5"), "--second-stage-at"),
     (("--hadamard", "64"), (), "--quantize-activations int8"),
+    (("--calibration-samples", "9"), ("--quantize-weights", "int4"), "add --online-calibration"),
+    (("--quant-clip", "weights"), ("--eval-iters", "1"), "--quantize-weights ternary"),
+    (("--quant-clip", "both"), (*ALONE, "--eval-iters", "1"), "--quant-clip weights"),
+    (("--quant-clip", "both"), ("--quantize-weights", "int4"), "--eval-iters N"),
+    (("--quant-clip-interval", "9"), ("--quantize-weights", "int4"), "--quant-clip weights, activations or both"),
     (("--qat-latent-limit", "2"), (), "--optimizer qat_adam or qat_sgd"),
     (("--qat-damping", "1"), ("--optimizer", "sgd"), "--optimizer qat_adam or qat_sgd"),
     (("--second-stage-lr-factor", "0.5"), (), "--second-stage-at 0.5"),
@@ -182,3 +189,8 @@ def test_every_rule_has_a_line_above() -> None:
     tried = {re.sub("--no-(decoupled|exit)", r"--\1", flag[0]) for flag, _, _ in REFUSED + SAID}
     for partner in PARTNERS:
         assert tried & {settings()[key].flag for key in partner.keys}, partner.text
+
+
+def test_keys_are_those_of_settings() -> None:
+    assert of_model("hadamard", "sub_norm") == ("model.hadamard", "model.sub_norm")
+    assert all(key in settings() for partner in PARTNERS for key in partner.keys)

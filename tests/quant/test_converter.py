@@ -30,7 +30,11 @@ SHORT = ("--train-iters", "2", "--fp64", "--sub-norm", "--moe-shared-expert-inte
 SHORT = (*SHORT, "--lr", "1e-3", "--micro-batch-size", "1", "--global-batch-size", "4")
 RECIPES = {
     "ternary": ("--quantize-weights", "ternary"),
-    "binary": ("--quantize-weights", "binary", "--quant-noise", "0.2", "--asymmetric-activations"),
+    "binary": (
+        *("--quantize-weights", "binary", "--quant-noise", "0.2", "--asymmetric-activations", "--online-calibration"),
+        *("--quant-clip", "weights", "--quant-clip-interval", "1", "--quant-clip-grid", "0.9", "1"),
+        *("--eval-iters", "1"),
+    ),
     "rows": ("--quantize-weights", "int4", "--quant-granularity", "channel", "--hadamard", "4", "--asymmetric-weights"),
 }
 LAYOUTS = (
@@ -182,7 +186,7 @@ def hidden_states(prefix: str, tp: int, more: tuple[str, ...]) -> list[torch.Ten
     return found
 
 
-@pytest.mark.parametrize("more", [("--quantize-weights", "ternary"), RECIPES["rows"]])
+@pytest.mark.parametrize("more", [("--quantize-weights", "ternary", "--sub-norm"), RECIPES["rows"]])
 def test_row_layers_sum_codes_so_that_every_split_has_the_same_bits(
     ranks: RankPool, prefix: str, more: tuple[str, ...]
 ) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from megaforge.checkpoint.packed_file import write_packed
+from megaforge.checkpoint.sources import open_source
 from megaforge.config.qat_config import QATConfig, QuantStage
 from megaforge.errors import UserError
 from megaforge.monitor.names import known
 from megaforge.parallel.layers import linears
 from megaforge.quant.linear import QuantizedLinear
 from megaforge.quant.statistics import quantized_layers
-from megaforge.training.quantization import share_at
 from tests.parallel.pool import RankPool
 from tests.parallel.test_pipeline_model import compare, train
 from tests.training.tiny import arguments, dense_arguments, make_trainer, record, weights, write_dataset
@@ -35,7 +36,7 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
 )
 def test_lambda_goes_from_0_to_1(shape: str, middle: float) -> None:
     flags = QATConfig(quant_lambda=shape, quant_lambda_start_iters=10, quant_lambda_end_iters=110)
-    shares = [share_at(flags, step) for step in range(1, 200)]
+    shares = [flags.share_at(step) for step in range(1, 200)]
     assert shares[:10] == pytest.approx([0.0] * 10, abs=1e-12) and shares[109:] == [1.0] * 90
     assert shares[59] == pytest.approx(middle)
     assert all(one <= next_one for one, next_one in zip(shares, shares[1:], strict=False))
@@ -44,9 +45,9 @@ def test_lambda_goes_from_0_to_1(shape: str, middle: float) -> None:
     if shape == "sigmoid":  # the logistic function, stretched
         low, high = (1 / (1 + math.exp(-10 * (p - 0.5))) for p in (0, 1))
         assert shares[29] == pytest.approx((1 / (1 + math.exp(-10 * (0.2 - 0.5))) - low) / (high - low))
-    assert share_at(QATConfig(), 1) == 1
+    assert QATConfig().share_at(1) == 1
     steep = QATConfig(quant_lambda=shape, quant_lambda_end_iters=4, quant_lambda_sharpness=500)
-    assert all(0 <= share_at(steep, step) <= 1 for step in range(1, 6))
+    assert all(0 <= steep.share_at(step) <= 1 for step in range(1, 6))
 
 
 def run(argv: list[str]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
@@ -100,6 +101,28 @@ def test_every_layout_tells_the_same(ranks: RankPool, prefix: str) -> None:
     assert all(known("step", name) for name in steps[1] if name.startswith("quant"))
     compare(ranks.run(4, train, [*argv, "--tp", "2", "--sp", "--pp", "2"]), expected, 1e-9)
     compare(ranks.run(2, train, [*argv, "--ep", "2", "--zero", "1"]), expected, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (
+            ("--quant-lambda", "linear", "--quant-lambda-end-iters", "8"),
+            "lambda of --quant-lambda linear is 0.25, and 1",
+        ),
+        (("--quant-stages", "0:int8", "2:ternary"), "the last of --quant-stages begins after iteration 2"),
+    ],
+)
+def test_nothing_is_exported_before_the_last_codes(
+    prefix: str, tmp_path: Path, more: tuple[str, ...], why: str
+) -> None:
+    save = ("--save", str(tmp_path / "run"), "--save-interval", "2", "--train-iters", "2")
+    run(dense_arguments(prefix, "R-", *TERNARY, *more, *save))
+    with pytest.raises(UserError, match=f"after iteration 2 its quantization is not complete \\({why}"):
+        write_packed(open_source(tmp_path / "run"), tmp_path / "x.safetensors")
+    flags = make_trainer(dense_arguments(prefix, "R-", *TERNARY, *more)).config.qat
+    assert flags.unfinished(0) is not None and flags.unfinished(8) is None
+    assert QATConfig().unfinished(0) is None
 
 
 def test_a_run_says_what_is_quantized(prefix: str, capsys: pytest.CaptureFixture[str]) -> None:
