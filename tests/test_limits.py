@@ -31,6 +31,7 @@ COVERED = {
     "kernels/pointwise/": "kernels/test_pointwise.py",
     "kernels/rwkv7_fused/": "kernels/test_rwkv7_fused.py",
     "kernels/wkv7/": "kernels/test_wkv7.py",
+    "checkpoint/megatron/": "checkpoint/megatron/test_importing.py",
     "checkpoint/architectures/": "checkpoint/test_architectures.py",
     "checkpoint/foreign.py": "checkpoint/test_published_import.py",
     "models/generation_state.py": "inference/test_generation.py",

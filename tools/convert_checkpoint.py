@@ -9,6 +9,7 @@
     python tools/convert_checkpoint.py --load runs/rwkv7 --save rwkv7.pth --to rwkv7
     python tools/convert_checkpoint.py --load runs/bitnet --save bitnet.gguf --to gguf --gguf-type TQ2_0
     python tools/convert_checkpoint.py --from hf Llama-3.1-8B --save runs/llama
+    python tools/convert_checkpoint.py --from megatron checkpoints/gpt --save runs/gpt --tp 2
     python tools/convert_checkpoint.py --from rwkv7 RWKV-x070-World-0.1B.pth --save checkpoints/rwkv7-0.1b
 
 A directory is what a run was given as --save (its newest valid checkpoint is taken) or one step_N in it. A file has
@@ -19,7 +20,7 @@ files it is cut. Values stay the same bits, and memory holds one tensor at a tim
 --to packed writes a model of --quantize-weights as packed codes with their scales, which tools/generate.py and
 tools/evaluate.py read. --to hf writes models of the architectures that Hugging Face's transformers knows, --to gguf
 those that llama.cpp knows, --to rwkv7 RWKV-LM's. --from hf and --from rwkv7 read such models; docs/from_huggingface.md
-says which.
+says which. --from megatron reads GPTs of Megatron-LM (docs/from_megatron.md).
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ TARGETS = {"packed": FILE_SUFFIX, "hf": "", "gguf": ".gguf", "rwkv7": ".pth"}  #
 SOURCES = {  # name -> what reads it, of an Import
     "hf": "megaforge.checkpoint.import_hf:import_hf",
     "rwkv7": "megaforge.checkpoint.import_rwkv7:import_rwkv7",
+    "megatron": "megaforge.checkpoint.megatron.importing:import_megatron",
 }
 DTYPES = ("float32", "bfloat16", "float16")
 GGUF_TYPES = ("TQ1_0", "TQ2_0", "Q1_0", "Q2_0")
@@ -65,7 +67,9 @@ LAYOUT = {  # flag -> field of the parallel section
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("file", metavar="FILE", nargs="?", help="with --from: the published weights (hf: a directory)")
+    parser.add_argument(
+        "file", metavar="FILE", nargs="?", help="with --from: the published weights (hf, megatron: a directory)"
+    )
     parser.add_argument("--load", metavar="DIR|FILE.safetensors", help="what is converted")
     parser.add_argument("--save", required=True, metavar="DIR|FILE.safetensors", help="where it goes; must be new")
     parser.add_argument("--optimizer", action="store_true", help="with --save FILE: optimizer and run state too")
@@ -105,7 +109,7 @@ def _check(flags: argparse.Namespace) -> None:
     if flags.source is None and flags.file is not None:
         raise UserError(f"{flags.file}: a FILE goes with --from; --load takes its own value")
     if (flags.load is None) == (flags.source is None) or (flags.source is None) != (flags.file is None):
-        raise UserError("give either --load DIR|FILE.safetensors, or --from rwkv7 FILE, or --from hf DIR")
+        raise UserError("give either --load DIR|FILE.safetensors, or --from rwkv7 FILE, or --from hf|megatron DIR")
     for name in ("tokenizer_model", "tokenizer_type"):
         if flags.source is None and (value := getattr(flags, name)) is not None:
             flag = f"--{name.replace('_', '-')}"

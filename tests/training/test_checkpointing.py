@@ -133,7 +133,7 @@ def test_a_run_starts_where_its_checkpoint_may_be_missing(
             make_trainer([*lenient, *more])
     (tmp_path / "missing").mkdir()
     (tmp_path / "missing" / "latest_checkpointed_iteration.txt").write_text("100")
-    with pytest.raises(UserError, match="it holds latest_checkpointed_iteration.txt"):
+    with pytest.raises(UserError, match="--from megatron .*missing --save DIR"):
         make_trainer(lenient)
 
 

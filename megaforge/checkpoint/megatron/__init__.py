@@ -1,0 +1,1 @@
+"""Checkpoints of NVIDIA's Megatron-LM, both ways (https://github.com/NVIDIA/Megatron-LM)."""

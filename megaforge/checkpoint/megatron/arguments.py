@@ -1,0 +1,166 @@
+"""Megatron-LM's arguments, as a checkpoint keeps them, and our configuration of the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megaforge.config.model_config import ModelConfig
+from megaforge.errors import UserError
+
+# Argument -> values at which the model has no such part. What is not listed changes no function of the weights.
+_LACKING: dict[str, tuple[Any, ...]] = {
+    "multi_latent_attention": (False,),
+    "mtp_num_layers": (0,),
+    "moe_shared_expert_gate": (False,),
+    "moe_latent_size": (0,),
+    "moe_apply_probs_on_input": (False,),
+    "qk_l2_norm": (False,),
+    "attention_output_gate": (False,),
+    "window_size": (),
+    "softmax_type": ("vanilla",),
+    "hybrid_override_pattern": (),
+    "hybrid_layer_pattern": (),
+    "is_hybrid_model": (False,),
+    "quick_geglu": (False,),
+    "glu_linear_offset": (0.0,),
+    "activation_func_clamp_value": (),
+    "apply_residual_connection_post_layernorm": (False,),
+    "no_rope_freq": (),
+    "experimental_attention_variant": (),
+    "linear_attention_type": (),
+    "heterogeneous_layers_config_path": (),
+    "embedding_multiplier": (1, 1.0),
+}
+_POSITIONS = ("rope", "none")
+
+
+def config_of(args: Mapping[str, Any], source: str) -> ModelConfig:
+    """The model that ``args`` describe.
+
+    Raises:
+        UserError: it has parts that we lack; the text names them.
+    """
+    lacking = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, fine in _LACKING.items()
+        if (value := args.get(name)) is not None and value not in fine
+    ]
+    activation = _activation(args)
+    positions = _positions(args)
+    if activation is None:
+        lacking.append("exact GELU (the tanh form goes with biases and their fusion, or --openai-gelu)")
+    if positions not in _POSITIONS:
+        lacking.append(f"--position-embedding-type {positions}")
+    if str(args.get("normalization") or "LayerNorm").lower() not in ("rmsnorm",):
+        lacking.append(f"--normalization {args.get('normalization') or 'LayerNorm'}")
+    if lacking:
+        raise UserError(f"{source}: its model has parts that are not available here: {', '.join(lacking)}")
+    try:
+        return _config(args, str(activation), positions)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{source}: its arguments lack or have an odd {error}") from error
+
+
+def _activation(args: Mapping[str, Any]) -> str | None:
+    """As ``--activation``; None: one that we do not have."""
+    if args.get("swiglu"):
+        return "swiglu"
+    if args.get("squared_relu"):
+        return "relu2"
+    fused = args.get("add_bias_linear", True) and args.get("bias_gelu_fusion", True)
+    return "gelu" if args.get("openai_gelu") or fused else None
+
+
+def _positions(args: Mapping[str, Any]) -> str:
+    if args.get("use_rotary_position_embeddings"):
+        return "rope"
+    return str(args.get("position_embedding_type") or "learned_absolute")
+
+
+def _config(args: Mapping[str, Any], activation: str, positions: str) -> ModelConfig:
+    layers, hidden, heads = (int(args[name]) for name in ("num_layers", "hidden_size", "num_attention_heads"))
+    rows = int(args["padded_vocab_size"])
+    grouped = args.get("group_query_attention")
+    experts = int(args.get("num_experts") or 0)
+    sparse = _sparse_layers(args.get("moe_layer_freq", 1), layers) if experts else [False] * layers
+    own = {
+        "num_layers": layers,
+        "hybrid_layer_pattern": "".join("*E" if each else "*-" for each in sparse),
+        "hidden_size": hidden,
+        "ffn_hidden_size": _inner_width(args, sparse, 4 * hidden),
+        "num_attention_heads": heads,
+        "num_query_groups": int(args["num_query_groups"]) if grouped else heads,
+        "kv_channels": int(args.get("kv_channels") or hidden // heads),
+        "ffn": "moe" if any(sparse) else "dense",
+        "activation": activation,
+        "normalization": str(args.get("normalization") or "LayerNorm").lower(),
+        "norm_epsilon": float(args.get("norm_epsilon", 1e-5)),
+        "untie_embeddings_and_output_weights": bool(args.get("untie_embeddings_and_output_weights")),
+        "position_embedding_type": positions,
+        "add_bias_linear": bool(args.get("add_bias_linear", True)),
+        "add_qkv_bias": bool(args.get("add_qkv_bias")) and not args.get("add_bias_linear", True),
+        "qk_layernorm": bool(args.get("qk_layernorm")),
+        **(_rotation(args) if positions == "rope" else {}),
+        "max_position_embeddings": args.get("max_position_embeddings"),
+        "reset_at_document_boundaries": bool(args.get("reset_attention_mask") and args.get("reset_position_ids")),
+        # Megatron's softmax is over the padding, too.
+        "vocab_size": rows,
+        "make_vocab_size_divisible_by": 128 if rows % 128 == 0 else 1,
+    }
+    return ModelConfig(**own, **(_experts(args, experts) if experts else {}))
+
+
+def _rotation(args: Mapping[str, Any]) -> dict[str, Any]:
+    factor = float(args.get("rotary_seq_len_interpolation_factor") or 1)
+    scaled = bool(args.get("use_rope_scaling"))
+    return {
+        "rotary_base": float(args.get("rotary_base") or 10000),
+        "rotary_percent": float(args.get("rotary_percent", 1.0)),
+        "rotary_interleaved": bool(args.get("rotary_interleaved")),
+        "rotary_seq_len_interpolation_factor": None if factor == 1 else factor,
+        "use_rope_scaling": scaled,
+        **({"rope_scaling_factor": float(args.get("rope_scaling_factor") or 8.0)} if scaled else {}),
+    }
+
+
+def _inner_width(args: Mapping[str, Any], sparse: list[bool], default: int) -> int:
+    dense = int(args.get("ffn_hidden_size") or default)
+    of_experts = int(args.get("moe_ffn_hidden_size") or dense)
+    if any(sparse) and not all(sparse) and dense != of_experts:
+        raise ValueError(f"moe_ffn_hidden_size {of_experts}: dense layers have {dense}, and here both have one width")
+    return of_experts if any(sparse) else dense
+
+
+def _sparse_layers(frequency: Any, layers: int) -> list[bool]:
+    """Which layers have experts: every so many from the first, or as a list says."""
+    if isinstance(frequency, int):
+        return [layer % frequency == 0 for layer in range(layers)]
+    if not isinstance(frequency, list | tuple) or len(frequency) != layers:
+        raise ValueError(f"moe_layer_freq {frequency!r}")
+    return [bool(each) for each in frequency]
+
+
+def _experts(args: Mapping[str, Any], experts: int) -> dict[str, Any]:
+    copied: dict[str, Callable[[Any], Any]] = {
+        "moe_router_topk": int,
+        "moe_router_score_function": str,
+        "moe_router_pre_softmax": bool,
+        "moe_router_topk_scaling_factor": float,
+        "moe_router_num_groups": int,
+        "moe_router_group_topk": int,
+        "moe_router_enable_expert_bias": bool,
+        "moe_router_bias_update_rate": float,
+        "moe_shared_expert_intermediate_size": int,
+        "moe_expert_capacity_factor": float,
+        "moe_token_drop_policy": str,
+    }
+    balancing = args.get("moe_router_load_balancing_type", "aux_loss")
+    known = {"aux_loss": "seq_aux_loss", "seq_aux_loss": "seq_aux_loss", "global_aux_loss": "global_aux_loss"}
+    return {
+        "num_experts": experts,
+        "moe_router_load_balancing_type": known.get(str(balancing), "none"),
+        "moe_aux_loss_coeff": float(args.get("moe_aux_loss_coeff") or 0.0),
+        "moe_z_loss_coeff": float(args.get("moe_z_loss_coeff") or 0.0),
+        **{name: read(args[name]) for name, read in copied.items() if args.get(name) is not None},
+    }
