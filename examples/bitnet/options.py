@@ -11,6 +11,9 @@ QAT = (*TERNARY, "--optimizer", "qat_adam")
 LINEAR = (*TERNARY, "--quant-lambda", "linear", "--quant-lambda-end-iters", "{two}")
 BY_AND_BY = (*TERNARY, "--quant-lambda", "exponential", "--quant-lambda-end-iters", "{half}")
 SECOND = (*TERNARY, "--second-stage-at", "0.5")
+STATIC = (*TERNARY, "--online-calibration")
+ONCE = (*STATIC, "--calibration-samples", "1")
+CLIPPED = (*TERNARY, "--quant-clip", "weights", "--quant-clip-interval", "1")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,9 @@ class Option:
     def title(self) -> str:
         """As the table shows it."""
         shown = {(): "full precision", TERNARY: "ternary", INT4: "int4", GROUPS: "ternary groups"}
-        flags = [f for f in self.flags if "{" not in f and not f.endswith("end-iters")]
+        shown |= {STATIC: "static steps", ONCE: "static steps, once", CLIPPED: "clipped"}
+        hidden = [place - 1 for place, f in enumerate(self.flags) if f.startswith("{") and f.endswith("}")]
+        flags = [f for place, f in enumerate(self.flags) if "{" not in f and place not in hidden]
         base = shown.get(self.base) or " ".join(self.base[2:4]).removeprefix("--")
         return f"{' '.join(flags).removeprefix('--')} ({base})"
 
@@ -79,5 +84,12 @@ OPTIONS = (
     Option(("--optimizer", "qat_adam")),
     Option(("--qat-damping", "0.1"), base=QAT),
     Option(("--grokfast", "ema")),
+    Option(("--online-calibration",)),
+    Option(("--calibration-ema", "0.2"), base=STATIC),
+    Option(("--calibration-interval", "1"), base=ONCE),
+    Option(("--calibration-samples", "4096"), base=ONCE),
+    Option(("--quant-clip", "both", "--quant-clip-interval", "{third}")),
+    Option(("--quant-clip-interval", "2"), base=CLIPPED),
+    Option(("--quant-clip-grid", "1.3", "1.4"), base=CLIPPED),
     Option(("--log-quantization",), records="quant_error"),
 )

@@ -59,7 +59,7 @@ class QATConfig:
     )
     quant_clip_interval: int = flag(1000, "with --quant-clip: iterations from one choice to the next", least=1)
     quant_clip_grid: tuple[float, ...] = flag(
-        (0.6, 0.7, 0.8, 0.9, 1.0), "with --quant-clip: the shares to choose from", above=0, most=4, metavar="SHARE"
+        (0.6, 0.8, 1.0, 1.25, 1.5), "with --quant-clip: the shares to choose from", above=0, most=4, metavar="SHARE"
     )
     log_quantization: bool = flag(
         False, "at each --log-interval: error of quantization, flipped and saturated codes, steps"
