@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from megaforge.config.arguments import ArgumentParser, integer
+from megaforge.config.arguments import ArgumentParser, byte_size, integer
 from megaforge.config.config import Config
 from megaforge.config.entry import run_entry
 from megaforge.config.run_config import ParallelConfig
@@ -82,7 +82,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gguf-type", choices=GGUF_TYPES, help="with --to gguf: blocks of quantized matrices")
     parser.add_argument("--dtype", choices=DTYPES, help="with --to hf or rwkv7: of the weights (default: the run's)")
     parser.add_argument(
-        "--max-shard-size", metavar="SIZE", help="with --to hf: most bytes of a file, as 5GB (default), 500MB"
+        "--max-shard-size",
+        type=byte_size,
+        metavar="SIZE",
+        help="with --to hf: most bytes of a file, as 5GB (default), 500MB",
     )
     parser.add_argument("--from", dest="source", choices=tuple(SOURCES), help="whose format FILE is in")
     parser.add_argument("--tokenizer-model", help="with --from: the model's tokenizer, recorded in the checkpoint")
@@ -114,6 +117,10 @@ def _check(flags: argparse.Namespace) -> None:
         if flags.source is None and (value := getattr(flags, name)) is not None:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} {value}: it is for --from; --load says which tokenizer it was trained with")
+    if flags.source is not None and flags.optimizer:
+        raise UserError("--optimizer: published weights have no optimizer state; leave it out")
+    if flags.source is not None and flags.save.endswith((*filter(None, TARGETS.values()),)):
+        raise UserError(f"--save {flags.save}: --from makes a checkpoint, which is a directory; name one")
     if flags.gguf_type is not None and flags.target != "gguf":
         raise UserError(f"--gguf-type {flags.gguf_type}: it is for --to gguf")
     if flags.dtype is not None and flags.target not in ("hf", "rwkv7"):
@@ -180,13 +187,9 @@ def _export(flags: argparse.Namespace) -> None:
 
 
 def _export_hf(flags: argparse.Namespace, source: TensorSource, said: str) -> None:
-    from megaforge.checkpoint.export_hf import SHARD_BYTES, export_hf, parse_bytes
+    from megaforge.checkpoint.export_hf import SHARD_BYTES, export_hf
 
-    try:
-        shard_bytes = SHARD_BYTES if flags.max_shard_size is None else parse_bytes(flags.max_shard_size)
-    except ValueError as error:
-        raise UserError(f"--max-shard-size: {error}") from error
-    done = export_hf(source, flags.save, dtype=flags.dtype, shard_bytes=shard_bytes)
+    done = export_hf(source, flags.save, dtype=flags.dtype, shard_bytes=flags.max_shard_size or SHARD_BYTES)
     files = f"{done.shards} file{'s' if done.shards > 1 else ''}"
     print(f"{said}, a model of {done.model_type}, {done.bytes:,} bytes of weights in {files}")
     print(

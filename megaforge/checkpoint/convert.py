@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,13 @@ from megaforge.models.stages import build_model
 from megaforge.optim.optimizer import rule_of
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layer_context import make_layer_context
-from megaforge.parallel.param_spec import ParamSpec, named_specs
+from megaforge.parallel.param_spec import Box, ParamSpec, named_specs
 from megaforge.registry import UPDATE_RULES
 
 OPTIMIZER_PREFIX = "optimizer."  # keys of optimizer state: optimizer.STATE.NAME
 _NO_PARAMETER = ""  # what the tensors of a run's other parts belong to; rank 0 writes them
 _SHOWN = 5
+_PIECE = 1 << 28  # bytes of a tensor that are read and written at once: memory holds no more, however large a stack is
 
 
 def write_file(source: TensorSource, file: str | Path, *, optimizer: bool = False) -> FileRecord:
@@ -170,8 +171,9 @@ def _plan_ranks(
         for name, spec in specs[ctx.pp.rank].items():
             for key in keys[name]:
                 kept = _declared(key, spec, config.optimizer)
-                boxes = [piece.global_box for piece in kept.pieces(ctx)]
-                shards[key] = _shard(boxes, kept.shape, source.tensors[key].dtype)
+                dtype = source.tensors[key].dtype
+                boxes = [box for piece in kept.pieces(ctx) for box in _cut(piece.global_box, dtype.itemsize)]
+                shards[key] = _shard(boxes, kept.shape, dtype)
         for key in keys[_NO_PARAMETER] if rank == 0 else ():
             info = source.tensors[key]
             shards[key] = _shard([tuple((0, size) for size in info.shape)], info.shape, info.dtype)
@@ -185,6 +187,17 @@ def _declared(key: str, spec: ParamSpec, optimizer: OptimizerConfig) -> ParamSpe
         return spec
     state = key.removeprefix(OPTIMIZER_PREFIX).partition(".")[0]
     return rule_of(optimizer, spec).state_spec(optimizer, state, spec)
+
+
+def _cut(box: Box, itemsize: int) -> Iterator[Box]:
+    """``box`` in slices of at most ``_PIECE`` bytes, or of one row."""
+    if not box:
+        yield box
+        return
+    (first, end), *rest = box
+    rows = max(1, _PIECE // max(1, itemsize * math.prod(stop - start for start, stop in rest)))
+    for start in range(first, end, rows):
+        yield ((start, min(start + rows, end)), *rest)
 
 
 def _shard(boxes: Iterable[tuple[tuple[int, int], ...]], shape: tuple[int, ...], dtype: torch.dtype) -> Shard:

@@ -4,7 +4,6 @@ matrices as its BitNet quantizer packs them."""
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -234,16 +233,3 @@ def _special_tokens(model: QuantizedModel, folder: Path) -> dict[str, Any]:
             given.unlink()
     eod = (model.source.meta.get("tokenizer") or {}).get("eod")
     return dict(zip(names, (eod, eod, None), strict=True))
-
-
-def parse_bytes(text: str) -> int:
-    """``5GB``, ``500M``, ``1000000`` -> bytes, in powers of 1000.
-
-    Raises:
-        ValueError: it is not of this form, or zero.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    value = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
-    if not value:
-        raise ValueError(f"{text!r} is not a size such as 5GB, 500MB or 1000000")
-    return value

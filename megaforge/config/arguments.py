@@ -75,6 +75,15 @@ def number(
     return _within(Bounds(least, most, above=above, below=below), float, "a number")
 
 
+def byte_size(text: str) -> int:
+    """``5GB``, ``500M``, ``1000000``, in powers of 1000, as argparse's ``type``."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    value = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text}: expected a size such as 5GB, 500MB or 1000000")
+    return value
+
+
 def _within(bounds: Bounds, kind: type, expected: str) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
 import torch
 
-from megaforge.checkpoint.export_hf import parse_bytes
 from megaforge.checkpoint.hf_folder import HFFolder, publish_directory
 from megaforge.checkpoint.safetensors_file import Slot, write_safetensors
+from megaforge.config.arguments import byte_size
 from megaforge.errors import UserError
 
 
@@ -70,7 +71,7 @@ def test_a_directory_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_sizes() -> None:
     sizes = {"5GB": 5 * 10**9, "500MB": 5 * 10**8, "1.5k": 1500, "77": 77}
-    assert {text: parse_bytes(text) for text in sizes} == sizes
+    assert {text: byte_size(text) for text in sizes} == sizes
     for text in ("0", "5 apples", "", "GB"):
-        with pytest.raises(ValueError, match="is not a size"):
-            parse_bytes(text)
+        with pytest.raises(ArgumentTypeError, match="expected a size"):
+            byte_size(text)

@@ -91,6 +91,19 @@ def test_a_tokenizer_with_more_tokens_than_the_model(model: Path, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_does_not_go_with_from(model: Path, monkeypatch: Any) -> None:
+    for words, message in (
+        (("--save", "run", "--optimizer"), "--optimizer: published weights have no"),
+        (("--save", "run.safetensors"), "--from makes a checkpoint, which is a directory"),
+        (("--save", "run", "--dtype", "bfloat16"), "it is for --to hf and --to rwkv7"),
+        (("--save", "run", "--max-shard-size", "1GB"), "it is for --to hf"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(monkeypatch, "--from", "hf", str(model), *words)
+    with pytest.raises(UserError, match="--max-shard-size few: expected a size such as 5GB"):
+        run(monkeypatch, "--load", "x.safetensors", "--save", "out", "--to", "hf", "--max-shard-size", "few")
+
+
 def test_load_names_the_command(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"convert_checkpoint.py --from hf {model} --save NEW_DIRECTORY"):
         find_checkpoint(model, ParallelContext.single())
