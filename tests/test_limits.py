@@ -50,6 +50,7 @@ COVERED = {
     "config/run_partners.py": "config/test_partners.py",
     "quant/products.py": "quant/test_linear.py",
     "optim/norms.py": "training/test_decoupled_lr.py",
+    "training/final_test.py": "training/test_decoupled_lr.py",
     "training/norms.py": "training/test_decoupled_lr.py",
     "training/skip_train.py": "training/test_decoupled_lr.py",
     "training/speed.py": "training/test_metrics.py",

@@ -14,6 +14,7 @@ from megaforge.config import megatron
 from megaforge.config.arguments import ArgumentParser
 from megaforge.config.checkpoint_source import at_step, take_checkpoint_args
 from megaforge.config.config import Config
+from megaforge.config.data_lists import read_lists
 from megaforge.config.entry import launched_rank, run_entry
 from megaforge.config.launcher import print_rank_0
 from megaforge.config.lengths import choose_lengths
@@ -84,6 +85,7 @@ def parse_config(
     taken: list[str] = []
     with gathered(problems):
         choose_lengths(values, origins, typed, lists_all=False)
+        read_lists(values, origins, typed)
         at_step(values)
         taken = take_checkpoint_args(values, origins, typed)
     megatron.settle(line, values, origins)

@@ -161,6 +161,19 @@ class DataConfig:
     )
     eod_mask_loss: bool = flag(False, "give no loss to predicting the first token of a document")
     num_workers: int = flag(1, "threads that read samples ahead; 0 reads in the training thread", least=0, most=1024)
+    train_data_path: tuple[str, ...] = flag(
+        (), "instead of --data-path and --split: datasets that are for training as a whole", metavar="PREFIX"
+    )
+    valid_data_path: tuple[str, ...] = flag(
+        (), "with --train-data-path: the datasets that evaluations read, each by its size", metavar="PREFIX"
+    )
+    test_data_path: tuple[str, ...] = flag(
+        (), "with --train-data-path: those that --eval-test reads, each by its size", metavar="PREFIX"
+    )
+    data_args_path: str | None = flag(None, "file that holds the words of --data-path", metavar="FILE")
+    per_split_data_args_path: str | None = flag(
+        None, 'JSON file with the words of all three: {"train": [...], "valid": [...], "test": [...]}', metavar="FILE"
+    )
 
     def validate(self) -> None:
         if self.mock_data and self.data_path:
@@ -223,6 +236,7 @@ class TrainingConfig:
     eval_global_batch_size: int | None = flag(
         None, "sequences of a global batch of evaluations (default: --global-batch-size)", least=1, most=1 << 24
     )
+    eval_test: bool = flag(False, "once the run is complete, evaluate the test documents (--split's third share), too")
     early_stopping_patience: int = flag(
         0,
         "evaluations without a better --early-stopping-metric before the run ends; 0: never",

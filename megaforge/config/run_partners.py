@@ -76,4 +76,26 @@ RUN_PARTNERS = (
     ),
     Partner(("checkpoint.save_retain_interval",), lambda c: c.checkpoint.save, "nothing is saved: add --save DIR"),
     Partner(("checkpoint.ckpt_step",), lambda c: c.checkpoint.load, "there is no directory of it: add --load DIR"),
+    Partner(
+        ("training.eval_test",),
+        lambda c: c.training.eval_iters,
+        "nothing is evaluated: add --eval-iters N",
+    ),
+    Partner(
+        ("training.eval_test",),
+        lambda c: c.data.mock_data or c.data.test_data_path or not c.data.split.strip("'\" ").endswith(",0"),
+        "no document is for tests: give --split a third number, or add --test-data-path",
+    ),
+    Partner(
+        ("data.test_data_path",),
+        lambda c: c.training.eval_test,
+        "nothing is tested: add --eval-test",
+        refuse=False,
+    ),
+    Partner(
+        ("data.valid_data_path",),
+        lambda c: c.training.eval_iters,
+        "nothing is evaluated: add --eval-iters N",
+        refuse=False,
+    ),
 )

@@ -117,7 +117,7 @@ class DataSource(SampleView, Protocol):
 
 
 # Settings of the data section that dataset files heed, and other sources may.
-OF_FILES = ("split", "split_order", "verify_data", "data_lanes")
+OF_FILES = ("split", "split_order", "verify_data", "data_lanes", "valid_data_path", "test_data_path")
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,19 @@ def unread_settings(data: DataConfig) -> Iterator[str]:
     for name in (name for name in OF_FILES if name not in kind.reads):
         value, flag = getattr(data, name), settings()[f"data.{name}"]
         if value != flag.default:
-            yield f"{flag.flag}{'' if value is True else f' {value}'}: {source} does not heed it: it changes nothing"
+            shown = " ".join(value) if isinstance(value, tuple) else "" if value is True else str(value)
+            yield f"{f'{flag.flag} {shown}'.strip()}: {source} does not heed it: it changes nothing"
+
+
+def held_out(data: DataConfig) -> dict[str, list[str]]:
+    """The prefixes of ``--valid-data-path`` and ``--test-data-path``, whose weights nothing reads."""
+    found = {}
+    for part, values in (("valid", data.valid_data_path), ("test", data.test_data_path)):
+        try:
+            found[part] = [prefix for _, prefix in parse_data_path(values)] if values else []
+        except UserError as error:
+            raise UserError(str(error).replace("--data-path", f"--{part}-data-path")) from error
+    return found
 
 
 def _check_files(config: Config) -> None:
@@ -168,9 +180,18 @@ def _check_files(config: Config) -> None:
             "--data-path is missing; give the prefix of a dataset, such as corpus/train_text_document (or --mock-data, "
             "to measure speed on random tokens)"
         )
-    parse_split(config.data.split)
+    shares = parse_split(config.data.split)
     for _, prefix in parse_data_path(config.data.data_path):
         check_files(prefix)
+    for share, (part, prefixes) in zip(shares[1:], held_out(config.data).items(), strict=True):
+        if prefixes and share:
+            raise UserError(
+                f"--{part}-data-path {' '.join(getattr(config.data, f'{part}_data_path'))}: --split "
+                f"{config.data.split} holds out documents of --data-path for that; write --train-data-path in place of "
+                "--data-path"
+            )
+        for prefix in prefixes:
+            check_files(prefix)
 
 
 # Reading needs torch, which is not imported before the checks.

@@ -7,7 +7,7 @@ ranks or workers there are, how they batch, how long the run is, or where it was
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from megaforge.config.config import Config
 from megaforge.config.launcher import discover_launch
 from megaforge.data.blend import parse_data_path, parse_split
-from megaforge.data.data_source import SampleView
+from megaforge.data.data_source import SampleView, held_out
 from megaforge.data.loader import Batch, GlobalBatchLoader
 from megaforge.data.run_dataset import DataChecks, RunDataset, open_dataset
 from megaforge.data.sample_order import TokenStream, documents_in_order, has_native_copy, key_of, shuffled
@@ -29,6 +29,8 @@ from megaforge.errors import UserError
 
 __all__ = ["Batch", "DataChecks", "GlobalBatchLoader", "Sample", "SampleSchedule", "TrainingData", "ValidationData"]
 
+_NO_OTHERS: Mapping[str, Sequence[str]] = {}
+_WHOLE = {"valid": (0.0, 1.0, 0.0), "test": (0.0, 0.0, 1.0)}  # of a dataset that is of one part
 _NOTHING = "no document has two tokens, and --eod-mask-loss leaves out the first of each; drop --eod-mask-loss"
 
 
@@ -61,6 +63,7 @@ class TrainingData(ScheduledSource):
         schedule: seed, sequence length and later changes.
         split_order: ``--split-order``: which documents these are; see :func:`megaforge.data.split.split_documents`.
         checks: what the sources must fit.
+        held_out: the prefixes of datasets that are wholly for validation or test, by part.
         eod_mask_loss: batches give no loss to predicting the first token of the next document.
 
     Attributes:
@@ -81,6 +84,7 @@ class TrainingData(ScheduledSource):
         split_order: str = "shuffled",
         checks: DataChecks | None = None,
         eod_mask_loss: bool = False,
+        held_out: Mapping[str, Sequence[str]] = _NO_OTHERS,
     ) -> None:
         self.eod_mask_loss = eod_mask_loss
         self.notices: list[str] = []
@@ -119,7 +123,7 @@ class TrainingData(ScheduledSource):
             self._lane_of += [(len(self._sources), number) for number in range(len(lanes))]
             self._sources.append(source)
             self._streams += lanes
-        check_agreement([source.sidecar for source in self._sources])
+        self._others = self._open_others(held_out, checks)
         # Without the mask even a single token has a successor: the next epoch's.
         if eod_mask_loss and not any(_targets_of(source.extents("train")[1]) for source in self._sources):
             raise UserError(
@@ -129,6 +133,17 @@ class TrainingData(ScheduledSource):
         self.plan = Plan(schedule, weights, shares)
         self.digest = digest_of(digests)
         self._sample_key = key_of("sample", schedule.seed, self.digest)
+
+    def _open_others(self, held_out: Mapping[str, Sequence[str]], checks: DataChecks) -> dict[str, list[RunDataset]]:
+        """The datasets that are wholly of one part; all of the run's must agree."""
+        others = {
+            part: [open_dataset(prefix, _WHOLE[part], "sequential", checks) for prefix in prefixes]
+            for part, prefixes in held_out.items()
+            if prefixes
+        }
+        opened = [*self._sources, *(source for some in others.values() for source in some)]
+        check_agreement([source.sidecar for source in opened])
+        return others
 
     def _lanes(self, source: RunDataset, key: list[object], lanes: int) -> list[TokenStream]:
         """The source's training documents dealt out, in a keyed order, to ``lanes`` streams of about equal size."""
@@ -204,7 +219,7 @@ class TrainingData(ScheduledSource):
     def bytes_per_token(self, split: str = "valid") -> float | None:
         """UTF-8 bytes a token of the split stands for, from the sidecars' totals; None if a dataset has no record."""
         tokens = text = 0.0
-        for source in self._sources:
+        for source in self._of(split):
             count = int(source.extents(split)[1].sum())
             ratio = source.sidecar.bytes_per_token if source.sidecar else None
             if ratio is None and count:
@@ -219,15 +234,21 @@ class TrainingData(ScheduledSource):
             UserError: no label in the split counts.
         """
         length = self.plan.stages[0].sequence_length if sequence_length is None else sequence_length
-        lengths = [source.extents(split)[1] for source in self._sources]
+        sources = self._of(split)
+        lengths = [source.extents(split)[1] for source in sources]
         if all(int(one.sum()) < 2 for one in lengths):
             raise UserError(
                 f"--split {self.split_text} leaves no documents to evaluate in its '{split}' part: give the "
-                f"{('first', 'second', 'third')[PARTS.index(split)]} number a larger share, or use more documents"
+                f"{('first', 'second', 'third')[PARTS.index(split)]} number a larger share, use more "
+                f"documents, or name datasets of their own by --{split}-data-path"
             )
         if self.eod_mask_loss and not any(map(_targets_of, lengths)):
             raise UserError(f"--split {self.split_text}: there is nothing to predict in its '{split}' part: {_NOTHING}")
-        return ValidationData(self._sources, split, length, self.eod_mask_loss)
+        return ValidationData(sources, split, length, self.eod_mask_loss)
+
+    def _of(self, part: str) -> Sequence[RunDataset]:
+        """The datasets that hold the documents of a part."""
+        return self._others.get(part, self._sources)
 
 
 def _targets_of(lengths: npt.NDArray[np.int64]) -> int:
@@ -304,4 +325,5 @@ def open_files(config: Config, tokenizer: Tokenizer | None) -> TrainingData:
             verify=config.data.verify_data and discover_launch().local_rank == 0,
         ),
         eod_mask_loss=config.data.eod_mask_loss,
+        held_out=held_out(config.data),
     )

@@ -12,11 +12,12 @@ from typing import Any, BinaryIO, Literal, Protocol
 from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 
-Kind = Literal["step", "evaluation"]
+Kind = Literal["step", "evaluation", "test"]
+_KINDS = ("step", "evaluation", "test")
 
 
 class MetricSink(Protocol):
-    """Takes one record a training step and one an evaluation."""
+    """Takes one record a training step, one an evaluation, and one of a test at the end."""
 
     def write(self, kind: Kind, iteration: int, values: Mapping[str, float | int]) -> None:
         """Takes ``values`` as they stand after ``iteration``."""
@@ -32,7 +33,7 @@ class MetricSink(Protocol):
 
 
 class JsonlSink:
-    """One JSON object a line: ``{"kind": "step" | "evaluation", "iteration": int, ...values}``.
+    """One JSON object a line: ``{"kind": "step" | "evaluation" | "test", "iteration": int, ...values}``.
 
     Floats are written so that they read back bit for bit; NaN and infinities become null, which JSON can hold.
     """
@@ -139,7 +140,7 @@ def _row(path: Path, number: int, line: bytes) -> tuple[str, int]:
     try:
         record = parse_json(line)
         kind, iteration = record["kind"], record["iteration"]
-        if kind not in ("step", "evaluation") or type(iteration) is not int:
+        if kind not in _KINDS or type(iteration) is not int:
             raise ValueError("not a kind of record")
         return kind, iteration
     except (ValueError, KeyError, TypeError) as error:
@@ -178,7 +179,7 @@ def _is_record(value: Any) -> bool:
     """Whether it is an object whose iteration, loss and tokens are numbers as far as its kind has them."""
     if not isinstance(value, dict):
         return False
-    if value.get("kind") not in ("step", "evaluation"):
+    if value.get("kind") not in _KINDS:
         return True
     measured = (value.get(name) for name in ("loss", "tokens"))
     return isinstance(value.get("iteration"), int) and all(isinstance(v, (int, float, type(None))) for v in measured)

@@ -13,7 +13,7 @@ import yaml
 from megaforge.errors import UserError, require
 from megaforge.monitor.sinks import Kind
 
-_PREFIX = {"step": "train", "evaluation": "valid"}
+_PREFIX = {"step": "train", "evaluation": "valid", "test": "test"}
 
 
 def as_text(config: Mapping[str, Any]) -> str:

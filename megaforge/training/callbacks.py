@@ -66,6 +66,9 @@ class Callback:
     def on_evaluate(self, trainer: Trainer, metrics: EvaluationMetrics) -> None:
         """The model was evaluated after ``trainer.iteration``."""
 
+    def on_test(self, trainer: Trainer, metrics: EvaluationMetrics) -> None:
+        """The model was measured on the test samples (``--eval-test``)."""
+
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         """The run's state was published as ``path``."""
 
@@ -105,6 +108,11 @@ class MetricsWriter(Callback):
     def on_evaluate(self, trainer: Trainer, metrics: EvaluationMetrics) -> None:
         for sink in self.sinks:
             sink.write("evaluation", metrics.iteration, metrics.values())
+
+    def on_test(self, trainer: Trainer, metrics: EvaluationMetrics) -> None:
+        for sink in self.sinks:
+            sink.write("test", metrics.iteration, metrics.values())
+            sink.flush()
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         for sink in self.sinks:

@@ -98,7 +98,13 @@ class ConsoleLog(Callback):
             self._drawn = time.monotonic()
 
     def on_evaluate(self, trainer: Trainer, metrics: EvaluationMetrics) -> None:
-        parts = [f"evaluation at iteration {metrics.iteration}: loss {metrics.loss:.4f}"]
+        self._evaluated(trainer, metrics, "evaluation")
+
+    def on_test(self, trainer: Trainer, metrics: EvaluationMetrics) -> None:
+        self._evaluated(trainer, metrics, "test")
+
+    def _evaluated(self, trainer: Trainer, metrics: EvaluationMetrics, what: str) -> None:
+        parts = [f"{what} at iteration {metrics.iteration}: loss {metrics.loss:.4f}"]
         parts.append(f"perplexity {metrics.perplexity:,.2f}")
         if metrics.bits_per_byte is not None:
             parts.append(f"{metrics.bits_per_byte:.4f} bits per byte")

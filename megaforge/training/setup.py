@@ -49,6 +49,7 @@ from megaforge.training.console import ConsoleLog
 from megaforge.training.decoupled_lr import DecoupledRate
 from megaforge.training.ema import WeightAverage
 from megaforge.training.engine import Engine
+from megaforge.training.final_test import FinalTest
 from megaforge.training.intervals import Interval
 from megaforge.training.lengths import Progress, described, in_iterations, interval
 from megaforge.training.lr_on_spike import ReduceOnSpike
@@ -226,7 +227,7 @@ _OF_UPDATES = (
     DecoupledRate,
 )
 # What is seen, and when the run ends.
-_OTHERS = (Norms, ManualCollection, SkipTrain)
+_OTHERS = (Norms, ManualCollection, FinalTest, SkipTrain)
 
 
 def _callbacks(config: Config, progress: Progress) -> list[Callback]:

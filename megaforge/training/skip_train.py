@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 from megaforge.config.config import Config
 from megaforge.training.callbacks import Callback
+from megaforge.training.final_test import FinalTest
 
 if TYPE_CHECKING:
     from megaforge.training.trainer import Trainer
 
 
 class SkipTrain(Callback):
-    """Evaluates once, before the first step, and ends the run."""
+    """Evaluates once, and tests where ``--eval-test`` asks for it, before the first step, and ends the run."""
 
     @classmethod
     def of(cls, config: Config) -> SkipTrain | None:
@@ -23,3 +24,5 @@ class SkipTrain(Callback):
         if trainer.stop_reason is None:
             trainer.stop("--skip-train")
             trainer.evaluate(due=False)
+            for test in (one for one in trainer.callbacks if isinstance(one, FinalTest)):
+                test.measure(trainer)

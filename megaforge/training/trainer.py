@@ -213,30 +213,40 @@ class Trainer:
         return metrics
 
     def measure(self, due: bool = True) -> EvaluationMetrics:
-        """Measures the model, in evaluation mode, on the first ``--eval-iters`` global batches of the validation split.
-        Collective.
+        """Measures the model on the first ``--eval-iters`` global batches of the validation split. Collective.
 
         Args:
             due: whether it is one of ``--eval-interval`` (:class:`megaforge.training.metrics.EvaluationMetrics`).
+        """
+        if self.validation is None:
+            raise ValueError("this run has no validation data: --eval-iters is 0")
+        return self._measure(self.validation, "valid", due)
+
+    def test(self, view: SampleView) -> EvaluationMetrics:
+        """Measures the model on ``view``, the test samples, which nothing that the run does depends on."""
+        metrics = self._measure(view, "test", False)
+        self._emit("on_test", metrics)
+        return metrics
+
+    def _measure(self, view: SampleView, part: str, due: bool) -> EvaluationMetrics:
+        """The model, in evaluation mode, on the first ``--eval-iters`` global batches of ``view``.
 
         Raises:
             UserError: no label in them counts.
         """
-        if self.validation is None:
-            raise ValueError("this run has no validation data: --eval-iters is 0")
         sums = BatchSums(self.ctx, self._predictions)
         size = self.config.training.eval_global_batch_size or self.batches.size
-        loader = self._loader(self.validation, BatchSchedule(size))
+        loader = self._loader(view, BatchSchedule(size))
         with self.for_evaluation(), evaluating(self.model), closing(iter(loader)) as batches:  # type: ignore[type-var]
             for micro_batches in islice(batches, self.config.training.eval_iters):
                 self.engine.forward(micro_batches, sums)
         self._read(sums)
         if not sums.values["labels"]:
             raise UserError(
-                f"--eval-iters {self.config.training.eval_iters}: there is nothing to predict in the validation "
+                f"--eval-iters {self.config.training.eval_iters}: there is nothing to predict in the {part} "
                 "samples it reads (with --eod-mask-loss, the first token of a document does not count)"
             )
-        ratio = self.data.bytes_per_token("valid")
+        ratio = self.data.bytes_per_token(part)
         return EvaluationMetrics(
             iteration=self.iteration,
             nats=sums.values["loss"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from megaforge.data.data_source import FILES, MOCK, DataSourceKind, source_kind,
 from megaforge.data.loader import GlobalBatchLoader
 from megaforge.errors import UserError
 from megaforge.registry import DATA_SOURCES
+from tests.data.datasets import write_dataset
 from tests.toys.counting_source import Counting
 
 
@@ -59,3 +62,15 @@ def test_a_small_source_has_the_rest() -> None:
     for saved in ({"step": 5, "consumed_samples": 8}, {"consumed_samples": 8}):
         with pytest.raises(UserError, match="another order of samples: step was (5|None) and is now 3; .*--reset-data"):
             source.check_state(saved)
+
+
+def test_held_out_datasets_exclude_held_out_shares(tmp_path: Path) -> None:
+    files = [write_dataset(tmp_path / name, [[1, 2, 3]]) for name in "ab"]
+    apart = ("--eval-iters", "1", "--valid-data-path")
+    FILES.check(parse_config(["--train-data-path", files[0], *apart, files[1]]).config)
+    with pytest.raises(UserError, match="--valid-data-path .*: --split 99,1,0 holds out .*write --train-data-path"):
+        FILES.check(parse_config(["--data-path", files[0], *apart, files[1]]).config)
+    with pytest.raises(UserError, match="none"):
+        FILES.check(parse_config(["--train-data-path", files[0], *apart, str(tmp_path / "none")]).config)
+    with pytest.raises(UserError, match="--valid-data-path '0.5': there is no 0.5.idx"):
+        FILES.check(parse_config(["--train-data-path", files[0], *apart, "0.5"]).config)

@@ -317,3 +317,25 @@ def test_data_with_nothing_to_predict_are_refused(tmp_path: Path) -> None:
     mixed = make(write_dataset(tmp_path / "m", [[1, 2], [3], [4]]), split="1,2", eod_mask_loss=True, **RANGES)
     with pytest.raises(UserError, match="--split 1,2: there is nothing to predict in its 'valid' part"):
         mixed.validation()
+
+
+def test_datasets_of_their_own_for_validation_and_test(tmp_path: Path, prefix: str, other: str) -> None:
+    """All of them is read, in proportion to their sizes; training reads none of it, and no order changes."""
+    third = write_dataset(tmp_path / "c", [[7] * 30])
+    data, plain = make(prefix, held_out={"valid": [other, third], "test": []}), make(prefix)
+    view = data.validation()
+    expected = [t for own in data._others["valid"] for t in own.dataset.tokens.tolist()]
+    seen = [view.sample(k) for k in range(len(view))]
+    assert sum(one.targets for one in seen) == len(expected) - 2, "all but the first token of each is predicted"
+    assert {int(t) for one in seen for t in one.tokens} == set(expected) | {0}
+    assert all((data.sample(k).tokens == plain.sample(k).tokens).all() for k in range(9))
+    assert data.state(9) == plain.state(9) and data.epoch_tokens == plain.epoch_tokens
+    with pytest.raises(UserError, match="name datasets of their own by --test-data-path"):
+        data.validation("test")
+
+
+def test_without_weights_each_counts_by_its_size(prefix: str, other: str) -> None:
+    data = TrainingData([(None, prefix), (None, other)], "1", SampleSchedule(5, 16))
+    sizes = data.epoch_tokens
+    assert data.plan.stages[0].weights == pytest.approx([size / sum(sizes) for size in sizes])
+    assert data.passes(400)[0] == pytest.approx(data.passes(400)[1], rel=0.05)

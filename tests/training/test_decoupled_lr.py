@@ -11,6 +11,7 @@ import torch
 
 from megaforge.config.cli import parse_config
 from megaforge.errors import UserError
+from megaforge.monitor.sinks import read_metrics
 from megaforge.training.callbacks import Callback
 from megaforge.training.manual_gc import ManualCollection
 from megaforge.training.metrics import StepMetrics
@@ -123,3 +124,25 @@ def test_skip_train_evaluates_and_leaves(prefix: str, tmp_path: Path) -> None:
     records = record(again).records
     again.train()
     assert again.iteration == 2 and records == evaluated.records[-1:], "the same numbers, and no step"
+
+
+def test_the_test_part_is_measured_at_the_end(prefix: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As a validation of the same documents would be; not where the run only pauses."""
+    file, save = str(tmp_path / "m.jsonl"), str(tmp_path / "run")
+    other = write_dataset(tmp_path / "other", documents=12, seed=3)
+    apart = ("--train-data-path", prefix, "--eval-iters", "2", "--train-iters", "2", "--valid-data-path", other)
+    line = [word for word in arguments("x", *apart) if word not in ("--data-path", "x", "--split", "80,20,0")]
+    tested = ("--test-data-path", other, "--eval-test", "--metrics-file", file, "--save", save, "--load", save)
+    make_trainer([*line, *tested, "--exit-interval", "1"]).train()
+    assert {one["kind"] for one in read_metrics(file)} == {"step", "evaluation"}
+    make_trainer([*line, *tested]).train()
+    valid, test = read_metrics(file)[-2:]
+    assert (valid.pop("kind"), test.pop("kind")) == ("evaluation", "test") and valid == test
+    assert "test at iteration 2: loss" in capfd.readouterr().out
+    with pytest.raises(UserError, match="no document is for tests"):
+        parse_config([*line, "--eval-test"])
+    few = make_trainer(
+        arguments(prefix, "--eval-iters", "1", "--eval-test", "--split", "90,9,0.1", "--train-iters", "1")
+    )
+    few.train()
+    assert "--eval-test: no test at the end: --split 90,9,0.1 leaves no documents" in capfd.readouterr().err

@@ -20,7 +20,6 @@ DATA_ROWS: tuple[Row, ...] = (
     only("dataloader-type", "single", "samples are drawn once each, in an order that --seed sets; write single"),
     *advice(1, _TOKENIZER, "vocab-extra-ids tokenizer-metadata chat-template"),
     *advice(ANY, _TOKENIZER, "tokenizer-special-tokens"),
-    *advice(1, "write --train-data-path, --valid-data-path and --test-data-path", "per-split-data-args-path"),
     *advice(0, _EVALUATION, "test-mode"),
     *advice(
         ANY,
