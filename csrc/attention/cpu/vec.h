@@ -131,14 +131,22 @@ inline Vec multiply_add(Bf16, Word left, Vec right, Vec sums) {
 }
 #endif
 
+// The same pointer, in a register of its own: compilers would make one for every vector of a tile, and spill them.
+template <class X>
+inline X* own(X* pointer) {
+  __asm__("" : "+r"(pointer));
+  return pointer;
+}
+
 // c [kM, kN vectors] (+)= a b.
 template <class T, int kM, int kN>
 [[gnu::noinline]] void tile(const Word* a, Int a_stride, const Word* b, Int depth, float* c, Int c_stride, bool add) {
   Vec sums[kM][kN];
 #pragma GCC unroll 6
   for (int r = 0; r < kM; ++r) {
+    const float* row = own(c + r * c_stride);
 #pragma GCC unroll 4
-    for (int n = 0; n < kN; ++n) sums[r][n] = add ? load(c + r * c_stride + n * kWidth) : Vec{};
+    for (int n = 0; n < kN; ++n) sums[r][n] = add ? load(row + n * kWidth) : Vec{};
   }
   for (Int k = 0; k < depth; ++k, b += kPanel) {
     Vec right[kN];
@@ -153,8 +161,9 @@ template <class T, int kM, int kN>
   }
 #pragma GCC unroll 6
   for (int r = 0; r < kM; ++r) {
+    float* row = own(c + r * c_stride);
 #pragma GCC unroll 4
-    for (int n = 0; n < kN; ++n) store(c + r * c_stride + n * kWidth, sums[r][n]);
+    for (int n = 0; n < kN; ++n) store(row + n * kWidth, sums[r][n]);
   }
 }
 
