@@ -75,7 +75,7 @@ def assert_near(got: list[Tensor], want: list[Tensor], dtype: torch.dtype, facto
 def test_documents_groups_and_widths(isa: str, dtype: torch.dtype) -> None:
     for heads, groups, width, lengths in (
         (4, 2, 64, (1, 16, 17, 48, 35)),
-        (2, 1, 128, (270, 30)),
+        (2, 1, 128, (570, 30)),
         (3, 3, 20, (1, 1, 50)),
     ):
         given, ids = inputs(heads, groups, sum(lengths), width, dtype), ids_of(lengths)

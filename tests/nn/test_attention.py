@@ -4,11 +4,14 @@ transformers' Qwen 3."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.kernels.attention import native
@@ -127,6 +130,31 @@ def test_values_and_gradients(changes: dict, packed: bool) -> None:
     info = PackedSequence(BATCH, LENGTH, CPU, start)
     module = attention(cfg)
     assert_agrees(module, lambda x: module(x, info).update, oracle_of(cfg, info), random(LENGTH, BATCH, HIDDEN))
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor that an operator gives."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            self.numel = max(self.numel, x.numel() if isinstance(x, Tensor) else 0)
+        return result
+
+
+def test_packed_documents_on_a_gpu_need_no_tensor_of_length_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways at 32,768 tokens, in shapes alone."""
+    monkeypatch.setattr("megaforge.nn.attention.takes_documents", lambda query: True)
+    length, cfg = 32768, config(num_query_groups=2)
+    start = torch.zeros(1, length, dtype=torch.bool)
+    start[0, 700::700] = True
+    layer = SelfAttention(layer_context(cfg, torch.bfloat16, count=3)).to("meta")
+    x = torch.empty(length, 1, HIDDEN, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with _Largest() as largest:
+        layer(x, PackedSequence(1, length, torch.device("meta"), start)).update.sum().backward()
+    assert length * HIDDEN <= largest.numel <= 4 * length * HIDDEN
 
 
 @pytest.mark.parametrize("packed", [False, True])
