@@ -138,6 +138,7 @@ POSITION_EMBEDDINGS = Registry(
     "position embedding",
     {
         "rope": "megaforge.nn.positions.rotary:KIND",
+        "learned_absolute": "megaforge.nn.positions.learned_absolute:KIND",
         "none": "megaforge.config.position_kind:NONE",
     },
 )

@@ -13,10 +13,15 @@ from megaforge.config.quant_config import QuantConfig
 from megaforge.errors import UserError
 
 # They shape the weights at step 0 only, and a checkpoint brings its own.
-_INITIAL_ONLY = {"rwkv_init", "init_std", "init_std_scale"}
+_INITIAL_ONLY = {"rwkv_init", "init_std", "init_std_scale", "bound_tied_embedding"}
 _QUANTIZERS = {field.name for field in dataclasses.fields(QuantConfig)} - {"sub_norm"}
 # None stands for a value that follows from others; compared as what it stands for.
-_DERIVED = {"ffn_hidden_size": "ffn_size", "kv_channels": "head_dim", "num_query_groups": "query_groups"}
+_DERIVED = {
+    "ffn_hidden_size": "ffn_size",
+    "moe_ffn_hidden_size": "expert_ffn_size",
+    "kv_channels": "head_dim",
+    "num_query_groups": "query_groups",
+}
 
 
 def describe_run(config: Config, tokenizer: Mapping[str, Any] | None) -> dict[str, Any]:

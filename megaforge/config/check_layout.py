@@ -135,10 +135,11 @@ def _check_experts(config: Config, world_size: int) -> None:
             raise UserError(f"{flag} splits experts, and this model has none; leave it out, or use --ffn moe")
         return
     ranks = world_size // parallel.pipeline_model_parallel_size
-    fitting_etp = [size for size in divisors(ranks) if model.ffn_size % size == 0]
+    width = "--ffn-hidden-size" if model.moe_ffn_hidden_size is None else "--moe-ffn-hidden-size"
+    fitting_etp = [size for size in divisors(ranks) if model.expert_ffn_size % size == 0]
     if etp not in fitting_etp:
         raise UserError(
-            f"--etp {etp} does not divide both --ffn-hidden-size {model.ffn_size} and the {ranks} ranks of a pipeline "
+            f"--etp {etp} does not divide both {width} {model.expert_ffn_size} and the {ranks} ranks of a pipeline "
             f"stage; use --etp {either(fitting_etp)}"
         )
     fitting_ep = [size for size in divisors(ranks // etp) if model.num_experts % size == 0]

@@ -75,6 +75,10 @@ class LayerKind:
         shape on a rank, for ``batch`` sequences of ``length`` tokens inside the tensor-parallel region."""
         return {}
 
+    def norms_embedding(self, cfg: ModelConfig) -> bool:
+        """Whether a model with this layer norms its embedding."""
+        return False
+
     def ends_init(self, cfg: ModelConfig) -> tuple[Any, Any] | None:
         """Initial rules of embedding and untied head in models with this layer; None: the usual ones."""
         return None

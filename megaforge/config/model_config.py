@@ -9,6 +9,8 @@ from megaforge.config.fields import divisors, either, flag
 from megaforge.errors import UserError
 from megaforge.registry import CONVERTERS, NORMS
 
+_ACTIVATIONS = ("relu2", "gated_relu2", "swiglu", "gelu", "gelu_exact")
+
 
 @dataclass(frozen=True)
 class ModelConfig(AttentionConfig):
@@ -19,6 +21,9 @@ class ModelConfig(AttentionConfig):
     )
     ffn_hidden_size: int | None = flag(
         None, "inner width of the FFN, or of each expert (default: 4 x hidden size)", least=1, most=1 << 28
+    )
+    moe_ffn_hidden_size: int | None = flag(
+        None, "inner width of each expert, beside dense FFNs of another (default: as theirs)", least=1, most=1 << 28
     )
     hybrid_layer_pattern: str | None = flag(
         None,
@@ -35,7 +40,7 @@ class ModelConfig(AttentionConfig):
         25.0, "share of attention blocks in percent; their number is round(L * pct / 100)", least=0, most=100
     )
     ffn: str = flag("moe", "FFN of the blocks made by --layer-schedule", choices=("moe", "dense"))
-    activation: str = flag("relu2", "FFN activation", choices=("relu2", "gated_relu2", "swiglu", "gelu"))
+    activation: str = flag("relu2", "FFN activation", choices=_ACTIVATIONS)
     normalization: str = flag("rmsnorm", "norm of the residual stream", choices=NORMS)
     norm_epsilon: float = flag(1e-6, "epsilon of the norms", above=0)
     untie_embeddings_and_output_weights: bool = flag(False, "give the output head a matrix of its own")
@@ -108,6 +113,9 @@ class ModelConfig(AttentionConfig):
         choices=("orthogonal", "normal"),
     )
     init_std: float = flag(0.02, "standard deviation of normal initial weights", least=0)
+    bound_tied_embedding: bool = flag(
+        True, "a tied embedding starts with a standard deviation of at most 4 / hidden size, whatever --init-std"
+    )
     init_std_scale: float = flag(1.0, "factor on every random initial weight", least=0)
     converters: tuple[str, ...] = flag(
         (),
@@ -132,6 +140,10 @@ class ModelConfig(AttentionConfig):
     @property
     def ffn_size(self) -> int:
         return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def expert_ffn_size(self) -> int:
+        return self.moe_ffn_hidden_size or self.ffn_size
 
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: the vocabulary padded to ``make_vocab_size_divisible_by``, whatever the layout."""

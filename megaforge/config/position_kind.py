@@ -31,6 +31,10 @@ class PositionKind:
         :class:`megaforge.parallel.packed_sequence.PackedSequence`) -> the same shape. None: nothing does."""
         return None
 
+    def longest(self, cfg: AttentionConfig) -> int | None:
+        """Tokens of the longest sequence that has positions; None: there is no limit."""
+        return None
+
     def rotation(self, cfg: AttentionConfig) -> Any:
         """What attention does to queries and keys: a function of (heads [s, b, heads, d], the micro-batch) -> the same
         shape. None: nothing."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import blocks_of
 from megaforge.models.hybrid import HybridModel
+from megaforge.nn.head import EMBEDDING
 from megaforge.parallel.param_spec import ParamSpec, named_specs
 
 
@@ -22,7 +23,7 @@ def matmul_elements(specs: Iterable[ParamSpec], cfg: ModelConfig) -> float:
 
 
 def _active_share(spec: ParamSpec, cfg: ModelConfig) -> float:
-    multiplies = spec.role == "matrix" or (spec.role == "lookup" and not cfg.untie_embeddings_and_output_weights)
+    multiplies = spec.role == "matrix" or (spec.name == EMBEDDING and not cfg.untie_embeddings_and_output_weights)
     if not multiplies:
         return 0.0
     return 1.0 if spec.expert_dim is None else cfg.moe_router_topk / cfg.num_experts

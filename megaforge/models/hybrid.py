@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from megaforge.config.pattern import BlockKind, blocks_of
+from megaforge.config.pattern import BlockKind, blocks_of, kinds_of
+from megaforge.errors import UserError
 from megaforge.models.converters import convert
 from megaforge.models.generation_state import GenerationState
 from megaforge.nn.head import OutputHead, ends_init
@@ -22,6 +23,7 @@ from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import VocabParallelEmbedding
 from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.parallel.param_spec import name_parameters
+from megaforge.registry import POSITION_EMBEDDINGS
 
 
 @dataclass(frozen=True)
@@ -182,8 +184,9 @@ class HybridModel(nn.Module):
         embedding_init, head_init = ends_init(cfg)
         if self.is_first:
             self.embedding = VocabParallelEmbedding(layer, init=embedding_init)
-            layernorm = cfg.normalization == "layernorm"  # then RWKV-LM's ln0
-            self.embedding_norm = make_norm(layer) if layernorm else nn.Identity()
+            self.positions = POSITION_EMBEDDINGS.get(cfg.position_embedding_type).build(layer)
+            normed = any(kind.norms_embedding(cfg) for kind in kinds_of(cfg))
+            self.embedding_norm = make_norm(layer) if normed else nn.Identity()
             embedding_weight = self.embedding.weight
         # By their places in the whole model, which makes a parameter's path the same on every stage.
         self.layers = nn.ModuleDict(
@@ -219,7 +222,7 @@ class HybridModel(nn.Module):
     ) -> tuple[dict[str, Tensor], list[RouterLosses]]:
         """Tokens, or what an earlier stage made of them, through the blocks; with the losses of the MoE layers."""
         carried, losses = dict(received), list[RouterLosses]()
-        x = carried.pop("x") if carried else self.embedding_norm(self.embedding(tokens_BS))
+        x = carried.pop("x") if carried else self._embedded(tokens_BS, info)
         states = None if state is None else iter(state.layers)
         for block in self.blocks:
             own = (None, None) if states is None else [next(states) for _ in block.sublayers]
@@ -227,15 +230,32 @@ class HybridModel(nn.Module):
             losses += routed
         return {"x": x, **carried}, losses
 
+    def _embedded(self, tokens_BS: Tensor, info: PackedSequence) -> Tensor:
+        """The residual stream [s(/tp), b, h] in front of the first block."""
+        x = self.embedding(tokens_BS)
+        x = x if self.positions is None else self.positions(x, info)
+        normed: Tensor = self.embedding_norm(x)
+        return normed
+
     def pack(
         self, tokens_BS: Tensor, document_start_BS: Tensor | None, state: GenerationState | None = None
     ) -> PackedSequence:
         """Where documents begin among the whole sequences ``tokens_BS``, for all stages of a rank alike. In host memory
-        ``document_start_BS``, bool [b, s], costs a GPU no waiting."""
+        ``document_start_BS``, bool [b, s], costs a GPU no waiting.
+
+        Raises:
+            UserError: the sequences are longer than the model has positions.
+        """
         if not self.cfg.reset_at_document_boundaries:
             document_start_BS = None
         batch, length = tokens_BS.shape
         offset, padding = (0, None) if state is None else (state.length, state.padding_B)
+        longest = POSITION_EMBEDDINGS.get(self.cfg.position_embedding_type).longest(self.cfg)
+        if longest is not None and offset + length > longest:
+            raise UserError(
+                f"{offset + length} tokens in a sequence: the model has positions for {longest} "
+                "(--max-position-embeddings); give it fewer"
+            )
         return PackedSequence(batch, length, tokens_BS.device, document_start_BS, offset, self.shards, padding)
 
     def forward(

@@ -26,7 +26,7 @@ def ends_init(cfg: ModelConfig) -> tuple[InitRule, InitRule]:
         if own is not None:
             return own
     std = cfg.init_std
-    if not cfg.untie_embeddings_and_output_weights:
+    if not cfg.untie_embeddings_and_output_weights and cfg.bound_tied_embedding:
         std = min(std, TIED_OWN_LOGIT / cfg.hidden_size)
     head = Normal(cfg.init_std * cfg.init_std_scale, cfg.vocab_size)
     return Normal(std * cfg.init_std_scale, cfg.vocab_size), head

@@ -1,4 +1,4 @@
-"""Feed-forward sublayers: the activations, the dense FFN and RWKV's channel mix."""
+"""Feed-forward sublayers: the dense FFN and RWKV's channel mix."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.kernels.pointwise import squared_relu, swiglu
+from megaforge.nn.activations import activate
 from megaforge.nn.norms import make_sub_norm
 from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState
 from megaforge.nn.token_shift import token_shift
@@ -20,27 +19,6 @@ from megaforge.parallel.init_rules import Constant, Elementwise, InitRule, Norma
 from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megaforge.parallel.packed_sequence import PackedSequence
-
-
-def activate(kind: str, x: Tensor) -> Tensor:
-    """The FFN's nonlinearity: ``relu2`` (arXiv 2109.08668), ``gelu`` (tanh form), ``swiglu`` (arXiv 2002.05202) or
-    ``gated_relu2``, relu2 of the gate times the other half (BitNet b1.58 2B4T, arXiv 2504.12285).
-
-    Args:
-        kind: as ``--activation``.
-        x: [..., f]; for swiglu and gated_relu2 [..., 2f], gate before up.
-
-    Returns:
-        [..., f].
-    """
-    if kind == "relu2":
-        return squared_relu(x)
-    if kind == "swiglu":
-        return swiglu(x)
-    if kind == "gated_relu2":
-        gate, up = x.chunk(2, dim=-1)
-        return squared_relu(gate) * up
-    return F.gelu(x, approximate="tanh")
 
 
 def inner_parts(cfg: ModelConfig) -> tuple[int, ...]:

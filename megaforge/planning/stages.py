@@ -92,7 +92,7 @@ def model_parts(cfg: ModelConfig, dtype: torch.dtype) -> ModelParts:
     blocks = (BlockParts(block.kind, tuple(map(_held, block.sublayers))) for block in model.blocks)
     return ModelParts(
         cfg,
-        _held([model.embedding, model.embedding_norm]),
+        _held([module for module in (model.embedding, model.positions, model.embedding_norm) if module is not None]),
         tuple(blocks),
         _held([model.final_norm]),
         _held([model.head]),

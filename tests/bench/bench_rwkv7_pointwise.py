@@ -26,7 +26,7 @@ from megaforge.config.model_config import ModelConfig
 from megaforge.kernels.pointwise import rms_norm
 from megaforge.kernels.rwkv7_fused import norm_bonus_gate, rwkv7_inputs
 from megaforge.models.hybrid import HybridModel
-from megaforge.nn.mlp import activate
+from megaforge.nn.activations import activate
 from megaforge.nn.token_shift import shift_and_mix
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters

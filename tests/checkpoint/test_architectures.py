@@ -134,7 +134,8 @@ def test_rwkv7_is_named_as_in_flash_linear_attention(exported: dict[str, tuple[P
 def test_presets_say_which_of_their_parts_no_format_holds() -> None:
     known = [ARCHITECTURES.get(name) for name in ARCHITECTURES.names()]
     for preset in preset_names():
-        config = parse_config(["--config", preset, "--vocab-size", "256"], prog="test").config
+        sizes = ["--vocab-size", "256", "--max-position-embeddings", "4096"]
+        config = parse_config(["--config", preset, *sizes], prog="test").config
         part = "RWKV-7 layers with a mixture of experts, attention layers" if "cdrmix" in preset else "(--act|RWKV-7)"
         with pytest.raises(UserError, match=f"the model has {part}"):
             choose(config.model, "the model", "--to hf", known)

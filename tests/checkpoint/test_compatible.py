@@ -18,6 +18,9 @@ def _config(**model) -> Config:
     return Config(model=ModelConfig(**{"vocab_size": 4096, **model}))
 
 
+INITIAL = ("init_", "rwkv_init", "bound_tied_embedding")
+
+
 def test_the_same_run_is_accepted():
     check_compatible(describe_run(_config(), TOKENIZER), _config(), TOKENIZER)
 
@@ -36,7 +39,8 @@ def test_every_differing_field_is_named_with_both_values():
 
 
 @pytest.mark.parametrize(
-    "name", [f.name for f in dataclasses.fields(ModelConfig) if not f.name.startswith(("init_", "rwkv_init"))]
+    "name",
+    [f.name for f in dataclasses.fields(ModelConfig) if not f.name.startswith(("init_", "rwkv_init", "bound_tied"))],
 )
 def test_no_field_of_the_model_is_overlooked(name):
     default = getattr(ModelConfig(), name)

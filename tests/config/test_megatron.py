@@ -10,7 +10,10 @@ from megaforge.nn.head import TIED_OWN_LOGIT
 
 GPT = ("--num-layers", "12", "--hidden-size", "768", "--num-attention-heads", "12")
 DENSE = ("--layer-schedule", "attention", "--ffn", "dense")
-SAID = ("--activation gelu --add-bias-linear --normalization rmsnorm --norm-epsilon 1e-5 --adam-beta2 0.999").split()
+SAID = (
+    "--activation gelu --add-bias-linear --normalization rmsnorm --norm-epsilon 1e-5 --adam-beta2 0.999 "
+    "--position-embedding-type rope"
+).split()
 SAID += "--no-reset-at-document-boundaries --weight-decay 0.01 --lr-decay-style linear --keep-last 0".split()
 
 
@@ -21,7 +24,7 @@ def notes(*argv: str) -> tuple[str, ...]:
 def test_a_gpt_line_is_told_what_it_trains() -> None:
     [model, silent] = notes(*GPT)
     assert "8 experts" in model and "--layer-schedule attention --ffn dense" in model
-    for words in ("--activation gelu", "--add-bias-linear", "--adam-beta2 0.999", "learned positions", "--keep-last 0"):
+    for words in ("--activation gelu", "--add-bias-linear", "--adam-beta2 0.999", "learned_absolute", "--keep-last 0"):
         assert words in silent
     assert "--ffn moe" in notes(*GPT, *SAID, "--normalization", "rmsnorm", "--layer-schedule", "attention")[0]
 
@@ -37,8 +40,7 @@ def test_a_line_that_says_all_is_told_nothing() -> None:
     ("argv", "words"),
     [
         (("--swiglu",), "3072 wide here (4 x hidden size), 2048 in Megatron-LM; write --ffn-hidden-size 2048"),
-        (("--activation", "gelu"), "tanh form"),
-        (("--normalization", "layernorm", *DENSE), "also norms the embedding"),
+        (("--activation", "gelu"), "--activation gelu_exact"),
         (("--init-std", "0.02"), "the tied embedding starts at 0.00520833"),
         (("--moe-expert-capacity-factor", "1.5"), "of each sequence here, in training only"),
         (("--moe-router-load-balancing-type", "global_aux_loss"), "the load of the previous step"),

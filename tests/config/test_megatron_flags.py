@@ -48,6 +48,25 @@ def test_silence_means_what_it_means_there() -> None:
     assert (config.parallel.cp_comm_type, config.parallel.distributed_timeout_minutes) == ("p2p", 10)
 
 
+@pytest.mark.parametrize(
+    ("line", "activation"),
+    [
+        ((), "gelu"),
+        (("--disable-bias-linear",), "gelu_exact"),
+        (("--no-bias-gelu-fusion",), "gelu_exact"),
+        (("--disable-bias-linear", "--openai-gelu"), "gelu"),
+    ],
+)
+def test_gelu_is_by_tanh_in_the_fused_kernel_alone(line: tuple[str, ...], activation: str) -> None:
+    assert gpt(*line).config.model.activation == activation
+
+
+def test_positions_are_learned_and_the_tied_embedding_starts_as_told() -> None:
+    model = parse_config((*GPT.split(), "--attention-dropout", "0.0", "--hidden-dropout", "0.0"), as_megatron=True)
+    assert model.config.model.position_embedding_type == "learned_absolute"
+    assert not model.config.model.bound_tied_embedding
+
+
 def test_what_is_required_there_is_required() -> None:
     with pytest.raises(UserError) as found:
         parse_config((*SAID.split(), "--save", "x"), as_megatron=True)
@@ -86,7 +105,7 @@ def table() -> list[tuple[str, tuple[str, ...], str]]:
 
 
 TABLE = table()
-SOON = {"attention-dropout", "hidden-dropout", "moe-ffn-hidden-size"}
+SOON = {"attention-dropout", "hidden-dropout"}
 
 
 @pytest.mark.parametrize(("verdict", "line", "expected"), TABLE, ids=[" ".join(line) for _, line, _ in TABLE])

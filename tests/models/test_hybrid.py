@@ -76,7 +76,10 @@ def test_boundaries_can_be_ignored() -> None:
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("normalization", ["rmsnorm", "layernorm"])
 def test_prefill_and_steps_equal_the_parallel_form(pattern: str, normalization: str) -> None:
-    model = model_of(hybrid_layer_pattern=pattern, normalization=normalization)
+    """LayerNorm with learned positions, of which all are used."""
+    learned = {"position_embedding_type": "learned_absolute", "max_position_embeddings": 20}
+    changes = learned if normalization == "layernorm" else {}
+    model = model_of(hybrid_layer_pattern=pattern, normalization=normalization, **changes)
     tokens = ids(2, 20)
     whole = model.logits(tokens)
     state = model.new_state()

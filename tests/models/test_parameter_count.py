@@ -54,6 +54,33 @@ def test_untied_head_and_dense_ffn() -> None:
     }
 
 
+def test_published_sizes() -> None:
+    """GPT-3 175B and Mixtral 8x7B as Megatron-LM's own examples write them, and a model with both widths."""
+    gpt3 = ModelConfig(
+        hidden_size=12288,
+        num_attention_heads=96,
+        hybrid_layer_pattern="*-" * 96,
+        activation="gelu",
+        normalization="layernorm",
+        add_bias_linear=True,
+        position_embedding_type="learned_absolute",
+        max_position_embeddings=2048,
+        vocab_size=50257,
+    )
+    assert total(count_parameters(gpt3)).stored == 174_604_836_864
+    both = ModelConfig(
+        hidden_size=64,
+        ffn_hidden_size=96,
+        moe_ffn_hidden_size=32,
+        num_experts=4,
+        num_attention_heads=4,
+        hybrid_layer_pattern="*-*E",
+        vocab_size=128,
+    )
+    counts = {c.component: c.stored for c in count_parameters(both)}
+    assert counts["dense FFN"] == 2 * 64 * 96 and counts["experts"] == 2 * 4 * 64 * 32
+
+
 def test_plan_prints_the_table_and_names_mistakes() -> None:
     def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "tools/plan.py", *arguments], cwd=ROOT, capture_output=True, text=True)

@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megaforge.config.model_config import ModelConfig
+from megaforge.config.schema import settings
+from megaforge.nn.activations import ACTIVATIONS
 from megaforge.nn.mlp import DenseFFN, FFNState
 from megaforge.nn.moe import MoEFFN
 from megaforge.parallel.packed_sequence import PackedSequence
+from megaforge.parallel.param_spec import named_specs
 from tests.nn.support import assert_agrees, assert_close, filled, layer_context, random
 
 LENGTH, BATCH, HIDDEN, INNER, EXPERTS, TOPK = 7, 2, 8, 10, 5, 2
@@ -41,6 +44,8 @@ def nonlinearity(kind: str, x: Tensor) -> Tensor:
     if kind == "gated_relu2":
         gate, up = x.tensor_split(2, dim=-1)
         return torch.where(gate > 0, gate * gate, 0) * up
+    if kind == "gelu_exact":
+        return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
     if kind == "gelu":
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     return torch.where(x > 0, x * x, 0)
@@ -57,7 +62,13 @@ def mixed(x: Tensor, w: dict[str, Tensor], info: PackedSequence) -> Tensor:
 
 @pytest.mark.parametrize(
     "activation,bias,channel_mix",
-    [("relu2", False, True), ("swiglu", True, False), ("gelu", True, False), ("gated_relu2", False, True)],
+    [
+        ("relu2", False, True),
+        ("swiglu", True, False),
+        ("gelu", True, False),
+        ("gelu_exact", False, False),
+        ("gated_relu2", False, True),
+    ],
 )
 def test_dense(activation: str, bias: bool, channel_mix: bool) -> None:
     module = build(DenseFFN, config(activation=activation, add_bias_linear=bias), channel_mix)
@@ -69,6 +80,22 @@ def test_dense(activation: str, bias: bool, channel_mix: bool) -> None:
         return F.linear(inner, w["f.down.weight"], w.get("f.down.bias"))
 
     assert_agrees(module, lambda x: module(x, info).update, oracle, random(LENGTH, BATCH, HIDDEN))
+
+
+def test_every_activation_that_the_flag_takes_is_there() -> None:
+    assert tuple(ACTIVATIONS) == settings()["model.activation"].choices
+
+
+def test_experts_of_another_width() -> None:
+    """The shared expert has its own, and experts start as ones of that width do."""
+    cfg = config(moe_ffn_hidden_size=6, moe_shared_expert_intermediate_size=4, activation="swiglu")
+    shapes = {spec.name: spec.shape for spec, _ in named_specs(build(MoEFFN, cfg, False))}
+    assert shapes["f.up.weight"] == (EXPERTS, 12, HIDDEN) and shapes["f.down.weight"] == (EXPERTS, HIDDEN, 6)
+    assert shapes["f.shared_expert.up.weight"] == (8, HIDDEN)
+    alone = {spec.name: p for spec, p in named_specs(build(MoEFFN, config(ffn_hidden_size=6), True))}
+    for spec, parameter in named_specs(build(MoEFFN, config(moe_ffn_hidden_size=6), True)):
+        assert torch.equal(parameter, alone[spec.name]), spec.name
+    assert build(DenseFFN, config(moe_ffn_hidden_size=6), False).up.out_features == INNER
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ class Mixtral(AttentionArchitecture):
 
     def own_config(self, cfg: ModelConfig) -> dict[str, Any]:
         return {
+            "intermediate_size": cfg.expert_ffn_size,
             "num_local_experts": cfg.num_experts,
             "num_experts_per_tok": cfg.moe_router_topk,
             "router_aux_loss_coef": cfg.moe_aux_loss_coeff,

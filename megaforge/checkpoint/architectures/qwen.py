@@ -72,7 +72,7 @@ class Qwen3MoE(Qwen3):
     def own_config(self, cfg: ModelConfig) -> dict[str, Any]:
         return {
             **super().own_config(cfg),
-            "moe_intermediate_size": cfg.ffn_size,
+            "moe_intermediate_size": cfg.expert_ffn_size,
             "num_experts": cfg.num_experts,
             "num_experts_per_tok": cfg.moe_router_topk,
             "norm_topk_prob": not cfg.moe_router_pre_softmax,

@@ -9,7 +9,7 @@ _SPECS = (
     "megatron.core.models.mamba.mamba_layer_specs mamba_stack_spec",
 )
 _DROPOUT = "dropout is not available; write 0.0"
-_POSITIONS = "write rope or none"
+_POSITIONS = "write rope, learned_absolute or none"
 
 MODEL_ROWS: tuple[Row, ...] = (
     *alias(
@@ -41,6 +41,7 @@ MODEL_ROWS: tuple[Row, ...] = (
     ),
     only("attention-dropout", "0 0.0", _DROPOUT),
     only("hidden-dropout", "0 0.0", _DROPOUT),
+    Row("no-bias-gelu-fusion", 0, becomes("", "GELU is then by the error function, not by tanh, as in Megatron-LM")),
     only("rope-type", "rope", "there are --position-embedding-type rope and none; leave it out"),
     only("softmax-type", "vanilla", "attention's softmax has no sink here; leave it out, or write vanilla"),
     only("mtp-num-layers", "0", "multi-token prediction is not available; leave it out"),
@@ -87,8 +88,7 @@ MODEL_ROWS: tuple[Row, ...] = (
 MODEL_VALUES = {
     "normalization": {"rmsnorm": becomes("--normalization rmsnorm"), "layernorm": becomes("--normalization layernorm")},
     "position-embedding-type": {
-        "learned_absolute": refuse(f"learned positions are not available; {_POSITIONS}"),
-        **{name: refuse(f"it is not available; {_POSITIONS}") for name in ("yarn", "mrope", "relative")},
+        name: refuse(f"it is not available; {_POSITIONS}") for name in ("yarn", "mrope", "relative")
     },
     "num-experts": {"0": becomes("--ffn dense")},
 }

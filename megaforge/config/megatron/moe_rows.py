@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from megaforge.config.megatron.rows import NOT_AVAILABLE, Row, advice, alias, becomes, noop, only, refuse
+from megaforge.config.megatron.rows import NOT_AVAILABLE, Row, advice, becomes, noop, only, refuse
 
 _LOSSES = "choose aux_loss, seq_aux_loss, global_aux_loss or none"
 
 MOE_ROWS: tuple[Row, ...] = (
-    *alias(1, {"moe-ffn-hidden-size": "--ffn-hidden-size {}"}),
     *noop(
         0,
         "moe-grouped-gemm moe-permute-fusion moe-router-fusion moe-enable-deepep moe-shared-expert-overlap "

@@ -16,6 +16,7 @@ _UNSAID = (
     ("model.add_bias_linear", False, "--add-bias-linear"),
     ("model.normalization", "rmsnorm", "--normalization layernorm"),
     ("model.norm_epsilon", 1e-6, "--norm-epsilon 1e-5"),
+    ("model.position_embedding_type", "rope", "--position-embedding-type learned_absolute"),
     ("model.reset_at_document_boundaries", True, "--no-reset-at-document-boundaries"),
     ("optimizer.adam_beta2", 0.95, "--adam-beta2 0.999"),
     ("optimizer.weight_decay", 0.1, "--weight-decay 0.01"),
@@ -43,14 +44,16 @@ def _notes(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
             f"Megatron-LM; write --ffn-hidden-size {there} for that"
         )
     if "model.activation" in typed and model.activation == "gelu" and not model.add_bias_linear:
-        yield "--activation gelu is the tanh form here; Megatron-LM's is the exact one where there are no biases"
-    if "model.normalization" in typed and model.normalization == "layernorm" and _in_megatron(model):
-        yield "--normalization layernorm also norms the embedding here, as RWKV does; Megatron-LM does not"
-    tied = not model.untie_embeddings_and_output_weights
+        yield (
+            "--activation gelu is the tanh form here; Megatron-LM's is the exact one where there are no biases: "
+            "--activation gelu_exact"
+        )
+    tied = not model.untie_embeddings_and_output_weights and model.bound_tied_embedding
     if "model.init_std" in typed and tied and model.init_std > _TIED_OWN_LOGIT / model.hidden_size:
         yield (
             f"--init-std {model.init_std:g}: the tied embedding starts at {_TIED_OWN_LOGIT / model.hidden_size:g} "
-            "(4 / hidden size); --untie-embeddings-and-output-weights gives it the std that you ask for"
+            "(4 / hidden size); --untie-embeddings-and-output-weights gives it the std that you ask for, "
+            "and so does --no-bound-tied-embedding"
         )
     if "model.moe_expert_capacity_factor" in typed and model.moe_expert_capacity_factor is not None:
         yield (
@@ -97,8 +100,8 @@ def _unsaid(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
     unsaid = [write for key, ours, write in _UNSAID if origins[key] == "default" and _value(config, key) == ours]
     if unsaid:
         yield (
-            f"Megatron-LM's defaults, where this line is silent, would be: {' '.join(unsaid)}; and learned positions "
-            "and dropout 0.1, which are not available"
+            f"Megatron-LM's defaults, where this line is silent, would be: {' '.join(unsaid)}; and "
+            "dropout 0.1, which is not available"
         )
 
 

@@ -37,7 +37,7 @@ PARALLEL_ROWS: tuple[Row, ...] = (
     *noop(
         0,
         "use-mcore-models use-flash-attn attention-softmax-in-fp32 no-masked-softmax-fusion no-rope-fusion "
-        "no-bias-swiglu-fusion no-bias-gelu-fusion no-bias-dropout-fusion no-gradient-accumulation-fusion "
+        "no-bias-swiglu-fusion no-bias-dropout-fusion no-gradient-accumulation-fusion "
         "cross-entropy-loss-fusion use-fused-weighted-squared-relu enable-cuda-graph external-cuda-graph "
         "te-rng-tracker inference-rng-tracker enable-experimental delay-wgrad-compute no-overlap-p2p-communication "
         "overlap-p2p-communication-warmup-flush use-tp-pp-dp-mapping apply-query-key-layer-scaling "

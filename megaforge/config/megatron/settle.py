@@ -35,6 +35,10 @@ def settle(line: Line, values: dict[str, Any], origins: dict[str, str]) -> None:
         return
     if "model.num_experts" in values and not any(_written(origins, key) for key in _LAYERS):
         values["model.ffn"], origins["model.ffn"] = "moe", "--num-experts, as in Megatron-LM"
+    fused = values.get("model.add_bias_linear") and line.find("--no-bias-gelu-fusion") is None
+    if values.get("model.activation") == "gelu" and not fused and not _written(origins, "model.activation"):
+        values["model.activation"] = "gelu_exact"  # tanh is in the kernel that adds the bias
+        origins["model.activation"] = "GELU without a fused bias, as in Megatron-LM"
     if values.get("model.activation") == "swiglu" and "model.ffn_hidden_size" not in values:
         # Two thirds of four times the width, in whole 64s.
         values["model.ffn_hidden_size"] = 64 * (8 * values.get("model.hidden_size", 0) // 3 // 64) or None
@@ -52,12 +56,6 @@ def settle(line: Line, values: dict[str, Any], origins: dict[str, str]) -> None:
 
 def _silence(line: Line, origins: Mapping[str, str]) -> None:
     """Defaults of Megatron-LM's that are not available must not be left to silence."""
-    positions = settings()["model.position_embedding_type"]
-    if "learned_absolute" not in (positions.choices or ()) and not _written(origins, positions.key):
-        line.refused.append(
-            f"{positions.flag} is missing: learned positions, the default of Megatron-LM, are not available; write "
-            "rope or none"
-        )
     for name in ("attention", "hidden"):
         if f"model.{name}_dropout" not in settings() and line.find(f"--{name}-dropout") is None:
             line.refused.append(f"--{name}-dropout is missing: 0.1 in Megatron-LM; there is none here: write 0.0")

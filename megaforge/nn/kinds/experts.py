@@ -20,7 +20,13 @@ class Experts(LayerKind):
     settings = tuple(
         f"model.{name}"
         for name in (
-            *("num_experts", "moe_router_topk", "moe_expert_capacity_factor", "moe_shared_expert_intermediate_size"),
+            *(
+                "num_experts",
+                "moe_ffn_hidden_size",
+                "moe_router_topk",
+                "moe_expert_capacity_factor",
+                "moe_shared_expert_intermediate_size",
+            ),
             *("moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor"),
             *("moe_router_num_groups", "moe_router_enable_expert_bias", "moe_router_load_balancing_type"),
             *("moe_aux_loss_coeff", "moe_z_loss_coeff"),
@@ -32,7 +38,8 @@ class Experts(LayerKind):
         model, parallel, sizes = config.model, config.parallel, list[tuple[str, int]]()
         follows = parallel.expert_tensor_size(world_size) == parallel.tensor_model_parallel_size
         if follows and parallel.expert_tensor_parallel_size is None:
-            sizes.append((f"--ffn-hidden-size {model.ffn_size}", model.ffn_size))
+            flag = "--ffn-hidden-size" if model.moe_ffn_hidden_size is None else "--moe-ffn-hidden-size"
+            sizes.append((f"{flag} {model.expert_ffn_size}", model.expert_ffn_size))
         shared = model.moe_shared_expert_intermediate_size
         if shared is not None:
             sizes.append((f"--moe-shared-expert-intermediate-size {shared}", shared))

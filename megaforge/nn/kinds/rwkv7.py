@@ -54,6 +54,10 @@ class RWKV7(LayerKind):
     def carried(self, cfg: ModelConfig, length: int, batch: int, tp: int) -> dict[str, tuple[int, ...]]:
         return {"v_first": (length, batch, cfg.hidden_size // tp)}
 
+    def norms_embedding(self, cfg: ModelConfig) -> bool:
+        """RWKV-LM's ln0."""
+        return cfg.normalization == "layernorm"
+
     def ends_init(self, cfg: ModelConfig) -> tuple[Any, Any] | None:
         """RWKV-LM's own, for its own untied LayerNorm models."""
         if cfg.normalization != "layernorm" or not cfg.untie_embeddings_and_output_weights:

@@ -6,7 +6,8 @@ import dataclasses
 
 from torch import Tensor, nn
 
-from megaforge.nn.mlp import activate, inner_parts
+from megaforge.nn.activations import activate
+from megaforge.nn.mlp import inner_parts
 from megaforge.nn.norms import make_sub_norm
 from megaforge.parallel.init_rules import InitRule
 from megaforge.parallel.layer_context import LayerContext

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from megaforge.kernels.grouped_mm import make_runs
 from megaforge.kernels.moe_routing import moe_permute, moe_unpermute
-from megaforge.nn.mlp import FFNState, activate, declare_token_shift, ffn_init, inner_parts, mixed_input
+from megaforge.nn.activations import activate
+from megaforge.nn.mlp import FFNState, declare_token_shift, ffn_init, inner_parts, mixed_input
 from megaforge.nn.moe.experts import SharedExpert
 from megaforge.nn.moe.router import Router
 from megaforge.nn.norms import ExpertSubNorm
@@ -28,7 +30,8 @@ class MoEFFN(nn.Module):
 
     def __init__(self, layer: LayerContext) -> None:
         super().__init__()
-        cfg, ctx = layer.cfg, layer.ctx
+        cfg, ctx = replace(layer.cfg, ffn_hidden_size=layer.cfg.expert_ffn_size), layer.ctx
+        layer = replace(layer, cfg=cfg)
         self.activation = cfg.activation
         self.x_k = declare_token_shift(layer)
         self.share = make_expert_tokens(ctx, layer.region)

@@ -1,0 +1,40 @@
+"""An FFN's nonlinearities, by the names that ``--activation`` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from megaforge.kernels.pointwise import squared_relu, swiglu
+
+
+def _gated_squared_relu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return squared_relu(gate) * up
+
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu2": squared_relu,
+    "gated_relu2": _gated_squared_relu,
+    "swiglu": swiglu,
+    "gelu": partial(F.gelu, approximate="tanh"),
+    "gelu_exact": F.gelu,
+}
+
+
+def activate(kind: str, x: Tensor) -> Tensor:
+    """The FFN's nonlinearity: ``relu2`` (arXiv 2109.08668), ``gelu`` in its tanh form or ``gelu_exact`` by the error
+    function (arXiv 1606.08415), ``swiglu`` (arXiv 2002.05202) or ``gated_relu2``, relu2 of the gate times the other
+    half (BitNet b1.58 2B4T, arXiv 2504.12285).
+
+    Args:
+        kind: as ``--activation``.
+        x: [..., f]; for swiglu and gated_relu2 [..., 2f], gate before up.
+
+    Returns:
+        [..., f].
+    """
+    return ACTIVATIONS[kind](x)
