@@ -7,6 +7,7 @@
     python tools/convert_checkpoint.py --load runs/bitnet --save bitnet.safetensors --to packed
     python tools/convert_checkpoint.py --load runs/1b --save 1b-hf --to hf
     python tools/convert_checkpoint.py --load runs/rwkv7 --save rwkv7.pth --to rwkv7
+    python tools/convert_checkpoint.py --load runs/gpt --save checkpoints/gpt --to megatron
     python tools/convert_checkpoint.py --load runs/bitnet --save bitnet.gguf --to gguf --gguf-type TQ2_0
     python tools/convert_checkpoint.py --from hf Llama-3.1-8B --save runs/llama
     python tools/convert_checkpoint.py --from megatron checkpoints/gpt --save runs/gpt --tp 2
@@ -20,7 +21,7 @@ files it is cut. Values stay the same bits, and memory holds one tensor at a tim
 --to packed writes a model of --quantize-weights as packed codes with their scales, which tools/generate.py and
 tools/evaluate.py read. --to hf writes models of the architectures that Hugging Face's transformers knows, --to gguf
 those that llama.cpp knows, --to rwkv7 RWKV-LM's. --from hf and --from rwkv7 read such models; docs/from_huggingface.md
-says which. --from megatron reads GPTs of Megatron-LM (docs/from_megatron.md).
+says which. --from megatron and --to megatron: GPTs of Megatron-LM (docs/from_megatron.md).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from megaforge.checkpoint.sources import TensorSource
 
 FILE_SUFFIX = ".safetensors"
-TARGETS = {"packed": FILE_SUFFIX, "hf": "", "gguf": ".gguf", "rwkv7": ".pth"}  # name -> how --save ends
+TARGETS = {"packed": FILE_SUFFIX, "hf": "", "gguf": ".gguf", "rwkv7": ".pth", "megatron": ""}  # name -> how --save ends
 SOURCES = {  # name -> what reads it, of an Import
     "hf": "megaforge.checkpoint.import_hf:import_hf",
     "rwkv7": "megaforge.checkpoint.import_rwkv7:import_rwkv7",
@@ -80,7 +81,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dp", type=integer(1), metavar="N", help="with --save DIR: data-parallel size")
     parser.add_argument("--to", dest="target", choices=tuple(TARGETS), help="whose format --save is in")
     parser.add_argument("--gguf-type", choices=GGUF_TYPES, help="with --to gguf: blocks of quantized matrices")
-    parser.add_argument("--dtype", choices=DTYPES, help="with --to hf or rwkv7: of the weights (default: the run's)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="with --to hf, rwkv7, megatron: of the weights (default: the run's)"
+    )
     parser.add_argument(
         "--max-shard-size",
         type=byte_size,
@@ -123,8 +126,8 @@ def _check(flags: argparse.Namespace) -> None:
         raise UserError(f"--save {flags.save}: --from makes a checkpoint, which is a directory; name one")
     if flags.gguf_type is not None and flags.target != "gguf":
         raise UserError(f"--gguf-type {flags.gguf_type}: it is for --to gguf")
-    if flags.dtype is not None and flags.target not in ("hf", "rwkv7"):
-        raise UserError(f"--dtype {flags.dtype}: it is for --to hf and --to rwkv7")
+    if flags.dtype is not None and flags.target not in ("hf", "rwkv7", "megatron"):
+        raise UserError(f"--dtype {flags.dtype}: it is for --to hf, rwkv7 and megatron")
     if flags.max_shard_size is not None and flags.target != "hf":
         raise UserError(f"--max-shard-size {flags.max_shard_size}: it is for --to hf")
     if flags.target is not None:
@@ -171,6 +174,12 @@ def _export(flags: argparse.Namespace) -> None:
         print(f"{weights:,} quantized weights take {packed:,} bytes, {packed * 8 / weights:.3f} bits each")
     elif flags.target == "hf":
         _export_hf(flags, source, said)
+    elif flags.target == "megatron":
+        from megaforge.checkpoint.megatron.exporting import export_megatron
+
+        done = export_megatron(source, flags.save, dtype=flags.dtype)
+        tokenizer = f"with its tokenizer ({', '.join(done.tokenizer)})" if done.tokenizer else "without a tokenizer"
+        print(f"{said}, {done.bytes:,} bytes of weights, {tokenizer}; its optimizer's state stays behind")
     elif flags.target == "rwkv7":
         from megaforge.checkpoint.export_rwkv7 import export_rwkv7
 

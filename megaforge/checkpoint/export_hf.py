@@ -72,7 +72,7 @@ def export_hf(
 
     def write(folder: Path) -> Exported:
         size, shards = writer.write(folder, shard_bytes)
-        tokenizer = _write_tokenizer(model, folder)
+        tokenizer = write_tokenizer(model, folder)
         tokens = _special_tokens(model, folder)
         (folder / CONFIG_FILE).write_text(_json(_config(model, kind, writer.parts) | tokens), encoding="utf-8")
         if not (folder / "generation_config.json").exists():
@@ -198,7 +198,7 @@ def _config(model: QuantizedModel, kind: Architecture, parts: list[Part]) -> dic
     return written
 
 
-def _write_tokenizer(model: QuantizedModel, folder: Path) -> list[str]:
+def write_tokenizer(model: QuantizedModel, folder: Path) -> list[str]:
     """Copies the run's tokenizer, with what lies beside it; its files."""
     saved = model.source.meta.get("tokenizer") or {}
     if saved.get("type") not in ("HuggingFaceTokenizer", "SentencePieceTokenizer"):

@@ -19,9 +19,6 @@ from megaforge.parallel.context import ParallelContext
 
 logger = logging.getLogger(__name__)
 
-# What is in a directory that another program wrote -> the format from which tools/convert_checkpoint.py converts it.
-FOREIGN = {"latest_checkpointed_iteration.txt": "megatron", "common.pt": "megatron"}
-
 
 class Problem(NamedTuple):
     """Why a checkpoint is rejected; ``damaged`` when its bytes prove it, not merely a disk that did not answer."""
@@ -126,15 +123,10 @@ def holds_other_program(directory: str | Path, ctx: ParallelContext) -> bool:
     directory = Path(directory)
 
     def other() -> bool:
-        marks = (*FOREIGN, "config.json", "*.safetensors", "*.pth")
+        marks = ("latest_checkpointed_iteration.txt", "common.pt", "config.json", "*.safetensors", "*.pth")
         return directory.is_dir() and any(next(directory.glob(mark), None) for mark in marks)
 
     return from_first_rank(ctx, other)
-
-
-def foreign_format(directory: Path) -> str | None:
-    """Of which other program's checkpoint ``directory`` is; None: of none that is known."""
-    return next((name for file, name in FOREIGN.items() if (directory / file).is_file()), None)
 
 
 def find_checkpoint(directory: str | Path, ctx: ParallelContext, *, quarantine_damaged: bool = False) -> Path:
@@ -190,11 +182,6 @@ def _candidates(directory: Path) -> list[Path]:
     if is_step_directory(directory) or (directory / MANIFEST_FILE).exists():
         return [directory]
     candidates = [path for _, path in list_steps(directory)]
-    if not candidates and (name := foreign_format(directory)):
-        raise UserError(
-            f"--load {directory}: it is in another program's format; convert it by "
-            f"tools/convert_checkpoint.py --from {name} {directory} --save DIR, and load DIR"
-        )
     if not candidates:
         names = sorted(path.name for path in directory.iterdir())
         there = "; it holds " + ", ".join(names[:8]) + (" ..." if len(names) > 8 else "") if names else "; it is empty"

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 _FILES = {".pth": "rwkv7"}  # by their suffix
-_DIRECTORIES = {"config.json": "hf"}  # by a file in them
+_DIRECTORIES = {  # by what is in them
+    "config.json": "hf",
+    "latest_checkpointed_iteration.txt": "megatron",
+    **dict.fromkeys(("common.pt", "mp_rank_00", "mp_rank_00_000", "mp_rank_00_000_000"), "megatron"),
+}
 
 
 def conversion_of(path: Path) -> str | None:
     """What to do with the file or directory ``path`` where it has another program's form; None where it has none."""
     kinds = _DIRECTORIES if path.is_dir() else {}
-    found = next((kind for name, kind in kinds.items() if (path / name).is_file()), _FILES.get(path.suffix))
+    found = next((kind for name, kind in kinds.items() if (path / name).exists()), _FILES.get(path.suffix))
     if found is None or not path.exists():
         return None
     return (

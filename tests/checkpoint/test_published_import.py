@@ -95,7 +95,7 @@ def test_what_does_not_go_with_from(model: Path, monkeypatch: Any) -> None:
     for words, message in (
         (("--save", "run", "--optimizer"), "--optimizer: published weights have no"),
         (("--save", "run.safetensors"), "--from makes a checkpoint, which is a directory"),
-        (("--save", "run", "--dtype", "bfloat16"), "it is for --to hf and --to rwkv7"),
+        (("--save", "run", "--dtype", "bfloat16"), "it is for --to hf, rwkv7 and megatron"),
         (("--save", "run", "--max-shard-size", "1GB"), "it is for --to hf"),
     ):
         with pytest.raises(UserError, match=message):

@@ -133,7 +133,7 @@ def test_a_run_starts_where_its_checkpoint_may_be_missing(
             make_trainer([*lenient, *more])
     (tmp_path / "missing").mkdir()
     (tmp_path / "missing" / "latest_checkpointed_iteration.txt").write_text("100")
-    with pytest.raises(UserError, match="--from megatron .*missing --save DIR"):
+    with pytest.raises(UserError, match="--from megatron .*missing --save NEW"):
         make_trainer(lenient)
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megaforge.config.config import Config
 from megaforge.config.model_config import ModelConfig
+from megaforge.config.pattern import blocks_of
 from megaforge.errors import UserError
+from megaforge.registry import LAYER_KINDS
 
 # Argument -> values at which the model has no such part. What is not listed changes no function of the weights.
 _LACKING: dict[str, tuple[Any, ...]] = {
@@ -164,3 +167,82 @@ def _experts(args: Mapping[str, Any], experts: int) -> dict[str, Any]:
         "moe_z_loss_coeff": float(args.get("moe_z_loss_coeff") or 0.0),
         **{name: read(args[name]) for name, read in copied.items() if args.get(name) is not None},
     }
+
+
+_COPIED = (
+    *("hidden_size", "num_attention_heads", "norm_epsilon", "untie_embeddings_and_output_weights", "rotary_percent"),
+    *("position_embedding_type", "rotary_interleaved", "rotary_seq_len_interpolation_factor", "use_rope_scaling"),
+    *("rope_scaling_factor", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "make_vocab_size_divisible_by"),
+)
+_COPIED_MOE = (
+    *("num_experts", "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_z_loss_coeff"),
+    *("moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk", "moe_aux_loss_coeff"),
+    *("moe_router_enable_expert_bias", "moe_router_bias_update_rate", "moe_expert_capacity_factor"),
+    *("moe_token_drop_policy", "moe_shared_expert_intermediate_size", "moe_router_load_balancing_type"),
+)
+
+
+def args_of(config: Config) -> dict[str, Any]:
+    """The arguments with which Megatron-LM builds the model of ``config``, of one rank.
+
+    Raises:
+        UserError: it has parts that Megatron's GPT lacks; the text names them.
+    """
+    cfg = config.model
+    if lacking := _objections(cfg):
+        raise UserError(
+            f"--to megatron: the model has {', and '.join(lacking)}, which Megatron's GPT does not know; "
+            "--save FILE.safetensors holds every model"
+        )
+    sparse = [int(block.ffn is LAYER_KINDS.get("E")) for block in blocks_of(cfg)]
+    args = {name: getattr(cfg, name) for name in _COPIED}
+    args |= {
+        "num_layers": len(sparse),
+        "ffn_hidden_size": cfg.ffn_size,
+        "kv_channels": cfg.head_dim,
+        "group_query_attention": cfg.query_groups < cfg.num_attention_heads,
+        "num_query_groups": cfg.query_groups,
+        "max_position_embeddings": cfg.max_position_embeddings or config.data.seq_length,
+        "seq_length": config.data.seq_length,
+        "normalization": {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[cfg.normalization],
+        "apply_layernorm_1p": False,
+        "rotary_base": int(cfg.rotary_base) if cfg.rotary_base == int(cfg.rotary_base) else cfg.rotary_base,
+        "use_rotary_position_embeddings": cfg.position_embedding_type == "rope",
+        "add_position_embedding": cfg.position_embedding_type == "learned_absolute",
+        "swiglu": cfg.activation == "swiglu",
+        "squared_relu": cfg.activation == "relu2",
+        "openai_gelu": cfg.activation == "gelu" and not cfg.add_bias_linear,
+        "bias_gelu_fusion": cfg.activation == "gelu" and cfg.add_bias_linear,
+        "vocab_size": cfg.vocab_size,
+        "padded_vocab_size": cfg.padded_vocab_size(),
+        "reset_position_ids": cfg.reset_at_document_boundaries,
+        "reset_attention_mask": cfg.reset_at_document_boundaries,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+    }
+    if any(sparse):
+        args |= {name: getattr(cfg, name) for name in _COPIED_MOE}
+        args["moe_ffn_hidden_size"] = cfg.ffn_size
+        args["moe_layer_freq"] = 1 if all(sparse) else sparse
+    return args
+
+
+def _objections(cfg: ModelConfig) -> list[str]:
+    """What the model has that Megatron's GPT lacks."""
+    attention, ffns = LAYER_KINDS.get("*"), (LAYER_KINDS.get("-"), LAYER_KINDS.get("E"))
+    found = []
+    for block in dict.fromkeys(blocks_of(cfg)):
+        if block.mixer is not attention:
+            found.append(f"{block.mixer.title}s")
+        if block.ffn not in ffns:
+            found.append("blocks without an FFN" if block.ffn is None else f"{block.ffn.title}s")
+    if cfg.activation == "gated_relu2":
+        found.append(f"--activation {cfg.activation}")
+    if cfg.sub_norm:
+        found.append("--sub-norm")
+    if cfg.all_converters:
+        found.append(f"weights that are quantized ({' '.join(cfg.all_converters)})")
+    if cfg.normalization not in ("rmsnorm", "layernorm"):
+        found.append(f"--normalization {cfg.normalization}")
+    return found

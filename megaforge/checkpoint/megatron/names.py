@@ -31,6 +31,8 @@ _IN_LAYER = {
     "ffn.shared_expert.up": "mlp.shared_experts.linear_fc1",
     "ffn.shared_expert.down": "mlp.shared_experts.linear_fc2",
 }
+# The load of the last step, for --moe-router-load-balancing-type global_aux_loss: each step makes it anew.
+_OWN = ".router.previous_load"
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def row_order(rows: int, queries: int, width: int) -> Tensor:
 
 def unknown(specs: Mapping[str, ParamSpec]) -> list[str]:
     """Parameters that Megatron's GPT does not have."""
-    return [name for name in specs if _theirs(name) is None]
+    return [name for name in specs if _theirs(name) is None and not name.endswith(_OWN)]
 
 
 def _theirs(name: str) -> str | None:
@@ -87,6 +89,8 @@ def parts(cfg: ModelConfig, specs: Mapping[str, ParamSpec], offset: float = 0.0)
     """
     groups = cfg.num_attention_heads // cfg.query_groups, cfg.head_dim
     for name, spec in specs.items():
+        if name.endswith(_OWN):
+            continue
         theirs, box = _theirs(name), box_of([0] * len(spec.shape), spec.shape)
         assert theirs is not None, name
         layer = int(name.split(".")[1]) if name.startswith("layers.") else None

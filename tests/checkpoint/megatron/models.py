@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 FORMS = ("torch_dist", "torch")  # as --ckpt-format
-TOKENS = torch.arange(24).view(2, 12) * 5 % VOCAB
+TOKENS = torch.arange(24).view(2, 12) * 5 % 61
 
 
 def available() -> None:
@@ -117,6 +117,7 @@ def _config(args: argparse.Namespace) -> Any:
         names = ("moe_router_topk", "moe_router_load_balancing_type", "moe_aux_loss_coeff")
         names += ("moe_shared_expert_intermediate_size", "expert_model_parallel_size", "expert_tensor_parallel_size")
         names += ("moe_layer_freq", "moe_router_score_function", "moe_router_enable_expert_bias")
+        names += ("moe_router_topk_scaling_factor", "moe_router_pre_softmax", "moe_ffn_hidden_size")
         moe = {name: getattr(args, name) for name in names if hasattr(args, name)}
         moe |= {"num_moe_experts": args.num_experts, "moe_token_dispatcher_type": "allgather"}
     unfused = ("bias_activation_fusion", "masked_softmax_fusion", "gradient_accumulation_fusion")
@@ -158,8 +159,8 @@ def build(args: argparse.Namespace) -> Any:
     model = GPTModel(
         config,
         get_gpt_decoder_block_spec(config, use_transformer_engine=False),
-        vocab_size=VOCAB,
-        max_sequence_length=LENGTH,
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=not getattr(args, "untie_embeddings_and_output_weights", False),
@@ -218,15 +219,18 @@ def write(kind: str, layout: tuple[int, int, int], folder: str, form: str = "tor
 
 
 @torch.no_grad()
-def logits(kind: str, folder: str, tokens: torch.Tensor) -> torch.Tensor:
-    """Called on one rank: megatron-core's own [b, s, VOCAB] from the checkpoint (torch_dist) at ``folder``."""
+def logits(folder: str, tokens: torch.Tensor) -> torch.Tensor:
+    """Called on one rank: megatron-core's own [b, s, vocabulary] from the newest checkpoint (torch_dist) of ``folder``,
+    of the model that its arguments say."""
     from megatron.core import dist_checkpointing, parallel_state
 
-    args = arguments(kind)
+    path = next(Path(folder).glob("[ir]*[0-9e]"))
+    args = torch.load(path / "common.pt", weights_only=False)["args"]
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"):
+        setattr(args, name, 1)
     with on_cpu():
         try:
             model = build(args)
-            path = Path(folder) / f"iter_{ITERATION:07d}"
             loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))
             model.load_state_dict(loaded["model"])
             length = tokens.shape[1]
@@ -252,5 +256,6 @@ def write_all(folders: dict[tuple[str, str], str]) -> None:
 
 
 def all_logits(folders: dict[str, str]) -> dict[str, torch.Tensor]:
-    """Called on one rank: :func:`logits` of TOKENS by kind."""
-    return {kind: logits(kind, folder, TOKENS) for kind, folder in folders.items()}
+    """Called on one rank: :func:`logits` of TOKENS by name."""
+    import_megatron_core()
+    return {name: logits(folder, TOKENS) for name, folder in folders.items()}
