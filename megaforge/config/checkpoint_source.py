@@ -101,10 +101,11 @@ def _take_model(
         raise UserError(f"--use-checkpoint-args: {path} does not say which model it is of") from error
     told = []
     for key, setting in settings().items():
-        if setting.section != "model" or setting.name not in saved:
+        if setting.section != "model":
             continue
         try:
-            value = setting.accept(saved[setting.name])
+            # What an older version did not know it did as the default says.
+            value = setting.accept(saved[setting.name]) if setting.name in saved else setting.default
         except ValueError as error:
             raise UserError(f"--use-checkpoint-args: {path}: {key}: {error}") from error
         if key in typed and value != values[key]:

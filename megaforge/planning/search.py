@@ -66,7 +66,7 @@ def candidates(config: Config, gpus: int, node_size: int = 8) -> Iterator[Planne
                         cp_comm_type=config.parallel.cp_comm_type,
                         cpu_offload_activations=config.parallel.cpu_offload_activations,
                     )
-                    batch = config.training.global_batch_size or gpus
+                    batch = config.training.full_batch_size or gpus
                     training = dataclasses.replace(config.training, micro_batch_size=micro, global_batch_size=batch)
                     layout = _valid(dataclasses.replace(config, parallel=parallel, training=training), gpus)
                     if layout is not None:

@@ -161,7 +161,7 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext) -> Trainer:
         print_rank_0(f"loading {path}" if path else anew)
     for line in described(trainer.config, data, trainer.progress):
         print_rank_0(line)
-    goes_on = config.checkpoint.load is not None and not config.checkpoint.finetune
+    goes_on = config.checkpoint.load is not None and not config.checkpoint.finetune and not config.training.skip_train
     from_iteration = trainer.iteration if goes_on else None
     sinks = together(ctx, lambda: _sinks(config, from_iteration) if ctx.is_first_rank else [])
     trainer.add(MetricsWriter(sinks))

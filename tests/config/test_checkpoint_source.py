@@ -26,6 +26,7 @@ def checkpoint(folder: Path, step: int, *argv: str) -> Path:
     path.mkdir(parents=True)
     tokenizer = {"type": "NullTokenizer", "model": "61", "vocab_size": 61, "fingerprint": "x", "eod": None}
     meta = describe_run(config_of(*argv), tokenizer)
+    del meta["config"]["model"]["norm_epsilon"]  # as if of a version that did not know it
     (path / "manifest.json").write_text(json.dumps({"meta": meta}), encoding="utf-8")
     return path
 
@@ -56,6 +57,10 @@ def test_the_model_and_tokenizer_are_the_checkpoints(run: str, capfd: pytest.Cap
     assert (config.data.tokenizer_type, config.data.tokenizer_model) == ("NullTokenizer", "61")
     assert capfd.readouterr().err == "", "idle flags of another's choice are not told"
     assert config_of("--load", run, "--ckpt-step", "3", "--use-checkpoint-args").model.hidden_size == 96
+    sizes = ("--seq-length", "8", "--micro-batch-size", "1", "--lr", "1e-3", "--train-iters", "2")
+    sizes += ("--attention-dropout", "0.0", "--hidden-dropout", "0.0")
+    there = parse_config([*sizes, "--load", run, "--use-checkpoint-args"], as_megatron=True).config
+    assert there.model == config.model and there.optimizer.adam_beta2 == 0.999
     own = ("--tokenizer-type", "NullTokenizer", "--tokenizer-model", "64", "--hidden-size", "96")
     pattern = ("--hybrid-layer-pattern", "*-*-", "--activation", "gelu")
     config = config_of("--load", run, "--use-checkpoint-args", *own, *pattern)
