@@ -24,7 +24,7 @@ class StateBytes:
     """What training keeps between micro-batches on one rank.
 
     Attributes:
-        parameters: in their own types.
+        parameters: in their own types; with the codes that quantized ones have between two updates.
         gradients: the fp32 sums (fp64 for fp64 models).
         optimizer: fp32 masters of 16-bit parameters, and what the update rule, a gradient filter and the average
             of the weights keep.
@@ -181,6 +181,7 @@ def state_bytes(
         weighed = [weights[id(item)] for item in held]
         elements = bucket.size if layout.zero else sum(weight.numel for weight in weighed)
         parameters += elements * held[0].element_size
+        parameters += sum(weight.numel for weight, item in zip(weighed, held, strict=True) if item.spec.quantized)
         gradients += (bucket.slice_size if layout.zero > 1 else bucket.size) * _wide(held[0])
         _share_out(bucket, weighed, shares[bucket.axis], at.axis(bucket.axis).rank, layout.zero > 0)
     mine = [_fullest(shares[axis]) if ctx is None else shares[axis][ctx.axis(axis).rank] for axis in _REPLICA_AXES]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
+from megaforge.kernels.bitgemm import TYPES, Prepared, bit_product, pack_known, prepare
 from megaforge.kernels.grouped_mm import Runs
 from megaforge.parallel.collectives import max_over
 from megaforge.parallel.context import Axis
 from megaforge.parallel.linear_op import PLAIN, LinearOp, Quantized
 from megaforge.quant.noise import uniform
-from megaforge.quant.products import code_product
+from megaforge.quant.products import code_product, multiplies_packed, step_by_row, unscaled_product
 from megaforge.quant.quantizers import (
     ActivationScheme,
     Scale,
@@ -25,6 +28,17 @@ from megaforge.quant.quantizers import (
 from megaforge.quant.ranges import Ranges
 from megaforge.quant.rotation import rotate
 from megaforge.quant.scales import ScaleSource
+
+ROWS_TO_PACK = 2048  # tokens: of 2,048 x 2,048 weights packing takes as long as the product of 1,100 saves
+
+
+@dataclass
+class _Known:
+    """Codes of a matrix between two updates; whether noise was added to the weights; as the kernels read them."""
+
+    codes: Tensor
+    noisy: bool
+    packed: Prepared | None = None
 
 
 class QuantizedLinear(LinearOp):
@@ -70,15 +84,18 @@ class QuantizedLinear(LinearOp):
             source.ranges = ranges
         self.quantizes = weights is not None
         self.layer = layer
+        self._known: _Known | None = None
+        self._rows = self._rows_before = 0
 
     def forget(self) -> None:
+        self._known, self._rows_before, self._rows = None, self._rows, 0
         if self.source is not None:
             self.source.forget()
 
     def set_weights(self, scheme: WeightScheme) -> None:
         """Another way to quantize the weights, of the same granularity; on every rank at once."""
         assert self.source is not None
-        self.weights = scheme
+        self.weights, self._known = scheme, None
         self.source.set_scheme(scheme)
 
     def encode(self, x: Tensor, axis: Axis | None) -> tuple[Tensor, ...]:
@@ -114,6 +131,9 @@ class QuantizedLinear(LinearOp):
     ) -> Tensor:
         if not self.sums_exactly:
             return PLAIN.forward((_values(inside, weight),), self._matrix(weight.detach()), bias, runs)
+        packed = self._packed(inside, weight.detach(), runs)
+        if packed is not None:
+            return bit_product(inside[0], inside[1], packed, bias, weight.dtype)
         out = self._scaled(self.sums(inside, weight, runs), inside[1], weight, runs)
         return (out if bias is None else out + bias.to(out.dtype)).to(weight.dtype)
 
@@ -121,6 +141,9 @@ class QuantizedLinear(LinearOp):
         """Of codes: whole numbers, in fp32 or fp64."""
         assert self.weights is not None
         (codes, step), weight = inside, weight.detach()
+        packed = self._packed(inside, weight, runs)
+        if packed is not None:
+            return unscaled_product(codes, packed)
         scale = self._scale(weight)
         matrix = self._codes(weight, scale)
         levels: Tensor = activation_levels(codes, step) if step.shape[-1] == 2 else codes
@@ -167,12 +190,33 @@ class QuantizedLinear(LinearOp):
         return self.source.scale(weight)
 
     def _codes(self, weight: Tensor, scale: Scale) -> Tensor:
+        """What products see: the same until :meth:`forget`, in every micro-batch, recomputation and gradient."""
         assert self.weights is not None and self.source is not None
-        noise = None
-        if self.noise and self.layer.training:
-            place = self.weights.view(self.source.places(weight))
-            noise = uniform(place, scale.step).mul_(self.noise).to(scale.step.dtype)
-        return weight_codes(weight, scale, self.weights, noise)
+        noisy = bool(self.noise and self.layer.training)
+        if self._known is None or self._known.noisy != noisy:
+            noise = None
+            if noisy:
+                place = self.weights.view(self.source.places(weight))
+                noise = uniform(place, scale.step).mul_(self.noise).to(scale.step.dtype)
+            self._known = _Known(weight_codes(weight, scale, self.weights, noise), noisy)
+        return self._known.codes
+
+    def _packed(self, inside: tuple[Tensor, ...], weight: Tensor, runs: Runs | None) -> Prepared | None:
+        """The codes as the packed kernels read them, where they are faster than products of int8: binary matrices on a
+        CPU of many tokens between two updates, as far as the last interval tells."""
+        codes, step = inside
+        self._rows += codes.numel() // codes.shape[-1] if codes.numel() else 0
+        assert self.weights is not None
+        if self.weights.kind != "binary" or step.shape[-1] == 2 or self._rows_before < ROWS_TO_PACK:
+            return None
+        if runs is not None or weight.dtype not in TYPES or not multiplies_packed(codes.device):
+            return None
+        scale = self._scale(weight)
+        matrix = self._codes(weight, scale)
+        assert self._known is not None
+        if self._known.packed is None:
+            self._known.packed = prepare(pack_known(matrix, step_by_row(scale.step, matrix.shape[0]), "binary"))
+        return self._known.packed
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """What the product sees in place of the weights, in their type."""

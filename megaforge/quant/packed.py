@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +12,7 @@ from megaforge.kernels.grouped_mm import Runs
 from megaforge.parallel.context import Axis
 from megaforge.parallel.layers import Linear, linears
 from megaforge.quant.linear import QuantizedLinear
+from megaforge.quant.products import step_by_row, unscaled_product
 from megaforge.quant.quantizers import Scale, WeightScheme
 from megaforge.quant.ranges import Ranges
 
@@ -62,7 +62,7 @@ class PackedLinear(QuantizedLinear):
         if kernels and symmetric and op.weights.kind in BITS and dtype in TYPES:
             stack, steps = (codes, scale.step) if codes.dim() == 3 else (codes.unsqueeze(0), scale.step.unsqueeze(0))
             self._prepared = [
-                prepare(pack(one, _of_kernel(step, one.shape[0]), op.weights.kind))
+                prepare(pack(one, step_by_row(step, one.shape[0]), op.weights.kind))
                 for one, step in zip(stack, steps, strict=True)
             ]
             self._codes_held = codes.new_empty(0)
@@ -117,19 +117,11 @@ class PackedLinear(QuantizedLinear):
     def sums(self, inside: tuple[Tensor, ...], weight: Tensor, runs: Runs | None = None) -> Tensor:
         if not self._prepared or runs is not None:
             return super().sums(inside, weight, runs)
-        codes, step = inside
         [one] = self._prepared
-        unscaled = dataclasses.replace(one, scale=torch.ones_like(one.scale))
-        return bit_product(codes, torch.ones_like(step), unscaled, None, torch.float32)
+        return unscaled_product(inside[0], one)
 
     def _codes(self, weight: Tensor, scale: Scale) -> Tensor:
         return self._codes_held
-
-
-def _of_kernel(step: Tensor, rows: int) -> Tensor:
-    """Steps [1, 1], [N, 1] or [N, K / group, 1] as the kernels take them."""
-    step = step.float().squeeze(-1)
-    return step.contiguous() if step.dim() == 2 else step.view(-1).expand(rows).contiguous()
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Linear, QuantizedLinear]]:

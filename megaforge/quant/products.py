@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
+from megaforge.kernels.bitgemm import COMPILED, Prepared, bit_product
 from megaforge.kernels.grouped_mm import Runs
 from megaforge.parallel.linear_op import PLAIN
 from megaforge.quant.quantizers import wide
@@ -33,6 +36,23 @@ def code_product(codes: Tensor, matrix: Tensor, dtype: torch.dtype, runs: Runs |
     narrow = codes.device.type == "cuda" and dtype == torch.bfloat16
     common = torch.bfloat16 if narrow else kept
     return PLAIN.forward((codes.to(common),), matrix.to(common), None, runs).to(kept)
+
+
+def multiplies_packed(device: torch.device) -> bool:
+    """Whether ``device`` is a CPU whose packed kernels are compiled, and fast."""
+    return device.type == "cpu" and "cpu" in COMPILED and _vnni()
+
+
+def unscaled_product(codes: Tensor, matrix: Prepared) -> Tensor:
+    """The sums alone, fp32 [..., N], of int8 codes [..., K]."""
+    unscaled = dataclasses.replace(matrix, scale=torch.ones_like(matrix.scale))
+    return bit_product(codes, codes.new_ones((*codes.shape[:-1], 1), dtype=torch.float32), unscaled)
+
+
+def step_by_row(step: Tensor, rows: int) -> Tensor:
+    """Steps [1, 1], [N, 1] or [N, K / group, 1] as the packed kernels take them: fp32 [N] or [N, K / group]."""
+    step = step.float().squeeze(-1)
+    return step.contiguous() if step.dim() == 2 else step.view(-1).expand(rows).contiguous()
 
 
 def _vnni() -> bool:

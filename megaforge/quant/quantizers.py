@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_AT_ONCE = 1 << 16  # weights
 SMALLEST = 1e-5  # of a ternary step and of the largest magnitude of a token, as published
 _LARGEST_CODE = {"binary": 1, "ternary": 1, "int4": 7, "int8": 127}
 SCHEMES = tuple(_LARGEST_CODE)
@@ -78,8 +79,8 @@ class WeightScheme:
 
 
 class Statistics(NamedTuple):
-    """What a step is made of, by the kind of scheme: sums of magnitudes and of weights (which add up over parts of a
-    matrix), or the largest weight and the largest of their negatives. In fp64; like :class:`Scale`.
+    """What a step is made of, by the kind of scheme: sums of magnitudes and, of binary ones, of weights (which add up
+    over parts of a matrix), or the largest weight and the largest of their negatives. In fp64; like :class:`Scale`.
 
     Attributes:
         number: of weights that share a step.
@@ -113,8 +114,7 @@ def weight_statistics(w: Tensor, scheme: WeightScheme) -> Statistics:
     view, dims = scheme.view(w), scheme.shared_dims
     count = view.shape[-1] * (view.shape[-2] if len(dims) == 2 else 1)
     if scheme.by_mean:
-        first, second = (part.sum(dims, keepdim=True, dtype=torch.float64) for part in (view.abs(), view))
-        return Statistics(first, second, count)
+        return Statistics(*_sums(view, dims, of_weights=scheme.kind == "binary"), count)
     # A maximum over ranks may pass a NaN over, and never an infinity.
     first, second = (part.amax(dims, keepdim=True).double().nan_to_num(math.inf, math.inf) for part in (view, -view))
     return Statistics(first, second, count)
@@ -127,6 +127,23 @@ def clipped(statistics: Statistics, scheme: WeightScheme, share: Tensor | None) 
         return statistics
     first, second, number = statistics
     return Statistics(first * share, second if scheme.by_mean else second * share, number)
+
+
+def _sums(view: Tensor, dims: tuple[int, ...], *, of_weights: bool) -> tuple[Tensor, Tensor]:
+    """Of magnitudes and, where they are needed, of weights; on a CPU by as many rows as its nearest caches hold."""
+    rows = view.shape[-2]
+    size = max(1, _AT_ONCE * rows // max(1, view.numel())) if view.device.type == "cpu" else max(1, rows)
+
+    def sums(part: Tensor) -> tuple[Tensor, Tensor]:
+        first = part.abs().sum(dims, keepdim=True, dtype=torch.float64)
+        return first, part.sum(dims, keepdim=True, dtype=torch.float64) if of_weights else torch.zeros_like(first)
+
+    found = [sums(part) for part in view.split(size, -2)]
+    if len(found) == 1:
+        return found[0]
+    if -2 in dims:
+        return torch.stack([one for one, _ in found]).sum(0), torch.stack([other for _, other in found]).sum(0)
+    return torch.cat([one for one, _ in found], -2), torch.cat([other for _, other in found], -2)
 
 
 def weight_scale(statistics: Statistics, scheme: WeightScheme, dtype: torch.dtype) -> Scale:

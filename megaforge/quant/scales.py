@@ -45,7 +45,7 @@ class ScaleSource(Protocol):
         """Another scheme, of the same granularity; the steps are forgotten."""
 
     def places(self, weight: Tensor) -> Tensor:
-        """int64, like ``weight``: the number of each weight in the whole parameter."""
+        """Like ``weight``: the number of each weight in the whole parameter, of which the low 32 bits count."""
 
 
 class WholeMatrix:
@@ -230,12 +230,12 @@ def _slot(spec: ParamSpec, box: tuple[tuple[int, int], ...]) -> int:
 
 
 def places(spec: ParamSpec, weight: Tensor, ctx: ParallelContext) -> Tensor:
-    """int64, like the shard ``weight``: the number of each element in the global parameter."""
-    out = torch.empty(weight.shape, dtype=torch.int64, device=weight.device)
+    """int32, like the shard ``weight``: the low 32 bits of the number of each element in the global parameter."""
+    out = torch.empty(weight.shape, dtype=torch.int32, device=weight.device)
     for piece in spec.pieces(ctx):
         view = piece.local_view(out)
         view.zero_()
         for dim, ((start, stop), size) in enumerate(zip(piece.global_box, spec.shape, strict=True)):
-            index = torch.arange(start, stop, device=weight.device)
+            index = torch.arange(start, stop, device=weight.device).to(torch.int32)
             view.mul_(size).add_(index.view(-1, *[1] * (len(spec.shape) - 1 - dim)))
     return out

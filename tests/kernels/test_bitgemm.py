@@ -15,6 +15,7 @@ from megaforge.kernels.bitgemm import (
     pack,
     prepare,
     quantize_activations,
+    reference,
     unpack,
 )
 
@@ -54,6 +55,19 @@ def test_packing_there_and_back(scheme: str, columns: int) -> None:
     packed = pack(codes, torch.tensor(0.5), scheme)
     assert torch.equal(unpack(packed), codes) and torch.equal(dequantize(packed), codes * 0.5)
     assert packed.num_bytes == 5 * -(-columns * bitgemm.BITS[scheme] // 8) + 4
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_two_ways_to_pack_are_one(scheme: str) -> None:
+    """Whole bytes of codes are packed together, other rows one code after the other."""
+    for rows, columns in ((3, 8), (1, 40), (4, 0), (0, 8)):
+        codes = some_codes(scheme, rows, columns)
+        packed = reference.pack_codes(codes, scheme)
+        assert torch.equal(packed, reference._pack_any(codes, scheme))
+        assert torch.equal(reference.unpack_codes(packed, scheme, columns), codes)
+        assert torch.equal(reference._unpack_any(packed, scheme, columns), codes)
+    wide = some_codes(scheme, 6, 24)
+    assert torch.equal(reference.pack_codes(wide[1:2, 8:16], scheme), reference._pack_any(wide[1:2, 8:16], scheme))
 
 
 def test_the_rows_of_files() -> None:

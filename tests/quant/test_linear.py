@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from megaforge.kernels.bitgemm import bit_linear, pack, prepare
 from megaforge.kernels.grouped_mm import make_runs
 from megaforge.parallel.linear_op import PLAIN
-from megaforge.quant.linear import QuantizedLinear
+from megaforge.quant import linear
+from megaforge.quant.linear import ROWS_TO_PACK, QuantizedLinear
+from megaforge.quant.products import multiplies_packed
 from megaforge.quant.quantizers import (
     ActivationScheme,
     WeightScheme,
@@ -164,6 +167,49 @@ def test_noise_moves_codes_in_training_alone_and_stays_within_a_step() -> None:
         assert torch.equal(op.quantize(w).values, quiet.quantize(w).values)
         op.forget()
         assert not torch.equal(op.apply(x, w * 1.001), seen * 1.001)  # another step has other noise
+
+
+def test_codes_are_made_once_between_two_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all micro-batches, recomputation and gradients; evaluation is without noise."""
+    made: list[bool] = []
+
+    def counted(*given: Any) -> Tensor:
+        made.append(given[3] is not None)
+        return weight_codes(*given)
+
+    monkeypatch.setattr(linear, "weight_codes", counted)
+    op, w = op_of(WeightScheme("ternary"), ActivationScheme(), noise=0.2), random(6, 8).requires_grad_()
+    for _ in range(2):
+        for _ in range(3):
+            op.apply(random(5, 8).requires_grad_(), w).sum().backward()
+        op.forget()
+    assert made == [True, True]
+    op.apply(random(5, 8), w)
+    op.layer.eval()
+    op.apply(random(5, 8), w)
+    op.set_weights(WeightScheme("int4"))
+    op.apply(random(5, 8), w)
+    assert made[2:] == [True, False, False]
+
+
+@pytest.mark.skipif(not multiplies_packed(torch.device("cpu")), reason="no compiled packed kernels for this CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_binary_matrices_of_many_tokens_are_multiplied_packed_with_the_same_bits(dtype: torch.dtype) -> None:
+    x, w, bias = random(ROWS_TO_PACK, 24, dtype=dtype), random(40, 24, seed=1, dtype=dtype), random(40, dtype=dtype)
+    for granularity in ("tensor", "channel"):
+        op = op_of(WeightScheme("binary", granularity), ActivationScheme(), noise=0.3)
+        inside = op.encode(x, None)
+        op.forget()
+        expected, sums = op.forward(inside, w, bias), op.sums(inside, w)
+        assert op._known is not None and op._known.packed is None
+        op.forget()
+        assert torch.equal(op.forward(inside, w, bias), expected)
+        assert torch.equal(op.sums(inside, w), sums)
+        assert op._known is not None and op._known.packed is not None
+        op.forget()
+        op.forget()
+        op.forward(inside, w, bias)
+        assert op._known is not None and op._known.packed is None  # after an interval of few tokens
 
 
 def test_a_scale_holds_until_it_is_forgotten() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 import torch
 from torch import Tensor
@@ -162,6 +164,38 @@ def test_noise_is_uniform_and_goes_by_place_and_seed() -> None:
     other = uniform(place, torch.tensor(0.02).nextafter(torch.tensor(1.0)))
     assert abs(float((noise * other).mean())) < 2e-3
     assert torch.equal(uniform(place[5:9], torch.tensor(0.02)), noise[5:9])
+
+
+def hashed(place: int, seed: float) -> float:
+    """The same in whole numbers without limits."""
+    [bits] = struct.unpack("<I", struct.pack("<f", seed))
+    x = place ^ bits * 0x297A2D39 & 0xFFFFFFFF
+    for factor in (0x2C1B3C6D, 0x297A2D39):
+        x = (x ^ x >> 15) * factor & 0xFFFFFFFF
+    return ((x ^ x >> 16) >> 8) / 2**24 - 0.5
+
+
+def test_noise_is_the_hash_whatever_the_shapes() -> None:
+    place = torch.tensor([0, 1, 77, 2**31 - 1, 2**31, 2**32 - 1, 123456789, 3000000000]).view(2, 4)
+    for seeds in (torch.tensor(0.02), torch.tensor([[0.02], [3.0]]), torch.tensor([[[0.02]], [[1e-5]], [[7.0]]])):
+        found = uniform(place, seeds)
+        every = zip(place.expand(found.shape).flatten().tolist(), seeds.expand(found.shape).flatten(), strict=True)
+        assert found.flatten().tolist() == [hashed(at, float(seed)) for at, seed in every]
+        assert torch.equal(uniform(place.to(torch.int32), seeds), found)
+    wide = torch.arange(3 * 50_000).view(3, 50_000)  # more than a part holds
+    assert torch.equal(uniform(wide, torch.tensor(0.5)), uniform(wide.flatten(), torch.tensor(0.5)).view(3, -1))
+    assert uniform(place[:0], torch.tensor([[1.0]])).shape == (0, 4)
+
+
+def test_sums_of_large_matrices_are_those_of_their_parts() -> None:
+    w = torch.randn(2, 300, 500, generator=torch.Generator().manual_seed(0))
+    for kind in ("binary", "ternary"):
+        for granularity, dims in (("tensor", (-2, -1)), ("channel", (-1,))):
+            found = weight_statistics(w, WeightScheme(kind, granularity))
+            torch.testing.assert_close(found.first, w.double().abs().sum(dims, keepdim=True), rtol=1e-14, atol=0)
+            if kind == "binary":
+                torch.testing.assert_close(found.second, w.double().sum(dims, keepdim=True), rtol=1e-11, atol=1e-9)
+            assert found.number == (150_000 if granularity == "tensor" else 500)
 
 
 def test_a_rotation_is_its_own_inverse_and_spreads_an_outlier() -> None:

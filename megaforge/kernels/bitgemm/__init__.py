@@ -18,10 +18,11 @@ from megaforge.kernels.bitgemm.reference import BITS, quantize_activations
 from megaforge.kernels.native import say_uncompiled
 
 __all__ = [
-    "BITS", "Packed", "Prepared", "bit_linear", "bit_product", "dequantize", "pack", "prepare", "quantize_activations",
-    "unpack",
+    "BITS", "COMPILED", "TYPES", "Packed", "Prepared", "bit_linear", "bit_product", "dequantize", "pack", "pack_known",
+    "prepare", "quantize_activations", "unpack",
 ]  # fmt: skip
 
+COMPILED = native.COMPILED
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -93,6 +94,11 @@ def pack(codes: Tensor, scale: Tensor, scheme: str) -> Packed:
     wrong = wrong | (codes == 0) if scheme == "binary" else wrong
     if bool(wrong.any()):
         raise ValueError(f"{scheme} codes do not include {int(codes[wrong][0])}")
+    return pack_known(codes, scale, scheme)
+
+
+def pack_known(codes: Tensor, scale: Tensor, scheme: str) -> Packed:
+    """:func:`pack` of codes that a quantizer has just made, which are the scheme's: nothing is looked at."""
     rows, columns = codes.shape
     return Packed(reference.pack_codes(codes, scheme), scheme, (rows, columns), scale.float())
 

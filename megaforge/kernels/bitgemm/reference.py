@@ -10,11 +10,29 @@ RANGES = {"binary": (-1, 1), "ternary": (-1, 1), "int4": (-8, 7)}
 LEAST = 1e-5  # the least largest value that a token is divided by, as in BitNet's published code
 
 
+# By the number of codes in a byte: the integers that hold as many, one in each byte, and the factor that brings the low
+# bits of all of them side by side into the highest byte.
+_TOGETHER = {
+    8: (torch.int64, sum(1 << 56 - 7 * i for i in range(8)), 56),
+    4: (torch.int32, sum(1 << 24 - 6 * i for i in range(4)), 24),
+    2: (torch.int16, sum(1 << 8 - 4 * i for i in range(2)), 8),
+}
+
+
 def pack_codes(codes: Tensor, scheme: str) -> Tensor:
     """int8 [N, K] -> uint8 [N, ceil(K bits / 8)], the lowest bits first; bits beyond K are 0.
 
     Binary: bit 1 is +1, bit 0 is -1. Ternary: code + 1. int4: two's complement.
     """
+    if codes.shape[-1] % (8 // BITS[scheme]) or not codes.numel():
+        return _pack_any(codes, scheme)
+    kind, factor, shift = _TOGETHER[8 // BITS[scheme]]
+    low = {"binary": lambda: codes.clamp_min(0), "ternary": lambda: codes + 1, "int4": lambda: codes & 15}[scheme]()
+    together = low.reshape(-1).view(kind).view(len(codes), -1)
+    return together.mul_(factor).bitwise_right_shift_(shift).bitwise_and_(255).to(torch.uint8)
+
+
+def _pack_any(codes: Tensor, scheme: str) -> Tensor:
     bits = BITS[scheme]
     low = {"binary": (codes + 1) >> 1, "ternary": codes + 1, "int4": codes & 15}[scheme]
     each = 8 // bits
@@ -28,6 +46,20 @@ def pack_codes(codes: Tensor, scheme: str) -> Tensor:
 
 def unpack_codes(packed: Tensor, scheme: str, columns: int) -> Tensor:
     """The inverse: int8 [N, columns]."""
+    if columns % (8 // BITS[scheme]) or not packed.numel():
+        return _unpack_any(packed, scheme, columns)
+    bits = BITS[scheme]
+    together = packed.to(_TOGETHER[8 // bits][0])
+    half = each = 8 // bits
+    while half > 1:  # halves of what stands together move apart, until each code has a byte
+        half //= 2
+        kept = sum((1 << half * bits) - 1 << 8 * place for place in range(0, each, half))
+        together = (together | together << half * (8 - bits)) & kept
+    low = together.contiguous().view(torch.int8)
+    return {"binary": lambda: low * 2 - 1, "ternary": lambda: low - 1, "int4": lambda: (low ^ 8) - 8}[scheme]()
+
+
+def _unpack_any(packed: Tensor, scheme: str, columns: int) -> Tensor:
     bits = BITS[scheme]
     shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.int32)
     low = ((packed.int().unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(1)[:, :columns]
