@@ -12,6 +12,28 @@ def of_model(*names: str) -> tuple[str, ...]:
 
 QUANTIZATION = (
     Partner(
+        ("parallel.zero_quantized_gather",),
+        lambda c: c.parallel.zero_stage,
+        "nothing is gathered: add --zero 1",
+    ),
+    Partner(
+        ("parallel.zero_quantized_gather",),
+        lambda c: c.model.quantize_weights,
+        "no matrix is quantized: add --quantize-weights ternary",
+    ),
+    Partner(
+        ("parallel.zero_quantized_gather",),
+        lambda c: c.model.quant_granularity == "tensor" and not c.model.quant_noise and c.model.quant_clip == "none",
+        "a code that travels is that of a whole matrix's step as it was trained with: leave --quant-granularity at "
+        "tensor, --quant-noise at 0 and --quant-clip at none",
+    ),
+    Partner(
+        ("parallel.zero_quantized_gather",),
+        lambda c: c.qat.quant_lambda is None and not c.qat.quant_stages and not c.qat.log_quantization,
+        "weights themselves are needed where quantization comes in by and by, and for its statistics: leave out "
+        "--quant-lambda, --quant-stages and --log-quantization",
+    ),
+    Partner(
         of_model("quant_granularity", "quant_scale_dtype", "asymmetric_weights", "quant_noise"),
         lambda c: c.model.quantize_weights,
         "no matrix is quantized: add --quantize-weights ternary",

@@ -79,6 +79,11 @@ class ParallelConfig:
         choices=(0, 1, 2),
         aliases=("--zero",),
     )
+    zero_quantized_gather: bool = flag(
+        False,
+        "with --zero and --quantize-weights, gather packed codes of updated matrices (ternary: 2 bits) in place of "
+        "weights",
+    )
     overlap_param_gather: bool = flag(True, "with --zero, gather updated parameters while the next forward pass runs")
     grad_reduce_in_bf16: bool = flag(False, "sum gradients over data-parallel ranks in bfloat16 instead of fp32")
     grad_compression: str = flag(

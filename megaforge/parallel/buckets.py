@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -33,12 +33,14 @@ class Bucket:
         starts: index of the first element of each.
         size: elements of a flat buffer; divisible by the number of replicas.
         replicas: the ranks that hold copies.
+        coded: whether codes of the parameters travel in their place, see :class:`BucketPolicy`.
     """
 
     parameters: tuple[nn.Parameter, ...]
     starts: tuple[int, ...]
     size: int
     replicas: Axis
+    coded: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,10 +112,12 @@ class BucketPolicy:
         cost: what updating its shard of a whole parameter costs a rank. Given: each parameter lies in one replica's
             slice, so that this replica has it whole, and the slices cost about the same. None: slices cut parameters
             anywhere.
+        coded: replicas get codes of updated parameters, not their values.
     """
 
     name: str = ""
     cost: Callable[[ParamSpec, ParallelContext], float] | None = None
+    coded: bool = False
 
 
 Policy = Callable[[ParamSpec], BucketPolicy]
@@ -122,6 +126,16 @@ Policy = Callable[[ParamSpec], BucketPolicy]
 def cut_anywhere(spec: ParamSpec) -> BucketPolicy:
     """The policy of updates that need not see a parameter whole."""
     return BucketPolicy()
+
+
+def with_codes(policy: Policy) -> Policy:
+    """``policy``, by which quantized parameters lie apart from others and travel as codes."""
+
+    def coded(spec: ParamSpec) -> BucketPolicy:
+        chosen = policy(spec)
+        return replace(chosen, coded=True) if spec.quantized else chosen
+
+    return coded
 
 
 def make_bucket_groups(
@@ -158,6 +172,7 @@ class BucketPlan:
         starts, size: see :class:`Bucket`.
         axis, replicas: the name of the axis whose ranks hold copies, and their number.
         whole: whether each parameter lies in one slice.
+        coded: see :class:`Bucket`.
     """
 
     members: tuple[int, ...]
@@ -166,6 +181,7 @@ class BucketPlan:
     axis: str
     replicas: int
     whole: bool
+    coded: bool = False
 
     @property
     def slice_size(self) -> int:
@@ -177,7 +193,13 @@ def _make_buckets(
 ) -> list[Bucket]:
     members = [Member(spec, parameter.numel(), parameter.dtype) for spec, parameter in trained]
     return [
-        Bucket(tuple(trained[place][1] for place in plan.members), plan.starts, plan.size, ctx.axis(plan.axis))
+        Bucket(
+            tuple(trained[place][1] for place in plan.members),
+            plan.starts,
+            plan.size,
+            ctx.axis(plan.axis),
+            coded=plan.coded,
+        )
         for plan in plan_buckets(members, ctx, bucket_size, policy)
     ]
 
@@ -207,7 +229,7 @@ def plan_buckets(
         runs[kind][-1].append(place)
         filled[kind] = size
     ordered = sorted(((run, kind) for kind, all_of in runs.items() for run in all_of), key=lambda one: -one[0][-1])
-    return [_lay_out(run, members, ctx, axis, policy.cost) for run, (axis, _, policy) in ordered]
+    return [_lay_out(run, members, ctx, axis, policy) for run, (axis, _, policy) in ordered]
 
 
 def _lay_out(
@@ -215,8 +237,9 @@ def _lay_out(
     members: Sequence[Member],
     ctx: ParallelContext,
     axis: str,
-    cost: Callable[[ParamSpec, ParallelContext], float] | None,
+    policy: BucketPolicy,
 ) -> BucketPlan:
+    cost = policy.cost
     replicas = ctx.axis(axis).size
     sizes = [aligned(members[place].numel) for place in run]
     if cost is not None:
@@ -224,7 +247,7 @@ def _lay_out(
     else:
         *starts, size = accumulate(sizes, initial=0)
         size = aligned(size, replicas)
-    return BucketPlan(tuple(run), tuple(starts), size, axis, replicas, cost is not None)
+    return BucketPlan(tuple(run), tuple(starts), size, axis, replicas, cost is not None, policy.coded)
 
 
 def _lay_out_whole(sizes: Sequence[int], costs: Sequence[float], replicas: int) -> tuple[list[int], int]:

@@ -105,6 +105,32 @@ class LinearOp(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} quantizes nothing")
 
+    def make_ready(self, weight: Tensor) -> None:  # noqa: B027 - most need nothing
+        """Makes now what products of this rank's shard keep of it until :meth:`forget`. Collective."""
+
+    @property
+    def code_kind(self) -> str | None:
+        """How :mod:`megaforge.kernels.bitgemm` packs the codes (or ``int8``), where products and gradients need nothing
+        of a weight but its code, which is its own and that of the whole matrix's scale; None elsewhere."""
+        return None
+
+    def codes_within(self, weight: Tensor, start: int, stop: int) -> Tensor:
+        """int8 [stop - start]: codes of a range of the flattened shard, whose other elements need not be there.
+
+        Raises:
+            NotImplementedError: see :attr:`code_kind`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no codes")
+
+    def take_codes(self, codes: Tensor) -> None:
+        """From now on the shard's weights need not be there: ``codes``, int8 in its shape, stand for them until
+        :meth:`forget`, and others will come after it.
+
+        Raises:
+            NotImplementedError: see :attr:`code_kind`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no codes")
+
     def forget(self) -> None:  # noqa: B027 - most keep nothing
         """The weights have changed, by a step, a checkpoint or their average: a scale that was computed from them no
         longer holds. The new values may still be arriving; the next product finds them."""

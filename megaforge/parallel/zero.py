@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaforge.config.run_config import ParallelConfig
-from megaforge.parallel.buckets import Bucket, Policy, cut_anywhere, make_bucket_groups
+from megaforge.errors import UserError
+from megaforge.kernels.bitgemm.reference import pack_codes, unpack_codes
+from megaforge.parallel.buckets import Bucket, Policy, cut_anywhere, make_bucket_groups, with_codes
 from megaforge.parallel.collectives import all_gather_single
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import FlatShard, optimizer_shard
@@ -35,10 +37,77 @@ class _Gather:
             own = self.bucket.own_slice(self.flat)
             self.work = all_gather_single(self.flat, own, group=group, async_op=True)
 
+    @property
+    def is_on_its_way(self) -> bool:
+        """Whether the parameters are not all here."""
+        return self.work is not None
+
     def wait(self) -> None:
         if self.work is not None:
             self.work.wait()
             self.work = None
+
+
+class _CodeGather(_Gather):
+    """Of a bucket of quantized parameters: their codes travel, packed, and products take them in place of the weights,
+    of which a rank then has its own slice alone. What belongs to others is NaN, so that nobody reads it unnoticed.
+
+    A code depends on its whole matrix, so the gather begins once every bucket is updated: before the first module that
+    waits for parameters.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        """
+        Raises:
+            UserError: products of a parameter need more than codes, or the codes differ in kind.
+        """
+        super().__init__(bucket)
+        ops = [parameter.quantizer.op for parameter in bucket.parameters]  # type: ignore[attr-defined]
+        self._kind = ops[0].code_kind
+        if self._kind is None or any(op.code_kind != self._kind for op in ops):
+            raise UserError(
+                f"--zero-quantized-gather: products of {spec_of(bucket.parameters[0]).name} need more than codes, all "
+                "of one kind, by the steps of whole matrices; leave it out, or quantize by --quantize-weights alone"
+            )
+        self._ops, self._due, self._began = ops, False, False
+        self._arrived = torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def is_on_its_way(self) -> bool:
+        return self._due or super().is_on_its_way
+
+    def start(self) -> None:
+        self._due = self.bucket.replicas.group is not None
+
+    def begin(self) -> None:
+        """Sends, where that is due. Collective over all replicas, and over tp."""
+        if not self._due or self._kind is None:
+            return
+        self._due = False
+        codes = torch.zeros(self.bucket.slice_size, dtype=torch.int8, device=self.bucket.device)
+        places = zip(
+            self.bucket.parameters, self._ops, self.bucket.own_ranges(), self.bucket.own_views(codes), strict=True
+        )
+        for parameter, op, (start, stop), view in places:
+            view.copy_(op.codes_within(parameter, start, stop))
+        own = codes.view(torch.uint8) if self._kind == "int8" else pack_codes(codes.view(1, -1), self._kind).view(-1)
+        self._arrived = own.new_empty(len(own) * self.bucket.replicas.size)
+        if not self._began:
+            self._began, kept = True, self.bucket.own_slice(self.flat).clone()
+            self.flat.fill_(torch.nan)
+            self.bucket.own_slice(self.flat).copy_(kept)
+        self.work = all_gather_single(self._arrived, own, group=self.bucket.replicas.group, async_op=True)
+
+    def wait(self) -> None:
+        if self.work is None or self._kind is None:
+            return
+        super().wait()
+        packed, self._arrived = self._arrived, self._arrived.new_empty(0)
+        codes = packed.view(torch.int8)
+        if self._kind != "int8":
+            codes = unpack_codes(packed.view(1, -1), self._kind, self.bucket.size).view(-1)
+        for op, view in zip(self._ops, self.bucket.views(codes), strict=True):
+            op.take_codes(view)
 
 
 class ShardedParameters:
@@ -67,14 +136,15 @@ class ShardedParameters:
         self.overlap = overlap
         # In the order of the forward pass: chunks as they come, each from its first bucket to be used.
         self._gathers = [
-            _Gather(bucket)
+            (_CodeGather if bucket.coded else _Gather)(bucket)
             for bucket_group in (self.bucket_groups[-1], *self.bucket_groups[:-1])
             for bucket in reversed(bucket_group)
         ]
+        self._coded = [gather for gather in self._gathers if isinstance(gather, _CodeGather)]
         self._gather_of: dict[int, _Gather] = {}
         for gather in self._gathers:
             self._adopt(gather)
-        if overlap:
+        if overlap or self._coded:
             for chunk in chunks:
                 self._wait_before_forward(chunk)
 
@@ -109,7 +179,21 @@ class ShardedParameters:
 
         visit(module, module)
         for waiter, gathers in waits.items():
-            waiter.register_forward_pre_hook(_waiter(tuple(gathers.values())))
+            waiter.register_forward_pre_hook(self._waiter(tuple(gathers.values())))
+
+    def _waiter(self, gathers: tuple[_Gather, ...]) -> Any:
+        """A forward pre-hook that waits for ``gathers``."""
+
+        def before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._begin()
+            for gather in gathers:
+                gather.wait()
+
+        return before_forward
+
+    def _begin(self) -> None:
+        for gather in self._coded:
+            gather.begin()
 
     def own(self, parameter: nn.Parameter) -> Tensor:
         """This rank's range of ``parameter``, flattened [share]: a view of the model's memory."""
@@ -129,17 +213,18 @@ class ShardedParameters:
             if bucket is None or gather.bucket is bucket:
                 gather.start()
                 if not self.overlap:
-                    gather.wait()
+                    gather.wait()  # codes are put off nevertheless
 
     def wait_for_parameters(self) -> None:
-        """Returns once every parameter is whole and up to date."""
+        """Returns once every parameter is whole and up to date, or its codes are. Collective."""
+        self._begin()
         for gather in self._gathers:
             gather.wait()
 
     def check_used_whole(self, parameter: Tensor) -> None:
         """Raises RuntimeError when a gradient reached ``parameter`` before anybody waited for its values: a forward
         pass read it past the hooks, and computed with what was there before."""
-        if self._gather_of[id(parameter)].work is not None:
+        if self._gather_of[id(parameter)].is_on_its_way:
             raise RuntimeError(
                 f"{spec_of(parameter).name} was used before its new values were waited for: "  # type: ignore[arg-type]
                 "its module was not called as module(...); call wait() in front of that code"
@@ -157,14 +242,5 @@ def shard_parameters(
     if config.zero_stage == 0:
         return None
     size, overlap = config.ddp_bucket_size, config.overlap_param_gather
+    policy = with_codes(policy) if config.zero_quantized_gather else policy
     return ShardedParameters(module, ctx, bucket_size=size, overlap=overlap, policy=policy)
-
-
-def _waiter(gathers: tuple[_Gather, ...]) -> Any:
-    """A forward pre-hook that waits for ``gathers``."""
-
-    def before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
-        for gather in gathers:
-            gather.wait()
-
-    return before_forward

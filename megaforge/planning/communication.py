@@ -36,7 +36,8 @@ def gradient_traffic(held: Sequence[tuple[DeclaredParameter, int]], layout: Plan
         sent = ring(count * max(4, item.element_size), ranks)
         if layout.zero:
             reduced += sent * (layout.micro_batches if layout.zero > 1 else 1)
-            gathered += ring(count * item.element_size, ranks)
+            coded = layout.code_bits and item.spec.quantized
+            gathered += ring(count * (layout.code_bits / 8 if coded else item.element_size), ranks)
         else:
             reduced += 2 * sent
     return GradientTraffic(reduced, gathered)

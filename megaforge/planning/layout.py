@@ -16,6 +16,7 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layer_context import compute_dtype
 from megaforge.parallel.pipeline.actions import Schedule
 from megaforge.parallel.pipeline.schedules import build_schedule
+from megaforge.quant.converter import weight_scheme
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class PlannedLayout:
         wkv_backend: which implementation of WKV-7 keeps what it keeps, as ``--wkv-backend``.
         device_type: whose kernels keep what they keep; ``meta``: plain torch.
         optimizer: which update rule keeps how much.
+        code_bits: bits of a quantized weight that ZeRO gathers as a code (``--zero-quantized-gather``); 0: as it is.
     """
 
     world_size: int
@@ -56,6 +58,7 @@ class PlannedLayout:
     device_type: str = "meta"
     wkv_backend: str = "auto"
     optimizer: OptimizerConfig = OptimizerConfig()
+    code_bits: int = 0
 
     @property
     def stage_ranks(self) -> int:
@@ -112,6 +115,7 @@ class PlannedLayout:
         words.append(f"--ep {self.ep}" if self.ep > 1 else "")
         words.append(f"--etp {self.etp}" if self.etp != self.tp else "")
         words.append(f"--zero {self.zero}" if self.zero else "")
+        words.append("--zero-quantized-gather" if self.zero and self.code_bits else "")
         words.append(f"--recompute {self.recompute}" if self.recompute != "none" else "")
         words.append("--cpu-offload-activations" if self.offload else "")
         words.append(f"--micro-batch-size {self.micro_batch_size}")
@@ -154,4 +158,11 @@ def layout_of(config: Config, world_size: int) -> PlannedLayout:
         dtype=compute_dtype(config.training),
         wkv_backend=config.training.wkv_backend,
         optimizer=config.optimizer,
+        code_bits=gathered_bits(config),
     )
+
+
+def gathered_bits(config: Config) -> int:
+    """:attr:`PlannedLayout.code_bits`."""
+    scheme = weight_scheme(config.model)
+    return 0 if scheme is None or not config.parallel.zero_quantized_gather else scheme.bits

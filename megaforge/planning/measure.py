@@ -25,6 +25,7 @@ from megaforge.nn.recompute import recomputed
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.context_parallel.shard import ContextParallelShard
 from megaforge.parallel.layer_context import LayerContext, make_layer_context
+from megaforge.parallel.layers import linears
 from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.planning.counting_group import Sent, counting_context
 from megaforge.planning.meter import MetaRun, StorageMeter, fused_attention, storage_key
@@ -149,6 +150,8 @@ def _measure(cfg: ModelConfig, sizes: Sizes, build: Build, arriving: Shapes) -> 
         if not on_meta:  # whatever lies in memory may be no number
             for parameter in parameters:
                 parameter.data.fill_(0.01)
+        for _, layer in linears(module):
+            layer.op.make_ready(layer.matrix)  # kept from one micro-batch to the next: no activation
         # Leaves as large as the inputs would live as long as the graph, whether the part keeps them or not.
         anchors = {
             name: torch.zeros((), dtype=sizes.dtype, device=ctx.device, requires_grad=True) for name in ("", *arriving)

@@ -14,6 +14,7 @@ from megaforge.config.pattern import BlockKind
 from megaforge.models.hybrid import HybridModel
 from megaforge.nn.losses import LossTerm, total_loss
 from megaforge.nn.offload import HostMemory
+from megaforge.parallel.layers import linears
 from megaforge.parallel.pipeline.split_backward import backward_input
 from megaforge.parallel.pipeline.stage_tensors import StageTensors
 from megaforge.planning.layout import PlannedLayout
@@ -60,6 +61,8 @@ def run_stage(
     standing = [*parameters, *known]
     meter = MetaRun(chunk.cfg.num_experts, standing) if on_meta else StorageMeter(standing)
     split = layout.pp > 1 and layout.schedule.splits_backward
+    for _, layer in linears(chunk):
+        layer.op.make_ready(layer.matrix)  # kept from one micro-batch to the next: no activation
     with without_gradients(() if known else parameters), meter, fused_attention() if on_meta else nullcontext():
         inputs = _arrived(chunk, payload or {})
         saving = HostMemory(chunk.parameters())

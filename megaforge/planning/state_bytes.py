@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from megaforge.optim.gradient_filter import filter_rows
 from megaforge.optim.optimizer import bucket_policy, rule_of
-from megaforge.parallel.buckets import BucketPlan, Member, cut_anywhere, plan_buckets, range_in_slice
+from megaforge.parallel.buckets import BucketPlan, Member, cut_anywhere, plan_buckets, range_in_slice, with_codes
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.pipeline.tied import tied_ranks
 from megaforge.planning.layout import PlannedLayout
@@ -106,7 +106,15 @@ def stage_plan(parts: ModelParts, own: Sequence[StagePart], layout: PlannedLayou
 def _key(own: Sequence[StagePart], layout: PlannedLayout) -> tuple[object, ...]:
     """What the buckets of a pipeline rank depend on."""
     sizes = (layout.world_size, layout.tp, layout.cp, layout.pp, layout.ep, layout.etp)
-    return tuple(own), _copies_tied(layout), sizes, layout.zero > 0, layout.bucket_size, layout.optimizer
+    return (
+        tuple(own),
+        _copies_tied(layout),
+        sizes,
+        layout.zero > 0,
+        layout.bucket_size,
+        layout.optimizer,
+        layout.code_bits,
+    )
 
 
 def _copies_tied(layout: PlannedLayout) -> bool:
@@ -119,6 +127,7 @@ def _copies_tied(layout: PlannedLayout) -> bool:
 def _plan(parts: ModelParts, own: Sequence[StagePart], layout: PlannedLayout) -> StagePlan:
     ctx = layout.context()
     policy = bucket_policy(layout.optimizer) if layout.zero else cut_anywhere
+    policy = with_codes(policy) if layout.zero and layout.code_bits else policy
     numel: dict[int, int] = {}  # of a rank, by declaration
     elements = alone = 0
     buckets = []

@@ -11,7 +11,9 @@ from megaforge.kernels.bitgemm import TYPES, Prepared, bit_product, pack_known, 
 from megaforge.kernels.grouped_mm import Runs
 from megaforge.parallel.collectives import max_over
 from megaforge.parallel.context import Axis
+from megaforge.parallel.flat_shard import flat_boxes
 from megaforge.parallel.linear_op import PLAIN, LinearOp, Quantized
+from megaforge.parallel.param_spec import Box
 from megaforge.quant.noise import uniform
 from megaforge.quant.products import code_product, multiplies_packed, step_by_row, unscaled_product
 from megaforge.quant.quantizers import (
@@ -86,9 +88,37 @@ class QuantizedLinear(LinearOp):
         self.layer = layer
         self._known: _Known | None = None
         self._rows = self._rows_before = 0
+        self._arrive = False  # whether codes come from other ranks, and the weights are not all here
+
+    def make_ready(self, weight: Tensor) -> None:
+        if self.weights is not None and self.share > 0:
+            self._codes(weight.detach(), self._scale(weight.detach()))
+
+    @property
+    def code_kind(self) -> str | None:
+        clipped = self.ranges is not None and self.ranges.clip is not None
+        if self.weights is None or self.weights.granularity != "tensor" or self.noise or clipped or self.share != 1:
+            return None
+        return self.weights.kind
+
+    def codes_within(self, weight: Tensor, start: int, stop: int) -> Tensor:
+        assert self.weights is not None
+        weight = weight.detach()
+        scale = self._scale(weight)
+        codes = torch.empty(stop - start, dtype=torch.int8, device=weight.device)
+        for first, box in flat_boxes(tuple(weight.shape), start, stop):
+            some = weight[tuple(slice(*edges) for edges in box)]
+            own = Scale(*(None if one is None else _within(one, box) for one in scale))  # type: ignore[arg-type]
+            codes[first - start :][: some.numel()] = weight_codes(some, own, self.weights).flatten()
+        return codes
+
+    def take_codes(self, codes: Tensor) -> None:
+        self._known, self._arrive = _Known(codes, noisy=False), True
 
     def forget(self) -> None:
-        self._known, self._rows_before, self._rows = None, self._rows, 0
+        self._known = None
+        if self._rows:  # several forget between two products
+            self._rows_before, self._rows = self._rows, 0
         if self.source is not None:
             self.source.forget()
 
@@ -170,7 +200,7 @@ class QuantizedLinear(LinearOp):
         """Without noise, and all of the way."""
         assert self.weights is not None
         scale = self._scale(weight)
-        values = weight_values(weight_codes(weight, scale, self.weights), scale, self.weights)
+        values = weight_values(self.codes(weight)[0], scale, self.weights)
         largest = scale.step * self.weights.largest_code
         if self.weights.asymmetric and scale.shift is not None:
             most = self.weights.largest_code
@@ -183,7 +213,7 @@ class QuantizedLinear(LinearOp):
         """int8 codes of this rank's shard of the weights, without noise, and their steps."""
         assert self.weights is not None
         scale = self._scale(weight)
-        return weight_codes(weight.detach(), scale, self.weights), scale
+        return self._codes(weight, scale) if self._arrive else weight_codes(weight.detach(), scale, self.weights), scale
 
     def _scale(self, weight: Tensor) -> Scale:
         assert self.source is not None
@@ -194,6 +224,8 @@ class QuantizedLinear(LinearOp):
         assert self.weights is not None and self.source is not None
         noisy = bool(self.noise and self.layer.training)
         if self._known is None or self._known.noisy != noisy:
+            if self._arrive:
+                raise RuntimeError("codes were used before they had arrived; wait for parameters first")
             noise = None
             if noisy:
                 place = self.weights.view(self.source.places(weight))
@@ -229,6 +261,13 @@ class QuantizedLinear(LinearOp):
 
 def _values(inside: tuple[Tensor, ...], weight: Tensor) -> Tensor:
     return inside[0] if len(inside) == 1 else activation_values(*inside).to(weight.dtype)
+
+
+def _within(values: Tensor, box: Box) -> Tensor:
+    """What a box of the weights has of something that broadcasts to them."""
+    sizes = values.shape
+    box = box[len(box) - len(sizes) :]
+    return values[tuple(slice(*edges) if size > 1 else slice(None) for size, edges in zip(sizes, box, strict=True))]
 
 
 def _of_rows(step: Tensor, sums: Tensor, runs: Runs | None) -> Tensor:

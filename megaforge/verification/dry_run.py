@@ -306,6 +306,7 @@ def held_bytes(model: nn.Module, optimizer: Optimizer, *more: Iterable[Tensor]) 
     # A wide parameter is its own master: the same memory, counted with the parameters.
     seen: set[int] = set()
     parameters, gradients = _bytes(named, seen), _bytes(sums, seen)
+    parameters += sum(p.numel() for spec, p in named_specs(model) if spec.quantized)  # their codes
     kept = _bytes((tensor for _, _, tensor in optimizer.entries()), seen)
     kept += sum(_bytes(tensors, seen) for tensors in more)
     host = optimizer.host_bytes

@@ -21,6 +21,7 @@ ATTENTION, RWKV = ("--layer-schedule", "attention"), ("--layer-schedule", "rwkv"
 GROWING = ("--weight-decay-incr-style", "linear", "--start-weight-decay", "0", "--end-weight-decay", "0.1")
 
 REFUSED = [
+    (("--zero-quantized-gather",), ("--quantize-weights", "ternary"), "add --zero 1"),
     (("--qk-clip-alpha", "0.4"), (), "add --qk-clip"),
     (("--qk-clip",), ("--qk-layernorm",), "leave one of the two out"),
     (("--rope-scaling-factor", "4"), (), "add --use-rope-scaling"),

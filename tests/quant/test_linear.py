@@ -207,9 +207,40 @@ def test_binary_matrices_of_many_tokens_are_multiplied_packed_with_the_same_bits
         assert torch.equal(op.sums(inside, w), sums)
         assert op._known is not None and op._known.packed is not None
         op.forget()
+        op.forget()  # as an optimizer's step does, and what follows it
+        op.forward(inside, w, bias)
+        assert op._known is not None and op._known.packed is not None
+        op.forget()
+        op.forward(op.encode(x[:3], None), w)
         op.forget()
         op.forward(inside, w, bias)
         assert op._known is not None and op._known.packed is None  # after an interval of few tokens
+
+
+def test_codes_of_a_range_need_no_other_weights() -> None:
+    for kind in ("binary", "ternary", "int4"):
+        for shape in ((6, 8), (3, 5, 8)):
+            op, w = op_of(WeightScheme(kind), ActivationScheme()), random(*shape)
+            expected, scale = op.codes(w)
+            for start, stop in ((0, 0), (0, w.numel()), (3, 5), (7, 33), (w.numel() - 1, w.numel())):
+                own = torch.full_like(w, torch.nan)
+                own.view(-1)[start:stop] = w.view(-1)[start:stop]
+                assert torch.equal(op.codes_within(own, start, stop), expected.view(-1)[start:stop])
+
+
+def test_codes_that_arrive_stand_for_the_weights() -> None:
+    op, w, x = op_of(WEIGHTS["ternary"], ActivationScheme()), random(6, 8), random(4, 8)
+    assert op.code_kind == "ternary" and op_of(WEIGHTS["ternary"], None, noise=0.1).code_kind is None
+    expected, seen = op.apply(x, w), op.quantize(w).values
+    nothing = torch.full_like(w, torch.nan)
+    op.take_codes(op.codes(w)[0])
+    assert torch.equal(op.apply(x, nothing), expected) and torch.equal(op.quantize(nothing).values, seen)
+    assert torch.equal(
+        op.input_gradient(random(4, 6), nothing), op_of(WEIGHTS["ternary"], None).input_gradient(random(4, 6), w)
+    )
+    op.forget()
+    with pytest.raises(RuntimeError, match="before they had arrived"):
+        op.apply(x, w)
 
 
 def test_a_scale_holds_until_it_is_forgotten() -> None:
