@@ -106,8 +106,13 @@ def parse_config(
 
 
 def _read_flags(parser: argparse.ArgumentParser, line: megatron.Line, slips: list[str]) -> argparse.Namespace:
-    """What our flags of the line say; what cannot be read goes to ``slips``."""
-    namespace = parser.parse_args([])
+    """What our flags of the line say; what cannot be read goes to ``slips``: then each flag is read alone."""
+    problems: list[str] = []
+    with gathered(problems):
+        namespace, rest = parser.parse_known_args([word for one in line.given for word in one.words])
+        if not rest:
+            return namespace
+    namespace = argparse.Namespace()
     for one in filter(lambda one: one.words, line.given):
         with gathered(slips):
             _, rest = parser.parse_known_args(one.words, namespace)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from megaforge.errors import UserError
 from tests.end_to_end.launch import REPO
 
 # A block that a test runs as it is printed stands below this line; the others are only understood.
@@ -104,12 +105,18 @@ def understand(command: str, monkeypatch: pytest.MonkeyPatch) -> str | None:
     if script is None or words[0] not in ("python", "torchrun"):
         return None
     original = argparse.ArgumentParser.parse_known_args
+    left: list[str] = []
 
-    def parse(parser: argparse.ArgumentParser, *given: Any, **named: Any) -> Any:
-        known, rest = original(parser, *given, **named)
-        if rest:  # for a second parser, or its error
-            return known, rest
-        raise _Understood
+    def parse(parser: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
+        try:
+            known, rest = original(parser, args, namespace)
+        except UserError:
+            left.append("")  # it reads flag by flag now, to tell all that is wrong
+            raise
+        if not rest and (not left or left[-1] in (args or ())):
+            raise _Understood
+        left.extend(rest[:1])  # for a second parser, or its error
+        return known, rest
 
     with monkeypatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_known_args", parse)

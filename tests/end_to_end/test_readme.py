@@ -105,6 +105,7 @@ DOCUMENTS = [
     "docs/architecture.md",
     "docs/data.md",
     "docs/from_huggingface.md",
+    "docs/from_megatron.md",
     "docs/layouts.md",
     "docs/optimizers.md",
     "docs/planner.md",

@@ -49,6 +49,10 @@ def settle(line: Line, values: dict[str, Any], origins: dict[str, str]) -> None:
             line.refused.append(f"{flags} is missing: there is no default, as in Megatron-LM")
     if values.get("checkpoint.save") and "checkpoint.save_interval" not in values:
         line.refused.append(f"--save {values['checkpoint.save']}: add --save-interval N, as in Megatron-LM")
+    if values.get("data.mock_data"):  # does not heed these
+        for key in filter(lambda key: not _written(origins, key), ("data.split", "data.split_order")):
+            values.pop(key, None)
+            origins[key] = "default"
     _silence(line, origins)
     _vocabulary(line, values)
     line.notes.append(_CONVENTIONS)
