@@ -7,7 +7,7 @@ from typing import Any
 
 from megaforge.config.config import Config
 from megaforge.config.model_config import ModelConfig
-from megaforge.config.pattern import blocks_of
+from megaforge.config.pattern import blocks_of, kinds_of
 from megaforge.errors import UserError
 from megaforge.registry import LAYER_KINDS
 
@@ -35,7 +35,7 @@ _LACKING: dict[str, tuple[Any, ...]] = {
     "heterogeneous_layers_config_path": (),
     "embedding_multiplier": (1, 1.0),
 }
-_POSITIONS = ("rope", "none")
+_POSITIONS = ("rope", "learned_absolute", "none")
 
 
 def config_of(args: Mapping[str, Any], source: str) -> ModelConfig:
@@ -49,30 +49,27 @@ def config_of(args: Mapping[str, Any], source: str) -> ModelConfig:
         for name, fine in _LACKING.items()
         if (value := args.get(name)) is not None and value not in fine
     ]
-    activation = _activation(args)
     positions = _positions(args)
-    if activation is None:
-        lacking.append("exact GELU (the tanh form goes with biases and their fusion, or --openai-gelu)")
     if positions not in _POSITIONS:
         lacking.append(f"--position-embedding-type {positions}")
-    if str(args.get("normalization") or "LayerNorm").lower() not in ("rmsnorm",):
-        lacking.append(f"--normalization {args.get('normalization') or 'LayerNorm'}")
+    if (norm := str(args.get("normalization") or "LayerNorm").lower()) not in ("rmsnorm", "layernorm"):
+        lacking.append(f"--normalization {norm}")
     if lacking:
         raise UserError(f"{source}: its model has parts that are not available here: {', '.join(lacking)}")
     try:
-        return _config(args, str(activation), positions)
+        return _config(args, positions)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{source}: its arguments lack or have an odd {error}") from error
 
 
-def _activation(args: Mapping[str, Any]) -> str | None:
-    """As ``--activation``; None: one that we do not have."""
+def _activation(args: Mapping[str, Any]) -> str:
+    """As ``--activation``. GELU is the tanh form only in the kernel that adds a bias, or as openai_gelu."""
     if args.get("swiglu"):
         return "swiglu"
     if args.get("squared_relu"):
         return "relu2"
     fused = args.get("add_bias_linear", True) and args.get("bias_gelu_fusion", True)
-    return "gelu" if args.get("openai_gelu") or fused else None
+    return "gelu" if args.get("openai_gelu") or fused else "gelu_exact"
 
 
 def _positions(args: Mapping[str, Any]) -> str:
@@ -81,7 +78,7 @@ def _positions(args: Mapping[str, Any]) -> str:
     return str(args.get("position_embedding_type") or "learned_absolute")
 
 
-def _config(args: Mapping[str, Any], activation: str, positions: str) -> ModelConfig:
+def _config(args: Mapping[str, Any], positions: str) -> ModelConfig:
     layers, hidden, heads = (int(args[name]) for name in ("num_layers", "hidden_size", "num_attention_heads"))
     rows = int(args["padded_vocab_size"])
     grouped = args.get("group_query_attention")
@@ -91,12 +88,12 @@ def _config(args: Mapping[str, Any], activation: str, positions: str) -> ModelCo
         "num_layers": layers,
         "hybrid_layer_pattern": "".join("*E" if each else "*-" for each in sparse),
         "hidden_size": hidden,
-        "ffn_hidden_size": _inner_width(args, sparse, 4 * hidden),
+        **_inner_widths(args, sparse, 4 * hidden),
         "num_attention_heads": heads,
         "num_query_groups": int(args["num_query_groups"]) if grouped else heads,
         "kv_channels": int(args.get("kv_channels") or hidden // heads),
         "ffn": "moe" if any(sparse) else "dense",
-        "activation": activation,
+        "activation": _activation(args),
         "normalization": str(args.get("normalization") or "LayerNorm").lower(),
         "norm_epsilon": float(args.get("norm_epsilon", 1e-5)),
         "untie_embeddings_and_output_weights": bool(args.get("untie_embeddings_and_output_weights")),
@@ -127,12 +124,12 @@ def _rotation(args: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _inner_width(args: Mapping[str, Any], sparse: list[bool], default: int) -> int:
+def _inner_widths(args: Mapping[str, Any], sparse: list[bool], default: int) -> dict[str, int | None]:
     dense = int(args.get("ffn_hidden_size") or default)
-    of_experts = int(args.get("moe_ffn_hidden_size") or dense)
-    if any(sparse) and not all(sparse) and dense != of_experts:
-        raise ValueError(f"moe_ffn_hidden_size {of_experts}: dense layers have {dense}, and here both have one width")
-    return of_experts if any(sparse) else dense
+    experts = int(args.get("moe_ffn_hidden_size") or dense) if any(sparse) else dense
+    if all(sparse) or experts == dense:
+        return {"ffn_hidden_size": experts}
+    return {"ffn_hidden_size": dense, "moe_ffn_hidden_size": experts}
 
 
 def _sparse_layers(frequency: Any, layers: int) -> list[bool]:
@@ -223,7 +220,7 @@ def args_of(config: Config) -> dict[str, Any]:
     }
     if any(sparse):
         args |= {name: getattr(cfg, name) for name in _COPIED_MOE}
-        args["moe_ffn_hidden_size"] = cfg.ffn_size
+        args["moe_ffn_hidden_size"] = cfg.expert_ffn_size
         args["moe_layer_freq"] = 1 if all(sparse) else sparse
     return args
 
@@ -239,6 +236,8 @@ def _objections(cfg: ModelConfig) -> list[str]:
             found.append("blocks without an FFN" if block.ffn is None else f"{block.ffn.title}s")
     if cfg.activation == "gated_relu2":
         found.append(f"--activation {cfg.activation}")
+    if cfg.add_bias_linear and LAYER_KINDS.get("E") in kinds_of(cfg):
+        found.append("biases beside experts, which have none here")
     if cfg.sub_norm:
         found.append("--sub-norm")
     if cfg.all_converters:

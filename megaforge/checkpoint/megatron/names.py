@@ -15,6 +15,7 @@ from megaforge.parallel.param_spec import ParamSpec
 
 _ENDS = {
     "embedding": "embedding.word_embeddings",
+    "positions": "embedding.position_embeddings",
     "final_norm": "decoder.final_layernorm",
     "head": "output_layer",
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import queue
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +34,35 @@ KINDS: dict[str, dict[str, Any]] = {
         "moe_aux_loss_coeff": 0.01,
         "moe_shared_expert_intermediate_size": 16,
     },
+    "gpt": {
+        "normalization": "LayerNorm",
+        "position_embedding_type": "learned_absolute",
+        "add_bias_linear": True,
+        "bias_gelu_fusion": True,
+    },
+    # Layers of two kinds, which Megatron-LM numbers instead of stacking them.
+    "qwen": {
+        **LLAMA,
+        "num_experts": 4,
+        "moe_router_topk": 2,
+        "moe_layer_freq": [0, 1, 1, 0],
+        "moe_ffn_hidden_size": 24,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_topk_scaling_factor": 2.5,
+        "qk_layernorm": True,
+        "add_qkv_bias": True,
+        "use_rope_scaling": True,
+        "rope_scaling_factor": 4.0,
+    },
+    "neox": {
+        "normalization": "LayerNorm",
+        "rotary_percent": 0.5,
+        "rotary_interleaved": True,
+        "rotary_seq_len_interpolation_factor": 2,
+        "bias_gelu_fusion": False,
+        "squared_relu": False,
+    },
 }
 
 FORMS = ("torch_dist", "torch")  # as --ckpt-format
@@ -51,14 +80,11 @@ def arguments(kind: str, tp: int = 1, pp: int = 1, ep: int = 1) -> argparse.Name
     from megatron.core.enums import ModelType
 
     given = SHAPE | KINDS[kind]
+    silent = {"position_embedding_type": "rope", "rotary_percent": 1.0, "norm_epsilon": 1e-5, "add_bias_linear": False}
     return argparse.Namespace(
         kv_channels=HIDDEN // HEADS,
         max_position_embeddings=LENGTH,
         seq_length=LENGTH,
-        position_embedding_type="rope",
-        rotary_percent=1.0,
-        norm_epsilon=1e-5,
-        add_bias_linear=False,
         padded_vocab_size=VOCAB,
         model_type=ModelType.encoder_or_decoder,
         params_dtype=torch.float32,
@@ -67,7 +93,7 @@ def arguments(kind: str, tp: int = 1, pp: int = 1, ep: int = 1) -> argparse.Name
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=1,
         group_query_attention="num_query_groups" in given,
-        **given,
+        **(silent | given),
     )
 
 
@@ -108,8 +134,8 @@ def on_cpu() -> Iterator[None]:
 def _config(args: argparse.Namespace) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    squared = lambda x: torch.relu(x) ** 2  # noqa: E731
-    activation = torch.nn.functional.silu if getattr(args, "swiglu", False) else torch.nn.functional.gelu
+    squared: Callable[[torch.Tensor], torch.Tensor] = lambda x: torch.relu(x) ** 2  # noqa: E731
+    activation: Any = torch.nn.functional.silu if getattr(args, "swiglu", False) else torch.nn.functional.gelu
     activation = squared if getattr(args, "squared_relu", False) else activation
     parallel = {name: getattr(args, name) for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")}
     moe: dict[str, Any] = {}
@@ -120,12 +146,16 @@ def _config(args: argparse.Namespace) -> Any:
         names += ("moe_router_topk_scaling_factor", "moe_router_pre_softmax", "moe_ffn_hidden_size")
         moe = {name: getattr(args, name) for name in names if hasattr(args, name)}
         moe |= {"num_moe_experts": args.num_experts, "moe_token_dispatcher_type": "allgather"}
-    unfused = ("bias_activation_fusion", "masked_softmax_fusion", "gradient_accumulation_fusion")
+    unfused = ("masked_softmax_fusion", "gradient_accumulation_fusion", "bias_dropout_fusion", "persist_layer_norm")
+    own = ("qk_layernorm", "add_qkv_bias", "rotary_interleaved")
     return TransformerConfig(
         **{name: getattr(args, name) for name in SHAPE},
         **parallel,
         **moe,
-        **dict.fromkeys((*unfused, "bias_dropout_fusion", "persist_layer_norm"), False),
+        **dict.fromkeys(unfused, False),
+        **{name: getattr(args, name, False) for name in own},
+        bias_activation_fusion=getattr(args, "bias_gelu_fusion", False),
+        apply_rope_fusion=False,
         num_query_groups=getattr(args, "num_query_groups", args.num_attention_heads),
         kv_channels=args.kv_channels,
         gated_linear_unit=getattr(args, "swiglu", False),
@@ -167,6 +197,9 @@ def build(args: argparse.Namespace) -> Any:
         position_embedding_type=args.position_embedding_type,
         rotary_base=getattr(args, "rotary_base", 10000),
         rotary_percent=args.rotary_percent,
+        rope_scaling=getattr(args, "use_rope_scaling", False),
+        rope_scaling_factor=getattr(args, "rope_scaling_factor", 8.0),
+        seq_len_interpolation_factor=getattr(args, "rotary_seq_len_interpolation_factor", None),
         parallel_output=False,
     )
     return model.eval()
@@ -176,7 +209,8 @@ def _stir(model: Any) -> None:
     """Values in which no two tensors, experts or stages are alike; the same on all ranks that share a tensor."""
     from megatron.core import parallel_state
 
-    for name, tensor in model.named_parameters():
+    biases = [(name, tensor) for name, tensor in model.named_buffers() if name.endswith("expert_bias")]
+    for name, tensor in (*model.named_parameters(), *biases):
         split = getattr(tensor, "tensor_model_parallel", False)
         expert = ".local_experts." in name
         if tensor.dim() == 1 or expert:

@@ -28,9 +28,18 @@ RUNS = {
         *("*E*E", "--activation", "swiglu", "--untie-embeddings-and-output-weights"),
         *("--moe-shared-expert-intermediate-size", "16"),
     ),
+    "gpt": (
+        *("*-*-", "--activation", "gelu", "--normalization", "layernorm", "--add-bias-linear"),
+        *("--position-embedding-type", "learned_absolute", "--max-position-embeddings", "24"),
+    ),
+    "qwen": (
+        *("*-*-", "--activation", "gelu_exact", "--qk-layernorm", "--add-qkv-bias", "--use-rope-scaling"),
+        *("--rotary-percent", "0.5", "--rotary-interleaved"),
+    ),
     "some-experts": (
         *("*-*E", "--activation", "swiglu", "--moe-router-score-function", "sigmoid"),
         *("--moe-router-enable-expert-bias", "--moe-router-topk-scaling-factor", "2.5"),
+        *("--moe-ffn-hidden-size", "24"),
     ),
 }
 

@@ -38,6 +38,17 @@ def test_logits_are_those_of_megatron_core(written: Written, kind: str, tmp_path
     assert float(ours.std()) > 0.05
 
 
+def test_norms_without_their_1(written: Written, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    shutil.copytree(written.folders["gpt", "torch_dist"], folder)
+    plain = open_source(Import(folder, tmp_path))
+    before = {name: plain.read(name) for name in ("layers.0.mixer_norm.weight", "layers.0.mixer_norm.bias")}
+    _args({"apply_layernorm_1p": True})(folder / STEP)
+    moved = open_source(Import(folder, tmp_path))
+    for name, value in before.items():
+        assert torch.equal(moved.read(name), value + name.endswith("weight")), name
+
+
 def test_by_the_command(written: Written, tmp_path: Path, monkeypatch: Any, capsys: Any, caplog: Any) -> None:
     folder = written.folders["mixtral", "torch_dist"]
     save = tmp_path / "ours"
