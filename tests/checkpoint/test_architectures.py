@@ -22,6 +22,7 @@ from megaforge.config.run_config import ParallelConfig
 from megaforge.config.yaml_files import preset_names
 from megaforge.errors import UserError
 from megaforge.inference.restore import load_trained_model
+from megaforge.nn.rope import Rotary
 from megaforge.registry import ARCHITECTURES
 from tests.checkpoint.published_models import MODELS, flags, train
 from tests.training.tiny import make_trainer
@@ -69,9 +70,14 @@ def test_transformers_computes_the_same(exported: dict[str, tuple[Path, Path]], 
         (folder / "config.json").write_text(json.dumps(config | {"model_type": "mistral", "sliding_window": None}))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert type(theirs).__name__ == ARCHITECTURES.get(kind).class_name
-    ours = load_trained_model(str(run), device="cpu").model._chunk.logits(TOKENS)[..., :62]
+    trained = load_trained_model(str(run), device="cpu")
+    ours = trained.model._chunk.logits(TOKENS)[..., :62]
     torch.testing.assert_close(theirs(TOKENS).logits, ours, rtol=0, atol=1e-5)
     assert float(ours.std()) > 1e-3
+    rotary = Rotary.of(trained.config.model)
+    assert rotary is not None  # what 12 tokens hardly tell
+    frequencies = rotary.frequencies(torch.device("cpu")) / rotary.stretch
+    torch.testing.assert_close(theirs.model.rotary_emb.inv_freq.double(), frequencies, rtol=1e-6, atol=0)
     theirs.save_pretrained(tmp_path / "theirs")  # in their own hand
     assert config_of(tmp_path / "theirs") == config_of(folder)
 
