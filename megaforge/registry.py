@@ -166,6 +166,7 @@ ARCHITECTURES = Registry(  # by their model_type in Hugging Face's config.json
         "mixtral": "megaforge.checkpoint.architectures.mixtral:MIXTRAL",
         "qwen3_moe": "megaforge.checkpoint.architectures.qwen:QWEN3_MOE",
         "mistral": "megaforge.checkpoint.architectures.llama:MISTRAL",
+        "gpt2": "megaforge.checkpoint.architectures.gpt2:GPT2_HF",
         "rwkv7": "megaforge.checkpoint.architectures.rwkv7:RWKV7_HF",
     },
 )

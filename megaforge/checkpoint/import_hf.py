@@ -54,6 +54,9 @@ def import_hf(wanted: Import) -> Path:
     folder = HFFolder(wanted.path)
     architecture, cfg = _described(folder)
     parts = list(architecture.parts(cfg, declared_parameters(cfg)))
+    prefix = architecture.optional_prefix
+    if prefix and not any(name.startswith(prefix) for name in folder.slots):
+        parts = [dataclasses.replace(part, theirs=part.theirs.removeprefix(prefix)) for part in parts]
     cfg = _quantized(cfg, folder, parts)
     unread = architecture.unread
     if not cfg.untie_embeddings_and_output_weights:

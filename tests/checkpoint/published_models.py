@@ -10,11 +10,16 @@ _WHOLE = ("--no-reset-at-document-boundaries", "--activation", "swiglu", "--num-
 _MOE = (*_WHOLE, "--moe-router-load-balancing-type", "none", "--moe-z-loss-coeff", "0")
 _UNTIED = "--untie-embeddings-and-output-weights"
 _RWKV = ("--normalization", "layernorm", "--norm-epsilon", "1e-5", _UNTIED, "--hidden-size", "64")
+_GPT2 = (
+    *("--no-reset-at-document-boundaries", "--normalization", "layernorm", "--activation", "gelu", "--add-bias-linear"),
+    *("--position-embedding-type", "learned_absolute", "--max-position-embeddings", "24"),
+)
 MODELS = {  # pattern and flags
     "llama": ("*-*-", (*_WHOLE, _UNTIED, "--use-rope-scaling", "--rope-scaling-factor", "4")),
     "mistral": ("*-", (*_WHOLE, "--rotary-seq-len-interpolation-factor", "2", "--norm-epsilon", "1e-5")),
     "qwen2": ("*-", (*_WHOLE, "--add-qkv-bias")),
     "qwen3": ("*-", (*_WHOLE, "--qk-layernorm", "--kv-channels", "16")),
+    "gpt2": ("*-*-", _GPT2),
     "mixtral": ("*E*E", (*_MOE, _UNTIED)),
     "qwen3_moe": ("*E", (*_MOE, "--qk-layernorm", "--moe-router-pre-softmax")),
     "rwkv7": ("R-R-", (*_RWKV, "--rwkv-head-size", "64")),

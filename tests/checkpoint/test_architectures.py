@@ -15,7 +15,7 @@ from megaforge.checkpoint.architectures.base import Given, choose
 from megaforge.checkpoint.export_hf import export_hf
 from megaforge.checkpoint.import_hf import config_of, import_hf
 from megaforge.checkpoint.published_import import Import
-from megaforge.checkpoint.safetensors_file import SafetensorsFile
+from megaforge.checkpoint.safetensors_file import SafetensorsFile, Slot, write_safetensors
 from megaforge.checkpoint.sources import open_source
 from megaforge.config.cli import parse_config
 from megaforge.config.run_config import ParallelConfig
@@ -75,9 +75,9 @@ def test_transformers_computes_the_same(exported: dict[str, tuple[Path, Path]], 
     torch.testing.assert_close(theirs(TOKENS).logits, ours, rtol=0, atol=1e-5)
     assert float(ours.std()) > 1e-3
     rotary = Rotary.of(trained.config.model)
-    assert rotary is not None  # what 12 tokens hardly tell
-    frequencies = rotary.frequencies(torch.device("cpu")) / rotary.stretch
-    torch.testing.assert_close(theirs.model.rotary_emb.inv_freq.double(), frequencies, rtol=1e-6, atol=0)
+    if rotary is not None and kind != "gpt2":  # what 12 tokens hardly tell
+        frequencies = rotary.frequencies(torch.device("cpu")) / rotary.stretch
+        torch.testing.assert_close(theirs.model.rotary_emb.inv_freq.double(), frequencies, rtol=1e-6, atol=0)
     theirs.save_pretrained(tmp_path / "theirs")  # in their own hand
     assert config_of(tmp_path / "theirs") == config_of(folder)
 
@@ -124,6 +124,21 @@ def test_training_goes_on_in_transformers(exported: dict[str, tuple[Path, Path]]
         assert trainer.train_step(batches).loss == pytest.approx(loss.item(), rel=0, abs=1e-5)
 
 
+def test_names_without_their_prefix(exported: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    """As in the files that GPT-2 was published in."""
+    run, folder = exported["gpt2"]
+    files = [SafetensorsFile(file) for file in sorted(folder.glob("*.safetensors"))]
+    found = {slot.name: file.tensor(slot.name) for file in files for slot in file.slots()}
+    plain = {name.removeprefix("transformer."): value for name, value in found.items()}
+    plain |= {"h.0.attn.bias": torch.ones(1, 1, 24, 24)}
+    slots = [Slot(name, value.dtype, tuple(value.shape)) for name, value in plain.items()]
+    write_safetensors(tmp_path / "model.safetensors", slots, plain.values())
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    import_hf(Import(tmp_path, tmp_path / "again"))
+    after = open_source(tmp_path / "again")
+    assert torch.equal(open_source(run).read("layers.1.mixer.qkv.weight"), after.read("layers.1.mixer.qkv.weight"))
+
+
 def test_rwkv7_is_named_as_in_flash_linear_attention(exported: dict[str, tuple[Path, Path]]) -> None:
     _, folder = exported["rwkv7"]
     slots = {slot.name: slot.shape for file in folder.glob("*.safetensors") for slot in SafetensorsFile(file).slots()}
@@ -142,6 +157,9 @@ def test_presets_say_which_of_their_parts_no_format_holds() -> None:
     for preset in preset_names():
         sizes = ["--vocab-size", "256", "--max-position-embeddings", "4096"]
         config = parse_config(["--config", preset, *sizes], prog="test").config
+        if preset == "megatron":  # pretrain_gpt.py by its defaults
+            assert choose(config.model, "the model", "--to hf", known).name == "gpt2"
+            continue
         part = "RWKV-7 layers with a mixture of experts, attention layers" if "cdrmix" in preset else "(--act|RWKV-7)"
         with pytest.raises(UserError, match=f"the model has {part}"):
             choose(config.model, "the model", "--to hf", known)
@@ -153,6 +171,7 @@ def test_presets_say_which_of_their_parts_no_format_holds() -> None:
         ("llama", ("--normalization", "layernorm"), "layer norms, which llama, .* train with --normalization rmsnorm"),
         ("llama", ("--rotary-interleaved",), "--rotary-interleaved, which llama"),
         ("llama", ("--rotary-seq-len-interpolation-factor", "2"), "--use-rope-scaling with --rotary-seq-len"),
+        ("gpt2", ("--activation", "relu2"), "--activation relu2, which gpt2, .* train with --activation gelu"),
         ("qwen3", ("--add-bias-linear",), "has --qk-layernorm, which llama"),
         ("qwen3_moe", ("--moe-shared-expert-intermediate-size", "16"), "a shared expert, which qwen3_moe"),
         ("mixtral", ("--moe-router-score-function", "sigmoid"), "sigmoid scores, which mixtral"),
@@ -178,6 +197,8 @@ def test_what_an_architecture_lacks_is_named(kind: str, more: tuple[str, ...], m
         ("qwen3", {"attention_bias": True}, "attention_bias True"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
         ("qwen3_moe", {"num_experts": 0}, "odd num_experts: 0"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
+        ("gpt2", {"activation_function": "relu"}, "activation_function 'relu': gpt2 is known with gelu_new"),
         ("rwkv7", {"attn": {"layers": [1]}}, "attention layers among"),
         ("rwkv7", {"head_dim": 32}, "norm_eps"),
         ("rwkv7", {"hidden_act": "relu"}, "hidden_act 'relu'"),

@@ -46,7 +46,7 @@ def test_there_and_back(runs: dict[str, Path], kind: str, tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type gpt2 is not one of llama"),
+        ({"model_type": "bloom"}, "model_type bloom is not one of llama"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu': llama is known with silu"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type yarn: known are"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 2}}, "low_freq_factor 2: here"),

@@ -119,6 +119,7 @@ class Architecture(ABC):
         quantizable: whether transformers' BitNet quantizer finds its matrices.
         defaults: of ``config.json``, where they matter.
         unread: ends of names of tensors that carry nothing.
+        optional_prefix: of names of tensors, which some files leave out.
     """
 
     name: ClassVar[str]
@@ -128,6 +129,7 @@ class Architecture(ABC):
     quantizable: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, Any]] = {}
     unread: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)
+    optional_prefix: ClassVar[str] = ""
 
     @abstractmethod
     def objections(self, cfg: ModelConfig) -> list[Objection]:

@@ -149,7 +149,7 @@ class RWKV7(Architecture):
         head = given.size("head_dim")
         if not math.isclose(head * given.number("norm_eps"), GROUP_NORM_EPSILON):
             given.demand("norm_eps", (GROUP_NORM_EPSILON / head,), f"heads here are normed with {GROUP_NORM_EPSILON:g}")
-        inner = given.get("intermediate_size") or int(width * given.get("hidden_ratio", 4))
+        inner = given.get("intermediate_size") or -(-int(width * given.get("hidden_ratio", 4)) // 32) * 32
         return rwkv7_config(
             layers=layers,
             hidden_size=width,
@@ -158,7 +158,6 @@ class RWKV7(Architecture):
             num_attention_heads=width // head,
             rwkv_head_size=head,
             norm_epsilon=given.number("norm_eps"),
-            max_position_embeddings=given.get("max_position_embeddings"),
             rwkv_decay_rank=given.get("decay_low_rank_dim"),
             rwkv_iclr_rank=given.get("a_low_rank_dim"),
             rwkv_value_rank=given.get("v_low_rank_dim"),
