@@ -152,7 +152,13 @@ SCHEDULES = Registry(
         "zb-v": "megaforge.parallel.pipeline.schedules:ZB_V",
     },
 )
-OBJECTIVES = Registry("objective", {"next_token": "megaforge.training.objectives:NextToken"})
+OBJECTIVES = Registry(
+    "objective",
+    {
+        "next_token": "megaforge.training.objectives:NextToken",
+        "distillation": "megaforge.training.distillation:Distillation",
+    },
+)
 LOSS_TERMS = Registry("loss term", {})
 CALLBACKS = Registry("callback", {"reduce_on_plateau": "megaforge.training.lr_plateau:reduce_on_plateau"})
 ARCHITECTURES = Registry(  # by their model_type in Hugging Face's config.json

@@ -17,6 +17,7 @@ BEYOND: set[str] = set()
 COVERED = {
     "config/attention_config.py": "nn/test_attention.py",
     "config/blocks.py": "config/test_megatron_flags.py",
+    "config/distill_config.py": "training/test_distillation.py",
     "config/dry_run_config.py": "verification/test_dry_run.py",
     "config/fields.py": "config/test_cli.py",
     "config/megatron/": "config/test_megatron_flags.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megaforge.config.distill_config import DistillConfig
 from megaforge.config.dry_run_config import DryRunConfig
 from megaforge.config.fields import check_fields
 from megaforge.config.length_config import LengthConfig
@@ -31,6 +32,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     qat: QATConfig = field(default_factory=QATConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     length: LengthConfig = field(default_factory=LengthConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -50,6 +52,7 @@ class Config:
             self.data,
             self.optimizer,
             self.qat,
+            self.distill,
             self.training,
             self.length,
             self.checkpoint,

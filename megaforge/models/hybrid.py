@@ -37,11 +37,13 @@ class ModelOutput:
         terms: loss terms that layers make, as sums over layers and tokens, by name.
         experts: int64 [2, MoE layers, E]: tokens_per_expert and preferred_per_expert of
             :class:`megaforge.nn.moe.RouterLosses`; a pipeline stage's own layers.
+        head_input: the head and what it was given, the normed residual stream [s(/tp), b, h]; None without a head.
     """
 
     scored: tuple[Tensor, Tensor, Tensor] | None
     terms: dict[str, LossTerm]
     experts: Tensor
+    head_input: tuple[OutputHead, Tensor] | None = None
 
     def _scored(self) -> tuple[Tensor, Tensor, Tensor]:
         if self.scored is None:
@@ -294,16 +296,24 @@ class HybridModel(nn.Module):
         info = self.pack(tokens, None) if info is None else info
         tokens, labels, loss_mask = (info.local(whole) for whole in (tokens, labels, loss_mask))
         sent, routed = self._trunk(tokens, info, None, received)
-        scored = None
+        scored = head_input = None
         if self.is_last:
-            losses, correct = self.head.loss(self.final_norm(sent["x"]), labels)
+            head_input = self.head, self.final_norm(sent["x"])
+            losses, correct = self.head.loss(head_input[1], labels)
             scored = losses, correct, loss_mask.t().to(losses.dtype)
         terms: dict[str, LossTerm] = {}
         for layer in routed:
             add_terms(terms, layer.terms(self.cfg))
         counts = [torch.stack([r.tokens_per_expert, r.preferred_per_expert]) for r in routed]
         experts = torch.stack(counts, dim=1) if counts else tokens.new_zeros((2, 0, self.cfg.num_experts))
-        return ModelOutput(scored, terms, experts), sent
+        return ModelOutput(scored, terms, experts, head_input), sent
+
+    def head_input(self, tokens: Tensor, info: PackedSequence) -> Tensor:
+        """What the head of a whole model is given of ``tokens`` int64 [b, s]: the normed residual stream
+        [s(/tp), b, h], of the tokens that this rank holds."""
+        sent, _ = self._trunk(info.local(tokens), info)
+        out: Tensor = self.final_norm(sent["x"])
+        return out
 
     def logits(
         self,

@@ -83,6 +83,14 @@ STEP = {
     "quant_step": Name("what a code of 1 stands for, mean over the quantized weights", _QUANTIZATION),
     "quant_clip_weights": Name("share of the weights' range that levels reach", "`--quant-clip`"),
     "quant_clip_activations": Name("share of the activations' range that levels reach", "`--quant-clip`"),
+    "distill": Name(
+        "divergence from the teacher's predictions in nats, mean over the labels; before its weight",
+        "`--objective distillation`",
+    ),
+    "relations": Name(
+        "divergence of relations from the teacher's in nats, mean over tokens and heads; before its weight",
+        "`--distill-relation-weight`",
+    ),
     "loss_scale": Name("factor on the loss", "`--fp16`"),
     "skipped": Name("1 where the gradient overflowed and the update was left out, else 0", "`--fp16`"),
 }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megaforge.kernels.attention import PackedDocuments, causal_attention, takes_documents, takes_segments
 from megaforge.nn.norms import make_head_norm, make_sub_norm
 from megaforge.nn.recompute import recomputed
+from megaforge.nn.relations import Projection
 from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState
 from megaforge.parallel.context_parallel.attention import context_parallel_attention, largest_visible_logits
 from megaforge.parallel.init_rules import Normal
@@ -91,6 +92,11 @@ class SelfAttention(nn.Module):
 
     def new_state(self) -> KVCache:
         return KVCache()
+
+    def relation_projections(self) -> tuple[Projection, ...]:
+        """See :class:`megaforge.nn.relations.HasRelations`."""
+        width = self.head_dim
+        return (Projection(self.qkv, ((self.heads, width), (self.groups, width), (self.groups, width))),)
 
     def _watch(self, query: Tensor, key: Tensor, info: PackedSequence) -> None:
         """Takes down the largest logits; a part that is computed again finds the same ones."""

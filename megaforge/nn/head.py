@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import kinds_of
 from megaforge.parallel.cross_entropy import vocab_parallel_linear_cross_entropy
+from megaforge.parallel.divergence import vocab_parallel_linear_divergence
 from megaforge.parallel.init_rules import InitRule, Normal
 from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import Linear
@@ -71,6 +72,29 @@ class OutputHead(Linear):
         """
         scored: tuple[Tensor, Tensor] = self(x, labels_BS)
         return scored
+
+    def divergence(self, x: Tensor, other: OutputHead, other_x: Tensor, temperature: float) -> Tensor:
+        """How far the predictions are from another head's, at a temperature, in nats of each token: [s, b]
+        (:func:`megaforge.parallel.divergence.vocab_parallel_linear_divergence`). It reads weights that :meth:`loss`
+        has read before.
+
+        Args:
+            x: as in :meth:`loss`.
+            other: a head over the same vocabulary.
+            other_x: what that one was given.
+        """
+        hidden, theirs = self.region.enter(x), other.region.enter(other_x)
+        far = vocab_parallel_linear_divergence(
+            hidden.flatten(0, 1),
+            self.weight,
+            theirs.flatten(0, 1),
+            other.weight,
+            ctx=self.ctx,
+            vocab_size=self.vocab_size,
+            temperature=temperature,
+            ops=(self.op, other.op),
+        )
+        return far.view(hidden.shape[:2])
 
     def logits(self, x: Tensor) -> Tensor:
         """Normed residual stream [s(/tp), b, h] -> [b, s, vocabulary], whole and unpadded on every rank."""

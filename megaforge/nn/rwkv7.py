@@ -14,6 +14,7 @@ from megaforge.config.model_config import ModelConfig
 from megaforge.kernels.rwkv7_fused import norm_bonus_gate, rwkv7_inputs
 from megaforge.kernels.wkv7.backend import wkv7_backend
 from megaforge.nn.recompute import recomputed
+from megaforge.nn.relations import Projection
 from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState
 from megaforge.nn.token_shift import shift_and_mix
 from megaforge.parallel.context_parallel.shard import ContextParallelShard
@@ -214,6 +215,11 @@ class RWKV7TimeMix(nn.Module):
         size = layer.cfg.hidden_size
         init = random_matrix(layer.cfg, gain, (size, size))
         return ColumnParallelLinear(layer, size, size, init=init, kind="rwkv")
+
+    def relation_projections(self) -> tuple[Projection, ...]:
+        """See :class:`megaforge.nn.relations.HasRelations`; receptance is the query."""
+        heads = ((self.local_heads, self.head_size),)
+        return tuple(Projection(module, heads) for module in (self.receptance, self.key, self.value))
 
     def new_state(self) -> RWKV7State:
         return RWKV7State()

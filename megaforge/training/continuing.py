@@ -35,6 +35,10 @@ _LEARNING = {
     "training": ("bf16", "fp16", "fp64", "rampup_batch_size", "step_batch_size_schedule", "objective", "loss_terms"),
     "parallel": ("grad_reduce_in_bf16", "grad_compression", "grad_compression_rank"),
     "data": ("eod_mask_loss",),
+    "distill": (
+        *("distill_weight", "distill_temperature", "distill_label_weight", "distill_relation_weight"),
+        "distill_relation_layer",
+    ),
     "qat": (
         *("quant_lambda", "quant_lambda_start_iters", "quant_lambda_end_iters", "quant_lambda_steps"),
         *("quant_lambda_sharpness", "quant_stages", "calibration_interval", "calibration_samples", "calibration_ema"),

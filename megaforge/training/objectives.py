@@ -8,15 +8,17 @@ registers some in :data:`megaforge.registry.OBJECTIVES` or :data:`megaforge.regi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from megaforge.config.config import Config
 from megaforge.data.loader import Batch
 from megaforge.errors import UserError
 from megaforge.models.hybrid import ModelOutput
 from megaforge.nn.losses import LossTerm
+from megaforge.parallel.context import ParallelContext
 from megaforge.registry import LOSS_TERMS, OBJECTIVES
 
 
@@ -34,6 +36,14 @@ class Objective(Protocol):
         """What this micro-batch adds to the counts that terms are divided by, under the same names for every
         micro-batch; they are summed over the global batch before its first forward pass."""
 
+    def prepare(self, config: Config, model: nn.Module, ctx: ParallelContext, tokenizer: dict[str, Any] | None) -> None:
+        """The run is built, and its checkpoint is loaded: what else the objective needs is fetched. Collective.
+
+        Args:
+            model: this rank's stages.
+            tokenizer: its identity as checkpoints keep it.
+        """
+
     def terms(self, output: ModelOutput, batch: Batch) -> dict[str, LossTerm]:
         """The loss terms of a micro-batch, under the same names each time; ``loss`` is the one that runs report first.
 
@@ -50,6 +60,9 @@ class NextToken(Objective):
 
     def __init__(self, config: Config) -> None:
         """Needs nothing of the configuration."""
+
+    def prepare(self, config: Config, model: nn.Module, ctx: ParallelContext, tokenizer: dict[str, Any] | None) -> None:
+        """Needs nothing of the run."""
 
     def counts(self, batch: Batch) -> dict[str, float]:
         return {"labels": float(batch.loss_mask.sum(dtype=torch.float64))}
@@ -71,6 +84,7 @@ class WithTerms:
 
     def __init__(self, objective: Objective, more: Mapping[str, Callable[[ModelOutput], LossTerm]]) -> None:
         self.counts, self.look_ahead = objective.counts, objective.look_ahead
+        self.prepare = getattr(objective, "prepare", lambda *run: None)
         self._objective, self._more = objective, more
 
     def terms(self, output: ModelOutput, batch: Batch) -> dict[str, LossTerm]:

@@ -159,6 +159,8 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext) -> Trainer:
         path = load_run(trainer)
         anew = f"--load {flags.load}: nothing was saved there yet, so the run starts anew"
         print_rank_0(f"loading {path}" if path else anew)
+    if hasattr(trainer.objective, "prepare"):
+        trainer.objective.prepare(trainer.config, model, ctx, trainer.tokenizer)
     for line in described(trainer.config, data, trainer.progress):
         print_rank_0(line)
     goes_on = config.checkpoint.load is not None and not config.checkpoint.finetune and not config.training.skip_train

@@ -252,6 +252,7 @@ def test_sections_are_the_fields_of_config() -> None:
         "data",
         "optimizer",
         "qat",
+        "distill",
         "training",
         "length",
         "checkpoint",

@@ -15,6 +15,7 @@ from megaforge.errors import UserError
 EVALUATED = ("--eval-iters", "1", "--eval-interval", "2")
 IN_EPOCHS = ("--eval-iters", "1", "--eval-interval-epochs", "0.1")
 DENSE = ("--ffn", "dense")
+TAUGHT = ("--objective", "distillation", "--distill-from", "d")
 ALONE = ("--quantize-weights", "int4", "--quantize-activations", "none")
 ATTENTION, RWKV = ("--layer-schedule", "attention"), ("--layer-schedule", "rwkv")
 
@@ -22,6 +23,13 @@ GROWING = ("--weight-decay-incr-style", "linear", "--start-weight-decay", "0", "
 
 REFUSED = [
     (("--zero-quantized-gather",), ("--quantize-weights", "ternary"), "add --zero 1"),
+    (("--objective", "distillation"), (), "--distill-from DIR"),
+    (("--distill-from", "d"), (), "--objective distillation"),
+    (("--distill-from", "d"), ("--objective", "next_token"), "--objective distillation"),
+    (("--distill-temperature", "2"), (), "--distill-from DIR"),
+    (("--distill-relation-layer", "2"), (), "--distill-relation-weight 1"),
+    (("--distill-relation-weight", "2"), (*TAUGHT, "--cp", "2"), "use --cp 1"),
+    (("--distill-relation-weight", "2"), (*TAUGHT, "--recompute", "full"), "--recompute selective"),
     (("--qk-clip-alpha", "0.4"), (), "add --qk-clip"),
     (("--qk-clip",), ("--qk-layernorm",), "leave one of the two out"),
     (("--rope-scaling-factor", "4"), (), "add --use-rope-scaling"),
