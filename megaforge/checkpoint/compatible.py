@@ -12,8 +12,15 @@ from megaforge.config.model_config import ModelConfig
 from megaforge.config.quant_config import QuantConfig
 from megaforge.errors import UserError
 
-# They shape the weights at step 0 only, and a checkpoint brings its own.
-_INITIAL_ONLY = {"rwkv_init", "init_std", "init_std_scale", "bound_tied_embedding"}
+# They shape the weights at step 0 only, and a checkpoint brings its own; or how those are trained.
+_INITIAL_ONLY = {
+    "rwkv_init",
+    "init_std",
+    "init_std_scale",
+    "bound_tied_embedding",
+    "hidden_dropout",
+    "attention_dropout",
+}
 _QUANTIZERS = {field.name for field in dataclasses.fields(QuantConfig)} - {"sub_norm"}
 # None stands for a value that follows from others; compared as what it stands for.
 _DERIVED = {

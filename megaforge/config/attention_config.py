@@ -28,6 +28,9 @@ class AttentionConfig(QuantConfig):
         False, "norm each head's queries and keys before they are rotated (Qwen 3), as --normalization says"
     )
     apply_wd_to_qk_layernorm: bool = flag(False, "decay the weights of --qk-layernorm, too")
+    attention_dropout: float = flag(
+        0.0, "share of attention's probabilities that is dropped in training, in steps of 1/65536", least=0, below=1
+    )
     position_embedding_type: str = flag("rope", "positions of tokens", choices=POSITION_EMBEDDINGS)
     max_position_embeddings: int | None = flag(
         None, "longest sequence the model is meant for (default: --seq-length)", least=1

@@ -340,6 +340,8 @@ def _notes(config: Config, world_size: int, replicas: int) -> list[str]:
             f"--ep {parallel.expert_model_parallel_size} among the "
             f"{world_size // parallel.pipeline_model_parallel_size} ranks of a pipeline stage"
         )
+    if parallel.context_parallel_size > 1 and parallel.cp_comm_type == "p2p" and config.model.attention_dropout:
+        notes.append("--attention-dropout gathers keys and values, as --cp-comm-type allgather, in place of p2p")
     if parallel.cpu_offload_activations and config.training.device == "cpu":
         notes.append("--cpu-offload-activations has nothing to move on --device cpu: it changes nothing")
     if parallel.zero_stage and replicas == 1:

@@ -44,6 +44,12 @@ class ModelConfig(AttentionConfig):
     normalization: str = flag("rmsnorm", "norm of the residual stream", choices=NORMS)
     norm_epsilon: float = flag(1e-6, "epsilon of the norms", above=0)
     untie_embeddings_and_output_weights: bool = flag(False, "give the output head a matrix of its own")
+    hidden_dropout: float = flag(
+        0.0,
+        "share of the embedding's and of each layer's output that is dropped in training, in steps of 1/65536",
+        least=0,
+        below=1,
+    )
     add_bias_linear: bool = flag(False, "biases in attention and FFN projections")
     vocab_size: int | None = flag(None, "true vocabulary size (default: the tokenizer's)", least=1, most=1 << 31)
     make_vocab_size_divisible_by: int = flag(

@@ -27,6 +27,7 @@ class Batch:
         labels: int64 [b, s], each token's successor.
         loss_mask: float32 [b, s], 1 where the label counts and 0 elsewhere.
         document_start: bool [b, s], True where the first token of a document lies.
+        samples: int64 [b], the number of each sample in the whole run; None where nobody counts them.
         later: with a look-ahead of n, n - 1 pairs (labels, loss mask) as above, of the second to the n-th token after
             each; with ``--eod-mask-loss`` none counts where a document begins in between.
     """
@@ -36,6 +37,7 @@ class Batch:
     loss_mask: Tensor
     document_start: Tensor
     later: tuple[tuple[Tensor, Tensor], ...] = ()
+    samples: Tensor | None = None
 
 
 class GlobalBatchLoader:
@@ -144,6 +146,7 @@ class GlobalBatchLoader:
             loss_mask=counts if beyond == 1 else counts[:, :length].contiguous(),
             document_start=starts[:, :length].contiguous(),
             later=tuple(self._later(whole, counts, starts, length)) if beyond > 1 else (),
+            samples=torch.arange(first, first + self._micro),
         )
 
     def _later(self, tokens: Tensor, counts: Tensor, starts: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:

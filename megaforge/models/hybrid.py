@@ -19,6 +19,7 @@ from megaforge.nn.moe import RouterLosses
 from megaforge.nn.norms import make_norm
 from megaforge.nn.recompute import recomputed
 from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState
+from megaforge.parallel.dropout import EMBEDDING, UPDATES
 from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import VocabParallelEmbedding
 from megaforge.parallel.packed_sequence import PackedSequence
@@ -82,6 +83,7 @@ class Block(nn.Module):
     def __init__(self, layer: LayerContext, kind: BlockKind) -> None:
         super().__init__()
         self.kind, self.recompute = kind, layer.recompute
+        self.index, self.region = layer.index, layer.region
         self.mixer_norm = make_norm(layer)
         self.mixer = kind.mixer.build(layer)
         if kind.ffn is not None:
@@ -127,6 +129,8 @@ class Block(nn.Module):
             alone = self.recompute == kind.recompute
             given = (place, x, info, tuple(known), states[place], *known.values())
             update, made, own = recomputed(alone, self.update, *given)
+            if info.dropout is not None:
+                update = info.dropout.hidden(update, self.index, UPDATES + place, self.region)
             x = x + update
             known.update(made)
             losses += [] if own is None else [own]
@@ -236,8 +240,8 @@ class HybridModel(nn.Module):
         """The residual stream [s(/tp), b, h] in front of the first block."""
         x = self.embedding(tokens_BS)
         x = x if self.positions is None else self.positions(x, info)
-        normed: Tensor = self.embedding_norm(x)
-        return normed
+        x = self.embedding_norm(x)
+        return x if info.dropout is None else info.dropout.hidden(x, -1, EMBEDDING, self.region)
 
     def pack(
         self, tokens_BS: Tensor, document_start_BS: Tensor | None, state: GenerationState | None = None

@@ -16,6 +16,7 @@ from megaforge.nn.recompute import recomputed
 from megaforge.nn.relations import Projection
 from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState
 from megaforge.parallel.context_parallel.attention import context_parallel_attention, largest_visible_logits
+from megaforge.parallel.context_parallel.dropped_attention import dropped_attention_of
 from megaforge.parallel.init_rules import Normal
 from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -77,6 +78,7 @@ class SelfAttention(nn.Module):
         self.head_dim = cfg.head_dim
         self.heads = cfg.num_attention_heads // ctx.tp.size
         self.groups = cfg.query_groups // ctx.tp.size
+        self.index, self.own_heads = layer.index, range(ctx.tp.rank * self.heads, (ctx.tp.rank + 1) * self.heads)
         self.rotation = POSITION_EMBEDDINGS.get(cfg.position_embedding_type).rotation(cfg)
         queries, shared = cfg.num_attention_heads * cfg.head_dim, cfg.query_groups * cfg.head_dim
         std, bias = cfg.init_std * cfg.init_std_scale, cfg.add_bias_linear
@@ -146,7 +148,10 @@ class SelfAttention(nn.Module):
         value = value.view(length, batch, self.groups, width).permute(1, 2, 0, 3)
         if self.watches_logits and self.training and state is None:
             self._watch(query, key, info)
-        if info.shards.axis.size > 1:
+        if info.dropout is not None and info.dropout.rates.attention:
+            rows = info.dropout.attention_rows(self.index, self.own_heads)
+            context = recomputed(self.recompute_core, dropped_attention_of, query, key, value, rows, info)
+        elif info.shards.axis.size > 1:
             context = recomputed(self.recompute_core, context_parallel_attention, query, key, value, info)
         else:
             if state is not None:

@@ -11,6 +11,7 @@ from megaforge.device import upload
 from megaforge.kernels.attention import PackedDocuments, taken_mask
 from megaforge.kernels.attention.segments import documents_of, segments_of
 from megaforge.parallel.context_parallel.shard import ContextParallelShard
+from megaforge.parallel.dropout import Dropout
 
 
 class PackedSequence:
@@ -29,6 +30,7 @@ class PackedSequence:
         shards: the part of the sequences that this rank holds.
         offset: tokens of these sequences that a recurrent state has already consumed, of the longest of them.
         padding_B: int64 [b], how much shorter than that each sequence is; None: not at all.
+        dropout: the masks of a micro-batch that is trained on; None: nothing is dropped.
         cache: what layers derive from the above for later layers too (rotary tables).
     """
 
@@ -88,6 +90,7 @@ class PackedSequence:
         self.document_ids_BS = self.local(self._documents_BS)
         self.document_start_SB = self.local(start).t().contiguous()
         self.cache: dict[Any, Any] = {}
+        self.dropout: Dropout | None = None
         self._start_BS = document_start_BS
         self._mask: torch.Tensor | None = None
         self._packed: PackedDocuments | None = None
@@ -128,6 +131,7 @@ class PackedSequence:
         first = torch.ones_like(documents[:, :1], dtype=torch.bool)
         some.document_start_SB = torch.cat([first, documents[:, 1:] != documents[:, :-1]], 1).t().contiguous()
         some._places_S = torch.arange(len(indices_SB), device=indices_SB.device)
+        some.dropout = None if self.dropout is None else self.dropout.select(indices_SB)
         some.cache, some._start_BS, some._mask, some._packed = {}, None, None, None
         return some
 

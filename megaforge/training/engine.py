@@ -41,7 +41,7 @@ from megaforge.parallel.after_update import Update, after_update
 from megaforge.parallel.agree import exchange
 from megaforge.parallel.context import ParallelContext
 from megaforge.training.batch_sums import BatchSums
-from megaforge.training.forward_backward import ForwardBackward, make_reducer
+from megaforge.training.forward_backward import ForwardBackward, dropout_rates, make_reducer
 from megaforge.training.objectives import Objective
 
 
@@ -67,7 +67,8 @@ class Engine:
         self.filter = make_filter(config.optimizer, optimizer.main.trained)
         self.scaler = LossScaler(config.optimizer, enabled=config.training.fp16)
         offload = config.parallel.cpu_offload_activations
-        self._pipeline = ForwardBackward(model, ctx, plan, self.reducer, offload=offload)
+        dropout = dropout_rates(config)
+        self._pipeline = ForwardBackward(model, ctx, plan, self.reducer, offload=offload, dropout=dropout)
         self._terms = WeakIdKeyDictionary()  # of each objective that is alive: its terms and their counts
         self._kept: dict[int, _Kept] = {}  # those of which Python cannot tell that they are gone (with slots)
 

@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megaforge.config.config import Config
 from megaforge.config.run_config import ParallelConfig
 from megaforge.data.loader import Batch
 from megaforge.device import upload
+from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel, ModelOutput
 from megaforge.models.pipeline_shape import PipelinePlan
 from megaforge.models.stages import ModelChunks, stage_executors, tied_weight
 from megaforge.nn.offload import HostMemory
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
+from megaforge.parallel.dropout import DropoutRates
 from megaforge.parallel.grad_compression import make_comm_hook
 from megaforge.parallel.pipeline.executor import StageOutput
 from megaforge.parallel.pipeline.tied import sum_tied_gradient
@@ -46,6 +49,12 @@ def make_reducer(
     )
 
 
+def dropout_rates(config: Config) -> DropoutRates | None:
+    """What ``--hidden-dropout`` and ``--attention-dropout`` ask for; None: nothing."""
+    hidden, attention = config.model.hidden_dropout, config.model.attention_dropout
+    return DropoutRates(hidden, attention, config.training.seed) if hidden or attention else None
+
+
 class ForwardBackward:
     """Runs the stages; one stage (no pipeline) is the schedule that runs each micro-batch forward, then backward.
 
@@ -60,10 +69,12 @@ class ForwardBackward:
         reducer: GradientReducer,
         *,
         offload: bool = False,
+        dropout: DropoutRates | None = None,
     ) -> None:
-        """``offload`` keeps what the backward pass needs in host memory (``--cpu-offload-activations``)."""
+        """``offload`` keeps what the backward pass needs in host memory (``--cpu-offload-activations``); ``dropout`` is
+        that of micro-batches that are trained on."""
         self.plan = plan
-        self._model, self._ctx, self._offload = model, ctx, offload
+        self._model, self._ctx, self._offload, self._dropout = model, ctx, offload, dropout
         self._tied = tied_weight(model, plan)
         self._executor = stage_executors(model, plan, lambda chunk, last: reducer.set_last_microbatch(last, chunk))
         self._inputs: dict[int, tuple[Any, ...]] = {}
@@ -74,12 +85,15 @@ class ForwardBackward:
         """Every micro-batch through every stage of this rank; with ``gradients`` it accumulates the gradient of
         ``loss_scale`` times the sum of what ``loss_fn`` makes of them.
 
+        Raises:
+            UserError: a micro-batch does not say what ``--hidden-dropout`` or ``--attention-dropout`` needs.
+
         Returns:
             Each stage and what ``loss_fn`` tells of a micro-batch; it must not keep an autograd graph alive.
         """
         self._inputs.clear()  # of a run that ended in an error
         executor = self._executor(len(micro_batches), micro_batches[0].tokens.shape)
-        step = partial(self._forward_step, loss_fn)
+        step = partial(self._forward_step, loss_fn, self._dropout if gradients else None)
         reports = executor.run(micro_batches, step, gradients=gradients, loss_scale=loss_scale)
         chunks = self._model.chunks
         return ((chunks[self.plan.schedule.chunk_of(stage)], told) for (_, stage), told in reports.items())
@@ -89,9 +103,16 @@ class ForwardBackward:
         if self._tied is not None:
             sum_tied_gradient(self._tied.main_grad, self.plan.schedule, self._ctx.pp)  # type: ignore[attr-defined]
 
-    def _forward_step(self, loss_fn: LossFn, chunk: nn.Module, batch: Batch, payload: dict[str, Tensor]) -> StageOutput:
+    def _forward_step(
+        self,
+        loss_fn: LossFn,
+        dropout: DropoutRates | None,
+        chunk: nn.Module,
+        batch: Batch,
+        payload: dict[str, Tensor],
+    ) -> StageOutput:
         assert isinstance(chunk, HybridModel)
-        inputs = self._inputs.pop(id(batch), None) or self._upload(chunk, batch)
+        inputs = self._inputs.pop(id(batch), None) or self._upload(chunk, batch, dropout)
         if chunk is not self._model.chunks[-1]:  # this rank's later stages read them too
             self._inputs[id(batch)] = inputs
         with self._saving():
@@ -99,10 +120,18 @@ class ForwardBackward:
             loss, told = loss_fn(output, batch)
         return StageOutput(sent, loss, told)
 
-    def _upload(self, chunk: HybridModel, batch: Batch) -> tuple[Any, ...]:
+    def _upload(self, chunk: HybridModel, batch: Batch, dropout: DropoutRates | None) -> tuple[Any, ...]:
         """A micro-batch as stages take it. Document starts stay in host memory, where it is asked what there is."""
         tokens, labels, mask = (upload(x, self._ctx.device) for x in (batch.tokens, batch.labels, batch.loss_mask))
-        return tokens, labels, mask, chunk.pack(tokens, batch.document_start)
+        info = chunk.pack(tokens, batch.document_start)
+        if dropout is not None:
+            if batch.samples is None:
+                raise UserError(
+                    "--hidden-dropout, --attention-dropout: a batch does not number its samples, which masks depend "
+                    "on; give it samples, or write 0"
+                )
+            info.dropout = dropout.of(upload(batch.samples, self._ctx.device), info.positions_S)
+        return tokens, labels, mask, info
 
     def _saving(self) -> AbstractContextManager[object]:
         active = self._offload and torch.is_grad_enabled()

@@ -18,7 +18,7 @@ def _config(**model) -> Config:
     return Config(model=ModelConfig(**{"vocab_size": 4096, **model}))
 
 
-INITIAL = ("init_", "rwkv_init", "bound_tied_embedding")
+INITIAL = ("init_", "rwkv_init", "bound_tied_embedding", "hidden_dropout", "attention_dropout")
 
 
 def test_the_same_run_is_accepted():
@@ -38,10 +38,7 @@ def test_every_differing_field_is_named_with_both_values():
     assert "--num-layers" not in text
 
 
-@pytest.mark.parametrize(
-    "name",
-    [f.name for f in dataclasses.fields(ModelConfig) if not f.name.startswith(("init_", "rwkv_init", "bound_tied"))],
-)
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ModelConfig) if not f.name.startswith(INITIAL)])
 def test_no_field_of_the_model_is_overlooked(name):
     default = getattr(ModelConfig(), name)
     other = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v + 0.5, str: lambda v: v + "x"}

@@ -12,7 +12,7 @@ GPT = ("--num-layers", "12", "--hidden-size", "768", "--num-attention-heads", "1
 DENSE = ("--layer-schedule", "attention", "--ffn", "dense")
 SAID = (
     "--activation gelu --add-bias-linear --normalization rmsnorm --norm-epsilon 1e-5 --adam-beta2 0.999 "
-    "--position-embedding-type rope"
+    "--position-embedding-type rope --attention-dropout 0.1 --hidden-dropout 0.1"
 ).split()
 SAID += "--no-reset-at-document-boundaries --weight-decay 0.01 --lr-decay-style linear --keep-last 0".split()
 

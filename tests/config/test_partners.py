@@ -150,6 +150,7 @@ SAID = [
     (("--num-query-groups", "1"), RWKV, "no attention layer"),
     (("--rotary-base", "1e6"), (*ATTENTION, "--position-embedding-type", "none"), "rope"),
     (("--qk-clip",), RWKV, "no attention"),
+    (("--attention-dropout", "0.1"), RWKV, "no attention"),
 ]
 
 

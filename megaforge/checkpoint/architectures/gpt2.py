@@ -22,8 +22,13 @@ class GPT2(Architecture):
     name, class_name, optional_prefix = "gpt2", "GPT2LMHeadModel", "transformer."
     unread: ClassVar[tuple[str, ...]] = (".attn.bias", ".attn.masked_bias")
     defaults: ClassVar[Mapping[str, Any]] = {
-        "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257,
-        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+        "n_positions": 1024,
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "vocab_size": 50257,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
     }
 
     def objections(self, cfg: ModelConfig) -> list[Objection]:

@@ -8,7 +8,6 @@ _SPECS = (
     "megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec",
     "megatron.core.models.mamba.mamba_layer_specs mamba_stack_spec",
 )
-_DROPOUT = "dropout is not available; write 0.0"
 _POSITIONS = "write rope, learned_absolute or none"
 
 MODEL_ROWS: tuple[Row, ...] = (
@@ -39,8 +38,6 @@ MODEL_ROWS: tuple[Row, ...] = (
         "apply-layernorm-1p use-cpu-initialization no-initialization data-parallel-random-init "
         "init-model-with-meta-device is-hybrid-model",
     ),
-    only("attention-dropout", "0 0.0", _DROPOUT),
-    only("hidden-dropout", "0 0.0", _DROPOUT),
     Row("no-bias-gelu-fusion", 0, becomes("", "GELU is then by the error function, not by tanh, as in Megatron-LM")),
     only("rope-type", "rope", "there are --position-embedding-type rope and none; leave it out"),
     only("softmax-type", "vanilla", "attention's softmax has no sink here; leave it out, or write vanilla"),

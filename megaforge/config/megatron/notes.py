@@ -18,6 +18,8 @@ _UNSAID = (
     ("model.norm_epsilon", 1e-6, "--norm-epsilon 1e-5"),
     ("model.position_embedding_type", "rope", "--position-embedding-type learned_absolute"),
     ("model.reset_at_document_boundaries", True, "--no-reset-at-document-boundaries"),
+    ("model.attention_dropout", 0.0, "--attention-dropout 0.1"),
+    ("model.hidden_dropout", 0.0, "--hidden-dropout 0.1"),
     ("optimizer.adam_beta2", 0.95, "--adam-beta2 0.999"),
     ("optimizer.weight_decay", 0.1, "--weight-decay 0.01"),
     ("optimizer.lr_decay_style", "cosine", "--lr-decay-style linear"),
@@ -99,10 +101,7 @@ def _unsaid(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
         return  # Megatron-LM has no such model
     unsaid = [write for key, ours, write in _UNSAID if origins[key] == "default" and _value(config, key) == ours]
     if unsaid:
-        yield (
-            f"Megatron-LM's defaults, where this line is silent, would be: {' '.join(unsaid)}; and "
-            "dropout 0.1, which is not available"
-        )
+        yield f"Megatron-LM's defaults, where this line is silent, would be: {' '.join(unsaid)}"
 
 
 def _in_megatron(model: ModelConfig) -> bool:

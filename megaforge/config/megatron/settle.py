@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from megaforge.config.megatron.line import Line
-from megaforge.config.schema import settings
 
 _BALANCE = "--moe-router-load-balancing-type"
 # Its entries ask for these; any one of a row.
@@ -53,16 +52,8 @@ def settle(line: Line, values: dict[str, Any], origins: dict[str, str]) -> None:
         for key in filter(lambda key: not _written(origins, key), ("data.split", "data.split_order")):
             values.pop(key, None)
             origins[key] = "default"
-    _silence(line, origins)
     _vocabulary(line, values)
     line.notes.append(_CONVENTIONS)
-
-
-def _silence(line: Line, origins: Mapping[str, str]) -> None:
-    """Defaults of Megatron-LM's that are not available must not be left to silence."""
-    for name in ("attention", "hidden"):
-        if f"model.{name}_dropout" not in settings() and line.find(f"--{name}-dropout") is None:
-            line.refused.append(f"--{name}-dropout is missing: 0.1 in Megatron-LM; there is none here: write 0.0")
 
 
 def _vocabulary(line: Line, values: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ class Attention(LayerKind):
     in_megatron = True
     settings = (
         *("model.kv_channels", "model.num_query_groups", "model.add_qkv_bias", "model.qk_layernorm"),
+        "model.attention_dropout",
         *("model.rotary_base", "model.rotary_percent", "model.position_embedding_type", "optimizer.qk_clip"),
     )
 
