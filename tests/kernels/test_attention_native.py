@@ -123,20 +123,22 @@ def test_a_nan_stays_in_its_document(dtype: torch.dtype) -> None:
 def test_the_same_bits_at_any_number_of_threads_and_packed_as_alone(dtype: torch.dtype) -> None:
     lengths = (130, 1, 75, 300)
     given, ids, places = inputs(4, 2, 506, 64, dtype), ids_of(lengths), range(506)
-    segments, threads = segments_of(documents_of(ids), places, places), torch.get_num_threads()
-    found = []
+    one, found, shared = inputs(1, 1, 700, 64, dtype, batch=1), {}, list[list[Tensor]]()
+    threads = torch.get_num_threads()
     try:
-        for number in (1, 2, 3):
+        for number in (1, 2, 5):
             torch.set_num_threads(number)
-            found.append(results(given, segments))
+            found[number] = results(given, segments_of(documents_of(ids), places, places))
+            for _ in range(4 if number > 1 else 1):  # one unit of work, whose parts threads add up in turn
+                shared.append(results(one, whole(1, 700)))
     finally:
         torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+    pairs = [(found[1], found[2]), (found[1], found[5]), *((shared[0], other) for other in shared[1:])]
+    assert all(torch.equal(x, y) for first, other in pairs for x, y in zip(first, other, strict=True))
     begin = 0
     for length in lengths:
         part = [x[:, :, begin : begin + length] for x in given]
-        for x, y in zip(results(part, whole(2, length)), found[0], strict=True):
+        for x, y in zip(results(part, whole(2, length)), found[1], strict=True):
             assert torch.equal(x, y[:, :, begin : begin + length])
         begin += length
 

@@ -58,14 +58,33 @@ struct Unit {
 
 constexpr std::int64_t kQueryBlock = 96;  // queries of a block of the forward pass
 
+constexpr std::int64_t kQueryPanel = 64;  // queries of a panel of the backward pass
+
+inline std::int64_t query_panels(const Segment& segment) { return (segment.queries + kQueryPanel - 1) / kQueryPanel; }
+
 inline std::int64_t query_blocks(const Segment& segment) { return (segment.queries + kQueryBlock - 1) / kQueryBlock; }
+
+// One of the threads that share a unit of the backward pass. Blocks of keys add to the gradient of a panel of queries in
+// their order, whoever computes them, so that the sums are those of one thread.
+struct Member {
+  std::int64_t rank, size;
+  std::int64_t* next;   // the next block of keys that nobody has taken
+  std::int64_t* done;   // of each panel of queries: how many blocks have added to it
+  void (*meet)(void*);  // returns when all members have called it
+  void* team;
+  void (*pause)();
+};
+
+struct Bytes {
+  std::int64_t shared, own;
+};
 
 // One instruction set's code. Scratch is 64-byte aligned.
 struct Kernels {
   std::int64_t (*forward_bytes)(const Problem&, const Unit&);
   void (*forward)(const Forward&, const Unit&, void* scratch);
-  std::int64_t (*backward_bytes)(const Problem&, const Unit&);
-  void (*backward)(const Backward&, const Unit&, void* scratch);
+  Bytes (*backward_bytes)(const Problem&, const Unit&);  // of a team, and of each member
+  void (*backward)(const Backward&, const Unit&, const Member&, void* shared, void* own);
 };
 
 extern const Kernels scalar_kernels;

@@ -11,14 +11,16 @@ struct BackwardRoom {
   static constexpr Int kDeep = kPanel / T::kPer;                         // words along a panel of queries
   Word *keys, *values, *turned, *queries, *query_pairs, *grads, *grad_pairs, *rows, *weights, *scores, *score_pairs;
   float *dkeys, *dvalues, *dqueries, *lse, *along, *raw, *raw_grad;
-  Int key_blocks, query_panels, bytes;
+  Int key_blocks, query_panels;
+  Bytes bytes;
 
-  BackwardRoom(const Problem& in, const Segment& segment, void* scratch) {
+  BackwardRoom(const Problem& in, const Segment& segment, void* shared, void* own) {
+    static_assert(kPanel == kQueryPanel);
     const Widths<T> width(in.d);
     const Int stride = width.panels * kPanel;
-    Shares shares(scratch);
+    Shares shares(shared), mine(own);
     key_blocks = (segment.keys + kKeyRows - 1) / kKeyRows;
-    query_panels = (segment.queries + kPanel - 1) / kPanel;
+    query_panels = attention::query_panels(segment);
     keys = shares.take<Word>(key_blocks * kKeyRows * width.row);
     values = shares.take<Word>(key_blocks * kKeyRows * width.row);
     turned = shares.take<Word>(key_blocks * width.channels * kKeyWords);
@@ -31,39 +33,37 @@ struct BackwardRoom {
     dqueries = shares.take<float>(query_panels * width.channels * kPanel);
     lse = shares.take<float>(query_panels * kPanel);
     along = shares.take<float>(query_panels * kPanel);
-    rows = shares.take<Word>(most(16 * width.row, most(kKeyWords, 16) * width.channels));
-    raw = shares.take<float>(kRows * kPanel);
-    raw_grad = shares.take<float>(kRows * kPanel);
-    weights = shares.take<Word>(kRows * kDeep);
-    scores = shares.take<Word>(kKeyRows * kPanel);
-    score_pairs = shares.take<Word>(kKeyRows * kPanel);
-    bytes = shares.bytes();
+    rows = mine.take<Word>(most(16 * width.row, most(kKeyWords, 16) * width.channels));
+    raw = mine.take<float>(kRows * kPanel);
+    raw_grad = mine.take<float>(kRows * kPanel);
+    weights = mine.take<Word>(kRows * kDeep);
+    scores = mine.take<Word>(kKeyRows * kPanel);
+    score_pairs = mine.take<Word>(kKeyRows * kPanel);
+    bytes = {shares.bytes(), mine.bytes()};
   }
 };
 
-// Keys and values as rows, and the keys of each block with channels as rows.
+// Keys and values of a block as rows, and its keys with channels as rows.
 template <class T>
-void pack_key_rows(const Problem& in, const Unit& unit, const BackwardRoom<T>& room) {
+void pack_key_rows(const Problem& in, const Unit& unit, const BackwardRoom<T>& room, Int block) {
   const Widths<T> width(in.d);
   const Segment& segment = *unit.segment;
   const Rows k(in.k, segment.batch, unit.group, segment.key), v(in.v, segment.batch, unit.group, segment.key);
-  const Int count = room.key_blocks * kKeyRows;
-  read_rows<T>(k, 0, count, segment.keys, width, room.keys);
-  read_rows<T>(v, 0, count, segment.keys, width, room.values);
   constexpr Int kWords = BackwardRoom<T>::kKeyWords;
-  for (Int block = 0; block < room.key_blocks; ++block) {
-    const Word* rows = room.keys + block * kKeyRows * width.row;
-    for (Int i = 0; i < kKeyRows; i += T::kPer, rows += T::kPer * width.row) {
-      // channels of all panels side by side
-      to_pairs<T>(rows, width, room.rows + i / T::kPer * width.channels, kPanel);
-    }
-    const Int words = kKeyRows / T::kPer;
-    clear(room.rows + words * width.channels, (kWords - words) * width.channels * 4);
-    Word* to = room.turned + block * width.channels * kWords;
-    for (Int w = 0; w < kWords; w += 16) {
-      for (Int c = 0; c < width.channels; c += 16) {
-        turn(room.rows + w * width.channels + c, width.channels, to + c * kWords + w, kWords, 16);
-      }
+  const Int first = block * kKeyRows;
+  read_rows<T>(k, first, kKeyRows, segment.keys, width, room.keys + first * width.row);
+  read_rows<T>(v, first, kKeyRows, segment.keys, width, room.values + first * width.row);
+  const Word* rows = room.keys + first * width.row;
+  for (Int i = 0; i < kKeyRows; i += T::kPer, rows += T::kPer * width.row) {
+    // channels of all panels side by side
+    to_pairs<T>(rows, width, room.rows + i / T::kPer * width.channels, kPanel);
+  }
+  const Int words = kKeyRows / T::kPer;
+  clear(room.rows + words * width.channels, (kWords - words) * width.channels * 4);
+  Word* to = room.turned + block * width.channels * kWords;
+  for (Int w = 0; w < kWords; w += 16) {
+    for (Int c = 0; c < width.channels; c += 16) {
+      turn(room.rows + w * width.channels + c, width.channels, to + c * kWords + w, kWords, 16);
     }
   }
 }
@@ -88,9 +88,10 @@ inline float along(const Rows& out, const Rows& dout, Int i, Int d) {
   return total;
 }
 
-// Queries and gradients of a head in both forms, their log-sum-exps in powers of 2; beyond the last query, weight 0.
+// A panel of a head's queries and gradients in both forms, their log-sum-exps in powers of 2; beyond the last query,
+// weight 0.
 template <class T>
-void pack_queries(const Backward& args, const Unit& unit, Int head, const BackwardRoom<T>& room) {
+void pack_queries(const Backward& args, const Unit& unit, const BackwardRoom<T>& room, Int head, Int panel) {
   const Problem& in = args.in;
   const Widths<T> width(in.d);
   const Segment& segment = *unit.segment;
@@ -98,22 +99,23 @@ void pack_queries(const Backward& args, const Unit& unit, Int head, const Backwa
   const Rows o(args.out, segment.batch, head, segment.query);
   constexpr Int kDeep = BackwardRoom<T>::kDeep;
   const auto pack = [&](const Rows& from, Int first, Word* columns, Word* pairs) {
-    const Int panel = first / kPanel, column = first % kPanel;
+    const Int column = first % kPanel;
     read_rows<T>(from, first, 16, segment.queries, width, room.rows);
     to_panel<T>(room.rows, width, columns + panel * width.words * kPanel, column);
     Word* to = pairs + (panel * width.panels * kDeep + column / T::kPer) * kPanel;
     for (Int i = 0; i < 16; i += T::kPer, to += kPanel) to_pairs<T>(room.rows + i * width.row, width, to, kDeep * kPanel);
   };
-  for (Int first = 0; first < room.query_panels * kPanel; first += 16) {
+  for (Int first = panel * kPanel; first < (panel + 1) * kPanel; first += 16) {
     pack(q, first, room.queries, room.query_pairs);
     pack(g, first, room.grads, room.grad_pairs);
   }
   const float* lse = args.lse + (segment.batch * in.heads + head) * in.length + segment.query;
-  for (Int i = 0; i < room.query_panels * kPanel; ++i) {
+  for (Int i = panel * kPanel; i < (panel + 1) * kPanel; ++i) {
     const bool there = i < segment.queries;
     room.lse[i] = there ? lse[i] * kLog2E : __builtin_inff();
     room.along[i] = there ? along(o, g, i, in.d) : 0.0f;
   }
+  clear(room.dqueries + panel * width.channels * kPanel, width.channels * kPanel * 4);
 }
 
 // Weights and score gradients of some keys (rows, at most kRows; `row` is the first's place in the block) and the columns
@@ -154,7 +156,8 @@ inline void weigh(const BackwardRoom<T>& room, Int panel, Int rows, Int row, Int
 
 // A block of keys against a panel of queries.
 template <class T>
-void backward_tile(const Backward& args, const Unit& unit, const BackwardRoom<T>& room, Int block, Int panel) {
+void backward_tile(const Backward& args, const Unit& unit, const BackwardRoom<T>& room, const Member& member, Int block,
+                   Int panel) {
   const Problem& in = args.in;
   const Widths<T> width(in.d);
   const Segment& segment = *unit.segment;
@@ -187,26 +190,22 @@ void backward_tile(const Backward& args, const Unit& unit, const BackwardRoom<T>
       product<T>(rows, scores + from / kPer, kDeep, q_pairs + deepest, deep, room.dkeys + to, stride, width.columns(p), true);
     }
   }
+  while (__atomic_load_n(member.done + panel, __ATOMIC_ACQUIRE) != block) member.pause();
   const Int from = begin(0);
   if (from >= columns) return;
   product<T>(width.channels, room.turned + block * width.channels * room.kKeyWords, room.kKeyWords, pairs + from,
              (keys + kPer - 1) / kPer, room.dqueries + panel * width.channels * kPanel + from, kPanel, columns - from, true);
 }
 
+// The gradient of a panel of a head's queries to where it belongs.
 template <class T>
-void backward_head(const Backward& args, const Unit& unit, const BackwardRoom<T>& room, Int head) {
+void write_queries(const Backward& args, const Unit& unit, const BackwardRoom<T>& room, Int head, Int panel) {
   const Problem& in = args.in;
   const Widths<T> width(in.d);
   const Segment& segment = *unit.segment;
-  pack_queries<T>(args, unit, head, room);
-  clear(room.dqueries, room.query_panels * width.channels * kPanel * 4);
-  for (Int block = 0; block < room.key_blocks; ++block) {
-    const Int first = most(block * kKeyRows - segment.ahead, 0) / kPanel;
-    for (Int panel = first; panel < room.query_panels; ++panel) backward_tile<T>(args, unit, room, block, panel);
-  }
   float* rows = reinterpret_cast<float*>(room.rows);
-  for (Int i = 0; i < segment.queries; i += 16) {
-    const float* from = room.dqueries + i / kPanel * width.channels * kPanel + i % kPanel;
+  for (Int i = panel * kPanel; i < least((panel + 1) * kPanel, segment.queries); i += 16) {
+    const float* from = room.dqueries + panel * width.channels * kPanel + i % kPanel;
     for (Int c = 0; c < width.channels; c += 16) {
       turn(reinterpret_cast<const Word*>(from + c * kPanel), kPanel, room.rows + c, width.channels, 16);
     }
@@ -217,21 +216,46 @@ void backward_head(const Backward& args, const Unit& unit, const BackwardRoom<T>
 }
 
 template <class T>
-Int backward_bytes(const Problem& in, const Unit& unit) {
-  return BackwardRoom<T>(in, *unit.segment, nullptr).bytes;
+void backward_head(const Backward& args, const Unit& unit, const BackwardRoom<T>& room, const Member& member, Int head) {
+  for (Int panel = member.rank; panel < room.query_panels; panel += member.size) {
+    pack_queries<T>(args, unit, room, head, panel);
+    member.done[panel] = 0;
+  }
+  if (member.rank == 0) *member.next = 0;
+  member.meet(member.team);
+  for (;;) {
+    const Int block = __atomic_fetch_add(member.next, 1, __ATOMIC_RELAXED);
+    if (block >= room.key_blocks) break;
+    const Int first = most(block * kKeyRows - unit.segment->ahead, 0) / kPanel;
+    for (Int panel = first; panel < room.query_panels; ++panel) {
+      backward_tile<T>(args, unit, room, member, block, panel);
+      __atomic_store_n(member.done + panel, block + 1, __ATOMIC_RELEASE);
+    }
+  }
+  member.meet(member.team);
+  for (Int panel = member.rank; panel < room.query_panels; panel += member.size) {
+    write_queries<T>(args, unit, room, head, panel);
+  }
 }
 
 template <class T>
-void backward_unit(const Backward& args, const Unit& unit, void* scratch) {
+Bytes backward_bytes(const Problem& in, const Unit& unit) {
+  return BackwardRoom<T>(in, *unit.segment, nullptr, nullptr).bytes;
+}
+
+template <class T>
+void backward_unit(const Backward& args, const Unit& unit, const Member& member, void* shared, void* own) {
   const Problem& in = args.in;
   const Segment& segment = *unit.segment;
-  const BackwardRoom<T> room(in, segment, scratch);
+  const BackwardRoom<T> room(in, segment, shared, own);
   const Int each = in.heads / in.groups, stride = Widths<T>(in.d).panels * kPanel;
-  pack_key_rows<T>(in, unit, room);
-  clear(room.dkeys, room.key_blocks * kKeyRows * stride * 4);
-  clear(room.dvalues, room.key_blocks * kKeyRows * stride * 4);
-  for (Int i = 0; i < each; ++i) backward_head<T>(args, unit, room, unit.group * each + i);
-  for (Int i = 0; i < segment.keys; ++i) {
+  for (Int block = member.rank; block < room.key_blocks; block += member.size) {
+    pack_key_rows<T>(in, unit, room, block);
+    clear(room.dkeys + block * kKeyRows * stride, kKeyRows * stride * 4);
+    clear(room.dvalues + block * kKeyRows * stride, kKeyRows * stride * 4);
+  }
+  for (Int i = 0; i < each; ++i) backward_head<T>(args, unit, room, member, unit.group * each + i);
+  for (Int i = member.rank; i < segment.keys; i += member.size) {
     write_row(args.dk, segment.batch, unit.group, segment.key + i, room.dkeys + i * stride, in.d, in.scale);
     write_row(args.dv, segment.batch, unit.group, segment.key + i, room.dvalues + i * stride, in.d, 1.0f);
   }

@@ -1,5 +1,8 @@
 // Chooses the instruction set, cuts the work into units and spreads them over threads.
 #include <algorithm>
+#include <atomic>
+#include <memory>
+#include <thread>
 #include <vector>
 
 #include <omp.h>
@@ -63,6 +66,35 @@ void spread(const std::vector<Unit>& units, int threads, Bytes bytes, Body body)
   }
 }
 
+// Threads that wait for each other.
+class Team {
+ public:
+  Team(std::int64_t size, std::int64_t panels) : size_(size), done(static_cast<std::size_t>(panels)) {}
+
+  // What all did before it is seen by all after it.
+  static void meet(void* team_any) {
+    Team& team = *static_cast<Team*>(team_any);
+    if (team.size_ == 1) return;
+    const std::int64_t turn = team.turn_.load();
+    if (team.here_.fetch_add(1) + 1 == team.size_) {
+      team.here_ = 0;
+      team.turn_ = turn + 1;
+    } else {
+      while (team.turn_.load() == turn) std::this_thread::yield();
+    }
+  }
+
+ private:
+  const std::int64_t size_;
+  std::atomic<std::int64_t> here_{0}, turn_{0};
+
+ public:
+  std::vector<std::int64_t> done;
+  std::int64_t next = 0, unit = 0;
+};
+
+void yield() { std::this_thread::yield(); }
+
 }  // namespace
 
 const Kernels& choose(Type type) {
@@ -84,9 +116,38 @@ void forward(const Kernels& kernels, const Forward& args, int threads) {
 }
 
 void backward(const Kernels& kernels, const Backward& args, int threads) {
-  spread(
-      units(args.in, threads, false), threads, [&](const Unit& unit) { return kernels.backward_bytes(args.in, unit); },
-      [&](const Unit& unit, void* scratch) { kernels.backward(args, unit, scratch); });
+  const std::vector<Unit> work = units(args.in, threads, false);
+  if (work.empty()) return;
+  const auto count = static_cast<std::int64_t>(work.size());
+  // A thread takes whole units where there are as many; else as many threads as there are share each.
+  const std::int64_t teams = std::clamp<std::int64_t>(threads, 1, count), size = std::max<std::int64_t>(threads / teams, 1);
+  Bytes bytes{};
+  std::int64_t panels = 1;
+  for (const Unit& unit : work) {
+    const Bytes needed = kernels.backward_bytes(args.in, unit);
+    bytes = {std::max(bytes.shared, needed.shared), std::max(bytes.own, needed.own)};
+    panels = std::max(panels, query_panels(*unit.segment));
+  }
+  const Scratch shared(teams, bytes.shared), own(teams * size, bytes.own);
+  std::vector<std::unique_ptr<Team>> all;
+  for (std::int64_t i = 0; i < teams; ++i) all.push_back(std::make_unique<Team>(size, panels));
+  Team alone(1, panels);
+  std::atomic<std::int64_t> next{0};
+#pragma omp parallel num_threads(static_cast<int>(teams * size))
+  {
+    // Where there are fewer threads than asked for, one does it all.
+    const bool complete = omp_get_num_threads() == teams * size;
+    const std::int64_t thread = omp_get_thread_num(), together = complete ? size : 1, rank = thread % together;
+    Team& team = complete ? *all[static_cast<std::size_t>(thread / size)] : alone;
+    const Member member{rank, together, &team.next, team.done.data(), Team::meet, &team, yield};
+    while (complete || thread == 0) {
+      Team::meet(&team);
+      if (rank == 0) team.unit = next.fetch_add(1);
+      Team::meet(&team);
+      if (team.unit >= count) break;
+      kernels.backward(args, work[static_cast<std::size_t>(team.unit)], member, shared.of(thread / together), own.of(thread));
+    }
+  }
 }
 
 }  // namespace megaforge::attention

@@ -118,7 +118,7 @@ void check(const Kernels& kernels, const Case& c, Type type, Random& random, con
   const Results want = defined(c, q.exact(), k.exact(), v.exact(), g.exact());
   const double most = (type == Type::f32 ? 2e-6 : 1e-2) * c.scale * c.scale;
   std::vector<Doubles> first;
-  for (int threads : {1, 3}) {
+  for (int threads : {1, 3, 8}) {
     Values out(c.batch, c.heads, c.queries, c.d, type), dq = out, dk(c.batch, c.groups, c.keys, c.d, type), dv = dk;
     std::vector<float> lse(c.batch * c.heads * c.queries, -std::numeric_limits<float>::infinity());
     const Problem in{c.heads, c.groups, c.queries, c.d, static_cast<float>(1 / std::sqrt(double(c.d))), c.segments.data(),
