@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megaforge.config.megatron.growing_batches import count_samples
 from megaforge.config.megatron.line import Line
 
 _BALANCE = "--moe-router-load-balancing-type"
@@ -32,6 +33,7 @@ def settle(line: Line, values: dict[str, Any], origins: dict[str, str]) -> None:
     _balance(line, values)
     if not line.as_there:
         return
+    count_samples(values, origins)
     if "model.num_experts" in values and not any(_written(origins, key) for key in _LAYERS):
         values["model.ffn"], origins["model.ffn"] = "moe", "--num-experts, as in Megatron-LM"
     fused = values.get("model.add_bias_linear") and line.find("--no-bias-gelu-fusion") is None
