@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 FILE_SUFFIX = ".safetensors"
 TARGETS = {"packed": FILE_SUFFIX, "hf": "", "gguf": ".gguf", "rwkv7": ".pth", "megatron": ""}  # name -> how --save ends
 SOURCES = {  # name -> what reads it, of an Import
+    "gguf": "megaforge.checkpoint.import_gguf:import_gguf",
     "hf": "megaforge.checkpoint.import_hf:import_hf",
     "rwkv7": "megaforge.checkpoint.import_rwkv7:import_rwkv7",
     "megatron": "megaforge.checkpoint.megatron.importing:import_megatron",

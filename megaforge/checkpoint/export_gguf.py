@@ -103,8 +103,7 @@ def _blocks(model: QuantizedModel, name: str | None) -> BlockType | None:
 
 def _tensors(model: QuantizedModel, kind: str, blocks: BlockType | None) -> Iterator[GGUFTensor]:
     for piece in pieces(model.config.model, model.specs):
-        module = _ENDS[piece.role] if piece.layer is None else f"blk.{piece.layer}.{_IN_LAYER[piece.role]}"
-        name = f"{module}.{piece.name.rpartition('.')[2]}"
+        name = gguf_name(piece)
         if piece.name not in model.schemes or blocks is None:
             value = _ordered(model, kind, piece, piece.of(model.read(piece.name)))
             value = value.float() if value.dim() == 1 or value.dtype not in PLAIN else value
@@ -119,6 +118,12 @@ def _tensors(model: QuantizedModel, kind: str, blocks: BlockType | None) -> Iter
         except ValueError as error:
             raise UserError(f"{_WANTED}: {piece.name}, {piece.role}: {error}") from error
         yield GGUFTensor(name, tuple(codes.shape), blocks.number, data)
+
+
+def gguf_name(piece: Piece) -> str:
+    """What llama.cpp calls it."""
+    module = _ENDS[piece.role] if piece.layer is None else f"blk.{piece.layer}.{_IN_LAYER[piece.role]}"
+    return f"{module}.{piece.name.rpartition('.')[2]}"
 
 
 def _ordered(model: QuantizedModel, kind: str, piece: Piece, rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The GGUF file format, written (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3).
+"""The GGUF file format, written and read (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3).
 
 Little-endian: a magic number, counts, key-value pairs, descriptions of tensors, then their bytes, each aligned to 32.
 The package of that name does not know all block types that it would have to write.
@@ -10,11 +10,13 @@ import os
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from megaforge.errors import UserError
 
 ALIGNMENT = 32
 F32, F16, BF16 = 0, 1, 30  # ggml's numbers of plain types
@@ -92,3 +94,104 @@ def write_gguf(file: Path, fields: Mapping[str, Any], tensors: Sequence[GGUFTens
         stream.flush()
         os.fsync(stream.fileno())
         return stream.tell()
+
+
+_NUMBERS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}  # type -> struct's
+_MOST = 1 << 32  # entries of a list, bytes of a text: more is damage
+
+
+class GGUFSlot(NamedTuple):
+    """Where a tensor lies: its shape, rows last but one; ggml's number of its type; its first byte in the file."""
+
+    shape: tuple[int, ...]
+    kind: int
+    start: int
+
+
+class GGUFFile:
+    """A file of versions 2 and 3, mapped into memory.
+
+    Attributes:
+        fields: what it says of its model, by key.
+        slots: its tensors, by name.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with open(path, "rb") as stream:
+                self._read_head(stream)
+            self._bytes: np.memmap[Any, Any] = np.memmap(path, np.uint8, "r")
+        except OSError as error:
+            raise UserError(f"{path}: it cannot be read ({error.strerror})") from error
+        except (struct.error, UnicodeDecodeError, KeyError, ValueError, MemoryError, OverflowError) as error:
+            raise UserError(
+                f"{path}: it is no GGUF file, or a damaged one ({error or type(error).__name__})"
+            ) from error
+
+    def _read_head(self, stream: BinaryIO) -> None:
+        magic, version, tensors, fields = struct.unpack("<4sIQQ", stream.read(24))
+        if magic != b"GGUF" or version not in (2, 3):
+            raise ValueError(f"it begins with {magic!r}, version {version}; known are b'GGUF', versions 2 and 3")
+        self.fields: dict[str, Any] = {}
+        for _ in range(fields):
+            key = _read_text(stream)
+            self.fields[key] = _read_value(stream, *struct.unpack("<I", stream.read(4)))
+        found = []
+        for _ in range(tensors):
+            name, [dims] = _read_text(stream), struct.unpack("<I", stream.read(4))
+            *shape, kind, offset = struct.unpack(f"<{dims}QIQ", stream.read(8 * dims + 12))
+            found.append((name, tuple(shape[::-1]), kind, offset))
+        aligned = int(self.fields.get("general.alignment", ALIGNMENT))
+        start = -(-stream.tell() // aligned) * aligned
+        self.slots = {name: GGUFSlot(shape, kind, start + offset) for name, shape, kind, offset in found}
+
+    def content(self, name: str, nbytes: int) -> Tensor:
+        """The bytes of a tensor: uint8 [nbytes], a copy.
+
+        Raises:
+            UserError: the file ends before them.
+        """
+        start = self.slots[name].start
+        if start + nbytes > len(self._bytes):
+            raise UserError(f"{self.path}: it ends within {name}; it is not whole")
+        return torch.from_numpy(np.array(self._bytes[start : start + nbytes]))
+
+
+def _read_text(stream: BinaryIO) -> str:
+    [size] = struct.unpack("<Q", stream.read(8))
+    raw = stream.read(size) if size < _MOST else b""
+    if len(raw) != size:
+        raise ValueError("a text does not end")
+    return raw.decode("utf-8")
+
+
+def _read_value(stream: BinaryIO, kind: int) -> Any:
+    if kind == _STRING:
+        return _read_text(stream)
+    if kind != _ARRAY:
+        form = "<" + _NUMBERS[kind]
+        [value] = struct.unpack(form, stream.read(struct.calcsize(form)))
+        return value
+    inner, count = struct.unpack("<IQ", stream.read(12))
+    if count >= _MOST:
+        raise ValueError("a list does not end")
+    if inner in (_STRING, _ARRAY):
+        return [_read_value(stream, inner) for _ in range(count)]
+    form = f"<{count}{_NUMBERS[inner]}"
+    return list(struct.unpack(form, stream.read(struct.calcsize(form))))
