@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megaforge.config.cli import ParsedConfig, parse_config
+from megaforge.config.megatron.rules import TAKES, TAKES_ANY
 from megaforge.config.megatron.table import ROWS, VALUES, own_flags
 from megaforge.config.schema import settings
 from megaforge.errors import UserError
@@ -25,7 +26,7 @@ def gpt(*more: str) -> ParsedConfig:
 
 
 def test_a_flag_of_ours_is_in_no_table() -> None:
-    assert not own_flags() & {f"--{row.flag}" for row in ROWS}
+    assert not own_flags() & {*(f"--{row.flag}" for row in ROWS), *TAKES, *TAKES_ANY}
     assert len({row.flag for row in ROWS}) == len(ROWS)
     flags = {spelling: one for one in settings().values() for spelling in (one.flag, *one.aliases)}
     for flag, values in VALUES.items():
@@ -142,6 +143,8 @@ def test_the_verdicts_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
 def test_arity_is_minded() -> None:
     for line, words in (
         (("--attention-backend",), "--attention-backend: expected one argument"),
+        (("--use-wandb", "yes"), "yes: no flag takes this word; --use-wandb takes none"),
+        (("--recompute-granularity",), "--recompute-granularity: expected one argument"),
         (("--use-flash-attn", "yes"), "yes: no flag takes this word; --use-flash-attn takes none"),
         (("--attention-backend", ""), "--attention-backend '': the value is empty"),
     ):
@@ -152,6 +155,10 @@ def test_arity_is_minded() -> None:
 
 
 def test_meaning_comes_before_spelling() -> None:
-    for flag, words in (("--learning-rate", "write --lr"), ("--use-mcore-model", "did you mean --use-mcore-models?")):
+    for flag, words in (
+        ("--learning-rate", "write --lr"),
+        ("--use-mcore-model", "did you mean --use-mcore-models?"),
+        ("--resum", "mean --resume"),
+    ):
         with pytest.raises(UserError, match=words):
             gpt(flag)

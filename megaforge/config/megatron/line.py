@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megaforge.config.megatron.rows import ANY, Outcome, Row
-from megaforge.config.megatron.rules import RULES
+from megaforge.config.megatron.rules import RULES, TAKES
 from megaforge.config.megatron.table import MEANINGS, own_flags, row_of, takes_one_of, value_outcome
 
 
@@ -61,7 +61,8 @@ class Line:
 
 def read_line(argv: Sequence[str], as_there: bool = False) -> Line:
     """The flags of a line, in our words; nothing is raised, ``refused`` says what is wrong."""
-    line = Line(_split(argv), as_there)
+    line = Line([], as_there)
+    line.given = [one for one in _split(argv) if one.flag not in TAKES or _fits(line, one, TAKES[one.flag])]
     for rule in RULES:
         rule(line)
     for one in line.given:
@@ -99,17 +100,24 @@ def _split(argv: Sequence[str]) -> list[Given]:
     return found
 
 
-def _apply(line: Line, one: Given, row: Row) -> None:
+def _fits(line: Line, one: Given, arity: int) -> bool:
+    """Whether a flag has as many values as it takes; what is wrong is refused."""
     if "" in one.values:
         line.refused.append(f"{one.flag} '': the value is empty; give one, or leave the flag out")
-    elif row.arity != ANY and len(one.values) < row.arity:
+    elif arity != ANY and len(one.values) < arity:
         line.refused.append(f"{one.flag}: expected one argument")
-    elif row.arity != ANY and len(one.values) > row.arity:
-        line.refused.append(f"{one.values[row.arity]}: no flag takes this word; {one.flag} takes {row.arity or 'none'}")
+    elif arity != ANY and len(one.values) > arity:
+        line.refused.append(f"{one.values[arity]}: no flag takes this word; {one.flag} takes {arity or 'none'}")
     else:
+        return True
+    return False
+
+
+def _apply(line: Line, one: Given, row: Row) -> None:
+    if _fits(line, one, row.arity):
         _follow(line, one, row.values.get(" ".join(one.values).lower(), row.outcome))
-        return
-    one.words = []
+    else:
+        one.words = []
 
 
 def _follow(line: Line, one: Given, outcome: Outcome) -> None:

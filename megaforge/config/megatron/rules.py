@@ -166,3 +166,13 @@ RULES: tuple[Callable[[Line], None], ...] = (
     whole_numbers,
     split_in_quotes,
 )
+
+# The flags that rules take from a line, which no table has, and how many values each has.
+TAKES = {
+    **dict.fromkeys(("--no-position-embedding", _GROUPED, "--use-megatron-fsdp", "--recompute-activations"), 0),
+    **dict.fromkeys(("--reset-position-ids", "--reset-attention-mask", "--dataloader-inter-document-masking"), 0),
+    **dict.fromkeys((_STRATEGY, "--recompute-granularity", "--recompute-method", "--recompute-num-layers"), 1),
+    "--use-wandb": 0,
+}
+# Those that may have any number of them.
+TAKES_ANY = ("--recompute-modules", "--moe-layer-freq", "--resume")

@@ -10,6 +10,7 @@ from megaforge.config.megatron.model_rows import MODEL_ROWS, MODEL_VALUES
 from megaforge.config.megatron.moe_rows import MOE_ROWS, MOE_VALUES
 from megaforge.config.megatron.parallel_rows import PARALLEL_ROWS, PARALLEL_VALUES
 from megaforge.config.megatron.rows import Outcome, Row
+from megaforge.config.megatron.rules import TAKES, TAKES_ANY
 from megaforge.config.megatron.run_rows import RUN_ROWS, RUN_VALUES
 from megaforge.config.megatron.training_rows import TRAINING_ROWS, TRAINING_VALUES
 from megaforge.config.schema import settings
@@ -90,8 +91,9 @@ def takes_one_of(flag: str) -> bool:
 
 
 def known_flags() -> Iterator[str]:
-    """Every flag of the tables that has a name of its own."""
-    return (f"--{row.flag}" for row in ROWS if not row.flag.endswith("*"))
+    """Every flag of the tables and rules that has a name of its own."""
+    yield from (f"--{row.flag}" for row in ROWS if not row.flag.endswith("*"))
+    yield from (*TAKES, *TAKES_ANY)
 
 
 @functools.cache
