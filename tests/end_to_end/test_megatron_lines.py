@@ -25,6 +25,7 @@ from tests.training.tiny import record
 LINES = Path(__file__).parents[1] / "config" / "megatron_lines"
 NAMED = {  # ranks, parameters
     "mixtral_8x7b": (32, 46_702_792_704),
+    "gpt3_175b": (128, 174_604_836_864),
     "llama3_8b_bf16": (8, 8_030_261_248),
 }
 SMALL = dict(
@@ -38,9 +39,10 @@ SMALL = dict(
 )
 LAYOUTS = {
     "mixtral_8x7b": {"--pipeline-model-parallel-size": "2", "--expert-model-parallel-size": "4"},
+    "gpt3_175b": {"--tensor-model-parallel-size": "2", "--pipeline-model-parallel-size": "2"},
     "llama3_8b_bf16": {},
 }
-VOCABULARIES = {"mixtral_8x7b": 256, "llama3_8b_bf16": 64}
+VOCABULARIES = {"mixtral_8x7b": 256, "gpt3_175b": 300, "llama3_8b_bf16": 64}
 TRACKERS = ("--wandb-project", "--wandb-exp-name", "--tensorboard-dir", "--profile-step-start", "--profile-step-end")
 
 
