@@ -35,7 +35,7 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.layer_context import make_layer_context
-from megaforge.quant.statistics import FULL_BYTES, quantized_size
+from megaforge.quant.statistics import FULL_BYTES, quantized_layers, quantized_size
 from tests.bench.harness import interleaved_ratio, print_json, print_table
 
 TERNARY: dict[str, Any] = {"quantize_weights": "ternary"}
@@ -54,9 +54,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "noise": TERNARY | {"quant_noise": 0.1},
     "hadamard": TERNARY | {"hadamard": 64},
     "sub norm": TERNARY | {"sub_norm": True},
-    "qat_adam": TERNARY | {"optimizer": "qat_adam"},  # of the optimizer, the others are of the model
+    "qat_adam": TERNARY | {"optimizer": "qat_adam"},  # of the optimizer, as most others are of the model
     "fp16 steps": TERNARY | {"quant_scale_dtype": "fp16"},
     "attention alone": TERNARY | {"bitnet_layers": ("attention",)},
+    "static steps": TERNARY | {"online_calibration": True},
+    "clipped": TERNARY | {"quant_clip": "both"},
+    "lambda 0.5": TERNARY | {"share": 0.5},
+    "teacher": TERNARY | {"teacher": True},
 }
 BATCH, LENGTH, VOCAB, RATE = 2, 256, 2048, 1e-4
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -74,7 +78,8 @@ class Trained:
         shape: dict[str, Any] = {"num_layers": 4, "hidden_size": 384, "ffn_hidden_size": 1024, "num_attention_heads": 6}
         kind: dict[str, Any] = {"layer_schedule": "attention", "ffn": "dense", "activation": "swiglu"}
         options = dict(self.options)
-        rule = options.pop("optimizer", "adam")
+        rule, share = options.pop("optimizer", "adam"), options.pop("share", 1.0)
+        self.teacher = Trained({}, self.dtype).model.eval() if options.pop("teacher", False) else None
         cfg = ModelConfig(**shape, **kind, vocab_size=VOCAB, **options)
         self.model = HybridModel(make_layer_context(cfg, ctx, dtype=self.dtype))
         initialize_parameters(self.model, ctx, seed=0)
@@ -82,10 +87,37 @@ class Trained:
         self.optimizer = Optimizer(OptimizerConfig(optimizer=rule, lr=RATE), self.model, ctx)
         generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=generator)
+        self._settle(share)
+
+    @torch.no_grad()
+    def _settle(self, share: float) -> None:
+        """What training would set: lambda, clips, and the range that the first batch has."""
+        ops = [op for _, _, op in quantized_layers(self.model)]
+        for op in ops:
+            op.share = share
+            if op.ranges is not None and op.ranges.clip is not None:
+                op.ranges.clip.fill_(1.25)
+            op.forget()
+        static = [op.ranges for op in ops if op.ranges is not None and op.ranges.input is not None]
+        for ranges in static:
+            ranges.watches = True
+        if static:
+            self.loss()
+        for ranges in static:
+            assert ranges.input is not None and ranges.seen is not None
+            ranges.watches = False
+            ranges.input.copy_(ranges.seen)
 
     def loss(self) -> Tensor:
-        mask = torch.ones(BATCH, LENGTH)
-        return self.model(self.tokens[:, :-1], self.tokens[:, 1:], mask).loss_sum / mask.numel()
+        tokens, mask = self.tokens[:, :-1], torch.ones(BATCH, LENGTH)
+        output = self.model(tokens, self.tokens[:, 1:], mask)
+        total = output.loss_sum
+        if self.teacher is not None:
+            with torch.no_grad():
+                theirs = self.teacher.head_input(tokens, self.teacher.pack(tokens, None))
+            head, x = output.head_input
+            total = total + head.divergence(x, self.teacher.head, theirs, 1.0).sum()
+        return total / mask.numel()
 
     def step(self) -> float:
         """CPU-seconds of one step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +139,12 @@ def test_every_flag_changes_the_loss(prefix: str) -> None:
 @pytest.mark.parametrize("kind", ["--fp16", "--bf16"])
 def test_16_bit_training_goes_on_as_if_it_had_never_stopped(prefix: str, tmp_path: Path, kind: str) -> None:
     flags = (*RECIPES["ternary"], kind, "--hybrid-layer-pattern", "*-RE", "--sub-norm", "--ema-decay", "0.9")
-    flags = ("--hybrid-layer-pattern", "RE*-", *flags[:3], *flags[5:], "--train-iters", "4", "--eval-iters", "1")
-    flags = (*flags, "--eval-interval", "2", "--ema-evaluate")
+    flags = ("--hybrid-layer-pattern", "RE*-", *flags[:3], *flags[5:], "--train-iters", "2", "--eval-iters", "1")
+    flags = (*flags, "--eval-interval", "1", "--ema-evaluate")
     expected = make_trainer(arguments(prefix, *flags))
     expected.train()
     save = ("--save", str(tmp_path / "run"))
-    make_trainer(arguments(prefix, *flags, *save, "--exit-interval", "2")).train()
+    make_trainer(arguments(prefix, *flags, *save, "--exit-interval", "1")).train()
     resumed = make_trainer(arguments(prefix, *flags, *save, "--load", str(tmp_path / "run")))
     resumed.train()
     theirs = weights(expected)
@@ -167,12 +168,15 @@ def test_full_precision_weights_go_on_as_codes(prefix: str, tmp_path: Path) -> N
         make_trainer(arguments(prefix, *flags, *load, "--finetune", "--sub-norm"))
 
 
-def hidden_states(prefix: str, tp: int, more: tuple[str, ...]) -> list[torch.Tensor]:
-    """What the final norm is given, whole, in fp32 and bf16."""
+SUMMED = (("--quantize-weights", "ternary", "--sub-norm"), RECIPES["rows"])
+
+
+def hidden_states(prefix: str, tp: int) -> list[torch.Tensor]:
+    """What the final norm is given, whole, in fp32 and bf16, of each kind of row layer."""
     ctx = ParallelContext.create(tp=tp) if tp > 1 else ParallelContext.single()
     torch.set_float32_matmul_precision("highest")  # what other tests have left to the ranks may differ
     found = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for more, dtype in product(SUMMED, (torch.float32, torch.bfloat16)):
         flags = arguments(prefix, "--hybrid-layer-pattern", "*-*-", "--vocab-size", str(VOCAB), *more)
         layer = make_layer_context(make_config(flags).model, ctx, dtype=dtype, sequence_parallel=tp > 2)
         model = HybridModel(layer)
@@ -186,14 +190,11 @@ def hidden_states(prefix: str, tp: int, more: tuple[str, ...]) -> list[torch.Ten
     return found
 
 
-@pytest.mark.parametrize("more", [("--quantize-weights", "ternary", "--sub-norm"), RECIPES["rows"]])
-def test_row_layers_sum_codes_so_that_every_split_has_the_same_bits(
-    ranks: RankPool, prefix: str, more: tuple[str, ...]
-) -> None:
-    [expected] = ranks.run(1, hidden_states, prefix, 1, more)
+def test_row_layers_sum_codes_so_that_every_split_has_the_same_bits(ranks: RankPool, prefix: str) -> None:
+    [expected] = ranks.run(1, hidden_states, prefix, 1)
     for tp in (2, 4):
-        for rank in ranks.run(tp, hidden_states, prefix, tp, more):
-            assert [one.dtype for one in rank] == [torch.float32, torch.bfloat16]
+        for rank in ranks.run(tp, hidden_states, prefix, tp):
+            assert [one.dtype for one in rank] == [torch.float32, torch.bfloat16] * 2
             assert all(torch.equal(one, whole) for one, whole in zip(rank, expected, strict=True))
 
 
