@@ -200,3 +200,15 @@ def test_the_vocabulary_comes_from_the_tokenizer_unless_given() -> None:
         UserError, match="--vocab-size 4000: the tokenizer has 4096 entries; use --vocab-size 4096 or more"
     ):
         with_tokenizer_vocab(parse_config(["--vocab-size", "4000"]).config, 4096)
+
+
+def test_dropped_attention_gathers_keys_and_values() -> None:
+    line = ["--cp", "2", "--cp-comm-type", "p2p", "--seq-length", "64"]
+    assert check_layout(parse_config(line).config, 2).notes == ()
+    [note] = check_layout(parse_config([*line, "--attention-dropout", "0.1"]).config, 2).notes
+    assert note.startswith("--attention-dropout gathers keys and values")
+
+
+def test_experts_of_a_width_of_their_own_are_named_so() -> None:
+    line = ("--etp", "2", "--tp", "2", "--moe-ffn-hidden-size", "33")
+    assert complaint(2, *line).startswith("--etp 2 does not divide both --moe-ffn-hidden-size 33")

@@ -126,7 +126,7 @@ def test_dropped_attention(starts: tuple[int, ...], size: int, groups: int, pack
     factors = kept(rows, rate, last).double() * scale_of(rate)
     expected = written_out(query, key, value, places, documents, factors)
     direction = random(*out.shape, seed=5)
-    assert float((out - expected).norm()) <= 1e-12 * max(float(expected.norm()), 1.0)
+    assert float((out - expected).detach().norm()) <= 1e-12 * max(float(expected.detach().norm()), 1.0)
     ours = torch.autograd.grad((out * direction).sum(), inputs)
     theirs = torch.autograd.grad((expected * direction).sum(), inputs)
     for name, one, other in zip(("query", "key", "value"), ours, theirs, strict=True):
@@ -140,8 +140,8 @@ FLAGS = (
     *("--hidden-dropout", "0.2", "--attention-dropout", "0.3", "--qk-layernorm", "--add-qkv-bias"),
     *("--position-embedding-type", "learned_absolute", "--max-position-embeddings", "128"),
 )
-# Micro-batches, recomputation, sequence and context parallelism both ways, pipelines with a split backward pass.
-NAMES = ("micro1", "cp4-ring", "pp2-cp2-zb-v", "tp2-sp-recompute", "tp2-sp-pp2-cp2-vpp2")
+# Micro-batches, recomputation, sequence and context parallelism, pipelines with a split backward pass.
+NAMES = ("micro1", "pp2-cp2-zb-v", "tp2-sp-recompute", "tp2-sp-pp2-cp2-vpp2")
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +185,8 @@ def test_training_drops_and_evaluation_does_not(documents: str) -> None:
         losses.append((trained.means()["loss"], evaluated.means()["loss"]))
     (dropped, whole), (same, again) = losses
     assert whole == same == again != dropped
+    resumed = next(iter(trainer._loader(trainer.data, trainer.batches, 24)))
+    assert [sample for batch in resumed for sample in batch.samples.tolist()] == list(range(24, 32))
     unnumbered = [dataclasses.replace(batch, samples=None) for batch in batches]
     with pytest.raises(UserError, match="does not number its samples"):
         trainer.engine.forward_backward(unnumbered, trainer.objective)
