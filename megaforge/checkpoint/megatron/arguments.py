@@ -101,6 +101,8 @@ def _config(args: Mapping[str, Any], positions: str) -> ModelConfig:
         "add_bias_linear": bool(args.get("add_bias_linear", True)),
         "add_qkv_bias": bool(args.get("add_qkv_bias")) and not args.get("add_bias_linear", True),
         "qk_layernorm": bool(args.get("qk_layernorm")),
+        "attention_dropout": float(args.get("attention_dropout") or 0.0),
+        "hidden_dropout": float(args.get("hidden_dropout") or 0.0),
         **(_rotation(args) if positions == "rope" else {}),
         "max_position_embeddings": args.get("max_position_embeddings"),
         "reset_at_document_boundaries": bool(args.get("reset_attention_mask") and args.get("reset_position_ids")),
@@ -170,6 +172,7 @@ _COPIED = (
     *("hidden_size", "num_attention_heads", "norm_epsilon", "untie_embeddings_and_output_weights", "rotary_percent"),
     *("position_embedding_type", "rotary_interleaved", "rotary_seq_len_interpolation_factor", "use_rope_scaling"),
     *("rope_scaling_factor", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "make_vocab_size_divisible_by"),
+    *("attention_dropout", "hidden_dropout"),
 )
 _COPIED_MOE = (
     *("num_experts", "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_z_loss_coeff"),

@@ -23,7 +23,9 @@ class Written(NamedTuple):
 def written(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Written:
     models.available()
     root = tmp_path_factory.mktemp("megatron")
-    folders = {(kind, form): root / f"{kind}-{form}" for kind in models.KINDS for form in models.FORMS}
+    wanted = [(kind, form) for kind in models.KINDS for form in models.FORMS]
+    wanted = [(kind, form) for kind, form in wanted if form != "singletons" or kind == "mixtral"]
+    folders = {(kind, form): root / f"{kind}-{form}" for kind, form in wanted}
     ranks.run(4, models.write_all, {key: str(folder) for key, folder in folders.items()})
     own = {kind: str(folders[kind, "torch_dist"]) for kind in models.KINDS}
     return Written(folders, ranks.run(1, models.all_logits, own)[0])

@@ -39,6 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "position_embedding_type": "learned_absolute",
         "add_bias_linear": True,
         "bias_gelu_fusion": True,
+        "hidden_dropout": 0.1,
     },
     # Layers of two kinds, which Megatron-LM numbers instead of stacking them.
     "qwen": {
@@ -65,7 +66,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
 }
 
-FORMS = ("torch_dist", "torch")  # as --ckpt-format
+FORMS = ("torch_dist", "torch", "singletons")  # the last: torch_dist with every expert and half under its own key
 TOKENS = torch.arange(24).view(2, 12) * 5 % 61
 
 
@@ -233,9 +234,10 @@ def write(kind: str, layout: tuple[int, int, int], folder: str, form: str = "tor
             _stir(model)
             path = Path(folder) / f"iter_{ITERATION:07d}"
             state = {"args": args, "iteration": ITERATION, "checkpoint_version": 3.0}
-            if form == "torch_dist":
+            if form != "torch":
                 path.mkdir(parents=True, exist_ok=True)
-                dist_checkpointing.save(state | {"model": model.sharded_state_dict()}, str(path))
+                sharded = model.sharded_state_dict(metadata={"singleton_local_shards": form == "singletons"})
+                dist_checkpointing.save(state | {"model": sharded}, str(path))
             else:
                 tp, pp, ep = layout
                 name = f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -29,13 +30,58 @@ STEP = f"iter_{models.ITERATION:07d}"
 @torch.no_grad()
 @pytest.mark.parametrize("kind", models.KINDS)
 def test_logits_are_those_of_megatron_core(written: Written, kind: str, tmp_path: Path) -> None:
-    sources = [open_source(Import(written.folders[kind, form], tmp_path)) for form in models.FORMS]
-    for name in sources[0].tensors:
-        assert torch.equal(*(source.read(name) for source in sources)), name
+    folders = [written.folders[kind, form] for form in models.FORMS if (kind, form) in written.folders]
+    first, *others = (open_source(Import(folder, tmp_path)) for folder in folders)
+    for name in first.tensors:
+        assert all(torch.equal(first.read(name), other.read(name)) for other in others), name
     import_megatron(Import(written.folders[kind, "torch_dist"], tmp_path / "ours"))
     ours = load_trained_model(str(tmp_path / "ours"), device="cpu").model._chunk.logits(models.TOKENS)
     torch.testing.assert_close(ours, written.logits[kind], rtol=0, atol=1e-5)
     assert float(ours.std()) > 0.05
+
+
+def _edit_ranks(folder: Path, edit: Callable[[dict[str, dict[str, Any]]], None]) -> None:
+    """Changes what ranks saved, by the names of their directories."""
+    files = {path.parent.name: path for path in (folder / STEP).glob("*/*.pt")}
+    states = {name: torch.load(path, weights_only=False) for name, path in files.items()}
+    edit(states)
+    for name, path in files.items():
+        torch.save(states[name], path)
+
+
+def _as_transformer_engine(states: dict[str, dict[str, Any]]) -> None:
+    for state in states.values():
+        renamed = {}
+        for name, value in state["model"].items():
+            name = re.sub(r"experts.local_experts.(\d).(linear_fc\d.weight)", r"experts.\2\1", name)
+            renamed[name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")] = value
+        state["model"] = renamed | {"decoder.final_layernorm._extra_state": torch.zeros(3)}
+
+
+def _layer(state: dict[str, Any], layer: int) -> dict[str, Any]:
+    """A layer of a rank's, as its first."""
+    own = f"decoder.layers.{layer}."
+    return {name.replace(own, "decoder.layers.0."): value for name, value in state.items() if name.startswith(own)}
+
+
+def _as_virtual_stages(states: dict[str, dict[str, Any]]) -> None:
+    """Layers 0 and 2 on the first ranks, 1 and 3 on the second ones, of which the first ones had 0 and 1."""
+    for name in [name for name in states if name.endswith("_000")]:
+        first, second = states[name], states[name.replace("_000", "_001")]
+        a, b = first.pop("model"), second.pop("model")
+        ends = [{key: value for key, value in state.items() if ".layers." not in key} for state in (a, b)]
+        first |= {"model0": _layer(a, 0) | ends[0], "model1": _layer(b, 0)}
+        second |= {"model0": _layer(a, 1), "model1": _layer(b, 1) | ends[1]}
+
+
+@pytest.mark.parametrize(("kind", "edit"), [("mixtral", _as_transformer_engine), ("llama", _as_virtual_stages)])
+def test_other_ways_to_keep_the_same(written: Written, kind: str, edit: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    shutil.copytree(written.folders[kind, "torch"], folder)
+    _edit_ranks(folder, edit)
+    before, after = (open_source(Import(path, tmp_path)) for path in (written.folders[kind, "torch"], folder))
+    for name in before.tensors:
+        assert torch.equal(before.read(name), after.read(name)), name
 
 
 def test_norms_without_their_1(written: Written, tmp_path: Path) -> None:
