@@ -11,6 +11,7 @@
     python tools/convert_checkpoint.py --load runs/bitnet --save bitnet.gguf --to gguf --gguf-type TQ2_0
     python tools/convert_checkpoint.py --from hf Llama-3.1-8B --save runs/llama
     python tools/convert_checkpoint.py --from megatron checkpoints/gpt --save runs/gpt --tp 2
+    python tools/convert_checkpoint.py --from rwkv7 RWKV-x070.pth --to hf --save rwkv7-hf
     python tools/convert_checkpoint.py --from rwkv7 RWKV-x070-World-0.1B.pth --save checkpoints/rwkv7-0.1b
 
 A directory is what a run was given as --save (its newest valid checkpoint is taken) or one step_N in it. A file has
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import os
 import sys
@@ -104,7 +106,9 @@ def main() -> int:
     if flags.source is not None:
         _import(flags)
     elif flags.target is not None:
-        _export(flags)
+        from megaforge.checkpoint.sources import open_source
+
+        _export(flags, open_source(flags.load))
     elif flags.save.endswith(FILE_SUFFIX):
         _to_file(flags)
     else:
@@ -123,7 +127,7 @@ def _check(flags: argparse.Namespace) -> None:
             raise UserError(f"{flag} {value}: it is for --from; --load says which tokenizer it was trained with")
     if flags.source is not None and flags.optimizer:
         raise UserError("--optimizer: published weights have no optimizer state; leave it out")
-    if flags.source is not None and flags.save.endswith((*filter(None, TARGETS.values()),)):
+    if flags.source is not None and flags.target is None and flags.save.endswith((*filter(None, TARGETS.values()),)):
         raise UserError(f"--save {flags.save}: --from makes a checkpoint, which is a directory; name one")
     if flags.gguf_type is not None and flags.target != "gguf":
         raise UserError(f"--gguf-type {flags.gguf_type}: it is for --to gguf")
@@ -141,8 +145,8 @@ def _check(flags: argparse.Namespace) -> None:
 
 def _check_target(flags: argparse.Namespace) -> None:
     suffix = TARGETS[flags.target]
-    if flags.source is not None or flags.optimizer or _given_layout(flags):
-        raise UserError(f"--to {flags.target}: it takes --load and --save, and no --from, --optimizer or layout")
+    if flags.optimizer or _given_layout(flags):
+        raise UserError(f"--to {flags.target}: it takes no --optimizer and no layout")
     if suffix and not flags.save.endswith(suffix):
         raise UserError(f"--save {flags.save}: --to {flags.target} writes one file; give it a name in {suffix}")
     if not suffix and flags.save.endswith((FILE_SUFFIX, ".gguf")):
@@ -162,10 +166,7 @@ def _to_file(flags: argparse.Namespace) -> None:
     print(f"{flags.save}: step {source.step} of {source.path}, {record.bytes:,} bytes, SHA-256 {record.sha256}")
 
 
-def _export(flags: argparse.Namespace) -> None:
-    from megaforge.checkpoint.sources import open_source
-
-    source = open_source(flags.load)
+def _export(flags: argparse.Namespace, source: TensorSource) -> None:
     said = f"{flags.save}: step {source.step} of {source.path}"
     if flags.target == "packed":
         from megaforge.checkpoint.packed_file import write_packed
@@ -249,7 +250,10 @@ def _import(flags: argparse.Namespace) -> None:
     parallel = ParallelConfig(**{LAYOUT[name]: size for name, size in given.items()})  # type: ignore[arg-type]
     module, _, name = SOURCES[flags.source].partition(":")
     read = getattr(importlib.import_module(module), name)
-    path = read(Import(Path(flags.file), Path(flags.save), config, identity, parallel, dp))
+    export = None if flags.target is None else functools.partial(_export, flags)
+    path = read(Import(Path(flags.file), Path(flags.save), config, identity, parallel, dp, export))
+    if export is not None:
+        return
     print(f"{path}: written from {flags.file}")
     print(f"continue from it with: --config {os.path.join(flags.save, MODEL_FILE)} --load {flags.save} --finetune")
 

@@ -35,6 +35,7 @@ class Import:
         config: other sections of the configuration to record (tokenizer, sequence length).
         tokenizer: its identity, as a checkpoint records it.
         parallel, dp: the layout in whose files it is written (:func:`megaforge.checkpoint.convert.write_directory`).
+        export: takes the tensors in place of a checkpoint: they go on into another format.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class Import:
     tokenizer: Mapping[str, Any] | None = None
     parallel: ParallelConfig | None = None
     dp: int | None = None
+    export: Callable[[TensorSource], None] | None = None
 
 
 def own_tokenizer(directory: str) -> str | None:
@@ -76,12 +78,16 @@ def describe_import(wanted: Import, cfg: ModelConfig, source: Mapping[str, Any])
 
 
 def write_import(wanted: Import, cfg: ModelConfig, source: TensorSource) -> Path:
-    """Writes ``source`` as a checkpoint of step 0 below ``wanted.save``; beside it ``model.yaml``, which a run that
-    continues from it takes as ``--config``, and the tokenizer where the model came with one.
+    """Writes ``source`` as a checkpoint of step 0 below ``wanted.save``, unless ``wanted.export`` takes it; beside it
+    ``model.yaml``, which a run that continues from it takes as ``--config``, and the tokenizer where the model came
+    with one.
 
     Raises:
         UserError: it cannot be written.
     """
+    if wanted.export is not None:
+        wanted.export(source)
+        return wanted.save
     path = write_directory(source, wanted.save, wanted.parallel, wanted.dp)
     try:
         if wanted.path.is_dir():
@@ -98,7 +104,7 @@ def write_import(wanted: Import, cfg: ModelConfig, source: TensorSource) -> Path
 def _new_place(wanted: Import, model: str) -> str:
     """Where a tokenizer is once the model is imported: one of its own directory has been copied."""
     paths, own = [os.path.abspath(path) for path in model.split(",")], os.path.abspath(wanted.path)
-    if not wanted.path.is_dir() or any(os.path.dirname(path) != own for path in paths):
+    if wanted.export is not None or not wanted.path.is_dir() or any(os.path.dirname(path) != own for path in paths):
         return model
     place = os.path.join(os.path.abspath(wanted.save), TOKENIZER_DIRECTORY)
     return ",".join(os.path.join(place, os.path.basename(path)) for path in paths)

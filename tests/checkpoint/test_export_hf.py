@@ -91,7 +91,7 @@ def test_by_the_command(runs: dict[str, Path], tmp_path: Path, monkeypatch: Any,
     for more, message in (
         (("--save", "x.safetensors", "--to", "hf"), "writes a directory"),
         (("--save", "x", "--to", "packed"), "give it a name in .safetensors"),
-        (("--save", "x", "--to", "hf", "--tp", "2"), "no --from, --optimizer or layout"),
+        (("--save", "x", "--to", "hf", "--tp", "2"), "--to hf: it takes no --optimizer and no layout"),
         (("--save", "x", "--gguf-type", "TQ2_0"), "it is for --to gguf"),
     ):
         with pytest.raises(UserError, match=message):

@@ -42,6 +42,23 @@ def test_there_and_back(run: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
         export_rwkv7(open_source(run), file)
 
 
+def test_from_one_form_into_another(run: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """Without a checkpoint of ours in between."""
+    first, second = tmp_path / "first.pth", tmp_path / "second.pth"
+    export_rwkv7(open_source(run), first)
+    for words in (
+        ("--from", "rwkv7", str(first), "--to", "hf", "--save", str(tmp_path / "hf")),
+        ("--from", "hf", str(tmp_path / "hf"), "--to", "rwkv7", "--save", str(second)),
+    ):
+        monkeypatch.setattr(sys, "argv", ["convert", *words])
+        assert convert_checkpoint.main() == 0
+    assert "continue" not in capsys.readouterr().out and {path.name for path in tmp_path.iterdir()} == {
+        *("first.pth", "hf", "second.pth")
+    }
+    before, after = (torch.load(file, weights_only=True) for file in (first, second))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_in_another_type(run: Path, tmp_path: Path) -> None:
     export_rwkv7(open_source(run), tmp_path / "model.pth", dtype="bfloat16")
     weights = torch.load(tmp_path / "model.pth", weights_only=True)
