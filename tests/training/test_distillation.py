@@ -58,7 +58,9 @@ def test_the_terms_are_those_of_whole_logits(prefix: str, teacher: str) -> None:
             own, their = (F.log_softmax(model.logits(batch.tokens, batch.document_start) / 2, -1) for model in models)
         far = F.kl_div(own, their, reduction="none", log_target=True).sum(-1)
         seen.append((float((far * batch.loss_mask).sum()), float(batch.loss_mask.sum())))
-        return plain(output, batch)
+        found = plain(output, batch)
+        assert (found["loss"].weight, found["distill"].weight) == (0.5, pytest.approx(0.7 * 2**2))
+        return found
 
     objective.terms = terms
     trainer.train()
