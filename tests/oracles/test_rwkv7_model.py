@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +13,7 @@ from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import named_specs
 from tests.checkpoint.rwkv7_weights import published_weights
 from tests.checkpoint.test_import_rwkv7 import convert_rwkv7
+from tests.oracles.rwkv_package import package_logits
 
 
 def load(cfg: ModelConfig, tensors: dict[str, Tensor]) -> HybridModel:
@@ -34,19 +32,10 @@ def weights() -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def expected(weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[int], Tensor]:
     """Token ids and the package's logits after each of them."""
-    if importlib.util.find_spec("rwkv") is None:
-        pytest.skip("rwkv is not installed (pip install --no-deps rwkv==0.8.32)")
-    with pytest.MonkeyPatch.context() as patch:  # the package reads these when it is imported
-        for name, value in (("RWKV_V7_ON", "1"), ("RWKV_JIT_ON", "0"), ("RWKV_CUDA_ON", "0")):
-            patch.setenv(name, value)
-        from rwkv.model import RWKV
-
-    path: Path = tmp_path_factory.mktemp("rwkv") / "model"
-    torch.save(weights, f"{path}.pth")
+    file = tmp_path_factory.mktemp("rwkv") / "model.pth"
+    torch.save(weights, file)
     ids = torch.randint(0, 96, (45,), generator=torch.Generator().manual_seed(1)).tolist()
-    with torch.no_grad():
-        logits, _ = RWKV(str(path), "cpu fp32").forward(ids, None, full_output=True)
-    return ids, logits.float()
+    return ids, package_logits(file, ids)
 
 
 def test_logits_of_imported_weights_agree(weights: dict[str, Tensor], expected: tuple[list[int], Tensor]) -> None:
