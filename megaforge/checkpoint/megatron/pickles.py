@@ -33,6 +33,8 @@ _PLAIN: dict[str, Any] = {
     "builtins.frozenset": frozenset,
     **{str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)},
 }
+# How Python 3.11.0 to 3.11.3 pickles a member of an enumeration: the class and the name of the member.
+_MEMBER = "builtins.getattr"
 _SHOWN = 5
 
 
@@ -69,6 +71,13 @@ def _inert(name: str) -> type[Inert]:
     return type("Inert", (Inert,), {"name": name})
 
 
+def _member(owner: Any, name: Any) -> Inert:
+    """A member of an enumeration that is data: inert, made from its name. No attribute is looked up."""
+    if not (isinstance(owner, type) and issubclass(owner, Inert) and isinstance(name, str)):
+        raise _Refused(_MEMBER)
+    return owner(name)
+
+
 def _is_data(name: str) -> bool:
     return name in _CLASSES or name.startswith(_MODULES)
 
@@ -93,6 +102,8 @@ class _Refused(Exception):
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
+        if full == _MEMBER:
+            return _member
         if full in _PLAIN:
             return _PLAIN[full]
         if not _is_data(full):
@@ -141,7 +152,7 @@ def _allowed(names: Iterable[str]) -> Iterator[None]:
     """Inside, ``torch.load`` makes an :class:`Inert` of each of ``names``, and nothing of what others have allowed."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
-    known: list[Any] = [(_inert(name), name) for name in names]
+    known: list[Any] = [(_member if name == _MEMBER else _inert(name), name) for name in names]
     torch.serialization.add_safe_globals(known)
     try:
         yield
@@ -154,12 +165,14 @@ def _load(file: Path, given: Callable[[], str | BinaryIO], *, mmap: bool) -> Any
     try:
         with _allowed(()):
             names = torch.serialization.get_unsafe_globals_in_checkpoint(given())
-        if refused := sorted(name for name in names if not _is_data(name)):
+        if refused := sorted(name for name in names if name != _MEMBER and not _is_data(name)):
             raise _refusal(file, refused)
         with _allowed(names):
             return torch.load(given(), map_location="cpu", weights_only=True, mmap=mmap)
     except UserError:
         raise
+    except _Refused as refused_member:
+        raise _refusal(file, [str(refused_member)]) from None
     except FileNotFoundError:
         raise UserError(f"{file}: there is no such file") from None
     except Exception as error:  # a damaged or foreign file makes torch raise almost anything

@@ -267,7 +267,9 @@ def logits(folder: str, tokens: torch.Tensor) -> torch.Tensor:
     with on_cpu():
         try:
             model = build(args)
-            loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))
+            # Python 3.11.0 to 3.11.3 pickles members of enumerations by getattr, which torch then wants to be allowed.
+            with torch.serialization.safe_globals([getattr]):
+                loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))
             model.load_state_dict(loaded["model"])
             length = tokens.shape[1]
             mask = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]

@@ -6,6 +6,7 @@ import argparse
 import io
 import pathlib
 import pickle
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,16 @@ def test_data_of_known_programs_become_inert(tmp_path: Path) -> None:
     _pickle(tmp_path / "meta", {MetadataIndex("a", [1, 2], 0): StorageMeta(modules=["m"])})
     ((key, value),) = read_pickle(tmp_path / "meta").items()
     assert key.get("fqn") == "a" and key.get("offset") == (1, 2) and value.get("modules") == ["m"]
+
+
+def test_members_of_enumerations_are_data_however_they_are_pickled(tmp_path: Path) -> None:
+    """Early releases of Python 3.11 pickle them by their class and name."""
+    member = Code(getattr, signal.Signals, "SIGTERM")
+    torch.save({"signal": member}, tmp_path / "a.pt")
+    _pickle(tmp_path / "a", {"signal": member})
+    for read, file in ((read_torch, "a.pt"), (read_pickle, "a")):
+        found = read(tmp_path / file)["signal"]
+        assert isinstance(found, Inert) and (found.name, found.arguments) == ("signal.Signals", ("SIGTERM",))
 
 
 def _pickle(file: Path, value: Any) -> None:
