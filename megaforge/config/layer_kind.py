@@ -75,6 +75,10 @@ class LayerKind:
         shape on a rank, for ``batch`` sequences of ``length`` tokens inside the tensor-parallel region."""
         return {}
 
+    def describe(self, cfg: ModelConfig) -> str:
+        """What shapes it besides what shapes every model, for the line that names a run's blocks; may be empty."""
+        return ""
+
     def norms_embedding(self, cfg: ModelConfig) -> bool:
         """Whether a model with this layer norms its embedding."""
         return False

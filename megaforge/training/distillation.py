@@ -19,18 +19,19 @@ from megaforge.device import upload
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel, ModelOutput
 from megaforge.nn.losses import LossTerm
-from megaforge.nn.relations import Watch, mixer_with_relations, relation_divergence
+from megaforge.nn.relations import Watch, mixer_with_relations
 from megaforge.optim.main_parameters import MainParameters
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layer_context import compute_dtype, make_layer_context
 from megaforge.parallel.mappings import reduce_from_tensor_parallel
 from megaforge.training.objectives import NextToken
+from megaforge.training.relation_loss import relation_divergence
 
 
 class Distillation(NextToken):
     """Terms: ``loss``, the labels' cross-entropy; ``distill``, the divergence from the teacher's predictions at the
     temperature, a mean over labels that count (Hinton et al., arXiv 1503.02531); ``relations``, that of
-    :mod:`megaforge.nn.relations`, a mean over tokens and heads.
+    :mod:`megaforge.training.relation_loss`, a mean over tokens and heads.
 
     The teacher stands on every rank, split over tp, ep and cp as the model is, and computes without gradients.
     """

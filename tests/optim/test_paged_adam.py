@@ -128,10 +128,10 @@ def test_the_plan_names_what_lies_in_host_memory() -> None:
     assert told in text("paged_adam") and told not in text("adam")
 
 
-@pytest.mark.parametrize("flag", ["--optimizer-cpu-offload", "--optimizer-offload-fraction"])
-def test_megatrons_flags_are_told_what_to_write(flag: str) -> None:
+@pytest.mark.parametrize("line", ["--optimizer-cpu-offload", "--optimizer-offload-fraction 0.5"])
+def test_megatrons_flags_are_told_what_to_write(line: str) -> None:
     with pytest.raises(UserError, match="write --optimizer paged_adam"):
-        parse_config([flag])
+        parse_config(line.split())
 
 
 def test_numbers_that_are_not_finite_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,9 @@ def sharding(line: Line) -> None:
         )
 
 
+_MOE_ALONE = ("moe",)  # of --recompute-modules
+
+
 def recomputation(line: Line) -> None:
     """What is computed again: memory only, so that a set that we do not have is taken for the nearest."""
     names = ("--recompute-granularity", "--recompute-method", "--recompute-num-layers", "--recompute-modules")
@@ -80,7 +83,7 @@ def recomputation(line: Line) -> None:
     if granularity == "full":
         line.add("--recompute", "full")
     elif granularity == "selective" or (granularity is None and short is not None):
-        moe = set(modules) <= {"moe"} and bool(modules)
+        moe = tuple(modules) == _MOE_ALONE
         line.add("--recompute", "moe" if moe else "selective")
         if not moe and set(modules) != {"core_attn"}:
             line.notes.append(f"{given}: taken for --recompute selective, attention's mixing of tokens")

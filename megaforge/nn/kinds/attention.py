@@ -28,6 +28,9 @@ class Attention(LayerKind):
             (f"--num-query-groups {model.query_groups}", model.query_groups),
         ]
 
+    def describe(self, cfg: ModelConfig) -> str:
+        return f"positions {cfg.position_embedding_type}"
+
     def build(self, layer: Any) -> Any:
         from megaforge.nn.attention import SelfAttention
 

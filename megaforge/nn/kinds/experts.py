@@ -6,6 +6,7 @@ from typing import Any
 
 from megaforge.config.config import Config
 from megaforge.config.layer_kind import LayerKind
+from megaforge.config.model_config import ModelConfig
 
 
 class Experts(LayerKind):
@@ -44,6 +45,9 @@ class Experts(LayerKind):
         if shared is not None:
             sizes.append((f"--moe-shared-expert-intermediate-size {shared}", shared))
         return sizes
+
+    def describe(self, cfg: ModelConfig) -> str:
+        return f"{cfg.num_experts} experts, {cfg.moe_router_topk} a token"
 
     def build(self, layer: Any) -> Any:
         from megaforge.nn.moe import MoEFFN

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaforge.nn.relations import relation_divergence
+from megaforge.training.relation_loss import relation_divergence
 
 
 def by_token(ours: Tensor, theirs: Tensor, visible: Tensor) -> Tensor:
