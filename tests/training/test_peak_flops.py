@@ -25,8 +25,8 @@ def build(tmp_path: Path, *more: str):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("tied", [(), ("--untie-embeddings-and-output-weights",)])
 def test_dense_attention_model_equals_torchs_count(tmp_path: Path, tied: tuple[str, ...]) -> None:
     prefix = write_dataset(tmp_path / "d_text_document", documents=10)
-    model = make_trainer(dense_arguments(prefix, "*-*-", "--seq-length", "64", *tied)).model
-    # The counter knows matrix products, and on a CPU not the fused attention.
+    # The counter knows matrix products, and no fused attention: fp64 has torch's.
+    model = make_trainer(dense_arguments(prefix, "*-*-", "--seq-length", "64", "--fp64", *tied)).model
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.logits(torch.randint(0, 61, (2, 64)))
     forward = model_flops_per_token(model, 64) / 3 * 2 * 64
