@@ -1,6 +1,6 @@
 // Products with packed weights for CPUs with AVX2.
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "common/intrinsics.h"
 
 #include <algorithm>
 #include <bit>
@@ -10,12 +10,7 @@
 
 #include "bitgemm.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+#include "common/begin_avx2.h"
 
 #define MF_ISA avx2
 #include "finish.h"
@@ -135,9 +130,5 @@ const Kernels avx2_kernels = {avx2::quantize, avx2::tile, avx2::scale, avx2::fin
 
 }  // namespace megaforge::bitgemm
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "common/end_isa.h"
 #endif

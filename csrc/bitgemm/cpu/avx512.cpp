@@ -1,10 +1,6 @@
 // Products with packed weights for CPUs with AVX-512.
 #if defined(__x86_64__)
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wuninitialized"  // in the intrinsics of GCC 12
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
+#include "common/intrinsics.h"
 
 #include <algorithm>
 #include <bit>
@@ -14,12 +10,7 @@
 
 #include "bitgemm.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
-#endif
+#include "common/begin_avx512.h"
 
 #define MF_ISA avx512
 #include "finish.h"
@@ -31,9 +22,5 @@ const Kernels avx512_kernels = avx512::kKernels;
 
 }  // namespace megaforge::bitgemm
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "common/end_isa.h"
 #endif

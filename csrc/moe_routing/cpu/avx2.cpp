@@ -1,18 +1,13 @@
 // Routing for CPUs with AVX2.
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "common/intrinsics.h"
 
 #include <cstddef>
 #include <cstdint>
 
 #include "moe_routing.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+#include "common/begin_avx2.h"
 
 #define MEGAFORGE_AVX2
 #include "route_vec.h"
@@ -25,9 +20,5 @@ const RowKernels avx2_rows = {avx2::permute, avx2::unpermute, avx2::unpermute_ba
 
 }  // namespace megaforge::moe
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "common/end_isa.h"
 #endif

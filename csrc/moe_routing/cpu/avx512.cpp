@@ -1,18 +1,13 @@
 // Routing for CPUs with AVX-512.
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "common/intrinsics.h"
 
 #include <cstddef>
 #include <cstdint>
 
 #include "moe_routing.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
-#endif
+#include "common/begin_avx512.h"
 
 #define MEGAFORGE_AVX512
 #include "route_vec.h"
@@ -25,9 +20,5 @@ const RowKernels avx512_rows = {avx512::permute, avx512::unpermute, avx512::unpe
 
 }  // namespace megaforge::moe
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "common/end_isa.h"
 #endif

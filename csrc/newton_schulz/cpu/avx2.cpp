@@ -1,9 +1,6 @@
 // Newton-Schulz iterations for CPUs with AVX2.
 #if defined(__x86_64__)
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wuninitialized"  // in the intrinsics of GCC 12
-#endif
-#include <immintrin.h>
+#include "common/intrinsics.h"
 #include <omp.h>
 
 #include <algorithm>
@@ -17,12 +14,7 @@
 
 #include "newton_schulz.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+#include "common/begin_avx2.h"
 
 #define MEGAFORGE_AVX2
 #define MF_ISA avx2
@@ -36,9 +28,5 @@ const Kernels avx2_kernels = {avx2::scratch_bytes, avx2::orthogonalize, avx2::po
 
 }  // namespace megaforge::newton_schulz
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "common/end_isa.h"
 #endif

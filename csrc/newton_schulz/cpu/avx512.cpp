@@ -1,9 +1,6 @@
 // Newton-Schulz iterations for CPUs with AVX-512.
 #if defined(__x86_64__)
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wuninitialized"  // in the intrinsics of GCC 12
-#endif
-#include <immintrin.h>
+#include "common/intrinsics.h"
 #include <omp.h>
 
 #include <algorithm>
@@ -17,12 +14,7 @@
 
 #include "newton_schulz.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
-#endif
+#include "common/begin_avx512.h"
 
 #define MEGAFORGE_AVX512
 #define MF_ISA avx512
@@ -36,9 +28,5 @@ const Kernels avx512_kernels = {avx512::scratch_bytes, avx512::orthogonalize, av
 
 }  // namespace megaforge::newton_schulz
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "common/end_isa.h"
 #endif

@@ -6,12 +6,7 @@
 
 #include "wkv7.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+#include "common/begin_avx2.h"
 
 #include "convert.h"
 
@@ -26,9 +21,5 @@ const Kernels avx2_f32 = {forward_scratch<8>, forward_rows<8, 2>, backward_scrat
 
 }  // namespace megaforge::wkv7
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "common/end_isa.h"
 #endif

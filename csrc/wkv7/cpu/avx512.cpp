@@ -6,12 +6,7 @@
 
 #include "wkv7.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
-#endif
+#include "common/begin_avx512.h"
 
 #include "convert.h"
 
@@ -26,9 +21,5 @@ const Kernels avx512_f32 = {forward_scratch<16>, forward_rows<16, 4>, backward_s
 
 }  // namespace megaforge::wkv7
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "common/end_isa.h"
 #endif

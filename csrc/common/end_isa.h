@@ -1,0 +1,6 @@
+// Ends what a begin_*.h began.
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
