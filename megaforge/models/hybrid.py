@@ -307,7 +307,8 @@ class HybridModel(nn.Module):
             scored = losses, correct, loss_mask.t().to(losses.dtype)
         terms: dict[str, LossTerm] = {}
         for layer in routed:
-            add_terms(terms, layer.terms(self.cfg))
+            own = layer.terms(self.cfg)
+            add_terms(terms, {name: replace(term, layers=self.num_moe_layers) for name, term in own.items()})
         counts = [torch.stack([r.tokens_per_expert, r.preferred_per_expert]) for r in routed]
         experts = torch.stack(counts, dim=1) if counts else tokens.new_zeros((2, 0, self.cfg.num_experts))
         return ModelOutput(scored, terms, experts, head_input), sent

@@ -62,8 +62,10 @@ STEP = {
         _INTERVAL,
         measured=True,
     ),
-    "load_balance_loss": Name("mixture-of-experts balance loss, before its coefficient", "models with experts"),
-    "z_loss": Name("router z-loss, before its coefficient", "models with experts"),
+    "load_balance_loss": Name(
+        "mixture-of-experts balance loss, mean over layers, before its coefficient", "models with experts"
+    ),
+    "z_loss": Name("router z-loss, mean over layers, before its coefficient", "models with experts"),
     "expert_entropy_bits": Name(
         "entropy of the experts' shares, mean over layers; log2 of their number is even", "models with experts"
     ),

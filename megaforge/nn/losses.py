@@ -20,11 +20,13 @@ class LossTerm:
         sum: a scalar; the same on every rank of tp.
         denominator: which count: ``labels`` that count, ``tokens``, ``sequences``, or one that the objective counts.
         weight: of the term's value in what is trained; 0: it is only reported.
+        layers: of the whole model that make such a term: what is trained is their sum, what is reported their mean.
     """
 
     sum: Tensor
     denominator: str
     weight: float = 1.0
+    layers: int = 1
 
 
 def add_terms(known: dict[str, LossTerm], more: Mapping[str, LossTerm]) -> None:

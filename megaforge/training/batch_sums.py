@@ -56,7 +56,7 @@ class BatchSums:
         terms, experts = told
         for name, term in terms.items():
             self.found[name] = term.denominator
-            value = term.sum.double()
+            value = term.sum.double() / term.layers
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         if not self.experts.numel():
             self.experts = self.experts.new_zeros((2, stage.num_moe_layers, experts.shape[2]))
