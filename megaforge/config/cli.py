@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,17 +70,20 @@ def parse_config(
     parser = _make_parser(prog, description)
     line = megatron.read_line(sys.argv[1:] if argv is None else argv, as_megatron)
     slips: list[str] = []
-    namespace = _read_flags(parser, line, slips)
-    if slips:  # what these flags would have said is not known
-        raise_all([*line.refused, *slips])
-    layer = _layer(namespace.config, as_megatron)
+    unread: set[str] = set()
+    namespace = _read_flags(parser, line, slips, unread)
+    problems = line.refused
+    problems += slips
+    layer = _layer(namespace.config, as_megatron, problems)
     origins = dict.fromkeys(settings(), "default") | layer.origins
     values = dict(layer.values)
     typed = {key: getattr(namespace, key) for key in settings() if hasattr(namespace, key)}
     for key, (spelling, value) in typed.items():
         values[key] = value
         origins[key] = f"command line {spelling}"
-    problems = line.refused
+    if slips:
+        said = {key.partition(".")[0] for key in typed}
+        _refuse(problems, build_config(layer.name, values), sections().keys() - said | unread)
     _leave_vocabulary_to_tokenizer(values, origins)
     taken: list[str] = []
     with gathered(problems):
@@ -105,25 +108,48 @@ def parse_config(
     return ParsedConfig(config, origins, tuple(line.notes))
 
 
-def _read_flags(parser: argparse.ArgumentParser, line: megatron.Line, slips: list[str]) -> argparse.Namespace:
-    """What our flags of the line say; what cannot be read goes to ``slips``: then each flag is read alone."""
+def _read_flags(
+    parser: argparse.ArgumentParser, line: megatron.Line, slips: list[str], unread: set[str]
+) -> argparse.Namespace:
+    """What our flags of the line say; what cannot be read goes to ``slips``, the sections that it is of to ``unread``:
+    then each flag is read alone."""
     problems: list[str] = []
     with gathered(problems):
         namespace, rest = parser.parse_known_args([word for one in line.given for word in one.words])
         if not rest:
             return namespace
     namespace = argparse.Namespace()
+    section_of = {flag: setting.section for setting in settings().values() for flag in (setting.flag, *setting.aliases)}
     for one in filter(lambda one: one.words, line.given):
+        before = len(slips)
         with gathered(slips):
             _, rest = parser.parse_known_args(one.words, namespace)
             if rest:
                 raise UserError(_unknown(rest[0]))
+        if len(slips) > before and one.words[0].partition("=")[0] in section_of:
+            unread.add(section_of[one.words[0].partition("=")[0]])
     return namespace
 
 
-def _layer(name: str | None, as_megatron: bool) -> ConfigLayer:
-    """What ``--config`` says, on top of Megatron-LM's defaults where these hold."""
-    own = load_layer(name) if name else ConfigLayer("custom")
+def _refuse(problems: list[str], config: Config, but: Collection[str]) -> None:
+    """Tells ``problems`` of a line that could not be read whole, with those of the sections that could and of which it
+    says something: what the other flags would have said is not known, nor what goes together."""
+    with gathered(problems):
+        config.validate(but)
+    raise_all(problems)
+
+
+def _layer(name: str | None, as_megatron: bool, problems: list[str]) -> ConfigLayer:
+    """What ``--config`` says, on top of Megatron-LM's defaults where these hold.
+
+    Raises:
+        UserError: it says nothing that can be read; with the ``problems`` that the line has besides.
+    """
+    own = ConfigLayer("custom")
+    try:
+        own = load_layer(name) if name else own
+    except UserError as error:
+        raise_all([*problems, str(error)])
     if not as_megatron:
         return own
     base = load_layer(megatron.PRESET)

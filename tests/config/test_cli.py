@@ -318,3 +318,16 @@ def test_a_configuration_made_in_code_has_the_same_bounds() -> None:
 
 def test_mock_data_leave_no_files_to_verify() -> None:
     assert "--verify-data: --mock-data reads no files" in complaint("--mock-data", "--verify-data")
+
+
+def test_a_word_that_cannot_be_read_hides_no_other_section() -> None:
+    """Of its own section nothing more is known; sections that the line does not touch are not looked at."""
+    line = "--lr abc --foo 3 --lr-decay-style cosin --hidden-size 100 --num-attention-heads 12".split()
+    with pytest.raises(UserError) as refused:
+        parse_config(line)
+    assert [text in str(refused.value) for text in ("3 things", "--lr abc", "--foo", "--hidden-size 100", "cosin")] == [
+        *(True, True, True, True),
+        False,
+    ]
+    with pytest.raises(UserError, match="2 things are wrong:\n  --foo: .*\n  --config nowhere"):
+        parse_config(["--config", "nowhere", "--foo", "2"])
