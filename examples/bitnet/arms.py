@@ -183,7 +183,7 @@ class Example:
         """Full precision continued into ternary."""
         n = self.budget.continuation
         more = (*ARMS[TERNARY], "--lr", "2e-3", "--eval-interval", str(max(n // 15, 2)))
-        by_and_by = ("--quant-lambda", "linear", "--quant-lambda-end-iters", str(n // 5))
+        by_and_by = ("--quant-lambda", "linear", "--quant-lambda-end-iters", str(max(n // 5, 1)))
         return {
             AT_ONCE: self.train(AT_ONCE, n, more, FULL),
             BY_AND_BY: self.train(BY_AND_BY, n, (*more, *by_and_by), FULL),
