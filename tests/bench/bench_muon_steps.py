@@ -1,8 +1,8 @@
 """Steps that an update rule needs to reach AdamW's final validation loss, on the quickstart's data and model.
 
-    python tests/bench/bench_muon_steps.py [--data runs/quickstart] [--rule muon] [--steps 450] [--share 0.75]
+    python tests/bench/bench_muon_steps.py [--data runs/quickstart] [--rule muon] [--batch 8] [--steps 450] [--share 0.75]
 
-Both train cdrmix-tiny in bf16 on batches of 8 x 256 tokens, at each learning rate of ``--lrs`` for ``--sweep-steps``,
+Both train cdrmix-tiny in bf16 on batches of ``--batch`` x 256 tokens, at each learning rate of ``--lrs`` for ``--sweep-steps``,
 the schedule (warm-up over a fifteenth, cosine to a fiftieth) fitted to them; the sweep of a rule goes on by factors
 of two until its best rate is none of the ends. AdamW then trains for ``--steps`` at its ``--tries`` best rates, the
 best end counts; the rule trains at its best rate for ``--share`` of the steps. All are judged by the same windows of
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "runs/muon_steps", help="curves and states of all runs")
     parser.add_argument("--rule", default="muon", help="of --optimizer")
     parser.add_argument("--lrs", nargs="+", type=float, default=[2e-3, 4e-3, 8e-3], help="of the sweep, for both")
+    parser.add_argument("--batch", type=int, default=8, help="sequences of a step, a multiple of 8")
     parser.add_argument("--sweep-steps", type=int, default=60)
     parser.add_argument("--steps", type=int, default=450, help="of AdamW")
     parser.add_argument("--share", type=float, default=0.75, help="of these steps that the rule trains for")
@@ -52,7 +53,8 @@ def main() -> None:
     rules = {"adam": options.steps, options.rule: int(options.share * options.steps)}
 
     def run(rule: str, lr: float, seed: int, steps: int) -> Run:
-        return Run("ours", lr, seed, steps, True, ("--optimizer", rule))
+        batch = () if options.batch == 8 else ("--global-batch-size", str(options.batch))
+        return Run("ours", lr, seed, steps, True, (*batch, "--optimizer", rule))
 
     found: dict[str, dict[float, float]] = {rule: {} for rule in rules}
     wanted = [(rule, lr) for lr in lrs for rule in rules]
