@@ -3,10 +3,10 @@
     python tests/bench/bench_muon_steps.py [--data runs/quickstart] [--rule muon] [--batch 8] [--steps 450]
 
 Both train cdrmix-tiny in bf16 on batches of ``--batch`` x 256 tokens, at each learning rate of ``--lrs`` for
-``--sweep-steps``, the schedule (warm-up over a fifteenth, cosine to a fiftieth) fitted to them; the sweep of a rule goes on by factors
-of two until its best rate is none of the ends. AdamW then trains for ``--steps`` at its ``--tries`` best rates, the
-best end counts; the rule trains at its best rate for ``--share`` of the steps. All are judged by the same windows of
-held-out documents. Everything is kept in ``--output``: run again, it goes on.
+``--sweep-steps``, the schedule (warm-up over a fifteenth, cosine to a fiftieth) fitted to them; the sweep of a rule
+goes on by factors of two until its best rate is none of the ends. AdamW then trains for ``--steps`` at its
+``--tries`` best rates, the best end counts; the rule trains at its best rate for ``--share`` of the steps. All are
+judged by the same windows of held-out documents. Everything is kept in ``--output``: run again, it goes on.
 """
 
 from __future__ import annotations
