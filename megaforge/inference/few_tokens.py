@@ -24,11 +24,9 @@ class FewTokenLinear(PlainLinear):
         if runs is None:
             return gemv(x, weight, bias)
         out = x.new_zeros(x.shape[0], weight.shape[1])  # rows beyond the last run are nobody's
-        stop = 0
-        for count, matrix in zip(runs.counts, weight, strict=True):
-            start, stop = stop, stop + count
-            if count:
-                out[start:stop] = gemv(x[start:stop], matrix)
+        for part, matrix in zip(runs.parts(), weight, strict=True):
+            if part.start < part.stop:
+                out[part] = gemv(x[part], matrix)
         return out
 
     def apply(

@@ -107,11 +107,9 @@ class PackedLinear(QuantizedLinear):
         if runs is None:
             return product(slice(None), self._prepared[0])
         out = weight.new_zeros((len(inside[0]), self._prepared[0].shape[0]))  # rows beyond the last run are nobody's
-        stop = 0
-        for count, one in zip(runs.counts, self._prepared, strict=True):
-            start, stop = stop, stop + count
-            if count:
-                out[start:stop] = product(slice(start, stop), one)
+        for part, one in zip(runs.parts(), self._prepared, strict=True):
+            if part.start < part.stop:
+                out[part] = product(part, one)
         return out
 
     def sums(self, inside: tuple[Tensor, ...], weight: Tensor, runs: Runs | None = None) -> Tensor:

@@ -15,6 +15,7 @@
 #include "newton_schulz.h"
 
 #include "common/begin_avx512.h"
+#include "common/transpose16.h"
 
 #define MEGAFORGE_AVX512
 #define MF_ISA avx512

@@ -15,6 +15,7 @@
 #include "newton_schulz.h"
 
 #include "common/begin_avx512_bf16.h"
+#include "common/transpose16.h"
 
 #define MEGAFORGE_AVX512
 #define MEGAFORGE_AVX512_BF16

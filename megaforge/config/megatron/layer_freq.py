@@ -37,7 +37,7 @@ def layer_freq(line: Line) -> None:
 
 
 def _choices(text: str, layers: int) -> list[int] | None:
-    """1 for each layer with experts, else 0; None where the text is no such thing."""
+    """1 for each layer with experts, else 0; None where the text says something else."""
     if layers > _MOST:
         return None
     if text.isdigit():

@@ -14,7 +14,7 @@ torch's ``grouped_mm`` does them in one call. Where it is taken is a rule, :func
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -76,6 +76,13 @@ class Runs:
     def counts(self) -> tuple[int, ...]:
         """Rows of each expert, for who walks through them; waits for the device where the host does not know them."""
         return tuple(self.known.tolist()) if isinstance(self.known, Tensor) else self.known
+
+    def parts(self) -> Iterator[slice]:
+        """The rows of each expert, for who walks through them."""
+        start = 0
+        for count in self.counts:
+            yield slice(start, start + count)
+            start += count
 
     def experts(self, rows: int) -> Tensor:
         """int64 [rows], whose each of the ``rows`` is."""
