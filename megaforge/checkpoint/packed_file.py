@@ -75,11 +75,7 @@ def open_quantized(source: TensorSource) -> QuantizedModel:
     if "config" not in source.meta:
         raise UserError(f"--load {source.path}: it does not say which model it is of")
     config = config_from_dict(source.meta["config"], source=str(source.path))
-    if "iteration" in source.meta and (why := config.qat.unfinished(int(source.meta["iteration"]))):
-        raise UserError(
-            f"--load {source.path}: after iteration {source.meta['iteration']} its quantization is not complete ({why})"
-            ", and a file holds the last codes alone; train on, or give a later checkpoint"
-        )
+    refuse_unfinished(source, config)
     model = HybridModel(make_layer_context(config.model, ParallelContext.single("meta")))
     schemes = {spec_of(layer.weight).name: op.weights for _, layer, op in quantized_layers(model) if op.weights}
     specs = {spec.name: spec for spec, _ in named_specs(model)}
@@ -89,6 +85,19 @@ def open_quantized(source: TensorSource) -> QuantizedModel:
             "codes have no form in files; --quantize-weights has"
         )
     return QuantizedModel(source, config, compute_dtype(config.training), specs, schemes)
+
+
+def refuse_unfinished(source: TensorSource, config: Config) -> None:
+    """What reads a file quantizes by the last codes.
+
+    Raises:
+        UserError: the checkpoint's quantization is still coming in (``--quant-lambda``, ``--quant-stages``).
+    """
+    if "iteration" in source.meta and (why := config.qat.unfinished(int(source.meta["iteration"]))):
+        raise UserError(
+            f"--load {source.path}: after iteration {source.meta['iteration']} its quantization is not complete ({why})"
+            ", and a file holds the last codes alone; train on, or give a later checkpoint"
+        )
 
 
 def write_packed(source: TensorSource, file: str | Path) -> tuple[FileRecord, int, int]:

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 import megaforge
 from megaforge.checkpoint.checkpoint import save_checkpoint
 from megaforge.checkpoint.compatible import describe_run
+from megaforge.checkpoint.packed_file import refuse_unfinished
 from megaforge.checkpoint.shards import TensorEntry
 from megaforge.checkpoint.sources import TensorSource
 from megaforge.checkpoint.stateful import state_prefixes
 from megaforge.config.config import Config
-from megaforge.config.schema import suggestion
+from megaforge.config.schema import config_from_dict, suggestion
 from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 from megaforge.models.parameter_count import declared_parameters
@@ -181,7 +182,13 @@ def prepare_phase6_output(
 
 def export_phase6(source: TensorSource, output_dir: str | Path) -> Path:
     """:func:`prepare_phase6_output` of a checkpoint, whatever layout wrote it: its weights in full precision by their
-    global names, and what its run knew of itself."""
+    global names, and what its run knew of itself.
+
+    Raises:
+        UserError: its quantization is still coming in, or the folder cannot be written.
+    """
+    if "config" in source.meta:
+        refuse_unfinished(source, config_from_dict(source.meta["config"], source=str(source.path)))
     prefixes = state_prefixes(source.meta)
     weights = {key: source.read(key).clone() for key in source.tensors if not key.startswith(prefixes)}
     results = training_results(source.meta)

@@ -10,6 +10,7 @@ from megaforge.checkpoint.phase_interface import STATE, export_phase6
 from megaforge.checkpoint.sources import open_source
 from megaforge.config.config import Config
 from megaforge.config.launcher import print_rank_0
+from megaforge.errors import UserError
 from megaforge.parallel.agree import from_first_rank
 from megaforge.training.callbacks import Callback, Place
 
@@ -32,8 +33,17 @@ class Phase6Output(Callback):
 
     @classmethod
     def of(cls, config: Config) -> Phase6Output | None:
-        """What the flags ask for."""
-        folder = config.checkpoint.phase6_output
+        """What the flags ask for.
+
+        Raises:
+            UserError: at the end of the run its quantization would still be coming in.
+        """
+        folder, last = config.checkpoint.phase6_output, config.training.train_iters
+        if folder is not None and last is not None and (why := config.qat.unfinished(last)):
+            raise UserError(
+                f"--phase6-output {folder}: after --train-iters {last} quantization is not complete ({why}), and the "
+                "next phase reads the last codes; let it end before, or train longer"
+            )
         return None if folder is None else cls(folder)
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
