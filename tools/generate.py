@@ -3,6 +3,7 @@
 
     python tools/generate.py --load runs/small --prompt "The list of" --max-new-tokens 100
     python tools/generate.py --load runs/small --prompt "def main" --num-samples 4 --stop $'\\n\\n'
+    python tools/generate.py --load runs/small --prompt "Once" --prompt "Twice" --max-new-tokens 20
     python tools/generate.py --load runs/small --prompt-file prompts.jsonl --json > answers.jsonl
     git log -1 --format=%s | python tools/generate.py --load runs/small --prompt-file - --temperature 0
     torchrun --nproc-per-node 2 tools/generate.py --load runs/small --prompt "def main" --temperature 0
@@ -48,6 +49,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--top-p", type=number(above=0, most=1), default=0.95, help="draw among the most likely of this total share"
     )
+    parser.add_argument(
+        "--min-p",
+        type=number(0, most=1),
+        default=0.0,
+        help="draw among those of this share of the likeliest's probability",
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=number(above=0), default=1.0, help="above 1: tokens of the text become less likely"
+    )
     parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, help="of the draws")
     flags = parser.parse_args(arguments)
     if "" in flags.stop:
@@ -60,7 +70,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def _add_texts(parser: argparse.ArgumentParser) -> None:
     """Flags of what to go on from, and of how many texts in which form."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", metavar="TEXT", help="the text to go on from")
+    source.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="the text to go on from; may be given again, for more texts"
+    )
     source.add_argument(
         "--prompt-file",
         metavar="FILE",
@@ -75,7 +87,19 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=integer(1), default=16, help="texts drawn at once")
     parser.add_argument(
+        "--prefill-chunk",
+        type=integer(1),
+        default=2048,
+        metavar="TOKENS",
+        help="tokens of prompts computed at once: longer prompts take no more memory but for their caches",
+    )
+    parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again"
+    )
+    parser.add_argument(
+        "--ignore-eod",
+        action="store_true",
+        help="never draw the end of a document: texts end by length or --stop alone",
     )
     parser.add_argument(
         "--chat-template",
@@ -114,6 +138,8 @@ class Writer:
         self.ends = named if tokenizer.eod is None else {tokenizer.eod: "eod", **named}
         self.stops = [stop for stop in flags.stop if stop not in tokenizer.control_tokens]
         self.unusable = unusable_ids(tokenizer, trained.model.vocab_size)
+        if flags.ignore_eod:
+            self.unusable += [] if tokenizer.eod is None else [tokenizer.eod]
 
     def write(self, prompts: list[Prompt], sampling: Sampling) -> None:
         """All texts, ``--batch-size`` at a time."""
@@ -140,7 +166,13 @@ class Writer:
         ]
         seeds = [sampling.seed + sample for _, sample in jobs]
         batch = Continuations(
-            self.trained.model, [encoded[index] for index, _ in jobs], sampling, seeds=seeds, unusable=self.unusable
+            self.trained.model,
+            [encoded[index] for index, _ in jobs],
+            sampling,
+            seeds=seeds,
+            unusable=self.unusable,
+            prefill_chunk=self.flags.prefill_chunk,
+            max_new_tokens=self.flags.max_new_tokens,
         )
         if alone and self.template is None:
             self._show(texts[0].prompt.text)
@@ -191,14 +223,15 @@ def main() -> int:
     if flags.prompt_file == "-" and discover_launch().world_size > 1:
         raise UserError("--prompt-file -: the ranks would each read a part of standard input; name a file")
     if flags.prompt_file is None:
-        prompts = [Prompt("--prompt", flags.prompt)]
+        names = ["--prompt"] if len(flags.prompt) == 1 else [f"--prompt {text}" for text in flags.prompt]
+        prompts = [Prompt(name, text) for name, text in zip(names, flags.prompt, strict=True)]
     else:
         by_name = "jsonl" if flags.prompt_file.endswith((".jsonl", ".ndjson")) else "lines"
         prompts = read_prompts(flags.prompt_file, (flags.prompt_format or by_name) == "jsonl")
     from megaforge.inference.generation import Sampling
     from megaforge.parallel.distributed import shutdown
 
-    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
+    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed, flags.min_p, flags.repetition_penalty)
     sampling.validate(flags.num_samples)
     trained = open_model(flags)
     Writer(flags, trained, trained.load_tokenizer(flags.tokenizer_model)).write(prompts, sampling)

@@ -17,6 +17,8 @@ from megaforge.inference.staged import StagedModel
 from megaforge.models.generation_state import chosen, side_by_side
 
 LARGEST_SEED = 2**63 - 1
+PREFILL_CHUNK = 2048
+_ROOM = 1024  # places that caches have for new tokens from the beginning, at most
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,18 @@ class Sampling:
         top_p: draw among the fewest most likely tokens whose probabilities reach this sum; 1: all (nucleus sampling,
             Holtzman et al., arXiv 1904.09751).
         seed: of the draws.
+        min_p: draw among the tokens that have at least this share of the most likely one's probability (Nguyen et al.,
+            arXiv 2407.01082); 0: all.
+        repetition_penalty: divides positive and multiplies negative scores of tokens that the text already has, prompt
+            included (Keskar et al., arXiv 1909.05858); 1: none.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def validate(self, samples: int = 1) -> None:
         """Of ``samples`` texts, whose seeds follow each other.
@@ -48,13 +56,17 @@ class Sampling:
             raise UserError(f"--top-k {self.top_k}: must not be negative; 0 allows every token")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p {self.top_p}: give a share in (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"--min-p {self.min_p}: give a share in [0, 1]; 0 allows every token")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(f"--repetition-penalty {self.repetition_penalty}: give a number above 0; 1 is none")
         most = LARGEST_SEED - samples + 1
         if not 0 <= self.seed <= most:
             raise UserError(f"--seed {self.seed}: give a number from 0 to {most}")
 
 
 def token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities after temperature, top-k and top-p.
+    """Probabilities after temperature, top-k, top-p and min-p.
 
     Args:
         logits: [b, V].
@@ -74,8 +86,16 @@ def token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         # A token stays when those before it do not yet reach top_p; the first always does.
         ordered = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= sampling.top_p, 0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
-    return probabilities
+    if sampling.min_p > 0:
+        least = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0)
+    return probabilities / probabilities.sum(dim=-1, keepdim=True)
+
+
+def penalized(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """``logits`` [b, V] with those of ``seen`` tokens, bool [b, V], made less likely
+    (:attr:`Sampling.repetition_penalty`)."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def sample_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
@@ -93,9 +113,9 @@ def sample_token(logits: Tensor, sampling: Sampling, generator: torch.Generator)
 class Continuations:
     """Several texts that go on together: draw, drop those that are done, draw again. All ranks do the same calls.
 
-    Each prompt is computed in one pass (those of one length together), each further token of all of them in one step
-    from the states. One rank that holds the last stage draws and tells the others, so that rounding can never let ranks
-    go on with different tokens. A text depends on its own prompt and seed alone, not on its company.
+    Prompts are computed in pieces (those of one length together, as far as they fit), each further token of all of them
+    in one step from the states. One rank that holds the last stage draws and tells the others, so that rounding can
+    never let ranks go on with different tokens. A text depends on its own prompt and seed alone, not on its company.
     """
 
     def __init__(
@@ -106,6 +126,8 @@ class Continuations:
         *,
         seeds: Sequence[int] | None = None,
         unusable: Sequence[int] = (),
+        prefill_chunk: int = PREFILL_CHUNK,
+        max_new_tokens: int = 0,
     ) -> None:
         """Computes the prompts.
 
@@ -113,6 +135,9 @@ class Continuations:
             prompts: token ids, at least one each.
             seeds: of each text's draws; None: that of ``sampling`` for all.
             unusable: token ids that are never drawn.
+            prefill_chunk: tokens of the prompts that are computed at once: memory for them does not grow with their
+                length, but for the caches that they fill.
+            max_new_tokens: how many will be drawn, as far as that is known; caches then need not grow.
 
         Raises:
             UserError: an empty prompt, a token outside the vocabulary or bad sampling settings.
@@ -126,19 +151,30 @@ class Continuations:
         seeds = [sampling.seed] * len(prompts) if seeds is None else seeds
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._drawn: Tensor | None = None
-        self._read_prompts(prompts)
+        self._seen: Tensor | None = None
+        if sampling.repetition_penalty != 1:
+            self._seen = torch.zeros(len(prompts), model.vocab_size, dtype=torch.bool)
+            for seen, prompt in zip(self._seen, prompts, strict=True):
+                seen[list(prompt)] = True
+        longest = max(map(len, prompts), default=0)
+        self._read_prompts(prompts, max(1, prefill_chunk), longest + min(max_new_tokens, _ROOM))
 
-    def _read_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
+    def _read_prompts(self, prompts: Sequence[Sequence[int]], chunk: int, expected: int) -> None:
         distinct = list(dict.fromkeys(map(tuple, prompts)))  # several samples of one prompt read it once
         by_length: dict[int, list[tuple[int, ...]]] = defaultdict(list)
         for prompt in distinct:
             by_length[len(prompt)].append(prompt)
         states, scores = [], []
-        for alike in by_length.values():
-            state = self.model.new_state()
-            tokens = torch.tensor(alike, device=self.model.ctx.device)
-            scores.append(self.model.logits(tokens, state))
-            states.append(state)
+        for length, alike in by_length.items():
+            # Where a prompt is cut depends on its length alone, and pieces are about equal: none has few tokens.
+            pieces, together = -(-length // chunk), max(1, chunk // length)
+            for first in range(0, len(alike), together):
+                state = self.model.new_state(expected)
+                tokens = torch.tensor(alike[first : first + together], device=self.model.ctx.device)
+                for piece in tokens.tensor_split(pieces, 1):
+                    scored = self.model.logits(piece, state)
+                scores.append(scored)
+                states.append(state)
         self._state = states[0] if len(states) == 1 else side_by_side(states)
         known = [some for some in scores if some is not None]
         self._logits = torch.cat(known) if known else None
@@ -164,15 +200,21 @@ class Continuations:
         if self._logits is None:
             self._drawn = torch.empty(self._rows, dtype=torch.long, device=ctx.device)
         else:
-            scores = self._logits.index_fill(-1, self._unusable, float("-inf"))
-            rows = [
-                sample_token(row, self.sampling, self._generators[number])
-                for row, number in zip(scores.cpu().split(1), self.going_on, strict=True)
-            ]
-            self._drawn = torch.cat(rows).to(ctx.device)
+            self._drawn = self._sampled(self._logits).to(ctx.device)
         if ctx.world.size > 1:
             dist.broadcast(self._drawn, src=self.model.source, group=ctx.world.group)
-        return dict(zip(self.going_on, self._drawn.tolist(), strict=True))
+        drawn = dict(zip(self.going_on, self._drawn.tolist(), strict=True))
+        if self._seen is not None:
+            self._seen[list(drawn), list(drawn.values())] = True
+        return drawn
+
+    def _sampled(self, logits: Tensor) -> Tensor:
+        """The next token of each row of the batch: [b, V] -> int64 [b], on the CPU."""
+        scores = logits.index_fill(-1, self._unusable, float("-inf")).cpu()
+        if self._seen is not None:
+            scores = penalized(scores, self._seen[self.going_on], self.sampling.repetition_penalty)
+        rows = zip(scores.split(1), self.going_on, strict=True)
+        return torch.cat([sample_token(row, self.sampling, self._generators[number]) for row, number in rows])
 
     def drop(self, numbers: Sequence[int]) -> None:
         """Ends these texts."""

@@ -39,9 +39,13 @@ class StagedModel:
         pp, world = self.ctx.pp, self.ctx.world
         self.source = (pp.size - 1) * (world.size // pp.size)
 
-    def new_state(self) -> GenerationState:
-        """An empty memory of this rank's blocks."""
-        return self._chunk.new_state()
+    def new_state(self, expected: int = 0) -> GenerationState:
+        """An empty memory of this rank's blocks, with room for so many tokens (0: it grows as they come)."""
+        state = self._chunk.new_state()
+        for layer in state.layers:
+            if layer is not None:
+                layer.expect(expected)
+        return state
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, state: GenerationState) -> Tensor | None:

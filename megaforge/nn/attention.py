@@ -26,17 +26,23 @@ from megaforge.registry import POSITION_EMBEDDINGS
 
 @dataclass
 class KVCache(LayerState):
-    """Keys and values of the tokens seen so far, this rank's heads: [b, groups/tp, capacity, d], ``length`` in use."""
+    """Keys and values of the tokens seen so far, this rank's heads: [b, groups/tp, capacity, d], ``length`` in use.
+    ``room`` is how many are expected."""
 
     keys: Tensor | None = None
     values: Tensor | None = None
     length: int = 0
+    room: int = 0
+
+    def expect(self, tokens: int) -> None:
+        self.room = tokens
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds [b, groups/tp, s, d] and returns all keys and values so far. Capacity doubles when it is exhausted."""
+        """Adds [b, groups/tp, s, d] and returns all keys and values so far. Capacity is what is expected, and doubles
+        when it is exhausted."""
         new_length = self.length + keys.shape[2]
         if self.keys is None or self.values is None or new_length > self.keys.shape[2]:
-            capacity = max(64, 2 * new_length)
+            capacity = self.room if new_length <= self.room else max(64, 2 * new_length)
             grown = [t.new_empty((*t.shape[:2], capacity, t.shape[3])) for t in (keys, values)]
             if self.keys is not None and self.values is not None:
                 for target, source in zip(grown, (self.keys, self.values), strict=True):
@@ -50,16 +56,19 @@ class KVCache(LayerState):
     @classmethod
     def side_by_side(cls, states: Sequence[KVCache], length: int) -> KVCache:
         """One after the other along b, their last used place at ``length``."""
-        keys = _aligned([(state.keys, state.length) for state in states], length)
-        return KVCache(keys, _aligned([(state.values, state.length) for state in states], length), length)
+        room = max(state.room for state in states)
+        capacity = room if length <= room else 2 * length
+        keys = _aligned([(state.keys, state.length) for state in states], length, capacity)
+        values = _aligned([(state.values, state.length) for state in states], length, capacity)
+        return KVCache(keys, values, length, room)
 
 
-def _aligned(caches: Sequence[tuple[Tensor | None, int]], length: int) -> Tensor:
+def _aligned(caches: Sequence[tuple[Tensor | None, int]], length: int, capacity: int) -> Tensor:
     """Caches [b, groups, capacity, d] of so many places in use; zeros in front, for a place that a mask hides must
     still be a number."""
     filled = [(cache, used) for cache, used in caches if cache is not None]
     first, rows = filled[0][0], sum(cache.shape[0] for cache, _ in filled)
-    out = first.new_zeros((rows, first.shape[1], 2 * length, first.shape[3]))
+    out = first.new_zeros((rows, first.shape[1], capacity, first.shape[3]))
     start = 0
     for cache, used in filled:
         out[start : start + cache.shape[0], :, length - used : length] = cache[:, :, :used]

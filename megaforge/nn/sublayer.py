@@ -34,6 +34,9 @@ class LayerState:
     """What a layer remembers of the tokens it has seen: tensors [b, ...], None before the first. Subclasses declare
     them, and override :meth:`side_by_side` where tensors also have a place for each token."""
 
+    def expect(self, tokens: int) -> None:
+        """Makes room for so many tokens in all, where it is known how many there will be; more may come."""
+
     @classmethod
     def side_by_side(cls, states: Sequence[Self], length: int) -> Self:
         """The sequences of all ``states`` as one batch, of which the longest has seen ``length`` tokens."""

@@ -10,14 +10,16 @@ import torch
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.run_config import ParallelConfig
 from megaforge.errors import UserError
-from megaforge.inference.generation import Continuations, Sampling, sample_token, token_probabilities
+from megaforge.inference.generation import Continuations, Sampling, penalized, sample_token, token_probabilities
 from megaforge.inference.staged import StagedModel
+from megaforge.kernels.attention import native
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.stages import build_model, plan_pipeline
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.layer_context import make_layer_context
 from tests.inference.continue_one import generate
+from tests.inference.live_bytes import LiveBytes
 from tests.nn.support import perturb
 
 PROMPT = [5, 17, 3, 3, 40]
@@ -99,6 +101,31 @@ def test_temperature_top_k_and_top_p() -> None:
     assert int(sample_token(logits, Sampling(temperature=0), torch.Generator())) == 0
 
 
+def test_min_p_and_the_penalty_on_repetitions() -> None:
+    logits = torch.tensor([[0.5, 0.26, 0.2, 0.04]]).log()
+    kept = token_probabilities(logits, Sampling(min_p=0.5))[0].float()
+    assert torch.allclose(kept, torch.tensor([0.5, 0.26, 0, 0]) / 0.76)
+    assert token_probabilities(logits, Sampling(min_p=1)).tolist() == [[1, 0, 0, 0]]
+    both = token_probabilities(logits, Sampling(top_p=0.7, min_p=0.53))[0]
+    assert both.tolist() == [1, 0, 0, 0], "after top-p"
+    seen = torch.tensor([[True, True, False, False]])
+    assert penalized(torch.tensor([[2.0, -2.0, 2.0, -2.0]]), seen, 4.0).tolist() == [[0.5, -8.0, 2.0, -2.0]]
+
+
+def test_a_penalty_on_repetitions_knows_prompt_and_continuation() -> None:
+    """With one that outweighs every score no token comes twice, in any text of a batch."""
+    model, sampling = build(ParallelContext.single()), Sampling(temperature=0, repetition_penalty=1e9)
+    texts = [list(prompt) for prompt in ([1, 2], [5, 17, 3])]
+    batch = Continuations(model, texts, sampling)
+    for step in range(12):
+        for number, token in batch.draw().items():
+            texts[number].append(token)
+        batch.drop([0] if step == 5 else [])
+    assert [len(text) for text in texts] == [8, 15]
+    positive = whole(model).logits(torch.tensor([texts[1]]))[0, 2:-1].amax(-1) > 0
+    assert positive.all() and all(len(set(text)) == len(text) for text in texts)
+
+
 def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(20000, 3)
     drawn = sample_token(logits, Sampling(), torch.Generator().manual_seed(0))
@@ -117,6 +144,8 @@ def test_draws_follow_the_probabilities() -> None:
         (Sampling(seed=2**63), "--seed 9223372036854775808"),
         (Sampling(top_k=-1), "--top-k -1"),
         (Sampling(top_p=0), "--top-p 0"),
+        (Sampling(min_p=-1), "--min-p -1"),
+        (Sampling(repetition_penalty=math.nan), "--repetition-penalty nan"),
     ],
 )
 def test_bad_settings_are_named(sampling: Sampling, message: str) -> None:
@@ -139,7 +168,7 @@ def together(
     """20 tokens of each text; the texts end one after the other, as texts do."""
     prompts = [prompt for prompt in prompts for _ in range(samples)]
     seeds = [sampling.seed + number % samples for number in range(len(prompts))]
-    batch = Continuations(build(ParallelContext.create(tp=tp, pp=pp)), prompts, sampling, seeds=seeds)
+    batch = Continuations(build(ParallelContext.create(tp=tp, pp=pp)), prompts, sampling, seeds=seeds, prefill_chunk=4)
     texts: list[list[int]] = [[] for _ in prompts]
     for step in range(20):
         for number, token in batch.draw().items():
@@ -169,6 +198,41 @@ def test_scores_of_a_batch_are_those_of_each_text_alone() -> None:
             alone = whole(model).logits(torch.tensor([texts[number]]))[:, -1]
             torch.testing.assert_close(batch._logits[number : number + 1], alone, rtol=1e-11, atol=1e-12)
             texts[number].append(token)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 3, 5, 64])
+def test_prompts_in_pieces_are_those_in_one(chunk: int) -> None:
+    """Pieces end anywhere, in the middle of a prompt that others outlast; caches grow beyond what was expected."""
+    model = build(ParallelContext.single())
+    batch = Continuations(model, PROMPTS, Sampling(temperature=0), prefill_chunk=chunk, max_new_tokens=1)
+    texts = [list(prompt) for prompt in PROMPTS]
+    for _ in range(4):
+        for number, token in batch.draw().items():
+            alone = whole(model).logits(torch.tensor([texts[number]]))[:, -1]
+            torch.testing.assert_close(batch._logits[number : number + 1], alone, rtol=1e-11, atol=1e-12)
+            texts[number].append(token)
+
+
+@pytest.mark.skipif("cpu" not in native.COMPILED, reason="without compiled attention a piece has a mask of all keys")
+def test_memory_of_a_prompt_is_that_of_its_pieces_and_caches() -> None:
+    """Bytes alive while a prompt of 8 pieces is read are those of one of 4 but for its caches, which have no place too
+    many."""
+    model, new = build(ParallelContext.single(), torch.float32), 16
+
+    def beside_caches(length: int) -> int:
+        prompt = [3 + place % 50 for place in range(length)]
+        with LiveBytes() as live:
+            text = Continuations(model, [prompt], Sampling(), prefill_chunk=256, max_new_tokens=new)
+        cache = text._state.layers[2]
+        assert cache.keys.shape[2] == cache.values.shape[2] == length + new
+        return live.peak - cache.keys.nbytes - cache.values.nbytes
+
+    four, eight = beside_caches(1024), beside_caches(2048)
+    assert eight - four < 0.05 * four, (four, eight)
+    with LiveBytes() as live:
+        Continuations(model, [[3] * 2048], Sampling(), prefill_chunk=2048)
+    assert live.peak > 4 * four, "what is measured here grows with a piece"
 
 
 @pytest.mark.parametrize("world,tp,pp", [(2, 2, 1), (2, 1, 2), (3, 1, 3), (4, 2, 2)])

@@ -51,7 +51,7 @@ def model() -> StagedModel:
 def written(model: StagedModel, prompts: list[str], capsys: pytest.CaptureFixture[str], *more: str) -> str:
     flags = parse_arguments(["--load", "x", "--prompt", "x", "--max-new-tokens", "12", "--temperature", "9", *more])
     trained = TrainedModel(model, model.ctx, make_config([]), {}, Path("x"))
-    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
+    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed, flags.min_p, flags.repetition_penalty)
     Writer(flags, trained, TOKENIZER).write([Prompt("p", text) for text in prompts], sampling)
     return capsys.readouterr().out
 
@@ -85,6 +85,19 @@ def test_plain_output_names_what_it_shows(model: StagedModel, capsys: pytest.Cap
     lines = written(model, ["7", "8"], capsys).splitlines()
     assert [lines[0], lines[2]] == ["--- prompt 1, sample 1", "--- prompt 2, sample 1"]
     assert lines[1].startswith("7 ") and lines[3].startswith("8 ")
+
+
+def test_the_end_of_a_document_may_be_ignored(model: StagedModel, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--json", "--num-samples", "16", "--max-new-tokens", "40", "--prefill-chunk", "1")
+    ends = [json.loads(line)["end"] for line in written(model, ["7 8 9"], capsys, *flags).splitlines()]
+    assert set(ends) == {"length", "eod"}
+    records = [json.loads(line) for line in written(model, ["7 8 9"], capsys, *flags, "--ignore-eod").splitlines()]
+    assert {(r["end"], r["tokens"]) for r in records} == {("length", 40)}
+    assert "50" not in " ".join(r["text"] for r in records).split()
+
+
+def test_prompts_may_be_given_again() -> None:
+    assert parse_arguments(["--load", "x", "--prompt", "a", "--prompt", "b c"]).prompt == ["a", "b c"]
 
 
 def test_stop_strings_end_a_text(model: StagedModel, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,6 +159,9 @@ def test_bad_prompt_files_are_named(tmp_path: Path, content: bytes | None, messa
         (("--max-new-tokens", "-1"), "--max-new-tokens -1"),
         (("--num-samples", "0"), "--num-samples 0"),
         (("--batch-size", "0"), "--batch-size 0"),
+        (("--prefill-chunk", "0"), "--prefill-chunk 0"),
+        (("--min-p", "1.5"), "--min-p 1.5"),
+        (("--repetition-penalty", "0"), "--repetition-penalty 0"),
         (("--stop", ""), "--stop ''"),
         (("--prompt-format", "jsonl"), "--prompt-format jsonl"),
     ],
