@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,11 +82,17 @@ def save_checkpoint(
     Raises:
         CheckpointError: on every rank, when any rank failed (disk full, ...); earlier checkpoints are untouched.
     """
-    directory = Path(directory)
     snapshot = take_snapshot(step, entries, meta, ctx, rank_tensors, metric=metric, chunks=chunks)
+    return save_snapshot(snapshot, Path(directory), ctx, goes_on_from=goes_on_from)
+
+
+def save_snapshot(
+    snapshot: Snapshot, directory: Path, ctx: ParallelContext, *, goes_on_from: int | None = None
+) -> Path:
+    """All of :func:`save_checkpoint` but the first part. Collective."""
     if goes_on_from is not None:
         from_first_rank(ctx, lambda: _abandon_later(directory, goes_on_from))
-    return publish_snapshot(write_snapshot(snapshot, directory, ctx), directory, step, ctx)
+    return publish_snapshot(write_snapshot(snapshot, directory, ctx), directory, snapshot.head.step, ctx)
 
 
 def take_snapshot(
@@ -115,14 +120,14 @@ def write_snapshot(snapshot: Snapshot, directory: Path, ctx: ParallelContext) ->
     step = snapshot.head.step
     writer = CheckpointWriter(directory, snapshot.head, ctx.world.rank)
     try:
-        with _quiet():
-            state_dict_saver.save(
-                snapshot.shards,
-                storage_writer=writer,
-                planner=ShardSavePlanner(),
-                process_group=ctx.control,
-                no_dist=ctx.control is None,
-            )
+        _quieten()
+        state_dict_saver.save(
+            snapshot.shards,
+            storage_writer=writer,
+            planner=ShardSavePlanner(),
+            process_group=ctx.control,
+            no_dist=ctx.control is None,
+        )
     except CheckpointException as error:
         if ctx.is_first_rank or ctx.control is None:
             discard_temporary(directory, step)
@@ -237,14 +242,14 @@ def load_checkpoint(
         logger.warning("%s %s: the ranks' own tensors (random states) start afresh", path, why)
     shards = together(ctx, lambda: build_shards(entries, {} if why else rank_tensors or {}, ctx))
     try:
-        with _quiet():
-            state_dict_loader.load(
-                shards,
-                storage_reader=CheckpointReader(path, manifest),
-                planner=ShardLoadPlanner(allow_extra, cast),
-                process_group=ctx.control,
-                no_dist=ctx.control is None,
-            )
+        _quieten()
+        state_dict_loader.load(
+            shards,
+            storage_reader=CheckpointReader(path, manifest),
+            planner=ShardLoadPlanner(allow_extra, cast),
+            process_group=ctx.control,
+            no_dist=ctx.control is None,
+        )
     except CheckpointException as error:
         raise _translate(error, f"--load {path}") from error
     return manifest.meta
@@ -288,9 +293,7 @@ def _translate(error: CheckpointException, text: str) -> Exception:
     return RuntimeError(f"{text}: {error}")
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warning that a single process saves or loads by itself: that is what was asked for."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        yield
+def _quieten() -> None:
+    """Without torch's warning that a single process saves or loads by itself: that is what was asked for. Filters are
+    the process's, and a thread that took this one back would take back another thread's."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)

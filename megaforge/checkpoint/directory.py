@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megaforge.checkpoint.manifest import Manifest, read_manifest, write_and_sync, write_manifest
-from megaforge.config.run_config import CheckpointConfig
+from megaforge.config.checkpoint_config import CheckpointConfig
 from megaforge.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 
+from megaforge.config.checkpoint_config import CheckpointConfig
 from megaforge.config.distill_config import DistillConfig
 from megaforge.config.dry_run_config import DryRunConfig
 from megaforge.config.fields import check_fields
@@ -14,7 +15,6 @@ from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.config.pattern import kinds_of
 from megaforge.config.qat_config import QATConfig
 from megaforge.config.run_config import (
-    CheckpointConfig,
     DataConfig,
     LoggingConfig,
     ParallelConfig,

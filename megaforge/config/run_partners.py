@@ -75,6 +75,13 @@ RUN_PARTNERS = (
         refuse=False,
     ),
     Partner(("checkpoint.save_retain_interval",), lambda c: c.checkpoint.save, "nothing is saved: add --save DIR"),
+    Partner(("checkpoint.async_save",), lambda c: c.checkpoint.save, "nothing is saved: add --save DIR"),
+    Partner(
+        ("checkpoint.async_save",),
+        lambda c: c.parallel.distributed_backend != "mpi",
+        "MPI's collectives wait for each other, those of a save and of a step too: use --distributed-backend gloo or "
+        "leave it out",
+    ),
     Partner(("checkpoint.ckpt_step",), lambda c: c.checkpoint.load, "there is no directory of it: add --load DIR"),
     Partner(
         ("training.eval_test",),

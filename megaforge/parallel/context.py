@@ -132,7 +132,7 @@ class ParallelContext:
                     axes[name] = dataclasses.replace(ctx.axis(name), group=_make_group(members, timeout))
         groups = (axes[name].group for name in AXES if name in axes)
         connect((group for group in groups if group is not None), device)
-        control = _make_control_group(timeout)
+        control = make_control_group(timeout)
         # A rank that ends at once (a flag that it refuses) must not close its connections while another still makes its
         # own: that one would report a lost peer in place of the refusal.
         dist.all_reduce(torch.zeros(1), group=control)
@@ -170,7 +170,8 @@ def _make_group(members: list[list[int]], timeout: datetime.timedelta | None) ->
     return dist.new_group(own, timeout=timeout, use_local_synchronization=True)
 
 
-def _make_control_group(timeout: datetime.timedelta | None) -> ProcessGroup:
+def make_control_group(timeout: datetime.timedelta | None) -> ProcessGroup:
+    """A group of all ranks for what is in host memory. Collective."""
     return dist.new_group(timeout=timeout, backend="gloo" if dist.get_backend() == "nccl" else None)
 
 

@@ -70,7 +70,8 @@ class Callback:
         """The model was measured on the test samples (``--eval-test``)."""
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
-        """The run's state was published as ``path``."""
+        """The run's state after ``trainer.saved_iteration`` was published as ``path``: this iteration's, or with
+        ``--async-save`` an earlier one's."""
 
     def on_train_end(self, trainer: Trainer) -> None:
         """The loop is over, by its end or by an exception."""
@@ -139,7 +140,8 @@ class Evaluation(Callback):
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         evaluated = trainer.last_evaluation is not None and trainer.last_evaluation.iteration == trainer.iteration
-        if trainer.interrupted and trainer.iteration >= trainer.config.training.train_iters and not evaluated:
+        last = trainer.iteration >= trainer.config.training.train_iters and trainer.saved_iteration == trainer.iteration
+        if trainer.interrupted and last and not evaluated:
             trainer.evaluate(due=False)
 
 
@@ -217,12 +219,19 @@ class Checkpointing(Callback):
         self.interval, self.keep = interval, keep
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        if trainer.save_written:
+            trainer.settle_save()
         if trainer.finished or trainer.save_due or self.interval.is_due(trainer):
             trainer.save()
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         if self.keep.last:
             enforce_retention(path, trainer.ctx, self.keep)
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """After an exception a checkpoint may still be on its way."""
+        if trainer.background is not None:
+            trainer.background.finish()
 
 
 class ExitInterval(Callback):

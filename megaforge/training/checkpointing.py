@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import megaforge
-from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta, save_checkpoint
+from megaforge.checkpoint.background import BackgroundSave
+from megaforge.checkpoint.checkpoint import Snapshot, load_checkpoint, read_meta, save_snapshot, take_snapshot
 from megaforge.checkpoint.compatible import check_compatible, describe_run
 from megaforge.checkpoint.directory import list_steps
 from megaforge.checkpoint.find import find_checkpoint, holds_no_checkpoint, holds_other_program
 from megaforge.checkpoint.manifest import read_manifest
 from megaforge.checkpoint.stateful import Stateful, tensors_of
+from megaforge.config.checkpoint_config import CheckpointConfig
 from megaforge.config.launcher import print_rank_0
-from megaforge.config.run_config import CheckpointConfig
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.device import get_random_state, set_random_state
 from megaforge.errors import UserError
@@ -52,12 +53,24 @@ def save_run(trainer: Trainer) -> Path:
     Raises:
         UserError: on every rank, when any could not write; earlier checkpoints stay valid.
     """
+    directory, snapshot = _run_snapshot(trainer)
+    path = save_snapshot(snapshot, directory, trainer.ctx, goes_on_from=trainer.saved_iteration)
+    trainer.saved_iteration = trainer.iteration
+    return path
+
+
+def start_save(trainer: Trainer, background: BackgroundSave) -> None:
+    """:func:`save_run` as far as it needs what the next step changes; ``background`` does the rest. Collective."""
+    directory, snapshot = _run_snapshot(trainer)
+    background.start(snapshot, directory, goes_on_from=trainer.saved_iteration)
+
+
+def _run_snapshot(trainer: Trainer) -> tuple[Path, Snapshot]:
     config = trainer.config
     if config.checkpoint.save is None:
         raise UserError("--save is not set, so there is nowhere to write a checkpoint")
     parts = stateful_parts(trainer)
-    path = save_checkpoint(
-        config.checkpoint.save,
+    snapshot = take_snapshot(
         trainer.iteration,
         [*trainer.optimizer.weight_entries(), *tensors_of(parts)],
         _run_meta(trainer, parts),
@@ -65,10 +78,8 @@ def save_run(trainer: Trainer) -> Path:
         get_random_state(trainer.ctx.device),
         metric=_score(trainer),
         chunks=len(trainer.model.chunks),
-        goes_on_from=trainer.saved_iteration,
     )
-    trainer.saved_iteration = trainer.iteration
-    return path
+    return Path(config.checkpoint.save), snapshot
 
 
 def stateful_parts(trainer: Trainer) -> dict[str, Stateful]:

@@ -51,7 +51,7 @@ class Phase6Output(Callback):
         self.training_time += metrics.seconds
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
-        if not trainer.complete:
+        if not trainer.complete or trainer.saved_iteration != trainer.iteration:
             return
         folder = from_first_rank(trainer.ctx, lambda: export_phase6(open_source(path), self.folder))
         print_rank_0(f"--phase6-output: {folder} is written")

@@ -10,6 +10,7 @@ from math import ceil
 import torch
 import torch.distributed as dist
 
+from megaforge.checkpoint.background import BackgroundSave
 from megaforge.checkpoint.directory import Retention
 from megaforge.config.config import Config
 from megaforge.config.lr_shapes import RateShape
@@ -149,6 +150,8 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext) -> Trainer:
         batches=run.layout.batches,
         callbacks=_callbacks(config, progress),
     )
+    if config.checkpoint.async_save and config.checkpoint.save is not None:
+        trainer.background = BackgroundSave(ctx, config.parallel.distributed_timeout_minutes)
     if config.optimizer.ema_decay:
         trainer.add(WeightAverage(config.optimizer, optimizer.main))
     shape: RateShape = LR_SCHEDULES.get(config.optimizer.lr_decay_style)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megaforge.checkpoint.background import BackgroundSave
 from megaforge.checkpoint.stateful import Stateful
 from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.config.config import Config
@@ -25,7 +26,7 @@ from megaforge.optim import GradientLimits, LearningRateSchedule
 from megaforge.resilience.requests import Requests
 from megaforge.training.batch_sums import BatchSums
 from megaforge.training.callbacks import Callback, in_order
-from megaforge.training.checkpointing import save_run
+from megaforge.training.checkpointing import save_run, start_save
 from megaforge.training.engine import Engine
 from megaforge.training.lengths import Progress
 from megaforge.training.metrics import EvaluationMetrics, StepMetrics
@@ -54,6 +55,8 @@ class Trainer:
         interrupted: whether the run ends because it was asked to (:class:`megaforge.resilience.requests.Requests`).
         paused: whether it ends to be continued (``--exit-interval``).
         save_due: whether the time asks for a checkpoint.
+        background: what writes checkpoints while steps go on (``--async-save``), or None.
+        save_written: whether it has written one on all ranks, which :meth:`settle_save` makes known.
         stop_reason: why the run ends before ``--train-iters``, or None.
     """
 
@@ -91,7 +94,8 @@ class Trainer:
         self.last_evaluation: EvaluationMetrics | None = None
         self.stop_reason: str | None = None
         self.tokens_per_expert = torch.empty((0, 0))
-        self.interrupted = self.save_due = self.paused = False
+        self.interrupted = self.save_due = self.paused = self.save_written = False
+        self.background: BackgroundSave | None = None
         self._requests = Requests()
 
     @property
@@ -152,7 +156,7 @@ class Trainer:
         sums = self.engine.forward_backward(batches, self.objective)
         self.engine.reduce_gradients()
         self._emit("on_gradients")
-        sums.votes = self._requests.votes()
+        sums.votes = self._votes()
         grad_norm, extra = self.engine.clip(GradientLimits.of(self.config.optimizer), sums)
         self._check(grad_norm)
         updated = self.engine.update(lr, grad_norm, sums)
@@ -193,18 +197,24 @@ class Trainer:
 
     def _read(self, sums: BatchSums) -> None:
         """Makes ``sums`` global and brings them to the host, outside of a step. Collective."""
-        sums.votes = self._requests.votes()
+        sums.votes = self._votes()
         self.engine.reduce(sums)
         sums.read()
         self._heed(sums)
 
     def _heed(self, sums: BatchSums) -> None:
         """Does what any rank was asked for: all see the same votes, so they agree."""
-        reason = self._requests.stop_reason(sums.votes)
+        *votes, writing = sums.votes
+        reason = self._requests.stop_reason(votes)
         if reason is not None:
             self.interrupted = True
             self.stop(reason)
-        self.save_due = self.save_due or self._requests.save_is_due(sums.votes)
+        self.save_due = self.save_due or self._requests.save_is_due(votes)
+        self.save_written = self.background is not None and self.background.in_flight and not writing
+
+    def _votes(self) -> list[float]:
+        """What this rank was asked for, and whether it is still writing a checkpoint."""
+        return [*self._requests.votes(), float(self.background is not None and self.background.writing)]
 
     def evaluate(self, due: bool = True) -> EvaluationMetrics:
         """:meth:`measure`, told to callbacks."""
@@ -257,11 +267,27 @@ class Trainer:
         )
 
     def save(self) -> None:
-        """Writes a checkpoint below ``--save``."""
+        """Writes a checkpoint below ``--save``; with ``--async-save``, where steps follow, begins to. One that is being
+        written is waited for."""
         self.optimizer.wait_for_parameters()
-        self._emit("on_checkpoint", save_run(self))
+        self.settle_save()
+        if self.background is None or self.finished:
+            self._emit("on_checkpoint", save_run(self))
+        else:
+            start_save(self, self.background)
         self._requests.saved()
         self.save_due = False
+
+    def settle_save(self) -> None:
+        """Waits for the checkpoint that is being written, if there is one, and tells callbacks of it. Collective.
+
+        Raises:
+            UserError: on every rank, when any could not write it.
+        """
+        if self.background is not None and self.background.in_flight:
+            self.save_written = False
+            path, self.saved_iteration = self.background.wait()
+            self._emit("on_checkpoint", path)
 
     def _loader(
         self, data: SampleView, batches: BatchSchedule, consumed_samples: int = 0, look_ahead: int = 1

@@ -41,6 +41,8 @@ REFUSED = [
     (("--save-interval-epochs", "0.5"), (), "--save DIR"),
     (("--keep-last", "9"), (), "--save DIR"),
     (("--save-retain-interval", "9"), (), "--save DIR"),
+    (("--async-save",), (), "--save DIR"),
+    (("--async-save",), ("--save", "r", "--distributed-backend", "mpi"), "--distributed-backend gloo"),
     (("--ckpt-step", "9"), (), "--load DIR"),
     (("--decoupled-min-lr", "0"), (), "add --decoupled-lr X"),
     (("--start-weight-decay", "0"), (), "add --weight-decay-incr-style linear or cosine"),

@@ -103,6 +103,7 @@ DOCUMENTS = [
     "examples/cdrmix/README.md",
     "examples/grokking/README.md",
     "docs/architecture.md",
+    "docs/checkpoints.md",
     "docs/data.md",
     "docs/from_huggingface.md",
     "docs/from_megatron.md",

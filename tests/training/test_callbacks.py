@@ -32,7 +32,8 @@ class FakeTrainer:
         self.evaluated: list[int] = []
         self.saved: list[int] = []
         self.log: list[str] = []
-        self.interrupted = self.save_due = False
+        self.interrupted = self.save_due = self.save_written = False
+        self.saved_iteration = 0
         self.last_evaluation: EvaluationMetrics | None = None
         self.config = SimpleNamespace(training=SimpleNamespace(train_iters=iterations))
 
@@ -53,6 +54,7 @@ class FakeTrainer:
 
     def save(self) -> None:
         self.saved.append(self.iteration)
+        self.saved_iteration = self.iteration
         self.log.append(f"S{self.iteration}")
         for callback in self.callbacks:
             callback.on_checkpoint(cast(Trainer, self), Path())

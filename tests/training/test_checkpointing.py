@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from megaforge.checkpoint import storage
 from megaforge.checkpoint.checkpoint import read_meta
 from megaforge.checkpoint.directory import list_steps
 from megaforge.checkpoint.stateful import Stateful
@@ -141,3 +144,66 @@ def run_tiny(line: list[str]) -> Trainer:
     trainer = make_trainer(line)
     trainer.train()
     return trainer
+
+
+class _Watch(Callback):
+    """Holds a save back until the second step after it begins, and notes what the run hears of saves."""
+
+    def __init__(self, hold: threading.Event) -> None:
+        self.hold = hold
+        self.heard: list[tuple[int, int, str]] = []
+
+    def on_step_start(self, trainer: Trainer) -> None:
+        if trainer.background is not None and trainer.iteration == 3:
+            assert trainer.background.writing, "steps go on while it is written"
+            self.hold.set()
+
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        self.heard.append((trainer.iteration, trainer.saved_iteration, path.name))
+
+
+def test_saving_in_the_background_saves_the_same(prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each step the same bytes as without, also of averages and ZeRO's masters; the run hears of it once it is
+    published, and ends with its last one."""
+    hold, write = threading.Event(), storage.write_safetensors
+    line = arguments(prefix, "--ema-decay", "0.9", "--save-interval", "2", "--keep-last", "0")
+    plain = run_tiny([*line, "--save", str(tmp_path / "plain")])
+    trainer = make_trainer([*line, "--save", str(tmp_path / "background"), "--async-save"])
+    trainer.add(watch := _Watch(hold))
+    monkeypatch.setattr(storage, "write_safetensors", lambda *given: (hold.wait(60), write(*given))[1])
+    trainer.train()
+    names = [f"step_{step:07d}" for step in (2, 4, 6)]
+    assert [(saved, name) for _, saved, name in watch.heard] == [*zip((2, 4, 6), names, strict=True)]
+    assert watch.heard[0][0] in (4, 5) and watch.heard[-1] == (6, 6, names[-1])
+    for name in names:
+        pair = [(tmp_path / run / name / "rank_00000.safetensors").read_bytes() for run in ("plain", "background")]
+        assert pair[0] == pair[1]
+    assert all(map(torch.equal, weights(trainer).values(), weights(plain).values()))
+    again = [*line, "--train-iters", "7", "--async-save", "--save", str(tmp_path / "plain"), "--load"]
+    assert weights(run_tiny([*again, str(tmp_path / "plain")])).keys() == weights(plain).keys()
+
+
+def test_what_the_writer_could_not_do_ends_the_run(
+    prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = make_trainer(arguments(prefix, "--save", str(tmp_path), "--save-interval", "2", "--async-save"))
+    monkeypatch.setattr(storage, "write_safetensors", full)
+    with pytest.raises(UserError, match="the checkpoint of step 2 was not written, .* No space left"):
+        trainer.train()
+    assert trainer.iteration in (3, 4), "at the latest where the next one is due"
+
+
+def test_an_exception_waits_for_what_is_being_written(prefix: str, tmp_path: Path) -> None:
+    class Fault(Callback):
+        def on_step_start(self, trainer: Trainer) -> None:
+            if trainer.iteration == 2:
+                raise ZeroDivisionError
+
+    trainer = make_trainer(arguments(prefix, "--save", str(tmp_path), "--save-interval", "2", "--async-save"))
+    trainer.add(Fault())
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert [step for step, _ in list_steps(tmp_path)] == [2]

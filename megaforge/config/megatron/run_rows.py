@@ -32,7 +32,6 @@ RUN_ROWS: tuple[Row, ...] = (
     only(
         "exit-signal", "sigterm sigint sigusr1", "SIGTERM, SIGINT and SIGUSR1 end a run that saves first; leave it out"
     ),
-    *advice(0, "checkpoints are written between two steps; leave it out", "async-save"),
     *advice(0, "checkpoints are whole; --no-load-optim leaves it out when they are read", "no-save-optim no-save-rng"),
     *advice(
         ANY,
