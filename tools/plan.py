@@ -5,13 +5,15 @@
     python tools/plan.py memory --config cdrmix-core-40b --tp 8 --sp --pp 4 --ep 8 --dp 4 --zero 1 --gpu h100-80g
     python tools/plan.py memory --config cdrmix-core-40b --gpu h100-80g --search --gpus 256
     python tools/plan.py schedule --pp 4 --vpp 2 --microbatches 8 --schedule zb-v --output plans/zb-v.svg
+    python tools/plan.py goodput --gpus 1024 --mtbf-hours 7.9 --stall 1 --restart 300
     python tools/plan.py ladders
     python tools/plan.py activations
     python tools/plan.py docs
 
 params prints the stored parameters of each component and the active ones (those that one token uses). memory
 prints memory, communication, bubble, step time and MFU of a layout, or the fastest layouts that fit. schedule
-draws a pipeline schedule. ladders dry-runs the jobs of run_scripts/slurm/cdrmix.txt, every rank of them.
+draws a pipeline schedule. goodput says how often to save and what failures cost at each scale. ladders
+dry-runs the jobs of run_scripts/slurm/cdrmix.txt, every rank of them.
 activations compares predicted activation bytes with those that a CPU keeps.
 docs writes what these say into the documents that quote them.
 """
@@ -41,7 +43,7 @@ def params(arguments: Sequence[str], prog: str) -> None:
         print(note)
     model = config.model
     from megaforge.models.parameter_count import count_parameters, total
-    from megaforge.planning.report import table
+    from megaforge.planning.table import table
 
     counts = count_parameters(model)
     whole = total(counts)
@@ -59,6 +61,7 @@ def params(arguments: Sequence[str], prog: str) -> None:
 MODULES = {
     "memory": "megaforge.planning.plan_command",
     "schedule": "megaforge.planning.schedule_command",
+    "goodput": "megaforge.planning.goodput_command",
     "activations": "megaforge.planning.measured_activations",
     "ladders": "megaforge.verification.slurm_jobs",
     "docs": "megaforge.verification.update_docs",

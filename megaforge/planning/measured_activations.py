@@ -15,9 +15,9 @@ from megaforge.parallel.layer_context import make_layer_context
 from megaforge.planning.costs import stage_cost
 from megaforge.planning.layout import PlannedLayout, layout_of
 from megaforge.planning.plan_request import parse_activations
-from megaforge.planning.report import table
 from megaforge.planning.stage_run import run_stage
 from megaforge.planning.stages import StagePart, model_parts
+from megaforge.planning.table import table
 
 _TEST = ("--config", "cdrmix-test", "--vocab-size", "500", "--seq-length", "128", "--micro-batch-size", "1")
 _TINY = ("--config", "cdrmix-tiny", "--vocab-size", "2048")

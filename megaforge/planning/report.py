@@ -10,19 +10,8 @@ from megaforge.planning.layout import PlannedLayout
 from megaforge.planning.memory import LIBRARIES, RankMemory, rank_memory
 from megaforge.planning.search import Found
 from megaforge.planning.stages import ModelParts, cut_stages
+from megaforge.planning.table import table
 from megaforge.planning.time import StepTime, step_time
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their longest cell; the first is aligned left, the others right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
 
 
 def gigabytes(size: float) -> str:

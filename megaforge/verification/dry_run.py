@@ -34,10 +34,11 @@ from megaforge.planning.gpus import GPUS, ROOM, verdict
 from megaforge.planning.layout import PlannedLayout
 from megaforge.planning.memory import LIBRARIES, peak_activations
 from megaforge.planning.plan_command import planned_layout
-from megaforge.planning.report import gigabytes, table
+from megaforge.planning.report import gigabytes
 from megaforge.planning.stage_run import run_stage
 from megaforge.planning.stages import ModelParts, StagePart, cut_stages, model_parts, stage_parameters
 from megaforge.planning.state_bytes import StateBytes, fullest_rank, state_bytes
+from megaforge.planning.table import table
 from megaforge.training.ema import WeightAverage
 from megaforge.training.forward_backward import make_reducer
 from megaforge.training.setup import build_model_chunks, make_context

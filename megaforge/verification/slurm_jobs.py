@@ -11,8 +11,9 @@ from megaforge.planning.gpus import gpu_named
 from megaforge.planning.layout import PlannedLayout
 from megaforge.planning.memory import rank_memory
 from megaforge.planning.plan_request import Job, parse_ladders
-from megaforge.planning.report import gigabytes, table
+from megaforge.planning.report import gigabytes
 from megaforge.planning.stages import cut_stages, model_parts
+from megaforge.planning.table import table
 from megaforge.verification.dry_run import try_ranks
 
 
