@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from megaforge.kernels.attention import PackedDocuments, causal_attention, takes_documents, takes_segments
+from megaforge.kernels.attention.fused import fused_attention, takes_fused
 from megaforge.nn.norms import make_head_norm, make_sub_norm
 from megaforge.nn.recompute import recomputed
 from megaforge.nn.relations import Projection
+from megaforge.nn.rope import Rotary
 from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState
 from megaforge.parallel.context_parallel.attention import context_parallel_attention, largest_visible_logits
 from megaforge.parallel.context_parallel.dropped_attention import dropped_attention_of
@@ -146,6 +148,36 @@ class SelfAttention(nn.Module):
         """
         fused = self.qkv(x)
         length, batch = fused.shape[:2]
+        if state is None and self._takes_fused(fused, info):
+            context = self._attend_fused(fused, info)
+        else:
+            context = self._attend(fused, info, state).permute(2, 0, 1, 3)
+        return LayerOutput(self.output(self.sub_norm(context.reshape(length, batch, -1))))
+
+    def _takes_fused(self, fused: Tensor, info: PackedSequence) -> bool:
+        """Whether attention reads what the projection gave as it is, and nobody else asks for queries and keys."""
+        turned = self.rotation is None or isinstance(self.rotation, Rotary)
+        drops = info.dropout is not None and info.dropout.rates.attention
+        watched = self.watches_logits and self.training
+        return turned and not drops and not watched and info.shards.axis.size == 1 and takes_fused(fused)
+
+    def _attend_fused(self, fused: Tensor, info: PackedSequence) -> Tensor:
+        """[s, b, (heads + 2 groups)/tp * d] -> [s, b, heads/tp, d]."""
+        length, batch = fused.shape[:2]
+        parts, value = fused.view(length, batch, self.heads + 2 * self.groups, self.head_dim), None
+        rotation = cast(Rotary | None, self.rotation)
+        if self.query_norm is not None or (rotation is not None and rotation.interleaved):
+            parts, value = parts.split((self.heads + self.groups, self.groups), dim=2)
+            parts = self._normed(parts)
+            parts = parts if rotation is None else rotation.in_halves(parts)
+        turns = None if rotation is None else rotation.turns(info)
+        segments = info.segments(range(length), range(length))
+        out: Tensor = recomputed(self.recompute_core, fused_attention, parts, value, turns, segments, self.heads)
+        return out
+
+    def _attend(self, fused: Tensor, info: PackedSequence, state: KVCache | None) -> Tensor:
+        """[s, b, (heads + 2 groups)/tp * d] -> [b, heads/tp, s, d]."""
+        length, batch = fused.shape[:2]
         width = self.head_dim
         # split, not slices: its backward is one concatenation
         query_key, value = fused.split(((self.heads + self.groups) * width, self.groups * width), dim=-1)
@@ -159,16 +191,15 @@ class SelfAttention(nn.Module):
             self._watch(query, key, info)
         if info.dropout is not None and info.dropout.rates.attention:
             rows = info.dropout.attention_rows(self.index, self.own_heads)
-            context = recomputed(self.recompute_core, dropped_attention_of, query, key, value, rows, info)
+            out: Tensor = recomputed(self.recompute_core, dropped_attention_of, query, key, value, rows, info)
         elif info.shards.axis.size > 1:
-            context = recomputed(self.recompute_core, context_parallel_attention, query, key, value, info)
+            out = recomputed(self.recompute_core, context_parallel_attention, query, key, value, info)
         else:
             if state is not None:
                 key, value = state.append(key, value)
             seen = _seen(query, key, info, state is not None)
-            context = recomputed(self.recompute_core, causal_attention, query, key, value, *seen)
-        context = context.permute(2, 0, 1, 3).reshape(length, batch, self.heads * width)
-        return LayerOutput(self.output(self.sub_norm(context)))
+            out = recomputed(self.recompute_core, causal_attention, query, key, value, *seen)
+        return out
 
 
 def _seen(

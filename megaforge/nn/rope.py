@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megaforge.config.attention_config import AttentionConfig
+from megaforge.kernels.attention.fused import Turns
 from megaforge.kernels.pointwise import apply_rotary
 from megaforge.nn.rope_scaling import scaled_frequencies
 from megaforge.parallel.packed_sequence import PackedSequence
@@ -60,10 +61,22 @@ class Rotary:
             info.cache[key] = (angles.cos().to(dtype).unsqueeze(2), angles.sin().to(dtype).unsqueeze(2))
         return info.cache[key]
 
+    def turns(self, info: PackedSequence) -> Turns:
+        """The same angles in fp32, for attention that turns its queries and keys itself."""
+        key = ("turns", self)
+        if key not in info.cache:
+            info.cache[key] = Turns(*(x.squeeze(2).contiguous() for x in self.tables(info, torch.float32)))
+        found: Turns = info.cache[key]
+        return found
+
+    def in_halves(self, x: Tensor) -> Tensor:
+        """Heads [..., d] whose interleaved pairs are apart, as halves: queries and keys alike, so that no score sees
+        it."""
+        if not self.interleaved:
+            return x
+        pairs = x[..., : self.channels].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        return torch.cat([pairs, x[..., self.channels :]], dim=-1)
+
     def __call__(self, x: Tensor, info: PackedSequence) -> Tensor:
-        """Queries or keys [s, b, heads, d] -> the same. Interleaved pairs come out apart, as halves: queries and keys
-        alike, so that no score sees it."""
-        if self.interleaved:
-            pairs = x[..., : self.channels].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-            x = torch.cat([pairs, x[..., self.channels :]], dim=-1)
-        return apply_rotary(x, *self.tables(info, x.dtype))
+        """Queries or keys [s, b, heads, d] -> the same, their pairs :meth:`in_halves`."""
+        return apply_rotary(self.in_halves(x), *self.tables(info, x.dtype))

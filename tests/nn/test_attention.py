@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.kernels.attention import native
+from megaforge.kernels.attention.fused import takes_fused
 from megaforge.nn.attention import KVCache, SelfAttention
 from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.parallel.param_spec import named_specs
@@ -130,6 +131,36 @@ def test_values_and_gradients(changes: dict, packed: bool) -> None:
     info = PackedSequence(BATCH, LENGTH, CPU, start)
     module = attention(cfg)
     assert_agrees(module, lambda x: module(x, info).update, oracle_of(cfg, info), random(LENGTH, BATCH, HIDDEN))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_query_groups": 2, "rotary_percent": 0.5},
+        {"position_embedding_type": "none", "kv_channels": 10},
+        {"qk_layernorm": True, "num_query_groups": 2, "rotary_interleaved": True, "use_rope_scaling": True},
+    ],
+)
+def test_the_fused_form_is_the_other(monkeypatch: pytest.MonkeyPatch, changes: dict, dtype: torch.dtype) -> None:
+    """With documents, and with the core computed again; nothing else is kept of queries and keys."""
+    if not takes_fused(torch.empty(1, 1, 3, 1)):
+        pytest.skip("the compiled attention is not built, or before this operator")
+    start = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+    start[0, 2], start[1, 5] = True, True
+    info, module = PackedSequence(BATCH, LENGTH, CPU, start), attention(config(**changes), dtype)
+    x, direction = (random(LENGTH, BATCH, HIDDEN, seed=i).to(dtype) for i in (1, 2))
+    found = []
+    for fused, again in ((True, False), (True, True), (False, False)):
+        module.recompute_core = again
+        monkeypatch.setattr("megaforge.nn.attention.takes_fused", lambda x, fused=fused: fused)
+        leaves = [x.clone().requires_grad_(), *module.parameters()]
+        out = module(leaves[0], info).update
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, direction)])
+    close = 2e-6 if dtype == torch.float32 else 2e-2
+    for one, again, other in zip(*found, strict=True):
+        assert torch.equal(one, again)
+        assert float((one - other).double().norm()) <= close * max(float(other.double().norm()), 0.1)
 
 
 class _Largest(TorchDispatchMode):

@@ -28,12 +28,20 @@ struct Segment {
   std::int64_t batch, query, queries, key, keys, ahead;
 };
 
+// Angles by which the first 2 half channels of queries and keys turn (RoPE): channel c with c + half. [s, b, half] of each
+// place of the sequences, for queries and keys alike; half 0: none turn.
+struct Turns {
+  const float *cos, *sin;
+  std::int64_t stride_b, stride_s, half;
+};
+
 struct Problem {
   std::int64_t heads, groups, length, d;  // length: queries of each sequence, for the log-sum-exp
   float scale;                            // above 0
   const Segment* segments;
   std::int64_t count;
   View q, k, v;  // of one type; each group of k and v serves heads / groups neighbouring heads
+  Turns turns{};
 };
 
 struct Forward {
@@ -46,7 +54,7 @@ struct Backward {
   Problem in;
   View out, dout;  // dout of the type of q
   const float* lse;
-  Result dq, dk, dv;
+  Result dq, dk, dv;  // of queries and keys before they turn
 };
 
 // Work of one thread: a segment and a group of heads; of the forward pass the blocks [first, last) of its queries,

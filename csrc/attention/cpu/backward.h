@@ -53,6 +53,8 @@ void pack_key_rows(const Problem& in, const Unit& unit, const BackwardRoom<T>& r
   const Int first = block * kKeyRows;
   read_rows<T>(k, first, kKeyRows, segment.keys, width, room.keys + first * width.row);
   read_rows<T>(v, first, kKeyRows, segment.keys, width, room.values + first * width.row);
+  turn_rows<T>(in.turns, segment.batch, segment.key, first, kKeyRows, segment.keys, width.row, room.keys + first * width.row,
+               false);
   const Word* rows = room.keys + first * width.row;
   for (Int i = 0; i < kKeyRows; i += T::kPer, rows += T::kPer * width.row) {
     // channels of all panels side by side
@@ -98,16 +100,17 @@ void pack_queries(const Backward& args, const Unit& unit, const BackwardRoom<T>&
   const Rows q(in.q, segment.batch, head, segment.query), g(args.dout, segment.batch, head, segment.query);
   const Rows o(args.out, segment.batch, head, segment.query);
   constexpr Int kDeep = BackwardRoom<T>::kDeep;
-  const auto pack = [&](const Rows& from, Int first, Word* columns, Word* pairs) {
+  const auto pack = [&](const Rows& from, Int first, Word* columns, Word* pairs, const Turns& turns) {
     const Int column = first % kPanel;
     read_rows<T>(from, first, 16, segment.queries, width, room.rows);
+    turn_rows<T>(turns, segment.batch, segment.query, first, 16, segment.queries, width.row, room.rows, false);
     to_panel<T>(room.rows, width, columns + panel * width.words * kPanel, column);
     Word* to = pairs + (panel * width.panels * kDeep + column / T::kPer) * kPanel;
     for (Int i = 0; i < 16; i += T::kPer, to += kPanel) to_pairs<T>(room.rows + i * width.row, width, to, kDeep * kPanel);
   };
   for (Int first = panel * kPanel; first < (panel + 1) * kPanel; first += 16) {
-    pack(q, first, room.queries, room.query_pairs);
-    pack(g, first, room.grads, room.grad_pairs);
+    pack(q, first, room.queries, room.query_pairs, in.turns);
+    pack(g, first, room.grads, room.grad_pairs, Turns{});
   }
   const float* lse = args.lse + (segment.batch * in.heads + head) * in.length + segment.query;
   for (Int i = panel * kPanel; i < (panel + 1) * kPanel; ++i) {
@@ -209,6 +212,7 @@ void write_queries(const Backward& args, const Unit& unit, const BackwardRoom<T>
     for (Int c = 0; c < width.channels; c += 16) {
       turn(reinterpret_cast<const Word*>(from + c * kPanel), kPanel, room.rows + c, width.channels, 16);
     }
+    turn_rows<F32>(in.turns, segment.batch, segment.query, i, 16, segment.queries, width.channels, room.rows, true);
     for (Int r = 0; r < least(16, segment.queries - i); ++r) {
       write_row(args.dq, segment.batch, head, segment.query + i + r, rows + r * width.channels, in.d, in.scale);
     }
@@ -256,6 +260,8 @@ void backward_unit(const Backward& args, const Unit& unit, const Member& member,
   }
   for (Int i = 0; i < each; ++i) backward_head<T>(args, unit, room, member, unit.group * each + i);
   for (Int i = member.rank; i < segment.keys; i += member.size) {
+    turn_rows<F32>(in.turns, segment.batch, segment.key, i, 1, segment.keys, stride,
+                   reinterpret_cast<Word*>(room.dkeys + i * stride), true);
     write_row(args.dk, segment.batch, unit.group, segment.key + i, room.dkeys + i * stride, in.d, in.scale);
     write_row(args.dv, segment.batch, unit.group, segment.key + i, room.dvalues + i * stride, in.d, 1.0f);
   }

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "attention.h"
@@ -78,7 +79,7 @@ Segments checked(const Tensor& segments, const Tensor& q, const Tensor& k) {
 
 Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments, double scale) {
   return {q.size(1), k.size(1), q.size(2), q.size(3), static_cast<float>(scale), segments.data, segments.count,
-          view(q), view(k), view(v)};
+          view(q), view(k), view(v), Turns{}};
 }
 
 void check(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
@@ -122,7 +123,79 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_any, co
   return {dq, dk, dv};
 }
 
+// A projection's queries, keys and values, side by side.
+struct Parts {
+  Tensor q, k, v;  // [b, heads or groups, s, d]
+};
+
+// Of `all` [s, b, heads + 2 groups, d], or without the values where `value` [s, b, groups, d] has them.
+Parts parts(const Tensor& all, const std::optional<Tensor>& value, std::int64_t heads) {
+  TORCH_CHECK(all.dim() == 4 && (!value || value->dim() == 4) && heads > 0,
+              "megaforge::attention_fused: expected [s, b, heads + groups, d], got ", all.sizes());
+  const std::int64_t rest = all.size(2) - heads, groups = value ? rest : rest / 2;
+  TORCH_CHECK(groups > 0 && (value || rest % 2 == 0), "megaforge::attention_fused: ", heads, " heads of queries do not go with ",
+              all.sizes());
+  const auto part = [](const Tensor& x, std::int64_t first, std::int64_t count) {
+    return x.narrow(2, first, count).permute({1, 2, 0, 3});
+  };
+  return {part(all, 0, heads), part(all, heads, groups), value ? part(*value, 0, groups) : part(all, heads + groups, groups)};
+}
+
+Turns turns(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, const Tensor& all) {
+  if (!cos || !sin) return {};
+  for (const Tensor& x : {*cos, *sin}) {
+    TORCH_CHECK(x.scalar_type() == at::kFloat && x.dim() == 3 && x.is_contiguous() && x.size(0) == all.size(0) &&
+                    x.size(1) == all.size(1) && 2 * x.size(2) <= all.size(3) && x.sizes() == cos->sizes(),
+                "megaforge::attention_fused: expected fp32 [s, b, d / 2] for ", all.sizes(), ", got ", x.scalar_type(), " ", x.sizes());
+  }
+  return {cos->const_data_ptr<float>(), sin->const_data_ptr<float>(), cos->stride(1), cos->stride(0), cos->size(2)};
+}
+
+std::tuple<Tensor, Tensor> attention_fused(const Tensor& all_any, const std::optional<Tensor>& value_any,
+                                           const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                                           const Tensor& segments_any, std::int64_t heads, double scale) {
+  const Tensor all = dense(all_any);
+  const std::optional<Tensor> value = value_any ? std::optional(dense(*value_any)) : std::nullopt;
+  const auto [q, k, v] = parts(all, value, heads);
+  check(q, k, v, scale);
+  const Segments segments = checked(segments_any, q, k);
+  const Tensor out = like(q, q.scalar_type(), segments.all_queries);
+  const Tensor lse = at::full({q.size(0), q.size(1), q.size(2)}, -std::numeric_limits<float>::infinity(), q.options().dtype(at::kFloat));
+  Forward args{problem(q, k, v, segments, scale), result(out), lse.mutable_data_ptr<float>()};
+  args.in.turns = turns(cos, sin, all);
+  forward(choose(type_of(q)), args, at::get_num_threads());
+  return {out.permute({2, 0, 1, 3}), lse};
+}
+
+std::tuple<Tensor, Tensor> attention_fused_backward(const Tensor& dout_any, const Tensor& all_any,
+                                                    const std::optional<Tensor>& value_any, const std::optional<Tensor>& cos,
+                                                    const std::optional<Tensor>& sin, const Tensor& out_any, const Tensor& lse_any,
+                                                    const Tensor& segments_any, std::int64_t heads, double scale) {
+  const Tensor all = dense(all_any);
+  const std::optional<Tensor> value = value_any ? std::optional(dense(*value_any)) : std::nullopt;
+  const auto [q, k, v] = parts(all, value, heads);
+  check(q, k, v, scale);
+  TORCH_CHECK(dout_any.dim() == 4 && out_any.dim() == 4, "megaforge::attention_fused_backward: expected [s, b, heads, d]");
+  const Tensor out = dense(out_any).permute({1, 2, 0, 3}), lse = lse_any.contiguous();
+  const Tensor dout = dense(dout_any.to(q.scalar_type())).permute({1, 2, 0, 3});
+  TORCH_CHECK(dout.sizes() == q.sizes() && out.sizes() == q.sizes() && lse.scalar_type() == at::kFloat &&
+                  lse.sizes() == q.sizes().slice(0, 3),
+              "megaforge::attention_fused_backward: shapes differ: ", q.sizes(), " ", out.sizes(), " ", dout.sizes(), " ", lse.sizes());
+  const Segments segments = checked(segments_any, q, k);
+  const bool written = segments.all_queries && segments.all_keys;
+  const auto empty = [&](const Tensor& x) { return written ? at::empty(x.sizes(), x.options()) : at::zeros(x.sizes(), x.options()); };
+  const Tensor dall = empty(all), dvalue = value ? empty(*value) : at::empty({0}, all.options());
+  const auto [dq, dk, dv] = parts(dall, value ? std::optional(dvalue) : std::nullopt, heads);
+  Backward args{problem(q, k, v, segments, scale), view(out), view(dout), lse.const_data_ptr<float>(),
+                result(dq), result(dk), result(dv)};
+  args.in.turns = turns(cos, sin, all);
+  backward(choose(type_of(q)), args, at::get_num_threads());
+  return {dall, dvalue};
+}
+
 TORCH_LIBRARY_IMPL(megaforge, CPU, library) {
+  library.impl("attention_fused", &attention_fused);
+  library.impl("attention_fused_backward", &attention_fused_backward);
   library.impl("attention", &attention);
   library.impl("attention_backward", &attention_backward);
 }

@@ -38,6 +38,7 @@ void pack_keys(const Problem& in, const Unit& unit, const ForwardRoom<T>& room, 
   const Rows k(in.k, segment.batch, unit.group, segment.key), v(in.v, segment.batch, unit.group, segment.key);
   for (Int first = 0; first < round_up(count, kPanel); first += 16) {
     read_rows<T>(k, first, 16, count, width, room.rows);
+    turn_rows<T>(in.turns, segment.batch, segment.key, first, 16, count, width.row, room.rows, false);
     to_panel<T>(room.rows, width, room.keys + first / kPanel * width.words * kPanel, first % kPanel);
     read_rows<T>(v, first, 16, count, width, room.rows);
     for (Int i = 0; i < 16; i += T::kPer) {
@@ -83,6 +84,7 @@ void forward_block(const Forward& args, const Unit& unit, const ForwardRoom<T>& 
   const float c = in.scale * kLog2E;
   const Int stride = width.panels * kPanel;
   read_rows<T>(q, first, count, segment.queries, width, room.queries);
+  turn_rows<T>(in.turns, segment.batch, segment.query, first, count, segment.queries, width.row, room.queries, false);
   clear(room.out, count * stride * 4);
   for (Int i = 0; i < count; ++i) room.peak[i] = -__builtin_inff(), room.total[i] = 0.0f;
   const auto seen_by = [&](Int i) { return between(first + i + segment.ahead + 1, 0, segment.keys); };

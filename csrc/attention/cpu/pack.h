@@ -77,6 +77,49 @@ inline void read_rows(const Rows& rows, Int first, Int count, Int end, const Wid
   clear(to + there * width.row, (count - there) * width.row * 4);
 }
 
+// Channel c of `x` and channel c + half, as a plane, turned by the angle of this cosine and sine; `back`: by its opposite.
+template <class T>
+inline void turn_channels(Word* x, const float* cos, const float* sin, Int half, bool back) {
+  const float sign = back ? -1.0f : 1.0f;
+  const Int whole = half - half % kWidth;
+  if constexpr (T::kPer == 1) {
+    float *first = reinterpret_cast<float*>(x), *second = first + half;
+    for (Int c = 0; c < whole; c += kWidth) {
+      const Vec a = load(first + c), b = load(second + c), along = load(cos + c), across = load(sin + c) * sign;
+      store(first + c, a * along - b * across);
+      store(second + c, b * along + a * across);
+    }
+    for (Int c = whole; c < half; ++c) {
+      const float a = first[c], b = second[c];
+      first[c] = a * cos[c] - b * sin[c] * sign;
+      second[c] = b * cos[c] + a * sin[c] * sign;
+    }
+  } else {
+    auto *first = reinterpret_cast<std::uint16_t*>(x), *second = first + half;
+    for (Int c = 0; c < whole; c += kWidth) {
+      const Vec a = (Vec)(load_half(first + c) << 16), b = (Vec)(load_half(second + c) << 16);
+      const Vec along = load(cos + c), across = load(sin + c) * sign;
+      store_half(first + c, narrow(a * along - b * across));
+      store_half(second + c, narrow(b * along + a * across));
+    }
+    for (Int c = whole; c < half; ++c) {
+      const float a = widen(first[c]), b = widen(second[c]);
+      first[c] = narrow(a * cos[c] - b * sin[c] * sign);
+      second[c] = narrow(b * cos[c] + a * sin[c] * sign);
+    }
+  }
+}
+
+// Rows [first, first + count) of a segment's queries or keys, whose first is at `place`, turned where they are before `end`.
+template <class T>
+inline void turn_rows(const Turns& turns, Int batch, Int place, Int first, Int count, Int end, Int row, Word* to, bool back) {
+  if (turns.half == 0) return;
+  for (Int i = 0; i < least(end - first, count); ++i) {
+    const Int at = batch * turns.stride_b + (place + first + i) * turns.stride_s;
+    turn_channels<T>(to + i * row, turns.cos + at, turns.sin + at, turns.half, back);
+  }
+}
+
 // 16 rows as columns [column, column + 16) of a panel [words, kPanel].
 template <class T>
 inline void to_panel(const Word* rows, const Widths<T>& width, Word* panel, Int column) {

@@ -67,7 +67,25 @@ struct Case {
   long batch, heads, groups, queries, keys, d;
   std::vector<Segment> segments;
   double scale = 1;
+  long half = 0;  // channels that turn with as many others
 };
+
+// Numbers [b, heads, s, d] with their channels turned by the angles [s, b, half], or by their opposites.
+Doubles turned(const Case& c, Doubles x, long heads, long length, const Doubles& angles, double sign) {
+  for (long b = 0; b < c.batch; ++b) {
+    for (long h = 0; h < heads; ++h) {
+      for (long s = 0; s < length; ++s) {
+        double* row = x.data() + ((b * heads + h) * length + s) * c.d;
+        for (long i = 0; i < c.half; ++i) {
+          const double angle = sign * angles[(s * c.batch + b) * c.half + i], first = row[i], second = row[i + c.half];
+          row[i] = first * std::cos(angle) - second * std::sin(angle);
+          row[i + c.half] = second * std::cos(angle) + first * std::sin(angle);
+        }
+      }
+    }
+  }
+  return x;
+}
 
 struct Results {
   Doubles out, dq, dk, dv;
@@ -115,14 +133,23 @@ void check(const Kernels& kernels, const Case& c, Type type, Random& random, con
   };
   Values q = made(c.heads, c.queries, c.scale), k = made(c.groups, c.keys, c.scale), v = made(c.groups, c.keys, 1);
   Values g = made(c.heads, c.queries, 1);
-  const Results want = defined(c, q.exact(), k.exact(), v.exact(), g.exact());
+  const Doubles angles = random.normal(std::max(c.queries, c.keys) * c.batch * c.half, 10);
+  std::vector<float> cosines, sines;
+  for (double angle : angles) {
+    cosines.push_back(static_cast<float>(std::cos(angle)));
+    sines.push_back(static_cast<float>(std::sin(angle)));
+  }
+  const auto turn = [&](const Values& x, double sign) { return turned(c, x.exact(), x.heads, x.length, angles, sign); };
+  Results want = defined(c, turn(q, 1), turn(k, 1), v.exact(), g.exact());
+  want.dq = turned(c, want.dq, c.heads, c.queries, angles, -1), want.dk = turned(c, want.dk, c.groups, c.keys, angles, -1);
   const double most = (type == Type::f32 ? 2e-6 : 1e-2) * c.scale * c.scale;
   std::vector<Doubles> first;
   for (int threads : {1, 3, 8}) {
     Values out(c.batch, c.heads, c.queries, c.d, type), dq = out, dk(c.batch, c.groups, c.keys, c.d, type), dv = dk;
     std::vector<float> lse(c.batch * c.heads * c.queries, -std::numeric_limits<float>::infinity());
     const Problem in{c.heads, c.groups, c.queries, c.d, static_cast<float>(1 / std::sqrt(double(c.d))), c.segments.data(),
-                     static_cast<long>(c.segments.size()), q.view(), k.view(), v.view()};
+                     static_cast<long>(c.segments.size()), q.view(), k.view(), v.view(),
+                     {cosines.data(), sines.data(), c.half, c.batch * c.half, c.half}};
     forward(kernels, {in, out.result(), lse.data()}, threads);
     backward(kernels, {in, out.view(), g.view(), lse.data(), dq.result(), dk.result(), dv.result()}, threads);
     const std::vector<Doubles> got = {out.exact(), dq.exact(), dk.exact(), dv.exact(), Doubles(lse.begin(), lse.end())};
@@ -150,8 +177,8 @@ void check_all(const Kernels& kernels, const std::string& name, bool bf16_alone)
   Random random(11);
   const std::vector<Case> cases = {
       {2, 2, 1, 1, 1, 1, documents(2, {1})},
-      {1, 1, 1, 64, 64, 64, documents(1, {64})},
-      {2, 4, 2, 130, 130, 64, documents(2, {1, 16, 17, 49, 47})},
+      {1, 1, 1, 64, 64, 64, documents(1, {64}), 1, 32},
+      {2, 4, 2, 130, 130, 64, documents(2, {1, 16, 17, 49, 47}), 1, 20},
       {1, 2, 1, 300, 300, 20, documents(1, {300}), 2},
       {1, 1, 1, 70, 70, 130, documents(1, {3, 67})},
       // a cache, whose second sequence is shorter; keys that all see; queries and keys that nobody has
