@@ -13,6 +13,8 @@
     python tools/convert_checkpoint.py --from megatron checkpoints/gpt --save runs/gpt --tp 2
     python tools/convert_checkpoint.py --from rwkv7 RWKV-x070.pth --to hf --save rwkv7-hf
     python tools/convert_checkpoint.py --from rwkv7 RWKV-x070-World-0.1B.pth --save checkpoints/rwkv7-0.1b
+    python tools/convert_checkpoint.py list runs/1b
+    python tools/convert_checkpoint.py verify runs/1b
 
 A directory is what a run was given as --save (its newest valid checkpoint is taken) or one step_N in it. A file has
 whole tensors by their global names, weights alone or with --optimizer everything that continuing the run needs; its
@@ -23,6 +25,9 @@ files it is cut. Values stay the same bits, and memory holds one tensor at a tim
 tools/evaluate.py read. --to hf writes models of the architectures that Hugging Face's transformers knows, --to gguf
 those that llama.cpp knows, --to rwkv7 RWKV-LM's. --from hf and --from rwkv7 read such models; docs/from_huggingface.md
 says which. --from megatron and --to megatron: GPTs of Megatron-LM (docs/from_megatron.md).
+
+list shows the checkpoints of a run, verify reads every byte of them and leaves with status 1 where one is damaged; both
+also take one step_N, and --json.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ import argparse
 import dataclasses
 import functools
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -101,6 +107,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     """Runs the command; 0 when the result is published."""
+    if sys.argv[1:2] in (["list"], ["verify"]):
+        return _registry(sys.argv[1], sys.argv[2:])
     flags = parse_arguments()
     _check(flags)
     if flags.source is not None:
@@ -114,6 +122,24 @@ def main() -> int:
     else:
         _to_directory(flags)
     return 0
+
+
+def _registry(command: str, arguments: list[str]) -> int:
+    parser = ArgumentParser(prog=f"convert_checkpoint.py {command}", description=f"{command.title()} checkpoints.")
+    parser.add_argument("directory", metavar="DIR", help="a run's --save directory, or one step_N in it")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    flags = parser.parse_args(arguments)
+
+    from megaforge.checkpoint import registry
+
+    found = registry.list_checkpoints if command == "list" else registry.verify_checkpoints
+    rows = list(found(flags.directory))
+    if flags.json:
+        lines = [json.dumps(registry.as_json(row)) for row in rows]
+    else:
+        lines = registry.table(rows, flags.directory, "there" if command == "list" else "whole")
+    print("\n".join(lines))
+    return int(command == "verify" and any(row.problem for row in rows))
 
 
 def _check(flags: argparse.Namespace) -> None:

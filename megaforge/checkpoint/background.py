@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.planner import SavePlan
 
-from megaforge.checkpoint.checkpoint import Snapshot, save_snapshot
+from megaforge.checkpoint.checkpoint import Snapshot, enforce_retention, save_snapshot
+from megaforge.checkpoint.directory import KEEP_ALL, Retention
 from megaforge.checkpoint.planner import deal_out
 from megaforge.checkpoint.shards import Shard
 from megaforge.errors import CheckpointError
@@ -74,12 +75,15 @@ class BackgroundSave:
         """Whether this rank's part of it is not done."""
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, snapshot: Snapshot, directory: Path, *, goes_on_from: int | None = None) -> None:
+    def start(
+        self, snapshot: Snapshot, directory: Path, *, goes_on_from: int | None = None, keep: Retention = KEEP_ALL
+    ) -> None:
         """Copies what this rank will write of ``snapshot`` and begins to write it below ``directory``; afterwards live
         memory may change. Collective.
 
         Args:
             goes_on_from: as for :func:`megaforge.checkpoint.checkpoint.save_checkpoint`.
+            keep: the older ones that stay once it is published.
 
         Raises:
             ValueError: the save before is not waited for.
@@ -92,9 +96,8 @@ class BackgroundSave:
         head = dataclasses.replace(snapshot.head, meta=copy.deepcopy(snapshot.head.meta))
         self._path = self._error = None
         self._step = head.step
-        self._thread = threading.Thread(
-            target=self._save, args=(Snapshot(head, shards), directory, goes_on_from), name="save"
-        )
+        arguments = (Snapshot(head, shards), directory, goes_on_from, keep)
+        self._thread = threading.Thread(target=self._save, args=arguments, name="save")
         self._thread.start()
 
     def wait(self) -> tuple[Path, int]:
@@ -133,9 +136,10 @@ class BackgroundSave:
         else:
             logger.warning("%s was still written", self._path)
 
-    def _save(self, snapshot: Snapshot, directory: Path, goes_on_from: int | None) -> None:
+    def _save(self, snapshot: Snapshot, directory: Path, goes_on_from: int | None, keep: Retention) -> None:
         try:
             self._path = save_snapshot(snapshot, directory, self._writers, goes_on_from=goes_on_from)
+            enforce_retention(self._path, self._writers, keep)
         except BaseException as error:  # raised again where the run waits
             self._error = error
 

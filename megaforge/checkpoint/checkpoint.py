@@ -20,10 +20,11 @@ from megaforge.checkpoint.directory import (
     abandon_later,
     discard_temporary,
     excess_checkpoints,
+    list_steps,
     quarantine,
     remove_checkpoint,
 )
-from megaforge.checkpoint.find import check_length, verify_checkpoint
+from megaforge.checkpoint.find import Problem, check_length, verify_checkpoint
 from megaforge.checkpoint.manifest import Manifest, read_manifest
 from megaforge.checkpoint.planner import ShardLoadPlanner, ShardSavePlanner
 from megaforge.checkpoint.shards import RANK_PREFIX, Shard, build_shards
@@ -176,18 +177,19 @@ def _abandon_later(directory: Path, step: int) -> None:
 
 
 def enforce_retention(newest: Path, ctx: ParallelContext, keep: Retention) -> None:
-    """Removes the checkpoints beside ``newest``, just published, that need not be kept. Collective.
+    """Removes the checkpoints beside ``newest``, just published, that need not be kept. Where none stays beside it, its
+    files are read back first: the last checkpoint that is known to be whole never goes. Collective.
 
     Raises:
-        CheckpointError: the files of the newest are not as long as they were written; nothing is removed then.
+        CheckpointError: the files of the newest are not as long as they were written, or not what was; nothing is
+            removed then.
     """
+    excess, alone = from_first_rank(ctx, lambda: _may_go(newest, keep))
+    if not excess:
+        return
+    problem = verify_checkpoint(newest, ctx) if alone else from_first_rank(ctx, lambda: _check_lengths(newest))
 
-    def enforce() -> None:
-        excess = excess_checkpoints(newest.parent, keep, newest)
-        if not excess:
-            return
-        checked = (check_length(newest / name, record) for name, record in read_manifest(newest).files.items())
-        problem = next(filter(None, checked), None)
+    def remove() -> None:
         if problem is not None:
             if problem.damaged:
                 quarantine(newest)
@@ -198,7 +200,18 @@ def enforce_retention(newest: Path, ctx: ParallelContext, keep: Retention) -> No
         for path in excess:
             remove_checkpoint(path)
 
-    from_first_rank(ctx, enforce)
+    from_first_rank(ctx, remove)
+
+
+def _may_go(newest: Path, keep: Retention) -> tuple[list[Path], bool]:
+    """The checkpoints beside ``newest`` that need not be kept, and whether those are all."""
+    excess = excess_checkpoints(newest.parent, keep, newest)
+    return excess, len(excess) + 1 >= len(list_steps(newest.parent))
+
+
+def _check_lengths(path: Path) -> Problem | None:
+    checked = (check_length(path / name, record) for name, record in read_manifest(path).files.items())
+    return next(filter(None, checked), None)
 
 
 def load_checkpoint(

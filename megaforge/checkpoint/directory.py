@@ -166,7 +166,11 @@ class Retention(NamedTuple):
     def of(cls, flags: CheckpointConfig) -> Retention:
         """What the flags ask for. ``--save-retain-interval`` asks that others go, if only by and by."""
         every = flags.save_retain_interval or 0
-        return cls(max(flags.keep_last, 1) if every else flags.keep_last, flags.keep_best, every)
+        last = 1 if flags.keep_best_only else flags.keep_last
+        return cls(max(last, 1) if every else last, flags.keep_best, every)
+
+
+KEEP_ALL = Retention()
 
 
 def excess_checkpoints(directory: Path, keep: Retention, newest: Path) -> list[Path]:

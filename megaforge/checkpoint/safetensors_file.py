@@ -54,6 +54,11 @@ class Slot(NamedTuple):
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def dtype_name(self) -> str:
+        """As the format has it: ``BF16``."""
+        return DTYPE_NAMES[self.dtype]
+
 
 class FileRecord(NamedTuple):
     """What a finished file must look like: its length in bytes and the hex sha256 of its content."""

@@ -22,6 +22,9 @@ class CheckpointConfig:
     )
     keep_last: int = flag(3, "newest checkpoints to keep; 0: all", least=0)
     keep_best: int = flag(0, "checkpoints with the best validation loss to keep besides", least=0)
+    keep_best_only: bool = flag(
+        False, "with --keep-best: of older checkpoints keep these alone; the newest stays, for the run to go on from"
+    )
     load_optim: bool = flag(
         True, "take the optimizer's moments and the loss scale from --load too; without them both start afresh"
     )

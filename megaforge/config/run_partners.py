@@ -75,6 +75,14 @@ RUN_PARTNERS = (
         refuse=False,
     ),
     Partner(("checkpoint.save_retain_interval",), lambda c: c.checkpoint.save, "nothing is saved: add --save DIR"),
+    Partner(
+        ("checkpoint.keep_best_only",), lambda c: c.checkpoint.keep_best, "no checkpoint is the best: add --keep-best N"
+    ),
+    Partner(
+        ("checkpoint.keep_last",),
+        lambda c: not c.checkpoint.keep_best_only,
+        "--keep-best-only keeps the newest and the best: leave out the one or the other",
+    ),
     Partner(("checkpoint.async_save",), lambda c: c.checkpoint.save, "nothing is saved: add --save DIR"),
     Partner(
         ("checkpoint.async_save",),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaforge.checkpoint.checkpoint import enforce_retention
-from megaforge.checkpoint.directory import Retention
+from megaforge.checkpoint.directory import KEEP_ALL, Retention
 from megaforge.monitor.sinks import MetricSink
 from megaforge.parallel.flat_shard import Entry
 from megaforge.training.intervals import Interval
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from megaforge.training.trainer import Trainer
 
 LARGER_IS_BETTER = frozenset({"accuracy"})
-_KEEP_ALL = Retention()
 
 
 class Place(IntEnum):
@@ -215,7 +214,7 @@ class Checkpointing(Callback):
 
     place = Place.SAVE
 
-    def __init__(self, interval: Interval, keep: Retention = _KEEP_ALL) -> None:
+    def __init__(self, interval: Interval, keep: Retention = KEEP_ALL) -> None:
         self.interval, self.keep = interval, keep
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:

@@ -14,7 +14,7 @@ import megaforge
 from megaforge.checkpoint.background import BackgroundSave
 from megaforge.checkpoint.checkpoint import Snapshot, load_checkpoint, read_meta, save_snapshot, take_snapshot
 from megaforge.checkpoint.compatible import check_compatible, describe_run
-from megaforge.checkpoint.directory import list_steps
+from megaforge.checkpoint.directory import Retention, list_steps
 from megaforge.checkpoint.find import find_checkpoint, holds_no_checkpoint, holds_other_program
 from megaforge.checkpoint.manifest import read_manifest
 from megaforge.checkpoint.stateful import Stateful, tensors_of
@@ -62,7 +62,8 @@ def save_run(trainer: Trainer) -> Path:
 def start_save(trainer: Trainer, background: BackgroundSave) -> None:
     """:func:`save_run` as far as it needs what the next step changes; ``background`` does the rest. Collective."""
     directory, snapshot = _run_snapshot(trainer)
-    background.start(snapshot, directory, goes_on_from=trainer.saved_iteration)
+    keep = Retention.of(trainer.config.checkpoint)
+    background.start(snapshot, directory, goes_on_from=trainer.saved_iteration, keep=keep)
 
 
 def _run_snapshot(trainer: Trainer) -> tuple[Path, Snapshot]:

@@ -206,33 +206,6 @@ def test_unreadable_is_not_damaged(tmp_path, monkeypatch):
     assert new.is_dir()
 
 
-def test_what_is_synced_and_renamed_in_which_order(tmp_path, monkeypatch):
-    """A kill loses nothing that was written, a power cut what was not synced: a name comes after what it stands for."""
-    done = []
-
-    def noted(name, path_of):
-        real = getattr(os, name)
-
-        def operation(*given, **how):
-            done.append((name, *(os.path.relpath(path_of(one), tmp_path) for one in given)))
-            return real(*given, **how)
-
-        monkeypatch.setattr(os, name, operation)
-
-    noted("fsync", lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"))
-    noted("rename", os.fspath)
-    noted("replace", os.fspath)
-    path = _save(tmp_path, 1)
-    written = [("fsync", f".tmp_step_0000001/{name}") for name in (DATA_FILE, MANIFEST_FILE, SUMS_FILE)]
-    committed = [("fsync", ".tmp_step_0000001"), ("rename", ".tmp_step_0000001", "step_0000001"), ("fsync", ".")]
-    assert done == [*written, *committed, ("fsync", ".latest"), ("replace", ".latest", "latest"), ("fsync", ".")]
-    done.clear()
-    _flip_bit(path / DATA_FILE, -1)
-    with pytest.raises(UserError, match="none of its checkpoints is valid"):
-        find_checkpoint(tmp_path, CTX, quarantine_damaged=True)
-    assert done == [("rename", "step_0000001", "step_0000001.damaged"), ("fsync", ".")]
-
-
 def _die_at(call: int, action) -> int:
     """Runs ``action`` in a child that dies before its ``call``-th durable operation; returns its exit code."""
     child = os.fork()
