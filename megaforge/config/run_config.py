@@ -233,8 +233,9 @@ class TrainingConfig:
     wkv_backend: str = flag(
         "auto",
         "RWKV-7's recurrence: native is compiled code, torch plain torch, fla the Triton kernels of fla-core (GPUs; "
-        "extra 'gpu'); auto is native where there is some for the device, else torch",
-        choices=("auto", "native", "fla", "torch"),
+        "extra 'gpu'); auto is native where there is some for the device, else torch; native16, on GPUs, keeps a state "
+        "of every 16 tokens, not of 64, and computes none again",
+        choices=("auto", "native", "native16", "fla", "torch"),
     )
     eval_interval: int = flag(0, "iterations between evaluations; 0: only at the end when --eval-iters is set", least=0)
     eval_iters: int = flag(0, "global batches of one evaluation; 0: no evaluation", least=0)
@@ -285,9 +286,9 @@ class TrainingConfig:
             self._check_steps()
         if self.bf16 + self.fp16 + self.fp64 > 1:
             raise UserError("--bf16, --fp16 and --fp64 exclude each other; choose one")
-        if self.wkv_backend == "fla" and (self.device == "cpu" or self.fp64):
-            given = "--device cpu" if self.device == "cpu" else "--fp64"
-            raise UserError(f"--wkv-backend fla with {given}: it computes on GPUs, not in fp64; use --wkv-backend auto")
+        if self.wkv_backend in ("fla", "native16") and (self.device == "cpu" or self.fp64):
+            given = f"--wkv-backend {self.wkv_backend} with {'--device cpu' if self.device == 'cpu' else '--fp64'}"
+            raise UserError(f"{given}: it computes on GPUs, not in fp64; use --wkv-backend auto")
 
     def _check_steps(self) -> None:
         given, full = f"--step-batch-size-schedule {' '.join(self.step_batch_size_schedule)}", self.full_batch_size

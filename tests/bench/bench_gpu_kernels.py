@@ -1,6 +1,7 @@
 """Kernels on a GPU, turn about in one process.
 
-WKV-7: compiled CUDA, fla-core's Triton kernels and plain chunked torch.
+WKV-7: compiled CUDA, the same where states of every 16 tokens are kept, fla-core's Triton kernels and plain chunked
+torch.
 
 bf16 inputs, fp32 log decays and states, [s, b, H, 64]. Cases are sequences x length x heads, forward alone (nothing
 kept) and forward + backward: the time of each and its peak memory beyond the inputs, and how many times as long as the
@@ -43,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ((8, 4096, 64), (8, 4096, 32), (1, 4096, 32), (1, 16384, 64), (16, 512, 12))  # b, s, H
 N = 64
 PLAIN_TORCH = 2**20  # tokens times heads
-NAMES = ("native", "fla", "torch")
+NAMES = ("native", "native16", "fla", "torch")
 POINTWISE_SHAPES = ((8, 4096, 32), (1, 4096, 12))  # b, s, H
 MATRICES = ((1, 1024, 1024), (1, 4096, 4096), (1, 8192, 8192), (1, 2048, 8192), (24, 512, 512), (8, 2048, 2048))
 PACKED_SHAPES = tuple((m, n, k) for n, k in ((4096, 4096), (4096, 14336)) for m in (1, 8, 32, 64, 128, 512, 2048))

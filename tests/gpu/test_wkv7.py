@@ -115,7 +115,18 @@ def test_the_operator_keeps_torchs_rules(dtype: torch.dtype) -> None:
     inputs = [x.to(GPU, dtype).requires_grad_() for x in make_inputs(20, n=32)[:6]]
     state = torch.randn(2, 3, 32, 32, device=GPU, requires_grad=True)
     starts = some_starts(20).to(GPU)
-    torch.library.opcheck(torch.ops.megaforge.wkv7.default, (*inputs, state, starts, 16, False))
+    for interval in (16, 64):
+        torch.library.opcheck(torch.ops.megaforge.wkv7.default, (*inputs, state, starts, interval, False))
+
+
+@compiled
+@pytest.mark.parametrize("n", [32, 64])
+def test_states_that_are_computed_again_are_those_that_were_not_kept(n: int) -> None:
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
+        inputs, starts = rounded(make_inputs(150, n=n), dtype), some_starts(150)
+        few, many = (run_as(on_gpu(name, dtype, n), inputs, starts, dtype) for name in ("native", "native16"))
+        assert torch.equal(few["y"], many["y"])
+        assert_close(few, {name: value.double() for name, value in many.items()}, tolerance)
 
 
 @compiled

@@ -73,6 +73,9 @@ def test_what_cannot_run_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(module, "COMPILED", ("cpu", "cuda"))
     assert wkv7_backend("native", GPU, torch.bfloat16, 64) is backend.wkv7_native
     assert wkv7_backend("native", CPU, torch.float64, 5) is backend.wkv7_native
+    assert wkv7_backend("native16", GPU, torch.bfloat16, 64) is backend.wkv7_native16
+    with pytest.raises(UserError, match="--wkv-backend native16.*--wkv-backend native"):
+        wkv7_backend("native16", CPU, torch.float32, 64)
     for dtype, channels in ((torch.float64, 64), (torch.bfloat16, 128)):
         with pytest.raises(UserError, match="--wkv-backend native.*--rwkv-head-size 64"):
             wkv7_backend("native", GPU, dtype, channels)
@@ -85,10 +88,11 @@ def test_plans_take_fla_for_auto_and_say_so(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("other", [{"device": "cpu"}, {"fp64": True}])
-def test_fla_is_refused_with_the_configuration(other: dict[str, object]) -> None:
-    TrainingConfig(wkv_backend="fla").validate()
-    with pytest.raises(UserError, match="--wkv-backend fla with --"):
-        TrainingConfig(wkv_backend="fla", **other).validate()
+def test_what_is_of_gpus_is_refused_with_the_configuration(other: dict[str, object]) -> None:
+    for name in ("fla", "native16"):
+        TrainingConfig(wkv_backend=name).validate()
+        with pytest.raises(UserError, match=f"--wkv-backend {name} with --"):
+            TrainingConfig(wkv_backend=name, **other).validate()
 
 
 @pytest.mark.parametrize("s", [2, 40])

@@ -30,7 +30,7 @@ from tests.kernels.wkv7_cases import (
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
-CHUNK = 16
+CHUNK, FEW = 16, 64  # tokens of a chunk, and from one kept state to the next
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +51,9 @@ def addresses(*tensors: torch.Tensor) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
 
 
-def emulated(library: ctypes.CDLL, reversed_threads: bool = False) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def emulated(
+    library: ctypes.CDLL, reversed_threads: bool = False, tokens_per_state: int = FEW
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """WKV-7 by the emulated blocks, with the arguments of ``wkv7``."""
 
     class Emulated(torch.autograd.Function):
@@ -65,11 +67,13 @@ def emulated(library: ctypes.CDLL, reversed_threads: bool = False) -> Callable[.
             starts = None if document_start is None else document_start.to(torch.uint8).contiguous()
             # What is not written shows as NaN.
             y = torch.full_like(r, math.nan, memory_format=torch.contiguous_format)
-            states = torch.full((-(-s // CHUNK), batch, heads, n, n), math.nan)
+            kept = torch.bfloat16 if bf16 and tokens_per_state == FEW else torch.float32
+            states = torch.full((-(-s // tokens_per_state), batch, heads, n, n), math.nan, dtype=kept)
             final = torch.full((batch, heads, n, n), math.nan)
             state = None if initial_state is None else initial_state.float().contiguous()
             library.emulate_forward(
-                bf16, int(reversed_threads), shape, addresses(*inputs), strides, address(starts), address(state),
+                bf16, int(reversed_threads), tokens_per_state, shape, addresses(*inputs), strides, address(starts),
+                address(state),
                 address(y), address(states), address(final),
             )  # fmt: skip
             ctx.save_for_backward(*inputs, states, starts)
@@ -84,9 +88,10 @@ def emulated(library: ctypes.CDLL, reversed_threads: bool = False) -> Callable[.
             strides = (ctypes.c_int64 * 21)(*(step for x in inputs for step in x.stride()[:3]))
             grads = [torch.full(x.shape, math.nan, dtype=x.dtype) for x in inputs[:6]]
             dinitial = torch.full_like(dfinal, math.nan)
+            between = torch.full((*dfinal.shape[:2], FEW // CHUNK - 2, *dfinal.shape[2:]), math.nan)
             library.emulate_backward(
-                bf16, int(reversed_threads), shape, addresses(*inputs), strides, address(starts), address(states),
-                address(dfinal.contiguous()), addresses(*grads), address(dinitial),
+                bf16, int(reversed_threads), tokens_per_state, shape, addresses(*inputs), strides, address(starts),
+                address(states), address(between), address(dfinal.contiguous()), addresses(*grads), address(dinitial),
             )  # fmt: skip
             return *grads, dinitial, None
 
@@ -94,7 +99,7 @@ def emulated(library: ctypes.CDLL, reversed_threads: bool = False) -> Callable[.
 
 
 @pytest.mark.parametrize("minimum_decay", [False, True])
-@pytest.mark.parametrize("s", [1, 15, 16, 17, 100])
+@pytest.mark.parametrize("s", [1, 16, 17, 65, 100])  # the last group of four chunks has 1, 1, 2, 1 and 3
 def test_fp32_matches_the_recurrence_with_all_gradients(library: ctypes.CDLL, s: int, minimum_decay: bool) -> None:
     inputs = rounded(make_inputs(s, n=64, heads=1, minimum_decay=minimum_decay, seed=s), torch.float32)
     expected = run(wkv7_recurrent, inputs, None, torch.float64)
@@ -102,7 +107,7 @@ def test_fp32_matches_the_recurrence_with_all_gradients(library: ctypes.CDLL, s:
 
 
 @pytest.mark.parametrize("minimum_decay", [False, True])
-@pytest.mark.parametrize("s", [17, 100])
+@pytest.mark.parametrize("s", [17, 150])
 def test_bf16_matches_the_recurrence_within_its_rounding(library: ctypes.CDLL, s: int, minimum_decay: bool) -> None:
     inputs = rounded(make_inputs(s, n=64, heads=1, minimum_decay=minimum_decay, seed=s), torch.bfloat16)
     expected = run(wkv7_recurrent, inputs, None, torch.float64)
@@ -126,6 +131,20 @@ def test_resets_anywhere_match_the_recurrence(library: ctypes.CDLL, starts: list
     document_start[[37, 48], 1] = True
     expected = run(wkv7_recurrent, inputs, document_start, torch.float64)
     assert_close(run(emulated(library), inputs, document_start, torch.float32), expected, 5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_that_are_computed_again_are_those_that_were_not_kept(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """In fp32 to the bit; in bf16 within the rounding of the states that are kept."""
+    inputs = rounded(make_inputs(150, n=32, heads=1), dtype)
+    document_start = torch.zeros(150, 2, dtype=torch.bool)
+    document_start[[20, 64, 90, 145], 1] = True
+    few, many = (run_as(emulated(library, tokens_per_state=n), inputs, document_start, dtype) for n in (FEW, CHUNK))
+    for name, value in many.items():
+        if dtype == torch.float32 or name in ("y", "state"):
+            assert torch.equal(few[name], value), name
+    if dtype == torch.bfloat16:
+        assert_close(few, {name: value.double() for name, value in many.items()}, 4e-3)
 
 
 def test_strided_inputs_of_several_heads(library: ctypes.CDLL) -> None:

@@ -213,3 +213,17 @@ def test_the_fallback_says_so_once() -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "wkv7" not in silent.stderr
+
+
+def test_what_gpus_keep_is_in_the_type_of_the_inputs() -> None:
+    """On the meta device, by which plans count it."""
+
+    def kept(dtype: torch.dtype, r: torch.dtype, interval: int) -> tuple[int, torch.dtype]:
+        log_w, *others = (torch.empty(130, 2, 3, 32, device="meta", dtype=one) for one in (torch.float32, *[dtype] * 4))
+        first = torch.empty(130, 2, 3, 32, device="meta", dtype=r)
+        states = torch.ops.megaforge.wkv7(first, log_w, *others, None, None, interval, False)[2]
+        return len(states), states.dtype
+
+    assert kept(torch.bfloat16, torch.bfloat16, 64) == (3, torch.bfloat16)
+    assert kept(torch.bfloat16, torch.float32, 64) == kept(torch.float32, torch.float32, 64) == (3, torch.float32)
+    assert kept(torch.bfloat16, torch.bfloat16, 16) == (9, torch.float32)

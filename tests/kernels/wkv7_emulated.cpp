@@ -19,10 +19,10 @@ void poison(Shared& shared) {
 }
 
 Problem problem_of(bool bf16, const int* shape, const void* const* x, const std::int64_t* strides,
-                   const std::uint8_t* document_start) {
+                   const std::uint8_t* document_start, int tokens_per_state) {
     const auto tensor = [&](int i) { return Tensor{x[i], strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]}; };
     return {bf16 ? Type::kBf16 : Type::kFloat, shape[0], shape[1], shape[2], shape[3], tensor(0), tensor(1), tensor(2),
-            tensor(3), tensor(4), tensor(5), document_start};
+            tensor(3), tensor(4), tensor(5), document_start, tokens_per_state};
 }
 
 void multiply_by_lanes(const float* a, const float* b, float* c) {
@@ -50,15 +50,17 @@ void multiply_by_lanes(const float* a, const float* b, float* c) {
 }  // namespace
 
 // shape: s, b, H, N. x, strides: r, log_w, k, v, a, b (and dy) with their strides of token, sequence and head.
-extern "C" void emulate_forward(int bf16, int reversed, const int* shape, const void* const* x,
+extern "C" void emulate_forward(int bf16, int reversed, int tokens_per_state, const int* shape, const void* const* x,
                                 const std::int64_t* strides, const std::uint8_t* document_start,
-                                const float* initial_state, void* y, float* states, float* final_state) {
-    const Problem problem = problem_of(bf16 != 0, shape, x, strides, document_start);
-    dispatch(problem, [&](auto scalar, auto channels) {
+                                const float* initial_state, void* y, void* states, float* final_state) {
+    const Problem problem = problem_of(bf16 != 0, shape, x, strides, document_start, tokens_per_state);
+    dispatch(problem, [&](auto scalar, auto channels, auto few) {
         using Scalar = decltype(scalar);
         constexpr int kN = decltype(channels)::value;
-        const ForwardArguments<Scalar> args{inputs<Scalar>(problem), initial_state, static_cast<Scalar*>(y), states,
-                                            final_state};
+        constexpr bool kFew = decltype(few)::value;
+        using State = typename Kept<Scalar, kFew>::State;
+        const ForwardArguments<Scalar, kFew> args{inputs<Scalar>(problem), initial_state, static_cast<Scalar*>(y),
+                                                  static_cast<State*>(states), final_state};
         const auto shared = std::make_unique<ForwardShared<Scalar, kN>>();
         for (int row = 0; row < problem.batch * problem.heads; ++row) {
             poison(*shared);
@@ -69,16 +71,19 @@ extern "C" void emulate_forward(int bf16, int reversed, const int* shape, const 
 }
 
 // dx: dr, dlog_w, dk, dv, da, db.
-extern "C" void emulate_backward(int bf16, int reversed, const int* shape, const void* const* x,
-                                 const std::int64_t* strides, const std::uint8_t* document_start, const float* states,
-                                 const float* dfinal_state, void* const* dx, float* dinitial_state) {
-    const Problem problem = problem_of(bf16 != 0, shape, x, strides, document_start);
+extern "C" void emulate_backward(int bf16, int reversed, int tokens_per_state, const int* shape, const void* const* x,
+                                 const std::int64_t* strides, const std::uint8_t* document_start, const void* states,
+                                 float* between, const float* dfinal_state, void* const* dx, float* dinitial_state) {
+    const Problem problem = problem_of(bf16 != 0, shape, x, strides, document_start, tokens_per_state);
     const Tensor dy{x[6], strides[18], strides[19], strides[20]};
-    dispatch(problem, [&](auto scalar, auto channels) {
+    dispatch(problem, [&](auto scalar, auto channels, auto few) {
         using Scalar = decltype(scalar);
         constexpr int kN = decltype(channels)::value;
+        constexpr bool kFew = decltype(few)::value;
+        using State = typename Kept<Scalar, kFew>::State;
         const auto out = [&](int i) { return static_cast<Scalar*>(dx[i]); };
-        const BackwardArguments<Scalar> args{inputs<Scalar>(problem), view<Scalar>(dy), states, dfinal_state,
+        const BackwardArguments<Scalar, kFew> args{inputs<Scalar>(problem), view<Scalar>(dy),
+                                             static_cast<const State*>(states), between, dfinal_state,
                                              out(0), out(2), out(3), out(4), out(5), static_cast<float*>(dx[1]),
                                              dinitial_state};
         const auto shared = std::make_unique<BackwardShared<Scalar, kN>>();

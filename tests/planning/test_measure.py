@@ -65,10 +65,14 @@ def test_a_plan_is_of_the_backend_that_is_chosen() -> None:
     given = ("--config", "cdrmix-test", "--vocab-size", "500", "--layer-schedule", "rwkv", "--ffn", "dense")
     given = (*given, "--rwkv-head-size", "32", "--train-iters", "1")
     kept = {}
-    for backend in ("auto", "torch", "fla"):
+    for backend in ("auto", "torch", "fla", "native16"):
         config = parse_config([*given, "--wkv-backend", backend, "--device", "cuda"]).config
         kept[backend] = part_cost(model_parts(config.model, torch.float32), layout_of(config, 1), 0, 0).kept
     assert kept["torch"] != kept["auto"] == kept["fla"]
+    # One state in place of four, of every 64 tokens and each head.
+    layout = layout_of(config, 1)
+    states = layout.tokens // 64 * config.model.hidden_size // 32
+    assert kept["native16"] - kept["auto"] == states * 3 * 32 * 32 * WIDE
 
 
 def test_attention_shares_its_rotary_tables_with_later_layers() -> None:

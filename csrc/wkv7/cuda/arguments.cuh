@@ -17,16 +17,20 @@ Inputs<Scalar> inputs(const Problem& p) {
       view<Scalar>(p.v), view<Scalar>(p.a), view<Scalar>(p.b), view<float>(p.log_w), p.document_start};
 }
 
-// Calls run(a value of the scalar type, an integral constant N) for the problem's type and head size.
+template <bool kFew, class Scalar, class Run>
+auto dispatch_channels(const Problem& problem, Scalar scalar, Run run) {
+  const std::bool_constant<kFew> few;
+  return problem.channels == 64 ? run(scalar, std::integral_constant<int, 64>{}, few)
+                                : run(scalar, std::integral_constant<int, 32>{}, few);
+}
+
+// Calls run(a value of the scalar type, an integral constant N, whether few states are kept) as the problem asks.
 template <class Run>
 auto dispatch(const Problem& problem, Run run) {
   const bool bf16 = problem.type == Type::kBf16;
-  if (problem.channels == 64) {
-    using N = std::integral_constant<int, 64>;
-    return bf16 ? run(Bf16{}, N{}) : run(0.0f, N{});
-  }
-  using N = std::integral_constant<int, 32>;
-  return bf16 ? run(Bf16{}, N{}) : run(0.0f, N{});
+  if (problem.tokens_per_state == kFewTokens)
+    return bf16 ? dispatch_channels<true>(problem, Bf16{}, run) : dispatch_channels<true>(problem, 0.0f, run);
+  return bf16 ? dispatch_channels<false>(problem, Bf16{}, run) : dispatch_channels<false>(problem, 0.0f, run);
 }
 
 }  // namespace megaforge::wkv7

@@ -7,8 +7,8 @@
 namespace megaforge::wkv7 {
 namespace {
 
-template <class Scalar, int kN>
-__global__ void __launch_bounds__(Plan<kN>::kThreads, 2) backward_kernel(const BackwardArguments<Scalar> args) {
+template <class Scalar, int kN, bool kFew>
+__global__ void __launch_bounds__(Plan<kN>::kThreads, 2) backward_kernel(const BackwardArguments<Scalar, kFew> args) {
   extern __shared__ __align__(16) unsigned char memory[];
   backward_block(Block<Plan<kN>::kThreads>{}, *reinterpret_cast<BackwardShared<Scalar, kN>*>(memory), args,
                  static_cast<int>(blockIdx.x));
@@ -16,17 +16,21 @@ __global__ void __launch_bounds__(Plan<kN>::kThreads, 2) backward_kernel(const B
 
 }  // namespace
 
-const char* backward(const Problem& problem, const Tensor& dy, const float* states, const float* dfinal_state,
-                     const BackwardOutputs& to, void* stream) {
-  const cudaError_t error = dispatch(problem, [&](auto scalar, auto channels) {
+const char* backward(const Problem& problem, const Tensor& dy, const void* states, float* between,
+                     const float* dfinal_state, const BackwardOutputs& to, void* stream) {
+  const cudaError_t error = dispatch(problem, [&](auto scalar, auto channels, auto few) {
       using Scalar = decltype(scalar);
       constexpr int kN = decltype(channels)::value;
+      constexpr bool kFew = decltype(few)::value;
+      using State = typename Kept<Scalar, kFew>::State;
+      static_assert(!kFew || Kept<Scalar, kFew>::kChunks - 2 == kStatesBetween);
       const auto out = [](void* data) { return static_cast<Scalar*>(data); };
-      const BackwardArguments<Scalar> args{inputs<Scalar>(problem), view<Scalar>(dy), states, dfinal_state,
-                                           out(to.dr), out(to.dk), out(to.dv), out(to.da), out(to.db),
-                                           to.dlog_w, to.dinitial_state};
-      return start<Plan<kN>::kThreads, sizeof(BackwardShared<Scalar, kN>)>(backward_kernel<Scalar, kN>, args, problem,
-                                                                           stream);
+      const BackwardArguments<Scalar, kFew> args{inputs<Scalar>(problem), view<Scalar>(dy),
+                                                 static_cast<const State*>(states), between, dfinal_state,
+                                                 out(to.dr), out(to.dk), out(to.dv), out(to.da), out(to.db),
+                                                 to.dlog_w, to.dinitial_state};
+      return start<Plan<kN>::kThreads, sizeof(BackwardShared<Scalar, kN>)>(backward_kernel<Scalar, kN, kFew>, args,
+                                                                           problem, stream);
   });
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

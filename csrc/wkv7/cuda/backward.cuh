@@ -1,5 +1,6 @@
 // Backward pass of WKV-7: one block goes through the chunks of one head from the last to the first. It computes what the
-// forward pass computed within the chunk again from the saved state before it; nothing is divided by a decay.
+// forward pass computed within the chunk again from the state before it; nothing is divided by a decay. Where the forward
+// pass kept the state before every fourth chunk only, the block first goes forward through these four.
 //
 // With D = dS' e^(g_15), z = (du | dy) after the transposed equation of u, and the chunk's masks on everything:
 //     du     = right_b D^T + pairs_rb^T dy                 dv     = right_k D^T + pairs_.k^T z
@@ -9,15 +10,16 @@
 // e^(g_15) changes.
 #pragma once
 
-#include "chunk.cuh"
+#include "step.cuh"
 
 namespace megaforge::wkv7 {
 
-template <class Scalar>
+template <class Scalar, bool kFew>
 struct BackwardArguments {
   Inputs<Scalar> in;
   View<Scalar> dy;
-  const float* states;        // [chunks, b, H, N, N], as the forward pass saved them
+  const typename Kept<Scalar, kFew>::State* states;  // as the forward pass kept them
+  float* between;             // [b, H, kChunks - 2, N, N], where states are put that it did not keep; unless few are kept: null
   const float* dfinal_state;  // [b, H, N, N], or null for zero
   Scalar *dr, *dk, *dv, *da, *db;  // [s, b, H, N]
   float* dlog_w;
@@ -53,9 +55,10 @@ struct StateRegisters {
   static constexpr int kCount = kN * kN / Plan<kN>::kThreads;
   float at[kCount];
 
-  MF_DEVICE void load(const float* from, int thread) {
+  template <class From>
+  MF_DEVICE void load(const From* from, int thread) {
     MF_UNROLL
-    for (int i = 0; i < kCount; ++i) at[i] = from[thread + i * Plan<kN>::kThreads];
+    for (int i = 0; i < kCount; ++i) at[i] = to_float(from[thread + i * Plan<kN>::kThreads]);
   }
 
   MF_DEVICE void store(float* to, int thread) const {
@@ -79,8 +82,8 @@ MF_DEVICE void mask_rows(Tiles<2>& sums, int lane, Keep keep) {
 }
 
 // One chunk's gradients of a|r and b|k from those of left and right: stores them and what the decays' gradient needs.
-template <class Scalar, int kN>
-MF_DEVICE void store_gradients(BackwardShared<Scalar, kN>& shared, const BackwardArguments<Scalar>& args,
+template <class Scalar, int kN, bool kFew>
+MF_DEVICE void store_gradients(BackwardShared<Scalar, kN>& shared, const BackwardArguments<Scalar, kFew>& args,
                                const Tiles<2>& dleft, const Tiles<2>& dright, int first, int batch, int head,
                                int thread) {
   using P = Plan<kN>;
@@ -115,8 +118,9 @@ MF_DEVICE void store_gradients(BackwardShared<Scalar, kN>& shared, const Backwar
 }
 
 // The gradient of log w of this thread's channel and tokens.
-template <class Scalar, int kN>
-MF_DEVICE void store_decay_gradient(BackwardShared<Scalar, kN>& shared, const BackwardArguments<Scalar>& args,
+template <class Scalar, int kN, bool kFew>
+MF_DEVICE void store_decay_gradient(BackwardShared<Scalar, kN>& shared,
+                                    const BackwardArguments<Scalar, kFew>& args,
                                     int first, int batch, int head, int thread) {
   using P = Plan<kN>;
   const int column = thread % kN, part = thread / kN;
@@ -138,10 +142,11 @@ MF_DEVICE void store_decay_gradient(BackwardShared<Scalar, kN>& shared, const Ba
 }
 
 // The block of head `row` % H of sequence `row` / H.
-template <class Scalar, int kN>
+template <class Scalar, int kN, bool kFew>
 MF_DEVICE void backward_block(const Block<Plan<kN>::kThreads>& block, BackwardShared<Scalar, kN>& shared,
-                              const BackwardArguments<Scalar>& args, int row) {
+                              const BackwardArguments<Scalar, kFew>& args, int row) {
   using P = Plan<kN>;
+  using K = Kept<Scalar, kFew>;
   constexpr Precision kPrecision = PrecisionOf<Scalar>::value;
   constexpr int kHigh = kN / 16;
   const Inputs<Scalar>& in = args.in;
@@ -152,15 +157,38 @@ MF_DEVICE void backward_block(const Block<Plan<kN>::kThreads>& block, BackwardSh
   PerThread<AsyncCopies, P::kThreads> copies;
   PerThread<int, P::kThreads> next_start;
   PerThread<StateRegisters<kN>, P::kThreads> next_state;
-  PerThread<Tiles<kHigh>, P::kThreads> dstate;  // this warp's eight key channels of all value channels
+  PerThread<Tiles<kHigh>, P::kThreads> dstate, state;  // this warp's eight key channels of all value channels
   PerThread<Tiles<1>, P::kThreads> removed;
   PerThread<Tiles<2>, P::kThreads> dwritten, dleft, dright;
 
-  const auto fetch = [&](int chunk, int thread) {
+  const auto fetch_inputs = [&](int chunk, int thread) {
     stage_inputs(shared.stage, in, chunk, batch, head, thread, copies(thread));
-    stage_rows<kN>(shared.stage_dy, args.dy, chunk * kChunk, in.tokens, batch, head, thread, copies(thread));
     next_start(thread) = document_starts(in, chunk, batch, thread);
-    next_state(thread).load(args.states + chunk * states_size + own_state, thread);
+  };
+  const auto fetch_dy = [&](int chunk, int thread) {
+    stage_rows<kN>(shared.stage_dy, args.dy, chunk * kChunk, in.tokens, batch, head, thread, copies(thread));
+  };
+  const auto kept = [&](int chunk) { return args.states + chunk / K::kChunks * states_size + own_state; };
+  const auto between = [&](int chunk) {  // the state before a chunk that is neither the first nor the last of its group
+    return args.between + (static_cast<std::int64_t>(row) * (K::kChunks - 2) + chunk % K::kChunks - 1) * state_size;
+  };
+  // What the block begins the group of chunks up to `last` with: its first chunk forward, or its only one.
+  const auto fetch_group = [&](int last, int thread) {
+    const int begin = last / K::kChunks * K::kChunks;
+    fetch_inputs(begin, thread);
+    if (kFew && begin < last) {
+      load_state<kN>(state(thread), kept(begin), thread);
+    } else {
+      fetch_dy(begin, thread);
+      next_state(thread).load(kept(begin), thread);
+    }
+  };
+  const auto fetch_before = [&](int chunk, int thread) {
+    if (chunk % K::kChunks == 0) return fetch_group(chunk - 1, thread);
+    fetch_inputs(chunk - 1, thread);
+    fetch_dy(chunk - 1, thread);
+    if ((chunk - 1) % K::kChunks == 0) next_state(thread).load(kept(chunk - 1), thread);
+    else next_state(thread).load(between(chunk - 1), thread);
   };
   const auto arrive = [&](int thread) {
     if (thread < kChunk) shared.stage.starts[thread] = next_start(thread);
@@ -168,13 +196,30 @@ MF_DEVICE void backward_block(const Block<Plan<kN>::kThreads>& block, BackwardSh
   };
 
   block.phase([&](int thread) {
-      fetch(in.chunks() - 1, thread);
+      fetch_group(in.chunks() - 1, thread);
       load_state<kN>(dstate(thread), args.dfinal_state == nullptr ? nullptr : args.dfinal_state + own_state, thread);
       arrive(thread);
   });
 
   for (int chunk = in.chunks() - 1; chunk >= 0; --chunk) {
-    const int first = chunk * kChunk;
+    const int first = chunk * kChunk, begin = chunk / K::kChunks * K::kChunks;
+    const bool replayed = kFew && chunk > begin && (chunk + 1 == in.chunks() || (chunk + 1) % K::kChunks == 0);
+    if constexpr (kFew) {
+      if (replayed) {
+        for (int earlier = begin; earlier < chunk; ++earlier) {
+          forward_chunk<false, kN>(
+              block, shared, in, static_cast<Scalar*>(nullptr), earlier, row, state, removed,
+              [&](int thread) {
+                  if (earlier > begin) store_state<kN>(between(earlier), kN, state(thread), thread);
+              },
+              [&](int thread) {
+                  fetch_inputs(earlier + 1, thread);
+                  if (earlier + 1 == chunk) fetch_dy(chunk, thread);
+              },
+              arrive);
+        }
+      }
+    }
 
     block.phase([&](int thread) {
         const int lane = thread % 32, first_column = thread / 32 * 8;
@@ -182,7 +227,8 @@ MF_DEVICE void backward_block(const Block<Plan<kN>::kThreads>& block, BackwardSh
         prepare(shared.stage, shared.left, shared.right, shared.uv, shared.total, shared.through, thread);
         for (int i = thread; i < kChunk * kN; i += P::kThreads)
             shared.z[(kChunk + i / kN) * P::kPitch + i % kN] = to_float(shared.stage_dy[i]);
-        next_state(thread).store(shared.state, thread);
+        if (replayed) store_state<kN>(shared.state, P::kPitch, state(thread), thread);
+        else next_state(thread).store(shared.state, thread);
         float total[2];
         MF_UNROLL
         for (int j = 0; j < 2; ++j) {
@@ -204,7 +250,7 @@ MF_DEVICE void backward_block(const Block<Plan<kN>::kThreads>& block, BackwardSh
 
     block.phase([&](int thread) {
         const int lane = thread % 32, first_column = thread / 32 * 8;
-        if (chunk > 0) fetch(chunk - 1, thread);
+        if (chunk > 0) fetch_before(chunk, thread);
         masked_pairs<kPrecision, kN>(shared.pairs, shared.left, shared.right, shared.documents, thread);
         removed(thread).clear();
         multiply<kPrecision, kN>(

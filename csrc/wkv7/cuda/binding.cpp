@@ -74,6 +74,9 @@ struct Arguments {
       reinterpret_cast<const std::uint8_t*>(hold(*document_start, at::kBool).const_data_ptr<bool>());
   }
 
+  // Of the states that the forward pass keeps.
+  at::ScalarType kept_type(std::int64_t state_interval) const { return state_interval == kFewTokens ? type : at::kFloat; }
+
   bool empty() const { return problem.tokens == 0 || problem.batch == 0 || problem.heads == 0; }
 };
 
@@ -86,15 +89,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> wkv7_cuda(const Tensor& r, const Tens
                                                      const Optional& initial_state, const Optional& document_start,
                                                      std::int64_t state_interval, bool save_removed) {
   const c10::cuda::CUDAGuard guard(v.device());
-  TORCH_CHECK((state_interval == 0 || state_interval == kTokensPerState) && !save_removed,
-              "megaforge::wkv7: on GPUs the state is saved every ", kTokensPerState, " tokens or not at all");
+  TORCH_CHECK(
+      (state_interval == 0 || state_interval == kTokensPerState || state_interval == kFewTokens) && !save_removed,
+      "megaforge::wkv7: on GPUs the state is kept every ", kTokensPerState, " or ", kFewTokens, " tokens or not at all");
   Arguments args(r, log_w, k, v, a, b, document_start);
+  args.problem.tokens_per_state = static_cast<int>(state_interval);
   const auto [tokens, batch, heads, n] = std::make_tuple(v.size(0), v.size(1), v.size(2), v.size(3));
   const auto options = v.options().dtype(at::kFloat);
   const std::int64_t saved = state_interval == 0 ? 0 : (tokens + state_interval - 1) / state_interval;
   Tensor y = at::empty(v.sizes(), v.options().dtype(args.type));
   Tensor final_state = at::empty({batch, heads, n, n}, options);
-  Tensor states = at::empty({saved, batch, heads, n, n}, options);
+  Tensor states = at::empty({saved, batch, heads, n, n}, options.dtype(args.kept_type(state_interval)));
   Tensor removed = at::empty({0, batch, heads, n}, options);
   const float* initial = args.state(initial_state);
   if (args.empty()) {
@@ -102,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> wkv7_cuda(const Tensor& r, const Tens
     else final_state.zero_();
   } else {
     check_launch(forward(args.problem, initial,
-                         {y.mutable_data_ptr(), saved > 0 ? states.mutable_data_ptr<float>() : nullptr,
+                         {y.mutable_data_ptr(), saved > 0 ? states.mutable_data_ptr() : nullptr,
                           final_state.mutable_data_ptr<float>()},
                          stream_of(v)));
   }
@@ -115,13 +120,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wkv7_backward
     const Optional& dfinal_state, std::int64_t state_interval) {
   const c10::cuda::CUDAGuard guard(v.device());
   Arguments args(r, log_w, k, v, a, b, document_start);
-  const std::int64_t kept = (v.size(0) + kTokensPerState - 1) / kTokensPerState;
+  TORCH_CHECK(state_interval == kTokensPerState || state_interval == kFewTokens,
+              "megaforge::wkv7_backward: on GPUs the forward pass must keep the state every ", kTokensPerState, " or ",
+              kFewTokens, " tokens");
+  args.problem.tokens_per_state = static_cast<int>(state_interval);
+  const std::int64_t kept = (v.size(0) + state_interval - 1) / state_interval;
   const auto options = v.options().dtype(args.type);
   Tensor dinitial = at::empty({v.size(1), v.size(2), v.size(3), v.size(3)}, v.options().dtype(at::kFloat));
-  TORCH_CHECK(state_interval == kTokensPerState && states.dim() == 5 && states.size(0) == kept &&
-                  states.sizes().slice(1) == dinitial.sizes(),
-              "megaforge::wkv7_backward: on GPUs the forward pass must save the state every ", kTokensPerState,
-              " tokens");
+  TORCH_CHECK(states.dim() == 5 && states.size(0) == kept && states.sizes().slice(1) == dinitial.sizes(),
+              "megaforge::wkv7_backward: ", states.sizes(), " are not the states of every ", state_interval, " tokens");
   const float* dfinal = args.state(dfinal_state);
   std::vector<Tensor> grads;
   for (int i = 0; i < 6; ++i) grads.push_back(at::empty(v.sizes(), i == 1 ? options.dtype(at::kFloat) : options));
@@ -130,7 +137,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wkv7_backward
     else dinitial.zero_();
   } else {
     const wkv7::Tensor dy_rows = args.rows(dy ? *dy : at::zeros_like(v), args.type);
-    check_launch(backward(args.problem, dy_rows, args.hold(states, at::kFloat).const_data_ptr<float>(), dfinal,
+    const bool few = state_interval == kFewTokens;
+    Tensor between = at::empty({few ? kStatesBetween : 0, v.size(1), v.size(2), v.size(3), v.size(3)},
+                               v.options().dtype(at::kFloat));
+    check_launch(backward(args.problem, dy_rows, args.hold(states, args.kept_type(state_interval)).const_data_ptr(),
+                          between.mutable_data_ptr<float>(), dfinal,
                           {grads[0].mutable_data_ptr(), grads[2].mutable_data_ptr(), grads[3].mutable_data_ptr(),
                            grads[4].mutable_data_ptr(), grads[5].mutable_data_ptr(),
                            grads[1].mutable_data_ptr<float>(), dinitial.mutable_data_ptr<float>()},

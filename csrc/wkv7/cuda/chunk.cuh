@@ -10,6 +10,8 @@
 // RWKV-7, so no exponent needs a centre; fp32 overflows from log w = -5.5 a token on.
 #pragma once
 
+#include <type_traits>
+
 #include "../../common/tile.h"
 
 namespace megaforge::wkv7 {
@@ -33,6 +35,14 @@ struct Plan {
   static constexpr int kParts = kThreads / kN;  // threads a column
   static constexpr int kPartTokens = kChunk / kParts;
   static constexpr int kPitch = kN + 4;  // rows in shared memory; lanes that read a left operand meet no bank twice
+};
+
+// The states that the forward pass keeps for the backward pass, [.., b, H, N, N]: one before every kChunks chunks. The few
+// are in bf16 where the inputs are; those between them are computed again.
+template <class Scalar, bool kFew>
+struct Kept {
+  using State = std::conditional_t<kFew, Scalar, float>;
+  static constexpr int kChunks = kFew ? 4 : 1;
 };
 
 template <class Scalar>
@@ -147,12 +157,13 @@ MF_DEVICE void prepare(const Stage<Scalar, kN>& stage, float* left, float* right
   if (part == 0) total[column] = expf(sum);
 }
 
-// to [32, 32] = left right^T over kN channels where a row sees a column, else zero. left, right: [32, kN].
-template <Precision kPrecision, int kN>
+// The first kRows rows of to [32, 32] = left right^T over kN channels where a row sees a column, else zero. left, right:
+// [32, kN].
+template <Precision kPrecision, int kN, int kRows = 2 * kChunk>
 MF_DEVICE void masked_pairs(float* to, const float* left, const float* right, const Documents& documents, int thread) {
   using P = Plan<kN>;
   const int lane = thread % 32;
-  for (int tile = thread / 32; tile < 8; tile += P::kWarps) {
+  for (int tile = thread / 32; tile < kRows / 4; tile += P::kWarps) {
     const int row = 16 * (tile / 4), column = 8 * (tile % 4);
     Tiles<1> sums;
     sums.clear();
@@ -198,8 +209,8 @@ MF_DEVICE void solve_transposed(float* x, const float* pairs, int column) {
 }
 
 // Reads the eight key channels of a thread's warp, of all value channels, from a state [kN, kN]; zero where it is null.
-template <int kN>
-MF_DEVICE void load_state(Tiles<kN / 16>& state, const float* from, int thread) {
+template <int kN, class From>
+MF_DEVICE void load_state(Tiles<kN / 16>& state, const From* from, int thread) {
   const int lane = thread % 32, first_column = thread / 32 * 8;
   state.clear();
   if (from == nullptr) return;
@@ -208,14 +219,14 @@ MF_DEVICE void load_state(Tiles<kN / 16>& state, const float* from, int thread) 
     MF_UNROLL
     for (int i = 0; i < 4; ++i) {
       const int value = 16 * m + tile_row(lane, i), key = first_column + tile_column(lane, i);
-      state.at[m][i] = from[value * kN + key];
+      state.at[m][i] = to_float(from[value * kN + key]);
     }
   }
 }
 
-// Writes them to rows of `pitch` floats.
-template <int kN>
-MF_DEVICE void store_state(float* to, int pitch, const Tiles<kN / 16>& state, int thread) {
+// Writes them to rows of `pitch` numbers.
+template <int kN, class To>
+MF_DEVICE void store_state(To* to, int pitch, const Tiles<kN / 16>& state, int thread) {
   const int lane = thread % 32, first_column = thread / 32 * 8;
   MF_UNROLL
   for (int m = 0; m < kN / 16; ++m) {

@@ -18,11 +18,12 @@ struct Problem {
   int tokens, batch, heads, channels;
   Tensor r, log_w, k, v, a, b;
   const std::uint8_t* document_start;  // [s, b] or null
+  int tokens_per_state;  // kTokensPerState, or kFewTokens for fewer states, of the inputs' type
 };
 
 struct ForwardOutputs {
   void* y;
-  float* states;  // null when no backward pass will follow
+  void* states;  // fp32, or of the inputs' type; null when no backward pass will follow
   float* final_state;
 };
 
@@ -32,13 +33,16 @@ struct BackwardOutputs {
   float* dinitial_state;  // or null
 };
 
-constexpr int kTokensPerState = 16;  // a state is saved before every so many tokens
+constexpr int kTokensPerState = 16;  // a state is kept before every so many tokens, in fp32
+constexpr int kFewTokens = 64;       // or before every so many, in the inputs' type; those between are computed again
+constexpr int kStatesBetween = kFewTokens / kTokensPerState - 2;  // of each head, at a time
 
 bool supports(int channels);
 
 // Both return null, or what the CUDA runtime says of the launch. `stream` is a cudaStream_t. No tokens is an error.
 const char* forward(const Problem& problem, const float* initial_state, const ForwardOutputs& to, void* stream);
-const char* backward(const Problem& problem, const Tensor& dy, const float* states, const float* dfinal_state,
-                     const BackwardOutputs& to, void* stream);
+// between: room for kStatesBetween states of every head where few are kept.
+const char* backward(const Problem& problem, const Tensor& dy, const void* states, float* between,
+                     const float* dfinal_state, const BackwardOutputs& to, void* stream);
 
 }  // namespace megaforge::wkv7
