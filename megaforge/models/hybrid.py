@@ -39,12 +39,14 @@ class ModelOutput:
         experts: int64 [2, MoE layers, E]: tokens_per_expert and preferred_per_expert of
             :class:`megaforge.nn.moe.RouterLosses`; a pipeline stage's own layers.
         head_input: the head and what it was given, the normed residual stream [s(/tp), b, h]; None without a head.
+        total: :attr:`loss_sum`, where the head has formed its gradients already.
     """
 
     scored: tuple[Tensor, Tensor, Tensor] | None
     terms: dict[str, LossTerm]
     experts: Tensor
     head_input: tuple[OutputHead, Tensor] | None = None
+    total: Tensor | None = None
 
     def _scored(self) -> tuple[Tensor, Tensor, Tensor]:
         if self.scored is None:
@@ -69,7 +71,7 @@ class ModelOutput:
     @property
     def loss_sum(self) -> Tensor:
         """Sum over tokens of loss mask * cross-entropy."""
-        return (self.losses_SB * self.mask_SB).sum()
+        return (self.losses_SB * self.mask_SB).sum() if self.total is None else self.total
 
     @property
     def correct(self) -> Tensor:
@@ -290,28 +292,34 @@ class HybridModel(nn.Module):
         info: PackedSequence | None = None,
         *,
         received: Mapping[str, Tensor] = NOTHING,
+        turns_back: bool = False,
     ) -> tuple[ModelOutput, dict[str, Tensor]]:
         """:meth:`forward` of one pipeline stage: what it adds, and what the next stage goes on from.
 
         Args:
             info: from :meth:`pack`; None: one document each.
             received: what the stage before made; nothing in the first.
+            turns_back: a backward pass follows at once, that of :attr:`ModelOutput.loss_sum`: the head forms its
+                gradients while it has the logits. Other gradients are right too, but logits are formed again.
         """
         info = self.pack(tokens, None) if info is None else info
         tokens, labels, loss_mask = (info.local(whole) for whole in (tokens, labels, loss_mask))
         sent, routed = self._trunk(tokens, info, None, received)
-        scored = head_input = None
+        scored = head_input = total = None
         if self.is_last:
             head_input = self.head, self.final_norm(sent["x"])
-            losses, correct = self.head.loss(head_input[1], labels)
-            scored = losses, correct, loss_mask.t().to(losses.dtype)
+            mask_SB = loss_mask.t().to(torch.float64 if self.dtype == torch.float64 else torch.float32)
+            # In fp16 the loss scale must be in gradients before they are rounded.
+            at_once = turns_back and self.dtype != torch.float16
+            losses, correct, total = self.head.loss(head_input[1], labels, mask_SB if at_once else None)
+            scored = losses, correct, mask_SB
         terms: dict[str, LossTerm] = {}
         for layer in routed:
             own = layer.terms(self.cfg)
             add_terms(terms, {name: replace(term, layers=self.num_moe_layers) for name, term in own.items()})
         counts = [torch.stack([r.tokens_per_expert, r.preferred_per_expert]) for r in routed]
         experts = torch.stack(counts, dim=1) if counts else tokens.new_zeros((2, 0, self.cfg.num_experts))
-        return ModelOutput(scored, terms, experts, head_input), sent
+        return ModelOutput(scored, terms, experts, head_input, total), sent
 
     def head_input(self, tokens: Tensor, info: PackedSequence) -> Tensor:
         """What the head of a whole model is given of ``tokens`` int64 [b, s]: the normed residual stream

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import kinds_of
-from megaforge.parallel.cross_entropy import vocab_parallel_linear_cross_entropy
+from megaforge.parallel.cross_entropy import ScoredLabels, vocab_parallel_linear_cross_entropy
 from megaforge.parallel.divergence import vocab_parallel_linear_divergence
 from megaforge.parallel.init_rules import InitRule, Normal
 from megaforge.parallel.layer_context import LayerContext
@@ -60,17 +60,20 @@ class OutputHead(Linear):
         self.ctx, self.region = layer.ctx, layer.region
         self.vocab_size = cfg.vocab_size or cfg.padded_vocab_size()
 
-    def loss(self, x: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, x: Tensor, labels_BS: Tensor, weights_SB: Tensor | None = None) -> ScoredLabels:
         """Cross-entropy of every token, without ever holding all logits.
 
         Args:
             x: normed residual stream [s(/tp), b, h].
             labels_BS: int64 [b, s].
+            weights_SB: of the losses [s, b] in their sum, where the backward pass follows at once and is that of the
+                sum.
 
         Returns:
-            Losses [s, b] in nats (fp32; fp64 for fp64) and whether the label scored highest, bool [s, b].
+            Losses [s, b] in nats (fp32; fp64 for fp64), whether the label scored highest, bool [s, b], and the
+            weighted sum.
         """
-        scored: tuple[Tensor, Tensor] = self(x, labels_BS)
+        scored: ScoredLabels = self(x, labels_BS, weights_SB)
         return scored
 
     def divergence(self, x: Tensor, other: OutputHead, other_x: Tensor, temperature: float) -> Tensor:
@@ -101,19 +104,23 @@ class OutputHead(Linear):
         scores: Tensor = self(x)
         return scores
 
-    def forward(self, x: Tensor, labels_BS: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, labels_BS: Tensor | None = None, weights_SB: Tensor | None = None
+    ) -> Tensor | ScoredLabels:
         """:meth:`loss` with labels, :meth:`logits` without. Called as a module, so that its hooks run."""
         hidden = self.region.enter(x)
         if labels_BS is None:
             local = self.op.apply(hidden, self.weight)
             return gather_from_tensor_parallel(local, self.ctx.tp)[..., : self.vocab_size].transpose(0, 1)
         labels = labels_BS.t().reshape(-1)
-        losses, correct = vocab_parallel_linear_cross_entropy(
+        found = vocab_parallel_linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
             self.weight,
             labels,
             ctx=self.ctx,
             vocab_size=self.vocab_size,
+            weights=None if weights_SB is None else weights_SB.reshape(-1),
             op=self.op,
         )
-        return losses.view(hidden.shape[:2]), correct.view(hidden.shape[:2])
+        shape = hidden.shape[:2]
+        return found._replace(losses=found.losses.view(shape), correct=found.correct.view(shape))

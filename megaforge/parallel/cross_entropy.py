@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,30 +11,72 @@ from torch import Tensor
 from megaforge.parallel.collectives import max_over
 from megaforge.parallel.context import Axis, ParallelContext
 from megaforge.parallel.linear_op import PLAIN, LinearOp
+from megaforge.parallel.pipeline.split_backward import is_needed_again
 
-CHUNK_TOKENS = 1024  # rows of logits that exist at once
+CHUNK_TOKENS = 1024  # rows of logits that exist at once on a CPU, whose caches they should not leave far behind
+# On a GPU, where each chunk's gradient is added to the whole matrix's in its memory: more rows, as far as 1 GiB of fp32
+# logits goes. The meta device stands for GPUs.
+_MOST_TOKENS, _MOST_LOGITS = 8192, 1 << 28
+
+
+def chunk_rows(device_type: str, columns: int) -> int:
+    """Rows of logits that exist at once, of ``columns`` each."""
+    if device_type == "cpu":
+        return CHUNK_TOKENS
+    return min(_MOST_TOKENS, max(CHUNK_TOKENS, _MOST_LOGITS // max(columns, 1)))
+
+
+class ScoredLabels(NamedTuple):
+    """What a head makes of T labels; the same on every tp rank.
+
+    Attributes:
+        losses: cross-entropy of each in nats, [T] in fp32 (fp64 for fp64 input).
+        correct: whether it had the largest logit, bool [T]; no gradient.
+        total: the sum over labels of weight * cross-entropy, 0-dim; None where no weights were given.
+    """
+
+    losses: Tensor
+    correct: Tensor
+    total: Tensor | None
+
+
+class _Head(NamedTuple):
+    """How logits are formed, and on how many rows at once."""
+
+    op: LinearOp
+    axis: Axis
+    vocab_size: int
+    chunk: int
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Forward: per-token loss, with all-reduces of [chunk] maxima and sums. Backward: local gradients, no collective.
 
-    The softmax is computed again in the backward pass from the saved log-sum-exp, so memory is one chunk of logits.
+    Where weights are given, the gradients of the weighted sum are formed in the forward pass, from logits that are
+    there (as in Liger Kernel, Hsu et al., arXiv 2410.10989); the backward pass multiplies them by one number. What else
+    is asked of it, the gradient of single losses, it computes from logits that it forms again, with the saved
+    log-sum-exp. Memory is one chunk of logits in either case.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, op: LinearOp, axis: Axis, vocab_size: int, chunk: int
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None, head: _Head
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        op, axis = head.op, head.axis
         inside = op.encode(hidden, None)
         first_row = axis.rank * weight.shape[0]
-        valid_rows = min(max(vocab_size - first_row, 0), weight.shape[0])
+        valid_rows = min(max(head.vocab_size - first_row, 0), weight.shape[0])
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         losses = hidden.new_empty(labels.shape, dtype=wide)
         log_sums = torch.empty_like(losses)
         correct = labels.new_empty(labels.shape, dtype=torch.bool)
-        for start in range(0, labels.numel(), chunk):
-            rows = slice(start, start + chunk)
-            logits = op.forward(tuple(part[rows] for part in inside), weight).to(wide)
+        formed = None
+        if weights is not None and any(ctx.needs_input_grad[:2]):
+            formed = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
+        for start in range(0, labels.numel(), head.chunk):
+            rows = slice(start, start + head.chunk)
+            chunk = tuple(part[rows] for part in inside)
+            logits = op.forward(chunk, weight).to(wide)
             logits[:, valid_rows:] = float("-inf")
             target, mine = _own_labels(labels[rows], first_row, valid_rows)
             picked = logits.gather(1, target.unsqueeze(1)).squeeze(1).masked_fill(~mine, 0)
@@ -48,28 +90,63 @@ class _LinearCrossEntropy(torch.autograd.Function):
             log_sums[rows] = peak + total.log()
             losses[rows] = log_sums[rows] - picked
             correct[rows] = picked >= peak
-        ctx.save_for_backward(weight, labels, log_sums, *inside)
-        ctx.op, ctx.first_row, ctx.valid_rows, ctx.chunk, ctx.dtype = op, first_row, valid_rows, chunk, hidden.dtype
+            if formed is not None:
+                assert weights is not None
+                dlogits = logits.mul_((weights[rows] / total).unsqueeze(1))
+                dlogits = dlogits.scatter_add_(1, target.unsqueeze(1), -(mine * weights[rows]).unsqueeze(1))
+                _add_gradients(formed, rows, dlogits.to(hidden.dtype), chunk, weight, op)
+        ctx.save_for_backward(weight, labels, weights, log_sums, *inside)
+        ctx.head, ctx.rows, ctx.dtype, ctx.formed = head, (first_row, valid_rows), hidden.dtype, formed
         ctx.mark_non_differentiable(correct)
-        return losses, correct
+        ctx.set_materialize_grads(False)
+        return losses, correct, losses.new_zeros(()) if weights is None else (losses * weights).sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        weight, labels, log_sums, *inside = ctx.saved_tensors
-        grad_hidden = weight.new_empty((len(labels), weight.shape[1]), dtype=ctx.dtype)
-        grad_weight = torch.zeros_like(weight, dtype=log_sums.dtype)
-        for start in range(0, labels.numel(), ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            chunk = tuple(part[rows] for part in inside)
-            logits = ctx.op.forward(chunk, weight).to(log_sums.dtype)
-            logits[:, ctx.valid_rows :] = float("-inf")
-            dlogits = logits.sub_(log_sums[rows].unsqueeze(1)).exp_()
-            target, mine = _own_labels(labels[rows], ctx.first_row, ctx.valid_rows)
-            dlogits.scatter_add_(1, target.unsqueeze(1), -mine.to(logits.dtype).unsqueeze(1))
-            dlogits = dlogits.mul_(grad[rows].unsqueeze(1)).to(ctx.dtype)
-            grad_hidden[rows] = ctx.op.input_gradient(dlogits, weight)
-            ctx.op.add_weight_gradient(grad_weight, dlogits, chunk, weight)
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+    def backward(ctx: Any, grad: Tensor | None, _: Any, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+        weight, labels, weights, log_sums, *inside = ctx.saved_tensors
+        found = None
+        if grad_total is not None and weights is not None:
+            if ctx.formed is None:  # given away, or never formed
+                grad = grad_total * weights if grad is None else grad + grad_total * weights
+            elif is_needed_again(torch._C._current_autograd_node()):
+                found = tuple(part * grad_total for part in ctx.formed)
+            else:
+                found, ctx.formed = tuple(part.mul_(grad_total) for part in ctx.formed), None
+        if grad is not None:
+            more = _gradients(ctx, grad, weight, labels, log_sums, tuple(inside))
+            found = more if found is None else tuple(one + other for one, other in zip(found, more, strict=True))
+        if found is None:
+            return (None,) * 5
+        return found[0], found[1].to(weight.dtype), None, None, None
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, weight: Tensor, labels: Tensor, log_sums: Tensor, inside: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """Those of ``hidden`` and, in the type of sums, of ``weight``, from those of single losses."""
+    op, (first_row, valid_rows) = ctx.head.op, ctx.rows
+    found = (
+        weight.new_empty((len(labels), weight.shape[1]), dtype=ctx.dtype),
+        torch.zeros_like(weight, dtype=log_sums.dtype),
+    )
+    for start in range(0, labels.numel(), ctx.head.chunk):
+        rows = slice(start, start + ctx.head.chunk)
+        chunk = tuple(part[rows] for part in inside)
+        logits = op.forward(chunk, weight).to(log_sums.dtype)
+        logits[:, valid_rows:] = float("-inf")
+        dlogits = logits.sub_(log_sums[rows].unsqueeze(1)).exp_()
+        target, mine = _own_labels(labels[rows], first_row, valid_rows)
+        dlogits.scatter_add_(1, target.unsqueeze(1), -mine.to(logits.dtype).unsqueeze(1))
+        dlogits = dlogits.mul_(grad[rows].unsqueeze(1)).to(ctx.dtype)
+        _add_gradients(found, rows, dlogits, chunk, weight, op)
+    return found
+
+
+def _add_gradients(
+    to: tuple[Tensor, Tensor], rows: slice, dlogits: Tensor, chunk: tuple[Tensor, ...], weight: Tensor, op: LinearOp
+) -> None:
+    to[0][rows] = op.input_gradient(dlogits, weight)
+    op.add_weight_gradient(to[1], dlogits, chunk, weight)
 
 
 def _own_labels(labels: Tensor, first_row: int, valid_rows: int) -> tuple[Tensor, Tensor]:
@@ -86,9 +163,10 @@ def vocab_parallel_linear_cross_entropy(
     *,
     ctx: ParallelContext,
     vocab_size: int,
-    chunk_tokens: int = CHUNK_TOKENS,
+    weights: Tensor | None = None,
+    chunk_tokens: int | None = None,
     op: LinearOp = PLAIN,
-) -> tuple[Tensor, Tensor]:
+) -> ScoredLabels:
     """Cross-entropy of ``softmax(hidden @ weight^T)`` over a vocabulary split over tp.
 
     Args:
@@ -97,13 +175,15 @@ def vocab_parallel_linear_cross_entropy(
         weight: [padded vocab / tp, h].
         labels: int64 [T], global token ids below ``vocab_size``.
         vocab_size: true size; the padding rows behind it take no part in the softmax.
-        chunk_tokens: rows of logits that exist at once.
+        weights: of the labels in their sum, [T] in the type of the losses; no gradient. The gradients of the sum are
+            then formed here, and ``weight``'s kept in the type of the losses until the backward pass: give them where
+            that follows at once.
+        chunk_tokens: rows of logits that exist at once; None: as the device has room.
         op: computes the logits and their gradients.
-
-    Returns:
-        The loss of each token in nats, [T] in fp32 (fp64 for fp64 input), and whether the label had the largest
-        logit, bool [T] (no gradient). Both are the same on every tp rank.
     """
     if hidden.dim() != 2 or labels.shape != hidden.shape[:1]:
         raise ValueError(f"expected hidden [T, h] and labels [T], got {tuple(hidden.shape)} and {tuple(labels.shape)}")
-    return _LinearCrossEntropy.apply(hidden, weight, labels, op, ctx.tp, vocab_size, chunk_tokens)
+    chunk = chunk_tokens or chunk_rows(hidden.device.type, weight.shape[0])
+    found = _LinearCrossEntropy.apply(hidden, weight, labels, weights, _Head(op, ctx.tp, vocab_size, chunk))
+    losses, correct, total = found
+    return ScoredLabels(losses, correct, None if weights is None else total)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megaforge.parallel.collectives import max_over
 from megaforge.parallel.context import Axis, ParallelContext
-from megaforge.parallel.cross_entropy import CHUNK_TOKENS
+from megaforge.parallel.cross_entropy import chunk_rows
 from megaforge.parallel.linear_op import PLAIN, LinearOp
 
 
@@ -100,7 +100,7 @@ def vocab_parallel_linear_divergence(
     ctx: ParallelContext,
     vocab_size: int,
     temperature: float = 1.0,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     ops: tuple[LinearOp, LinearOp] = (PLAIN, PLAIN),
 ) -> Tensor:
     """Kullback-Leibler divergence of ``softmax(hidden @ weight^T / temperature)`` from the same of ``other``, whose
@@ -112,11 +112,12 @@ def vocab_parallel_linear_divergence(
         weight: [padded vocab / tp, h].
         other, other_weight: likewise, of another width or the same; they get no gradient.
         vocab_size: true size; the padding rows behind it take no part.
-        chunk_tokens: rows of logits that exist at once.
+        chunk_tokens: rows of logits that exist at once; None: as the device has room.
         ops: compute the logits of the one and the other, and the gradients of the first.
 
     Returns:
         Nats of each token, [T] in fp32 (fp64 for fp64 input), the same on every tp rank; at least 0, up to rounding.
     """
-    split = _Split(ctx.tp, vocab_size, temperature, chunk_tokens)
+    chunk = chunk_tokens or chunk_rows(hidden.device.type, 2 * weight.shape[0])
+    split = _Split(ctx.tp, vocab_size, temperature, chunk)
     return _LinearDivergence.apply(hidden, weight, other.detach(), other_weight.detach(), ops, split)

@@ -20,6 +20,9 @@ from megaforge.kernels.grouped_mm import Runs, grouped_input_gradient, grouped_l
 from megaforge.parallel.context import Axis, ParallelContext
 from megaforge.parallel.region import TensorParallelRegion
 
+# Whether products of 16-bit matrices are added to an fp32 one (torch 2.8; on GPUs).
+_ADDS_WIDE = "dtype_out" in torch.ops.aten.addmm.overloads()
+
 
 class Quantized(NamedTuple):
     """A matrix as a quantizer's product sees it.
@@ -187,6 +190,8 @@ class PlainLinear(LinearOp):
     def add_weight_gradient(self, total: Tensor, grad: Tensor, inside: tuple[Tensor, ...], weight: Tensor) -> None:
         if total.dtype == grad.dtype:
             total.addmm_(grad.t(), inside[0])
+        elif _ADDS_WIDE and total.device.type == "cuda" and total.dtype == torch.float32:
+            torch.addmm(total, grad.t(), inside[0], torch.float32, out=total)  # added before anything is rounded
         else:
             super().add_weight_gradient(total, grad, inside, weight)
 

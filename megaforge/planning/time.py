@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from megaforge.errors import UserError
 from megaforge.models.flops import matmul_elements
 from megaforge.optim.optimizer import rule_of
@@ -92,7 +94,7 @@ def stage_time(
     """The roofline of one micro-batch on a stage. The backward pass costs two forward passes, one of them for the
     weights. Communication over tp, cp, ep and etp is not hidden, nor is the way of activations to host memory and back
     (in either half of a backward pass)."""
-    split, layout = layout.splits_backward, layout.unsplit
+    split, turns_back, layout = layout.splits_backward, layout.schedule.turns_back, layout.unsplit
     made = dataclasses.replace(layout, offload=False)  # what is computed is the same wherever it is kept
     compute = again = 0.0
     for index, count in parts.alike(stage.blocks).items():
@@ -103,7 +105,8 @@ def stage_time(
     ends = moving * sum(end_cost(parts, made, last=last).kept for last in stage.ends)
     if stage.last:
         ends += parts.head_flops * layout.tokens / layout.tp / (gpu.matmul * efficiency.matmul)
-        again += ends  # the head computes its logits again
+        if not turns_back or layout.dtype == torch.float16:
+            again += ends  # the head computes its logits again
     compute += ends
     cost = stage_cost(parts, layout, stage)
     speeds = {axis: bandwidth(layout, axis, gpu, efficiency) for axis in {*cost.forward, *cost.backward}}

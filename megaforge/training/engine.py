@@ -86,7 +86,8 @@ class Engine:
             The terms' sums over this rank's micro-batches and stages.
         """
         sums = BatchSums(self.ctx, objective, self._global_counts(batches, objective))
-        for told in self._pipeline.run(batches, partial(_loss, sums), loss_scale=self.scaler.scale):
+        of_sum = getattr(objective, "takes_loss_sum", False)
+        for told in self._pipeline.run(batches, partial(_loss, sums), loss_scale=self.scaler.scale, of_sum=of_sum):
             sums.add(*told)
         return sums
 

@@ -78,12 +78,20 @@ class ForwardBackward:
         self._tied = tied_weight(model, plan)
         self._executor = stage_executors(model, plan, lambda chunk, last: reducer.set_last_microbatch(last, chunk))
         self._inputs: dict[int, tuple[Any, ...]] = {}
+        self._turns_back = False
 
     def run(
-        self, micro_batches: Sequence[Batch], loss_fn: LossFn, *, gradients: bool = True, loss_scale: float = 1.0
+        self,
+        micro_batches: Sequence[Batch],
+        loss_fn: LossFn,
+        *,
+        gradients: bool = True,
+        loss_scale: float = 1.0,
+        of_sum: bool = False,
     ) -> Iterator[tuple[HybridModel, Any]]:
         """Every micro-batch through every stage of this rank; with ``gradients`` it accumulates the gradient of
-        ``loss_scale`` times the sum of what ``loss_fn`` makes of them.
+        ``loss_scale`` times the sum of what ``loss_fn`` makes of them; ``of_sum``: the model's losses enter as
+        :attr:`ModelOutput.loss_sum`, times a number.
 
         Raises:
             UserError: a micro-batch does not say what ``--hidden-dropout`` or ``--attention-dropout`` needs.
@@ -93,6 +101,7 @@ class ForwardBackward:
         """
         self._inputs.clear()  # of a run that ended in an error
         executor = self._executor(len(micro_batches), micro_batches[0].tokens.shape)
+        self._turns_back = of_sum and gradients and self.plan.schedule.turns_back
         step = partial(self._forward_step, loss_fn, self._dropout if gradients else None)
         reports = executor.run(micro_batches, step, gradients=gradients, loss_scale=loss_scale)
         chunks = self._model.chunks
@@ -116,7 +125,7 @@ class ForwardBackward:
         if chunk is not self._model.chunks[-1]:  # this rank's later stages read them too
             self._inputs[id(batch)] = inputs
         with self._saving():
-            output, sent = chunk.run_stage(*inputs, received=payload)
+            output, sent = chunk.run_stage(*inputs, received=payload, turns_back=self._turns_back)
             loss, told = loss_fn(output, batch)
         return StageOutput(sent, loss, told)
 

@@ -28,9 +28,12 @@ class Objective(Protocol):
     Attributes:
         look_ahead: how many tokens after each one it needs to know: 1 is the label alone; with n, ``batch.later`` has
             the labels and loss masks of the second to the n-th.
+        takes_loss_sum: whether the cross-entropies of labels enter its terms as ``output.loss_sum``, whose gradients
+            cost a product with the vocabulary's matrix less.
     """
 
     look_ahead: int = 1
+    takes_loss_sum: bool = False
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """What this micro-batch adds to the counts that terms are divided by, under the same names for every
@@ -58,6 +61,9 @@ class Objective(Protocol):
 class NextToken(Objective):
     """Cross-entropy of every label that counts (``--objective next_token``)."""
 
+    look_ahead = 1
+    takes_loss_sum = True
+
     def __init__(self, config: Config) -> None:
         """Needs nothing of the configuration."""
 
@@ -84,6 +90,7 @@ class WithTerms:
 
     def __init__(self, objective: Objective, more: Mapping[str, Callable[[ModelOutput], LossTerm]]) -> None:
         self.counts, self.look_ahead = objective.counts, objective.look_ahead
+        self.takes_loss_sum = getattr(objective, "takes_loss_sum", False)
         self.prepare = getattr(objective, "prepare", lambda *run: None)
         self._objective, self._more = objective, more
 

@@ -48,7 +48,7 @@ class TinyModel(nn.Module):
         gate, up = self.column(self.region.enter(x) * self.mix).chunk(2, dim=-1)
         x = x + self.row(torch.tanh(gate) * up + self.opening(x))
         hidden = self.region.enter(x).reshape(-1, HIDDEN)
-        loss, _ = vocab_parallel_linear_cross_entropy(
+        loss, *_ = vocab_parallel_linear_cross_entropy(
             hidden, self.embedding.weight, labels.T.reshape(-1), ctx=self.ctx, vocab_size=VOCAB, chunk_tokens=5
         )
         return loss.sum()

@@ -112,7 +112,7 @@ def score(tp: int) -> dict[str, Tensor]:
     x = torch.randn(TOKENS, 1, WIDTH, generator=generator, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, WORDS, (1, TOKENS), generator=generator)
     weights = torch.rand(TOKENS, 1, generator=generator, dtype=torch.float64)
-    losses, _ = head.loss(x, labels)
+    losses, *_ = head.loss(x, labels)
     (losses * weights).sum().backward()
     assert x.grad is not None and head.weight.grad is not None
     grad, weight = torch.zeros(ROWS, WIDTH, dtype=torch.float64), torch.zeros(ROWS, WIDTH, dtype=torch.float64)

@@ -199,7 +199,7 @@ def test_the_chunked_head_asks_the_op(dtype: torch.dtype) -> None:
 
     def run(op: Any, hidden: Tensor, weight: Tensor) -> list[Tensor]:
         hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        losses, _ = vocab_parallel_linear_cross_entropy(
+        losses, *_ = vocab_parallel_linear_cross_entropy(
             hidden, weight, labels, ctx=CTX, vocab_size=4, chunk_tokens=2, op=op
         )
         return [losses, *torch.autograd.grad(losses.sum(), (hidden, weight))]

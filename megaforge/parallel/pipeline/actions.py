@@ -69,6 +69,18 @@ class Schedule:
         """Whether gradients of inputs and of weights are computed apart (zero bubble)."""
         return any(action.kind is ActionKind.BACKWARD_INPUT for rank in self.actions for action in rank)
 
+    @cached_property
+    def turns_back(self) -> bool:
+        """Whether every micro-batch's backward pass begins right behind its forward pass, and is in one piece: what the
+        last stage makes for it need not be kept for other micro-batches meanwhile."""
+        last = self.num_stages - 1
+        actions = self.actions[self.rank_of(last)]
+        return all(
+            following == Action(ActionKind.BACKWARD, last, action.microbatch)
+            for action, following in zip(actions, (*actions[1:], None), strict=True)
+            if action.kind is ActionKind.FORWARD and action.stage == last
+        )
+
     def rank_of(self, stage: int) -> int:
         """The pipeline rank that holds ``stage``."""
         return self.stage_ranks[stage]

@@ -167,3 +167,14 @@ def test_text_round_trip() -> None:
 def test_undefined_sizes_are_refused_by_name(name: str, pp: int, vpp: int, microbatches: int, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         build_schedule(name, pp=pp, vpp=vpp, microbatches=microbatches)
+
+
+@pytest.mark.parametrize(
+    ("name", "pp", "vpp", "microbatches", "turns"),
+    [
+        ("1f1b", 1, 1, 4, True), ("1f1b", 4, 1, 8, True), ("interleaved", 2, 2, 4, True),
+        ("gpipe", 2, 1, 1, True), ("gpipe", 2, 1, 4, False), ("zb-h1", 2, 1, 4, False), ("zb-v", 2, 2, 4, False),
+    ],
+)  # fmt: skip
+def test_where_the_last_stage_turns_back_at_once(name: str, pp: int, vpp: int, microbatches: int, turns: bool) -> None:
+    assert build_schedule(name, pp=pp, vpp=vpp, microbatches=microbatches).turns_back == turns
