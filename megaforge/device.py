@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 
 import torch
@@ -23,6 +24,25 @@ def set_gpu_environment(*, one_queue: bool, env: MutableMapping[str, str] = os.e
         env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if one_queue:
         env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+LARGEST_KEPT = 1 << 30  # bytes of a block of host memory that is kept for the next one of its size
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def keep_host_memory(env: Mapping[str, str] = os.environ) -> bool:
+    """Has glibc keep the host memory that is freed, in blocks of up to :data:`LARGEST_KEPT`, for what comes next.
+    Otherwise each large tensor goes back to the kernel, which clears every page of the next one. What the environment
+    says of malloc stays.
+
+    Returns:
+        Whether it has: not with another C library, or with settings of the user's.
+    """
+    given = any(name.startswith("MALLOC_") for name in env) or "glibc.malloc" in env.get("GLIBC_TUNABLES", "")
+    if given or "CS_GNU_LIBC_VERSION" not in os.confstr_names:
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(_MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(_TRIM_THRESHOLD, -1))
 
 
 def resolve_device(requested: str, local_rank: int = 0) -> torch.device:
@@ -113,6 +133,19 @@ def peak_memory_bytes(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reserved_memory_bytes(device: torch.device) -> int:
+    """The most bytes that torch's allocator has taken of the GPU ``device`` so far: what is above
+    :func:`peak_memory_bytes` lay idle in its pool."""
+    return int(torch.cuda.max_memory_reserved(device))
+
+
+def page_faults() -> int:
+    """Pages of memory that the kernel has given this process so far, without reading a disk."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def get_random_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from megaforge.device import set_gpu_environment, upload
+from megaforge.device import keep_host_memory, set_gpu_environment, upload
 from megaforge.training import setup
 from tests.training.tiny import arguments, make_config
 
@@ -73,3 +78,35 @@ def test_upload_to_where_it_is_copies_nothing() -> None:
 def test_ranks_without_cores_are_told(device: str, ranks: int, cores: int, said: str | None) -> None:
     note = setup.few_cores(torch.device(device), ranks, cores)
     assert note is None if said is None else note is not None and said in note and "SRUN_CPUS_PER_TASK" in note
+
+
+_FAULTS = """
+import json, torch
+from megaforge.device import keep_host_memory, page_faults
+
+def faults():
+    seen = [page_faults()]
+    for _ in range(40):
+        torch.empty(10 << 20).zero_()  # 40 MiB
+        seen.append(page_faults())
+    return seen[-1] - seen[36]
+
+print(json.dumps([faults(), keep_host_memory(), faults()]))
+"""
+
+
+@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="another C library")
+def test_freed_host_memory_is_kept_for_the_next_tensor() -> None:
+    """glibc gives blocks of this size back to the kernel; in a process of its own, for it stays so."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    words = [sys.executable, "-c", _FAULTS]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment, check=True)
+    before, kept, after = json.loads(done.stdout)
+    assert kept and before > 1000 and after < before / 10
+
+
+@pytest.mark.parametrize("given", [
+    {"MALLOC_TRIM_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536"}
+])  # fmt: skip
+def test_settings_of_malloc_stay(given: dict[str, str]) -> None:
+    assert not keep_host_memory(given)

@@ -62,6 +62,17 @@ STEP = {
         _INTERVAL,
         measured=True,
     ),
+    "page_faults": Name(
+        "pages of memory that the kernel gave out in a step, mean over the interval, most of any rank: few where "
+        "malloc keeps what is freed",
+        "CPUs, " + _INTERVAL,
+        measured=True,
+    ),
+    "reserved_memory_bytes": Name(
+        "the most that torch's allocator has taken of any rank's GPU so far: `peak_memory_bytes` and what lay idle",
+        "GPUs, " + _INTERVAL,
+        measured=True,
+    ),
     "load_balance_loss": Name(
         "mixture-of-experts balance loss, mean over layers, before its coefficient", "models with experts"
     ),

@@ -209,8 +209,12 @@ def _batch_size(last: StepMetrics) -> list[tuple[int, str]]:
 
 
 def _memory(interval: Interval) -> list[tuple[int, str]]:
-    peak = interval.last.extra.get("peak_memory_bytes")
-    return [] if peak is None else [(9, f"{_si(peak, 'B')} memory")]
+    told = interval.last.extra
+    if "peak_memory_bytes" not in told:
+        return []
+    pool = f" of {_si(told['reserved_memory_bytes'], 'B')}" if "reserved_memory_bytes" in told else ""
+    faults = f", {told['page_faults']:,.0f} page faults a step" if "page_faults" in told else ""
+    return [(9, f"{_si(told['peak_memory_bytes'], 'B')}{pool} memory{faults}")]
 
 
 def _experts(interval: Interval) -> list[tuple[int, str]]:

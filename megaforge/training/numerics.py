@@ -7,11 +7,37 @@ mean bfloat16. So it is checked, not assumed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 
 TOLERANCE = 1e-6  # relative error (Frobenius norm) that still counts as fp32
 SHAPES = ((256, 512, 512), (2048, 512, 256), (37, 1030, 131))  # rows, inner, columns
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """torch at this float32 matmul precision, and afterwards as it was.
+
+    Where another package has set some of torch's switches by their older names (rwkv: ``allow_tf32``), torch refuses to
+    say at which precision it is, but not to be set; then the devices' own precisions are all that is put back.
+    """
+    devices = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    own = [device.fp32_precision for device in devices]
+    try:
+        before: str | None = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        before = None
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        if before is not None:
+            torch.set_float32_matmul_precision(before)
+        for device, value in zip(devices, own, strict=True):
+            device.fp32_precision = value
 
 
 def matmul_error(precision: str) -> float:
@@ -20,11 +46,9 @@ def matmul_error(precision: str) -> float:
     Covers the forms of training: ``x W^T`` (2-D and 3-D), ``g W`` and ``g^T x``, and batched products. Leaves torch's
     setting as it was.
     """
-    before = torch.get_float32_matmul_precision()
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
-    try:
-        torch.set_float32_matmul_precision(precision)
+    with matmul_precision(precision):
         for rows, inner, columns in SHAPES:
             x = torch.randn(rows, inner, generator=generator)
             weight = torch.randn(columns, inner, generator=generator)
@@ -39,8 +63,6 @@ def matmul_error(precision: str) -> float:
                 (grad.T @ x, grad64.T @ x64),
             ):
                 worst = max(worst, float((ours.double() - theirs).norm() / theirs.norm()))
-    finally:
-        torch.set_float32_matmul_precision(before)
     return worst
 
 

@@ -17,7 +17,7 @@ from megaforge.config.lr_shapes import RateShape
 from megaforge.config.schema import config_to_dict
 from megaforge.data.data_source import DataSource, source_kind
 from megaforge.data.tokenizer import Tokenizer
-from megaforge.device import resolve_device, set_gpu_environment
+from megaforge.device import keep_host_memory, resolve_device, set_gpu_environment
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.pipeline_shape import PipelinePlan
@@ -72,6 +72,7 @@ from megaforge.training.weight_decay import GrowingDecay
 def initialize_distributed(config: Config) -> ParallelContext:
     """This rank's device and its place among the others; joins the process group if there are others."""
     parallel = config.parallel
+    keep_host_memory()
     if config.training.device != "cpu":  # before anything starts CUDA
         set_gpu_environment(one_queue=parallel.overlap_tp_comm and parallel.tensor_model_parallel_size > 1)
     device = resolve_device(config.training.device, discover_launch().local_rank)

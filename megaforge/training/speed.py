@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from megaforge.device import peak_memory_bytes
+from megaforge.device import page_faults, peak_memory_bytes, reserved_memory_bytes
 from megaforge.models.flops import model_flops_per_token
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
@@ -37,6 +37,7 @@ class Speed(Callback):
         self.parameters = 0
         self.flops_per_token = 0.0
         self.peak = 0.0
+        self._faults = self._steps = 0
 
     def on_train_start(self, trainer: Trainer) -> None:
         self.peak = measure_matmul_peak(trainer.ctx, compute_dtype(trainer.config.training))
@@ -44,11 +45,22 @@ class Speed(Callback):
         whole = HybridModel(make_layer_context(trainer.config.model, ParallelContext.single("meta")))
         self.parameters = sum(spec.numel for spec, _ in named_specs(whole))
         self.flops_per_token = model_flops_per_token(whole, trainer.config.data.seq_length)
+        self._faults, self._steps = page_faults(), 0
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
         metrics.extra["mfu"] = round(self.utilization(metrics.tokens_per_second), 4)
+        self._steps += 1
         if metrics.iteration % self.interval == 0:
-            metrics.extra["peak_memory_bytes"] = _greatest(trainer.ctx, peak_memory_bytes(trainer.ctx.device))
+            metrics.extra.update(_greatest(trainer.ctx, self._memory(trainer.ctx.device)))
+            self._faults, self._steps = page_faults(), 0
+
+    def _memory(self, device: torch.device) -> dict[str, int]:
+        """This rank's memory, and how well its pool serves it."""
+        if device.type == "cuda":
+            pool = {"reserved_memory_bytes": reserved_memory_bytes(device)}
+        else:
+            pool = {"page_faults": (page_faults() - self._faults) // self._steps}
+        return {"peak_memory_bytes": peak_memory_bytes(device)} | pool
 
     def utilization(self, tokens_per_second: float) -> float:
         """The share of :attr:`peak` that the model's arithmetic makes use of (MFU; Chowdhery et al., arXiv
@@ -56,10 +68,9 @@ class Speed(Callback):
         return tokens_per_second * self.flops_per_token / self.peak
 
 
-def _greatest(ctx: ParallelContext, value: int) -> int:
-    """The greatest ``value`` of any rank. Collective."""
-    if ctx.control is None:
-        return value
-    most = torch.tensor(value, dtype=torch.int64)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=ctx.control)
-    return int(most.item())
+def _greatest(ctx: ParallelContext, values: dict[str, int]) -> dict[str, float]:
+    """The greatest of each of ``values`` on any rank. Collective."""
+    most = torch.tensor(list(values.values()), dtype=torch.int64)
+    if ctx.control is not None:
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=ctx.control)
+    return dict(zip(values, most.tolist(), strict=True))

@@ -3,17 +3,29 @@
 Every benchmark compares a candidate with a peer in one process and one run, turn about, because two runs on a shared
 machine differ more than the programs do. A measure is a plain function that runs its subject once and returns one
 number: seconds, CPU-seconds or a rate such as tokens per second. A ratio is always candidate / peer.
+
+Both sides, and what they start, keep the host memory that they free, as training does; this module sees to it.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megaforge.device import LARGEST_KEPT, keep_host_memory
+
+if keep_host_memory():
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(LARGEST_KEPT), "MALLOC_TRIM_THRESHOLD_": "-1"}
 
 Measure = Callable[[], float]
 

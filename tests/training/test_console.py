@@ -43,7 +43,7 @@ def test_a_file_gets_a_line_an_interval_and_the_last(tmp_path: Path) -> None:
     assert heads == ["iteration 2/5  40%", "iteration 4/5  80%", "iteration 5/5 100%"]
     for part in ("loss ", "grad norm ", "lr ", "ms a step", "tokens/s", "FLOP/s (", "% of peak)", "ETA 0:"):
         assert part in lines[0], part
-    assert re.search(r"[MG]B memory \| experts \d\.\d\d bits, busiest \d\.\dx", lines[0])
+    assert re.search(r"[MG]B memory, [\d,]+ page faults a step \| experts \d\.\d\d bits, busiest \d\.\dx", lines[0])
     assert re.search(r" \| \d{4}-\d\d-\d\d \d\d:\d\d:\d\d$", lines[0])
     assert "\r" not in text and "evaluation at iteration 5: loss " in text and "perplexity" in text
 

@@ -62,12 +62,20 @@ def test_every_number_that_a_run_writes_has_a_name_in_the_table(tmp_path: Path, 
     for record in records:
         assert not [name for name in record.keys() - {"kind", "iteration"} if not known(record["kind"], name)]
     first, last = records[0].keys(), records[1].keys()
-    of_interval = {"peak_memory_bytes", "plateau_improvement", "quant_error", "quant_saturation", "quant_step"}
+    of_interval = {
+        "peak_memory_bytes",
+        "page_faults",
+        "plateau_improvement",
+        "quant_error",
+        "quant_saturation",
+        "quant_step",
+    }
     assert last - first == of_interval, "numbers of an interval alone"
     fp16 = {"loss_scale", "skipped"} if precision else set()
     assert {name.partition("/")[0] for name in last} - {"kind", "iteration"} == {
         name.partition("/")[0] for name in STEP
     } - ({"loss_scale", "skipped"} - fp16) - {
+        "reserved_memory_bytes",  # of GPUs
         "quant_flips",  # from the second interval on
         "weight_decay",  # excludes a second stage
         *("quant_clip_weights", "quant_clip_activations"),  # exclude --quant-lambda
