@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megaforge.config.run_config import ParallelConfig
 from megaforge.data.loader import Batch
 from megaforge.device import upload
+from megaforge.inference.fused_step import FusedStep
 from megaforge.models.generation_state import GenerationState
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.pipeline_shape import PipelinePlan
@@ -36,6 +37,7 @@ class StagedModel:
         self.ctx, cfg = self._chunk.ctx, self._chunk.cfg
         self._executor = stage_executors(model, plan or plan_pipeline(cfg, ParallelConfig(), 1, 1))
         self.vocab_size = cfg.vocab_size or cfg.padded_vocab_size()
+        self._step = FusedStep(self._chunk)
         pp, world = self.ctx.pp, self.ctx.world
         self.source = (pp.size - 1) * (world.size // pp.size)
 
@@ -54,6 +56,8 @@ class StagedModel:
         Args:
             tokens: they continue those that ``state`` has seen, and it takes them in.
         """
+        if self._step.takes(tokens, state):
+            return self._step.logits(tokens, state)
 
         def score(received: _Tensors) -> tuple[Tensor | None, _Tensors]:
             return self._chunk.stage_logits(tokens, state=state, last_only=True, received=received)

@@ -230,7 +230,7 @@ class HybridModel(nn.Module):
     ) -> tuple[dict[str, Tensor], list[RouterLosses]]:
         """Tokens, or what an earlier stage made of them, through the blocks; with the losses of the MoE layers."""
         carried, losses = dict(received), list[RouterLosses]()
-        x = carried.pop("x") if carried else self._embedded(tokens_BS, info)
+        x = carried.pop("x") if carried else self.embedded(tokens_BS, info)
         states = None if state is None else iter(state.layers)
         for block in self.blocks:
             own = (None, None) if states is None else [next(states) for _ in block.sublayers]
@@ -238,7 +238,7 @@ class HybridModel(nn.Module):
             losses += routed
         return {"x": x, **carried}, losses
 
-    def _embedded(self, tokens_BS: Tensor, info: PackedSequence) -> Tensor:
+    def embedded(self, tokens_BS: Tensor, info: PackedSequence) -> Tensor:
         """The residual stream [s(/tp), b, h] in front of the first block."""
         x = self.embedding(tokens_BS)
         x = x if self.positions is None else self.positions(x, info)

@@ -40,20 +40,27 @@ class KVCache(LayerState):
         self.room = tokens
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds [b, groups/tp, s, d] and returns all keys and values so far. Capacity is what is expected, and doubles
-        when it is exhausted."""
+        """Adds [b, groups/tp, s, d] and returns all keys and values so far."""
         new_length = self.length + keys.shape[2]
-        if self.keys is None or self.values is None or new_length > self.keys.shape[2]:
-            capacity = self.room if new_length <= self.room else max(64, 2 * new_length)
-            grown = [t.new_empty((*t.shape[:2], capacity, t.shape[3])) for t in (keys, values)]
-            if self.keys is not None and self.values is not None:
-                for target, source in zip(grown, (self.keys, self.values), strict=True):
-                    target[:, :, : self.length] = source[:, :, : self.length]
-            self.keys, self.values = grown
+        self.make_room(new_length, keys)
+        assert self.keys is not None and self.values is not None
         self.keys[:, :, self.length : new_length] = keys
         self.values[:, :, self.length : new_length] = values
         self.length = new_length
         return self.keys[:, :, :new_length], self.values[:, :, :new_length]
+
+    def make_room(self, length: int, like: Tensor) -> None:
+        """For ``length`` places, of keys and values like these. Capacity is what is expected, and doubles when it is
+        exhausted."""
+        if self.keys is not None and self.values is not None and length <= self.keys.shape[2]:
+            return
+        capacity = self.room if length <= self.room else max(64, 2 * length)
+        shape = (*like.shape[:2], capacity, like.shape[3])
+        grown = [like.new_empty(shape) for _ in range(2)]
+        if self.keys is not None and self.values is not None:
+            for target, source in zip(grown, (self.keys, self.values), strict=True):
+                target[:, :, : self.length] = source[:, :, : self.length]
+        self.keys, self.values = grown
 
     @classmethod
     def side_by_side(cls, states: Sequence[KVCache], length: int) -> KVCache:

@@ -10,7 +10,7 @@ namespace megaforge::gemv {
 constexpr int kMostTokens = 8;  // of one pass over the matrix
 
 // y [tokens, n] = x [tokens, k] W^T + bias: W is n rows of k, `stride` elements apart, or, turned, k rows of n.
-template <class T>
+template <class T, class Y = T>
 struct Problem {
   std::int64_t tokens, n, k;
   const T* x;
@@ -18,7 +18,7 @@ struct Problem {
   std::int64_t stride;
   bool turned;
   const T* bias;  // [n] or null
-  T* y;
+  Y* y;
 };
 
 // Sums are fp32. On at most `threads` threads; no result depends on their number.

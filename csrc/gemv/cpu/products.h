@@ -3,8 +3,8 @@
 namespace megaforge::gemv::MF_ISA {
 
 // kRows outputs of kTokens tokens from row `n` on; each sum has kChains parts, so that products wait for no sum.
-template <class T, int kRows, int kTokens, int kChains>
-inline void rows(const Problem<T>& p, int64_t n) {
+template <class T, int kRows, int kTokens, int kChains, class Y>
+inline void rows(const Problem<T, Y>& p, int64_t n) {
   using P = Part<T>;
   constexpr int kStep = kChains * P::kValues;
   const T* row[kRows];
@@ -64,8 +64,8 @@ inline void rows(const Problem<T>& p, int64_t n) {
   }
 }
 
-template <class T, int kTokens>
-void by_rows(const Problem<T>& p, int64_t begin, int64_t end) {
+template <class T, int kTokens, class Y>
+void by_rows(const Problem<T, Y>& p, int64_t begin, int64_t end) {
   constexpr int kRows = kTokens == 1 ? 4 : kTokens == 2 ? 8 : kTokens <= 4 ? 6 : kTokens <= 6 ? 4 : 3;
   constexpr int kChains = kTokens == 1 ? 4 : 1;
   int64_t n = begin;
@@ -74,8 +74,8 @@ void by_rows(const Problem<T>& p, int64_t begin, int64_t end) {
 }
 
 // Outputs [n, n + kVecs kLanes), or fewer, of a turned matrix: each of its rows is added once for every token.
-template <class T, int kTokens, int kVecs>
-inline void columns(const Problem<T>& p, int64_t n, int64_t count) {
+template <class T, int kTokens, int kVecs, class Y>
+inline void columns(const Problem<T, Y>& p, int64_t n, int64_t count) {
   Vec sums[kTokens][kVecs];
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t) {
@@ -107,18 +107,18 @@ inline void columns(const Problem<T>& p, int64_t n, int64_t count) {
   }
 }
 
-template <class T, int kTokens>
-void by_columns(const Problem<T>& p, int64_t begin, int64_t end) {
+template <class T, int kTokens, class Y>
+void by_columns(const Problem<T, Y>& p, int64_t begin, int64_t end) {
   constexpr int kVecs = kTokens <= 4 ? 4 : 2;
   for (int64_t n = begin; n < end; n += kVecs * kLanes) {
     columns<T, kTokens, kVecs>(p, n, std::min<int64_t>(kVecs * kLanes, end - n));
   }
 }
 
-template <class T, int kTokens = kMostTokens>
-void part(const Problem<T>& p, int64_t begin, int64_t end) {
+template <class T, class Y = T, int kTokens = kMostTokens>
+void part(const Problem<T, Y>& p, int64_t begin, int64_t end) {
   if constexpr (kTokens > 1) {
-    if (p.tokens < kTokens) return part<T, kTokens - 1>(p, begin, end);
+    if (p.tokens < kTokens) return part<T, Y, kTokens - 1>(p, begin, end);
   }
   if (p.turned) by_columns<T, kTokens>(p, begin, end);
   else by_rows<T, kTokens>(p, begin, end);

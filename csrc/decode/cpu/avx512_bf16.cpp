@@ -1,0 +1,39 @@
+// Steps of decoding for CPUs with AVX-512 and its bf16 products.
+#if defined(__x86_64__)
+#include "common/intrinsics.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "decode.h"
+#include "gemv/cpu/gemv.h"
+#include "memory.h"
+
+#include "common/begin_avx512_bf16.h"
+
+#define MEGAFORGE_AVX512
+#define MEGAFORGE_AVX512_BF16
+#define MF_ISA avx512_bf16
+#include "gemv/cpu/vec.h"
+
+#include "gemv/cpu/products.h"
+
+#include "arithmetic.h"
+
+#include "attention.h"
+#include "ffn.h"
+#include "time_mix.h"
+
+#include "step.h"
+
+namespace megaforge::decode {
+
+const Kernels avx512_bf16_kernels = avx512_bf16::all_kernels;
+
+}  // namespace megaforge::decode
+
+#include "common/end_isa.h"
+#endif
