@@ -8,4 +8,4 @@ cd "$REPO"
 "$PYTHON" -c 'import triton' 2>/dev/null || export PYTHONPATH="$REPO/build/triton${PYTHONPATH:+:$PYTHONPATH}"
 "$PYTHON" -c 'import triton' 2>/dev/null || "$PYTHON" -m pip install -q --no-deps --target build/triton "triton==3.6.0"
 export OMP_NUM_THREADS=1
-"$PYTHON" -m pytest -q tests/kernels/test_rwkv7_fused.py "$@"
+"$PYTHON" -m pytest -q tests/kernels/test_triton.py "$@"

@@ -3,6 +3,8 @@
 ``csrc/OP/cpu`` and ``csrc/OP/cuda`` are built into ``megaforge.kernels._OP_cpu`` and ``_OP_cuda``. Importing such a
 module registers its device's implementation of operators that the op's Python room defines with :mod:`torch.library`.
 
+Triton kernels of an op are the module ``megaforge.kernels.OP.triton_kernels``, imported only where Triton is.
+
 ``MEGAFORGE_NATIVE=0`` in the environment leaves them all out. ``MEGAFORGE_CPU_ISA=avx512|avx2|scalar`` chooses the
 instruction set of the CPU code, which otherwise takes the best that the machine has.
 """
@@ -16,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megaforge.config.launcher import print_rank_0
 
@@ -55,6 +58,37 @@ def say_uncompiled(op: str, device_type: str) -> None:
     else:
         how = "plain torch, several times slower. To build it: pip install --no-build-isolation -e ."
         say_fallback(op, f"no compiled code for {device_type} ({reason})", how)
+
+
+@functools.cache
+def triton_kernels(op: str) -> tuple[Any, str]:
+    """The module of Triton kernels of ``op``; or None and why, where Triton is not installed or compiled code is not
+    wanted."""
+    if os.environ.get(SWITCH) == "0":
+        return None, f"{SWITCH}=0"
+    try:
+        return importlib.import_module(f"megaforge.kernels.{op}.triton_kernels"), ""
+    except ImportError as error:
+        return None, f"{error}; to install it: pip install 'megaforge[gpu]'"
+
+
+def takes_triton(op: str, what: str, x: Tensor) -> bool:
+    """Whether tensors like ``x`` go through the Triton kernels of ``op``: those of GPUs do, but in fp64. Where they do
+    not, it says so once; ``what`` is what the message calls the op."""
+    if x.device.type != "cuda":
+        return False
+    if x.dtype == torch.float64:
+        say_no_triton(what, "they compute in fp32 at most, not in fp64")
+        return False
+    kernels, missing = triton_kernels(op)
+    if kernels is None:
+        say_no_triton(what, missing)
+    return kernels is not None
+
+
+def say_no_triton(what: str, reason: str) -> None:
+    """Says, once a process and on rank 0 alone, that a GPU computes in plain torch, and why."""
+    say_fallback(what, f"no Triton kernel ({reason})")
 
 
 _LIBRARY = torch.library.Library("megaforge", "FRAGMENT")

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.nn.activations import activate
 from megaforge.nn.norms import make_sub_norm
 from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState
-from megaforge.nn.token_shift import token_shift
+from megaforge.nn.token_shift import shift_and_mix
 from megaforge.parallel.init_rules import Constant, Elementwise, InitRule, Normal, Orthogonal
 from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -64,10 +63,10 @@ def mixed_input(x_k: Tensor | None, x: Tensor, info: PackedSequence, state: FFNS
     ``x + (shift(x) - x) * x_k`` (RWKV-LM, x070). ``state`` continues a sequence and takes in the last token."""
     if x_k is None:
         return x
-    before = token_shift(x, info, None if state is None else state.shift)
+    (mixed,) = shift_and_mix(x, info, None if state is None else state.shift, (x_k,))
     if state is not None:
         state.shift = x[-1].clone()  # a view would keep the whole prompt's
-    return torch.addcmul(x, before - x, x_k.to(x.dtype))
+    return mixed
 
 
 class DenseFFN(nn.Module):

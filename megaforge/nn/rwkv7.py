@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.kernels.rwkv7_fused import norm_bonus_gate, rwkv7_inputs
+from megaforge.kernels.rwkv7_fused import mix_values, norm_bonus_gate, rwkv7_inputs
 from megaforge.kernels.wkv7.backend import wkv7_backend
 from megaforge.nn.recompute import recomputed
 from megaforge.nn.relations import Projection
@@ -286,7 +286,7 @@ class RWKV7TimeMix(nn.Module):
                 raise ValueError(
                     f"block {self.index}: v_first is missing; the model's first mixer must be an RWKV-7 layer"
                 )
-            v = v + (v_first - v) * torch.sigmoid(self.v0 + self.v2(self.v1(x_v))).to(v.dtype)
+            v = mix_values(v, v_first, self.v2(self.v1(x_v)), self.v0)
         decay = self.w2(torch.tanh(self.w1(x_w)))
         gate = self.g2(torch.sigmoid(self.g1(x_g)))
         return r, decay, key, v, self.a2(self.a1(x_a)), gate

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megaforge.kernels.rwkv7_fused import fused, mix_tokens, say_plain, shifted_mixes
+from megaforge.kernels.rwkv7_fused import previous_tokens, shifted_mixes
 from megaforge.parallel.packed_sequence import PackedSequence
 
 
@@ -23,31 +23,27 @@ def token_shift(x_SBH: torch.Tensor, info: PackedSequence, shift_state: torch.Te
     Returns:
         [s, b, h] of the dtype of ``x_SBH``. The state for the next call is ``x_SBH[-1]``.
     """
-    chunks = x_SBH.chunk(len(info.shards.chunks))
+    return previous_tokens(x_SBH, *_before(x_SBH, info, shift_state))
+
+
+def _before(
+    x: torch.Tensor, info: PackedSequence, shift_state: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The tokens before each of this rank's chunks [chunks, b, h], or None for zero before its only one; and where
+    nothing comes before, bool [s, b], or None for nowhere."""
+    starts = info.document_start_SB if info.has_boundaries else None
     if shift_state is not None:
-        firsts = shift_state.to(x_SBH.dtype).unsqueeze(0)
-    else:
-        firsts = info.shards.before(torch.stack([chunk[-1] for chunk in chunks]))
-    previous = torch.cat([part for n, chunk in enumerate(chunks) for part in (firsts[n : n + 1], chunk[:-1])])
-    if info.has_boundaries:
-        starts = info.document_start_SB
-        if shift_state is not None:
+        if starts is not None:
             starts = starts.clone()
             starts[0] = False  # it continues the state's document
-        previous = previous.masked_fill(starts.unsqueeze(-1), 0)
-    return previous
+        return shift_state.unsqueeze(0), starts
+    if info.shards.axis.size == 1:
+        return None, starts
+    return info.shards.before(torch.stack([chunk[-1] for chunk in x.chunk(len(info.shards.chunks))])), starts
 
 
 def shift_and_mix(
     x: torch.Tensor, info: PackedSequence, shift_state: torch.Tensor | None, coefficients: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
-    """:func:`mix_tokens` of ``x`` and its :func:`token_shift`; where a rank has whole sequences one operator."""
-    if len(info.shards.chunks) > 1 or info.shards.axis.size > 1:
-        if fused(x):
-            say_plain("the token shift needs whole sequences, which --cp cuts")
-        return mix_tokens(x, token_shift(x, info, shift_state), coefficients)
-    starts = info.document_start_SB if info.has_boundaries else None
-    if starts is not None and shift_state is not None:
-        starts = starts.clone()
-        starts[0] = False  # it continues the state's document
-    return shifted_mixes(x, shift_state, starts, coefficients)
+    """:func:`token_shift` and, for each c of ``coefficients`` [h], ``x + (previous - x) * c``: one operator."""
+    return shifted_mixes(x, *_before(x, info, shift_state), coefficients)

@@ -9,7 +9,7 @@ import torch
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.kernels import rwkv7_fused
-from megaforge.kernels.rwkv7_fused.triton import load_triton
+from megaforge.kernels.native import triton_kernels
 from megaforge.nn.rwkv7 import RWKV7TimeMix
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
@@ -18,13 +18,11 @@ from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.parallel.param_spec import name_parameters
 
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or load_triton()[0] is None, reason="needs a GPU and Triton"
+    not torch.cuda.is_available() or triton_kernels("rwkv7_fused")[0] is None, reason="needs a GPU and Triton"
 )
 
 if torch.cuda.is_available():
-    from tests.kernels.rwkv7_fused_cases import test_norm_bonus_gate, test_shifted_mixes, through_the_kernels
-
-    __all__ = ["test_norm_bonus_gate", "test_shifted_mixes", "through_the_kernels"]
+    from tests.kernels.rwkv7_fused_cases import *  # noqa: F403
 
 
 def layer_results(fused: bool, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:

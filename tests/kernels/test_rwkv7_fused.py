@@ -1,74 +1,13 @@
-"""RWKV-7's fused arithmetic where there is no GPU: its Triton kernels interpreted, and compiled for two generations."""
+"""RWKV-7's mixes of tokens in plain torch; ``test_triton.py`` tests the kernels, ``test_rwkv7_inputs.py`` the rest."""
 
 from __future__ import annotations
-
-import importlib.util
-import os
-import subprocess
-import sys
-import types
-from pathlib import Path
 
 import pytest
 import torch
 
-from megaforge.kernels import native, rwkv7_fused
-from megaforge.kernels.rwkv7_fused import mix_tokens
-from megaforge.kernels.rwkv7_fused.triton import load_triton
+from megaforge.kernels import rwkv7_fused
+from megaforge.kernels.rwkv7_fused import mix_tokens, previous_tokens
 from tests.nn.support import assert_close, random
-
-HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
-with_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs Triton; bash run_scripts/check_triton.sh brings it"
-)
-
-
-def run_python(*arguments: str, **environment: str) -> None:
-    """In a process of its own: Triton's interpreter is chosen once a process."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "PYTHONPATH": path, "MEGAFORGE_NATIVE": "1", **environment}
-    done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-
-
-@with_triton
-def test_the_kernels_agree_with_torch_in_tritons_interpreter() -> None:
-    run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "rwkv7_fused_cases.py"), TRITON_INTERPRET="1")
-
-
-@with_triton
-def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
-    script = str(HERE / "compile_rwkv7_triton.py")
-    run_python(script, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-
-
-def test_without_triton_plain_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(5, 2, 8)
-    assert not rwkv7_fused.fused(x)  # not on a GPU
-    load_triton.cache_clear()
-    monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "megaforge.kernels.rwkv7_fused.triton_kernels", raising=False)
-    assert load_triton()[0] is None and "pip install 'megaforge[gpu]'" in load_triton()[1]
-    load_triton.cache_clear()
-
-
-def test_a_gpu_without_the_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(native, "print_rank_0", said.append)
-    monkeypatch.setenv("MEGAFORGE_NATIVE", "0")
-    for cached in (load_triton, native.say_fallback):
-        cached.cache_clear()
-    on_gpu = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
-    try:
-        assert not rwkv7_fused.fused(torch.ones(1)) and not said
-        assert not any(rwkv7_fused.fused(on_gpu) for _ in range(2))  # type: ignore[arg-type]
-        assert len(said) == 1 and "no Triton kernel (MEGAFORGE_NATIVE=0); using plain torch" in said[0]
-        on_gpu.dtype = torch.float64
-        assert not rwkv7_fused.fused(on_gpu)  # type: ignore[arg-type]
-        assert len(said) == 2 and "not in fp64" in said[1]
-    finally:
-        for cached in (load_triton, native.say_fallback):
-            cached.cache_clear()
 
 
 @pytest.mark.parametrize("at_once", [1, 20, 10**6])
@@ -96,3 +35,24 @@ def test_bf16_mixes_sum_their_gradients_in_fp32() -> None:
     out.backward(torch.ones_like(out))
     assert coefficient.grad is not None and coefficient.grad.dtype == torch.float32
     assert_close(coefficient.grad, (previous.double() - x.double()).sum((0, 1)), 1e-5, "coefficient")
+
+
+def test_chunks_have_their_own_predecessors() -> None:
+    """What a rank of cp holds; and no tokens at all."""
+    x, first = random(6, 2, 3), random(2, 2, 3, seed=1)
+    previous = previous_tokens(x, first, None)
+    assert torch.equal(previous, torch.cat([first[:1], x[:2], first[1:], x[3:5]]))
+    assert previous_tokens(x[:0], None, None).shape == (0, 2, 3)
+
+
+def test_heads_of_other_sizes_are_said_to_have_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(rwkv7_fused, "say_no_triton", lambda what, reason: said.append(reason))
+    monkeypatch.setattr(rwkv7_fused, "fused", lambda x: True)
+    x, vector = random(5, 2, 6), random(6)
+    for ours, expected in zip(
+        rwkv7_fused.rwkv7_inputs(x, vector, x, vector, x, vector, vector, 3),
+        rwkv7_fused.rwkv7_inputs_reference(x, vector, x, vector, x, vector, vector, 3), strict=True,
+    ):  # fmt: skip
+        assert_close(ours, expected, 1e-14, "heads of 3 channels")
+    assert said == ["heads have 3 channels, not one of 16, 32, 64, 128"]

@@ -1,12 +1,14 @@
 """What a layer does with each token between its products: norm, activation, rotation.
 
-:mod:`.functions` keeps less for the backward pass than autograd would; :mod:`.reference` has the definitions.
+:mod:`.triton` has kernels of GPUs, :mod:`.functions` plain torch that keeps less for the backward pass than autograd
+would, :mod:`.reference` the definitions.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from megaforge.kernels.pointwise import triton
 from megaforge.kernels.pointwise.functions import RMSNorm, Rotate, SquaredReLU, SwiGLU
 
 __all__ = ["apply_rotary", "rms_norm", "squared_relu", "swiglu"]
@@ -23,17 +25,19 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     Returns:
         [..., h] of the dtype of ``x``.
     """
+    if triton.takes_rows(x):
+        return triton.Norm.apply(x, weight, None, epsilon, False)
     return RMSNorm.apply(x, weight, epsilon)
 
 
 def squared_relu(x: Tensor) -> Tensor:
     """``max(x, 0)^2`` (So et al., arXiv 2109.08668): [...] -> [...]."""
-    return SquaredReLU.apply(x)
+    return triton.SquaredReLU.apply(x) if triton.takes(x) else SquaredReLU.apply(x)
 
 
 def swiglu(x: Tensor) -> Tensor:
     """``silu(gate) * up`` (Shazeer, arXiv 2002.05202): [..., 2f], gate before up -> [..., f]."""
-    return SwiGLU.apply(x)
+    return triton.Gated.apply(x, False) if triton.takes(x) else SwiGLU.apply(x)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -50,4 +54,4 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         [s, b, heads, d], contiguous.
     """
-    return Rotate.apply(x, cos, sin)
+    return triton.Rotate.apply(x, cos, sin) if triton.takes(x) else Rotate.apply(x, cos, sin)

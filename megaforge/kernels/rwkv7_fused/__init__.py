@@ -1,9 +1,10 @@
 """RWKV-7's arithmetic around its projections and its recurrence.
 
 :func:`shifted_mixes` is the token shift with the mixes that the projections read, :func:`rwkv7_inputs` what lies
-between them and WKV-7, :func:`norm_bonus_gate` what follows it. On GPUs the first and the last are Triton kernels, one
-pass over the tokens each way (:mod:`.triton`). The second, and the mixes elsewhere, are such a walk in plain torch, on
-a CPU in pieces that stay in cache (:mod:`.inputs`, :mod:`.mixes`). :mod:`.reference` has the definitions.
+between them and WKV-7, :func:`mix_values` the mix with the first layer's values, :func:`norm_bonus_gate` what follows
+WKV-7. On GPUs each is a Triton kernel, one pass over the tokens each way (:mod:`.triton`). Elsewhere the first two are
+such a walk in plain torch, on a CPU in pieces that stay in cache (:mod:`.inputs`, :mod:`.mixes`). :mod:`.reference` has
+the definitions.
 """
 
 from __future__ import annotations
@@ -13,40 +14,38 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megaforge.kernels.native import say_fallback
+from megaforge.kernels.native import say_no_triton, takes_triton
 from megaforge.kernels.rwkv7_fused.inputs import RWKV7Inputs
 from megaforge.kernels.rwkv7_fused.mixes import MixTokens
 from megaforge.kernels.rwkv7_fused.reference import (
+    mix_values_reference,
     norm_bonus_gate_reference,
     previous_tokens,
     rwkv7_inputs_reference,
     shifted_mixes_reference,
 )
-from megaforge.kernels.rwkv7_fused.triton import NormBonusGate, ShiftedMixes, load_triton
+from megaforge.kernels.rwkv7_fused.triton import FusedInputs, MixValues, NormBonusGate, ShiftedMixes
 
 __all__ = [
-    "fused", "mix_tokens", "norm_bonus_gate", "norm_bonus_gate_reference", "rwkv7_inputs", "rwkv7_inputs_reference",
-    "say_plain", "shifted_mixes", "shifted_mixes_reference",
+    "fused", "mix_tokens", "mix_values", "mix_values_reference", "norm_bonus_gate", "norm_bonus_gate_reference",
+    "previous_tokens", "rwkv7_inputs", "rwkv7_inputs_reference", "shifted_mixes", "shifted_mixes_reference",
 ]  # fmt: skip
+WHAT = "rwkv7 around its recurrence"
 HEAD_SIZES = (16, 32, 64, 128)
-
-
-def say_plain(reason: str) -> None:
-    """Says, once a process and on rank 0 alone, that a GPU computes in plain torch, and why."""
-    say_fallback("rwkv7 around its recurrence", f"no Triton kernel ({reason})")
 
 
 def fused(x: Tensor) -> bool:
     """Whether tensors like ``x`` go through the Triton kernels."""
-    if x.device.type != "cuda":
+    return takes_triton("rwkv7_fused", WHAT, x)
+
+
+def _fused_heads(x: Tensor, head_size: int) -> bool:
+    """:func:`fused`, and the kernels have heads of this size."""
+    if not fused(x):
         return False
-    if x.dtype == torch.float64:
-        say_plain("they compute in fp32 at most, not in fp64")
-        return False
-    kernels, missing = load_triton()
-    if kernels is None:
-        say_plain(missing)
-    return kernels is not None
+    if head_size not in HEAD_SIZES:
+        say_no_triton(WHAT, f"heads have {head_size} channels, not one of {', '.join(map(str, HEAD_SIZES))}")
+    return head_size in HEAD_SIZES
 
 
 def shifted_mixes(
@@ -56,7 +55,8 @@ def shifted_mixes(
 
     Args:
         x: [s, b, h].
-        first: [b, h], the token before ``x[0]``; None: zero.
+        first: [n, b, h], the tokens before each of the n chunks of equal length that ``x`` consists of; None: zero
+            before the only one.
         starts: bool [s, b], true where nothing comes before; None: nowhere.
         coefficients: at most six, each [h]; may be wider than ``x``.
 
@@ -65,7 +65,10 @@ def shifted_mixes(
     """
     if fused(x):
         return ShiftedMixes.apply(x, first, starts, *coefficients)
-    return mix_tokens(x, previous_tokens(x, first, starts), coefficients)
+    previous = previous_tokens(x, first, starts)
+    if len(coefficients) == 1:  # keeps one tensor, where MixTokens keeps two for any number of mixes
+        return (torch.addcmul(x, previous - x, coefficients[0].to(x.dtype)),)
+    return mix_tokens(x, previous, coefficients)
 
 
 def mix_tokens(x: Tensor, previous: Tensor, coefficients: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -98,9 +101,23 @@ def rwkv7_inputs(
         The arithmetic is done in the precision of the vectors; k, a and b are rounded to the dtype of ``key``.
     """
     heads = (*key.shape[:-1], key.shape[-1] // head_size, head_size)
-    outputs = RWKV7Inputs.apply(decay, w0, rate, a0, key, k_k, k_a, head_size)
+    function = FusedInputs if _fused_heads(key, head_size) else RWKV7Inputs
+    outputs = function.apply(decay, w0, rate, a0, key, k_k, k_a, head_size)
     log_w, k, a, b = (x.view(heads) for x in outputs)
     return log_w, k, a, b
+
+
+def mix_values(v: Tensor, v_first: Tensor, rate: Tensor, v0: Tensor) -> Tensor:
+    """``v + (v_first - v) * sigmoid(v0 + rate)``: a layer's values mixed with those of the first layer (RWKV-LM, x070).
+
+    Args:
+        v, v_first, rate: [..., C].
+        v0: [C], fp32 (fp64 for fp64 inputs).
+
+    Returns:
+        Like ``v``.
+    """
+    return MixValues.apply(v, v_first, rate, v0) if fused(v) else mix_values_reference(v, v_first, rate, v0)
 
 
 def norm_bonus_gate(
@@ -118,9 +135,6 @@ def norm_bonus_gate(
     Returns:
         [s, b, H N] of the dtype of ``v``.
     """
-    if fused(y):
-        if y.shape[-1] not in HEAD_SIZES:
-            say_plain(f"heads have {y.shape[-1]} channels, not one of {', '.join(map(str, HEAD_SIZES))}")
-            return norm_bonus_gate_reference(y, r, k, v, gate, weight, bias, r_k, epsilon)
+    if _fused_heads(y, y.shape[-1]):
         return NormBonusGate.apply(y, r, k, v, gate, weight, bias, r_k, epsilon)
     return norm_bonus_gate_reference(y, r, k, v, gate, weight, bias, r_k, epsilon)

@@ -15,8 +15,9 @@ NORM_EPSILON = 1e-12
 
 def previous_tokens(x: Tensor, first: Tensor | None, starts: Tensor | None) -> Tensor:
     """The token before each [s, b, h]; arguments as :func:`megaforge.kernels.rwkv7_fused.shifted_mixes`."""
-    before = torch.zeros_like(x[:1]) if first is None else first.to(x.dtype).unsqueeze(0)
-    previous = torch.cat([before, x[:-1]])
+    before = torch.zeros_like(x[:1]) if first is None else first.to(x.dtype)
+    chunks = [x] if first is None else x.chunk(len(first))
+    previous = torch.cat([part for n, chunk in enumerate(chunks) for part in (before[n : n + 1], chunk[:-1])])
     return previous if starts is None else previous.masked_fill(starts.unsqueeze(-1), 0)
 
 
@@ -38,6 +39,11 @@ def rwkv7_inputs_reference(
     kk = F.normalize((key * k_k).view(heads), dim=-1, eps=NORM_EPSILON)
     k = key * (1 + (lr - 1) * k_a)
     return log_w.view(heads), k.to(key.dtype).view(heads), -kk.to(key.dtype), (kk * lr.view(heads)).to(key.dtype)
+
+
+def mix_values_reference(v: Tensor, v_first: Tensor, rate: Tensor, v0: Tensor) -> Tensor:
+    """The definition of :func:`megaforge.kernels.rwkv7_fused.mix_values`."""
+    return v + (v_first - v) * torch.sigmoid(v0 + rate).to(v.dtype)
 
 
 def norm_bonus_gate_reference(

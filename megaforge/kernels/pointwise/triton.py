@@ -1,0 +1,171 @@
+"""Pointwise operators as autograd functions of Triton kernels (:mod:`.triton_kernels`): one pass each way."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megaforge.kernels.native import say_no_triton, takes_triton, triton_kernels
+
+WIDEST = 16384  # channels of a row that one program holds
+WHAT = "norms and activations"
+
+_kernels = functools.partial(triton_kernels, "pointwise")
+
+
+def takes(x: Tensor) -> bool:
+    """Whether tensors like ``x`` go through the Triton kernels."""
+    return takes_triton("pointwise", WHAT, x)
+
+
+def takes_rows(x: Tensor) -> bool:
+    """:func:`takes`, and a program can hold a row."""
+    if not takes(x):
+        return False
+    if x.shape[-1] > WIDEST:
+        say_no_triton(WHAT, f"{x.shape[-1]} channels are normed, of which a program holds {WIDEST} at most")
+    return x.shape[-1] <= WIDEST
+
+
+def _blocks(size: int, block: int) -> int:
+    return max(1, -(-size // block))
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
+
+
+class Norm(torch.autograd.Function):
+    """``normed(x) * weight + bias``, with mean zero if centered; keeps x only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, centered: bool) -> Tensor:
+        kernels, _ = _kernels()
+        x, weight = x.contiguous(), weight.contiguous()
+        ctx.save_for_backward(x, weight)
+        width = x.shape[-1]
+        block_width = _power_of_two(width)
+        block_rows = max(1, kernels.TILE // block_width)
+        ctx.options = {"centered": centered, "wide": kernels.tl.float32, "block_width": block_width}
+        ctx.options |= {"block_rows": block_rows, "num_warps": max(1, min(16, block_rows * block_width // 512))}
+        ctx.shape = (x.numel() // max(width, 1), width, epsilon)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        out = torch.empty_like(x)
+        if x.numel():
+            kernels.norm_forward[(_blocks(ctx.shape[0], block_rows),)](
+                x, weight, weight if bias is None else bias.contiguous(), out, *ctx.shape, **ctx.options
+            )
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kernels, _ = _kernels()
+        x, weight = ctx.saved_tensors
+        rows, width, _ = ctx.shape
+        programs = _blocks(rows, ctx.options["block_rows"] * kernels.STEPS)
+        dx = torch.empty_like(x)
+        partial = weight.new_zeros(programs, 2 if ctx.options["centered"] else 1, width, dtype=torch.float32)
+        if x.numel():
+            kernels.norm_backward[(programs,)](
+                x, weight, grad.contiguous(), dx, partial, *ctx.shape, **ctx.options, steps=kernels.STEPS
+            )
+        sums = partial.sum(0)
+        return dx, sums[0].to(weight.dtype), None if ctx.bias_dtype is None else sums[1].to(ctx.bias_dtype), None, None
+
+
+class SquaredReLU(torch.autograd.Function):
+    """``max(x, 0)^2``; keeps x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        kernels, _ = _kernels()
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        out = torch.empty_like(x)
+        if x.numel():
+            kernels.squared_relu_forward[(_blocks(x.numel(), kernels.ELEMENTS),)](
+                x, out, x.numel(), wide=kernels.tl.float32, block=kernels.ELEMENTS
+            )
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        kernels, _ = _kernels()
+        (x,) = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        if x.numel():
+            kernels.squared_relu_backward[(_blocks(x.numel(), kernels.ELEMENTS),)](
+                x, grad.contiguous(), dx, x.numel(), wide=kernels.tl.float32, block=kernels.ELEMENTS
+            )
+        return dx
+
+
+class Gated(torch.autograd.Function):
+    """``silu(gate) * up`` of the fused [gate | up], or ``max(gate, 0)^2 * up``; keeps it, and puts both gradients into
+    one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, fused: Tensor, squared: bool) -> Tensor:
+        kernels, _ = _kernels()
+        fused = fused.contiguous()
+        ctx.save_for_backward(fused)
+        width = fused.shape[-1] // 2
+        ctx.shape = (fused.numel() // max(2 * width, 1), width)
+        ctx.grid = (_blocks(ctx.shape[0], kernels.ROWS), _blocks(width, kernels.WIDTH))
+        ctx.options = {"squared": squared, "wide": kernels.tl.float32}
+        ctx.options |= {"block_rows": kernels.ROWS, "block_width": kernels.WIDTH}
+        out = fused.new_empty(*fused.shape[:-1], width)
+        if fused.numel():
+            kernels.gated_forward[ctx.grid](fused, out, *ctx.shape, **ctx.options)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        kernels, _ = _kernels()
+        (fused,) = ctx.saved_tensors
+        dx = torch.empty_like(fused)
+        if fused.numel():
+            kernels.gated_backward[ctx.grid](fused, grad.contiguous(), dx, *ctx.shape, **ctx.options)
+        return dx, None
+
+
+class Rotate(torch.autograd.Function):
+    """Rotates channel pairs (i, i + r/2) of the first r channels. Backward: rotates back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = cos.contiguous(), sin.contiguous()
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, back=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, sin, back=True), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    kernels, _ = _kernels()
+    _, batch, heads, width = x.shape
+    half = cos.shape[-1]
+    if x.stride(3) != 1 or x.stride(2) != width:
+        x = x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block_half, block_rest = _power_of_two(half), _power_of_two(max(width - 2 * half, 1))
+    block_rows = max(1, kernels.ELEMENTS // max(block_half, block_rest))
+    rows = x.numel() // max(width, 1)
+    if x.numel():
+        kernels.rotate[(_blocks(rows, block_rows),)](
+            x, cos, sin, out, rows, batch, heads, x.stride(0), x.stride(1),
+            half=half, width=width, back=back, wide=kernels.tl.float32,
+            block_rows=block_rows, block_half=block_half, block_rest=block_rest,
+        )  # fmt: skip
+    return out
