@@ -85,6 +85,11 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-samples", type=integer(1), default=1, help="texts for each prompt, drawn as by --seed, --seed + 1, ..."
     )
+    parser.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="record the step of a token on a GPU once for each number of texts, and play it again",
+    )
     parser.add_argument("--batch-size", type=integer(1), default=16, help="texts drawn at once")
     parser.add_argument(
         "--prefill-chunk",
@@ -234,6 +239,8 @@ def main() -> int:
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed, flags.min_p, flags.repetition_penalty)
     sampling.validate(flags.num_samples)
     trained = open_model(flags)
+    if flags.cuda_graph:
+        trained.model.record_steps()
     Writer(flags, trained, trained.load_tokenizer(flags.tokenizer_model)).write(prompts, sampling)
     shutdown()
     return 0

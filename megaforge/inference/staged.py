@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from megaforge.config.run_config import ParallelConfig
 from megaforge.data.loader import Batch
-from megaforge.device import upload
+from megaforge.device import record_graph, upload
+from megaforge.errors import UserError
 from megaforge.inference.fused_step import FusedStep
+from megaforge.inference.recorded_steps import Record, RecordedSteps
 from megaforge.models.generation_state import GenerationState
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.pipeline_shape import PipelinePlan
@@ -40,6 +42,20 @@ class StagedModel:
         self._step = FusedStep(self._chunk)
         pp, world = self.ctx.pp, self.ctx.world
         self.source = (pp.size - 1) * (world.size // pp.size)
+        self._recorded: RecordedSteps | None = None
+
+    def record_steps(self, record: Record = record_graph) -> None:
+        """From now on the steps of one token of each text are recorded and played again
+        (:mod:`megaforge.inference.recorded_steps`).
+
+        Raises:
+            UserError: ranks share the model, which is not recorded, or ``record`` is for GPUs and this is none.
+        """
+        if self.ctx.world.size > 1:
+            raise UserError(f"--cuda-graph: {self.ctx.world.size} ranks share the model; it is for one")
+        if record is record_graph and self.ctx.device.type != "cuda":
+            raise UserError(f"--cuda-graph: there are none on --device {self.ctx.device.type}; leave it out")
+        self._recorded = RecordedSteps(self._chunk, record)
 
     def new_state(self, expected: int = 0) -> GenerationState:
         """An empty memory of this rank's blocks, with room for so many tokens (0: it grows as they come)."""
@@ -56,6 +72,11 @@ class StagedModel:
         Args:
             tokens: they continue those that ``state`` has seen, and it takes them in.
         """
+        if self._recorded is not None:
+            played = self._recorded.logits(tokens, state)
+            if played is not None:
+                return played
+            self._recorded.release(state)
         if self._step.takes(tokens, state):
             return self._step.logits(tokens, state)
 

@@ -20,12 +20,14 @@ class GenerationState:
         length: places in the caches, of the longest sequence.
         unused_B: int64 [b], how many of them are empty, at the beginning of each sequence; None before the first token.
         padded: whether any is.
+        place: int64 [1] on the device: ``length`` of a step that is recorded once for all lengths; else None.
     """
 
     layers: list[LayerState | None] = field(default_factory=list)
     length: int = 0
     unused_B: Tensor | None = None
     padded: bool = False
+    place: Tensor | None = None
 
     @property
     def padding_B(self) -> Tensor | None:

@@ -254,17 +254,26 @@ class HybridModel(nn.Module):
         Raises:
             UserError: the sequences are longer than the model has positions.
         """
+        if state is not None and state.place is not None and state.unused_B is not None:
+            return PackedSequence.at(state.place, state.unused_B)
         if not self.cfg.reset_at_document_boundaries:
             document_start_BS = None
         batch, length = tokens_BS.shape
         offset, padding = (0, None) if state is None else (state.length, state.padding_B)
-        longest = POSITION_EMBEDDINGS.get(self.cfg.position_embedding_type).longest(self.cfg)
-        if longest is not None and offset + length > longest:
-            raise UserError(
-                f"{offset + length} tokens in a sequence: the model has positions for {longest} "
-                "(--max-position-embeddings); give it fewer"
-            )
+        self.check_length(offset + length)
         return PackedSequence(batch, length, tokens_BS.device, document_start_BS, offset, self.shards, padding)
+
+    def check_length(self, tokens: int) -> None:
+        """
+        Raises:
+            UserError: a sequence of so many is longer than the model has positions.
+        """
+        longest = POSITION_EMBEDDINGS.get(self.cfg.position_embedding_type).longest(self.cfg)
+        if longest is not None and tokens > longest:
+            raise UserError(
+                f"{tokens} tokens in a sequence: the model has positions for {longest} (--max-position-embeddings); "
+                "give it fewer"
+            )
 
     def forward(
         self, tokens: Tensor, labels: Tensor, loss_mask: Tensor, document_start: Tensor | None = None

@@ -39,6 +39,10 @@ class KVCache(LayerState):
     def expect(self, tokens: int) -> None:
         self.room = tokens
 
+    @property
+    def expected(self) -> int:
+        return self.room
+
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Adds [b, groups/tp, s, d] and returns all keys and values so far."""
         new_length = self.length + keys.shape[2]
@@ -70,6 +74,32 @@ class KVCache(LayerState):
         keys = _aligned([(state.keys, state.length) for state in states], length, capacity)
         values = _aligned([(state.values, state.length) for state in states], length, capacity)
         return KVCache(keys, values, length, room)
+
+    def slots(self, rows: int, places: int) -> KVCache:
+        return self._each(lambda tensor: tensor.new_zeros((rows, tensor.shape[1], places, tensor.shape[3])))
+
+    def recorded(self, place: Tensor) -> KVCache:
+        return RecordedKVCache(self.keys, self.values, place=place)
+
+    def fill(self, other: KVCache) -> None:
+        self.length, self.room = other.length, other.room
+        for own, given in ((self.keys, other.keys), (self.values, other.values)):
+            assert own is not None and given is not None
+            own[:, :, : self.length] = given[:, :, : self.length]
+
+    def stepped(self) -> None:
+        self.length += 1
+
+
+@dataclass
+class RecordedKVCache(KVCache):
+    """One that takes tokens in at a ``place`` that the device alone knows, and always shows all of its places."""
+
+    place: Tensor | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None and self.values is not None and self.place is not None
+        return self.keys.index_copy_(2, self.place, keys), self.values.index_copy_(2, self.place, values)
 
 
 def _aligned(caches: Sequence[tuple[Tensor | None, int]], length: int, capacity: int) -> Tensor:
@@ -215,6 +245,8 @@ def _seen(
     """Which keys a query sees, in the form that attention takes here: a mask (None: all up to its own), documents or
     segments; ``continues``: queries may follow cached ones."""
     length, keys = query.shape[2], key.shape[2]
+    if info.place is not None:
+        return info.places_mask(keys, query.dtype), None, None
     if takes_segments(query, key):
         return None, None, info.segments(range(keys - length, keys), range(keys))
     if not continues and info.has_boundaries and takes_documents(query):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, Self
@@ -32,10 +32,16 @@ class LayerOutput(NamedTuple):
 @dataclass
 class LayerState:
     """What a layer remembers of the tokens it has seen: tensors [b, ...], None before the first. Subclasses declare
-    them, and override :meth:`side_by_side` where tensors also have a place for each token."""
+    them, and override :meth:`expect`, :attr:`expected`, :meth:`side_by_side`, :meth:`slots`, :meth:`recorded`,
+    :meth:`fill` and :meth:`stepped` where tensors also have a place for each token."""
 
     def expect(self, tokens: int) -> None:
         """Makes room for so many tokens in all, where it is known how many there will be; more may come."""
+
+    @property
+    def expected(self) -> int:
+        """For how many there is room, where each has a place; 0: none was asked for."""
+        return 0
 
     @classmethod
     def side_by_side(cls, states: Sequence[Self], length: int) -> Self:
@@ -46,9 +52,36 @@ class LayerState:
 
     def select(self, rows: Tensor) -> Self:
         """The sequences ``rows``, int64 [n]; one may be named more than once."""
-        fields = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        make: Any = type(self)
-        return make(*(f.index_select(0, rows) if isinstance(f, Tensor) else f for f in fields))
+        return self._each(lambda tensor: tensor.index_select(0, rows))
+
+    def slots(self, rows: int, places: int) -> Self:
+        """Memory like this one's for ``rows`` sequences, with as many ``places`` where there is one for each token."""
+        return self._each(lambda tensor: tensor.new_zeros((rows, *tensor.shape[1:])))
+
+    def first(self, rows: int) -> Self:
+        """The first ``rows`` sequences, in the same memory."""
+        return self._each(lambda tensor: tensor[:rows])
+
+    def recorded(self, place: Tensor) -> Self:
+        """The same memory for a step that is recorded once for all places: where in it the next token goes says
+        ``place`` [1], int64 on the device. Layers need not write to it: what they set in its place is copied."""
+        return self._each(lambda tensor: tensor)
+
+    def fill(self, other: Self) -> None:
+        """Copies what ``other`` remembers to this memory, which has room for it."""
+        for name in self._tensors():
+            getattr(self, name).copy_(getattr(other, name))
+
+    def stepped(self) -> None:
+        """A recorded step has taken in one token of each sequence."""
+
+    def _tensors(self) -> list[str]:
+        names = [field.name for field in dataclasses.fields(self)]
+        return [name for name in names if isinstance(getattr(self, name), Tensor)]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """With each tensor as ``change`` makes it."""
+        return dataclasses.replace(self, **{name: change(getattr(self, name)) for name in self._tensors()})
 
 
 class Sublayer(Protocol):

@@ -31,8 +31,12 @@ class PackedSequence:
         offset: tokens of these sequences that a recurrent state has already consumed, of the longest of them.
         padding_B: int64 [b], how much shorter than that each sequence is; None: not at all.
         dropout: the masks of a micro-batch that is trained on; None: nothing is dropped.
+        place: int64 [1] on the device, unknown to the host: the place of the one token of each sequence in a step that
+            is recorded once for all places; None: see ``offset``.
         cache: what layers derive from the above for later layers too (rotary tables).
     """
+
+    place: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -94,6 +98,25 @@ class PackedSequence:
         self._start_BS = document_start_BS
         self._mask: torch.Tensor | None = None
         self._packed: PackedDocuments | None = None
+
+    @classmethod
+    def at(cls, place: torch.Tensor, padding_B: torch.Tensor) -> PackedSequence:
+        """One token of each sequence, at a ``place`` int64 [1] that the device alone knows, of which the first
+        ``padding_B`` int64 [b] are not used."""
+        info = cls(len(padding_B), 1, place.device, offset=1, padding_B=padding_B)
+        info.place, info.position_ids_BS = place, (place - padding_B)[:, None]
+        return info
+
+    def places_mask(self, places: int, dtype: torch.dtype) -> torch.Tensor:
+        """What a token at ``place`` sees of the ``places`` of a cache, as attention's kernels take it for scores of
+        ``dtype``: [b, 1, 1, places], made once."""
+        if ("places_mask", places, dtype) not in self.cache:
+            assert self.place is not None and self.padding_B is not None
+            each = torch.arange(places, device=self.place.device)
+            seen = (each <= self.place) & (each >= self.padding_B[:, None])
+            self.cache["places_mask", places, dtype] = taken_mask(seen[:, None, None], dtype)
+        mask: torch.Tensor = self.cache["places_mask", places, dtype]
+        return mask
 
     @property
     def batch(self) -> int:

@@ -20,11 +20,12 @@ from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.layer_context import make_layer_context
-from tests.inference.continue_one import generate
+from tests.inference.continue_one import generate as continued
 from tests.nn.support import perturb
 from tests.training.tiny import make_config
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import generate as tool
 from generate import Writer, parse_arguments
 
 TOKENIZER = NullTokenizer("50")  # ids 0 to 50, of a model's 61
@@ -96,6 +97,15 @@ def test_the_end_of_a_document_may_be_ignored(model: StagedModel, capsys: pytest
     assert "50" not in " ".join(r["text"] for r in records).split()
 
 
+def test_graphs_are_for_gpus(monkeypatch: pytest.MonkeyPatch, model: StagedModel) -> None:
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--load", "x", "--prompt", "a", "--cuda-graph"])
+    monkeypatch.setattr(
+        tool, "open_model", lambda flags: TrainedModel(model, model.ctx, make_config([]), {}, Path("x"))
+    )
+    with pytest.raises(UserError, match="--cuda-graph: there are none on --device cpu"):
+        tool.main()
+
+
 def test_prompts_may_be_given_again() -> None:
     assert parse_arguments(["--load", "x", "--prompt", "a", "--prompt", "b c"]).prompt == ["a", "b c"]
 
@@ -114,8 +124,8 @@ def test_no_new_tokens_is_the_prompt(model: StagedModel, capsys: pytest.CaptureF
 
 
 def test_the_recorded_end_of_document_ends_a_text(model: StagedModel) -> None:
-    tokens = list(generate(model, [7], 12, Sampling(temperature=0)))
-    assert list(generate(model, [7], 12, Sampling(temperature=0), tokens[2])) == tokens[: tokens.index(tokens[2])]
+    tokens = list(continued(model, [7], 12, Sampling(temperature=0)))
+    assert list(continued(model, [7], 12, Sampling(temperature=0), tokens[2])) == tokens[: tokens.index(tokens[2])]
 
 
 def test_prompts_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

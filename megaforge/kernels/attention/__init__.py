@@ -130,6 +130,10 @@ def causal_attention(
     grouped = key.shape[1] != query.shape[1]
     kind = query.device.type
     blockwise = kind == "cpu" and query.dtype == torch.bfloat16 and query.shape[2] == key.shape[2]
+    if grouped and mask is not None and query.shape[2] == 1 and mask.shape[:-1].numel() in (1, mask.shape[0]):
+        # The heads of a group are as many queries of its keys: nothing is repeated.
+        rows = query.view(query.shape[0], key.shape[1], -1, query.shape[3])
+        return F.scaled_dot_product_attention(rows, key, value, attn_mask=mask).view(query.shape)
     if grouped and (blockwise or repeats_groups(kind, mask is not None)):
         repeats, grouped = query.shape[1] // key.shape[1], False
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
