@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megaforge.kernels.cross_entropy import score_labels
 from megaforge.parallel.collectives import max_over
 from megaforge.parallel.context import Axis, ParallelContext
 from megaforge.parallel.linear_op import PLAIN, LinearOp
@@ -76,13 +77,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, labels.numel(), head.chunk):
             rows = slice(start, start + head.chunk)
             chunk = tuple(part[rows] for part in inside)
-            logits = op.forward(chunk, weight).to(wide)
-            logits[:, valid_rows:] = float("-inf")
-            target, mine = _own_labels(labels[rows], first_row, valid_rows)
-            picked = logits.gather(1, target.unsqueeze(1)).squeeze(1).masked_fill(~mine, 0)
-            peak = max_over(logits.amax(dim=1), axis)
-            # exp in place: the chunk's logits are not needed again
-            total = logits.sub_(peak.unsqueeze(1)).exp_().sum(dim=1)
+            scores = score_labels(op.forward(chunk, weight), labels[rows] - first_row, valid_rows)
+            picked, peak = scores.picked, max_over(scores.peak, axis)
+            total = scores.sums(peak)
             if axis.size > 1:
                 both = torch.stack((total, picked))
                 dist.all_reduce(both, group=axis.group)
@@ -92,8 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             correct[rows] = picked >= peak
             if formed is not None:
                 assert weights is not None
-                dlogits = logits.mul_((weights[rows] / total).unsqueeze(1))
-                dlogits = dlogits.scatter_add_(1, target.unsqueeze(1), -(mine * weights[rows]).unsqueeze(1))
+                dlogits = scores.gradients_of_sum(total, weights[rows])
                 _add_gradients(formed, rows, dlogits.to(hidden.dtype), chunk, weight, op)
         ctx.save_for_backward(weight, labels, weights, log_sums, *inside)
         ctx.head, ctx.rows, ctx.dtype, ctx.formed = head, (first_row, valid_rows), hidden.dtype, formed
@@ -132,13 +128,9 @@ def _gradients(
     for start in range(0, labels.numel(), ctx.head.chunk):
         rows = slice(start, start + ctx.head.chunk)
         chunk = tuple(part[rows] for part in inside)
-        logits = op.forward(chunk, weight).to(log_sums.dtype)
-        logits[:, valid_rows:] = float("-inf")
-        dlogits = logits.sub_(log_sums[rows].unsqueeze(1)).exp_()
-        target, mine = _own_labels(labels[rows], first_row, valid_rows)
-        dlogits.scatter_add_(1, target.unsqueeze(1), -mine.to(logits.dtype).unsqueeze(1))
-        dlogits = dlogits.mul_(grad[rows].unsqueeze(1)).to(ctx.dtype)
-        _add_gradients(found, rows, dlogits, chunk, weight, op)
+        scores = score_labels(op.forward(chunk, weight), labels[rows] - first_row, valid_rows)
+        dlogits = scores.gradients(log_sums[rows], grad[rows])
+        _add_gradients(found, rows, dlogits.to(ctx.dtype), chunk, weight, op)
     return found
 
 
@@ -147,13 +139,6 @@ def _add_gradients(
 ) -> None:
     to[0][rows] = op.input_gradient(dlogits, weight)
     op.add_weight_gradient(to[1], dlogits, chunk, weight)
-
-
-def _own_labels(labels: Tensor, first_row: int, valid_rows: int) -> tuple[Tensor, Tensor]:
-    """Labels as local row numbers (0 where another rank holds them) and whether this rank holds them."""
-    local = labels - first_row
-    mine = (local >= 0) & (local < valid_rows)
-    return local.masked_fill(~mine, 0), mine
 
 
 def vocab_parallel_linear_cross_entropy(

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
+from megaforge.kernels.cross_entropy import triton_kernels as cross_entropy
 from megaforge.kernels.pointwise import triton_kernels as pointwise
 from megaforge.kernels.rwkv7_fused import triton_kernels as rwkv7
 
@@ -16,6 +17,7 @@ from megaforge.kernels.rwkv7_fused import triton_kernels as rwkv7
 FP32_POINTERS = {
     *("dc_ptr", "dfirst_ptr", "partial_ptr", "weight_ptr", "bias_ptr", "rk_ptr", "log_w_ptr", "dlog_w_ptr"),
     *("w0_ptr", "a0_ptr", "v0_ptr", "kk_ptr", "ka_ptr"),
+    *("peak_ptr", "sum_ptr", "picked_ptr", "base_ptr", "share_ptr"),
 }
 FLOATS = {"epsilon", "decay_scale"}
 MIX = {"count": 6, "has_first": True, "has_starts": True, "chunks": 2, "wide": tl.float32}
@@ -26,6 +28,7 @@ NORM = {"centered": True, "wide": tl.float32, "block_rows": 1, "block_width": 40
 ELEMENTS = {"wide": tl.float32, "block": pointwise.ELEMENTS}
 GATED = {"squared": False, "wide": tl.float32, "block_rows": pointwise.ROWS, "block_width": pointwise.WIDTH}
 ROTATE = {"half": 32, "width": 128, "back": True, "wide": tl.float32}
+ROW = {"wide": tl.float32, "block_width": cross_entropy.WIDTH}
 CONSTANTS: dict[Any, dict[str, Any]] = {
     rwkv7.mix_forward: {**MIX, **TILE},
     rwkv7.mix_backward: {**MIX, **TILE, **STEPS},
@@ -35,6 +38,8 @@ CONSTANTS: dict[Any, dict[str, Any]] = {
     rwkv7.values_backward: {"wide": tl.float32, **TILE, **STEPS},
     rwkv7.finish_forward: HEADS,
     rwkv7.finish_backward: {**HEADS, **STEPS},
+    cross_entropy.scores: {**ROW, "tiles": 3},
+    cross_entropy.gradients: ROW,
     pointwise.norm_forward: NORM,
     pointwise.norm_backward: {**NORM, "steps": pointwise.STEPS},
     pointwise.squared_relu_forward: ELEMENTS,
@@ -48,6 +53,8 @@ CONSTANTS: dict[Any, dict[str, Any]] = {
 def type_of(kernel: Any, name: str, scalar: str) -> str:
     if name == "starts_ptr":
         return "*u8"
+    if name == "target_ptr":
+        return "*i64"
     if name in FLOATS:
         return "fp32"
     if not name.endswith("_ptr") and name[:1] + name[1:].strip("0123456789") not in ("y", "g"):

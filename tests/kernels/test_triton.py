@@ -16,7 +16,7 @@ from megaforge.kernels import native, pointwise, rwkv7_fused
 from megaforge.kernels.native import triton_kernels
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
-CASES = [str(HERE / f"{op}_cases.py") for op in ("rwkv7_fused", "pointwise")]
+CASES = [str(HERE / f"{op}_cases.py") for op in ("rwkv7_fused", "pointwise", "cross_entropy")]
 with_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton; bash run_scripts/check_triton.sh brings it"
 )

@@ -1,0 +1,25 @@
+"""Softmax cross-entropy from rows of logits that exist for a moment: :func:`score_labels`.
+
+On GPUs each way is a Triton kernel, one pass over the logits as they are (:mod:`.triton`), elsewhere plain torch
+(:mod:`.plain`); :mod:`.reference` has the definitions.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megaforge.kernels.cross_entropy.plain import PlainScores, Scores
+from megaforge.kernels.cross_entropy.triton import FusedScores, takes
+
+__all__ = ["Scores", "score_labels"]
+
+
+def score_labels(logits: Tensor, target: Tensor, columns: int) -> Scores:
+    """What the loss of some tokens, and its gradient, is computed from.
+
+    Args:
+        logits: [T, V], used up.
+        target: int64 [T], each token's column; one that is not among the first ``columns`` is held elsewhere.
+        columns: how many take part, 0 to V.
+    """
+    return FusedScores(logits, target, columns) if takes(logits) else PlainScores(logits, target, columns)
