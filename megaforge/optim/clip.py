@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,23 +71,31 @@ def global_grad_norm(model: nn.Module, ctx: ParallelContext, read: Read = Tensor
     return math.sqrt(sum(_measure(model, ctx, 0.0, read).squares.values()))
 
 
+def _by_kind(model: nn.Module, ctx: ParallelContext) -> dict[tuple[int, bool], list[Tensor]]:
+    """Every ``main_grad`` by the kind of its parameter and whether this rank's is the first copy: on a GPU a list takes
+    few launches, however long it is."""
+    found: dict[tuple[int, bool], list[Tensor]] = defaultdict(list)
+    for spec, parameter in named_specs(model):
+        if parameter.requires_grad:
+            first = optimizer_shard(parameter).is_first_copy(ctx)
+            found[_KINDS.get(spec.kind, _KINDS["other"]), first].append(parameter.main_grad)  # type: ignore[attr-defined]
+    return found
+
+
 @torch.no_grad()
 def _measure(model: nn.Module, ctx: ParallelContext, limit: float, read: Read) -> _Measured:
     """Looks at every ``main_grad`` once. ``limit``: of elements; 0 for none."""
     rows = torch.zeros(5 if limit else 2, len(_KINDS), dtype=torch.float64, device=ctx.device)
     squares, present, *more = rows.unbind()
-    for spec, parameter in named_specs(model):
-        if parameter.requires_grad:
-            gradient: Tensor = parameter.main_grad  # type: ignore[attr-defined]
-            # Copies on other ranks are multiplied by 0 rather than left out: 0 x inf = nan reaches every rank.
-            first = optimizer_shard(parameter).is_first_copy(ctx)
-            place = _KINDS.get(spec.kind, _KINDS["other"])
-            own = sum_of_squares(gradient)
-            squares[place] += own if first else own * 0.0
-            present[place] = 1.0
-            if limit:
-                limited, beyond, elements = more
-                limited[place] += sum_of_squares(gradient, limit) * first
+    for (place, first), gradients in _by_kind(model, ctx).items():
+        # Copies on other ranks are multiplied by 0 rather than left out: 0 x inf = nan reaches every rank.
+        own = sum_of_squares(gradients)
+        squares[place] += own if first else own * 0.0
+        present[place] = 1.0
+        if limit:
+            limited, beyond, elements = more
+            for gradient in gradients:
+                limited[place] += sum_of_squares([gradient], limit) * first
                 beyond[place] += (gradient.abs() > limit).sum() * first
                 elements[place] += gradient.numel() * first
     if ctx.world.size > 1:
@@ -136,14 +145,13 @@ def clip_gradients(
         metrics["clipped"] = float(any(factor != 1 / loss_scale for factor in factors.values()))
         if limits.value:
             metrics["clamped"] = measured.beyond
-    for spec, parameter in named_specs(model) if factors else ():
-        if parameter.requires_grad:
-            gradient: Tensor = parameter.main_grad  # type: ignore[attr-defined]
-            if limits.value:
-                gradient.clamp_(-limits.value * loss_scale, limits.value * loss_scale)
-            factor = factors[spec.kind if spec.kind in _KINDS else "other"]
-            if factor != 1:
-                gradient.mul_(factor)
+    for (place, _), gradients in _by_kind(model, ctx).items() if factors else ():
+        if limits.value:
+            torch._foreach_clamp_min_(gradients, -limits.value * loss_scale)
+            torch._foreach_clamp_max_(gradients, limits.value * loss_scale)
+        factor = factors[KINDS[place]]
+        if factor != 1:
+            torch._foreach_mul_(gradients, factor)
     return norm
 
 
@@ -163,10 +171,23 @@ def _factors(squares: dict[str, float], limits: GradientLimits, loss_scale: floa
     return factors
 
 
-def sum_of_squares(gradient: Tensor, limit: float | None = None) -> Tensor:
+def sum_of_squares(gradients: Sequence[Tensor], limit: float | None = None) -> Tensor:
     """Sum of the squares in fp64, a 0-dim tensor; of values brought within ``limit`` where there is one."""
-    total = torch.zeros((), dtype=torch.float64, device=gradient.device)
-    for block in gradient.reshape(-1).split(_BLOCK[gradient.device.type]):
-        wide = block.double() if limit is None else block.clamp(-limit, limit).double()
-        total += torch.dot(wide, wide)
+    if limit is None and gradients[0].device.type == "cuda":
+        return sum_of_squares_by_list(gradients)
+    total = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
+    for gradient in gradients:
+        own = torch.zeros_like(total)
+        for block in gradient.reshape(-1).split(_BLOCK[gradient.device.type]):
+            wide = block.double() if limit is None else block.clamp(-limit, limit).double()
+            own += torch.dot(wide, wide)
+        total += own
     return total
+
+
+def sum_of_squares_by_list(gradients: Sequence[Tensor]) -> Tensor:
+    """:func:`sum_of_squares` as a GPU does it: gradients are read once, as they lie, in a few launches for all."""
+    some = [gradient for gradient in gradients if gradient.numel()]
+    if not some:
+        return torch.zeros((), dtype=torch.float64, device=gradients[0].device)
+    return torch.stack(torch._foreach_norm(some, 2.0, dtype=torch.float64)).square_().sum()

@@ -17,7 +17,7 @@ from megaforge.parallel.flat_shard import optimizer_shard
 
 def parameter_norm(main: MainParameters, ctx: ParallelContext) -> float:
     """The 2-norm of all trained weights, of their masters where there are some. Collective."""
-    return math.sqrt(_summed(main, ctx, lambda one: sum_of_squares(one.master.detach())))
+    return math.sqrt(_summed(main, ctx, lambda one: sum_of_squares([one.master.detach()])))
 
 
 def zeros_in_gradient(main: MainParameters, ctx: ParallelContext) -> float:

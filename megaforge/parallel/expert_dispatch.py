@@ -160,8 +160,9 @@ def _unsort_runs(x: Tensor, plan: DispatchPlan) -> Tensor:
     if plan.in_order:
         return x
     pieces = dict(zip(plan.by_expert, x.split([plan.runs[run] for run in plan.by_expert]), strict=True))
-    empty = (x.new_zeros((length, *x.shape[1:])) for length in plan.runs)
-    return torch.cat([pieces.get(run, padding) for run, padding in enumerate(empty)])
+    padding = (run for run in range(len(plan.runs)) if run not in pieces)
+    pieces |= {run: x.new_zeros((plan.runs[run], *x.shape[1:])) for run in padding}
+    return torch.cat([pieces[run] for run in range(len(plan.runs))])
 
 
 class _ExchangeRows(torch.autograd.Function):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megaforge.optim import GradientLimits, clip_gradients, global_grad_norm
+from megaforge.optim.clip import sum_of_squares, sum_of_squares_by_list
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import named_specs
 from tests.optim.small_model import SmallModel, global_gradients, set_gradients
@@ -206,3 +207,16 @@ def test_limits_are_the_same_in_stages_and_shards(ranks: RankPool, tmp_path: Pat
     expected = train(argv)
     assert all(0 < step["clamped"] < 1 and step["clipped"] == 1 for step in expected["records"])
     compare(ranks.run(4, train, [*argv, "--pp", "2", "--ep", "2", "--zero", "2"]), expected, 1e-9)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_gradients_in_one_list_have_the_sum_of_each(size: float) -> None:
+    """As a GPU sums them up; among them one of which this rank holds nothing."""
+    generator = torch.Generator().manual_seed(2)
+    gradients = [size * torch.randn(n, generator=generator) for n in (0, 1, 70_000, 3)]
+    expected = sum(float(gradient.double().square().sum()) for gradient in gradients)
+    for found in (sum_of_squares(gradients), sum_of_squares_by_list(gradients)):
+        assert found.dtype == torch.float64 and float(found) == pytest.approx(expected, rel=1e-12)
+    assert float(sum_of_squares_by_list(gradients[:1])) == 0
+    for value in (torch.nan, torch.inf):
+        assert not math.isfinite(float(sum_of_squares_by_list([*gradients, torch.tensor([value])])))
