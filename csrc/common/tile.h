@@ -47,17 +47,40 @@ MF_DEVICE Split split(float x) {
   return {high, to_tf32(x - high)};
 }
 
-// A lane's share of kTiles tiles, one above the other.
-template <int kTiles>
+// A lane's share of kTiles tiles, one above the other, and kWide such columns of tiles side by side.
+template <int kTiles, int kWide = 1>
 struct Tiles {
-  float at[kTiles][4];
+  float at[kWide][kTiles][4];
+
+  // Calls body(an entry, its row, its column).
+  template <class Body>
+  MF_DEVICE void each(int lane, Body body) {
+    MF_UNROLL
+    for (int h = 0; h < kWide; ++h) {
+      MF_UNROLL
+      for (int m = 0; m < kTiles; ++m) {
+        MF_UNROLL
+        for (int i = 0; i < 4; ++i) body(at[h][m][i], 16 * m + tile_row(lane, i), 8 * h + tile_column(lane, i));
+      }
+    }
+  }
+
+  // Calls body(an entry, the next one, the row of both, the column of the first).
+  template <class Body>
+  MF_DEVICE void each_pair(int lane, Body body) const {
+    MF_UNROLL
+    for (int h = 0; h < kWide; ++h) {
+      MF_UNROLL
+      for (int m = 0; m < kTiles; ++m) {
+        MF_UNROLL
+        for (int i = 0; i < 4; i += 2)
+          body(at[h][m][i], at[h][m][i + 1], 16 * m + tile_row(lane, i), 8 * h + tile_column(lane, i));
+      }
+    }
+  }
 
   MF_DEVICE void clear() {
-    MF_UNROLL
-    for (int m = 0; m < kTiles; ++m) {
-      MF_UNROLL
-      for (int i = 0; i < 4; ++i) at[m][i] = 0.0f;
-    }
+    each(0, [](float& entry, int, int) { entry = 0.0f; });
   }
 };
 
@@ -70,19 +93,23 @@ MF_DEVICE void mma_tf32(float (&sums)[4], const float (&a)[4], const float (&b)[
 }
 #endif
 
-// sums += left right, where left(row, depth) has 16 kTiles rows and right(depth, column) 8 columns, both functions of
-// shared memory that no thread writes during the phase. All lanes of the warp take part.
-template <Precision kPrecision, int kDepth, int kTiles, class Left, class Right>
-MF_DEVICE void multiply(Tiles<kTiles>& sums, int lane, Left left, Right right) {
+// sums += left right, where left(row, depth) has 16 kTiles rows and right(depth, column) 8 kWide columns, both functions of
+// shared memory that no thread writes during the phase. All lanes of the warp take part. What is read of the left operand
+// serves all kWide columns of tiles.
+template <Precision kPrecision, int kDepth, int kTiles, int kWide, class Left, class Right>
+MF_DEVICE void multiply(Tiles<kTiles, kWide>& sums, int lane, Left left, Right right) {
   static_assert(kDepth % 8 == 0);
 #ifdef __CUDACC__
   MF_UNROLL
   for (int k = 0; k < kDepth; k += 8) {
-    float b_high[2], b_low[2];
+    float b_high[kWide][2], b_low[kWide][2];
     MF_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const Split b = split<kPrecision>(right(k + right_row(lane, i), right_column(lane)));
-      b_high[i] = b.high, b_low[i] = b.low;
+    for (int h = 0; h < kWide; ++h) {
+      MF_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const Split b = split<kPrecision>(right(k + right_row(lane, i), 8 * h + right_column(lane)));
+        b_high[h][i] = b.high, b_low[h][i] = b.low;
+      }
     }
     MF_UNROLL
     for (int m = 0; m < kTiles; ++m) {
@@ -92,26 +119,24 @@ MF_DEVICE void multiply(Tiles<kTiles>& sums, int lane, Left left, Right right) {
         const Split a = split<kPrecision>(left(16 * m + left_row(lane, i), k + left_column(lane, i)));
         a_high[i] = a.high, a_low[i] = a.low;
       }
-      if constexpr (kPrecision == Precision::kThreeTf32) {
-        mma_tf32(sums.at[m], a_low, b_high);
-        mma_tf32(sums.at[m], a_high, b_low);
+      MF_UNROLL
+      for (int h = 0; h < kWide; ++h) {
+        if constexpr (kPrecision == Precision::kThreeTf32) {
+          mma_tf32(sums.at[h][m], a_low, b_high[h]);
+          mma_tf32(sums.at[h][m], a_high, b_low[h]);
+        }
+        mma_tf32(sums.at[h][m], a_high, b_high[h]);
       }
-      mma_tf32(sums.at[m], a_high, b_high);
     }
   }
 #else
-  for (int m = 0; m < kTiles; ++m) {
-    for (int i = 0; i < 4; ++i) {
-      float sum = sums.at[m][i];
+  sums.each(lane, [&](float& entry, int row, int column) {
       for (int k = 0; k < kDepth; ++k) {
-        const Split a = split<kPrecision>(left(16 * m + tile_row(lane, i), k));
-        const Split b = split<kPrecision>(right(k, tile_column(lane, i)));
-        if constexpr (kPrecision == Precision::kThreeTf32) sum += a.low * b.high + a.high * b.low;
-        sum += a.high * b.high;
+        const Split a = split<kPrecision>(left(row, k)), b = split<kPrecision>(right(k, column));
+        if constexpr (kPrecision == Precision::kThreeTf32) entry += a.low * b.high + a.high * b.low;
+        entry += a.high * b.high;
       }
-      sums.at[m][i] = sum;
-    }
-  }
+  });
 #endif
 }
 

@@ -135,16 +135,16 @@ def test_resets_anywhere_match_the_recurrence(library: ctypes.CDLL, starts: list
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_states_that_are_computed_again_are_those_that_were_not_kept(library: ctypes.CDLL, dtype: torch.dtype) -> None:
-    """In fp32 to the bit; in bf16 within the rounding of the states that are kept."""
+    """In fp32 to the bit, but for a sum that the other plan of the block takes in other parts; in bf16 within the
+    rounding of the states that are kept."""
     inputs = rounded(make_inputs(150, n=32, heads=1), dtype)
     document_start = torch.zeros(150, 2, dtype=torch.bool)
     document_start[[20, 64, 90, 145], 1] = True
     few, many = (run_as(emulated(library, tokens_per_state=n), inputs, document_start, dtype) for n in (FEW, CHUNK))
     for name, value in many.items():
-        if dtype == torch.float32 or name in ("y", "state"):
+        if name in ("y", "state") or (dtype == torch.float32 and name != "dlog_w"):
             assert torch.equal(few[name], value), name
-    if dtype == torch.bfloat16:
-        assert_close(few, {name: value.double() for name, value in many.items()}, 4e-3)
+    assert_close(few, many, 1e-6 if dtype == torch.float32 else 4e-3)
 
 
 def test_strided_inputs_of_several_heads(library: ctypes.CDLL) -> None:

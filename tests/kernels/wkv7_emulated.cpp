@@ -61,10 +61,10 @@ extern "C" void emulate_forward(int bf16, int reversed, int tokens_per_state, co
         using State = typename Kept<Scalar, kFew>::State;
         const ForwardArguments<Scalar, kFew> args{inputs<Scalar>(problem), initial_state, static_cast<Scalar*>(y),
                                                   static_cast<State*>(states), final_state};
-        const auto shared = std::make_unique<ForwardShared<Scalar, kN>>();
+        const auto shared = std::make_unique<ForwardShared<Scalar, PlanOf<kN, kFew>>>();
         for (int row = 0; row < problem.batch * problem.heads; ++row) {
             poison(*shared);
-            forward_block(Block<Plan<kN>::kThreads>(reversed != 0), *shared, args, row);
+            forward_block(Block<PlanOf<kN, kFew>::kThreads>(reversed != 0), *shared, args, row);
         }
         return 0;
     });
@@ -86,10 +86,10 @@ extern "C" void emulate_backward(int bf16, int reversed, int tokens_per_state, c
                                              static_cast<const State*>(states), between, dfinal_state,
                                              out(0), out(2), out(3), out(4), out(5), static_cast<float*>(dx[1]),
                                              dinitial_state};
-        const auto shared = std::make_unique<BackwardShared<Scalar, kN>>();
+        const auto shared = std::make_unique<BackwardShared<Scalar, PlanOf<kN, kFew>>>();
         for (int row = 0; row < problem.batch * problem.heads; ++row) {
             poison(*shared);
-            backward_block(Block<Plan<kN>::kThreads>(reversed != 0), *shared, args, row);
+            backward_block(Block<PlanOf<kN, kFew>::kThreads>(reversed != 0), *shared, args, row);
         }
         return 0;
     });
@@ -103,6 +103,6 @@ extern "C" void fragment_products(const float* a, const float* b, float* by_lane
         sums.clear();
         multiply<Precision::kThreeTf32, 8>(
             sums, lane, [&](int i, int k) { return a[i * 8 + k]; }, [&](int k, int j) { return b[k * 8 + j]; });
-        for (int i = 0; i < 4; ++i) by_twin[tile_row(lane, i) * 8 + tile_column(lane, i)] = sums.at[0][i];
+        for (int i = 0; i < 4; ++i) by_twin[tile_row(lane, i) * 8 + tile_column(lane, i)] = sums.at[0][0][i];
     }
 }

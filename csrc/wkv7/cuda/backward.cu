@@ -8,9 +8,11 @@ namespace megaforge::wkv7 {
 namespace {
 
 template <class Scalar, int kN, bool kFew>
-__global__ void __launch_bounds__(Plan<kN>::kThreads, 2) backward_kernel(const BackwardArguments<Scalar, kFew> args) {
+__global__ void __launch_bounds__(PlanOf<kN, kFew>::kThreads, 2)
+    backward_kernel(const BackwardArguments<Scalar, kFew> args) {
+  using P = PlanOf<kN, kFew>;
   extern __shared__ __align__(16) unsigned char memory[];
-  backward_block(Block<Plan<kN>::kThreads>{}, *reinterpret_cast<BackwardShared<Scalar, kN>*>(memory), args,
+  backward_block(Block<P::kThreads>{}, *reinterpret_cast<BackwardShared<Scalar, P>*>(memory), args,
                  static_cast<int>(blockIdx.x));
 }
 
@@ -22,6 +24,7 @@ const char* backward(const Problem& problem, const Tensor& dy, const void* state
       using Scalar = decltype(scalar);
       constexpr int kN = decltype(channels)::value;
       constexpr bool kFew = decltype(few)::value;
+      using P = PlanOf<kN, kFew>;
       using State = typename Kept<Scalar, kFew>::State;
       static_assert(!kFew || Kept<Scalar, kFew>::kChunks - 2 == kStatesBetween);
       const auto out = [](void* data) { return static_cast<Scalar*>(data); };
@@ -29,8 +32,8 @@ const char* backward(const Problem& problem, const Tensor& dy, const void* state
                                                  static_cast<const State*>(states), between, dfinal_state,
                                                  out(to.dr), out(to.dk), out(to.dv), out(to.da), out(to.db),
                                                  to.dlog_w, to.dinitial_state};
-      return start<Plan<kN>::kThreads, sizeof(BackwardShared<Scalar, kN>)>(backward_kernel<Scalar, kN, kFew>, args,
-                                                                           problem, stream);
+      return start<P::kThreads, sizeof(BackwardShared<Scalar, P>)>(backward_kernel<Scalar, kN, kFew>, args, problem,
+                                                                   stream);
   });
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -26,103 +26,103 @@ struct BackwardArguments {
   float* dinitial_state;  // [b, H, N, N], or null when it is not wanted
 };
 
-template <class Scalar, int kN>
+template <class Scalar, class P>
 struct BackwardShared {
-  Stage<Scalar, kN> stage;
-  alignas(16) Scalar stage_dy[kChunk * kN];
-  float left[2 * kChunk * Plan<kN>::kPitch];
-  float right[2 * kChunk * Plan<kN>::kPitch];
-  float uv[2 * kChunk * Plan<kN>::kPitch];
-  float z[2 * kChunk * Plan<kN>::kPitch];
-  float through[kChunk * Plan<kN>::kPitch];
+  Stage<Scalar, P::kN> stage;
+  alignas(16) Scalar stage_dy[kChunk * P::kN];
+  float left[2 * kChunk * P::kPitch];
+  float right[2 * kChunk * P::kPitch];
+  float uv[2 * kChunk * P::kPitch];
+  float z[2 * kChunk * P::kPitch];
+  float through[kChunk * P::kPitch];
   float pairs[2 * kChunk * kPairsPitch];
   float dpairs[2 * kChunk * kPairsPitch];
-  float state[kN * Plan<kN>::kPitch];
-  float dstate[kN * Plan<kN>::kPitch];  // D
-  float survived[Plan<kN>::kParts * kN];  // sums of S D over a part of the value channels
-  float total[kN];
+  float state[P::kN * P::kPitch];
+  float dstate[P::kN * P::kPitch];  // D
+  float survived[P::kParts * P::kN];  // sums of S D over a part of the value channels
+  float total[P::kN];
   Documents documents;
 
   // Once z and u|v are used, their rows hold what the decays' gradient is summed from, [16, N] each.
   MF_DEVICE float* gained() { return z; }                                  // left dleft - right dright
-  MF_DEVICE float* written() { return z + kChunk * Plan<kN>::kPitch; }     // the part of right dright through S'
+  MF_DEVICE float* written() { return z + kChunk * P::kPitch; }     // the part of right dright through S'
   MF_DEVICE float* read_before() { return uv; }                            // left_a dleft_a
 };
 
 // A state [N, N] on its way from global to shared memory, in a block's registers.
-template <int kN>
+template <class P>
 struct StateRegisters {
-  static constexpr int kCount = kN * kN / Plan<kN>::kThreads;
+  static constexpr int kCount = P::kN * P::kN / P::kThreads;
   float at[kCount];
 
   template <class From>
   MF_DEVICE void load(const From* from, int thread) {
     MF_UNROLL
-    for (int i = 0; i < kCount; ++i) at[i] = to_float(from[thread + i * Plan<kN>::kThreads]);
+    for (int i = 0; i < kCount; ++i) at[i] = to_float(from[thread + i * P::kThreads]);
   }
 
   MF_DEVICE void store(float* to, int thread) const {
     MF_UNROLL
     for (int i = 0; i < kCount; ++i) {
-      const int index = thread + i * Plan<kN>::kThreads;
-      to[index / kN * Plan<kN>::kPitch + index % kN] = at[i];
+      const int index = thread + i * P::kThreads;
+      to[index / P::kN * P::kPitch + index % P::kN] = at[i];
     }
   }
 };
 
 // sums rows where keep(token) is false become zero.
-template <class Keep>
-MF_DEVICE void mask_rows(Tiles<2>& sums, int lane, Keep keep) {
-  MF_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    if (keep(tile_row(lane, i))) continue;
-    sums.at[0][i] = 0.0f;
-    sums.at[1][i] = 0.0f;
-  }
+template <int kWide, class Keep>
+MF_DEVICE void mask_rows(Tiles<2, kWide>& sums, int lane, Keep keep) {
+  sums.each(lane, [&](float& sum, int i, int) {
+      if (!keep(i % kChunk)) sum = 0.0f;
+  });
 }
 
 // One chunk's gradients of a|r and b|k from those of left and right: stores them and what the decays' gradient needs.
-template <class Scalar, int kN, bool kFew>
-MF_DEVICE void store_gradients(BackwardShared<Scalar, kN>& shared, const BackwardArguments<Scalar, kFew>& args,
-                               const Tiles<2>& dleft, const Tiles<2>& dright, int first, int batch, int head,
-                               int thread) {
-  using P = Plan<kN>;
-  const int lane = thread % 32, first_column = thread / 32 * 8;
+template <class P, class Scalar, bool kFew>
+MF_DEVICE void store_gradients(BackwardShared<Scalar, P>& shared, const BackwardArguments<Scalar, kFew>& args,
+                               const Tiles<2, P::kWide>& dleft, const Tiles<2, P::kWide>& dright, int first, int batch,
+                               int head, int thread) {
+  constexpr int kN = P::kN;
+  const int lane = thread % 32;
   MF_UNROLL
-  for (int i = 0; i < 4; i += 2) {
-    const int row = tile_row(lane, i), column = first_column + tile_column(lane, i);
-    float da[2], dr[2], db[2], dk[2];
+  for (int h = 0; h < P::kWide; ++h) {
     MF_UNROLL
-    for (int j = 0; j < 2; ++j) {
-      const int upper = row * P::kPitch + column + j, lower = upper + kChunk * P::kPitch;
-      const float through = shared.through[upper];
-      const float before = row == 0 ? 0.0f : shared.through[upper - P::kPitch];
-      const float growth = expf(-through);
-      da[j] = dleft.at[0][i + j] * expf(before);
-      dr[j] = dleft.at[1][i + j] * expf(through);
-      db[j] = dright.at[0][i + j] * growth;
-      dk[j] = dright.at[1][i + j] * growth;
-      const float from_a = shared.left[upper] * dleft.at[0][i + j];
-      shared.read_before()[upper] = from_a;
-      shared.gained()[upper] = (from_a + shared.left[lower] * dleft.at[1][i + j]) -
-                               (shared.right[upper] * dright.at[0][i + j] +
-                                shared.right[lower] * dright.at[1][i + j]);
+    for (int i = 0; i < 4; i += 2) {
+      const int row = tile_row(lane, i), column = P::first_column(thread) + 8 * h + tile_column(lane, i);
+      const auto &left = dleft.at[h], &right = dright.at[h];
+      float da[2], dr[2], db[2], dk[2];
+      MF_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const int upper = row * P::kPitch + column + j, lower = upper + kChunk * P::kPitch;
+        const float through = shared.through[upper];
+        const float before = row == 0 ? 0.0f : shared.through[upper - P::kPitch];
+        const float growth = expf(-through);
+        da[j] = left[0][i + j] * expf(before);
+        dr[j] = left[1][i + j] * expf(through);
+        db[j] = right[0][i + j] * growth;
+        dk[j] = right[1][i + j] * growth;
+        const float from_a = shared.left[upper] * left[0][i + j];
+        shared.read_before()[upper] = from_a;
+        shared.gained()[upper] = (from_a + shared.left[lower] * left[1][i + j]) -
+                                 (shared.right[upper] * right[0][i + j] + shared.right[lower] * right[1][i + j]);
+      }
+      const int token = first + row;
+      if (token >= args.in.tokens) continue;
+      store_pair(output_row<kN>(args.da, args.in, token, batch, head) + column, da[0], da[1]);
+      store_pair(output_row<kN>(args.dr, args.in, token, batch, head) + column, dr[0], dr[1]);
+      store_pair(output_row<kN>(args.db, args.in, token, batch, head) + column, db[0], db[1]);
+      store_pair(output_row<kN>(args.dk, args.in, token, batch, head) + column, dk[0], dk[1]);
     }
-    const int token = first + row;
-    if (token >= args.in.tokens) continue;
-    store_pair(output_row<kN>(args.da, args.in, token, batch, head) + column, da[0], da[1]);
-    store_pair(output_row<kN>(args.dr, args.in, token, batch, head) + column, dr[0], dr[1]);
-    store_pair(output_row<kN>(args.db, args.in, token, batch, head) + column, db[0], db[1]);
-    store_pair(output_row<kN>(args.dk, args.in, token, batch, head) + column, dk[0], dk[1]);
   }
 }
 
 // The gradient of log w of this thread's channel and tokens.
-template <class Scalar, int kN, bool kFew>
-MF_DEVICE void store_decay_gradient(BackwardShared<Scalar, kN>& shared,
+template <class P, class Scalar, bool kFew>
+MF_DEVICE void store_decay_gradient(BackwardShared<Scalar, P>& shared,
                                     const BackwardArguments<Scalar, kFew>& args,
                                     int first, int batch, int head, int thread) {
-  using P = Plan<kN>;
+  constexpr int kN = P::kN;
   const int column = thread % kN, part = thread / kN;
   float to_end = 0.0f;
   MF_UNROLL
@@ -143,30 +143,30 @@ MF_DEVICE void store_decay_gradient(BackwardShared<Scalar, kN>& shared,
 
 // The block of head `row` % H of sequence `row` / H.
 template <class Scalar, int kN, bool kFew>
-MF_DEVICE void backward_block(const Block<Plan<kN>::kThreads>& block, BackwardShared<Scalar, kN>& shared,
+MF_DEVICE void backward_block(const Block<PlanOf<kN, kFew>::kThreads>& block,
+                              BackwardShared<Scalar, PlanOf<kN, kFew>>& shared,
                               const BackwardArguments<Scalar, kFew>& args, int row) {
-  using P = Plan<kN>;
+  using P = PlanOf<kN, kFew>;
   using K = Kept<Scalar, kFew>;
   constexpr Precision kPrecision = PrecisionOf<Scalar>::value;
-  constexpr int kHigh = kN / 16;
   const Inputs<Scalar>& in = args.in;
   const int batch = row / in.heads, head = row % in.heads;
   const std::int64_t state_size = kN * kN, states_size = state_size * in.batch * in.heads;
   const std::int64_t own_state = state_size * row;
 
-  PerThread<AsyncCopies, P::kThreads> copies;
-  PerThread<int, P::kThreads> next_start;
-  PerThread<StateRegisters<kN>, P::kThreads> next_state;
-  PerThread<Tiles<kHigh>, P::kThreads> dstate, state;  // this warp's eight key channels of all value channels
-  PerThread<Tiles<1>, P::kThreads> removed;
-  PerThread<Tiles<2>, P::kThreads> dwritten, dleft, dright;
+  typename P::template Each<AsyncCopies> copies;
+  typename P::template Each<int> next_start;
+  typename P::template Each<StateRegisters<P>> next_state;
+  typename P::template Each<typename P::State> dstate, state;  // this warp's key channels of all value channels
+  typename P::template Each<FromState<P, false>> removed;
+  typename P::template Each<Tiles<2, P::kWide>> dwritten, dleft, dright;
 
   const auto fetch_inputs = [&](int chunk, int thread) {
-    stage_inputs(shared.stage, in, chunk, batch, head, thread, copies(thread));
+    stage_inputs<P>(shared.stage, in, chunk, batch, head, thread, copies(thread));
     next_start(thread) = document_starts(in, chunk, batch, thread);
   };
   const auto fetch_dy = [&](int chunk, int thread) {
-    stage_rows<kN>(shared.stage_dy, args.dy, chunk * kChunk, in.tokens, batch, head, thread, copies(thread));
+    stage_rows<P>(shared.stage_dy, args.dy, chunk * kChunk, in.tokens, batch, head, thread, copies(thread));
   };
   const auto kept = [&](int chunk) { return args.states + chunk / K::kChunks * states_size + own_state; };
   const auto between = [&](int chunk) {  // the state before a chunk that is neither the first nor the last of its group
@@ -177,7 +177,7 @@ MF_DEVICE void backward_block(const Block<Plan<kN>::kThreads>& block, BackwardSh
     const int begin = last / K::kChunks * K::kChunks;
     fetch_inputs(begin, thread);
     if (kFew && begin < last) {
-      load_state<kN>(state(thread), kept(begin), thread);
+      load_state<P>(state(thread), kept(begin), thread);
     } else {
       fetch_dy(begin, thread);
       next_state(thread).load(kept(begin), thread);
@@ -197,7 +197,7 @@ MF_DEVICE void backward_block(const Block<Plan<kN>::kThreads>& block, BackwardSh
 
   block.phase([&](int thread) {
       fetch_group(in.chunks() - 1, thread);
-      load_state<kN>(dstate(thread), args.dfinal_state == nullptr ? nullptr : args.dfinal_state + own_state, thread);
+      load_state<P>(dstate(thread), args.dfinal_state == nullptr ? nullptr : args.dfinal_state + own_state, thread);
       arrive(thread);
   });
 
@@ -207,10 +207,10 @@ MF_DEVICE void backward_block(const Block<Plan<kN>::kThreads>& block, BackwardSh
     if constexpr (kFew) {
       if (replayed) {
         for (int earlier = begin; earlier < chunk; ++earlier) {
-          forward_chunk<false, kN>(
+          forward_chunk<P, false>(
               block, shared, in, static_cast<Scalar*>(nullptr), earlier, row, state, removed,
               [&](int thread) {
-                  if (earlier > begin) store_state<kN>(between(earlier), kN, state(thread), thread);
+                  if (earlier > begin) store_state<P>(between(earlier), kN, state(thread), thread);
               },
               [&](int thread) {
                   fetch_inputs(earlier + 1, thread);
@@ -222,43 +222,46 @@ MF_DEVICE void backward_block(const Block<Plan<kN>::kThreads>& block, BackwardSh
     }
 
     block.phase([&](int thread) {
-        const int lane = thread % 32, first_column = thread / 32 * 8;
+        const int lane = thread % 32, first_column = P::first_column(thread);
         number_documents(shared.documents, shared.stage, thread);
-        prepare(shared.stage, shared.left, shared.right, shared.uv, shared.total, shared.through, thread);
+        prepare<P>(shared.stage, shared.left, shared.right, shared.uv, shared.total, shared.through, thread);
         for (int i = thread; i < kChunk * kN; i += P::kThreads)
             shared.z[(kChunk + i / kN) * P::kPitch + i % kN] = to_float(shared.stage_dy[i]);
-        if (replayed) store_state<kN>(shared.state, P::kPitch, state(thread), thread);
+        if (replayed) store_state<P>(shared.state, P::kPitch, state(thread), thread);
         else next_state(thread).store(shared.state, thread);
-        float total[2];
         MF_UNROLL
-        for (int j = 0; j < 2; ++j) {
-            float sum = 0.0f;
-            for (int t = 0; t < kChunk; ++t)
-                sum += shared.stage.log_w[t * kN + first_column + tile_column(lane, j)];
-            total[j] = expf(sum);
-        }
-        MF_UNROLL
-        for (int m = 0; m < kHigh; ++m) {
+        for (int h = 0; h < P::kWide; ++h) {
+            float total[2];
             MF_UNROLL
-            for (int i = 0; i < 4; i += 2) {
-                const int value = 16 * m + tile_row(lane, i), key = first_column + tile_column(lane, i);
-                const float(&cells)[4] = dstate(thread).at[m];
-                store_pair(shared.dstate + value * P::kPitch + key, cells[i] * total[0], cells[i + 1] * total[1]);
+            for (int j = 0; j < 2; ++j) {
+                float sum = 0.0f;
+                for (int t = 0; t < kChunk; ++t)
+                    sum += shared.stage.log_w[t * kN + first_column + 8 * h + tile_column(lane, j)];
+                total[j] = expf(sum);
+            }
+            MF_UNROLL
+            for (int m = 0; m < P::kHigh; ++m) {
+                MF_UNROLL
+                for (int i = 0; i < 4; i += 2) {
+                    const int value = 16 * m + tile_row(lane, i), key = first_column + 8 * h + tile_column(lane, i);
+                    const float(&cells)[4] = dstate(thread).at[h][m];
+                    store_pair(shared.dstate + value * P::kPitch + key, cells[i] * total[0], cells[i + 1] * total[1]);
+                }
             }
         }
     });
 
     block.phase([&](int thread) {
-        const int lane = thread % 32, first_column = thread / 32 * 8;
+        const int lane = thread % 32, first_column = P::first_column(thread);
         if (chunk > 0) fetch_before(chunk, thread);
-        masked_pairs<kPrecision, kN>(shared.pairs, shared.left, shared.right, shared.documents, thread);
+        masked_pairs<kPrecision, P>(shared.pairs, shared.left, shared.right, shared.documents, thread);
         removed(thread).clear();
         multiply<kPrecision, kN>(
             removed(thread), lane, [&](int i, int k) { return shared.left[i * P::kPitch + k]; },
             [&](int k, int j) { return shared.state[(first_column + j) * P::kPitch + k]; });
-        MF_UNROLL
-        for (int i = 0; i < 4; ++i)
-            if (!shared.documents.reads_state(tile_row(lane, i))) removed(thread).at[0][i] = 0.0f;
+        removed(thread).each(lane, [&](float& sum, int i, int) {
+            if (!shared.documents.reads_state(i)) sum = 0.0f;
+        });
         dwritten(thread).clear();
         multiply<kPrecision, kN>(
             dwritten(thread), lane, [&](int i, int k) { return shared.right[i * P::kPitch + k]; },
@@ -267,8 +270,8 @@ MF_DEVICE void backward_block(const Block<Plan<kN>::kThreads>& block, BackwardSh
     });
 
     block.phase([&](int thread) {  // u and du before their equations are solved
-        const int lane = thread % 32, first_column = thread / 32 * 8;
-        Tiles<1> u, du;
+        const int lane = thread % 32, first_column = P::first_column(thread);
+        Tiles<1, P::kWide> u, du;
         u.clear();
         multiply<kPrecision, kChunk>(
             u, lane, [&](int i, int k) { return shared.pairs[i * kPairsPitch + kChunk + k]; },
@@ -278,10 +281,13 @@ MF_DEVICE void backward_block(const Block<Plan<kN>::kThreads>& block, BackwardSh
             du, lane, [&](int i, int k) { return shared.pairs[(kChunk + k) * kPairsPitch + i]; },
             [&](int k, int j) { return shared.z[(kChunk + k) * P::kPitch + first_column + j]; });
         MF_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            const int at = tile_row(lane, i) * P::kPitch + first_column + tile_column(lane, i);
-            shared.uv[at] = u.at[0][i] + removed(thread).at[0][i];
-            shared.z[at] = du.at[0][i] + dwritten(thread).at[0][i];
+        for (int h = 0; h < P::kWide; ++h) {
+            MF_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const int at = tile_row(lane, i) * P::kPitch + first_column + 8 * h + tile_column(lane, i);
+                shared.uv[at] = u.at[h][0][i] + removed(thread).at[h][0][i];
+                shared.z[at] = du.at[h][0][i] + dwritten(thread).at[h][0][i];
+            }
         }
     });
 
@@ -291,22 +297,23 @@ MF_DEVICE void backward_block(const Block<Plan<kN>::kThreads>& block, BackwardSh
     });
 
     block.phase([&](int thread) {
-        const int lane = thread % 32, first_column = thread / 32 * 8;
+        const int lane = thread % 32, first_column = P::first_column(thread);
         const Documents& documents = shared.documents;
-        Tiles<1> dv;
-        dv.clear();
+        Tiles<1, P::kWide> dv;
+        MF_UNROLL
+        for (int h = 0; h < P::kWide; ++h) {
+            MF_UNROLL
+            for (int i = 0; i < 4; ++i) dv.at[h][0][i] = dwritten(thread).at[h][1][i];
+        }
         multiply<kPrecision, 2 * kChunk>(
             dv, lane, [&](int i, int k) { return shared.pairs[k * kPairsPitch + kChunk + i]; },
             [&](int k, int j) { return shared.z[k * P::kPitch + first_column + j]; });
-        MF_UNROLL
-        for (int i = 0; i < 4; i += 2) {
-            const int token = first + tile_row(lane, i), column = first_column + tile_column(lane, i);
-            if (token >= in.tokens) continue;
-            const float(&written)[4] = dwritten(thread).at[1];
-            store_pair(output_row<kN>(args.dv, in, token, batch, head) + column, dv.at[0][i] + written[i],
-                       dv.at[0][i + 1] + written[i + 1]);
-        }
-        masked_pairs<kPrecision, kN>(shared.dpairs, shared.z, shared.uv, documents, thread);
+        dv.each_pair(lane, [&](float value, float next, int i, int j) {
+            const int token = first + i;
+            if (token < in.tokens)
+                store_pair(output_row<kN>(args.dv, in, token, batch, head) + first_column + j, value, next);
+        });
+        masked_pairs<kPrecision, P>(shared.dpairs, shared.z, shared.uv, documents, thread);
 
         dleft(thread).clear();
         multiply<kPrecision, kN>(
@@ -319,7 +326,7 @@ MF_DEVICE void backward_block(const Block<Plan<kN>::kThreads>& block, BackwardSh
             [&](int k, int j) { return shared.dstate[k * P::kPitch + first_column + j]; });
         mask_rows(dright(thread), lane, [&](int t) { return documents.writes_state(t); });
 
-        Tiles<kHigh> through_left;
+        typename P::State through_left;
         through_left.clear();
         multiply<kPrecision, 2 * kChunk>(
             through_left, lane,
@@ -327,12 +334,15 @@ MF_DEVICE void backward_block(const Block<Plan<kN>::kThreads>& block, BackwardSh
             [&](int k, int j) { return shared.left[k * P::kPitch + first_column + j]; });
         const bool survives = documents.state_survives();
         MF_UNROLL
-        for (int m = 0; m < kHigh; ++m) {
+        for (int h = 0; h < P::kWide; ++h) {
             MF_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                const int value = 16 * m + tile_row(lane, i), key = first_column + tile_column(lane, i);
-                dstate(thread).at[m][i] =
-                    (survives ? shared.dstate[value * P::kPitch + key] : 0.0f) + through_left.at[m][i];
+            for (int m = 0; m < P::kHigh; ++m) {
+                MF_UNROLL
+                for (int i = 0; i < 4; ++i) {
+                    const int value = 16 * m + tile_row(lane, i), key = first_column + 8 * h + tile_column(lane, i);
+                    dstate(thread).at[h][m][i] =
+                        (survives ? shared.dstate[value * P::kPitch + key] : 0.0f) + through_left.at[h][m][i];
+                }
             }
         }
         const int column = thread % kN, part = thread / kN;
@@ -343,12 +353,15 @@ MF_DEVICE void backward_block(const Block<Plan<kN>::kThreads>& block, BackwardSh
     });
 
     block.phase([&](int thread) {
-        const int lane = thread % 32, first_column = thread / 32 * 8;
+        const int lane = thread % 32, first_column = P::first_column(thread);
         MF_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            const int at = tile_row(lane, i) * P::kPitch + first_column + tile_column(lane, i);
-            shared.written()[at] = shared.right[at] * dright(thread).at[0][i] +
-                                   shared.right[at + kChunk * P::kPitch] * dright(thread).at[1][i];
+        for (int h = 0; h < P::kWide; ++h) {
+            MF_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const int at = tile_row(lane, i) * P::kPitch + first_column + 8 * h + tile_column(lane, i);
+                shared.written()[at] = shared.right[at] * dright(thread).at[h][0][i] +
+                                       shared.right[at + kChunk * P::kPitch] * dright(thread).at[h][1][i];
+            }
         }
         multiply<kPrecision, 2 * kChunk>(
             dleft(thread), lane, [&](int i, int k) { return shared.dpairs[i * kPairsPitch + k]; },
@@ -356,17 +369,17 @@ MF_DEVICE void backward_block(const Block<Plan<kN>::kThreads>& block, BackwardSh
         multiply<kPrecision, 2 * kChunk>(
             dright(thread), lane, [&](int i, int k) { return shared.dpairs[k * kPairsPitch + i]; },
             [&](int k, int j) { return shared.left[k * P::kPitch + first_column + j]; });
-        store_gradients(shared, args, dleft(thread), dright(thread), first, batch, head, thread);
+        store_gradients<P>(shared, args, dleft(thread), dright(thread), first, batch, head, thread);
     });
 
     block.phase([&](int thread) {
-        store_decay_gradient(shared, args, first, batch, head, thread);
+        store_decay_gradient<P>(shared, args, first, batch, head, thread);
         if (chunk > 0) arrive(thread);
     });
   }
 
   if (args.dinitial_state == nullptr) return;
-  block.phase([&](int thread) { store_state<kN>(args.dinitial_state + own_state, kN, dstate(thread), thread); });
+  block.phase([&](int thread) { store_state<P>(args.dinitial_state + own_state, kN, dstate(thread), thread); });
 }
 
 }  // namespace megaforge::wkv7

@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> wkv7_cuda(const Tensor& r, const Tens
       (state_interval == 0 || state_interval == kTokensPerState || state_interval == kFewTokens) && !save_removed,
       "megaforge::wkv7: on GPUs the state is kept every ", kTokensPerState, " or ", kFewTokens, " tokens or not at all");
   Arguments args(r, log_w, k, v, a, b, document_start);
-  args.problem.tokens_per_state = static_cast<int>(state_interval);
+  args.problem.tokens_per_state = state_interval == kTokensPerState ? kTokensPerState : kFewTokens;
   const auto [tokens, batch, heads, n] = std::make_tuple(v.size(0), v.size(1), v.size(2), v.size(3));
   const auto options = v.options().dtype(at::kFloat);
   const std::int64_t saved = state_interval == 0 ? 0 : (tokens + state_interval - 1) / state_interval;

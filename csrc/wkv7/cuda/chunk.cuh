@@ -26,16 +26,30 @@ struct View {
   std::int64_t token, batch, head;
 };
 
-// One block's work and how many warps share it: every warp owns eight columns of the [.., N] matrices.
-template <int kN>
+// One block's work and how many warps share it: every warp owns 8 kWide_ columns of the [.., N] matrices.
+template <int kN_, int kWide_>
 struct Plan {
+  static constexpr int kN = kN_, kWide = kWide_;
   static_assert(kN % 16 == 0 && kN >= 32);
-  static constexpr int kWarps = kN / 8;
+  static constexpr int kHigh = kN / 16;  // tiles that hold all value channels
+  static constexpr int kWarps = kN / (8 * kWide);
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kParts = kThreads / kN;  // threads a column
   static constexpr int kPartTokens = kChunk / kParts;
   static constexpr int kPitch = kN + 4;  // rows in shared memory; lanes that read a left operand meet no bank twice
+
+  // A warp's columns of all value channels.
+  using State = Tiles<kHigh, kWide>;
+  template <class T>
+  using Each = PerThread<T, kThreads>;
+
+  MF_DEVICE static int first_column(int thread) { return thread / 32 * 8 * kWide; }
 };
+
+// How the blocks are cut: as many warps as there are columns of tiles, and every state kept; or half as many warps, each
+// with twice the columns, for which it reads left operands once, and few states kept.
+template <int kN, bool kFew>
+using PlanOf = Plan<kN, kFew ? 2 : 1>;
 
 // The states that the forward pass keeps for the backward pass, [.., b, H, N, N]: one before every kChunks chunks. The few
 // are in bf16 where the inputs are; those between them are computed again.
@@ -91,29 +105,29 @@ struct Documents {
 };
 
 // Starts copying the chunk's 16 rows of one head; rows past the end become zeros, which leave the state alone.
-template <int kN, class Scalar>
+template <class P, class Scalar>
 MF_DEVICE void stage_rows(Scalar* to, const View<Scalar>& from, int first, int tokens, int batch, int head, int thread,
                           AsyncCopies& copies) {
-  constexpr int kWidth = 16 / static_cast<int>(sizeof(Scalar)), kPieces = kN / kWidth;
+  constexpr int kWidth = 16 / static_cast<int>(sizeof(Scalar)), kPieces = P::kN / kWidth;
   const Scalar* base = from.data + batch * from.batch + head * from.head;
-  for (int piece = thread; piece < kChunk * kPieces; piece += Plan<kN>::kThreads) {
+  for (int piece = thread; piece < kChunk * kPieces; piece += P::kThreads) {
     const int row = piece / kPieces, column = piece % kPieces * kWidth;
     const bool valid = first + row < tokens;
     const std::int64_t token = valid ? first + row : 0;
-    copies.copy16(to + row * kN + column, base + token * from.token + column, valid);
+    copies.copy16(to + row * P::kN + column, base + token * from.token + column, valid);
   }
 }
 
-template <int kN, class Scalar>
-MF_DEVICE void stage_inputs(Stage<Scalar, kN>& stage, const Inputs<Scalar>& in, int chunk, int batch, int head,
+template <class P, class Scalar>
+MF_DEVICE void stage_inputs(Stage<Scalar, P::kN>& stage, const Inputs<Scalar>& in, int chunk, int batch, int head,
                             int thread, AsyncCopies& copies) {
   const int first = chunk * kChunk;
-  stage_rows<kN>(stage.r, in.r, first, in.tokens, batch, head, thread, copies);
-  stage_rows<kN>(stage.log_w, in.log_w, first, in.tokens, batch, head, thread, copies);
-  stage_rows<kN>(stage.k, in.k, first, in.tokens, batch, head, thread, copies);
-  stage_rows<kN>(stage.v, in.v, first, in.tokens, batch, head, thread, copies);
-  stage_rows<kN>(stage.a, in.a, first, in.tokens, batch, head, thread, copies);
-  stage_rows<kN>(stage.b, in.b, first, in.tokens, batch, head, thread, copies);
+  stage_rows<P>(stage.r, in.r, first, in.tokens, batch, head, thread, copies);
+  stage_rows<P>(stage.log_w, in.log_w, first, in.tokens, batch, head, thread, copies);
+  stage_rows<P>(stage.k, in.k, first, in.tokens, batch, head, thread, copies);
+  stage_rows<P>(stage.v, in.v, first, in.tokens, batch, head, thread, copies);
+  stage_rows<P>(stage.a, in.a, first, in.tokens, batch, head, thread, copies);
+  stage_rows<P>(stage.b, in.b, first, in.tokens, batch, head, thread, copies);
 }
 
 // Whether a document starts at the token of `thread` in the chunk; threads from 16 on have none.
@@ -133,10 +147,10 @@ MF_DEVICE void number_documents(Documents& documents, const Stage<Scalar, kN>& s
 }
 
 // left, right, u|v's lower half and the decay of the whole chunk; with `through` not null also g [16, pitch].
-template <class Scalar, int kN>
-MF_DEVICE void prepare(const Stage<Scalar, kN>& stage, float* left, float* right, float* uv, float* total,
+template <class P, class Scalar>
+MF_DEVICE void prepare(const Stage<Scalar, P::kN>& stage, float* left, float* right, float* uv, float* total,
                        float* through, int thread) {
-  using P = Plan<kN>;
+  constexpr int kN = P::kN;
   const int column = thread % kN, part = thread / kN;
   float sum = 0.0f;
   MF_UNROLL
@@ -157,24 +171,21 @@ MF_DEVICE void prepare(const Stage<Scalar, kN>& stage, float* left, float* right
   if (part == 0) total[column] = expf(sum);
 }
 
-// The first kRows rows of to [32, 32] = left right^T over kN channels where a row sees a column, else zero. left, right:
-// [32, kN].
-template <Precision kPrecision, int kN, int kRows = 2 * kChunk>
+// The first kRows rows of to [32, 32] = left right^T over all channels where a row sees a column, else zero. left,
+// right: [32, N].
+template <Precision kPrecision, class P, int kRows = 2 * kChunk>
 MF_DEVICE void masked_pairs(float* to, const float* left, const float* right, const Documents& documents, int thread) {
-  using P = Plan<kN>;
   const int lane = thread % 32;
   for (int tile = thread / 32; tile < kRows / 4; tile += P::kWarps) {
     const int row = 16 * (tile / 4), column = 8 * (tile % 4);
     Tiles<1> sums;
     sums.clear();
-    multiply<kPrecision, kN>(
+    multiply<kPrecision, P::kN>(
         sums, lane, [&](int i, int k) { return left[(row + i) * P::kPitch + k]; },
         [&](int k, int j) { return right[(column + j) * P::kPitch + k]; });
-    MF_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int to_row = row + tile_row(lane, i), to_column = column + tile_column(lane, i);
-      to[to_row * kPairsPitch + to_column] = documents.sees(to_row, to_column) ? sums.at[0][i] : 0.0f;
-    }
+    sums.each(lane, [&](float sum, int i, int j) {
+        to[(row + i) * kPairsPitch + column + j] = documents.sees(row + i, column + j) ? sum : 0.0f;
+    });
   }
 }
 
@@ -208,34 +219,24 @@ MF_DEVICE void solve_transposed(float* x, const float* pairs, int column) {
   for (int t = 0; t < kChunk; ++t) x[t * kPitch + column] = value[t];
 }
 
-// Reads the eight key channels of a thread's warp, of all value channels, from a state [kN, kN]; zero where it is null.
-template <int kN, class From>
-MF_DEVICE void load_state(Tiles<kN / 16>& state, const From* from, int thread) {
-  const int lane = thread % 32, first_column = thread / 32 * 8;
+// Reads the key channels of a thread's warp, of all value channels, from a state [N, N]; zero where it is null.
+template <class P, class From>
+MF_DEVICE void load_state(typename P::State& state, const From* from, int thread) {
   state.clear();
   if (from == nullptr) return;
-  MF_UNROLL
-  for (int m = 0; m < kN / 16; ++m) {
-    MF_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int value = 16 * m + tile_row(lane, i), key = first_column + tile_column(lane, i);
-      state.at[m][i] = to_float(from[value * kN + key]);
-    }
-  }
+  const int first_column = P::first_column(thread);
+  state.each(thread % 32, [&](float& cell, int value, int key) {
+      cell = to_float(from[value * P::kN + first_column + key]);
+  });
 }
 
 // Writes them to rows of `pitch` numbers.
-template <int kN, class To>
-MF_DEVICE void store_state(To* to, int pitch, const Tiles<kN / 16>& state, int thread) {
-  const int lane = thread % 32, first_column = thread / 32 * 8;
-  MF_UNROLL
-  for (int m = 0; m < kN / 16; ++m) {
-    MF_UNROLL
-    for (int i = 0; i < 4; i += 2) {
-      const int value = 16 * m + tile_row(lane, i), key = first_column + tile_column(lane, i);
-      store_pair(to + value * pitch + key, state.at[m][i], state.at[m][i + 1]);
-    }
-  }
+template <class P, class To>
+MF_DEVICE void store_state(To* to, int pitch, const typename P::State& state, int thread) {
+  const int first_column = P::first_column(thread);
+  state.each_pair(thread % 32, [&](float cell, float next, int value, int key) {
+      store_pair(to + value * pitch + first_column + key, cell, next);
+  });
 }
 
 // Where token `token` of a contiguous [s, b, H, N] output has its channels of this head.
