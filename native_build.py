@@ -191,6 +191,12 @@ def helper_extensions() -> list[Any]:
     ]
 
 
+def used_ops(op: Path) -> list[Path]:
+    """The folders of the ops that ``csrc/OP/uses`` names: their code, but for its binding, is built into OP too."""
+    names = (op / "uses").read_text(encoding="utf-8").split() if (op / "uses").is_file() else []
+    return [op.parent / name for name in names]
+
+
 def torch_extensions(plan: CudaPlan) -> list[Any]:
     """The ops on tensors."""
     from torch.utils import cpp_extension
@@ -199,6 +205,8 @@ def torch_extensions(plan: CudaPlan) -> list[Any]:
     for op in sorted(path for path in (ROOT / "csrc").iterdir() if path.is_dir() and path.name not in PYTHON_MODULES):
         include = [str(op), str(ROOT / "csrc")]
         cpu = _sources(op / "cpu", "*.cpp")
+        for other in used_ops(op):
+            cpu += [file for file in _sources(other / "cpu", "*.cpp") if not Path(file).name.startswith("binding")]
         if cpu:
             extensions.append(
                 cpp_extension.CppExtension(

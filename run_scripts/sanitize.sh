@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Builds the C++ tests of every op (csrc/OP/tests/*.cpp with csrc/OP/cpu/*.cpp, without torch) under the address and the
-# undefined-behaviour sanitizer and runs them:  bash run_scripts/sanitize.sh [OP ...]
+# Builds the C++ tests of every op (csrc/OP/tests/*.cpp with csrc/OP/cpu/*.cpp and that of the ops in csrc/OP/uses,
+# without torch) under the address and the undefined-behaviour sanitizer and runs them:
+#     bash run_scripts/sanitize.sh [OP ...]
 # SANITIZE=none builds them plainly.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,8 +17,10 @@ for test in csrc/*/tests/*.cpp; do
     op="$(basename "$(dirname "$(dirname "$test")")")"
     [ $# -eq 0 ] || [[ " $* " == *" $op "* ]] || continue
     objects=()
-    for source in "$test" $(find "csrc/$op/cpu" -name '*.cpp' ! -name 'binding*.cpp' | sort); do
-        object="$build/$op-$(basename "$source" .cpp).o"
+    folders=("csrc/$op/cpu")
+    for other in $(cat "csrc/$op/uses" 2>/dev/null); do folders+=("csrc/$other/cpu"); done
+    for source in "$test" $(find "${folders[@]}" -name '*.cpp' ! -name 'binding*.cpp' | sort); do
+        object="$build/$op-${source//\//-}.o"
         "${CXX:-g++}" "${flags[@]}" -Icsrc "-Icsrc/$op" -c "$source" -o "$object" &
         objects+=("$object")
     done

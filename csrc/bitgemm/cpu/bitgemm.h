@@ -42,6 +42,8 @@ struct Shape {
   int64_t bytes() const {
     return panels() * groups * (words ? group_words() * kWide * 2 : steps() * kPanel * 4);
   }
+  // Rows that are read together.
+  int64_t granule() const { return words ? kWide : kPanel; }
   // What a code is more than its weight: times 2 for binary ones.
   int offset() const { return bits == 1 ? 1 : bits == 2 ? 1 : 8; }
 };
@@ -81,6 +83,9 @@ void prepare(const Shape& shape, const std::uint8_t* packed, void* panels, int t
 // y = (sums * scale) * worth + bias on at most `threads` threads; no result depends on their number. A token with NaN
 // or infinite values gives NaN. Throws std::runtime_error where the instruction set has no code for the layout.
 void multiply(const Matrix& matrix, const Tokens& tokens, const Result& result, int threads);
+
+// Rows [begin, end) of that by the calling thread: both are multiples of shape.granule(), or the end that of the matrix.
+void multiply_rows(const Matrix& matrix, const Tokens& tokens, const Result& result, int64_t begin, int64_t end);
 
 // What an instruction set implements.
 struct Kernels {

@@ -212,10 +212,13 @@ void multiply_panels(const Product& product, const Shape& shape, const Tiles& ti
   }
 }
 
+void require_words(const Product& product) {
+  if (product.has_words()) return;
+  throw std::runtime_error("this matrix was prepared for look-ups, which MEGAFORGE_CPU_ISA has not; prepare it anew");
+}
+
 void multiply_words(const Product& product, const Shape& shape, const Tiles& tiles, int threads) {
-  if (!product.has_words()) {
-    throw std::runtime_error("this matrix was prepared for look-ups, which MEGAFORGE_CPU_ISA has not; prepare it anew");
-  }
+  require_words(product);
   const int64_t panels = shape.panels();
   int64_t chunk = std::min(panels, kChunk / kWide);
   if (threads > tiles.count) chunk = std::clamp<int64_t>(panels / (2 * threads), 1, chunk);
@@ -227,6 +230,18 @@ void multiply_words(const Product& product, const Shape& shape, const Tiles& til
     const int me = threads > 1 ? omp_get_thread_num() : 0;
     product.words(item / chunks, first, std::min(first + chunk, panels), static_cast<std::int32_t*>(sums.of(me)),
                   static_cast<float*>(totals.of(me)), static_cast<std::int16_t*>(tables.of(me)));
+  }
+}
+
+// Those of the panels of words from `first` to `last`, by this thread.
+void multiply_some_words(const Product& product, const Tiles& tiles, int64_t first, int64_t last) {
+  const int64_t chunk = std::min(last - first, kChunk / kWide), rows = chunk * kWide;
+  const Scratch sums(1, 4 * 8 * rows), totals(1, 4 * 8 * rows), tables(1, 2 * 32 * 8 * 3 * kBlockWords);
+  for (int64_t tile = 0; tile < tiles.count; ++tile) {
+    for (int64_t start = first; start < last; start += chunk) {
+      product.words(tile, start, std::min(start + chunk, last), static_cast<std::int32_t*>(sums.of(0)),
+                    static_cast<float*>(totals.of(0)), static_cast<std::int16_t*>(tables.of(0)));
+    }
   }
 }
 
@@ -250,6 +265,25 @@ void multiply(const Matrix& matrix, const Tokens& tokens, const Result& result, 
   }
   if (shape.words) multiply_words(product, shape, tiles, threads);
   else multiply_panels(product, shape, tiles, quantized.tile_bytes, threads);
+}
+
+void multiply_rows(const Matrix& matrix, const Tokens& tokens, const Result& result, int64_t begin, int64_t end) {
+  const Shape& shape = matrix.shape;
+  if (tokens.count == 0 || begin >= end) return;
+  const Tiles tiles(tokens.count, shape.words ? 8 : kMostTokens);
+  const Quantized quantized(shape, tiles);
+  const Product product(matrix, result, tiles, quantized);
+  const Scratch row(1, shape.columns + 64);
+  for (int64_t tile = 0; tile < tiles.count; ++tile) {
+    quantize_tile(product.code(), shape, tokens, tiles, tile, quantized, static_cast<std::int8_t*>(row.of(0)));
+  }
+  const int64_t first = begin / shape.granule(), last = (end + shape.granule() - 1) / shape.granule();
+  if (shape.words) {
+    require_words(product);
+    multiply_some_words(product, tiles, first, last);
+    return;
+  }
+  for (int64_t panel = first; panel < last; ++panel) product.panel(panel, 0, tiles.count);
 }
 
 }  // namespace megaforge::bitgemm

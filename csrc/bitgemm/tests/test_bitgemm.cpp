@@ -79,6 +79,13 @@ void check_codes(int bits, int64_t tokens, int64_t rows, int64_t columns, int64_
     expect(y == want, isa + " " + std::to_string(bits) + " bits " + std::to_string(tokens) + "x" + std::to_string(rows) +
                           "x" + std::to_string(columns) + "/" + std::to_string(groups));
   }
+  std::vector<float> y(want.size(), -1.0f);
+  for (int64_t begin = 0; begin < rows; begin += 2 * w.shape.granule()) {
+    multiply_rows({w.shape, w.panels.of(0), w.scale.data(), groups}, {tokens, Type::f32, nullptr, 8, x.data(), worth.data()},
+                  {Type::f32, y.data(), nullptr}, begin, std::min(rows, begin + 2 * w.shape.granule()));
+  }
+  expect(y == want, isa + " by parts: " + std::to_string(bits) + " bits " + std::to_string(tokens) + "x" +
+                        std::to_string(rows) + "x" + std::to_string(columns));
 }
 
 void check_quantizing(Random& random, const std::string& isa) {
