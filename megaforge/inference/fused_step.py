@@ -14,6 +14,7 @@ from megaforge.inference.few_tokens import FewTokenLinear
 from megaforge.kernels.decode import (
     ACTIVATIONS,
     FFN,
+    GATED,
     MOST_TOKENS,
     TYPES,
     Angles,
@@ -21,14 +22,15 @@ from megaforge.kernels.decode import (
     Block,
     Experts,
     Norm,
+    Product,
     Router,
     TimeMix,
     is_compiled,
     step_block,
     step_experts,
     step_head,
+    takes_codes,
 )
-from megaforge.kernels.decode.reference import Product
 from megaforge.kernels.moe_routing import RoutingRule, moe_route
 from megaforge.kernels.native import say_fallback, say_uncompiled
 from megaforge.models.generation_state import GenerationState
@@ -47,6 +49,7 @@ from megaforge.nn.rwkv7 import GROUP_NORM_EPSILON, RWKV7State, RWKV7TimeMix
 from megaforge.parallel.layers import ColumnParallelLinear, GroupedLinear, Linear, ReplicatedLinear, RowParallelLinear
 from megaforge.parallel.linear_op import PLAIN
 from megaforge.parallel.packed_sequence import PackedSequence
+from megaforge.quant.packed import PackedLinear
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -190,12 +193,22 @@ def _norm_of(module: nn.Module) -> Norm:
     raise NotFused(f"no step is made of {type(module).__name__}")
 
 
-def _product(module: nn.Module, kind: type[Linear]) -> Product:
+def _product(module: nn.Module, kind: type[Linear]) -> tuple[Tensor, Tensor | None]:
     layer = _known(module, kind)
     if layer.op is not PLAIN and type(layer.op) is not FewTokenLinear:
         raise NotFused(f"products are those of {type(layer.op).__name__}")
     bias = None if layer.bias is None else layer.bias.detach()
     return layer.matrix.detach(), bias
+
+
+def _product_or_codes(module: nn.Module, kind: type[Linear], *, gated: bool = False) -> Product:
+    layer = _known(module, kind)
+    if not isinstance(layer.op, PackedLinear):
+        return _product(layer, kind)
+    codes = layer.op.whole_product
+    if codes is None or layer.bias is not None or not takes_codes(codes, gated=gated):
+        raise NotFused("packed codes are not all of a product, or are of rows that are not whole panels")
+    return codes
 
 
 def _time_mix(module: nn.Module, norm: Norm) -> TimeMix:
@@ -213,10 +226,10 @@ def _time_mix(module: nn.Module, norm: Norm) -> TimeMix:
     return TimeMix(
         norm=norm,
         mixes=tuple(_vector(getattr(layer, f"x_{letter}")) for letter in "rwkvag"),
-        receptance=column(layer.receptance),
-        key=column(layer.key),
-        value=column(layer.value),
-        output=_product(layer.output, RowParallelLinear),
+        receptance=_product_or_codes(layer.receptance, ColumnParallelLinear),
+        key=_product_or_codes(layer.key, ColumnParallelLinear),
+        value=_product_or_codes(layer.value, ColumnParallelLinear),
+        output=_product_or_codes(layer.output, RowParallelLinear),
         maps=tuple(maps),
         vectors=tuple(_vector(vector) for vector in vectors),
         head_norm=Norm(_vector(layer.ln_x["weight"]), _vector(layer.ln_x["bias"]), GROUP_NORM_EPSILON),
@@ -230,8 +243,8 @@ def _attention(module: nn.Module, norm: Norm) -> Attention:
     query_norm, key_norm = (Norm() if each is None else _norm_of(each) for each in (layer.query_norm, layer.key_norm))
     return Attention(
         norm=norm,
-        qkv=_product(layer.qkv, ColumnParallelLinear),
-        output=_product(layer.output, RowParallelLinear),
+        qkv=_product_or_codes(layer.qkv, ColumnParallelLinear),
+        output=_product_or_codes(layer.output, RowParallelLinear),
         query_norm=query_norm,
         key_norm=key_norm,
         sub_norm=_norm_of(layer.sub_norm),
@@ -253,8 +266,8 @@ def _dense(module: nn.Module, norm: Norm) -> FFN:
     return FFN(
         norm=norm,
         mix=None if layer.x_k is None else _vector(layer.x_k),
-        up=_product(layer.up, ColumnParallelLinear),
-        down=_product(layer.down, RowParallelLinear),
+        up=_product_or_codes(layer.up, ColumnParallelLinear, gated=layer.activation in GATED),
+        down=_product_or_codes(layer.down, RowParallelLinear),
         sub_norm=_norm_of(layer.sub_norm),
         activation=_activation(layer.activation),
     )

@@ -78,6 +78,13 @@ class PackedLinear(QuantizedLinear):
         return bool(self._prepared)
 
     @property
+    def whole_product(self) -> Prepared | None:
+        """The matrix, where the product is nothing but :func:`bit_linear` of 8-bit tokens with it."""
+        plain = not self.rotation and (self.ranges is None or not self.ranges.changes_inputs)
+        eight = self.activations is not None and self.activations.bits == 8
+        return self._prepared[0] if plain and eight and len(self._prepared) == 1 else None
+
+    @property
     def num_bytes(self) -> int:
         """Of the codes as they are kept."""
         return self._codes_held.numel() + sum(one.num_bytes for one in self._prepared)

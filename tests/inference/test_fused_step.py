@@ -20,6 +20,7 @@ from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.layers import linears
 from megaforge.parallel.linear_op import PlainLinear
+from megaforge.quant.packed import pack_model
 from tests.nn.support import CTX, filled
 
 pytestmark = pytest.mark.skipif(not is_compiled("cpu"), reason="no compiled code: layers compute one after the other")
@@ -57,6 +58,15 @@ MODELS: dict[str, dict[str, Any]] = {
 def model_of(name: str, dtype: torch.dtype = torch.float32) -> HybridModel:
     layer = make_layer_context(ModelConfig(**{**SHAPE, **MODELS[name]}), CTX, dtype=dtype)
     return filled(HybridModel(layer)).eval()
+
+
+def packed_model_of(name: str, scheme: str) -> HybridModel:
+    """Of widths that make whole panels, its matrices packed codes."""
+    wide = {"hidden_size": 64, "ffn_hidden_size": 128, "rwkv_head_size": 16, "quantize_weights": scheme}
+    layer = make_layer_context(ModelConfig(**{**SHAPE, **MODELS[name], **wide}), CTX)
+    model = filled(HybridModel(layer)).eval()
+    assert pack_model(model, kernels=True)
+    return model
 
 
 def tokens(*shape: int, seed: int = 1) -> Tensor:
@@ -208,3 +218,24 @@ def test_generation_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert last is not None and len(calls) == 2
     with torch.no_grad():
         assert error(last, model.logits(texts, last_only=True)[:, 0]) <= 1e-5
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("RWKV-7", "ternary"), ("Llama", "binary"), ("Llama", "int4")])
+def test_packed_codes_are_multiplied_as_by_the_layers(name: str, scheme: str) -> None:
+    """A token whose input lies at the edge of two codes may get the other one: the scores differ by that."""
+    model, texts = packed_model_of(name, scheme), tokens(3, 16)
+    got = stepped(model, texts, 4)
+    with torch.no_grad():
+        want = model.logits(texts, state=model.new_state())[:, 4:]
+    assert error(got, want) <= 1e-2 and bool((got.argmax(-1) == want.argmax(-1)).all())
+    assert float(((got - want).abs() <= 1e-5 * want.abs().max()).float().mean()) > 0.5
+
+
+def test_codes_of_parts_of_panels_are_left_to_the_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    layer = make_layer_context(ModelConfig(**{**SHAPE, **MODELS["Llama"], "quantize_weights": "ternary"}), CTX)
+    model = filled(HybridModel(layer)).eval()
+    pack_model(model, kernels=True)
+    state = model.new_state()
+    with torch.no_grad():
+        model.logits(tokens(1, 4), state=state)
+    assert not FusedStep(model).takes(tokens(1, 1), state)

@@ -89,9 +89,17 @@ inline void normalize(const Norm& norm, const U* x, int64_t count, V* out, float
   }
 }
 
+template <class T>
+constexpr bitgemm::Type kTypeOf = sizeof(T) == 4 ? bitgemm::Type::f32 : bitgemm::Type::bf16;
+
 template <class T, class Y>
 inline void multiply(const Matrix<T>& matrix, const T* x, int64_t tokens, Y* y, Range range) {
   if (range.begin >= range.end) return;
+  if (matrix.packed != nullptr) {
+    bitgemm::multiply_rows(*matrix.packed, {tokens, kTypeOf<T>, x, 8, nullptr, nullptr}, {kTypeOf<Y>, y, nullptr},
+                           range.begin, range.end);
+    return;
+  }
   gemv::MF_ISA::part(gemv::Problem<T, Y>{tokens, matrix.n, matrix.k, x, matrix.data, matrix.stride, matrix.turned,
                                          matrix.bias, y},
                      range.begin, range.end);
@@ -100,10 +108,18 @@ inline void multiply(const Matrix<T>& matrix, const T* x, int64_t tokens, Y* y, 
 // Outputs of a product that one thread takes: no two write to one cache line of a row that begins with one.
 constexpr int64_t kGranule = 32;
 
+// Of products of which each thread takes the same outputs.
+template <class T, class... Others>
+inline int64_t granule(const Matrix<T>& matrix, const Others&... others) {
+  int64_t largest = matrix.packed == nullptr ? kGranule : std::max(kGranule, matrix.packed->shape.granule());
+  if constexpr (sizeof...(others) > 0) largest = std::max(largest, granule(others...));
+  return largest;
+}
+
 // The product, added to the residual stream: each thread its own outputs.
 template <class T>
 inline void add_product(const Matrix<T>& matrix, const T* x, int64_t tokens, float* out, float* residual, const Team& team) {
-  const Range range = share(matrix.n, kGranule, team);
+  const Range range = share(matrix.n, granule(matrix), team);
   multiply(matrix, x, tokens, out, range);
   for (int64_t m = 0; m < tokens; ++m) {
     for (int64_t i = range.begin; i < range.end; ++i) residual[m * matrix.n + i] += out[m * matrix.n + i];

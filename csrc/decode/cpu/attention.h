@@ -87,7 +87,7 @@ void attention(const Block<T>& block, const Attention<T>& layer, const Attention
   for (int64_t m = 0; m < block.tokens; ++m) {
     normalize(layer.norm, block.x + m * block.hidden, block.hidden, memory.normed + m * block.hidden);
   }
-  multiply(layer.qkv, memory.normed, block.tokens, memory.fused, share(layer.qkv.n, kGranule, team));
+  multiply(layer.qkv, memory.normed, block.tokens, memory.fused, share(layer.qkv.n, granule(layer.qkv), team));
   wait_for_all();
   const Range items = share(block.tokens * layer.groups, 1, team);
   for (int64_t item = items.begin; item < items.end; ++item) {

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <deque>
 #include <optional>
 #include <string_view>
 #include <vector>
@@ -41,6 +42,23 @@ Matrix<T> matrix_of(const Tensor& weight, const std::optional<Tensor>& bias, int
   const bool turned = weight.stride(1) != 1;
   return {weight.size(0), inputs, weight.stride(turned ? 1 : 0), static_cast<const T*>(weight.const_data_ptr()), turned,
           bias.has_value() ? data_of<const T>(*bias, weight.size(0), kType<T>) : nullptr};
+}
+
+// Codes as bitgemm_prepare makes them, with scales [n] or [n, groups].
+bitgemm::Matrix codes_of(const Tensor& panels, const Tensor& scale, int64_t inputs) {
+  const int64_t groups = scale.dim() == 2 ? scale.size(1) : 1;
+  const auto* steps = data_of<const float>(scale, scale.numel(), at::kFloat);
+  TORCH_CHECK(scale.dim() >= 1 && inputs % groups == 0 && inputs / groups % 32 == 0 && panels.is_contiguous(),
+              "megaforge::decode: packed matrices have a scale a row and neighbourhoods of whole 32 columns");
+  for (const int bits : {1, 2, 4}) {
+    const bitgemm::Shape shape{bits, scale.size(0), inputs, groups, panels.scalar_type() == at::kShort};
+    if (shape.words ? bits == 1 && bitgemm::prefers_words(1) : panels.dim() == 5 && panels.size(2) == shape.steps()) {
+      TORCH_CHECK(static_cast<int64_t>(panels.nbytes()) == shape.bytes(), "megaforge::decode: packed codes ",
+                  panels.sizes(), " are not of ", shape.rows, " rows of ", inputs);
+      return {shape, panels.const_data_ptr(), steps, groups};
+    }
+  }
+  TORCH_CHECK(false, "megaforge::decode: packed codes ", panels.sizes(), " are not of ", inputs, " columns on this CPU");
 }
 
 // Takes one argument after the other; what a list lacks is an error.
@@ -81,11 +99,29 @@ class Arguments {
     TORCH_CHECK(made.weight != nullptr, "megaforge::decode: a norm is missing");
     return made;
   }
+  // A matrix and its bias.
   template <class T>
   Matrix<T> matrix(int64_t inputs) {
     const auto values = weight(), bias = weight();
     TORCH_CHECK(values.has_value(), "megaforge::decode: a matrix is missing");
     return matrix_of<T>(*values, bias, inputs);
+  }
+  // That, or packed codes and their scales.
+  template <class T>
+  Matrix<T> matrix_or_codes(int64_t inputs) {
+    TORCH_CHECK(weight_ + 1 < weights_.size(), "megaforge::decode: too few tensors");
+    const auto values = weights_.get(weight_), scale = weights_.get(weight_ + 1);
+    if (!values.has_value() || (values->scalar_type() != at::kByte && values->scalar_type() != at::kShort)) {
+      return matrix<T>(inputs);
+    }
+    weight_ += 2;
+    TORCH_CHECK(scale.has_value(), "megaforge::decode: packed codes without scales");
+    codes_.push_back(codes_of(*values, *scale, inputs));
+    Matrix<T> made;
+    made.n = codes_.back().shape.rows;
+    made.k = inputs;
+    made.packed = &codes_.back();
+    return made;
   }
   void finish() const {
     TORCH_CHECK(weight_ == weights_.size() && state_ == states_.size() && input_ == inputs_.size() &&
@@ -105,6 +141,7 @@ class Arguments {
   at::IntArrayRef sizes_;
   at::ArrayRef<double> epsilons_;
   std::size_t weight_ = 0, state_ = 0, input_ = 0, size_ = 0, epsilon_ = 0;
+  std::deque<bitgemm::Matrix> codes_;  // what the layers' matrices point to
 };
 
 template <class T>
@@ -117,10 +154,10 @@ TimeMix<T> time_mix_of(Arguments& given, int64_t tokens, int64_t hidden) {
   layer.norm = given.wanted_norm(hidden);
   for (const float*& mix : layer.mix) mix = given.wanted(hidden);
   for (Matrix<T>* each : {&layer.receptance, &layer.key, &layer.value}) {
-    *each = given.matrix<T>(hidden);
+    *each = given.matrix_or_codes<T>(hidden);
     TORCH_CHECK(each->n == wide, "megaforge::decode: a projection has ", each->n, " outputs, not ", wide);
   }
-  layer.output = given.matrix<T>(wide);
+  layer.output = given.matrix_or_codes<T>(wide);
   for (int i = 0; i < layer.maps(); ++i) {
     layer.first[i] = given.matrix<T>(hidden);
     layer.second[i] = given.matrix<T>(layer.first[i].n);
@@ -146,8 +183,8 @@ Attention<T> attention_of(Arguments& given, int64_t tokens, int64_t hidden) {
   layer.place = given.size();
   TORCH_CHECK(layer.groups > 0 && layer.heads % layer.groups == 0, "megaforge::decode: heads do not divide into groups");
   layer.norm = given.wanted_norm(hidden);
-  layer.qkv = given.matrix<T>(hidden);
-  layer.output = given.matrix<T>(layer.heads * layer.width);
+  layer.qkv = given.matrix_or_codes<T>(hidden);
+  layer.output = given.matrix_or_codes<T>(layer.heads * layer.width);
   layer.query_norm = given.norm(layer.width);
   layer.key_norm = given.norm(layer.width);
   layer.sub_norm = given.norm(layer.heads * layer.width);
@@ -186,6 +223,8 @@ void check_ffn(const Matrix<T>& up, const Matrix<T>& down, Activation activation
   TORCH_CHECK(up.n == down.k * (is_gated(activation) ? 2 : 1) && down.n == hidden,
               "megaforge::decode: the matrices of an FFN do not fit each other: ", up.n, " outputs before ", down.k,
               " inputs");
+  TORCH_CHECK(up.packed == nullptr || !is_gated(activation) || down.k % up.packed->shape.granule() == 0,
+              "megaforge::decode: gates of ", down.k, " rows share a panel of packed codes");
 }
 
 template <class T>
@@ -222,10 +261,8 @@ void compute_block(const Tensor& x, std::string_view mixer, std::string_view ffn
   } else if (!ffn.empty()) {
     dense.activation = activation_of(ffn);
     dense.entry = entry_of<T>(given, tokens, hidden);
-    dense.up = given.matrix<T>(hidden);
-    const auto down = given.weight(), bias = given.weight();
-    TORCH_CHECK(down.has_value() && down->dim() == 2, "megaforge::decode: a matrix is missing");
-    dense.down = matrix_of<T>(*down, bias, down->size(1));
+    dense.up = given.matrix_or_codes<T>(hidden);
+    dense.down = given.matrix_or_codes<T>(dense.up.n / (is_gated(dense.activation) ? 2 : 1));
     dense.sub_norm = given.norm(dense.down.k);
     check_ffn(dense.up, dense.down, dense.activation, hidden);
     block.ffn = &dense;

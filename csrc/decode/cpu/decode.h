@@ -3,19 +3,21 @@
 
 #include <cstdint>
 
+#include "bitgemm/cpu/bitgemm.h"
 #include "common/bf16.h"
 
 namespace megaforge::decode {
 
 constexpr int kMostTokens = 8;  // one of each sequence
 
-// [n, k]: n rows of k, `stride` elements apart, or, turned, k rows of n.
+// [n, k]: n rows of k, `stride` elements apart, or, turned, k rows of n; or packed codes, which take tokens of 8 bits.
 template <class T>
 struct Matrix {
   std::int64_t n = 0, k = 0, stride = 0;
   const T* data = nullptr;
   bool turned = false;
   const T* bias = nullptr;  // [n]
+  const bitgemm::Matrix* packed = nullptr;
 };
 
 // Root-mean-square norm, or with a bias layer norm; without a weight there is none.

@@ -21,7 +21,7 @@ inline const T* enter(const Block<T>& block, const Entry<T>& entry, T* normed, T
 template <class T>
 inline void first_half(const Matrix<T>& matrix, const T* x, int64_t tokens, Activation kind, const float* weights, float* up,
                        T* inner, int64_t width, const Team& team) {
-  const Range range = share(width, kGranule, team);
+  const Range range = share(width, granule(matrix), team);
   multiply(matrix, x, tokens, up, range);
   if (is_gated(kind)) multiply(matrix, x, tokens, up, {width + range.begin, width + range.end});
   for (int64_t m = 0; m < tokens; ++m) {

@@ -25,7 +25,7 @@ template <class T>
 inline void first_products(const Block<T>& block, const TimeMix<T>& layer, const TimeMixMemory<T>& memory, const Team& team) {
   enum { kR, kW, kK, kV, kA, kG };
   const int of_map[TimeMix<T>::kMaps] = {kW, kA, kG, kV};
-  const Range range = share(layer.channels(), kGranule, team);
+  const Range range = share(layer.channels(), granule(layer.receptance, layer.key, layer.value), team);
   multiply(layer.receptance, memory.mixed[kR], block.tokens, memory.r, range);
   multiply(layer.key, memory.mixed[kK], block.tokens, memory.k, range);
   multiply(layer.value, memory.mixed[kV], block.tokens, memory.v, range);

@@ -1,13 +1,15 @@
 """One more token of each of a few sequences through a block of the model, in one call.
 
 A token is little work for many operators: between them a processor waits for Python longer than for memory. Here a
-block (norm, mixer, norm, FFN) is one operator, in which all threads work together. Activations are fp32 and weights
-fp32 or bf16, whose products take inputs rounded to bf16. :mod:`.reference` is the definition, and describes the layers.
-A block with experts takes two calls, between which the router's scores are made a choice. Only CPUs have compiled code.
+block (norm, mixer, norm, FFN) is one operator, in which all threads work together. Activations are fp32; weights are
+fp32, or bf16, whose products take inputs rounded to bf16, or packed codes (:mod:`megaforge.kernels.bitgemm`).
+:mod:`.reference` is the definition, and describes the layers. A block with experts takes two calls, between which the
+router's scores are made a choice. Only CPUs have compiled code.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,11 +17,12 @@ import torch
 from torch import Tensor
 
 from megaforge.kernels.decode import native
-from megaforge.kernels.decode.reference import FFN, Attention, Experts, Norm, Router, TimeMix
+from megaforge.kernels.decode.reference import FFN, GATED, Attention, Codes, Experts, Norm, Product, Router, TimeMix
 
 __all__ = [
-    "ACTIVATIONS", "FFN", "MOST_TOKENS", "TYPES", "Angles", "Attention", "Block", "Cache", "Experts", "Norm",
-    "Recurrent", "Router", "Shift", "TimeMix", "is_compiled", "step_block", "step_experts", "step_head",
+    "ACTIVATIONS", "FFN", "GATED", "MOST_TOKENS", "TYPES", "Angles", "Attention", "Block", "Cache", "Experts", "Norm",
+    "Product", "Recurrent", "Router", "Shift", "TimeMix", "is_compiled", "step_block", "step_experts", "step_head",
+    "takes_codes",
 ]  # fmt: skip
 
 MOST_TOKENS = 8
@@ -60,6 +63,26 @@ def is_compiled(device_type: str) -> bool:
     return device_type != "meta" and device_type in native.COMPILED
 
 
+def takes_codes(matrix: Codes, *, gated: bool = False) -> bool:
+    """Whether the operator multiplies by this packed matrix; ``gated``: half of its rows are gates."""
+    rows, columns = matrix.shape
+    groups = matrix.scale.shape[1] if matrix.scale.dim() == 2 else 1
+    together = 64 if matrix.panels.dtype == torch.int16 else 32  # rows that are read together
+    return columns // groups % 32 == 0 and not (gated and rows // 2 % together)
+
+
+def _product(product: Product) -> tuple[Tensor, Tensor | None]:
+    """Of packed codes their scales, one a row at least, stand where a bias does."""
+    if isinstance(product, tuple):
+        return product
+    scale = product.scale
+    return product.panels, scale.expand(product.shape[0]).contiguous() if scale.dim() == 0 else scale.contiguous()
+
+
+def _tensors(products: Sequence[Product]) -> list[Tensor | None]:
+    return [tensor for product in products for tensor in _product(product)]
+
+
 def _norm(norm: Norm) -> tuple[Tensor | None, Tensor | None]:
     return norm.weight, norm.bias
 
@@ -78,12 +101,18 @@ class Block:
         mixer, ffn = self.mixer, self.ffn
         self.weights, self.epsilons = [*_norm(mixer.norm)], [mixer.norm.epsilon]
         if isinstance(mixer, TimeMix):
-            self.weights += [*mixer.mixes, *mixer.receptance, *mixer.key, *mixer.value, *mixer.output]
-            self.weights += [tensor for first, second in mixer.maps for tensor in (*first, *second)]
+            products = [
+                mixer.receptance,
+                mixer.key,
+                mixer.value,
+                mixer.output,
+                *(each for two in mixer.maps for each in two),
+            ]
+            self.weights += [*mixer.mixes, *_tensors(products)]
             self.weights += [*mixer.vectors, *_norm(mixer.head_norm)]
             self.epsilons.append(mixer.head_norm.epsilon)
         else:
-            self.weights += [*mixer.qkv, *mixer.output]
+            self.weights += _tensors([mixer.qkv, mixer.output])
             for norm in (mixer.query_norm, mixer.key_norm, mixer.sub_norm):
                 self.weights += _norm(norm)
                 self.epsilons.append(norm.epsilon)
@@ -93,10 +122,10 @@ class Block:
             self.epsilons.append(ffn.norm.epsilon)
             self.name = ffn.activation if isinstance(ffn, FFN) else "router"
         if isinstance(ffn, FFN):
-            self.weights += [*ffn.up, *ffn.down, *_norm(ffn.sub_norm)]
+            self.weights += [*_tensors([ffn.up, ffn.down]), *_norm(ffn.sub_norm)]
             self.epsilons.append(ffn.sub_norm.epsilon)
         elif ffn is not None:
-            self.weights += ffn.scores
+            self.weights += _tensors([ffn.scores])
 
 
 def step_block(
@@ -152,7 +181,7 @@ def step_experts(x: Tensor, layer: Experts, inside: Tensor, chosen: Tensor, weig
     epsilon = layer.epsilon
     if layer.shared is not None:
         up, down, norm = layer.shared
-        shared = [*up, *down, norm.weight]
+        shared = [*_tensors([up, down]), norm.weight]
     native.EXPERTS(x, inside, chosen, weights, layer.activation, layer.up, layer.down, layer.sub_norm, shared, epsilon)
 
 

@@ -8,13 +8,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Product = tuple[Tensor, Tensor | None]  # matrix [n, k] and bias [n]
+GATED = ("swiglu", "gated_relu2")  # of the activations
+
+
+class Codes(Protocol):
+    """A packed matrix, as :class:`megaforge.kernels.bitgemm.Prepared` holds it."""
+
+    @property
+    def panels(self) -> Tensor: ...
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def scale(self) -> Tensor: ...
+
+
+Product = tuple[Tensor, Tensor | None] | Codes  # matrix [n, k] and bias [n], or packed codes
 
 
 @dataclass(frozen=True)
@@ -110,6 +126,7 @@ class Experts:
 
 
 def linear(x: Tensor, product: Product) -> Tensor:
+    assert isinstance(product, tuple), "what packed codes give is defined where they are packed"
     weight, bias = product
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -117,7 +134,7 @@ def linear(x: Tensor, product: Product) -> Tensor:
 def activate(kind: str, x: Tensor) -> Tensor:
     if kind == "relu2":
         return x.relu().square()
-    if kind in ("swiglu", "gated_relu2"):
+    if kind in GATED:
         gate, up = x.chunk(2, -1)
         return (F.silu(gate) if kind == "swiglu" else gate.relu().square()) * up
     return F.gelu(x, approximate="tanh" if kind == "gelu" else "none")
