@@ -35,6 +35,7 @@ COVERED = {
     "checkpoint/megatron/": "checkpoint/megatron/test_importing.py",
     "checkpoint/architectures/": "checkpoint/test_architectures.py",
     "checkpoint/foreign.py": "checkpoint/test_published_import.py",
+    "checkpoint/sealed.py": "checkpoint/test_encryption.py",
     "models/generation_state.py": "inference/test_generation.py",
     "models/pipeline_shape.py": "config/test_check_layout.py",
     "nn/kinds/": "config/test_check_layout.py",

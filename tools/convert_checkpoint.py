@@ -102,6 +102,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--from", dest="source", choices=tuple(SOURCES), help="whose format FILE is in")
     parser.add_argument("--tokenizer-model", help="with --from: the model's tokenizer, recorded in the checkpoint")
     parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: told from --tokenizer-model")
+    parser.add_argument("--plain", action="store_true", help="with an encrypted --load: write what is not encrypted")
+    parser.add_argument(
+        "--encrypt",
+        action="store_true",
+        help="with --save DIR: encrypt what is not encrypted (MEGAFORGE_KEY_FILE)",
+    )
     return parser.parse_args(arguments)
 
 
@@ -114,9 +120,7 @@ def main() -> int:
     if flags.source is not None:
         _import(flags)
     elif flags.target is not None:
-        from megaforge.checkpoint.sources import open_source
-
-        _export(flags, open_source(flags.load))
+        _export(flags, _open(flags))
     elif flags.save.endswith(FILE_SUFFIX):
         _to_file(flags)
     else:
@@ -161,6 +165,8 @@ def _check(flags: argparse.Namespace) -> None:
         raise UserError(f"--dtype {flags.dtype}: it is for --to hf, rwkv7 and megatron")
     if flags.max_shard_size is not None and flags.target != "hf":
         raise UserError(f"--max-shard-size {flags.max_shard_size}: it is for --to hf")
+    if flags.encrypt and (flags.plain or flags.source or flags.target or flags.save.endswith(FILE_SUFFIX)):
+        raise UserError("--encrypt: it is for --load with --save DIR, and without --plain")
     if flags.target is not None:
         _check_target(flags)
     if flags.source is None and flags.save.endswith(FILE_SUFFIX) and (given := _given_layout(flags)):
@@ -183,11 +189,23 @@ def _given_layout(flags: argparse.Namespace) -> dict[str, int]:
     return {name: getattr(flags, name) for name in (*LAYOUT, "dp") if getattr(flags, name) is not None}
 
 
-def _to_file(flags: argparse.Namespace) -> None:
-    from megaforge.checkpoint.convert import write_file
+def _open(flags: argparse.Namespace, *, keeps_encryption: bool = False) -> TensorSource:
     from megaforge.checkpoint.sources import open_source
 
     source = open_source(flags.load)
+    if source.encrypted and not flags.plain and not keeps_encryption:
+        raise UserError(
+            f"--load {source.path} is encrypted, and --save {flags.save} is plain; add --plain if it may be"
+        )
+    if flags.plain and not source.encrypted:
+        raise UserError(f"--plain: {source.path} is not encrypted; leave it out")
+    return source
+
+
+def _to_file(flags: argparse.Namespace) -> None:
+    from megaforge.checkpoint.convert import write_file
+
+    source = _open(flags)
     record = write_file(source, flags.save, optimizer=flags.optimizer)
     print(f"{flags.save}: step {source.step} of {source.path}, {record.bytes:,} bytes, SHA-256 {record.sha256}")
 
@@ -238,14 +256,15 @@ def _export_hf(flags: argparse.Namespace, source: TensorSource, said: str) -> No
 
 def _to_directory(flags: argparse.Namespace) -> None:
     from megaforge.checkpoint.convert import write_directory
-    from megaforge.checkpoint.sources import open_source
+    from megaforge.checkpoint.encryption import read_key
 
     given = _given_layout(flags)
     dp = given.pop("dp", None)
-    source = open_source(flags.load)
+    source = _open(flags, keeps_encryption=True)
     parallel = ParallelConfig(**{LAYOUT[name]: size for name, size in given.items()})  # type: ignore[arg-type]
-    path = write_directory(source, flags.save, parallel, dp)
-    print(f"{path}: step {source.step} of {source.path}, {_describe(source)}")
+    key = read_key() if flags.encrypt or (source.encrypted and not flags.plain) else None
+    path = write_directory(source, flags.save, parallel, dp, key)
+    print(f"{path}: step {source.step} of {source.path}, {_describe(source)}{', encrypted' * (key is not None)}")
 
 
 def _describe(source: TensorSource) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,9 +25,11 @@ from megaforge.checkpoint.directory import (
     quarantine,
     remove_checkpoint,
 )
+from megaforge.checkpoint.encryption import Key, Seal
 from megaforge.checkpoint.find import Problem, check_length, verify_checkpoint
 from megaforge.checkpoint.manifest import Manifest, read_manifest
 from megaforge.checkpoint.planner import ShardLoadPlanner, ShardSavePlanner
+from megaforge.checkpoint.sealed import unlocked
 from megaforge.checkpoint.shards import RANK_PREFIX, Shard, build_shards
 from megaforge.checkpoint.storage import CheckpointHead, CheckpointReader, CheckpointWriter
 from megaforge.errors import CheckpointError, UserError
@@ -64,6 +67,7 @@ def save_checkpoint(
     metric: float | None = None,
     chunks: int = 1,
     goes_on_from: int | None = None,
+    key: Key | None = None,
 ) -> Path:
     """Takes a snapshot, writes it below ``directory`` and publishes it as the checkpoint of ``step``. Collective.
 
@@ -76,6 +80,7 @@ def save_checkpoint(
         goes_on_from: the step of this run's newest checkpoint there (0: none yet). Later ones are of another run, or of
             a past that this one went back behind: they are set aside as ``NAME.abandoned``, and rank 0 says so. None
             sets nothing aside.
+        key: encrypts it; every rank has the same one.
 
     Returns:
         The committed directory.
@@ -83,7 +88,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: on every rank, when any rank failed (disk full, ...); earlier checkpoints are untouched.
     """
-    snapshot = take_snapshot(step, entries, meta, ctx, rank_tensors, metric=metric, chunks=chunks)
+    snapshot = take_snapshot(step, entries, meta, ctx, rank_tensors, metric=metric, chunks=chunks, key=key)
     return save_snapshot(snapshot, Path(directory), ctx, goes_on_from=goes_on_from)
 
 
@@ -105,11 +110,13 @@ def take_snapshot(
     *,
     metric: float | None = None,
     chunks: int = 1,
+    key: Key | None = None,
 ) -> Snapshot:
     """The first part of :func:`save_checkpoint`: what is to be saved, checked on every rank. Collective."""
     shards = together(ctx, lambda: build_shards(entries, rank_tensors or {}, ctx))
-    from_first_rank(ctx, lambda: json.dumps(meta))
-    return Snapshot(CheckpointHead(step, layout_of(ctx, chunks), meta, metric), shards)
+    name = from_first_rank(ctx, lambda: (json.dumps(meta), secrets.token_hex(16))[1])
+    seal = None if key is None else Seal.new(key, name)
+    return Snapshot(CheckpointHead(step, layout_of(ctx, chunks), meta, metric, seal), shards)
 
 
 def write_snapshot(snapshot: Snapshot, directory: Path, ctx: ParallelContext) -> Manifest | None:
@@ -249,7 +256,7 @@ def load_checkpoint(
         problem = verify_checkpoint(path, ctx)
         if problem is not None:
             raise CheckpointError(f"--load {path}: this checkpoint is unusable: {problem.text}")
-    manifest = together(ctx, lambda: read_manifest(path))
+    manifest = together(ctx, lambda: unlocked(path, read_manifest(path)))
     why = _why_ranks_differ(manifest, ctx, chunks)
     if rank_tensors and why and ctx.is_first_rank:
         logger.warning("%s %s: the ranks' own tensors (random states) start afresh", path, why)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import secrets
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from megaforge.checkpoint.boxes import box_of
 from megaforge.checkpoint.checkpoint import layout_of
 from megaforge.checkpoint.directory import commit, discard_temporary, fsync_directory, list_steps
+from megaforge.checkpoint.encryption import Key, Seal
 from megaforge.checkpoint.planner import ShardSavePlanner
 from megaforge.checkpoint.safetensors_file import FileRecord, Slot, file_order, write_safetensors
 from megaforge.checkpoint.shards import Shard
@@ -97,13 +99,18 @@ def publish_file(
 
 
 def write_directory(
-    source: TensorSource, directory: str | Path, parallel: ParallelConfig | None = None, dp: int | None = None
+    source: TensorSource,
+    directory: str | Path,
+    parallel: ParallelConfig | None = None,
+    dp: int | None = None,
+    key: Key | None = None,
 ) -> Path:
     """Writes ``source`` as a checkpoint below ``directory``, in the files that ranks of the layout would write.
 
     Args:
         parallel: the layout, of which tp, cp, pp, vpp, ep and etp count; by default one rank.
         dp: data-parallel size; by default the smallest that the experts' layout allows.
+        key: encrypts it.
 
     Returns:
         The checkpoint, which any layout loads.
@@ -121,10 +128,9 @@ def write_directory(
     keys = _keys_of_parameters(source, config)
     planners = _plan_ranks(source, config, plan, world_size, keys)
     layout = layout_of(_context(0, world_size, parallel), plan.num_stages // parallel.pipeline_model_parallel_size)
-    writers = [
-        CheckpointWriter(directory, CheckpointHead(source.step, layout, source.meta, source.metric), rank)
-        for rank in range(world_size)
-    ]
+    seal = None if key is None else Seal.new(key, secrets.token_hex(16))
+    head = CheckpointHead(source.step, layout, source.meta, source.metric, seal)
+    writers = [CheckpointWriter(directory, head, rank) for rank in range(world_size)]
     plans, metadata = planners[0].create_global_plan([planner.create_local_plan() for planner in planners])
     try:
         writers[0].prepare_global_plan(plans)

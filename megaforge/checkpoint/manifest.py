@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megaforge.checkpoint.encryption import Seal
 from megaforge.checkpoint.safetensors_file import DTYPES, FileRecord
 from megaforge.errors import CheckpointError, DamagedCheckpointError
 from megaforge.json_text import parse_json
 
 MANIFEST_FILE = "manifest.json"
 SUMS_FILE = "SHA256SUMS"
+SIGNATURE_FILE = "manifest.hmac"  # of an encrypted checkpoint's manifest, by its key
 FORMAT = "megaforge-checkpoint"
 VERSION = 2  # 1: a parameter's name was not its path, and the parts of a run had no names
 
@@ -52,6 +54,7 @@ class Manifest:
         metric: score by which ``--keep-best`` ranks it, or None; lower is better (see save_checkpoint).
         files: name -> length and hash.
         tensors: key -> where its pieces are.
+        seal: what its files were encrypted with, or None.
     """
 
     step: int
@@ -60,6 +63,7 @@ class Manifest:
     metric: float | None
     files: Mapping[str, FileRecord]
     tensors: Mapping[str, TensorRecord]
+    seal: Seal | None = None
 
     def encode(self) -> bytes:
         """UTF-8 JSON, one line a file and a tensor."""
@@ -71,6 +75,8 @@ class Manifest:
             "metric": self.metric,
             "meta": self.meta,
         }
+        if self.seal is not None:
+            head["encryption"] = {"key": self.seal.key_id, "checkpoint": self.seal.checkpoint}
         lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
         files = [f"{json.dumps(name)}: {json.dumps(record._asdict())}" for name, record in sorted(self.files.items())]
         tensors = []
@@ -87,11 +93,15 @@ class Manifest:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Writes and fsyncs ``manifest.json`` and ``SHA256SUMS`` into ``directory``."""
+    """Writes and fsyncs ``manifest.json``, its signature where there is a key, and ``SHA256SUMS``."""
     content = manifest.encode()
     sums = {name: record.sha256 for name, record in sorted(manifest.files.items())}
     sums[MANIFEST_FILE] = hashlib.sha256(content).hexdigest()
     write_and_sync(directory / MANIFEST_FILE, content)
+    if manifest.seal is not None and manifest.seal.key is not None:
+        signature = manifest.seal.key.sign(content).encode()
+        sums[SIGNATURE_FILE] = hashlib.sha256(signature).hexdigest()
+        write_and_sync(directory / SIGNATURE_FILE, signature)
     write_and_sync(directory / SUMS_FILE, "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode())
 
 
@@ -151,7 +161,7 @@ def _decode(directory: Path, fields: dict[str, Any]) -> Manifest:
                 f"{directory}: {MANIFEST_FILE}: {key} is of type {entry['dtype']}, in unlisted files {sorted(unknown)}"
             )
         tensors[str(key)] = TensorRecord(entry["dtype"], tuple(map(int, entry["shape"])), chunks)
-    metric = fields["metric"]
+    metric, sealed = fields["metric"], fields.get("encryption")
     return Manifest(
         step=int(fields["step"]),
         layout={str(axis): int(size) for axis, size in fields["layout"].items()},
@@ -159,4 +169,5 @@ def _decode(directory: Path, fields: dict[str, Any]) -> Manifest:
         metric=None if metric is None or math.isnan(float(metric)) else float(metric),
         files=files,
         tensors=tensors,
+        seal=None if sealed is None else Seal(str(sealed["key"]), str(sealed["checkpoint"])),
     )

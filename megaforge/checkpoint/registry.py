@@ -12,6 +12,7 @@ from megaforge.checkpoint.directory import LATEST_FILE, is_step_directory, list_
 from megaforge.checkpoint.find import Problem, check_file, check_length
 from megaforge.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from megaforge.checkpoint.safetensors_file import SafetensorsFile
+from megaforge.checkpoint.sealed import open_tensors, unlocked
 from megaforge.checkpoint.shards import chunk_name
 from megaforge.errors import CheckpointError, DamagedCheckpointError, UserError
 
@@ -81,14 +82,14 @@ def verify_checkpoints(directory: str | Path) -> Iterator[Listed]:
         try:
             manifest = read_manifest(path)
             checked = (check_file(path / name, record) for name, record in manifest.files.items())
-            problem = next(filter(None, checked), None) or check_contents(path, manifest)
-            yield _listed(path, manifest, problem)
+            problem = next(filter(None, checked), None)
+            yield _listed(path, manifest, problem or check_contents(path, unlocked(path, manifest)))
         except (CheckpointError, OSError) as error:
             yield Listed(path.name, None, None, None, None, None, str(error))
 
 
 def check_contents(path: Path, manifest: Manifest) -> Problem | None:
-    """Whether the pieces that ``manifest`` lists are in the files, and make up each tensor exactly once."""
+    """Whether the pieces that ``manifest``, unlocked, lists are in the files, and make up each tensor exactly once."""
     slots: dict[str, Mapping[str, tuple[tuple[int, ...], str]]] = {}
     for key, record in manifest.tensors.items():
         boxes = [box_of(chunk.offsets, chunk.sizes) for chunk in record.chunks]
@@ -98,7 +99,7 @@ def check_contents(path: Path, manifest: Manifest) -> Problem | None:
         for chunk in record.chunks:
             if chunk.file not in slots:
                 try:
-                    slots[chunk.file] = _slots(path / chunk.file)
+                    slots[chunk.file] = _slots(open_tensors(path, chunk.file, manifest))
                 except DamagedCheckpointError as error:
                     return Problem(str(error), True)
             name = chunk_name(key, chunk.offsets, chunk.sizes, record.shape)
@@ -107,8 +108,8 @@ def check_contents(path: Path, manifest: Manifest) -> Problem | None:
     return None
 
 
-def _slots(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    return {slot.name: (slot.shape, slot.dtype_name) for slot in SafetensorsFile(path).slots()}
+def _slots(file: SafetensorsFile) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {slot.name: (slot.shape, slot.dtype_name) for slot in file.slots()}
 
 
 def _listed(path: Path, manifest: Manifest, problem: Problem | None) -> Listed:

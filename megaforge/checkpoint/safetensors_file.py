@@ -14,12 +14,13 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from megaforge.checkpoint.encryption import EncryptedFile, Encryptor
 from megaforge.errors import DamagedCheckpointError
 from megaforge.json_text import parse_json
 
@@ -96,16 +97,28 @@ def _raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def write_safetensors(
-    path: Path, slots: Sequence[Slot], tensors: Iterable[torch.Tensor], metadata: Mapping[str, str] | None = None
+    path: Path,
+    slots: Sequence[Slot],
+    tensors: Iterable[torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+    seal: Callable[[int], Encryptor] | None = None,
 ) -> FileRecord:
-    """Writes and fsyncs ``path``; ``tensors`` is consumed one at a time, in the order of ``slots``. ``metadata`` goes
-    into the header.
+    """Writes and fsyncs ``path``; ``tensors`` is consumed one at a time, in the order of ``slots``.
+
+    Args:
+        metadata: goes into the header.
+        seal: encrypts what is written; it is told how many bytes there are.
+
+    Returns:
+        Length and hash of the file, as it lies there.
 
     Raises:
         OSError: the file cannot be written (disk full among others); the half-written file is left behind.
         ValueError: a tensor is not what its slot says.
     """
     digest, written = hashlib.new(HASH), 0
+    header = _encode_header(slots, metadata or {})
+    encryptor = None if seal is None else seal(len(header) + sum(slot.nbytes for slot in slots))
     with open(path, "xb", buffering=0) as file:
 
         def put(data: memoryview) -> None:
@@ -117,19 +130,29 @@ def write_safetensors(
                     block = block[file.write(block) :]
             written += len(data)
 
-        put(memoryview(_encode_header(slots, metadata or {})))
+        def take(data: memoryview) -> None:
+            if encryptor is None:
+                return put(data)
+            for chunk in encryptor.update(data):
+                put(memoryview(chunk))
+
+        if encryptor is not None:
+            put(memoryview(encryptor.head))
+        take(memoryview(header))
         for slot, tensor in zip(slots, tensors, strict=True):
             if tensor.dtype != slot.dtype or tuple(tensor.shape) != slot.shape:
                 raise ValueError(
                     f"{slot.name}: {tensor.dtype} {tuple(tensor.shape)} in a slot for {slot.dtype} {slot.shape}"
                 )
-            put(_raw_bytes(tensor))
+            take(_raw_bytes(tensor))
+        if encryptor is not None:
+            put(memoryview(encryptor.finish()))
         os.fsync(file.fileno())
     return FileRecord(written, digest.hexdigest())
 
 
 class SafetensorsFile:
-    """A memory-mapped safetensors file. Reading writes nothing and works on read-only media.
+    """A memory-mapped safetensors file, or an encrypted one. Reading writes nothing and works on read-only media.
 
     Attributes:
         metadata: the strings that its header carries beside the tensors.
@@ -138,21 +161,35 @@ class SafetensorsFile:
         DamagedCheckpointError: it is not a safetensors file, or its header contradicts its length.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, encrypted: EncryptedFile | None = None) -> None:
+        """``encrypted``: reads ``path`` where it is."""
         self.path = path
         self.metadata: dict[str, str] = {}
+        self._encrypted = encrypted
+        self._map: mmap.mmap | None = None
+        if encrypted is not None:
+            self._data_start = self._read_header(encrypted.size, encrypted.read)
+            return
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER + 1
-            if length > min(_MAX_HEADER, size - 8):
-                raise DamagedCheckpointError(
-                    f"{path}: not a safetensors file (header of {length} bytes in a file of {size})"
-                )
-            self._header = self._parse(file.read(length), size - 8 - length)
+
+            def read(begin: int, length: int) -> bytes:
+                file.seek(begin)
+                return file.read(length)
+
+            self._data_start = self._read_header(os.fstat(file.fileno()).st_size, read)
             # A private mapping: torch warns about tensors over read-only buffers, and nobody writes to these.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self._data_start = 8 + length
+
+    def _read_header(self, size: int, read: Callable[[int, int], bytes | bytearray]) -> int:
+        """Takes in the header of a file of ``size`` bytes; returns where its data begin."""
+        prefix = read(0, 8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER + 1
+        if length > min(_MAX_HEADER, size - 8):
+            raise DamagedCheckpointError(
+                f"{self.path}: not a safetensors file (header of {length} bytes in a file of {size})"
+            )
+        self._header = self._parse(bytes(read(8, length)), size - 8 - length)
+        return 8 + length
 
     def _parse(self, text: bytes, data_bytes: int) -> dict[str, tuple[Slot, int]]:
         try:
@@ -182,7 +219,7 @@ class SafetensorsFile:
         return [slot for slot, _ in self._header.values()]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor called ``name`` as a view of the mapped file.
+        """The tensor called ``name`` as a view of the mapped file; of an encrypted one in memory of its own.
 
         Raises:
             DamagedCheckpointError: the file has no such tensor.
@@ -192,7 +229,8 @@ class SafetensorsFile:
         slot, begin = self._header[name]
         if not slot.nbytes:
             return torch.empty(slot.shape, dtype=slot.dtype)
-        flat = torch.frombuffer(
-            self._map, dtype=slot.dtype, count=math.prod(slot.shape), offset=self._data_start + begin
-        )
+        begin += self._data_start
+        if self._encrypted is not None:
+            return torch.frombuffer(self._encrypted.read(begin, slot.nbytes), dtype=slot.dtype).reshape(slot.shape)
+        flat = torch.frombuffer(self._map, dtype=slot.dtype, count=math.prod(slot.shape), offset=begin)
         return flat.reshape(slot.shape)

@@ -14,6 +14,7 @@ from megaforge.checkpoint.boxes import box_of, intersect
 from megaforge.checkpoint.find import find_checkpoint
 from megaforge.checkpoint.manifest import read_manifest
 from megaforge.checkpoint.safetensors_file import DTYPES, SafetensorsFile
+from megaforge.checkpoint.sealed import open_tensors, unlocked
 from megaforge.checkpoint.shards import RANK_PREFIX, chunk_name
 from megaforge.errors import DamagedCheckpointError, UserError
 from megaforge.json_text import parse_json
@@ -44,6 +45,7 @@ class TensorSource(ABC):
         metric: the checkpoint's score, or None.
         meta: the JSON values that were saved with them.
         tensors: what there is, by key; what belonged to a rank of its layout is left out.
+        encrypted: whether it lies there encrypted.
     """
 
     path: Path
@@ -51,6 +53,7 @@ class TensorSource(ABC):
     metric: float | None
     meta: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
+    encrypted: bool = False
 
     @abstractmethod
     def read(self, key: str, box: Box | None = None) -> torch.Tensor:
@@ -66,7 +69,8 @@ class DirectorySource(TensorSource):
 
     def __init__(self, directory: str | Path) -> None:
         self.path = find_checkpoint(directory, ParallelContext.single())
-        self._manifest = manifest = read_manifest(self.path)
+        self._manifest = manifest = unlocked(self.path, read_manifest(self.path))
+        self.encrypted = manifest.seal is not None
         self.step, self.metric, self.meta = manifest.step, manifest.metric, manifest.meta
         self.tensors = {
             key: TensorInfo(DTYPES[record.dtype], record.shape)
@@ -93,7 +97,7 @@ class DirectorySource(TensorSource):
         return torch.empty([b - a for a, b in box], dtype=info.dtype) if result is None else result
 
     def _file(self, name: str) -> SafetensorsFile:
-        file = self._files.pop(name, None) or SafetensorsFile(self.path / name)
+        file = self._files.pop(name, None) or open_tensors(self.path, name, self._manifest)
         self._files[name] = file
         if len(self._files) > _OPEN_FILES:
             self._files.popitem(last=False)

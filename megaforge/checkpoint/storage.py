@@ -11,6 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,16 +28,17 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from megaforge.checkpoint import directory as directories
+from megaforge.checkpoint.encryption import ENCRYPTED_SUFFIX, Seal
 from megaforge.checkpoint.manifest import ChunkRecord, Manifest, TensorRecord
 from megaforge.checkpoint.safetensors_file import (
     DTYPE_NAMES,
     DTYPES,
     FileRecord,
-    SafetensorsFile,
     Slot,
     file_order,
     write_safetensors,
 )
+from megaforge.checkpoint.sealed import open_tensors
 from megaforge.checkpoint.shards import chunk_name
 from megaforge.errors import CheckpointError, DamagedCheckpointError
 
@@ -49,6 +51,7 @@ class CheckpointHead:
     layout: Mapping[str, int]
     meta: dict[str, Any]
     metric: float | None
+    seal: Seal | None = None  # what encrypts its files
 
 
 class _Written(NamedTuple):
@@ -110,10 +113,12 @@ class CheckpointWriter(StorageWriter):
         if not plan.items:
             return _done([])
         pairs = sorted(((_slot_of(item), item) for item in plan.items), key=lambda pair: file_order(pair[0]))
-        name = f"rank_{self.rank:05d}.safetensors"
+        seal = self.head.seal
+        name = f"rank_{self.rank:05d}.safetensors{ENCRYPTED_SUFFIX if seal else ''}"
         tensors = (self._tensor(planner, item) for _, item in pairs)
         path = directories.temporary_path(self.directory, self.head.step) / name
-        written = _Written(name, write_safetensors(path, [slot for slot, _ in pairs], tensors))
+        encrypt = None if seal is None else partial(seal.encryptor, self.head.step, name)
+        written = _Written(name, write_safetensors(path, [slot for slot, _ in pairs], tensors, seal=encrypt))
         return _done([WriteResult(item.index, slot.nbytes, written) for slot, item in pairs])
 
     @staticmethod
@@ -149,11 +154,11 @@ class CheckpointWriter(StorageWriter):
             )
             tensors[key] = TensorRecord(DTYPE_NAMES[tensor.properties.dtype], tuple(tensor.size), chunks)
         head = self.head
-        self.manifest = Manifest(head.step, head.layout, head.meta, head.metric, files, tensors)
+        self.manifest = Manifest(head.step, head.layout, head.meta, head.metric, files, tensors, head.seal)
 
 
 class CheckpointReader(StorageReader):
-    """Reads the checkpoint ``path`` that ``manifest`` describes; touches only the bytes that the plan asks for."""
+    """Reads the checkpoint ``path``, described by ``manifest``, unlocked; only the bytes that the plan asks for."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
@@ -196,7 +201,7 @@ class CheckpointReader(StorageReader):
             )
         for name, items in by_file.items():
             try:
-                file = SafetensorsFile(self.path / name)
+                file = open_tensors(self.path, name, self.manifest)
             except FileNotFoundError as error:
                 raise DamagedCheckpointError(f"{self.path / name} is missing") from error
             for item, tensor_name in items:

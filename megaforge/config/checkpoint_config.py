@@ -60,6 +60,12 @@ class CheckpointConfig:
         "takes as much again as its file",
     )
 
+    encrypt_checkpoints: bool = flag(
+        False,
+        "encrypt checkpoints (AES-256-GCM) by the key in the file that MEGAFORGE_KEY_FILE names, or in MEGAFORGE_KEY "
+        "(extra 'encrypt')",
+    )
+
     def validate(self) -> None:
         every, retained = self.save_interval, self.save_retain_interval
         if every and retained is not None and retained % every:

@@ -90,6 +90,12 @@ RUN_PARTNERS = (
         "MPI's collectives wait for each other, those of a save and of a step too: use --distributed-backend gloo or "
         "leave it out",
     ),
+    Partner(("checkpoint.encrypt_checkpoints",), lambda c: c.checkpoint.save, "nothing is saved: add --save DIR"),
+    Partner(
+        ("checkpoint.encrypt_checkpoints",),
+        lambda c: not c.checkpoint.phase6_output,
+        "--phase6-output writes the weights in plain: leave it out; tools/phase_interface.py export writes them later",
+    ),
     Partner(("checkpoint.ckpt_step",), lambda c: c.checkpoint.load, "there is no directory of it: add --load DIR"),
     Partner(
         ("training.eval_test",),

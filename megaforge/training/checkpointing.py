@@ -15,6 +15,7 @@ from megaforge.checkpoint.background import BackgroundSave
 from megaforge.checkpoint.checkpoint import Snapshot, load_checkpoint, read_meta, save_snapshot, take_snapshot
 from megaforge.checkpoint.compatible import check_compatible, describe_run
 from megaforge.checkpoint.directory import Retention, list_steps
+from megaforge.checkpoint.encryption import Key, read_key
 from megaforge.checkpoint.find import find_checkpoint, holds_no_checkpoint, holds_other_program
 from megaforge.checkpoint.manifest import read_manifest
 from megaforge.checkpoint.stateful import Stateful, tensors_of
@@ -22,7 +23,7 @@ from megaforge.config.checkpoint_config import CheckpointConfig
 from megaforge.config.launcher import print_rank_0
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.device import get_random_state, set_random_state
-from megaforge.errors import UserError
+from megaforge.errors import UserError, require
 from megaforge.parallel.agree import exchange, together
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import Entry
@@ -79,8 +80,41 @@ def _run_snapshot(trainer: Trainer) -> tuple[Path, Snapshot]:
         get_random_state(trainer.ctx.device),
         metric=_score(trainer),
         chunks=len(trainer.model.chunks),
+        key=trainer.key,
     )
     return Path(config.checkpoint.save), snapshot
+
+
+def agreed_key(ctx: ParallelContext) -> Key:
+    """The key of this process's environment, which has to be every rank's. Collective.
+
+    Raises:
+        UserError: on every rank: one has none, or another one, or no ``cryptography``.
+    """
+
+    def own() -> Key:
+        require("cryptography", "encrypt", "--encrypt-checkpoints")
+        try:
+            return read_key()
+        except UserError as error:
+            raise UserError(f"--encrypt-checkpoints: {error}") from error
+
+    key = together(ctx, own)
+    if len(found := set(exchange(ctx, key.id))) > 1:
+        raise UserError(f"--encrypt-checkpoints: the ranks have {len(found)} keys; give all of them the same one")
+    return key
+
+
+def _check_encrypted(path: Path, flags: CheckpointConfig) -> None:
+    """
+    Raises:
+        UserError: the run goes on from an encrypted checkpoint and would leave plain ones.
+    """
+    if read_manifest(path).seal is not None and flags.save is not None and not flags.encrypt_checkpoints:
+        raise UserError(
+            f"{path} is encrypted, and --save {flags.save} would hold plain checkpoints: add --encrypt-checkpoints "
+            "(tools/convert_checkpoint.py --plain makes a plain one of it)"
+        )
 
 
 def stateful_parts(trainer: Trainer) -> dict[str, Stateful]:
@@ -174,6 +208,7 @@ def load_run(trainer: Trainer) -> Path | None:
     if flags.finetune:
         return _load_weights(trainer, flags.load, quarantine_damaged=own)
     path = find_checkpoint(flags.load, ctx, quarantine_damaged=own)
+    together(ctx, lambda: _check_encrypted(path, flags))
     meta = read_meta(path)
     check_compatible(meta, config, trainer.tokenizer, source=str(path))
     _check_is_run(meta, path)
@@ -211,6 +246,7 @@ def _is_missing(directory: str, ctx: ParallelContext) -> bool:
 def _load_weights(trainer: Trainer, directory: str, *, quarantine_damaged: bool = False) -> Path:
     """The weights alone, for a new run."""
     path = find_checkpoint(directory, trainer.ctx, quarantine_damaged=quarantine_damaged)
+    together(trainer.ctx, lambda: _check_encrypted(path, trainer.config.checkpoint))
     flags = dataclasses.replace(trainer.config.checkpoint, finetune=True)
     config = dataclasses.replace(trainer.config, checkpoint=flags)
     check_compatible(read_meta(path), config, trainer.tokenizer, source=str(path))

@@ -44,7 +44,7 @@ from megaforge.training.callbacks import (
     ExitInterval,
     MetricsWriter,
 )
-from megaforge.training.checkpointing import check_save_directory, load_run, tokenizer_identity
+from megaforge.training.checkpointing import agreed_key, check_save_directory, load_run, tokenizer_identity
 from megaforge.training.clip_search import ClipSearch
 from megaforge.training.console import ConsoleLog
 from megaforge.training.decoupled_lr import DecoupledRate
@@ -151,6 +151,8 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext) -> Trainer:
         batches=run.layout.batches,
         callbacks=_callbacks(config, progress),
     )
+    if config.checkpoint.encrypt_checkpoints:
+        trainer.key = agreed_key(ctx)
     if config.checkpoint.async_save and config.checkpoint.save is not None:
         trainer.background = BackgroundSave(ctx, config.parallel.distributed_timeout_minutes)
     if config.optimizer.ema_decay:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from megaforge.checkpoint.background import BackgroundSave
+from megaforge.checkpoint.encryption import Key
 from megaforge.checkpoint.stateful import Stateful
 from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.config.config import Config
@@ -56,6 +57,7 @@ class Trainer:
         paused: whether it ends to be continued (``--exit-interval``).
         save_due: whether the time asks for a checkpoint.
         background: what writes checkpoints while steps go on (``--async-save``), or None.
+        key: what encrypts checkpoints, or None.
         save_written: whether it has written one on all ranks, which :meth:`settle_save` makes known.
         stop_reason: why the run ends before ``--train-iters``, or None.
     """
@@ -96,6 +98,7 @@ class Trainer:
         self.tokens_per_expert = torch.empty((0, 0))
         self.interrupted = self.save_due = self.paused = self.save_written = False
         self.background: BackgroundSave | None = None
+        self.key: Key | None = None
         self._requests = Requests()
 
     @property

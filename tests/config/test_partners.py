@@ -42,6 +42,8 @@ REFUSED = [
     (("--keep-last", "9"), (), "--save DIR"),
     (("--save-retain-interval", "9"), (), "--save DIR"),
     (("--async-save",), (), "--save DIR"),
+    (("--encrypt-checkpoints",), (), "--save DIR"),
+    (("--encrypt-checkpoints",), ("--save", "r", "--phase6-output", "d"), "tools/phase_interface.py export"),
     (("--keep-best-only",), ("--save", "r"), "add --keep-best N"),
     (("--keep-last", "9"), ("--save", "r", *EVALUATED, "--keep-best", "1", "--keep-best-only"), "leave out the one"),
     (("--async-save",), ("--save", "r", "--distributed-backend", "mpi"), "--distributed-backend gloo"),
