@@ -5,6 +5,7 @@
     python tools/plan.py memory --config cdrmix-core-40b --tp 8 --sp --pp 4 --ep 8 --dp 4 --zero 1 --gpu h100-80g
     python tools/plan.py memory --config cdrmix-core-40b --gpu h100-80g --search --gpus 256
     python tools/plan.py schedule --pp 4 --vpp 2 --microbatches 8 --schedule zb-v --output plans/zb-v.svg
+    python tools/plan.py scaling --config cdrmix-core-1b --zero 1 --gpus 1 2 4 8 16 32 --weak
     python tools/plan.py goodput --gpus 1024 --mtbf-hours 7.9 --stall 1 --restart 300
     python tools/plan.py ladders
     python tools/plan.py activations
@@ -12,8 +13,8 @@
 
 params prints the stored parameters of each component and the active ones (those that one token uses). memory
 prints memory, communication, bubble, step time and MFU of a layout, or the fastest layouts that fit. schedule
-draws a pipeline schedule. goodput says how often to save and what failures cost at each scale. ladders
-dry-runs the jobs of run_scripts/slurm/cdrmix.txt, every rank of them.
+draws a pipeline schedule. scaling predicts the same run on more and more GPUs. goodput says how often to save and
+what failures cost at each scale. ladders dry-runs the jobs of run_scripts/slurm/cdrmix.txt, every rank of them.
 activations compares predicted activation bytes with those that a CPU keeps.
 docs writes what these say into the documents that quote them.
 """
@@ -61,6 +62,7 @@ def params(arguments: Sequence[str], prog: str) -> None:
 MODULES = {
     "memory": "megaforge.planning.plan_command",
     "schedule": "megaforge.planning.schedule_command",
+    "scaling": "megaforge.planning.scaling",
     "goodput": "megaforge.planning.goodput_command",
     "activations": "megaforge.planning.measured_activations",
     "ladders": "megaforge.verification.slurm_jobs",
@@ -69,6 +71,7 @@ MODULES = {
 
 EARLY: dict[str, Callable[[Sequence[str], str], object]] = {
     "memory": plan_request.parse,
+    "scaling": plan_request.parse_scaling,
     "activations": plan_request.parse_activations,
     "ladders": plan_request.parse_ladders,
     "docs": plan_request.parse_docs,

@@ -51,10 +51,38 @@ def parse(arguments: Sequence[str], prog: str) -> Request:
     return Request(config, own, [*parsed.notes, *notes])
 
 
+def parse_scaling(arguments: Sequence[str], prog: str) -> Request:
+    """The flags of ``plan.py scaling``: ``gpus``, in rising order, ``gpu`` and ``weak``; the others are the run's.
+
+    Raises:
+        UserError: an unknown flag or value.
+    """
+    parser = ArgumentParser(prog=prog, add_help=False)
+    parser.add_argument("--gpu", default="h100-80g", help=", ".join(GPUS))
+    parser.add_argument(
+        "--gpus", type=integer(1, 1 << 20), nargs="+", default=[1, 2, 4, 8, 16, 32], metavar="N",
+        help="numbers of GPUs; dp is what the layout leaves of them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--weak", action="store_true", help="the global batch grows as the GPUs do, from its size on the fewest"
+    )
+    if "-h" in arguments or "--help" in arguments:
+        parser.print_help()
+    own, rest = parser.parse_known_args(arguments)
+    gpu_named(own.gpu)
+    own.gpus = sorted(set(own.gpus))
+    parsed = parse_config(rest, prog=prog)
+    config, _, notes = with_run_tokenizer(parsed.config)
+    return Request(config, own, [*parsed.notes, *notes])
+
+
 GPUS_OF_A_SERVER = 8
 
 # What ``plan.py docs`` fills in: the names of the marked places.
-PLACES = ("activations", "assumptions", "search-40b", "search-200b", "ladders", "effects", "metrics", "optimizers")
+PLACES = (
+    *("activations", "assumptions", "search-40b", "search-200b", "scaling-1b", "scaling-200b"),
+    *("ladders", "effects", "metrics", "optimizers"),
+)
 
 
 def parse_docs(arguments: Sequence[str], prog: str) -> list[str]:

@@ -15,8 +15,9 @@ from megaforge.planning.communication import step_traffic
 from megaforge.planning.gpus import GPUS
 from megaforge.planning.measured_activations import comparison_rows
 from megaforge.planning.plan_command import planned_layout
-from megaforge.planning.plan_request import parse_docs, read_jobs
+from megaforge.planning.plan_request import parse_docs, parse_scaling, read_jobs
 from megaforge.planning.report import assumptions, search_text
+from megaforge.planning.scaling import scaling_text
 from megaforge.planning.search import search, worst_rank
 from megaforge.planning.stages import cut_stages, model_parts
 from megaforge.planning.time import step_time
@@ -26,6 +27,7 @@ from megaforge.verification.slurm_jobs import try_job
 DOCUMENTS = ("README.md", "docs/planner.md", "docs/layouts.md", "docs/metrics.md", "docs/optimizers.md")
 GPU = GPUS["h100-80g"]
 LAYOUTS_LISTED = 8
+_200B = "--tp 4 --sp --pp 16 --vpp 2 --ep 8 --etp 1 --zero 1 --recompute full"
 # Of docs/layouts.md: flags of cdrmix-core-4b on 32 GPUs.
 EFFECTS = (
     "",
@@ -63,6 +65,15 @@ def _search(name: str, gpus: int) -> str:
     return f"```\n{command} {LAYOUTS_LISTED}\n{text}\n```"
 
 
+def _scaling(*runs: str) -> str:
+    shown = []
+    for flags in runs:
+        request = parse_scaling(flags.split(), "plan.py scaling")
+        text = scaling_text(request.config, request.own.gpus, GPU, weak=request.own.weak)
+        shown.append(f"$ python tools/plan.py scaling {flags}\n{text}")
+    return "```\n" + "\n\n".join(shown) + "\n```"
+
+
 def _ladders() -> str:
     rows: list[tuple[str, ...]] = [("variant", "GPUs", "layout", "fullest rank, GB", "predicted MFU")]
     for job in sorted(read_jobs(Path("run_scripts/slurm/cdrmix.txt")).values(), key=lambda job: job.name):
@@ -96,6 +107,14 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "assumptions": lambda: assumptions(GPU).removeprefix("assumed: "),
     "search-40b": lambda: _search("cdrmix-core-40b", 128),
     "search-200b": lambda: _search("cdrmix-core-200b", 1024),
+    "scaling-1b": lambda: _scaling(
+        "--config cdrmix-core-1b --zero 1 --gpus 1 2 4 8 16 32",
+        "--config cdrmix-core-1b --zero 1 --gpus 1 2 4 8 16 32 --weak --global-batch-size 8",
+    ),
+    "scaling-200b": lambda: _scaling(
+        f"--config cdrmix-core-200b {_200B} --gpus 256 512 1024",
+        f"--config cdrmix-core-200b {_200B} --gpus 256 512 1024 --weak --global-batch-size 256",
+    ),
     "ladders": _ladders,
     "effects": _effects,
     "metrics": names.table,

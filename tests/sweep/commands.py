@@ -87,6 +87,12 @@ COMMANDS: dict[str, Command] = {
         only_wrong=True,
         reads_nothing=True,
     ),
+    "plan scaling": Command(
+        "tools/plan.py",
+        ("scaling", "--config", "cdrmix-test", "--gpus", "1", "2", "--vocab-size", "300"),
+        only_wrong=True,
+        reads_nothing=True,
+    ),
     "parity": Command("tools/parity.py", ("--layouts", "dp2", "--dtype", "fp64"), only_wrong=True),
 }
 

@@ -63,6 +63,7 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments
         (("memory", "--gpu", "abacus"), "abacus"),
         (("memory", "--search"), "--search needs --gpus"),
         (("params", "--num-layers", "0"), "--num-layers 0"),
+        (("scaling", "--gpus", "0"), "--gpus 0"),
         (("schedule", "--pp", "0"), "--pp 0"),
         (("ladders", "--share", "2"), "--share 2"),
         (("ladders", "none", "--table", f"{REPO}/run_scripts/slurm/cdrmix.txt"), "none: there is no such job"),

@@ -24,7 +24,7 @@ def test_every_place_is_filled_by_somebody() -> None:
     assert {name for places in QUOTED.values() for name in places} == set(BLOCKS) == set(PLACES)
 
 
-@pytest.mark.parametrize("name", ["assumptions", "effects", "metrics", "optimizers"])
+@pytest.mark.parametrize("name", ["assumptions", "effects", "metrics", "optimizers", "scaling-1b"])
 def test_what_is_quick_to_compute_is_up_to_date(name: str) -> None:
     fresh = BLOCKS[name]()
     for places in QUOTED.values():
