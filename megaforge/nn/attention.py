@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from megaforge.kernels.attention import PackedDocuments, causal_attention, takes_documents, takes_segments
+from megaforge.kernels.attention import causal_attention, step_attention
 from megaforge.kernels.attention.fused import fused_attention, takes_fused
 from megaforge.nn.norms import make_head_norm, make_sub_norm
 from megaforge.nn.recompute import recomputed
@@ -234,36 +234,15 @@ class SelfAttention(nn.Module):
         else:
             if state is not None:
                 key, value = state.append(key, value)
-            seen = _seen(query, key, info, state is not None)
-            out = recomputed(self.recompute_core, causal_attention, query, key, value, *seen)
+            if info.place is not None:
+                return step_attention(query, key, value, info.places_mask(key.shape[2], query.dtype))
+            seen = _seen(length, key.shape[2], info)
+            out = recomputed(self.recompute_core, causal_attention, query, key, value, seen)
         return out
 
 
-def _seen(
-    query: Tensor, key: Tensor, info: PackedSequence, continues: bool
-) -> tuple[Tensor | None, PackedDocuments | None, Tensor | None]:
-    """Which keys a query sees, in the form that attention takes here: a mask (None: all up to its own), documents or
-    segments; ``continues``: queries may follow cached ones."""
-    length, keys = query.shape[2], key.shape[2]
-    if info.place is not None:
-        return info.places_mask(keys, query.dtype), None, None
-    if takes_segments(query, key):
-        return None, None, info.segments(range(keys - length, keys), range(keys))
-    if not continues and info.has_boundaries and takes_documents(query):
-        return None, info.packed_documents(), None
-    mask = info.score_mask(query.dtype)
-    return _continuation_mask(length, keys, mask, info) if continues else mask, None, None
-
-
-def _continuation_mask(queries: int, keys: int, mask: Tensor | None, info: PackedSequence) -> Tensor | None:
-    """The mask of ``queries`` tokens that follow ``keys - queries`` cached ones, some of which may be places that a
-    shorter sequence has not used; ``mask`` when nothing was cached."""
-    if queries == keys:
-        return mask
-    if mask is not None:
-        raise ValueError("packed documents cannot continue from a cache")
-    device = info.position_ids_BS.device
-    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    if info.padding_B is None:
-        return seen
-    return seen & (torch.arange(keys, device=device) >= info.padding_B[:, None])[:, None, None]
+def _seen(length: int, keys: int, info: PackedSequence) -> Tensor | None:
+    """Which of ``keys`` keys the last ``length`` tokens see, as segments; None: each all up to its own."""
+    if info.padding_B is None and not info.has_boundaries and length in (1, keys):
+        return None
+    return info.segments(range(keys - length, keys), range(keys))

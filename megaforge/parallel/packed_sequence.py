@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megaforge.device import upload
-from megaforge.kernels.attention import PackedDocuments, taken_mask
+from megaforge.kernels.attention import taken_mask
 from megaforge.kernels.attention.segments import documents_of, segments_of
 from megaforge.parallel.context_parallel.shard import ContextParallelShard
 from megaforge.parallel.dropout import Dropout
@@ -97,7 +97,6 @@ class PackedSequence:
         self.dropout: Dropout | None = None
         self._start_BS = document_start_BS
         self._mask: torch.Tensor | None = None
-        self._packed: PackedDocuments | None = None
 
     @classmethod
     def at(cls, place: torch.Tensor, padding_B: torch.Tensor) -> PackedSequence:
@@ -108,7 +107,7 @@ class PackedSequence:
         return info
 
     def places_mask(self, places: int, dtype: torch.dtype) -> torch.Tensor:
-        """What a token at ``place`` sees of the ``places`` of a cache, as attention's kernels take it for scores of
+        """What a token at ``place`` sees of the ``places`` of a cache, as ``step_attention`` takes it for scores of
         ``dtype``: [b, 1, 1, places], made once."""
         if ("places_mask", places, dtype) not in self.cache:
             assert self.place is not None and self.padding_B is not None
@@ -138,7 +137,7 @@ class PackedSequence:
 
     def select(self, indices_SB: torch.Tensor) -> PackedSequence:
         """Some tokens of each sequence, for a layer that sees no others: documents begin with their first chosen token,
-        and positions stay what they are. On the device alone: nobody waits for ``indices_SB``.
+        and positions stay what they are.
 
         Args:
             indices_SB: int64 [k, b], places in each sequence in ascending order.
@@ -155,7 +154,7 @@ class PackedSequence:
         some.document_start_SB = torch.cat([first, documents[:, 1:] != documents[:, :-1]], 1).t().contiguous()
         some._places_S = torch.arange(len(indices_SB), device=indices_SB.device)
         some.dropout = None if self.dropout is None else self.dropout.select(indices_SB)
-        some.cache, some._start_BS, some._mask, some._packed = {}, None, None, None
+        some.cache, some._start_BS, some._mask = {}, None, None
         return some
 
     def local(self, x_BS: torch.Tensor, dim: int = 1) -> torch.Tensor:
@@ -166,7 +165,8 @@ class PackedSequence:
         """Bool [b or 1, 1, s, length], true where query (dim 2, this rank's tokens) may see key (dim 3, the whole
         sequence): causal and within one document.
 
-        None when plain causal attention is the same; made at the first call and kept for the other layers.
+        None when plain causal attention is the same; made at the first call and kept for the other layers. For mixers
+        that take a mask; attention takes :meth:`segments`.
         """
         if not self.has_boundaries and self.shards.axis.size == 1:
             return None
@@ -178,36 +178,18 @@ class PackedSequence:
             self._mask = mask[:, None]
         return self._mask
 
-    def score_mask(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """:meth:`attention_mask` as attention's kernels take it for scores of ``dtype``, made once."""
-        mask = self.attention_mask()
-        if mask is not None and ("score_mask", dtype) not in self.cache:
-            self.cache["score_mask", dtype] = taken_mask(mask, dtype)
-        return None if mask is None else self.cache["score_mask", dtype]
-
     def segments(self, queries: range, keys: range) -> torch.Tensor:
         """What queries at some places of the whole sequences see of keys at some places, for attention that takes
-        segments (:mod:`megaforge.kernels.attention.segments`): int64 [n, 6], made once."""
+        segments (:mod:`megaforge.kernels.attention.segments`): int64 [n, 6] in host memory, made once; nobody waits for
+        a device, but for :meth:`select`'s documents and for padding."""
         if "documents" not in self.cache:
-            self.cache["documents"] = documents_of(self._documents_BS, self.offset, self.padding_B)
+            ids = self._documents_BS
+            if not self.has_boundaries:
+                ids = torch.zeros(1, 1, dtype=torch.long).expand(ids.shape)
+            elif self._start_BS is not None:
+                ids = self._start_BS.cpu().long().cumsum(1)
+            self.cache["documents"] = documents_of(ids, self.offset, self.padding_B)
         if ("segments", queries, keys) not in self.cache:
             self.cache["segments", queries, keys] = segments_of(self.cache["documents"], queries, keys)
         found: torch.Tensor = self.cache["segments", queries, keys]
         return found
-
-    def packed_documents(self) -> PackedDocuments | None:
-        """The documents, which for attention is as good as the mask; None when there are no boundaries. Found on the
-        host, once.
-
-        Raises:
-            ValueError: the sequences are shared by ranks.
-        """
-        if self.shards.axis.size > 1:
-            raise ValueError("a rank of cp holds parts of documents")
-        if self.has_boundaries and self._start_BS is not None and self._packed is None:
-            start = self._start_BS.to("cpu", torch.bool, copy=True)
-            start[:, 0] = True
-            begins = start.flatten().nonzero().flatten()
-            bounds = torch.cat([begins, begins.new_tensor([start.numel()])]).int()
-            self._packed = PackedDocuments(upload(bounds, self.position_ids_BS.device), int(bounds.diff().max()))
-        return self._packed

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from megaforge.kernels.attention import additive_mask, causal_attention, takes_documents
+from megaforge.kernels.attention import blocks, causal_attention, form_for, varlen
 from megaforge.parallel.packed_sequence import PackedSequence
 from tests.kernels.test_attention import formula, relative
 
@@ -29,25 +29,22 @@ def packed() -> PackedSequence:
 
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("groups", [8, 2])
-@pytest.mark.parametrize("form", ["causal", "mask", "documents"])
+@pytest.mark.parametrize("form", ["causal", "documents", "blocks"])
 def test_forms_agree_with_the_formula(form: str, groups: int, deterministic: bool) -> None:
     *qkv, direction = inputs(groups)
     info = packed()
-    ours = [x.bfloat16().cuda().requires_grad_() for x in qkv]
+    dtype = torch.float32 if form == "blocks" else torch.bfloat16
+    ours = [x.to(dtype).cuda().requires_grad_() for x in qkv]
     theirs = [x.detach().cpu().double().requires_grad_() for x in ours]
-    assert takes_documents(ours[0])
+    segments = None if form == "causal" else info.segments(range(LENGTH), range(LENGTH))
+    assert segments is None or form_for(ours[0], ours[1], segments) is (blocks if form == "blocks" else varlen)
     mask = info.attention_mask()
     assert mask is not None
-    given = {
-        "causal": {},
-        "mask": {"mask": additive_mask(mask, torch.bfloat16)},
-        "documents": {"documents": info.packed_documents()},
-    }[form]
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(deterministic)
     try:
-        out = causal_attention(*ours, **given)
-        found = torch.autograd.grad(out, ours, direction.bfloat16().cuda())
+        out = causal_attention(*ours, segments)
+        found = torch.autograd.grad(out, ours, direction.to(dtype).cuda())
     finally:
         torch.use_deterministic_algorithms(before)
     expected = formula(*theirs, None if form == "causal" else mask.cpu())
@@ -57,17 +54,35 @@ def test_forms_agree_with_the_formula(form: str, groups: int, deterministic: boo
 
 
 @pytest.mark.parametrize("groups", [8, 2])
-@pytest.mark.parametrize("form", ["causal", "mask", "documents"])
+def test_parts_as_a_ring_has_them(groups: int) -> None:
+    """Two halves of the keys, put together by their log-sum-exp, and their gradients: flash against blocks."""
+    *qkv, direction = (x.bfloat16().cuda() for x in inputs(groups))
+    info, half = packed(), LENGTH // 2
+    rows = range(half, LENGTH)
+    query, grad = (x[:, :, half:] for x in (qkv[0], direction))
+    results = []
+    for form in (varlen, blocks):
+        parts = []
+        for keys in (rows, range(half)):
+            kv, segments = [x[:, :, keys.start : keys.stop] for x in qkv[1:]], info.segments(rows, keys)
+            assert varlen.takes(query, kv[0], segments)
+            parts.append((kv, segments, *form.attention_with_lse(query, *kv, segments)))
+        lse = torch.logaddexp(parts[0][3], parts[1][3])
+        out = sum(o * (own - lse).exp().unsqueeze(-1) for *_, o, own in parts)
+        grads = [form.attention_gradients(grad, query, *kv, out, lse, segments) for kv, segments, *_ in parts]
+        results.append([out, lse, *(x for one in grads for x in one)])
+    for got, wanted in zip(*results, strict=True):
+        assert relative(got.cpu(), wanted.double().cpu()) < 1.5e-2
+
+
+@pytest.mark.parametrize("groups", [8, 2])
+@pytest.mark.parametrize("form", ["causal", "documents"])
 def test_no_form_holds_all_scores(form: str, groups: int) -> None:
     """The kernel that does is a softmax of its own."""
     info = packed()
     q, k, v = (x.bfloat16().cuda() for x in inputs(groups)[:3])
-    given = {
-        "causal": {},
-        "mask": {"mask": info.score_mask(torch.bfloat16)},
-        "documents": {"documents": info.packed_documents()},
-    }[form]
+    segments = None if form == "causal" else info.segments(range(LENGTH), range(LENGTH))
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        causal_attention(q, k, v, **given)
+        causal_attention(q, k, v, segments)
     names = [event.key.lower() for event in seen.key_averages()]
     assert names and not any("softmax" in name for name in names), names

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaforge.kernels.attention import causal_attention, native, takes_segments
+from megaforge.kernels.attention import causal_attention, form_for, native
 from megaforge.kernels.attention.reference import causal_attention_reference as formula
 from megaforge.kernels.attention.segments import documents_of, segments_of, whole
 from megaforge.kernels.native import why_missing
@@ -149,8 +149,10 @@ def test_queries_that_continue_are_the_same_bits(dtype: torch.dtype) -> None:
     expected = causal_attention(*given[:3])
     for cut in (8, 300):
         rows, keys = range(333 - cut, 333), range(333)
-        got = causal_attention(given[0][:, :, -cut:], given[1], given[2], segments=segments_of(documents, rows, keys))
-        assert takes_segments(given[0][:, :, -cut:], given[1]) and torch.equal(got, expected[:, :, -cut:])
+        segments = segments_of(documents, rows, keys)
+        got = causal_attention(given[0][:, :, -cut:], given[1], given[2], segments=segments)
+        assert form_for(given[0][:, :, -cut:], given[1], segments) is native
+        assert torch.equal(got, expected[:, :, -cut:])
 
 
 @pytest.mark.parametrize("dtype", TYPES)

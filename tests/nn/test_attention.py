@@ -14,12 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.kernels.attention import native
+from megaforge.kernels.attention import attention_gradients, attention_with_lse, causal_attention, native
 from megaforge.kernels.attention.fused import takes_fused
 from megaforge.nn.attention import KVCache, SelfAttention
 from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.parallel.param_spec import named_specs
-from tests.kernels.test_attention import fake_varlen
 from tests.nn.support import assert_agrees, assert_close, filled, layer_context, random
 
 LENGTH, BATCH, HIDDEN, HEADS = 7, 2, 24, 4
@@ -91,21 +90,6 @@ def oracle_of(cfg: ModelConfig, info: PackedSequence):
     return oracle
 
 
-@pytest.mark.parametrize("groups", [None, 2])
-def test_documents_take_the_place_of_the_mask(monkeypatch: pytest.MonkeyPatch, groups: int | None) -> None:
-    """The path of a GPU, with a stand-in for its kernel."""
-    function, calls = fake_varlen("window_size")
-    monkeypatch.setattr("megaforge.kernels.attention._VARLEN", function)
-    monkeypatch.setattr("megaforge.nn.attention.takes_documents", lambda query: True)
-    start = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
-    start[0, [2, 3]] = start[1, 5] = True
-    info, cfg = PackedSequence(BATCH, LENGTH, CPU, start), config(num_query_groups=groups)
-    layer = attention(cfg)
-    assert_agrees(layer, lambda x: layer(x, info).update, oracle_of(cfg, info), random(LENGTH, BATCH, HIDDEN))
-    assert [call["bounds"] for call in calls] == [[0, 2, 3, 7, 12, 14]]
-    assert info._mask is None  # b * s * s entries that nobody needs
-
-
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
     "changes",
@@ -175,22 +159,41 @@ class _Largest(TorchDispatchMode):
         return result
 
 
-def test_packed_documents_on_a_gpu_need_no_tensor_of_length_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways at 32,768 tokens, in shapes alone."""
-    monkeypatch.setattr("megaforge.nn.attention.takes_documents", lambda query: True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_packed_documents_on_a_gpu_need_no_tensor_of_length_by_length(dtype: torch.dtype) -> None:
+    """Both ways at 32,768 tokens, in shapes alone, with flash attention and without."""
     length, cfg = 32768, config(num_query_groups=2)
     start = torch.zeros(1, length, dtype=torch.bool)
     start[0, 700::700] = True
-    layer = SelfAttention(layer_context(cfg, torch.bfloat16, count=3)).to("meta")
-    x = torch.empty(length, 1, HIDDEN, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    layer = SelfAttention(layer_context(cfg, dtype, count=3)).to("meta")
+    x = torch.empty(length, 1, HIDDEN, dtype=dtype, device="meta", requires_grad=True)
     with _Largest() as largest:
         layer(x, PackedSequence(1, length, torch.device("meta"), start)).update.sum().backward()
+    # Blocks of 64 queries, which see two documents at most.
     assert length * HIDDEN <= largest.numel <= 4 * length * HIDDEN
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_rank_of_cp_on_a_gpu_needs_no_tensor_of_length_by_length(dtype: torch.dtype) -> None:
+    """The later half of 32,768 tokens, to all of them and to the earlier half alone."""
+    length, half = 32768, 16384
+    start = torch.zeros(1, length, dtype=torch.bool)
+    start[0, 700::700] = True
+    info = PackedSequence(1, length, torch.device("meta"), start)
+    query, key = (torch.empty(1, n, s, 64, dtype=dtype, device="meta") for n, s in ((4, half), (2, length)))
+    rows = range(half, length)
+    with _Largest() as largest:
+        query.requires_grad_()
+        causal_attention(query, key, key, info.segments(rows, range(length))).sum().backward()
+        earlier, seen = key[:, :, :half], info.segments(rows, range(half))
+        out, lse = attention_with_lse(query, earlier, earlier, seen)
+        attention_gradients(out, query, earlier, earlier, out, lse, seen)
+    assert largest.numel <= 4 * length * 64
+
+
 @pytest.mark.parametrize("packed", [False, True])
-def test_segments_take_the_place_of_the_mask_on_a_cpu(packed: bool) -> None:
-    """In fp32, against the mask's way in fp64; then a cache of two sequences of different lengths, continued."""
+def test_segments_compiled_and_in_blocks(packed: bool) -> None:
+    """In fp32, against blocks in fp64; then a cache of two sequences of different lengths, continued."""
     if "cpu" not in native.COMPILED:
         pytest.skip("not built")
     start = torch.zeros(BATCH, 20, dtype=torch.bool)
@@ -201,7 +204,7 @@ def test_segments_take_the_place_of_the_mask_on_a_cpu(packed: bool) -> None:
     x = random(20, BATCH, HIDDEN)
     expected, found = wide(x, infos[0]).update, narrow(x.float(), infos[1]).update
     assert_close(found.double(), expected, 2e-6, "output")
-    assert infos[1]._mask is None and (infos[0]._mask is not None) == packed
+    assert infos[0]._mask is None and infos[1]._mask is None
     caches = [KVCache(), KVCache()]
     before = PackedSequence(1, 12, CPU)
     for cache, module, kind in zip(caches, (wide, narrow), (torch.float64, torch.float32), strict=True):

@@ -77,33 +77,13 @@ def test_sequences_that_cannot_be_shared() -> None:
         PackedSequence(1, 8, CPU, offset=1, shards=shards)
 
 
-@pytest.mark.parametrize(
-    ("rows", "bounds", "longest"),
-    [
-        ([[0, 0, 1, 0, 1], [1, 0, 0, 0, 0]], [0, 2, 4, 5, 10], 5),
-        ([[1, 1, 1, 1, 1], [0, 1, 0, 0, 0]], [0, 1, 2, 3, 4, 5, 6, 10], 4),
-    ],
-)
-def test_documents_of_all_sequences_in_one_row(rows: list[list[int]], bounds: list[int], longest: int) -> None:
-    start = torch.tensor(rows, dtype=torch.bool)
-    info = PackedSequence(2, 5, CPU, start)
-    documents = info.packed_documents()
-    assert documents is not None and documents is info.packed_documents()
-    assert (documents.bounds.tolist(), documents.longest) == (bounds, longest)
-    assert documents.bounds.dtype == torch.int32 and start.tolist() == [[bool(x) for x in row] for row in rows]
-
-
-def test_no_boundaries_no_documents() -> None:
-    assert PackedSequence(2, 5, CPU).packed_documents() is None
-    assert PackedSequence(1, 1, CPU, torch.ones(1, 1, dtype=torch.bool)).packed_documents() is None
-    with pytest.raises(ValueError, match="parts of documents"):
-        PackedSequence(1, 8, CPU, shards=ContextParallelShard(Axis("cp", 2, 0))).packed_documents()
-
-
-def test_one_mask_serves_every_layer() -> None:
-    info = PackedSequence(1, 4, CPU, torch.tensor([[False, True, False, False]]))
-    assert info.score_mask(torch.float32) is info.attention_mask()  # on a CPU they are one
-    assert PackedSequence(1, 4, CPU).score_mask(torch.float32) is None
+def test_segments_on_meta_need_no_numbers_of_the_device() -> None:
+    start = torch.tensor([[0, 0, 1, 0, 1], [1, 0, 0, 0, 0]], dtype=torch.bool)
+    for given in (start, None):
+        here, there = (PackedSequence(2, 5, torch.device(kind), given) for kind in ("cpu", "meta"))
+        found = there.segments(range(5), range(5))
+        assert torch.equal(found, here.segments(range(5), range(5))) and found is there.segments(range(5), range(5))
+        assert len(found) == (4 if given is not None else 2)
 
 
 def test_selected_tokens_keep_their_positions_and_begin_their_documents() -> None:

@@ -7,8 +7,29 @@ segment; so are tokens that continue a cache, and the part of a document in one 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar, cast
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+FEW = 8  # queries from which keys that are cached are worth laying out for a kernel
+T = TypeVar("T")
+
+
+class Plans(Generic[T]):
+    """What a kernel derives from segments, made once for as long as they live: all layers are given the same ones."""
+
+    def __init__(self) -> None:
+        self._known = WeakTensorKeyDictionary()
+
+    def of(self, segments: Tensor, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` gave for ``segments`` and ``key``, now or before."""
+        plans = self._known.setdefault(segments, {})
+        if key not in plans:
+            plans[key] = make()
+        return cast(T, plans[key])
 
 
 def documents_of(ids_BS: Tensor, offset: int = 0, padding_B: Tensor | None = None) -> Tensor:
@@ -57,3 +78,17 @@ def whole(batch: int, length: int) -> Tensor:
     return torch.tensor([[sequence, 0, length, 0, length, 0] for sequence in range(batch)], dtype=torch.long).view(
         -1, 6
     )
+
+
+def ranges_of(segments: Tensor, batch: int, length: int) -> Tensor:
+    """The first key that each query sees and the one after the last: int64 [2, ``batch``, ``length``]; (0, 0) for a
+    query that sees nothing."""
+    ranges = torch.zeros(2, batch * length, dtype=torch.long)
+    sequence, query, rows, key, keys, ahead = segments.unbind(1)
+    before = (rows.cumsum(0) - rows).repeat_interleave(rows)
+    number = torch.arange(int(rows.sum())) - before  # of a query in its segment
+    places = (sequence * length + query).repeat_interleave(rows) + number
+    seen = (number + ahead.repeat_interleave(rows) + 1).clamp(min=0).minimum(keys.repeat_interleave(rows))
+    first = key.repeat_interleave(rows)
+    ranges[0, places], ranges[1, places] = first, first + seen
+    return ranges.view(2, batch, length)

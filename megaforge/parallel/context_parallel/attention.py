@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megaforge.kernels.attention import causal_attention, takes_segments
+from megaforge.kernels.attention import causal_attention
 from megaforge.kernels.attention.largest_logits import largest_logits
 from megaforge.parallel.context_parallel.ring_attention import ring_attention
-from megaforge.parallel.context_parallel.ring_segments import ring_attention_in_segments
 from megaforge.parallel.context_parallel.shard import ring
 from megaforge.parallel.packed_sequence import PackedSequence
 
@@ -18,8 +17,8 @@ def context_parallel_attention(query: Tensor, key: Tensor, value: Tensor, info: 
 
     With ``--cp-comm-type allgather`` keys and values of all ranks of cp are gathered (their gradients are summed and
     scattered back), in one collective each way; a chunk of queries is given the keys up to its own end only, so that
-    all ranks compute the same amount; where attention does not take segments there is a mask of s * s / cp entries.
-    With p2p keys and values travel in a ring, and no tensor grows faster than the sequence.
+    all ranks compute the same amount. With p2p keys and values travel in a ring, and no tensor grows faster than the
+    rank's part of the sequence.
 
     Args:
         query: [b, heads, s / cp, d].
@@ -30,35 +29,16 @@ def context_parallel_attention(query: Tensor, key: Tensor, value: Tensor, info: 
         [b, heads, s / cp, d].
     """
     if info.shards.comm_type == "p2p":
-        if takes_segments(query, key):
-            return ring_attention_in_segments(query, key, value, info.segments, info.shards)
-        documents = info.all_document_ids_BS if info.has_boundaries else None
-        return ring_attention(query, key, value, documents, info.shards)
+        return ring_attention(query, key, value, info.segments, info.shards)
     # [s / cp, b, groups, 2d]: the gather is along dim 0
     local = torch.cat([key, value], dim=-1).permute(2, 0, 1, 3)
     key, value = info.shards.gather(local).permute(1, 2, 0, 3).chunk(2, dim=-1)
     chunks = info.shards.chunks
-    if takes_segments(query, key):
-        size = query.shape[2] // len(chunks)
-        return torch.cat(
-            [
-                causal_attention(
-                    rows,
-                    key[:, :, : (number + 1) * size],
-                    value[:, :, : (number + 1) * size],
-                    segments=info.segments(range(number * size, (number + 1) * size), range((number + 1) * size)),
-                )
-                for number, rows in zip(chunks, query.chunk(len(chunks), 2), strict=True)
-            ],
-            dim=2,
-        )
-    mask = info.score_mask(query.dtype)
-    if mask is None:
-        raise ValueError("sequences that are shared by ranks need an explicit mask")
-    out = []
-    for number, rows, visible in zip(chunks, query.chunk(len(chunks), 2), mask.chunk(len(chunks), 2), strict=True):
-        end = (number + 1) * rows.shape[2]
-        out.append(causal_attention(rows, key[:, :, :end], value[:, :, :end], visible[..., :end]))
+    size, out = query.shape[2] // len(chunks), []
+    for number, rows in zip(chunks, query.chunk(len(chunks), 2), strict=True):
+        seen = info.segments(range(number * size, (number + 1) * size), range((number + 1) * size))
+        end = (number + 1) * size
+        out.append(causal_attention(rows, key[:, :, :end], value[:, :, :end], seen))
     return torch.cat(out, dim=2)
 
 

@@ -1,4 +1,4 @@
-"""Times attention forward and backward: causal, packed by documents, packed by a mask, with groups, deterministic or
+"""Times attention forward and backward: causal, packed by documents, with groups, deterministic or
 not; prints which kernels each takes."""
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ def main() -> None:
     info = PackedSequence(1, LENGTH, torch.device("cuda"), start)
     forms = {
         "causal": {},
-        "documents": {"documents": info.packed_documents()},
-        "mask": {"mask": info.score_mask(torch.bfloat16)},
+        "documents": {"segments": info.segments(range(LENGTH), range(LENGTH))},
     }
     for deterministic in (True, False):
         torch.use_deterministic_algorithms(deterministic)
