@@ -5,8 +5,10 @@ torch.
 
 bf16 inputs, fp32 log decays and states, [s, b, H, 64]. Cases are sequences x length x heads, forward alone (nothing
 kept) and forward + backward: the time of each and its peak memory beyond the inputs, and how many times as long as the
-first implementation it takes. The arithmetic around it: the Triton kernels (first) and the same in plain torch, forward
-+ backward. The machine's copy bandwidth and TF32 matrix rate are measured beside them.
+first implementation it takes. The machine's copy bandwidth and TF32 matrix rate are measured beside them.
+
+Pointwise: the arithmetic around WKV-7, norms, activations, rotations, the head's cross-entropy, forward + backward: the
+Triton kernels, the same in plain torch, and the definition through torch.compile.
 
 Newton-Schulz, five steps of normalised bf16 matrices: compiled CUDA (wgmma where it is there, mma.sync), cuBLAS in a
 batch, and torch.optim.Muon's own function, matrix by matrix.
@@ -14,7 +16,10 @@ batch, and torch.optim.Muon's own function, matrix by matrix.
 Products with packed weights: every form of the compiled code, torch's bf16 and raw int8 products; bf16 tokens x rows x
 columns. A call is 16 layers of different weights, which caches do not hold, in one CUDA graph.
 
-    python tests/bench/bench_gpu_kernels.py [--rounds 20] [--write docs/gpu_kernels.md]
+    python tests/bench/bench_gpu_kernels.py [--rounds 20] [--only pointwise] [--write docs/gpu_kernels.md]
+
+Without a GPU it measures nothing; --dry makes every pointwise call once on small tensors, with TRITON_INTERPRET=1 in
+Triton's interpreter too.
 """
 
 from __future__ import annotations
@@ -22,9 +27,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -34,10 +40,11 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megaforge.errors import UserError
-from megaforge.kernels import bitgemm, rwkv7_fused
+from megaforge.kernels import bitgemm
 from megaforge.kernels.bitgemm import cuda as packed_products
 from megaforge.kernels.newton_schulz import cuda
 from megaforge.kernels.wkv7.backend import wkv7_backend
+from tests.bench.gpu_pointwise import all_calls, why_no_triton
 from tests.bench.harness import Measure, interleaved_ratio, print_json, print_table, seconds
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +53,8 @@ N = 64
 PLAIN_TORCH = 2**20  # tokens times heads
 NAMES = ("native", "native16", "fla", "torch")
 POINTWISE_SHAPES = ((8, 4096, 32), (1, 4096, 12))  # b, s, H
+LOGITS = (8192, 65536)  # rows, columns
+PARTS = ("wkv7", "newton_schulz", "packed", "pointwise")
 MATRICES = ((1, 1024, 1024), (1, 4096, 4096), (1, 8192, 8192), (1, 2048, 8192), (24, 512, 512), (8, 2048, 2048))
 PACKED_SHAPES = tuple((m, n, k) for n, k in ((4096, 4096), (4096, 14336)) for m in (1, 8, 32, 64, 128, 512, 2048))
 SCHEMES = ("binary", "ternary", "int4")
@@ -130,33 +139,6 @@ def machine() -> str:
     )
 
 
-def unfused_mixes(x: torch.Tensor, first: None, starts: None, c: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """What a layer does without the kernel."""
-    return rwkv7_fused.mix_tokens(x, torch.cat([torch.zeros_like(x[:1]), x[:-1]]), c)
-
-
-def pointwise(b: int, s: int, heads: int) -> dict[str, dict[str, Callable[[], object]]]:
-    """Forward + backward of each fused operation and of its definition."""
-    tokens = [torch.randn(s, b, heads * N, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
-    per_head = [torch.randn(s, b, heads, N, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(4)]
-    vectors = [torch.rand(heads * N, device="cuda", requires_grad=True) for _ in range(8)]
-    finish = [*per_head, tokens[1], *vectors[:2], vectors[2].detach().view(heads, N).requires_grad_()]
-    grad = torch.randn_like(tokens[0])
-    mixes = (rwkv7_fused.shifted_mixes, unfused_mixes)
-    norms = (rwkv7_fused.norm_bonus_gate, rwkv7_fused.norm_bonus_gate_reference)
-
-    def mix(function: Callable[..., tuple[torch.Tensor, ...]]) -> object:
-        return torch.autograd.grad(function(tokens[0], None, None, vectors[:6]), [tokens[0], *vectors[:6]], [grad] * 6)
-
-    def norm(function: Callable[..., torch.Tensor]) -> object:
-        return torch.autograd.grad(function(*finish, 64e-5), finish, grad)
-
-    return {
-        "shift and 6 mixes": {name: partial(mix, f) for name, f in zip(("triton", "torch"), mixes, strict=True)},
-        "norm, bonus, gate": {name: partial(norm, f) for name, f in zip(("triton", "torch"), norms, strict=True)},
-    }
-
-
 def cublas_steps(x: torch.Tensor) -> torch.Tensor:
     for a, b, c in [QUINTIC] * 5:
         gram = torch.bmm(x, x.mT)
@@ -221,6 +203,9 @@ def dense_layers(m: int, n: int, k: int) -> dict[str, Callable[[], object]]:
 
 def add_packed(add: Callable[..., None]) -> None:
     """Rows of all schemes; the first of each is torch's bf16 product."""
+    if "cuda" not in packed_products.COMPILED:
+        print("without packed products: megaforge.kernels._bitgemm_cuda is not built, or MEGAFORGE_NATIVE=0")
+        return
     for m, n, k in PACKED_SHAPES:
         for scheme in SCHEMES:
             add(f"{m} x {n} x {k}", f"{LAYERS} {scheme}", {**dense_layers(m, n, k), **packed_layers(scheme, m, n, k)})
@@ -239,8 +224,45 @@ def compare(label: str, what: str, functions: dict[str, Callable[[], object]], r
     return rows, cases
 
 
-def measured(rounds: int) -> tuple[list[list[object]], dict]:
+Add = Callable[..., None]
+
+
+def add_wkv7(add: Add) -> None:
     names = runnable()
+    for shape in SHAPES:
+        six, label = inputs(*shape), " x ".join(map(str, shape))
+        # Plain torch keeps too much of the largest for 80 GB.
+        here = [name for name in names if name != "torch" or math.prod(shape) <= PLAIN_TORCH]
+        add(label, "WKV-7 fwd", {name: forward(name, six) for name in here})
+        add(label, "WKV-7 fwd+bwd", {name: forward_backward(name, six) for name in here})
+
+
+def add_newton_schulz(add: Add) -> None:
+    if "cuda" not in cuda.COMPILED:
+        print(
+            "without compiled Newton-Schulz: megaforge.kernels._newton_schulz_cuda is not built, or MEGAFORGE_NATIVE=0"
+        )
+    for matrices in MATRICES:
+        add(" x ".join(map(str, matrices)), "Newton-Schulz", orthogonalizations(matrices))
+
+
+def add_pointwise(add: Add) -> None:
+    if why := why_no_triton():
+        print(f"without Triton kernels of pointwise operators: {why}")
+    for (label, what), make in all_calls(POINTWISE_SHAPES, LOGITS, "cuda", not why, True).items():
+        add(label, what, make())
+
+
+def dry() -> None:
+    """Every pointwise call, once and on small tensors."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    for (label, what), make in all_calls([(2, 5, 2)], (3, 70), "cpu", interpreted, False).items():
+        for name, function in make().items():
+            function()
+            print(f"{label}: {what} by {name} runs")
+
+
+def measured(rounds: int, parts: Sequence[str]) -> tuple[list[list[object]], dict]:
     rows: list[list[object]] = []
     cases: dict = {}
 
@@ -249,28 +271,11 @@ def measured(rounds: int) -> tuple[list[list[object]], dict]:
         rows.extend(more)
         cases.update(found)
 
-    for shape in SHAPES:
-        six, label = inputs(*shape), " x ".join(map(str, shape))
-        # Plain torch keeps too much of the largest for 80 GB.
-        here = [name for name in names if name != "torch" or math.prod(shape) <= PLAIN_TORCH]
-        add(label, "WKV-7 fwd", {name: forward(name, six) for name in here})
-        add(label, "WKV-7 fwd+bwd", {name: forward_backward(name, six) for name in here})
-    if "cuda" not in cuda.COMPILED:
-        print(
-            "without compiled Newton-Schulz: megaforge.kernels._newton_schulz_cuda is not built, or MEGAFORGE_NATIVE=0"
-        )
-    for matrices in MATRICES:
-        add(" x ".join(map(str, matrices)), "Newton-Schulz", orthogonalizations(matrices))
-    if "cuda" in packed_products.COMPILED:
-        add_packed(add)
-    else:
-        print("without packed products: megaforge.kernels._bitgemm_cuda is not built, or MEGAFORGE_NATIVE=0")
-    if not rwkv7_fused.fused(torch.empty(0, device="cuda")):
-        print("without the fused arithmetic: Triton is not installed (extra 'gpu'), or MEGAFORGE_NATIVE=0")
-        return rows, cases
-    for shape in POINTWISE_SHAPES:
-        for what, functions in pointwise(*shape).items():
-            add(" x ".join(map(str, shape)), what, functions)
+    adders = {
+        "wkv7": add_wkv7, "newton_schulz": add_newton_schulz, "packed": add_packed, "pointwise": add_pointwise,
+    }  # fmt: skip
+    for part in parts:
+        adders[part](add)
     return rows, cases
 
 
@@ -289,13 +294,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--write", type=Path, metavar="FILE", help="also write the table as Markdown")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
+    parser.add_argument("--dry", action="store_true", help="measure nothing: make every pointwise call once, on a CPU")
     args = parser.parse_args()
+    if args.dry:
+        dry()
+        return
     if not torch.cuda.is_available():
         print("bench gpu_kernels: torch sees no CUDA device; nothing measured")
         return
     about = machine()
     print(about)
-    rows, cases = measured(args.rounds)
+    rows, cases = measured(args.rounds, args.only)
     print_table("Kernels", HEADER, rows)
     if args.write:
         write(args.write, about, rows)

@@ -13,13 +13,24 @@ import torch
 
 from megaforge.config.check_layout import check_layout
 from megaforge.config.cli import parse_config
-from tests.bench.bench_gpu_kernels import HEADER, LAYERS, MATRICES, PACKED_SHAPES, SCHEMES, SHAPES
+from tests.bench.bench_gpu_kernels import (
+    HEADER,
+    LAYERS,
+    LOGITS,
+    MATRICES,
+    PACKED_SHAPES,
+    POINTWISE_SHAPES,
+    SCHEMES,
+    SHAPES,
+    dry,
+)
+from tests.bench.gpu_pointwise import all_calls
 from tests.bench.harness import print_table
 from tests.gpu.first_day import __main__ as command
 from tests.gpu.first_day import layer
 from tests.gpu.first_day.kernel_time import by_kind
 from tests.gpu.first_day.runner import Figure, Step, pattern, report, run_step, run_steps
-from tests.gpu.first_day.steps import ITERATIONS, NEWTON_SCHULZ, PACKED, WKV, steps
+from tests.gpu.first_day.steps import ITERATIONS, NEWTON_SCHULZ, PACKED, POINTWISE, WKV, steps
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"PATH": "/usr/bin:/bin"}
@@ -147,6 +158,12 @@ def test_the_training_steps_are_valid_runs() -> None:
         assert check_layout(config, 1).micro_batches == 4 and config.training.train_iters == ITERATIONS
 
 
+def test_every_pointwise_call_of_the_bench_can_be_made(capsys: pytest.CaptureFixture[str]) -> None:
+    dry()
+    printed = capsys.readouterr().out
+    assert printed.count(" by torch runs") == len(all_calls([(2, 5, 2)], (3, 70), "cpu", False, False)) == 10
+
+
 def test_figures_are_read_from_what_the_tools_print(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     tests = figures_of("tests on the GPU")
     assert tests["passed"].read("..\n3 failed, 61 passed, 2 skipped in 9.1s\n") == "61"
@@ -176,6 +193,9 @@ def test_figures_are_read_from_what_the_tools_print(capsys: pytest.CaptureFixtur
         "packed, 1 x 4096 x 14336, 16 ternary, gemv, ms": "0.14",
     }
     assert {shape for shape, _, _ in WKV} <= {" x ".join(map(str, shape)) for shape in SHAPES}
+    assert {(shape, what) for shape, what, _ in POINTWISE} <= set(
+        all_calls(POINTWISE_SHAPES, LOGITS, "cpu", True, False)
+    )
     assert {(shape, what) for shape, what, _, _ in PACKED} <= {
         (" x ".join(map(str, shape)), f"{LAYERS} {scheme}") for shape in PACKED_SHAPES for scheme in SCHEMES
     }

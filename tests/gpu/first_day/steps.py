@@ -33,6 +33,19 @@ WKV = (
     ("1 x 4096 x 32", 0.8, 3.0),
     ("1 x 16384 x 64", 3, 11),
 )
+# (b x s x H or rows x columns, what, milliseconds forward and backward): what is read and written, at 2.8 TB/s
+POINTWISE = (
+    ("8 x 4096 x 32", "shift and 6 mixes", 0.8),
+    ("8 x 4096 x 32", "shift and 1 mix", 0.25),
+    ("8 x 4096 x 32", "inputs of WKV-7", 0.9),
+    ("8 x 4096 x 32", "mixed values", 0.55),
+    ("8 x 4096 x 32", "norm, bonus, gate", 0.9),
+    ("8 x 4096 x 32", "RMS norm", 0.25),
+    ("8 x 4096 x 32", "squared ReLU", 1.0),
+    ("8 x 4096 x 32", "SwiGLU", 1.5),
+    ("8 x 4096 x 32", "rotation", 0.2),
+    ("8192 x 65536", "cross-entropy", 1.2),
+)
 # (b x m x n, milliseconds of five steps with wgmma), at 450 TFLOP/s
 NEWTON_SCHULZ = (("1 x 4096 x 4096", 3.0), ("1 x 8192 x 8192", 24.0), ("8 x 2048 x 2048", 3.0))
 # (tokens x rows x columns, what, form, milliseconds of 16 layers): at 2.5 TB/s, at 500 TOP/s
@@ -153,9 +166,9 @@ def _kernels(python: str) -> Step:
         for what, expected in (("fwd", forward), ("fwd+bwd", both)):
             row = pattern(rf"^{shape}\s+WKV-7 {what.replace('+', chr(92) + '+')}\s+native\s+([\d.e+-]+)")
             figures.append(Figure(f"WKV-7 {shape} {what}, ms", str(expected), row, high=1.3 * expected))
-    for what, expected in (("shift and 6 mixes", 0.8), ("norm, bonus, gate", 0.9)):
-        row = pattern(rf"^8 x 4096 x 32\s+{what}\s+triton\s+([\d.e+-]+)")
-        figures.append(Figure(f"{what}, 8 x 4096 x 32 fwd+bwd, ms", str(expected), row, high=2 * expected))
+    for shape, what, expected in POINTWISE:
+        row = pattern(rf"^{shape}\s+{what}\s+triton\s+([\d.e+-]+)")
+        figures.append(Figure(f"{what}, {shape} fwd+bwd, ms", str(expected), row, high=2 * expected))
     for shape, expected in NEWTON_SCHULZ:
         row = pattern(rf"^{shape}\s+Newton-Schulz\s+wgmma\s+([\d.e+-]+)")
         figures.append(Figure(f"Newton-Schulz {shape}, ms", str(expected), row, high=1.5 * expected))
