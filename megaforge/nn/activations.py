@@ -8,17 +8,11 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaforge.kernels.pointwise import squared_relu, swiglu
-
-
-def _gated_squared_relu(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    return squared_relu(gate) * up
-
+from megaforge.kernels.pointwise import gated_squared_relu, squared_relu, swiglu
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu2": squared_relu,
-    "gated_relu2": _gated_squared_relu,
+    "gated_relu2": gated_squared_relu,
     "swiglu": swiglu,
     "gelu": partial(F.gelu, approximate="tanh"),
     "gelu_exact": F.gelu,

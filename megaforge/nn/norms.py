@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaforge.kernels.grouped_mm import Runs
-from megaforge.kernels.pointwise import rms_norm
+from megaforge.kernels.pointwise import layer_norm, rms_norm
 from megaforge.parallel.init_rules import Constant
 from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.sharded_norm import sharded_rms_norm
@@ -43,15 +42,14 @@ class RMSNorm(_Norm):
 
 
 class LayerNorm(_Norm):
-    """Layer norm (Ba et al., arXiv 1607.06450) with weight and bias."""
+    """:func:`layer_norm` with a learned weight and bias."""
 
     has_bias = True
     bias: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., h]."""
-        wide = x.to(self.weight.dtype)
-        return F.layer_norm(wide, self.weight.shape, self.weight, self.bias, self.epsilon).to(x.dtype)
+        return layer_norm(x, self.weight, self.bias, self.epsilon)
 
 
 class SubNorm(nn.Module):

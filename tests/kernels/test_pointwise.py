@@ -19,8 +19,18 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[tu
         lambda x, w: reference.rms_norm_reference(x, w, 1e-5),
         [(5, 2, 8), (8,)],
     ),
+    "layer_norm": (
+        lambda x, w, b: pointwise.layer_norm(x, w, b, 1e-5),
+        lambda x, w, b: reference.layer_norm_reference(x, w, b, 1e-5),
+        [(5, 2, 8), (8,), (8,)],
+    ),
     "squared_relu": (pointwise.squared_relu, reference.squared_relu_reference, [(5, 2, 8)]),
     "swiglu": (pointwise.swiglu, reference.swiglu_reference, [(5, 2, 8)]),
+    "gated_squared_relu": (
+        pointwise.gated_squared_relu,
+        reference.gated_squared_relu_reference,
+        [(5, 2, 8)],
+    ),
     "rotary": (
         lambda x: pointwise.apply_rotary(x, ANGLES.cos().to(x.dtype), ANGLES.sin().to(x.dtype)),
         lambda x: reference.apply_rotary_reference(x, ANGLES.cos(), ANGLES.sin()),

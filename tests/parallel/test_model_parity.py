@@ -106,7 +106,8 @@ def train(case: str, tp: int, sequence_parallel: bool, dtype: torch.dtype) -> Ou
     ctx = ParallelContext.create(tp=tp)
     cfg = ModelConfig(**{**SMALL, **CASES[case]})  # type: ignore[arg-type]
     model = HybridModel(make_layer_context(cfg, ctx, sequence_parallel=sequence_parallel, dtype=dtype))
-    initialize_parameters(model, ctx, seed=5)
+    # Not 5: there a gradient that is all but zero makes Adam's first step depend on rounding, 1e-5 of a matrix in fp32.
+    initialize_parameters(model, ctx, seed=7)
     perturb(model, ctx, NOISE)
     reducer = GradientReducer(model, ctx, bucket_size=5000)
     optimizer = Optimizer(OptimizerConfig(lr=LEARNING_RATE), model, ctx)

@@ -1,17 +1,19 @@
 """What a layer does with each token between its products: norm, activation, rotation.
 
-:mod:`.triton` has kernels of GPUs, :mod:`.functions` plain torch that keeps less for the backward pass than autograd
-would, :mod:`.reference` the definitions.
+On CPUs norms and activations are compiled (:mod:`.native`), on GPUs they are Triton kernels (:mod:`.triton`).
+:mod:`.functions` is plain torch that keeps less for the backward pass than autograd would; :mod:`.reference` has the
+definitions.
 """
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from megaforge.kernels.pointwise import triton
+from megaforge.kernels.pointwise import native, triton
 from megaforge.kernels.pointwise.functions import RMSNorm, Rotate, SquaredReLU, SwiGLU
 
-__all__ = ["apply_rotary", "rms_norm", "squared_relu", "swiglu"]
+__all__ = ["apply_rotary", "gated_squared_relu", "layer_norm", "rms_norm", "squared_relu", "swiglu"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -27,17 +29,51 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """
     if triton.takes_rows(x):
         return triton.Norm.apply(x, weight, None, epsilon, False)
+    if native.takes(x, weight):
+        return native.Norm.apply(x, weight, None, epsilon, False)
     return RMSNorm.apply(x, weight, epsilon)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """Layer norm over the last dimension (Ba et al., arXiv 1607.06450).
+
+    Args:
+        x: [..., h], any float dtype.
+        weight, bias: [h], fp32 (fp64 for fp64 ``x``); the arithmetic is done in their dtype.
+        epsilon: added to the variance.
+
+    Returns:
+        [..., h] of the dtype of ``x``.
+    """
+    if triton.takes_rows(x):
+        return triton.Norm.apply(x, weight, bias, epsilon, True)
+    if native.takes(x, weight, bias):
+        return native.Norm.apply(x, weight, bias, epsilon, True)
+    return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, epsilon).to(x.dtype)
 
 
 def squared_relu(x: Tensor) -> Tensor:
     """``max(x, 0)^2`` (So et al., arXiv 2109.08668): [...] -> [...]."""
-    return triton.SquaredReLU.apply(x) if triton.takes(x) else SquaredReLU.apply(x)
+    if triton.takes(x):
+        return triton.SquaredReLU.apply(x)
+    return native.SquaredReLU.apply(x) if native.takes(x) else SquaredReLU.apply(x)
 
 
 def swiglu(x: Tensor) -> Tensor:
     """``silu(gate) * up`` (Shazeer, arXiv 2002.05202): [..., 2f], gate before up -> [..., f]."""
-    return triton.Gated.apply(x, False) if triton.takes(x) else SwiGLU.apply(x)
+    if triton.takes(x):
+        return triton.Gated.apply(x, False)
+    return native.Gated.apply(x, native.SILU) if native.takes(x) else SwiGLU.apply(x)
+
+
+def gated_squared_relu(x: Tensor) -> Tensor:
+    """``max(gate, 0)^2 * up`` (BitNet b1.58 2B4T, arXiv 2504.12285): [..., 2f], gate before up -> [..., f]."""
+    if triton.takes(x):
+        return triton.Gated.apply(x, True)
+    if native.takes(x):
+        return native.Gated.apply(x, native.SQUARED_RELU)
+    gate, up = x.chunk(2, dim=-1)
+    return squared_relu(gate) * up
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

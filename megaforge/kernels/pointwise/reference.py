@@ -13,6 +13,13 @@ def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return (wide * (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt() * weight).to(x.dtype)
 
 
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """``(x - mean(x)) / sqrt(mean((x - mean(x))^2) + epsilon) * weight + bias``."""
+    wide = x.to(weight.dtype)
+    apart = wide - wide.mean(-1, keepdim=True)
+    return (apart * (apart.square().mean(-1, keepdim=True) + epsilon).rsqrt() * weight + bias).to(x.dtype)
+
+
 def squared_relu_reference(x: Tensor) -> Tensor:
     """``max(x, 0)^2``."""
     return x.relu().square()
@@ -22,6 +29,12 @@ def swiglu_reference(x: Tensor) -> Tensor:
     """``silu(gate) * up``."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def gated_squared_relu_reference(x: Tensor) -> Tensor:
+    """``max(gate, 0)^2 * up``."""
+    gate, up = x.chunk(2, dim=-1)
+    return gate.relu().square() * up
 
 
 def apply_rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

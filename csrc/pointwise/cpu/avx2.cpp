@@ -1,0 +1,26 @@
+// Pointwise operators for CPUs with AVX2.
+#if defined(__x86_64__)
+#include "common/intrinsics.h"
+
+#include <cstdint>
+
+#include "pointwise.h"
+
+#include "common/begin_avx2.h"
+
+#define MEGAFORGE_AVX2
+#define MF_ISA avx2
+#include "vec.h"
+
+#include "activation.h"
+#include "norm.h"
+#include "table.h"
+
+namespace megaforge::pointwise {
+
+const AllKernels avx2_kernels = {avx2::kernels_of<float>(), avx2::kernels_of<Bf16>()};
+
+}  // namespace megaforge::pointwise
+
+#include "common/end_isa.h"
+#endif

@@ -1,0 +1,26 @@
+// Pointwise operators for CPUs with AVX-512.
+#if defined(__x86_64__)
+#include "common/intrinsics.h"
+
+#include <cstdint>
+
+#include "pointwise.h"
+
+#include "common/begin_avx512.h"
+
+#define MEGAFORGE_AVX512
+#define MF_ISA avx512
+#include "vec.h"
+
+#include "activation.h"
+#include "norm.h"
+#include "table.h"
+
+namespace megaforge::pointwise {
+
+const AllKernels avx512_kernels = {avx512::kernels_of<float>(), avx512::kernels_of<Bf16>()};
+
+}  // namespace megaforge::pointwise
+
+#include "common/end_isa.h"
+#endif

@@ -1,0 +1,27 @@
+// Pointwise operators for CPUs with AVX-512 and its bf16 conversions.
+#if defined(__x86_64__)
+#include "common/intrinsics.h"
+
+#include <cstdint>
+
+#include "pointwise.h"
+
+#include "common/begin_avx512_bf16.h"
+
+#define MEGAFORGE_AVX512
+#define MEGAFORGE_AVX512_BF16
+#define MF_ISA avx512_bf16
+#include "vec.h"
+
+#include "activation.h"
+#include "norm.h"
+#include "table.h"
+
+namespace megaforge::pointwise {
+
+const AllKernels avx512_bf16_kernels = {avx512_bf16::kernels_of<float>(), avx512_bf16::kernels_of<Bf16>()};
+
+}  // namespace megaforge::pointwise
+
+#include "common/end_isa.h"
+#endif

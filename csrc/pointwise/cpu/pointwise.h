@@ -1,0 +1,110 @@
+// What a layer does with each token between its products, on CPUs: what its implementations take and do. No torch here.
+//
+// All arrays are contiguous rows; T is float or Bf16, and arithmetic is fp32.
+#pragma once
+
+#include <cstdint>
+
+#include "common/bf16.h"
+
+namespace megaforge::pointwise {
+
+// out = norm(x) weight + bias; of x + update, which `sum` takes in rounded, where there is an update. Centered is layer
+// norm, otherwise it is the root-mean-square norm.
+template <class T>
+struct Norm {
+  std::int64_t rows, width;
+  const T* x;
+  const T* update;      // or null
+  const float* weight;  // [width]
+  const float* bias;    // [width] or null
+  float epsilon;
+  bool centered;
+  T* out;
+  T* sum;        // null without an update
+  float* mean;   // [rows], null unless centered
+  float* scale;  // [rows]: one over the deviation
+};
+
+template <class T>
+struct NormBackward {
+  std::int64_t rows, width;
+  const T* grad;
+  const T* grad_sum;  // of what was normed, by other ways; or null
+  const T* x;         // what was normed
+  const float* weight;
+  const float* mean;
+  const float* scale;
+  bool centered;
+  T* dx;
+};
+
+enum class Gate : std::int64_t { silu, squared_relu };
+
+// out [rows, width] = gate(x[:, :width]) x[:, width:], and its gradient like x.
+template <class T>
+struct Gated {
+  std::int64_t rows, width;
+  Gate gate;
+  const T* x;
+  const T* grad;  // null in the forward pass
+  T* out;
+};
+
+// Rows of logits of which `valid` columns count; a label outside of them is another rank's.
+template <class T>
+struct Softmax {
+  std::int64_t rows, width, valid;
+  const std::int64_t* labels;
+};
+
+template <class T>
+struct Kernels {
+  void (*norm)(const Norm<T>&, std::int64_t begin, std::int64_t end);
+  // Adds to dweight and dbias [width]; dbias may be null unless centered.
+  void (*norm_backward)(const NormBackward<T>&, std::int64_t begin, std::int64_t end, float* dweight, float* dbias);
+  void (*squared_relu)(std::int64_t count, const T* x, T* out);
+  void (*squared_relu_backward)(std::int64_t count, const T* grad, const T* x, T* out);
+  void (*gated)(const Gated<T>&, std::int64_t begin, std::int64_t end);
+  void (*gated_backward)(const Gated<T>&, std::int64_t begin, std::int64_t end);
+  // peak, total [rows]: of each row the largest logit and the sum of exp(logit - peak); picked: the label's logit, or 0.
+  void (*softmax_sums)(const Softmax<T>&, const T* logits, std::int64_t begin, std::int64_t end, float* peak, float* total,
+                       float* picked);
+  // logits become (exp(logit - log_sum) - [its column is the label]) grad, and 0 where they do not count.
+  void (*softmax_gradient)(const Softmax<T>&, T* logits, std::int64_t begin, std::int64_t end, const float* log_sums,
+                           const float* grad);
+};
+
+struct AllKernels {
+  Kernels<float> f32;
+  Kernels<Bf16> bf16;
+};
+
+extern const AllKernels scalar_kernels;
+#if defined(__x86_64__)
+extern const AllKernels avx2_kernels, avx512_kernels, avx512_bf16_kernels;
+#endif
+
+// What this CPU, or MEGAFORGE_CPU_ISA, has.
+const AllKernels& choose();
+
+// On at most `threads` threads; no result depends on their number.
+template <class T>
+void norm(const Kernels<T>& kernels, const Norm<T>& args, int threads);
+// dweight and dbias [width]; dbias null unless centered.
+template <class T>
+void norm_backward(const Kernels<T>& kernels, const NormBackward<T>& args, float* dweight, float* dbias, int threads);
+template <class T>
+void squared_relu(const Kernels<T>& kernels, std::int64_t count, const T* x, T* out, int threads);
+template <class T>
+void squared_relu_backward(const Kernels<T>& kernels, std::int64_t count, const T* grad, const T* x, T* out, int threads);
+template <class T>
+void gated(const Kernels<T>& kernels, const Gated<T>& args, int threads);
+template <class T>
+void softmax_sums(const Kernels<T>& kernels, const Softmax<T>& args, const T* logits, float* peak, float* total,
+                  float* picked, int threads);
+template <class T>
+void softmax_gradient(const Kernels<T>& kernels, const Softmax<T>& args, T* logits, const float* log_sums, const float* grad,
+                      int threads);
+
+}  // namespace megaforge::pointwise

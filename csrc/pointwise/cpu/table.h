@@ -1,0 +1,12 @@
+// What run.cpp calls, for the instruction set of vec.h; included once by each of its files, last.
+
+namespace megaforge::pointwise::MF_ISA {
+
+// All of an instruction set's code for one type.
+template <class T>
+constexpr Kernels<T> kernels_of() {
+  return {norm<T>, norm_backward<T>, squared_relu<T>, squared_relu_backward<T>, gated<T>, gated_backward<T>,
+          softmax_sums<T>, softmax_gradient<T>};
+}
+
+}  // namespace megaforge::pointwise::MF_ISA
