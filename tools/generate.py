@@ -19,14 +19,15 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from megaforge.config.arguments import ArgumentParser, integer, number
 from megaforge.config.entry import run_entry
-from megaforge.config.launcher import discover_launch
+from megaforge.config.launcher import discover_launch, print_rank_0
 from megaforge.errors import UserError
 from megaforge.inference.open_model import add_model_flags, open_model
 
@@ -81,6 +82,9 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-format", choices=("lines", "jsonl"), help="of --prompt-file (default: by its name; - has lines)"
     )
+    parser.add_argument(
+        "--timing", action="store_true", help="say at the end, on standard error, how long tokens took, and the memory"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a text")
     parser.add_argument(
         "--num-samples", type=integer(1), default=1, help="texts for each prompt, drawn as by --seed, --seed + 1, ..."
@@ -127,6 +131,30 @@ class Text:
     end: str = "length"
 
 
+@dataclass
+class Timing:
+    """Seconds and tokens of batches: until the first tokens are drawn, prompts included, and of all that follow."""
+
+    firsts: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens: int = 0
+
+    def drawn(self, seconds: float, tokens: int, first: bool) -> None:
+        if first:
+            self.firsts.append(seconds)
+        else:
+            self.seconds, self.tokens = self.seconds + seconds, self.tokens + tokens
+
+    def line(self, peak_bytes: int) -> str:
+        """Without a rate where none was measured."""
+        mean = sum(self.firsts) / max(len(self.firsts), 1)
+        rate = f" ({self.tokens / self.seconds:.1f} a second)" if self.tokens else ""
+        return (
+            f"--timing: first tokens after {mean:.3f} s (mean of batches: {len(self.firsts)}), then {self.tokens} "
+            f"tokens in {self.seconds:.3f} s{rate}; peak memory {peak_bytes / 1e6:.0f} MB"
+        )
+
+
 class Writer:
     """Draws on all ranks; rank 0 prints."""
 
@@ -134,7 +162,7 @@ class Writer:
         from megaforge.data.chat_template import load_chat_template
         from megaforge.inference.generation import unusable_ids
 
-        self.flags, self.trained, self.tokenizer = flags, trained, tokenizer
+        self.flags, self.trained, self.tokenizer, self.timing = flags, trained, tokenizer, Timing()
         self.template = None
         if flags.chat_template is not None:
             self.template = load_chat_template(flags.chat_template or None, tokenizer)
@@ -170,6 +198,7 @@ class Writer:
             for index, sample in jobs
         ]
         seeds = [sampling.seed + sample for _, sample in jobs]
+        start = time.perf_counter()
         batch = Continuations(
             self.trained.model,
             [encoded[index] for index, _ in jobs],
@@ -181,10 +210,13 @@ class Writer:
         )
         if alone and self.template is None:
             self._show(texts[0].prompt.text)
-        for _ in range(self.flags.max_new_tokens):
+        for step in range(self.flags.max_new_tokens):
             if not batch.going_on:
                 break
             drawn = batch.draw()
+            now = time.perf_counter()
+            self.timing.drawn(now - start, len(drawn), first=step == 0)
+            start = now
             done = [number for number, token in drawn.items() if self._take(texts[number], token, alone)]
             batch.drop(done)
         for text in texts:
@@ -233,6 +265,7 @@ def main() -> int:
     else:
         by_name = "jsonl" if flags.prompt_file.endswith((".jsonl", ".ndjson")) else "lines"
         prompts = read_prompts(flags.prompt_file, (flags.prompt_format or by_name) == "jsonl")
+    from megaforge.device import peak_memory_bytes
     from megaforge.inference.generation import Sampling
     from megaforge.parallel.distributed import shutdown
 
@@ -241,7 +274,10 @@ def main() -> int:
     trained = open_model(flags)
     if flags.cuda_graph:
         trained.model.record_steps()
-    Writer(flags, trained, trained.load_tokenizer(flags.tokenizer_model)).write(prompts, sampling)
+    writer = Writer(flags, trained, trained.load_tokenizer(flags.tokenizer_model))
+    writer.write(prompts, sampling)
+    if flags.timing:
+        print_rank_0(writer.timing.line(peak_memory_bytes(trained.ctx.device)))
     shutdown()
     return 0
 

@@ -107,6 +107,7 @@ DOCUMENTS = [
     "docs/data.md",
     "docs/from_huggingface.md",
     "docs/from_megatron.md",
+    "docs/generation.md",
     "docs/layouts.md",
     "docs/optimizers.md",
     "docs/planner.md",

@@ -110,6 +110,17 @@ def test_prompts_may_be_given_again() -> None:
     assert parse_arguments(["--load", "x", "--prompt", "a", "--prompt", "b c"]).prompt == ["a", "b c"]
 
 
+def test_timing_counts_first_tokens_apart() -> None:
+    timing = tool.Timing()
+    for first, seconds, tokens in ((True, 3.0, 2), (False, 0.5, 2), (True, 1.0, 1), (False, 0.25, 1)):
+        timing.drawn(seconds, tokens, first)
+    assert timing.line(5_000_000) == (
+        "--timing: first tokens after 2.000 s (mean of batches: 2), then 3 tokens in 0.750 s (4.0 a second); "
+        "peak memory 5 MB"
+    )
+    assert "then 0 tokens in 0.000 s; peak" in tool.Timing([1.0]).line(1)
+
+
 def test_stop_strings_end_a_text(model: StagedModel, capsys: pytest.CaptureFixture[str]) -> None:
     whole = written(model, ["7"], capsys)
     stop = f" {whole.split()[4]} "
