@@ -94,7 +94,7 @@ constexpr bitgemm::Type kTypeOf = sizeof(T) == 4 ? bitgemm::Type::f32 : bitgemm:
 
 template <class T, class Y>
 inline void multiply(const Matrix<T>& matrix, const T* x, int64_t tokens, Y* y, Range range) {
-  if (range.begin >= range.end) return;
+  if (range.begin >= range.end || tokens < 1) return;
   if (matrix.packed != nullptr) {
     bitgemm::multiply_rows(*matrix.packed, {tokens, kTypeOf<T>, x, 8, nullptr, nullptr}, {kTypeOf<Y>, y, nullptr},
                            range.begin, range.end);

@@ -2,6 +2,7 @@
 
 namespace megaforge::decode::MF_ISA {
 
+constexpr int64_t kTurnedGranule = 64;
 constexpr float kDecayScale = -0.6065306597126334f;  // -exp(-1/2)
 
 // The normed tokens and their mixes with the ones before; every thread makes all of them.
@@ -29,8 +30,15 @@ inline void first_products(const Block<T>& block, const TimeMix<T>& layer, const
   multiply(layer.receptance, memory.mixed[kR], block.tokens, memory.r, range);
   multiply(layer.key, memory.mixed[kK], block.tokens, memory.k, range);
   multiply(layer.value, memory.mixed[kV], block.tokens, memory.v, range);
+  // The maps lie turned, a few lines of memory a row: they are split between granules, one after the other.
+  int64_t granules = 0, before = 0;
+  for (int i = 0; i < layer.maps(); ++i) granules += (layer.first[i].n + kTurnedGranule - 1) / kTurnedGranule;
+  const Range own = share(granules, 1, team);
   for (int i = 0; i < layer.maps(); ++i) {
-    multiply(layer.first[i], memory.mixed[of_map[i]], block.tokens, memory.inner[i], share(layer.first[i].n, kGranule, team));
+    const int64_t count = layer.first[i].n;
+    const auto place = [&](int64_t granule) { return std::clamp<int64_t>((granule - before) * kTurnedGranule, 0, count); };
+    multiply(layer.first[i], memory.mixed[of_map[i]], block.tokens, memory.inner[i], {place(own.begin), place(own.end)});
+    before += (count + kTurnedGranule - 1) / kTurnedGranule;
   }
 }
 

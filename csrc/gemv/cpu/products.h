@@ -73,20 +73,25 @@ void by_rows(const Problem<T, Y>& p, int64_t begin, int64_t end) {
   for (; n < end; ++n) rows<T, 1, kTokens, kChains>(p, n);
 }
 
-// Outputs [n, n + kVecs kLanes), or fewer, of a turned matrix: each of its rows is added once for every token.
-template <class T, int kTokens, int kVecs, class Y>
+// Outputs [n, n + kVecs kLanes), or fewer, of a turned matrix: each of its rows is added once for every token. Rows that
+// are `far` longer than that are asked for ahead of time, since hardware does not guess so long steps.
+template <class T, int kTokens, int kVecs, bool far, class Y>
 inline void columns(const Problem<T, Y>& p, int64_t n, int64_t count) {
   Vec sums[kTokens][kVecs];
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) sums[t][v] = zero();
   }
   const bool whole = count == kVecs * kLanes;
   for (int64_t k = 0; k < p.k; ++k) {
     const T* row = p.weight + k * p.stride + n;
+    if constexpr (far) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kVecs * kLanes; i += 64 / sizeof(T)) __builtin_prefetch(row + 8 * p.stride + i, 0, 3);
+    }
     Vec w[kVecs];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
       const int64_t left = count - v * kLanes;
       w[v] = whole || left >= kLanes ? load(row + v * kLanes) : left > 0 ? load_some(row + v * kLanes, left) : zero();
@@ -94,7 +99,7 @@ inline void columns(const Problem<T, Y>& p, int64_t n, int64_t count) {
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
       const Vec x = broadcast(as_float(p.x[t * p.k + k]));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) sums[t][v] = multiply_add(x, w[v], sums[t][v]);
     }
   }
@@ -109,9 +114,12 @@ inline void columns(const Problem<T, Y>& p, int64_t n, int64_t count) {
 
 template <class T, int kTokens, class Y>
 void by_columns(const Problem<T, Y>& p, int64_t begin, int64_t end) {
-  constexpr int kVecs = kTokens <= 4 ? 4 : 2;
+  constexpr int kVecs = kTokens == 1 ? 8 : kTokens <= 4 ? 4 : 2;
+  const bool far = p.stride > 2 * kVecs * kLanes;
   for (int64_t n = begin; n < end; n += kVecs * kLanes) {
-    columns<T, kTokens, kVecs>(p, n, std::min<int64_t>(kVecs * kLanes, end - n));
+    const int64_t count = std::min<int64_t>(kVecs * kLanes, end - n);
+    if (far) columns<T, kTokens, kVecs, true>(p, n, count);
+    else columns<T, kTokens, kVecs, false>(p, n, count);
   }
 }
 
