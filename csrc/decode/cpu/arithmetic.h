@@ -49,33 +49,67 @@ inline float tangent(float x) {
   return square < 0.09f ? series : whole;
 }
 
-inline float activated(Activation kind, float x) {
-  if (kind == Activation::gelu) return 0.5f * x * (1 + tangent(0.7978845608f * (x + 0.044715f * x * x * x)));
-  if (kind == Activation::gelu_exact) return 0.5f * x * (1 + std::erf(x * 0.7071067812f));
-  if (kind == Activation::swiglu) return x * sigmoid(x);
-  return x < 0 ? 0 : x * x;  // NaN stays
+template <Activation kind>
+inline float activated(float x) {
+  if constexpr (kind == Activation::gelu) {
+    return 0.5f * x * (1 + tangent(0.7978845608f * (x + 0.044715f * x * x * x)));
+  } else if constexpr (kind == Activation::gelu_exact) {
+    return 0.5f * x * (1 + std::erf(x * 0.7071067812f));
+  } else if constexpr (kind == Activation::swiglu) {
+    return x * sigmoid(x);
+  } else {
+    const float above = x < 0 ? 0 : x;  // NaN stays
+    return above * above;
+  }
 }
 
-inline float dot(const float* a, const float* b, int64_t count) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += a[i] * b[i];
+using gemv::MF_ISA::add;
+using gemv::MF_ISA::broadcast;
+using gemv::MF_ISA::kLanes;
+using gemv::MF_ISA::load;
+using gemv::MF_ISA::multiply_add;
+using gemv::MF_ISA::total;
+using gemv::MF_ISA::Vec;
+using gemv::MF_ISA::zero;
+
+template <class U, class V>
+inline float dot(const U* a, const V* b, int64_t count) {
+  Vec sums[2] = {zero(), zero()};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    sums[0] = multiply_add(load(a + i), load(b + i), sums[0]);
+    sums[1] = multiply_add(load(a + i + kLanes), load(b + i + kLanes), sums[1]);
+  }
+  for (; i + kLanes <= count; i += kLanes) sums[0] = multiply_add(load(a + i), load(b + i), sums[0]);
+  float sum = total(add(sums[0], sums[1]));
+  for (; i < count; ++i) sum += as_float(a[i]) * as_float(b[i]);
+  return sum;
+}
+
+// The sum of (x + shift)^2, or without `squared` of x + shift.
+template <bool squared, class U>
+inline float total_of(const U* x, int64_t count, float shift) {
+  Vec sums[2] = {zero(), zero()};
+  const Vec one = broadcast(1), by = broadcast(shift);
+  int64_t i = 0;
+  for (int each = 0; i + kLanes <= count; i += kLanes, each ^= 1) {
+    const Vec value = add(load(x + i), by);
+    sums[each] = multiply_add(value, squared ? value : one, sums[each]);
+  }
+  float sum = total(add(sums[0], sums[1]));
+  for (; i < count; ++i) {
+    const float value = as_float(x[i]) + shift;
+    sum += squared ? value * value : value;
+  }
   return sum;
 }
 
 // What a norm subtracts from a row and multiplies it by.
 template <class U>
 inline void moments(const U* x, int64_t count, bool centred, float epsilon, float& mean, float& scale) {
-  float sum = 0, squares = 0;
-  if (centred) {
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < count; ++i) sum += as_float(x[i]);
-  }
-  const float middle = sum / static_cast<float>(count);
-#pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < count; ++i) squares += (as_float(x[i]) - middle) * (as_float(x[i]) - middle);
-  mean = middle;
-  scale = 1.0f / std::sqrt(squares / static_cast<float>(count) + epsilon);
+  const auto number = static_cast<float>(count);
+  mean = centred ? total_of<false>(x, count, 0) / number : 0;
+  scale = 1.0f / std::sqrt(total_of<true>(x, count, -mean) / number + epsilon);
 }
 
 // `factor` times the norm of a row.
@@ -83,9 +117,14 @@ template <class U, class V>
 inline void normalize(const Norm& norm, const U* x, int64_t count, V* out, float factor = 1) {
   float mean, scale;
   moments(x, count, norm.bias != nullptr, norm.epsilon, mean, scale);
+  if (norm.bias == nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) store(as_float(x[i]) * scale * norm.weight[i] * factor, out + i);
+    return;
+  }
+#pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const float value = (as_float(x[i]) - mean) * scale * norm.weight[i];
-    store((norm.bias == nullptr ? value : value + norm.bias[i]) * factor, out + i);
+    store(((as_float(x[i]) - mean) * scale * norm.weight[i] + norm.bias[i]) * factor, out + i);
   }
 }
 

@@ -21,14 +21,6 @@ inline void prepare_head(const Attention<T>& layer, const Norm& norm, const floa
   for (int64_t i = 2 * pairs; i < width; ++i) to[i] = from[i];
 }
 
-template <class T>
-inline float product(const float* query, const T* key, int64_t width) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < width; ++i) sum += query[i] * as_float(key[i]);
-  return sum;
-}
-
 // e^(score - largest) in place; their sum.
 inline float exponentials(float* scores, int64_t count) {
   float largest = scores[0], sum = 0;
@@ -62,7 +54,7 @@ inline void one_group(const Attention<T>& layer, const AttentionMemory<T>& memor
   const float scale = 1.0f / std::sqrt(static_cast<float>(width));
   for (int64_t j = 0; j < count; ++j) {
     for (int64_t q = 0; q < each; ++q) {
-      memory.scores[q * count + j] = scale * product(memory.queries + q * width, keys + (begin + j) * width, width);
+      memory.scores[q * count + j] = scale * dot(memory.queries + q * width, keys + (begin + j) * width, width);
     }
   }
   float* sums = memory.sums;
@@ -73,6 +65,7 @@ inline void one_group(const Attention<T>& layer, const AttentionMemory<T>& memor
     const T* row = values + (begin + j) * width;
     for (int64_t q = 0; q < each; ++q) {
       const float share_of = memory.scores[q * count + j];
+#pragma omp simd
       for (int64_t i = 0; i < width; ++i) sums[q * width + i] += share_of * as_float(row[i]);
     }
   }

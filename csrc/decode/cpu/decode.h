@@ -64,7 +64,7 @@ struct Attention {
 
 enum class Activation { squared_relu, gated_squared_relu, swiglu, gelu, gelu_exact };
 
-inline bool is_gated(Activation kind) { return kind == Activation::gated_squared_relu || kind == Activation::swiglu; }
+constexpr bool is_gated(Activation kind) { return kind == Activation::gated_squared_relu || kind == Activation::swiglu; }
 
 // A norm and the mix with the token before, where there is one: what goes in front of an FFN.
 template <class T>

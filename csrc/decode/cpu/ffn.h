@@ -9,12 +9,37 @@ inline const T* enter(const Block<T>& block, const Entry<T>& entry, T* normed, T
     const int64_t row = m * block.hidden;
     normalize(entry.norm, block.x + row, block.hidden, normed + row);
     if (entry.mix == nullptr) continue;
+#pragma omp simd
     for (int64_t i = 0; i < block.hidden; ++i) {
       const float now = as_float(normed[row + i]), before = as_float(entry.shift[row + i]);
       store(now + (before - now) * entry.mix[i], mixed + row + i);
     }
   }
   return entry.mix == nullptr ? normed : mixed;
+}
+
+// Activated values of one row, times `weight`; `other` are those that a gate multiplies.
+template <Activation kind, class T>
+inline void activate_row(const float* gate, const float* other, float weight, T* inner, Range range) {
+  if constexpr (is_gated(kind)) {
+#pragma omp simd
+    for (int64_t i = range.begin; i < range.end; ++i) store(activated<kind>(gate[i]) * other[i] * weight, inner + i);
+  } else {
+#pragma omp simd
+    for (int64_t i = range.begin; i < range.end; ++i) store(activated<kind>(gate[i]) * weight, inner + i);
+  }
+}
+
+template <class T>
+inline void activate(Activation kind, const float* gate, const float* other, float weight, T* inner, Range range) {
+  switch (kind) {
+    case Activation::squared_relu: return activate_row<Activation::squared_relu>(gate, other, weight, inner, range);
+    case Activation::gated_squared_relu:
+      return activate_row<Activation::gated_squared_relu>(gate, other, weight, inner, range);
+    case Activation::swiglu: return activate_row<Activation::swiglu>(gate, other, weight, inner, range);
+    case Activation::gelu: return activate_row<Activation::gelu>(gate, other, weight, inner, range);
+    case Activation::gelu_exact: return activate_row<Activation::gelu_exact>(gate, other, weight, inner, range);
+  }
 }
 
 // This thread's part of the activated first product, times a weight for each row.
@@ -25,12 +50,8 @@ inline void first_half(const Matrix<T>& matrix, const T* x, int64_t tokens, Acti
   multiply(matrix, x, tokens, up, range);
   if (is_gated(kind)) multiply(matrix, x, tokens, up, {width + range.begin, width + range.end});
   for (int64_t m = 0; m < tokens; ++m) {
-    const float *gate = up + m * matrix.n, *other = is_gated(kind) ? gate + width : nullptr;
-    const float weight = weights == nullptr ? 1 : weights[m];
-    for (int64_t i = range.begin; i < range.end; ++i) {
-      const float value = activated(kind, gate[i]) * weight;
-      store(other == nullptr ? value : value * other[i], inner + m * width + i);
-    }
+    const float* gate = up + m * matrix.n;
+    activate(kind, gate, gate + width, weights == nullptr ? 1 : weights[m], inner + m * width, range);
   }
 }
 

@@ -14,6 +14,7 @@ inline void mix_tokens(const Block<T>& block, const TimeMix<T>& layer, const Tim
     for (int each = 0; each < TimeMix<T>::kMixes; ++each) {
       const float* mix = layer.mix[each];
       T* out = memory.mixed[each] + row;
+#pragma omp simd
       for (int64_t i = 0; i < block.hidden; ++i) {
         const float now = as_float(memory.normed[row + i]), before = as_float(layer.shift[row + i]);
         store(now + (before - now) * mix[i], out + i);
@@ -47,9 +48,16 @@ template <class T>
 inline void second_products(const Block<T>& block, const TimeMix<T>& layer, const TimeMixMemory<T>& memory, Range channels) {
   for (int i = 0; i < layer.maps(); ++i) {
     const int64_t count = block.tokens * layer.first[i].n;
-    for (int64_t j = 0; j < count; ++j) {
-      const float x = memory.inner[i][j];
-      store(i == 0 ? tangent(x) : i == 2 ? sigmoid(x) : x, memory.maps[i] + j);
+    const float* from = memory.inner[i];
+    T* to = memory.maps[i];
+    if (i == 0) {
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) store(tangent(from[j]), to + j);
+    } else if (i == 2) {
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) store(sigmoid(from[j]), to + j);
+    } else {
+      for (int64_t j = 0; j < count; ++j) store(from[j], to + j);
     }
     multiply(layer.second[i], memory.maps[i], block.tokens, memory.outer[i], channels);
   }
@@ -61,12 +69,19 @@ inline void recur(float* state, int64_t size, const float* r, const float* w, co
   for (int64_t i = 0; i < size; ++i) {
     float* row = state + i * size;
     const float removed = dot(row, a, size), value = v[i];
-    float read = 0;
-#pragma omp simd reduction(+ : read)
-    for (int64_t j = 0; j < size; ++j) {
-      const float next = row[j] * w[j] + removed * b[j] + value * k[j];
-      row[j] = next;
-      read += next * r[j];
+    const Vec removed_all = broadcast(removed), value_all = broadcast(value);
+    Vec sums = zero();
+    int64_t j = 0;
+    for (; j + kLanes <= size; j += kLanes) {
+      const Vec written = multiply_add(value_all, load(k + j), multiply_add(load(row + j), load(w + j), zero()));
+      const Vec next = multiply_add(removed_all, load(b + j), written);
+      gemv::MF_ISA::store_lanes(next, row + j);
+      sums = multiply_add(next, load(r + j), sums);
+    }
+    float read = total(sums);
+    for (; j < size; ++j) {
+      row[j] = row[j] * w[j] + removed * b[j] + value * k[j];
+      read += row[j] * r[j];
     }
     y[i] = read;
   }
@@ -82,17 +97,16 @@ inline void one_head(const TimeMix<T>& layer, const TimeMixMemory<T>& memory, in
   (void)unused;
   const float *r = memory.r + here, *key = memory.k + here, *value = memory.v + here;
   const float *decay = memory.outer[0] + here, *rate = memory.outer[1] + here, *gate = memory.outer[2] + here;
-  float squares = 0;
-#pragma omp simd reduction(+ : squares)
+#pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     const float learned = sigmoid(layer.a0[at + i] + rate[i]), removed = key[i] * layer.k_k[at + i];
     w[i] = exponential(kDecayScale * sigmoid(layer.w0[at + i] + decay[i]));
     k[i] = key[i] * (1 + (learned - 1) * layer.k_a[at + i]);
     a[i] = removed;
     b[i] = learned;
-    squares += removed * removed;
   }
-  const float length = std::sqrt(squares), scale = 1.0f / (length < 1e-12f ? 1e-12f : length);
+  const float length = std::sqrt(dot(a, a, size)), scale = 1.0f / (length < 1e-12f ? 1e-12f : length);
+#pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     const float removed = a[i] * scale;
     a[i] = -removed;
@@ -104,12 +118,14 @@ inline void one_head(const TimeMix<T>& layer, const TimeMixMemory<T>& memory, in
     for (int64_t i = 0; i < size; ++i) v_first[i] = v[i] = value[i];
   } else {
     const float* mix = memory.outer[3] + here;
+#pragma omp simd
     for (int64_t i = 0; i < size; ++i) v[i] = value[i] + (v_first[i] - value[i]) * sigmoid(layer.v0[at + i] + mix[i]);
   }
   recur(layer.wkv + (token * layer.heads + head) * size * size, size, r, w, k, v, a, b, y);
   float mean, deviation;
   moments(y, size, true, layer.head_norm.epsilon, mean, deviation);
   const float bonus = dot(bonus_of, k, size);
+#pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     const float normed = (y[i] - mean) * deviation * layer.head_norm.weight[at + i] + layer.head_norm.bias[at + i];
     store((normed + bonus * v[i]) * gate[i], memory.gated + here + i);
