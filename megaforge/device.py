@@ -110,6 +110,11 @@ class Queue:
         with torch.cuda.stream(self._stream):
             yield
 
+    def wait(self, mark: Mark) -> None:
+        """What is started in this queue from now on comes behind ``mark`` of another. The host waits for nothing."""
+        if self._stream is not None and mark is not None:
+            self._stream.wait_event(mark)
+
     def mark(self) -> Mark:
         """The end of what is in the queue so far."""
         return None if self._stream is None else self._stream.record_event()

@@ -13,6 +13,8 @@ Triton kernels, the same in plain torch, and the definition through torch.compil
 Newton-Schulz, five steps of normalised bf16 matrices: compiled CUDA (wgmma where it is there, mma.sync), cuBLAS in a
 batch, and torch.optim.Muon's own function, matrix by matrix.
 
+The head and its loss, whose gradients are formed in the forward pass or later, and norms of many gradients.
+
 Products with packed weights: every form of the compiled code, torch's bf16 and raw int8 products; bf16 tokens x rows x
 columns. A call is 16 layers of different weights, which caches do not hold, in one CUDA graph.
 
@@ -45,6 +47,7 @@ from megaforge.kernels.bitgemm import cuda as packed_products
 from megaforge.kernels.newton_schulz import cuda
 from megaforge.kernels.wkv7.backend import wkv7_backend
 from tests.bench.gpu_pointwise import all_calls, why_no_triton
+from tests.bench.gpu_step import step_calls
 from tests.bench.harness import Measure, interleaved_ratio, print_json, print_table, seconds
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +57,7 @@ PLAIN_TORCH = 2**20  # tokens times heads
 NAMES = ("native", "native16", "fla", "torch")
 POINTWISE_SHAPES = ((8, 4096, 32), (1, 4096, 12))  # b, s, H
 LOGITS = (8192, 65536)  # rows, columns
-PARTS = ("wkv7", "newton_schulz", "packed", "pointwise")
+PARTS = ("wkv7", "newton_schulz", "packed", "step", "pointwise")
 MATRICES = ((1, 1024, 1024), (1, 4096, 4096), (1, 8192, 8192), (1, 2048, 8192), (24, 512, 512), (8, 2048, 2048))
 PACKED_SHAPES = tuple((m, n, k) for n, k in ((4096, 4096), (4096, 14336)) for m in (1, 8, 32, 64, 128, 512, 2048))
 SCHEMES = ("binary", "ternary", "int4")
@@ -254,12 +257,21 @@ def add_pointwise(add: Add) -> None:
 
 
 def dry() -> None:
-    """Every pointwise call, once and on small tensors."""
+    """Every call of the parts pointwise and step, once and on small tensors."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     for (label, what), make in all_calls([(2, 5, 2)], (3, 70), "cpu", interpreted, False).items():
         for name, function in make().items():
             function()
             print(f"{label}: {what} by {name} runs")
+    for label, what, functions in step_calls("cpu", [(5, 4, 8)], [(3, 10)]):
+        for name, function in functions.items():
+            function()
+            print(f"{label}: {what} by {name} runs")
+
+
+def add_step(add: Callable[..., None]) -> None:
+    for row in step_calls():
+        add(*row)
 
 
 def measured(rounds: int, parts: Sequence[str]) -> tuple[list[list[object]], dict]:
@@ -273,6 +285,7 @@ def measured(rounds: int, parts: Sequence[str]) -> tuple[list[list[object]], dic
 
     adders = {
         "wkv7": add_wkv7, "newton_schulz": add_newton_schulz, "packed": add_packed, "pointwise": add_pointwise,
+        "step": add_step,
     }  # fmt: skip
     for part in parts:
         adders[part](add)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megaforge.nn.offload import HostMemory
 from megaforge.parallel.context import ParallelContext
 from tests.training.tiny import arguments, make_trainer, record, write_dataset
 
@@ -35,3 +36,22 @@ def test_offloading_changes_nothing_but_memory(tmp_path: Path, recompute: str) -
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-10)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-10)
     assert kept < whole
+
+
+def test_the_copies_go_beside_the_computation_and_change_no_bit() -> None:
+    """Much larger than what is on its way at once, and other work between: memory is used again while copies run."""
+    weights = [torch.randn(2048, 2048, device="cuda", requires_grad=True) for _ in range(12)]
+    x = torch.randn(4096, 2048, device="cuda")
+
+    def loss() -> torch.Tensor:
+        y = x
+        for weight in weights:
+            y = torch.tanh(y @ weight / 45)
+        return y.square().sum()
+
+    expected = torch.autograd.grad(loss(), weights)
+    for _ in range(5):
+        with HostMemory(weights):
+            kept = loss()
+        for ours, theirs in zip(torch.autograd.grad(kept, weights), expected, strict=True):
+            assert torch.equal(ours, theirs)
