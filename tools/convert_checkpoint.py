@@ -15,6 +15,7 @@
     python tools/convert_checkpoint.py --from rwkv7 RWKV-x070-World-0.1B.pth --save checkpoints/rwkv7-0.1b
     python tools/convert_checkpoint.py list runs/1b
     python tools/convert_checkpoint.py verify runs/1b
+    python tools/convert_checkpoint.py fetch s3://bucket/1b runs/1b
 
 A directory is what a run was given as --save (its newest valid checkpoint is taken) or one step_N in it. A file has
 whole tensors by their global names, weights alone or with --optimizer everything that continuing the run needs; its
@@ -27,7 +28,7 @@ those that llama.cpp knows, --to rwkv7 RWKV-LM's. --from hf and --from rwkv7 rea
 says which. --from megatron and --to megatron: GPTs of Megatron-LM (docs/from_megatron.md).
 
 list shows the checkpoints of a run, verify reads every byte of them and leaves with status 1 where one is damaged; both
-also take one step_N, and --json.
+also take one step_N, and --json. fetch brings back what --save-replica has copied.
 """
 
 from __future__ import annotations
@@ -113,6 +114,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     """Runs the command; 0 when the result is published."""
+    if sys.argv[1:2] == ["fetch"]:
+        return _fetch(sys.argv[2:])
     if sys.argv[1:2] in (["list"], ["verify"]):
         return _registry(sys.argv[1], sys.argv[2:])
     flags = parse_arguments()
@@ -125,6 +128,19 @@ def main() -> int:
         _to_file(flags)
     else:
         _to_directory(flags)
+    return 0
+
+
+def _fetch(arguments: list[str]) -> int:
+    parser = ArgumentParser(prog="convert_checkpoint.py fetch", description="Brings a copy of --save-replica back.")
+    parser.add_argument("url", metavar="URL", help="what a run was given as --save-replica")
+    parser.add_argument("directory", metavar="DIR", help="where the checkpoint goes")
+    parser.add_argument("--step", type=integer(0), metavar="N", help="of this iteration (default: the newest)")
+    flags = parser.parse_args(arguments)
+
+    from megaforge.checkpoint.replica import Replica
+
+    print(f"{Replica(flags.url).fetch(Path(flags.directory), flags.step)}: fetched, and every byte of it checked")
     return 0
 
 

@@ -13,6 +13,8 @@ import datetime
 import logging
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from megaforge.checkpoint.checkpoint import Snapshot, enforce_retention, save_snapshot
 from megaforge.checkpoint.directory import KEEP_ALL, Retention
 from megaforge.checkpoint.planner import deal_out
+from megaforge.checkpoint.replica import Replica, copy_and_retain
 from megaforge.checkpoint.shards import Shard
 from megaforge.errors import CheckpointError
 from megaforge.parallel.agree import exchange, together
@@ -76,7 +79,13 @@ class BackgroundSave:
         return self._thread is not None and self._thread.is_alive()
 
     def start(
-        self, snapshot: Snapshot, directory: Path, *, goes_on_from: int | None = None, keep: Retention = KEEP_ALL
+        self,
+        snapshot: Snapshot,
+        directory: Path,
+        *,
+        goes_on_from: int | None = None,
+        keep: Retention = KEEP_ALL,
+        replica: Replica | None = None,
     ) -> None:
         """Copies what this rank will write of ``snapshot`` and begins to write it below ``directory``; afterwards live
         memory may change. Collective.
@@ -84,6 +93,7 @@ class BackgroundSave:
         Args:
             goes_on_from: as for :func:`megaforge.checkpoint.checkpoint.save_checkpoint`.
             keep: the older ones that stay once it is published.
+            replica: where a copy goes.
 
         Raises:
             ValueError: the save before is not waited for.
@@ -96,8 +106,8 @@ class BackgroundSave:
         head = dataclasses.replace(snapshot.head, meta=copy.deepcopy(snapshot.head.meta))
         self._path = self._error = None
         self._step = head.step
-        arguments = (Snapshot(head, shards), directory, goes_on_from, keep)
-        self._thread = threading.Thread(target=self._save, args=arguments, name="save")
+        save = partial(save_snapshot, Snapshot(head, shards), directory, self._writers, goes_on_from=goes_on_from)
+        self._thread = threading.Thread(target=self._save, args=(save, keep, replica), name="save")
         self._thread.start()
 
     def wait(self) -> tuple[Path, int]:
@@ -136,10 +146,11 @@ class BackgroundSave:
         else:
             logger.warning("%s was still written", self._path)
 
-    def _save(self, snapshot: Snapshot, directory: Path, goes_on_from: int | None, keep: Retention) -> None:
+    def _save(self, save: Callable[[], Path], keep: Retention, replica: Replica | None) -> None:
         try:
-            self._path = save_snapshot(snapshot, directory, self._writers, goes_on_from=goes_on_from)
-            enforce_retention(self._path, self._writers, keep)
+            self._path = save()
+            removed = enforce_retention(self._path, self._writers, keep)
+            copy_and_retain(replica, self._path, removed, self._writers)
         except BaseException as error:  # raised again where the run waits
             self._error = error
 

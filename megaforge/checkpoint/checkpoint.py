@@ -183,9 +183,12 @@ def _abandon_later(directory: Path, step: int) -> None:
         )
 
 
-def enforce_retention(newest: Path, ctx: ParallelContext, keep: Retention) -> None:
+def enforce_retention(newest: Path, ctx: ParallelContext, keep: Retention) -> list[Path]:
     """Removes the checkpoints beside ``newest``, just published, that need not be kept. Where none stays beside it, its
     files are read back first: the last checkpoint that is known to be whole never goes. Collective.
+
+    Returns:
+        What was removed.
 
     Raises:
         CheckpointError: the files of the newest are not as long as they were written, or not what was; nothing is
@@ -193,7 +196,7 @@ def enforce_retention(newest: Path, ctx: ParallelContext, keep: Retention) -> No
     """
     excess, alone = from_first_rank(ctx, lambda: _may_go(newest, keep))
     if not excess:
-        return
+        return []
     problem = verify_checkpoint(newest, ctx) if alone else from_first_rank(ctx, lambda: _check_lengths(newest))
 
     def remove() -> None:
@@ -208,6 +211,7 @@ def enforce_retention(newest: Path, ctx: ParallelContext, keep: Retention) -> No
             remove_checkpoint(path)
 
     from_first_rank(ctx, remove)
+    return excess
 
 
 def _may_go(newest: Path, keep: Retention) -> tuple[list[Path], bool]:

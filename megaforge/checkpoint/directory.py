@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,6 +107,26 @@ def commit(directory: Path, manifest: Manifest) -> Path:
         logger.warning("%s is committed, but the hint %s was not updated: %s", final, LATEST_FILE, error)
     if replaced.exists():
         shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def commit_fetched(directory: Path, step: int, fill: Callable[[Path], None]) -> Path:
+    """Makes a checkpoint of ``step`` of the files that ``fill`` brings to the directory that it is given.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary, final = prepare_temporary(directory, step), directory / step_name(step)
+    try:
+        fill(temporary)
+        for path in temporary.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        fsync_directory(temporary)
+        os.rename(temporary, final)
+        fsync_directory(directory)
+    finally:
+        discard_temporary(directory, step)
     return final
 
 

@@ -66,6 +66,12 @@ class CheckpointConfig:
         "(extra 'encrypt')",
     )
 
+    save_replica: str | None = flag(
+        None,
+        "copy every checkpoint there too: a path or an fsspec URL, as s3://bucket/run (extra 'replica')",
+        metavar="URL",
+    )
+
     def validate(self) -> None:
         every, retained = self.save_interval, self.save_retain_interval
         if every and retained is not None and retained % every:

@@ -90,6 +90,7 @@ RUN_PARTNERS = (
         "MPI's collectives wait for each other, those of a save and of a step too: use --distributed-backend gloo or "
         "leave it out",
     ),
+    Partner(("checkpoint.save_replica",), lambda c: c.checkpoint.save, "nothing is saved: add --save DIR"),
     Partner(("checkpoint.encrypt_checkpoints",), lambda c: c.checkpoint.save, "nothing is saved: add --save DIR"),
     Partner(
         ("checkpoint.encrypt_checkpoints",),

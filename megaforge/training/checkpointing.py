@@ -64,7 +64,8 @@ def start_save(trainer: Trainer, background: BackgroundSave) -> None:
     """:func:`save_run` as far as it needs what the next step changes; ``background`` does the rest. Collective."""
     directory, snapshot = _run_snapshot(trainer)
     keep = Retention.of(trainer.config.checkpoint)
-    background.start(snapshot, directory, goes_on_from=trainer.saved_iteration, keep=keep)
+    before = trainer.saved_iteration
+    background.start(snapshot, directory, goes_on_from=before, keep=keep, replica=trainer.replica)
 
 
 def _run_snapshot(trainer: Trainer) -> tuple[Path, Snapshot]:

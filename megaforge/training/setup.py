@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megaforge.checkpoint.background import BackgroundSave
 from megaforge.checkpoint.directory import Retention
+from megaforge.checkpoint.replica import replica_of
 from megaforge.config.config import Config
 from megaforge.config.lr_shapes import RateShape
 from megaforge.config.schema import config_to_dict
@@ -28,7 +29,7 @@ from megaforge.monitor.trackers import MlflowSink, TensorBoardSink, WandbSink
 from megaforge.optim import Optimizer, UpdateRule, bucket_policy
 from megaforge.optim.groups import check_groups
 from megaforge.optim.optimizer import rule_of
-from megaforge.parallel.agree import exchange, together
+from megaforge.parallel.agree import exchange, from_first_rank, together
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.distributed import check_backend, discover_launch, initialize, print_rank_0
 from megaforge.parallel.init import initialize_parameters
@@ -153,6 +154,9 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext) -> Trainer:
     )
     if config.checkpoint.encrypt_checkpoints:
         trainer.key = agreed_key(ctx)
+    trainer.replica = together(ctx, lambda: replica_of(config.checkpoint.save_replica))
+    if (replica := trainer.replica) is not None:
+        from_first_rank(ctx, replica.check)
     if config.checkpoint.async_save and config.checkpoint.save is not None:
         trainer.background = BackgroundSave(ctx, config.parallel.distributed_timeout_minutes)
     if config.optimizer.ema_decay:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from megaforge.checkpoint.background import BackgroundSave
 from megaforge.checkpoint.encryption import Key
+from megaforge.checkpoint.replica import Replica
 from megaforge.checkpoint.stateful import Stateful
 from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.config.config import Config
@@ -58,6 +60,7 @@ class Trainer:
         save_due: whether the time asks for a checkpoint.
         background: what writes checkpoints while steps go on (``--async-save``), or None.
         key: what encrypts checkpoints, or None.
+        replica: where copies of checkpoints go, or None.
         save_written: whether it has written one on all ranks, which :meth:`settle_save` makes known.
         stop_reason: why the run ends before ``--train-iters``, or None.
     """
@@ -99,6 +102,8 @@ class Trainer:
         self.interrupted = self.save_due = self.paused = self.save_written = False
         self.background: BackgroundSave | None = None
         self.key: Key | None = None
+        self.replica: Replica | None = None
+        self._by_background: Path | None = None
         self._requests = Requests()
 
     @property
@@ -275,7 +280,8 @@ class Trainer:
         self.optimizer.wait_for_parameters()
         self.settle_save()
         if self.background is None or self.finished:
-            self._emit("on_checkpoint", save_run(self))
+            path, self._by_background = save_run(self), None
+            self._emit("on_checkpoint", path)
         else:
             start_save(self, self.background)
         self._requests.saved()
@@ -290,7 +296,12 @@ class Trainer:
         if self.background is not None and self.background.in_flight:
             self.save_written = False
             path, self.saved_iteration = self.background.wait()
+            self._by_background = path
             self._emit("on_checkpoint", path)
+
+    def in_background(self, path: Path) -> bool:
+        """Whether :attr:`background` has written the checkpoint ``path``."""
+        return self._by_background == path
 
     def _loader(
         self, data: SampleView, batches: BatchSchedule, consumed_samples: int = 0, look_ahead: int = 1

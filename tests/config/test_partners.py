@@ -43,6 +43,7 @@ REFUSED = [
     (("--save-retain-interval", "9"), (), "--save DIR"),
     (("--async-save",), (), "--save DIR"),
     (("--encrypt-checkpoints",), (), "--save DIR"),
+    (("--save-replica", "memory://x"), (), "--save DIR"),
     (("--encrypt-checkpoints",), ("--save", "r", "--phase6-output", "d"), "tools/phase_interface.py export"),
     (("--keep-best-only",), ("--save", "r"), "add --keep-best N"),
     (("--keep-last", "9"), ("--save", "r", *EVALUATED, "--keep-best", "1", "--keep-best-only"), "leave out the one"),

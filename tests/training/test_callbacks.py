@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from megaforge.parallel.context import ParallelContext
 from megaforge.training.callbacks import (
     Callback,
     Checkpointing,
@@ -34,6 +35,7 @@ class FakeTrainer:
         self.log: list[str] = []
         self.interrupted = self.save_due = self.save_written = False
         self.saved_iteration = 0
+        self.replica, self.ctx = None, ParallelContext.single()
         self.last_evaluation: EvaluationMetrics | None = None
         self.config = SimpleNamespace(training=SimpleNamespace(train_iters=iterations))
 
@@ -51,6 +53,9 @@ class FakeTrainer:
         self.last_evaluation = metrics = EvaluationMetrics(self.iteration, 10 * loss, 10, correct=5, due=due)
         for callback in self.callbacks:
             callback.on_evaluate(cast(Trainer, self), metrics)
+
+    def in_background(self, path: Path) -> bool:
+        return False
 
     def save(self) -> None:
         self.saved.append(self.iteration)

@@ -1,0 +1,165 @@
+"""What checkpoints cost: step time while saving every 10 steps, bandwidth against the disk's own, encryption.
+
+Goals: at most 3 % of training time added by ``--async-save`` every 10 steps; save and load at 0.8 of the disk's own
+bandwidth; encryption at most 15 % of the writer's time. The disk's own is one file of as many bytes, written in blocks
+of 1 MiB and synced, and read back from where it lies: what the system keeps in memory, both sides find there.
+
+    python tests/bench/bench_checkpoint.py [--megabytes 256] [--steps 20] [--rounds 5] [--folder DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megaforge.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from megaforge.checkpoint.encryption import KEY_VARIABLE, Key
+from megaforge.checkpoint.shards import TensorEntry
+from megaforge.config.cli import parse_config
+from megaforge.parallel.context import ParallelContext
+from megaforge.training.prepare import prepare
+from megaforge.training.setup import build_trainer
+from megaforge.training.trainer import Trainer
+from tests.bench.harness import Measure, Ratio, interleaved_ratio, print_json, print_table
+
+CTX = ParallelContext.single()
+BLOCK, TENSORS, EVERY = 1 << 20, 16, 10
+SECRET = bytes(range(32))
+
+
+def entries(megabytes: int) -> list[TensorEntry]:
+    """A model's worth of tensors."""
+    size = megabytes * (1 << 20) // TENSORS // 4
+    return [TensorEntry(f"t{number}", None, torch.randn(size)) for number in range(TENSORS)]
+
+
+def disk_write(folder: Path, content: memoryview) -> None:
+    with open(folder / "raw", "wb", buffering=0) as file:
+        for start in range(0, len(content), BLOCK):
+            file.write(content[start : start + BLOCK])
+        os.fsync(file.fileno())
+
+
+def disk_read(folder: Path, into: bytearray) -> None:
+    with open(folder / "raw", "rb", buffering=0) as file:
+        while file.readinto(into):
+            pass
+
+
+def timed(action: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> Measure:
+    def measure() -> float:
+        start = clock()
+        action()
+        return clock() - start
+
+    return measure
+
+
+def trainer_of(save: Path | None, *more: str) -> Trainer:
+    """The quickstart's size on random tokens."""
+    where = () if save is None else ("--save", str(save), "--save-interval", str(EVERY), "--keep-last", "2", *more)
+    line = (
+        *("--config", "cdrmix-tiny", "--device", "cpu", "--mock-data", "--vocab-size", "4096", "--seq-length", "256"),
+        *("--train-iters", str(10**6), "--global-batch-size", "4", "--log-level", "warning", "--lr-warmup-iters", "10"),
+        *("--lr-decay-style", "constant"),
+    )
+    trainer = build_trainer(prepare(parse_config([*line, *where], prog="bench").config), CTX)
+    trainer._emit("on_train_start")
+    return trainer
+
+
+def steps_of(trainer: Trainer, steps: int) -> Measure:
+    """Seconds of ``steps`` further steps, with what callbacks do after them."""
+
+    def measure() -> float:
+        start, end = time.perf_counter(), trainer.iteration + steps
+        batches = iter(trainer._loader(trainer.data, trainer.progress.batches, trainer.consumed_samples))
+        while trainer.iteration < end:
+            trainer._emit("on_step_end", trainer._timed_step(batches))
+        batches.close()  # type: ignore[attr-defined]
+        return time.perf_counter() - start
+
+    return measure
+
+
+def training(folder: Path, steps: int, rounds: int) -> dict[str, Ratio]:
+    """A run that saves every 10 steps against one that does not."""
+    found = {}
+    plain = trainer_of(None)
+    for name, more in (
+        ("steps, --async-save", ("--async-save",)),
+        ("steps, --async-save --encrypt-checkpoints", ("--async-save", "--encrypt-checkpoints")),
+        ("steps, saves between them", ()),
+    ):
+        saving = trainer_of(folder / "run", *more)
+        steps_of(saving, EVERY)()  # the first save allocates
+        found[name] = interleaved_ratio(steps_of(saving, steps), steps_of(plain, steps), rounds)
+        if saving.background is not None:
+            saving.background.finish()
+        shutil.rmtree(folder / "run", ignore_errors=True)
+    return found
+
+
+def bandwidths(folder: Path, megabytes: int, rounds: int) -> dict[str, Ratio]:
+    """Seconds of saves and loads against those of the disk, and of encrypted against plain ones."""
+    held, key, buffer = entries(megabytes), Key(SECRET), bytearray(BLOCK)
+    raw = memoryview(torch.cat([entry.tensor for entry in held]).numpy()).cast("B")
+
+    def save(name: str, key: Key | None) -> Callable[[], object]:
+        return lambda: save_checkpoint(folder / name, 1, held, {}, CTX, key=key)
+
+    def load(name: str, verify: bool) -> Callable[[], object]:
+        return lambda: load_checkpoint(folder / name / "step_0000001", held, CTX, verify=verify)
+
+    write, read = timed(lambda: disk_write(folder, raw)), timed(lambda: disk_read(folder, buffer))
+    found = {"save": interleaved_ratio(timed(save("plain", None)), write, rounds)}
+    found["load"] = interleaved_ratio(timed(load("plain", False)), read, rounds)
+    found["load, hashes checked"] = interleaved_ratio(timed(load("plain", True)), read, rounds)
+    both = (timed(save("sealed", key), time.process_time), timed(save("plain", None), time.process_time))
+    found["encrypted save, CPU"] = interleaved_ratio(*both, rounds)
+    both = (timed(save("sealed", key)), timed(save("plain", None)))
+    found["encrypted save"] = interleaved_ratio(*both, rounds)
+    loads = (timed(load("sealed", False)), timed(load("plain", False)))
+    found["encrypted load"] = interleaved_ratio(*loads, rounds)
+    return found
+
+
+PEERS = {"steps": "no saves", "save": "disk", "load": "disk", "encrypted": "plain"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=256, help="of the checkpoint that bandwidths are of")
+    parser.add_argument("--steps", type=int, default=20, help="of a measured stretch of training")
+    parser.add_argument("--rounds", type=int, default=5, help="measured pairs")
+    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary directory)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ[KEY_VARIABLE] = SECRET.hex()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        found = bandwidths(Path(name), options.megabytes, options.rounds)
+        found |= training(Path(name), options.steps, options.rounds)
+    rows: list[list[object]] = []
+    for case, ratio in found.items():
+        peer = PEERS[case.split()[0].rstrip(",")]
+        rows.append([case, ratio.candidate, peer, ratio.peer, ratio.median, f"{ratio.min:.3f}-{ratio.max:.3f}"])
+    print_table(
+        f"checkpoints: {options.megabytes} MB; stretches of {options.steps} steps, a save every {EVERY}; seconds",
+        ["case", "seconds", "peer", "its seconds", "ratio", "range"],
+        rows,
+    )
+    print_json("checkpoint", {case: ratio.case(PEERS[case.split()[0].rstrip(",")]) for case, ratio in found.items()})
+
+
+if __name__ == "__main__":
+    main()
