@@ -41,14 +41,14 @@ def _with(key: Tensor, value: Tensor | int) -> Tensor:
     return _mixed(key ^ ((value + 1) * torch.full((), _STEP, device=key.device)))
 
 
-def _threshold(rate: float) -> int:
+def threshold_of(rate: float) -> int:
     """How many of an element's 65,536 values drop it."""
     return min(round(rate * _VALUES), _VALUES - 1)
 
 
 def scale_of(rate: float) -> float:
     """What is left is multiplied by this."""
-    return _VALUES / (_VALUES - _threshold(rate))
+    return _VALUES / (_VALUES - threshold_of(rate))
 
 
 def kept(rows: Tensor, rate: float, end: int) -> Tensor:
@@ -62,7 +62,7 @@ def kept(rows: Tensor, rate: float, end: int) -> Tensor:
     """
     counts = torch.arange(1, -(-end // _WORD) + 1, device=rows.device).mul_(_STEP)
     words = _mixed(rows.unsqueeze(-1) + counts)
-    return words.view(torch.int16)[..., :end] >= _threshold(rate) - _VALUES // 2
+    return words.view(torch.int16)[..., :end] >= threshold_of(rate) - _VALUES // 2
 
 
 class _Dropped(torch.autograd.Function):

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from megaforge.errors import UserError
+from megaforge.kernels.attention import native_dropped
 from megaforge.kernels.attention.dropped import Places, dropped_attention
+from megaforge.kernels.attention.segments import documents_of, segments_of
 from megaforge.models.prepared_run import check_run
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.dropout import DropoutRates, kept, scale_of
+from megaforge.parallel.dropout import DropoutRates, kept, scale_of, threshold_of
 from megaforge.parallel.region import TensorParallelRegion
 from megaforge.training.setup import build_trainer
 from megaforge.verification.parity import Comparison, combined, compare, parity_config, write_documents
@@ -134,6 +136,35 @@ def test_dropped_attention(starts: tuple[int, ...], size: int, groups: int, pack
     narrow = [x.detach().bfloat16() for x in inputs]
     low = dropped_attention(*narrow, where, lambda a, b, c: kept(rows[:, :, a:b], rate, c), scale_of(rate))
     assert low.dtype == torch.bfloat16 and low.isfinite().all()
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "scalar"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropped_attention_compiled(monkeypatch: pytest.MonkeyPatch, isa: str, dtype: torch.dtype) -> None:
+    """Against blocks in fp64: documents that begin at no multiple of four, groups, a chunk of queries after keys."""
+    if not native_dropped.takes(torch.empty(1)):
+        pytest.skip("the compiled attention is not built, or before this operator")
+    monkeypatch.setenv("MEGAFORGE_CPU_ISA", isa)
+    rate, last, first = 0.4, 150, 61
+    ids = torch.repeat_interleave(torch.arange(4), torch.tensor([1, 30, 70, 49])).expand(2, -1)
+    query, key, value, direction = (
+        random(2, n, m, 20, seed=n * m).to(dtype) for n, m in ((4, 89), (2, 150), (2, 150), (4, 89))
+    )
+    rows = DropoutRates(0.0, rate, 9).of(torch.tensor([3, 4]), torch.arange(first, last)).attention_rows(1, range(4))
+    ours, theirs = ([x.to(t).requires_grad_() for x in (query, key, value)] for t in (dtype, torch.float64))
+    seen = segments_of(documents_of(ids), range(first, last), range(last))
+    try:
+        out = native_dropped.dropped_attention(*ours, seen, rows, threshold_of(rate))
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    where = Places((first,), ids[:, first:], ids)
+    expected = dropped_attention(*theirs, where, lambda a, b, c: kept(rows[:, :, a:b], rate, c), scale_of(rate))
+    found = [out, *torch.autograd.grad(out, ours, direction)]
+    wanted = [expected, *torch.autograd.grad(expected, theirs, direction.double())]
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == dtype and float((one - other).norm()) <= (2e-6 if dtype == torch.float32 else 8e-3) * float(
+            other.norm()
+        )
 
 
 FLAGS = (

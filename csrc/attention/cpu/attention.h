@@ -35,6 +35,15 @@ struct Turns {
   std::int64_t stride_b, stride_s, half;
 };
 
+// Which probabilities stay: 16 bits of each are a function of its query's key of a generator and of the place of what it
+// sees, as megaforge/parallel/dropout.py has them; those below `threshold` of 65,536 are dropped.
+struct Dropped {
+  const std::int64_t* rows;  // [b, heads, length]; null: all stay
+  std::int64_t threshold;
+
+  float scale() const { return rows == nullptr ? 1.0f : 65536.0f / static_cast<float>(65536 - threshold); }
+};
+
 struct Problem {
   std::int64_t heads, groups, length, d;  // length: queries of each sequence, for the log-sum-exp
   float scale;                            // above 0
@@ -42,6 +51,7 @@ struct Problem {
   std::int64_t count;
   View q, k, v;  // of one type; each group of k and v serves heads / groups neighbouring heads
   Turns turns{};
+  Dropped dropped{};
 };
 
 struct Forward {

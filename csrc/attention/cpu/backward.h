@@ -11,6 +11,8 @@ struct BackwardRoom {
   static constexpr Int kDeep = kPanel / T::kPer;                         // words along a panel of queries
   Word *keys, *values, *turned, *queries, *query_pairs, *grads, *grad_pairs, *rows, *weights, *scores, *score_pairs;
   float *dkeys, *dvalues, *dqueries, *lse, *along, *raw, *raw_grad;
+  std::uint64_t* seeds;  // of a head's queries
+  std::int16_t* bits;    // of the probabilities of a block of keys and a panel of queries
   Int key_blocks, query_panels;
   Bytes bytes;
 
@@ -33,12 +35,14 @@ struct BackwardRoom {
     dqueries = shares.take<float>(query_panels * width.channels * kPanel);
     lse = shares.take<float>(query_panels * kPanel);
     along = shares.take<float>(query_panels * kPanel);
+    seeds = shares.take<std::uint64_t>(in.dropped.rows == nullptr ? 0 : query_panels * kPanel);
     rows = mine.take<Word>(most(16 * width.row, most(kKeyWords, 16) * width.channels));
     raw = mine.take<float>(kRows * kPanel);
     raw_grad = mine.take<float>(kRows * kPanel);
     weights = mine.take<Word>(kRows * kDeep);
     scores = mine.take<Word>(kKeyRows * kPanel);
     score_pairs = mine.take<Word>(kKeyRows * kPanel);
+    bits = mine.take<std::int16_t>(kKeyRows * kPanel);
     bytes = {shares.bytes(), mine.bytes()};
   }
 };
@@ -113,23 +117,35 @@ void pack_queries(const Backward& args, const Unit& unit, const BackwardRoom<T>&
     pack(g, first, room.grads, room.grad_pairs, Turns{});
   }
   const float* lse = args.lse + (segment.batch * in.heads + head) * in.length + segment.query;
+  const std::int64_t* seeds = seeds_of(in, segment, head);
   for (Int i = panel * kPanel; i < (panel + 1) * kPanel; ++i) {
     const bool there = i < segment.queries;
     room.lse[i] = there ? lse[i] * kLog2E : __builtin_inff();
     room.along[i] = there ? along(o, g, i, in.d) : 0.0f;
+    if (seeds != nullptr) room.seeds[i] = there ? static_cast<std::uint64_t>(seeds[i]) : 0;
   }
   clear(room.dqueries + panel * width.channels * kPanel, width.channels * kPanel * 4);
 }
 
 // Weights and score gradients of some keys (rows, at most kRows; `row` is the first's place in the block) and the columns
 // [from, to) of a panel of queries, of which key r meets those from hidden + r on.
-template <class T>
-inline void weigh(const BackwardRoom<T>& room, Int panel, Int rows, Int row, Int from, Int to, Int hidden, float c) {
+template <class T, bool kDrops>
+inline void weigh(const BackwardRoom<T>& room, Int panel, Int rows, Int row, Int from, Int to, Int hidden, float c,
+                  const Dropped& dropped) {
+  const auto least_kept = static_cast<std::int32_t>(dropped.threshold - 32768);
+  const float scale = dropped.scale();
   const auto compute = [&](Int r, Int j, Vec& weights) {
     const Int query = panel * kPanel + j;
     weights = power_of_two<T>(load(room.raw + r * kPanel + j) * c - load(room.lse + query));
     if (j < hidden + r) weights = places(j) < static_cast<std::int32_t>(hidden + r) ? Vec{} : weights;
-    return weights * (load(room.raw_grad + r * kPanel + j) - load(room.along + query));
+    Vec grads = load(room.raw_grad + r * kPanel + j);
+    if constexpr (kDrops) {
+      const std::int16_t* bits = room.bits + (row + r) * kPanel + j;
+      const Vec all_weights = weights;
+      weights = where_kept(bits, least_kept, weights);
+      return all_weights * (where_kept(bits, least_kept, grads * scale) - load(room.along + query));
+    }
+    return weights * (grads - load(room.along + query));
   };
   Vec weights;
   for (Int j = from; j < to; j += kWidth) {
@@ -157,6 +173,21 @@ inline void weigh(const BackwardRoom<T>& room, Int panel, Int rows, Int row, Int
   }
 }
 
+// The bits of the probabilities of a panel of queries for `keys` keys from `place` on.
+template <class T>
+void bits_of_block(const BackwardRoom<T>& room, Int panel, Int place, Int keys) {
+  for (Int w = place / 4; w <= (place + keys - 1) / 4; ++w) {
+    const std::uint64_t step = static_cast<std::uint64_t>(w + 1) * kStep;
+    for (Int j = 0; j < kPanel; j += kLanes) {
+      const Words words = mixed(*reinterpret_cast<const LooseWords*>(room.seeds + panel * kPanel + j) + step);
+      for (Int e = most(4 * w, place); e < least(4 * w + 4, place + keys); ++e) {
+        *reinterpret_cast<LooseFewShorts*>(room.bits + (e - place) * kPanel + j) =
+            __builtin_convertvector(words >> static_cast<std::uint64_t>(16 * (e % 4)), FewShorts);
+      }
+    }
+  }
+}
+
 // A block of keys against a panel of queries.
 template <class T>
 void backward_tile(const Backward& args, const Unit& unit, const BackwardRoom<T>& room, const Member& member, Int block,
@@ -174,6 +205,7 @@ void backward_tile(const Backward& args, const Unit& unit, const BackwardRoom<T>
   const Word *q_pairs = room.query_pairs + panel * width.panels * kDeep * kPanel;
   const Word *g_pairs = room.grad_pairs + panel * width.panels * kDeep * kPanel;
   Word* pairs = kPer == 1 ? room.scores : room.score_pairs;
+  if (in.dropped.rows != nullptr) bits_of_block<T>(room, panel, segment.key + first_key, keys);
   for (Int r = 0; r < keys; r += kRows) {
     const Int rows = least(kRows, keys - r), from = begin(r), deep = (columns - from) / kPer;
     const Int skipped = from - begin(0);
@@ -184,7 +216,9 @@ void backward_tile(const Backward& args, const Unit& unit, const BackwardRoom<T>
     const Int at = (first_key + r) * width.row;
     product<T>(rows, room.keys + at, width.row, q + from, width.words, room.raw + from, kPanel, columns - from, false);
     product<T>(rows, room.values + at, width.row, g + from, width.words, room.raw_grad + from, kPanel, columns - from, false);
-    weigh<T>(room, panel, rows, r, from, columns, hidden + r, in.scale * kLog2E);
+    const float c = in.scale * kLog2E;
+    if (in.dropped.rows == nullptr) weigh<T, false>(room, panel, rows, r, from, columns, hidden + r, c, in.dropped);
+    else weigh<T, true>(room, panel, rows, r, from, columns, hidden + r, c, in.dropped);
     const Word* scores = room.scores + (kPer == 1 ? r * kPanel : 0);
     for (Int p = 0; p < width.panels; ++p) {
       const Int deepest = (p * kDeep + from / kPer) * kPanel, to = (first_key + r) * stride + p * kPanel;
@@ -263,7 +297,7 @@ void backward_unit(const Backward& args, const Unit& unit, const Member& member,
     turn_rows<F32>(in.turns, segment.batch, segment.key, i, 1, segment.keys, stride,
                    reinterpret_cast<Word*>(room.dkeys + i * stride), true);
     write_row(args.dk, segment.batch, unit.group, segment.key + i, room.dkeys + i * stride, in.d, in.scale);
-    write_row(args.dv, segment.batch, unit.group, segment.key + i, room.dvalues + i * stride, in.d, 1.0f);
+    write_row(args.dv, segment.batch, unit.group, segment.key + i, room.dvalues + i * stride, in.d, in.dropped.scale());
   }
 }
 

@@ -79,7 +79,7 @@ Segments checked(const Tensor& segments, const Tensor& q, const Tensor& k) {
 
 Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments, double scale) {
   return {q.size(1), k.size(1), q.size(2), q.size(3), static_cast<float>(scale), segments.data, segments.count,
-          view(q), view(k), view(v), Turns{}};
+          view(q), view(k), view(v), Turns{}, Dropped{}};
 }
 
 void check(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
@@ -119,6 +119,47 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_any, co
   const Tensor dq = like(q, type, segments.all_queries), dk = like(k, type, segments.all_keys), dv = like(k, type, segments.all_keys);
   Backward args{problem(q, k, v, segments, scale), view(out), view(dout), lse.const_data_ptr<float>(),
                 result(dq), result(dk), result(dv)};
+  backward(choose(type_of(q)), args, at::get_num_threads());
+  return {dq, dk, dv};
+}
+
+Dropped dropped(const Tensor& rows, std::int64_t threshold, const Tensor& q) {
+  TORCH_CHECK(rows.scalar_type() == at::kLong && rows.is_contiguous() && rows.sizes() == q.sizes().slice(0, 3) && threshold >= 0 &&
+                  threshold < 65536,
+              "megaforge::attention_dropped: expected int64 [b, heads, s] and a threshold below 65536, got ", rows.scalar_type(), " ",
+              rows.sizes(), " ", threshold);
+  return {rows.const_data_ptr<std::int64_t>(), threshold};
+}
+
+std::tuple<Tensor, Tensor> attention_dropped(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, const Tensor& segments_any,
+                                             const Tensor& rows_any, std::int64_t threshold, double scale) {
+  check(q_any, k_any, v_any, scale);
+  const Tensor q = dense(q_any), k = dense(k_any), v = dense(v_any), rows = rows_any.contiguous();
+  const Segments segments = checked(segments_any, q, k);
+  const Tensor out = like(q, q.scalar_type(), segments.all_queries);
+  const Tensor lse = at::full({q.size(0), q.size(1), q.size(2)}, -std::numeric_limits<float>::infinity(), q.options().dtype(at::kFloat));
+  Forward args{problem(q, k, v, segments, scale), result(out), lse.mutable_data_ptr<float>()};
+  args.in.dropped = dropped(rows, threshold, q);
+  forward(choose(type_of(q)), args, at::get_num_threads());
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_dropped_backward(const Tensor& dout_any, const Tensor& q_any, const Tensor& k_any,
+                                                              const Tensor& v_any, const Tensor& out_any, const Tensor& lse_any,
+                                                              const Tensor& segments_any, const Tensor& rows_any,
+                                                              std::int64_t threshold, double scale) {
+  check(q_any, k_any, v_any, scale);
+  const Tensor q = dense(q_any), k = dense(k_any), v = dense(v_any), out = dense(out_any), rows = rows_any.contiguous();
+  TORCH_CHECK(dout_any.sizes() == q.sizes() && out.sizes() == q.sizes() && lse_any.scalar_type() == at::kFloat &&
+                  lse_any.sizes() == q.sizes().slice(0, 3),
+              "megaforge::attention_dropped_backward: shapes differ: ", q.sizes(), " ", out.sizes(), " ", dout_any.sizes());
+  const Tensor dout = dense(dout_any.to(q.scalar_type())), lse = lse_any.contiguous();
+  const Segments segments = checked(segments_any, q, k);
+  const at::ScalarType type = q.scalar_type();
+  const Tensor dq = like(q, type, segments.all_queries), dk = like(k, type, segments.all_keys), dv = like(k, type, segments.all_keys);
+  Backward args{problem(q, k, v, segments, scale), view(out), view(dout), lse.const_data_ptr<float>(),
+                result(dq), result(dk), result(dv)};
+  args.in.dropped = dropped(rows, threshold, q);
   backward(choose(type_of(q)), args, at::get_num_threads());
   return {dq, dk, dv};
 }
@@ -194,6 +235,8 @@ std::tuple<Tensor, Tensor> attention_fused_backward(const Tensor& dout_any, cons
 }
 
 TORCH_LIBRARY_IMPL(megaforge, CPU, library) {
+  library.impl("attention_dropped", &attention_dropped);
+  library.impl("attention_dropped_backward", &attention_dropped_backward);
   library.impl("attention_fused", &attention_fused);
   library.impl("attention_fused_backward", &attention_fused_backward);
   library.impl("attention", &attention);

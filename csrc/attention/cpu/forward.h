@@ -9,6 +9,7 @@ template <class T>
 struct ForwardRoom {
   Word *keys, *values, *queries, *rows, *narrow;
   float *scores, *out, *peak, *total;
+  std::uint64_t* bits;  // of a row's probabilities against a block of keys
   Int key_panels, value_panel;  // how many panels of keys; words from one panel of channels to the next
   Int bytes;
 
@@ -26,6 +27,7 @@ struct ForwardRoom {
     out = shares.take<float>(kQueryBlock * width.panels * kPanel);
     peak = shares.take<float>(kQueryBlock);
     total = shares.take<float>(kQueryBlock);
+    bits = shares.take<std::uint64_t>(kKeyBlock / 4 + 2 * kLanes);
     bytes = shares.bytes();
   }
 };
@@ -49,8 +51,10 @@ void pack_keys(const Problem& in, const Unit& unit, const ForwardRoom<T>& room, 
 
 // Scores of a row to weights relative to its running maximum; gives what the row's sums so far must be multiplied by.
 // `seen` of `columns` scores count; what is beyond gets weight 0. c: of a score, to make it an exponent of 2.
-template <class T>
-inline float to_weights(float* scores, void* narrowed, Int seen, Int columns, float c, float& peak, float& total) {
+// With kDrops those stay whose `bits` are at least `least_kept`.
+template <class T, bool kDrops>
+inline float to_weights(float* scores, void* narrowed, Int seen, Int columns, float c, float& peak, float& total,
+                        const std::int16_t* bits, std::int32_t least_kept) {
   Vec found = all(-__builtin_inff());
   Int j = 0;
   for (; j + kWidth <= seen; j += kWidth) found = greater(load(scores + j), found);
@@ -64,14 +68,27 @@ inline float to_weights(float* scores, void* narrowed, Int seen, Int columns, fl
   const float base = peak == -__builtin_inff() ? 0.0f : peak;
   Vec sums{};
   for (j = 0; j < columns; j += kWidth) {
-    const Vec weights = power_of_two<T>(load(scores + j) * c - base);
+    Vec weights = power_of_two<T>(load(scores + j) * c - base);
     sums += weights;
+    if constexpr (kDrops) weights = where_kept(bits + j, least_kept, weights);
     if constexpr (T::kPer == 1) store(scores + j, weights);
     else store_half(static_cast<std::uint16_t*>(narrowed) + j, MF_ISA::narrow(weights));
   }
   const float factor = before == peak ? 1.0f : power_of_two<F32>(all(before - base))[0];
   total = total * factor + sum(sums);
   return factor;
+}
+
+// The bits of the probabilities of a row for the keys from `place` on, `columns` of them.
+inline const std::int16_t* bits_of_row(std::int64_t seed, Int place, Int columns, std::uint64_t* to) {
+  Words number{};
+  for (int i = 0; i < kLanes; ++i) number[i] = static_cast<std::uint64_t>(i);
+  const auto first = static_cast<std::uint64_t>(place / 4 + 1);
+  for (Int w = 0; w < (place % 4 + columns + 3) / 4; w += kLanes) {
+    const Words count = number + (first + static_cast<std::uint64_t>(w));
+    *reinterpret_cast<LooseWords*>(to + w) = mixed(count * kStep + static_cast<std::uint64_t>(seed));
+  }
+  return reinterpret_cast<const std::int16_t*>(to) + place % 4;
 }
 
 // One block of one head's queries [first, first + count), counted from the segment's first.
@@ -82,6 +99,8 @@ void forward_block(const Forward& args, const Unit& unit, const ForwardRoom<T>& 
   const Segment& segment = *unit.segment;
   const Rows q(in.q, segment.batch, head, segment.query);
   const float c = in.scale * kLog2E;
+  const std::int64_t* seeds = seeds_of(in, segment, head);
+  const auto least_kept = static_cast<std::int32_t>(in.dropped.threshold - 32768);
   const Int stride = width.panels * kPanel;
   read_rows<T>(q, first, count, segment.queries, width, room.queries);
   turn_rows<T>(in.turns, segment.batch, segment.query, first, count, segment.queries, width.row, room.queries, false);
@@ -99,8 +118,15 @@ void forward_block(const Forward& args, const Unit& unit, const ForwardRoom<T>& 
       }
       for (Int r = 0; r < rows; ++r) {
         const Int seen = between(seen_by(i + r) - key, 0, kKeyBlock);
-        const float factor = to_weights<T>(room.scores + r * kKeyBlock, room.narrow + r * (kKeyBlock / 2), seen, columns,
-                                           c, room.peak[i + r], room.total[i + r]);
+        float *scores = room.scores + r * kKeyBlock, &peak = room.peak[i + r], &total = room.total[i + r];
+        Word* narrowed = room.narrow + r * (kKeyBlock / 2);
+        float factor;
+        if (seeds == nullptr) {
+          factor = to_weights<T, false>(scores, narrowed, seen, columns, c, peak, total, nullptr, 0);
+        } else {
+          const std::int16_t* bits = bits_of_row(seeds[first + i + r], segment.key + key, columns, room.bits);
+          factor = to_weights<T, true>(scores, narrowed, seen, columns, c, peak, total, bits, least_kept);
+        }
         if (factor == 1.0f || key == 0) continue;
         float* out = room.out + (i + r) * stride;
         for (Int j = 0; j < width.channels; j += kWidth) store(out + j, load(out + j) * factor);
@@ -113,12 +139,13 @@ void forward_block(const Forward& args, const Unit& unit, const ForwardRoom<T>& 
     }
   }
   float* lse = args.lse + (segment.batch * in.heads + head) * in.length + segment.query + first;
+  const float kept_share = 1.0f / in.dropped.scale();
   for (Int i = 0; i < count; ++i) {
     const float total = room.total[i];
     lse[i] = (room.peak[i] + __builtin_log2f(total)) * kLn2;
     float* out = room.out + i * stride;
     if (total != 0.0f) {
-      for (Int j = 0; j < width.channels; j += kWidth) store(out + j, load(out + j) / total);
+      for (Int j = 0; j < width.channels; j += kWidth) store(out + j, load(out + j) / (total * kept_share));
     }
     write_row(args.out, segment.batch, head, segment.query + first + i, out, in.d, 1.0f);
   }

@@ -159,6 +159,12 @@ inline void write_row(const Result& result, Int batch, Int head, Int i, const fl
   }
 }
 
+// The generator's keys of a head's queries in a segment; null where nothing is dropped.
+inline const std::int64_t* seeds_of(const Problem& in, const Segment& segment, Int head) {
+  const std::int64_t* rows = in.dropped.rows;
+  return rows == nullptr ? nullptr : rows + (segment.batch * in.heads + head) * in.length + segment.query;
+}
+
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
 }  // namespace megaforge::attention::MF_ISA

@@ -65,6 +65,27 @@ inline std::uint16_t narrow(float x) {
   return static_cast<std::uint16_t>(x == x ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : (bits >> 16) | 0x40u);
 }
 
+typedef std::uint64_t Words __attribute__((vector_size(kWidth * 4)));
+typedef std::uint64_t LooseWords __attribute__((vector_size(kWidth * 4), aligned(8), may_alias));
+typedef std::int16_t Shorts __attribute__((vector_size(kWidth * 2)));
+typedef std::int16_t LooseShorts __attribute__((vector_size(kWidth * 2), aligned(2), may_alias));
+typedef std::int16_t FewShorts __attribute__((vector_size(kWidth)));
+typedef std::int16_t LooseFewShorts __attribute__((vector_size(kWidth), aligned(2), may_alias));
+constexpr int kLanes = kWidth / 2;  // of Words
+constexpr std::uint64_t kStep = 0x9e3779b97f4a7c15u;
+
+// SplitMix64's finalizer: four elements' bits.
+inline Words mixed(Words x) {
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+// x where the bits stay, else 0.
+inline Vec where_kept(const std::int16_t* bits, std::int32_t least_kept, Vec x) {
+  return __builtin_convertvector(*reinterpret_cast<const LooseShorts*>(bits), Whole) >= least_kept ? x : Vec{};
+}
+
 // The places 0, 1, ... of a vector's lanes, and `first` added to them.
 inline Whole places(Int first) {
   Whole lane{};

@@ -67,8 +67,24 @@ struct Case {
   long batch, heads, groups, queries, keys, d;
   std::vector<Segment> segments;
   double scale = 1;
-  long half = 0;  // channels that turn with as many others
+  long half = 0;       // channels that turn with as many others
+  long threshold = 0;  // of 65536 probabilities so many are dropped
 };
+
+// SplitMix64's word of four elements.
+std::uint64_t word(std::int64_t seed, long number) {
+  std::uint64_t x = static_cast<std::uint64_t>(seed) + static_cast<std::uint64_t>(number + 1) * 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+// What a probability is multiplied by.
+double factor(const Case& c, const std::vector<std::int64_t>& seeds, long row, long key) {
+  if (c.threshold == 0) return 1;
+  const auto bits = static_cast<std::int16_t>(word(seeds[row], key / 4) >> (16 * (key % 4)));
+  return bits >= c.threshold - 32768 ? 65536.0 / (65536.0 - double(c.threshold)) : 0;
+}
 
 // Numbers [b, heads, s, d] with their channels turned by the angles [s, b, half], or by their opposites.
 Doubles turned(const Case& c, Doubles x, long heads, long length, const Doubles& angles, double sign) {
@@ -91,7 +107,8 @@ struct Results {
   Doubles out, dq, dk, dv;
 };
 
-Results defined(const Case& c, const Doubles& q, const Doubles& k, const Doubles& v, const Doubles& g) {
+Results defined(const Case& c, const Doubles& q, const Doubles& k, const Doubles& v, const Doubles& g,
+                const std::vector<std::int64_t>& seeds) {
   Results r{Doubles(q.size()), Doubles(q.size()), Doubles(k.size()), Doubles(k.size())};
   const double scale = 1 / std::sqrt(double(c.d));
   for (const Segment& s : c.segments) {
@@ -108,15 +125,16 @@ Results defined(const Case& c, const Doubles& q, const Doubles& k, const Doubles
           peak = std::max(peak, p[j]);
         }
         for (double& x : p) x = std::exp(x - peak), total += x;
-        for (long j = 0; j < seen; ++j) p[j] /= total, along += p[j] * dp[j];
+        const auto kept = [&](long j) { return factor(c, seeds, row / c.d, s.key + j); };
+        for (long j = 0; j < seen; ++j) p[j] /= total, dp[j] *= kept(j), along += p[j] * dp[j];
         for (long j = 0; j < seen; ++j) {
           const long key = of(c.groups, group, c.keys, s.key + j);
           const double ds = p[j] * (dp[j] - along) * scale;
           for (long x = 0; x < c.d; ++x) {
-            r.out[row + x] += p[j] * v[key + x];
+            r.out[row + x] += p[j] * kept(j) * v[key + x];
             r.dq[row + x] += ds * k[key + x];
             r.dk[key + x] += ds * q[row + x];
-            r.dv[key + x] += p[j] * g[row + x];
+            r.dv[key + x] += p[j] * kept(j) * g[row + x];
           }
         }
       }
@@ -140,7 +158,9 @@ void check(const Kernels& kernels, const Case& c, Type type, Random& random, con
     sines.push_back(static_cast<float>(std::sin(angle)));
   }
   const auto turn = [&](const Values& x, double sign) { return turned(c, x.exact(), x.heads, x.length, angles, sign); };
-  Results want = defined(c, turn(q, 1), turn(k, 1), v.exact(), g.exact());
+  std::vector<std::int64_t> seeds(c.batch * c.heads * c.queries);
+  for (std::size_t i = 0; i < seeds.size(); ++i) seeds[i] = static_cast<std::int64_t>(word(7, static_cast<long>(i)));
+  Results want = defined(c, turn(q, 1), turn(k, 1), v.exact(), g.exact(), seeds);
   want.dq = turned(c, want.dq, c.heads, c.queries, angles, -1), want.dk = turned(c, want.dk, c.groups, c.keys, angles, -1);
   const double most = (type == Type::f32 ? 2e-6 : 1e-2) * c.scale * c.scale;
   std::vector<Doubles> first;
@@ -149,7 +169,8 @@ void check(const Kernels& kernels, const Case& c, Type type, Random& random, con
     std::vector<float> lse(c.batch * c.heads * c.queries, -std::numeric_limits<float>::infinity());
     const Problem in{c.heads, c.groups, c.queries, c.d, static_cast<float>(1 / std::sqrt(double(c.d))), c.segments.data(),
                      static_cast<long>(c.segments.size()), q.view(), k.view(), v.view(),
-                     {cosines.data(), sines.data(), c.half, c.batch * c.half, c.half}};
+                     {cosines.data(), sines.data(), c.half, c.batch * c.half, c.half},
+                     {c.threshold == 0 ? nullptr : seeds.data(), c.threshold}};
     forward(kernels, {in, out.result(), lse.data()}, threads);
     backward(kernels, {in, out.view(), g.view(), lse.data(), dq.result(), dk.result(), dv.result()}, threads);
     const std::vector<Doubles> got = {out.exact(), dq.exact(), dk.exact(), dv.exact(), Doubles(lse.begin(), lse.end())};
@@ -179,6 +200,8 @@ void check_all(const Kernels& kernels, const std::string& name, bool bf16_alone)
       {2, 2, 1, 1, 1, 1, documents(2, {1})},
       {1, 1, 1, 64, 64, 64, documents(1, {64}), 1, 32},
       {2, 4, 2, 130, 130, 64, documents(2, {1, 16, 17, 49, 47}), 1, 20},
+      {2, 4, 2, 130, 130, 64, documents(2, {1, 16, 17, 49, 47}), 1, 0, 20000},
+      {1, 2, 1, 40, 301, 20, {{0, 0, 40, 3, 298, 258}}, 1, 4, 60000},
       {1, 2, 1, 300, 300, 20, documents(1, {300}), 2},
       {1, 1, 1, 70, 70, 130, documents(1, {3, 67})},
       // a cache, whose second sequence is shorter; keys that all see; queries and keys that nobody has

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megaforge.kernels.attention import native_dropped
 from megaforge.kernels.attention.dropped import Places, dropped_attention
-from megaforge.parallel.dropout import kept, scale_of
+from megaforge.parallel.dropout import kept, scale_of, threshold_of
 from megaforge.parallel.packed_sequence import PackedSequence
 
 
@@ -29,6 +30,15 @@ def dropped_attention_of(query: Tensor, key: Tensor, value: Tensor, rows: Tensor
         local = torch.cat([key, value], dim=-1).permute(2, 0, 1, 3)  # the gather is along dim 0
         key, value = shards.gather(local).permute(1, 2, 0, 3).chunk(2, dim=-1)
     size = query.shape[2] // len(shards.chunks)
+    if native_dropped.takes(query):
+        out = []
+        parts = zip(shards.chunks, query.chunk(len(shards.chunks), 2), rows.chunk(len(shards.chunks), 2), strict=True)
+        for number, part, seeds in parts:
+            end = (number + 1) * size
+            seen = info.segments(range(number * size, end), range(end))
+            given = part, key[:, :, :end], value[:, :, :end], seen, seeds, threshold_of(rate)
+            out.append(native_dropped.dropped_attention(*given))
+        return torch.cat(out, dim=2)
     documents = (info.document_ids_BS, info.all_document_ids_BS) if info.has_boundaries else (None, None)
     places = Places(tuple(number * size for number in shards.chunks), *documents)
 
