@@ -40,6 +40,30 @@ struct Split {
   float high, low;
 };
 
+// An operand that was rounded when it was stored.
+struct Rounded {
+  float value;
+};
+
+// `x` as it is stored for products of a precision, and what they read there.
+template <Precision kPrecision>
+MF_DEVICE float stored(float x) {
+  return kPrecision == Precision::kTf32 ? to_tf32(x) : x;
+}
+template <Precision kPrecision>
+MF_DEVICE auto read(float x) {
+  if constexpr (kPrecision == Precision::kTf32) return Rounded{x};
+  else return x;
+}
+
+template <Precision>
+MF_DEVICE Split split(Rounded x) {
+#ifndef __CUDACC__
+  if (to_tf32(x.value) != x.value) return {NAN, NAN};  // somebody forgot; a GPU would cut it off
+#endif
+  return {x.value, 0.0f};
+}
+
 template <Precision kPrecision>
 MF_DEVICE Split split(float x) {
   const float high = to_tf32(x);

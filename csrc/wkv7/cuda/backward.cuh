@@ -28,6 +28,7 @@ struct BackwardArguments {
 
 template <class Scalar, class P>
 struct BackwardShared {
+  static constexpr int kUvPitch = P::kPitch;
   Stage<Scalar, P::kN> stage;
   alignas(16) Scalar stage_dy[kChunk * P::kN];
   float left[2 * kChunk * P::kPitch];
@@ -38,7 +39,7 @@ struct BackwardShared {
   float pairs[2 * kChunk * kPairsPitch];
   float dpairs[2 * kChunk * kPairsPitch];
   float state[P::kN * P::kPitch];
-  float dstate[P::kN * P::kPitch];  // D
+  float dstate[P::kN * P::kPitch];  // D, as products read it
   float survived[P::kParts * P::kN];  // sums of S D over a part of the value channels
   float total[P::kN];
   Documents documents;
@@ -61,11 +62,12 @@ struct StateRegisters {
     for (int i = 0; i < kCount; ++i) at[i] = to_float(from[thread + i * P::kThreads]);
   }
 
-  MF_DEVICE void store(float* to, int thread) const {
+  template <Precision kPrecision>
+  MF_DEVICE void share(float* to, int thread) const {
     MF_UNROLL
     for (int i = 0; i < kCount; ++i) {
       const int index = thread + i * P::kThreads;
-      to[index / P::kN * P::kPitch + index % P::kN] = at[i];
+      to[index / P::kN * P::kPitch + index % P::kN] = stored<kPrecision>(at[i]);
     }
   }
 };
@@ -224,11 +226,11 @@ MF_DEVICE void backward_block(const Block<PlanOf<kN, kFew>::kThreads>& block,
     block.phase([&](int thread) {
         const int lane = thread % 32, first_column = P::first_column(thread);
         number_documents(shared.documents, shared.stage, thread);
-        prepare<P>(shared.stage, shared.left, shared.right, shared.uv, shared.total, shared.through, thread);
+        prepare<P, P::kPitch>(shared.stage, shared.left, shared.right, shared.uv, shared.total, shared.through, thread);
         for (int i = thread; i < kChunk * kN; i += P::kThreads)
             shared.z[(kChunk + i / kN) * P::kPitch + i % kN] = to_float(shared.stage_dy[i]);
-        if (replayed) store_state<P>(shared.state, P::kPitch, state(thread), thread);
-        else next_state(thread).store(shared.state, thread);
+        if (replayed) share_state<kPrecision, P>(shared.state, state(thread), thread);
+        else next_state(thread).template share<kPrecision>(shared.state, thread);
         MF_UNROLL
         for (int h = 0; h < P::kWide; ++h) {
             float total[2];
@@ -244,8 +246,10 @@ MF_DEVICE void backward_block(const Block<PlanOf<kN, kFew>::kThreads>& block,
                 MF_UNROLL
                 for (int i = 0; i < 4; i += 2) {
                     const int value = 16 * m + tile_row(lane, i), key = first_column + 8 * h + tile_column(lane, i);
-                    const float(&cells)[4] = dstate(thread).at[h][m];
-                    store_pair(shared.dstate + value * P::kPitch + key, cells[i] * total[0], cells[i + 1] * total[1]);
+                    float(&cells)[4] = dstate(thread).at[h][m];
+                    cells[i] *= total[0], cells[i + 1] *= total[1];
+                    store_pair(shared.dstate + value * P::kPitch + key, stored<kPrecision>(cells[i]),
+                               stored<kPrecision>(cells[i + 1]));
                 }
             }
         }
@@ -257,15 +261,15 @@ MF_DEVICE void backward_block(const Block<PlanOf<kN, kFew>::kThreads>& block,
         masked_pairs<kPrecision, P>(shared.pairs, shared.left, shared.right, shared.documents, thread);
         removed(thread).clear();
         multiply<kPrecision, kN>(
-            removed(thread), lane, [&](int i, int k) { return shared.left[i * P::kPitch + k]; },
-            [&](int k, int j) { return shared.state[(first_column + j) * P::kPitch + k]; });
+            removed(thread), lane, [&](int i, int k) { return read<kPrecision>(shared.left[i * P::kPitch + k]); },
+            [&](int k, int j) { return read<kPrecision>(shared.state[(first_column + j) * P::kPitch + k]); });
         removed(thread).each(lane, [&](float& sum, int i, int) {
             if (!shared.documents.reads_state(i)) sum = 0.0f;
         });
         dwritten(thread).clear();
         multiply<kPrecision, kN>(
-            dwritten(thread), lane, [&](int i, int k) { return shared.right[i * P::kPitch + k]; },
-            [&](int k, int j) { return shared.dstate[(first_column + j) * P::kPitch + k]; });
+            dwritten(thread), lane, [&](int i, int k) { return read<kPrecision>(shared.right[i * P::kPitch + k]); },
+            [&](int k, int j) { return read<kPrecision>(shared.dstate[(first_column + j) * P::kPitch + k]); });
         mask_rows(dwritten(thread), lane, [&](int t) { return shared.documents.writes_state(t); });
     });
 
@@ -275,11 +279,11 @@ MF_DEVICE void backward_block(const Block<PlanOf<kN, kFew>::kThreads>& block,
         u.clear();
         multiply<kPrecision, kChunk>(
             u, lane, [&](int i, int k) { return shared.pairs[i * kPairsPitch + kChunk + k]; },
-            [&](int k, int j) { return shared.uv[(kChunk + k) * P::kPitch + first_column + j]; });
+            [&](int k, int j) { return read<kPrecision>(shared.uv[(kChunk + k) * P::kPitch + first_column + j]); });
         du.clear();
         multiply<kPrecision, kChunk>(
             du, lane, [&](int i, int k) { return shared.pairs[(kChunk + k) * kPairsPitch + i]; },
-            [&](int k, int j) { return shared.z[(kChunk + k) * P::kPitch + first_column + j]; });
+            [&](int k, int j) { return read<kPrecision>(shared.z[(kChunk + k) * P::kPitch + first_column + j]); });
         MF_UNROLL
         for (int h = 0; h < P::kWide; ++h) {
             MF_UNROLL
@@ -292,8 +296,8 @@ MF_DEVICE void backward_block(const Block<PlanOf<kN, kFew>::kThreads>& block,
     });
 
     block.phase([&](int thread) {
-        if (thread < kN) solve<P::kPitch>(shared.uv, shared.pairs, thread);
-        else if (thread < 2 * kN) solve_transposed<P::kPitch>(shared.z, shared.pairs, thread - kN);
+        if (thread < kN) solve<kPrecision, P::kPitch>(shared.uv, shared.pairs, thread);
+        else if (thread < 2 * kN) solve_transposed<kPrecision, P::kPitch>(shared.z, shared.pairs, thread - kN);
     });
 
     block.phase([&](int thread) {
@@ -307,7 +311,7 @@ MF_DEVICE void backward_block(const Block<PlanOf<kN, kFew>::kThreads>& block,
         }
         multiply<kPrecision, 2 * kChunk>(
             dv, lane, [&](int i, int k) { return shared.pairs[k * kPairsPitch + kChunk + i]; },
-            [&](int k, int j) { return shared.z[k * P::kPitch + first_column + j]; });
+            [&](int k, int j) { return read<kPrecision>(shared.z[k * P::kPitch + first_column + j]); });
         dv.each_pair(lane, [&](float value, float next, int i, int j) {
             const int token = first + i;
             if (token < in.tokens)
@@ -317,21 +321,23 @@ MF_DEVICE void backward_block(const Block<PlanOf<kN, kFew>::kThreads>& block,
 
         dleft(thread).clear();
         multiply<kPrecision, kN>(
-            dleft(thread), lane, [&](int i, int k) { return shared.z[i * P::kPitch + k]; },
-            [&](int k, int j) { return shared.state[k * P::kPitch + first_column + j]; });
+            dleft(thread), lane, [&](int i, int k) { return read<kPrecision>(shared.z[i * P::kPitch + k]); },
+            [&](int k, int j) { return read<kPrecision>(shared.state[k * P::kPitch + first_column + j]); });
         mask_rows(dleft(thread), lane, [&](int t) { return documents.reads_state(t); });
         dright(thread).clear();
         multiply<kPrecision, kN>(
-            dright(thread), lane, [&](int i, int k) { return shared.uv[i * P::kPitch + k]; },
-            [&](int k, int j) { return shared.dstate[k * P::kPitch + first_column + j]; });
+            dright(thread), lane, [&](int i, int k) { return read<kPrecision>(shared.uv[i * P::kPitch + k]); },
+            [&](int k, int j) { return read<kPrecision>(shared.dstate[k * P::kPitch + first_column + j]); });
         mask_rows(dright(thread), lane, [&](int t) { return documents.writes_state(t); });
 
         typename P::State through_left;
         through_left.clear();
         multiply<kPrecision, 2 * kChunk>(
             through_left, lane,
-            [&](int i, int k) { return documents.reads_state(k % kChunk) ? shared.z[k * P::kPitch + i] : 0.0f; },
-            [&](int k, int j) { return shared.left[k * P::kPitch + first_column + j]; });
+            [&](int i, int k) {
+                return read<kPrecision>(documents.reads_state(k % kChunk) ? shared.z[k * P::kPitch + i] : 0.0f);
+            },
+            [&](int k, int j) { return read<kPrecision>(shared.left[k * P::kPitch + first_column + j]); });
         const bool survives = documents.state_survives();
         MF_UNROLL
         for (int h = 0; h < P::kWide; ++h) {
@@ -339,9 +345,8 @@ MF_DEVICE void backward_block(const Block<PlanOf<kN, kFew>::kThreads>& block,
             for (int m = 0; m < P::kHigh; ++m) {
                 MF_UNROLL
                 for (int i = 0; i < 4; ++i) {
-                    const int value = 16 * m + tile_row(lane, i), key = first_column + 8 * h + tile_column(lane, i);
-                    dstate(thread).at[h][m][i] =
-                        (survives ? shared.dstate[value * P::kPitch + key] : 0.0f) + through_left.at[h][m][i];
+                    float& cell = dstate(thread).at[h][m][i];
+                    cell = (survives ? cell : 0.0f) + through_left.at[h][m][i];
                 }
             }
         }
@@ -365,10 +370,10 @@ MF_DEVICE void backward_block(const Block<PlanOf<kN, kFew>::kThreads>& block,
         }
         multiply<kPrecision, 2 * kChunk>(
             dleft(thread), lane, [&](int i, int k) { return shared.dpairs[i * kPairsPitch + k]; },
-            [&](int k, int j) { return shared.right[k * P::kPitch + first_column + j]; });
+            [&](int k, int j) { return read<kPrecision>(shared.right[k * P::kPitch + first_column + j]); });
         multiply<kPrecision, 2 * kChunk>(
             dright(thread), lane, [&](int i, int k) { return shared.dpairs[k * kPairsPitch + i]; },
-            [&](int k, int j) { return shared.left[k * P::kPitch + first_column + j]; });
+            [&](int k, int j) { return read<kPrecision>(shared.left[k * P::kPitch + first_column + j]); });
         store_gradients<P>(shared, args, dleft(thread), dright(thread), first, batch, head, thread);
     });
 

@@ -36,7 +36,9 @@ struct Plan {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kParts = kThreads / kN;  // threads a column
   static constexpr int kPartTokens = kChunk / kParts;
-  static constexpr int kPitch = kN + 4;  // rows in shared memory; lanes that read a left operand meet no bank twice
+  // Rows in shared memory. Lanes that read them as [row of results][depth] meet no bank twice; in the deep ones, those
+  // that read them as [depth][row or column of results].
+  static constexpr int kPitch = kN + 4, kDeepPitch = kN + 8;
 
   // A warp's columns of all value channels.
   using State = Tiles<kHigh, kWide>;
@@ -146,10 +148,12 @@ MF_DEVICE void number_documents(Documents& documents, const Stage<Scalar, kN>& s
   documents.number[thread] = number;
 }
 
-// left, right, u|v's lower half and the decay of the whole chunk; with `through` not null also g [16, pitch].
-template <class P, class Scalar>
+// left, right, u|v's lower half, as products read them, and the decay of the whole chunk; with `through` not null also g
+// [16, pitch]. v in bf16 is as it must be.
+template <class P, int kUvPitch, class Scalar>
 MF_DEVICE void prepare(const Stage<Scalar, P::kN>& stage, float* left, float* right, float* uv, float* total,
                        float* through, int thread) {
+  constexpr Precision kPrecision = PrecisionOf<Scalar>::value;
   constexpr int kN = P::kN;
   const int column = thread % kN, part = thread / kN;
   float sum = 0.0f;
@@ -161,11 +165,11 @@ MF_DEVICE void prepare(const Stage<Scalar, P::kN>& stage, float* left, float* ri
     if (t / P::kPartTokens != part) continue;
     const float decay = expf(sum), growth = expf(-sum);
     const int upper = t * P::kPitch + column, lower = (kChunk + t) * P::kPitch + column;
-    left[upper] = to_float(stage.a[at]) * expf(before);
-    left[lower] = to_float(stage.r[at]) * decay;
-    right[upper] = to_float(stage.b[at]) * growth;
-    right[lower] = to_float(stage.k[at]) * growth;
-    uv[lower] = to_float(stage.v[at]);
+    left[upper] = stored<kPrecision>(to_float(stage.a[at]) * expf(before));
+    left[lower] = stored<kPrecision>(to_float(stage.r[at]) * decay);
+    right[upper] = stored<kPrecision>(to_float(stage.b[at]) * growth);
+    right[lower] = stored<kPrecision>(to_float(stage.k[at]) * growth);
+    uv[(kChunk + t) * kUvPitch + column] = to_float(stage.v[at]);
     if (through != nullptr) through[upper] = sum;
   }
   if (part == 0) total[column] = expf(sum);
@@ -181,16 +185,16 @@ MF_DEVICE void masked_pairs(float* to, const float* left, const float* right, co
     Tiles<1> sums;
     sums.clear();
     multiply<kPrecision, P::kN>(
-        sums, lane, [&](int i, int k) { return left[(row + i) * P::kPitch + k]; },
-        [&](int k, int j) { return right[(column + j) * P::kPitch + k]; });
+        sums, lane, [&](int i, int k) { return read<kPrecision>(left[(row + i) * P::kPitch + k]); },
+        [&](int k, int j) { return read<kPrecision>(right[(column + j) * P::kPitch + k]); });
     sums.each(lane, [&](float sum, int i, int j) {
         to[(row + i) * kPairsPitch + column + j] = documents.sees(row + i, column + j) ? sum : 0.0f;
     });
   }
 }
 
-// x = (I - pairs_ab)^-1 x for one column of x [16, pitch], in place.
-template <int kPitch>
+// x = (I - pairs_ab)^-1 x for one column of x [16, pitch], in place, as products read it.
+template <Precision kPrecision, int kPitch>
 MF_DEVICE void solve(float* x, const float* pairs, int column) {
   float value[kChunk];
   MF_UNROLL
@@ -201,11 +205,11 @@ MF_DEVICE void solve(float* x, const float* pairs, int column) {
     for (int t = s + 1; t < kChunk; ++t) value[t] += pairs[t * kPairsPitch + s] * value[s];
   }
   MF_UNROLL
-  for (int t = 0; t < kChunk; ++t) x[t * kPitch + column] = value[t];
+  for (int t = 0; t < kChunk; ++t) x[t * kPitch + column] = stored<kPrecision>(value[t]);
 }
 
 // x = (I - pairs_ab^T)^-1 x for one column.
-template <int kPitch>
+template <Precision kPrecision, int kPitch>
 MF_DEVICE void solve_transposed(float* x, const float* pairs, int column) {
   float value[kChunk];
   MF_UNROLL
@@ -216,7 +220,7 @@ MF_DEVICE void solve_transposed(float* x, const float* pairs, int column) {
     for (int t = 0; t < s; ++t) value[t] += pairs[s * kPairsPitch + t] * value[s];
   }
   MF_UNROLL
-  for (int t = 0; t < kChunk; ++t) x[t * kPitch + column] = value[t];
+  for (int t = 0; t < kChunk; ++t) x[t * kPitch + column] = stored<kPrecision>(value[t]);
 }
 
 // Reads the key channels of a thread's warp, of all value channels, from a state [N, N]; zero where it is null.
@@ -227,6 +231,15 @@ MF_DEVICE void load_state(typename P::State& state, const From* from, int thread
   const int first_column = P::first_column(thread);
   state.each(thread % 32, [&](float& cell, int value, int key) {
       cell = to_float(from[value * P::kN + first_column + key]);
+  });
+}
+
+// Writes them to shared memory, as products of a precision read them.
+template <Precision kPrecision, class P>
+MF_DEVICE void share_state(float* to, const typename P::State& state, int thread) {
+  const int first_column = P::first_column(thread);
+  state.each_pair(thread % 32, [&](float cell, float next, int value, int key) {
+      store_pair(to + value * P::kPitch + first_column + key, stored<kPrecision>(cell), stored<kPrecision>(next));
   });
 }
 

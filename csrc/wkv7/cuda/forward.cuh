@@ -16,10 +16,11 @@ struct ForwardArguments {
 
 template <class Scalar, class P>
 struct ForwardShared {
+  static constexpr int kUvPitch = P::kDeepPitch;
   Stage<Scalar, P::kN> stage;
   float left[2 * kChunk * P::kPitch];
   float right[2 * kChunk * P::kPitch];
-  float uv[2 * kChunk * P::kPitch];
+  float uv[2 * kChunk * kUvPitch];
   float pairs[2 * kChunk * kPairsPitch];
   float state[P::kN * P::kPitch];
   float total[P::kN];

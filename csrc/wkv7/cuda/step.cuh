@@ -22,25 +22,26 @@ MF_DEVICE void forward_chunk(const Block<P::kThreads>& block, Shared& shared, co
                              typename P::template Each<FromState<P, kOutput>>& from_state, Save save, Fetch fetch,
                              Arrive arrive) {
   constexpr Precision kPrecision = PrecisionOf<Scalar>::value;
-  constexpr int kN = P::kN;
+  constexpr int kN = P::kN, kUvPitch = Shared::kUvPitch;
   [[maybe_unused]] const int batch = row / in.heads, head = row % in.heads, first = chunk * kChunk;
 
   block.phase([&](int thread) {
       number_documents(shared.documents, shared.stage, thread);
-      prepare<P>(shared.stage, shared.left, shared.right, shared.uv, shared.total, nullptr, thread);
-      store_state<P>(shared.state, P::kPitch, state(thread), thread);
+      prepare<P, kUvPitch>(shared.stage, shared.left, shared.right, shared.uv, shared.total, nullptr, thread);
+      share_state<kPrecision, P>(shared.state, state(thread), thread);
       save(thread);
   });
 
   block.phase([&](int thread) {
       const int lane = thread % 32, first_column = P::first_column(thread);
       fetch(thread);
-      masked_pairs<kPrecision, P, kStepRows<kOutput>>(shared.pairs, shared.left, shared.right, shared.documents, thread);
+      masked_pairs<kPrecision, P, kStepRows<kOutput>>(shared.pairs, shared.left, shared.right, shared.documents,
+                                                      thread);
       auto& sums = from_state(thread);
       sums.clear();
       multiply<kPrecision, kN>(
-          sums, lane, [&](int i, int k) { return shared.left[i * P::kPitch + k]; },
-          [&](int k, int j) { return shared.state[(first_column + j) * P::kPitch + k]; });
+          sums, lane, [&](int i, int k) { return read<kPrecision>(shared.left[i * P::kPitch + k]); },
+          [&](int k, int j) { return read<kPrecision>(shared.state[(first_column + j) * P::kPitch + k]); });
       sums.each(lane, [&](float& sum, int i, int) {
           if (!shared.documents.reads_state(i % kChunk)) sum = 0.0f;
       });
@@ -56,12 +57,12 @@ MF_DEVICE void forward_chunk(const Block<P::kThreads>& block, Shared& shared, co
       }
       multiply<kPrecision, kChunk>(
           sums, lane, [&](int i, int k) { return shared.pairs[i * kPairsPitch + kChunk + k]; },
-          [&](int k, int j) { return shared.uv[(kChunk + k) * P::kPitch + first_column + j]; });
-      sums.each(lane, [&](float sum, int i, int j) { shared.uv[i * P::kPitch + first_column + j] = sum; });
+          [&](int k, int j) { return read<kPrecision>(shared.uv[(kChunk + k) * kUvPitch + first_column + j]); });
+      sums.each(lane, [&](float sum, int i, int j) { shared.uv[i * kUvPitch + first_column + j] = sum; });
   });
 
   block.phase([&](int thread) {
-      if (thread < kN) solve<P::kPitch>(shared.uv, shared.pairs, thread);
+      if (thread < kN) solve<kPrecision, kUvPitch>(shared.uv, shared.pairs, thread);
   });
 
   block.phase([&](int thread) {
@@ -75,7 +76,7 @@ MF_DEVICE void forward_chunk(const Block<P::kThreads>& block, Shared& shared, co
         }
         multiply<kPrecision, 2 * kChunk>(
             y, lane, [&](int i, int k) { return shared.pairs[(kChunk + i) * kPairsPitch + k]; },
-            [&](int k, int j) { return shared.uv[k * P::kPitch + first_column + j]; });
+            [&](int k, int j) { return read<kPrecision>(shared.uv[k * kUvPitch + first_column + j]); });
         y.each_pair(lane, [&](float value, float next, int i, int j) {
             const int token = first + i;
             if (token < in.tokens)
@@ -87,9 +88,9 @@ MF_DEVICE void forward_chunk(const Block<P::kThreads>& block, Shared& shared, co
       multiply<kPrecision, 2 * kChunk>(
           added, lane,
           [&](int i, int k) {
-              return shared.documents.writes_state(k % kChunk) ? shared.uv[k * P::kPitch + i] : 0.0f;
+              return read<kPrecision>(shared.documents.writes_state(k % kChunk) ? shared.uv[k * kUvPitch + i] : 0.0f);
           },
-          [&](int k, int j) { return shared.right[k * P::kPitch + first_column + j]; });
+          [&](int k, int j) { return read<kPrecision>(shared.right[k * P::kPitch + first_column + j]); });
       const bool survives = shared.documents.state_survives();
       MF_UNROLL
       for (int h = 0; h < P::kWide; ++h) {
