@@ -230,6 +230,9 @@ class TrainingConfig:
     loss_terms: tuple[str, ...] = flag((), "terms to add to the loss, by name", choices=LOSS_TERMS, metavar="NAME")
     callbacks: tuple[str, ...] = flag((), "callbacks to add to the run, by name", choices=CALLBACKS, metavar="NAME")
     deterministic: bool = flag(True, "torch's deterministic algorithms")
+    compile: bool = flag(
+        False, "torch.compile what blocks do between their products and kernels; the first steps take longer"
+    )
     wkv_backend: str = flag(
         "auto",
         "RWKV-7's recurrence: native is compiled code, torch plain torch, fla the Triton kernels of fla-core (GPUs; "

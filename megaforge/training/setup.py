@@ -47,6 +47,7 @@ from megaforge.training.callbacks import (
 )
 from megaforge.training.checkpointing import agreed_key, check_save_directory, load_run, tokenizer_identity
 from megaforge.training.clip_search import ClipSearch
+from megaforge.training.compiled import compile_blocks
 from megaforge.training.console import ConsoleLog
 from megaforge.training.decoupled_lr import DecoupledRate
 from megaforge.training.ema import WeightAverage
@@ -137,6 +138,9 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext) -> Trainer:
     config = in_iterations(config, progress)
     together(ctx, lambda: check_save_directory(config.checkpoint) if ctx.is_first_rank else None)
     model = build_model_chunks(config, ctx, run.plan)
+    if config.training.compile:
+        together(ctx, lambda: compile_blocks(model))
+        print_rank_0("--compile: blocks are compiled when they first run; the first steps take longer")
     initialize_parameters(model, ctx, config.training.seed)
     shards = shard_parameters(config.parallel, model.chunks, ctx, bucket_policy(config.optimizer))
     optimizer = Optimizer(config.optimizer, model, ctx, shards)

@@ -2,16 +2,25 @@
 
 On CPUs norms and activations are compiled (:mod:`.native`), on GPUs they are Triton kernels (:mod:`.triton`).
 :mod:`.functions` is plain torch that keeps less for the backward pass than autograd would; :mod:`.reference` has the
-definitions.
+definitions, which torch.compile makes kernels of its own of (``--compile``).
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megaforge.kernels.pointwise import native, triton
 from megaforge.kernels.pointwise.functions import RMSNorm, Rotate, SquaredReLU, SwiGLU
+from megaforge.kernels.pointwise.reference import (
+    apply_rotary_reference,
+    gated_squared_relu_reference,
+    layer_norm_reference,
+    rms_norm_reference,
+    squared_relu_reference,
+    swiglu_reference,
+)
 
 __all__ = ["apply_rotary", "gated_squared_relu", "layer_norm", "rms_norm", "squared_relu", "swiglu"]
 
@@ -27,6 +36,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     Returns:
         [..., h] of the dtype of ``x``.
     """
+    if torch.compiler.is_compiling():
+        return rms_norm_reference(x, weight, epsilon)
     if triton.takes_rows(x):
         return triton.Norm.apply(x, weight, None, epsilon, False)
     if native.takes(x, weight):
@@ -45,6 +56,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tenso
     Returns:
         [..., h] of the dtype of ``x``.
     """
+    if torch.compiler.is_compiling():
+        return layer_norm_reference(x, weight, bias, epsilon)
     if triton.takes_rows(x):
         return triton.Norm.apply(x, weight, bias, epsilon, True)
     if native.takes(x, weight, bias):
@@ -54,6 +67,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tenso
 
 def squared_relu(x: Tensor) -> Tensor:
     """``max(x, 0)^2`` (So et al., arXiv 2109.08668): [...] -> [...]."""
+    if torch.compiler.is_compiling():
+        return squared_relu_reference(x)
     if triton.takes(x):
         return triton.SquaredReLU.apply(x)
     return native.SquaredReLU.apply(x) if native.takes(x) else SquaredReLU.apply(x)
@@ -61,6 +76,8 @@ def squared_relu(x: Tensor) -> Tensor:
 
 def swiglu(x: Tensor) -> Tensor:
     """``silu(gate) * up`` (Shazeer, arXiv 2002.05202): [..., 2f], gate before up -> [..., f]."""
+    if torch.compiler.is_compiling():
+        return swiglu_reference(x)
     if triton.takes(x):
         return triton.Gated.apply(x, False)
     return native.Gated.apply(x, native.SILU) if native.takes(x) else SwiGLU.apply(x)
@@ -68,6 +85,8 @@ def swiglu(x: Tensor) -> Tensor:
 
 def gated_squared_relu(x: Tensor) -> Tensor:
     """``max(gate, 0)^2 * up`` (BitNet b1.58 2B4T, arXiv 2504.12285): [..., 2f], gate before up -> [..., f]."""
+    if torch.compiler.is_compiling():
+        return gated_squared_relu_reference(x)
     if triton.takes(x):
         return triton.Gated.apply(x, True)
     if native.takes(x):
@@ -90,4 +109,6 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         [s, b, heads, d], contiguous.
     """
+    if torch.compiler.is_compiling():
+        return apply_rotary_reference(x, cos, sin)
     return triton.Rotate.apply(x, cos, sin) if triton.takes(x) else Rotate.apply(x, cos, sin)
