@@ -25,6 +25,7 @@ from megaforge.data.loader import Batch
 from megaforge.errors import UserError
 from megaforge.models.hybrid import ModelOutput
 from megaforge.nn.losses import LossTerm
+from megaforge.parallel.linear_op import PlainLinear
 from megaforge.parallel.param_spec import named_specs
 from megaforge.training.callbacks import MetricsWriter
 from megaforge.training.objectives import NextToken, Objective, WithTerms
@@ -56,6 +57,26 @@ def test_a_loop_of_ones_own_is_the_trainers(prefix: str) -> None:
     assert losses == [trainer.train_step(batches).loss for batches in itertools.islice(global_batches(trainer), 3)]
     for name, tensor in weights(trainer).items():
         assert torch.equal(tensor, weights(other)[name]), name
+
+
+class Asked(PlainLinear):
+    """The head's op, which counts how often it forms logits."""
+
+    products = 0
+
+    def forward(self, *args: Any) -> Tensor:
+        self.products += 1
+        return super().forward(*args)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_head_forms_logits_once_where_the_loss_is_their_sum(prefix: str, at_once: bool) -> None:
+    trainer = make_trainer(dense_arguments(prefix, "R-*-"))
+    trainer.model.head.op = op = Asked()
+    trainer.objective.takes_loss_sum = at_once
+    batches = next(global_batches(trainer))
+    trainer.train_step(batches)
+    assert op.products == len(batches) * (1 if at_once else 2)
 
 
 class Surprise(NextToken):
