@@ -45,6 +45,12 @@ def keep_host_memory(env: Mapping[str, str] = os.environ) -> bool:
     return mallopt is not None and bool(mallopt(_MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(_TRIM_THRESHOLD, -1))
 
 
+def give_back_host_memory() -> bool:
+    """Gives what glibc's allocator keeps of freed memory back to the machine, once; whether it is glibc's."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return trim is not None and trim(0) >= 0
+
+
 def resolve_device(requested: str, local_rank: int = 0) -> torch.device:
     """Turns ``--device cpu|cuda|auto`` into a device; ``auto`` takes a GPU when torch sees one.
 

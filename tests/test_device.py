@@ -105,6 +105,29 @@ def test_freed_host_memory_is_kept_for_the_next_tensor() -> None:
     assert kept and before > 1000 and after < before / 10
 
 
+_TRIMMED = """
+import torch
+from megaforge.device import give_back_host_memory, keep_host_memory
+
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
+
+keep_host_memory()
+freed = [torch.ones(2 << 20) for _ in range(20)]  # 160 MiB
+del freed
+before = resident()
+assert give_back_host_memory()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="another C library")
+def test_kept_host_memory_can_be_given_back() -> None:
+    words = [sys.executable, "-c", _TRIMMED]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
+    assert int(done.stdout) > 120 << 10, "kilobytes"
+
+
 @pytest.mark.parametrize("given", [
     {"MALLOC_TRIM_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536"}
 ])  # fmt: skip

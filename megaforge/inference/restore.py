@@ -19,7 +19,7 @@ from megaforge.config.schema import config_from_dict
 from megaforge.data.run_tokenizer import load_with_eod
 from megaforge.data.tokenizer import Tokenizer, guess_tokenizer_type, load_tokenizer
 from megaforge.data.tokenizer_files import there_is
-from megaforge.device import resolve_device
+from megaforge.device import give_back_host_memory, resolve_device
 from megaforge.errors import UserError
 from megaforge.inference.few_tokens import multiply_few_tokens_fast
 from megaforge.inference.staged import StagedModel
@@ -146,9 +146,11 @@ def load_trained_model(
         entries = average_entries(main) if ema else main.entries()
         load_checkpoint(path, entries, ctx, verify=False, allow_extra=("",), cast=True)
         main.after_load()
+        del main, entries
     if kernels:
         _use_kernels(model, packed=file is not None and file.is_packed, path=path)
     multiply_few_tokens_fast(model, place.type)
+    give_back_host_memory()  # the main weights that a 16-bit model was loaded through
     return TrainedModel(StagedModel(model.eval(), plan), ctx, config, meta, path)
 
 
