@@ -17,7 +17,7 @@ from megaforge.kernels.rwkv7_fused import triton_kernels as rwkv7
 FP32_POINTERS = {
     *("dc_ptr", "dfirst_ptr", "partial_ptr", "weight_ptr", "bias_ptr", "rk_ptr", "log_w_ptr", "dlog_w_ptr"),
     *("w0_ptr", "a0_ptr", "v0_ptr", "kk_ptr", "ka_ptr"),
-    *("peak_ptr", "sum_ptr", "picked_ptr", "base_ptr", "share_ptr"),
+    *("peak_ptr", "sum_ptr", "picked_ptr", "base_ptr", "share_ptr", "dweight_ptr"),
 }
 FLOATS = {"epsilon", "decay_scale"}
 MIX = {"count": 6, "has_first": True, "has_starts": True, "chunks": 2, "wide": tl.float32}
@@ -46,6 +46,8 @@ CONSTANTS: dict[Any, dict[str, Any]] = {
     pointwise.squared_relu_backward: ELEMENTS,
     pointwise.gated_forward: GATED,
     pointwise.gated_backward: GATED,
+    pointwise.weighted_forward: {**GATED, "gated": True},
+    pointwise.weighted_backward: {**GATED, "gated": True, "tiles": 16},
     pointwise.rotate: {**ROTATE, "block_rows": 16, "block_half": 32, "block_rest": 64},
 }
 

@@ -42,6 +42,22 @@ def test_norms(shape, dtype, tolerance) -> None:
     compare_norms(torch.randn(shape).to(dtype), dtype, tolerance)
 
 
+@pytest.mark.parametrize(
+    "cut", [(slice(None), slice(None), slice(1, 3)), (slice(None), slice(0, 1)), (slice(0, 9, 2),)]
+)
+def test_norms_of_heads_of_a_wider_tensor(cut) -> None:
+    """Which are read where they lie, or copied first."""
+    torch.manual_seed(6)
+    x = torch.randn(9, 2, 4, 16)
+    groups = [triton._groups_of_rows(y)[0] for y in (x, x[cut])]
+    assert groups[0].data_ptr() == x.data_ptr() and groups[1].is_contiguous() == (len(cut) != 3)
+    compare(
+        lambda x, w: triton.Norm.apply(x[cut], w, None, 1e-5, False),
+        lambda x, w: reference.rms_norm_reference(x[cut], w, 1e-5),
+        [x, torch.randn(16)], *FP32,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-4, 1e8])
 def test_norms_of_one_token(scale: float) -> None:
     """Alike rows: of zeros, far below epsilon, large."""
@@ -72,6 +88,24 @@ def test_activations(shape, dtype, tolerance, scale) -> None:
 def gated_squared_relu(x: torch.Tensor) -> torch.Tensor:
     gate, up = x.chunk(2, dim=-1)
     return gate.relu().square() * up
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "dtype", "tolerance"), [(9, 520, *FP32), (1, 1, *FP32), (0, 8, *FP32), (7, 33, *BF16)]
+)
+@pytest.mark.parametrize("kind", ["relu2", "gated_relu2", "swiglu"])
+def test_weighted_activations(kind, rows, width, dtype, tolerance) -> None:
+    torch.manual_seed(5)
+    squared, gated = kind != "swiglu", kind != "relu2"
+    x, weights = torch.randn(rows, width * (1 + gated)).to(dtype), torch.randn(rows)
+    weights[1:3] = 0
+    gate = gated_squared_relu if squared else reference.swiglu_reference
+    definition = gate if gated else reference.squared_relu_reference
+    compare(
+        lambda x, w: triton.Weighted.apply(x, w, squared, gated),
+        lambda x, w: definition(x) * w.unsqueeze(1),
+        [x, weights], dtype, tolerance,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("strided", [False, True])

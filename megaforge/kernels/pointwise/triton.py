@@ -39,22 +39,40 @@ def _power_of_two(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
+def _groups_of_rows(x: Tensor) -> tuple[Tensor, int, int]:
+    """``x`` [..., group, width], as it is where its rows lie in groups a stride apart, as heads in a wider projection
+    do; elsewhere contiguous. And the group and the stride."""
+    if x.is_contiguous() or x.dim() < 3:
+        return x.contiguous(), 1, x.shape[-1]
+    *outer, group, width = zip(x.shape, x.stride(), strict=True)
+    stride = outer[-1][1]
+    if width[1] != 1 or group[1] != width[0]:
+        return x.contiguous(), 1, x.shape[-1]
+    expected = stride
+    for size, step in reversed(outer):
+        if size != 1 and step != expected:
+            return x.contiguous(), 1, x.shape[-1]
+        expected *= size
+    return x, group[0], stride
+
+
 class Norm(torch.autograd.Function):
     """``normed(x) * weight + bias``, with mean zero if centered; keeps x only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, centered: bool) -> Tensor:
         kernels, _ = _kernels()
-        x, weight = x.contiguous(), weight.contiguous()
+        x, group, stride = _groups_of_rows(x)
+        weight = weight.contiguous()
         ctx.save_for_backward(x, weight)
         width = x.shape[-1]
         block_width = _power_of_two(width)
         block_rows = max(1, kernels.TILE // block_width)
         ctx.options = {"centered": centered, "wide": kernels.tl.float32, "block_width": block_width}
         ctx.options |= {"block_rows": block_rows, "num_warps": max(1, min(16, block_rows * block_width // 512))}
-        ctx.shape = (x.numel() // max(width, 1), width, epsilon)
+        ctx.shape = (x.numel() // max(width, 1), width, epsilon, group, stride)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        out = torch.empty_like(x)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if x.numel():
             kernels.norm_forward[(_blocks(ctx.shape[0], block_rows),)](
                 x, weight, weight if bias is None else bias.contiguous(), out, *ctx.shape, **ctx.options
@@ -66,9 +84,9 @@ class Norm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kernels, _ = _kernels()
         x, weight = ctx.saved_tensors
-        rows, width, _ = ctx.shape
+        rows, width, *_ = ctx.shape
         programs = _blocks(rows, ctx.options["block_rows"] * kernels.STEPS)
-        dx = torch.empty_like(x)
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         partial = weight.new_zeros(programs, 2 if ctx.options["centered"] else 1, width, dtype=torch.float32)
         if x.numel():
             kernels.norm_backward[(programs,)](
@@ -134,6 +152,39 @@ class Gated(torch.autograd.Function):
         if fused.numel():
             kernels.gated_backward[ctx.grid](fused, grad.contiguous(), dx, *ctx.shape, **ctx.options)
         return dx, None
+
+
+class Weighted(torch.autograd.Function):
+    """``activated(x) * weight`` of rows [R, f] (gated: [R, 2f], gate before up) with a weight each: max(x, 0)^2 if
+    squared, or silu; keeps both."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, squared: bool, gated: bool) -> Tensor:
+        kernels, _ = _kernels()
+        x, weights = x.contiguous(), weights.contiguous()
+        ctx.save_for_backward(x, weights)
+        rows, width = x.shape[0], x.shape[1] // (2 if gated else 1)
+        ctx.shape, ctx.tiles = (rows, width), _blocks(width, kernels.WIDTH)
+        ctx.options = {"squared": squared, "gated": gated, "wide": kernels.tl.float32}
+        ctx.options |= {"block_rows": kernels.ROWS, "block_width": kernels.WIDTH}
+        out = x.new_empty(rows, width)
+        if x.numel():
+            kernels.weighted_forward[(_blocks(rows, kernels.ROWS), ctx.tiles)](
+                x, weights, out, rows, width, **ctx.options
+            )
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kernels, _ = _kernels()
+        x, weights = ctx.saved_tensors
+        dx, dweights = torch.empty_like(x), torch.zeros_like(weights)
+        if x.numel():
+            kernels.weighted_backward[(_blocks(ctx.shape[0], kernels.ROWS),)](
+                x, weights, grad.contiguous(), dx, dweights, *ctx.shape, tiles=ctx.tiles, **ctx.options
+            )
+        return dx, dweights, None, None
 
 
 class Rotate(torch.autograd.Function):

@@ -1,7 +1,8 @@
 """Triton kernels of norms, activations and rotations; :mod:`.triton` calls them.
 
-Imported only where Triton is. Tensors are contiguous, but for what is turned; arithmetic is in fp32, whatever they are
-stored in. Sums over rows are left as one partial sum a program, so that they do not depend on the order of programs.
+Imported only where Triton is. Tensors are contiguous, but for what is normed or turned; arithmetic is in fp32, whatever
+they are stored in. Sums over rows are left as one partial sum a program, so that they do not depend on the order of
+programs.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -29,16 +30,23 @@ def _normed(x_ptr, at, inside, width, epsilon, centered: tl.constexpr, wide: tl.
 
 
 @triton.jit
+def _in_groups(row, width, group, stride):
+    """Where a row begins."""
+    return row // group * stride + row % group * width
+
+
+@triton.jit
 def norm_forward(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, rows, width, epsilon,
+    x_ptr, weight_ptr, bias_ptr, y_ptr, rows, width, epsilon, group, stride,
     centered: tl.constexpr, wide: tl.constexpr, block_rows: tl.constexpr, block_width: tl.constexpr,
 ):  # fmt: skip
-    """y = normed(x) * weight, and + bias if centered. x, y: [rows, width]; a program has some whole rows."""
+    """y = normed(x) * weight, and + bias if centered. y: [rows, width], x likewise, but every group of rows begins a
+    stride after the one before; a program has some whole rows."""
     row = (tl.program_id(0) * block_rows + tl.arange(0, block_rows))[:, None].to(tl.int64)
     channel = tl.arange(0, block_width)[None, :]
     inside = (row < rows) & (channel < width)
     at = row * width + channel
-    y, _ = _normed(x_ptr, at, inside, width, epsilon, centered, wide)
+    y, _ = _normed(x_ptr, _in_groups(row, width, group, stride) + channel, inside, width, epsilon, centered, wide)
     y = y * tl.load(weight_ptr + channel, mask=channel < width, other=0.0).to(wide)
     if centered:
         y += tl.load(bias_ptr + channel, mask=channel < width, other=0.0).to(wide)
@@ -47,7 +55,7 @@ def norm_forward(
 
 @triton.jit
 def norm_backward(
-    x_ptr, weight_ptr, dy_ptr, dx_ptr, partial_ptr, rows, width, epsilon,
+    x_ptr, weight_ptr, dy_ptr, dx_ptr, partial_ptr, rows, width, epsilon, group, stride,
     centered: tl.constexpr, wide: tl.constexpr,
     block_rows: tl.constexpr, steps: tl.constexpr, block_width: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +69,8 @@ def norm_backward(
         row = (first_row + tl.arange(0, block_rows))[:, None].to(tl.int64)
         inside = (row < rows) & (channel < width)
         at = row * width + channel
-        normed, scale = _normed(x_ptr, at, inside, width, epsilon, centered, wide)
+        source = _in_groups(row, width, group, stride) + channel
+        normed, scale = _normed(x_ptr, source, inside, width, epsilon, centered, wide)
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(wide)
         dweight += tl.sum(dy * normed, axis=0)[None, :]
         dbias += tl.sum(dy, axis=0)[None, :]
@@ -137,6 +146,51 @@ def gated_backward(
     activated, slope = _activated(gate, squared)
     tl.store(dx_ptr + at_gate, dy * up * slope, mask=inside)
     tl.store(dx_ptr + at_up, dy * activated, mask=inside)
+
+
+@triton.jit
+def weighted_forward(
+    x_ptr, weight_ptr, y_ptr, rows, width,
+    squared: tl.constexpr, gated: tl.constexpr, wide: tl.constexpr,
+    block_rows: tl.constexpr, block_width: tl.constexpr,
+):  # fmt: skip
+    """y = activated(x) * weight of the row. x: [rows, width], or gated [rows, 2 width], gate before up."""
+    row = (tl.program_id(0) * block_rows + tl.arange(0, block_rows))[:, None].to(tl.int64)
+    channel = (tl.program_id(1) * block_width + tl.arange(0, block_width))[None, :]
+    inside = (row < rows) & (channel < width)
+    parts: tl.constexpr = 2 if gated else 1
+    at = parts * row * width + channel
+    found, _ = _activated(tl.load(x_ptr + at, mask=inside, other=0.0).to(wide), squared)
+    if gated:
+        found = found * tl.load(x_ptr + at + width, mask=inside, other=0.0).to(wide)
+    found = found * tl.load(weight_ptr + row, mask=row < rows, other=0.0).to(wide)
+    tl.store(y_ptr + row * width + channel, found, mask=inside)
+
+
+@triton.jit
+def weighted_backward(
+    x_ptr, weight_ptr, dy_ptr, dx_ptr, dweight_ptr, rows, width,
+    squared: tl.constexpr, gated: tl.constexpr, tiles: tl.constexpr, wide: tl.constexpr,
+    block_rows: tl.constexpr, block_width: tl.constexpr,
+):  # fmt: skip
+    """dx and dweight [rows]; a program has some whole rows, of so many tiles."""
+    row = (tl.program_id(0) * block_rows + tl.arange(0, block_rows))[:, None].to(tl.int64)
+    weight = tl.load(weight_ptr + row, mask=row < rows, other=0.0).to(wide)
+    dweight = tl.zeros([block_rows, 1], dtype=wide)
+    parts: tl.constexpr = 2 if gated else 1
+    for tile in range(tiles):
+        channel = (tile * block_width + tl.arange(0, block_width))[None, :]
+        inside = (row < rows) & (channel < width)
+        at = parts * row * width + channel
+        dy = tl.load(dy_ptr + row * width + channel, mask=inside, other=0.0).to(wide)
+        activated, slope = _activated(tl.load(x_ptr + at, mask=inside, other=0.0).to(wide), squared)
+        if gated:
+            up = tl.load(x_ptr + at + width, mask=inside, other=0.0).to(wide)
+            tl.store(dx_ptr + at + width, dy * weight * activated, mask=inside)
+            activated, slope = activated * up, slope * up
+        tl.store(dx_ptr + at, dy * weight * slope, mask=inside)
+        dweight += tl.sum(dy * activated, axis=1)[:, None]
+    tl.store(dweight_ptr + row, dweight, mask=row < rows)
 
 
 @triton.jit
