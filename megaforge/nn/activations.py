@@ -8,7 +8,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaforge.kernels.pointwise import gated_squared_relu, squared_relu, swiglu
+from megaforge.kernels.pointwise import gated_squared_relu, squared_relu, swiglu, weighted_activation
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu2": squared_relu,
@@ -32,3 +32,18 @@ def activate(kind: str, x: Tensor) -> Tensor:
         [..., f].
     """
     return ACTIVATIONS[kind](x)
+
+
+# Those that the kernel of weighted rows has.
+_WEIGHTED: Mapping[str, Mapping[str, bool]] = {
+    "relu2": {"squared": True, "gated": False},
+    "gated_relu2": {"squared": True, "gated": True},
+    "swiglu": {"squared": False, "gated": True},
+}
+
+
+def activate_weighted(kind: str, x: Tensor, weights: Tensor) -> Tensor:
+    """:func:`activate` of rows [R, f] or [R, 2f], each times its weight [R], in the dtype of ``x``."""
+    if kind in _WEIGHTED:
+        return weighted_activation(x, weights, **_WEIGHTED[kind])
+    return activate(kind, x) * weights.to(x.dtype).unsqueeze(1)

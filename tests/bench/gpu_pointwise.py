@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megaforge.kernels import rwkv7_fused
@@ -55,32 +56,37 @@ def _triton_mixes(x: Tensor, *coefficients: Tensor) -> tuple[Tensor, ...]:
 
 def cases(b: int, s: int, heads: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> dict[str, Case]:
     """By what they do. Activations are of four times the width, rotations of half of each head."""
-    width = heads * N
 
     def tensor(*shape: int) -> Tensor:
         return torch.randn(s, b, *shape, device=device, dtype=dtype).requires_grad_()
 
-    def vectors(count: int) -> list[Tensor]:
-        return [torch.rand(width, device=device).requires_grad_() for _ in range(count)]
+    def vector(*shape: int) -> Tensor:
+        return torch.rand(shape, device=device).requires_grad_()
 
-    w0, a0, k_k, k_a, v0, weight, bias = vectors(7)
-    r_k = torch.rand(heads, N, device=device).requires_grad_()
-    angles = torch.rand(s, b, 1, N // 4, device=device)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    finish = [*(tensor(heads, N) for _ in range(4)), tensor(width), weight, bias, r_k]
-    rows = [tensor(width), weight]
+    return {**_of_rwkv7(heads, tensor, vector), **_of_any_block(s * b, heads, tensor, vector)}
+
+
+Make = Callable[..., Tensor]
+
+
+def _of_rwkv7(heads: int, tensor: Make, vector: Make) -> dict[str, Case]:
+    width = heads * N
+    finish = [*(tensor(heads, N) for _ in range(4)), tensor(width), vector(width), vector(width), vector(heads, N)]
+    inputs = [x for _ in range(3) for x in (tensor(width), vector(width))]
     return {
-        "shift and 6 mixes": Case(_triton_mixes, _plain_mixes, _mixes, [tensor(width), *vectors(6)]),
-        "shift and 1 mix": Case(_triton_mixes, _plain_mixes, _mixes, [tensor(width), *vectors(1)]),
+        "shift and 6 mixes": Case(
+            _triton_mixes, _plain_mixes, _mixes, [tensor(width), *(vector(width) for _ in range(6))]
+        ),
+        "shift and 1 mix": Case(_triton_mixes, _plain_mixes, _mixes, [tensor(width), vector(width)]),
         "inputs of WKV-7": Case(
             lambda *x: rwkv7.FusedInputs.apply(*x, N),
             lambda *x: RWKV7Inputs.apply(*x, N),
             lambda *x: rwkv7_fused.rwkv7_inputs_reference(*x, N),
-            [tensor(width), w0, tensor(width), a0, tensor(width), k_k, k_a],
+            [*inputs, vector(width)],
         ),
         "mixed values": Case(
             rwkv7.MixValues.apply, rwkv7_fused.mix_values_reference, rwkv7_fused.mix_values_reference,
-            [*(tensor(width) for _ in range(3)), v0],
+            [*(tensor(width) for _ in range(3)), vector(width)],
         ),
         "norm, bonus, gate": Case(
             lambda *x: rwkv7.NormBonusGate.apply(*x, 64e-5),
@@ -88,11 +94,26 @@ def cases(b: int, s: int, heads: int, device: str = "cuda", dtype: torch.dtype =
             lambda *x: rwkv7_fused.norm_bonus_gate_reference(*x, 64e-5),
             finish,
         ),
+    }  # fmt: skip
+
+
+def _of_any_block(tokens: int, heads: int, tensor: Make, vector: Make) -> dict[str, Case]:
+    width = heads * N
+    angles = tensor(1, N // 4).detach()
+    cos, sin = angles.cos(), angles.sin()
+    rows = tensor(8 * width).detach().flatten(0, 1).requires_grad_()
+    return {
         "RMS norm": Case(
             lambda x, w: fused.Norm.apply(x, w, None, 1e-6, False),
             lambda x, w: functions.RMSNorm.apply(x, w, 1e-6),
             lambda x, w: reference.rms_norm_reference(x, w, 1e-6),
-            rows,
+            [tensor(width), vector(width)],
+        ),
+        "layer norm": Case(
+            lambda x, w, b: fused.Norm.apply(x, w, b, 1e-5, True),
+            lambda x, w, b: F.layer_norm(x.to(w.dtype), w.shape, w, b, 1e-5).to(x.dtype),
+            lambda x, w, b: reference.layer_norm_reference(x, w, b, 1e-5),
+            [tensor(width), vector(width), vector(width)],
         ),
         "squared ReLU": Case(
             fused.SquaredReLU.apply, functions.SquaredReLU.apply, reference.squared_relu_reference,
@@ -101,6 +122,12 @@ def cases(b: int, s: int, heads: int, device: str = "cuda", dtype: torch.dtype =
         "SwiGLU": Case(
             lambda x: fused.Gated.apply(x, False), functions.SwiGLU.apply, reference.swiglu_reference,
             [tensor(8 * width)],
+        ),
+        "weighted SwiGLU": Case(
+            lambda x, w: fused.Weighted.apply(x, w, False, True),
+            lambda x, w: functions.SwiGLU.apply(x) * w.to(x.dtype).unsqueeze(1),
+            lambda x, w: reference.swiglu_reference(x) * w.to(x.dtype).unsqueeze(1),
+            [rows, vector(tokens)],
         ),
         "rotation": Case(
             lambda x: fused.Rotate.apply(x, cos, sin),

@@ -72,15 +72,28 @@ def test_a_gpu_without_the_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch)
             cached.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "squared_relu", "swiglu", "apply_rotary"])
+FORMS = {
+    "rms_norm": "Norm", "layer_norm": "Norm", "squared_relu": "SquaredReLU", "swiglu": "Gated",
+    "gated_squared_relu": "Gated", "weighted_activation": "Weighted", "apply_rotary": "Rotate",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(FORMS))
 def test_tensors_of_a_gpu_go_to_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the rooms' faces call where a kernel takes the tensor."""
-    function = {"rms_norm": "Norm", "squared_relu": "SquaredReLU", "swiglu": "Gated", "apply_rotary": "Rotate"}[name]
+    function = FORMS[name]
     called: list[str] = []
+    monkeypatch.setattr(pointwise.native, "takes", lambda *tensors: False)
     monkeypatch.setattr(pointwise.triton, "takes", lambda x: True)
     monkeypatch.setattr(getattr(pointwise.triton, function), "apply", lambda *arguments: called.append(function))
-    x, more = torch.ones(2, 1, 2, 8), {"rms_norm": (torch.ones(8), 1e-5), "apply_rotary": (torch.ones(2, 1, 1, 4),) * 2}
-    getattr(pointwise, name)(x, *more.get(name, ()))
+    x, vector = torch.ones(2, 1, 2, 8), torch.ones(8)
+    more = {
+        "rms_norm": (vector, 1e-5),
+        "layer_norm": (vector, vector, 1e-5),
+        "apply_rotary": (torch.ones(2, 1, 1, 4),) * 2,
+    }
+    options = {"weighted_activation": {"weights": torch.ones(2), "squared": True, "gated": False}}
+    getattr(pointwise, name)(x, *more.get(name, ()), **options.get(name, {}))
     assert called == [function]
 
 

@@ -22,7 +22,15 @@ from megaforge.kernels.pointwise.reference import (
     swiglu_reference,
 )
 
-__all__ = ["apply_rotary", "gated_squared_relu", "layer_norm", "rms_norm", "squared_relu", "swiglu"]
+__all__ = [
+    "apply_rotary",
+    "gated_squared_relu",
+    "layer_norm",
+    "rms_norm",
+    "squared_relu",
+    "swiglu",
+    "weighted_activation",
+]
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -93,6 +101,24 @@ def gated_squared_relu(x: Tensor) -> Tensor:
         return native.Gated.apply(x, native.SQUARED_RELU)
     gate, up = x.chunk(2, dim=-1)
     return squared_relu(gate) * up
+
+
+def weighted_activation(x: Tensor, weights: Tensor, *, squared: bool, gated: bool) -> Tensor:
+    """:func:`squared_relu`, :func:`swiglu` or :func:`gated_squared_relu` of rows that have a weight each, as those of
+    experts have.
+
+    Args:
+        x: [R, f], or gated [R, 2f].
+        weights: [R], of any float dtype.
+        squared: the activation is squared ReLU, and not SiLU, which is always gated.
+
+    Returns:
+        [R, f] of the dtype of ``x``: the activation times its row's weight.
+    """
+    if triton.takes(x):
+        return triton.Weighted.apply(x, weights, squared, gated)
+    activated = squared_relu(x) if not gated else gated_squared_relu(x) if squared else swiglu(x)
+    return activated * weights.to(x.dtype).unsqueeze(1)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

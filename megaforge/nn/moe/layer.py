@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megaforge.kernels.grouped_mm import make_runs
 from megaforge.kernels.moe_routing import moe_permute, moe_unpermute
-from megaforge.nn.activations import activate
+from megaforge.nn.activations import activate, activate_weighted
 from megaforge.nn.mlp import FFNState, declare_token_shift, ffn_init, inner_parts, mixed_input
 from megaforge.nn.moe.experts import SharedExpert
 from megaforge.nn.moe.router import Router
@@ -74,7 +74,9 @@ class MoEFFN(nn.Module):
     def experts(self, rows: Tensor, weights: Tensor, counts: tuple[int, ...] | Tensor) -> Tensor:
         """Rows [R, h] sorted by expert and their routing weights [R] -> weighted partial sums over etp [R, h]."""
         runs = make_runs(counts, rows.device)
-        inner = activate(self.activation, self.up(rows, runs))
-        inner = inner if self.sub_norm is None else self.sub_norm(inner, runs)
+        inner = self.up(rows, runs)
         # The routing weight goes in front of the second projection: its gradient then needs no saved expert output.
+        if self.sub_norm is None:
+            return self.down(activate_weighted(self.activation, inner, weights), runs)
+        inner = self.sub_norm(activate(self.activation, inner), runs)
         return self.down(inner * weights.to(inner.dtype).unsqueeze(1), runs)

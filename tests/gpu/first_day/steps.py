@@ -43,6 +43,7 @@ POINTWISE = (
     ("8 x 4096 x 32", "RMS norm", 0.25),
     ("8 x 4096 x 32", "squared ReLU", 1.0),
     ("8 x 4096 x 32", "SwiGLU", 1.5),
+    ("8 x 4096 x 32", "weighted SwiGLU", 1.5),
     ("8 x 4096 x 32", "rotation", 0.2),
     ("8192 x 65536", "cross-entropy", 1.2),
 )
