@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megaforge.checkpoint.checkpoint import load_checkpoint
-from megaforge.checkpoint.directory import Retention, commit
+from megaforge.checkpoint.directory import Retention, commit, commit_fetched
 from megaforge.checkpoint.find import find_checkpoint
 from megaforge.checkpoint.manifest import MANIFEST_FILE, SUMS_FILE
 from megaforge.checkpoint.shards import TensorEntry
@@ -41,15 +41,15 @@ def _flip_bit(path, position):
     path.write_bytes(content)
 
 
-def test_what_is_synced_and_renamed_in_which_order(tmp_path, monkeypatch):
-    """A kill loses nothing that was written, a power cut what was not synced: a name comes after what it stands for."""
+def _noted(folder, monkeypatch) -> list[tuple[str, ...]]:
+    """What is synced and renamed below ``folder`` from now on, in order."""
     done = []
 
     def noted(name, path_of):
         real = getattr(os, name)
 
         def operation(*given, **how):
-            done.append((name, *(os.path.relpath(path_of(one), tmp_path) for one in given)))
+            done.append((name, *(os.path.relpath(path_of(one), folder) for one in given)))
             return real(*given, **how)
 
         monkeypatch.setattr(os, name, operation)
@@ -57,6 +57,20 @@ def test_what_is_synced_and_renamed_in_which_order(tmp_path, monkeypatch):
     noted("fsync", lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"))
     noted("rename", os.fspath)
     noted("replace", os.fspath)
+    return done
+
+
+def test_what_is_fetched_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
+    done = _noted(tmp_path, monkeypatch)
+    path = commit_fetched(tmp_path, 7, lambda temporary: (temporary / "x").write_text("x"))
+    there = ".tmp_step_0000007"
+    renamed = [("fsync", there), ("rename", there, "step_0000007"), ("fsync", ".")]
+    assert done == [("fsync", f"{there}/x"), *renamed] and (path / "x").read_text() == "x"
+
+
+def test_what_is_synced_and_renamed_in_which_order(tmp_path, monkeypatch):
+    """A kill loses nothing that was written, a power cut what was not synced: a name comes after what it stands for."""
+    done = _noted(tmp_path, monkeypatch)
     path = _save(tmp_path, 1)
     written = [("fsync", f".tmp_step_0000001/{name}") for name in (DATA_FILE, MANIFEST_FILE, SUMS_FILE)]
     committed = [("fsync", ".tmp_step_0000001"), ("rename", ".tmp_step_0000001", "step_0000001"), ("fsync", ".")]
