@@ -190,6 +190,20 @@ def test_the_head_scores_the_rows_it_is_given() -> None:
     assert_close(step_head(x, norm, weight[:61]), want, 3e-6)
 
 
+def test_one_thread_or_two() -> None:
+    """Of a matrix that is large enough for both; csrc/decode/tests has every part of a block."""
+    make = Random(torch.float32)
+    x, norm, (weight, _) = make.values(3, HIDDEN), make.norm(HIDDEN), make.product(8000, HIDDEN)
+    before, scores = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            scores.append(step_head(x, norm, weight))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*scores)
+
+
 def test_hard_values() -> None:
     """Gates and decays at their ends, one huge score among the keys, a sequence of NaN beside another."""
     make = Random(torch.float32)

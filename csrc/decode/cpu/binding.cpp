@@ -61,6 +61,34 @@ bitgemm::Matrix codes_of(const Tensor& panels, const Tensor& scale, int64_t inpu
   TORCH_CHECK(false, "megaforge::decode: packed codes ", panels.sizes(), " are not of ", inputs, " columns on this CPU");
 }
 
+// Threads that are worth waiting for each other, in a step that reads so many elements of matrices.
+int threads_for(int64_t elements) {
+  constexpr int64_t kWorthAThread = 1 << 17;
+  return static_cast<int>(std::clamp<int64_t>(elements / kWorthAThread, 1, std::max(at::get_num_threads(), 1)));
+}
+
+template <class... Matrices>
+int64_t elements_of(const Matrices&... matrices) {
+  return (int64_t{0} + ... + (matrices.n * matrices.k));
+}
+
+template <class T>
+int64_t elements_of_block(const Block<T>& block) {
+  int64_t sum = 0;
+  if (block.time_mix != nullptr) {
+    const TimeMix<T>& layer = *block.time_mix;
+    sum += elements_of(layer.receptance, layer.key, layer.value, layer.output);
+    for (int i = 0; i < layer.maps(); ++i) sum += elements_of(layer.first[i], layer.second[i]);
+  }
+  if (block.attention != nullptr) {
+    const Attention<T>& layer = *block.attention;
+    sum += elements_of(layer.qkv, layer.output);
+    sum += 2 * block.tokens * layer.groups * layer.width * (layer.place + 1);
+  }
+  if (block.ffn != nullptr) sum += elements_of(block.ffn->up, block.ffn->down);
+  return sum;
+}
+
 // Takes one argument after the other; what a list lacks is an error.
 class Arguments {
  public:
@@ -268,7 +296,7 @@ void compute_block(const Tensor& x, std::string_view mixer, std::string_view ffn
     block.ffn = &dense;
   }
   given.finish();
-  run(block, at::get_num_threads());
+  run(block, threads_for(elements_of_block(block)));
 }
 
 void check_tokens(const Tensor& x) {
@@ -343,11 +371,15 @@ void compute_experts(const Tensor& x, const Tensor& inside, Activation activatio
     }
     all.push_back(expert);
   }
-  for (const Expert<T>& expert : all) check_ffn(expert.up, expert.down, activation, hidden);
+  int64_t elements = 0;
+  for (const Expert<T>& expert : all) {
+    check_ffn(expert.up, expert.down, activation, hidden);
+    elements += elements_of(expert.up, expert.down);
+  }
   run(Experts<T>{tokens, hidden, data_of<float>(x, tokens * hidden, at::kFloat),
                  data_of<const T>(inside, tokens * hidden, kType<T>), activation, all.data(),
                  static_cast<int64_t>(all.size())},
-      at::get_num_threads());
+      threads_for(elements));
 }
 
 void experts(const Tensor& x, const Tensor& inside, const Tensor& chosen, const Tensor& weights, c10::string_view activation,
@@ -371,7 +403,7 @@ void compute_head(const Tensor& x, const Norm& norm, const Tensor& weight, const
   const int64_t tokens = x.size(0), hidden = x.size(1);
   run(Head<T>{tokens, hidden, data_of<const float>(x, tokens * hidden, at::kFloat), norm, matrix_of<T>(weight, {}, hidden),
               data_of<T>(logits, tokens * weight.size(0), kType<T>)},
-      at::get_num_threads());
+      threads_for(weight.numel()));
 }
 
 Tensor head(const Tensor& x, const Tensor& norm_weight, const std::optional<Tensor>& norm_bias, double epsilon,
