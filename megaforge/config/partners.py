@@ -119,6 +119,14 @@ PARTNERS = (
         "nothing is evaluated: add --eval-iters N",
     ),
     Partner(
+        ("logging.digest_interval",),
+        lambda c: c.checkpoint.save or c.logging.digest_file,
+        "nothing says where they go: add --save DIR or --digest-file FILE",
+    ),
+    Partner(
+        ("logging.digest_file",), lambda c: c.logging.digest_interval, "no digests are made: add --digest-interval N"
+    ),
+    Partner(
         ("checkpoint.phase6_output",),
         lambda c: c.checkpoint.save,
         "it is written from the last checkpoint, and nothing is saved: add --save DIR",

@@ -346,6 +346,12 @@ class LoggingConfig:
     profile_dir: str = flag("profile", "where --profile writes", metavar="DIR")
     log_params_norm: bool = flag(False, "record the norm of all trained weights after each step")
     log_num_zeros_in_grad: bool = flag(False, "record how many elements of each step's gradient are 0")
+    digest_interval: int = flag(
+        0,
+        "every N iterations write digests of weights, gradients and blocks' outputs, for tools/compare_runs.py",
+        least=0,
+    )
+    digest_file: str | None = flag(None, "where digests go (default: digests.jsonl in --save)", metavar="FILE")
     wandb_save_dir: str | None = flag(None, "with --wandb-project: where its files are kept", metavar="DIR")
     wandb_entity: str | None = flag(None, "with --wandb-project: the user or team that the run belongs to")
 

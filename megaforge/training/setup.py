@@ -50,6 +50,7 @@ from megaforge.training.clip_search import ClipSearch
 from megaforge.training.compiled import compile_blocks
 from megaforge.training.console import ConsoleLog
 from megaforge.training.decoupled_lr import DecoupledRate
+from megaforge.training.digests import Digests
 from megaforge.training.ema import WeightAverage
 from megaforge.training.engine import Engine
 from megaforge.training.final_test import FinalTest
@@ -243,7 +244,7 @@ _OF_UPDATES = (
     DecoupledRate,
 )
 # What is seen, and when the run ends.
-_OTHERS = (Norms, ManualCollection, FinalTest, SkipTrain)
+_OTHERS = (Norms, Digests, ManualCollection, FinalTest, SkipTrain)
 
 
 def _callbacks(config: Config, progress: Progress) -> list[Callback]:

@@ -68,6 +68,8 @@ REFUSED = [
     (("--eval-interval-epochs", "2"), (), "--eval-iters N"),
     (("--eval-global-batch-size", "2"), (), "--eval-iters N"),
     (("--phase6-output", "d"), (), "--save DIR"),
+    (("--digest-interval", "2"), (), "--digest-file FILE"),
+    (("--digest-file", "f"), (), "--digest-interval N"),
     (("--early-stopping-patience", "2"), ("--eval-iters", "1"), "--eval-interval N"),
     (("--finetune",), (), "--load DIR"),
     (("--lr-wsd-decay-iters", "5"), (), "--lr-decay-style WSD"),
