@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megaforge.kernels import cross_entropy
-from megaforge.kernels.cross_entropy import score_labels
+from megaforge.kernels.cross_entropy import native, score_labels
 from megaforge.kernels.cross_entropy.plain import PlainScores
 from megaforge.kernels.cross_entropy.triton import FusedScores
 from tests.kernels.cross_entropy_cases import *  # noqa: F403
@@ -14,7 +14,9 @@ from tests.kernels.cross_entropy_cases import *  # noqa: F403
 
 def test_the_device_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, target = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
-    assert isinstance(score_labels(logits, target, 3), PlainScores)
+    form = native.CompiledScores if native.COMPILED else PlainScores
+    assert isinstance(score_labels(logits, target, 3), form)
+    assert isinstance(score_labels(logits.double(), target, 3), PlainScores)
     monkeypatch.setattr(cross_entropy, "takes", lambda x: True)
     assert isinstance(score_labels(logits, target, 3), FusedScores)
 

@@ -1,4 +1,4 @@
-// Activations and the softmax of the loss, for the instruction set of vec.h; included once by each of its files.
+// Activations, for the instruction set of vec.h; included once by each of its files.
 
 namespace megaforge::pointwise::MF_ISA {
 
@@ -70,38 +70,6 @@ template <class T>
 void gated_backward(const Gated<T>& a, Int begin, Int end) {
   if (a.gate == Gate::silu) gated_backward_rows<T, Gate::silu>(a, begin, end);
   else gated_backward_rows<T, Gate::squared_relu>(a, begin, end);
-}
-
-template <class T>
-void softmax_sums(const Softmax<T>& a, const T* logits, Int begin, Int end, float* peak, float* sums, float* picked) {
-  const float nothing = -__builtin_inff();
-  for (Int row = begin; row < end; ++row) {
-    const T* x = logits + row * a.width;
-    Vec most[4] = {all(nothing), all(nothing), all(nothing), all(nothing)};
-    across(a.valid, [&](Int i, auto part) MF_INLINE {
-      Vec& chain = most[i / kWidth % 4];
-      chain = greater(keep(load(x + i, part), part, nothing), chain);
-    });
-    const float top = largest(greater(greater(most[0], most[1]), greater(most[2], most[3])));
-    peak[row] = top;
-    sums[row] = total(a.valid, [&](Int i, auto part) MF_INLINE { return keep(exponential<float>(load(x + i, part) - top), part, 0.0f); });
-    const Int label = a.labels[row];
-    picked[row] = label >= 0 && label < a.valid ? as_float(x[label]) : 0.0f;
-  }
-}
-
-template <class T>
-void softmax_gradient(const Softmax<T>& a, T* logits, Int begin, Int end, const float* log_sums, const float* grad) {
-  for (Int row = begin; row < end; ++row) {
-    T* x = logits + row * a.width;
-    const float log_sum = log_sums[row], factor = grad[row];
-    const Int label = a.labels[row];
-    const bool mine = label >= 0 && label < a.valid;
-    const Vec chosen = mine ? (exponential<float>(all(as_float(x[label]) - log_sum)) - 1.0f) * factor : Vec{};
-    across(a.valid, [&](Int i, auto part) MF_INLINE { store(x + i, exponential<T>(load(x + i, part) - log_sum) * factor, part); });
-    across(a.width - a.valid, [&](Int i, auto part) MF_INLINE { store(x + a.valid + i, Vec{}, part); });
-    if (mine) store(x + label, chosen, Some{1});
-  }
 }
 
 }  // namespace megaforge::pointwise::MF_ISA

@@ -13,6 +13,7 @@
 #include "vec.h"
 
 #include "activation.h"
+#include "labels.h"
 #include "norm.h"
 #include "table.h"
 

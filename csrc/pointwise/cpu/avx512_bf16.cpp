@@ -14,6 +14,7 @@
 #include "vec.h"
 
 #include "activation.h"
+#include "labels.h"
 #include "norm.h"
 #include "table.h"
 

@@ -1,5 +1,5 @@
-// The CPU implementations of megaforge::norm, squared_relu, gated, softmax_sums, their gradients;
-// megaforge/kernels/pointwise/native.py defines the operators.
+// The CPU implementations of megaforge::norm, squared_relu, gated, label_scores and of their gradients;
+// megaforge/kernels/pointwise/native.py and megaforge/kernels/cross_entropy/native.py define the operators.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -138,35 +138,34 @@ Tensor gated_forward(const Tensor& x, int64_t gate) { return run_gated("gated", 
 
 Tensor gated_gradient(const Tensor& grad, const Tensor& x, int64_t gate) { return run_gated("gated_backward", x, grad, gate); }
 
-void check_softmax(const char* name, const Tensor& logits, const Tensor& labels, int64_t valid) {
-  TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous() && labels.scalar_type() == at::kLong && labels.dim() == 1 &&
-                  labels.size(0) == logits.size(0) && valid >= 0 && valid <= logits.size(1),
-              "megaforge::", name, ": expected contiguous logits [n, v] and int64 labels [n], got ", logits.sizes(), ", ",
-              labels.scalar_type(), " ", labels.sizes(), ", ", valid, " of them valid");
+Labels labels_of(const char* name, const Tensor& logits, const Tensor& target, int64_t columns) {
+  TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous() && target.is_contiguous() && target.scalar_type() == at::kLong &&
+                  target.dim() == 1 && target.size(0) == logits.size(0) && columns >= 0 && columns <= logits.size(1),
+              "megaforge::", name, ": expected contiguous logits [n, v] and int64 targets [n], got ", logits.sizes(), ", ",
+              target.scalar_type(), " ", target.sizes(), ", ", columns, " columns");
+  return {logits.size(0), logits.size(1), columns, read<int64_t>(target)};
 }
 
-Tensor sums(const Tensor& logits, const Tensor& labels_any, int64_t valid) {
-  check_softmax("softmax_sums", logits, labels_any, valid);
-  const Tensor labels = labels_any.contiguous(), out = at::empty({3, logits.size(0)}, logits.options().dtype(at::kFloat));
-  const int64_t rows = logits.size(0);
-  for_type("softmax_sums", logits, [&](auto type, const auto& kernels) {
+Tensor scores(const Tensor& logits, const Tensor& target, int64_t columns) {
+  const Labels labels = labels_of("label_scores", logits, target, columns);
+  const Tensor out = at::empty({3, labels.rows}, logits.options().dtype(at::kFloat));
+  for_type("label_scores", logits, [&](auto type, const auto& kernels) {
     using T = decltype(type);
     float* to = write<float>(out);
-    softmax_sums(kernels, Softmax<T>{rows, logits.size(1), valid, read<int64_t>(labels)}, read<T>(logits), to, to + rows,
-                 to + 2 * rows, at::get_num_threads());
+    label_scores(kernels, labels, read<T>(logits), to, to + labels.rows, to + 2 * labels.rows, at::get_num_threads());
   });
   return out;
 }
 
-void gradient(const Tensor& logits, const Tensor& log_sums_any, const Tensor& labels_any, const Tensor& grad_any, int64_t valid) {
-  check_softmax("softmax_gradient_", logits, labels_any, valid);
-  const int64_t rows = logits.size(0);
-  const Tensor log_sums = vector("softmax_gradient_", log_sums_any, rows), grad = vector("softmax_gradient_", grad_any, rows);
-  const Tensor labels = labels_any.contiguous();
-  for_type("softmax_gradient_", logits, [&](auto type, const auto& kernels) {
+void gradients(const Tensor& logits, const Tensor& target, const Tensor& base_any, const Tensor& share_any,
+               const Tensor& weight_any, int64_t columns) {
+  const Labels labels = labels_of("label_gradients_", logits, target, columns);
+  const Tensor base = vector("label_gradients_", base_any, labels.rows), share = vector("label_gradients_", share_any, labels.rows);
+  const Tensor weight = vector("label_gradients_", weight_any, labels.rows);
+  for_type("label_gradients_", logits, [&](auto type, const auto& kernels) {
     using T = decltype(type);
-    softmax_gradient(kernels, Softmax<T>{rows, logits.size(1), valid, read<int64_t>(labels)}, write<T>(logits),
-                     read<float>(log_sums), read<float>(grad), at::get_num_threads());
+    label_gradients(kernels, labels, write<T>(logits), read<float>(base), read<float>(share), read<float>(weight),
+                    at::get_num_threads());
   });
 }
 
@@ -177,8 +176,8 @@ TORCH_LIBRARY_IMPL(megaforge, CPU, library) {
   library.impl("squared_relu_backward", &relu2_backward);
   library.impl("gated", &gated_forward);
   library.impl("gated_backward", &gated_gradient);
-  library.impl("softmax_sums", &sums);
-  library.impl("softmax_gradient_", &gradient);
+  library.impl("label_scores", &scores);
+  library.impl("label_gradients_", &gradients);
 }
 
 }  // namespace

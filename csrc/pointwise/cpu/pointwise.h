@@ -51,11 +51,10 @@ struct Gated {
   T* out;
 };
 
-// Rows of logits of which `valid` columns count; a label outside of them is another rank's.
-template <class T>
-struct Softmax {
-  std::int64_t rows, width, valid;
-  const std::int64_t* labels;
+// Rows of logits of which the first `columns` take part; a target that is not among them is held elsewhere.
+struct Labels {
+  std::int64_t rows, width, columns;
+  const std::int64_t* target;
 };
 
 template <class T>
@@ -67,12 +66,12 @@ struct Kernels {
   void (*squared_relu_backward)(std::int64_t count, const T* grad, const T* x, T* out);
   void (*gated)(const Gated<T>&, std::int64_t begin, std::int64_t end);
   void (*gated_backward)(const Gated<T>&, std::int64_t begin, std::int64_t end);
-  // peak, total [rows]: of each row the largest logit and the sum of exp(logit - peak); picked: the label's logit, or 0.
-  void (*softmax_sums)(const Softmax<T>&, const T* logits, std::int64_t begin, std::int64_t end, float* peak, float* total,
+  // peak, total [rows]: of each row the largest logit and the sum of exp(logit - peak); picked: the target's logit, or 0.
+  void (*label_scores)(const Labels&, const T* logits, std::int64_t begin, std::int64_t end, float* peak, float* total,
                        float* picked);
-  // logits become (exp(logit - log_sum) - [its column is the label]) grad, and 0 where they do not count.
-  void (*softmax_gradient)(const Softmax<T>&, T* logits, std::int64_t begin, std::int64_t end, const float* log_sums,
-                           const float* grad);
+  // logits become exp(logit - base) share, less weight in the target's column, and 0 where they take no part.
+  void (*label_gradients)(const Labels&, T* logits, std::int64_t begin, std::int64_t end, const float* base,
+                          const float* share, const float* weight);
 };
 
 struct AllKernels {
@@ -101,10 +100,10 @@ void squared_relu_backward(const Kernels<T>& kernels, std::int64_t count, const 
 template <class T>
 void gated(const Kernels<T>& kernels, const Gated<T>& args, int threads);
 template <class T>
-void softmax_sums(const Kernels<T>& kernels, const Softmax<T>& args, const T* logits, float* peak, float* total,
+void label_scores(const Kernels<T>& kernels, const Labels& args, const T* logits, float* peak, float* total,
                   float* picked, int threads);
 template <class T>
-void softmax_gradient(const Kernels<T>& kernels, const Softmax<T>& args, T* logits, const float* log_sums, const float* grad,
-                      int threads);
+void label_gradients(const Kernels<T>& kernels, const Labels& args, T* logits, const float* base, const float* share,
+                     const float* weight, int threads);
 
 }  // namespace megaforge::pointwise

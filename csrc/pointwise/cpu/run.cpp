@@ -94,18 +94,18 @@ void gated(const Kernels<T>& kernels, const Gated<T>& args, int threads) {
 }
 
 template <class T>
-void softmax_sums(const Kernels<T>& kernels, const Softmax<T>& args, const T* logits, float* peak, float* total,
-                  float* picked, int threads) {
+void label_scores(const Kernels<T>& kernels, const Labels& args, const T* logits, float* peak, float* total, float* picked,
+                  int threads) {
   spread(args.rows, args.width, threads, [&](std::int64_t begin, std::int64_t end) {
-    kernels.softmax_sums(args, logits, begin, end, peak, total, picked);
+    kernels.label_scores(args, logits, begin, end, peak, total, picked);
   });
 }
 
 template <class T>
-void softmax_gradient(const Kernels<T>& kernels, const Softmax<T>& args, T* logits, const float* log_sums, const float* grad,
-                      int threads) {
+void label_gradients(const Kernels<T>& kernels, const Labels& args, T* logits, const float* base, const float* share,
+                     const float* weight, int threads) {
   spread(args.rows, args.width, threads, [&](std::int64_t begin, std::int64_t end) {
-    kernels.softmax_gradient(args, logits, begin, end, log_sums, grad);
+    kernels.label_gradients(args, logits, begin, end, base, share, weight);
   });
 }
 
@@ -115,8 +115,8 @@ void softmax_gradient(const Kernels<T>& kernels, const Softmax<T>& args, T* logi
   template void squared_relu(const Kernels<T>&, std::int64_t, const T*, T*, int);                                    \
   template void squared_relu_backward(const Kernels<T>&, std::int64_t, const T*, const T*, T*, int);                 \
   template void gated(const Kernels<T>&, const Gated<T>&, int);                                                      \
-  template void softmax_sums(const Kernels<T>&, const Softmax<T>&, const T*, float*, float*, float*, int);           \
-  template void softmax_gradient(const Kernels<T>&, const Softmax<T>&, T*, const float*, const float*, int);
+  template void label_scores(const Kernels<T>&, const Labels&, const T*, float*, float*, float*, int);                \
+  template void label_gradients(const Kernels<T>&, const Labels&, T*, const float*, const float*, const float*, int);
 MEGAFORGE_FOR(float)
 MEGAFORGE_FOR(Bf16)
 

@@ -7,6 +7,7 @@
 #include "vec.h"
 
 #include "activation.h"
+#include "labels.h"
 #include "norm.h"
 #include "table.h"
 

@@ -137,14 +137,14 @@ void check_activations(const Kernels<T>& kernels, long rows, long width, Random&
 }
 
 template <class T>
-void check_softmax(const Kernels<T>& kernels, long rows, long width, long valid, double scale, Random& random, const std::string& isa) {
-  const std::string what = isa + " softmax " + std::to_string(rows) + "x" + std::to_string(valid) + " of " + std::to_string(width);
+void check_labels(const Kernels<T>& kernels, long rows, long width, long valid, double scale, Random& random, const std::string& isa) {
+  const std::string what = isa + " labels " + std::to_string(rows) + "x" + std::to_string(valid) + " of " + std::to_string(width);
   const auto logits = made<T>(random.normal(rows * width, scale));
-  const auto grad = made<float>(random.normal(rows));
+  const auto grad = made<float>(random.normal(rows)), weight = made<float>(random.normal(rows));
   std::vector<std::int64_t> labels;
   for (long r = 0; r < rows; ++r) labels.push_back(random.whole(-2, width + 1));
   std::vector<float> peak(rows), total(rows), picked(rows), log_sums(rows);
-  softmax_sums(kernels, Softmax<T>{rows, width, valid, labels.data()}, logits.data(), peak.data(), total.data(), picked.data(), 3);
+  label_scores(kernels, Labels{rows, width, valid, labels.data()}, logits.data(), peak.data(), total.data(), picked.data(), 3);
   Doubles want_total(rows), want_peak(rows, -INFINITY), want_picked(rows), want(rows * width);
   for (long r = 0; r < rows; ++r) {
     for (long i = 0; i < valid; ++i) want_peak[r] = std::fmax(want_peak[r], value(logits[r * width + i]));
@@ -153,14 +153,14 @@ void check_softmax(const Kernels<T>& kernels, long rows, long width, long valid,
     want_picked[r] = mine ? value(logits[r * width + labels[r]]) : 0;
     log_sums[r] = static_cast<float>(want_peak[r] + std::log(want_total[r]));
     for (long i = 0; i < valid; ++i) {
-      want[r * width + i] = (std::exp(double(value(logits[r * width + i])) - log_sums[r]) - (mine && labels[r] == i)) * grad[r];
+      want[r * width + i] = std::exp(double(value(logits[r * width + i])) - log_sums[r]) * grad[r] - (mine && labels[r] == i) * weight[r];
     }
   }
   expect(Doubles(peak.begin(), peak.end()) == want_peak, what + " peak");
   expect(Doubles(picked.begin(), picked.end()) == want_picked, what + " picked");
   expect_close(total, want_total, 2e-6, what + " total");
   auto slope = logits;
-  softmax_gradient(kernels, Softmax<T>{rows, width, valid, labels.data()}, slope.data(), log_sums.data(), grad.data(), 3);
+  label_gradients(kernels, Labels{rows, width, valid, labels.data()}, slope.data(), log_sums.data(), grad.data(), weight.data(), 3);
   expect_close(exact(slope), want, kMost<T> * 2, what + " gradient");
 }
 
@@ -174,10 +174,10 @@ void check_all(const Kernels<T>& kernels, const std::string& isa) {
   }
   for (auto [rows, width] : {std::pair{0L, 16L}, {1L, 1L}, {5L, 64L}, {300L, 83L}}) check_activations(kernels, rows, width, random, isa);
   for (double scale : {1.0, 30.0}) {
-    check_softmax(kernels, 0, 7, 5, scale, random, isa);
-    check_softmax(kernels, 3, 1, 1, scale, random, isa);
-    check_softmax(kernels, 120, 203, 203, scale, random, isa);
-    check_softmax(kernels, 40, 256, 191, scale, random, isa);
+    check_labels(kernels, 0, 7, 5, scale, random, isa);
+    check_labels(kernels, 3, 1, 1, scale, random, isa);
+    check_labels(kernels, 120, 203, 203, scale, random, isa);
+    check_labels(kernels, 40, 256, 191, scale, random, isa);
   }
 }
 

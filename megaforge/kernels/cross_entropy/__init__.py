@@ -1,13 +1,14 @@
 """Softmax cross-entropy from rows of logits that exist for a moment: :func:`score_labels`.
 
-On GPUs each way is a Triton kernel, one pass over the logits as they are (:mod:`.triton`), elsewhere plain torch
-(:mod:`.plain`); :mod:`.reference` has the definitions.
+Each way is one walk over the logits as they are: on GPUs a Triton kernel (:mod:`.triton`), on CPUs compiled code
+(:mod:`.native`). Elsewhere it is plain torch (:mod:`.plain`); :mod:`.reference` has the definitions.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from megaforge.kernels.cross_entropy import native
 from megaforge.kernels.cross_entropy.plain import PlainScores, Scores
 from megaforge.kernels.cross_entropy.triton import FusedScores, takes
 
@@ -22,4 +23,7 @@ def score_labels(logits: Tensor, target: Tensor, columns: int) -> Scores:
         target: int64 [T], each token's column; one that is not among the first ``columns`` is held elsewhere.
         columns: how many take part, 0 to V.
     """
-    return FusedScores(logits, target, columns) if takes(logits) else PlainScores(logits, target, columns)
+    if takes(logits):
+        return FusedScores(logits, target, columns)
+    made = native.CompiledScores if native.takes(logits) else PlainScores
+    return made(logits, target, columns)
