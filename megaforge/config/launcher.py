@@ -14,6 +14,8 @@ from megaforge.errors import UserError
 # SLURM's numbers of steps that run no task of ours: an allocation's interactive shell, a batch script, its containers.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
+_OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+
 # The logger of what people see anyway, for files (:mod:`megaforge.monitor.log`).
 SAID = "megaforge.said"
 
@@ -100,6 +102,19 @@ def check_address(launch: Launch, env: Mapping[str, str] | None = None) -> None:
     raise UserError(
         f"RANK={launch.rank} WORLD_SIZE={launch.world_size} without {' and '.join(missing)}: the ranks have no address "
         "to meet at; start them with torchrun, export both variables, or unset RANK and WORLD_SIZE for one process"
+    )
+
+
+def restarts_may_hang(env: Mapping[str, str] | None = None) -> str | None:
+    """A warning where torchrun is to start ranks again, and these could read where those before them were: it keeps one
+    store for all its rounds (torch 2.13, dynamic_rendezvous.py)."""
+    env = os.environ if env is None else env
+    restarts = env.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if not restarts.isdigit() or int(restarts) == 0 or env.get(_OWN_STORE) == "1":
+        return None
+    return (
+        f"torchrun --max-restarts {restarts}: ranks that it starts again may hang, as they can read the addresses of "
+        f"those before them; export {_OWN_STORE}=1 before torchrun (the scripts of run_scripts do)"
     )
 
 

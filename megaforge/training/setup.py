@@ -14,6 +14,7 @@ from megaforge.checkpoint.background import BackgroundSave
 from megaforge.checkpoint.directory import Retention
 from megaforge.checkpoint.replica import replica_of
 from megaforge.config.config import Config
+from megaforge.config.launcher import restarts_may_hang
 from megaforge.config.lr_shapes import RateShape
 from megaforge.config.schema import config_to_dict
 from megaforge.data.data_source import DataSource, source_kind
@@ -81,8 +82,9 @@ def initialize_distributed(config: Config) -> ParallelContext:
     device = resolve_device(config.training.device, discover_launch().local_rank)
     set_numerics(config, device)
     note = few_cores(device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(os.sched_getaffinity(0)))
-    if note is not None:
-        print_rank_0(note)
+    for warning in (note, restarts_may_hang()):
+        if warning is not None:
+            print_rank_0(warning)
     check_backend(config.parallel.distributed_backend)
     initialize(device, parallel.distributed_backend, parallel.distributed_timeout_minutes)
     return make_context(config, device)

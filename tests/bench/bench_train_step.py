@@ -9,6 +9,9 @@ Cases:
                     Llama in fp32 as it comes. Goal 1.7.
     fp32_same_matmul  the same, with the same matmul precision given to both.
     bf16            ours with bf16 weights and fp32 masters against Llama under bf16 autocast. Goal 1.2.
+    fp32_compiled, bf16_compiled  ours against Llama under torch.compile at the same matmul precision. Goals 1.12, 1.4.
+    fp32_products, bf16_products  ours against the matrix products of its layers and head alone, forward and backward,
+                    as torch computes them: the share of a step's time that they take. Goal 1/1.3.
 
     python tests/bench/bench_train_step.py [--rounds 7] [--threads 2]
 """
@@ -40,7 +43,7 @@ from tests.bench.harness import interleaved_ratio, print_json, print_table
 
 BATCH, LENGTH, VOCAB, HIDDEN, LAYERS, HEADS, INNER = 4, 512, 8192, 512, 8, 8, 1408
 LEARNING_RATE = 1e-4
-CASES = ("fp32", "fp32_same_matmul", "bf16")
+CASES = ("fp32", "fp32_same_matmul", "bf16", "fp32_compiled", "bf16_compiled", "fp32_products", "bf16_products")
 Step = Callable[[], float]
 
 
@@ -70,7 +73,8 @@ def our_step(dtype: torch.dtype, tokens: torch.Tensor) -> tuple[Step, HybridMode
     def step() -> float:
         reducer.zero_grad()
         reducer.set_last_microbatch(True)
-        loss = model(tokens[:, :-1], tokens[:, 1:], mask).loss_sum / mask.numel()
+        output, _ = model.run_stage(tokens[:, :-1], tokens[:, 1:], mask, turns_back=True)
+        loss = output.loss_sum / mask.numel()
         loss.backward()
         reducer.finish_grad_sync()
         clip_gradients(model, ctx, 1.0)
@@ -80,7 +84,26 @@ def our_step(dtype: torch.dtype, tokens: torch.Tensor) -> tuple[Step, HybridMode
     return step, model
 
 
-def peer_step(autocast: bool, tokens: torch.Tensor, weights_of: HybridModel) -> Step:
+def products_step(dtype: torch.dtype) -> Step:
+    """The products of a step with matrices, of attention's projections, FFNs and the head: output, input gradient and
+    weight gradient of each."""
+    shapes = [(3 * HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (2 * INNER, HIDDEN), (HIDDEN, INNER)] * LAYERS + [(VOCAB, HIDDEN)]
+    weights = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    widths = {width for shape in shapes for width in shape}
+    rows = {width: torch.randn(BATCH * LENGTH, width, dtype=dtype) for width in widths}
+
+    def step() -> float:
+        for weight in weights:
+            out, inside = rows[weight.shape[0]], rows[weight.shape[1]]
+            torch.mm(inside, weight.t())
+            torch.mm(out, weight)
+            torch.mm(out.t(), inside)
+        return 0.0
+
+    return step
+
+
+def peer_step(autocast: bool, tokens: torch.Tensor, weights_of: HybridModel, *, compiled: bool = False) -> Step:
     """Hugging Face's Llama with the weights of ``weights_of``: its own loss, clip_grad_norm_ and fused AdamW."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -99,11 +122,12 @@ def peer_step(autocast: bool, tokens: torch.Tensor, weights_of: HybridModel) -> 
     copy_into_llama(weights_of, model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    forward = torch.compile(model) if compiled else model
 
     def step() -> float:
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(input_ids=inputs, labels=labels, shift_labels=labels, use_cache=False).loss
+            loss = forward(input_ids=inputs, labels=labels, shift_labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -175,21 +199,29 @@ def main() -> None:
     clock = time.process_time if arguments.cpu_seconds else time.perf_counter
     rows: list[list[object]] = []
     cases = {}
-    for name, dtype, ours_at, theirs_at, goal, peer_name in (
-        ("fp32", torch.float32, chosen, "highest", 1.7, "transformers Llama, fp32 as it comes"),
-        ("fp32_same_matmul", torch.float32, chosen, chosen, None, f"transformers Llama, fp32 at '{chosen}'"),
-        ("bf16", torch.bfloat16, chosen, chosen, 1.2, f"transformers Llama, bf16 autocast, '{chosen}'"),
+    fp32, bf16 = torch.float32, torch.bfloat16
+    for name, dtype, theirs_at, goal, peer_name in (
+        ("fp32", fp32, "highest", 1.7, "transformers Llama, fp32 as it comes"),
+        ("fp32_same_matmul", fp32, chosen, None, f"transformers Llama, fp32 at '{chosen}'"),
+        ("bf16", bf16, chosen, 1.2, f"transformers Llama, bf16 autocast, '{chosen}'"),
+        ("fp32_compiled", fp32, chosen, 1.12, f"transformers Llama, torch.compile, fp32 at '{chosen}'"),
+        ("bf16_compiled", bf16, chosen, 1.4, f"transformers Llama, torch.compile, bf16 autocast, '{chosen}'"),
+        ("fp32_products", fp32, chosen, 1 / 1.3, f"its matrix products alone, fp32 at '{chosen}'"),
+        ("bf16_products", bf16, chosen, 1 / 1.3, "its matrix products alone, bf16"),
     ):
         if name not in arguments.cases:
             continue
         torch.set_float32_matmul_precision(chosen)
         ours, model = our_step(dtype, tokens)
-        peer = peer_step(dtype == torch.bfloat16, tokens, model)
-        check_same_model(ours, peer, 1e-2 if dtype == torch.bfloat16 else 1e-5)
-        result = interleaved_ratio(rate(ours, ours_at, clock), rate(peer, theirs_at, clock), arguments.rounds)
+        if name.endswith("products"):
+            peer = products_step(dtype)
+        else:
+            peer = peer_step(dtype == bf16, tokens, model, compiled=name.endswith("compiled"))
+            check_same_model(ours, peer, 1e-2 if dtype == bf16 else 1e-5)
+        result = interleaved_ratio(rate(ours, chosen, clock), rate(peer, theirs_at, clock), arguments.rounds)
         rows.append([name, result.candidate, result.peer, result.median, result.min, result.max, goal or "-"])
         cases[name] = result.case(peer_name)
-    print_table("training step, tokens/s", ["case", "ours", "transformers", "ratio", "min", "max", "goal"], rows)
+    print_table("training step, tokens/s", ["case", "ours", "peer", "ratio", "min", "max", "goal"], rows)
     print_json("train_step", cases)
 
 

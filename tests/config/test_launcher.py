@@ -7,7 +7,7 @@ import os
 import pytest
 
 from megaforge.config import launcher
-from megaforge.config.launcher import Launch, check_address, discover_launch, print_rank_0
+from megaforge.config.launcher import Launch, check_address, discover_launch, print_rank_0, restarts_may_hang
 from megaforge.errors import UserError
 
 STEP = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
@@ -93,3 +93,11 @@ def test_notices_read_the_environment_once(monkeypatch: pytest.MonkeyPatch, caps
     print_rank_0("two")
     launcher.this_launch.cache_clear()
     assert capsys.readouterr().err == "one\ntwo\n" and len(reads) == 1 and os.environ
+
+
+def test_restarts_that_may_hang_are_told_of() -> None:
+    own = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    said = restarts_may_hang({"TORCHELASTIC_MAX_RESTARTS": "3"})
+    assert said is not None and "--max-restarts 3" in said and "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in said
+    for quiet in ({}, {"TORCHELASTIC_MAX_RESTARTS": "0"}, {"TORCHELASTIC_MAX_RESTARTS": "3", **own}):
+        assert restarts_may_hang(quiet) is None

@@ -42,7 +42,7 @@ def command(ranks: int, script: str, *arguments: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    return {**kept, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONPATH": str(REPO)}
 
 
 def run(ranks: int, script: str, *arguments: str, **popen: Any) -> Outcome:
