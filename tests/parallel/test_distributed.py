@@ -85,7 +85,7 @@ def test_all_axes_are_connected_in_one_order(ranks) -> None:
 
 def slow_first_rank(mark: str) -> bool:
     """Whether rank 0, which is late with its last group, has made it when ``create`` is over on this rank."""
-    original = context._make_control_group
+    original = context.make_control_group
 
     def late(timeout: datetime.timedelta | None) -> object:
         group = original(timeout)
@@ -94,11 +94,11 @@ def slow_first_rank(mark: str) -> bool:
         return group
 
     if dist.get_rank() == 0:
-        context._make_control_group = late  # type: ignore[assignment]
+        context.make_control_group = late  # type: ignore[assignment]
     try:
         ParallelContext.create(tp=2)
     finally:
-        context._make_control_group = original
+        context.make_control_group = original
     return Path(mark).exists()
 
 
