@@ -89,9 +89,12 @@ COMMANDS: dict[str, Command] = {
     ),
     "plan scaling": Command(
         "tools/plan.py",
-        ("scaling", "--config", "cdrmix-test", "--gpus", "1", "2", "--vocab-size", "300"),
+        ("scaling", "--config", "cdrmix-test", "--gpus", "1", "2", "--global-batch-size", "4", "--vocab-size", "300"),
         only_wrong=True,
         reads_nothing=True,
+    ),
+    "plan goodput": Command(
+        "tools/plan.py", ("goodput", "--gpus", "64", "--mtbf-hours", "7.9"), only_wrong=True, reads_nothing=True
     ),
     "parity": Command("tools/parity.py", ("--layouts", "dp2", "--dtype", "fp64"), only_wrong=True),
 }
