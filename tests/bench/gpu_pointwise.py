@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megaforge.kernels import rwkv7_fused
 from megaforge.kernels.cross_entropy.plain import PlainScores, Scores
-from megaforge.kernels.cross_entropy.triton import FusedScores
+from megaforge.kernels.cross_entropy.triton import TritonScores
 from megaforge.kernels.native import triton_kernels
 from megaforge.kernels.pointwise import functions, reference
 from megaforge.kernels.pointwise import triton as fused
@@ -173,7 +173,7 @@ def cross_entropies(rows: int, width: int, device: str = "cuda", triton: bool = 
     logits = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
     target = torch.randint(0, width, (rows,), device=device)
     weights = torch.full((rows,), 1 / rows, device=device)
-    forms = {"triton": FusedScores} if triton else {}
+    forms = {"triton": TritonScores} if triton else {}
     return {
         name: partial(_scored, form, logits, target, weights) for name, form in {**forms, "torch": PlainScores}.items()
     }

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from megaforge.kernels.cross_entropy.plain import PlainScores, Scores
 from megaforge.kernels.cross_entropy.reference import label_gradients_reference, label_scores_reference
-from megaforge.kernels.cross_entropy.triton import FusedScores
+from megaforge.kernels.cross_entropy.triton import TritonScores
 from megaforge.kernels.native import triton_kernels
 
 KERNELS = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
-FORM = FusedScores if KERNELS else PlainScores
+FORM = TritonScores if KERNELS else PlainScores
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

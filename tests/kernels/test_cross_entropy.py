@@ -8,7 +8,7 @@ import torch
 from megaforge.kernels import cross_entropy
 from megaforge.kernels.cross_entropy import native, score_labels
 from megaforge.kernels.cross_entropy.plain import PlainScores
-from megaforge.kernels.cross_entropy.triton import FusedScores
+from megaforge.kernels.cross_entropy.triton import TritonScores
 from tests.kernels.cross_entropy_cases import *  # noqa: F403
 
 
@@ -18,7 +18,7 @@ def test_the_device_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(score_labels(logits, target, 3), form)
     assert isinstance(score_labels(logits.double(), target, 3), PlainScores)
     monkeypatch.setattr(cross_entropy, "takes", lambda x: True)
-    assert isinstance(score_labels(logits, target, 3), FusedScores)
+    assert isinstance(score_labels(logits, target, 3), TritonScores)
 
 
 def test_fp64_is_computed_in_fp64() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megaforge.kernels.cross_entropy import native
+from megaforge.kernels.cross_entropy.fused import FusedScores
 from megaforge.kernels.native import why_missing
 from tests.kernels import cross_entropy_cases
 from tests.kernels.cross_entropy_cases import *  # noqa: F403
@@ -46,3 +47,9 @@ def test_operators_have_shapes_without_values() -> None:
         (torch.ops.megaforge.label_gradients_, (logits, target, numbers, numbers, numbers, 6)),
     ):
         torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_form_that_walks_over_logits_says_how() -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        FusedScores(torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), 1)  # type: ignore[abstract]
+    assert issubclass(native.CompiledScores, FusedScores)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megaforge.kernels.cross_entropy import native
 from megaforge.kernels.cross_entropy.plain import PlainScores, Scores
-from megaforge.kernels.cross_entropy.triton import FusedScores, takes
+from megaforge.kernels.cross_entropy.triton import TritonScores, takes
 
 __all__ = ["Scores", "score_labels"]
 
@@ -24,6 +24,6 @@ def score_labels(logits: Tensor, target: Tensor, columns: int) -> Scores:
         columns: how many take part, 0 to V.
     """
     if takes(logits):
-        return FusedScores(logits, target, columns)
+        return TritonScores(logits, target, columns)
     made = native.CompiledScores if native.takes(logits) else PlainScores
     return made(logits, target, columns)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megaforge.kernels.cross_entropy.fused import FusedScores
 from megaforge.kernels.native import define, load, say_uncompiled
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -20,42 +21,16 @@ def takes(logits: Tensor) -> bool:
     return COMPILED
 
 
-class CompiledScores:
-    """See :class:`megaforge.kernels.cross_entropy.plain.Scores`; the logits stay as they are until a gradient takes
-    their place."""
+class CompiledScores(FusedScores):
+    """By the operators below."""
 
-    def __init__(self, logits: Tensor, target: Tensor, columns: int) -> None:
-        self._logits, self._target, self._columns = logits.contiguous(), target.contiguous(), columns
-        self._found: tuple[Tensor, ...] | None = None
+    def _walk(self) -> Tensor:
+        found: Tensor = torch.ops.megaforge.label_scores(self._logits, self._target, self._columns)
+        return found
 
-    def _scores(self) -> tuple[Tensor, ...]:
-        if self._found is None:
-            self._found = torch.ops.megaforge.label_scores(self._logits, self._target, self._columns).unbind()
-        return self._found
-
-    @property
-    def picked(self) -> Tensor:
-        return self._scores()[2]
-
-    @property
-    def peak(self) -> Tensor:
-        return self._scores()[0].clone()  # ranks take the largest in place
-
-    def sums(self, peak: Tensor) -> Tensor:
-        own, total, _ = self._scores()
-        self._base = peak
-        return total * (own - peak).exp()
-
-    def gradients_of_sum(self, total: Tensor, weights: Tensor) -> Tensor:
-        return self._gradients(self._base, weights / total, weights)
-
-    def gradients(self, log_sums: Tensor, grad: Tensor) -> Tensor:
-        return self._gradients(log_sums, grad, grad)
-
-    def _gradients(self, *of_rows: Tensor) -> Tensor:
-        numbers = (x.to(torch.float32) for x in of_rows)
+    def _replace(self, base: Tensor, share: Tensor, weight: Tensor) -> None:
+        numbers = (x.to(torch.float32) for x in (base, share, weight))
         torch.ops.megaforge.label_gradients_(self._logits, self._target, *numbers, self._columns)
-        return self._logits
 
 
 # Of each row the largest logit, the sum of exp(logit - largest) and the target's logit, or 0: [3, T] in fp32.

@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from megaforge.kernels.cross_entropy.fused import FusedScores
 from megaforge.kernels.native import takes_triton, triton_kernels
 
 _kernels = functools.partial(triton_kernels, "cross_entropy")
@@ -17,53 +18,27 @@ def takes(logits: Tensor) -> bool:
     return takes_triton("cross_entropy", "the head's cross-entropy", logits)
 
 
-class FusedScores:
-    """See :class:`megaforge.kernels.cross_entropy.plain.Scores`; the logits stay as they are until a gradient takes
-    their place."""
+class TritonScores(FusedScores):
+    """By the Triton kernels."""
 
-    def __init__(self, logits: Tensor, target: Tensor, columns: int) -> None:
-        self._logits, self._target, self._columns = logits.contiguous(), target.contiguous(), columns
-        self._found: tuple[Tensor, ...] | None = None
-
-    def _scores(self) -> tuple[Tensor, ...]:
-        if self._found is None:
-            kernels, _ = _kernels()
-            rows, width = self._logits.shape
-            found = torch.empty(3, rows, dtype=torch.float32, device=self._logits.device)
-            if rows:
-                kernels.scores[(rows,)](
-                    self._logits, self._target, *found, width, self._columns,
-                    tiles=-(-self._columns // kernels.WIDTH),
-                    wide=kernels.tl.float32, block_width=kernels.WIDTH, num_warps=8,
-                )  # fmt: skip
-            self._found = found.unbind()
-        return self._found
-
-    @property
-    def picked(self) -> Tensor:
-        return self._scores()[2]
-
-    @property
-    def peak(self) -> Tensor:
-        return self._scores()[0].clone()  # ranks take the largest in place
-
-    def sums(self, peak: Tensor) -> Tensor:
-        own, total, _ = self._scores()
-        self._base = peak
-        return total * (own - peak).exp()
-
-    def gradients_of_sum(self, total: Tensor, weights: Tensor) -> Tensor:
-        return self._gradients(self._base, weights / total, weights)
-
-    def gradients(self, log_sums: Tensor, grad: Tensor) -> Tensor:
-        return self._gradients(log_sums, grad, grad)
-
-    def _gradients(self, *of_rows: Tensor) -> Tensor:
+    def _walk(self) -> Tensor:
         kernels, _ = _kernels()
         rows, width = self._logits.shape
-        if self._logits.numel():
-            kernels.gradients[(rows, -(-width // kernels.WIDTH))](
-                self._logits, self._target, *(x.to(torch.float32).contiguous() for x in of_rows), width, self._columns,
+        found = torch.empty(3, rows, dtype=torch.float32, device=self._logits.device)
+        if rows:
+            kernels.scores[(rows,)](
+                self._logits, self._target, *found, width, self._columns,
+                tiles=-(-self._columns // kernels.WIDTH),
                 wide=kernels.tl.float32, block_width=kernels.WIDTH, num_warps=8,
             )  # fmt: skip
-        return self._logits
+        return found
+
+    def _replace(self, base: Tensor, share: Tensor, weight: Tensor) -> None:
+        kernels, _ = _kernels()
+        rows, width = self._logits.shape
+        numbers = (x.to(torch.float32).contiguous() for x in (base, share, weight))
+        if self._logits.numel():
+            kernels.gradients[(rows, -(-width // kernels.WIDTH))](
+                self._logits, self._target, *numbers, width, self._columns,
+                wide=kernels.tl.float32, block_width=kernels.WIDTH, num_warps=8,
+            )  # fmt: skip
