@@ -14,13 +14,11 @@ namespace megaforge::decode {
 namespace {
 
 const Kernels& kernels() {
-  const Isa isa = cpu_isa();
-  (void)isa;
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return __builtin_cpu_supports("avx512bf16") ? avx512_bf16_kernels : avx512_kernels;
-  if (isa == Isa::avx2) return avx2_kernels;
+  return best_kernels(scalar_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels);
+#else
+  return best_kernels(scalar_kernels);
 #endif
-  return scalar_kernels;
 }
 
 const KernelsOf<float>& kernels_of(float) { return kernels().f32; }

@@ -13,13 +13,11 @@ namespace {
 constexpr std::int64_t kWorthATeam = 64 * 64;  // elements of a matrix
 
 const Kernels& kernels() {
-  const Isa isa = cpu_isa();
-  (void)isa;
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return __builtin_cpu_supports("avx512bf16") ? avx512_bf16_kernels : avx512_kernels;
-  if (isa == Isa::avx2) return avx2_kernels;
+  return best_kernels(scalar_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels);
+#else
+  return best_kernels(scalar_kernels);
 #endif
-  return scalar_kernels;
 }
 
 // body(matrix, scratch, team): each matrix by one thread where there are enough of them, else by all threads.
