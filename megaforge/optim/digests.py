@@ -7,7 +7,7 @@ tensor: sums of integers have no order, so that ranks add up theirs, however the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -45,6 +45,11 @@ def digests(main: MainParameters, ctx: ParallelContext, of: Callable[[MainParame
             bits += hashed(view, piece.global_box, held.shape)
             squares += float(view.square().sum(dtype=torch.float64))
         own[held.name] = bits, squares
+    return added_up(own, ctx)
+
+
+def added_up(own: Mapping[str, tuple[int, float]], ctx: ParallelContext) -> dict[str, Digest]:
+    """Digests from what each rank counts of tensors: sums of hashes and of squares, by name. Collective."""
     found: dict[str, tuple[int, float]] = {}
     for rank in exchange(ctx, own):
         for name, (bits, squares) in rank.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from megaforge.config.config import Config
 from megaforge.errors import UserError
 from megaforge.monitor.compare_digests import FILE
-from megaforge.optim.digests import Digest, digests, hashed_rows
-from megaforge.parallel.agree import exchange, from_first_rank
+from megaforge.optim.digests import Digest, added_up, digests, hashed_rows
+from megaforge.parallel.agree import from_first_rank
 from megaforge.training.callbacks import Callback, Place
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ class Digests(Callback):
         """``sequence_parallel``: ranks of tp have parts of the residual stream, not copies."""
         self.every, self.file, self._sequence_parallel = every, file, sequence_parallel
         self._hooks: list[RemovableHandle] = []
-        self._activations: dict[int, tuple[Tensor, Tensor]] = {}  # by block: squares and bits
+        self._activations: dict[int, tuple[Tensor, Tensor]] = {}  # by block: hashes and squares
         self._gradients: dict[str, Digest] = {}
 
     @classmethod
@@ -59,8 +58,8 @@ class Digests(Callback):
         def add(module: nn.Module, inputs: Any, output: Any) -> None:
             rows = output[0].detach()
             squares, bits = rows.square().sum(dtype=torch.float64), hashed_rows(rows)
-            before = self._activations.get(index, (torch.zeros_like(squares), torch.zeros_like(bits)))
-            self._activations[index] = before[0] + squares, before[1] + bits
+            before = self._activations.get(index, (torch.zeros_like(bits), torch.zeros_like(squares)))
+            self._activations[index] = before[0] + bits, before[1] + squares
 
         return add
 
@@ -75,17 +74,13 @@ class Digests(Callback):
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
         if metrics.iteration % self.every:
             return
-        ctx, whole = trainer.ctx, defaultdict[int, list[float | int]](lambda: [0.0, 0])
+        ctx = trainer.ctx
         counts = self._sequence_parallel or ctx.tp.rank == 0
-        own = {index: (float(a), int(b)) for index, (a, b) in self._activations.items()} if counts else {}
-        for rank in exchange(ctx, own):
-            for index, (squares, bits) in rank.items():
-                whole[index] = [whole[index][0] + squares, whole[index][1] + bits]
-        blocks = {f"layers.{index}": Digest(int(b) % 2**64, a**0.5) for index, (a, b) in whole.items()}
+        own = {f"layers.{index}": (int(bits), float(squares)) for index, (bits, squares) in self._activations.items()}
         record = {
             "iteration": metrics.iteration,
             "loss": metrics.loss,
-            "activations": _as_json(blocks),
+            "activations": _as_json(added_up(own if counts else {}, ctx)),
             "gradients": _as_json(self._gradients),
             "weights": _as_json(digests(trainer.optimizer.main, ctx, lambda one: one.master)),
         }
