@@ -66,6 +66,7 @@ from megaforge.training.plateau_boost import PlateauBoost
 from megaforge.training.profiling import Profile
 from megaforge.training.qk_clip import QKClip
 from megaforge.training.quantization import Quantization
+from megaforge.training.run_events import RunEvents, open_events
 from megaforge.training.second_stage import SecondStage
 from megaforge.training.skip_train import SkipTrain
 from megaforge.training.speed import Speed
@@ -159,6 +160,8 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext) -> Trainer:
         batches=run.layout.batches,
         callbacks=_callbacks(config, progress),
     )
+    trainer.events = together(ctx, lambda: open_events(trainer))
+    trainer.add(RunEvents())
     if config.checkpoint.encrypt_checkpoints:
         trainer.key = agreed_key(ctx)
     trainer.replica = together(ctx, lambda: replica_of(config.checkpoint.save_replica))

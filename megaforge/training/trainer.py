@@ -25,6 +25,7 @@ from megaforge.config.launcher import print_rank_0
 from megaforge.data.data_source import DataSource, SampleView
 from megaforge.data.loader import Batch, GlobalBatchLoader
 from megaforge.errors import UserError
+from megaforge.monitor.events import EventLog
 from megaforge.optim import GradientLimits, LearningRateSchedule
 from megaforge.resilience.requests import Requests
 from megaforge.training.batch_sums import BatchSums
@@ -63,6 +64,7 @@ class Trainer:
         replica: where copies of checkpoints go, or None.
         save_written: whether it has written one on all ranks, which :meth:`settle_save` makes known.
         stop_reason: why the run ends before ``--train-iters``, or None.
+        events: where what happens to the run is told.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Trainer:
         self.background: BackgroundSave | None = None
         self.key: Key | None = None
         self.replica: Replica | None = None
+        self.events = EventLog()
         self._by_background: Path | None = None
         self._requests = Requests()
 

@@ -1,0 +1,186 @@
+"""``events.jsonl``: what happened to a run, one JSON object a line, over all its attempts.
+
+Metrics tell how training goes; events tell what became of it: starts, loads, saves, skipped batches, ends.
+``docs/operations.md`` lists the kinds and their fields.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megaforge.errors import UserError
+from megaforge.json_text import parse_json
+
+logger = logging.getLogger(__name__)
+
+EVENTS_FILE = "events.jsonl"
+_OWN = ("time", "kind", "iteration", "uptime")
+_FIRST = b'{"time": '  # how each line begins
+
+
+class EventLog:
+    """Appends events to a file, or to nothing: rank 0 of a run with ``--save`` has the file, and all others may call
+    the same method. Any thread may."""
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, iteration: Callable[[], int] = lambda: 0) -> None:
+        """A last line that a kill cut short is taken out, and told as the event ``mended``.
+
+        Args:
+            path: the file, or None.
+            iteration: how far the run is when an event is told.
+
+        Raises:
+            UserError: the file cannot be read or written.
+        """
+        self.path = None if path is None else Path(path)
+        self._iteration, self._lock, self._failed = iteration, threading.Lock(), False
+        if self.path is None:
+            return
+        try:
+            cut = _mend(self.path)
+        except OSError as error:
+            raise UserError(f"{self.path}: events cannot be written there ({error.strerror})") from error
+        if cut is not None:
+            self.tell("mended", cut=cut)
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        """Appends the event ``kind``; when this returns the disk has it. A disk that does not take it is a warning: the
+        run is worth more than its diary.
+
+        Args:
+            kind: one word.
+            fields: JSON values; numbers that are not finite become null.
+
+        Raises:
+            ValueError: a field has a name of the log's own.
+        """
+        if clash := [name for name in _OWN if name in fields]:
+            raise ValueError(f"event {kind}: the log itself writes {clash[0]!r}; name the field otherwise")
+        if self.path is None:
+            return
+        with self._lock:
+            own = {"time": round(time.time(), 3), "kind": kind, "iteration": self._iteration()}
+            line = json.dumps({**own, "uptime": round(uptime(), 3), **_finite(fields)}, allow_nan=False) + "\n"
+            try:
+                append_line(self.path, line.encode())
+                self._failed = False
+            except OSError as error:
+                if not self._failed:
+                    logger.warning("%s: an event (%s) could not be written: %s", self.path, kind, error)
+                self._failed = True
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Appends ``line`` as a whole and waits until the disk has it.
+
+    Raises:
+        OSError: it could not be written, and the file is as it was.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        end = os.fstat(descriptor).st_size
+        try:
+            written = os.write(descriptor, line)
+            if written != len(line):
+                raise OSError(28, "No space left on device")
+            os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, end)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _mend(path: Path) -> str | None:
+    """Makes ``path`` end with a whole line; returns what was cut off, or None.
+
+    Raises:
+        UserError: what stands there is not a file of events.
+    """
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    kept = content.rfind(b"\n") + 1
+    torn = content[kept:]
+    if not content.startswith(_FIRST[: len(content)]):
+        raise UserError(f"{path}: is not a file of events; move it away")
+    if not torn:
+        return None
+    os.truncate(path, kept)
+    return torn.decode(errors="backslashreplace")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def uptime() -> float:
+    """Seconds since this process was started, by a clock that nobody sets."""
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    try:
+        with open("/proc/self/stat", encoding="utf-8") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        return max(0.0, now - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return time.monotonic() - _IMPORTED
+
+
+_IMPORTED = time.monotonic()
+
+
+class Events(NamedTuple):
+    """What a file of events holds.
+
+    Attributes:
+        events: in their order.
+        torn: a last line that is not whole: the run writes it just now, or was killed at it; None where there is none.
+    """
+
+    events: list[dict[str, Any]]
+    torn: str | None
+
+
+def read_events(path: str | os.PathLike[str]) -> Events:
+    """All events of a file, in order.
+
+    Raises:
+        UserError: it cannot be read, or a line is not an event; nothing is passed over.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    *lines, torn = content.split(b"\n")
+    events = [_event(path, number, line) for number, line in enumerate(lines, 1)]
+    return Events(events, torn.decode(errors="backslashreplace") if torn else None)
+
+
+def _event(path: str | os.PathLike[str], number: int, line: bytes) -> dict[str, Any]:
+    try:
+        event = parse_json(line)
+    except ValueError as error:
+        raise UserError(f"{path}: line {number} is not JSON ({error})") from error
+    if not isinstance(event, dict):
+        raise UserError(f"{path}: line {number} is not an event")
+    kinds: tuple[tuple[str, type | tuple[type, ...]], ...] = (
+        ("time", (int, float)),
+        ("kind", str),
+        ("iteration", int),
+        ("uptime", (int, float)),
+    )
+    for name, kind in kinds:
+        if not isinstance(event.get(name), kind) or isinstance(event[name], bool):
+            raise UserError(f"{path}: line {number} is not an event ({name} is {event.get(name)!r})")
+    return event
