@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 from megaforge.errors import UserError
+from megaforge.json_text import parse_json
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ GPUS = {
         Gpu("a100-80g", 80e9, 312e12, 2.039e12, 300e9, 25e9, 32e9),  # SXM, DGX A100: 8 x 200 Gbit/s, PCIe 4
         Gpu("h100-80g", 80e9, 989e12, 3.35e12, 450e9, 50e9, 64e9),  # SXM, DGX H100: 8 x 400 Gbit/s, PCIe 5
         Gpu("h200-141g", 141e9, 989e12, 4.8e12, 450e9, 50e9, 64e9),
+        Gpu("mi300x-192g", 192e9, 1307e12, 5.3e12, 448e9, 50e9, 64e9),  # OAM, 7 Infinity Fabric links, 8 x 400 Gbit/s
         Gpu("b200-180g", 180e9, 2250e12, 7.7e12, 900e9, 50e9, 64e9),  # DGX B200: 8 x 400 Gbit/s
     )
 }
@@ -49,15 +53,42 @@ def verdict(share: float) -> str:
     return "fits" if share <= ROOM else "is tight" if share <= 1 else "DOES NOT FIT"
 
 
-def gpu_named(name: str) -> Gpu:
-    """The GPU that ``--gpu`` names.
+def gpu_named(name: str, flag: str = "--gpu") -> Gpu:
+    """The device that ``flag`` names: one of the table, or a JSON file.
 
     Raises:
-        UserError: it is not in the table.
+        UserError: it is not in the table, or the file does not describe a device.
     """
-    if name not in GPUS:
-        raise UserError(f"--gpu {name} is unknown; choose {', '.join(GPUS)}")
-    return GPUS[name]
+    if name in GPUS:
+        return GPUS[name]
+    if not name.endswith(".json"):
+        raise UserError(
+            f"{flag} {name} is unknown; choose {', '.join(GPUS)}, or a .json file that describes one (docs/planner.md)"
+        )
+    try:
+        return gpu_of(parse_json(Path(name).read_text(encoding="utf-8")))
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(f"{flag} {name}: {error} (docs/planner.md says what it holds)") from error
+
+
+def gpu_of(described: object) -> Gpu:
+    """The device of the ``device`` object of a description; further keys are for people.
+
+    Raises:
+        UserError: a field is missing or no positive number.
+    """
+    device = described.get("device") if isinstance(described, dict) else None
+    if not isinstance(device, dict) or not isinstance(device.get("name"), str):
+        raise UserError("it has no object 'device' with a name")
+    values: dict[str, float] = {}
+    for field in dataclasses.fields(Gpu):
+        value = device.get(field.name)
+        if field.name == "name":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+            raise UserError(f"device.{field.name} is not a positive number")
+        values[field.name] = value
+    return Gpu(device["name"], **{**values, "node_size": int(values["node_size"])})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def run(arguments: Sequence[str], prog: str = "plan.py memory") -> None:
     config, own = request.config, request.own
     gpu, parallel = gpu_named(own.gpu), config.parallel
     if own.search:
-        found = search(config, own.gpus, gpu, share=own.share, count=own.top)
+        found = search(config, own.gpus, gpu, share=own.share, count=own.top, kept=request.kept)
         print(search_text(found, gpu, config.name, own.gpus, own.share))
         return
     product = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size

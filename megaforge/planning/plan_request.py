@@ -11,6 +11,7 @@ from pathlib import Path
 from megaforge.config.arguments import ArgumentParser, integer, number
 from megaforge.config.cli import parse_config
 from megaforge.config.config import Config
+from megaforge.config.layout_settings import given_settings
 from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.errors import UserError
 from megaforge.planning.gpus import GPUS, gpu_named
@@ -18,11 +19,13 @@ from megaforge.planning.gpus import GPUS, gpu_named
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks of the planner: a configuration, the planner's own flags, and what to say."""
+    """What the command line asks of the planner: a configuration, the planner's own flags, what to say, and the
+    settings of the layout that it names."""
 
     config: Config
     own: argparse.Namespace
     notes: list[str]
+    kept: frozenset[str] = frozenset()
 
 
 def parse(arguments: Sequence[str], prog: str) -> Request:
@@ -35,7 +38,9 @@ def parse(arguments: Sequence[str], prog: str) -> Request:
     parser.add_argument("--gpu", default="h100-80g", help=", ".join(GPUS))
     parser.add_argument("--gpus", type=integer(1, 1 << 20), help="ranks in total")
     parser.add_argument("--dp", type=integer(1, 1 << 20), help="data-parallel size, instead of --gpus")
-    parser.add_argument("--search", action="store_true", help="list the fastest layouts that fit --gpus")
+    parser.add_argument(
+        "--search", action="store_true", help="list the fastest layouts that fit --gpus, with the flags given of them"
+    )
     parser.add_argument(
         "--share", type=number(above=0, most=1), default=0.9, help="share of the memory that a layout may fill"
     )
@@ -48,7 +53,7 @@ def parse(arguments: Sequence[str], prog: str) -> Request:
         raise UserError("--search needs --gpus, the number of GPUs to lay the model out on")
     parsed = parse_config(rest, prog=prog)
     config, _, notes = with_run_tokenizer(parsed.config)
-    return Request(config, own, [*parsed.notes, *notes])
+    return Request(config, own, [*parsed.notes, *notes], given_settings(parsed.origins))
 
 
 def parse_scaling(arguments: Sequence[str], prog: str) -> Request:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 from megaforge.config.check_layout import has_experts
 from megaforge.config.config import Config
 from megaforge.config.pattern import blocks_of
-from megaforge.config.run_config import ParallelConfig, default_expert_tensor_parallel_size
+from megaforge.config.run_config import default_expert_tensor_parallel_size
 from megaforge.errors import UserError
 from megaforge.parallel.layer_context import compute_dtype
-from megaforge.planning.gpus import Efficiency, Gpu
+from megaforge.planning.gpus import ROOM, Efficiency, Gpu
 from megaforge.planning.layout import PlannedLayout, layout_of
 from megaforge.planning.memory import LIBRARIES, RankMemory, least_memory, rank_memory, rank_state
 from megaforge.planning.stages import ModelParts, StagePart, cut_stages, model_parts
@@ -23,6 +24,7 @@ from megaforge.registry import SCHEDULES
 
 MICRO_BATCHES = (1, 2, 4)
 RECOMPUTE = ("none", "selective", "moe", "full")  # cheapest first
+STAGES_OF_A_RANK = {"parallel.virtual_pipeline_model_parallel_size", "parallel.num_layers_per_virtual_pipeline_stage"}
 ROUNDS = 4  # micro-batches, in multiples of the stages, after which a pipeline repeats itself
 
 
@@ -40,19 +42,31 @@ def divisors(number: int, largest: int) -> list[int]:
     return [size for size in range(1, min(number, largest) + 1) if number % size == 0]
 
 
-def candidates(config: Config, gpus: int, node_size: int = 8) -> Iterator[PlannedLayout]:
+def candidates(config: Config, gpus: int, node_size: int = 8, kept: Collection[str] = ()) -> Iterator[PlannedLayout]:
     """Valid layouts without recomputation: tp and etp within a server, sequence parallelism wherever there is tp,
-    ZeRO-1, every schedule that the micro-batches allow. ``--cp`` is the configuration's."""
-    blocks, cp = len(blocks_of(config.model)), config.parallel.context_parallel_size
+    ZeRO-1, every schedule that the micro-batches allow. ``--cp`` is the configuration's.
+
+    Args:
+        kept: keys of settings (``parallel.zero_stage``) of which every layout has the configuration's value.
+    """
+    given, cp = config.parallel, config.parallel.context_parallel_size
     experts = config.model.num_experts if has_experts(config.model) else 1
-    for tp in divisors(gpus, node_size):
-        for pp in divisors(gpus // tp, 64):
+
+    def either(key: str, others: Sequence[Any]) -> Sequence[Any]:
+        return [_value(config, key)] if key in kept else others
+
+    for tp in either("parallel.tensor_model_parallel_size", divisors(gpus, node_size)):
+        for pp in either("parallel.pipeline_model_parallel_size", divisors(gpus // tp, 64)):
             stage_ranks = gpus // pp
-            for ep, micro in product(divisors(experts, stage_ranks), MICRO_BATCHES):
+            eps = either("parallel.expert_model_parallel_size", divisors(experts, stage_ranks))
+            for ep, micro in product(eps, either("training.micro_batch_size", MICRO_BATCHES)):
                 etps = sorted({1, default_expert_tensor_parallel_size(tp, ep, stage_ranks)}) if experts > 1 else [None]
-                schedules = [(name, vpp) for name, vpp in _schedules(pp) if pp * vpp <= blocks]
-                for etp, (name, vpp) in product(etps, schedules):
-                    parallel = ParallelConfig(
+                schedules = _schedules(config, pp, kept)
+                for etp, (name, vpp) in product(either("parallel.expert_tensor_parallel_size", etps), schedules):
+                    [sp] = either("parallel.sequence_parallel", [tp > 1])
+                    [zero] = either("parallel.zero_stage", [1 if gpus > 1 else 0])
+                    parallel = dataclasses.replace(
+                        given,
                         tensor_model_parallel_size=tp,
                         context_parallel_size=cp,
                         pipeline_model_parallel_size=pp,
@@ -60,11 +74,9 @@ def candidates(config: Config, gpus: int, node_size: int = 8) -> Iterator[Planne
                         pipeline_schedule=name,
                         expert_model_parallel_size=ep,
                         expert_tensor_parallel_size=etp,
-                        sequence_parallel=tp > 1,
-                        zero_stage=1,
-                        ddp_bucket_size=config.parallel.ddp_bucket_size,
-                        cp_comm_type=config.parallel.cp_comm_type,
-                        cpu_offload_activations=config.parallel.cpu_offload_activations,
+                        sequence_parallel=sp,
+                        zero_stage=zero,
+                        recompute="none",
                     )
                     batch = config.training.full_batch_size or gpus
                     training = dataclasses.replace(config.training, micro_batch_size=micro, global_batch_size=batch)
@@ -73,10 +85,22 @@ def candidates(config: Config, gpus: int, node_size: int = 8) -> Iterator[Planne
                         yield layout
 
 
-def _schedules(pp: int) -> list[tuple[str, int]]:
+def _value(config: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _schedules(config: Config, pp: int, kept: Collection[str]) -> list[tuple[str | None, int | None]]:
     """(schedule, stages per rank) to try on ``pp`` pipeline ranks; one rank has no use for any but 1F1B."""
-    names = SCHEDULES.names() if pp > 1 else ("1f1b",)
-    return [(name, vpp) for name in names for vpp in SCHEDULES.get(name).searched]
+    given = config.parallel
+    of_schedule, of_stages = "parallel.pipeline_schedule" in kept, STAGES_OF_A_RANK & {*kept}
+    if pp == 1:
+        return [("1f1b", 1)] if given.num_layers_per_virtual_pipeline_stage is None else [(None, None)]
+    if of_stages:
+        return [(given.pipeline_schedule if of_schedule else None, given.virtual_pipeline_model_parallel_size)]
+    names = (given.pipeline_schedule or "1f1b",) if of_schedule else SCHEDULES.names()
+    blocks = len(blocks_of(config.model))
+    return [(name, vpp) for name in names for vpp in SCHEDULES.get(name).searched if pp * vpp <= blocks]
 
 
 def _valid(config: Config, gpus: int) -> PlannedLayout | None:
@@ -113,22 +137,25 @@ def worst_rank(parts: ModelParts, layout: PlannedLayout, stages: tuple[StagePart
     return max(ranks, key=lambda memory: memory.total)
 
 
-def search(config: Config, gpus: int, gpu: Gpu, *, share: float = 0.9, count: int = 10) -> list[Found]:
+def search(
+    config: Config, gpus: int, gpu: Gpu, *, share: float = ROOM, count: int = 10, kept: Collection[str] = ()
+) -> list[Found]:
     """The ``count`` fastest layouts whose fullest rank needs at most ``share`` of the memory, fastest first.
 
     Of each layout the cheapest recomputation that fits is taken. Layouts are tried in the order of their
-    :func:`_bound`, until none can be faster than what is found.
+    :func:`_bound`, until none can be faster than what is found. ``kept``: see :func:`candidates`.
     """
+    again = (config.parallel.recompute,) if "parallel.recompute" in kept else RECOMPUTE
     parts, efficiency = model_parts(config.model, compute_dtype(config.training)), Efficiency()
     cut: dict[int, tuple[StagePart, ...]] = {}
     waiting: list[tuple[float, int, int, PlannedLayout, tuple[StagePart, ...]]] = []
 
     def wait(number: int, recompute: int, layout: PlannedLayout, stages: tuple[StagePart, ...]) -> None:
-        layout = dataclasses.replace(layout, recompute=RECOMPUTE[recompute])
+        layout = dataclasses.replace(layout, recompute=again[recompute])
         bound = _bound(parts, layout, stages, gpu, efficiency)
         heapq.heappush(waiting, (bound, number, recompute, layout, stages))
 
-    for number, layout in enumerate(candidates(config, gpus, gpu.node_size)):
+    for number, layout in enumerate(candidates(config, gpus, gpu.node_size, kept)):
         number_of_stages = layout.pp * layout.vpp
         stages = cut[number_of_stages] = cut.get(number_of_stages) or cut_stages(parts, layout)
         states = (rank_state(parts, _shortened(layout), stages, rank) for rank in {0, layout.pp - 1})
@@ -145,7 +172,7 @@ def search(config: Config, gpus: int, gpu: Gpu, *, share: float = 0.9, count: in
         ):
             seconds = _seconds(parts, layout, stages, gpu, efficiency)
             best = heapq.nsmallest(count, [*best, (seconds, number, layout, stages)])
-        elif recompute + 1 < len(RECOMPUTE):
+        elif recompute + 1 < len(again):
             wait(number, recompute + 1, layout, stages)
     return [
         Found(layout, worst_rank(parts, layout, stages), step_time(parts, layout, stages, gpu, efficiency))
