@@ -14,6 +14,7 @@ from megaforge.config.model_config import ModelConfig
 from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.config.pattern import kinds_of
 from megaforge.config.qat_config import QATConfig
+from megaforge.config.resilience_config import ResilienceConfig
 from megaforge.config.run_config import (
     DataConfig,
     LoggingConfig,
@@ -37,6 +38,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     length: LengthConfig = field(default_factory=LengthConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     dry_run: DryRunConfig = field(default_factory=DryRunConfig)
 

@@ -105,7 +105,9 @@ STEP = {
         "`--distill-relation-weight`",
     ),
     "loss_scale": Name("factor on the loss", "`--fp16`"),
-    "skipped": Name("1 where the gradient overflowed and the update was left out, else 0", "`--fp16`"),
+    "skipped": Name(
+        "1 where the gradient was not finite and the update was left out, else 0", "`--fp16`, `--skip-nonfinite-steps`"
+    ),
 }
 
 EVALUATION = {

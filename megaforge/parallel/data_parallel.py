@@ -210,6 +210,11 @@ class GradientReducer:
         for bucket_group in self._bucket_groups:
             bucket_group.zero()
 
+    def forget_losses(self) -> None:
+        """Forgets what a compressed reduction keeps of earlier gradients (``--grad-compression``): after one that was
+        not finite it would spoil all that follow."""
+        self._reduction.forget()
+
     def set_last_microbatch(self, last: bool, chunk: int = 0) -> None:
         """Call before each micro-batch's backward pass through ``chunk``; says whether it is the chunk's last of the
         global batch, for only then are buckets sent (under ZeRO-2 after every one)."""

@@ -43,6 +43,9 @@ class CommHook(Protocol):
         After the returned function has run, ``full`` holds the sum; with ``scatter`` at least in this rank's own slice.
         """
 
+    def forget(self) -> None:
+        """Forgets what earlier gradients have left."""
+
 
 def _nothing_to_do() -> None:
     """The sum over one replica."""
@@ -73,6 +76,9 @@ class AllReduceHook:
         self.dtype = dtype
         self.error_feedback = error_feedback
         self._errors: dict[int, Tensor] = {}  # by bucket, [size] in the gradients' type
+
+    def forget(self) -> None:
+        self._errors.clear()
 
     def start(self, bucket: Bucket, full: Tensor, *, scatter: bool) -> Finish:
         if bucket.replicas.group is None:
@@ -118,6 +124,9 @@ class PowerSGD:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self._states: dict[int, _LowRank] = {}  # by parameter
+
+    def forget(self) -> None:
+        self._states.clear()
 
     def compresses(self, parameter: nn.Parameter) -> bool:
         """Whether ``parameter`` is sent as factors."""

@@ -47,6 +47,7 @@ class Digests(Callback):
         return cls(flags.digest_interval, Path(file), config.parallel.sequence_parallel)
 
     def on_step_start(self, trainer: Trainer) -> None:
+        self._stop_watching()
         if (trainer.iteration + 1) % self.every:
             return
         self._activations = {}
@@ -66,10 +67,13 @@ class Digests(Callback):
     def on_gradients(self, trainer: Trainer) -> None:
         if not self._hooks:
             return
+        self._stop_watching()
+        self._gradients = digests(trainer.optimizer.main, trainer.ctx, lambda one: one.grad)
+
+    def _stop_watching(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._gradients = digests(trainer.optimizer.main, trainer.ctx, lambda one: one.grad)
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
         if metrics.iteration % self.every:

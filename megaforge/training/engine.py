@@ -152,6 +152,8 @@ class Engine:
             for stage in self.model.chunks:
                 counts = expert_counts(stage, *sums.experts[:, stage.moe_rows])
                 after_update(stage, Update(self.ctx, counts))
+        else:
+            self.reducer.forget_losses()
         self.scaler.update(finite)
         return finite
 

@@ -18,6 +18,7 @@ from megaforge.config.launcher import restarts_may_hang
 from megaforge.config.lr_shapes import RateShape
 from megaforge.config.schema import config_to_dict
 from megaforge.data.data_source import DataSource, source_kind
+from megaforge.data.skipped import SkippedSamples
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.device import keep_host_memory, resolve_device, set_gpu_environment
 from megaforge.errors import UserError
@@ -137,7 +138,7 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext) -> Trainer:
         UserError: on every rank: bad data, no place to save, or a checkpoint that cannot be continued.
     """
     config, tokenizer = run.config, run.tokenizer
-    data = together(ctx, lambda: _open_data(config, tokenizer))
+    data = SkippedSamples(together(ctx, lambda: _open_data(config, tokenizer)))
     progress = Progress(data, run.layout.batches)
     config = in_iterations(config, progress)
     together(ctx, lambda: check_save_directory(config.checkpoint) if ctx.is_first_rank else None)

@@ -24,6 +24,7 @@ from megaforge.config.config import Config
 from megaforge.config.launcher import print_rank_0
 from megaforge.data.data_source import DataSource, SampleView
 from megaforge.data.loader import Batch, GlobalBatchLoader
+from megaforge.data.skipped import SkippedSamples
 from megaforge.errors import UserError
 from megaforge.monitor.events import EventLog
 from megaforge.optim import GradientLimits, LearningRateSchedule
@@ -35,6 +36,7 @@ from megaforge.training.engine import Engine
 from megaforge.training.lengths import Progress
 from megaforge.training.metrics import EvaluationMetrics, StepMetrics
 from megaforge.training.objectives import Predictions, make_objective
+from megaforge.training.recovery import Gradients, LeavingOut
 
 
 class Trainer:
@@ -43,6 +45,8 @@ class Trainer:
     Attributes:
         engine: the model and all that a step does to it; ``ctx``, ``model``, ``optimizer`` and ``scaler`` are its.
         objective: what is minimised.
+        data: what it trains on; see :class:`megaforge.data.skipped.SkippedSamples`.
+        leaving_out: what is done about a gradient that is not finite.
         lr_factors: what callbacks multiply the scheduled learning rate by, by name; checkpoints keep them.
         iteration: optimizer steps done, from the run's beginning.
         consumed_samples: samples trained on, from the run's beginning.
@@ -79,7 +83,8 @@ class Trainer:
     ) -> None:
         """``tokenizer``: its identity as checkpoints keep it
         (:func:`megaforge.training.checkpointing.tokenizer_identity`)."""
-        self.config, self.engine, self.data, self.tokenizer = config, engine, data, tokenizer
+        self.config, self.engine, self.tokenizer = config, engine, tokenizer
+        self.data = data if isinstance(data, SkippedSamples) else SkippedSamples(data)
         self.ctx, self.model = engine.ctx, engine.model
         self.optimizer, self.scaler = engine.optimizer, engine.scaler
         self.objective, self._predictions = make_objective(config), Predictions(config)
@@ -93,6 +98,9 @@ class Trainer:
         self.stateful = {"lr_factors": Stateful(lambda: dict(self.lr_factors), self._load_lr_factors)}
         self.saved_iteration = 0
         self.earlier: Counter[str] = Counter()
+        self.leaving_out = LeavingOut(config.resilience.skip_nonfinite_steps)
+        if self.leaving_out.most:
+            self.stateful["left_out"] = Stateful(self.leaving_out.state, self.leaving_out.load_state)
         self.schedule = LearningRateSchedule(
             config.optimizer, config.training.train_iters, config.length, self.progress
         )
@@ -163,13 +171,8 @@ class Trainer:
         """One optimizer step over this rank's micro-batches of a global batch."""
         self._emit("on_step_start")
         lr = self.schedule(self.iteration + 1) * math.prod(self.lr_factors.values())
-        self.engine.zero_grad()
-        sums = self.engine.forward_backward(batches, self.objective)
-        self.engine.reduce_gradients()
-        self._emit("on_gradients")
-        sums.votes = self._votes()
-        grad_norm, extra = self.engine.clip(GradientLimits.of(self.config.optimizer), sums)
-        self._check(grad_norm)
+        sums, grad_norm, extra = found = self.gradients(batches)
+        self.leaving_out.judge(self, found)
         updated = self.engine.update(lr, grad_norm, sums)
         if updated:
             self._emit("on_update")
@@ -181,17 +184,20 @@ class Trainer:
         if self.batches.changes:
             extra["global_batch_size"] = float(sums.counts["sequences"])
         if self.scaler.enabled:
-            extra.update(loss_scale=self.scaler.scale, skipped=float(not updated))
+            extra["loss_scale"] = self.scaler.scale
+        if self.scaler.enabled or self.leaving_out.most:
+            extra["skipped"] = float(not updated)
         return self._metrics(sums, grad_norm, lr, extra)
 
-    def _check(self, grad_norm: float) -> None:
-        """Ends the run where the gradient is not finite and no lower loss scale may help."""
-        if not math.isfinite(grad_norm) and not self.scaler.can_fall:
-            raise UserError(
-                f"iteration {self.iteration + 1}: the gradient norm is {grad_norm}, so the run ends before it can harm "
-                f"the weights; --load the last checkpoint with a lower --lr than {self.config.optimizer.lr}, or start "
-                "anew with a longer --lr-warmup-iters"
-            )
+    def gradients(self, batches: Sequence[Batch]) -> Gradients:
+        """The gradient of these micro-batches, summed over the ranks and clipped, and their numbers."""
+        self.engine.zero_grad()
+        sums = self.engine.forward_backward(batches, self.objective)
+        self.engine.reduce_gradients()
+        self._emit("on_gradients")
+        sums.votes = self._votes()
+        norm, extra = self.engine.clip(GradientLimits.of(self.config.optimizer), sums)
+        return Gradients(sums, norm, extra)
 
     def _metrics(self, sums: BatchSums, grad_norm: float, lr: float, extra: dict[str, float]) -> StepMetrics:
         means = sums.means()

@@ -1,0 +1,101 @@
+"""A run's samples without those that it leaves out after a spike: the others move up, and keep their order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megaforge.data.data_source import DataSource, SampleView
+
+Stretch = tuple[int, int]  # first sample and the one behind the last, by the numbers of the source
+
+
+class SkippedSamples(DataSource):
+    """``source`` without :attr:`stretches`; the same samples as long as there are none.
+
+    Sample k of the run is the k-th of those that are left, so that batches, schedules and counts of what was trained on
+    need not know. What is not asked for here is the source's.
+
+    Attributes:
+        stretches: what is left out, ascending; by the numbers of ``source``.
+    """
+
+    def __init__(self, source: DataSource) -> None:
+        self.source = source
+        self.stretches: tuple[Stretch, ...] = ()
+        self.eod_mask_loss, self.notices = source.eod_mask_loss, source.notices
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["source"], name)
+
+    def leave_out(self, stretches: Iterable[Sequence[int]]) -> None:
+        """Leaves out these ``(first, stop)`` too."""
+        joined: list[Stretch] = []
+        for first, stop in sorted((*self.stretches, *((int(a), int(b)) for a, b in stretches))):
+            if joined and first <= joined[-1][1]:
+                joined[-1] = joined[-1][0], max(joined[-1][1], stop)
+            elif first < stop:
+                joined.append((first, stop))
+        self.stretches = tuple(joined)
+
+    def take_back(self) -> None:
+        """Leaves nothing out."""
+        self.stretches = ()
+
+    def number(self, k: int) -> int:
+        """What the source calls sample ``k`` of the run."""
+        for first, stop in self.stretches:
+            k += stop - first if k >= first else 0
+        return k
+
+    def read_before(self, samples: int) -> int:
+        """How many samples of the source lie before the end of the run's first ``samples``, those left out included."""
+        for first, stop in self.stretches:
+            samples += stop - first if samples > first else 0
+        return samples
+
+    def left_before(self, number: int) -> int:
+        """How many of the source's first ``number`` samples are left."""
+        return number - sum(max(0, min(stop, number) - first) for first, stop in self.stretches)
+
+    @property
+    def stage_starts(self) -> Sequence[int]:
+        return [self.left_before(start) for start in self.source.stage_starts]
+
+    def sequence_length(self, k: int) -> int:
+        return self.source.sequence_length(self.number(k))
+
+    def fill(self, k: int, tokens: npt.NDArray[np.int64], marks: npt.NDArray[np.bool_]) -> int:
+        return self.source.fill(self.number(k), tokens, marks)
+
+    @property
+    def epoch_tokens(self) -> Sequence[int]:
+        return self.source.epoch_tokens
+
+    def passes(self, samples: int) -> Sequence[float]:
+        return self.source.passes(self.read_before(samples))
+
+    def tokens_before(self, samples: int) -> int:
+        read = self.read_before(samples)
+        before = self.source.tokens_before
+        return before(read) - sum(before(stop) - before(first) for first, stop in self.stretches if first < read)
+
+    def state(self, consumed_samples: int) -> dict[str, Any]:
+        left_out = {"skipped": [list(stretch) for stretch in self.stretches]} if self.stretches else {}
+        return self.source.state(self.read_before(consumed_samples)) | left_out
+
+    def check_state(self, saved: dict[str, Any]) -> None:
+        """As the source does; what a checkpoint leaves out is left out from here on."""
+        self.take_back()
+        self.leave_out(saved.get("skipped", ()))
+        consumed = self.read_before(saved["consumed_samples"])
+        self.source.check_state(saved | {"consumed_samples": consumed})
+
+    def bytes_per_token(self, split: str = "valid") -> float | None:
+        return self.source.bytes_per_token(split)
+
+    def validation(self, split: str = "valid") -> SampleView:
+        return self.source.validation(split)
