@@ -23,8 +23,9 @@ from megaforge.checkpoint.boxes import box_of
 from megaforge.checkpoint.checkpoint import layout_of
 from megaforge.checkpoint.directory import commit, discard_temporary, fsync_directory, list_steps
 from megaforge.checkpoint.encryption import Key, Seal
+from megaforge.checkpoint.hashed_file import FileRecord
 from megaforge.checkpoint.planner import ShardSavePlanner
-from megaforge.checkpoint.safetensors_file import FileRecord, Slot, file_order, write_safetensors
+from megaforge.checkpoint.safetensors_file import Slot, file_order, write_safetensors
 from megaforge.checkpoint.shards import Shard
 from megaforge.checkpoint.sources import TensorSource
 from megaforge.checkpoint.stateful import state_prefixes

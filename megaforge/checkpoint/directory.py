@@ -20,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from megaforge.checkpoint.manifest import Manifest, read_manifest, write_and_sync, write_manifest
+from megaforge.checkpoint.hashed_file import sync_all
+from megaforge.checkpoint.manifest import Manifest, read_manifest, write_manifest
 from megaforge.config.checkpoint_config import CheckpointConfig
 from megaforge.errors import CheckpointError
 
@@ -87,9 +88,25 @@ def commit(directory: Path, manifest: Manifest) -> Path:
         OSError: nothing has changed but the temporary directory.
     """
     temporary, final = temporary_path(directory, manifest.step), directory / step_name(manifest.step)
-    write_manifest(temporary, manifest)
-    fsync_directory(temporary)
-    replaced = directory / f".replaced_{final.name}"
+    hint, replaced = directory / f".{LATEST_FILE}", directory / f".replaced_{final.name}"
+    try:
+        hint.write_text(f"{final.name}\n")
+        sync_all([*write_manifest(temporary, manifest), temporary, hint])
+        _rename(temporary, final, replaced)
+        try:
+            os.replace(hint, directory / LATEST_FILE)
+        except OSError as error:
+            logger.warning("%s is committed, but the hint %s was not updated: %s", final, LATEST_FILE, error)
+    finally:
+        hint.unlink(missing_ok=True)
+    fsync_directory(directory)
+    if replaced.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def _rename(temporary: Path, final: Path, replaced: Path) -> None:
+    """One that has the name already steps aside, and comes back where the new one cannot take it."""
     if final.exists():
         os.rename(final, replaced)
     try:
@@ -98,16 +115,6 @@ def commit(directory: Path, manifest: Manifest) -> Path:
         if replaced.exists():
             os.rename(replaced, final)
         raise
-    fsync_directory(directory)
-    try:
-        write_and_sync(directory / f".{LATEST_FILE}", f"{final.name}\n".encode())
-        os.replace(directory / f".{LATEST_FILE}", directory / LATEST_FILE)
-        fsync_directory(directory)
-    except OSError as error:
-        logger.warning("%s is committed, but the hint %s was not updated: %s", final, LATEST_FILE, error)
-    if replaced.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-    return final
 
 
 def commit_fetched(directory: Path, step: int, fill: Callable[[Path], None]) -> Path:
@@ -119,10 +126,7 @@ def commit_fetched(directory: Path, step: int, fill: Callable[[Path], None]) -> 
     temporary, final = prepare_temporary(directory, step), directory / step_name(step)
     try:
         fill(temporary)
-        for path in temporary.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        fsync_directory(temporary)
+        sync_all([*temporary.iterdir(), temporary])
         os.rename(temporary, final)
         fsync_directory(directory)
     finally:

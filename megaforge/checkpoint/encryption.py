@@ -278,13 +278,17 @@ class EncryptedFile:
         Raises:
             DamagedCheckpointError: a chunk of them has been altered or exchanged.
         """
-        end = min(begin + length, self.size)
-        result = bytearray(max(0, end - begin))
+        result = bytearray(max(0, min(begin + length, self.size) - begin))
+        self.read_into(begin, memoryview(result))
+        return result
+
+    def read_into(self, begin: int, result: memoryview) -> None:
+        """The plain bytes from ``begin`` on into ``result``, which there are as many of. Raises as :meth:`read`."""
+        end = begin + len(result)
         for index in range(begin // CHUNK, -(-end // CHUNK)):
             start = index * CHUNK
             first, last = max(begin, start), min(end, start + CHUNK)
             result[first - begin : last - begin] = memoryview(self._chunk(index))[first - start : last - start]
-        return result
 
     def _chunk(self, index: int) -> bytes:
         plain = self._chunks.pop(index, None)

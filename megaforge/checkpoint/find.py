@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from megaforge.checkpoint.directory import is_step_directory, list_steps, quarantine, set_aside_names
 from megaforge.checkpoint.foreign import conversion_of
+from megaforge.checkpoint.hashed_file import HASH, FileRecord
 from megaforge.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from megaforge.checkpoint.safetensors_file import HASH, FileRecord
 from megaforge.errors import CheckpointError, DamagedCheckpointError, UserError
 from megaforge.parallel.agree import exchange, from_first_rank
 from megaforge.parallel.context import ParallelContext

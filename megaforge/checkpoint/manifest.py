@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megaforge.checkpoint.encryption import Seal
-from megaforge.checkpoint.safetensors_file import DTYPES, FileRecord
+from megaforge.checkpoint.hashed_file import FileRecord
+from megaforge.checkpoint.safetensors_file import DTYPES
 from megaforge.errors import CheckpointError, DamagedCheckpointError
 from megaforge.json_text import parse_json
 
@@ -92,25 +93,20 @@ class Manifest:
         return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Writes and fsyncs ``manifest.json``, its signature where there is a key, and ``SHA256SUMS``."""
+def write_manifest(directory: Path, manifest: Manifest) -> list[Path]:
+    """Writes ``manifest.json``, its signature where there is a key, and ``SHA256SUMS``; returns them, to be synced."""
     content = manifest.encode()
     sums = {name: record.sha256 for name, record in sorted(manifest.files.items())}
     sums[MANIFEST_FILE] = hashlib.sha256(content).hexdigest()
-    write_and_sync(directory / MANIFEST_FILE, content)
+    written = {MANIFEST_FILE: content}
     if manifest.seal is not None and manifest.seal.key is not None:
         signature = manifest.seal.key.sign(content).encode()
         sums[SIGNATURE_FILE] = hashlib.sha256(signature).hexdigest()
-        write_and_sync(directory / SIGNATURE_FILE, signature)
-    write_and_sync(directory / SUMS_FILE, "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode())
-
-
-def write_and_sync(path: Path, content: bytes) -> None:
-    """Writes ``content`` to ``path`` and waits until the disk has it."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        written[SIGNATURE_FILE] = signature
+    written[SUMS_FILE] = "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode()
+    for name, text in written.items():
+        (directory / name).write_bytes(text)
+    return [directory / name for name in written]
 
 
 def read_manifest(directory: Path) -> Manifest:

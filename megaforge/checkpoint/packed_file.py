@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from megaforge.checkpoint.convert import publish_file
-from megaforge.checkpoint.safetensors_file import FileRecord, Slot
+from megaforge.checkpoint.hashed_file import FileRecord
+from megaforge.checkpoint.safetensors_file import Slot
 from megaforge.checkpoint.sources import FileSource, TensorSource
 from megaforge.config.config import Config
 from megaforge.config.schema import config_from_dict

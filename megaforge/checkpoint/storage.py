@@ -29,11 +29,12 @@ from torch.futures import Future
 
 from megaforge.checkpoint import directory as directories
 from megaforge.checkpoint.encryption import ENCRYPTED_SUFFIX, Seal
+from megaforge.checkpoint.hashed_file import FileRecord
 from megaforge.checkpoint.manifest import ChunkRecord, Manifest, TensorRecord
 from megaforge.checkpoint.safetensors_file import (
     DTYPE_NAMES,
     DTYPES,
-    FileRecord,
+    SafetensorsFile,
     Slot,
     file_order,
     write_safetensors,
@@ -205,7 +206,7 @@ class CheckpointReader(StorageReader):
             except FileNotFoundError as error:
                 raise DamagedCheckpointError(f"{self.path / name} is missing") from error
             for item, tensor_name in items:
-                self._copy(item, file.tensor(tensor_name), planner)
+                self._copy(item, file, tensor_name, planner)
         return _done(None)
 
     def _chunk(self, index: MetadataIndex) -> tuple[TensorRecord, ChunkRecord]:
@@ -214,16 +215,20 @@ class CheckpointReader(StorageReader):
             raise ValueError(f"{index.fqn}: a read was planned without the number of the saved piece")
         return record, record.chunks[index.index]
 
-    def _copy(self, item: ReadItem, saved: torch.Tensor, planner: LoadPlanner) -> None:
+    def _copy(self, item: ReadItem, file: SafetensorsFile, name: str, planner: LoadPlanner) -> None:
         record, chunk = self._chunk(item.storage_index)
-        if tuple(saved.shape) != chunk.sizes or saved.dtype != DTYPES[record.dtype]:
+        slot = file.slot(name)
+        if slot.shape != chunk.sizes or slot.dtype != DTYPES[record.dtype]:
             raise DamagedCheckpointError(
-                f"{self.path / chunk.file}: {item.storage_index.fqn} is {saved.dtype} {tuple(saved.shape)}, "
+                f"{self.path / chunk.file}: {item.storage_index.fqn} is {slot.dtype} {slot.shape}, "
                 f"the manifest says {record.dtype} {chunk.sizes}"
             )
         box = tuple(
             slice(start, start + length) for start, length in zip(item.storage_offsets, item.lengths, strict=True)
         )
         target = planner.resolve_tensor(item)
-        target.copy_(saved[box])
+        if tuple(item.lengths) == chunk.sizes:
+            file.fill(name, target)
+        else:
+            target.copy_(file.tensor(name)[box])
         planner.commit_tensor(item, target)

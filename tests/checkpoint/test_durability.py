@@ -20,8 +20,8 @@ from megaforge.checkpoint import checkpoint as checkpoint_module
 from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from megaforge.checkpoint.directory import Retention, commit
 from megaforge.checkpoint.find import find_checkpoint, holds_no_checkpoint
+from megaforge.checkpoint.hashed_file import FileRecord
 from megaforge.checkpoint.manifest import MANIFEST_FILE, SUMS_FILE, read_manifest, write_manifest
-from megaforge.checkpoint.safetensors_file import FileRecord
 from megaforge.checkpoint.shards import TensorEntry
 from megaforge.config.checkpoint_config import CheckpointConfig
 from megaforge.errors import CheckpointError, DamagedCheckpointError, UserError
