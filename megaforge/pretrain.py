@@ -41,9 +41,13 @@ def pretrain(prog: str, description: str, as_megatron: bool = False) -> int:
 
         from megaforge.parallel.distributed import shutdown
         from megaforge.training.setup import build_trainer, initialize_distributed
+        from megaforge.training.watching import watched
 
-        trainer = build_trainer(run, initialize_distributed(run.config))
-        requests.listen(announce=discover_launch().rank == 0)
-        trainer.train(requests)
+        ctx = initialize_distributed(run.config)
+        with watched(run.config, ctx) as watching:
+            trainer = build_trainer(run, ctx)
+            trainer.add(watching)
+            requests.listen(announce=discover_launch().rank == 0)
+            trainer.train(requests)
         shutdown()
         return 0

@@ -12,6 +12,12 @@ class ResilienceConfig:
     """What a run survives, and how it tells what went wrong."""
 
     # Ranks that hang or are slow
+    hang_timeout_minutes: float | None = flag(
+        None,
+        "minutes without progress of any rank after which every rank tells what it waits for, and the run ends; 0: "
+        "never (default: half of --distributed-timeout-minutes; never for one rank alone)",
+        least=0,
+    )
 
     # Snapshots in memory
 
@@ -27,3 +33,9 @@ class ResilienceConfig:
 
     def validate(self) -> None:
         """The fields' bounds are all there is to check."""
+
+    def hang_seconds(self, distributed_timeout_minutes: float, world_size: int) -> float:
+        """Seconds without progress after which a run of ``world_size`` ranks ends; 0: never."""
+        if self.hang_timeout_minutes is not None:
+            return 60 * self.hang_timeout_minutes
+        return 30 * distributed_timeout_minutes if world_size > 1 else 0.0

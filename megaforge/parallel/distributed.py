@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = [
+    "RECORDER",
     "Launch",
     "check_backend",
     "connect",
@@ -30,6 +31,9 @@ __all__ = [
     "print_rank_0",
     "shutdown",
 ]
+
+# torch's flight recorder: the newest collectives of each rank, which a run that hangs tells of.
+RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 
 
 def _mpi_address(launch: Launch) -> tuple[str, int]:
@@ -74,6 +78,8 @@ def initialize(device: Any, backend: str = "auto", timeout_minutes: float = 30.0
     check_backend(backend)
     chosen = communication_backend(device) if backend == "auto" else backend
     _export(launch)
+    for name, value in RECORDER.items():
+        os.environ.setdefault(name, value)
     # Bound to its device, NCCL connects the ranks here and splits its groups off; else at each group's first use.
     bound: dict[str, Any] = {"device_id": torch.device(device)} if chosen == "nccl" else {}
     timeout = datetime.timedelta(minutes=timeout_minutes)

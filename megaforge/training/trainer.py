@@ -69,6 +69,7 @@ class Trainer:
         save_written: whether it has written one on all ranks, which :meth:`settle_save` makes known.
         stop_reason: why the run ends before ``--train-iters``, or None.
         events: where what happens to the run is told.
+        tell_phase: is told what the run does from now on; each call is a sign that it goes on.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Trainer:
         self.key: Key | None = None
         self.replica: Replica | None = None
         self.events = EventLog()
+        self.tell_phase: Callable[[str], None] = lambda phase: None
         self._by_background: Path | None = None
         self._requests = Requests()
 
@@ -266,6 +268,7 @@ class Trainer:
         loader = self._loader(view, BatchSchedule(size))
         with self.for_evaluation(), evaluating(self.model), closing(iter(loader)) as batches:  # type: ignore[type-var]
             for micro_batches in islice(batches, self.config.training.eval_iters):
+                self.tell_phase(f"evaluation after step {self.iteration}")
                 self.engine.forward(micro_batches, sums)
         self._read(sums)
         if not sums.values["labels"]:
@@ -286,6 +289,7 @@ class Trainer:
     def save(self) -> None:
         """Writes a checkpoint below ``--save``; with ``--async-save``, where steps follow, begins to. One that is being
         written is waited for."""
+        self.tell_phase(f"save after step {self.iteration}")
         self.optimizer.wait_for_parameters()
         self.settle_save()
         if self.background is None or self.finished:

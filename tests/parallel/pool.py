@@ -15,9 +15,11 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from megaforge.parallel.distributed import RECORDER
+
 
 def _serve(index: int, inbox: Any, outbox: Any) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update(RECORDER, OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     while True:
         try:
