@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up and runs all tests; further arguments go to pytest, e.g.  bash run_scripts/test.sh tests/parallel -x
+# Sets up and runs all tests, files of them side by side on up to four cores; further arguments go to pytest, e.g.
+#   bash run_scripts/test.sh tests/parallel -x          bash run_scripts/test.sh -n 0 --pdb tests/nn   (one process)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 use_environment data,train,test
@@ -15,4 +16,7 @@ fi
 say "running the tests"
 # Many processes share few cores in the parallel tests, so each keeps to one thread.
 export OMP_NUM_THREADS=1
-"$PYTHON" -m pytest "$@"
+cores="$(nproc)"
+# A file's tests stay in one process, as they share what its fixtures made; files start in their order, so that the
+# longest, which are in the middle, are not the last.
+"$PYTHON" -m pytest -n "$((cores < 4 ? cores : 4))" --dist loadfile --no-loadscope-reorder "$@"
