@@ -18,6 +18,7 @@ def pretrain(prog: str, description: str, as_megatron: bool = False) -> int:
     from megaforge.config.blocks import describe_blocks
     from megaforge.config.cli import parse_config
     from megaforge.config.launcher import check_address, discover_launch, print_rank_0
+    from megaforge.resilience.faults import arm
     from megaforge.resilience.requests import make_requests
 
     parsed = parse_config(prog=prog, description=description, as_megatron=as_megatron)
@@ -35,6 +36,7 @@ def pretrain(prog: str, description: str, as_megatron: bool = False) -> int:
     with logged(config.logging, discover_launch().rank):
         requests = make_requests(config)
         check_address(discover_launch())
+        arm(discover_launch().rank)
         from megaforge.training.prepare import prepare
 
         run = prepare(config, said)

@@ -33,6 +33,7 @@ from megaforge.checkpoint.sealed import unlocked
 from megaforge.checkpoint.shards import RANK_PREFIX, Shard, build_shards
 from megaforge.checkpoint.storage import CheckpointHead, CheckpointReader, CheckpointWriter
 from megaforge.errors import CheckpointError, UserError
+from megaforge.fault_points import reach
 from megaforge.parallel.agree import describe_failures, from_first_rank, together
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import Entry
@@ -265,6 +266,7 @@ def load_checkpoint(
     if rank_tensors and why and ctx.is_first_rank:
         logger.warning("%s %s: the ranks' own tensors (random states) start afresh", path, why)
     shards = together(ctx, lambda: build_shards(entries, {} if why else rank_tensors or {}, ctx))
+    reach("load", path=path)
     try:
         _quieten()
         state_dict_loader.load(

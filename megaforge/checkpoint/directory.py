@@ -24,6 +24,7 @@ from megaforge.checkpoint.hashed_file import sync_all
 from megaforge.checkpoint.manifest import Manifest, read_manifest, write_manifest
 from megaforge.config.checkpoint_config import CheckpointConfig
 from megaforge.errors import CheckpointError
+from megaforge.fault_points import reach
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,9 @@ def commit(directory: Path, manifest: Manifest) -> Path:
     try:
         hint.write_text(f"{final.name}\n")
         sync_all([*write_manifest(temporary, manifest), temporary, hint])
+        reach("rename", iteration=manifest.step)
         _rename(temporary, final, replaced)
+        reach("latest", iteration=manifest.step)
         try:
             os.replace(hint, directory / LATEST_FILE)
         except OSError as error:

@@ -42,6 +42,7 @@ from megaforge.checkpoint.safetensors_file import (
 from megaforge.checkpoint.sealed import open_tensors
 from megaforge.checkpoint.shards import chunk_name
 from megaforge.errors import CheckpointError, DamagedCheckpointError
+from megaforge.fault_points import reach
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ class CheckpointWriter(StorageWriter):
         written = _Written(name, write_safetensors(path, [slot for slot, _ in pairs], tensors, seal=encrypt))
         return _done([WriteResult(item.index, slot.nbytes, written) for slot, item in pairs])
 
-    @staticmethod
-    def _tensor(planner: SavePlanner, item: WriteItem) -> torch.Tensor:
+    def _tensor(self, planner: SavePlanner, item: WriteItem) -> torch.Tensor:
+        reach("write", iteration=self.head.step)
         data = planner.resolve_data(item)
         if not isinstance(data, torch.Tensor):
             raise ValueError(f"{item.index.fqn}: only tensors go into a checkpoint file")

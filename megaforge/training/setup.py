@@ -55,6 +55,7 @@ from megaforge.training.decoupled_lr import DecoupledRate
 from megaforge.training.digests import Digests
 from megaforge.training.ema import WeightAverage
 from megaforge.training.engine import Engine
+from megaforge.training.fault_steps import FaultSteps
 from megaforge.training.final_test import FinalTest
 from megaforge.training.intervals import Interval
 from megaforge.training.lengths import Progress, described, in_iterations, interval
@@ -68,6 +69,7 @@ from megaforge.training.profiling import Profile
 from megaforge.training.qk_clip import QKClip
 from megaforge.training.quantization import Quantization
 from megaforge.training.run_events import RunEvents, open_events
+from megaforge.training.save_lock import HeldLock
 from megaforge.training.second_stage import SecondStage
 from megaforge.training.skip_train import SkipTrain
 from megaforge.training.speed import Speed
@@ -142,6 +144,7 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext) -> Trainer:
     progress = Progress(data, run.layout.batches)
     config = in_iterations(config, progress)
     together(ctx, lambda: check_save_directory(config.checkpoint) if ctx.is_first_rank else None)
+    lock = HeldLock.take(config.checkpoint, ctx)
     model = build_model_chunks(config, ctx, run.plan)
     if config.training.compile:
         together(ctx, lambda: compile_blocks(model))
@@ -163,6 +166,7 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext) -> Trainer:
     )
     trainer.events = together(ctx, lambda: open_events(trainer))
     trainer.add(RunEvents())
+    trainer.add(lock)
     if config.checkpoint.encrypt_checkpoints:
         trainer.key = agreed_key(ctx)
     trainer.replica = together(ctx, lambda: replica_of(config.checkpoint.save_replica))
@@ -250,7 +254,7 @@ _OF_UPDATES = (
     DecoupledRate,
 )
 # What is seen, and when the run ends.
-_OTHERS = (Norms, Digests, ManualCollection, FinalTest, SkipTrain)
+_OTHERS = (Norms, Digests, ManualCollection, FinalTest, SkipTrain, FaultSteps)
 
 
 def _callbacks(config: Config, progress: Progress) -> list[Callback]:
