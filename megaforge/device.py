@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -163,6 +164,33 @@ def mark_profiled_range(*, begins: bool) -> None:
     (torch.cuda.profiler.start if begins else torch.cuda.profiler.stop)()
 
 
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def host_memory_bytes(root: Path = _CGROUP, groups: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes of host memory that this process and those beside it may fill: what the machine has, or the smallest limit
+    of the control groups (version 2 or 1) that it is in.
+
+    Args:
+        root: where control groups are mounted.
+        groups: the process's groups, a line ``number:controllers:/path`` each.
+    """
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    lines = groups.read_text().splitlines() if groups.exists() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        version_1 = "memory" in controllers.split(",")
+        if controllers and not version_1:
+            continue
+        base, name = (root / "memory", "memory.limit_in_bytes") if version_1 else (root, "memory.max")
+        own = base / path.strip("/")
+        for place in (own, *own.parents):  # a container may see its own group as the root
+            with suppress(OSError, ValueError):
+                sizes.append(int((place / name).read_text()))  # "max" is no number
+            if place == base:
+                break
+    return min(size for size in sizes if size > 0)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most bytes allocated on ``device`` so far (on a CPU: the process's peak resident set)."""
     if device.type == "cuda":
@@ -170,6 +198,16 @@ def peak_memory_bytes(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_share(device: torch.device, ranks: int) -> float:
+    """How full the memory of this rank was at its peak: what torch allocated on the GPU, and what lies there besides;
+    on a CPU its peak resident set, of its part of the memory that the ``ranks`` of this machine share."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        besides = total - free - torch.cuda.memory_reserved(device)
+        return (peak_memory_bytes(device) + max(0, besides)) / total
+    return peak_memory_bytes(device) * ranks / host_memory_bytes()
 
 
 def reserved_memory_bytes(device: torch.device) -> int:

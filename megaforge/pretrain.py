@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megaforge.config.cli import ParsedConfig
+    from megaforge.planning.auto_layout import AutoLayout
+
 
 def pretrain(prog: str, description: str, as_megatron: bool = False) -> int:
     """Trains, or tries with ``--dry-run``, what the process's command line asks for; returns the exit status.
@@ -24,12 +30,13 @@ def pretrain(prog: str, description: str, as_megatron: bool = False) -> int:
     parsed = parse_config(prog=prog, description=description, as_megatron=as_megatron)
     config = parsed.config
     said = (describe_blocks(config.model), *parsed.notes)
+    chooser = _chooser(parsed)
     if config.dry_run.dry_run:
         for note in said:
             print_rank_0(note)
         from megaforge.verification.dry_run import dry_run
 
-        dry_run(config)
+        dry_run(config, None if chooser is None else chooser.planned)
         return 0
     from megaforge.monitor.log import logged
 
@@ -39,17 +46,34 @@ def pretrain(prog: str, description: str, as_megatron: bool = False) -> int:
         arm(discover_launch().rank)
         from megaforge.training.prepare import prepare
 
-        run = prepare(config, said)
+        run = prepare(config, said, chooser)
 
         from megaforge.parallel.distributed import shutdown
         from megaforge.training.setup import build_trainer, initialize_distributed
         from megaforge.training.watching import watched
 
+        def advice() -> list[str]:
+            from megaforge.planning.advice import memory_advice
+
+            return memory_advice(run.config, run.layout.world_size)
+
         ctx = initialize_distributed(run.config)
         with watched(run.config, ctx) as watching:
-            trainer = build_trainer(run, ctx)
+            trainer = build_trainer(run, ctx, advice)
+            if chooser is not None:
+                trainer.events.tell("layout", why=chooser.why)
             trainer.add(watching)
             requests.listen(announce=discover_launch().rank == 0)
             trainer.train(requests)
         shutdown()
         return 0
+
+
+def _chooser(parsed: ParsedConfig) -> AutoLayout | None:
+    """What chooses the layout; None where it is given."""
+    if parsed.config.parallel.layout != "auto":
+        return None
+    from megaforge.config.layout_settings import given_settings
+    from megaforge.planning.auto_layout import AutoLayout
+
+    return AutoLayout(given_settings(parsed.origins))

@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from megaforge.device import keep_host_memory, set_gpu_environment, upload
+from megaforge.device import host_memory_bytes, keep_host_memory, set_gpu_environment, upload
 from megaforge.training import setup
 from tests.training.tiny import arguments, make_config
 
@@ -82,7 +83,7 @@ def test_ranks_without_cores_are_told(device: str, ranks: int, cores: int, said:
 
 _FAULTS = """
 import json, torch
-from megaforge.device import keep_host_memory, page_faults
+from megaforge.device import host_memory_bytes, keep_host_memory, page_faults
 
 def faults():
     seen = [page_faults()]
@@ -133,3 +134,21 @@ def test_kept_host_memory_can_be_given_back() -> None:
 ])  # fmt: skip
 def test_settings_of_malloc_stay(given: dict[str, str]) -> None:
     assert not keep_host_memory(given)
+
+
+def test_the_smallest_limit_of_a_process_and_its_containers_counts(tmp_path: Path) -> None:
+    machine = host_memory_bytes(tmp_path, tmp_path / "none")
+    assert machine == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    (tmp_path / "job" / "step").mkdir(parents=True)
+    groups = tmp_path / "cgroup"
+    groups.write_text("0::/job/step\n")
+    (tmp_path / "job" / "step" / "memory.max").write_text("max\n")
+    assert host_memory_bytes(tmp_path, groups) == machine
+    (tmp_path / "job" / "memory.max").write_text("123456\n")
+    assert host_memory_bytes(tmp_path, groups) == 123456
+    (tmp_path / "memory" / "box").mkdir(parents=True)  # version 1, whose limit of no limit is beyond any machine
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text(f"{2**63 - 4096}\n")
+    groups.write_text("5:cpu,memory:/box\n3:pids:/box\n")
+    assert host_memory_bytes(tmp_path, groups) == machine
+    (tmp_path / "memory" / "box" / "memory.limit_in_bytes").write_text("4096\n")
+    assert host_memory_bytes(tmp_path, groups) == 4096

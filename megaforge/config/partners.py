@@ -248,13 +248,13 @@ PARTNERS = (
     ),
     Partner(
         ("parallel.cp_comm_type",),
-        lambda c: c.parallel.context_parallel_size > 1,
+        lambda c: c.parallel.context_parallel_size > 1 or c.parallel.layout == "auto",
         "there is nothing to exchange at --cp 1: it changes nothing",
         refuse=False,
     ),
     Partner(
         ("parallel.pipeline_schedule", "parallel.virtual_pipeline_model_parallel_size"),
-        lambda c: c.parallel.pipeline_model_parallel_size > 1,
+        lambda c: c.parallel.pipeline_model_parallel_size > 1 or c.parallel.layout == "auto",
         "there is no pipeline at --pp 1: it changes nothing but the order of the work",
         refuse=False,
     ),

@@ -99,6 +99,23 @@ class ParallelConfig:
     world_size: int | None = flag(
         None, "ranks that this configuration is meant for; a run of any other number is refused", least=1, most=1 << 24
     )
+    layout: str = flag(
+        "given",
+        "auto: the fastest layout that the ranks at hand have room for is chosen, beside what is given of it",
+        choices=("given", "auto"),
+    )
+    machine: str | None = flag(
+        None,
+        "with --layout auto: the device to plan for, in place of the one found: a name of plan.py memory --gpu, or a "
+        "file of plan.py detect",
+        metavar="NAME|FILE",
+    )
+    memory_limit: float = flag(
+        0.9,
+        "share of a rank's memory that --layout auto fills at most, and above which a run warns",
+        above=0,
+        most=1,
+    )
     distributed_timeout_minutes: float = flag(
         30.0, "minutes after which a collective that does not end aborts the run", above=0
     )

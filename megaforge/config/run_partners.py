@@ -83,6 +83,7 @@ RUN_PARTNERS = (
         lambda c: not c.checkpoint.keep_best_only,
         "--keep-best-only keeps the newest and the best: leave out the one or the other",
     ),
+    Partner(("parallel.machine",), lambda c: c.parallel.layout == "auto", "the layout is given: add --layout auto"),
     Partner(("checkpoint.async_save",), lambda c: c.checkpoint.save, "nothing is saved: add --save DIR"),
     Partner(
         ("checkpoint.async_save",),

@@ -73,6 +73,11 @@ STEP = {
         "GPUs, " + _INTERVAL,
         measured=True,
     ),
+    "memory_share": Name(
+        "how full the fullest rank's memory was at its peak: its GPU's, or its part of its machine's; `--memory-limit`",
+        _INTERVAL,
+        measured=True,
+    ),
     "load_balance_loss": Name(
         "mixture-of-experts balance loss, mean over layers, before its coefficient", "models with experts"
     ),

@@ -101,7 +101,7 @@ def with_layout(config: Config, layout: PlannedLayout) -> Config:
 
 def _why(found: Found, gpu: Gpu, kept: Collection[str], share: float) -> str:
     layout, time, memory = found.layout, found.time, found.memory.total
-    beside = f" beside {_flags(kept)}, which you gave" if kept else ""
+    beside = f", with {_flags(kept)} as given," if kept else ""
     return (
         f"--layout auto: {layout.describe()} (dp {layout.dp}): of the layouts of {layout.world_size} x {gpu.name} "
         f"within {share:.0%} of {gpu.memory / 1e9:.3g} GB{beside} it has the shortest predicted step, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megaforge.config.check_layout import vocabulary_cost
@@ -16,10 +16,15 @@ from megaforge.data.tokenizer import Tokenizer
 from megaforge.errors import UserError
 from megaforge.models.prepared_run import PreparedRun, check_run
 
+Choose = Callable[[Config], tuple[Config, list[str]]]
 
-def prepare(config: Config, said: Sequence[str] = ()) -> PreparedRun:
+
+def prepare(config: Config, said: Sequence[str] = (), choose: Choose | None = None) -> PreparedRun:
     """Checks the run against its ranks and files, and prints ``said`` and what else is to be noted; the vocabulary size
     is filled in.
+
+    Args:
+        choose: gives the configuration its layout, and what to note of it.
 
     Raises:
         UserError: the same on every rank, which makes it safe to leave.
@@ -28,6 +33,9 @@ def prepare(config: Config, said: Sequence[str] = ()) -> PreparedRun:
     _check_world_size(config.parallel.world_size, world_size)
     source_kind(config.data).check(config)
     config, tokenizer, notes = _with_saved_vocabulary(config)
+    if choose is not None:
+        config, more = choose(config)
+        notes = [*notes, *more]
     run = check_run(config, world_size, tokenizer, [*notes, *unread_settings(config.data)])
     for note in (*said, *run.notes):
         print_rank_0(note)

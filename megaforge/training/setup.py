@@ -61,6 +61,7 @@ from megaforge.training.intervals import Interval
 from megaforge.training.lengths import Progress, described, in_iterations, interval
 from megaforge.training.lr_on_spike import ReduceOnSpike
 from megaforge.training.manual_gc import ManualCollection
+from megaforge.training.memory_limit import Advice, MemoryLimit
 from megaforge.training.norms import Norms
 from megaforge.training.numerics import choose_matmul_precision
 from megaforge.training.phase6_output import Phase6Output
@@ -133,8 +134,9 @@ def set_numerics(config: Config, device: torch.device) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def build_trainer(run: PreparedRun, ctx: ParallelContext) -> Trainer:
-    """The model, its optimizer and its data, fresh or continued from ``--load``. Collective.
+def build_trainer(run: PreparedRun, ctx: ParallelContext, advice: Advice | None = None) -> Trainer:
+    """The model, its optimizer and its data, fresh or continued from ``--load``. Collective. ``advice``: for a
+    run that is short of memory (:class:`megaforge.training.memory_limit.MemoryLimit`).
 
     Raises:
         UserError: on every rank: bad data, no place to save, or a checkpoint that cannot be continued.
@@ -162,7 +164,7 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext) -> Trainer:
         data,
         tokenizer=None if tokenizer is None else tokenizer_identity(tokenizer),
         batches=run.layout.batches,
-        callbacks=_callbacks(config, progress),
+        callbacks=_callbacks(config, progress, advice),
     )
     trainer.events = together(ctx, lambda: open_events(trainer))
     trainer.add(RunEvents())
@@ -257,11 +259,12 @@ _OF_UPDATES = (
 _OTHERS = (Norms, Digests, ManualCollection, FinalTest, SkipTrain, FaultSteps)
 
 
-def _callbacks(config: Config, progress: Progress) -> list[Callback]:
+def _callbacks(config: Config, progress: Progress, advice: Advice | None) -> list[Callback]:
     training, checkpoint, data = config.training, config.checkpoint, progress.data
     leaving = interval(config, data, "training.exit_interval")
     speed = Speed(config.logging.log_interval)
-    callbacks: list[Callback] = [speed]
+    memory = MemoryLimit(config.parallel.memory_limit, config.logging.log_interval, advice)
+    callbacks: list[Callback] = [speed, memory]
     if leaving:
         epochs = config.length.exit_interval_epochs
         flag = f"--exit-interval {leaving.iterations}" if epochs is None else f"--exit-interval-epochs {epochs:g}"

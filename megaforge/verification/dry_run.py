@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -74,8 +74,11 @@ class DryRank:
         return self.state.total + self.activations + self.temporaries + LIBRARIES
 
 
-def dry_run(config: Config) -> None:
+def dry_run(config: Config, choose: Callable[[Config, int], tuple[Config, list[str]]] | None = None) -> None:
     """Checks the job that ``config`` describes and prints what its ranks hold.
+
+    Args:
+        choose: gives the configuration its layout on so many ranks, and what to note of it.
 
     Raises:
         UserError: as the job itself would.
@@ -84,6 +87,9 @@ def dry_run(config: Config) -> None:
     config, _, notes = with_run_tokenizer(config)
     started_ranks = discover_launch().world_size
     world_size = config.dry_run.dry_run_world_size or (started_ranks if started_ranks > 1 else fewest_ranks(config))
+    if choose is not None:
+        config, more = choose(config, world_size)
+        notes = [*notes, *more]
     layout, ranks = try_ranks(config, world_size)
     for note in check_run(config, world_size, notes=notes).notes:
         print(note)

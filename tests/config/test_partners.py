@@ -22,6 +22,7 @@ ATTENTION, RWKV = ("--layer-schedule", "attention"), ("--layer-schedule", "rwkv"
 GROWING = ("--weight-decay-incr-style", "linear", "--start-weight-decay", "0", "--end-weight-decay", "0.1")
 
 REFUSED = [
+    (("--machine", "h100-80g"), (), "add --layout auto"),
     (("--zero-quantized-gather",), ("--quantize-weights", "ternary"), "add --zero 1"),
     (("--objective", "distillation"), (), "--distill-from DIR"),
     (("--distill-from", "d"), (), "--objective distillation"),

@@ -1,4 +1,4 @@
-"""A run whose length, warm-up and intervals are in epochs, through the real script, on two ranks."""
+"""A run whose length, warm-up and intervals are in epochs, by the real script, at ``--layout auto`` of two ranks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ def test_a_run_in_epochs(flags: tuple[str, ...], corpus: Path, tmp_path: Path) -
     line = [word for place, word in enumerate(flags) if place not in behind and place - 1 not in behind]
     line += ["--train-epochs", "0.006", "--lr-warmup-epochs", "0.002", "--eval-interval-epochs", "0.003"]
     line += ["--save-interval-epochs", "0.003", "--save", save, "--metrics-file", str(metrics)]
-    outcome = run(2, "pretrain_cdrmix.py", *line, "--zero", "1")
+    outcome = run(2, "pretrain_cdrmix.py", *line, "--layout", "auto", "--pp", "1", "--zero", "1")
     assert outcome.status == 0, outcome.err
+    [chosen] = [part for part in outcome.err.splitlines() if part.startswith("--layout auto: --tp ")]
+    assert " --zero 1 " in chosen and "with --pipeline-model-parallel-size, --zero-stage" in chosen
     [told] = [part for part in outcome.err.splitlines() if part.startswith("an epoch is")]
     epoch = int(told.split()[3].replace(",", ""))
     warm, half, end = (-(-epoch * thousandths // (1000 * 4 * 32)) for thousandths in (2, 3, 6))

@@ -42,7 +42,7 @@ def test_a_choice_is_a_run_of_these_ranks_and_what_is_given_holds() -> None:
     assert (layout.pp, layout.ep, layout.etp, layout.zero, layout.recompute) == (2, 2, 1, 0, "full")
     assert choice.config.parallel.sequence_parallel == (layout.tp > 1)
     assert choice == choose_layout(given.config, 4, H100, kept)
-    assert "beside --sequence-parallel, --pipeline-model-parallel-size," in choice.why
+    assert "with --sequence-parallel, --pipeline-model-parallel-size," in choice.why
     stages = parsed("--pp", "2", "--vpp", "2", "--micro-batch-size", "1")
     layout = choose_layout(stages.config, 2, H100, given_settings(stages.origins)).found.layout
     assert (layout.vpp, layout.micro_batch_size, layout.schedule_name) == (2, 1, "interleaved")

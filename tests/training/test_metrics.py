@@ -65,6 +65,7 @@ def test_every_number_that_a_run_writes_has_a_name_in_the_table(tmp_path: Path, 
     of_interval = {
         "peak_memory_bytes",
         "page_faults",
+        "memory_share",
         "plateau_improvement",
         "quant_error",
         "quant_saturation",
