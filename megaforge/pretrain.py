@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megaforge.config.cli import ParsedConfig
+    from megaforge.config.config import Config
+    from megaforge.models.prepared_run import PreparedRun
     from megaforge.planning.auto_layout import AutoLayout
+    from megaforge.resilience.requests import Requests
+    from megaforge.training.trainer import Trainer
 
 
 def pretrain(prog: str, description: str, as_megatron: bool = False) -> int:
@@ -25,6 +29,7 @@ def pretrain(prog: str, description: str, as_megatron: bool = False) -> int:
     from megaforge.config.cli import parse_config
     from megaforge.config.launcher import check_address, discover_launch, print_rank_0
     from megaforge.resilience.faults import arm
+    from megaforge.resilience.leaving import check_requeue_status, nothing_left
     from megaforge.resilience.requests import make_requests
 
     parsed = parse_config(prog=prog, description=description, as_megatron=as_megatron)
@@ -40,33 +45,53 @@ def pretrain(prog: str, description: str, as_megatron: bool = False) -> int:
         return 0
     from megaforge.monitor.log import logged
 
-    with logged(config.logging, discover_launch().rank):
+    launch = discover_launch()
+    with logged(config.logging, launch.rank):
+        check_requeue_status(config, launch)
+        if (done := nothing_left(config)) is not None:
+            print_rank_0(done)
+            return 0
         requests = make_requests(config)
-        check_address(discover_launch())
-        arm(discover_launch().rank)
+        check_address(launch)
+        arm(launch.rank)
         from megaforge.training.prepare import prepare
 
-        run = prepare(config, said, chooser)
+        trainer = _train(prepare(config, said, chooser), chooser, requests, config)
+        return 0 if trainer.complete else config.resilience.requeue_exit_code
 
-        from megaforge.parallel.distributed import shutdown
-        from megaforge.training.setup import build_trainer, initialize_distributed
-        from megaforge.training.watching import watched
 
-        def advice() -> list[str]:
-            from megaforge.planning.advice import memory_advice
+def _train(run: PreparedRun, chooser: AutoLayout | None, requests: Requests, asked: Config) -> Trainer:
+    """Trains until nothing is left, or ``requests`` ask for the end, and leaves a mark of which it was.
 
-            return memory_advice(run.config, run.layout.world_size)
+    Args:
+        asked: the configuration as the command line has it.
+    """
+    from megaforge.config.launcher import this_launch
+    from megaforge.parallel.distributed import shutdown
+    from megaforge.resilience.leaving import mark, unmark
+    from megaforge.training.setup import build_trainer, initialize_distributed
+    from megaforge.training.watching import watched
 
-        ctx = initialize_distributed(run.config)
-        with watched(run.config, ctx) as watching:
-            trainer = build_trainer(run, ctx, advice)
-            if chooser is not None:
-                trainer.events.tell("layout", why=chooser.why)
-            trainer.add(watching)
-            requests.listen(announce=discover_launch().rank == 0)
-            trainer.train(requests)
-        shutdown()
-        return 0
+    def advice() -> list[str]:
+        from megaforge.planning.advice import memory_advice
+
+        return memory_advice(run.config, run.layout.world_size)
+
+    ctx, first = initialize_distributed(run.config), this_launch().rank == 0
+    with watched(run.config, ctx) as watching:
+        trainer = build_trainer(run, ctx, advice)
+        if chooser is not None:
+            trainer.events.tell("layout", why=chooser.why)
+        trainer.add(watching)
+        requests.listen(announce=first)
+        if first:
+            unmark(asked)
+        trainer.train(requests)
+    if first:
+        reason = trainer.stop_reason or "--train-iters is reached"
+        mark(asked, trainer.iteration, reason, complete=trainer.complete)
+    shutdown()
+    return trainer
 
 
 def _chooser(parsed: ParsedConfig) -> AutoLayout | None:

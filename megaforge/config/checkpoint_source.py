@@ -78,7 +78,7 @@ def take_checkpoint_args(values: dict[str, Any], origins: dict[str, str], typed:
     found = next(filter(None, (newest_meta(Path(name)) for name in named.values())), None)
     if found is None:
         there = " and ".join(f"{flag} {name}" for flag, name in named.items())
-        may_be_missing = _same(values.get("checkpoint.load"), values.get("checkpoint.save"))
+        may_be_missing = same_directory(values.get("checkpoint.load"), values.get("checkpoint.save"))
         if values.get("checkpoint.exit_on_missing_checkpoint", True) and not may_be_missing:
             raise UserError(f"--use-checkpoint-args: no checkpoint in {there}; name the directory of a run")
         return [f"--use-checkpoint-args: no checkpoint in {there} yet, so this line's model flags hold"]
@@ -88,7 +88,8 @@ def take_checkpoint_args(values: dict[str, Any], origins: dict[str, str], typed:
     return [f"--use-checkpoint-args: {'; '.join(told)}"] if told else []
 
 
-def _same(one: str | None, other: str | None) -> bool:
+def same_directory(one: str | None, other: str | None) -> bool:
+    """Whether both are given and name one directory."""
     return one is not None and other is not None and os.path.realpath(one) == os.path.realpath(other)
 
 

@@ -44,9 +44,9 @@ def run_entry(main: Callable[[], int | None], interrupted: str | None = None) ->
 
     A :class:`UserError` is printed once, as ``error: ...``: by torchrun, in its summary of what failed, or by rank 0.
     Another rank waits a moment first: where every rank made the same complaint, the launcher ends it in that time;
-    where only it has the complaint, it prints it. After an exception a rank of many leaves at once, without
-    destructors: those of a process group may wait for peers that wait for us, while the launcher ends all ranks as soon
-    as one has left with an error.
+    where only it has the complaint, it prints it. A rank of many leaves at once, without destructors: those of a
+    process group may wait for peers that wait for us, or abort although all is done, while the launcher ends all ranks
+    as soon as one has left with an error.
 
     Args:
         main: the program.
@@ -70,7 +70,7 @@ def run_entry(main: Callable[[], int | None], interrupted: str | None = None) ->
         _complain(f"{where}: cannot be written: {os.strerror(error.errno or 0)}; make room and start it again")
     except Exception as error:
         _crash(error)
-    sys.exit(status)
+    _leave(status)
 
 
 def _call(main: Callable[[], int | None]) -> int:

@@ -88,21 +88,44 @@ def check_address(launch: Launch, env: Mapping[str, str] | None = None) -> None:
     """Checks that ranks which no MPI can introduce to each other know where to meet.
 
     Raises:
-        UserError: there are several, and MASTER_ADDR or MASTER_PORT is missing.
+        UserError: there are several, and MASTER_ADDR or MASTER_PORT is missing, and not to be had from SLURM.
     """
     env = os.environ if env is None else env
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
+    known = {**(srun_address(env) if launch.launcher == "srun" else {}), **env}
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not known.get(name)]
     if launch.world_size == 1 or not missing or launch.launcher in MPI_LAUNCHERS:
         return
     if launch.launcher == "srun":
         raise UserError(
-            f"started by srun without {' and '.join(missing)}; export them in the sbatch script "
-            "(see run_scripts/slurm) or start torchrun with srun"
+            f"started by srun without {' and '.join(missing)}, and no SLURM_STEP_NODELIST names the nodes; export them "
+            "in the sbatch script (see run_scripts/slurm) or start torchrun with srun"
         )
     raise UserError(
         f"RANK={launch.rank} WORLD_SIZE={launch.world_size} without {' and '.join(missing)}: the ranks have no address "
         "to meet at; start them with torchrun, export both variables, or unset RANK and WORLD_SIZE for one process"
     )
+
+
+def srun_address(env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Where ranks that srun started meet, as MASTER_ADDR and MASTER_PORT, of what the environment does not say itself:
+    the first node of the step, which has rank 0, and a port of job and step. Empty where SLURM names no node."""
+    env = os.environ if env is None else env
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+    numbers = [env.get(f"SLURM_{name}_ID", "0") for name in ("JOB", "STEP")]
+    if not nodes or not all(number.isdigit() for number in numbers):
+        return {}
+    found = {"MASTER_ADDR": first_node(nodes), "MASTER_PORT": str(20000 + sum(map(int, numbers)) % 12000)}
+    return {name: value for name, value in found.items() if not env.get(name)}
+
+
+def first_node(nodes: str) -> str:
+    """The first of SLURM's list, such as ``gpu[007-009,12],login1``."""
+    first, bracket, rest = nodes.partition("[")
+    if "," in first or not bracket:
+        return nodes.partition(",")[0]
+    numbers, _, after = rest.partition("]")
+    tail = after.partition(",")[0]
+    return first + numbers.partition(",")[0].partition("-")[0] + (first_node(tail) if tail else "")
 
 
 def restarts_may_hang(env: Mapping[str, str] | None = None) -> str | None:

@@ -30,6 +30,19 @@ class ResilienceConfig:
     )
 
     # Ranks that come and go
+    requeue_exit_code: int = flag(
+        0,
+        "status of a run that was asked to end, by a signal or by time, before it was complete; 85, say, where "
+        "slurm.conf has RequeueExit=85 (ranks started by srun, mpirun or python)",
+        least=0,
+        most=125,
+    )
+    exit_lead_minutes: float | None = flag(
+        None,
+        "inside a SLURM job: minutes before the job's end at which the run saves and ends; 0: it does not (default: a "
+        "tenth of the time that is left at the start, at most 15)",
+        least=0,
+    )
 
     def validate(self) -> None:
         """The fields' bounds are all there is to check."""

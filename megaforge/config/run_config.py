@@ -226,7 +226,9 @@ class TrainingConfig:
         0, "save and leave after each iteration divisible by this; 0: run to --train-iters", least=0
     )
     exit_duration_in_mins: float | None = flag(
-        None, "save and leave, with status 0, after the step in which the run is this many minutes old", above=0
+        None,
+        "save and leave, with status 0 (--requeue-exit-code), after the step in which the run is this many minutes old",
+        above=0,
     )
     seed: int = flag(1234, "seed of initial weights and of the data order", least=0)
     bf16: bool = flag(False, "compute in bfloat16; master weights stay in fp32")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from megaforge.config.launcher import Launch, check_address, discover_launch, print_rank_0
+from megaforge.config.launcher import Launch, check_address, discover_launch, print_rank_0, srun_address
 from megaforge.device import communication_backend, synchronize
 from megaforge.errors import UserError
 from megaforge.parallel.rendezvous import meet
@@ -131,6 +131,8 @@ def _export(launch: Launch) -> None:
     check_address(launch)
     if launch.launcher == "torchrun":
         return
+    if launch.launcher == "srun":
+        os.environ.update(srun_address())
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         host, port = _mpi_address(launch)
         os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))

@@ -12,14 +12,16 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
 from megaforge.config.config import Config
+from megaforge.config.launcher import print_rank_0
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Launchers pass on what the scheduler or the terminal has already sent to every process: the same request twice.
 REPEAT_SECONDS = 3.0
+LEAD_SHARE, LEAD_MINUTES = 0.1, 15.0  # of a job's time, and at most, that is left for its last checkpoint
 SAVE_MINUTES = 30.0  # what a crash may cost where nobody chose a --save-interval
 
 
@@ -29,10 +31,16 @@ class Requests:
     Args:
         exit_minutes: minutes from now after which the run shall end; None: never.
         save_minutes: minutes between checkpoints after which one is due; None: never.
+        time_over: why the run ends after ``exit_minutes``.
     """
 
-    def __init__(self, exit_minutes: float | None = None, save_minutes: float | None = None) -> None:
-        self.exit_minutes, self.save_minutes = exit_minutes, save_minutes
+    def __init__(
+        self,
+        exit_minutes: float | None = None,
+        save_minutes: float | None = None,
+        time_over: str = "its time is over",
+    ) -> None:
+        self.exit_minutes, self.save_minutes, self.time_over = exit_minutes, save_minutes, time_over
         self._started = self._saved = time.monotonic()
         self._heard: dict[int, float] = {}
 
@@ -47,7 +55,7 @@ class Requests:
     def stop_reason(self, votes: Sequence[float]) -> str | None:
         """Why the run ends after this step, or None, by the ranks' summed ``votes``."""
         if votes[-2]:
-            return f"--exit-duration-in-mins {self.exit_minutes:g} is over" if self.exit_minutes else "its time is over"
+            return self.time_over
         return next((number.name for number, count in zip(SIGNALS, votes, strict=False) if count), None)
 
     @staticmethod
@@ -96,10 +104,29 @@ class Requests:
                     print(text, file=sys.stderr, flush=True)
 
 
-def make_requests(config: Config) -> Requests:
+def make_requests(config: Config, env: Mapping[str, str] = os.environ) -> Requests:
     """What asks the run of ``config``, which starts now, to end, or, unless ``--save-interval`` says when, to save."""
     minutes = SAVE_MINUTES if config.checkpoint.save and config.checkpoint.save_interval is None else None
-    return Requests(config.training.exit_duration_in_mins, minutes)
+    own = config.training.exit_duration_in_mins
+    left = minutes_left(config.resilience.exit_lead_minutes, env)
+    if left is None or (own is not None and own <= left):
+        return Requests(own, minutes, f"--exit-duration-in-mins {own:g} is over" if own else "its time is over")
+    print_rank_0(f"the SLURM job's end is known: the run saves and ends in {left:.1f} minutes (--exit-lead-minutes)")
+    return Requests(left, minutes, "the SLURM job ends soon")
+
+
+def minutes_left(lead: float | None, env: Mapping[str, str] = os.environ) -> float | None:
+    """Minutes from now until the run should end because its SLURM job does; None: the job has no end that is known, or
+    the run does not heed it.
+
+    Args:
+        lead: ``--exit-lead-minutes``.
+    """
+    end = env.get("SLURM_JOB_END_TIME", "")
+    if lead == 0 or not end.isdigit():
+        return None
+    left = (int(end) - time.time()) / 60
+    return max(left - (min(LEAD_SHARE * left, LEAD_MINUTES) if lead is None else lead), 0.0)
 
 
 def _leave_to_the_thread(number: int, frame: FrameType | None) -> None:

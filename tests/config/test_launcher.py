@@ -7,7 +7,15 @@ import os
 import pytest
 
 from megaforge.config import launcher
-from megaforge.config.launcher import Launch, check_address, discover_launch, print_rank_0, restarts_may_hang
+from megaforge.config.launcher import (
+    Launch,
+    check_address,
+    discover_launch,
+    first_node,
+    print_rank_0,
+    restarts_may_hang,
+    srun_address,
+)
 from megaforge.errors import UserError
 
 STEP = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
@@ -83,6 +91,24 @@ def test_several_ranks_need_an_address() -> None:
         check_address(Launch(name, 0, 2, 0), where)
         check_address(Launch(name, 0, 1, 0), {})
     check_address(Launch("OpenMPI", 0, 2, 0), {})  # mpi4py tells them
+
+
+def test_srun_says_where_its_ranks_meet() -> None:
+    lists = {
+        "vm": "vm",
+        "a1,b2": "a1",
+        "gpu[007-009,12],login1": "gpu007",
+        "r[3,5]n[1-2]": "r3n1",
+        "x-[10-12].site": "x-10.site",
+    }
+    assert {nodes: first_node(nodes) for nodes in lists} == lists
+    job = {"SLURM_STEP_NODELIST": "gpu[07-09]", "SLURM_JOB_ID": "41", "SLURM_STEP_ID": "1"}
+    assert srun_address(job) == {"MASTER_ADDR": "gpu07", "MASTER_PORT": "20042"}
+    assert srun_address(job | {"SLURM_JOB_ID": "41000", "MASTER_ADDR": "here"}) == {"MASTER_PORT": "25001"}
+    assert srun_address({}) == {} == srun_address(job | {"SLURM_JOB_ID": ""})
+    check_address(Launch("srun", 0, 2, 0), job)
+    with pytest.raises(UserError, match="MASTER_ADDR and MASTER_PORT: the ranks have no address"):
+        check_address(Launch("torchrun", 0, 2, 0), job)
 
 
 def test_notices_read_the_environment_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

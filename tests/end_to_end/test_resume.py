@@ -49,6 +49,8 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert outcome.status == 0, outcome.err
     assert "continuing after iteration" in outcome.out
     assert records(metrics) == expected, f"killed after step {step}"
+    outcome = run(1, SCRIPT, *arguments)
+    assert outcome.status == 0 and "nothing is left to do" in outcome.err, outcome.err
 
 
 def test_torchrun_restarts_a_run_that_lost_a_rank(layouts: Layouts, flags: tuple[str, ...], tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import pytest
 
 from megaforge.parallel.context import ParallelContext
 from megaforge.resilience import requests as module
-from megaforge.resilience.requests import Requests
+from megaforge.resilience.requests import Requests, make_requests, minutes_left
 from tests.parallel.pool import RankPool
-from tests.training.tiny import arguments, make_trainer, write_dataset
+from tests.training.tiny import arguments, make_config, make_trainer, write_dataset
 
 
 def test_a_signal_is_a_reason_and_the_same_one_passed_on_is_no_second(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +34,7 @@ def test_a_signal_is_a_reason_and_the_same_one_passed_on_is_no_second(monkeypatc
 def test_time_ends_a_run_and_asks_for_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
-    requests = Requests(exit_minutes=10, save_minutes=3)
+    requests = Requests(10, 3, "--exit-duration-in-mins 10 is over")
     seen = []
     for now in (179.0, 180.0, 599.0, 600.0):
         votes = requests.votes()
@@ -43,6 +43,22 @@ def test_time_ends_a_run_and_asks_for_checkpoints(monkeypatch: pytest.MonkeyPatc
             requests.saved()
     over = "--exit-duration-in-mins 10 is over"
     assert seen == [(False, None), (True, None), (True, None), (True, over)]
+
+
+def test_a_slurm_jobs_end_is_heeded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(module.time, "time", lambda: 1000.0)
+
+    def job(minutes: float) -> dict[str, str]:
+        return {"SLURM_JOB_END_TIME": str(1000 + round(60 * minutes))}
+
+    assert [minutes_left(lead, job(100)) for lead in (None, 30, 0)] == [90, 70, None]
+    assert minutes_left(None, job(1000)) == 985 and minutes_left(20, job(5)) == 0
+    assert minutes_left(None, {}) is None and minutes_left(None, {"SLURM_JOB_END_TIME": "Unknown"}) is None
+    for own, minutes, told in ((91, 90, "the SLURM job ends soon"), (89, 89, "--exit-duration-in-mins 89 is over")):
+        line = ["--mock-data", "--vocab-size", "64", "--save", "r", "--exit-duration-in-mins", str(own)]
+        requests = make_requests(make_config(line), job(100))
+        assert (requests.exit_minutes, requests.time_over) == (minutes, told)
+    assert "saves and ends in 90.0 minutes" in capsys.readouterr().err
 
 
 def _train(argv: list[str], heard: dict[int, int]) -> tuple[int, str | None, bool]:
