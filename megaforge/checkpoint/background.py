@@ -52,8 +52,16 @@ class BackgroundSave:
         seconds_waited: how long :meth:`wait` has kept the run waiting, all in all.
     """
 
-    def __init__(self, ctx: ParallelContext, timeout_minutes: float | None = None) -> None:
-        """Collective. ``timeout_minutes``: after which one of a save's collectives that does not end aborts."""
+    def __init__(
+        self, ctx: ParallelContext, timeout_minutes: float | None = None, asked_by: str = "--async-save"
+    ) -> None:
+        """Collective.
+
+        Args:
+            timeout_minutes: after which one of a save's collectives that does not end aborts.
+            asked_by: the flag that messages name.
+        """
+        self._asked_by = asked_by
         self._ctx = ctx
         self._writers = ctx
         if ctx.control is not None:
@@ -87,13 +95,28 @@ class BackgroundSave:
         keep: Retention = KEEP_ALL,
         replica: Replica | None = None,
     ) -> None:
-        """Copies what this rank will write of ``snapshot`` and begins to write it below ``directory``; afterwards live
-        memory may change. Collective.
+        """:meth:`begin` to write a checkpoint below ``directory``. Collective.
 
         Args:
             goes_on_from: as for :func:`megaforge.checkpoint.checkpoint.save_checkpoint`.
             keep: the older ones that stay once it is published.
             replica: where a copy goes.
+        """
+
+        def save(copied: Snapshot, ctx: ParallelContext) -> Path:
+            path = self._path = save_snapshot(copied, directory, ctx, goes_on_from=goes_on_from)
+            removed = enforce_retention(path, ctx, keep)
+            copy_and_retain(replica, path, removed, ctx)
+            return path
+
+        self.begin(snapshot, save)
+
+    def begin(self, snapshot: Snapshot, save: Callable[[Snapshot, ParallelContext], Path]) -> None:
+        """Copies what this rank will write of ``snapshot`` and begins to ``save`` the copy; afterwards live memory may
+        change. Collective.
+
+        Args:
+            save: what the thread does, given the copy and a context whose ``control`` is its own; returns the path.
 
         Raises:
             ValueError: the save before is not waited for.
@@ -106,9 +129,19 @@ class BackgroundSave:
         head = dataclasses.replace(snapshot.head, meta=copy.deepcopy(snapshot.head.meta))
         self._path = self._error = None
         self._step = head.step
-        save = partial(save_snapshot, Snapshot(head, shards), directory, self._writers, goes_on_from=goes_on_from)
-        self._thread = threading.Thread(target=self._save, args=(save, keep, replica), name="save")
+        work = partial(save, Snapshot(head, shards), self._writers)
+        self._thread = threading.Thread(target=self._save, args=(work,), name="save")
         self._thread.start()
+
+    def own_bytes(self, snapshot: Snapshot) -> int:
+        """Bytes of the pieces of ``snapshot`` that this rank will write. Collective."""
+        self._deal(snapshot.shards)
+        return sum(
+            view.nbytes
+            for key, shard in snapshot.shards.items()
+            for offsets, view in shard.pieces.items()
+            if (key, offsets) in self._own
+        )
 
     def wait(self) -> tuple[Path, int]:
         """The checkpoint that was started, once it is published, and its step. Collective.
@@ -125,8 +158,9 @@ class BackgroundSave:
         self.seconds_waited += waited
         if waited > _PATIENCE and self._ctx.is_first_rank:
             logger.info(
-                "--async-save: the run waited %.1f s for the checkpoint of step %d; saves that are further apart, or a "
-                "faster disk, would not keep it waiting",
+                "%s: the run waited %.1f s for the checkpoint of step %d; saves that are further apart, or a faster "
+                "disk, would not keep it waiting",
+                self._asked_by,
                 waited,
                 self._step,
             )
@@ -146,11 +180,9 @@ class BackgroundSave:
         else:
             logger.warning("%s was still written", self._path)
 
-    def _save(self, save: Callable[[], Path], keep: Retention, replica: Replica | None) -> None:
+    def _save(self, work: Callable[[], Path]) -> None:
         try:
-            self._path = save()
-            removed = enforce_retention(self._path, self._writers, keep)
-            copy_and_retain(replica, self._path, removed, self._writers)
+            self._path = work()
         except BaseException as error:  # raised again where the run waits
             self._error = error
 
@@ -177,7 +209,7 @@ class BackgroundSave:
                     continue
                 buffer = self._buffers.get((key, offsets))
                 if buffer is None or (buffer.shape, buffer.dtype) != (view.shape, view.dtype):
-                    buffer = _allocate(view, pinned=on_gpu)
+                    buffer = _allocate(view, on_gpu, self._asked_by)
                 buffers[key, offsets] = buffer.copy_(view, non_blocking=on_gpu)
                 pieces.append((offsets, buffer))
             copies[key] = Shard(shard.shape, pieces)
@@ -187,12 +219,12 @@ class BackgroundSave:
         return copies
 
 
-def _allocate(view: torch.Tensor, pinned: bool) -> torch.Tensor:
+def _allocate(view: torch.Tensor, pinned: bool, asked_by: str) -> torch.Tensor:
     try:
         return torch.empty(view.shape, dtype=view.dtype, device="cpu", pin_memory=pinned)
     except (RuntimeError, MemoryError) as error:
         raise CheckpointError(
-            f"--async-save: no host memory for a copy of {view.nbytes:,} bytes; leave it out, or save from more ranks"
+            f"{asked_by}: no host memory for a copy of {view.nbytes:,} bytes; leave it out, or save from more ranks"
         ) from error
 
 

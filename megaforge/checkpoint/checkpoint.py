@@ -6,7 +6,7 @@ import json
 import logging
 import secrets
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,6 +236,7 @@ def load_checkpoint(
     verify: bool = True,
     allow_extra: tuple[str, ...] = (),
     cast: bool = False,
+    fetch: Callable[[set[str]], None] | None = None,
 ) -> dict[str, Any]:
     """Fills ``entries`` in place from the checkpoint ``path``, whatever layout wrote it. Collective.
 
@@ -249,6 +250,7 @@ def load_checkpoint(
         verify: check every file's hash first; False when ``find_checkpoint`` has just done so.
         allow_extra: prefixes of keys in the checkpoint that may go unread (``("optimizer.",)``; ``("",)``: any).
         cast: convert element types that differ instead of refusing them.
+        fetch: brings the files of these names to ``path`` where they are elsewhere. Collective.
 
     Returns:
         The ``meta`` that was saved.
@@ -271,7 +273,7 @@ def load_checkpoint(
         _quieten()
         state_dict_loader.load(
             shards,
-            storage_reader=CheckpointReader(path, manifest),
+            storage_reader=CheckpointReader(path, manifest, fetch),
             planner=ShardLoadPlanner(allow_extra, cast),
             process_group=ctx.control,
             no_dist=ctx.control is None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -160,11 +160,15 @@ class CheckpointWriter(StorageWriter):
 
 
 class CheckpointReader(StorageReader):
-    """Reads the checkpoint ``path``, described by ``manifest``, unlocked; only the bytes that the plan asks for."""
+    """Reads the checkpoint ``path``, described by ``manifest``, unlocked; only the bytes that the plan asks for.
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    ``fetch`` is first told, on every rank, the names of the files that this rank's plan asks for.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, fetch: Callable[[set[str]], None] | None = None) -> None:
         self.path = path
         self.manifest = manifest
+        self.fetch = fetch
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -201,6 +205,8 @@ class CheckpointReader(StorageReader):
             by_file[chunk.file].append(
                 (item, chunk_name(item.storage_index.fqn, chunk.offsets, chunk.sizes, record.shape))
             )
+        if self.fetch is not None:
+            self.fetch(set(by_file))
         for name, items in by_file.items():
             try:
                 file = open_tensors(self.path, name, self.manifest)

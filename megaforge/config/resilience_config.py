@@ -20,6 +20,21 @@ class ResilienceConfig:
     )
 
     # Snapshots in memory
+    snapshot_interval: int | None = flag(
+        None,
+        "iterations between snapshots of the run's state in the machine's shared memory, which a run that is started "
+        "again goes on from where no checkpoint is newer; they take twice a checkpoint's share of the machine",
+        least=1,
+    )
+    snapshot_dir: str | None = flag(
+        None, "directory of snapshots, on each machine its own (default: megaforge-UID in /dev/shm)", metavar="DIR"
+    )
+    snapshot_peers: bool = flag(
+        False, "copy each machine's snapshots to the next one too, so that the loss of one with its memory is survived"
+    )
+    snapshot_ranks_per_node: int | None = flag(
+        None, "ranks that share a machine's memory, where they are not those of one host name", least=1
+    )
 
     # Steps that are skipped or made again
     skip_nonfinite_steps: int = flag(

@@ -91,6 +91,25 @@ RUN_PARTNERS = (
         "MPI's collectives wait for each other, those of a save and of a step too: use --distributed-backend gloo or "
         "leave it out",
     ),
+    Partner(("resilience.snapshot_interval",), lambda c: c.checkpoint.save, "nothing is saved: add --save DIR"),
+    Partner(
+        ("resilience.snapshot_interval",),
+        lambda c: c.parallel.distributed_backend != "mpi",
+        "MPI's collectives wait for each other, those of a snapshot and of a step too: use --distributed-backend gloo "
+        "or leave it out",
+    ),
+    Partner(
+        ("resilience.snapshot_interval",),
+        lambda c: not c.checkpoint.save or (c.checkpoint.load and not c.checkpoint.finetune),
+        "this run does not go on from snapshots, and the same line again would not: add --load with the directory of "
+        "--save",
+        refuse=False,
+    ),
+    Partner(
+        ("resilience.snapshot_dir", "resilience.snapshot_peers", "resilience.snapshot_ranks_per_node"),
+        lambda c: c.resilience.snapshot_interval,
+        "no snapshot is taken: add --snapshot-interval N",
+    ),
     Partner(("checkpoint.save_replica",), lambda c: c.checkpoint.save, "nothing is saved: add --save DIR"),
     Partner(("checkpoint.encrypt_checkpoints",), lambda c: c.checkpoint.save, "nothing is saved: add --save DIR"),
     Partner(

@@ -24,9 +24,10 @@ from megaforge.config.launcher import print_rank_0
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.device import get_random_state, set_random_state
 from megaforge.errors import UserError, require
-from megaforge.parallel.agree import exchange, together
+from megaforge.parallel.agree import exchange, from_first_rank, together
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import Entry
+from megaforge.resilience.snapshots import SnapshotStore
 from megaforge.training.callbacks import LARGER_IS_BETTER, Callback
 from megaforge.training.continuing import changed_settings, check_update_rule, settle_schedule
 from megaforge.training.lengths import in_iterations
@@ -69,11 +70,15 @@ def start_save(trainer: Trainer, background: BackgroundSave) -> None:
 
 
 def _run_snapshot(trainer: Trainer) -> tuple[Path, Snapshot]:
-    config = trainer.config
-    if config.checkpoint.save is None:
+    if trainer.config.checkpoint.save is None:
         raise UserError("--save is not set, so there is nowhere to write a checkpoint")
+    return Path(trainer.config.checkpoint.save), run_snapshot(trainer)
+
+
+def run_snapshot(trainer: Trainer) -> Snapshot:
+    """Everything that continuing ``trainer`` needs, of this rank, in live memory. Collective."""
     parts = stateful_parts(trainer)
-    snapshot = take_snapshot(
+    return take_snapshot(
         trainer.iteration,
         [*trainer.optimizer.weight_entries(), *tensors_of(parts)],
         _run_meta(trainer, parts),
@@ -83,7 +88,6 @@ def _run_snapshot(trainer: Trainer) -> tuple[Path, Snapshot]:
         chunks=len(trainer.model.chunks),
         key=trainer.key,
     )
-    return Path(config.checkpoint.save), snapshot
 
 
 def agreed_key(ctx: ParallelContext) -> Key:
@@ -190,8 +194,9 @@ def _score(trainer: Trainer) -> float | None:
 
 
 def load_run(trainer: Trainer) -> Path | None:
-    """Fills ``trainer`` from the newest valid checkpoint of ``--load``; ``--finetune``: its weights only; from the
-    weights of ``--pretrained-checkpoint`` where ``--load`` holds nothing yet. Collective.
+    """Fills ``trainer`` from the newest valid checkpoint of ``--load``, or a snapshot in memory that is newer;
+    ``--finetune``: from its weights only; from those of ``--pretrained-checkpoint`` where ``--load`` holds nothing
+    yet. Collective.
 
     Returns:
         The checkpoint, or None where the run starts from the beginning: nothing is there, and nothing needs to be
@@ -204,11 +209,14 @@ def load_run(trainer: Trainer) -> Path | None:
     flags, own = config.checkpoint, loads_own_checkpoints(config.checkpoint)
     if flags.load is None and flags.pretrained_checkpoint is None:
         raise UserError("--load is not set, so there is nothing to continue from")
-    if flags.load is None or (_may_be_missing(flags, own) and _is_missing(flags.load, ctx)):
+    memory = trainer.snapshots if own and not flags.finetune else None
+    newest = 0 if memory is None or flags.load is None else _newest_step(flags.load, ctx)
+    path = None if memory is None else memory.find(newest)
+    if flags.load is None or (path is None and _may_be_missing(flags, own) and _is_missing(flags.load, ctx)):
         return None if flags.pretrained_checkpoint is None else _load_pretrained(trainer, flags.pretrained_checkpoint)
     if flags.finetune:
         return _load_weights(trainer, flags.load, quarantine_damaged=own)
-    path = find_checkpoint(flags.load, ctx, quarantine_damaged=own)
+    path = path or _durable(flags.load, memory, newest, ctx, own)
     together(ctx, lambda: _check_encrypted(path, flags))
     meta = read_meta(path)
     check_compatible(meta, config, trainer.tokenizer, source=str(path))
@@ -226,8 +234,37 @@ def load_run(trainer: Trainer) -> Path | None:
     for note in notes:
         print_rank_0(note)
     # What lies in --save beyond this iteration is of a past that this run went back behind.
-    trainer.saved_iteration = trainer.iteration
+    trainer.saved_iteration = min(newest, trainer.iteration) if _in_memory(trainer, path) else trainer.iteration
     return path
+
+
+def _in_memory(trainer: Trainer, path: Path) -> bool:
+    """Whether ``path`` is a snapshot, which is not there any more when the machine is off."""
+    return trainer.snapshots is not None and path.parent == trainer.snapshots.folder
+
+
+def _newest_step(directory: str, ctx: ParallelContext) -> int:
+    """Of the checkpoints there, which nobody has read yet; 0 where there is none."""
+
+    def newest() -> int:
+        return max((step for step, _ in list_steps(Path(directory))), default=0) if os.path.isdir(directory) else 0
+
+    return from_first_rank(ctx, newest)
+
+
+def _durable(directory: str, memory: SnapshotStore | None, newest: int, ctx: ParallelContext, own: bool) -> Path:
+    """The newest valid checkpoint; where that is not the ``newest`` one, which is damaged, a snapshot in ``memory`` if
+    one is newer."""
+    try:
+        path = find_checkpoint(directory, ctx, quarantine_damaged=own)
+    except UserError:
+        snapshot = None if memory is None else memory.find(0)
+        if snapshot is None:
+            raise
+        return snapshot
+    step = together(ctx, lambda: read_manifest(path).step)
+    snapshot = memory.find(step) if memory is not None and step < newest else None
+    return snapshot or path
 
 
 def _may_be_missing(flags: CheckpointConfig, own: bool) -> bool:
@@ -301,6 +338,7 @@ def _load_parts(trainer: Trainer, saved: dict[str, Any], path: Path, fresh: list
         chunks=len(trainer.model.chunks),
         verify=False,
         allow_extra=tuple(f"{name}." for name in saved if name not in known),
+        fetch=trainer.snapshots.fetch if trainer.snapshots is not None and _in_memory(trainer, path) else None,
     )
     set_random_state(device, random_state)
     lost = ", ".join(name for name in saved if name not in parts)

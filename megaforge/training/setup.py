@@ -73,6 +73,7 @@ from megaforge.training.run_events import RunEvents, open_events
 from megaforge.training.save_lock import HeldLock
 from megaforge.training.second_stage import SecondStage
 from megaforge.training.skip_train import SkipTrain
+from megaforge.training.snapshots import Snapshots, snapshot_store
 from megaforge.training.speed import Speed
 from megaforge.training.trainer import Trainer
 from megaforge.training.weight_decay import GrowingDecay
@@ -169,23 +170,13 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext, advice: Advice | None 
     trainer.events = together(ctx, lambda: open_events(trainer))
     trainer.add(RunEvents())
     trainer.add(lock)
-    if config.checkpoint.encrypt_checkpoints:
-        trainer.key = agreed_key(ctx)
-    trainer.replica = together(ctx, lambda: replica_of(config.checkpoint.save_replica))
-    if (replica := trainer.replica) is not None:
-        from_first_rank(ctx, replica.check)
-    if config.checkpoint.async_save and config.checkpoint.save is not None:
-        trainer.background = BackgroundSave(ctx, config.parallel.distributed_timeout_minutes)
+    _prepare_saves(trainer)
     if config.optimizer.ema_decay:
         trainer.add(WeightAverage(config.optimizer, optimizer.main))
     shape: RateShape = LR_SCHEDULES.get(config.optimizer.lr_decay_style)
     for name in dict.fromkeys((*shape.callbacks, *config.training.callbacks)):
         trainer.add(CALLBACKS.get(name)(trainer))
-    flags = config.checkpoint
-    if flags.load is not None or flags.pretrained_checkpoint is not None:
-        path = load_run(trainer)
-        anew = f"--load {flags.load}: nothing was saved there yet, so the run starts anew"
-        print_rank_0(f"loading {path}" if path else anew)
+    _load(trainer)
     if hasattr(trainer.objective, "prepare"):
         trainer.objective.prepare(trainer.config, model, ctx, trainer.tokenizer)
     for line in described(trainer.config, data, trainer.progress):
@@ -195,6 +186,30 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext, advice: Advice | None 
     sinks = together(ctx, lambda: _sinks(config, from_iteration) if ctx.is_first_rank else [])
     trainer.add(MetricsWriter(sinks))
     return trainer
+
+
+def _prepare_saves(trainer: Trainer) -> None:
+    """What encrypts checkpoints, writes them while steps go on, copies them, and keeps snapshots in memory."""
+    config, ctx = trainer.config, trainer.ctx
+    if config.checkpoint.encrypt_checkpoints:
+        trainer.key = agreed_key(ctx)
+    trainer.replica = together(ctx, lambda: replica_of(config.checkpoint.save_replica))
+    if (replica := trainer.replica) is not None:
+        from_first_rank(ctx, replica.check)
+    if config.checkpoint.async_save and config.checkpoint.save is not None:
+        trainer.background = BackgroundSave(ctx, config.parallel.distributed_timeout_minutes)
+    trainer.snapshots = snapshot_store(config, ctx)
+
+
+def _load(trainer: Trainer) -> None:
+    """Fills ``trainer`` from ``--load``, where there is something; tells from where."""
+    flags, path = trainer.config.checkpoint, None
+    if flags.load is not None or flags.pretrained_checkpoint is not None:
+        path = load_run(trainer)
+        anew = f"--load {flags.load}: nothing was saved there yet, so the run starts anew"
+        print_rank_0(f"loading {path}" if path else anew)
+    if trainer.snapshots is not None:
+        trainer.add(Snapshots.of(trainer, trainer.snapshots, path))
 
 
 def _check_rule(name: str, optimizer: Optimizer, ctx: ParallelContext) -> None:

@@ -29,6 +29,7 @@ from megaforge.errors import UserError
 from megaforge.monitor.events import EventLog
 from megaforge.optim import GradientLimits, LearningRateSchedule
 from megaforge.resilience.requests import Requests
+from megaforge.resilience.snapshots import SnapshotStore
 from megaforge.training.batch_sums import BatchSums
 from megaforge.training.callbacks import Callback, in_order
 from megaforge.training.checkpointing import save_run, start_save
@@ -66,6 +67,7 @@ class Trainer:
         background: what writes checkpoints while steps go on (``--async-save``), or None.
         key: what encrypts checkpoints, or None.
         replica: where copies of checkpoints go, or None.
+        snapshots: where snapshots in memory are (``--snapshot-interval``), or None.
         save_written: whether it has written one on all ranks, which :meth:`settle_save` makes known.
         stop_reason: why the run ends before ``--train-iters``, or None.
         events: where what happens to the run is told.
@@ -114,6 +116,7 @@ class Trainer:
         self.background: BackgroundSave | None = None
         self.key: Key | None = None
         self.replica: Replica | None = None
+        self.snapshots: SnapshotStore | None = None
         self.events = EventLog()
         self.tell_phase: Callable[[str], None] = lambda phase: None
         self._by_background: Path | None = None
