@@ -62,9 +62,7 @@ def gpu_named(name: str, flag: str = "--gpu") -> Gpu:
     if name in GPUS:
         return GPUS[name]
     if not name.endswith(".json"):
-        raise UserError(
-            f"{flag} {name} is unknown; choose {', '.join(GPUS)}, or a .json file that describes one (docs/planner.md)"
-        )
+        raise UserError(f"{flag} {name} is unknown; choose {', '.join(GPUS)}, or a .json file of tools/plan.py detect")
     try:
         return gpu_of(parse_json(Path(name).read_text(encoding="utf-8")))
     except (OSError, ValueError, UserError) as error:

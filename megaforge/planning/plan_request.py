@@ -161,6 +161,29 @@ def parse_ladders(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     return own
 
 
+def parse_detect(arguments: Sequence[str], prog: str) -> argparse.Namespace:
+    """``device``, ``megabytes`` and ``output`` of ``plan.py detect``.
+
+    Raises:
+        UserError: an unknown flag or value.
+    """
+    parser = ArgumentParser(
+        prog=prog,
+        description="Finds devices, memory and links, and measures them; under torchrun, between the ranks too.",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="what to look at")
+    parser.add_argument(
+        "--megabytes", type=integer(1, 1 << 14), default=64, metavar="N", help="of the tensor that ranks sum"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="JSON for --machine of a run and --gpu of this command's siblings"
+    )
+    own = parser.parse_args(arguments)
+    if own.output is not None and own.output.suffix != ".json":
+        raise UserError(f"--output {own.output}: the name must end in .json, by which --gpu and --machine know a file")
+    return own
+
+
 def parse_activations(arguments: Sequence[str], prog: str) -> None:
     """``plan.py activations`` takes nothing.
 

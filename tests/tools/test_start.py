@@ -69,6 +69,7 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments
         (("ladders", "--share", "2"), "--share 2"),
         (("ladders", "none", "--table", f"{REPO}/run_scripts/slurm/cdrmix.txt"), "none: there is no such job"),
         (("ladders", "--table", "none.txt"), "--table none.txt"),
+        (("detect", "--output", "machine.yaml"), "must end in .json"),
         (("docs", "three"), "three: there is no such place"),
         (("activations", "now"), "now: plan.py activations takes no arguments"),
     ],
