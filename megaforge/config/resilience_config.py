@@ -43,6 +43,15 @@ class ResilienceConfig:
         "lower loss scale answers are not counted)",
         least=0,
     )
+    spike_rollback: int = flag(
+        0,
+        "steps from one copy of the run's state in host memory to the next, of which two are kept: after a spike of "
+        "the loss or the gradient's norm the run goes back to one at least half as many steps old, and leaves out "
+        "the batches since; 0: never",
+        least=0,
+    )
+    spike_skip_batches: int = flag(0, "--spike-rollback: batches behind the spike's own to leave out too", least=0)
+    spike_window: int = flag(100, "--spike-rollback: steps that tell what is usual", least=8, most=1 << 16)
 
     # Ranks that come and go
     requeue_exit_code: int = flag(

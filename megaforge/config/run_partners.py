@@ -84,6 +84,11 @@ RUN_PARTNERS = (
         "--keep-best-only keeps the newest and the best: leave out the one or the other",
     ),
     Partner(("parallel.machine",), lambda c: c.parallel.layout == "auto", "the layout is given: add --layout auto"),
+    Partner(
+        ("resilience.spike_skip_batches", "resilience.spike_window"),
+        lambda c: c.resilience.spike_rollback,
+        "nothing is left out after a spike: add --spike-rollback 100",
+    ),
     Partner(("checkpoint.async_save",), lambda c: c.checkpoint.save, "nothing is saved: add --save DIR"),
     Partner(
         ("checkpoint.async_save",),

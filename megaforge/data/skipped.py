@@ -91,8 +91,12 @@ class SkippedSamples(DataSource):
         """As the source does; what a checkpoint leaves out is left out from here on."""
         self.take_back()
         self.leave_out(saved.get("skipped", ()))
-        consumed = self.read_before(saved["consumed_samples"])
-        self.source.check_state(saved | {"consumed_samples": consumed})
+        consumed = saved["consumed_samples"]
+        read = {"consumed_samples": self.read_before(consumed)}
+        if self.stretches and "consumed_tokens" in saved:
+            left_out = self.source.tokens_before(read["consumed_samples"]) - self.tokens_before(consumed)
+            read["consumed_tokens"] = saved["consumed_tokens"] + left_out
+        self.source.check_state(saved | read)
 
     def bytes_per_token(self, split: str = "valid") -> float | None:
         return self.source.bytes_per_token(split)

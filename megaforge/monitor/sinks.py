@@ -70,6 +70,13 @@ class JsonlSink:
         self._file.write(line.encode() + b"\n")
         self._file.flush()
 
+    def go_back(self, iteration: int) -> None:
+        """What was written of later iterations is moved to ``PATH.abandoned``: they are made again."""
+        if self.path.is_file():
+            self._file.close()
+            prepare_to_append(self.path, iteration)
+            self._file = self.path.open("ab")
+
     def flush(self) -> None:
         self._file.flush()
         if self._durable:

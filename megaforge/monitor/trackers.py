@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ class TensorBoardSink:
         try:
             Path(directory).mkdir(parents=True, exist_ok=True)
             found = any(path.name.startswith("events.out.tfevents") for path in Path(directory).iterdir())
-            self._writer = writer(directory, purge_step=None if resume_iteration is None else resume_iteration + 1)
+            self._renew = partial(writer, directory)
+            self._writer = self._renew(purge_step=None if resume_iteration is None else resume_iteration + 1)
         except FileExistsError as error:
             raise UserError(f"--tensorboard-dir {directory}: is a file; name a directory") from error
         except OSError as error:
@@ -65,6 +67,11 @@ class TensorBoardSink:
         tagged = _tagged(kind, values).items()
         summary = self._summary(value=[self._summary.Value(tag=name, simple_value=value) for name, value in tagged])
         self._writer.file_writer.add_summary(summary, iteration)
+
+    def go_back(self, iteration: int) -> None:
+        """Hides what was written of later iterations: they are made again."""
+        self._writer.close()
+        self._writer = self._renew(purge_step=iteration + 1)
 
     def flush(self) -> None:
         self._writer.flush()

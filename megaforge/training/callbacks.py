@@ -63,6 +63,10 @@ class Callback:
         """An optimizer step is done; ``trainer.finished`` says whether it was the last. ``metrics.extra`` takes numbers
         of one's own: before ``Place.RECORD``, they are recorded too."""
 
+    def on_rollback(self, trainer: Trainer) -> None:
+        """The newest step was undone, with those before it: the run stands where ``trainer.iteration`` says. States
+        (:meth:`state`, :meth:`tensors`) are what they were then."""
+
     def on_evaluate(self, trainer: Trainer, metrics: EvaluationMetrics) -> None:
         """The model was evaluated after ``trainer.iteration``."""
 
@@ -114,6 +118,11 @@ class MetricsWriter(Callback):
         for sink in self.sinks:
             sink.write("test", metrics.iteration, metrics.values())
             sink.flush()
+
+    def on_rollback(self, trainer: Trainer) -> None:
+        for sink in self.sinks:
+            if (go_back := getattr(sink, "go_back", None)) is not None:
+                go_back(trainer.iteration)
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         for sink in self.sinks:

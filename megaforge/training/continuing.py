@@ -36,6 +36,7 @@ _LEARNING = {
     "training": ("bf16", "fp16", "fp64", "rampup_batch_size", "step_batch_size_schedule", "objective", "loss_terms"),
     "parallel": ("grad_reduce_in_bf16", "grad_compression", "grad_compression_rank"),
     "data": ("eod_mask_loss",),
+    "resilience": ("skip_nonfinite_steps", "spike_rollback", "spike_skip_batches", "spike_window"),
     "distill": (
         *("distill_weight", "distill_temperature", "distill_label_weight", "distill_relation_weight"),
         "distill_relation_layer",

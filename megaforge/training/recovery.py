@@ -29,7 +29,8 @@ class Gradients(NamedTuple):
 
 class LeavingOut:
     """``--skip-nonfinite-steps N``: a step whose gradient is not finite leaves the weights and the optimizer's state as
-    they are, to the bit, and the run goes on with the next batch; more than N such steps in a row end it.
+    they are, to the bit, and the run goes on with the next batch; more than N such steps in a row end it, or with ``--spike-rollback`` take it
+    back.
 
     Iteration, schedules and samples go on as after any step; averages of weights and what modules learn from a batch
     (router biases, ranges) do not. Steps that a lower loss scale answers (``--fp16``) are not counted.
@@ -55,7 +56,9 @@ class LeavingOut:
             return
         iteration = trainer.iteration + 1
         if self.in_a_row >= self.most:
-            raise UserError(self._end(iteration, found.norm, trainer.config.optimizer.lr))
+            if trainer.rollback is None:
+                raise UserError(self._end(iteration, found.norm, trainer.config.optimizer.lr))
+            trainer.rollback.asked = f"the gradient norm is {found.norm}"
         self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
         first = trainer.consumed_samples
         samples = range(first, first + round(float(found.sums.counts["sequences"])))

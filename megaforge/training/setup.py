@@ -75,6 +75,7 @@ from megaforge.training.second_stage import SecondStage
 from megaforge.training.skip_train import SkipTrain
 from megaforge.training.snapshots import Snapshots, snapshot_store
 from megaforge.training.speed import Speed
+from megaforge.training.spike_rollback import SpikeRollback, follow_skips
 from megaforge.training.trainer import Trainer
 from megaforge.training.weight_decay import GrowingDecay
 
@@ -171,6 +172,16 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext, advice: Advice | None 
     trainer.add(RunEvents())
     trainer.add(lock)
     _prepare_saves(trainer)
+    if config.checkpoint.encrypt_checkpoints:
+        trainer.key = agreed_key(ctx)
+    trainer.replica = together(ctx, lambda: replica_of(config.checkpoint.save_replica))
+    if (replica := trainer.replica) is not None:
+        from_first_rank(ctx, replica.check)
+    if config.checkpoint.async_save and config.checkpoint.save is not None:
+        trainer.background = BackgroundSave(ctx, config.parallel.distributed_timeout_minutes)
+    trainer.rollback = SpikeRollback.of(config)
+    if trainer.rollback is not None:
+        trainer.add(trainer.rollback)
     if config.optimizer.ema_decay:
         trainer.add(WeightAverage(config.optimizer, optimizer.main))
     shape: RateShape = LR_SCHEDULES.get(config.optimizer.lr_decay_style)
@@ -179,6 +190,7 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext, advice: Advice | None 
     _load(trainer)
     if hasattr(trainer.objective, "prepare"):
         trainer.objective.prepare(trainer.config, model, ctx, trainer.tokenizer)
+    follow_skips(trainer)
     for line in described(trainer.config, data, trainer.progress):
         print_rank_0(line)
     goes_on = config.checkpoint.load is not None and not config.checkpoint.finetune and not config.training.skip_train

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -39,6 +39,9 @@ from megaforge.training.metrics import EvaluationMetrics, StepMetrics
 from megaforge.training.objectives import Predictions, make_objective
 from megaforge.training.recovery import Gradients, LeavingOut
 
+if TYPE_CHECKING:
+    from megaforge.training.spike_rollback import SpikeRollback
+
 
 class Trainer:
     """Trains a model on ``data``; every rank of the run has one and calls the same methods in the same order.
@@ -52,6 +55,8 @@ class Trainer:
         iteration: optimizer steps done, from the run's beginning.
         consumed_samples: samples trained on, from the run's beginning.
         tokens_before_step: :attr:`consumed_tokens` before the newest step.
+        last_batch: samples of the newest step.
+        rollback: what takes the run back after a spike (``--spike-rollback``), or None.
         earlier: ``samples`` and ``tokens`` trained on before ``--reset-data``; consumed_samples counts from there.
         started_over: what this run, going on from a checkpoint, did not take from it (``--no-load-optim`` ...).
         stateful: what checkpoints keep besides the run's own parts and callbacks, by name.
@@ -97,7 +102,7 @@ class Trainer:
         self.validation = data.validation("valid") if config.training.eval_iters else None
         self.iteration = 0
         self.consumed_samples = 0
-        self.tokens_before_step = 0
+        self.tokens_before_step = self.last_batch = 0
         self.stateful = {"lr_factors": Stateful(lambda: dict(self.lr_factors), self._load_lr_factors)}
         self.saved_iteration = 0
         self.earlier: Counter[str] = Counter()
@@ -115,6 +120,7 @@ class Trainer:
         self.interrupted = self.save_due = self.paused = self.save_written = False
         self.background: BackgroundSave | None = None
         self.key: Key | None = None
+        self.rollback: SpikeRollback | None = None
         self.replica: Replica | None = None
         self.snapshots: SnapshotStore | None = None
         self.events = EventLog()
@@ -162,15 +168,30 @@ class Trainer:
         if requests is not None:
             self._requests = requests
             self._read(BatchSums(self.ctx, self.objective))  # what came while the run was set up ends it here
-        loader = self._loader(self.data, self.progress.batches, self.consumed_samples, self.objective.look_ahead)
         self._emit("on_train_start")
         try:
-            with closing(iter(loader)) as batches:  # type: ignore[type-var]
-                while not self.finished:
-                    self._emit("on_step_end", self._timed_step(batches))
+            while not self.finished:  # anew, where the run has gone back
+                self._train_on()
             self.optimizer.wait_for_parameters()
         finally:
             self._emit("on_train_end")
+
+    def _train_on(self) -> None:
+        """Steps on the samples from here on, until :attr:`finished` or :attr:`rollback` takes the run back."""
+        loader = self._loader(self.data, self.progress.batches, self.consumed_samples, self.objective.look_ahead)
+        with closing(iter(loader)) as batches:  # type: ignore[type-var]
+            while not self.finished:
+                metrics = self._timed_step(batches)
+                if self.rollback is not None and self.rollback.goes_back(self, metrics):
+                    return
+                self._emit("on_step_end", metrics)
+
+    def went_back(self) -> None:
+        """Tells callbacks that the run stands behind an earlier iteration again."""
+        self.saved_iteration = min(self.saved_iteration, self.iteration)
+        if self.last_evaluation is not None and self.last_evaluation.iteration > self.iteration:
+            self.last_evaluation = None
+        self._emit("on_rollback")
 
     def train_step(self, batches: Sequence[Batch]) -> StepMetrics:
         """One optimizer step over this rank's micro-batches of a global batch."""
@@ -183,7 +204,8 @@ class Trainer:
             self._emit("on_update")
         self.iteration += 1
         self.tokens_before_step = self.consumed_tokens
-        self.consumed_samples += round(float(sums.counts["sequences"]))
+        self.last_batch = round(float(sums.counts["sequences"]))
+        self.consumed_samples += self.last_batch
         self.tokens_per_expert = sums.experts[0]
         self._heed(sums)
         if self.batches.changes:
