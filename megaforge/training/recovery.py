@@ -29,8 +29,8 @@ class Gradients(NamedTuple):
 
 class LeavingOut:
     """``--skip-nonfinite-steps N``: a step whose gradient is not finite leaves the weights and the optimizer's state as
-    they are, to the bit, and the run goes on with the next batch; more than N such steps in a row end it, or with ``--spike-rollback`` take it
-    back.
+    they are, to the bit, and the run goes on with the next batch; more than N such steps in a row end it, or with
+    ``--spike-rollback`` take it back.
 
     Iteration, schedules and samples go on as after any step; averages of weights and what modules learn from a batch
     (router biases, ranges) do not. Steps that a lower loss scale answers (``--fp16``) are not counted.

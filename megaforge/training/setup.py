@@ -179,9 +179,6 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext, advice: Advice | None 
         from_first_rank(ctx, replica.check)
     if config.checkpoint.async_save and config.checkpoint.save is not None:
         trainer.background = BackgroundSave(ctx, config.parallel.distributed_timeout_minutes)
-    trainer.rollback = SpikeRollback.of(config)
-    if trainer.rollback is not None:
-        trainer.add(trainer.rollback)
     if config.optimizer.ema_decay:
         trainer.add(WeightAverage(config.optimizer, optimizer.main))
     shape: RateShape = LR_SCHEDULES.get(config.optimizer.lr_decay_style)
@@ -284,6 +281,7 @@ _OF_UPDATES = (
 )
 # What is seen, and when the run ends.
 _OTHERS = (Norms, Digests, ManualCollection, FinalTest, SkipTrain, FaultSteps)
+_OTHERS = (Norms, Digests, ManualCollection, FinalTest, SkipTrain, SpikeRollback)
 
 
 def _callbacks(config: Config, progress: Progress, advice: Advice | None) -> list[Callback]:

@@ -59,6 +59,7 @@ class SpikeRollback(Callback):
         return cls(flags.spike_rollback, flags.spike_skip_batches, flags.spike_window) if flags.spike_rollback else None
 
     def on_train_start(self, trainer: Trainer) -> None:
+        trainer.rollback = self
         self._copy(trainer)
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:

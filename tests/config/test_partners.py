@@ -85,6 +85,7 @@ REFUSED = [
     (("--lr-plateau-patience", "5000"), (), "--lr-decay-style plateau"),
     (("--lr-decay-style", "plateau"), ("--eval-iters", "1"), "--eval-interval N"),
     (("--lr-spike-window", "50"), (), "--lr-on-spike"),
+    (("--spike-window", "50"), (), "--spike-rollback 100"),
     (("--lr-warmup-init", "1e-6"), (), "--lr-warmup-fraction"),
     (("--lr-warmup-iters", "500"), ("--train-iters", "500"), "warm-up"),
     (("--lr-warmup-iters", "1000"), ("--train-iters", "2000", "--lr-decay-iters", "500"), "warm-up"),
