@@ -185,9 +185,9 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext, advice: Advice | None 
     for name in dict.fromkeys((*shape.callbacks, *config.training.callbacks)):
         trainer.add(CALLBACKS.get(name)(trainer))
     _load(trainer)
+    _continue(trainer)
     if hasattr(trainer.objective, "prepare"):
         trainer.objective.prepare(trainer.config, model, ctx, trainer.tokenizer)
-    follow_skips(trainer)
     for line in described(trainer.config, data, trainer.progress):
         print_rank_0(line)
     goes_on = config.checkpoint.load is not None and not config.checkpoint.finetune and not config.training.skip_train
@@ -213,12 +213,16 @@ def _prepare_saves(trainer: Trainer) -> None:
 def _load(trainer: Trainer) -> None:
     """Fills ``trainer`` from ``--load``, where there is something; tells from where."""
     flags, path = trainer.config.checkpoint, None
+def _continue(trainer: Trainer) -> None:
+    """From its checkpoint, where the flags name one."""
+    flags = trainer.config.checkpoint
     if flags.load is not None or flags.pretrained_checkpoint is not None:
         path = load_run(trainer)
         anew = f"--load {flags.load}: nothing was saved there yet, so the run starts anew"
         print_rank_0(f"loading {path}" if path else anew)
     if trainer.snapshots is not None:
         trainer.add(Snapshots.of(trainer, trainer.snapshots, path))
+    follow_skips(trainer)
 
 
 def _check_rule(name: str, optimizer: Optimizer, ctx: ParallelContext) -> None:
@@ -280,8 +284,7 @@ _OF_UPDATES = (
     DecoupledRate,
 )
 # What is seen, and when the run ends.
-_OTHERS = (Norms, Digests, ManualCollection, FinalTest, SkipTrain, FaultSteps)
-_OTHERS = (Norms, Digests, ManualCollection, FinalTest, SkipTrain, SpikeRollback)
+_OTHERS = (Norms, Digests, ManualCollection, FinalTest, SkipTrain, FaultSteps, SpikeRollback)
 
 
 def _callbacks(config: Config, progress: Progress, advice: Advice | None) -> list[Callback]:
