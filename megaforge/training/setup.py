@@ -172,20 +172,12 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext, advice: Advice | None 
     trainer.add(RunEvents())
     trainer.add(lock)
     _prepare_saves(trainer)
-    if config.checkpoint.encrypt_checkpoints:
-        trainer.key = agreed_key(ctx)
-    trainer.replica = together(ctx, lambda: replica_of(config.checkpoint.save_replica))
-    if (replica := trainer.replica) is not None:
-        from_first_rank(ctx, replica.check)
-    if config.checkpoint.async_save and config.checkpoint.save is not None:
-        trainer.background = BackgroundSave(ctx, config.parallel.distributed_timeout_minutes)
     if config.optimizer.ema_decay:
         trainer.add(WeightAverage(config.optimizer, optimizer.main))
     shape: RateShape = LR_SCHEDULES.get(config.optimizer.lr_decay_style)
     for name in dict.fromkeys((*shape.callbacks, *config.training.callbacks)):
         trainer.add(CALLBACKS.get(name)(trainer))
     _load(trainer)
-    _continue(trainer)
     if hasattr(trainer.objective, "prepare"):
         trainer.objective.prepare(trainer.config, model, ctx, trainer.tokenizer)
     for line in described(trainer.config, data, trainer.progress):
@@ -213,9 +205,6 @@ def _prepare_saves(trainer: Trainer) -> None:
 def _load(trainer: Trainer) -> None:
     """Fills ``trainer`` from ``--load``, where there is something; tells from where."""
     flags, path = trainer.config.checkpoint, None
-def _continue(trainer: Trainer) -> None:
-    """From its checkpoint, where the flags name one."""
-    flags = trainer.config.checkpoint
     if flags.load is not None or flags.pretrained_checkpoint is not None:
         path = load_run(trainer)
         anew = f"--load {flags.load}: nothing was saved there yet, so the run starts anew"

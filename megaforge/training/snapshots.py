@@ -129,6 +129,11 @@ class Snapshots(Callback):
         except CheckpointError as error:
             self._tell(trainer, trainer.iteration, str(error))
 
+    def on_rollback(self, trainer: Trainer) -> None:
+        """What is in memory may be of the steps that were undone."""
+        self._settle(trainer)
+        self.store.clear()
+
     def _settle(self, trainer: Trainer) -> None:
         """Waits for the snapshot that was begun, if there is one; tells of one that could not be made."""
         if not self._background.in_flight:

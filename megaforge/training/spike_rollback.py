@@ -115,9 +115,9 @@ class SpikeRollback(Callback):
         trainer.settle_save()
         copy.restore(trainer)
         self._copies = [kept for kept in self._copies if kept.iteration <= copy.iteration]
+        trainer.went_back()  # before it is written down: what is kept elsewhere of the steps undone is gone then
         aside = from_first_rank(trainer.ctx, lambda: _write_down(trainer, left_out, step, reason))
         trainer.data.leave_out([left_out])
-        trainer.went_back()
         trainer.events.tell(
             "rollback", step=step, reason=reason, to=copy.iteration, skipped=list(left_out), aside=aside, replay=replay
         )

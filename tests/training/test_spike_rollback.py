@@ -49,8 +49,9 @@ def run(trainer: Trainer) -> list[dict[str, Any]]:
 def test_the_run_is_one_that_never_saw_them(prefix: str, tmp_path: Path) -> None:
     """The spike is in step 7; copies are of 4 and 6, of which 4 is old enough."""
     save, metrics = tmp_path / "run", tmp_path / "metrics.jsonl"
+    in_memory = ("--snapshot-interval", "5", "--snapshot-dir", str(tmp_path / "memory"))
     more = (*FLAGS, "--bf16", "--ema-decay", "0.9", "--grokfast", "ema")
-    saved = ("--save", str(save), "--save-interval", "3", "--keep-last", "0", "--async-save")
+    saved = ("--save", str(save), "--save-interval", "3", "--keep-last", "0", "--async-save", *in_memory)
     trainer = make_trainer(arguments(prefix, *more, *saved, "--metrics-file", str(metrics)))
     records = run(trainer)
     clean = make_trainer(arguments(prefix, *more))
