@@ -38,6 +38,8 @@ class HFFolder:
             files = [SafetensorsFile(file) for file in self._weights()]
         except OSError as error:
             raise UserError(f"{self.path}: its {CONFIG_FILE} cannot be read ({error.strerror})") from error
+        except (KeyError, AttributeError) as error:
+            raise UserError(f"{self.path}: {INDEX_FILE} names no files of weights ({error!r})") from error
         except (ValueError, TypeError, DamagedCheckpointError) as error:
             raise UserError(f"{self.path}: {error}") from error
         self._files = {slot.name: file for file in files for slot in file.slots()}

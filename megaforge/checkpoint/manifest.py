@@ -132,7 +132,7 @@ def read_manifest(directory: Path) -> Manifest:
                 f"this program reads {FORMAT!r} version {VERSION}; use the version of MegaForge that wrote it"
             )
         return _decode(directory, fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DamagedCheckpointError(
             f"{directory}: {MANIFEST_FILE} is malformed ({type(error).__name__}: {error})"
         ) from error
@@ -156,7 +156,10 @@ def _decode(directory: Path, fields: dict[str, Any]) -> Manifest:
             raise DamagedCheckpointError(
                 f"{directory}: {MANIFEST_FILE}: {key} is of type {entry['dtype']}, in unlisted files {sorted(unknown)}"
             )
-        tensors[str(key)] = TensorRecord(entry["dtype"], tuple(map(int, entry["shape"])), chunks)
+        shape = tuple(map(int, entry["shape"]))
+        if any(not len(chunk.offsets) == len(chunk.sizes) == len(shape) for chunk in chunks):
+            raise DamagedCheckpointError(f"{directory}: {MANIFEST_FILE}: pieces of {key} do not fit its shape {shape}")
+        tensors[str(key)] = TensorRecord(entry["dtype"], shape, chunks)
     metric, sealed = fields["metric"], fields.get("encryption")
     return Manifest(
         step=int(fields["step"]),

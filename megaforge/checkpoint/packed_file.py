@@ -150,7 +150,11 @@ class TrainedFile:
     def __init__(self, file: str | Path) -> None:
         self._source = FileSource(file, packed=True)
         self.path, self.meta, self.step = self._source.path, self._source.meta, self._source.step
-        self._kinds: dict[str, Any] = parse_json(self._source.metadata.get("packed", "{}"))
+        try:
+            kinds = parse_json(self._source.metadata.get("packed", "{}"))
+            self._kinds = {name: str(packed["kind"]) for name, packed in kinds.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"--load {file}: its header does not say what is packed in it ({error!r})") from error
 
     @property
     def is_packed(self) -> bool:
@@ -180,7 +184,7 @@ class TrainedFile:
                 piece.local_view(parameter).copy_(self._source.read(spec.name, piece.global_box))
 
     def _local(self, spec: ParamSpec, scheme: WeightScheme | None, ctx: ParallelContext) -> tuple[Tensor, Any]:
-        kind = self._kinds[spec.name]["kind"]
+        kind = self._kinds[spec.name]
         if scheme is None or scheme.kind != kind:
             raise UserError(f"--load {self.path}: {spec.name} is packed as {kind}, which is not what its model says")
         self._check(f"{spec.name}.codes", None)

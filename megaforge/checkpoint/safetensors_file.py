@@ -178,7 +178,7 @@ class SafetensorsFile:
             for name, entry in entries.items():
                 begin, end = map(int, entry["data_offsets"])
                 slots.append((begin, end, Slot(str(name), DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])))))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise DamagedCheckpointError(
                 f"{self.path}: unreadable safetensors header ({type(error).__name__}: {error})"
             ) from error

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megaforge.checkpoint.boxes import box_of, intersect
+from megaforge.checkpoint.boxes import box_of, coverage_error, intersect
 from megaforge.checkpoint.find import find_checkpoint
 from megaforge.checkpoint.manifest import read_manifest
 from megaforge.checkpoint.safetensors_file import DTYPES, SafetensorsFile
@@ -78,10 +78,14 @@ class DirectorySource(TensorSource):
             if not key.startswith(RANK_PREFIX)
         }
         self._files: OrderedDict[str, SafetensorsFile] = OrderedDict()
+        self._covered: set[str] = set()
 
     def read(self, key: str, box: Box | None = None) -> torch.Tensor:
         info, record = self.tensors[key], self._manifest.tensors[key]
-        box = box_of([0] * len(info.shape), info.shape) if box is None else box
+        whole = box_of([0] * len(info.shape), info.shape)
+        if key not in self._covered:
+            self._check_coverage(key, whole)
+        box = whole if box is None else box
         result: torch.Tensor | None = None
         for chunk in record.chunks:
             held = box_of(chunk.offsets, chunk.sizes)
@@ -95,6 +99,16 @@ class DirectorySource(TensorSource):
             result = torch.empty([b - a for a, b in box], dtype=info.dtype) if result is None else result
             result[_slices(common, box)] = part
         return torch.empty([b - a for a, b in box], dtype=info.dtype) if result is None else result
+
+    def _check_coverage(self, key: str, whole: Box) -> None:
+        """
+        Raises:
+            DamagedCheckpointError: the pieces of ``key`` are not each of its elements once.
+        """
+        error = coverage_error(whole, [box_of(c.offsets, c.sizes) for c in self._manifest.tensors[key].chunks])
+        if error is not None:
+            raise DamagedCheckpointError(f"{self.path}: {key}: {error}")
+        self._covered.add(key)
 
     def _file(self, name: str) -> SafetensorsFile:
         file = self._files.pop(name, None) or open_tensors(self.path, name, self._manifest)
@@ -130,7 +144,7 @@ class FileSource(TensorSource):
             self.step, self.meta = int(metadata["step"]), dict(parse_json(metadata["meta"]))
             metric = parse_json(metadata.get("metric", "null"))
             self.metric = None if metric is None else float(metric)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"--load {file}: its metadata does not say which model it is of and at which step ({error!r}); whoever "
                 "rewrites a converted file must keep its metadata: save_file(tensors, FILE, "

@@ -147,6 +147,8 @@ def _compose(text: str, label: str) -> yaml.Node | None:
         mark = getattr(error, "problem_mark", None)
         where = f"{label}:{mark.line + 1}" if mark else label
         raise UserError(f"{where}: this is not YAML: {getattr(error, 'problem', None) or error}") from error
+    except RecursionError as error:
+        raise UserError(f"{label}: it is nested too deeply") from error
 
 
 def _mapping(node: yaml.Node | None, label: str, what: str) -> dict[str, yaml.Node]:

@@ -320,9 +320,16 @@ def _read_tokenizer_json(path: Path) -> dict[str, Any]:
         raise UserError(f"--tokenizer-model {path}: not a tokenizer.json ({error})") from error
     if not isinstance(definition, dict) or not isinstance(definition.get("model"), dict):
         raise UserError(f"--tokenizer-model {path}: not a tokenizer.json (it has no 'model')")
-    definition["added_tokens"] = definition.get("added_tokens") or []
+    added = definition["added_tokens"] = definition.get("added_tokens") or []
+    if not isinstance(added, list) or not all(map(_is_added_token, added)):
+        raise UserError(f"--tokenizer-model {path}: not a tokenizer.json (its 'added_tokens' are no tokens)")
     definition["truncation"] = definition["padding"] = None
     return definition
+
+
+def _is_added_token(token: Any) -> bool:
+    kinds = (("content", str), ("id", int), ("special", bool))
+    return isinstance(token, dict) and all(isinstance(token.get(name), kind) for name, kind in kinds)
 
 
 def _from_merges(vocab: Path, merges: Path) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def read_digests(run: str | Path) -> dict[int, dict[str, Any]]:
             record = parse_json(line)
             known = {part: {str(k): v for k, v in record[part].items()} for part in PARTS}
             found[int(record["iteration"])] = known
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             if number == len(lines):
                 continue  # a run that was killed while it wrote
             raise UserError(f"{file}: line {number} is not a record of digests") from None

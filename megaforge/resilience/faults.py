@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from megaforge import fault_points
 from megaforge.errors import UserError
+from megaforge.json_text import parse_json
 
 VARIABLE = "MEGAFORGE_FAULTS"
 PATIENCE = 120.0  # seconds that a rank waits for what the test bed does outside of it
@@ -108,10 +109,12 @@ class Plan:
             UserError: it is not there, or no plan.
         """
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            faults = tuple(Fault(**fault) for fault in fields["faults"])
+            fields = parse_json(path.read_bytes())
+            faults = tuple(
+                Fault(int(f["number"]), str(f["kind"]), int(f["rank"]), int(f["iteration"])) for f in fields["faults"]
+            )
             plan = cls(str(fields["save"]), faults, bool(fields["own_disk"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{VARIABLE}={path}: no plan of faults ({error}); unset it to train without any") from error
         if unknown := {fault.kind for fault in faults} - KINDS.keys():
             raise UserError(f"{VARIABLE}={path}: unknown kinds {sorted(unknown)}; there are {', '.join(KINDS)}")

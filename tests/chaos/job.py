@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,14 +55,14 @@ class Job:
     def metrics(self) -> Path:
         return self.home / "metrics.jsonl"
 
-    def flags(self) -> list[str]:
+    def flags(self, layout: Sequence[str]) -> list[str]:
         return [
             *("--config", "cdrmix-test", "--device", "cpu", "--train-iters", str(self.iterations)),
             *("--data-path", str(self.text / "text_text_document"), "--tokenizer-model", str(self.text / "tok.json")),
             *("--seq-length", "32", "--micro-batch-size", "1", "--global-batch-size", "4", "--num-workers", "0"),
             *("--lr-decay-style", "constant", "--save-interval", "2", "--save", str(self.save)),
             *("--load", str(self.save), "--metrics-file", str(self.metrics)),
-            *("--distributed-timeout-minutes", f"{self.timeout / 60:.4f}", *LAYOUTS[self.ranks]),
+            *("--distributed-timeout-minutes", f"{self.timeout / 60:.4f}", *layout),
         ]
 
     def launch(self, port: int, *, restarts: int = 0, plan: Path | None = None) -> Launched:
@@ -69,12 +70,14 @@ class Job:
         line = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(self.ranks)]
         line += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "chaos"]
         line += ["--max-restarts", str(restarts), "--shutdown-timeout", "2"]
-        return self._start([*line, str(REPO / "pretrain_cdrmix.py"), *self.flags()], "launch.log", plan)
+        return self._start(
+            [*line, str(REPO / "pretrain_cdrmix.py"), *self.flags(LAYOUTS[self.ranks])], "launch.log", plan
+        )
 
     def second(self) -> Launched:
         """The same line as one process: somebody has started the job twice."""
-        flags = [word for word in self.flags() if word not in ("--metrics-file", str(self.metrics))]
-        flags = [word for word in flags if word not in LAYOUTS[self.ranks]] if self.ranks > 1 else flags
+        other = dataclasses.replace(self, home=self.home / "second")
+        flags = [*other.flags(()), "--save", str(self.save), "--load", str(self.save)]
         return self._start([sys.executable, str(REPO / "pretrain_cdrmix.py"), *flags], "second.log", None)
 
     def _start(self, line: list[str], log: str, plan: Path | None) -> Launched:
