@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from megaforge.config.config import Config
     from megaforge.models.prepared_run import PreparedRun
     from megaforge.planning.auto_layout import AutoLayout
+    from megaforge.planning.elastic import ElasticLayout
     from megaforge.resilience.requests import Requests
     from megaforge.training.trainer import Trainer
 
@@ -60,7 +61,7 @@ def pretrain(prog: str, description: str, as_megatron: bool = False) -> int:
         return 0 if trainer.complete else config.resilience.requeue_exit_code
 
 
-def _train(run: PreparedRun, chooser: AutoLayout | None, requests: Requests, asked: Config) -> Trainer:
+def _train(run: PreparedRun, chooser: AutoLayout | ElasticLayout | None, requests: Requests, asked: Config) -> Trainer:
     """Trains until nothing is left, or ``requests`` ask for the end, and leaves a mark of which it was.
 
     Args:
@@ -80,7 +81,7 @@ def _train(run: PreparedRun, chooser: AutoLayout | None, requests: Requests, ask
     ctx, first = initialize_distributed(run.config), this_launch().rank == 0
     with watched(run.config, ctx) as watching:
         trainer = build_trainer(run, ctx, advice)
-        if chooser is not None:
+        if chooser is not None and chooser.why is not None:
             trainer.events.tell("layout", why=chooser.why)
         trainer.add(watching)
         requests.listen(announce=first)
@@ -94,11 +95,16 @@ def _train(run: PreparedRun, chooser: AutoLayout | None, requests: Requests, ask
     return trainer
 
 
-def _chooser(parsed: ParsedConfig) -> AutoLayout | None:
+def _chooser(parsed: ParsedConfig) -> AutoLayout | ElasticLayout | None:
     """What chooses the layout; None where it is given."""
-    if parsed.config.parallel.layout != "auto":
-        return None
-    from megaforge.config.layout_settings import given_settings
-    from megaforge.planning.auto_layout import AutoLayout
+    config = parsed.config
+    if config.parallel.layout == "auto":
+        from megaforge.config.layout_settings import given_settings
+        from megaforge.planning.auto_layout import AutoLayout
 
-    return AutoLayout(given_settings(parsed.origins))
+        return AutoLayout(given_settings(parsed.origins))
+    if config.resilience.elastic is not None and not config.dry_run.dry_run:
+        from megaforge.planning.elastic import ElasticLayout
+
+        return ElasticLayout()
+    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megaforge.config.fields import flag
+from megaforge.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,12 @@ class ResilienceConfig:
     spike_window: int = flag(100, "--spike-rollback: steps that tell what is usual", least=8, most=1 << 16)
 
     # Ranks that come and go
+    elastic: str | None = flag(
+        None,
+        "numbers of ranks, the least and the greatest, that the run may go on with; where the layout as written is not "
+        "one of theirs, another is chosen, and the global batches stay the same",
+        metavar="MIN:MAX",
+    )
     requeue_exit_code: int = flag(
         0,
         "status of a run that was asked to end, by a signal or by time, before it was complete; 85, say, where "
@@ -69,7 +76,24 @@ class ResilienceConfig:
     )
 
     def validate(self) -> None:
-        """The fields' bounds are all there is to check."""
+        _ = self.elastic_ranks
+
+    @property
+    def elastic_ranks(self) -> tuple[int, int] | None:
+        """The least and the greatest number of ranks that ``--elastic`` allows; None without it.
+
+        Raises:
+            UserError: it is not two numbers, or they are in the wrong order.
+        """
+        if self.elastic is None:
+            return None
+        least, _, most = self.elastic.partition(":")
+        if not (least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
+            raise UserError(
+                f"--elastic {self.elastic}: expected two numbers of ranks with a colon between them, the smaller one "
+                "first, such as --elastic 8:32"
+            )
+        return int(least), int(most)
 
     def hang_seconds(self, distributed_timeout_minutes: float, world_size: int) -> float:
         """Seconds without progress after which a run of ``world_size`` ranks ends; 0: never."""

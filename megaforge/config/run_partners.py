@@ -83,7 +83,21 @@ RUN_PARTNERS = (
         lambda c: not c.checkpoint.keep_best_only,
         "--keep-best-only keeps the newest and the best: leave out the one or the other",
     ),
-    Partner(("parallel.machine",), lambda c: c.parallel.layout == "auto", "the layout is given: add --layout auto"),
+    Partner(
+        ("parallel.machine",),
+        lambda c: c.parallel.layout == "auto" or c.resilience.elastic,
+        "the layout is given: add --layout auto",
+    ),
+    Partner(
+        ("resilience.elastic",),
+        lambda c: c.training.full_batch_size is not None,
+        "another number of ranks would make another batch: add --global-batch-size N",
+    ),
+    Partner(
+        ("resilience.elastic",),
+        lambda c: c.parallel.world_size is None,
+        "--world-size allows one number of ranks: leave out the one or the other",
+    ),
     Partner(
         ("resilience.spike_skip_batches", "resilience.spike_window"),
         lambda c: c.resilience.spike_rollback,

@@ -31,6 +31,7 @@ def prepare(config: Config, said: Sequence[str] = (), choose: Choose | None = No
     """
     world_size = discover_launch().world_size
     _check_world_size(config.parallel.world_size, world_size)
+    _check_elastic(config, world_size)
     source_kind(config.data).check(config)
     config, tokenizer, notes = _with_saved_vocabulary(config)
     if choose is not None:
@@ -47,6 +48,17 @@ def _check_world_size(meant: int | None, started: int) -> None:
         raise UserError(
             f"--world-size {meant}: {started} rank{'s were' if started > 1 else ' was'} started; start {meant} "
             f"(torchrun --nproc-per-node {meant}), or give --world-size {started} or none: the model is the same"
+        )
+
+
+def _check_elastic(config: Config, started: int) -> None:
+    allowed = config.resilience.elastic_ranks
+    if allowed is not None and not allowed[0] <= started <= allowed[1]:
+        few = started < allowed[0]
+        raise UserError(
+            f"--elastic {config.resilience.elastic}: {started} rank{'s were' if started > 1 else ' was'} started; "
+            + (f"wait until {allowed[0]} are there" if few else f"start at most {allowed[1]}")
+            + ", or give wider bounds"
         )
 
 

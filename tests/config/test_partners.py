@@ -53,6 +53,8 @@ REFUSED = [
     (("--keep-last", "9"), ("--save", "r", *EVALUATED, "--keep-best", "1", "--keep-best-only"), "leave out the one"),
     (("--async-save",), ("--save", "r", "--distributed-backend", "mpi"), "--distributed-backend gloo"),
     (("--ckpt-step", "9"), (), "--load DIR"),
+    (("--elastic", "2:4"), (), "add --global-batch-size N"),
+    (("--elastic", "2:4"), ("--global-batch-size", "8", "--world-size", "4"), "leave out the one or the other"),
     (("--decoupled-min-lr", "0"), (), "add --decoupled-lr X"),
     (("--start-weight-decay", "0"), (), "add --weight-decay-incr-style linear or cosine"),
     (GROWING, ("--second-stage-at", "0.5"), "--second-stage-at and"),
