@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -125,6 +126,29 @@ class Queue:
     def mark(self) -> Mark:
         """The end of what is in the queue so far."""
         return None if self._stream is None else self._stream.record_event()
+
+
+class Clock:
+    """Times by a device's own clock, or by the host's where that does the work itself; the host never waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+
+    def now(self) -> float | torch.cuda.Event:
+        """A place in the device's work."""
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @staticmethod
+    def seconds(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+        """From one place to a later one; the device must have come to both."""
+        if isinstance(begin, float) or isinstance(end, float):
+            assert isinstance(begin, float) and isinstance(end, float)
+            return end - begin
+        return begin.elapsed_time(end) / 1000.0
 
 
 Recorded = tuple[Callable[[], None], torch.Tensor]

@@ -19,6 +19,9 @@ class ResilienceConfig:
         "never (default: half of --distributed-timeout-minutes; never for one rank alone)",
         least=0,
     )
+    straggler_factor: float = flag(
+        1.5, "a rank whose own work takes so many times the ranks' median, over a --log-interval, is told of", above=1
+    )
 
     # Snapshots in memory
     snapshot_interval: int | None = flag(

@@ -68,6 +68,16 @@ STEP = {
         "CPUs, " + _INTERVAL,
         measured=True,
     ),
+    "slowest_rank": Name(
+        "own work of the rank that has most of it, over the ranks' median; 1 where all are alike",
+        "several ranks, " + _INTERVAL,
+        measured=True,
+    ),
+    "wait_share": Name(
+        "share of a step that ranks wait for each other, mean over ranks and the interval",
+        "several ranks, " + _INTERVAL,
+        measured=True,
+    ),
     "reserved_memory_bytes": Name(
         "the most that torch's allocator has taken of any rank's GPU so far: `peak_memory_bytes` and what lay idle",
         "GPUs, " + _INTERVAL,

@@ -52,6 +52,10 @@ class Callback:
     def on_step_start(self, trainer: Trainer) -> None:
         """A batch is there, and step ``trainer.iteration + 1`` is about to run; ``trainer.lr_factors`` may be set."""
 
+    def on_backward(self, trainer: Trainer) -> None:
+        """This rank's micro-batches are through; their gradient is not summed over replicas yet (part of it may be on
+        its way)."""
+
     def on_gradients(self, trainer: Trainer) -> None:
         """The ``main_grad`` of every parameter is summed over the global batch, not clipped, and still multiplied by
         ``trainer.scaler.scale``."""

@@ -76,6 +76,7 @@ from megaforge.training.skip_train import SkipTrain
 from megaforge.training.snapshots import Snapshots, snapshot_store
 from megaforge.training.speed import Speed
 from megaforge.training.spike_rollback import SpikeRollback, follow_skips
+from megaforge.training.stragglers import Stragglers
 from megaforge.training.trainer import Trainer
 from megaforge.training.weight_decay import GrowingDecay
 
@@ -273,7 +274,7 @@ _OF_UPDATES = (
     DecoupledRate,
 )
 # What is seen, and when the run ends.
-_OTHERS = (Norms, Digests, ManualCollection, FinalTest, SkipTrain, FaultSteps, SpikeRollback)
+_OTHERS = (Norms, Digests, ManualCollection, FinalTest, SkipTrain, FaultSteps, Stragglers, SpikeRollback)
 
 
 def _callbacks(config: Config, progress: Progress, advice: Advice | None) -> list[Callback]:

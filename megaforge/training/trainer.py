@@ -220,6 +220,7 @@ class Trainer:
         """The gradient of these micro-batches, summed over the ranks and clipped, and their numbers."""
         self.engine.zero_grad()
         sums = self.engine.forward_backward(batches, self.objective)
+        self._emit("on_backward")
         self.engine.reduce_gradients()
         self._emit("on_gradients")
         sums.votes = self._votes()

@@ -77,6 +77,8 @@ def test_every_number_that_a_run_writes_has_a_name_in_the_table(tmp_path: Path, 
         name.partition("/")[0] for name in STEP
     } - ({"loss_scale", "skipped"} - fp16) - {
         "reserved_memory_bytes",  # of GPUs
+        "slowest_rank",  # of several ranks
+        "wait_share",
         "quant_flips",  # from the second interval on
         "weight_decay",  # excludes a second stage
         *("quant_clip_weights", "quant_clip_activations"),  # exclude --quant-lambda

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megaforge.monitor.events import read_events
+from megaforge.training.callbacks import Callback
+from megaforge.training.stragglers import Load, Stragglers
+from megaforge.training.trainer import Trainer
+from tests.parallel.pool import RankPool
+from tests.parallel.test_pipeline_model import trainer_of
+from tests.training.tiny import arguments, write_dataset
+
+
+class Told:
+    """Stands for a trainer whose events are written down."""
+
+    def __init__(self) -> None:
+        self.events, self.told = self, list[dict[str, Any]]()
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        self.told.append({"kind": kind, **fields})
+
+
+def loads(*work: float, looks: int = 100) -> list[Load]:
+    return [Load(f"node{rank}", 10, seconds, 4.0 - seconds, looks) for rank, seconds in enumerate(work)]
+
+
+def test_a_rank_is_told_of_once_and_once_again(capsys: pytest.CaptureFixture[str]) -> None:
+    told, callback = Told(), Stragglers(1.5, 10)
+    report = lambda *work, **how: callback.report(told, loads(*work, **how))  # type: ignore[arg-type]  # noqa: E731
+    assert report(1.0, 1.1, 3.0, looks=3) == {} and not told.told, "too few looks"
+    assert report(1.0, 1.0, 1.5, 1.0) == {"slowest_rank": 1.5, "wait_share": 0.7188} and not told.told, "not above it"
+    assert report(1.0, 1.0, 3.0, 1.0)["slowest_rank"] == 3.0
+    report(1.0, 1.0, 3.2, 1.0)
+    assert told.told == [
+        {"kind": "straggler", "rank": 2, "host": "node2", "slow": True, "factor": 3.0}
+        | {"work": 0.3, "median": 0.1, "wait": 0.1}
+    ]
+    report(1.0, 1.0, 1.0, 1.0)
+    assert told.told[1:] == [{"kind": "straggler", "rank": 2, "host": "node2", "slow": False}]
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "rank 2 on node2 is slow: 3.0 times the ranks' median of own work (300.0 ms a step against 100.0 ms; it waits "
+        "100.0 ms for others, the median 300.0 ms)",
+        "rank 2 on node2 is as fast as the others again",
+    ]
+    assert report(0.0, 0.0)["slowest_rank"] == 0.0, "nothing was measured"
+
+
+class Slow(Callback):
+    """Has one rank sleep in every step, a while after the batch came."""
+
+    def on_step_start(self, trainer: Trainer) -> None:
+        time.sleep(0.08 if trainer.ctx.world.rank == 1 else 0.0)
+
+
+def run(argv: list[str]) -> dict[int, float]:
+    trainer = trainer_of(argv)
+    trainer.add(Slow())
+    trainer.train()
+    (callback,) = (one for one in trainer.callbacks if isinstance(one, Stragglers))
+    return callback.slow
+
+
+def test_a_rank_that_sleeps_is_slow(ranks: RankPool, tmp_path: Path) -> None:
+    steps = ("--train-iters", "18", "--log-interval", "18", "--save", str(tmp_path / "run"))
+    argv = arguments(write_dataset(tmp_path / "train_text_document"), *steps)
+    assert [list(slow) for slow in ranks.run(2, run, argv)] == [[1], [1]]
+    (event,) = (one for one in read_events(tmp_path / "run" / "events.jsonl").events if one["kind"] == "straggler")
+    assert event["rank"] == 1 and event["work"] > 0.08 > event["median"] and event["iteration"] == 18
