@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from megaforge.config.config import Config
 from megaforge.errors import UserError
 from megaforge.planning.gpus import gpu_named
+from megaforge.planning.host_copies import host_copies
 from megaforge.planning.layout import PlannedLayout, layout_of
 from megaforge.planning.plan_request import parse
-from megaforge.planning.report import plan_text, search_text
+from megaforge.planning.report import gigabytes, plan_text, search_text
 from megaforge.planning.search import search
 from megaforge.planning.stages import model_parts
 
@@ -46,4 +47,8 @@ def run(arguments: Sequence[str], prog: str = "plan.py memory") -> None:
     layout = planned_layout(config, world_size)
     if own.dp is not None and layout.dp != own.dp:
         raise UserError(f"--dp {own.dp}: {world_size} GPUs leave dp {layout.dp}; give --dp or --gpus, not both")
-    print(plan_text(model_parts(config.model, layout.dtype), layout, gpu, config.name))
+    parts = model_parts(config.model, layout.dtype)
+    print(plan_text(parts, layout, gpu, config.name))
+    if copies := host_copies(config, parts, layout):
+        named = ", ".join(f"{flag} {gigabytes(size)}" for flag, size in copies.items())
+        print(f"copies in host memory: {gigabytes(sum(copies.values()))} GB a rank ({named})")

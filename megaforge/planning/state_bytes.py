@@ -202,6 +202,19 @@ def state_bytes(
     return state
 
 
+def checkpoint_bytes(parts: ModelParts, own: Sequence[StagePart], layout: PlannedLayout) -> int:
+    """What a rank that has the stages ``own`` writes of a checkpoint: of main weights and all that belongs to them, its
+    share, as replicas share the writing with and without ZeRO. Random states and the like are left out."""
+    at, total = layout.context(), 0.0
+    plan = stage_plan(parts, own, layout)
+    for bucket, held in plan.buckets:
+        for item in held:
+            weight = _weight(item, layout, at)
+            master = weight.numel * item.element_size if item.element_size == _wide(item) else 0
+            total += (sum(weight.bytes_of(weight.numel)) + master) / at.axis(bucket.axis).size
+    return round(total + plan.alone / at.dp_cp.size)
+
+
 def _fullest(shares: Sequence[_Share]) -> _Share:
     return max(shares, key=lambda share: share.device)
 

@@ -23,19 +23,24 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megaforge.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from megaforge.checkpoint.background import BackgroundSave
+from megaforge.checkpoint.checkpoint import load_checkpoint, save_checkpoint, take_snapshot
 from megaforge.checkpoint.encryption import KEY_VARIABLE, Key
 from megaforge.checkpoint.shards import TensorEntry
 from megaforge.config.cli import parse_config
 from megaforge.parallel.context import ParallelContext
+from megaforge.resilience.nodes import Nodes
+from megaforge.resilience.snapshots import SnapshotStore
 from megaforge.training.prepare import prepare
 from megaforge.training.setup import build_trainer
+from megaforge.training.snapshots import snapshot_folder
 from megaforge.training.trainer import Trainer
 from tests.bench.harness import Measure, Ratio, interleaved_ratio, print_json, print_table
 
 CTX = ParallelContext.single()
 BLOCK, TENSORS, EVERY = 1 << 20, 16, 10
 SECRET = bytes(range(32))
+SNAPSHOTS = ("--save-interval", "0", "--snapshot-interval", str(EVERY))
 
 
 def entries(megabytes: int) -> list[TensorEntry]:
@@ -106,6 +111,38 @@ def steps_of(trainer: Trainer, steps: int) -> Measure:
     return measure
 
 
+def snapshots(folder: Path, megabytes: int, rounds: int) -> dict[str, Ratio]:
+    """What a run waits for a snapshot, against copying as many bytes; making and finding one, against the disk's
+    writing and reading them."""
+    held = entries(megabytes)
+    flat = torch.cat([entry.tensor for entry in held])
+    raw, twin = memoryview(flat.numpy()).cast("B"), torch.empty_like(flat)
+    memory = snapshot_folder(None, str(folder / "run"))
+    store, background = SnapshotStore(CTX, memory, Nodes(((0,),)), "bench"), BackgroundSave(CTX)
+
+    def begin() -> None:
+        background.begin(take_snapshot(1, held, {}, CTX), store.write)
+
+    def settle() -> None:
+        if background.in_flight:
+            background.wait()
+
+    def load() -> None:
+        load_checkpoint(store.find(0) or memory, held, CTX, verify=False, fetch=store.fetch)
+
+    begin()
+    found = {"snapshot, wait": interleaved_ratio(timed(begin, before=settle), timed(lambda: twin.copy_(flat)), rounds)}
+    settle()
+    found["snapshot, whole"] = interleaved_ratio(
+        timed(lambda: (begin(), settle())), timed(lambda: disk_write(folder, raw)), rounds
+    )
+    buffer = memoryview(bytearray(len(raw)))
+    read = timed(lambda: disk_read(folder, buffer), before=lambda: forget(folder))
+    found["snapshot, found and loaded"] = interleaved_ratio(timed(load), read, rounds)
+    store.remove()
+    return found
+
+
 def training(folder: Path, steps: int, rounds: int) -> dict[str, Ratio]:
     """A run that saves every 10 steps against one that does not."""
     found = {}
@@ -114,12 +151,12 @@ def training(folder: Path, steps: int, rounds: int) -> dict[str, Ratio]:
         ("steps, --async-save", ("--async-save",)),
         ("steps, --async-save --encrypt-checkpoints", ("--async-save", "--encrypt-checkpoints")),
         ("steps, saves between them", ()),
+        ("steps, --snapshot-interval", (*SNAPSHOTS, "--load", str(folder / "run"))),
     ):
         saving = trainer_of(folder / "run", *more)
         steps_of(saving, EVERY)()  # the first save allocates
         found[name] = interleaved_ratio(steps_of(saving, steps), steps_of(plain, steps), rounds)
-        if saving.background is not None:
-            saving.background.finish()
+        saving._emit("on_train_end")
         shutil.rmtree(folder / "run", ignore_errors=True)
     return found
 
@@ -152,7 +189,11 @@ def bandwidths(folder: Path, megabytes: int, rounds: int) -> dict[str, Ratio]:
     return found
 
 
-PEERS = {"steps": "no saves", "save": "disk", "load": "disk", "encrypted": "plain"}
+PEERS = {"steps": "no saves", "save": "disk", "load": "disk", "encrypted": "plain", "snapshot": "disk"}
+
+
+def peer_of(case: str) -> str:
+    return "copy" if case == "snapshot, wait" else PEERS[case.split()[0].rstrip(",")]
 
 
 def main() -> None:
@@ -166,17 +207,18 @@ def main() -> None:
     os.environ[KEY_VARIABLE] = SECRET.hex()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         found = bandwidths(Path(name), options.megabytes, options.rounds)
+        found |= snapshots(Path(name), options.megabytes, options.rounds)
         found |= training(Path(name), options.steps, options.rounds)
     rows: list[list[object]] = []
     for case, ratio in found.items():
-        peer = PEERS[case.split()[0].rstrip(",")]
+        peer = peer_of(case)
         rows.append([case, ratio.candidate, peer, ratio.peer, ratio.median, f"{ratio.min:.3f}-{ratio.max:.3f}"])
     print_table(
         f"checkpoints: {options.megabytes} MB; stretches of {options.steps} steps, a save every {EVERY}; seconds",
         ["case", "seconds", "peer", "its seconds", "ratio", "range"],
         rows,
     )
-    print_json("checkpoint", {case: ratio.case(PEERS[case.split()[0].rstrip(",")]) for case, ratio in found.items()})
+    print_json("checkpoint", {case: ratio.case(peer_of(case)) for case, ratio in found.items()})
 
 
 if __name__ == "__main__":
