@@ -34,6 +34,7 @@ COVERED = {
     "kernels/wkv7/": "kernels/test_wkv7.py",
     "checkpoint/megatron/": "checkpoint/megatron/test_importing.py",
     "checkpoint/architectures/": "checkpoint/test_architectures.py",
+    "checkpoint/after_publish.py": "training/test_run_events.py",
     "checkpoint/foreign.py": "checkpoint/test_published_import.py",
     "checkpoint/sealed.py": "checkpoint/test_encryption.py",
     "models/generation_state.py": "inference/test_generation.py",

@@ -7,6 +7,7 @@
     python tools/plan.py schedule --pp 4 --vpp 2 --microbatches 8 --schedule zb-v --output plans/zb-v.svg
     python tools/plan.py scaling --config cdrmix-core-1b --zero 1 --gpus 1 2 4 8 16 32 --weak
     python tools/plan.py goodput --gpus 1024 --mtbf-hours 7.9 --stall 1 --restart 300
+    python tools/plan.py goodput --run runs/mine
     python tools/plan.py detect --output machine.json      (torchrun ... tools/plan.py detect measures ranks' links)
     python tools/plan.py ladders
     python tools/plan.py activations
@@ -15,9 +16,9 @@
 params prints the stored parameters of each component and the active ones (those that one token uses). memory
 prints memory, communication, bubble, step time and MFU of a layout, or the fastest layouts that fit. schedule
 draws a pipeline schedule. scaling predicts the same run on more and more GPUs. goodput says how often to save and
-what failures cost at each scale. detect finds and measures the machine, for the others to plan with. ladders
-dry-runs the jobs of run_scripts/slurm/cdrmix.txt, every rank of them. activations compares predicted activation
-bytes with those that a CPU keeps.
+what failures cost at each scale; with --run, what a run's time has gone into. detect finds and measures the
+machine, for the others to plan with. ladders dry-runs the jobs of run_scripts/slurm/cdrmix.txt, every rank of them.
+activations compares predicted activation bytes with those that a CPU keeps.
 docs writes what these say into the documents that quote them.
 """
 

@@ -22,12 +22,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.planner import SavePlan
 
-from megaforge.checkpoint.checkpoint import Snapshot, enforce_retention, save_snapshot
+from megaforge.checkpoint.after_publish import after_publish
+from megaforge.checkpoint.checkpoint import Snapshot, save_snapshot
 from megaforge.checkpoint.directory import KEEP_ALL, Retention
 from megaforge.checkpoint.planner import deal_out
-from megaforge.checkpoint.replica import Replica, copy_and_retain
+from megaforge.checkpoint.replica import Replica
 from megaforge.checkpoint.shards import Shard
 from megaforge.errors import CheckpointError
+from megaforge.monitor.events import EventLog
 from megaforge.parallel.agree import exchange, together
 from megaforge.parallel.context import ParallelContext, make_control_group
 
@@ -53,16 +55,21 @@ class BackgroundSave:
     """
 
     def __init__(
-        self, ctx: ParallelContext, timeout_minutes: float | None = None, asked_by: str = "--async-save"
+        self,
+        ctx: ParallelContext,
+        timeout_minutes: float | None = None,
+        asked_by: str = "--async-save",
+        events: EventLog | None = None,
     ) -> None:
         """Collective.
 
         Args:
             timeout_minutes: after which one of a save's collectives that does not end aborts.
             asked_by: the flag that messages name.
+            events: are told what becomes of a checkpoint once it is published.
         """
         self._asked_by = asked_by
-        self._ctx = ctx
+        self._ctx, self._events = ctx, events
         self._writers = ctx
         if ctx.control is not None:
             timeout = None if timeout_minutes is None else datetime.timedelta(minutes=timeout_minutes)
@@ -105,8 +112,7 @@ class BackgroundSave:
 
         def save(copied: Snapshot, ctx: ParallelContext) -> Path:
             path = self._path = save_snapshot(copied, directory, ctx, goes_on_from=goes_on_from)
-            removed = enforce_retention(path, ctx, keep)
-            copy_and_retain(replica, path, removed, ctx)
+            after_publish(path, ctx, keep, replica, self._events)
             return path
 
         self.begin(snapshot, save)

@@ -14,6 +14,7 @@ from megaforge.checkpoint.foreign import conversion_of
 from megaforge.checkpoint.hashed_file import HASH, FileRecord
 from megaforge.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from megaforge.errors import CheckpointError, DamagedCheckpointError, UserError
+from megaforge.monitor.events import EventLog
 from megaforge.parallel.agree import exchange, from_first_rank
 from megaforge.parallel.context import ParallelContext
 
@@ -129,11 +130,13 @@ def holds_other_program(directory: str | Path, ctx: ParallelContext) -> bool:
     return from_first_rank(ctx, other)
 
 
-def find_checkpoint(directory: str | Path, ctx: ParallelContext, *, quarantine_damaged: bool = False) -> Path:
+def find_checkpoint(
+    directory: str | Path, ctx: ParallelContext, *, quarantine_damaged: bool = False, events: EventLog | None = None
+) -> Path:
     """The newest checkpoint below ``directory`` that verifies, or ``directory`` itself when it is one checkpoint.
 
     Collective. Damaged ones are skipped with a warning on rank 0 and, with ``quarantine_damaged``, renamed to
-    ``NAME.damaged`` where the medium can be written: for the run alone that will save there.
+    ``NAME.damaged`` where the medium can be written: for the run alone that will save there; ``events`` are told.
 
     Raises:
         UserError: there is no such directory, or no checkpoint in it verifies; the text says what is there.
@@ -156,6 +159,8 @@ def find_checkpoint(directory: str | Path, ctx: ParallelContext, *, quarantine_d
         rejected.append(f"{path.name} ({problem.text})")
         if ctx.is_first_rank:
             moved = quarantine(path) if quarantine_damaged and problem.damaged else None
+            if events is not None:
+                events.tell("rejected", path=path.name, problem=problem.text, renamed=moved.name if moved else None)
             logger.warning(
                 "checkpoint %s is unusable: %s%s; trying the one before it",
                 path,

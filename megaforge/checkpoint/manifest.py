@@ -109,6 +109,15 @@ def write_manifest(directory: Path, manifest: Manifest) -> list[Path]:
     return [directory / name for name in written]
 
 
+def sums_digest(directory: Path) -> str:
+    """The SHA-256 of ``SHA256SUMS`` of the checkpoint ``directory``, and so of all that is in it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return hashlib.sha256((directory / SUMS_FILE).read_bytes()).hexdigest()
+
+
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of the checkpoint ``directory``, its own hash checked.
 

@@ -140,15 +140,16 @@ def replica_of(url: str | None) -> Replica | None:
     return None if url is None else Replica(url)
 
 
-def copy_and_retain(replica: Replica | None, path: Path, removed: Iterable[Any], ctx: ParallelContext) -> None:
+def copy_and_retain(replica: Replica, path: Path, removed: Iterable[Any], ctx: ParallelContext) -> str | None:
     """Copies ``path``, just published, and lets those copies go whose first copies went; a failure is a warning, as the
-    run's own checkpoint is there. Collective."""
-    if replica is None:
-        return
+    run's own checkpoint is there. Collective.
+
+    Returns:
+        What went wrong.
+    """
     problem = replica.copy(path, ctx)
-    if not ctx.is_first_rank:
-        return
-    if problem is not None:
+    if ctx.is_first_rank and problem is not None:
         logger.warning("--save-replica %s: no copy of %s: %s", replica.url, path.name, problem)
-        return
-    replica.remove(Path(name).name for name in removed)
+    elif ctx.is_first_rank:
+        replica.remove(Path(name).name for name in removed)
+    return problem

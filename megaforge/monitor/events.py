@@ -6,13 +6,14 @@ Metrics tell how training goes; events tell what became of it: starts, loads, sa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,11 +38,16 @@ class EventLog:
             path: the file, or None.
             iteration: how far the run is when an event is told.
 
+        Attributes:
+            listeners: are handed each event too, where there is a file; they must not tell others.
+
         Raises:
             UserError: the file cannot be read or written.
         """
         self.path = None if path is None else Path(path)
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
         self._iteration, self._lock, self._failed = iteration, threading.Lock(), False
+        self._within = 0.0
         if self.path is None:
             return
         try:
@@ -68,14 +74,33 @@ class EventLog:
             return
         with self._lock:
             own = {"time": round(time.time(), 3), "kind": kind, "iteration": self._iteration()}
-            line = json.dumps({**own, "uptime": round(uptime(), 3), **_finite(fields)}, allow_nan=False) + "\n"
+            event = {**own, "uptime": round(uptime(), 3), **_finite(fields)}
+            line = json.dumps(event, allow_nan=False)
+            for listener in self.listeners:
+                listener(event)
             try:
-                append_line(self.path, line.encode())
+                append_line(self.path, line.encode() + b"\n")
                 self._failed = False
             except OSError as error:
                 if not self._failed:
                     logger.warning("%s: an event (%s) could not be written: %s", self.path, kind, error)
                 self._failed = True
+
+    @contextlib.contextmanager
+    def timed(self, kind: str) -> Iterator[dict[str, Any]]:
+        """Tells ``kind`` at the end of the block, with the ``seconds`` that it took without those of timed blocks in
+        it, the fields that the block gives it, and the ``error`` that ended it. For the main thread."""
+        fields: dict[str, Any] = {}
+        began, outer, self._within = time.perf_counter(), self._within, 0.0
+        try:
+            yield fields
+        except BaseException as error:
+            fields["error"] = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            whole = time.perf_counter() - began
+            seconds, self._within = whole - self._within, outer + whole
+            self.tell(kind, seconds=round(seconds, 3), **fields)
 
 
 def append_line(path: Path, line: bytes) -> None:

@@ -88,6 +88,11 @@ STEP = {
         _INTERVAL,
         measured=True,
     ),
+    "goodput": Name(
+        "share of the wall time so far, over all the run's processes, that went into steps that count",
+        "`--save`, " + _INTERVAL,
+        measured=True,
+    ),
     "load_balance_loss": Name(
         "mixture-of-experts balance loss, mean over layers, before its coefficient", "models with experts"
     ),

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from megaforge.config.arguments import ArgumentParser, integer, number
+from megaforge.monitor.accounting import Accounting
+from megaforge.monitor.events import EVENTS_FILE, read_events
 from megaforge.planning.goodput import HOLDS, Tier, least_mtbf, lost, two_tiers
 from megaforge.planning.table import table
 
@@ -44,6 +48,9 @@ def make_parser(prog: str) -> ArgumentParser:
         "--goal", type=number(above=0, below=1), default=0.01, metavar="X", help="share of time that may be lost"
     )
     parser.add_argument(
+        "--run", metavar="DIR", help="print instead what the time of the run with --save DIR has gone into"
+    )
+    parser.add_argument(
         "--step-seconds", type=number(above=0), metavar="S", help="of a step: also print intervals in steps"
     )
     return parser
@@ -51,7 +58,28 @@ def make_parser(prog: str) -> ArgumentParser:
 
 def run(arguments: Sequence[str], prog: str = "plan.py goodput") -> None:
     """Prints the table."""
-    print(report(make_parser(prog).parse_args(arguments)))
+    args = make_parser(prog).parse_args(arguments)
+    print(report(args) if args.run is None else of_run(args.run))
+
+
+def of_run(directory: str) -> str:
+    """What the time of the run below ``directory`` has gone into, by its events.
+
+    Raises:
+        UserError: it has none, or they cannot be read.
+    """
+    found = read_events(Path(directory) / EVENTS_FILE)
+    goodput = Accounting(found.events).goodput()
+    rows: list[tuple[str, ...]] = [("went into", "seconds", "share")]
+    parts = sorted(goodput.spent.items(), key=lambda part: -part[1])
+    rows += [(name, f"{seconds:,.1f}", f"{seconds / goodput.total:.2%}") for name, seconds in parts]
+    rows.append(("all", f"{goodput.total:,.1f}", "100.00%" if goodput.total else "-"))
+    times = Counter(event["kind"] for event in found.events)
+    kinds = ", ".join(f"{kind} {count}" for kind, count in times.most_common())
+    lines = [goodput.lines()[0], f"iteration {goodput.steps:,}", "", table(rows), "", f"events: {kinds}"]
+    if found.torn is not None:
+        lines.append(f"the last line is not whole and does not count: {found.torn!r}")
+    return "\n".join(lines)
 
 
 def report(args: argparse.Namespace) -> str:

@@ -12,9 +12,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaforge.checkpoint.checkpoint import enforce_retention
+from megaforge.checkpoint.after_publish import after_publish
 from megaforge.checkpoint.directory import KEEP_ALL, Retention
-from megaforge.checkpoint.replica import copy_and_retain
 from megaforge.monitor.sinks import MetricSink
 from megaforge.parallel.flat_shard import Entry
 from megaforge.training.intervals import Interval
@@ -238,10 +237,8 @@ class Checkpointing(Callback):
             trainer.save()
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
-        if trainer.in_background(path):
-            return  # which has let the older ones go
-        removed = enforce_retention(path, trainer.ctx, self.keep) if self.keep.last else []
-        copy_and_retain(trainer.replica, path, removed, trainer.ctx)
+        if not trainer.in_background(path):  # which has let the older ones go
+            after_publish(path, trainer.ctx, self.keep, trainer.replica, trainer.events)
 
     def on_train_end(self, trainer: Trainer) -> None:
         """After an exception a checkpoint may still be on its way."""

@@ -216,7 +216,7 @@ def load_run(trainer: Trainer) -> Path | None:
         return None if flags.pretrained_checkpoint is None else _load_pretrained(trainer, flags.pretrained_checkpoint)
     if flags.finetune:
         return _load_weights(trainer, flags.load, quarantine_damaged=own)
-    path = path or _durable(flags.load, memory, newest, ctx, own)
+    path = path or _durable(flags.load, memory, newest, trainer, own)
     together(ctx, lambda: _check_encrypted(path, flags))
     meta = read_meta(path)
     check_compatible(meta, config, trainer.tokenizer, source=str(path))
@@ -234,11 +234,11 @@ def load_run(trainer: Trainer) -> Path | None:
     for note in notes:
         print_rank_0(note)
     # What lies in --save beyond this iteration is of a past that this run went back behind.
-    trainer.saved_iteration = min(newest, trainer.iteration) if _in_memory(trainer, path) else trainer.iteration
+    trainer.saved_iteration = min(newest, trainer.iteration) if in_memory(trainer, path) else trainer.iteration
     return path
 
 
-def _in_memory(trainer: Trainer, path: Path) -> bool:
+def in_memory(trainer: Trainer, path: Path) -> bool:
     """Whether ``path`` is a snapshot, which is not there any more when the machine is off."""
     return trainer.snapshots is not None and path.parent == trainer.snapshots.folder
 
@@ -252,17 +252,17 @@ def _newest_step(directory: str, ctx: ParallelContext) -> int:
     return from_first_rank(ctx, newest)
 
 
-def _durable(directory: str, memory: SnapshotStore | None, newest: int, ctx: ParallelContext, own: bool) -> Path:
+def _durable(directory: str, memory: SnapshotStore | None, newest: int, trainer: Trainer, own: bool) -> Path:
     """The newest valid checkpoint; where that is not the ``newest`` one, which is damaged, a snapshot in ``memory`` if
     one is newer."""
     try:
-        path = find_checkpoint(directory, ctx, quarantine_damaged=own)
+        path = find_checkpoint(directory, trainer.ctx, quarantine_damaged=own, events=trainer.events)
     except UserError:
         snapshot = None if memory is None else memory.find(0)
         if snapshot is None:
             raise
         return snapshot
-    step = together(ctx, lambda: read_manifest(path).step)
+    step = together(trainer.ctx, lambda: read_manifest(path).step)
     snapshot = memory.find(step) if memory is not None and step < newest else None
     return snapshot or path
 
@@ -283,7 +283,7 @@ def _is_missing(directory: str, ctx: ParallelContext) -> bool:
 
 def _load_weights(trainer: Trainer, directory: str, *, quarantine_damaged: bool = False) -> Path:
     """The weights alone, for a new run."""
-    path = find_checkpoint(directory, trainer.ctx, quarantine_damaged=quarantine_damaged)
+    path = find_checkpoint(directory, trainer.ctx, quarantine_damaged=quarantine_damaged, events=trainer.events)
     together(trainer.ctx, lambda: _check_encrypted(path, trainer.config.checkpoint))
     flags = dataclasses.replace(trainer.config.checkpoint, finetune=True)
     config = dataclasses.replace(trainer.config, checkpoint=flags)
@@ -338,7 +338,7 @@ def _load_parts(trainer: Trainer, saved: dict[str, Any], path: Path, fresh: list
         chunks=len(trainer.model.chunks),
         verify=False,
         allow_extra=tuple(f"{name}." for name in saved if name not in known),
-        fetch=trainer.snapshots.fetch if trainer.snapshots is not None and _in_memory(trainer, path) else None,
+        fetch=trainer.snapshots.fetch if trainer.snapshots is not None and in_memory(trainer, path) else None,
     )
     set_random_state(device, random_state)
     lost = ", ".join(name for name in saved if name not in parts)

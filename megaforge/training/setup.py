@@ -47,7 +47,7 @@ from megaforge.training.callbacks import (
     ExitInterval,
     MetricsWriter,
 )
-from megaforge.training.checkpointing import agreed_key, check_save_directory, load_run, tokenizer_identity
+from megaforge.training.checkpointing import agreed_key, check_save_directory, in_memory, load_run, tokenizer_identity
 from megaforge.training.clip_search import ClipSearch
 from megaforge.training.compiled import compile_blocks
 from megaforge.training.console import ConsoleLog
@@ -69,7 +69,7 @@ from megaforge.training.plateau_boost import PlateauBoost
 from megaforge.training.profiling import Profile
 from megaforge.training.qk_clip import QKClip
 from megaforge.training.quantization import Quantization
-from megaforge.training.run_events import RunEvents, open_events
+from megaforge.training.run_events import RunEvents, of_checkpoint, open_events
 from megaforge.training.save_lock import HeldLock
 from megaforge.training.second_stage import SecondStage
 from megaforge.training.skip_train import SkipTrain
@@ -169,8 +169,8 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext, advice: Advice | None 
         batches=run.layout.batches,
         callbacks=_callbacks(config, progress, advice),
     )
-    trainer.events = together(ctx, lambda: open_events(trainer))
-    trainer.add(RunEvents())
+    trainer.events = open_events(trainer)
+    trainer.add(RunEvents(config.logging.log_interval))
     trainer.add(lock)
     _prepare_saves(trainer)
     if config.optimizer.ema_decay:
@@ -199,7 +199,7 @@ def _prepare_saves(trainer: Trainer) -> None:
     if (replica := trainer.replica) is not None:
         from_first_rank(ctx, replica.check)
     if config.checkpoint.async_save and config.checkpoint.save is not None:
-        trainer.background = BackgroundSave(ctx, config.parallel.distributed_timeout_minutes)
+        trainer.background = BackgroundSave(ctx, config.parallel.distributed_timeout_minutes, events=trainer.events)
     trainer.snapshots = snapshot_store(config, ctx)
 
 
@@ -207,7 +207,10 @@ def _load(trainer: Trainer) -> None:
     """Fills ``trainer`` from ``--load``, where there is something; tells from where."""
     flags, path = trainer.config.checkpoint, None
     if flags.load is not None or flags.pretrained_checkpoint is not None:
-        path = load_run(trainer)
+        with trainer.events.timed("load") as told:
+            path = load_run(trainer)
+            tier = {} if path is None else {"tier": "memory" if in_memory(trainer, path) else "durable"}
+            told.update(step=trainer.iteration, **of_checkpoint(trainer, path), **tier)
         anew = f"--load {flags.load}: nothing was saved there yet, so the run starts anew"
         print_rank_0(f"loading {path}" if path else anew)
     if trainer.snapshots is not None:

@@ -38,6 +38,7 @@ from megaforge.training.lengths import Progress
 from megaforge.training.metrics import EvaluationMetrics, StepMetrics
 from megaforge.training.objectives import Predictions, make_objective
 from megaforge.training.recovery import Gradients, LeavingOut
+from megaforge.training.run_events import of_checkpoint
 
 if TYPE_CHECKING:
     from megaforge.training.spike_rollback import SpikeRollback
@@ -156,7 +157,9 @@ class Trainer:
 
     def stop(self, reason: str) -> None:
         """Ends the run after this iteration's callbacks."""
-        self.stop_reason = self.stop_reason or reason
+        if self.stop_reason is None:
+            self.stop_reason = reason
+            self.events.tell("stop", reason=reason)
 
     def _load_lr_factors(self, saved: dict[str, float]) -> None:
         self.lr_factors = dict(saved)
@@ -263,7 +266,9 @@ class Trainer:
 
     def evaluate(self, due: bool = True) -> EvaluationMetrics:
         """:meth:`measure`, told to callbacks."""
-        metrics = self.last_evaluation = self.measure(due)
+        with self.events.timed("evaluate") as told:
+            metrics = self.last_evaluation = self.measure(due)
+            told.update(metrics.values())
         self._emit("on_evaluate", metrics)
         return metrics
 
@@ -279,7 +284,9 @@ class Trainer:
 
     def test(self, view: SampleView) -> EvaluationMetrics:
         """Measures the model on ``view``, the test samples, which nothing that the run does depends on."""
-        metrics = self._measure(view, "test", False)
+        with self.events.timed("test") as told:
+            metrics = self._measure(view, "test", False)
+            told.update(metrics.values())
         self._emit("on_test", metrics)
         return metrics
 
@@ -319,10 +326,14 @@ class Trainer:
         self.optimizer.wait_for_parameters()
         self.settle_save()
         if self.background is None or self.finished:
-            path, self._by_background = save_run(self), None
-            self._emit("on_checkpoint", path)
+            with self.events.timed("save") as told:
+                path, self._by_background = save_run(self), None
+                told.update(step=self.saved_iteration, **of_checkpoint(self, path))
+                self._emit("on_checkpoint", path)
         else:
-            start_save(self, self.background)
+            with self.events.timed("save_begin") as told:
+                told["step"] = self.iteration
+                start_save(self, self.background)
         self._requests.saved()
         self.save_due = False
 
@@ -334,9 +345,11 @@ class Trainer:
         """
         if self.background is not None and self.background.in_flight:
             self.save_written = False
-            path, self.saved_iteration = self.background.wait()
-            self._by_background = path
-            self._emit("on_checkpoint", path)
+            with self.events.timed("save") as told:
+                path, self.saved_iteration = self.background.wait()
+                self._by_background = path
+                told.update(step=self.saved_iteration, **of_checkpoint(self, path))
+                self._emit("on_checkpoint", path)
 
     def in_background(self, path: Path) -> bool:
         """Whether :attr:`background` has written the checkpoint ``path``."""

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from megaforge.monitor.events import EventLog
 from megaforge.parallel.context import ParallelContext
 from megaforge.training.callbacks import (
     Callback,
@@ -34,7 +35,7 @@ class FakeTrainer:
         self.saved: list[int] = []
         self.log: list[str] = []
         self.interrupted = self.save_due = self.save_written = False
-        self.saved_iteration = 0
+        self.saved_iteration, self.events = 0, EventLog()
         self.replica, self.ctx = None, ParallelContext.single()
         self.last_evaluation: EvaluationMetrics | None = None
         self.config = SimpleNamespace(training=SimpleNamespace(train_iters=iterations))

@@ -83,6 +83,7 @@ def test_every_number_that_a_run_writes_has_a_name_in_the_table(tmp_path: Path, 
         "weight_decay",  # excludes a second stage
         *("quant_clip_weights", "quant_clip_activations"),  # exclude --quant-lambda
         *("distill", "relations"),  # of another objective
+        "goodput",  # of runs that save
     }
     kinds = {name.partition("/")[2] for name in last if "/" in name}
     assert kinds == {"embedding", "attention", "rwkv", "moe", "router", "norm"}
