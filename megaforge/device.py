@@ -7,11 +7,16 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megaforge.errors import UserError
+from megaforge.registry import DEVICES
+
+IS_HIP = torch.version.hip is not None  # a ROCm build, whose torch.cuda is AMD's GPUs
 
 
 def set_gpu_environment(*, one_queue: bool, env: MutableMapping[str, str] = os.environ) -> None:
@@ -22,7 +27,7 @@ def set_gpu_environment(*, one_queue: bool, env: MutableMapping[str, str] = os.e
             collective that is to overlap with a matrix product then really starts before it.
         env: the environment. Blocks of memory that grow (``expandable_segments``) do not fragment when shapes change.
     """
-    if "PYTORCH_CUDA_ALLOC_CONF" not in env:  # the older name
+    if not IS_HIP and "PYTORCH_CUDA_ALLOC_CONF" not in env:  # the older name; ROCm has no such blocks
         env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if one_queue:
         env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -53,32 +58,111 @@ def give_back_host_memory() -> bool:
     return trim is not None and trim(0) >= 0
 
 
+@dataclass(frozen=True)
+class DeviceKind:
+    """What the engine asks of a kind of device. A package adds one by an entry point of the group
+    ``megaforge.devices``, a file by ``DEVICES.register``: either names a function without arguments that gives it.
+
+    Attributes:
+        type: of its ``torch.device``.
+        backend: of torch.distributed, for its tensors.
+        count: how many this process sees; None: one, which all ranks of a machine share.
+        select: makes a device the current one.
+        synchronize: waits for all that was started on a device.
+        peak_bytes: the most bytes that torch has allocated on a device so far.
+        memory: bytes of a device that are free now, and that it has in all.
+        random_state, set_random_state: of its default generator, a uint8 tensor; None: it draws from the CPU's.
+    """
+
+    type: str
+    backend: str
+    count: Callable[[], int] | None
+    select: Callable[[torch.device], None]
+    synchronize: Callable[[torch.device], None]
+    peak_bytes: Callable[[torch.device], int]
+    memory: Callable[[torch.device], tuple[int, int]]
+    random_state: Callable[[torch.device], torch.Tensor] | None = None
+    set_random_state: Callable[[torch.Tensor, torch.device], None] | None = None
+
+    @classmethod
+    def of_module(cls, type: str, backend: str) -> DeviceKind:
+        """The kind whose torch module (``torch.TYPE``, as of torch.cuda and of back ends of torch's PrivateUse1) has
+        the functions of ``torch.cuda``."""
+        module: Any = torch.get_device_module(type)
+        return cls(
+            type,
+            backend,
+            count=lambda: int(module.device_count()) if module.is_available() else 0,
+            select=lambda device: module.set_device(device),
+            synchronize=lambda device: module.synchronize(device),
+            peak_bytes=lambda device: int(module.max_memory_allocated(device)),
+            memory=lambda device: module.mem_get_info(device),
+            random_state=lambda device: module.get_rng_state(device),
+            set_random_state=lambda state, device: module.set_rng_state(state, device),
+        )
+
+
+def cpu() -> DeviceKind:
+    """``--device cpu``."""
+    return DeviceKind(
+        "cpu",
+        "gloo",
+        count=None,
+        select=lambda device: None,
+        synchronize=lambda device: None,
+        peak_bytes=lambda device: _peak_resident_bytes(),
+        memory=lambda device: (host_memory_bytes(), host_memory_bytes()),
+    )
+
+
+def cuda() -> DeviceKind:
+    """``--device cuda``: NVIDIA's GPUs, and with a ROCm build of torch AMD's."""
+    return DeviceKind.of_module("cuda", "nccl")
+
+
+def automatic() -> DeviceKind:
+    """``--device auto``: a GPU where torch sees one."""
+    return cuda() if torch.cuda.is_available() else cpu()
+
+
+_kinds: dict[str, DeviceKind] = {}  # by type: those that were asked for
+
+
+def kind_of(device: torch.device) -> DeviceKind:
+    """The kind of ``device``; of meta tensors, which are nowhere, that of a CPU."""
+    if device.type not in _kinds:
+        _kinds[device.type] = cuda() if device.type == "cuda" else cpu()
+    return _kinds[device.type]
+
+
 def resolve_device(requested: str, local_rank: int = 0) -> torch.device:
-    """Turns ``--device cpu|cuda|auto`` into a device; ``auto`` takes a GPU when torch sees one.
+    """Turns ``--device NAME`` into a device, which becomes the current one.
 
     Raises:
-        UserError: ``cuda`` was asked for and is not there, or has fewer devices than local ranks.
+        UserError: there is no such device, or there are fewer than local ranks.
     """
-    if requested not in ("cpu", "cuda", "auto"):
-        raise UserError(f"--device {requested}: choose cpu, cuda or auto")
-    if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device; use --device cpu or install a CUDA build of torch")
-    count = torch.cuda.device_count()
-    if local_rank >= count:
-        raise UserError(
-            f"--device {requested}: local rank {local_rank} has no device of its own ({count} visible); "
-            f"start at most {count} processes on this node (--nproc-per-node {count})"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
+    kind: DeviceKind = DEVICES.get(requested)()
+    _kinds[kind.type] = kind
+    if kind.count is None:
+        device = torch.device(kind.type)
+    else:
+        count = kind.count()
+        if not count:
+            other = "; use --device cpu or install a CUDA or ROCm build of torch" if kind.type == "cuda" else ""
+            raise UserError(f"--device {requested}: torch sees no {kind.type.upper()} device{other}")
+        if local_rank >= count:
+            raise UserError(
+                f"--device {requested}: local rank {local_rank} has no device of its own ({count} visible); "
+                f"start at most {count} processes on this node (--nproc-per-node {count})"
+            )
+        device = torch.device(kind.type, local_rank)
+    kind.select(device)
     return device
 
 
 def communication_backend(device: torch.device) -> str:
     """The torch.distributed backend that serves tensors of ``device``."""
-    return "nccl" if device.type == "cuda" else "gloo"
+    return kind_of(device).backend
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -179,8 +263,7 @@ def record_graph(step: Callable[[], torch.Tensor]) -> Recorded:
 
 def synchronize(device: torch.device) -> None:
     """Waits for queued work on ``device``; a CPU has none."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    kind_of(device).synchronize(device)
 
 
 def mark_profiled_range(*, begins: bool) -> None:
@@ -217,8 +300,10 @@ def host_memory_bytes(root: Path = _CGROUP, groups: Path = Path("/proc/self/cgro
 
 def peak_memory_bytes(device: torch.device) -> int:
     """The most bytes allocated on ``device`` so far (on a CPU: the process's peak resident set)."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+    return kind_of(device).peak_bytes(device)
+
+
+def _peak_resident_bytes() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -227,11 +312,11 @@ def peak_memory_bytes(device: torch.device) -> int:
 def memory_share(device: torch.device, ranks: int) -> float:
     """How full the memory of this rank was at its peak: what torch allocated on the GPU, and what lies there besides;
     on a CPU its peak resident set, of its part of the memory that the ``ranks`` of this machine share."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        besides = total - free - torch.cuda.memory_reserved(device)
-        return (peak_memory_bytes(device) + max(0, besides)) / total
-    return peak_memory_bytes(device) * ranks / host_memory_bytes()
+    if device.type == "cpu":
+        return peak_memory_bytes(device) * ranks / host_memory_bytes()
+    free, total = kind_of(device).memory(device)
+    besides = total - free - torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+    return (peak_memory_bytes(device) + max(0, besides)) / total
 
 
 def reserved_memory_bytes(device: torch.device) -> int:
@@ -249,14 +334,19 @@ def page_faults() -> int:
 
 def get_random_state(device: torch.device) -> dict[str, torch.Tensor]:
     """The state of torch's default generators that code on ``device`` draws from: name -> uint8 [n], host memory."""
-    states = {"rng_cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["rng_cuda"] = torch.cuda.get_rng_state(device)
+    states, kind = {"rng_cpu": torch.get_rng_state()}, kind_of(device)
+    if kind.random_state is not None:
+        states[_state_name(kind)] = kind.random_state(device)
     return states
 
 
 def set_random_state(device: torch.device, states: dict[str, torch.Tensor]) -> None:
     """Takes back what :func:`get_random_state` gave."""
     torch.set_rng_state(states["rng_cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["rng_cuda"], device)
+    kind = kind_of(device)
+    if kind.set_random_state is not None:
+        kind.set_random_state(states[_state_name(kind)], device)
+
+
+def _state_name(kind: DeviceKind) -> str:
+    return "rng_cuda" if kind.type == "cuda" else "rng_device"

@@ -25,13 +25,14 @@ from megaforge.errors import UserError
 class Registry:
     """Parts of one kind by name, in the order in which they were added; ``builtin`` has the names of ours."""
 
-    def __init__(self, kind: str, builtin: Mapping[str, str]) -> None:
+    def __init__(self, kind: str, builtin: Mapping[str, str], entry_points: str | None = None) -> None:
         """
         Args:
             kind: what the parts are, for messages: ``update rule``.
             builtin: ``module:attribute`` of each, imported when it is first asked for.
+            entry_points: the group of entry points by which installed packages add parts.
         """
-        self.kind, self.builtin = kind, tuple(builtin)
+        self.kind, self.builtin, self._group = kind, tuple(builtin), entry_points
         self._parts: dict[str, Any] = dict(builtin)
         self._unread = set(builtin)
 
@@ -64,7 +65,7 @@ class Registry:
         Raises:
             UserError: no part has this name.
         """
-        if name not in self._parts:
+        if name not in self:
             close = get_close_matches(name, self._parts, n=1)
             meant = f"; did you mean {close[0]}?" if close else ""
             raise UserError(
@@ -73,11 +74,24 @@ class Registry:
             )
 
     def names(self) -> tuple[str, ...]:
-        """All names."""
+        """All names; of installed packages' parts those that were asked for already."""
         return tuple(self._parts)
 
     def __contains__(self, name: object) -> bool:
+        if name not in self._parts:
+            self._add_installed()
         return name in self._parts
+
+    def _add_installed(self) -> None:
+        """Adds, once, what installed packages have; names that are taken stay."""
+        group, self._group = self._group, None
+        if group is None:
+            return
+        from importlib.metadata import entry_points
+
+        for point in entry_points(group=group):
+            if self._parts.setdefault(point.name, point.value) is point.value:
+                self._unread.add(point.name)
 
 
 def _same_source(one: Any, other: Any) -> bool:
@@ -161,6 +175,11 @@ OBJECTIVES = Registry(
 )
 LOSS_TERMS = Registry("loss term", {})
 CALLBACKS = Registry("callback", {"reduce_on_plateau": "megaforge.training.lr_plateau:reduce_on_plateau"})
+DEVICES = Registry(  # functions that give a megaforge.device.DeviceKind
+    "device",
+    {"cpu": "megaforge.device:cpu", "cuda": "megaforge.device:cuda", "auto": "megaforge.device:automatic"},
+    entry_points="megaforge.devices",
+)
 ARCHITECTURES = Registry(  # by their model_type in Hugging Face's config.json
     "published architecture",
     {

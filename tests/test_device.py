@@ -6,15 +6,27 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from megaforge import device
 from megaforge.device import host_memory_bytes, keep_host_memory, set_gpu_environment, upload
+from megaforge.errors import UserError
+from megaforge.kernels import grouped_mm
+from megaforge.kernels.attention import varlen
+from megaforge.planning.machine import this_stand
+from megaforge.registry import Registry, load_extensions
 from megaforge.training import setup
-from tests.training.tiny import arguments, make_config
+from megaforge.training.callbacks import MetricsWriter
+from tests.training.tiny import arguments, make_config, make_trainer, write_dataset
 
+PRETEND = Path(__file__).parent / "toys" / "pretend_device.py"
 GROWING = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
@@ -83,6 +95,7 @@ def test_ranks_without_cores_are_told(device: str, ranks: int, cores: int, said:
 
 _FAULTS = """
 import json, torch
+from megaforge import device
 from megaforge.device import host_memory_bytes, keep_host_memory, page_faults
 
 def faults():
@@ -152,3 +165,90 @@ def test_the_smallest_limit_of_a_process_and_its_containers_counts(tmp_path: Pat
     assert host_memory_bytes(tmp_path, groups) == machine
     (tmp_path / "memory" / "box" / "memory.limit_in_bytes").write_text("4096\n")
     assert host_memory_bytes(tmp_path, groups) == 4096
+
+
+def test_a_device_is_one_file(tmp_path: Path, restored: None) -> None:
+    """Training on a device of one's own: it is chosen, waited for, measured, and its random state saved and loaded."""
+    toy = load_extensions((str(PRETEND),)) and next(m for n, m in sys.modules.items() if "_pretend_device_" in n)
+    prefix, save = write_dataset(tmp_path / "d_text_document"), str(tmp_path / "run")
+    argv = [*arguments(prefix), "--extensions", str(PRETEND), "--device", "pretend", "--save", save, "--load", save]
+    place = device.resolve_device("pretend", 1)
+    assert (place.type, place.index, toy.ASKED["select 1"]) == ("cpu", 1, 1)
+    assert device.communication_backend(place) == "gloo"
+    assert this_stand("pretend", 1).memory == 2e9 and this_stand("pretend", 0).device == "pretend"
+    with pytest.raises(UserError, match=r"--device pretend: local rank 2 has no device of its own \(2 visible\)"):
+        device.resolve_device("pretend", 2)
+    trainer = make_trainer([*argv, "--train-iters", "1"])
+    recorder = Peaks()
+    trainer.add(MetricsWriter([recorder]))
+    trainer.train()
+    assert recorder.peaks == [123e6] and toy.ASKED["synchronize"] > 0
+    make_trainer([*argv, "--train-iters", "2"]).train()
+    assert toy.ASKED["random 7"] > 0, "what was saved of its generator is given back"
+
+
+class Peaks:
+    """A sink that keeps the memory of each step."""
+
+    def __init__(self) -> None:
+        self.peaks: list[float] = []
+
+    def write(self, kind: str, iteration: int, values: dict[str, Any]) -> None:
+        self.peaks += [values["peak_memory_bytes"]] if kind == "step" else []
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """Afterwards the CPU is itself again."""
+    yield
+    device.resolve_device("cpu")
+
+
+def test_a_package_adds_devices_by_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [EntryPoint("installed", "tests.test_device:installed", "g"), EntryPoint("cpu", "nowhere:other", "g")]
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points if group == "g" else [])
+    registry = Registry("device", {"cpu": "megaforge.device:cpu"}, entry_points="g")
+    assert registry.names() == ("cpu",), "packages are not searched for nothing"
+    assert registry.get("installed") is installed and registry.names() == ("cpu", "installed")
+    assert registry.get("cpu") is device.cpu, "a name of ours stays ours"
+    with pytest.raises(UserError, match=r"'gpu' is not a known device \(there are cpu, installed\)"):
+        Registry("device", {"cpu": "megaforge.device:cpu"}, entry_points="g").check("gpu")
+
+
+def installed() -> device.DeviceKind:
+    return device.cpu()
+
+
+def test_a_torch_module_like_that_of_cuda_makes_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    module = SimpleNamespace(
+        is_available=lambda: True,
+        device_count=lambda: 3,
+        set_device=asked.append,
+        synchronize=asked.append,
+        max_memory_allocated=lambda place: 5,
+        mem_get_info=lambda place: (1, 4),
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda name: module)
+    kind = device.DeviceKind.of_module("other", "othercl")
+    assert (kind.backend, kind.count and kind.count()) == ("othercl", 3)
+    place = torch.device("meta")
+    kind.select(place), kind.synchronize(place)
+    assert asked == [place, place] and (kind.peak_bytes(place), kind.memory(place)) == (5, (1, 4))
+    module.is_available = lambda: False
+    assert kind.count() == 0
+
+
+def test_a_rocm_build_is_not_given_what_only_nvidias_gpus_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "IS_HIP", True)
+    given: dict[str, str] = {}
+    set_gpu_environment(one_queue=False, env=given)
+    assert given == {}, "its allocator has no blocks that grow"
+    for module in (varlen, grouped_mm):
+        monkeypatch.setattr(module, "IS_HIP", True)
+    amd = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=torch.bfloat16, shape=(1, 2, 8, 64))
+    assert varlen.why_not(amd) == "is not tried on ROCm"  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ from megaforge.checkpoint.directory import KEEP_ALL, Retention
 from megaforge.checkpoint.planner import deal_out
 from megaforge.checkpoint.replica import Replica
 from megaforge.checkpoint.shards import Shard
+from megaforge.device import synchronize
 from megaforge.errors import CheckpointError
 from megaforge.monitor.events import EventLog
 from megaforge.parallel.agree import exchange, together
@@ -220,7 +221,7 @@ class BackgroundSave:
                 pieces.append((offsets, buffer))
             copies[key] = Shard(shard.shape, pieces)
         if on_gpu:
-            torch.cuda.synchronize(self._ctx.device)
+            synchronize(self._ctx.device)
         self._buffers = buffers
         return copies
 

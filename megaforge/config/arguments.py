@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from megaforge.config.fields import Bounds
 from megaforge.errors import UserError
+from megaforge.registry import Registry
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -73,6 +74,19 @@ def number(
 ) -> Callable[[str], float]:
     """What argparse's ``type`` takes for a number within bounds; ``above`` and ``below`` are left out themselves."""
     return _within(Bounds(least, most, above=above, below=below), float, "a number")
+
+
+def part_of(registry: Registry) -> Callable[[str], str]:
+    """What argparse's ``type`` takes for the name of a part of ``registry``."""
+
+    def parse(text: str) -> str:
+        try:
+            registry.check(text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return text
+
+    return parse
 
 
 def byte_size(text: str) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megaforge.config.batch_schedule import parse_steps
 from megaforge.config.fields import flag
 from megaforge.errors import UserError
-from megaforge.registry import CALLBACKS, LOSS_TERMS, OBJECTIVES, SCHEDULES
+from megaforge.registry import CALLBACKS, DEVICES, LOSS_TERMS, OBJECTIVES, SCHEDULES
 
 
 def default_expert_tensor_parallel_size(tp: int, ep: int, stage_ranks: int) -> int:
@@ -234,7 +234,7 @@ class TrainingConfig:
     bf16: bool = flag(False, "compute in bfloat16; master weights stay in fp32")
     fp16: bool = flag(False, "compute in float16 with dynamic loss scaling; master weights stay in fp32")
     fp64: bool = flag(False, "compute in float64 (for parity checks)")
-    device: str = flag("auto", "where to compute", choices=("cpu", "cuda", "auto"))
+    device: str = flag("auto", "where to compute; cuda stands for AMD's GPUs too", choices=DEVICES)
     float32_matmul_precision: str = flag(
         "auto",
         "torch's matmul precision; auto takes 'medium' on a CPU where a self-check shows it exact to 1e-6",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from megaforge.config.arguments import integer
+from megaforge.config.arguments import integer, part_of
+from megaforge.registry import DEVICES
 
 if TYPE_CHECKING:
     from megaforge.inference.restore import TrainedModel
@@ -31,7 +32,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16"), help="of weights and activations (default: as in training)"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="where to compute")
+    parser.add_argument("--device", type=part_of(DEVICES), default="auto", help="where to compute: cpu, cuda or auto")
 
 
 def open_model(flags: argparse.Namespace) -> TrainedModel:

@@ -178,7 +178,7 @@ def sum_of_squares(gradients: Sequence[Tensor], limit: float | None = None) -> T
     total = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
     for gradient in gradients:
         own = torch.zeros_like(total)
-        for block in gradient.reshape(-1).split(_BLOCK[gradient.device.type]):
+        for block in gradient.reshape(-1).split(_BLOCK.get(gradient.device.type, 1 << 24)):
             wide = block.double() if limit is None else block.clamp(-limit, limit).double()
             own += torch.dot(wide, wide)
         total += own

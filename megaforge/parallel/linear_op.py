@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from megaforge.device import IS_HIP
 from megaforge.kernels.grouped_mm import Runs, grouped_input_gradient, grouped_linear, grouped_weight_gradient
 from megaforge.parallel.context import Axis, ParallelContext
 from megaforge.parallel.region import TensorParallelRegion
 
-# Whether products of 16-bit matrices are added to an fp32 one (torch 2.8; on GPUs).
-_ADDS_WIDE = "dtype_out" in torch.ops.aten.addmm.overloads()
+# Whether products of 16-bit matrices are added to an fp32 one (torch 2.8; on NVIDIA's GPUs).
+_ADDS_WIDE = "dtype_out" in torch.ops.aten.addmm.overloads() and not IS_HIP
 
 
 class Quantized(NamedTuple):

@@ -13,9 +13,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from megaforge.device import host_memory_bytes
 from megaforge.errors import UserError
 from megaforge.planning.gpus import GPUS, Gpu
+from megaforge.registry import DEVICES
 
 # A core's rates where nothing was measured, of this order on servers; they weigh layouts against each other.
 CORE_MATMUL, CORE_MEMORY, CPU_MEMORY = 50e9, 10e9, 100e9  # FLOP/s; bytes/s of one, and of all cores together
@@ -55,7 +58,12 @@ def this_stand(requested: str, local_rank: int) -> Stand:
     Raises:
         UserError: there is no accelerator of its own.
     """
-    found = [] if requested == "cpu" else accelerators()
+    if requested not in DEVICES.builtin and (kind := DEVICES.get(requested)()).count is not None:
+        found: Sequence[tuple[str, float]] = [
+            (requested, kind.memory(torch.device(kind.type, number))[1]) for number in range(kind.count())
+        ]
+    else:
+        found = accelerators() if requested in ("cuda", "auto") else ()
     cores = len(os.sched_getaffinity(0))
     if not found:
         return Stand(os.uname().nodename, "cpu", host_memory_bytes(), cores)

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaforge.config.arguments import ArgumentParser, integer, number
+from megaforge.config.arguments import ArgumentParser, integer, number, part_of
 from megaforge.config.cli import parse_config
 from megaforge.config.config import Config
 from megaforge.config.layout_settings import given_settings
 from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.errors import UserError
 from megaforge.planning.gpus import GPUS, gpu_named
+from megaforge.registry import DEVICES
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def parse_detect(arguments: Sequence[str], prog: str) -> argparse.Namespace:
         prog=prog,
         description="Finds devices, memory and links, and measures them; under torchrun, between the ranks too.",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="what to look at")
+    parser.add_argument("--device", type=part_of(DEVICES), default="auto", help="what to look at: cpu, cuda or auto")
     parser.add_argument(
         "--megabytes", type=integer(1, 1 << 14), default=64, metavar="N", help="of the tensor that ranks sum"
     )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megaforge.device import upload
+from megaforge.device import IS_HIP, upload
 from megaforge.kernels.attention.segments import FEW, Plans
 
 try:
@@ -41,6 +41,8 @@ def why_not(query: Tensor) -> str | None:
     if VARLEN is None:
         return "is not in this torch"
     on_meta = query.device.type == "meta"
+    if IS_HIP and not on_meta:
+        return "is not tried on ROCm"
     capability = OLDEST if on_meta else torch.cuda.get_device_capability(query.device)
     if flash_serves(query.dtype, query.shape[-1], capability):
         return None

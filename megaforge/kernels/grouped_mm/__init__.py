@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaforge.device import upload
+from megaforge.device import IS_HIP, upload
 from megaforge.kernels.native import say_fallback
 
 FEW_ROWS = 128  # an expert, on average
@@ -41,7 +41,7 @@ def takes_grouped_mm(x: Tensor, weight: Tensor) -> bool:
         return False
     if x.device.type == "cpu":
         return x.dtype in (torch.float32, torch.bfloat16) and len(x) <= FEW_ROWS * len(weight)
-    return x.device.type == "cuda" and x.dtype == torch.bfloat16
+    return x.device.type == "cuda" and x.dtype == torch.bfloat16 and not IS_HIP
 
 
 def _starts_between(x: Tensor) -> bool:
@@ -52,10 +52,11 @@ def _starts_between(x: Tensor) -> bool:
 def say_loop(x: Tensor, weight: Tensor) -> None:
     """Says that a GPU walks through the experts. On CPUs the loop is as good."""
     if x.device.type == "cuda":
+        wants = "it wants bf16 and widths that are multiples of 8 elements"
+        takes_not = f"does not take these tensors (rows in {x.dtype}, matrices in {weight.dtype}); {wants}"
         say_fallback(
             "experts",
-            f"grouped_mm does not take these tensors (rows in {x.dtype}, matrices in {weight.dtype}); it wants bf16 "
-            "and widths that are multiples of 8 elements",
+            f"grouped_mm {'is not tried on ROCm' if IS_HIP else takes_not}",
             "one product an expert, several times slower",
         )
 
