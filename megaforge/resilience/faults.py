@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -26,6 +27,7 @@ from megaforge.json_text import parse_json
 
 VARIABLE = "MEGAFORGE_FAULTS"
 PATIENCE = 120.0  # seconds that a rank waits for what the test bed does outside of it
+_DAMAGES = ("truncate", "flip", "delete")  # of checkpoints, which nobody would look at beside a snapshot
 CLOCK_JUMP = 36 * 3600.0
 SLOW_SECONDS = 3.0
 
@@ -38,12 +40,14 @@ class Kind(NamedTuple):
         action: what happens there, one of :data:`ACTIONS`.
         ends: whether this attempt of the run ends by it.
         first_rank: whether only rank 0 comes there.
+        in_memory: whether it is about snapshots in memory, and waits until one is newer than every checkpoint.
     """
 
     point: str
     action: str
     ends: bool = True
     first_rank: bool = False
+    in_memory: bool = False
 
 
 KINDS = {
@@ -60,9 +64,12 @@ KINDS = {
     "disk full": Kind("write", "fill"),
     "read-only directory": Kind("write", "lock up"),
     "NaN gradient": Kind("step", "nan"),
+    "node lost": Kind("step", "lose node", in_memory=True),
+    "damaged snapshot": Kind("step", "spoil", in_memory=True),
     "clock jump": Kind("step", "clock", ends=False),
     "second job": Kind("step", "ask", ends=False, first_rank=True),
     "stale rendezvous": Kind("step", "ask", first_rank=True),
+    "network cut": Kind("step", "ask"),
 }
 
 
@@ -75,12 +82,14 @@ class Fault:
         kind: one of :data:`KINDS`.
         rank: of which process.
         iteration: not before this one.
+        forget: whether the snapshots in memory are lost with it, on all nodes.
     """
 
     number: int
     kind: str
     rank: int
     iteration: int
+    forget: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,11 +101,15 @@ class Plan:
         faults: in their order.
         own_disk: whether ``save`` is a file system of its own, which may be filled and made read-only; else the write
             is told that it is.
+        memory: folder of the run's snapshots, with one of each node in it; none where it is empty.
+        node_ranks: how many ranks in a row make a node.
     """
 
     save: str
     faults: tuple[Fault, ...]
     own_disk: bool = False
+    memory: str = ""
+    node_ranks: int = 1
 
     def write(self, path: Path) -> None:
         """Keeps the plan as JSON."""
@@ -111,9 +124,11 @@ class Plan:
         try:
             fields = parse_json(path.read_bytes())
             faults = tuple(
-                Fault(int(f["number"]), str(f["kind"]), int(f["rank"]), int(f["iteration"])) for f in fields["faults"]
+                Fault(int(f["number"]), str(f["kind"]), int(f["rank"]), int(f["iteration"]), bool(f["forget"]))
+                for f in fields["faults"]
             )
-            plan = cls(str(fields["save"]), faults, bool(fields["own_disk"]))
+            memory, node_ranks = str(fields["memory"]), int(fields["node_ranks"])
+            plan = cls(str(fields["save"]), faults, bool(fields["own_disk"]), memory, node_ranks)
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{VARIABLE}={path}: no plan of faults ({error}); unset it to train without any") from error
         if unknown := {fault.kind for fault in faults} - KINDS.keys():
@@ -150,7 +165,9 @@ def draw(
     for place, kind in enumerate(others):
         iteration = first + len(faults) * stride + chance.randrange(stride)
         rank = 0 if KINDS[kind].first_rank else chance.randrange(ranks)
-        faults.append(Fault(len(faults), kind, rank, iteration))
+        alike = chance.random() < 0.5
+        forget = KINDS[kind].action in _DAMAGES or (alike and KINDS[kind].ends and not KINDS[kind].in_memory)
+        faults.append(Fault(len(faults), kind, rank, iteration, forget))
         if place in after:
             faults.append(Fault(len(faults), "kill mid-load", chance.randrange(ranks), 0))
     return tuple(faults)
@@ -178,10 +195,14 @@ class Injector:
             return
         if where.get("iteration", fault.iteration) < fault.iteration or (point == "write" and self._writes < 2):
             return  # a file is struck in its midst
+        if KINDS[fault.kind].in_memory and not self._memory_is_newest():
+            return
         with open(self._mark(fault), "x", encoding="utf-8") as mark:
             json.dump({"time": time.time(), "kind": fault.kind, "iteration": where.get("iteration")}, mark)
             mark.flush()
             os.fsync(mark.fileno())
+        if fault.forget and self.plan.memory:
+            shutil.rmtree(self.plan.memory, ignore_errors=True)
         ACTIONS[KINDS[fault.kind].action](self, fault, where)
 
     def put_right(self) -> None:
@@ -210,9 +231,19 @@ class Injector:
 
     def _shard(self) -> Path:
         """A file of tensors of the newest checkpoint."""
-        steps = sorted(path for path in Path(self.plan.save).glob("step_*") if path.name[5:].isdigit())
-        files = sorted(steps[-1].glob("rank_*"))
+        files = sorted(_steps(Path(self.plan.save))[-1].glob("rank_*"))
         return files[self.rank % len(files)]
+
+    def _nodes(self) -> list[Path]:
+        return sorted(Path(self.plan.memory).glob("node_*")) if self.plan.memory else []
+
+    def _own_node(self) -> Path:
+        return Path(self.plan.memory) / f"node_{self.rank // self.plan.node_ranks}"
+
+    def _memory_is_newest(self) -> bool:
+        """Whether all nodes have one snapshot that is newer than every checkpoint."""
+        newest = {_newest(node) for node in self._nodes()}
+        return len(newest) == 1 and newest.pop() > _newest(Path(self.plan.save))
 
     def _kill(self, fault: Fault, where: dict[str, Any]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -229,16 +260,23 @@ class Injector:
         self._kill(fault, where)
 
     def _flip(self, fault: Fault, where: dict[str, Any]) -> None:
-        with open(self._shard(), "r+b") as file:
-            place = random.Random(fault.number).randrange(file.seek(0, os.SEEK_END))
-            file.seek(place)
-            [byte] = file.read(1)
-            file.seek(place)
-            file.write(bytes([byte ^ 1 << place % 8]))
+        _flip_bit(self._shard(), random.Random(fault.number))
         self._kill(fault, where)
 
     def _delete(self, fault: Fault, where: dict[str, Any]) -> None:
         self._shard().unlink()
+        self._kill(fault, where)
+
+    def _lose_node(self, fault: Fault, where: dict[str, Any]) -> None:
+        shutil.rmtree(self._own_node())
+        self._kill(fault, where)
+
+    def _spoil(self, fault: Fault, where: dict[str, Any]) -> None:
+        """Every copy of one rank's file in memory loses a bit: the run has to do with what is on the disk."""
+        name = next(path.name for path in sorted(_steps(self._own_node())[-1].glob("rank_*")))
+        for node in self._nodes():
+            for path in _steps(node)[-1].glob(name):
+                _flip_bit(path, random.Random(fault.number))
         self._kill(fault, where)
 
     def _fill(self, fault: Fault, where: dict[str, Any]) -> None:
@@ -281,6 +319,8 @@ ACTIONS: dict[str, Callable[[Injector, Fault, dict[str, Any]], None]] = {
     "truncate": Injector._truncate,
     "flip": Injector._flip,
     "delete": Injector._delete,
+    "lose node": Injector._lose_node,
+    "spoil": Injector._spoil,
     "fill": Injector._fill,
     "lock up": Injector._lock_up,
     "nan": Injector._nan,
@@ -301,6 +341,25 @@ def arm(rank: int) -> None:
     injector = Injector(Plan.read(Path(path)), rank, Path(path).parent / "marks")
     injector.put_right()
     fault_points.arm(injector)
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The checkpoints or snapshots there, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.name[5:].isdigit())
+
+
+def _newest(folder: Path) -> int:
+    steps = _steps(folder)
+    return int(steps[-1].name[5:]) if steps else -1
+
+
+def _flip_bit(path: Path, chance: random.Random) -> None:
+    with open(path, "r+b") as file:
+        place = chance.randrange(file.seek(0, os.SEEK_END))
+        file.seek(place)
+        [byte] = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ 1 << place % 8]))
 
 
 def _remount(directory: str, how: str, check: bool = True) -> None:

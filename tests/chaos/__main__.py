@@ -15,6 +15,7 @@ from megaforge.resilience.faults import KINDS, draw, kinds_named
 from tests.chaos import __doc__ as description
 from tests.chaos.chaos import Outcome, chaos
 from tests.chaos.job import LAYOUTS
+from tests.chaos.network import Network
 from tests.chaos.report import report
 
 
@@ -40,6 +41,17 @@ def main() -> int:
     except (UserError, ValueError) as error:
         parser.error(str(error))
     with contextlib.ExitStack() as stack:
+        network, left_out = None, [kind for kind in kinds if flags.ranks == 1 and KINDS[kind].in_memory]
+        if "network cut" in kinds:
+            try:
+                if flags.ranks == 1:
+                    raise OSError("one rank has no network")
+                network = Network()
+                stack.callback(network.remove)
+            except OSError as error:
+                left_out.append("network cut")
+                print(f"network cut: left out, as {error}", flush=True)
+        kinds = [kind for kind in kinds if kind not in left_out]
         home = flags.output or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos_")))
         own_disk = stack.enter_context(small_disk(home / "disturbed" / "checkpoints"))
         outcome = chaos(
@@ -52,6 +64,7 @@ def main() -> int:
             restarts=flags.restarts,
             minutes=flags.minutes,
             own_disk=own_disk,
+            network=network,
         )
         return told(outcome, flags.report)
 

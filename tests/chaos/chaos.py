@@ -12,8 +12,9 @@ from megaforge.resilience.faults import Plan, draw
 from tests.chaos.disturbed import Disturbed
 from tests.chaos.job import Job, free_port, write_text
 from tests.chaos.judge import findings, last_tensors, redone
+from tests.chaos.network import Network
 
-FIRST, STRIDE = 5, 4  # two checkpoints are there before the first fault, and two more before the next
+FIRST, STRIDE = 7, 4  # two checkpoints are there before the first fault, and one more before the next
 
 
 @dataclass(frozen=True)
@@ -46,25 +47,27 @@ def chaos(
     text: Path | None = None,
     minutes: float | None = None,
     own_disk: bool = False,
+    network: Network | None = None,
 ) -> Outcome:
     """Runs both below ``home`` and compares them."""
     if text is None:
         text = home / "text"
         write_text(text)
-    iterations = FIRST + count * STRIDE + 1
+    iterations = FIRST + count * STRIDE + 4
     calm, job = (Job(home / name, text, ranks, iterations, timeout) for name in ("calm", "disturbed"))
     began = time.monotonic()
     until = math.inf if minutes is None else began + 60 * minutes
-    if (status := calm.launch(free_port()).process.wait()) != 0:
+    if (status := calm.launch(free_port()).processes[0].wait()) != 0:
         said = (calm.home / "launch.log").read_text(encoding="utf-8")
         raise RuntimeError(f"the run that nothing disturbs ended with {status}:\n{said}")
     calm_seconds = time.monotonic() - began
     faults = draw(seed, count, ranks=ranks, first=FIRST, stride=STRIDE, kinds=kinds)
-    plan = Plan(str(job.save), faults, own_disk)
+    memory = "" if job.node_ranks is None else str(job.memory)
+    plan = Plan(str(job.save), faults, own_disk, memory, job.node_ranks or 1)
     path = home / "plan" / "plan.json"
     path.parent.mkdir(parents=True)
     plan.write(path)
-    run = Disturbed(job, plan, path, restarts)
+    run = Disturbed(job, plan, path, restarts, network=network)
     done = run.run(until)
     found = list(findings(job, calm, run, done, last_tensors(calm)))
     return Outcome(run, seed, found, calm_seconds, redone(job))

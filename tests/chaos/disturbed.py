@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megaforge.resilience.faults import KINDS, Fault, Injector, Plan
-from tests.chaos.job import Job, Launched, free_port
+from tests.chaos.job import Job, free_port
+from tests.chaos.network import Network
 
 STARTUP = 90.0  # seconds that ranks may take to start on a busy machine, beyond the timeout
 
@@ -23,6 +25,7 @@ class Met:
         reached: the newest iteration then.
         back: when an iteration beyond that was seen.
         note: what was seen of it outside of the run.
+        tier: what the run went on from: ``memory`` or ``disk``; empty where it did not end.
     """
 
     fault: Fault
@@ -30,6 +33,7 @@ class Met:
     reached: int = 0
     back: float | None = None
     note: str = ""
+    tier: str = ""
 
 
 @dataclass
@@ -50,6 +54,9 @@ class Disturbed:
     launches: int = 0
     hangs: list[int] = field(default_factory=list)
     seconds: float = 0.0
+    network: Network | None = None
+    _mend_at: float = math.inf
+    _read: int = 0
 
     def run(self, until: float) -> bool:
         """Launches until the job is done; whether it was, before the clock (monotonic) showed ``until``."""
@@ -57,9 +64,10 @@ class Disturbed:
         self._injector = Injector(self.plan, -1, self.path.parent / "marks")
         self._port = free_port()
         began = time.monotonic()
-        while time.monotonic() < until and self.launches <= len(self.plan.faults):
+        while time.monotonic() < until and self.launches < len(self.plan.faults) + 5:
             self.launches += 1
-            self._launched = self.job.launch(self._port, restarts=self.restarts, plan=self.path)
+            self._mend()
+            self._launched = self.job.launch(self._port, restarts=self.restarts, plan=self.path, network=self.network)
             patience = self.job.timeout + STARTUP
             status = self._launched.wait(self._progress, patience, self._poll)
             if status is None:
@@ -80,7 +88,30 @@ class Disturbed:
     def _log(self) -> Path:
         return self.job.home / "launch.log"
 
+    def _tiers(self) -> None:
+        """What the run says that it goes on from belongs to all faults before."""
+        if not self._log.exists():
+            return
+        with self._log.open("rb") as file:
+            file.seek(self._read)
+            new = file.read()
+        whole = new.rfind(b"\n") + 1
+        self._read += whole
+        for line in new[:whole].decode(errors="replace").splitlines():
+            if line.startswith("loading "):
+                for met in self.met:
+                    if met.struck is not None and not met.tier and KINDS[met.fault.kind].ends:
+                        met.tier = "memory" if str(self.job.home / "memory") in line else "disk"
+
+    def _mend(self) -> None:
+        if self.network is not None and self.network.is_cut:
+            self.network.mend()
+        self._mend_at = math.inf
+
     def _poll(self) -> None:
+        self._tiers()
+        if time.monotonic() > self._mend_at:
+            self._mend()
         newest = newest_iteration(self.job.metrics)
         for met in self.met:
             if met.struck is None and self._injector._mark(met.fault).exists():
@@ -94,14 +125,19 @@ class Disturbed:
         if KINDS[met.fault.kind].action != "ask":
             return
         if met.fault.kind == "second job":
-            other: Launched = self.job.second()
+            other = self.job.second()
             try:
-                status = other.process.wait(timeout=STARTUP)
+                status = other.processes[0].wait(timeout=STARTUP)
             except subprocess.TimeoutExpired:
                 other.kill()
                 status = -1
             said = (self.job.home / "second.log").read_text(encoding="utf-8")
             met.note = "refused" if status and "another run saves there" in said else f"status {status}"
+            self._injector.answer(met.fault).touch()
+        elif met.fault.kind == "network cut":
+            assert self.network is not None
+            self.network.cut()
+            self._mend_at = time.monotonic() + self.job.timeout + 10
             self._injector.answer(met.fault).touch()
         else:  # the launcher dies with its ranks, and the next one has its address and its name
             self._launched.kill()

@@ -45,6 +45,8 @@ def findings(job: Job, calm: Job, run: Disturbed, done: bool, tensors: dict[str,
             yield f"fault {met.fault.number} ({met.fault.kind}) did not strike"
         if met.fault.kind == "second job" and met.note != "refused":
             yield f"fault {met.fault.number}: the second job was not refused ({met.note})"
+        if met.fault.kind == "node lost" and met.struck is not None and met.tier != "memory":
+            yield f"fault {met.fault.number}: the lost node's files did not come from its peer"
     ours, theirs = rows(job), rows(calm)
     if missing := theirs.keys() - ours.keys():
         yield f"iterations {sorted(missing)} were never trained"

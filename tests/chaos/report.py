@@ -25,8 +25,8 @@ def _lines(outcome: Outcome) -> Iterator[str]:
     yield f"{run.launches} launches and {run.seconds:.0f} s, against {outcome.calm_seconds:.0f} s without faults;"
     yield f"{outcome.redone} steps were made again."
     yield ""
-    yield "| fault | times | came back | until a new step, s (median, longest) |"
-    yield "|---|---|---|---|"
+    yield "| fault | times | came back | from memory, disk | until a new step, s (median, longest) |"
+    yield "|---|---|---|---|---|"
     by_kind = defaultdict[str, list[Met]](list)
     for met in struck:
         by_kind[met.fault.kind].append(met)
@@ -45,4 +45,5 @@ def _lines(outcome: Outcome) -> Iterator[str]:
 def _row(kind: str, met: list[Met]) -> str:
     seconds = [one.back - one.struck for one in met if one.back is not None and one.struck is not None]
     took = f"{statistics.median(seconds):.1f}, {max(seconds):.1f}" if seconds else "-"
-    return f"| {kind} | {len(met)} | {len(seconds)} | {took} |"
+    tiers = ", ".join(str(sum(one.tier == tier for one in met)) for tier in ("memory", "disk"))
+    return f"| {kind} | {len(met)} | {len(seconds)} | {tiers if KINDS[kind].ends else '-'} | {took} |"

@@ -6,6 +6,7 @@ import errno
 import json
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def _injector(folder, *kinds, rank=0, ranks=None):
     save = folder / "save"
     save.mkdir(exist_ok=True)
     faults = tuple(Fault(n, kind, (ranks or [0] * len(kinds))[n], 3) for n, kind in enumerate(kinds))
-    return Injector(Plan(str(save), faults), rank, folder / "marks")
+    return Injector(Plan(str(save), faults, memory=str(folder / "memory")), rank, folder / "marks")
 
 
 def test_faults_strike_once_in_their_order_on_their_rank(tmp_path, monkeypatch):
@@ -92,6 +93,41 @@ def test_a_shard_is_damaged_before_the_kill(tmp_path, monkeypatch):
     assert not newest.exists() and len(killed) == 3
 
 
+def test_a_node_is_lost_once_its_memory_is_newest(tmp_path, monkeypatch):
+    monkeypatch.setattr(Injector, "_kill", lambda *_: None)
+    injector = _injector(tmp_path, "node lost", "damaged snapshot", rank=1, ranks=[1, 1])
+
+    def snapshot(folder: Path, step: int) -> Path:
+        path = folder / f"step_{step:07d}" / "rank_00001.safetensors"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(bytes(50))
+        return path
+
+    snapshot(tmp_path / "save", 6)
+    nodes = [tmp_path / "memory" / f"node_{number}" for number in (0, 1)]
+    copies = [snapshot(nodes[0], 7), snapshot(nodes[1], 6)]
+    injector("step", {"iteration": 8})
+    assert nodes[1].exists(), "the nodes have different snapshots"
+    copies[1] = snapshot(nodes[1], 7)
+    injector("step", {"iteration": 8})
+    assert not nodes[1].exists() and copies[0].exists(), "its peer has the copy"
+    snapshot(nodes[1], 7)
+    injector("step", {"iteration": 9})
+    assert all(sum(byte.bit_count() for byte in copy.read_bytes()) == 1 for copy in copies)
+
+
+def test_memory_is_forgotten_with_some_faults(tmp_path, monkeypatch):
+    monkeypatch.setitem(ACTIONS, "kill", lambda *_: None)
+    faults = draw(1, 60, ranks=8, first=5, stride=4)
+    assert {fault.forget for fault in faults if fault.kind == "flipped bit"} == {True}
+    assert {fault.forget for fault in faults if KINDS[fault.kind].ends} == {True, False}
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    plan = Plan(str(tmp_path), (Fault(0, "kill mid-step", 0, 1, forget=True),), memory=str(memory))
+    Injector(plan, 0, tmp_path / "marks")("gradients", {"iteration": 1})
+    assert not memory.exists()
+
+
 def test_the_gradient_of_one_step_is_nan(tmp_path):
     injector, model = _injector(tmp_path, "NaN gradient"), torch.nn.Linear(3, 1)
     for step, finite in ((2, True), (3, False), (4, True)):
@@ -118,7 +154,10 @@ def test_a_plan_is_armed_by_the_environment(tmp_path, monkeypatch):
     assert not fault_points.armed()
     path = tmp_path / "plan.json"
     monkeypatch.setenv(VARIABLE, str(path))
-    for content, text in (("{", "no plan of faults"), ('{"save": "", "own_disk": 0, "faults": [7]}', "no plan")):
+    for content, text in (
+        ("{", "no plan of faults"),
+        ('{"save": "", "own_disk": 0, "memory": "", "node_ranks": 1, "faults": [7]}', "no plan"),
+    ):
         path.write_text(content)
         with pytest.raises(UserError, match=f"{VARIABLE}=.*{text}"):
             arm(0)
