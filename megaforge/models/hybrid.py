@@ -86,6 +86,7 @@ class Block(nn.Module):
         super().__init__()
         self.kind, self.recompute = kind, layer.recompute
         self.index, self.region = layer.index, layer.region
+        self.compiled = False  # see megaforge.training.compiled
         self.mixer_norm = make_norm(layer)
         self.mixer = kind.mixer.build(layer)
         if kind.ffn is not None:
@@ -127,16 +128,22 @@ class Block(nn.Module):
         *carried: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor], list[RouterLosses]]:
         known, losses = dict(zip(names, carried, strict=True)), []
-        for place, kind in enumerate(self.kind.layers):
+        update: Tensor | None = None  # not yet added to x
+        for place, (kind, (norm, module)) in enumerate(zip(self.kind.layers, self.sublayers, strict=True)):
             alone = self.recompute == kind.recompute
-            given = (place, x, info, tuple(known), states[place], *known.values())
-            update, made, own = recomputed(alone, self.update, *given)
+            if alone or self.compiled or not getattr(norm, "takes_update", False):
+                # A part that is computed again keeps one tensor: the sum.
+                x = x if update is None else x + update
+                given = (place, x, info, tuple(known), states[place], *known.values())
+                update, made, own = recomputed(alone, self.update, *given)
+            else:
+                normed, x = norm(x, update)
+                update, made, own = module(normed, info, known, states[place])
             if info.dropout is not None:
                 update = info.dropout.hidden(update, self.index, UPDATES + place, self.region)
-            x = x + update
             known.update(made)
             losses += [] if own is None else [own]
-        return x, known, losses
+        return x if update is None else x + update, known, losses
 
     def update(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from megaforge.kernels.grouped_mm import Runs
-from megaforge.kernels.pointwise import layer_norm, rms_norm
+from megaforge.kernels.pointwise import layer_norm, rms_norm, stream_layer_norm, stream_rms_norm
 from megaforge.parallel.init_rules import Constant
 from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.sharded_norm import sharded_rms_norm
@@ -19,6 +19,7 @@ class _Norm(nn.Module):
     bias where ``has_bias``, that stay in fp32."""
 
     has_bias = False
+    takes_update = True  # see forward
 
     def __init__(self, layer: LayerContext, size: int | None = None, **declared: Any) -> None:
         """``declared``: of the weight, where it is not one of the residual stream: that lives outside the region, where
@@ -36,8 +37,10 @@ class _Norm(nn.Module):
 class RMSNorm(_Norm):
     """:func:`rms_norm` with a learned weight."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., h] -> [..., h]."""
+    def forward(self, x: Tensor, *update: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+        """[..., h] -> [..., h]; with an ``update`` as :func:`stream_rms_norm`."""
+        if update:
+            return stream_rms_norm(x, update[0], self.weight, self.epsilon)
         return rms_norm(x, self.weight, self.epsilon)
 
 
@@ -47,8 +50,10 @@ class LayerNorm(_Norm):
     has_bias = True
     bias: nn.Parameter
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., h] -> [..., h]."""
+    def forward(self, x: Tensor, *update: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+        """[..., h] -> [..., h]; with an ``update`` as :func:`stream_layer_norm`."""
+        if update:
+            return stream_layer_norm(x, update[0], self.weight, self.bias, self.epsilon)
         return layer_norm(x, self.weight, self.bias, self.epsilon)
 
 

@@ -48,6 +48,7 @@ def compile_blocks(model: HybridModel | ModelChunks, backend: str = "inductor") 
     for chunk in model.chunks:
         for block in chunk.blocks:
             block.update = torch.compile(block.update, backend=backend)  # type: ignore[method-assign]
+            block.compiled = True
 
 
 def _check_compiler(device: str) -> None:

@@ -24,7 +24,7 @@ MIX = {"count": 6, "has_first": True, "has_starts": True, "chunks": 2, "wide": t
 TILE = {"block_rows": rwkv7.ROWS, "block_width": rwkv7.WIDTH}
 HEADS = {"n": 64, "wide": tl.float32, "block_rows": rwkv7.ROWS}
 STEPS = {"steps": rwkv7.STEPS}
-NORM = {"centered": True, "wide": tl.float32, "block_rows": 1, "block_width": 4096}
+NORM = {"adds": True, "centered": True, "wide": tl.float32, "block_rows": 1, "block_width": 4096}
 ELEMENTS = {"wide": tl.float32, "block": pointwise.ELEMENTS}
 GATED = {"squared": False, "wide": tl.float32, "block_rows": pointwise.ROWS, "block_width": pointwise.WIDTH}
 ROTATE = {"half": 32, "width": 128, "back": True, "wide": tl.float32}
@@ -50,6 +50,7 @@ CONSTANTS: dict[Any, dict[str, Any]] = {
     pointwise.weighted_backward: {**GATED, "gated": True, "tiles": 16},
     pointwise.rotate: {**ROTATE, "block_rows": 16, "block_half": 32, "block_rest": 64},
 }
+ALONE = {kernel: {**CONSTANTS[kernel], "adds": False} for kernel in (pointwise.norm_forward, pointwise.norm_backward)}
 
 
 def type_of(kernel: Any, name: str, scalar: str) -> str:
@@ -68,7 +69,7 @@ def type_of(kernel: Any, name: str, scalar: str) -> str:
 
 def main() -> None:
     for capability in (80, 90):
-        for kernel, constants in CONSTANTS.items():
+        for kernel, constants in [*CONSTANTS.items(), *ALONE.items()]:
             names = list(inspect.signature(kernel.fn).parameters)
             for scalar in ("bf16", "fp32"):
                 signature = {n: "constexpr" if n in constants else type_of(kernel, n, scalar) for n in names}

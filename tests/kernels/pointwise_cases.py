@@ -42,6 +42,32 @@ def test_norms(shape, dtype, tolerance) -> None:
     compare_norms(torch.randn(shape).to(dtype), dtype, tolerance)
 
 
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "tolerance"),
+    [((5, 3, 64), *FP32), ((70, 2, 2050), *FP32), ((1, 7), *FP32), ((0, 2, 8), *FP32), ((20, 2, 100), *BF16)],
+)
+def test_norms_of_a_stream(shape, dtype, tolerance, adds) -> None:
+    """The sum comes back, and its gradient is added."""
+    torch.manual_seed(7)
+    x, weight, bias = torch.randn(shape).to(dtype), torch.randn(shape[-1]), torch.randn(shape[-1])
+    update = torch.randn(shape).to(dtype) if adds else None
+
+    def total(x, update):
+        return x if update is None else x + update
+
+    compare(
+        lambda x, u, w: triton.StreamNorm.apply(x, u, w, None, 1e-5, False),
+        lambda x, u, w: (reference.rms_norm_reference(total(x, u), w, 1e-5), total(x, u)),
+        [x, update, weight], dtype, tolerance,
+    )  # fmt: skip
+    compare(
+        lambda x, u, w, b: triton.StreamNorm.apply(x, u, w, b, 1e-5, True),
+        lambda x, u, w, b: (layer_norm(total(x, u), w, b), total(x, u)),
+        [x, update, weight, bias], dtype, tolerance,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "cut", [(slice(None), slice(None), slice(1, 3)), (slice(None), slice(0, 1)), (slice(0, 9, 2),)]
 )

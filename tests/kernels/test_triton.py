@@ -74,6 +74,7 @@ def test_a_gpu_without_the_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch)
 
 FORMS = {
     "rms_norm": "Norm", "layer_norm": "Norm", "squared_relu": "SquaredReLU", "swiglu": "Gated",
+    "stream_rms_norm": "StreamNorm", "stream_layer_norm": "StreamNorm",
     "gated_squared_relu": "Gated", "weighted_activation": "Weighted", "apply_rotary": "Rotate",
 }  # fmt: skip
 
@@ -90,6 +91,8 @@ def test_tensors_of_a_gpu_go_to_the_kernels(name: str, monkeypatch: pytest.Monke
     more = {
         "rms_norm": (vector, 1e-5),
         "layer_norm": (vector, vector, 1e-5),
+        "stream_rms_norm": (x, vector, 1e-5),
+        "stream_layer_norm": (None, vector, vector, 1e-5),
         "apply_rotary": (torch.ones(2, 1, 1, 4),) * 2,
     }
     options = {"weighted_activation": {"weights": torch.ones(2), "squared": True, "gated": False}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.models.hybrid import HybridModel
+from megaforge.nn.norms import _Norm
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import named_specs
@@ -152,6 +154,21 @@ def test_initial_weights_follow_the_published_rules() -> None:
     assert abs(float(w["layers.1.ffn.up.weight"].std()) / 0.02 - 1) < 0.1
     expected = 1 - (torch.arange(32) / 32.0)
     assert torch.allclose(w["layers.0.ffn.x_k"], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_norms_that_add_to_the_stream_change_no_number(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a user's norm that cannot: losses and gradients to the bit, of every kind of block."""
+    results = []
+    for takes_update in (True, False):
+        monkeypatch.setattr(_Norm, "takes_update", takes_update)
+        layer = make_layer_context(config(hybrid_layer_pattern="RE*-*"), CTX)
+        model = HybridModel(replace(layer, recompute=recompute))
+        initialize_parameters(model, CTX, seed=3)
+        total = model(ids(2, 16), ids(2, 16, seed=2), torch.ones(2, 16)).loss_sum
+        total.backward()
+        results.append([total.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("pattern", ["RE*-", "*-"])

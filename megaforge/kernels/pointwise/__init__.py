@@ -7,6 +7,8 @@ definitions, which torch.compile makes kernels of its own of (``--compile``).
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +30,8 @@ __all__ = [
     "layer_norm",
     "rms_norm",
     "squared_relu",
+    "stream_layer_norm",
+    "stream_rms_norm",
     "swiglu",
     "weighted_activation",
 ]
@@ -71,6 +75,42 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tenso
     if native.takes(x, weight, bias):
         return native.Norm.apply(x, weight, bias, epsilon, True)
     return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, epsilon).to(x.dtype)
+
+
+def stream_rms_norm(x: Tensor, update: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """:func:`rms_norm` of a residual stream, where it is read and goes on: the addition in front of it, and that of
+    both gradients behind it, are part of its passes.
+
+    Args:
+        x: [..., h], any float dtype.
+        update: [..., h], what is added to the stream before; None: nothing.
+
+    Returns:
+        The norm of ``x + update``, and ``x + update``.
+    """
+    if (form := _stream_form(x, update, weight)) is not None:
+        return form.StreamNorm.apply(x, update, weight, None, epsilon, False)
+    stream = x if update is None else x + update
+    return rms_norm(stream, weight, epsilon), stream
+
+
+def stream_layer_norm(
+    x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """:func:`layer_norm` of a residual stream, as :func:`stream_rms_norm`."""
+    if (form := _stream_form(x, update, weight, bias)) is not None:
+        return form.StreamNorm.apply(x, update, weight, bias, epsilon, True)
+    stream = x if update is None else x + update
+    return layer_norm(stream, weight, bias, epsilon), stream
+
+
+def _stream_form(x: Tensor, update: Tensor | None, *vectors: Tensor) -> ModuleType | None:
+    """Whose norm adds to a stream, where one takes these."""
+    if torch.compiler.is_compiling() or (update is not None and (update.shape, update.dtype) != (x.shape, x.dtype)):
+        return None
+    if triton.takes_rows(x):
+        return triton
+    return native if native.takes(x, *vectors) else None
 
 
 def squared_relu(x: Tensor) -> Tensor:

@@ -47,6 +47,31 @@ class Norm(torch.autograd.Function):
         return dx, dweight, dbias if ctx.biased else None, None, None
 
 
+class StreamNorm(torch.autograd.Function):
+    """The norm of ``x + update``, or of ``x`` alone, and that sum; keeps it and a number or two for each row. Its
+    backward pass adds to the norm's gradient the one that the sum has by other ways."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, epsilon: float, centered: bool
+    ) -> tuple[Tensor, Tensor]:
+        out, total, mean, scale = _NORM(x, update, weight, bias, epsilon, centered)
+        stream = x if update is None else total
+        ctx.save_for_backward(stream, weight, mean, scale)
+        ctx.centered, ctx.biased, ctx.adds = centered, bias is not None, update is not None
+        ctx.set_materialize_grads(False)
+        return out, stream
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_stream: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:  # nobody used the norm
+            return grad_stream, grad_stream if ctx.adds else None, None, None, None, None
+        stream, weight, mean, scale = ctx.saved_tensors
+        dx, dweight, dbias = _NORM_BACKWARD(grad, grad_stream, stream, weight, mean, scale, ctx.centered)
+        return dx, dx if ctx.adds else None, dweight, dbias if ctx.biased else None, None, None
+
+
 class SquaredReLU(torch.autograd.Function):
     """``max(x, 0)^2``; keeps x."""
 

@@ -61,39 +61,79 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, centered: bool) -> Tensor:
-        kernels, _ = _kernels()
-        x, group, stride = _groups_of_rows(x)
-        weight = weight.contiguous()
-        ctx.save_for_backward(x, weight)
-        width = x.shape[-1]
-        block_width = _power_of_two(width)
-        block_rows = max(1, kernels.TILE // block_width)
-        ctx.options = {"centered": centered, "wide": kernels.tl.float32, "block_width": block_width}
-        ctx.options |= {"block_rows": block_rows, "num_warps": max(1, min(16, block_rows * block_width // 512))}
-        ctx.shape = (x.numel() // max(width, 1), width, epsilon, group, stride)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        if x.numel():
-            kernels.norm_forward[(_blocks(ctx.shape[0], block_rows),)](
-                x, weight, weight if bias is None else bias.contiguous(), out, *ctx.shape, **ctx.options
-            )
-        return out
+        return _norm(ctx, x, None, weight, bias, epsilon, centered)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kernels, _ = _kernels()
-        x, weight = ctx.saved_tensors
-        rows, width, *_ = ctx.shape
-        programs = _blocks(rows, ctx.options["block_rows"] * kernels.STEPS)
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        partial = weight.new_zeros(programs, 2 if ctx.options["centered"] else 1, width, dtype=torch.float32)
-        if x.numel():
-            kernels.norm_backward[(programs,)](
-                x, weight, grad.contiguous(), dx, partial, *ctx.shape, **ctx.options, steps=kernels.STEPS
-            )
-        sums = partial.sum(0)
-        return dx, sums[0].to(weight.dtype), None if ctx.bias_dtype is None else sums[1].to(ctx.bias_dtype), None, None
+        return *_norm_gradients(ctx, grad, None), None, None
+
+
+class StreamNorm(torch.autograd.Function):
+    """:class:`Norm` of ``x + update``, or of ``x`` alone, and that sum, which it keeps. Its backward pass adds to the
+    norm's gradient the one that the sum has by other ways."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, epsilon: float, centered: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.adds = update is not None
+        ctx.set_materialize_grads(False)
+        return _norm(ctx, x, update, weight, bias, epsilon, centered)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_stream: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:  # nobody used the norm
+            return grad_stream, grad_stream if ctx.adds else None, None, None, None, None
+        dx, dweight, dbias = _norm_gradients(ctx, grad, grad_stream)
+        return dx, dx if ctx.adds else None, dweight, dbias, None, None
+
+
+def _norm(
+    ctx: Any, x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, epsilon: float, centered: bool
+) -> tuple[Tensor, Tensor]:
+    """The norm of ``x + update``, and that sum."""
+    kernels, _ = _kernels()
+    given = x
+    if update is None:
+        x, group, stride = _groups_of_rows(x)
+    else:
+        x, group, stride = x.contiguous(), 1, x.shape[-1]
+    weight, width = weight.contiguous(), x.shape[-1]
+    block_width = _power_of_two(width)
+    block_rows = max(1, kernels.TILE // block_width)
+    ctx.options = {"centered": centered, "wide": kernels.tl.float32, "block_width": block_width}
+    ctx.options |= {"block_rows": block_rows, "num_warps": max(1, min(16, block_rows * block_width // 512))}
+    ctx.shape = (x.numel() // max(width, 1), width, epsilon, group, stride)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = x if update is None else torch.empty_like(x)
+    ctx.save_for_backward(total, weight)
+    if x.numel():
+        kernels.norm_forward[(_blocks(ctx.shape[0], block_rows),)](
+            x, x if update is None else update.contiguous(), weight, weight if bias is None else bias.contiguous(), out,
+            total, *ctx.shape, adds=update is not None, **ctx.options,
+        )  # fmt: skip
+    return out, given if update is None else total
+
+
+def _norm_gradients(ctx: Any, grad: Tensor, grad_stream: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of the stream, of weight and of bias; ``grad_stream`` is added to the first."""
+    kernels, _ = _kernels()
+    x, weight = ctx.saved_tensors
+    rows, width, *_ = ctx.shape
+    programs = _blocks(rows, ctx.options["block_rows"] * kernels.STEPS)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    partial = weight.new_zeros(programs, 2 if ctx.options["centered"] else 1, width, dtype=torch.float32)
+    if x.numel():
+        grad = grad.contiguous()
+        kernels.norm_backward[(programs,)](
+            x, weight, grad, grad if grad_stream is None else grad_stream.contiguous(), dx, partial, *ctx.shape,
+            adds=grad_stream is not None, **ctx.options, steps=kernels.STEPS,
+        )  # fmt: skip
+    sums = partial.sum(0)
+    return dx, sums[0].to(weight.dtype), None if ctx.bias_dtype is None else sums[1].to(ctx.bias_dtype)
 
 
 class SquaredReLU(torch.autograd.Function):

@@ -22,7 +22,12 @@ ELEMENTS = 1024  # of a tile of squared ReLU and of a rotation
 @triton.jit
 def _normed(x_ptr, at, inside, width, epsilon, centered: tl.constexpr, wide: tl.constexpr):
     """Rows at root mean square one, and of mean zero if centered; and the factors [rows, 1] that made them so."""
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(wide)
+    return _row_normed(tl.load(x_ptr + at, mask=inside, other=0.0).to(wide), inside, width, epsilon, centered)
+
+
+@triton.jit
+def _row_normed(x, inside, width, epsilon, centered: tl.constexpr):
+    """The same of rows that are loaded, zero where they are not inside."""
     if centered:
         x = tl.where(inside, x - (tl.sum(x, axis=1) / width)[:, None], 0.0)
     scale = (1.0 / tl.sqrt(tl.sum(x * x, axis=1) / width + epsilon))[:, None]
@@ -37,16 +42,26 @@ def _in_groups(row, width, group, stride):
 
 @triton.jit
 def norm_forward(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, rows, width, epsilon, group, stride,
-    centered: tl.constexpr, wide: tl.constexpr, block_rows: tl.constexpr, block_width: tl.constexpr,
+    x_ptr, update_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, rows, width, epsilon, group, stride,
+    adds: tl.constexpr, centered: tl.constexpr, wide: tl.constexpr,
+    block_rows: tl.constexpr, block_width: tl.constexpr,
 ):  # fmt: skip
     """y = normed(x) * weight, and + bias if centered. y: [rows, width], x likewise, but every group of rows begins a
-    stride after the one before; a program has some whole rows."""
+    stride after the one before; a program has some whole rows. If it adds, total = x + update is normed in the place of
+    x, where rows are not in groups."""
     row = (tl.program_id(0) * block_rows + tl.arange(0, block_rows))[:, None].to(tl.int64)
     channel = tl.arange(0, block_width)[None, :]
     inside = (row < rows) & (channel < width)
     at = row * width + channel
-    y, _ = _normed(x_ptr, _in_groups(row, width, group, stride) + channel, inside, width, epsilon, centered, wide)
+    if adds:
+        total = tl.load(x_ptr + at, mask=inside, other=0.0).to(wide)
+        total += tl.load(update_ptr + at, mask=inside, other=0.0).to(wide)
+        total = total.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + at, total, mask=inside)
+        y, _ = _row_normed(total.to(wide), inside, width, epsilon, centered)
+    else:
+        source = _in_groups(row, width, group, stride) + channel
+        y, _ = _normed(x_ptr, source, inside, width, epsilon, centered, wide)
     y = y * tl.load(weight_ptr + channel, mask=channel < width, other=0.0).to(wide)
     if centered:
         y += tl.load(bias_ptr + channel, mask=channel < width, other=0.0).to(wide)
@@ -55,11 +70,12 @@ def norm_forward(
 
 @triton.jit
 def norm_backward(
-    x_ptr, weight_ptr, dy_ptr, dx_ptr, partial_ptr, rows, width, epsilon, group, stride,
-    centered: tl.constexpr, wide: tl.constexpr,
+    x_ptr, weight_ptr, dy_ptr, dtotal_ptr, dx_ptr, partial_ptr, rows, width, epsilon, group, stride,
+    adds: tl.constexpr, centered: tl.constexpr, wide: tl.constexpr,
     block_rows: tl.constexpr, steps: tl.constexpr, block_width: tl.constexpr,
 ):  # fmt: skip
-    """dx, and the gradients of weight and, if centered, of bias in part [programs, 1 or 2, width]."""
+    """dx, and the gradients of weight and, if centered, of bias in part [programs, 1 or 2, width]. If it adds, dx gets
+    dtotal too: the gradient that x has by other ways."""
     channel = tl.arange(0, block_width)[None, :]
     weight = tl.load(weight_ptr + channel, mask=channel < width, other=0.0).to(wide)
     dweight = tl.zeros([1, block_width], dtype=wide)
@@ -78,7 +94,10 @@ def norm_backward(
         dx = dnormed - normed * (tl.sum(dnormed * normed, axis=1) / width)[:, None]
         if centered:
             dx = dx - (tl.sum(dnormed, axis=1) / width)[:, None]
-        tl.store(dx_ptr + at, dx * scale, mask=inside)
+        dx = dx * scale
+        if adds:
+            dx += tl.load(dtotal_ptr + at, mask=inside, other=0.0).to(wide)
+        tl.store(dx_ptr + at, dx, mask=inside)
     sums: tl.constexpr = 2 if centered else 1
     partial = partial_ptr + tl.program_id(0) * sums * width + channel
     tl.store(partial, dweight, mask=channel < width)
