@@ -261,6 +261,12 @@ def record_graph(step: Callable[[], torch.Tensor]) -> Recorded:
     return graph.replay, result
 
 
+def release_cached_memory(device: torch.device) -> None:
+    """Gives back what torch's allocator keeps of freed memory on ``device``; a CPU keeps none."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def synchronize(device: torch.device) -> None:
     """Waits for queued work on ``device``; a CPU has none."""
     kind_of(device).synchronize(device)

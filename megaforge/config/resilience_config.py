@@ -57,6 +57,15 @@ class ResilienceConfig:
     spike_skip_batches: int = flag(0, "--spike-rollback: batches behind the spike's own to leave out too", least=0)
     spike_window: int = flag(100, "--spike-rollback: steps that tell what is usual", least=8, most=1 << 16)
 
+    halve_micro_batch_on_oom: bool = flag(
+        False,
+        "make a step that runs out of memory again with micro-batches half as large, and go on with these: the global "
+        "batch and the result stay the same",
+    )
+    data_retries: int = flag(
+        4, "times that a sample which cannot be read is tried again, after 0.5, 1, 2 ... seconds", least=0, most=12
+    )
+
     # Ranks that come and go
     elastic: str | None = flag(
         None,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.data.data_source import SampleView
+from megaforge.data.patience import Fill
 from megaforge.errors import UserError
 
 
@@ -56,6 +57,7 @@ class GlobalBatchLoader:
 
     Attributes:
         consumed_samples: samples of all ranks in the batches handed out so far, those before included.
+        fill: what reads a sample: that of ``data``, unless another is set.
 
     Raises:
         UserError: the batch sizes do not divide, or the sequence length would change within a global batch.
@@ -90,6 +92,7 @@ class GlobalBatchLoader:
                 )
         self.data = data
         self.consumed_samples = consumed_samples
+        self.fill: Fill = data.fill
         self._schedule, self._micro = batches, micro_batch_size
         self._rank, self._ranks, self._workers = dp_rank, dp_size, num_workers
         self._look_ahead = look_ahead
@@ -135,7 +138,7 @@ class GlobalBatchLoader:
         marks = np.zeros((self._micro, length + beyond), np.bool_)
         mask = np.ones((self._micro, length + beyond - 1), np.float32)
         for row in range(self._micro):
-            targets = self.data.fill(first + row, tokens[row], marks[row])
+            targets = self.fill(first + row, tokens[row], marks[row])
             mask[row, targets:] = 0.0
         if self.data.eod_mask_loss:
             mask[marks[:, 1:]] = 0.0

@@ -31,6 +31,7 @@ class BatchSums:
             choices by plain top-k; on the device.
         votes: what this rank asks of the others; after :meth:`read`, the sums over all ranks.
         faults: what is wrong with the terms, as far as this rank sees it; :meth:`read` tells every rank.
+        lost: whether this rank's part is missing; after :meth:`read`, whether any rank's is.
         values: after :meth:`read`: the terms' sums by name.
         balance: after :meth:`read`: how evenly experts were used, by name; empty in a model without.
     """
@@ -44,6 +45,7 @@ class BatchSums:
         self.experts = torch.zeros((2, 0, 0), dtype=torch.float64, device=ctx.device)
         self.votes: Sequence[float] = ()
         self.faults: list[str] = []
+        self.lost = False
         self.values: dict[str, float] = {}
         self.balance: dict[str, float] = {}
         self._ctx = ctx
@@ -77,7 +79,7 @@ class BatchSums:
         self._denominators = denominators
         nothing = self._reduced.new_zeros(())
         terms = [self._sums.get(name, nothing).view(1) for name in denominators]
-        asked = [*self.votes, float(len(self.faults))]
+        asked = [*self.votes, float(self.lost), float(len(self.faults))]
         votes = upload(torch.tensor(asked, dtype=torch.float64), self._ctx.device)
         packed = torch.cat([*terms, votes, self.experts.flatten()])
         for axis in (self._ctx.dp_cp, self._ctx.pp):
@@ -107,7 +109,8 @@ class BatchSums:
         numbers = iter(torch.cat([others, self._reduced, *(value.view(1) for value in single.values())]).tolist())
         taken = list(islice(numbers, len(others)))
         self.values = dict(zip(self._denominators, islice(numbers, len(self._denominators)), strict=True))
-        *self.votes, faults = islice(numbers, len(self.votes) + 1)
+        *self.votes, lost, faults = islice(numbers, len(self.votes) + 2)
+        self.lost = lost > 0
         if faults:
             found = enumerate(exchange(self._ctx, self.faults))
             raise UserError(describe_failures({rank: own[0] for rank, own in found if own}))

@@ -49,7 +49,8 @@ class Callback:
         """The state is loaded, the first step is about to run."""
 
     def on_step_start(self, trainer: Trainer) -> None:
-        """A batch is there, and step ``trainer.iteration + 1`` is about to run; ``trainer.lr_factors`` may be set."""
+        """A batch is there, and step ``trainer.iteration + 1`` is about to run; ``trainer.lr_factors`` may be set.
+        Called again where the step is begun anew."""
 
     def on_backward(self, trainer: Trainer) -> None:
         """This rank's micro-batches are through; their gradient is not summed over replicas yet (part of it may be on

@@ -91,6 +91,13 @@ class Engine:
             sums.add(*told)
         return sums
 
+    def lost(self, objective: Objective) -> BatchSums:
+        """Sums of a rank that could not do its part of the step: in them all ranks learn of it."""
+        sums = BatchSums(self.ctx, objective)
+        first = self.model.chunks[0]
+        sums.lost, sums.experts = True, sums.experts.new_zeros((2, first.num_moe_layers, first.cfg.num_experts))
+        return sums
+
     def forward(self, batches: Sequence[Batch], sums: BatchSums) -> None:
         """Adds the terms of these micro-batches by the objective of ``sums``; computes no gradient."""
         for told in self._pipeline.run(batches, partial(_terms, sums), gradients=False):
@@ -130,7 +137,7 @@ class Engine:
         if self.filter is None:
             return clip_gradients(self.model, self.ctx, limits, scale, metrics, sums.read), metrics
         unfiltered = clip_gradients(self.model, self.ctx, 0.0, scale, metrics, sums.read)
-        enters = self.filter.bears(unfiltered)
+        enters = self.filter.bears(unfiltered) and not sums.lost
         if enters:
             self.filter.apply()
         scale = 1.0 if math.isfinite(unfiltered) else scale

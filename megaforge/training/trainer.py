@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from megaforge.config.config import Config
 from megaforge.config.launcher import print_rank_0
 from megaforge.data.data_source import DataSource, SampleView
 from megaforge.data.loader import Batch, GlobalBatchLoader
+from megaforge.data.patience import Patience
 from megaforge.data.skipped import SkippedSamples
 from megaforge.errors import UserError
 from megaforge.monitor.events import EventLog
@@ -36,6 +38,7 @@ from megaforge.training.checkpointing import save_run, start_save
 from megaforge.training.engine import Engine
 from megaforge.training.lengths import Progress
 from megaforge.training.metrics import EvaluationMetrics, StepMetrics
+from megaforge.training.micro_batches import MicroBatches
 from megaforge.training.objectives import Predictions, make_objective
 from megaforge.training.recovery import Gradients, LeavingOut
 from megaforge.training.run_events import of_checkpoint
@@ -52,6 +55,8 @@ class Trainer:
         objective: what is minimised.
         data: what it trains on; see :class:`megaforge.data.skipped.SkippedSamples`.
         leaving_out: what is done about a gradient that is not finite.
+        micro_batches: what is done about a step that memory does not suffice for.
+        patience: what is done about samples that cannot be read.
         lr_factors: what callbacks multiply the scheduled learning rate by, by name; checkpoints keep them.
         iteration: optimizer steps done, from the run's beginning.
         consumed_samples: samples trained on, from the run's beginning.
@@ -107,6 +112,8 @@ class Trainer:
         self.stateful = {"lr_factors": Stateful(lambda: dict(self.lr_factors), self._load_lr_factors)}
         self.saved_iteration = 0
         self.earlier: Counter[str] = Counter()
+        self.micro_batches = MicroBatches(config, self.ctx)
+        self.patience = Patience(config.resilience.data_retries, self._tell_retry)
         self.leaving_out = LeavingOut(config.resilience.skip_nonfinite_steps)
         if self.leaving_out.most:
             self.stateful["left_out"] = Stateful(self.leaving_out.state, self.leaving_out.load_state)
@@ -170,6 +177,7 @@ class Trainer:
         """Runs until :attr:`finished`, or until some rank's ``requests`` ask for the end."""
         if requests is not None:
             self._requests = requests
+            self.micro_batches.follow()
             self._read(BatchSums(self.ctx, self.objective))  # what came while the run was set up ends it here
         self._emit("on_train_start")
         try:
@@ -220,9 +228,18 @@ class Trainer:
         return self._metrics(sums, grad_norm, lr, extra)
 
     def gradients(self, batches: Sequence[Batch]) -> Gradients:
-        """The gradient of these micro-batches, summed over the ranks and clipped, and their numbers."""
+        """The gradient of these micro-batches, summed over the ranks and clipped, and their numbers. Where memory did
+        not suffice on some rank, all make it again in smaller pieces."""
+        found = self._attempt(batches)
+        while found.sums.lost:
+            self.micro_batches.halve(self)
+            self._emit("on_step_start")
+            found = self._attempt(batches)
+        return found
+
+    def _attempt(self, batches: Sequence[Batch]) -> Gradients:
         self.engine.zero_grad()
-        sums = self.engine.forward_backward(batches, self.objective)
+        sums = self.micro_batches.forward_backward(self.engine, batches, self.objective)
         self._emit("on_backward")
         self.engine.reduce_gradients()
         self._emit("on_gradients")
@@ -358,7 +375,7 @@ class Trainer:
     def _loader(
         self, data: SampleView, batches: BatchSchedule, consumed_samples: int = 0, look_ahead: int = 1
     ) -> GlobalBatchLoader:
-        return GlobalBatchLoader(
+        loader = GlobalBatchLoader(
             data,
             batches,
             self.config.training.micro_batch_size,
@@ -368,6 +385,13 @@ class Trainer:
             self.config.data.num_workers,
             look_ahead,
         )
+        loader.fill = self.patience.fill(data.fill)
+        return loader
+
+    def _tell_retry(self, *, what: str, error: str, attempt: int) -> None:
+        self.events.tell("retry", what=what, error=error, attempt=attempt, rank=self.ctx.world.rank)
+        text = f"rank {self.ctx.world.rank}: {what} could not be read ({error}); attempt {attempt}"
+        print(text, file=sys.stderr, flush=True)
 
     def _timed_step(self, batches: Any) -> StepMetrics:
         """The next global batch's step; its time includes the wait for the batch.
