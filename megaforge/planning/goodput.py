@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 HOLDS = 0.1  # lost share up to which terms of second order are small (the formula is then within a tenth of itself)
 
@@ -28,15 +28,17 @@ class Tier:
         stall: seconds that training stands still for a save.
         restart: seconds from a failure to the first new step, without the steps that are done again.
         share: of all failures, those that this tier is gone back to for.
+        writing: seconds until one is written while training goes on: none begins before.
     """
 
     stall: float
     restart: float
     share: float = 1.0
+    writing: float = 0.0
 
     def interval(self, mtbf: float) -> float:
         """Seconds between saves that lose least, with ``mtbf`` seconds between failures on average."""
-        return math.sqrt(2 * self.stall * mtbf / self.share) if self.share else math.inf
+        return max(math.sqrt(2 * self.stall * mtbf / self.share), self.writing) if self.share else math.inf
 
     def lost(self, mtbf: float, interval: float | None = None) -> float:
         """Share of time that saves every ``interval`` seconds and failures cost; without one, at the best."""
@@ -47,7 +49,7 @@ class Tier:
 
 def two_tiers(durable: Tier, snapshot: Tier) -> tuple[Tier, Tier]:
     """Both, where failures that no snapshot survives are left to the durable tier."""
-    return Tier(durable.stall, durable.restart, 1 - snapshot.share), snapshot
+    return replace(durable, share=1 - snapshot.share), snapshot
 
 
 def lost(tiers: Sequence[Tier], mtbf: float) -> float:
@@ -56,12 +58,11 @@ def lost(tiers: Sequence[Tier], mtbf: float) -> float:
 
 
 def least_mtbf(tiers: Sequence[Tier], goal: float) -> float:
-    """Mean seconds between failures at which just ``goal`` of the time is lost: with fewer, more is.
-
-    With x = 1 / sqrt(M), the loss is ``a x + b x^2``.
-    """
-    a = sum(math.sqrt(2 * tier.stall * tier.share) for tier in tiers)
-    b = sum(tier.share * tier.restart for tier in tiers)
-    if not a and not b:
+    """Mean seconds between failures at which just ``goal`` of the time is lost: with fewer, more is. 0: never."""
+    low, high = 1e-3, 1e15
+    if lost(tiers, low) <= goal:
         return 0.0
-    return ((a + math.sqrt(a * a + 4 * b * goal)) / (2 * goal)) ** 2
+    for _ in range(120):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if lost(tiers, middle) <= goal else (middle, high)
+    return high

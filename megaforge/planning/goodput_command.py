@@ -36,10 +36,17 @@ def make_parser(prog: str) -> ArgumentParser:
         help="seconds from a failure to the first new step, from a durable checkpoint",
     )  # fmt: skip
     parser.add_argument(
+        "--save-seconds", type=number(0), default=0.0, metavar="S",
+        help="seconds until a durable checkpoint is written while training goes on, as none begins before",
+    )  # fmt: skip
+    parser.add_argument(
         "--snapshot-stall", type=number(0), default=0.1, metavar="S", help="seconds that a snapshot stops training"
     )
     parser.add_argument(
         "--snapshot-restart", type=number(0), default=60.0, metavar="S", help="--restart from a snapshot"
+    )
+    parser.add_argument(
+        "--snapshot-seconds", type=number(0), default=0.0, metavar="S", help="--save-seconds of a snapshot"
     )
     parser.add_argument(
         "--snapshot-share", type=number(0, 1), default=0.9, metavar="X", help="share of failures that snapshots survive"
@@ -86,8 +93,9 @@ def report(args: argparse.Namespace) -> str:
     """The best intervals and what is lost at several scales, and up to which the goal holds."""
     of_gpus = args.mtbf_gpus or args.gpus
     failures = args.mtbf_hours * 3600 * of_gpus  # seconds of one GPU
-    alone = (Tier(args.stall, args.restart),)
-    both = two_tiers(alone[0], Tier(args.snapshot_stall, args.snapshot_restart, args.snapshot_share))
+    alone = (Tier(args.stall, args.restart, writing=args.save_seconds),)
+    in_memory = Tier(args.snapshot_stall, args.snapshot_restart, args.snapshot_share, args.snapshot_seconds)
+    both = two_tiers(alone[0], in_memory)
     rows: list[tuple[str, ...]] = [
         ("GPUs", "MTBF", "checkpoint every", "lost", "with snapshots every", "checkpoint every", "lost")
     ]
@@ -114,6 +122,11 @@ def report(args: argparse.Namespace) -> str:
         f"assumed: {args.mtbf_hours:g} h between failures at {of_gpus:,} GPUs, 1 / GPUs elsewhere; a durable "
         f"checkpoint stops training {args.stall:g} s, a restart from it takes {args.restart:g} s; a snapshot "
         f"{args.snapshot_stall:g} s and {args.snapshot_restart:g} s, for {args.snapshot_share:.0%} of failures",
+        *(
+            [f"written in {args.save_seconds:g} s and {args.snapshot_seconds:g} s; no interval is shorter"]
+            if args.save_seconds or args.snapshot_seconds
+            else []
+        ),
         "lost = sum over tiers of stall / T + share (T / 2 + restart) / MTBF, at T = sqrt(2 stall MTBF / share) "
         "(Young 1974; tiers: Di et al. 2014)",
     ]

@@ -21,10 +21,10 @@ from megaforge.checkpoint.hashed_file import sync_all
 from megaforge.config.config import Config
 from megaforge.errors import CheckpointError
 from megaforge.json_text import parse_json
-from megaforge.parallel.agree import exchange, from_first_rank
+from megaforge.parallel.agree import exchange, from_first_rank, together
 from megaforge.parallel.context import ParallelContext
 from megaforge.resilience.nodes import find_nodes
-from megaforge.resilience.snapshots import SnapshotStore
+from megaforge.resilience.snapshots import SnapshotStore, own_folder
 from megaforge.training.callbacks import Callback, Place
 from megaforge.training.checkpointing import run_snapshot
 
@@ -56,6 +56,8 @@ def snapshot_store(config: Config, ctx: ParallelContext) -> SnapshotStore | None
     run = from_first_rank(ctx, lambda: _run_name(file))
     nodes = find_nodes(ctx, flags.snapshot_ranks_per_node)
     folder = snapshot_folder(flags.snapshot_dir, save)
+    if flags.snapshot_dir is None:
+        together(ctx, lambda: own_folder(folder.parent))
     if flags.snapshot_ranks_per_node is not None:
         folder /= f"node_{nodes.own}"
     return SnapshotStore(ctx, folder, nodes, run, peers=flags.snapshot_peers)

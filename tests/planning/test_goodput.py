@@ -69,6 +69,17 @@ def test_no_other_interval_loses_less() -> None:
     assert all(tier.lost(mtbf, tier.interval(mtbf) * factor) > best for factor in (0.5, 0.9, 1.1, 2.0))
 
 
+def test_none_begins_before_the_one_before_is_written() -> None:
+    mtbf = HOUR
+    quick, slow = Tier(1.0, 60.0), Tier(1.0, 60.0, writing=400.0)
+    assert quick.interval(mtbf) == pytest.approx(math.sqrt(2 * mtbf)) and slow.interval(mtbf) == 400
+    assert slow.lost(mtbf) == quick.lost(mtbf, 400.0) > quick.lost(mtbf)
+    assert slow.interval(100 * HOUR) == quick.interval(100 * HOUR), "where it is written long before"
+    least = least_mtbf((slow,), 0.05)
+    assert lost((slow,), least) == pytest.approx(0.05, rel=1e-9) and least > least_mtbf((quick,), 0.05)
+    assert two_tiers(slow, Tier(0.1, 1.0, 0.9))[0] == Tier(1.0, 60.0, pytest.approx(0.1), 400.0)
+
+
 def test_where_a_goal_ends() -> None:
     tiers = two_tiers(Tier(1.0, 300.0), Tier(0.1, 60.0, share=0.9))
     assert lost(tiers, least_mtbf(tiers, 0.01)) == pytest.approx(0.01, rel=1e-9)

@@ -224,5 +224,15 @@ def _two_nodes(prefix: str, folder: Path) -> list[str]:
     return wrong
 
 
-def test_one_of_two_nodes_is_lost_with_its_memory(ranks: RankPool, prefix: str, tmp_path: Path) -> None:
+def test_one_of_two_nodes_is_lost_with_its_memory(
+    ranks: RankPool, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert ranks.run(2, _two_nodes, prefix, tmp_path / "a") == [[]] * 2
+    # Nobody takes its place: the other one goes on by itself.
+    save, memory = tmp_path / "a" / "run", tmp_path / "a" / "memory"
+    shutil.rmtree(tmp_path / "a"), shutil.copytree(tmp_path / "a_kept", tmp_path / "a")
+    monkeypatch.setenv(KEY_VARIABLE, "5a" * 32)
+    [one, other] = sorted(snapshot_folder(str(memory), str(save)).iterdir())
+    shutil.rmtree(one), other.rename(one)
+    argv = line(prefix, save, memory, "--train-iters", "4", "--encrypt-checkpoints", "--snapshot-ranks-per-node", "1")
+    assert make_trainer(argv).iteration == 3
