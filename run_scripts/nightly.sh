@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What takes minutes: the whole quickstart, 500 random wrong inputs for every command, all layouts in both precisions,
-# Triton's interpreter, the arms of the examples grokking and bitnet, sixty faults in a run, ten minutes of damaged
-# files for each reader. Every step runs, whatever became of those before; the status is 1 when one failed.
+# Triton's interpreter, the arms of the examples grokking and bitnet, sixty faults in a run, a node lost and taken back,
+# ten minutes of damaged files for each reader. Every step runs, whatever became of those before; the status is 1 when
+# one failed.
 #
 #   bash run_scripts/nightly.sh            all steps          bash run_scripts/nightly.sh sweep parity   some of them
 #   SEED=7 bash run_scripts/nightly.sh     other random inputs (default: the day's number)
@@ -16,10 +17,11 @@ declare -A steps=(
     [grokking]='"$PYTHON" examples/grokking/arms.py --check --seeds 0 1 --output "$(mktemp -d)"'
     [bitnet]='bash examples/bitnet/run.sh --output "$(mktemp -d)" --check'
     [triton]='bash run_scripts/check_triton.sh'
+    [elastic]='"$PYTHON" -m tests.elastic'
     [fuzz]='"$PYTHON" -m tests.fuzz --minutes 10 --seed "${SEED:-$(date +%j)}"'
     [chaos]='bash run_scripts/chaos.sh --faults 60 --seed "${SEED:-1}" --minutes 120'
 )
-order=(quickstart sweep parity grokking bitnet triton chaos fuzz)
+order=(quickstart sweep parity grokking bitnet triton chaos elastic fuzz)
 
 for name in "$@"; do
     [ -n "${steps[$name]:-}" ] || fail "$name: no such step; there are ${order[*]}"

@@ -40,6 +40,14 @@ def test_status_of_a_lone_process(returned: int | None, status: int) -> None:
     assert ended.value.code == status
 
 
+@pytest.mark.parametrize(("size", "said"), [(1, "done\nlate\n"), (2, "done\n")])
+def test_a_rank_of_many_leaves_without_destructors_when_all_is_done(size: int, said: str) -> None:
+    """Those of a process group have aborted runs that had finished."""
+    process = start("import atexit; atexit.register(print, 'late'); print('done')", 0, size)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, said, "")
+
+
 def mistaken() -> None:
     raise UserError("--lr -1: must be positive")
 

@@ -52,3 +52,50 @@ def test_a_job_that_is_not_there_is_named(tmp_path: Path) -> None:
     for arguments, named in (((), "''"), (("cdrmix-core-4",), "'cdrmix-core-4'"), (("#",), "'#'")):
         done = submit(tmp_path, *arguments)
         assert done.returncode == 2 and named in done.stderr and "cdrmix-reason-200b" in done.stderr
+
+
+def run_job(tmp_path: Path, status: int, **variables: str) -> tuple[int, list[str], str]:
+    """Runs pretrain.sbatch as SLURM would, with commands that print their words; (status, srun's words, the rest)."""
+    scripts, tools = tmp_path / "run_scripts", tmp_path / "tools"
+    if not tools.exists():
+        (scripts / "slurm").mkdir(parents=True)
+        tools.mkdir()
+        (scripts / "slurm" / "again.sh").symlink_to(FOLDER / "again.sh")
+        (scripts / "environment.sh").write_text('use_environment() { :; }\nfail() { echo "error: $*" >&2; exit 1; }\n')
+        for name, does in (
+            ("srun", 'printf "%s\\n" "$@" "END=$SLURM_JOB_END_TIME" >srun.words; echo said >&2; exit "$STATUS"'),
+            ("scontrol", 'case "$1" in show) echo node7; echo node8 ;; *) echo "scontrol $*" ;; esac'),
+            ("squeue", "echo 2026-11-26T20:00:00"),
+        ):
+            (tools / name).write_text(f"#!/bin/sh\n{does}\n")
+            (tools / name).chmod(0o755)
+    bash = shutil.which("bash")
+    assert bash is not None
+    job = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_PER_TASK": "8",
+    }
+    env = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path), "STATUS": str(status), "TZ": "UTC"}
+    line = [bash, str(SCRIPT), "--save", "run dir", "--tp", "2"]
+    done = subprocess.run(line, capture_output=True, text=True, env=env | job | variables, timeout=60)
+    words = tmp_path / "srun.words"
+    return done.returncode, words.read_text().splitlines() if words.exists() else [], done.stdout + done.stderr
+
+
+def test_a_job_starts_torchrun_or_the_ranks_and_is_requeued(tmp_path: Path) -> None:
+    (tmp_path / "run dir").mkdir()
+    status, words, told = run_job(tmp_path, 1, SLURM_GPUS_ON_NODE="4")
+    assert status == 85 and "said" in told and "scontrol requeue 7" in told, told
+    start = words.index("torch.distributed.run")
+    assert words[start + 1 : start + 7] == ["--nnodes", "2", "--nproc-per-node", "4", "--max-restarts", "3"]
+    assert words[-6:-1] == ["pretrain_cdrmix.py", "--save", "run dir", "--tp", "2"] and words[-1] == "END=1795723200"
+    assert (tmp_path / "run dir" / "faults.txt").read_text().split()[1:] == ["7", "0", "1", "-", "-"]
+    status, words, told = run_job(tmp_path, 85, LAUNCHER="srun", RANKS_PER_NODE="2", SLURM_JOB_END_TIME="9")
+    assert status == 85 and "scontrol requeue 7" in told and words[-1] == "END=9"
+    assert words[1:7] == ["--ntasks", "4", "--ntasks-per-node", "2", "--cpus-per-task", "4"]
+    assert words[-8:-1] == ["pretrain_cdrmix.py", "--requeue-exit-code", "85", "--save", "run dir", "--tp", "2"]
+    status, words, told = run_job(tmp_path, 0)
+    assert status == 0 and "requeue" not in told, "a run that has left no mark"
+    assert run_job(tmp_path, 0, LAUNCHER="mpirun")[0] == 1
