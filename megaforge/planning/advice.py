@@ -24,11 +24,11 @@ def memory_advice(config: Config, world_size: int) -> list[str]:
     Raises:
         UserError: ``config`` is impossible on so many ranks.
     """
-    now = _fullest(config, world_size)
+    now = fullest_rank(config, world_size)
     saved: list[tuple[float, str]] = []
     for flags, other in _changes(config):
         try:
-            less = now.total - _fullest(other, world_size).total
+            less = now.total - fullest_rank(other, world_size).total
         except UserError:
             continue  # not with the other flags
         if less > WORTH * now.total:
@@ -36,7 +36,12 @@ def memory_advice(config: Config, world_size: int) -> list[str]:
     return [text for _, text in sorted(saved, reverse=True)]
 
 
-def _fullest(config: Config, world_size: int) -> RankMemory:
+def fullest_rank(config: Config, world_size: int) -> RankMemory:
+    """The memory of the fullest of ``world_size`` ranks by the plan.
+
+    Raises:
+        UserError: ``config`` is impossible on so many ranks.
+    """
     layout = layout_of(config, world_size)
     parts = model_parts(config.model, layout.dtype)
     return worst_rank(parts, layout, cut_stages(parts, layout))

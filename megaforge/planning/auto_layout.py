@@ -15,7 +15,7 @@ from megaforge.config.layout_settings import CHOSEN
 from megaforge.errors import UserError
 from megaforge.parallel.distributed import open_store
 from megaforge.planning.choose import Choice, choose_layout
-from megaforge.planning.gpus import gpu_named
+from megaforge.planning.gpus import Gpu, gpu_named
 from megaforge.planning.machine import Stand, machine_of, this_stand
 
 Chosen = tuple[Config, list[str]]
@@ -55,14 +55,18 @@ class AutoLayout:
         return self._take(config, self._decide(config, [Stand("", "", 0.0, 0)] * world_size))
 
     def _decide(self, config: Config, stands: list[Stand]) -> Decision:
-        given, notes = config.parallel.machine, []
-        if given is None:
-            gpu, note = machine_of(stands)
-            notes = [note] if note else []
-        else:
-            gpu = gpu_named(given, "--machine")
+        gpu, notes = self._device(config, stands)
         choice = choose_layout(config, len(stands), gpu, self.kept, config.parallel.memory_limit)
         return {"values": _values(choice), "notes": notes, "why": choice.why}
+
+    @staticmethod
+    def _device(config: Config, stands: list[Stand]) -> tuple[Gpu, list[str]]:
+        """The device to plan for, and what to say of it."""
+        given = config.parallel.machine
+        if given is not None:
+            return gpu_named(given, "--machine"), []
+        gpu, note = machine_of(stands)
+        return gpu, [note] if note else []
 
     def _take(self, config: Config, decision: Decision) -> Chosen:
         self.why = decision["why"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,12 @@ def test_a_layout_is_kept_where_it_is_valid_and_else_chosen() -> None:
     assert chosen.parallel.tensor_model_parallel_size * chosen.parallel.pipeline_model_parallel_size <= 2
     assert chosen.training.global_batch_size == config.training.global_batch_size
     assert notes[-1] == elastic.why and notes[-1].startswith("--elastic 2:4: ")
-    assert "not one of 2 ranks: --tp 2" in notes[-2] or "not one of 2 ranks: --pp 2" in notes[-2]
+    assert "not for these 2 ranks: --tp 2" in notes[-2] or "not for these 2 ranks: --pp 2" in notes[-2]
     with pytest.raises(UserError, match="--elastic 2:4: --tp 2 does not divide the 37 ranks"):
         elastic.planned(config, 37)
+    tight = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, memory_limit=1e-6))
+    with pytest.raises(UserError, match=r"--elastic 2:4: its fullest rank needs .* GB by the plan, more than 0% of 80"):
+        elastic.planned(tight, 4)
 
 
 def _train(argv: list[str], world: int) -> tuple[str, list[dict[str, Any]]]:
