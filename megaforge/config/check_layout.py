@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from megaforge.config.balancing import check_balancing
 from megaforge.config.batch_schedule import BatchSchedule, in_samples
 from megaforge.config.config import Config
 from megaforge.config.fields import divisors, either
@@ -106,7 +107,7 @@ def check_layout(config: Config, world_size: int) -> Layout:
     _check_evaluation(config, dp)
     micro_batches = batches.size // (config.training.micro_batch_size * dp)
     etp = parallel.expert_tensor_size(world_size)
-    notes = tuple(_notes(config, world_size, dp * cp))
+    notes = (*_notes(config, world_size, dp * cp), *check_balancing(config, dp, etp, micro_batches))
     return Layout(world_size, tp, cp, dp, etp, batches, micro_batches, notes)
 
 

@@ -22,6 +22,11 @@ class ResilienceConfig:
     straggler_factor: float = flag(
         1.5, "a rank whose own work takes so many times the ranks' median, over a --log-interval, is told of", above=1
     )
+    balance_batch: bool = flag(
+        False,
+        "data-parallel ranks that are slower take fewer micro-batches of the same global batch, measured every "
+        "--log-interval",
+    )
 
     # Snapshots in memory
     snapshot_interval: int | None = flag(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.data.data_source import SampleView
+from megaforge.data.dealing import Dealing, dealt
 from megaforge.data.patience import Fill
 from megaforge.errors import UserError
 
@@ -31,6 +32,7 @@ class Batch:
         samples: int64 [b], the number of each sample in the whole run; None where nobody counts them.
         later: with a look-ahead of n, n - 1 pairs (labels, loss mask) as above, of the second to the n-th token after
             each; with ``--eod-mask-loss`` none counts where a document begins in between.
+        of: samples of the whole global batch; None: every dp rank has as many as this one.
     """
 
     tokens: Tensor
@@ -39,14 +41,16 @@ class Batch:
     document_start: Tensor
     later: tuple[tuple[Tensor, Tensor], ...] = ()
     samples: Tensor | None = None
+    of: int | None = None
 
 
 class GlobalBatchLoader:
     """Iterates over global batches; yields this rank's micro-batches of each as ``list[Batch]``.
 
     A global batch is the next samples, as many as ``batches`` says, whatever the ranks: of these, micro-batch m of
-    rank r takes ``micro_batch_size`` from number (m * dp_size + r) * micro_batch_size on. Training data has no end; a
-    validation view ends, its last global batch padded with samples whose loss mask is 0.
+    rank r takes ``micro_batch_size`` from number (m * dp_size + r) * micro_batch_size on, or those that :attr:`dealing`
+    gives it. Training data has no end; a validation view ends, its last global batch padded with samples whose loss
+    mask is 0.
 
     Args:
         batches: how many samples the global batch that begins at any sample has.
@@ -58,6 +62,8 @@ class GlobalBatchLoader:
     Attributes:
         consumed_samples: samples of all ranks in the batches handed out so far, those before included.
         fill: what reads a sample: that of ``data``, unless another is set.
+        dealing: how many micro-batches each dp rank takes; None: all as many. What changes there between two batches
+            holds for those that are not begun yet, which are the same on every rank.
 
     Raises:
         UserError: the batch sizes do not divide, or the sequence length would change within a global batch.
@@ -96,13 +102,14 @@ class GlobalBatchLoader:
         self._schedule, self._micro = batches, micro_batch_size
         self._rank, self._ranks, self._workers = dp_rank, dp_size, num_workers
         self._look_ahead = look_ahead
+        self.dealing: Dealing | None = None
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """Goes on from ``consumed_samples``."""
         whole = self._global_batches()
         if self._workers == 0:
             for first, size in whole:
-                batches = self._build(first, size)
+                batches = self._build(first, size, self._own(size))
                 self.consumed_samples = first + size
                 yield batches
             return
@@ -110,7 +117,7 @@ class GlobalBatchLoader:
             ahead: deque[tuple[int, Future[list[Batch]]]] = deque()
             while True:
                 for first, size in itertools.islice(whole, self._workers + 1 - len(ahead)):
-                    ahead.append((first + size, pool.submit(self._build, first, size)))
+                    ahead.append((first + size, pool.submit(self._build, first, size, self._own(size))))
                 if not ahead:
                     return
                 stop, future = ahead.popleft()
@@ -127,12 +134,17 @@ class GlobalBatchLoader:
                     return
                 yield start, size
 
-    def _build(self, start: int, size: int) -> list[Batch]:
-        stride = self._micro * self._ranks
-        first = start + self._rank * self._micro
-        return [self._micro_batch(first + offset) for offset in range(0, size, stride)]
+    def _own(self, size: int) -> Sequence[int]:
+        """The numbers of this rank's micro-batches among those of a global batch of ``size`` samples."""
+        count = size // self._micro
+        if self.dealing is None:
+            return range(self._rank, count, self._ranks)
+        return dealt(self.dealing.counts(count), self._rank)
 
-    def _micro_batch(self, first: int) -> Batch:
+    def _build(self, start: int, size: int, own: Sequence[int]) -> list[Batch]:
+        return [self._micro_batch(start + number * self._micro, size) for number in own]
+
+    def _micro_batch(self, first: int, size: int) -> Batch:
         length, beyond = self.data.sequence_length(first), self._look_ahead
         tokens = np.empty((self._micro, length + beyond), np.int64)
         marks = np.zeros((self._micro, length + beyond), np.bool_)
@@ -150,6 +162,7 @@ class GlobalBatchLoader:
             document_start=starts[:, :length].contiguous(),
             later=tuple(self._later(whole, counts, starts, length)) if beyond > 1 else (),
             samples=torch.arange(first, first + self._micro),
+            of=size,
         )
 
     def _later(self, tokens: Tensor, counts: Tensor, starts: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:

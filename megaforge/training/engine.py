@@ -183,7 +183,8 @@ class Engine:
         counted = upload(torch.tensor(list(own.values()), dtype=torch.float64), self.ctx.device)
         if self.ctx.dp.group is not None:
             dist.all_reduce(counted, group=self.ctx.dp.group)
-        sequences = float(sum(len(batch.tokens) for batch in batches) * self.ctx.dp.size)
+        known = batches[0].of
+        sequences = float(sum(len(batch.tokens) for batch in batches) * self.ctx.dp.size if known is None else known)
         counts: dict[str, Tensor | float] = {"sequences": sequences, "tokens": sequences * batches[0].tokens.shape[1]}
         return counts | dict(zip(own, counted.clamp(min=1.0).unbind(), strict=True))
 

@@ -38,6 +38,7 @@ from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.layer_context import compute_dtype, make_layer_context
 from megaforge.parallel.zero import shard_parameters
 from megaforge.registry import CALLBACKS, LR_SCHEDULES, UPDATE_RULES
+from megaforge.training.balance_batch import BalanceBatch
 from megaforge.training.calibration import Calibration
 from megaforge.training.callbacks import (
     Callback,
@@ -277,7 +278,7 @@ _OF_UPDATES = (
     DecoupledRate,
 )
 # What is seen, and when the run ends.
-_OTHERS = (Norms, Digests, ManualCollection, FinalTest, SkipTrain, FaultSteps, Stragglers, SpikeRollback)
+_OTHERS = (Norms, Digests, ManualCollection, FinalTest, SkipTrain, FaultSteps, Stragglers, BalanceBatch, SpikeRollback)
 
 
 def _callbacks(config: Config, progress: Progress, advice: Advice | None) -> list[Callback]:

@@ -136,12 +136,12 @@ class Stragglers(Callback):
         }
 
     def _tell(self, trainer: Trainer, rank: int, loads: Sequence[Load], median: float) -> None:
-        load, others = loads[rank], statistics.median_low(one.wait for one in loads)
+        load, others = loads[rank], statistics.median_low(one.wait for place, one in enumerate(loads) if place != rank)
         factor, steps = load.work / median, load.steps
         print_rank_0(
             f"rank {rank} on {load.host} is slow: {factor:.1f} times the ranks' median of own work "
             f"({_ms(load.work / steps)} a step against {_ms(median / steps)}; it waits {_ms(load.wait / steps)} for "
-            f"others, the median {_ms(others / steps)})"
+            f"others, the others {_ms(others / steps)})"
         )
         seconds = {"work": load.work, "median": median, "wait": load.wait}
         each = {name: round(value / steps, 6) for name, value in seconds.items()}

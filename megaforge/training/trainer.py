@@ -24,6 +24,7 @@ from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.config.config import Config
 from megaforge.config.launcher import print_rank_0
 from megaforge.data.data_source import DataSource, SampleView
+from megaforge.data.dealing import Dealing
 from megaforge.data.loader import Batch, GlobalBatchLoader
 from megaforge.data.patience import Patience
 from megaforge.data.skipped import SkippedSamples
@@ -82,6 +83,8 @@ class Trainer:
         save_written: whether it has written one on all ranks, which :meth:`settle_save` makes known.
         stop_reason: why the run ends before ``--train-iters``, or None.
         events: where what happens to the run is told.
+        dealing: how many micro-batches each dp rank takes of a global batch; None: all as many.
+        taken: micro-batches of the newest step on this rank.
         tell_phase: is told what the run does from now on; each call is a sign that it goes on.
     """
 
@@ -132,6 +135,8 @@ class Trainer:
         self.replica: Replica | None = None
         self.snapshots: SnapshotStore | None = None
         self.events = EventLog()
+        self.dealing: Dealing | None = None
+        self.taken = 0
         self.tell_phase: Callable[[str], None] = lambda phase: None
         self._by_background: Path | None = None
         self._requests = Requests()
@@ -190,6 +195,7 @@ class Trainer:
     def _train_on(self) -> None:
         """Steps on the samples from here on, until :attr:`finished` or :attr:`rollback` takes the run back."""
         loader = self._loader(self.data, self.progress.batches, self.consumed_samples, self.objective.look_ahead)
+        loader.dealing = self.dealing
         with closing(iter(loader)) as batches:  # type: ignore[type-var]
             while not self.finished:
                 metrics = self._timed_step(batches)
@@ -238,6 +244,7 @@ class Trainer:
         return found
 
     def _attempt(self, batches: Sequence[Batch]) -> Gradients:
+        self.taken = len(batches)
         self.engine.zero_grad()
         sums = self.micro_batches.forward_backward(self.engine, batches, self.objective)
         self._emit("on_backward")

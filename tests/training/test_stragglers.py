@@ -45,7 +45,7 @@ def test_a_rank_is_told_of_once_and_once_again(capsys: pytest.CaptureFixture[str
     said = capsys.readouterr().err.splitlines()
     assert said == [
         "rank 2 on node2 is slow: 3.0 times the ranks' median of own work (300.0 ms a step against 100.0 ms; it waits "
-        "100.0 ms for others, the median 300.0 ms)",
+        "100.0 ms for others, the others 300.0 ms)",
         "rank 2 on node2 is as fast as the others again",
     ]
     assert report(0.0, 0.0)["slowest_rank"] == 0.0, "nothing was measured"
