@@ -231,7 +231,8 @@ class Waits(TorchDispatchMode):
         self.places: list[str] = []
         self.host = WeakIdKeyDictionary()
         for field in tree_leaves([vars(batch) for batch in batches]):
-            self.host[field] = True
+            if isinstance(field, Tensor):
+                self.host[field] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
