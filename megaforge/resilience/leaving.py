@@ -46,10 +46,11 @@ def nothing_left(config: Config) -> str | None:
     flags = config.checkpoint
     if flags.save is None or config.training.skip_train or not same_directory(flags.save, flags.load):
         return None
-    found, left = newest_meta(Path(flags.save)), _read(Path(flags.save) / COMPLETED)
-    if left is None or found is None or left.get("run") != _digest(config):
+    left = _read(Path(flags.save) / COMPLETED)
+    if left is None or left.get("run") != _digest(config):
         return None
-    if found[1].get("iteration") != left.get("iteration"):
+    found = newest_meta(Path(flags.save))
+    if found is None or found[1].get("iteration") != left.get("iteration"):
         return None  # a checkpoint was taken away since
     return f"{flags.save}: complete since iteration {left['iteration']} ({left.get('reason')}); nothing is left to do"
 

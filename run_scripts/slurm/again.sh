@@ -30,9 +30,10 @@ saved_below() {
     done
 }
 
-# What torchrun's summaries in FILE blame first, as "TIME NODE STATUS"; nothing where there is none.
+# What torchrun's summaries in FILE blame first, as "TIME NODE STATUS"; nothing where there is none. SLURM's names of nodes
+# have no domain.
 root_cause() {
-    awk '$1 == "time" && $2 == ":" { time = $3 } $1 == "host" && $2 == ":" { host = $3 }
+    awk '$1 == "time" && $2 == ":" { time = $3 } $1 == "host" && $2 == ":" { host = $3; sub(/[.].*/, "", host) }
          $1 == "exitcode" && $2 == ":" && time != "" && host != "" { print time, host, $3; time = host = "" }' "$1" |
         sort | head -n 1
 }

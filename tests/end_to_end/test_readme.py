@@ -125,6 +125,7 @@ VARIABLES = {
     "$DATA": "--tokenizer-model corpus/tok.json --data-path corpus/train_text_document",
     "$RUN": "--save runs/4b --load runs/4b",
     "$FLAGS": "--zero 1",
+    "--gpu machine.json": "--gpu h100-80g",  # a file of the command before
 }
 
 

@@ -39,7 +39,7 @@ def test_the_directory_of_a_run_is_found(tmp_path: Path) -> None:
         (SRUN.format(node=3) + "slurmstepd: error: Node failure on n5\n", "n5"),
         (
             TORCHRUN.format(time="2026-11-26_10:00:02", node=1, status=1)
-            + TORCHRUN.format(time="2026-11-26_10:00:01", node=2, status=-9)
+            + TORCHRUN.format(time="2026-11-26_10:00:01", node="2.site.org", status=-9)
             + SRUN.format(node=3),
             "n2",
         ),
