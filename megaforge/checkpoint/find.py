@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megaforge.checkpoint.directory import is_step_directory, list_steps, quarantine, set_aside_names
-from megaforge.checkpoint.foreign import conversion_of
+from megaforge.checkpoint.foreign import MEGATRON_LATEST, conversion_of
 from megaforge.checkpoint.hashed_file import HASH, FileRecord
 from megaforge.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from megaforge.errors import CheckpointError, DamagedCheckpointError, UserError
@@ -187,6 +187,11 @@ def _candidates(directory: Path) -> list[Path]:
     if is_step_directory(directory) or (directory / MANIFEST_FILE).exists():
         return [directory]
     candidates = [path for _, path in list_steps(directory)]
+    if candidates and (directory / MEGATRON_LATEST).exists():
+        raise UserError(
+            f"--load {directory}: two programs have left checkpoints there, as both {candidates[0].name} and "
+            f"{MEGATRON_LATEST} say; name one of ours ({candidates[0]}), or move the other program's away"
+        )
     if not candidates:
         names = sorted(path.name for path in directory.iterdir())
         there = "; it holds " + ", ".join(names[:8]) + (" ..." if len(names) > 8 else "") if names else "; it is empty"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+MEGATRON_LATEST = "latest_checkpointed_iteration.txt"
 _FILES = {".pth": "rwkv7"}  # by their suffix
 _DIRECTORIES = {  # by what is in them
     "config.json": "hf",
-    "latest_checkpointed_iteration.txt": "megatron",
+    MEGATRON_LATEST: "megatron",
     **dict.fromkeys(("common.pt", "mp_rank_00", "mp_rank_00_000", "mp_rank_00_000_000"), "megatron"),
 }
 

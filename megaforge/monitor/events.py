@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 EVENTS_FILE = "events.jsonl"
 _OWN = ("time", "kind", "iteration", "uptime")
+_LARGEST = 1e18  # of a number of iterations or seconds: more is damage
 _FIRST = b'{"time": '  # how each line begins
 
 
@@ -199,13 +200,18 @@ def _event(path: str | os.PathLike[str], number: int, line: bytes) -> dict[str, 
         raise UserError(f"{path}: line {number} is not JSON ({error})") from error
     if not isinstance(event, dict):
         raise UserError(f"{path}: line {number} is not an event")
-    kinds: tuple[tuple[str, type | tuple[type, ...]], ...] = (
-        ("time", (int, float)),
-        ("kind", str),
-        ("iteration", int),
-        ("uptime", (int, float)),
-    )
-    for name, kind in kinds:
-        if not isinstance(event.get(name), kind) or isinstance(event[name], bool):
-            raise UserError(f"{path}: line {number} is not an event ({name} is {event.get(name)!r})")
+    right = {name: _is_number(event.get(name)) for name in ("time", "uptime")}
+    right |= {name: event.get(name) is None or _is_number(event[name]) for name in ("seconds", "stall")}
+    right |= {"kind": isinstance(event.get("kind"), str), "iteration": _is_whole(event.get("iteration"))}
+    for name, fine in right.items():
+        if not fine:
+            raise UserError(f"{path}: line {number} is not an event ({name} is {event.get(name)!r:.80})")
     return event
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and abs(value) < _LARGEST
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < _LARGEST

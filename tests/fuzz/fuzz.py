@@ -25,6 +25,7 @@ SECONDS = 20.0  # that a read of some kilobytes may take, on a busy machine
 MEMORY = 2 << 30  # bytes beyond what the process has already
 CORPUS = Path(__file__).parent / "corpus"
 _CURRENT, _FOUND, _DONE = "current", "found", "done"
+_OWN = "fuzzing itself: "
 
 
 class Finding(NamedTuple):
@@ -83,13 +84,15 @@ def _batch(name: str, inputs: Iterator[bytes], until: float, most: int) -> tuple
                 os.setpgid(0, 0)
                 _read_all(name, inputs, Path(home), until, most)
             except BaseException:
-                (Path(home) / _FOUND).write_text("fuzzing itself: " + traceback.format_exc())
+                (Path(home) / _FOUND).write_text(_OWN + traceback.format_exc())
             os._exit(0)
         ending = _wait(child, Path(home) / _CURRENT)
         done = int(text) if (text := _text(Path(home) / _DONE)) else 0
         what = _text(Path(home) / _FOUND) or ending
         if not what:
             return done, None
+        if what.startswith(_OWN):
+            raise RuntimeError(what)
         return done, Finding(name, (Path(home) / _CURRENT).read_bytes(), what)
 
 

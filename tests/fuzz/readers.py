@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,19 +28,23 @@ from megaforge.checkpoint.registry import list_checkpoints, verify_checkpoints
 from megaforge.checkpoint.safetensors_file import SafetensorsFile, Slot, write_safetensors
 from megaforge.checkpoint.shards import TensorEntry
 from megaforge.checkpoint.sources import DirectorySource
+from megaforge.config.checkpoint_source import newest_meta
 from megaforge.config.cli import parse_config
 from megaforge.config.yaml_files import load_layer
 from megaforge.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, idx_path, sidecar_path
 from megaforge.data.sidecar import read_sidecar
+from megaforge.data.skip_list import SKIP_FILE, add_skip, read_skips
 from megaforge.data.text.readers import read_texts
 from megaforge.data.tokenizer import load_tokenizer
 from megaforge.inference.prompts import read_prompts
+from megaforge.monitor.accounting import Accounting
 from megaforge.monitor.compare_digests import FILE as DIGESTS
 from megaforge.monitor.compare_digests import read_digests
 from megaforge.monitor.events import EventLog, read_events
 from megaforge.monitor.sinks import JsonlSink, read_metrics
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.param_spec import ParamSpec
+from megaforge.planning.gpus import GPUS, gpu_named
 from megaforge.resilience.faults import Plan, draw
 
 CTX = ParallelContext.single()
@@ -190,7 +195,8 @@ def _lines(name: str, records: list[dict[str, Any]]) -> Callable[[Path], Path]:
 
 
 _EVENTS = [
-    {"time": 1.5, "kind": kind, "iteration": 1, "uptime": 0.5, "step": 1} for kind in ("start", "train", "save", "end")
+    {"time": 1.5, "kind": kind, "iteration": 1, "uptime": 0.5, "step": 1, "seconds": 0.1, "host": "a", "pid": 7}
+    for kind in ("start", "train", "snapshot", "save", "end", "start", "train")
 ]
 _METRICS = [{"kind": "step", "iteration": n, "loss": 2.5, "tokens": 64, "grad_norm": None} for n in (1, 2, 3)]
 _DIGESTS = [
@@ -202,6 +208,24 @@ _DIGESTS = [
 def _read_events(path: Path) -> None:
     read_events(path)
     EventLog(path).tell("end")
+
+
+def _read_accounts(path: Path) -> None:
+    Accounting(read_events(path).events).goodput()
+
+
+def _skips(folder: Path) -> Path:
+    for stretch in ((3, 8), (20, 24)):
+        add_skip(folder, stretch, reason="loss")
+    return folder / SKIP_FILE
+
+
+def _machine(folder: Path) -> Path:
+    path = folder / "machine.json"
+    path.write_text(
+        json.dumps({"device": {**dataclasses.asdict(next(iter(GPUS.values()))), "name": "mine"}, "note": "x"})
+    )
+    return path
 
 
 def _read_metrics(path: Path) -> None:
@@ -286,6 +310,10 @@ READERS = {
     "pickle": Reader(_pickle, read_pickle),
     "phase 4": Reader(_phase4, lambda path: load_phase4_models(path.parent)),
     "events": Reader(_lines("events.jsonl", _EVENTS), _read_events),
+    "accounts": Reader(_lines("events.jsonl", _EVENTS), _read_accounts),
+    "skips": Reader(_skips, lambda path: read_skips(path.parent)),
+    "machine": Reader(_machine, lambda path: gpu_named(str(path))),
+    "newest meta": Reader(_manifest, lambda path: newest_meta(path.parent.parent)),
     "metrics": Reader(_lines("metrics.jsonl", _METRICS), _read_metrics),
     "digests": Reader(_lines(DIGESTS, _DIGESTS), read_digests),
     "yaml": Reader(_yaml, _read_yaml),
