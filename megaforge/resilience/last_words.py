@@ -124,12 +124,21 @@ def main_stack() -> tuple[str, ...]:
     return tuple(f"{_short(one.filename)}:{one.lineno} {one.name}" for one in stack)
 
 
-def write_recorder(folder: Path, rank: int) -> Path:
-    """Writes torch's flight recorder as ``torchfrtrace`` reads it: ``folder/recorder_RANK``."""
-    path = folder / f"recorder_{rank}"
-    if hasattr(c10d, "_dump_fr_trace"):
-        path.write_bytes(c10d._dump_fr_trace(True, True, False))
-    return path
+def write_recorder(folder: Path, rank: int) -> list[Path]:
+    """Writes torch's flight recorder as ``folder/recorder_RANK.json``; with NCCL also as ``folder/nccl_RANK``, which
+    ``torchfrtrace`` reads (of gloo's groups its reader, in torch 2.13, knows nothing).
+
+    Raises:
+        OSError: it could not be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"recorder_{rank}.json"
+    path.write_text(json.dumps(_recorder(collectives=True), indent=1) + "\n")
+    if not dist.is_initialized() or "nccl" not in dist.get_backend() or not hasattr(c10d, "_dump_fr_trace"):
+        return [path]
+    beside = folder / f"nccl_{rank}"
+    beside.write_bytes(c10d._dump_fr_trace(True, True, False))
+    return [path, beside]
 
 
 def _recorder(*, collectives: bool) -> dict[str, Any]:

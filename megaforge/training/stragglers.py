@@ -31,6 +31,7 @@ class Load(NamedTuple):
         work: its own, the reading of batches included.
         wait: for others.
         looks: of the sampler; those of a GPU are as good as many.
+        micro_batches: that it made.
     """
 
     host: str
@@ -38,6 +39,7 @@ class Load(NamedTuple):
     work: float
     wait: float
     looks: int
+    micro_batches: int = 1
 
 
 class Stragglers(Callback):
@@ -59,7 +61,7 @@ class Stragglers(Callback):
         self._marks: list[tuple[float | torch.cuda.Event, float | torch.cuda.Event]] = []
         self._begun: float | torch.cuda.Event = 0.0
         self._steps, self._seconds, self._within = 0, 0.0, 0.0
-        self._since = 0.0
+        self._since, self._taken = 0.0, 0
 
     @classmethod
     def of(cls, config: Config) -> Stragglers:
@@ -92,6 +94,7 @@ class Stragglers(Callback):
         if trainer.ctx.world.size == 1:
             return
         self._steps, self._seconds = self._steps + 1, self._seconds + metrics.seconds
+        self._taken += trainer.taken
         if metrics.iteration % self.interval == 0:
             loads = exchange(trainer.ctx, self._load())
             metrics.extra.update(self.report(trainer, loads))
@@ -107,13 +110,14 @@ class Stragglers(Callback):
             wait = self._within * waits / max(looks, 1)
         else:
             looks, wait = _LEAST_LOOKS, sum(Clock.seconds(*marks) for marks in self._marks)
-        return Load(socket.gethostname(), self._steps, self._seconds - wait, wait, looks)
+        return Load(socket.gethostname(), self._steps, self._seconds - wait, wait, looks, max(self._taken, 1))
 
     def _start_anew(self) -> None:
         if self._sampler is not None:
             self._sampler.take()
         self._marks.clear()
         self._steps, self._seconds, self._within = 0, 0.0, 0.0
+        self._taken = 0
 
     def report(self, trainer: Trainer, loads: Sequence[Load]) -> dict[str, float]:
         """Tells of what changed, by the loads of all ranks, and gives the step's numbers; none where these tell too
@@ -121,6 +125,8 @@ class Stragglers(Callback):
         if min(load.looks for load in loads) < _LEAST_LOOKS:
             return {}
         self._start_anew()
+        each = statistics.fmean(load.micro_batches for load in loads)  # others than these with --balance-batch
+        loads = [load._replace(work=load.work * each / load.micro_batches) for load in loads]
         median = max(statistics.median_low(load.work for load in loads), 1e-9)
         slow = {rank: load.work / median for rank, load in enumerate(loads) if load.work > self.factor * median}
         for rank in slow.keys() - self.slow.keys():

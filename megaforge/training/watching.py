@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -87,8 +88,10 @@ def watched(config: Config, ctx: ParallelContext) -> Iterator[Watching]:
         yield Watching(watchdog)
     except Exception as error:
         if not isinstance(error, UserError) and folder is not None and dist.is_initialized():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_recorder(folder, ctx.world.rank)
+            try:
+                write_recorder(folder, ctx.world.rank)
+            except OSError as failure:
+                print(f"{folder}: torch's flight recorder cannot be written ({failure.strerror})", file=sys.stderr)
         raise
     finally:
         if watchdog is not None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -91,4 +92,5 @@ def test_ranks_tell_who_is_missing(ranks: RankPool, tmp_path: Path, silent: bool
         assert meant[0].startswith("rank 1 did not come to all_reduce [5], number "), meant
         assert len(lines) == 2 and (tmp_path / "stacks_1.txt").stat().st_size
     assert "all_reduce [5]" in lines[0] and "not done" in lines[0]
-    assert (tmp_path / "recorder_0").stat().st_size
+    entries = json.loads((tmp_path / "recorder_0.json").read_text())["entries"]
+    assert entries[-1]["input_sizes"] == [[5]] and not entries[-1]["retired"]

@@ -42,6 +42,8 @@ def test_a_rank_is_told_of_once_and_once_again(capsys: pytest.CaptureFixture[str
     ]
     report(1.0, 1.0, 1.0, 1.0)
     assert told.told[1:] == [{"kind": "straggler", "rank": 2, "host": "node2", "slow": False}]
+    uneven = [load._replace(micro_batches=count) for load, count in zip(loads(3.0, 1.0), (24, 8), strict=True)]
+    assert callback.report(told, uneven)["slowest_rank"] == 1.0, "as much for each micro-batch"  # type: ignore[arg-type]
     said = capsys.readouterr().err.splitlines()
     assert said == [
         "rank 2 on node2 is slow: 3.0 times the ranks' median of own work (300.0 ms a step against 100.0 ms; it waits "
