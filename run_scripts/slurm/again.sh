@@ -9,6 +9,8 @@
 # MAX_FAULTS of them (2) is excluded when the job is requeued; take its lines out to have it back. No further attempt is
 # made after MAX_STUCK (3) in a row that failed without a new checkpoint, nor after MAX_REQUEUES (10).
 
+# Whatever writes to a pipe is read to its end here: with pipefail, one that is not ends the script.
+
 MAX_REQUEUES="${MAX_REQUEUES:-10}"
 MAX_FAULTS="${MAX_FAULTS:-2}"
 MAX_STUCK="${MAX_STUCK:-3}"
@@ -33,18 +35,22 @@ saved_below() {
 # What torchrun's summaries in FILE blame first, as "TIME NODE STATUS"; nothing where there is none. SLURM's names of nodes
 # have no domain.
 root_cause() {
-    awk '$1 == "time" && $2 == ":" { time = $3 } $1 == "host" && $2 == ":" { host = $3; sub(/[.].*/, "", host) }
-         $1 == "exitcode" && $2 == ":" && time != "" && host != "" { print time, host, $3; time = host = "" }' "$1" |
-        sort | head -n 1
+    awk '/^Root Cause/ { cause = 1 }
+         cause && $1 == "time" && $2 == ":" { time = $3 }
+         cause && $1 == "host" && $2 == ":" { host = $3; sub(/[.].*/, "", host) }
+         cause && $1 == "exitcode" && $2 == ":" { print time, host, $3; cause = 0 }' "$1" | sort | sed -n 1p
 }
 
-# Where SLURM itself has lost a node, that one; else torchrun's; else the first of "srun: error: NODE: task 3: Killed".
-# What came first is the cause; what followed are its victims.
+# Where SLURM itself has lost a node, that one; else torchrun's, if the job has a node of that name; else the first of
+# "srun: error: NODE: task 3: Killed". What came first is the cause; what followed are its victims.
 faulty_node() {
     local found
-    found="$(sed -nE 's/.*error: Node failure on ([^ ,]+).*/\1/p' "$1" | head -n 1)"
-    [ -n "$found" ] || found="$(root_cause "$1" | cut -d ' ' -f 2)"
-    [ -n "$found" ] || found="$(sed -nE 's/^srun: error: ([^ :]+): tasks? [0-9,-]+: .*/\1/p' "$1" | head -n 1)"
+    found="$(sed -nE 's/.*error: Node failure on ([^ ,]+).*/\1/p' "$1" | sed -n 1p)"
+    if [ -z "$found" ]; then
+        found="$(root_cause "$1" | cut -d ' ' -f 2)"
+        scontrol show hostnames "${SLURM_JOB_NODELIST:-}" | grep -xF -e "$found" >/dev/null || found=""
+    fi
+    [ -n "$found" ] || found="$(sed -nE 's/^srun: error: ([^ :]+): tasks? [0-9,-]+: .*/\1/p' "$1" | sed -n 1p)"
     printf '%s\n' "$found"
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megaforge.config.cli import parse_config
+from megaforge.config.config import Config
 from megaforge.errors import UserError
 from megaforge.planning.elastic import ElasticLayout
 from megaforge.training.prepare import prepare
@@ -47,21 +48,18 @@ def test_a_layout_is_kept_where_it_is_valid_and_else_chosen() -> None:
         elastic.planned(tight, 4)
 
 
-def _train(argv: list[str], world: int) -> tuple[str, list[dict[str, Any]]]:
+def _train(config: Config) -> list[dict[str, Any]]:
     import torch.distributed as dist
 
     from megaforge.training.setup import build_trainer, make_context
 
-    assert dist.get_world_size() == world
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANK", str(dist.get_rank()))
-        patch.setenv("WORLD_SIZE", str(world))
-        run = prepare(make_config(argv), (), lambda config: ElasticLayout().planned(config, world))
-        trainer = build_trainer(run, make_context(run.config, "cpu"))
+        patch.setenv("WORLD_SIZE", str(dist.get_world_size()))
+        trainer = build_trainer(prepare(config), make_context(config, "cpu"))
         recorder = record(trainer)
         trainer.train()
-    parallel = run.config.parallel
-    return f"{parallel.tensor_model_parallel_size} {parallel.pipeline_model_parallel_size}", recorder.records
+    return recorder.records
 
 
 def test_from_four_ranks_to_two_and_back(ranks: RankPool, tmp_path: Path) -> None:
@@ -73,11 +71,12 @@ def test_from_four_ranks_to_two_and_back(ranks: RankPool, tmp_path: Path) -> Non
     trainer.train()
     expected, line, found, layouts = recorder.records, [*line, *WRITTEN], [], []
     for world, leave in ((4, "1"), (2, "3"), (4, "4")):
-        more = ("--save", save, "--load", save, "--exit-interval", leave)
-        [(layout, records), *_] = ranks.run(world, _train, [*line, *more], world)
-        layouts.append(layout)
+        more = ("--save", save, "--load", save, "--exit-interval", leave, "--vocab-size", "62")
+        config, _ = ElasticLayout().planned(make_config([*line, *more]), world)
+        layouts.append((config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size))
+        [records, *_] = ranks.run(world, _train, config)
         found += records
-    assert layouts[0] == layouts[2] == "2 2" != layouts[1]
+    assert layouts[0] == layouts[2] == (2, 2) != layouts[1]
     assert [one["iteration"] for one in found] == [1, 2, 3, 4] == [one["iteration"] for one in expected]
     for ours, theirs in zip(found, expected, strict=True):
         assert ours["consumed_samples"] == theirs["consumed_samples"]

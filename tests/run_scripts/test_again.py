@@ -10,7 +10,8 @@ import pytest
 
 AGAIN = Path(__file__).parents[2] / "run_scripts" / "slurm" / "again.sh"
 SRUN = "srun: error: n{node}: task 3: Killed\nsrun: error: n9: tasks 0-2: Exited with exit code 1\n"
-TORCHRUN = "Root Cause (first observed failure):\n  time      : {time}\n  host      : n{node}\n  rank      : 0\n"
+TORCHRUN = "Failures:\n  time      : 0\n  host      : n8\n  exitcode  : 1 (pid: 9)\n"
+TORCHRUN += "Root Cause (first observed failure):\n  time      : {time}\n  host      : n{node}\n  rank      : 0\n"
 TORCHRUN += "  exitcode  : {status} (pid: 7)\n"
 
 
@@ -18,7 +19,7 @@ def bash(tmp_path: Path, line: str, **variables: str) -> subprocess.CompletedPro
     tools = tmp_path / "tools"
     if not tools.exists():
         tools.mkdir()
-        (tools / "scontrol").write_text('#!/bin/sh\necho "scontrol $*"\n')
+        (tools / "scontrol").write_text('#!/bin/sh\n[ "$1" = show ] && printf "n%s\\n" 1 2 3 || echo "scontrol $*"\n')
         (tools / "scontrol").chmod(0o755)
     program = shutil.which("bash")
     assert program is not None
@@ -43,6 +44,10 @@ def test_the_directory_of_a_run_is_found(tmp_path: Path) -> None:
             + SRUN.format(node=3),
             "n2",
         ),
+        (
+            TORCHRUN.format(time="2026-11-26_10:00:02", node=7, status=1) + SRUN.format(node=3),
+            "n3",
+        ),  # a host's other name
         ("a line of the run\n", ""),
     ],
 )
