@@ -102,9 +102,9 @@ def _chooser(parsed: ParsedConfig) -> AutoLayout | ElasticLayout | None:
         from megaforge.config.layout_settings import given_settings
         from megaforge.planning.auto_layout import AutoLayout
 
-        return AutoLayout(given_settings(parsed.origins))
+        return AutoLayout(given_settings(parsed.origins), parsed.origins)
     if config.resilience.elastic is not None and not config.dry_run.dry_run:
         from megaforge.planning.elastic import ElasticLayout
 
-        return ElasticLayout()
+        return ElasticLayout(parsed.origins)
     return None

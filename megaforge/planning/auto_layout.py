@@ -12,6 +12,7 @@ from torch.distributed.distributed_c10d import Store
 from megaforge.config.config import Config
 from megaforge.config.launcher import Launch, discover_launch
 from megaforge.config.layout_settings import CHOSEN
+from megaforge.config.partners import check_partners
 from megaforge.errors import UserError
 from megaforge.parallel.distributed import open_store
 from megaforge.planning.choose import Choice, choose_layout
@@ -29,9 +30,14 @@ class AutoLayout:
         why: the line that says what was chosen; None before.
     """
 
-    def __init__(self, kept: Collection[str]) -> None:
-        """``kept``: of :data:`megaforge.config.layout_settings.CHOSEN`, what the user wrote."""
-        self.kept = kept
+    def __init__(self, kept: Collection[str], origins: Mapping[str, str] | None = None) -> None:
+        """
+        Args:
+            kept: of :data:`megaforge.config.layout_settings.CHOSEN`, what the user wrote.
+            origins: of every setting (:class:`megaforge.config.cli.ParsedConfig`); what is chosen goes with what the
+                user wrote.
+        """
+        self.kept, self._origins = kept, origins
         self.why: str | None = None
         self._store: Store | None = None
 
@@ -56,7 +62,8 @@ class AutoLayout:
 
     def _decide(self, config: Config, stands: list[Stand]) -> Decision:
         gpu, notes = self._device(config, stands)
-        choice = choose_layout(config, len(stands), gpu, self.kept, config.parallel.memory_limit)
+        share = config.parallel.memory_limit
+        choice = choose_layout(config, len(stands), gpu, self.kept, share, self._fits)
         return {"values": _values(choice), "notes": notes, "why": choice.why}
 
     @staticmethod
@@ -67,6 +74,14 @@ class AutoLayout:
             return gpu_named(given, "--machine"), []
         gpu, note = machine_of(stands)
         return gpu, [note] if note else []
+
+    def _fits(self, config: Config) -> bool:
+        try:
+            if self._origins is not None:
+                check_partners(config, self._origins)
+        except UserError:
+            return False
+        return True
 
     def _take(self, config: Config, decision: Decision) -> Chosen:
         self.why = decision["why"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 from megaforge.config.check_layout import has_experts
@@ -39,7 +40,14 @@ class Choice:
         return self.found.layout.describe()
 
 
-def choose_layout(config: Config, world_size: int, gpu: Gpu, kept: Collection[str] = (), share: float = ROOM) -> Choice:
+def choose_layout(
+    config: Config,
+    world_size: int,
+    gpu: Gpu,
+    kept: Collection[str] = (),
+    share: float = ROOM,
+    fits: Callable[[Config], bool] = lambda config: True,
+) -> Choice:
     """The fastest layout of ``world_size`` ranks whose fullest rank needs at most ``share`` of the memory of ``gpu``.
     The same arguments give the same layout. The global batch stays the configuration's: what is learned does not
     depend on the choice.
@@ -49,6 +57,8 @@ def choose_layout(config: Config, world_size: int, gpu: Gpu, kept: Collection[st
     Args:
         config: with its vocabulary size and its global batch size.
         kept: keys of settings, of :data:`CHOSEN`, whose values in ``config`` hold.
+        fits: whether a layout's settings go with the run's others
+            (:func:`megaforge.config.partners.check_partners`).
 
     Raises:
         UserError: there is no global batch size, no layout has room, or what is kept is impossible there.
@@ -62,7 +72,8 @@ def choose_layout(config: Config, world_size: int, gpu: Gpu, kept: Collection[st
         parallel = dataclasses.replace(config.parallel, context_parallel_size=cp, zero_stage=zero)
         pinned = {*kept, _CP} | ({_ZERO} if zero == 2 else set())
         tried = dataclasses.replace(config, parallel=parallel)
-        for found in search(tried, world_size, gpu, share=share, count=1, kept=pinned):
+        goes = partial(_goes, config, fits)
+        for found in search(tried, world_size, gpu, share=share, count=1, kept=pinned, allowed=goes):
             return Choice(with_layout(config, found.layout), found, _why(found, gpu, kept, share))
     raise UserError(_nothing_fits(config, world_size, gpu, kept, share))
 
@@ -76,6 +87,10 @@ def _attempts(config: Config, world_size: int, kept: Collection[str]) -> Iterato
         stages.append(2)
     for zero, cp in product(stages, sizes):
         yield cp, zero
+
+
+def _goes(config: Config, fits: Callable[[Config], bool], layout: PlannedLayout) -> bool:
+    return fits(with_layout(config, layout))
 
 
 def with_layout(config: Config, layout: PlannedLayout) -> Config:
@@ -101,7 +116,7 @@ def with_layout(config: Config, layout: PlannedLayout) -> Config:
 
 def _why(found: Found, gpu: Gpu, kept: Collection[str], share: float) -> str:
     layout, time, memory = found.layout, found.time, found.memory.total
-    beside = f", with {_flags(kept)} as given," if kept else ""
+    beside = f", with {_flags(kept)} as given," if kept else ","
     return (
         f"--layout auto: {layout.describe()} (dp {layout.dp}): of the layouts of {layout.world_size} x {gpu.name} "
         f"within {share:.0%} of {gpu.memory / 1e9:.3g} GB{beside} it has the shortest predicted step, "

@@ -5,6 +5,8 @@ The global batches stay the same, so what is learned does too; the checkpoint mo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megaforge.config.config import Config
 from megaforge.errors import UserError
 from megaforge.models.prepared_run import check_run
@@ -22,8 +24,8 @@ class ElasticLayout(AutoLayout):
         why: the line that says what was chosen; None where the layout is as written.
     """
 
-    def __init__(self) -> None:
-        super().__init__(frozenset())
+    def __init__(self, origins: Mapping[str, str] | None = None) -> None:
+        super().__init__(frozenset(), origins)
 
     def _decide(self, config: Config, stands: list[Stand]) -> Decision:
         flag = f"--elastic {config.resilience.elastic}"

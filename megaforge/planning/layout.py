@@ -9,7 +9,9 @@ from functools import lru_cache
 import torch
 
 from megaforge.config.config import Config
+from megaforge.config.model_config import ModelConfig
 from megaforge.config.optimizer_config import OptimizerConfig
+from megaforge.config.teacher import teacher_model
 from megaforge.models.pipeline_shape import pipeline_shape
 from megaforge.models.prepared_run import check_run
 from megaforge.parallel.context import ParallelContext
@@ -33,6 +35,8 @@ class PlannedLayout:
         wkv_backend: which implementation of WKV-7 keeps what it keeps, as ``--wkv-backend``.
         device_type: whose kernels keep what they keep; ``meta``: plain torch.
         optimizer: which update rule keeps how much.
+        teacher: the model of ``--distill-from``, which stands beside the trained one; None without, or where its
+            checkpoint is not here.
         code_bits: bits of a quantized weight that ZeRO gathers as a code (``--zero-quantized-gather``); 0: as it is.
     """
 
@@ -59,6 +63,7 @@ class PlannedLayout:
     wkv_backend: str = "auto"
     optimizer: OptimizerConfig = OptimizerConfig()
     code_bits: int = 0
+    teacher: ModelConfig | None = None
 
     @property
     def stage_ranks(self) -> int:
@@ -159,6 +164,7 @@ def layout_of(config: Config, world_size: int) -> PlannedLayout:
         wkv_backend=config.training.wkv_backend,
         optimizer=config.optimizer,
         code_bits=gathered_bits(config),
+        teacher=teacher_model(config)[0],
     )
 
 

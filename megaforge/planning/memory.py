@@ -10,6 +10,7 @@ from megaforge.planning.costs import stage_cost
 from megaforge.planning.layout import PlannedLayout
 from megaforge.planning.stages import ModelParts, StagePart
 from megaforge.planning.state_bytes import StateBytes, stage_plan, state_bytes
+from megaforge.planning.teacher import teacher_bytes, teacher_pass
 
 LIBRARIES = 2e9  # CUDA context, cuBLAS workspaces, NCCL's channels: assumed, it differs by driver and number of groups
 
@@ -24,7 +25,9 @@ class RankMemory:
         in_flight: most micro-batches (of a stage each) whose activations are alive at once.
         activations: what they keep.
         host: activations that are kept in host memory; not in :attr:`total`.
-        buffers: temporaries of one backward pass, recomputed activations, communication buckets, libraries.
+        buffers: temporaries of one backward pass, recomputed activations, communication buckets, libraries; of a
+            teacher's forward pass where they are more.
+        teacher: weights of the model of ``--distill-from``.
     """
 
     rank: int
@@ -34,10 +37,11 @@ class RankMemory:
     activations: float
     buffers: float
     host: float = 0.0
+    teacher: int = 0
 
     @property
     def total(self) -> float:
-        return self.state.total + self.activations + self.buffers
+        return self.state.total + self.activations + self.buffers + self.teacher
 
 
 def peak_activations(
@@ -74,7 +78,8 @@ def least_memory(parts: ModelParts, layout: PlannedLayout, stages: Sequence[Stag
     and activations of the micro-batches in flight."""
     own = set(layout.schedule.stages_of(rank))
     kept = [stage_cost(parts, layout.unsplit, s).kept if number in own else 0.0 for number, s in enumerate(stages)]
-    return rank_state(parts, layout, stages, rank).total + LIBRARIES + peak_activations(layout.schedule, rank, kept)[0]
+    state = rank_state(parts, layout, stages, rank).total + teacher_bytes(layout)
+    return state + LIBRARIES + peak_activations(layout.schedule, rank, kept)[0]
 
 
 def rank_memory(
@@ -89,5 +94,6 @@ def rank_memory(
     host, _ = peak_activations(schedule, rank, [0.0 if cost is None else cost.host for cost in costs])
     # Under --zero 2 gradients that have arrived but are not yet sharded: two buckets.
     arrived = 2.0 * stage_plan(parts, own, layout).largest_bucket if layout.zero > 1 else 0.0
-    buffers = max(cost.working for cost in costs if cost is not None) + arrived + libraries
-    return RankMemory(rank, own, rank_state(parts, layout, stages, rank), in_flight, activations, buffers, host)
+    working = max(teacher_pass(layout), *(cost.working for cost in costs if cost is not None))
+    buffers, state = working + arrived + libraries, rank_state(parts, layout, stages, rank)
+    return RankMemory(rank, own, state, in_flight, activations, buffers, host, teacher_bytes(layout))

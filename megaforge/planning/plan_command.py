@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megaforge.config.config import Config
+from megaforge.config.teacher import teacher_model
 from megaforge.errors import UserError
 from megaforge.planning.gpus import gpu_named
 from megaforge.planning.host_copies import host_copies
@@ -36,6 +37,8 @@ def run(arguments: Sequence[str], prog: str = "plan.py memory") -> None:
     for note in request.notes:
         print(note)
     config, own = request.config, request.own
+    if (untold := teacher_model(config)[1]) is not None:
+        print(untold)
     gpu, parallel = gpu_named(own.gpu), config.parallel
     if own.search:
         found = search(config, own.gpus, gpu, share=own.share, count=own.top, kept=request.kept)

@@ -60,6 +60,7 @@ def plan_text(parts: ModelParts, layout: PlannedLayout, gpu: Gpu, name: str) -> 
         "",
         memory_table(memories, gpu),
         *_in_host_memory(memories),
+        *([f"the teacher's weights, in the total: {gigabytes(memories[0].teacher)} GB a rank"] * bool(layout.teacher)),
         f"fullest rank: {fullest:.1%} of {gpu.memory / 1e9:g} GB: {verdict(fullest)}",
         "",
         "GB that a rank sends in a step, by axis:" if axes else "no communication",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -138,12 +138,23 @@ def worst_rank(parts: ModelParts, layout: PlannedLayout, stages: tuple[StagePart
 
 
 def search(
-    config: Config, gpus: int, gpu: Gpu, *, share: float = ROOM, count: int = 10, kept: Collection[str] = ()
+    config: Config,
+    gpus: int,
+    gpu: Gpu,
+    *,
+    share: float = ROOM,
+    count: int = 10,
+    kept: Collection[str] = (),
+    allowed: Callable[[PlannedLayout], bool] = lambda layout: True,
 ) -> list[Found]:
     """The ``count`` fastest layouts whose fullest rank needs at most ``share`` of the memory, fastest first.
 
     Of each layout the cheapest recomputation that fits is taken. Layouts are tried in the order of their
-    :func:`_bound`, until none can be faster than what is found. ``kept``: see :func:`candidates`.
+    :func:`_bound`, until none can be faster than what is found.
+
+    Args:
+        kept: see :func:`candidates`.
+        allowed: whether a layout goes with the run's other settings.
     """
     again = (config.parallel.recompute,) if "parallel.recompute" in kept else RECOMPUTE
     parts, efficiency = model_parts(config.model, compute_dtype(config.training)), Efficiency()
@@ -152,6 +163,8 @@ def search(
 
     def wait(number: int, recompute: int, layout: PlannedLayout, stages: tuple[StagePart, ...]) -> None:
         layout = dataclasses.replace(layout, recompute=again[recompute])
+        if not allowed(layout):
+            return wait(number, recompute + 1, layout, stages) if recompute + 1 < len(again) else None
         bound = _bound(parts, layout, stages, gpu, efficiency)
         heapq.heappush(waiting, (bound, number, recompute, layout, stages))
 

@@ -13,6 +13,7 @@ from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta
 from megaforge.checkpoint.find import find_checkpoint
 from megaforge.config.config import Config
 from megaforge.config.launcher import print_rank_0
+from megaforge.config.model_config import ModelConfig
 from megaforge.config.schema import config_from_dict
 from megaforge.data.loader import Batch
 from megaforge.device import upload
@@ -102,8 +103,22 @@ def load_teacher(config: Config, ctx: ParallelContext, tokenizer: dict[str, Any]
         raise UserError(f"{named}: {path} does not say which model it is of")
     theirs = config_from_dict(meta["config"], source=str(path)).model
     _check_vocabulary(named, config, theirs.padded_vocab_size(), theirs.vocab_size, meta.get("tokenizer"), tokenizer)
+    try:
+        teacher = build_teacher(config, theirs, ctx)
+    except (UserError, ValueError) as error:
+        raise UserError(f"{named}: the teacher does not fit this layout: {error}") from error
+    main = MainParameters(teacher)
+    load_checkpoint(path, main.entries(), ctx, verify=False, allow_extra=("",), cast=True)
+    main.after_load()
+    size = sum(parameter.nbytes for parameter in teacher.parameters())
+    print_rank_0(f"{named}: {path} teaches; it takes {size / 1e6:,.1f} MB a rank")
+    return teacher.requires_grad_(False).eval()
+
+
+def build_teacher(config: Config, teacher: ModelConfig, ctx: ParallelContext) -> HybridModel:
+    """The model ``teacher`` at the layout of ``config``, not yet loaded."""
     layer = make_layer_context(
-        theirs,
+        teacher,
         ctx,
         sequence_parallel=config.parallel.sequence_parallel,
         dtype=compute_dtype(config.training),
@@ -111,16 +126,7 @@ def load_teacher(config: Config, ctx: ParallelContext, tokenizer: dict[str, Any]
         overlap_tp_comm=config.parallel.overlap_tp_comm,
         wkv_backend=config.training.wkv_backend,
     )
-    try:
-        teacher = HybridModel(layer)
-    except (UserError, ValueError) as error:
-        raise UserError(f"{named}: the teacher does not fit this layout: {error}") from error
-    main = MainParameters(teacher)
-    load_checkpoint(path, main.entries(), ctx, verify=False, allow_extra=("",), cast=True)
-    main.after_load()
-    size = sum(parameter.nbytes for parameter in teacher.parameters())
-    print_rank_0(f"{named}: {path} teaches; it takes {size / 1e6:,.1f} MB a rank, which plans do not count")
-    return teacher.requires_grad_(False).eval()
+    return HybridModel(layer)
 
 
 def _check_vocabulary(

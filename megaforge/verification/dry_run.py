@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.config.config import Config
+from megaforge.config.teacher import teacher_model
 from megaforge.data.loader import GlobalBatchLoader
 from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.errors import UserError
@@ -39,6 +40,8 @@ from megaforge.planning.stage_run import run_stage
 from megaforge.planning.stages import ModelParts, StagePart, cut_stages, model_parts, stage_parameters
 from megaforge.planning.state_bytes import StateBytes, fullest_rank, state_bytes
 from megaforge.planning.table import table
+from megaforge.planning.teacher import teacher_bytes, teacher_pass
+from megaforge.training.distillation import build_teacher
 from megaforge.training.ema import WeightAverage
 from megaforge.training.forward_backward import make_reducer
 from megaforge.training.setup import build_model_chunks, make_context
@@ -56,7 +59,9 @@ class DryRank:
         planned: what the planner says.
         activations: most bytes alive between forward and backward passes, as measured.
         planned_activations: what the planner says.
-        temporaries: most bytes that a backward pass needs besides.
+        temporaries: most bytes that a backward pass needs besides; of a teacher's forward pass, by the plan, where it
+            needs more.
+        teacher: bytes of the weights of ``--distill-from``'s model.
     """
 
     rank: int
@@ -67,11 +72,12 @@ class DryRank:
     activations: float
     planned_activations: float
     temporaries: float
+    teacher: int = 0
 
     @property
     def total(self) -> float:
         """Bytes at the worst moment, those of libraries assumed."""
-        return self.state.total + self.activations + self.temporaries + LIBRARIES
+        return self.state.total + self.activations + self.temporaries + self.teacher + LIBRARIES
 
 
 def dry_run(config: Config, choose: Callable[[Config, int], tuple[Config, list[str]]] | None = None) -> None:
@@ -91,7 +97,8 @@ def dry_run(config: Config, choose: Callable[[Config, int], tuple[Config, list[s
         config, more = choose(config, world_size)
         notes = [*notes, *more]
     layout, ranks = try_ranks(config, world_size)
-    for note in check_run(config, world_size, notes=notes).notes:
+    _, untold = teacher_model(config)
+    for note in check_run(config, world_size, notes=[*notes, *([untold] if untold else [])]).notes:
         print(note)
     print(report(config, layout, ranks))
     print(verdicts(ranks))
@@ -270,6 +277,7 @@ def _try_rank(
         kept = make_filter(config.optimizer, optimizer.main.trained)
         average = WeightAverage(config.optimizer, optimizer.main).averages if config.optimizer.ema_decay else []
         state = held_bytes(model, optimizer, [] if kept is None else [kept.kept], average)
+        taught = _teacher_bytes(config, layout, ctx)
         payload = make_stage_tensors(model, plan, layout.micro_batch_size, layout.sequence_length, layout.dtype)
         trained = [parameter for _, parameter in named_specs(model) if parameter.requires_grad]
         buffers = [parameter.main_grad for parameter in trained]  # type: ignore[attr-defined]
@@ -288,8 +296,24 @@ def _try_rank(
         state_bytes(parts, own, layout, ctx),
         _peak(layout, alike, [(one.kept, max(0, one.between - one.kept)) for one in measured]),
         _peak(layout, alike, [(cost.kept, cost.waiting) for cost in (stage_cost(parts, layout, one) for one in own)]),
-        max(float(one.peak - max(one.kept, one.between)) for one in measured),
+        max(teacher_pass(layout), *(float(one.peak - max(one.kept, one.between)) for one in measured)),
+        taught,
     )
+
+
+def _teacher_bytes(config: Config, layout: PlannedLayout, ctx: ParallelContext) -> int:
+    """Of the weights that the teacher registers on this rank.
+
+    Raises:
+        RuntimeError: the planner says otherwise.
+    """
+    if layout.teacher is None:
+        return 0
+    teacher = build_teacher(config, layout.teacher, ctx)
+    size, planned = sum(parameter.nbytes for parameter in teacher.parameters()), teacher_bytes(layout)
+    if size != planned:
+        raise RuntimeError(f"the teacher has {size} bytes on rank {ctx.world.rank}, the planner says {planned}")
+    return size
 
 
 def _peak(layout: PlannedLayout, pipeline_ranks: Iterable[int], chunks: Sequence[tuple[float, float]]) -> float:
@@ -350,6 +374,7 @@ def report(config: Config, layout: PlannedLayout, ranks: Sequence[DryRank]) -> s
             "bytes equal the plan's",
             "",
             table(rows),
+            *([f"the teacher's weights, in GB: {gigabytes(ranks[0].teacher)} a rank"] * bool(layout.teacher)),
             f"GB: at the worst moment, {LIBRARIES / 1e9:g} GB assumed for CUDA, cuBLAS and NCCL",
         ]
     )

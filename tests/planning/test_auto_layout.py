@@ -11,6 +11,7 @@ from torch.distributed import HashStore
 from megaforge.config.check_layout import check_layout
 from megaforge.config.cli import parse_config
 from megaforge.config.launcher import Launch
+from megaforge.config.layout_settings import given_settings
 from megaforge.errors import UserError
 from megaforge.planning.auto_layout import AutoLayout, Decision, agreed
 from megaforge.planning.machine import Stand
@@ -44,8 +45,8 @@ def test_ranks_agree_on_what_rank_0_decides() -> None:
 
 
 def test_one_process_chooses_alone_and_a_dry_run_plans() -> None:
-    config = parse_config([*SMALL, "--global-batch-size", "8", "--zero", "2"]).config
-    chooser = AutoLayout({"parallel.zero_stage"})
+    parsed = parse_config([*SMALL, "--global-batch-size", "8", "--zero", "2"])
+    config, chooser = parsed.config, AutoLayout(given_settings(parsed.origins), parsed.origins)
     chosen, notes = chooser(config)
     assert notes == [chooser.why] and "of 1 x cpu" in notes[0]
     assert (chosen.parallel.zero_stage, chosen.data, chosen.training.global_batch_size) == (2, config.data, 8)
@@ -56,6 +57,17 @@ def test_one_process_chooses_alone_and_a_dry_run_plans() -> None:
 
 
 def test_the_limit_on_memory_holds_for_the_choice() -> None:
-    config = parse_config([*PLANNED, "--memory-limit", "0.001"]).config
+    parsed = parse_config([*PLANNED, "--memory-limit", "0.001", "--recompute", "full", "--tp", "1"])
     with pytest.raises(UserError, match="within 0% of 80 GB"):
-        AutoLayout({"parallel.recompute", "parallel.tensor_model_parallel_size"}).planned(config, 1)
+        AutoLayout(given_settings(parsed.origins), parsed.origins).planned(parsed.config, 1)
+
+
+def test_a_choice_goes_with_the_other_flags() -> None:
+    """A teacher stands whole on a rank, which --pp would cut, and relations are of whole sequences and blocks."""
+    flags = ("--objective", "distillation", "--distill-from", "nowhere", "--distill-relation-weight", "1")
+    given = ("--tp", "1", "--ep", "1", "--global-batch-size", "3", "--num-layers", "3", "--quantize-weights", "ternary")
+    parsed = parse_config([*PLANNED, *flags, *given])
+    kept = given_settings(parsed.origins)
+    with pytest.raises(UserError, match="no layout"):  # dp 2 does not divide the batch, and --pp 2 would
+        AutoLayout(kept, parsed.origins).planned(parsed.config, 2)
+    assert AutoLayout(kept).planned(parsed.config, 2)[0].parallel.pipeline_model_parallel_size == 2
