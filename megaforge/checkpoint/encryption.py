@@ -82,20 +82,35 @@ class Key:
 
 
 def read_key(environment: Mapping[str, str] = os.environ) -> Key:
-    """The key that the environment names: in hex or base64, in :data:`KEY_VARIABLE` or in the file that
-    :data:`KEY_FILE_VARIABLE` names, which nobody else may read.
+    """The key of checkpoints, as :func:`read_secret` finds it.
 
     Raises:
         UserError: there is none, there are two, or it is none. No message shows it.
     """
-    text, file = environment.get(KEY_VARIABLE), environment.get(KEY_FILE_VARIABLE)
+    secret = read_secret(KEY_VARIABLE, KEY_FILE_VARIABLE, environment)
+    assert secret is not None
+    return Key(secret)
+
+
+def read_secret(
+    variable: str, file_variable: str, environment: Mapping[str, str] = os.environ, *, optional: bool = False
+) -> bytes | None:
+    """The 32 bytes that the environment names: in hex or base64, in ``variable`` or in the file that ``file_variable``
+    names, which nobody else may read; None where there are none and they are ``optional``.
+
+    Raises:
+        UserError: there are none, there are two, or they are no key. No message shows them.
+    """
+    text, file = environment.get(variable), environment.get(file_variable)
     if text and file:
-        raise UserError(f"{KEY_VARIABLE} and {KEY_FILE_VARIABLE} are both set; keep one of them")
+        raise UserError(f"{variable} and {file_variable} are both set; keep one of them")
     if not text and not file:
-        raise UserError(f"no key: set {KEY_FILE_VARIABLE} to a file with one ({_MAKE_ONE}), or {KEY_VARIABLE}")
-    where = KEY_VARIABLE
+        if optional:
+            return None
+        raise UserError(f"no key: set {file_variable} to a file with one ({_MAKE_ONE}), or {variable}")
+    where = variable
     if file:
-        where = f"{KEY_FILE_VARIABLE}={file}"
+        where = f"{file_variable}={file}"
         try:
             mode = os.stat(file).st_mode
             text = Path(file).read_text(encoding="ascii")
@@ -108,7 +123,7 @@ def read_key(environment: Mapping[str, str] = os.environ) -> Key:
     secret = _decoded((text or "").strip())
     if secret is None:
         raise UserError(f"{where}: expected {_KEY} bytes, as 64 hexadecimal digits or in base64; {_MAKE_ONE}")
-    return Key(secret)
+    return secret
 
 
 def _decoded(text: str) -> bytes | None:

@@ -92,6 +92,14 @@ class ResilienceConfig:
         least=0,
     )
 
+    # What is put on record
+    audit_trail: bool = flag(
+        False,
+        "append every operation to audit.jsonl in --save, each record with the hash of the one before it; signed by "
+        "the key in the file that MEGAFORGE_AUDIT_KEY_FILE names, or in MEGAFORGE_AUDIT_KEY, if there is one (extra "
+        "'encrypt')",
+    )
+
     def validate(self) -> None:
         _ = self.elastic_ranks
 

@@ -111,6 +111,7 @@ RUN_PARTNERS = (
         "leave it out",
     ),
     Partner(("resilience.snapshot_interval",), lambda c: c.checkpoint.save, "nothing is saved: add --save DIR"),
+    Partner(("resilience.audit_trail",), lambda c: c.checkpoint.save, "it is kept with checkpoints: add --save DIR"),
     Partner(
         ("resilience.snapshot_interval",),
         lambda c: c.parallel.distributed_backend != "mpi",

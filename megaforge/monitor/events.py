@@ -75,7 +75,7 @@ class EventLog:
             return
         with self._lock:
             own = {"time": round(time.time(), 3), "kind": kind, "iteration": self._iteration()}
-            event = {**own, "uptime": round(uptime(), 3), **_finite(fields)}
+            event = {**own, "uptime": round(uptime(), 3), **finite(fields)}
             line = json.dumps(event, allow_nan=False)
             for listener in self.listeners:
                 listener(event)
@@ -144,11 +144,12 @@ def _mend(path: Path) -> str | None:
     return torn.decode(errors="backslashreplace")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """``value``, JSON, with null in place of numbers that are not finite."""
     if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
+        return {name: finite(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import megaforge
+from megaforge.checkpoint import anchors
 from megaforge.checkpoint.background import BackgroundSave
 from megaforge.checkpoint.checkpoint import Snapshot, load_checkpoint, read_meta, save_snapshot, take_snapshot
 from megaforge.checkpoint.compatible import check_compatible, describe_run
@@ -180,6 +181,7 @@ def _run_meta(trainer: Trainer, parts: dict[str, Stateful]) -> dict[str, Any]:
         "started_over": trainer.started_over,
         "earlier": dict(trainer.earlier),
         "state": {name: part.state() for name, part in parts.items()},
+        **({} if trainer.audit is None else {anchors.KEY: trainer.audit.head}),
     }
 
 

@@ -18,6 +18,7 @@ from megaforge.monitor.accounting import Accounting
 from megaforge.monitor.events import EVENTS_FILE, EventLog, read_events, uptime
 from megaforge.monitor.provenance import code_version
 from megaforge.parallel.agree import exchange, together
+from megaforge.training.auditing import open_trail
 from megaforge.training.callbacks import Callback, Place
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ def open_events(trainer: Trainer) -> EventLog:
         if not trainer.ctx.is_first_rank:
             return EventLog()
         log = EventLog(Path(directory) / EVENTS_FILE, lambda: trainer.iteration)
+        trainer.audit = open_trail(trainer, Path(directory))
+        if trainer.audit is not None:
+            log.listeners.append(trainer.audit.heard)
         log.tell("start", **_start(trainer), hosts=dict(hosts))
         return log
 

@@ -38,6 +38,7 @@ from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.layer_context import compute_dtype, make_layer_context
 from megaforge.parallel.zero import shard_parameters
 from megaforge.registry import CALLBACKS, LR_SCHEDULES, UPDATE_RULES
+from megaforge.training.auditing import check_loaded
 from megaforge.training.balance_batch import BalanceBatch
 from megaforge.training.calibration import Calibration
 from megaforge.training.callbacks import (
@@ -210,6 +211,7 @@ def _load(trainer: Trainer) -> None:
     if flags.load is not None or flags.pretrained_checkpoint is not None:
         with trainer.events.timed("load") as told:
             path = load_run(trainer)
+            check_loaded(trainer, path)
             tier = {} if path is None else {"tier": "memory" if in_memory(trainer, path) else "durable"}
             told.update(step=trainer.iteration, **of_checkpoint(trainer, path), **tier)
         anew = f"--load {flags.load}: nothing was saved there yet, so the run starts anew"

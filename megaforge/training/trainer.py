@@ -29,6 +29,7 @@ from megaforge.data.loader import Batch, GlobalBatchLoader
 from megaforge.data.patience import Patience
 from megaforge.data.skipped import SkippedSamples
 from megaforge.errors import UserError
+from megaforge.monitor.audit import AuditTrail
 from megaforge.monitor.events import EventLog
 from megaforge.optim import GradientLimits, LearningRateSchedule
 from megaforge.resilience.requests import Requests
@@ -85,6 +86,7 @@ class Trainer:
         events: where what happens to the run is told.
         dealing: how many micro-batches each dp rank takes of a global batch; None: all as many.
         taken: micro-batches of the newest step on this rank.
+        audit: where it is put on record (``--audit-trail``), on the first rank, or None.
         tell_phase: is told what the run does from now on; each call is a sign that it goes on.
     """
 
@@ -137,6 +139,7 @@ class Trainer:
         self.events = EventLog()
         self.dealing: Dealing | None = None
         self.taken = 0
+        self.audit: AuditTrail | None = None
         self.tell_phase: Callable[[str], None] = lambda phase: None
         self._by_background: Path | None = None
         self._requests = Requests()
