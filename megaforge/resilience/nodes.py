@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from megaforge.errors import UserError
@@ -37,20 +38,25 @@ class Nodes:
     @property
     def place(self) -> int:
         """Number of this rank in its node."""
-        return self.members[self.own].index(self.rank)
+        return self._places[self.rank][1]
+
+    @cached_property
+    def _places(self) -> dict[int, tuple[int, int]]:
+        """Of each rank, its node's number and its own number there."""
+        return {rank: (node, own) for node, ranks in enumerate(self.members) for own, rank in enumerate(ranks)}
 
     def of(self, rank: int) -> int:
         """Number of the node of ``rank``."""
-        return next(number for number, ranks in enumerate(self.members) if rank in ranks)
+        return self._places[rank][0]
 
     def peer(self, rank: int) -> int | None:
         """The rank that keeps a copy for ``rank``: of the same number on the next node; None where there is no other
         node."""
         if len(self.members) == 1:
             return None
-        own = self.of(rank)
-        following = self.members[(own + 1) % len(self.members)]
-        return following[self.members[own].index(rank) % len(following)]
+        node, own = self._places[rank]
+        following = self.members[(node + 1) % len(self.members)]
+        return following[own % len(following)]
 
 
 def find_nodes(ctx: ParallelContext, ranks_per_node: int | None = None) -> Nodes:

@@ -19,6 +19,7 @@ from megaforge.checkpoint.background import BackgroundSave
 from megaforge.checkpoint.checkpoint import Snapshot
 from megaforge.checkpoint.hashed_file import sync_all
 from megaforge.config.config import Config
+from megaforge.config.launcher import print_rank_0
 from megaforge.errors import CheckpointError
 from megaforge.json_text import parse_json
 from megaforge.parallel.agree import exchange, from_first_rank, together
@@ -55,6 +56,8 @@ def snapshot_store(config: Config, ctx: ParallelContext) -> SnapshotStore | None
         return None
     run = from_first_rank(ctx, lambda: _run_name(file))
     nodes = find_nodes(ctx, flags.snapshot_ranks_per_node)
+    if flags.snapshot_peers and len(nodes.members) == 1:
+        print_rank_0("--snapshot-peers: all ranks are on one machine, so that no other keeps a copy")
     folder = snapshot_folder(flags.snapshot_dir, save)
     if flags.snapshot_dir is None:
         together(ctx, lambda: own_folder(folder.parent))

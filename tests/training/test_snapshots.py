@@ -156,7 +156,11 @@ def test_the_newest_state_that_is_whole_is_gone_on_from(
 
 
 def test_what_cannot_be_made_is_left_out_and_told(
-    prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    prefix: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     save, memory = tmp_path / "run", tmp_path / "memory"
     argv = line(prefix, save, memory, "--train-iters", "4", "--save-interval", "0")
@@ -175,7 +179,8 @@ def test_what_cannot_be_made_is_left_out_and_told(
     shutil.rmtree(save)
     monkeypatch.setattr(snapshots, "free_bytes", lambda folder: 10**5)
     with pytest.raises(UserError, match="--snapshot-interval: snapshots need .* --shm-size"):
-        make_trainer(argv).train()
+        make_trainer([*argv, "--snapshot-peers"]).train()
+    assert "all ranks are on one machine" in capsys.readouterr().err
     memory.chmod(0o777)
     with pytest.raises(UserError, match="--snapshot-dir .*others may write there"):
         snapshots.own_folder(memory)
