@@ -60,7 +60,17 @@ class ResilienceConfig:
         least=0,
     )
     spike_skip_batches: int = flag(0, "--spike-rollback: batches behind the spike's own to leave out too", least=0)
-    spike_window: int = flag(100, "--spike-rollback: steps that tell what is usual", least=8, most=1 << 16)
+    spike_window: int = flag(
+        100,
+        "--spike-rollback, --repeat-suspect-steps: steps that tell what is usual",
+        least=8,
+        most=1 << 16,
+    )
+    repeat_suspect_steps: bool = flag(
+        False,
+        "compute a gradient that is not finite, or spikes, again before it is used: where it has other bits then, some "
+        "device is broken, and the run ends",
+    )
 
     halve_micro_batch_on_oom: bool = flag(
         False,

@@ -99,9 +99,20 @@ RUN_PARTNERS = (
         "--world-size allows one number of ranks: leave out the one or the other",
     ),
     Partner(
-        ("resilience.spike_skip_batches", "resilience.spike_window"),
+        ("resilience.spike_skip_batches",),
         lambda c: c.resilience.spike_rollback,
         "nothing is left out after a spike: add --spike-rollback 100",
+    ),
+    Partner(
+        ("resilience.spike_window",),
+        lambda c: c.resilience.spike_rollback or c.resilience.repeat_suspect_steps,
+        "nobody looks for spikes: add --spike-rollback 100 or --repeat-suspect-steps",
+    ),
+    Partner(
+        ("resilience.repeat_suspect_steps",),
+        lambda c: c.optimizer.grokfast is None and c.parallel.grad_compression == "none",
+        "--grokfast and --grad-compression keep something of each gradient, so a second one is another: leave out the "
+        "one or the other",
     ),
     Partner(("checkpoint.async_save",), lambda c: c.checkpoint.save, "nothing is saved: add --save DIR"),
     Partner(

@@ -64,6 +64,10 @@ class BatchSums:
             self.experts = self.experts.new_zeros((2, stage.num_moe_layers, experts.shape[2]))
         self.experts[:, stage.moe_rows] += experts
 
+    def own(self) -> dict[str, float]:
+        """The terms' sums of this rank alone, also after :meth:`reduce`. The host waits for them."""
+        return {name: float(value) for name, value in self._sums.items()}
+
     def reduce(self, denominators: Mapping[str, str]) -> None:
         """Sums over dp, cp and pp, and votes over all ranks; the host waits for nothing. Collective.
 

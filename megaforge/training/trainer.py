@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ from megaforge.training.metrics import EvaluationMetrics, StepMetrics
 from megaforge.training.micro_batches import MicroBatches
 from megaforge.training.objectives import Predictions, make_objective
 from megaforge.training.recovery import Gradients, LeavingOut
+from megaforge.training.repeating import Repeating
 from megaforge.training.run_events import of_checkpoint
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ class Trainer:
         leaving_out: what is done about a gradient that is not finite.
         micro_batches: what is done about a step that memory does not suffice for.
         patience: what is done about samples that cannot be read.
+        repeating: what computes suspect gradients again (``--repeat-suspect-steps``), or None.
         lr_factors: what callbacks multiply the scheduled learning rate by, by name; checkpoints keep them.
         iteration: optimizer steps done, from the run's beginning.
         consumed_samples: samples trained on, from the run's beginning.
@@ -119,6 +122,8 @@ class Trainer:
         self.earlier: Counter[str] = Counter()
         self.micro_batches = MicroBatches(config, self.ctx)
         self.patience = Patience(config.resilience.data_retries, self._tell_retry)
+        flags = config.resilience
+        self.repeating = Repeating(flags.spike_window) if flags.repeat_suspect_steps else None
         self.leaving_out = LeavingOut(config.resilience.skip_nonfinite_steps)
         if self.leaving_out.most:
             self.stateful["left_out"] = Stateful(self.leaving_out.state, self.leaving_out.load_state)
@@ -239,12 +244,17 @@ class Trainer:
     def gradients(self, batches: Sequence[Batch]) -> Gradients:
         """The gradient of these micro-batches, summed over the ranks and clipped, and their numbers. Where memory did
         not suffice on some rank, all make it again in smaller pieces."""
+        if self.repeating is not None:
+            self.repeating.begin(self)
         found = self._attempt(batches)
         while found.sums.lost:
             self.micro_batches.halve(self)
-            self._emit("on_step_start")
-            found = self._attempt(batches)
-        return found
+            found = self._again(batches)
+        return found if self.repeating is None else self.repeating.judge(self, found, partial(self._again, batches))
+
+    def _again(self, batches: Sequence[Batch]) -> Gradients:
+        self._emit("on_step_start")
+        return self._attempt(batches)
 
     def _attempt(self, batches: Sequence[Batch]) -> Gradients:
         self.taken = len(batches)

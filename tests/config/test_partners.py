@@ -88,6 +88,8 @@ REFUSED = [
     (("--lr-decay-style", "plateau"), ("--eval-iters", "1"), "--eval-interval N"),
     (("--lr-spike-window", "50"), (), "--lr-on-spike"),
     (("--spike-window", "50"), (), "--spike-rollback 100"),
+    (("--spike-skip-batches", "5"), (), "--spike-rollback 100"),
+    (("--repeat-suspect-steps",), ("--grokfast", "ema"), "--grokfast"),
     (("--lr-warmup-init", "1e-6"), (), "--lr-warmup-fraction"),
     (("--lr-warmup-iters", "500"), ("--train-iters", "500"), "warm-up"),
     (("--lr-warmup-iters", "1000"), ("--train-iters", "2000", "--lr-decay-iters", "500"), "warm-up"),
