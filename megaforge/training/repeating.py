@@ -77,8 +77,8 @@ class Repeating:
         )
         return (
             f"iteration {step}: {reason}; computed again from the same inputs it has other bits: a device "
-            f"computes wrongly ({where}), or the program is not deterministic (--deterministic). Nothing was updated: leave that "
-            "machine out, and go on from the newest checkpoint"
+            f"computes wrongly ({where}), or the program is not deterministic (--deterministic). Nothing was updated: "
+            "leave that machine out, and go on from the newest checkpoint"
         )
 
     def _suspicion(self, trainer: Trainer, found: Gradients) -> str | None:
