@@ -11,7 +11,7 @@ from pathlib import Path
 from megaforge.resilience.faults import Plan, draw
 from tests.chaos.disturbed import Disturbed
 from tests.chaos.job import Job, free_port, write_text
-from tests.chaos.judge import findings, last_tensors, redone
+from tests.chaos.judge import findings, last_tensors, redone, spent
 from tests.chaos.network import Network
 
 FIRST, STRIDE = 7, 4  # two checkpoints are there before the first fault, and one more before the next
@@ -26,6 +26,7 @@ class Outcome:
         findings: what is wrong; empty: nothing.
         calm_seconds: of the run that nothing disturbed.
         redone: steps that were made twice.
+        spent: seconds that the disturbed run's time went into, by what, as the run itself counts them.
     """
 
     run: Disturbed
@@ -33,6 +34,7 @@ class Outcome:
     findings: list[str]
     calm_seconds: float
     redone: int
+    spent: dict[str, float]
 
 
 def chaos(
@@ -70,4 +72,4 @@ def chaos(
     run = Disturbed(job, plan, path, restarts, network=network)
     done = run.run(until)
     found = list(findings(job, calm, run, done, last_tensors(calm)))
-    return Outcome(run, seed, found, calm_seconds, redone(job))
+    return Outcome(run, seed, found, calm_seconds, redone(job), spent(job))

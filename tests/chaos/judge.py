@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from megaforge.monitor.events import EVENTS_FILE, read_events
 from megaforge.monitor.names import MEASURED
 from megaforge.monitor.sinks import read_metrics
 from tests.chaos.disturbed import Disturbed
@@ -62,3 +63,10 @@ def redone(job: Job) -> int:
     """Steps that were made again: the rows that later attempts set aside."""
     aside = Path(f"{job.metrics}.abandoned")
     return sum(row["kind"] == "step" for row in read_metrics(aside)) if aside.exists() else 0
+
+
+def spent(job: Job) -> dict[str, float]:
+    """What the run's time went into, by its last event of that kind; nothing where it has told none."""
+    path = job.save / EVENTS_FILE
+    told = [event for event in read_events(path).events if event["kind"] == "goodput"] if path.exists() else []
+    return dict(told[-1]["spent"]) if told else {}

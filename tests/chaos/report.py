@@ -24,6 +24,13 @@ def _lines(outcome: Outcome) -> Iterator[str]:
     yield f"{len(struck)} of {len(run.met)} faults (seed {seed}) in {steps} iterations of {job.ranks} ranks, {now}:"
     yield f"{run.launches} launches and {run.seconds:.0f} s, against {outcome.calm_seconds:.0f} s without faults;"
     yield f"{outcome.redone} steps were made again."
+    if outcome.spent:
+        most = sorted(outcome.spent.items(), key=lambda item: -item[1])
+        yield (
+            "The run's own account: "
+            + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in most if seconds >= 1)
+            + "."
+        )
     yield ""
     yield "| fault | times | came back | from memory, disk | until a new step, s (median, longest) |"
     yield "|---|---|---|---|---|"
