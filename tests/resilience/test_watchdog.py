@@ -94,3 +94,24 @@ def test_ranks_tell_who_is_missing(ranks: RankPool, tmp_path: Path, silent: bool
     assert "all_reduce [5]" in lines[0] and "not done" in lines[0]
     entries = json.loads((tmp_path / "recorder_0.json").read_text())["entries"]
     assert entries[-1]["input_sizes"] == [[5]] and not entries[-1]["retired"]
+
+
+def goes_on() -> bool:
+    """First ranks that tell nothing but communicate, then one that waits for another, which gets on."""
+    ctx = ParallelContext.create()
+    left = Left()
+    store = PrefixStore("goes_on", _get_default_store().clone())  # type: ignore[attr-defined]
+    dog = Watchdog(ctx, 0.8, store, None, left)
+    for _ in range(12):
+        dist.all_reduce(torch.ones(3), group=ctx.dp.group)
+        time.sleep(0.1)
+    for step in range(24 * ctx.world.rank):
+        dog.tell(f"step {step}")
+        time.sleep(0.1)
+    dist.all_reduce(torch.ones(3), group=ctx.dp.group)
+    dog.close()
+    return left.is_set()
+
+
+def test_one_that_gets_on_holds_it_off_for_all(ranks: RankPool) -> None:
+    assert ranks.run(2, goes_on) == [False, False]
