@@ -22,6 +22,7 @@ class Gpu:
         network_bandwidth: bytes/s to other servers.
         host_bandwidth: bytes/s to host memory (PCIe x16).
         node_size: GPUs of a server.
+        libraries: bytes of the device's context and libraries, assumed: they differ by driver and number of groups.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Gpu:
     network_bandwidth: float
     host_bandwidth: float
     node_size: int = 8
+    libraries: float = 2e9
 
 
 GPUS = {
@@ -80,7 +82,7 @@ def gpu_of(described: object) -> Gpu:
         raise UserError("it has no object 'device' with a name")
     values: dict[str, float] = {}
     for field in dataclasses.fields(Gpu):
-        value = device.get(field.name)
+        value = device.get(field.name, field.default if field.name == "libraries" else None)
         if field.name == "name":
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:

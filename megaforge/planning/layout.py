@@ -20,6 +20,9 @@ from megaforge.parallel.pipeline.actions import Schedule
 from megaforge.parallel.pipeline.schedules import build_schedule
 from megaforge.quant.converter import weight_scheme
 
+LIBRARIES = 2e9  # CUDA context, cuBLAS workspaces, NCCL's channels: assumed, it differs by driver and number of groups
+CPU_LIBRARIES = 4e8  # Python and torch: 0.36 GB of a process that trains a tiny model, torch 2.13
+
 
 @dataclass(frozen=True)
 class PlannedLayout:
@@ -37,6 +40,7 @@ class PlannedLayout:
         optimizer: which update rule keeps how much.
         teacher: the model of ``--distill-from``, which stands beside the trained one; None without, or where its
             checkpoint is not here.
+        libraries: bytes assumed for the device's libraries.
         code_bits: bits of a quantized weight that ZeRO gathers as a code (``--zero-quantized-gather``); 0: as it is.
     """
 
@@ -64,6 +68,7 @@ class PlannedLayout:
     optimizer: OptimizerConfig = OptimizerConfig()
     code_bits: int = 0
     teacher: ModelConfig | None = None
+    libraries: float = LIBRARIES
 
     @property
     def stage_ranks(self) -> int:
@@ -165,6 +170,7 @@ def layout_of(config: Config, world_size: int) -> PlannedLayout:
         optimizer=config.optimizer,
         code_bits=gathered_bits(config),
         teacher=teacher_model(config)[0],
+        libraries=CPU_LIBRARIES if config.training.device == "cpu" else LIBRARIES,
     )
 
 

@@ -18,6 +18,7 @@ import torch
 from megaforge.device import host_memory_bytes
 from megaforge.errors import UserError
 from megaforge.planning.gpus import GPUS, Gpu
+from megaforge.planning.layout import CPU_LIBRARIES
 from megaforge.registry import DEVICES
 
 # A core's rates where nothing was measured, of this order on servers; they weigh layouts against each other.
@@ -99,7 +100,8 @@ def machine_of(stands: Sequence[Stand]) -> tuple[Gpu, str | None]:
         memory = min(stand.memory / ranks[stand.host] for stand in stands)
         cores = max(1.0, min(stand.cores / ranks[stand.host] for stand in stands))
         moved = min(cores * CORE_MEMORY, CPU_MEMORY / node_size)
-        return Gpu("cpu", memory, cores * CORE_MATMUL, moved, CPU_NODE, CPU_NETWORK, moved, node_size), None
+        rates = (cores * CORE_MATMUL, moved, CPU_NODE, CPU_NETWORK, moved)
+        return Gpu("cpu", memory, *rates, node_size, CPU_LIBRARIES), None
     known = [alike(kind) for kind in kinds]
     weighed = min((gpu for gpu in known if gpu is not None), key=lambda gpu: gpu.matmul, default=GPUS["h100-80g"])
     scarcest = min(stand.memory for stand in stands)

@@ -12,8 +12,6 @@ from megaforge.planning.stages import ModelParts, StagePart
 from megaforge.planning.state_bytes import StateBytes, stage_plan, state_bytes
 from megaforge.planning.teacher import teacher_bytes, teacher_pass
 
-LIBRARIES = 2e9  # CUDA context, cuBLAS workspaces, NCCL's channels: assumed, it differs by driver and number of groups
-
 
 @dataclass(frozen=True)
 class RankMemory:
@@ -79,11 +77,11 @@ def least_memory(parts: ModelParts, layout: PlannedLayout, stages: Sequence[Stag
     own = set(layout.schedule.stages_of(rank))
     kept = [stage_cost(parts, layout.unsplit, s).kept if number in own else 0.0 for number, s in enumerate(stages)]
     state = rank_state(parts, layout, stages, rank).total + teacher_bytes(layout)
-    return state + LIBRARIES + peak_activations(layout.schedule, rank, kept)[0]
+    return state + layout.libraries + peak_activations(layout.schedule, rank, kept)[0]
 
 
 def rank_memory(
-    parts: ModelParts, layout: PlannedLayout, stages: Sequence[StagePart], rank: int, libraries: float = LIBRARIES
+    parts: ModelParts, layout: PlannedLayout, stages: Sequence[StagePart], rank: int, libraries: float | None = None
 ) -> RankMemory:
     """The memory of pipeline rank ``rank``: of its largest rank along the other axes."""
     schedule = layout.schedule
@@ -95,5 +93,8 @@ def rank_memory(
     # Under --zero 2 gradients that have arrived but are not yet sharded: two buckets.
     arrived = 2.0 * stage_plan(parts, own, layout).largest_bucket if layout.zero > 1 else 0.0
     working = max(teacher_pass(layout), *(cost.working for cost in costs if cost is not None))
-    buffers, state = working + arrived + libraries, rank_state(parts, layout, stages, rank)
+    buffers, state = (
+        working + arrived + (layout.libraries if libraries is None else libraries),
+        rank_state(parts, layout, stages, rank),
+    )
     return RankMemory(rank, own, state, in_flight, activations, buffers, host, teacher_bytes(layout))

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from megaforge.planning.communication import TRAFFIC_AXES, step_traffic
 from megaforge.planning.gpus import Efficiency, Gpu, verdict
-from megaforge.planning.layout import PlannedLayout
-from megaforge.planning.memory import LIBRARIES, RankMemory, rank_memory
+from megaforge.planning.layout import LIBRARIES, PlannedLayout
+from megaforge.planning.memory import RankMemory, rank_memory
 from megaforge.planning.search import Found
 from megaforge.planning.stages import ModelParts, cut_stages
 from megaforge.planning.table import table

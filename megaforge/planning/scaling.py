@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from megaforge.config.config import Config
 from megaforge.planning.gpus import Efficiency, Gpu, gpu_named
-from megaforge.planning.layout import PlannedLayout, layout_of
-from megaforge.planning.memory import LIBRARIES, RankMemory, rank_memory
+from megaforge.planning.layout import LIBRARIES, PlannedLayout, layout_of
+from megaforge.planning.memory import RankMemory, rank_memory
 from megaforge.planning.plan_request import parse_scaling
 from megaforge.planning.report import assumptions, gigabytes
 from megaforge.planning.stages import cut_stages, model_parts

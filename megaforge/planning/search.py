@@ -17,7 +17,7 @@ from megaforge.errors import UserError
 from megaforge.parallel.layer_context import compute_dtype
 from megaforge.planning.gpus import ROOM, Efficiency, Gpu
 from megaforge.planning.layout import PlannedLayout, layout_of
-from megaforge.planning.memory import LIBRARIES, RankMemory, least_memory, rank_memory, rank_state
+from megaforge.planning.memory import RankMemory, least_memory, rank_memory, rank_state
 from megaforge.planning.stages import ModelParts, StagePart, cut_stages, model_parts
 from megaforge.planning.time import StepTime, stage_times, step_time
 from megaforge.registry import SCHEDULES
@@ -169,10 +169,11 @@ def search(
         heapq.heappush(waiting, (bound, number, recompute, layout, stages))
 
     for number, layout in enumerate(candidates(config, gpus, gpu.node_size, kept)):
+        layout = dataclasses.replace(layout, libraries=gpu.libraries)
         number_of_stages = layout.pp * layout.vpp
         stages = cut[number_of_stages] = cut.get(number_of_stages) or cut_stages(parts, layout)
         states = (rank_state(parts, _shortened(layout), stages, rank) for rank in {0, layout.pp - 1})
-        if all(state.total + LIBRARIES <= share * gpu.memory for state in states):
+        if all(state.total + layout.libraries <= share * gpu.memory for state in states):
             wait(number, 0, layout, stages)
     best: list[tuple[float, int, PlannedLayout, tuple[StagePart, ...]]] = []
     while waiting:

@@ -32,8 +32,8 @@ from megaforge.parallel.param_spec import Box, named_specs
 from megaforge.parallel.zero import shard_parameters
 from megaforge.planning.costs import stage_cost
 from megaforge.planning.gpus import GPUS, ROOM, verdict
-from megaforge.planning.layout import PlannedLayout
-from megaforge.planning.memory import LIBRARIES, peak_activations
+from megaforge.planning.layout import LIBRARIES, PlannedLayout
+from megaforge.planning.memory import peak_activations
 from megaforge.planning.plan_command import planned_layout
 from megaforge.planning.report import gigabytes
 from megaforge.planning.stage_run import run_stage

@@ -14,8 +14,7 @@ from megaforge.config.layout_settings import given_settings
 from megaforge.errors import UserError
 from megaforge.planning.choose import choose_layout
 from megaforge.planning.gpus import GPUS, Gpu, gpu_named
-from megaforge.planning.layout import layout_of
-from megaforge.planning.memory import LIBRARIES
+from megaforge.planning.layout import LIBRARIES, layout_of
 from megaforge.planning.plan_command import run
 
 H100 = GPUS["h100-80g"]

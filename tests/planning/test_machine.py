@@ -36,6 +36,7 @@ def test_gpus_count_with_the_datasheets_rates_and_the_scarcest_memory() -> None:
 def test_cpu_ranks_share_the_memory_of_their_machine() -> None:
     device, note = machine_of([Stand("a", "cpu", 64e9, 4), Stand("a", "cpu", 64e9, 4), Stand("b", "cpu", 48e9, 4)])
     assert (device.name, device.memory, device.node_size, note) == ("cpu", 32e9, 1, None)
+    assert device.libraries < 1e9, "there is no CUDA to make room for"
     assert machine_of([Stand("a", "cpu", 64e9, 4)])[0].matmul == 2 * device.matmul
 
 

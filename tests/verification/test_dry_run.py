@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megaforge.config.cli import parse_config
 from megaforge.errors import UserError
-from megaforge.planning.memory import LIBRARIES
+from megaforge.planning.layout import LIBRARIES
 from megaforge.planning.state_bytes import StateBytes
 from megaforge.verification.dry_run import DryRank, dry_run, fewest_ranks, verdicts
 
