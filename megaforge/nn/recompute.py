@@ -84,7 +84,8 @@ class _Part:
         tensors = {index: value for index, value in enumerate(inputs) if isinstance(value, Tensor)}
         self._others = [None if index in tensors else value for index, value in enumerate(inputs)]
         self._indices = list(tensors)
-        self._inputs = _Inputs.apply(torch.empty((0,), requires_grad=True), *tensors.values()).grad_fn
+        # The output, not its node alone: without one torch 2.11 lets go of what the node keeps.
+        self._inputs = _Inputs.apply(torch.empty((0,), requires_grad=True), *tensors.values())
         self._device = next(iter(tensors.values())).device
         self._random_state = get_random_state(self._device)
         self._places: list[weakref.ref[_Place]] = []  # the graph alone decides how long one lives
@@ -97,7 +98,7 @@ class _Part:
     def run_again(self) -> None:
         """Fills every place that the graph still has."""
         inputs = list(self._others)
-        for index, tensor in zip(self._indices, self._inputs.saved_tensors, strict=True):
+        for index, tensor in zip(self._indices, self._inputs.grad_fn.saved_tensors, strict=True):
             inputs[index] = tensor
         remaining = iter(self._places)
         missing = len(self._places)
