@@ -151,10 +151,7 @@ MF_DEVICE Bf16 to_bf16(float x) {
 #ifdef __CUDACC__
   return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
 #else
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fff};
-  return {static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+  return nearest_bf16(x);
 #endif
 }
 

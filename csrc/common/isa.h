@@ -37,15 +37,25 @@ inline Isa cpu_isa() {
   return cpu_has(Isa::avx2) ? Isa::avx2 : Isa::scalar;
 }
 
-// Of an op's code what cpu_isa() says; `avx512_bf16` where the CPU has products of bf16 too.
+// Of an op's code what cpu_isa() says; `avx512_more` where the CPU has AVX-512 and `more` beside it.
+template <class Kernels>
+const Kernels& best_kernels(const Kernels& scalar, const Kernels& avx2, const Kernels& avx512,
+                            const Kernels& avx512_more, bool more) {
+  const Isa isa = cpu_isa();
+  if (isa == Isa::avx512) return more ? avx512_more : avx512;
+  return isa == Isa::avx2 ? avx2 : scalar;
+}
+
+// `avx512_bf16` where the CPU has products of bf16 too.
 template <class Kernels>
 const Kernels& best_kernels(const Kernels& scalar, const Kernels& avx2, const Kernels& avx512,
                             const Kernels& avx512_bf16) {
-  const Isa isa = cpu_isa();
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return __builtin_cpu_supports("avx512bf16") ? avx512_bf16 : avx512;
+  const bool products = __builtin_cpu_supports("avx512bf16");
+#else
+  const bool products = false;
 #endif
-  return isa == Isa::avx2 ? avx2 : scalar;
+  return best_kernels(scalar, avx2, avx512, avx512_bf16, products);
 }
 
 // On CPUs whose one form is the scalar one. Throws as cpu_isa() does.

@@ -98,15 +98,13 @@ void yield() { std::this_thread::yield(); }
 }  // namespace
 
 const Kernels& choose(Type type) {
-  const Isa isa = cpu_isa();
-  (void)isa, (void)type;
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) {
-    return type == Type::bf16 && __builtin_cpu_supports("avx512bf16") ? avx512_bf16_kernels : avx512_kernels;
-  }
-  if (isa == Isa::avx2) return avx2_kernels;
+  return best_kernels(scalar_kernels, avx2_kernels, avx512_kernels,
+                      type == Type::bf16 ? avx512_bf16_kernels : avx512_kernels);
+#else
+  (void)type;
+  return best_kernels(scalar_kernels);
 #endif
-  return scalar_kernels;
 }
 
 void forward(const Kernels& kernels, const Forward& args, int threads) {

@@ -17,13 +17,12 @@ constexpr int64_t kTokenBytes = 1 << 19;   // of the tokens that one panel after
 constexpr int64_t kChunk = 4096;           // rows whose sums are kept while tables serve them
 
 const Kernels& kernels() {
-  const Isa isa = cpu_isa();
-  (void)isa;
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return __builtin_cpu_supports("avx512vnni") ? avx512_vnni_kernels : avx512_kernels;
-  if (isa == Isa::avx2) return avx2_kernels;
+  return best_kernels(scalar_kernels, avx2_kernels, avx512_kernels, avx512_vnni_kernels,
+                      __builtin_cpu_supports("avx512vnni"));
+#else
+  return best_kernels(scalar_kernels);
 #endif
-  return scalar_kernels;
 }
 
 // Tokens in tiles of `most`, but for the last, which is the least of the sizes that holds the rest.

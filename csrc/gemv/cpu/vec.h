@@ -8,11 +8,7 @@ inline float as_float(Bf16 x) { return std::bit_cast<float>(static_cast<std::uin
 inline float as_float(float x) { return x; }
 
 inline void store(float x, float* to) { *to = x; }
-inline void store(float x, Bf16* to) {
-  const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
-  *to = (bits & 0x7fffffffu) > 0x7f800000u ? Bf16{0x7fff}
-                                           : Bf16{static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
-}
+inline void store(float x, Bf16* to) { *to = nearest_bf16(x); }
 
 #if defined(MEGAFORGE_AVX512)
 

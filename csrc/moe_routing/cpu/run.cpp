@@ -18,28 +18,24 @@ constexpr std::int64_t kPastCaches = 8ll << 20;     // bytes of output that are 
 
 template <typename T>
 const RouteKernels<T>& route_kernels() {
-  const Isa isa = cpu_isa();
-  (void)isa;
   if constexpr (std::is_same_v<T, double>) {
-    return scalar_route_f64;
+    return best_kernels(scalar_route_f64);
   } else {
 #if defined(__x86_64__)
-    if (isa == Isa::avx512) return avx512_route_f32;
-    if (isa == Isa::avx2) return avx2_route_f32;
+    return best_kernels(scalar_route_f32, avx2_route_f32, avx512_route_f32, avx512_route_f32);
+#else
+    return best_kernels(scalar_route_f32);
 #endif
-    return scalar_route_f32;
   }
 }
 
 const RowKernels& row_kernels(Type type) {
-  const Isa isa = cpu_isa();
-  if (type == Type::f64) return scalar_rows;
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return avx512_rows;
-  if (isa == Isa::avx2) return avx2_rows;
+  if (type != Type::f64) return best_kernels(scalar_rows, avx2_rows, avx512_rows, avx512_rows);
+#else
+  (void)type;
 #endif
-  (void)isa;
-  return scalar_rows;
+  return best_kernels(scalar_rows);
 }
 
 int useful_threads(int threads, std::int64_t elements, std::int64_t pieces) {
