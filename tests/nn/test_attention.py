@@ -191,6 +191,21 @@ def test_a_rank_of_cp_on_a_gpu_needs_no_tensor_of_length_by_length(dtype: torch.
     assert largest.numel <= 4 * length * 64
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 4 * 8), (torch.float32, 64 * 4)])
+def test_a_piece_of_a_prompt_on_a_gpu_needs_no_mask_of_all_keys(dtype: torch.dtype, most: int) -> None:
+    """512 tokens after 32,256 that are cached: flash attention makes nothing larger than keys of all heads; without it
+    there are the scores of 64 queries."""
+    length, piece, cfg = 32768, 512, config(num_query_groups=2, kv_channels=8)
+    layer = SelfAttention(layer_context(cfg, dtype, count=3)).to("meta")
+    held = [torch.empty(1, 2, length, layer.head_dim, dtype=dtype, device="meta") for _ in range(2)]
+    cache = KVCache(*held, length - piece, length)
+    x = torch.empty(piece, 1, HIDDEN, dtype=dtype, device="meta")
+    with _Largest() as largest:
+        layer(x, PackedSequence(1, piece, torch.device("meta"), offset=length - piece), state=cache)
+    assert cache.length == length and 2 * length <= largest.numel <= most * length
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_segments_compiled_and_in_blocks(packed: bool) -> None:
     """In fp32, against blocks in fp64; then a cache of two sequences of different lengths, continued."""
