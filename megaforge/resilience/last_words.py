@@ -17,6 +17,7 @@ from typing import Any
 import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 
+from megaforge.monitor.wait_sampler import waits_for_others
 from megaforge.parallel.context import AXES, ParallelContext
 
 _FRAMES = 4  # of the main thread, in the short form
@@ -50,6 +51,7 @@ class LastWords:
         collectives: by the group's name.
         newest: the group of the newest of all, or None.
         stack: where the main thread is, innermost first.
+        waits: whether it is in a collective or waits for another rank.
     """
 
     rank: int
@@ -58,6 +60,7 @@ class LastWords:
     collectives: Mapping[str, Collective] = field(default_factory=dict)
     newest: str | None = None
     stack: tuple[str, ...] = ()
+    waits: bool = True
 
     def dumps(self) -> str:
         """As JSON."""
@@ -86,7 +89,9 @@ class LastWords:
 def last_words(ctx: ParallelContext, phase: str) -> LastWords:
     """This rank's, now; from any thread."""
     collectives, newest = recorded_collectives(ctx)
-    return LastWords(ctx.world.rank, socket.gethostname(), phase, collectives, newest, main_stack())
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    waits = frame is None or waits_for_others(frame)
+    return LastWords(ctx.world.rank, socket.gethostname(), phase, collectives, newest, main_stack(), waits)
 
 
 def recorded_collectives(ctx: ParallelContext) -> tuple[dict[str, Collective], str | None]:
@@ -164,12 +169,21 @@ def verdict(words: Mapping[int, LastWords], world_size: int) -> list[str]:
         if missing and not first.done:
             late[f"{_ranks(missing)} did not come to {first.name}, number {most} over {first.axis}"] = None
     said += late
+    busy = [rank for rank, one in words.items() if not one.waits]
+    if 0 < len(busy) < len(words):
+        said += [
+            f"rank {rank} waits for no other, as the rest do: it is at {_place(words[rank])}" for rank in busy[:_NAMED]
+        ]
     phases = Counter(one.phase for one in words.values())
     common = phases.most_common(1)[0][0] if phases else ""
     for phase in sorted(phases.keys() - {common}):
         others = [rank for rank, one in words.items() if one.phase == phase]
         said.append(f"{_ranks(others)} {'is' if len(others) == 1 else 'are'} in '{phase}', others in '{common}'")
     return said or [f"{f'all {world_size} ranks wait' if world_size > 1 else 'it waits'} in '{common}'"]
+
+
+def _place(words: LastWords) -> str:
+    return " < ".join(words.stack[:2]) or "an unknown place"
 
 
 def _gives(ranks: list[int]) -> str:

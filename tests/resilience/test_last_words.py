@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megaforge.resilience.last_words import Collective, LastWords, verdict
@@ -50,10 +52,14 @@ def test_words_travel_as_text() -> None:
             ["rank 1 is in 'save', others in 'step 3'"],
         ),
         ([words(rank, world=(9, False)) for rank in range(4)], ["all 4 ranks wait in 'step 3'"]),
+        (
+            [words(0), replace(words(1), waits=False), words(2), words(3)],
+            ["rank 1 waits for no other, as the rest do: it is at a.py:1 f < b.py:2 g"],
+        ),
         # One that is through with its newest collective waits for nobody there.
         ([words(0, world=(9, True)), *(words(rank, world=(8, True)) for rank in (1, 2, 3))], ["all 4 ranks wait"]),
     ],
-    ids=["silent", "late", "never began", "another way", "together", "ahead"],
+    ids=["silent", "late", "never began", "another way", "together", "busy", "ahead"],
 )
 def test_what_the_words_mean(spoken: list[LastWords], expected: list[str]) -> None:
     found = said(*spoken)
