@@ -13,6 +13,7 @@ def host_copies(config: Config, parts: ModelParts, layout: PlannedLayout) -> dic
 
     ``--async-save`` keeps a copy of what a rank writes; ``--snapshot-interval`` one more, and in shared memory two
     snapshots while one takes the place of the other; with ``--snapshot-peers`` those of a rank of another machine too.
+    ``--spike-rollback`` keeps two copies of all that a rank has.
     """
     stages = cut_stages(parts, layout)
     own = [[stages[stage] for stage in layout.schedule.stages_of(rank)] for rank in range(layout.pp)]
@@ -22,4 +23,7 @@ def host_copies(config: Config, parts: ModelParts, layout: PlannedLayout) -> dic
         "--snapshot-interval": 3 if config.resilience.snapshot_interval else 0,
         "--snapshot-peers": 2 if config.resilience.snapshot_peers else 0,
     }
-    return {flag: count * written for flag, count in copies.items() if count}
+    found = {flag: count * written for flag, count in copies.items() if count}
+    if config.resilience.spike_rollback:
+        found["--spike-rollback"] = 2 * max(checkpoint_bytes(parts, stage, layout, held=True) for stage in own)
+    return found

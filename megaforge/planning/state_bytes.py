@@ -202,17 +202,23 @@ def state_bytes(
     return state
 
 
-def checkpoint_bytes(parts: ModelParts, own: Sequence[StagePart], layout: PlannedLayout) -> int:
+def checkpoint_bytes(parts: ModelParts, own: Sequence[StagePart], layout: PlannedLayout, *, held: bool = False) -> int:
     """What a rank that has the stages ``own`` writes of a checkpoint: of main weights and all that belongs to them, its
-    share, as replicas share the writing with and without ZeRO. Random states and the like are left out."""
+    share, as replicas share the writing with and without ZeRO. Random states and the like are left out.
+
+    Args:
+        held: what the rank has of all that instead: without ZeRO each replica has the whole.
+    """
     at, total = layout.context(), 0.0
     plan = stage_plan(parts, own, layout)
-    for bucket, held in plan.buckets:
-        for item in held:
+    whole = held and not layout.zero
+    for bucket, members in plan.buckets:
+        for item in members:
             weight = _weight(item, layout, at)
             master = weight.numel * item.element_size if item.element_size == _wide(item) else 0
-            total += (sum(weight.bytes_of(weight.numel)) + master) / at.axis(bucket.axis).size
-    return round(total + plan.alone / at.dp_cp.size)
+            replicas = 1 if whole else at.axis(bucket.axis).size
+            total += (sum(weight.bytes_of(weight.numel)) + master) / replicas
+    return round(total + plan.alone / (1 if held else at.dp_cp.size))
 
 
 def _fullest(shares: Sequence[_Share]) -> _Share:

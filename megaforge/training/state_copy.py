@@ -31,6 +31,11 @@ class StateCopy:
         self._state: dict[str, Any] = {}
         self._random: dict[str, Tensor] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory that its tensors take."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
     def take(self, trainer: Trainer) -> None:
         """Copies the state as it is now, over what was copied before. Collective.
 

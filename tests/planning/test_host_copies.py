@@ -15,6 +15,7 @@ from megaforge.planning.plan_command import run
 from megaforge.planning.stages import cut_stages, model_parts
 from megaforge.planning.state_bytes import checkpoint_bytes
 from megaforge.training.checkpointing import run_snapshot
+from megaforge.training.state_copy import StateCopy
 from tests.training.tiny import arguments, make_trainer, write_dataset
 
 RANDOM = 20_000  # bytes of random states at most
@@ -34,6 +35,12 @@ def test_the_bytes_of_a_rank_are_those_that_it_writes(tmp_path: Path, more: tupl
         halves = dataclasses.replace(layout, world_size=2, zero=zero)
         assert checkpoint_bytes(parts, cut_stages(parts, halves), halves) == pytest.approx(planned / 2, rel=0.01)
     assert host_copies(config, parts, layout) == {}
+    both = dataclasses.replace(layout, world_size=2, zero=0)
+    back = dataclasses.replace(config, resilience=dataclasses.replace(config.resilience, spike_rollback=5))
+    assert host_copies(back, parts, both) == {"--spike-rollback": 2 * planned}
+    copy = StateCopy()
+    copy.take(trainer)
+    assert planned <= copy.nbytes <= planned + RANDOM
     flags = dataclasses.replace(config.resilience, snapshot_interval=5, snapshot_peers=True)
     saving = dataclasses.replace(config.checkpoint, save="x", async_save=True)
     copies = host_copies(dataclasses.replace(config, resilience=flags, checkpoint=saving), parts, layout)

@@ -58,7 +58,8 @@ RUN_ROWS: tuple[Row, ...] = (
     only(
         "rerun-mode",
         "disabled",
-        "steps are not run again; a gradient that is not finite ends the run. Write disabled, or leave it out",
+        "write --repeat-suspect-steps for validate_results; a gradient that is not finite ends the run, "
+        "or see --skip-nonfinite-steps. Write disabled, or leave it out",
     ),
     *advice(
         ANY,

@@ -13,7 +13,11 @@ TRAINING_ROWS: tuple[Row, ...] = (
     *alias(0, {"deterministic-mode": "--deterministic"}),
     *advice(ANY, _FP8, "fp8-* fp4-* first-last-layers-bf16 num-layers-at-start-in-bf16 num-layers-at-end-in-bf16"),
     *advice(0, "the residual stream has the type of the run; leave it out", "fp32-residual-connection"),
-    *advice(ANY, "steps cannot be left out; leave the flag out", "iterations-to-skip"),
+    *advice(
+        ANY,
+        "steps are left out where they harm the run: write --spike-rollback N, or leave the flag out",
+        "iterations-to-skip",
+    ),
     *advice(0, _PRECISE, "use-precision-aware-optimizer"),
     *(
         only(f"{name}-dtype", "fp32 float32", _PRECISE)
