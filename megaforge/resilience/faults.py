@@ -30,6 +30,7 @@ PATIENCE = 120.0  # seconds that a rank waits for what the test bed does outside
 _DAMAGES = ("truncate", "flip", "delete")  # of checkpoints, which nobody would look at beside a snapshot
 CLOCK_JUMP = 36 * 3600.0
 SLOW_SECONDS = 3.0
+LINGER_SECONDS = 4.0  # of a step: less than what others wait
 
 
 class Kind(NamedTuple):
@@ -67,7 +68,7 @@ KINDS = {
     "node lost": Kind("step", "lose node", in_memory=True),
     "damaged snapshot": Kind("step", "spoil", in_memory=True),
     "clock jump": Kind("step", "clock", ends=False),
-    "second job": Kind("step", "ask", ends=False, first_rank=True),
+    "second job": Kind("step", "linger", ends=False, first_rank=True),
     "stale rendezvous": Kind("step", "ask", first_rank=True),
     "network cut": Kind("step", "ask"),
 }
@@ -190,6 +191,8 @@ class Injector:
         if point == "gradients":
             while self.until_step_end:
                 self.until_step_end.pop()()
+        if point == "step":
+            self._linger_on()
         fault = self._due()
         if fault is None or fault.rank != self.rank or KINDS[fault.kind].point != point:
             return
@@ -220,7 +223,23 @@ class Injector:
         """The first fault that has not struck, anywhere."""
         while self._next < len(self.plan.faults) and self._mark(self.plan.faults[self._next]).exists():
             self._next += 1
-        return self.plan.faults[self._next] if self._next < len(self.plan.faults) else None
+        if self._next == len(self.plan.faults) or self._lingering() is not None:
+            return None
+        return self.plan.faults[self._next]
+
+    def _lingering(self) -> Fault | None:
+        """The newest fault, where the run has to be there until the test bed has an answer."""
+        fault = self.plan.faults[self._next - 1] if self._next else None
+        if fault is None or KINDS[fault.kind].action != "linger" or self.answer(fault).exists():
+            return None
+        return fault
+
+    def _linger_on(self) -> None:
+        """Makes steps slow, but makes them: a run that stands still would be ended."""
+        self._due()
+        fault = self._lingering()
+        if fault is not None and fault.rank == self.rank:
+            time.sleep(LINGER_SECONDS)
 
     def _mark(self, fault: Fault) -> Path:
         return self.marks / f"fault_{fault.number:03d}.json"
@@ -305,6 +324,9 @@ class Injector:
         real = time.time
         time.time = lambda: real() + CLOCK_JUMP
 
+    def _linger(self, fault: Fault, where: dict[str, Any]) -> None:
+        """From now on steps take their time, until the answer is there."""
+
     def _ask(self, fault: Fault, where: dict[str, Any]) -> None:
         """Waits while the test bed does something outside of the run."""
         until = time.monotonic() + PATIENCE
@@ -326,6 +348,7 @@ ACTIONS: dict[str, Callable[[Injector, Fault, dict[str, Any]], None]] = {
     "nan": Injector._nan,
     "clock": Injector._clock,
     "ask": Injector._ask,
+    "linger": Injector._linger,
 }
 
 

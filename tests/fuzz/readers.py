@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ from megaforge.data.text.readers import read_texts
 from megaforge.data.tokenizer import load_tokenizer
 from megaforge.inference.prompts import read_prompts
 from megaforge.monitor.accounting import Accounting
+from megaforge.monitor.audit import AUDIT_FILE, AuditTrail, Signer, read_trail
 from megaforge.monitor.compare_digests import FILE as DIGESTS
 from megaforge.monitor.compare_digests import read_digests
 from megaforge.monitor.events import EventLog, read_events
@@ -214,6 +216,32 @@ def _read_accounts(path: Path) -> None:
     Accounting(read_events(path).events).goodput()
 
 
+def _audit(folder: Path) -> Path:
+    trail = AuditTrail(folder / AUDIT_FILE, Signer(bytes(32)))
+    for step in (1, 2):
+        trail.append("save", step=step, sums="ab")
+    trail.sign()
+    return folder / AUDIT_FILE
+
+
+def _read_audit(path: Path) -> None:
+    """Nothing but a whole beginning of what was written may pass."""
+    lines = path.read_bytes().split(b"\n")
+    read_trail(path)
+    with tempfile.TemporaryDirectory() as other:
+        good = [_said(line) for line in _audit(Path(other)).read_bytes().splitlines()]
+    told = [_said(line) for line in lines[:-1]]
+    if told != good[: len(told)]:
+        raise AssertionError("a trail that was changed verifies")
+    AuditTrail(path)
+
+
+def _said(line: bytes) -> tuple[object, object]:
+    """What a line of the trail says, but for its time and what follows from that."""
+    told = json.loads(line)
+    return told["kind"], told.get("step")
+
+
 def _skips(folder: Path) -> Path:
     for stretch in ((3, 8), (20, 24)):
         add_skip(folder, stretch, reason="loss")
@@ -311,6 +339,7 @@ READERS = {
     "phase 4": Reader(_phase4, lambda path: load_phase4_models(path.parent)),
     "events": Reader(_lines("events.jsonl", _EVENTS), _read_events),
     "accounts": Reader(_lines("events.jsonl", _EVENTS), _read_accounts),
+    "audit": Reader(_audit, _read_audit),
     "skips": Reader(_skips, lambda path: read_skips(path.parent)),
     "machine": Reader(_machine, lambda path: gpu_named(str(path))),
     "newest meta": Reader(_manifest, lambda path: newest_meta(path.parent.parent)),

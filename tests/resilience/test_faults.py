@@ -13,7 +13,19 @@ import torch
 
 from megaforge import fault_points
 from megaforge.errors import UserError
-from megaforge.resilience.faults import ACTIONS, KINDS, VARIABLE, Fault, Injector, Plan, arm, draw, kinds_named
+from megaforge.resilience.faults import (
+    ACTIONS,
+    KINDS,
+    LINGER_SECONDS,
+    SLOW_SECONDS,
+    VARIABLE,
+    Fault,
+    Injector,
+    Plan,
+    arm,
+    draw,
+    kinds_named,
+)
 
 
 def test_what_is_drawn_follows_the_seed_and_has_every_kind_alike():
@@ -140,12 +152,25 @@ def test_the_gradient_of_one_step_is_nan(tmp_path):
 
 def test_the_clock_jumps_and_who_is_asked_to_wait_waits_for_the_answer(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", time.time)
-    injector = _injector(tmp_path, "clock jump", "second job")
+    injector = _injector(tmp_path, "clock jump", "network cut")
     before = time.time()
     injector("step", {"iteration": 3})
     assert time.time() - before > 36 * 3600 - 1
     injector.answer(injector.plan.faults[1]).touch()
     injector("step", {"iteration": 3})
+
+
+def test_a_run_lingers_until_the_second_job_is_refused(tmp_path, monkeypatch):
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    injector, other = (_injector(tmp_path, "second job", "slow rank", rank=rank) for rank in (0, 1))
+    for iteration in (3, 4, 5):
+        for each in (injector, other):
+            each("step", {"iteration": iteration})
+    assert slept == [LINGER_SECONDS] * 2 and not (tmp_path / "marks" / "fault_001.json").exists()
+    injector.answer(injector.plan.faults[0]).touch()
+    injector("step", {"iteration": 6})
+    assert slept[2:] == [SLOW_SECONDS]
 
 
 def test_a_plan_is_armed_by_the_environment(tmp_path, monkeypatch):
