@@ -118,11 +118,22 @@ def append_line(path: Path, line: bytes) -> None:
             if written != len(line):
                 raise OSError(28, "No space left on device")
             os.fsync(descriptor)
+            if end == 0:
+                _sync_name(path)
         except OSError:
             os.ftruncate(descriptor, end)
             raise
     finally:
         os.close(descriptor)
+
+
+def _sync_name(path: Path) -> None:
+    """Makes the name of a new file durable."""
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def _mend(path: Path) -> str | None:

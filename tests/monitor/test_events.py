@@ -85,3 +85,19 @@ def test_a_line_that_is_no_event_is_named(tmp_path: Path, line: str) -> None:
     path.write_text(f"{whole}\n{line}\n{whole}\n", encoding="utf-8")
     with pytest.raises(UserError, match="line 2 is not"):
         read_events(path)
+
+
+def test_the_disk_has_a_line_before_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, synced, fsync = tmp_path / "events.jsonl", list[tuple[str, bytes]](), os.fsync
+
+    def watched(descriptor: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        synced.append((name, path.read_bytes() if os.path.isfile(name) else b""))
+        fsync(descriptor)
+
+    monkeypatch.setattr(events.os, "fsync", watched)
+    log = EventLog(path)
+    log.tell("start")
+    assert synced == [(str(path), path.read_bytes()), (str(tmp_path), b"")], "its name too, once"
+    log.tell("end")
+    assert synced[2:] == [(str(path), path.read_bytes())]
