@@ -20,7 +20,11 @@ KEY = "audit"  # in a checkpoint's meta
 
 def check_anchor(anchor: Mapping[str, Any] | None, trail: Trail) -> str | None:
     """What is wrong with ``trail``, or missing from it, by the head that a checkpoint keeps; None: nothing."""
-    if anchor is None or anchor.get("trail") in replaced(trail):
+    if anchor is None:
+        return None
+    if not isinstance(anchor, dict):
+        return "what it keeps of the audit trail is no head"
+    if str(anchor.get("trail")) in replaced(trail):
         return None
     count = anchor.get("records")
     if anchor.get("trail") != trail.name or not isinstance(count, int) or count < 1:
@@ -34,7 +38,8 @@ def check_anchor(anchor: Mapping[str, Any] | None, trail: Trail) -> str | None:
 
 def replaced(trail: Trail) -> set[str]:
     """Names of the trails before this one, which were set aside."""
-    return {str(name) for record in trail.records if record["kind"] == "replaces" for name in record["trails"]}
+    lists = [record.get("trails") for record in trail.records if record["kind"] == "replaces"]
+    return {str(name) for names in lists if isinstance(names, list) for name in names}
 
 
 def check_checkpoints(directory: Path, trail: Trail) -> list[str]:
@@ -73,6 +78,6 @@ def trails_of(directory: Path) -> set[str]:
             anchor = read_manifest(path).meta.get(KEY)
         except (CheckpointError, OSError):
             continue
-        if anchor is not None:
+        if isinstance(anchor, dict):
             found.add(str(anchor.get("trail")))
     return found

@@ -132,7 +132,7 @@ def _checked(trail: Trail, number: int, line: bytes, where: str) -> dict[str, An
     named = f"{where} ({record['kind']})"
     try:
         canonical = _encoded(record)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BrokenTrailError(f"{named}: it was altered") from error
     if canonical != line or record.get("hash") != _hash(record):
         raise BrokenTrailError(f"{named}: its content is not what was hashed: it was altered")
