@@ -28,7 +28,7 @@ def pretrain(prog: str, description: str, as_megatron: bool = False) -> int:
     # Mistakes are found in milliseconds; torch, which takes more than a second to import, comes after them.
     from megaforge.config.blocks import describe_blocks
     from megaforge.config.cli import parse_config
-    from megaforge.config.launcher import check_address, discover_launch, print_rank_0
+    from megaforge.config.launcher import check_address, discover_launch, end_with_torchrun, print_rank_0
     from megaforge.resilience.faults import arm
     from megaforge.resilience.leaving import check_requeue_status, nothing_left
     from megaforge.resilience.requests import make_requests
@@ -47,6 +47,7 @@ def pretrain(prog: str, description: str, as_megatron: bool = False) -> int:
     from megaforge.monitor.log import logged
 
     launch = discover_launch()
+    end_with_torchrun()
     with logged(config.logging, launch.rank):
         check_requeue_status(config, launch)
         if (done := nothing_left(config)) is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +15,8 @@ from megaforge.errors import UserError
 
 # SLURM's numbers of steps that run no task of ours: an allocation's interactive shell, a batch script, its containers.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
@@ -126,6 +130,21 @@ def first_node(nodes: str) -> str:
     numbers, _, after = rest.partition("]")
     tail = after.partition(",")[0]
     return first + numbers.partition(",")[0].partition("-")[0] + (first_node(tail) if tail else "")
+
+
+def end_with_torchrun(env: Mapping[str, str] | None = None) -> None:
+    """Asks the kernel to send this process SIGTERM when its torchrun is gone. torchrun gives ranks sessions of their
+    own, so that without it they would outlive one that was killed, and keep their devices and ``--save``.
+
+    Does nothing where torchrun did not start it, or the system is not Linux.
+    """
+    env = os.environ if env is None else env
+    if "TORCHELASTIC_RUN_ID" not in env or not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it ended before the kernel knew
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def restarts_may_hang(env: Mapping[str, str] | None = None) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -127,3 +129,29 @@ def test_restarts_that_may_hang_are_told_of() -> None:
     assert said is not None and "--max-restarts 3" in said and "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in said
     for quiet in ({}, {"TORCHELASTIC_MAX_RESTARTS": "0"}, {"TORCHELASTIC_MAX_RESTARTS": "3", **own}):
         assert restarts_may_hang(quiet) is None
+
+
+RANK = """
+import os, signal, sys, time
+from megaforge.config.launcher import end_with_torchrun
+signal.signal(signal.SIGTERM, lambda number, frame: (print("asked to end", flush=True), os._exit(0)))
+end_with_torchrun()
+print("ready", flush=True)
+time.sleep(60)
+"""
+LAUNCHER = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", sys.argv[1]], start_new_session=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process that its parent is gone")
+def test_a_rank_does_not_outlive_its_torchrun() -> None:
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "1", "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", LAUNCHER, RANK]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.kill()
+        assert process.stdout.readline() == "asked to end\n"

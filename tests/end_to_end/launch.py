@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,16 @@ def run_and_kill_a_rank(
 def children(pid: int) -> list[int]:
     """Process ids of the direct children, as the kernel lists them."""
     found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found += [int(word) for word in (task / "children").read_text().split()]
+    with suppress(FileNotFoundError, ProcessLookupError):  # it has ended by now
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += [int(word) for word in (task / "children").read_text().split()]
     return sorted(found)
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids of the children, of theirs, and so on."""
+    own = children(pid)
+    return [*own, *(one for child in own for one in descendants(child))]
 
 
 def records(path: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import os
 import signal
 import sysconfig
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from megaforge.monitor.sinks import read_metrics
 from tests.checkpoint.rwkv7_weights import published_weights
+from tests.end_to_end.launch import descendants
 from tests.end_to_end.readme import (
     LIMIT,
     bash,
@@ -36,7 +38,9 @@ def kill_after_a_checkpoint(code: str, folder: Path) -> None:
             assert time.monotonic() < deadline, "nothing was saved"
             time.sleep(0.01)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        for pid in [*descendants(process.pid), process.pid]:  # torchrun gives each rank a session of its own
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.communicate()
 
 
