@@ -41,7 +41,8 @@ class Nodes:
         self.job.home.mkdir(parents=True, exist_ok=True)
         with open(self.job.home / f"{name}.log", "ab") as out:
             line += self.job.flags(WRITTEN)
-            return Launched(subprocess.Popen(line, stdout=out, stderr=out, env=environment(), start_new_session=True))
+            process = subprocess.Popen(line, stdout=out, stderr=out, env=environment(), start_new_session=True)
+            return Launched([process])
 
     def iteration(self) -> int:
         """The newest in the metrics."""
@@ -84,8 +85,8 @@ def disturbed(nodes: Nodes) -> list[str]:
         second = nodes.start("second")
         seconds = until(lambda: nodes.worlds()[-1] == 2 * RANKS, "the node that came back was not taken")
         seen.append(f"node back at iteration {nodes.iteration()}: both train after {seconds:.0f} s")
-        until(lambda: first.process.poll() is not None, "the run did not end")
-        return [*seen, f"status {first.process.returncode}", f"ranks of its starts: {nodes.worlds()}"]
+        until(lambda: first.status() is not None, "the run did not end")
+        return [*seen, f"status {first.status()}", f"ranks of its starts: {nodes.worlds()}"]
     finally:
         first.kill()
         second.kill()
