@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import socket
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,11 @@ class Nodes:
             process = subprocess.Popen(line, stdout=out, stderr=out, env=environment(), start_new_session=True)
             return Launched([process])
 
+    def can_meet(self) -> bool:
+        """Whether the first node is there."""
+        with socket.socket() as probe:
+            return probe.connect_ex(("localhost", self.port)) == 0
+
     def iteration(self) -> int:
         """The newest in the metrics."""
         if not self.job.metrics.exists():
@@ -75,7 +81,9 @@ def until(condition: Callable[[], bool], what: str) -> float:
 
 def disturbed(nodes: Nodes) -> list[str]:
     """Runs to the end, without the second node for a while; returns what was seen."""
-    first, second = nodes.start("first"), nodes.start("second")
+    first = nodes.start("first")
+    until(nodes.can_meet, "the first node did not begin")  # or the second would be where they meet
+    second = nodes.start("second")
     try:
         until(lambda: nodes.iteration() >= 5 and nodes.worlds()[-1] == 2 * RANKS, "two nodes did not begin")
         second.kill()
