@@ -122,7 +122,7 @@ class Disturbed:
 
     def _outside(self, met: Met) -> None:
         """What a fault needs that is not in the run."""
-        if KINDS[met.fault.kind].action != "ask":
+        if KINDS[met.fault.kind].action not in ("ask", "linger"):
             return
         if met.fault.kind == "second job":
             other = self.job.second()
