@@ -22,7 +22,7 @@ from megaforge.kernels import grouped_mm
 from megaforge.kernels.attention import varlen
 from megaforge.planning.machine import this_stand
 from megaforge.registry import Registry, load_extensions
-from megaforge.training import setup
+from megaforge.training import peak_flops, setup
 from megaforge.training.callbacks import MetricsWriter
 from tests.training.tiny import arguments, make_config, make_trainer, write_dataset
 
@@ -167,8 +167,9 @@ def test_the_smallest_limit_of_a_process_and_its_containers_counts(tmp_path: Pat
     assert host_memory_bytes(tmp_path, groups) == 4096
 
 
-def test_a_device_is_one_file(tmp_path: Path, restored: None) -> None:
+def test_a_device_is_one_file(tmp_path: Path, restored: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training on a device of one's own: it is chosen, waited for, measured, and its random state saved and loaded."""
+    monkeypatch.setattr(peak_flops, "_measured", {})  # of other tests' runs
     toy = load_extensions((str(PRETEND),)) and next(m for n, m in sys.modules.items() if "_pretend_device_" in n)
     prefix, save = write_dataset(tmp_path / "d_text_document"), str(tmp_path / "run")
     argv = [*arguments(prefix), "--extensions", str(PRETEND), "--device", "pretend", "--save", save, "--load", save]

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaforge.resilience.faults import VARIABLE
-from megaforge.training.snapshots import snapshot_folder
 from tests.chaos.network import DEVICE, Network
 
 REPO = Path(__file__).resolve().parents[2]
@@ -66,6 +65,8 @@ class Job:
     @property
     def memory(self) -> Path:
         """Folder of the nodes' snapshots."""
+        from megaforge.training.snapshots import snapshot_folder  # needs torch, which --help does not
+
         return snapshot_folder(str(self.home / "memory"), str(self.save))
 
     def flags(self, layout: Sequence[str]) -> list[str]:

@@ -43,6 +43,7 @@ REFUSED = [
     (("--keep-last", "9"), (), "--save DIR"),
     (("--save-retain-interval", "9"), (), "--save DIR"),
     (("--async-save",), (), "--save DIR"),
+    (("--audit-trail",), (), "add --save DIR"),
     (("--snapshot-interval", "5"), (), "--save DIR"),
     (("--snapshot-interval", "5"), ("--save", "r", "--load", "r", "--distributed-backend", "mpi"), "backend gloo"),
     (("--snapshot-peers",), ("--save", "r", "--load", "r"), "--snapshot-interval N"),
