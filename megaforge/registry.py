@@ -142,6 +142,7 @@ LAYER_KINDS = Registry(  # by their letters in the layer pattern
     "layer kind",
     {
         "R": "megaforge.nn.kinds.rwkv7:KIND",
+        "M": "megaforge.nn.kinds.mamba2:KIND",
         "*": "megaforge.nn.kinds.attention:KIND",
         "E": "megaforge.nn.kinds.experts:KIND",
         "-": "megaforge.nn.kinds.dense:KIND",

@@ -20,7 +20,7 @@ class LayerKind:
     Attributes:
         title: for people: ``RWKV-7 layer``.
         asked_by: the flags that put it into a model, besides its letter in the pattern.
-        is_mixer: True for what mixes tokens and opens a block, False for an FFN, which may follow a mixer.
+        is_mixer: True for what mixes tokens and opens a block, False for an FFN, which joins the mixer in front of it.
         token_shift: of a mixer: the FFN behind it sees each token mixed with the one before it.
         has_experts: of an FFN: its matrices are laid out over ep and etp, and it counts what it routes.
         recompute: the value of ``--recompute`` that computes this layer alone again in the backward pass.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megaforge.config.attention_config import AttentionConfig
 from megaforge.config.fields import divisors, either, flag
+from megaforge.config.mamba_config import MambaConfig
 from megaforge.errors import UserError
 from megaforge.registry import CONVERTERS, NORMS
 
@@ -13,7 +13,7 @@ _ACTIVATIONS = ("relu2", "gated_relu2", "swiglu", "gelu", "gelu_exact")
 
 
 @dataclass(frozen=True)
-class ModelConfig(AttentionConfig):
+class ModelConfig(MambaConfig):
     """Shape of the model, and what its matrices are trained as."""
 
     num_layers: int = flag(
@@ -27,9 +27,8 @@ class ModelConfig(AttentionConfig):
     )
     hybrid_layer_pattern: str | None = flag(
         None,
-        "layers in order: R RWKV-7, * attention, E MoE FFN, - dense FFN, | pipeline cut; e.g. RERE|RE*E; a file of "
-        "--extensions adds letters. "
-        "Overrides --layer-schedule",
+        "layers in order: R RWKV-7, M Mamba-2, * attention, E MoE FFN, - dense FFN, | pipeline cut; e.g. RERE|RE*E; a "
+        "file of --extensions adds letters. Overrides --layer-schedule",
     )
     layer_schedule: str = flag(
         "interleave-x",
@@ -129,7 +128,8 @@ class ModelConfig(AttentionConfig):
         choices=CONVERTERS,
     )
     reset_at_document_boundaries: bool = flag(
-        True, "packed documents do not see each other: attention mask, positions, token shift and RWKV state restart"
+        True,
+        "packed documents do not see each other: attention mask, positions, token shift, recurrent states restart",
     )
 
     @property

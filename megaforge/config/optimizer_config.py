@@ -53,8 +53,8 @@ class OptimizerConfig:
     )
     lr_mult: tuple[str, ...] = flag(
         (),
-        "factors on the learning rate of groups of parameters: a kind (embedding, head, attention, rwkv, moe, router, "
-        "ffn, norm, other), a role (matrix, lookup, vector) or an update rule's name",
+        "factors on the learning rate of groups of parameters: a kind (embedding, head, attention, rwkv, mamba, moe, "
+        "router, ffn, norm, other), a role (matrix, lookup, vector) or an update rule's name",
         metavar="GROUP=X",
     )
     wd_mult: tuple[str, ...] = flag((), "factors on the weight decay of such groups", metavar="GROUP=X")

@@ -1,7 +1,7 @@
 """Which layers a model has, in order: the hybrid layer pattern, written out or made by a schedule.
 
-The letters are Megatron-LM's, with R for RWKV-7: R and * are mixers, E and - are FFNs, | cuts pipeline stages. More of
-them are registered by name (:class:`megaforge.config.layer_kind.LayerKind`).
+The letters are Megatron-LM's, with R for RWKV-7: R, M and * are mixers, E and - are FFNs, | cuts pipeline stages. More
+of them are registered by name (:class:`megaforge.config.layer_kind.LayerKind`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from megaforge.registry import LAYER_KINDS
 
 CUT = "|"
 NOT_YET = {
-    "M": "Mamba layers are not available",
     "/": "multi-token prediction blocks are not available",
 }
 
 
 @dataclass(frozen=True)
 class BlockKind:
-    """One block: its mixer, its FFN if it has one, and whether no earlier block has such a mixer."""
+    """One block: its mixer, its FFN if it has one, and whether no earlier block has such a mixer. An FFN with no mixer
+    in front of it is a block of its own, in the mixer's place."""
 
     mixer: LayerKind
     ffn: LayerKind | None
@@ -39,8 +39,7 @@ def parse_pattern(pattern: str) -> tuple[BlockKind, ...]:
     """Reads a pattern such as ``RERERE*E`` or ``RERE|RE*E``.
 
     Raises:
-        UserError: it is empty, holds an unknown or unavailable letter, has an FFN without a mixer before it, or a layer
-            where such a layer cannot be.
+        UserError: it is empty, holds an unknown or unavailable letter, or a layer where such a layer cannot be.
     """
     flag = f"--hybrid-layer-pattern {pattern!r}"
     blocks: list[BlockKind] = []
@@ -51,14 +50,10 @@ def parse_pattern(pattern: str) -> tuple[BlockKind, ...]:
             open_mixer = False
             continue
         kind = _kind(letter, place, flag)
-        if kind.is_mixer:
-            blocks.append(BlockKind(kind, None, kind not in places))
-        elif open_mixer:
+        if open_mixer and not kind.is_mixer:
             blocks[-1] = replace(blocks[-1], ffn=kind)
         else:
-            raise UserError(
-                f"{flag}: the FFN {letter!r} at position {place} has no mixer before it; write R{letter} or *{letter}"
-            )
+            blocks.append(BlockKind(kind, None, kind not in places))
         places.setdefault(kind, []).append(len(blocks) - 1)
         open_mixer = kind.is_mixer
     if not blocks:
@@ -81,9 +76,16 @@ def _kind(letter: str, place: int, flag: str) -> LayerKind:
 
 def pipeline_cuts(cfg: ModelConfig) -> tuple[int, ...]:
     """How many blocks stand before each ``|`` of the pattern; empty: the cuts are chosen by cost."""
-    before = layer_pattern(cfg).split(CUT)[:-1]
-    counts = [sum(letter in LAYER_KINDS and LAYER_KINDS.get(letter).is_mixer for letter in part) for part in before]
-    return tuple(sum(counts[: number + 1]) for number in range(len(counts)))
+    pattern = layer_pattern(cfg)
+    places = [place for place, letter in enumerate(pattern) if letter == CUT]
+    return tuple(_count(pattern[:place]) for place in places)
+
+
+def _count(pattern: str) -> int:
+    """How many blocks a pattern has; its letters are known to be right."""
+    mixes = [letter != CUT and LAYER_KINDS.get(letter).is_mixer for letter in pattern]
+    within = [not mixed and place > 0 and mixes[place - 1] for place, mixed in enumerate(mixes)]
+    return sum(letter != CUT and not inside for letter, inside in zip(pattern, within, strict=True))
 
 
 def attention_count(num_layers: int, transformer_pct: float) -> int:

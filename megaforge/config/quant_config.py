@@ -25,7 +25,7 @@ class QuantConfig:
     )
     bitnet_layers: tuple[str, ...] = flag(
         ("all",),
-        "which matrices are quantized: all (attention, RWKV projections, FFNs, experts), or kinds (attention, rwkv, "
+        "which matrices are quantized: all (projections of mixers, FFNs, experts), or kinds (attention, rwkv, mamba, "
         "ffn, moe) and ends of their paths, with * and ?; embeddings, head, router and low-rank maps never are",
         metavar="PATTERN",
     )

@@ -14,6 +14,7 @@ from megaforge.parallel.param_spec import ParamSpec, named_specs
 COMPONENTS = {
     "embedding": "embedding",
     "rwkv": "RWKV-7 mixers, channel mixes",
+    "mamba": "Mamba-2 mixers",
     "attention": "attention",
     "moe": "experts",
     "router": "routers",

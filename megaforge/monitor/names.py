@@ -31,7 +31,8 @@ STEP = {
     "loss": Name("cross-entropy in nats, mean over the global batch's tokens; of another `--objective` its `loss`"),
     "grad_norm": Name("L2 norm of the whole gradient before clipping"),
     "grad_norm/KIND": Name(
-        "the same of the parameters of one kind: embedding, head, attention, rwkv, moe, router, ffn, norm, other",
+        "the same of the parameters of one kind: embedding, head, attention, rwkv, mamba, moe, router, ffn, norm, "
+        "other",
         "the kinds that the model has",
     ),
     "unfiltered_grad_norm": Name("L2 norm of the whole gradient before it was filtered", "`--grokfast`"),

@@ -26,6 +26,10 @@ CASES = {
     "hybrid MoE, bf16": (*_TEST, "--bf16"),
     "hybrid MoE, micro-batch 2": (*_TEST, "--micro-batch-size", "2"),
     "dense RWKV-7": (*_TEST, "--layer-schedule", "rwkv", "--ffn", "dense"),
+    "dense Mamba-2": (
+        *(*_TEST, "--hybrid-layer-pattern", "M-M-M--", "--mamba-head-dim", "32", "--mamba-state-dim", "32"),
+        *("--mamba-num-groups", "4"),
+    ),
     "dense attention, SwiGLU, grouped queries": (
         *(*_TEST, "--layer-schedule", "attention", "--ffn", "dense", "--activation", "swiglu"),
         *("--num-query-groups", "2"),

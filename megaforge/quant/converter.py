@@ -46,8 +46,8 @@ def can_be_quantized(layer: Linear) -> bool:
 
 
 def is_chosen(path: str, kind: str, patterns: Sequence[str]) -> bool:
-    """Whether ``--bitnet-layers`` names a layer: by ``all``, its kind (attention, rwkv, ffn, moe), its path or the end
-    of it, with * and ?."""
+    """Whether ``--bitnet-layers`` names a layer: by ``all``, its kind (attention, rwkv, mamba, ffn, moe), its path or
+    the end of it, with * and ?."""
     names = path.split(".")
     ends = [".".join(names[start:]) for start in range(len(names))]
     return any(pattern in ("all", kind) or any(fnmatchcase(end, pattern) for end in ends) for pattern in patterns)

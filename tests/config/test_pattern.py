@@ -16,7 +16,7 @@ from megaforge.config.pattern import (
 from megaforge.errors import UserError
 from megaforge.registry import LAYER_KINDS
 
-R, ATTENTION, E, DENSE = (LAYER_KINDS.get(letter) for letter in "R*E-")
+R, MAMBA, ATTENTION, E, DENSE = (LAYER_KINDS.get(letter) for letter in "RM*E-")
 
 
 def pattern(**changes: object) -> str:
@@ -33,16 +33,25 @@ def test_parse() -> None:
     assert [block.mixer.token_shift for block in parse_pattern("R-*-")] == [True, False]
 
 
+def test_an_ffn_without_a_mixer_is_a_block_of_its_own() -> None:
+    assert parse_pattern("-M--|E*") == (
+        BlockKind(DENSE, None, first=True),
+        BlockKind(MAMBA, DENSE, first=True),
+        BlockKind(DENSE, None),
+        BlockKind(E, None, first=True),
+        BlockKind(ATTENTION, None, first=True),
+    )
+    assert parse_pattern("M|E") == parse_pattern("M|E*")[:2]
+    assert pipeline_cuts(ModelConfig(hybrid_layer_pattern="-M--|E*|E")) == (3, 5)
+
+
 @pytest.mark.parametrize(
     "text,message",
     [
         ("", "holds no block"),
         ("REX", "unknown letter 'X' at position 2"),
-        ("-R-", "FFN '-' at position 0 has no mixer before it"),
-        ("RE-", "FFN '-' at position 2 has no mixer"),
-        ("R|E*E", "FFN 'E' at position 2 has no mixer"),
+        ("-R-", "first mixer must be R"),
         ("RE/*E", "multi-token prediction blocks are not available"),
-        ("RMRE", "Mamba layers are not available"),
         ("*ERE", "first mixer must be R"),
     ],
 )

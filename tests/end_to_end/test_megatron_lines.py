@@ -27,6 +27,7 @@ NAMED = {  # ranks, parameters
     "mixtral_8x7b": (32, 46_702_792_704),
     "gpt3_175b": (128, 174_604_836_864),
     "llama3_8b_bf16": (8, 8_030_261_248),
+    "mamba_800m": (8, 448_375_680),
 }
 SMALL = dict(
     pair.split("=")
@@ -41,8 +42,15 @@ LAYOUTS = {
     "mixtral_8x7b": {"--pipeline-model-parallel-size": "2", "--expert-model-parallel-size": "4"},
     "gpt3_175b": {"--tensor-model-parallel-size": "2", "--pipeline-model-parallel-size": "2"},
     "llama3_8b_bf16": {},
+    "mamba_800m": {
+        "--tensor-model-parallel-size": "2",
+        "--hybrid-layer-pattern": "M--*M-",
+        "--micro-batch-size": "2",
+        "--hidden-size": "256",  # eight heads, one for each group
+    },
 }
-VOCABULARIES = {"mixtral_8x7b": 256, "gpt3_175b": 300, "llama3_8b_bf16": 64}
+VOCABULARIES = {"mixtral_8x7b": 256, "gpt3_175b": 300, "llama3_8b_bf16": 64, "mamba_800m": 256}
+BACKEND = ("--distributed-backend", "gloo")  # of a CPU, where a line says nccl
 TRACKERS = ("--wandb-project", "--wandb-exp-name", "--tensorboard-dir", "--profile-step-start", "--profile-step-end")
 
 
@@ -101,12 +109,12 @@ def test_the_model_that_the_line_names(
     sentencepiece(folder / "tokenizer", 32_000)
     byte_pairs(folder / "vocabulary", folder / "merges", 50_257)
     ranks, parameters = NAMED[name]
-    dry = ("--dry-run", "--dry-run-world-size", str(ranks), "--dry-run-ranks", "0", "--device", "cpu")
+    dry = ("--dry-run", "--dry-run-world-size", str(ranks), "--dry-run-ranks", "0", "--device", "cpu", *BACKEND)
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *words(name, folder), *dry])
     assert pretrain("pretrain_gpt.py", "", as_megatron=True) == 0
     out, err = capfd.readouterr()
     assert f"megatron on {ranks} ranks" in out and f"\n{parameters:,} parameters\n" in out
-    assert re.match(r"\d+ blocks: \d+ x attention \+ ", err)
+    assert re.match(r"\d+ blocks: \d+ x (attention|Mamba-2) ", err)
 
 
 def two_steps(lines: dict[str, list[str]]) -> dict[str, list[float]]:
@@ -137,7 +145,7 @@ def test_each_line_trains_two_steps_on_eight_ranks(folder: Path, ranks: RankPool
         start = line.index("--step-batch-size-schedule") if "--step-batch-size-schedule" in line else None
         if start is not None:
             line[start + 1 : start + 7] = ["0:4", "64:8"]
-        lines[name] = [*(word for word in line if word != "--profile"), "--device", "cpu"]
+        lines[name] = [*(word for word in line if word != "--profile"), "--device", "cpu", *BACKEND]
         lines[name][lines[name].index("--save") + 1] += f"/{name}"
         lines[name][lines[name].index("--load") + 1] += f"/{name}"
     [losses, *others] = ranks.run(8, two_steps, lines)

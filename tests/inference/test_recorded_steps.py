@@ -19,7 +19,7 @@ from tests.nn.support import perturb
 
 PROMPTS = [[5, 17, 3, 3, 40], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [60, 60]]
 MODELS = {
-    "hybrid": {"hybrid_layer_pattern": "RE*ER-", "num_query_groups": 2, "qk_layernorm": True},
+    "hybrid": {"hybrid_layer_pattern": "RE*EM-R--", "num_query_groups": 2, "qk_layernorm": True},
     "learned": {"hybrid_layer_pattern": "*-*-", "position_embedding_type": "learned_absolute"},
 }
 
@@ -30,6 +30,8 @@ def build(device: str = "cpu", dtype: torch.dtype = torch.float32, **settings: o
         ffn_hidden_size=48,
         num_attention_heads=4,
         rwkv_head_size=8 if device == "cpu" else 32,
+        mamba_head_dim=8,
+        mamba_num_groups=4,
         num_experts=4,
         vocab_size=61,
         max_position_embeddings=64,

@@ -25,7 +25,7 @@ from tests.nn.support import CTX, assert_close, filled
 
 PACKAGE = Path(__file__).parents[2] / "megaforge"
 TOY = str(PACKAGE.parent / "tests" / "toys" / "running_mean.py")
-NAMES = {"R", "*", "E", "rwkv7", "rwkv", "attention", "moe", "dense"}  # not "-", which is also a minus
+NAMES = {"R", "*", "E", "mamba2", "rwkv7", "rwkv", "attention", "moe", "dense"}  # not "-", which is also a minus
 # Their own files; flags whose values are words like theirs (--layer-schedule, --ffn).
 OWN = {"nn/kinds/attention.py", "nn/kinds/rwkv7.py", "nn/kinds/dense.py", "nn/kinds/experts.py", "config/pattern.py"}
 

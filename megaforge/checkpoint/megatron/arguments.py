@@ -247,4 +247,4 @@ def _objections(cfg: ModelConfig) -> list[str]:
         found.append(f"weights that are quantized ({' '.join(cfg.all_converters)})")
     if cfg.normalization not in ("rmsnorm", "layernorm"):
         found.append(f"--normalization {cfg.normalization}")
-    return found
+    return list(dict.fromkeys(found))

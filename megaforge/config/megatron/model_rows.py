@@ -71,7 +71,6 @@ MODEL_ROWS: tuple[Row, ...] = (
         "YaRN is not available; leave it out, or scale rotary positions with --use-rope-scaling",
         "rotary-scaling-factor mscale mscale-all-dim yarn-*",
     ),
-    *advice(1, "Mamba-2 layers are not available; R in --hybrid-layer-pattern is RWKV-7", "mamba-*"),
     *advice(
         ANY,
         NOT_AVAILABLE,

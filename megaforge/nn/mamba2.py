@@ -1,0 +1,212 @@
+"""Mamba-2 (Dao and Gu, arXiv 2405.21060), as state-spaces/mamba and Megatron-LM have it, heads split over tp."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaforge.errors import UserError
+from megaforge.kernels.ssd import ssd
+from megaforge.nn.recompute import recomputed
+from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState
+from megaforge.parallel.context_parallel.ssd import context_parallel_ssd
+from megaforge.parallel.init_rules import Box, Constant, InitRule, Normal, Uniform
+from megaforge.parallel.layer_context import LayerContext
+from megaforge.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megaforge.parallel.packed_sequence import PackedSequence
+
+TAPS = 4  # tokens that the convolution sees, as in every published model
+LEAST_STEP, STEPS = 1e-4, (1e-3, 1e-1)  # the published step sizes at the start
+DECAYS = (1.0, 16.0)  # the published -A at the start
+
+
+@dataclass
+class Mamba2State(LayerState):
+    """What a layer remembers of the tokens it has seen; nothing before the first.
+
+    Attributes:
+        tail: [b, 3, channels/tp], the last inputs of the convolution.
+        ssm: [b, H/tp, P, N] in fp32 (fp64 for fp64 models), this rank's heads.
+    """
+
+    tail: Tensor | None = None
+    ssm: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """What ``formula`` makes of the values of ``rule``."""
+
+    rule: InitRule
+    formula: Callable[[Tensor], Tensor]
+
+    def fill(self, seed: int, name: str, shape: tuple[int, ...], box: Box) -> Tensor:
+        return self.formula(self.rule.fill(seed, name, shape, box))
+
+
+def _initial_log_decay(uniform: Tensor) -> Tensor:
+    """log(-A), with -A uniform on :data:`DECAYS`; ``uniform`` lies in [-1/2, 1/2)."""
+    low, high = DECAYS
+    return (low + (uniform + 0.5) * (high - low)).log()
+
+
+def _initial_step_bias(uniform: Tensor) -> Tensor:
+    """The bias whose softplus is log-uniform on :data:`STEPS`."""
+    low, high = (math.log(step) for step in STEPS)
+    step = (low + (uniform + 0.5) * (high - low)).exp().clamp(min=LEAST_STEP)
+    return step + (-torch.expm1(-step)).log()
+
+
+class Mamba2Mixer(nn.Module):
+    """Mamba-2's sequence mixer.
+
+    One fused projection gives z | x | B | C | dt; x, B and C pass a causal convolution over four tokens and SiLU; the
+    recurrence runs for each head; each group of heads is gated by z, normed, and projected out. Every part is split
+    over tp by groups and their heads, and nothing communicates over it in between. The ranks of cp, which share each
+    sequence, give each other the last three inputs of every chunk's convolution and a summary of its state.
+    """
+
+    conv_weight: nn.Parameter  # [channels/tp, 4], the last tap being the token itself
+    conv_bias: nn.Parameter
+    dt_bias: nn.Parameter  # [H/tp], as the next two
+    a_log: nn.Parameter
+    skip: nn.Parameter  # D
+    norm_weight: nn.Parameter  # [H P / tp]
+
+    def __init__(self, layer: LayerContext) -> None:
+        """Declares the parameters, uninitialised. The output projection starts smaller by 1/sqrt(2 layers), as
+        attention's; the rest starts as published."""
+        super().__init__()
+        cfg, tp = layer.cfg, layer.ctx.tp.size
+        heads, groups, state = cfg.mamba_heads, cfg.mamba_num_groups, cfg.mamba_state_dim
+        inner, shared = heads * cfg.mamba_head_dim, groups * state
+        self.heads, self.groups, self.head_dim, self.state_dim = heads // tp, groups // tp, cfg.mamba_head_dim, state
+        self.inner, self.shared = inner // tp, shared // tp
+        self.epsilon, self.recompute_core = cfg.norm_epsilon, layer.recompute == "selective"
+        std, bias, scale = cfg.init_std * cfg.init_std_scale, cfg.add_bias_linear, cfg.init_std_scale
+        parts = (inner, inner, shared, shared, heads)
+        declared: dict[str, Any] = {"parts": parts, "kind": "mamba", "bias": bias}
+        self.input = ColumnParallelLinear(layer, cfg.hidden_size, sum(parts), init=Normal(std), enter=True, **declared)
+        convolved, near = parts[1:4], Uniform(scale / math.sqrt(TAPS))
+        self._declare(layer, "conv_weight", (sum(convolved), TAPS), near, parts=convolved, weight_decay=True)
+        self._declare(layer, "conv_bias", (sum(convolved),), near, parts=convolved)
+        self._declare(layer, "dt_bias", (heads,), Made(Uniform(0.5), _initial_step_bias))
+        self._declare(layer, "a_log", (heads,), Made(Uniform(0.5), _initial_log_decay))
+        self._declare(layer, "skip", (heads,), Constant(1.0))
+        self._declare(layer, "norm_weight", (inner,), Constant(1.0))
+        init = Normal(std / math.sqrt(2 * layer.count))
+        self.output = RowParallelLinear(layer, inner, cfg.hidden_size, init=init, bias=bias, kind="mamba")
+
+    def _declare(self, layer: LayerContext, name: str, shape: tuple[int, ...], init: InitRule, **declared: Any) -> None:
+        """Registers ``self.<name>``, split over tp and kept in fp32; without weight decay unless declared so."""
+        declared = {"weight_decay": False, "keep_fp32": True, "shard_dim": 0, "kind": "mamba", **declared}
+        self.register_parameter(name, layer.parameter(shape, init, **declared))
+
+    def new_state(self) -> Mamba2State:
+        return Mamba2State()
+
+    def forward(
+        self,
+        x: Tensor,
+        info: PackedSequence,
+        carried: Mapping[str, Tensor] = NOTHING,
+        state: Mamba2State | None = None,
+    ) -> LayerOutput:
+        """Normed residual stream [s(/tp), b, h] -> residual stream [s(/tp), b, h], documents each on their own.
+
+        With a ``state`` the tokens continue those that it has seen, and it takes them in.
+
+        Raises:
+            UserError: the chunks of ``--cp`` are shorter than what the convolution sees of earlier tokens.
+        """
+        z, taken, step = self.input(x).split((self.inner, self.inner + 2 * self.shared, self.heads), dim=-1)
+        tail, memory = (None, None) if state is None else (state.tail, state.ssm)
+        keeps = state is not None
+        out, final = recomputed(self.recompute_core, self._mix, z, taken, step, info, tail, memory, keeps)
+        if state is not None:
+            state.tail, state.ssm = _tail_of(taken, info, tail), final
+        return LayerOutput(self.output(out))
+
+    def _mix(
+        self,
+        z: Tensor,
+        taken: Tensor,
+        step: Tensor,
+        info: PackedSequence,
+        tail: Tensor | None,
+        memory: Tensor | None,
+        keeps: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What lies between the projections: [s, b, H P / tp], and the final state where it is kept."""
+        length, batch = z.shape[:2]
+        x, b, c = self._convolved(taken, info, tail).split((self.inner, self.shared, self.shared), dim=-1)
+        x = x.view(length, batch, self.heads, self.head_dim)
+        b, c = (each.view(length, batch, self.groups, self.state_dim) for each in (b, c))
+        step = F.softplus(step.to(self.dt_bias.dtype) + self.dt_bias)
+        log_a = -self.a_log.exp() * step
+        starts = info.document_start_SB if info.has_boundaries else None
+        given = (x * step[..., None], log_a, b, c)
+        final: Tensor | None = None
+        if keeps:
+            y, final = ssd(*given, memory, starts)
+        else:
+            y = context_parallel_ssd(*given, starts, info.shards)
+        return self._gated_norm(y + x * self.skip[:, None], z), final
+
+    def _convolved(self, taken: Tensor, info: PackedSequence, tail: Tensor | None) -> Tensor:
+        """silu of the causal convolution of [s, b, channels/tp] within each document, in fp32 (fp64); ``tail``
+        [b, 3, channels/tp] comes before it."""
+        shards = info.shards
+        pieces = taken.chunk(len(shards.chunks))
+        if shards.axis.size > 1:
+            if len(pieces[0]) < TAPS - 1:
+                raise UserError(
+                    f"--cp {shards.axis.size}: a Mamba-2 layer needs chunks of at least {TAPS - 1} tokens, and "
+                    f"--seq-length / (2 x cp) is {len(pieces[0])}; use a longer sequence or a smaller --cp"
+                )
+            before = shards.before(torch.stack([piece[1 - TAPS :] for piece in pieces]))
+        elif tail is not None:
+            before = tail.transpose(0, 1)[None]
+        else:
+            before = taken.new_zeros(1, TAPS - 1, *taken.shape[1:])
+        windows = [torch.cat(pair) for pair in zip(before, pieces, strict=True)]
+        out = torch.addcmul(self.conv_bias, taken, self.conv_weight[:, -1])
+        for back in range(1, TAPS):
+            earlier = torch.cat([window[TAPS - 1 - back : len(window) - back] for window in windows])
+            if info.has_boundaries:
+                earlier = earlier.masked_fill(_is_in_another_document(info, back), 0)
+            out = torch.addcmul(out, earlier, self.conv_weight[:, -1 - back])
+        return F.silu(out)
+
+    def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
+        """y * silu(z), an RMS norm of each group: [s, b, H/tp, P] in fp32 and [s, b, H P / tp] -> like the latter."""
+        gated = y.flatten(2) * F.silu(z.to(y.dtype))
+        each = gated.unflatten(-1, (self.groups, -1))
+        normed = each * (each.square().mean(-1, keepdim=True) + self.epsilon).rsqrt()
+        return (normed.flatten(-2) * self.norm_weight).to(z.dtype)
+
+
+def _tail_of(taken: Tensor, info: PackedSequence, before: Tensor | None) -> Tensor:
+    """[b, 3, channels/tp]: what a token behind ``taken`` [s, b, channels/tp] sees, of the last document alone."""
+    known = taken.new_zeros(TAPS - 1, *taken.shape[1:]) if before is None else before.transpose(0, 1)
+    tail = torch.cat([known, taken])[1 - TAPS :]
+    if info.has_boundaries:
+        others = [_is_in_another_document(info, back)[-1] for back in reversed(range(TAPS - 1))]
+        tail = tail.masked_fill(torch.stack(others), 0)
+    return tail.transpose(0, 1).contiguous()
+
+
+def _is_in_another_document(info: PackedSequence, back: int) -> Tensor:
+    """Whether the token ``back`` places earlier is in another document: bool [s, b, 1]; anything at a beginning."""
+    key = ("is in another document", back)
+    if key not in info.cache:
+        places, documents = info.positions_S, info.all_document_ids_BS
+        info.cache[key] = (documents[:, places] != documents[:, (places - back).clamp(min=0)]).t()[..., None]
+    found: Tensor = info.cache[key]
+    return found
