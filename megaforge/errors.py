@@ -26,12 +26,13 @@ class UserErrors(UserError):
 
 @contextlib.contextmanager
 def gathered(problems: list[str]) -> Iterator[None]:
-    """What is refused inside is added to ``problems``, each text once; :func:`raise_all` tells them."""
+    """What is refused inside is added to ``problems``, each text once, with its flag where it is there with one;
+    :func:`raise_all` tells them."""
     try:
         yield
     except UserError as error:
         for message in error.messages if isinstance(error, UserErrors) else (str(error),):
-            if message not in problems:
+            if not any(known.endswith(message) for known in problems):
                 problems.append(message)
 
 

@@ -332,3 +332,8 @@ def test_a_word_that_cannot_be_read_hides_no_other_section() -> None:
     ]
     with pytest.raises(UserError, match="2 things are wrong:\n  --foo: .*\n  --config nowhere"):
         parse_config(["--config", "nowhere", "--foo", "2"])
+
+
+def test_a_word_that_cannot_be_read_is_told_once_with_its_flag() -> None:
+    with pytest.raises(UserError, match="^--lr-decay-style 'nonsense' is not a known"):
+        parse_config(["--config", "cdrmix-test", "--vocab-size", "300", "--lr-decay-style", "nonsense"])
