@@ -30,22 +30,55 @@ def is_spike(value: float, window: Sequence[float], least: float) -> bool:
     return value - middle > max(SIGMAS * deviation, least * abs(middle))
 
 
+class RecentSteps:
+    """Losses and gradient norms of the last ``window`` steps, and what spikes beside them (:func:`is_spike`); nothing
+    does until a quarter of the window is filled."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.seen: dict[str, list[float]] = {name: [] for name in LEAST}
+
+    def spikes(self, values: Mapping[str, float]) -> list[str]:
+        """Which of ``values`` do."""
+        filled = max(2, self.window // 4)
+        return [
+            name
+            for name, value in values.items()
+            if len(self.seen[name]) >= filled and is_spike(value, self.seen[name], LEAST[name])
+        ]
+
+    def enter(self, values: Mapping[str, float]) -> None:
+        """They tell what is usual from now on."""
+        for name, value in values.items():
+            self.seen[name] = [*self.seen[name], value][-self.window :]
+
+    def suspicion(self, values: Mapping[str, float]) -> str | None:
+        """The first that spikes, in words; where none does, ``values`` enter."""
+        for name in self.spikes(values):
+            return f"{name} spikes to {values[name]:.4g}"
+        self.enter(values)
+        return None
+
+    def load(self, seen: Mapping[str, Sequence[float]]) -> None:
+        """Takes over :attr:`seen` of an earlier one, whose window may have been longer."""
+        self.seen = {name: list(values)[-self.window :] for name, values in seen.items()}
+
+
 class ReduceOnSpike(Callback):
     """After a spike the learning rate is multiplied by ``factor``, and grows back, by an equal ratio a step, to what
     is scheduled in ``window`` steps.
 
-    A spike is a loss or gradient norm far above the last ``window`` of them (:func:`is_spike`), once a quarter of the
-    window is filled. What comes within :data:`REPEAT` steps of a reduction changes nothing; a later one multiplies by
-    ``factor`` again, down to ``factor`` to the power of :data:`MOST`, and the way back begins anew. Spikes enter the
-    window, too: a level that stays becomes the usual one. Steps that overflowed are not looked at.
+    A spike is a loss or gradient norm far above the last ``window`` of them (:class:`RecentSteps`). What comes within
+    :data:`REPEAT` steps of a reduction changes nothing; a later one multiplies by ``factor`` again, down to ``factor``
+    to the power of :data:`MOST`, and the way back begins anew. Spikes enter the window, too: a level that stays becomes
+    the usual one. Steps that overflowed are not looked at.
     """
 
     place = Place.BEFORE
     state_name = "spike"
 
     def __init__(self, factor: float, window: int) -> None:
-        self.factor, self.window = factor, window
-        self.seen: dict[str, list[float]] = {name: [] for name in LEAST}
+        self.factor, self.recent = factor, RecentSteps(window)
         self.reduced, self.since = 0.0, 0  # reductions in force (a fraction on the way back); steps since the last
 
     @classmethod
@@ -64,37 +97,32 @@ class ReduceOnSpike(Callback):
         self._release()
         if not all(map(math.isfinite, values.values())):
             return
-        spikes = [
-            name
-            for name, value in values.items()
-            if len(self.seen[name]) >= max(2, self.window // 4) and is_spike(value, self.seen[name], LEAST[name])
-        ]
-        if spikes:
+        if spikes := self.recent.spikes(values):
             metrics.extra["spike"] = 1.0
             self._reduce(metrics.iteration, spikes[0], values[spikes[0]])
-        for name, value in values.items():
-            self.seen[name] = [*self.seen[name], value][-self.window :]
+        self.recent.enter(values)
 
     def _release(self) -> None:
         """One step of the way back."""
         if self.reduced:
             self.since += 1
-            left = self.window - self.since + 1
+            left = self.recent.window - self.since + 1
             self.reduced = self.reduced * (left - 1) / left if left > 1 else 0.0
 
     def _reduce(self, iteration: int, name: str, value: float) -> None:
         if self.reduced and self.since <= REPEAT:
             return
         self.reduced, self.since = min(self.reduced + 1, MOST), 0
+        known = self.recent.seen[name]
         print_rank_0(
-            f"iteration {iteration}: {name} spikes to {value:.4g} (the median of {len(self.seen[name])} steps is "
-            f"{median(self.seen[name]):.4g}): the learning rate is multiplied by {self.factor**self.reduced:.3g}, "
-            f"which fades in {self.window} steps"
+            f"iteration {iteration}: {name} spikes to {value:.4g} (the median of {len(known)} steps is "
+            f"{median(known):.4g}): the learning rate is multiplied by {self.factor**self.reduced:.3g}, "
+            f"which fades in {self.recent.window} steps"
         )
 
     def state(self) -> dict[str, Any]:
-        return {"seen": self.seen, "reduced": self.reduced, "since": self.since}
+        return {"seen": self.recent.seen, "reduced": self.reduced, "since": self.since}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.seen = {name: list(values)[-self.window :] for name, values in state["seen"].items()}
+        self.recent.load(state["seen"])
         self.reduced, self.since = state["reduced"], state["since"]

@@ -11,7 +11,7 @@ from megaforge.device import get_random_state, set_random_state
 from megaforge.errors import UserError
 from megaforge.optim.digests import hashed_rows
 from megaforge.parallel.agree import exchange
-from megaforge.training.lr_on_spike import LEAST, is_spike
+from megaforge.training.lr_on_spike import RecentSteps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,8 +38,7 @@ class Repeating:
     """
 
     def __init__(self, window: int) -> None:
-        self.window = window
-        self.seen: dict[str, list[float]] = {name: [] for name in LEAST}
+        self.recent = RecentSteps(window)
         self._random: dict[str, Tensor] = {}
 
     def begin(self, trainer: Trainer) -> None:
@@ -85,14 +84,7 @@ class Repeating:
         """Why the step is suspect; otherwise its numbers tell what is usual."""
         if not math.isfinite(found.norm):
             return None if trainer.scaler.can_fall else f"the gradient norm is {found.norm}"
-        values = {"loss": found.sums.means()["loss"], "grad_norm": found.norm}
-        for name, value in values.items():
-            known = self.seen[name]
-            if len(known) >= max(2, self.window // 4) and is_spike(value, known, LEAST[name]):
-                return f"{name} spikes to {value:.4g}"
-        for name, value in values.items():
-            self.seen[name] = [*self.seen[name], value][-self.window :]
-        return None
+        return self.recent.suspicion({"loss": found.sums.means()["loss"], "grad_norm": found.norm})
 
 
 def _bits(trainer: Trainer, found: Gradients) -> _Bits:

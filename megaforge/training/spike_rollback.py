@@ -17,7 +17,7 @@ from megaforge.errors import UserError
 from megaforge.parallel.agree import from_first_rank
 from megaforge.training.callbacks import Callback, Place
 from megaforge.training.checkpointing import loads_own_checkpoints
-from megaforge.training.lr_on_spike import LEAST, is_spike
+from megaforge.training.lr_on_spike import RecentSteps
 from megaforge.training.replay_file import write_replay
 from megaforge.training.state_copy import StateCopy
 
@@ -46,8 +46,7 @@ class SpikeRollback(Callback):
     state_name = "spike_rollback"
 
     def __init__(self, every: int, beyond: int, window: int) -> None:
-        self.every, self.beyond, self.window = every, beyond, window
-        self.seen: dict[str, list[float]] = {name: [] for name in LEAST}
+        self.every, self.beyond, self.recent = every, beyond, RecentSteps(window)
         self.asked: str | None = None
         self._copies: list[StateCopy] = []  # the oldest first
         self._went_back: Counter[int] = Counter()
@@ -97,13 +96,7 @@ class SpikeRollback(Callback):
         values = {"loss": metrics.loss, "grad_norm": metrics.grad_norm}
         if not all(map(math.isfinite, values.values())):
             return None
-        for name, value in values.items():
-            known = self.seen[name]
-            if len(known) >= max(2, self.window // 4) and is_spike(value, known, LEAST[name]):
-                return f"{name} spikes to {value:.4g}"
-        for name, value in values.items():
-            self.seen[name] = [*self.seen[name], value][-self.window :]
-        return None
+        return self.recent.suspicion(values)
 
     def _undo(self, trainer: Trainer, metrics: StepMetrics, copy: StateCopy, reason: str) -> None:
         step, end = metrics.iteration, trainer.consumed_samples
@@ -127,10 +120,10 @@ class SpikeRollback(Callback):
         )
 
     def state(self) -> dict[str, Any]:
-        return {"seen": self.seen}
+        return {"seen": self.recent.seen}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.seen = {name: list(values)[-self.window :] for name, values in state["seen"].items()}
+        self.recent.load(state["seen"])
 
 
 def _write_down(trainer: Trainer, left_out: Stretch, step: int, reason: str) -> list[str]:
