@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from megaforge.checkpoint.boxes import box_of
 from megaforge.checkpoint.checkpoint import layout_of
-from megaforge.checkpoint.directory import commit, discard_temporary, fsync_directory, list_steps
+from megaforge.checkpoint.directory import commit, discard_temporary, list_steps
 from megaforge.checkpoint.encryption import Key, Seal
 from megaforge.checkpoint.hashed_file import FileRecord
 from megaforge.checkpoint.planner import ShardSavePlanner
@@ -34,6 +34,7 @@ from megaforge.config.config import Config
 from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.config.run_config import ParallelConfig, default_expert_tensor_parallel_size
 from megaforge.config.schema import config_from_dict, suggestion
+from megaforge.durable import sync_path
 from megaforge.errors import UserError
 from megaforge.models.parameter_count import declared_parameters
 from megaforge.models.pipeline_shape import PipelinePlan
@@ -91,7 +92,7 @@ def publish_file(
         temporary.unlink(missing_ok=True)
         record = write_safetensors(temporary, ordered, (read(slot.name) for slot in ordered), metadata)
         os.replace(temporary, file)
-        fsync_directory(file.parent)
+        sync_path(file.parent)
     except OSError as error:
         raise UserError(f"--save {file}: it was not written ({error.strerror})") from error
     finally:

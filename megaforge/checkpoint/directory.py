@@ -23,6 +23,7 @@ from typing import NamedTuple
 from megaforge.checkpoint.hashed_file import sync_all
 from megaforge.checkpoint.manifest import Manifest, read_manifest, write_manifest
 from megaforge.config.checkpoint_config import CheckpointConfig
+from megaforge.durable import sync_path
 from megaforge.errors import CheckpointError
 from megaforge.fault_points import reach
 
@@ -61,15 +62,6 @@ def list_steps(directory: Path) -> list[tuple[int, Path]]:
     return [(step, path) for step, _, path in sorted(found, reverse=True)]
 
 
-def fsync_directory(directory: Path) -> None:
-    """Makes the names in ``directory`` durable; fsync of a file says nothing about its name."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def prepare_temporary(directory: Path, step: int) -> Path:
     """Removes what killed runs left in ``directory`` and makes an empty temporary checkpoint directory."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -102,7 +94,7 @@ def commit(directory: Path, manifest: Manifest) -> Path:
             logger.warning("%s is committed, but the hint %s was not updated: %s", final, LATEST_FILE, error)
     finally:
         hint.unlink(missing_ok=True)
-    fsync_directory(directory)
+    sync_path(directory)
     if replaced.exists():
         shutil.rmtree(replaced, ignore_errors=True)
     return final
@@ -131,7 +123,7 @@ def commit_fetched(directory: Path, step: int, fill: Callable[[Path], None]) -> 
         fill(temporary)
         sync_all([*temporary.iterdir(), temporary])
         os.rename(temporary, final)
-        fsync_directory(directory)
+        sync_path(directory)
     finally:
         discard_temporary(directory, step)
     return final
@@ -168,7 +160,7 @@ def _set_aside(path: Path, why: str) -> Path:
         count += 1
         target = path.with_name(f"{name}.{why}.{count}")
     os.rename(path, target)
-    fsync_directory(path.parent)
+    sync_path(path.parent)
     return target
 
 

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from megaforge.checkpoint.directory import fsync_directory
 from megaforge.checkpoint.safetensors_file import SafetensorsFile, Slot
+from megaforge.durable import sync_path
 from megaforge.errors import DamagedCheckpointError, UserError
 from megaforge.json_text import parse_json
 
@@ -81,11 +81,11 @@ def publish_directory(directory: str | Path, write: Callable[[Path], _Result]) -
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         result = write(temporary)
-        fsync_directory(temporary)
+        sync_path(temporary)
         if folder.exists():
             folder.rmdir()
         os.replace(temporary, folder)
-        fsync_directory(folder.parent)
+        sync_path(folder.parent)
     except OSError as error:
         raise UserError(f"--save {folder}: it was not written ({error.strerror})") from error
     finally:

@@ -20,6 +20,7 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
+from megaforge.durable import sync_path
 from megaforge.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -354,8 +355,4 @@ def _publish(prefix: str | os.PathLike[str], tokens: Path, index: Path) -> None:
     idx_path(prefix).unlink(missing_ok=True)
     os.replace(tokens, bin_path(prefix))
     os.replace(index, idx_path(prefix))
-    directory = os.open(bin_path(prefix).parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_path(bin_path(prefix).parent)

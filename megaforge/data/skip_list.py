@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megaforge.data.skipped import Stretch
+from megaforge.durable import sync_path
 from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 
@@ -60,11 +61,7 @@ def add_skip(run: Path, stretch: Stretch, **why: Any) -> None:
         out.flush()
         os.fsync(out.fileno())
     os.replace(temporary, file)
-    directory = os.open(run, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_path(run)
 
 
 def set_skips_aside(run: Path) -> Path | None:

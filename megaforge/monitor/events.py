@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megaforge.durable import sync_path
 from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 
@@ -119,21 +120,12 @@ def append_line(path: Path, line: bytes) -> None:
                 raise OSError(28, "No space left on device")
             os.fsync(descriptor)
             if end == 0:
-                _sync_name(path)
+                sync_path(path.parent)  # its name is new
         except OSError:
             os.ftruncate(descriptor, end)
             raise
     finally:
         os.close(descriptor)
-
-
-def _sync_name(path: Path) -> None:
-    """Makes the name of a new file durable."""
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _mend(path: Path) -> str | None:
