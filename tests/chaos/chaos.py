@@ -10,9 +10,10 @@ from pathlib import Path
 
 from megaforge.resilience.faults import Plan, draw
 from tests.chaos.disturbed import Disturbed
-from tests.chaos.job import Job, free_port, write_text
+from tests.chaos.job import Job, free_port
 from tests.chaos.judge import findings, last_tensors, redone, spent
 from tests.chaos.network import Network
+from tests.real_text import write_text
 
 FIRST, STRIDE = 7, 4  # two checkpoints are there before the first fault, and one more before the next
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +18,6 @@ from megaforge.resilience.faults import VARIABLE
 from tests.chaos.network import DEVICE, Network
 
 REPO = Path(__file__).resolve().parents[2]
-MODULES = ("argparse", "ast", "bisect", "calendar", "csv", "dataclasses", "difflib", "heapq", "inspect", "textwrap")
 # By ranks: the layout of the job.
 LAYOUTS = {
     1: (),
@@ -175,22 +172,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def write_text(folder: Path) -> None:
-    """Some modules of the standard library as a dataset, made by the real tools."""
-    if (folder / "text_text_document.idx").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    library = Path(sysconfig.get_paths()["stdlib"])
-    with (folder / "text.jsonl").open("w", encoding="utf-8") as file:
-        for name in MODULES:
-            file.write(json.dumps({"text": (library / f"{name}.py").read_text(encoding="utf-8")}) + "\n")
-    source, tokenizer = str(folder / "text.jsonl"), str(folder / "tok.json")
-    learn = ("--vocab-size", "600", "--output", tokenizer)
-    write = ("--output-prefix", str(folder / "text"), "--tokenizer-model", tokenizer, "--append-eod")
-    for tool, words in (("train_tokenizer", learn), ("preprocess_data", write)):
-        environment = {**os.environ, "PYTHONPATH": str(REPO)}
-        subprocess.run(
-            [sys.executable, str(REPO / f"tools/{tool}.py"), "--input", source, *words], check=True, env=environment
-        )

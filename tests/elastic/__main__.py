@@ -17,9 +17,10 @@ from typing import Any
 
 from megaforge.monitor.events import EVENTS_FILE, read_events
 from megaforge.monitor.sinks import read_metrics
-from tests.chaos.job import REPO, Job, Launched, free_port, write_text
+from tests.chaos.job import REPO, Job, Launched, free_port
 from tests.elastic import __doc__ as description
 from tests.end_to_end.launch import environment
+from tests.real_text import write_text
 
 RANKS, ITERATIONS = 2, 200  # of a node; of the run
 LIMIT = 600.0  # seconds that any part may take on a busy machine

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import sysconfig
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.launch import run
+from tests.real_text import write_text
 
 pytest.importorskip("tokenizers")
-
-MODULES = ("argparse", "ast", "bisect", "calendar", "csv", "dataclasses", "difflib", "heapq", "inspect", "textwrap")
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with text.jsonl, tok.json and text_text_document.{bin,idx,json} of some standard-library modules."""
     folder = tmp_path_factory.mktemp("corpus")
-    library = Path(sysconfig.get_paths()["stdlib"])
-    with (folder / "text.jsonl").open("w", encoding="utf-8") as file:
-        for name in MODULES:
-            file.write(json.dumps({"text": (library / f"{name}.py").read_text(encoding="utf-8")}) + "\n")
-    source, tokenizer = str(folder / "text.jsonl"), str(folder / "tok.json")
-    learn = ("--vocab-size", "600", "--output", tokenizer)
-    write = ("--output-prefix", str(folder / "text"), "--tokenizer-model", tokenizer, "--append-eod")
-    for tool, arguments in (("train_tokenizer", learn), ("preprocess_data", write)):
-        outcome = run(1, f"tools/{tool}.py", "--input", source, *arguments)
-        assert outcome.status == 0, outcome.err
+    write_text(folder)
     return folder
 
 
