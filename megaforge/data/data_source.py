@@ -55,6 +55,10 @@ class SampleView(Protocol):
         """
         raise NotImplementedError
 
+    def shown(self, k: int, inputs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """What the model reads in place of the ``inputs`` of sample ``k``, int64 [S]; the labels stay as they are."""
+        return inputs
+
 
 class DataSource(SampleView, Protocol):
     """What a run trains on: samples without end, of which the k-th never depends on layout or length of the run.
@@ -77,6 +81,10 @@ class DataSource(SampleView, Protocol):
         """How often samples [0, samples) read each source; empty where there are no epochs."""
         tokens = sum(self.epoch_tokens)
         return [self.tokens_before(samples) / tokens] if tokens else ()
+
+    def domain(self, k: int) -> str | None:
+        """What kind of text sample ``k`` is (web, code, ...); None where nobody said."""
+        return None
 
     def tokens_before(self, samples: int) -> int:
         """Labels in samples [0, samples)."""

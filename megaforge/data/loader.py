@@ -155,8 +155,9 @@ class GlobalBatchLoader:
         if self.data.eod_mask_loss:
             mask[marks[:, 1:]] = 0.0
         whole, counts, starts = map(torch.from_numpy, (tokens, mask, marks))
+        shown = np.stack([self.data.shown(first + row, tokens[row, :length]) for row in range(self._micro)])
         return Batch(
-            tokens=whole[:, :length].contiguous(),
+            tokens=torch.from_numpy(shown),
             labels=whole[:, 1 : length + 1].contiguous(),
             loss_mask=counts if beyond == 1 else counts[:, :length].contiguous(),
             document_start=starts[:, :length].contiguous(),

@@ -8,28 +8,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megaforge.data.data_source import DataSource, SampleView
+from megaforge.data.data_source import DataSource
+from megaforge.data.wrapped import WrappedSource
 
 Stretch = tuple[int, int]  # first sample and the one behind the last, by the numbers of the source
 
 
-class SkippedSamples(DataSource):
+class SkippedSamples(WrappedSource):
     """``source`` without :attr:`stretches`; the same samples as long as there are none.
 
     Sample k of the run is the k-th of those that are left, so that batches, schedules and counts of what was trained on
-    need not know. What is not asked for here is the source's.
+    need not know.
 
     Attributes:
         stretches: what is left out, ascending; by the numbers of ``source``.
     """
 
     def __init__(self, source: DataSource) -> None:
-        self.source = source
+        super().__init__(source)
         self.stretches: tuple[Stretch, ...] = ()
-        self.eod_mask_loss, self.notices = source.eod_mask_loss, source.notices
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["source"], name)
 
     def leave_out(self, stretches: Iterable[Sequence[int]]) -> None:
         """Leaves out these ``(first, stop)`` too."""
@@ -71,9 +68,11 @@ class SkippedSamples(DataSource):
     def fill(self, k: int, tokens: npt.NDArray[np.int64], marks: npt.NDArray[np.bool_]) -> int:
         return self.source.fill(self.number(k), tokens, marks)
 
-    @property
-    def epoch_tokens(self) -> Sequence[int]:
-        return self.source.epoch_tokens
+    def shown(self, k: int, inputs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return self.source.shown(self.number(k), inputs)
+
+    def domain(self, k: int) -> str | None:
+        return self.source.domain(self.number(k))
 
     def passes(self, samples: int) -> Sequence[float]:
         return self.source.passes(self.read_before(samples))
@@ -97,9 +96,3 @@ class SkippedSamples(DataSource):
             left_out = self.source.tokens_before(read["consumed_samples"]) - self.tokens_before(consumed)
             read["consumed_tokens"] = saved["consumed_tokens"] + left_out
         self.source.check_state(saved | read)
-
-    def bytes_per_token(self, split: str = "valid") -> float | None:
-        return self.source.bytes_per_token(split)
-
-    def validation(self, split: str = "valid") -> SampleView:
-        return self.source.validation(split)
