@@ -138,6 +138,10 @@ GRADIENT_FILTERS = Registry(
 DATA_SOURCES = Registry(
     "data source", {"files": "megaforge.data.data_source:FILES", "mock": "megaforge.data.data_source:MOCK"}
 )
+AUGMENTATIONS = Registry(
+    "augmentation",
+    {"fim": "megaforge.data.augment.fim:FillInTheMiddle", "hiding": "megaforge.data.augment.hiding:HiddenInputs"},
+)
 LAYER_KINDS = Registry(  # by their letters in the layer pattern
     "layer kind",
     {

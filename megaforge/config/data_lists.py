@@ -10,6 +10,7 @@ from typing import Any
 from megaforge.config.schema import settings
 from megaforge.errors import UserError
 
+SYNTHETIC = "synthetic"
 _PARTS = ("train", "valid", "test")
 _SOURCES = tuple(
     f"data.{name}" for name in ("data_path", "data_args_path", "per_split_data_args_path", "train_data_path")
@@ -27,6 +28,8 @@ def read_lists(values: dict[str, Any], origins: dict[str, str], typed: Collectio
     Raises:
         UserError: two forms at once, or a file that cannot be read.
     """
+    if values.get("data.data_path") == (SYNTHETIC,):
+        _synthetic(values, origins)
     given = [key for key in _SOURCES if values.get(key)]
     if any(key in typed for key in given):
         for key in [key for key in given if key not in typed]:
@@ -54,6 +57,19 @@ def read_lists(values: dict[str, Any], origins: dict[str, str], typed: Collectio
         values["data.split"] = "1,0,0"
         origins["data.split"] = "--train-data-path"
         origins["data.data_path"] = origins["data.train_data_path"]
+
+
+def _synthetic(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """``--data-path synthetic`` is ``--mock-data`` by another name."""
+    if Path(f"{SYNTHETIC}.idx").is_file():
+        raise UserError(
+            f"--data-path {SYNTHETIC} is random tokens, and there is a dataset {SYNTHETIC}.idx: write ./{SYNTHETIC} "
+            "for that, or --mock-data for random tokens"
+        )
+    del values["data.data_path"]
+    values["data.mock_data"] = True
+    origins["data.mock_data"] = f"{origins['data.data_path']} {SYNTHETIC}"
+    origins["data.data_path"] = "default"
 
 
 def _taken(values: dict[str, Any], origins: dict[str, str], key: str, becomes: str) -> str:

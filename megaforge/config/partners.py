@@ -11,6 +11,7 @@ from fractions import Fraction
 from functools import partial
 
 from megaforge.config.config import Config
+from megaforge.config.data_partners import DATA_PARTNERS
 from megaforge.config.distill_partners import DISTILLATION
 from megaforge.config.fields import either
 from megaforge.config.layer_kind import LayerKind
@@ -68,6 +69,7 @@ _ZERO_ASKS = frozenset(
 
 PARTNERS = (
     *RUN_PARTNERS,
+    *DATA_PARTNERS,
     *DISTILLATION,
     Partner(
         ("optimizer.qk_clip_threshold", "optimizer.qk_clip_alpha"),

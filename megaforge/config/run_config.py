@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megaforge.config.augmentation_config import AugmentationConfig
 from megaforge.config.batch_schedule import parse_steps
 from megaforge.config.fields import flag
 from megaforge.errors import UserError
@@ -145,12 +146,13 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(AugmentationConfig):
     """What is read, and how documents become samples."""
 
     data_path: tuple[str, ...] = flag(
         (),
-        "dataset prefix, or weight prefix weight prefix ... for a blend; NAME://... reads a source of --extensions",
+        "dataset prefix, or weight prefix weight prefix ... for a blend; synthetic is --mock-data; NAME://... reads a "
+        "source of --extensions",
         metavar="PREFIX",
     )
     mock_data: bool = flag(False, "random tokens instead of --data-path, to measure speed without a corpus")
@@ -198,6 +200,7 @@ class DataConfig:
     )
 
     def validate(self) -> None:
+        super().validate()
         if self.mock_data and self.data_path:
             raise UserError(
                 f"--mock-data and --data-path {' '.join(self.data_path)} exclude each other; leave out one of them"

@@ -10,6 +10,7 @@ from megaforge.config.check_layout import vocabulary_cost
 from megaforge.config.checkpoint_source import newest_meta
 from megaforge.config.config import Config
 from megaforge.config.launcher import discover_launch, print_rank_0
+from megaforge.data.augment.source import augmentations_of
 from megaforge.data.data_source import source_kind, unread_settings
 from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.data.tokenizer import Tokenizer
@@ -34,6 +35,7 @@ def prepare(config: Config, said: Sequence[str] = (), choose: Choose | None = No
     _check_elastic(config, world_size)
     source_kind(config.data).check(config)
     config, tokenizer, notes = _with_saved_vocabulary(config)
+    augmentations_of(config, tokenizer)
     if choose is not None:
         config, more = choose(config)
         notes = [*notes, *more]

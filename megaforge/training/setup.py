@@ -17,6 +17,7 @@ from megaforge.config.config import Config
 from megaforge.config.launcher import restarts_may_hang
 from megaforge.config.lr_shapes import RateShape
 from megaforge.config.schema import config_to_dict
+from megaforge.data.augment.source import augmented
 from megaforge.data.data_source import DataSource, source_kind
 from megaforge.data.skipped import SkippedSamples
 from megaforge.data.tokenizer import Tokenizer
@@ -251,7 +252,7 @@ def build_model_chunks(config: Config, ctx: ParallelContext, plan: PipelinePlan)
 
 
 def _open_data(config: Config, tokenizer: Tokenizer | None) -> DataSource:
-    data = source_kind(config.data).open(config, tokenizer)
+    data = augmented(source_kind(config.data).open(config, tokenizer), config, tokenizer)
     for notice in data.notices:
         print_rank_0(notice)
     if config.data.eod_mask_loss and not data.eod_mask_loss:

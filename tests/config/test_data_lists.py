@@ -57,3 +57,17 @@ def test_what_cannot_be_is_refused(tmp_path: Path, argv: tuple[str, ...], text: 
     file.write_text(text)
     with pytest.raises(UserError, match=complaint.replace("FILE", str(file))):
         parse(*(word.replace("FILE", str(file)) for word in argv))
+
+
+def test_synthetic_data_are_mock_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = parse("--data-path", "synthetic")
+    assert found.config == parse("--mock-data").config
+    assert found.origins["data.mock_data"] == "command line --data-path synthetic"
+    file = tmp_path / "run.yaml"
+    file.write_text("data:\n  data_path: [synthetic]\n")
+    assert parse("--config", str(file)).config.data.mock_data
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "synthetic.idx").touch()
+    assert parse("--data-path", "./synthetic").config.data.data_path == ("./synthetic",)
+    with pytest.raises(UserError, match=r"there is a dataset synthetic.idx: write ./synthetic"):
+        parse("--data-path", "synthetic")

@@ -23,6 +23,10 @@ GROWING = ("--weight-decay-incr-style", "linear", "--start-weight-decay", "0", "
 
 REFUSED = [
     (("--machine", "h100-80g"), (), "add --layout auto"),
+    (("--fim-rate", "0.3"), (), "add --fim-data"),
+    (("--fim-domain-rates", "code:1"), (), "add --fim-data"),
+    (("--span-mask-length", "5"), (), "add --span-mask-rate"),
+    (("--mask-token", "3"), (), "--token-dropout 0.1"),
     (("--zero-quantized-gather",), ("--quantize-weights", "ternary"), "add --zero 1"),
     (("--objective", "distillation"), (), "--distill-from DIR"),
     (("--distill-from", "d"), (), "--objective distillation"),

@@ -27,7 +27,17 @@ TRAINING_ROWS: tuple[Row, ...] = (
     *advice(1, _OFFLOAD, "optimizer-offload-fraction"),
     *advice(1, "write --micro-batch-size (of a rank) or --global-batch-size", "batch-size"),
     *advice(1, "write --lr-warmup-fraction", "warmup"),
-    *advice(ANY, NOT_AVAILABLE, "fp16-lm-cross-entropy output-logit-dtype freeze-all-layers fim-*"),
+    *advice(ANY, NOT_AVAILABLE, "fp16-lm-cross-entropy output-logit-dtype freeze-all-layers"),
+    *advice(
+        ANY,
+        "fill-in-the-middle cuts what a window holds of each document; leave it out",
+        "fim-split-sample fim-fragment-rate fim-no-prefix",
+    ),
+    *advice(
+        1,
+        "batches have no padding, and documents end with the tokenizer's token; leave it out",
+        "fim-pad-token fim-eod-token",
+    ),
     *advice(
         0,
         "--global-batch-size must fit the ranks at every size; leave it out",

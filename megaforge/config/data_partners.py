@@ -1,0 +1,25 @@
+"""Partner rules of what is read and how it is changed. See :mod:`megaforge.config.partners`."""
+
+from __future__ import annotations
+
+from megaforge.config.run_partners import Partner
+
+_FIM = ("rate", "spm_rate", "domain_rates", "prefix_token", "middle_token", "suffix_token")
+
+DATA_PARTNERS = (
+    Partner(
+        tuple(f"data.fim_{name}" for name in _FIM),
+        lambda c: c.data.fim_data,
+        "no document is rearranged: add --fim-data",
+    ),
+    Partner(
+        ("data.span_mask_length",),
+        lambda c: c.data.span_mask_rate,
+        "no span is hidden: add --span-mask-rate 0.1",
+    ),
+    Partner(
+        ("data.mask_token",),
+        lambda c: c.data.span_mask_rate or c.data.token_dropout,
+        "no input is hidden: add --span-mask-rate 0.1 or --token-dropout 0.1",
+    ),
+)
