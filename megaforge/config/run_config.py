@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megaforge.config.augmentation_config import AugmentationConfig
 from megaforge.config.batch_schedule import parse_steps
 from megaforge.config.fields import flag
+from megaforge.config.reading_config import ReadingConfig
 from megaforge.errors import UserError
 from megaforge.registry import CALLBACKS, DEVICES, LOSS_TERMS, OBJECTIVES, SCHEDULES
 
@@ -146,7 +146,7 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig(AugmentationConfig):
+class DataConfig(ReadingConfig):
     """What is read, and how documents become samples."""
 
     data_path: tuple[str, ...] = flag(

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megaforge.config.config import Config
+from megaforge.config.data_schedule import read_schedule
 from megaforge.config.run_config import DataConfig
 from megaforge.config.schema import settings
 from megaforge.data.blend import parse_data_path, parse_split
@@ -61,7 +62,7 @@ class SampleView(Protocol):
 
 
 class DataSource(SampleView, Protocol):
-    """What a run trains on: samples without end, of which the k-th never depends on layout or length of the run.
+    """What a run trains on: samples of which the k-th never depends on layout or length of the run.
 
     A class of one's own derives from this one; what it does not define is as below.
 
@@ -71,6 +72,11 @@ class DataSource(SampleView, Protocol):
     """
 
     notices: Sequence[str] = ()
+
+    @property
+    def end(self) -> int | None:
+        """How many samples there are; None: without end."""
+        return None
 
     @property
     def epoch_tokens(self) -> Sequence[int]:
@@ -135,7 +141,8 @@ class DataSourceKind:
     Attributes:
         open: ``open(config, tokenizer)``; raises UserError for data that do not fit the run.
         check: ``check(config)``; raises UserError for what can be seen before torch is imported.
-        reads: settings of the data section that it heeds, of :data:`OF_FILES`; a run says so of others that are given.
+        reads: settings of the data section that it heeds, of :data:`OF_FILES` and ``data_schedule``; a run says so of
+            others that are given.
     """
 
     open: Callable[[Config, Tokenizer | None], DataSource]
@@ -164,6 +171,8 @@ def source_kind(data: DataConfig) -> DataSourceKind:
 def unread_settings(data: DataConfig) -> Iterator[str]:
     """What to tell of settings that the source does not heed."""
     kind, source = source_kind(data), "--mock-data" if data.mock_data else f"--data-path {' '.join(data.data_path)}"
+    if "data_schedule" not in kind.reads and data.data_schedule and not read_schedule(data.data_schedule).optional:
+        yield f"--data-schedule {data.data_schedule}: {source} does not heed it: it changes nothing"
     for name in (name for name in OF_FILES if name not in kind.reads):
         value, flag = getattr(data, name), settings()[f"data.{name}"]
         if value != flag.default:
@@ -188,6 +197,9 @@ def _check_files(config: Config) -> None:
             "--data-path is missing; give the prefix of a dataset, such as corpus/train_text_document (or --mock-data, "
             "to measure speed on random tokens)"
         )
+    if config.data.data_schedule is not None:
+        schedule = read_schedule(config.data.data_schedule)
+        schedule.check_lengths(config.data.seq_length, config.parallel.seq_len_divisor)
     shares = parse_split(config.data.split)
     for _, prefix in parse_data_path(config.data.data_path):
         check_files(prefix)
@@ -206,6 +218,6 @@ def _check_files(config: Config) -> None:
 FILES = DataSourceKind(
     lambda config, tokenizer: resolve_name("megaforge.data.samples:open_files")(config, tokenizer),
     _check_files,
-    OF_FILES,
+    (*OF_FILES, "data_schedule"),
 )
 MOCK = DataSourceKind(lambda config, tokenizer: resolve_name("megaforge.data.mock:open_mock")(config))

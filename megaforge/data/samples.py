@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +16,10 @@ import numpy.typing as npt
 import torch
 
 from megaforge.config.config import Config
+from megaforge.config.data_schedule import facts_from, joined
 from megaforge.config.launcher import discover_launch
 from megaforge.data.blend import parse_data_path, parse_split
+from megaforge.data.curriculum import Source, facts_of, plan_sources
 from megaforge.data.data_source import SampleView, held_out
 from megaforge.data.loader import Batch, GlobalBatchLoader
 from megaforge.data.run_dataset import DataChecks, RunDataset, open_dataset
@@ -95,6 +98,7 @@ class TrainingData(ScheduledSource):
             )
         self.split_text, self.split, self.split_order = split, parse_split(split), split_order
         weights = [1.0 if weight is None else weight for weight, _ in sources]
+        self._sequence_length = schedule.sequence_length
         Plan(schedule, weights)  # a schedule that cannot be is an error before any file is opened
         checks = checks or DataChecks()
         self._sources: list[RunDataset] = []
@@ -130,9 +134,36 @@ class TrainingData(ScheduledSource):
                 f"--data-path {' '.join(prefix for _, prefix in sources)}: there is nothing to predict in its training "
                 f"part: {_NOTHING}"
             )
-        self.plan = Plan(schedule, weights, shares)
+        described = [self._described(prefix, schedule, place) for place, (_, prefix) in enumerate(sources)]
+        self._names, self._domains = tuple(one.name for one in described), [one.facts.domain for one in described]
+        weighted = len(sources) > 1 and any(weight is not None for weight, _ in sources)
+        self.plan, notices = plan_sources(schedule, described, weights, shares, weighted=weighted)
+        self.notices += notices
         self.digest = digest_of(digests)
         self._sample_key = key_of("sample", schedule.seed, self.digest)
+
+    def _described(self, prefix: str, schedule: SampleSchedule, place: int) -> Source:
+        """What a data schedule may go by."""
+        source = self._sources[place]
+        lengths = source.extents("train")[1]
+        tokens = int(lengths.sum())
+        recorded = facts_from(source.sidecar.corpus if source.sidecar else {})
+        known = replace(recorded, length=tokens / max(int((lengths > 0).sum()), 1))
+        return Source(prefix, tokens, joined(facts_of(schedule.curriculum, prefix), known))
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The sources' prefixes."""
+        return self._names
+
+    @property
+    def source_streams(self) -> tuple[int, ...]:
+        """How many token streams each source has."""
+        return tuple(sum(own == source for own, _ in self._lane_of) for source in range(len(self._sources)))
+
+    def domain(self, k: int) -> str | None:
+        """What the data schedule or the dataset's description says of the text of sample ``k``."""
+        return self._domains[self.locate(k)[0]]
 
     def _open_others(self, held_out: Mapping[str, Sequence[str]], checks: DataChecks) -> dict[str, list[RunDataset]]:
         """The datasets that are wholly of one part; all of the run's must agree."""
@@ -233,7 +264,7 @@ class TrainingData(ScheduledSource):
         Raises:
             UserError: no label in the split counts.
         """
-        length = self.plan.stages[0].sequence_length if sequence_length is None else sequence_length
+        length = self._sequence_length if sequence_length is None else sequence_length
         sources = self._of(split)
         lengths = [source.extents(split)[1] for source in sources]
         if all(int(one.sum()) < 2 for one in lengths):

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,8 @@ class Sidecar:
     ``fingerprint`` is the tokenizer's SHA-256, ``vocab_size`` its number of ids, ``eod`` its end-of-document id,
     ``eod_token`` the name that was given for it, ``append_eod`` whether it ends every document, ``json_key`` where the
     text came from, ``text_bytes`` the UTF-8 bytes that ``tokens`` tokens stand for; ``sources`` the SHA-256 of the text
-    files; ``bin_bytes``, ``bin_probe`` and ``bin_sha256`` tell a damaged token file.
+    files; ``bin_bytes``, ``bin_probe`` and ``bin_sha256`` tell a damaged token file; ``corpus`` is what a data schedule
+    may weigh it by: its domain, quality, difficulty and date.
     """
 
     path: Path
@@ -64,6 +65,7 @@ class Sidecar:
     bin_probe: str | None = None
     bin_sha256: str | None = None
     sources: tuple[str, ...] = ()
+    corpus: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -94,7 +96,7 @@ def read_sidecar(prefix: str | os.PathLike[str]) -> Sidecar | None:
     if content.get("version") != SIDECAR_VERSION:
         raise UserError(f"{path} has version {content.get('version')!r}; this MegaForge reads {SIDECAR_VERSION}")
     tokenizer = content.get("tokenizer") or {}
-    field = _FieldReader(path, content)
+    outer = _FieldReader(path, content)
     inner = _FieldReader(path, tokenizer)
     settings = _FieldReader(path, content.get("settings"))
     return Sidecar(
@@ -103,20 +105,21 @@ def read_sidecar(prefix: str | os.PathLike[str]) -> Sidecar | None:
         fingerprint=inner.get("fingerprint", str),
         vocab_size=inner.get("vocab_size", int),
         eod=inner.get("eod", int),
-        tokens=field.get("tokens", int),
-        text_bytes=field.get("text_bytes", int),
-        idx_sha256=field.get("idx_sha256", str),
+        tokens=outer.get("tokens", int),
+        text_bytes=outer.get("text_bytes", int),
+        idx_sha256=outer.get("idx_sha256", str),
         eod_token=inner.get("eod_token", str),
         append_eod=settings.get("append_eod", bool),
         json_key=settings.get("json_key", str),
-        bin_bytes=field.get("bin_bytes", int),
-        bin_probe=field.get("bin_probe", str),
-        bin_sha256=field.get("bin_sha256", str),
+        bin_bytes=outer.get("bin_bytes", int),
+        bin_probe=outer.get("bin_probe", str),
+        bin_sha256=outer.get("bin_sha256", str),
         sources=tuple(
             str(source["sha256"])
-            for source in field.get("sources", list) or ()
+            for source in outer.get("sources", list) or ()
             if isinstance(source, dict) and source.get("sha256")
         ),
+        corpus=outer.get("corpus", dict) or {},
     )
 
 

@@ -62,6 +62,10 @@ class SkippedSamples(WrappedSource):
     def stage_starts(self) -> Sequence[int]:
         return [self.left_before(start) for start in self.source.stage_starts]
 
+    @property
+    def end(self) -> int | None:
+        return None if self.source.end is None else self.left_before(self.source.end)
+
     def sequence_length(self, k: int) -> int:
         return self.source.sequence_length(self.number(k))
 

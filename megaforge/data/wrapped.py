@@ -42,6 +42,10 @@ class WrappedSource(DataSource):
         return self.source.domain(k)
 
     @property
+    def end(self) -> int | None:
+        return self.source.end
+
+    @property
     def epoch_tokens(self) -> Sequence[int]:
         return self.source.epoch_tokens
 

@@ -158,7 +158,7 @@ def describe(trainer: Trainer, stored: int) -> str:
     """One line on the run: model with ``stored`` parameters, layout, batch, data."""
     config, ctx = trainer.config, trainer.ctx
     epoch = sum(trainer.data.epoch_tokens)
-    planned = trainer.batches.samples_after(config.training.train_iters) * config.data.seq_length
+    planned = trainer.data.tokens_before(trainer.batches.samples_after(config.training.train_iters))
     layout = f"tp {ctx.tp.size} x " + (f"cp {ctx.cp.size} x " if ctx.cp.size > 1 else "") + f"dp {ctx.dp.size}"
     if trainer.engine.plan.num_stages > 1:
         layout = f"{trainer.engine.plan.describe()} x {layout}"

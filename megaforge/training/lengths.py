@@ -62,6 +62,20 @@ class Progress:
         return Progress(self.data, dataclasses.replace(self.batches, before=0))
 
 
+def check_end(train_iters: int, progress: Progress) -> None:
+    """
+    Raises:
+        UserError: the data end before the run.
+    """
+    end = progress.data.end
+    needed = progress.batches.samples_after(max(0, train_iters - progress.iteration), progress.samples)
+    if end is not None and needed > end:
+        raise UserError(
+            f"--train-iters {train_iters} reads {needed:,} samples, and after {end:,} every source has been read as "
+            "often as max_epochs of --data-schedule allows: make the run shorter, raise max_epochs, or add data"
+        )
+
+
 def samples_of(data: DataSource, tokens: int) -> int:
     """The fewest samples of ``data`` that hold so many tokens."""
     most = 1

@@ -61,7 +61,7 @@ from megaforge.training.engine import Engine
 from megaforge.training.fault_steps import FaultSteps
 from megaforge.training.final_test import FinalTest
 from megaforge.training.intervals import Interval
-from megaforge.training.lengths import Progress, described, in_iterations, interval
+from megaforge.training.lengths import Progress, check_end, described, in_iterations, interval
 from megaforge.training.lr_on_spike import ReduceOnSpike
 from megaforge.training.manual_gc import ManualCollection
 from megaforge.training.memory_limit import Advice, MemoryLimit
@@ -182,6 +182,7 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext, advice: Advice | None 
     for name in dict.fromkeys((*shape.callbacks, *config.training.callbacks)):
         trainer.add(CALLBACKS.get(name)(trainer))
     _load(trainer)
+    check_end(trainer.config.training.train_iters, trainer.progress)
     if hasattr(trainer.objective, "prepare"):
         trainer.objective.prepare(trainer.config, model, ctx, trainer.tokenizer)
     for line in described(trainer.config, data, trainer.progress):

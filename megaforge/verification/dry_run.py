@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.config.config import Config
 from megaforge.config.teacher import teacher_model
+from megaforge.data.data_source import SampleView
 from megaforge.data.loader import GlobalBatchLoader
 from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.errors import UserError
@@ -206,11 +207,8 @@ def check_sharding(parts: ModelParts, layout: PlannedLayout) -> None:
             raise RuntimeError(f"{held.spec.name}: its shards hold {count} elements, {distinct} of them distinct")
 
 
-class _Samples:
+class _Samples(SampleView):
     """Samples of one token that note which of them were read."""
-
-    stage_starts: tuple[int, ...] = ()
-    eod_mask_loss = False
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -219,11 +217,11 @@ class _Samples:
     def __len__(self) -> int:
         return self.count
 
-    def sequence_length(self, sample: int) -> int:
+    def sequence_length(self, k: int) -> int:
         return 1
 
-    def fill(self, sample: int, tokens: object, marks: object) -> int:
-        self.read.append(sample)
+    def fill(self, k: int, tokens: object, marks: object) -> int:
+        self.read.append(k)
         return 1
 
 

@@ -46,7 +46,7 @@ class Augmentation:
 def uniform(count: int, *key: object) -> npt.NDArray[np.float64]:
     """``count`` numbers in [0, 1) that depend on ``key`` (JSON-like parts) alone."""
     drawn = splitmix64(key_of(*key), np.arange(count, dtype=np.uint64))
-    return (drawn >> np.uint64(11)) * 2.0**-53
+    return (drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def token_id(
