@@ -8,7 +8,7 @@ control tokens) and on the first documents at hand, and any difference means the
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ class FastEncoder:
         from gigatoken.gigatoken_rs import load_hf_json
 
         self._load: Callable[[str], Any] = load_hf_json
-        self._definition = definition
+        self.definition = definition
         self._backend = load_hf_json(definition)
         self._limit = max(_RESIDENT_BYTES, _resident_bytes() + _LEAST_GROWTH)
 
@@ -61,7 +61,7 @@ class FastEncoder:
         """The encoder remembers every word it met, without end: past a limit it starts afresh."""
         if _resident_bytes() > self._limit:
             del self._backend
-            self._backend = self._load(self._definition)
+            self._backend = self._load(self.definition)
             self._limit = max(self._limit, _resident_bytes() + _LEAST_GROWTH)
 
 
@@ -71,6 +71,24 @@ def fast_definition(tokenizer: Tokenizer) -> str | None:
         return None
     orjson = require("orjson", extra="data", purpose="the fast tokenizer")  # the definition may weigh tens of MB
     return str(orjson.dumps(tokenizer.definition_without_controls()), "utf-8")
+
+
+def proven_encoder(tokenizer: Tokenizer, documents: Iterable[str] = ()) -> tuple[FastEncoder | None, str | None]:
+    """The fast encoder of a tokenizer where it is equal to it, and else why not (None: it is for other kinds)."""
+    definition = fast_definition(tokenizer)
+    if definition is None:
+        return None, None
+    encoder = None
+    try:
+        encoder = FastEncoder(definition)
+        difference = prove(tokenizer, encoder, list(documents))
+    except ImportError:
+        difference = "it is not installed (pip install 'megaforge[data]')"
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # its refusals and its Rust panics (no Exception) cost speed, not the run
+        difference = f"it cannot load this tokenizer ({error})"
+    return (encoder, None) if difference is None else (None, difference)
 
 
 def prove(tokenizer: Tokenizer, encoder: FastEncoder, documents: Sequence[str]) -> str | None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megaforge.data.fast_bpe import FastEncoder, fast_definition, prove
+from megaforge.data.fast_bpe import FastEncoder, proven_encoder
 from megaforge.data.indexed_dataset import optimal_dtype
 from megaforge.data.jsonl import is_compressed
 from megaforge.data.outputs import make_parents
@@ -199,24 +199,13 @@ def _fast_path(
     tokenizer: Tokenizer, key: str, sources: Sequence[Source], work: WorkDirectory
 ) -> tuple[str | None, FastEncoder | None]:
     """The fast encoder, proven, and the file of its definition; or neither (and one line why)."""
-    definition = fast_definition(tokenizer)
-    if definition is None:
-        return None, None
-    encoder = None
-    try:
-        encoder = FastEncoder(definition)
-        difference = prove(tokenizer, encoder, list(_first_texts(sources, key)))
-    except ImportError:
-        difference = "it is not installed (pip install 'megaforge[data]')"
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # its refusals and its Rust panics (no Exception) cost speed, not the run
-        difference = f"it cannot load this tokenizer ({error})"
+    encoder, difference = proven_encoder(tokenizer, _first_texts(sources, key))
     if difference is not None:
         print(f"the fast path (gigatoken) is off: {difference}; using tokenizers instead", file=sys.stderr)
+    if encoder is None:
         return None, None
     path = work.path / "fast_tokenizer.json"
-    path.write_text(definition, encoding="utf-8")
+    path.write_text(encoder.definition, encoding="utf-8")
     return str(path), encoder
 
 
