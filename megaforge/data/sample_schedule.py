@@ -181,7 +181,7 @@ class Plan:
         allowed = max(0, (cap - sum(stage.cursors[own])) // stage.sequence_length)
         # Its share of any first samples is exact to about one sample a stream.
         around = allowed / stage.weights[source]
-        margin = (len(stage.cursors) + 2) * (1 / stage.weights[source] + 1)
+        margin = (len(stage.cursors) + 2) * (1 / stage.weights[source] + 1) + around * 1e-9
         candidates = range(max(0, math.floor(around - margin)), math.ceil(around + margin) + 1)
         return candidates[bisect_left(candidates, allowed, key=lambda n: sum(stage.blend.counts(n)[own]))]
 

@@ -134,13 +134,24 @@ class TrainingData(ScheduledSource):
                 f"--data-path {' '.join(prefix for _, prefix in sources)}: there is nothing to predict in its training "
                 f"part: {_NOTHING}"
             )
+        self.plan = self._planned(schedule, sources, weights, shares)
+        self.digest = digest_of(digests)
+        self._sample_key = key_of("sample", schedule.seed, self.digest)
+
+    def _planned(
+        self,
+        schedule: SampleSchedule,
+        sources: Sequence[tuple[float | None, str]],
+        weights: Sequence[float],
+        shares: Sequence[Sequence[float]],
+    ) -> Plan:
+        """What is read when."""
         described = [self._described(prefix, schedule, place) for place, (_, prefix) in enumerate(sources)]
         self._names, self._domains = tuple(one.name for one in described), [one.facts.domain for one in described]
         weighted = len(sources) > 1 and any(weight is not None for weight, _ in sources)
-        self.plan, notices = plan_sources(schedule, described, weights, shares, weighted=weighted)
+        plan, notices = plan_sources(schedule, described, weights, shares, weighted=weighted)
         self.notices += notices
-        self.digest = digest_of(digests)
-        self._sample_key = key_of("sample", schedule.seed, self.digest)
+        return plan
 
     def _described(self, prefix: str, schedule: SampleSchedule, place: int) -> Source:
         """What a data schedule may go by."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from megaforge.data.sample_schedule import Plan, SampleSchedule, Stage
 from megaforge.errors import UserError, require
 from megaforge.planning.table import table
 
-_IMAGINED = 1 << 60  # tokens of a domain whose data are not there
+_IMAGINED = 1 << 40  # tokens of a domain whose data are not there
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ def reading(config: Config) -> Reading:
         if not sources:
             raise UserError(f"--data-schedule {schedule.curriculum.name} weighs no domains: give --data-path")
         weights, shares = [1.0] * len(sources), [[1.0]] * len(sources)
+        schedule = replace(schedule, curriculum=replace(schedule.curriculum, max_epochs=None))
         plan, _ = plan_sources(schedule, sources, weights, shares, weighted=False)
     if plan.end is not None and plan.end < stop:
         print(f"after {plan.end:,} of {stop:,} samples everything has been read as often as max_epochs allows")

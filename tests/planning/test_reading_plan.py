@@ -23,8 +23,8 @@ def test_datasets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split() for line in lines[1:5]] == [
         ["from", "sample", "samples", "seq", "length", "tokens", "a", "b"],
         ["0", "8", "2", "16", "75.0%", "(x0.25)", "25.0%", "(x0.05)"],
-        ["8", "28", "4", "112", "75.0%", "(x2.00)", "25.0%", "(x0.40)"],
-        ["36", "44", "4", "176", "0.0%", "(x2.00)", "100.0%", "(x2.60)"],
+        ["8", "27", "4", "108", "75.0%", "(x2.00)", "25.0%", "(x0.35)"],
+        ["35", "45", "4", "180", "0.0%", "(x2.00)", "100.0%", "(x2.60)"],
     ]
     assert lines[5] == "304 tokens in 80 samples" and lines[-1] == f"wrote {picture}"
     assert "<svg" in picture.read_text()

@@ -85,7 +85,7 @@ class FillInTheMiddle(Augmentation):
 
     def _rearrange(self, document: npt.NDArray[np.int64], spm: bool, cuts: list[float]) -> None:
         """In place; ``cuts``: two ascending shares of its length. One of fewer than four tokens stays."""
-        ends = self._eod is not None and document[-1] == self._eod
+        ends = len(document) > 0 and document[-1] == self._eod
         length = len(document) - ends - _CONTROL
         if length < 1:
             return

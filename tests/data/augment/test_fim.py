@@ -79,7 +79,8 @@ def test_orders_and_shares_are_those_asked_for() -> None:
         for k in range(20):
             tokens, marks = window(30)
             fim(spm=spm).rewrite(k, None, tokens, marks)
-            assert put_together(tokens.tolist())[0] == order
+            alike = tokens[1] == SUF and not spm  # an empty prefix
+            assert alike or put_together(tokens.tolist())[0] == order
 
 
 def test_a_window_that_begins_inside_a_document() -> None:
