@@ -106,7 +106,8 @@ class Setting:
         return value
 
 
-def _setting(section: str, field: dataclasses.Field[Any], annotation: Any) -> Setting:
+def setting_for(section: str, field: dataclasses.Field[Any], annotation: Any) -> Setting:
+    """The setting that a dataclass' field, made by :func:`megaforge.config.fields.flag`, declares."""
     alternatives = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     plain = [alternative for alternative in alternatives if alternative is not types.NoneType]
     sequence = typing.get_origin(plain[0]) is tuple
@@ -140,7 +141,7 @@ def settings() -> Mapping[str, Setting]:
     for section, cls in sections().items():
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
-            setting = _setting(section, field, hints[field.name])
+            setting = setting_for(section, field, hints[field.name])
             found[setting.key] = setting
             for spelling in (setting.flag, *setting.aliases):
                 if owner.setdefault(spelling, setting.key) != setting.key:

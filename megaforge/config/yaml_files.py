@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from megaforge.config.lengths import choose_lengths
-from megaforge.config.schema import Setting, sections, setting_of, settings, suggestion
+from megaforge.config.schema import sections, setting_of, settings, suggestion
+from megaforge.config.yaml_nodes import at, compose, mapping_of, value_of
 from megaforge.errors import UserError
 
 _TOP_LEVEL = ("name", "base")
@@ -70,7 +71,7 @@ def load_layer(name_or_file: str, beside: Path | None = None, including: tuple[s
     if identity in including:
         raise UserError(f"{label}: 'base' leads back to itself: {' -> '.join((*including, identity))}")
 
-    entries = _mapping(_compose(text, label), label, "the file")
+    entries = mapping_of(compose(text, label), label, "the file")
     layer = ConfigLayer(Path(name_or_file).stem if is_path else name_or_file)
     if "base" in entries:
         base = load_layer(_text(entries["base"], label, "base"), path.parent if path else None, (*including, identity))
@@ -83,7 +84,7 @@ def load_layer(name_or_file: str, beside: Path | None = None, including: tuple[s
             continue
         if section not in sections():
             hint = suggestion(section, [*sections(), *_TOP_LEVEL])
-            raise UserError(f"{_at(label, node)}: unknown section '{section}'{hint}")
+            raise UserError(f"{at(label, node)}: unknown section '{section}'{hint}")
         written |= _read_section(layer, section, node, label)
     choose_lengths(layer.values, layer.origins, written, lists_all=True)
     return layer
@@ -92,18 +93,18 @@ def load_layer(name_or_file: str, beside: Path | None = None, including: tuple[s
 def _read_section(layer: ConfigLayer, section: str, node: yaml.Node, label: str) -> set[str]:
     """Reads a section into ``layer``; returns the keys of its settings."""
     written: dict[str, str] = {}
-    for name, value in _mapping(node, label, f"section '{section}'").items():
+    for name, value in mapping_of(node, label, f"section '{section}'").items():
         setting = setting_of(section, name)
         if setting is None:
-            raise UserError(f"{_at(label, value)}: unknown key '{section}.{name}'{_nearest(section, name)}")
+            raise UserError(f"{at(label, value)}: unknown key '{section}.{name}'{_nearest(section, name)}")
         if setting.key in written:
-            raise UserError(f"{_at(label, value)}: '{name}' is '{written[setting.key]}' by another name; keep one")
+            raise UserError(f"{at(label, value)}: '{name}' is '{written[setting.key]}' by another name; keep one")
         written[setting.key] = name
         try:
-            layer.values[setting.key] = _value(setting, value)
+            layer.values[setting.key] = value_of(setting, value)
         except ValueError as error:
-            raise UserError(f"{_at(label, value)}: {section}.{name}: {error}") from error
-        layer.origins[setting.key] = label if label.startswith("preset ") else _at(label, value)
+            raise UserError(f"{at(label, value)}: {section}.{name}: {error}") from error
+        layer.origins[setting.key] = label if label.startswith("preset ") else at(label, value)
     return set(written)
 
 
@@ -116,62 +117,7 @@ def _nearest(section: str, name: str) -> str:
     return suggestion(name.replace("-", "_"), [one.name for one in settings().values() if one.section == section])
 
 
-def _value(setting: Setting, node: yaml.Node) -> Any:
-    """The setting's value from a node; scalars are read by the declared type, so ``1e-3`` is a number in YAML too."""
-    if setting.sequence:
-        elements = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        return tuple(_scalar(setting, element) for element in elements)
-    return _scalar(setting, node)
-
-
-def _scalar(setting: Setting, node: yaml.Node) -> Any:
-    if not isinstance(node, yaml.ScalarNode):
-        raise ValueError("expected one value, got a " + ("list" if isinstance(node, yaml.SequenceNode) else "mapping"))
-    quoted = node.style in ("'", '"')
-    if node.tag == "tag:yaml.org,2002:null":
-        if not setting.optional:
-            raise ValueError("needs a value")
-        return None
-    if quoted and setting.kind is not str:
-        raise ValueError(f"got the text '{node.value}' in quotes; leave the quotes out")
-    try:
-        return setting.parse(node.value)
-    except ValueError as error:
-        raise ValueError(f"{error}, got '{node.value}'") from error
-
-
-def _compose(text: str, label: str) -> yaml.Node | None:
-    try:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{label}:{mark.line + 1}" if mark else label
-        raise UserError(f"{where}: this is not YAML: {getattr(error, 'problem', None) or error}") from error
-    except RecursionError as error:
-        raise UserError(f"{label}: it is nested too deeply") from error
-
-
-def _mapping(node: yaml.Node | None, label: str, what: str) -> dict[str, yaml.Node]:
-    """The entries of a mapping node by key; an empty file or section has none."""
-    if node is None or node.tag == "tag:yaml.org,2002:null":
-        return {}
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{_at(label, node)}: {what} must hold 'key: value' lines")
-    entries: dict[str, yaml.Node] = {}
-    for key, value in node.value:
-        if not isinstance(key, yaml.ScalarNode):
-            raise UserError(f"{_at(label, key)}: a key must be a word")
-        if key.value in entries:
-            raise UserError(f"{_at(label, key)}: '{key.value}' occurs twice; keep one")
-        entries[key.value] = value
-    return entries
-
-
 def _text(node: yaml.Node, label: str, key: str) -> str:
     if not isinstance(node, yaml.ScalarNode) or not node.value:
-        raise UserError(f"{_at(label, node)}: '{key}' must be a name")
+        raise UserError(f"{at(label, node)}: '{key}' must be a name")
     return node.value
-
-
-def _at(label: str, node: yaml.Node) -> str:
-    return f"{label}:{node.start_mark.line + 1}"
