@@ -10,7 +10,7 @@ import dataclasses
 import fcntl
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from megaforge.data.preprocess.plan import (
 from megaforge.data.preprocess.pool import run_shards, single_threaded
 from megaforge.data.preprocess.progress import Progress
 from megaforge.data.preprocess.publish import Job, SourceHasher, publish, standing_dataset
-from megaforge.data.preprocess.ranks import RankGroup, discover_ranks
+from megaforge.data.preprocess.ranks import RankGroup, discover_ranks, together
 from megaforge.data.preprocess.shard import Encoder, WorkerSpec
 from megaforge.data.text.expand import expand_inputs
 from megaforge.data.text.readers import open_text
@@ -80,35 +80,17 @@ def _one_dataset(settings: PreprocessSettings, key: str, output: str, group: Ran
         job, encoder = _prepare(settings, key, output)
         return job
 
-    prepared = _together(group, prepare)
+    prepared = together(group, prepare)
     if prepared[0] is None:
         return
     job = Job.from_json(prepared[0])
     hasher = SourceHasher([source.path for source in job.sources]) if group.rank == 0 else None
     try:
-        _together(group, lambda: _tokenize(job, settings.workers, group, encoder))
-        _together(group, lambda: publish(job, hasher) if hasher is not None else None)
+        together(group, lambda: _tokenize(job, settings.workers, group, encoder))
+        together(group, lambda: publish(job, hasher) if hasher is not None else None)
     finally:
         if hasher is not None:
             hasher.stop()
-
-
-def _together(group: RankGroup, action: Callable[[], Any]) -> list[Any]:
-    """Runs ``action`` on every rank; if it fails on one, all raise, so that none waits for a rank that has left."""
-    value: Any = None
-    failure: Exception | None = None
-    try:
-        value = action()
-    except Exception as error:
-        failure = error
-    message = None if failure is None else f"{'' if group.size == 1 else f'rank {group.rank}: '}{failure}"
-    answers = group.gather([value, message])
-    if failure is not None and not isinstance(failure, UserError):
-        raise failure
-    failures = [str(error) for _, error in answers if error is not None]
-    if failures:
-        raise UserError(failures[0])
-    return [value for value, _ in answers]
 
 
 def _open_sources(settings: PreprocessSettings, key: str) -> list[Source]:

@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,24 @@ class FileRanks(RankGroup):
         temporary = self._directory / f"{name}.tmp-{self.rank}"
         temporary.write_text(json.dumps(value), encoding="utf-8")
         os.replace(temporary, self._directory / name)
+
+
+def together(group: RankGroup, action: Callable[[], Any]) -> list[Any]:
+    """Runs ``action`` on every rank; if it fails on one, all raise, so that none waits for a rank that has left."""
+    value: Any = None
+    failure: Exception | None = None
+    try:
+        value = action()
+    except Exception as error:
+        failure = error
+    message = None if failure is None else f"{'' if group.size == 1 else f'rank {group.rank}: '}{failure}"
+    answers = group.gather([value, message])
+    if failure is not None and not isinstance(failure, UserError):
+        raise failure
+    failures = [str(error) for _, error in answers if error is not None]
+    if failures:
+        raise UserError(failures[0])
+    return [value for value, _ in answers]
 
 
 def discover_ranks(output_prefix: str, environment: Mapping[str, str] = os.environ) -> RankGroup:
