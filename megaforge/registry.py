@@ -142,6 +142,23 @@ AUGMENTATIONS = Registry(
     "augmentation",
     {"fim": "megaforge.data.augment.fim:FillInTheMiddle", "hiding": "megaforge.data.augment.hiding:HiddenInputs"},
 )
+CORPUS_STAGES = Registry(  # settings of the stages of corpus.yaml
+    "corpus stage",
+    {
+        "length": "megaforge.data.corpus.stages.length:LengthSettings",
+        "exact": "megaforge.data.corpus.stages.exact:ExactSettings",
+    },
+)
+CORPUS_READERS = Registry(  # by what files are called in messages
+    "corpus reader",
+    {
+        "lines": "megaforge.data.corpus.readers.lines:JsonLines",
+        "table": "megaforge.data.corpus.readers.table:Tables",
+        "text": "megaforge.data.corpus.readers.text:WholeTexts",
+        "html": "megaforge.data.corpus.readers.html:HtmlPages",
+    },
+)
+CORPUS_ENGINES = Registry("corpus engine", {"local": "megaforge.data.corpus.engines.local:LocalEngine"})
 LAYER_KINDS = Registry(  # by their letters in the layer pattern
     "layer kind",
     {

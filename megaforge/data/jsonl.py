@@ -88,6 +88,11 @@ class LineReader:
                 lines[0] = lines[0][len(_BOM) :]
             yield lines
 
+    @property
+    def position(self) -> int:
+        """The byte at which the next line begins."""
+        return self._position
+
     def at_end(self) -> bool:
         """Whether no byte is left."""
         return not self._guarded(lambda: self._file.peek(1))  # type: ignore[attr-defined]

@@ -251,7 +251,11 @@ class TrainingData(ScheduledSource):
     def state(self, consumed_samples: int) -> dict[str, Any]:
         """The JSON-like state to save when samples [0, consumed_samples) have been trained on."""
         sources = [
-            {"digest": source.digest, "choices": source.sidecar.choices() if source.sidecar else None}
+            {
+                "digest": source.digest,
+                "choices": source.sidecar.choices() if source.sidecar else None,
+                **({"corpus": source.sidecar.corpus} if source.sidecar and source.sidecar.corpus else {}),
+            }
             for source in self._sources
         ]
         return make_state(self.plan, self.digest, (self.split, self.split_order), consumed_samples) | {

@@ -46,8 +46,9 @@ class Sidecar:
     ``fingerprint`` is the tokenizer's SHA-256, ``vocab_size`` its number of ids, ``eod`` its end-of-document id,
     ``eod_token`` the name that was given for it, ``append_eod`` whether it ends every document, ``json_key`` where the
     text came from, ``text_bytes`` the UTF-8 bytes that ``tokens`` tokens stand for; ``sources`` the SHA-256 of the text
-    files; ``bin_bytes``, ``bin_probe`` and ``bin_sha256`` tell a damaged token file; ``corpus`` is what a data schedule
-    may weigh it by: its domain, quality, difficulty and date.
+    files; ``bin_bytes``, ``bin_probe`` and ``bin_sha256`` tell a damaged token file; ``corpus`` is the digest of the
+    corpus (``tools/prepare_corpus.py``) that it is a part of, and what a data schedule may weigh it by: its domain,
+    quality, difficulty and date.
     """
 
     path: Path

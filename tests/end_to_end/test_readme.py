@@ -108,6 +108,7 @@ DOCUMENTS = [
     "examples/grokking/README.md",
     "docs/architecture.md",
     "docs/checkpoints.md",
+    "docs/corpus.md",
     "docs/data.md",
     "docs/from_huggingface.md",
     "docs/from_megatron.md",

@@ -42,6 +42,11 @@ DECAY = ("--lr-decay-iters", "4")
 PREPROCESS = ("--output-prefix", "new", "--input")
 GENERATE = ("--load", "r", "--max-new-tokens", "2", "--device", "cpu")
 EVALUATE = ("--load", "r", "--device", "cpu", "--input")
+CORPUS = """
+sources: [{name: c, files: [c.jsonl]}]
+stages: [length: {minimum: 9}, exact]
+shard: {tokenizer_model: tok.json}
+"""
 COMMANDS: dict[str, Command] = {
     "pretrain": Command("pretrain_cdrmix.py", (*TRAIN, "1", "--save", "new_run"), ("tok.json", *DATASET)),
     "continue": Command("pretrain_cdrmix.py", (*TRAIN, "3", "--load", "r", "--save", "r", *DECAY), (*RUN, *DATASET)),
@@ -58,6 +63,11 @@ COMMANDS: dict[str, Command] = {
     ),
     "directory": Command(
         "tools/directory_to_jsonl.py", ("--input", "texts", "--output", "new.jsonl"), ("texts/0.txt",)
+    ),
+    "corpus": Command(
+        "tools/prepare_corpus.py",
+        ("--config", "corpus.yaml", "--output", "new"),
+        ("corpus.yaml", "c.jsonl", "tok.json"),
     ),
     "generate": Command("tools/generate.py", (*GENERATE, "--prompt", "the cat"), ("tok.json", *RUN)),
     "generate file": Command(
@@ -115,6 +125,7 @@ def make_world(folder: Path, run: Callable[[str, tuple[str, ...], Path], int]) -
     (folder / "chat.jinja").write_text(
         "{% for message in messages %}cat {{ message.content }}\n{% endfor %}", encoding="utf-8"
     )
+    (folder / "corpus.yaml").write_text(CORPUS, encoding="utf-8")
     (folder / "texts").mkdir()
     for number, line in enumerate(lines[:5]):
         (folder / "texts" / f"{number}.txt").write_text(line, encoding="utf-8")

@@ -76,6 +76,13 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments
         (("activations", "now"), "now: plan.py activations takes no arguments"),
     ],
     "tools/plot_loss.py": [(("--metrics-file", "x", "--output", "y", "--smooth", "1"), "--smooth 1: must be")],
+    "tools/prepare_corpus.py": [
+        (("--config", "c.yaml", "--output", "x", "--workers", "0"), "--workers 0"),
+        (("--config", "none.yaml", "--output", "x"), "none.yaml"),
+        (("explain", "none"), "--document"),
+        (("stages", "lenght"), "did you mean length?"),
+        (("explain", "none", "--url", "x"), "none: no finished corpus"),
+    ],
     "tools/preprocess_data.py": [
         (("--input", "x", "--output-prefix", "y", "--tokenizer-model", "9", "--workers", "0"), "--workers 0"),
     ],

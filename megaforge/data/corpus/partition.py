@@ -1,0 +1,120 @@
+"""The documents of one partition, read from its files in batches that every stage can hold."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+from megaforge.data.corpus.job import Job
+from megaforge.data.corpus.readers.reader import FIELDS, Reader, Rows, reader_named
+from megaforge.data.corpus.records import make_records, row_id
+from megaforge.data.corpus.sources import Piece, check_unchanged
+from megaforge.errors import UserError
+
+MAX_ROWS = 1024
+MAX_CHARACTERS = 4 << 20
+
+
+class _Batch:
+    """Records that wait to become a table."""
+
+    def __init__(self) -> None:
+        self.columns: dict[str, list[Any]] = {
+            name: [] for name in ("id", "text", "source", "path", "place", "domain", "kind", *FIELDS)
+        }
+        self.reasons: list[str | None] = []
+        self.characters = 0
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def add(self, reason: str | None, **values: Any) -> None:
+        """Appends a record."""
+        for name, value in values.items():
+            self.columns[name].append(value)
+        self.reasons.append(reason)
+        self.characters += len(values["text"])
+
+    def tables(self) -> tuple[Any, Any, list[str]]:
+        """(good records, bad ones, why)."""
+        good = [number for number, reason in enumerate(self.reasons) if reason is None]
+        bad = [number for number, reason in enumerate(self.reasons) if reason is not None]
+        return self._table(good), self._table(bad), [reason for reason in self.reasons if reason is not None]
+
+    def _table(self, rows: list[int]) -> Any:
+        columns = {name: [column[row] for row in rows] for name, column in self.columns.items()}
+        texts = columns.pop("text")
+        digests = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+        return make_records(texts, digest=digests, **columns)
+
+
+def read_partition(job: Job, item: int) -> Iterator[tuple[Any, Any, list[str]]]:
+    """(records, records without a text, why they have none) of a partition, in batches of at most ``MAX_ROWS`` rows.
+
+    Raises:
+        UserError: under ``--on-error fail`` a bad record or a damaged file; a file that changed since the run began.
+    """
+    batch, row = _Batch(), 0
+    for piece in job.partitions[item]:
+        unit = job.units[piece.unit]
+        source, reader = job.recipe.sources[unit.source], reader_named(unit.reader)
+        check_unchanged(unit)
+        kind = reader.kind(unit.path)
+        for rows in _pieces(job, piece, reader):
+            for number, text in enumerate(rows.texts):
+                reason = _reason(text, rows.reasons[number])
+                if reason is not None and reason != _EMPTY and job.on_error == "fail":
+                    where = f"{unit.path}{reader.line(unit.path, rows.places[number])}"
+                    raise UserError(f"{where}: {reason}; fix it, exclude the file, or pass --on-error skip")
+                fields = {name: rows.fields[name][number] for name in FIELDS}
+                fields["licence"] = fields["licence"] or source.licence
+                batch.add(
+                    reason,
+                    id=row_id(item, row),
+                    text=text if text is not None and reason is None else "",
+                    source=source.name,
+                    path=unit.shown,
+                    place=rows.places[number],
+                    domain=source.domain,
+                    kind=kind,
+                    **fields,
+                )
+                row += 1
+                if len(batch) >= MAX_ROWS or batch.characters >= MAX_CHARACTERS:
+                    yield batch.tables()
+                    batch = _Batch()
+        check_unchanged(unit)
+    if len(batch):
+        yield batch.tables()
+
+
+_EMPTY = "empty"
+
+
+def _reason(text: str | None, reason: str | None) -> str | None:
+    """Why a record is dropped as it is read; None: it is not."""
+    if text is None:
+        return reason
+    if not text.strip():
+        return _EMPTY
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"half a character that UTF-8 cannot hold (at {error.start})"
+    return None
+
+
+def _pieces(job: Job, piece: Piece, reader: Reader) -> Iterator[Rows]:
+    """The records of a piece; under ``--on-error skip`` a damaged file ends with one record that says so."""
+    unit = job.units[piece.unit]
+    source = job.recipe.sources[unit.source]
+    try:
+        yield from reader.read(unit.path, source, piece.start, piece.stop)
+    except (UserError, OSError) as error:
+        reason = str(error).removeprefix("--input ").removeprefix(f"{unit.path}: ")
+        if job.on_error == "fail":
+            raise UserError(f"{unit.path}: {reason}; fix it, exclude it, or pass --on-error skip") from error
+        rows = Rows()
+        rows.add(piece.start, None, f"a file that cannot be read on ({reason})")
+        yield rows

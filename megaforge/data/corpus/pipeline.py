@@ -1,0 +1,222 @@
+"""From sources to a published corpus: plan, map the tasks of every phase, tokenise, describe."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from megaforge.data.corpus import sources
+from megaforge.data.corpus.datasets import check_tokenizer, make_datasets
+from megaforge.data.corpus.engines.engine import Engine
+from megaforge.data.corpus.job import FINISH, Job, Segment, item_name, read_job, segments_of
+from megaforge.data.corpus.manifest import manifest_path, read_manifest, write_manifest
+from megaforge.data.corpus.progress import Progress
+from megaforge.data.corpus.recipe import Recipe, read_recipe
+from megaforge.data.corpus.totals import total_of
+from megaforge.data.corpus.work import Work, write_json
+from megaforge.data.left_out import LeftOut
+from megaforge.data.preprocess.pool import single_threaded
+from megaforge.data.preprocess.ranks import together
+from megaforge.data.sidecar import digest_of
+from megaforge.errors import UserError
+from megaforge.json_text import parse_json
+from megaforge.registry import CORPUS_ENGINES
+
+_FORMAT, _VERSION = "megaforge-corpus", 1
+# What a run writes beside its work directory.
+OUTPUTS = ("corpus.json", "report.md", "report.html", "pictures", "datasets", "lineage", "jsonl", "files.skipped.tsv")
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """The flags of ``tools/prepare_corpus.py``."""
+
+    config: str
+    output: str
+    workers: int = 1
+    engine: str = "local"
+    on_error: str = "fail"
+    keep_work: bool = False
+    force: bool = False
+
+
+def prepare_corpus(settings: CorpusSettings) -> None:
+    """Makes the corpus that ``settings.config`` describes; a corpus that stands there already is left as it is.
+
+    What a killed run finished is kept. The result depends on the sources and the recipe alone.
+
+    Raises:
+        UserError: on every rank, when any rank met a mistake.
+    """
+    single_threaded()
+    pa.set_cpu_count(1)
+    kind = CORPUS_ENGINES.get(settings.engine)
+    recipe = read_recipe(Path(settings.config))
+    output = Path(settings.output).absolute()
+    engine: Engine = kind(settings.workers, output)
+    try:
+        segments = segments_of(recipe)
+        check_tokenizer(recipe)
+        with _lock(output, engine) as held:
+            if any(together(engine.group, lambda: _plan(settings, recipe, output, held, engine))):
+                _run(output, segments, engine, settings)
+    finally:
+        engine.close()
+
+
+def _plan(settings: CorpusSettings, recipe: Recipe, output: Path, held: str | None, engine: Engine) -> bool:
+    """The leader: writes the plan; False where there is nothing to do."""
+    if engine.group.rank:
+        return False
+    if held is not None:
+        raise UserError(held)
+    left_out = LeftOut()
+    units = sources.find_units(recipe, left_out, settings.on_error)
+    partitions = sources.cut(units, int(recipe.run.partition_mb * (1 << 20)))
+    content = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "recipe": recipe.described(),
+        "on_error": settings.on_error,
+        **sources.plan_of(units, partitions),
+    }
+    identity = digest_of(content)
+    standing = read_manifest(output)
+    if standing is not None and not settings.force:
+        if standing.get("plan") == identity:
+            print(f"{output}: already made from these sources by this recipe (--force remakes it)", file=sys.stderr)
+            if not settings.keep_work:
+                Work(output / "work").clear()
+            return False
+        raise UserError(
+            f"--output {settings.output}: holds a corpus of other sources or another recipe; choose another directory, "
+            "or pass --force to replace it"
+        )
+    work = Work(output / "work")
+    plan = {**content, "plan": identity, "label": recipe.label, "directory": str(recipe.scope.directory)}
+    _prepare_work(work, plan, Path(settings.config))
+    if standing is not None:
+        manifest_path(output).unlink()
+    left_out.write(str(output / "files"))
+    for line in left_out.summary():
+        print(line, file=sys.stderr)
+    print(f"{len(units):,} files in {len(partitions):,} partitions", file=sys.stderr)
+    return True
+
+
+def _prepare_work(work: Work, plan: dict[str, Any], config: Path) -> None:
+    """Makes the work directory ready for this plan; what a run of another plan left is removed."""
+    before: dict[str, Any] | None
+    try:
+        before = parse_json((work.path / "plan.json").read_bytes())
+    except (OSError, ValueError):
+        before = None
+    if before is not None and before.get("plan") == plan["plan"]:
+        print(f"{work.path}: continuing a run that was not finished", file=sys.stderr)
+        return
+    if before is not None:
+        print(f"{work.path}: sources or recipe have changed since; starting anew", file=sys.stderr)
+    work.clear()
+    for name in OUTPUTS:
+        path = work.path.parent / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif name != "files.skipped.tsv":
+            path.unlink(missing_ok=True)
+    shutil.copyfile(config, work.path / "recipe.yaml")
+    write_json(work.path / "plan.json", plan)
+
+
+def _run(output: Path, segments: tuple[Segment, ...], engine: Engine, settings: CorpusSettings) -> None:
+    job = read_job(output, segments)
+    (output / "lineage").mkdir(exist_ok=True)
+    for phase, task, items in job.phases():
+        together(engine.group, functools.partial(_map, job, engine, phase, task, items))
+        if engine.group.rank == 0:
+            _prune(job, phase)
+    total = total_of(job)
+    total.check_kept(job)
+    make_datasets(job, total, engine, settings.workers)
+
+    def publish() -> None:
+        if engine.group.rank:
+            return
+        manifest = write_manifest(job, total)
+        print(f"{output}: corpus {manifest['digest'][:16]}, {manifest['tokens']:,} tokens", file=sys.stderr)
+        if not settings.keep_work:
+            job.work.clear()
+
+    together(engine.group, publish)
+
+
+def _map(job: Job, engine: Engine, phase: str, task: str, items: list[int]) -> None:
+    """Maps what is not finished of a phase."""
+    finished = job.work.finished(phase)
+    left = [item for item in items if item_name(item) not in finished]
+    if not left:
+        return
+    progress = Progress(f"{phase}: {_label(job, phase)}", len(items), len(items) - len(left))
+    engine.map(job.output, phase, task, left, progress)
+    progress.finish()
+
+
+def _label(job: Job, phase: str) -> str:
+    """What a phase does, in the words of the recipe."""
+    number = int(phase.lstrip("abcdefghijklmnopqrstuvwxyz"))
+    segment = job.segments[number]
+    if not phase.startswith("segment"):
+        assert segment.next is not None
+        return segment.next[0]
+    names = [segment.join[0]] if segment.join is not None else ["read"]
+    names += [name for name, _ in segment.rows]
+    return ", ".join([*names, f"sketch for {segment.next[0]}" if segment.next is not None else FINISH])
+
+
+def _prune(job: Job, phase: str) -> None:
+    """Removes the tables that nothing reads again once a phase is finished."""
+    number = int(phase.lstrip("abcdefghijklmnopqrstuvwxyz"))
+    if phase.startswith("join"):
+        job.work.remove(f"segment{number}", "sketch")
+    elif phase.startswith("decide"):
+        job.work.remove(f"join{number}", "joined")
+    elif number:
+        job.work.remove(f"segment{number - 1}", "kept")
+        job.work.remove(f"decide{number - 1}", "decisions")
+
+
+@contextmanager
+def _lock(output: Path, engine: Engine) -> Iterator[str | None]:
+    """Holds ``OUTPUT/work/lock`` on the leader; yields what is wrong if another run holds it."""
+    if engine.group.rank:
+        yield None
+        return
+    directory = output / "work"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / "lock").open("w")
+    except OSError as error:
+        yield f"cannot write {directory}: {error.strerror}; choose another --output"
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield f"another process is writing {output} (it holds {directory / 'lock'}); wait for it to end"
+            return
+        except OSError as error:  # some network file systems have no locks; the run itself needs none
+            print(f"{directory}: cannot be locked ({error.strerror}); start no second run on it", file=sys.stderr)
+        try:
+            yield None
+        finally:
+            if [path.name for path in directory.iterdir()] == ["lock"]:
+                (directory / "lock").unlink()
+                directory.rmdir()

@@ -1,0 +1,187 @@
+"""The files of a corpus' sources, and how they are cut into partitions: by their sizes alone, never by the workers."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megaforge.data.corpus.readers.reader import reader_for, reader_named
+from megaforge.data.corpus.recipe import Recipe, SourceSettings
+from megaforge.data.corpus.walk import DEFAULT_EXCLUDES, shown, walk
+from megaforge.data.jsonl import is_compressed
+from megaforge.data.left_out import LeftOut
+from megaforge.data.text.formats import TextFormat, text_format
+from megaforge.errors import UserError
+
+_MIB = 1 << 20
+_EXPANSION = 4  # decompressed over compressed bytes of text, as gzip and Zstandard give it
+_MAX_PIECES = 2048  # files of one partition
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One file as it was when the run began.
+
+    Attributes:
+        source: the number of its source in the recipe.
+        path: where it lies; shown: what it is called in the corpus.
+        reader: the name of its reader.
+        bytes, modified_ns: what tells that it was changed.
+        places: the end of its places where it can be cut, else 0.
+    """
+
+    source: int
+    path: str
+    shown: str
+    reader: str
+    bytes: int
+    modified_ns: int
+    places: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The records of a unit that begin in [start, stop)."""
+
+    unit: int
+    start: int
+    stop: int | None
+
+
+def find_units(recipe: Recipe, left_out: LeftOut, on_error: str) -> list[Unit]:
+    """Every file of every source in order; what is not read is named in ``left_out``.
+
+    Raises:
+        UserError: a source without files, or (with ``on_error`` fail) a file that cannot be read.
+    """
+    units: list[Unit] = []
+    for number, source in enumerate(recipe.sources):
+        before = len(units)
+        units.extend(_file_units(recipe, number, source, left_out, on_error))
+        if len(units) == before:
+            where = ", ".join(source.files)
+            reasons = "; ".join(f"{count:,} x {reason}" for reason, count in list(left_out.counts.items())[:3])
+            raise UserError(f"{recipe.label}: sources: {source.name}: no file to read in {where} ({reasons or 'none'})")
+    return units
+
+
+def cut(units: Sequence[Unit], size: int) -> list[list[Piece]]:
+    """The partitions, of about ``size`` bytes of text each: small files share one, large ones are cut where they can
+    be. No partition holds two sources."""
+    partitions: list[list[Piece]] = []
+    open_bytes, open_source = 0, -1
+    for number, unit in enumerate(units):
+        expected = expected_bytes(unit)
+        if expected > size and unit.places:
+            step = max(1, unit.places * size // expected)
+            starts = range(0, unit.places, step)
+            stops: list[int | None] = [*starts[1:], None]
+            partitions += [[Piece(number, start, stop)] for start, stop in zip(starts, stops, strict=True)]
+            open_source = -1
+            continue
+        full = open_bytes + expected > size or (partitions and len(partitions[-1]) >= _MAX_PIECES)
+        if unit.source != open_source or full:
+            partitions.append([])
+            open_bytes, open_source = 0, unit.source
+        partitions[-1].append(Piece(number, 0, None))
+        open_bytes += expected
+    return partitions
+
+
+def expected_bytes(unit: Unit) -> int:
+    """About how much text a unit holds."""
+    packed = unit.reader == "table" or is_compressed(unit.path)
+    return unit.bytes * (_EXPANSION if packed else 1)
+
+
+def check_unchanged(unit: Unit) -> None:
+    """
+    Raises:
+        UserError: the file is not as it was when the run began.
+    """
+    try:
+        status = os.stat(unit.path)
+    except OSError as error:
+        raise UserError(f"{unit.path}: {error.strerror}; it was there when the run began") from error
+    if (status.st_size, status.st_mtime_ns) != (unit.bytes, unit.modified_ns):
+        raise UserError(f"{unit.path} changed since the run began; run the command again, which starts anew")
+
+
+def _file_units(
+    recipe: Recipe, number: int, source: SourceSettings, left_out: LeftOut, on_error: str
+) -> Iterator[Unit]:
+    seen = set[str]()
+    for path, name, named in _paths(recipe, source, left_out):
+        real = os.path.realpath(path)
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            unit = _unit(number, source, path, name, named, left_out)
+        except (UserError, OSError) as error:
+            reason = str(error).removeprefix("--input ").removeprefix(f"{path}: ")
+            if on_error == "fail":
+                raise UserError(f"{path}: {reason}; fix it, exclude it, or pass --on-error skip") from error
+            left_out.add(name, f"cannot be read ({reason})")
+            continue
+        if unit is not None:
+            yield unit
+
+
+def _paths(recipe: Recipe, source: SourceSettings, left_out: LeftOut) -> Iterator[tuple[str, str, bool]]:
+    """(path, name to show, whether the recipe names the file itself) of all that the source's ``files`` mean."""
+    excludes = (*DEFAULT_EXCLUDES, *source.exclude)
+    base = str(recipe.scope.directory)
+    for pattern in source.files:
+        if glob.has_magic(pattern) and not os.path.lexists(os.path.join(base, pattern)):
+            matches = sorted(glob.glob(pattern, root_dir=base, recursive=True))
+        else:
+            matches = [pattern]
+            if not os.path.exists(os.path.join(base, pattern)):
+                raise UserError(f"{recipe.label}: sources: {source.name}: files: {pattern} does not exist")
+        for match in matches:
+            root = os.path.join(base, match)
+            directory = os.path.isdir(root)
+            for path, _ in walk(root, excludes, left_out):
+                yield path, shown(match + path[len(root) :]), not directory
+
+
+def _unit(number: int, source: SourceSettings, path: str, name: str, named: bool, left_out: LeftOut) -> Unit | None:
+    """The unit of a file; None (and an entry in ``left_out``) where it is not for reading."""
+    status = os.stat(path)
+    kind = reader_for(path)
+    if kind is None and named:
+        kind = "lines" if text_format(path) is TextFormat.LINES else "text"
+    if kind is None:
+        left_out.add(name, "not text by its name")
+        return None
+    if not status.st_size:
+        left_out.add(name, "empty")
+        return None
+    reader = reader_named(kind)
+    if reader.whole and status.st_size > source.max_file_mb * _MIB and not named:
+        left_out.add(name, f"larger than max_file_mb {source.max_file_mb:g}")
+        return None
+    with open(path, "rb"):
+        places = reader.places(path, source)
+    return Unit(number, path, name, kind, status.st_size, status.st_mtime_ns, places)
+
+
+def plan_of(units: Sequence[Unit], partitions: Sequence[Sequence[Piece]]) -> dict[str, Any]:
+    """Both as JSON."""
+    return {
+        "units": [list(dataclasses.astuple(unit)) for unit in units],
+        "partitions": [[list(dataclasses.astuple(piece)) for piece in pieces] for pieces in partitions],
+    }
+
+
+def read_plan(value: dict[str, Any]) -> tuple[list[Unit], list[list[Piece]]]:
+    """What :func:`plan_of` gave."""
+    return (
+        [Unit(*unit) for unit in value["units"]],
+        [[Piece(*piece) for piece in pieces] for pieces in value["partitions"]],
+    )

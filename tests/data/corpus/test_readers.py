@@ -1,0 +1,131 @@
+"""Readers: every cut of a file into ranges gives each record once; what is not a document says why."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from megaforge.data.corpus.readers.reader import Reader, reader_for, reader_named
+from megaforge.data.corpus.recipe import SourceSettings
+from megaforge.errors import UserError
+
+SOURCE = SourceSettings(name="s", files=("x",))
+RECORDS: list[Any] = [
+    {"text": "one", "url": "http://a/1", "license": "CC0", "date": 2024},
+    {"text": "zwölf"},
+    {"text": ""},
+    {"other": "x"},
+    {"text": 3},
+    {"text": "\u6f22" * 50, "url": None},
+    {"text": "last", "license": ["MIT"]},
+]
+
+
+def gather(
+    reader: Reader, path: Path, cuts: list[int | None], source: SourceSettings = SOURCE
+) -> list[tuple[Any, ...]]:
+    found = []
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        for rows in reader.read(str(path), source, start or 0, stop):
+            columns = [rows.fields.get(name, [None] * len(rows.texts)) for name in ("url", "licence", "date")]
+            found += list(zip(rows.places, rows.texts, rows.reasons, *columns, strict=True))
+    return found
+
+
+def test_json_lines_are_cut_anywhere(tmp_path: Path) -> None:
+    lines = [json.dumps(record, ensure_ascii=False) for record in RECORDS]
+    lines[2:2] = ["", "[1]", "{broken"]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    reader = reader_named("lines")
+    size = reader.places(str(path), SOURCE)
+    whole = gather(reader, path, [0, None])
+    assert size == path.stat().st_size and len(whole) == 9
+    assert whole[0][1:] == ("one", None, "http://a/1", "CC0", "2024") and whole[-1][3:] == (None, None, None)
+    why = [row[2] for row in whole if row[2] is not None]
+    assert why[0] == "the line is JSON but not an object" and why[1].startswith("not valid JSON")
+    assert why[2:] == ["the record has no key 'text' (text_field)", "'text' is not a string (3)"]
+    content = path.read_bytes()
+    for row in whole:
+        assert row[1] is None or content[row[0] :].startswith(b'{"text": "' + row[1].encode())
+    for cut in range(0, size + 1, 7):
+        assert gather(reader, path, [0, cut, None]) == whole, cut
+    assert reader.line(str(path), whole[3][0]) == ", line 5"
+    for suffix, pack in ((".gz", gzip.compress), (".zst", zstandard.compress)):
+        packed = tmp_path / f"x.jsonl{suffix}"
+        packed.write_bytes(pack(content))
+        assert reader.places(str(packed), SOURCE) == 0 and gather(reader, packed, [0, None]) == whole
+        packed.write_bytes(pack(content)[:-9])
+        with pytest.raises(UserError, match="damaged or cut short"):
+            gather(reader, packed, [0, None])
+
+
+def test_rows_are_cut_anywhere(tmp_path: Path) -> None:
+    good = [record for record in RECORDS if isinstance(record.get("text"), str)]
+    table = pa.table(
+        {
+            "text": pa.array([record["text"] for record in good] + [None]),
+            "license": pa.array([None] * len(good) + ["X"]),
+            "n": list(range(len(good) + 1)),
+        }
+    )
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=2)
+    with pa.OSFile(str(tmp_path / "x.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    for name in ("x.parquet", "x.arrow"):
+        path = tmp_path / name
+        reader = reader_named(reader_for(name) or "")
+        assert reader.places(str(path), SOURCE) == 6
+        whole = gather(reader, path, [0, None])
+        assert [row[1] for row in whole] == [*(record["text"] for record in good), None]
+        assert [row[0] for row in whole] == list(range(6)) and whole[-1][2:5] == (
+            "'text' is not a string (None)",
+            None,
+            None,
+        )
+        for cut in range(7):
+            assert gather(reader, path, [0, cut, None]) == whole
+        with pytest.raises(UserError, match=r"no column 'body' \(text_field\); there are text, license, n"):
+            reader.places(str(path), SourceSettings(name="s", files=("x",), text_field="body"))
+        path.write_bytes(path.read_bytes()[:-20])
+        with pytest.raises(UserError, match="damaged|not a table"):
+            gather(reader, path, [0, None])
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("<p>é</p>".encode(), "<p>é</p>"),
+        ('<meta charset="ISO-8859-1"><p>é’</p>'.encode("cp1252"), '<meta charset="ISO-8859-1"><p>é’</p>'),
+        (
+            '<META http-equiv=Content-Type content="text/html; charset=shift_jis">漢字'.encode("shift_jis"),
+            '<META http-equiv=Content-Type content="text/html; charset=shift_jis">漢字',
+        ),
+        ("\ufeff<p>ok</p>\r\n".encode("utf-16"), "<p>ok</p>\n"),
+    ],
+)
+def test_pages_are_read_in_the_encoding_that_they_declare(content: bytes, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.html"
+    path.write_bytes(content)
+    reader = reader_named(reader_for(str(path)) or "")
+    assert reader.kind(str(path)) == "html"
+    assert [row[1].lstrip("\ufeff") for row in gather(reader, path, [0, None])] == [text]
+
+
+def test_names_choose_readers(tmp_path: Path) -> None:
+    kinds = {
+        "a.JSONL.gz": "lines", "a.json": "lines", "a.parquet": "table", "a.md": "text", "a.rst": "text", "a.py": "text",
+        "a.htm": "html", "a.html.zst": "html", "a.bin": None, "a": None,
+    }  # fmt: skip
+    assert {name: reader_for(name) for name in kinds} == kinds
+    assert [reader_named("text").kind(name) for name in ("a.md", "a.py")] == ["text", "code"]
+    binary = tmp_path / "x.txt"
+    binary.write_bytes(b"\0\1\2")
+    assert gather(reader_named("text"), binary, [0, None])[0][2] == "binary (it holds NUL bytes)"
