@@ -38,11 +38,9 @@ def read_manifest(output: Path) -> dict[str, Any] | None:
     return content
 
 
-def write_manifest(job: Job, total: Total) -> dict[str, Any]:
-    """Describes the finished corpus, and names it in each dataset's own description; returns the manifest.
-
-    The digest covers what was read, the recipe, and the content of every dataset.
-    """
+def describe(job: Job, total: Total) -> dict[str, Any]:
+    """The manifest of a corpus whose datasets are made. Its digest covers what was read, the recipe, and the content of
+    every dataset."""
     plan = parse_json((job.work.path / "plan.json").read_bytes())
     datasets = [_dataset(job, name, counts) for name, counts in total.datasets.items()]
     manifest = {
@@ -57,12 +55,15 @@ def write_manifest(job: Job, total: Total) -> dict[str, Any]:
         "bytes": sum(dataset["bytes"] for dataset in datasets),
         "tokens": sum(dataset.get("tokens", 0) for dataset in datasets),
     }
-    manifest["digest"] = digest_of(manifest)
-    for dataset in datasets:
+    return {**manifest, "digest": digest_of(manifest), "plan": plan["plan"]}
+
+
+def publish_manifest(job: Job, manifest: dict[str, Any]) -> None:
+    """Names the corpus in each dataset's own description, and says last that the corpus is whole."""
+    for dataset in manifest["datasets"]:
         if "prefix" in dataset:
             _name_corpus(job, dataset, manifest["digest"])
-    write_json(manifest_path(job.output), {**manifest, "plan": plan["plan"]})
-    return manifest
+    write_json(manifest_path(job.output), manifest)
 
 
 def _dataset(job: Job, name: str, counts: dict[str, Any]) -> dict[str, Any]:

@@ -18,9 +18,11 @@ from megaforge.data.corpus import sources
 from megaforge.data.corpus.datasets import check_tokenizer, make_datasets
 from megaforge.data.corpus.engines.engine import Engine
 from megaforge.data.corpus.job import FINISH, Job, Segment, item_name, read_job, segments_of
-from megaforge.data.corpus.manifest import manifest_path, read_manifest, write_manifest
+from megaforge.data.corpus.manifest import describe, manifest_path, publish_manifest, read_manifest
 from megaforge.data.corpus.progress import Progress
 from megaforge.data.corpus.recipe import Recipe, read_recipe
+from megaforge.data.corpus.report import write_report
+from megaforge.data.corpus.report_data import gather
 from megaforge.data.corpus.totals import total_of
 from megaforge.data.corpus.work import Work, write_json
 from megaforge.data.left_out import LeftOut
@@ -150,7 +152,9 @@ def _run(output: Path, segments: tuple[Segment, ...], engine: Engine, settings: 
     def publish() -> None:
         if engine.group.rank:
             return
-        manifest = write_manifest(job, total)
+        manifest = describe(job, total)
+        write_report(output, manifest, gather(output / "lineage", job.work.path / "pairs"))
+        publish_manifest(job, manifest)
         print(f"{output}: corpus {manifest['digest'][:16]}, {manifest['tokens']:,} tokens", file=sys.stderr)
         if not settings.keep_work:
             job.work.clear()
