@@ -156,9 +156,19 @@ CORPUS_READERS = Registry(  # by what files are called in messages
         "table": "megaforge.data.corpus.readers.table:Tables",
         "text": "megaforge.data.corpus.readers.text:WholeTexts",
         "html": "megaforge.data.corpus.readers.html:HtmlPages",
+        "pdf": "megaforge.data.corpus.readers.pdf:PdfFiles",
+        "docx": "megaforge.data.corpus.readers.docx:WordFiles",
+        "hub": "megaforge.data.corpus.readers.hub:HubShards",
     },
 )
-CORPUS_ENGINES = Registry("corpus engine", {"local": "megaforge.data.corpus.engines.local:LocalEngine"})
+CORPUS_ENGINES = Registry(
+    "corpus engine",
+    {
+        "local": "megaforge.data.corpus.engines.local:LocalEngine",
+        "mpi": "megaforge.data.corpus.engines.mpi:MpiEngine",
+        "ray": "megaforge.data.corpus.engines.ray:RayEngine",
+    },
+)
 LAYER_KINDS = Registry(  # by their letters in the layer pattern
     "layer kind",
     {

@@ -65,7 +65,7 @@ def read_partition(job: Job, item: int) -> Iterator[tuple[Any, Any, list[str]]]:
             for number, text in enumerate(rows.texts):
                 reason = _reason(text, rows.reasons[number])
                 if reason is not None and reason != _EMPTY and job.on_error == "fail":
-                    where = f"{unit.path}{reader.line(unit.path, rows.places[number])}"
+                    where = f"{unit.label}{reader.line(unit.path, rows.places[number])}"
                     raise UserError(f"{where}: {reason}; fix it, exclude the file, or pass --on-error skip")
                 fields = {name: rows.fields[name][number] for name in FIELDS}
                 fields["licence"] = fields["licence"] or source.licence
@@ -112,9 +112,9 @@ def _pieces(job: Job, piece: Piece, reader: Reader) -> Iterator[Rows]:
     try:
         yield from reader.read(unit.path, source, piece.start, piece.stop)
     except (UserError, OSError) as error:
-        reason = str(error).removeprefix("--input ").removeprefix(f"{unit.path}: ")
+        reason = str(error).removeprefix("--input ").removeprefix(f"{unit.label}: ")
         if job.on_error == "fail":
-            raise UserError(f"{unit.path}: {reason}; fix it, exclude it, or pass --on-error skip") from error
+            raise UserError(f"{unit.label}: {reason}; fix it, exclude it, or pass --on-error skip") from error
         rows = Rows()
         rows.add(piece.start, None, f"a file that cannot be read on ({reason})")
         yield rows

@@ -37,6 +37,9 @@ class SourceSettings:
 
     name: str = flag("", "what the source is called: letters, digits, dots and underscores")
     files: tuple[str, ...] = flag((), "files, directories and patterns with *, read in this order")
+    hub: str | None = flag(None, "a data set of the Hugging Face hub, or a builder such as csv that reads the files")
+    subset: str | None = flag(None, "with hub: the data set's configuration")
+    split: str = flag("train", "with hub: its split")
     domain: str = flag("text", "the kind of text, as curricula name it: web, books, code, academic ...")
     licence: str | None = flag(None, "the licence of all its documents, where a record does not name one")
     text_field: str = flag("text", "the key or column of the text")
@@ -55,8 +58,10 @@ class SourceSettings:
             raise UserError(f"name {self.name!r}: give one of letters, digits, dots and underscores")
         if not _NAME.fullmatch(self.domain):
             raise UserError(f"domain {self.domain!r}: give one of letters, digits, dots and underscores")
-        if not self.files:
-            raise UserError(f"{self.name}: files is missing; name files, directories or patterns")
+        if not self.files and self.hub is None:
+            raise UserError(f"{self.name}: files is missing; name files, directories or patterns, or a data set by hub")
+        if self.hub is None and (self.subset is not None or self.split != "train"):
+            raise UserError(f"{self.name}: subset and split are of a data set; name it with hub, or leave them out")
 
 
 @dataclass(frozen=True)

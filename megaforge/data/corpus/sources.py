@@ -20,11 +20,13 @@ from megaforge.errors import UserError
 _MIB = 1 << 20
 _EXPANSION = 4  # decompressed over compressed bytes of text, as gzip and Zstandard give it
 _MAX_PIECES = 2048  # files of one partition
+_LARGE = 1 << 50  # of a unit whose size is not known: it is a partition of its own
+HUB = "hub"
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One file as it was when the run began.
+    """One file as it was when the run began, or one shard of a data set that is read as a stream.
 
     Attributes:
         source: the number of its source in the recipe.
@@ -41,6 +43,11 @@ class Unit:
     bytes: int
     modified_ns: int
     places: int
+
+    @property
+    def label(self) -> str:
+        """What it is called in messages: the path of a file."""
+        return self.shown if self.reader == HUB else self.path
 
 
 @dataclass(frozen=True)
@@ -61,9 +68,12 @@ def find_units(recipe: Recipe, left_out: LeftOut, on_error: str) -> list[Unit]:
     units: list[Unit] = []
     for number, source in enumerate(recipe.sources):
         before = len(units)
-        units.extend(_file_units(recipe, number, source, left_out, on_error))
+        if source.hub is None:
+            units.extend(_file_units(recipe, number, source, left_out, on_error))
+        else:
+            units.extend(_hub_units(recipe, number, source))
         if len(units) == before:
-            where = ", ".join(source.files)
+            where = source.hub or ", ".join(source.files)
             reasons = "; ".join(f"{count:,} x {reason}" for reason, count in list(left_out.counts.items())[:3])
             raise UserError(f"{recipe.label}: sources: {source.name}: no file to read in {where} ({reasons or 'none'})")
     return units
@@ -94,7 +104,7 @@ def cut(units: Sequence[Unit], size: int) -> list[list[Piece]]:
 
 def expected_bytes(unit: Unit) -> int:
     """About how much text a unit holds."""
-    packed = unit.reader == "table" or is_compressed(unit.path)
+    packed = unit.reader == "table" or (unit.reader != HUB and is_compressed(unit.path))
     return unit.bytes * (_EXPANSION if packed else 1)
 
 
@@ -103,12 +113,28 @@ def check_unchanged(unit: Unit) -> None:
     Raises:
         UserError: the file is not as it was when the run began.
     """
+    if unit.reader == HUB:
+        return
     try:
         status = os.stat(unit.path)
     except OSError as error:
         raise UserError(f"{unit.path}: {error.strerror}; it was there when the run began") from error
     if (status.st_size, status.st_mtime_ns) != (unit.bytes, unit.modified_ns):
         raise UserError(f"{unit.path} changed since the run began; run the command again, which starts anew")
+
+
+def _hub_units(recipe: Recipe, number: int, source: SourceSettings) -> Iterator[Unit]:
+    """The shards of a data set."""
+    from megaforge.data.corpus.readers.hub import HubShard, shards_of
+
+    files = tuple(str(recipe.scope.file(name)) for name in source.files)
+    try:
+        shards = shards_of(source, files)
+    except UserError as error:
+        raise UserError(f"{recipe.label}: sources: {source.name}: {error}") from error
+    for shard in range(shards):
+        part = HubShard(files, shard, shards)
+        yield Unit(number, part.to_path(), f"{source.hub}@{shard}/{shards}", HUB, _LARGE, 0, 0)
 
 
 def _file_units(

@@ -10,7 +10,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megaforge.data.corpus import partition, pipeline, tasks
+from megaforge.data.corpus import partition, pipeline, report, tasks
 from megaforge.data.corpus.explain import explain_documents
 from megaforge.data.corpus.job import item_name
 from megaforge.data.corpus.pipeline import CorpusSettings, prepare_corpus
@@ -41,6 +41,14 @@ stages:
   - length: {maximum: 1500}
 shard: {tokenizer_model: tok.json, length_buckets: [300, 900], jsonl: true}
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures() -> Iterator[None]:
+    """The report's own test draws them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "draw_pictures", lambda *arguments: [])
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +80,8 @@ def run(world: Path, output: Path, **settings: Any) -> dict[str, str]:
 
 
 def contents(output: Path) -> dict[str, str]:
-    """SHA-256 of every file by its name in the output."""
-    files = [path for path in output.rglob("*") if path.is_file()]
+    """SHA-256 of every file by its name in the output, those of the report apart."""
+    files = [path for path in output.rglob("*") if path.is_file() and path.suffix not in (".png", ".md", ".html")]
     return {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -133,6 +141,34 @@ def test_two_workers_give_the_same_bytes(world: Path, expected: tuple[Path, dict
     assert run(world, tmp_path / "out", workers=2) == expected[1]
 
 
+def test_two_ranks_give_the_same_bytes(world: Path, expected: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    """Under the environment that srun gives them."""
+    arguments = command("prepare_corpus", "--config", world / "corpus.yaml", "--output", tmp_path / "out")
+    ranks = []
+    for rank in range(2):
+        slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": str(rank)}
+        environment = {**os.environ, **slurm, "SLURM_LOCALID": str(rank), "SLURM_NODELIST": "here"}
+        ranks.append(subprocess.Popen([*arguments, "--engine", "mpi"], env=environment, stderr=subprocess.PIPE))
+    messages = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], messages
+    assert contents(tmp_path / "out") == expected[1]
+
+
+def test_data_sets_are_read_as_streams(tmp_path: Path) -> None:
+    """Two files make two shards of the local builder."""
+    pytest.importorskip("datasets", reason="needs the corpus extra")
+    for name in "ab":
+        lines = [json.dumps({"text": f"{name}{number} " * 30, "url": f"http://{name}/{number}"}) for number in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    recipe = SMALL.replace("files: [s.jsonl]", "hub: json, files: [a.jsonl, b.jsonl]")
+    prepare_corpus(small(tmp_path, [], recipe))
+    rows = [row for file in sorted((tmp_path / "out" / "lineage").iterdir()) for row in pq.read_table(file).to_pylist()]
+    assert [row["url"] for row in rows] == [f"http://{name}/{number}" for name in "ab" for number in range(3)]
+    assert {row["path"] for row in rows} == {"json@0/2", "json@1/2"}
+    with pytest.raises(UserError, match="sources: s: hub: json: cannot be opened"):
+        prepare_corpus(small(tmp_path, [], recipe.replace("a.jsonl", "none.jsonl")))
+
+
 class Killed(BaseException):
     """The process ends here."""
 
@@ -182,7 +218,7 @@ def test_a_process_that_is_killed_leaves_nothing_half_written(
         time.sleep(source.uniform(0.7, 1.6))
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    assert run(world, output) == expected[1]
+    assert run(world, output) == expected[1] and (output / "report.html").is_file()
 
 
 def test_what_stands_there_is_kept_or_refused(

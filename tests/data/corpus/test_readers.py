@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from megaforge.data.corpus.readers import hub
 from megaforge.data.corpus.readers.reader import Reader, reader_for, reader_named
 from megaforge.data.corpus.recipe import SourceSettings
 from megaforge.errors import UserError
@@ -117,6 +119,83 @@ def test_pages_are_read_in_the_encoding_that_they_declare(content: bytes, text: 
     reader = reader_named(reader_for(str(path)) or "")
     assert reader.kind(str(path)) == "html"
     assert [row[1].lstrip("\ufeff") for row in gather(reader, path, [0, None])] == [text]
+
+
+def pdf_of(lines: list[str]) -> bytes:
+    """The smallest PDF with a page a line."""
+    kids = " ".join(f"{4 + 2 * number} 0 R" for number in range(len(lines)))
+    objects = [
+        "<< /Type /Catalog /Pages 2 0 R >>",
+        f"<< /Type /Pages /Kids [{kids}] /Count {len(lines)} >>",
+        "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    for number, line in enumerate(lines):
+        shown = f"BT /F1 12 Tf 72 720 Td ({line}) Tj ET"
+        page = f"/Resources << /Font << /F1 3 0 R >> >> /MediaBox [0 0 612 792] /Contents {5 + 2 * number} 0 R"
+        objects.append(f"<< /Type /Page /Parent 2 0 R {page} >>")
+        objects.append(f"<< /Length {len(shown)} >>\nstream\n{shown}\nendstream")
+    body, places = "%PDF-1.4\n", []
+    for number, content in enumerate(objects, 1):
+        places.append(len(body))
+        body += f"{number} 0 obj\n{content}\nendobj\n"
+    table = "".join(f"{place:010} 00000 n \n" for place in places)
+    size = len(objects) + 1
+    tail = f"trailer << /Size {size} /Root 1 0 R >>\nstartxref\n{len(body)}\n%%EOF\n"
+    return (f"{body}xref\n0 {size}\n0000000000 65535 f \n{table}{tail}").encode("latin-1")
+
+
+def test_pdf_and_word_files_give_their_text(tmp_path: Path) -> None:
+    pytest.importorskip("pypdf", reason="needs the corpus extra")
+    docx = pytest.importorskip("docx", reason="needs the corpus extra")
+    path = tmp_path / "x.pdf"
+    path.write_bytes(pdf_of(["First page", "Second page"]))
+    assert gather(reader_named(reader_for(str(path)) or ""), path, [0, None])[0][1] == "First page\n\nSecond page"
+    document = docx.Document()
+    document.add_paragraph("One")
+    document.add_table(1, 2).rows[0].cells[1].text = "cell"
+    document.add_paragraph("Two")
+    word = tmp_path / "x.docx"
+    document.save(str(word))
+    assert gather(reader_named(reader_for(str(word)) or ""), word, [0, None])[0][1] == "One\n\tcell\nTwo"
+    for damaged in (path, word):
+        damaged.write_bytes(damaged.read_bytes()[:200])
+        found = gather(reader_named(reader_for(str(damaged)) or ""), damaged, [0, None])
+        assert found[0][1] is None and "cannot be read" in found[0][2]
+
+
+class Breaking:
+    """A stream of ten rows that breaks at row 5 as often as ``left`` says."""
+
+    def __init__(self, left: list[int], first: int = 0) -> None:
+        self.left, self.first = left, first
+
+    def shard(self, num_shards: int, index: int) -> Breaking:
+        return self
+
+    def skip(self, rows: int) -> Breaking:
+        return Breaking(self.left, rows)
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        for row in range(self.first, 10):
+            if row == 5 and self.left[0]:
+                self.left[0] -= 1
+                raise ConnectionError("gone")
+            yield {"text": f"row {row}"}
+
+
+def test_a_stream_goes_on_where_it_broke(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
+    path = hub.HubShard((), 0, 1).to_path()
+    source = SourceSettings(name="s", hub="some/set")
+    for breaks, fails in ((2, False), (3, True)):
+        left = [breaks]
+        monkeypatch.setattr(hub, "open_stream", lambda source, files, left=left: Breaking(left))
+        rows = reader_named("hub").read(path, source, 0, None)
+        if fails:
+            with pytest.raises(UserError, match=r"some/set@0/1: broke at row 5 \(ConnectionError: gone\)"):
+                list(rows)
+        else:
+            assert [text for part in rows for text in part.texts] == [f"row {row}" for row in range(10)]
 
 
 def test_names_choose_readers(tmp_path: Path) -> None:

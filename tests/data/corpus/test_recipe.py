@@ -44,6 +44,7 @@ def test_a_recipe_is_read(tmp_path: Path) -> None:
         ("stages:", "stage:", "unknown key 'stage'; did you mean stages?"),
         ("name: docs", "name: ''", "name '': give one of letters"),
         ("files: [a, b/*.html], ", "", "docs: files is missing"),
+        ("domain: web", "split: dev", "docs: subset and split are of a data set; name it with hub"),
         ("domain: web", "domian: web", "unknown key 'domian'; did you mean domain?"),
         ("[100, 200]", "[200, 100]", r"length_buckets \[200, 100\]: give ascending numbers"),
         ("tokenizer_model: tok.json, ", "", "tokenizer_model is missing"),

@@ -8,16 +8,26 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from megaforge.config.launcher import discover_launch
 from megaforge.data.corpus.engines.engine import Engine, end_with_parent, work_on
 from megaforge.data.corpus.progress import Progress
 from megaforge.errors import UserError
 
 
 class LocalEngine(Engine):
-    """A pool of ``workers`` processes, started once."""
+    """A pool of ``workers`` processes, started once.
+
+    Attributes:
+        alone: whether it is the whole run's engine, and not a rank's.
+    """
+
+    alone = True
 
     def __init__(self, workers: int, output: Path) -> None:
         super().__init__(workers, output)
+        launch = discover_launch()
+        if launch.world_size > 1 and self.alone:
+            raise UserError(f"{launch.launcher} started {launch.world_size} ranks; pass --engine mpi to share the work")
         self._pool: ProcessPoolExecutor | None = None
 
     def map(self, output: Path, phase: str, task: str, items: Sequence[int], progress: Progress) -> None:
