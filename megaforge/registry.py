@@ -136,7 +136,12 @@ GRADIENT_FILTERS = Registry(
     },
 )
 DATA_SOURCES = Registry(
-    "data source", {"files": "megaforge.data.data_source:FILES", "mock": "megaforge.data.data_source:MOCK"}
+    "data source",
+    {
+        "files": "megaforge.data.data_source:FILES",
+        "mock": "megaforge.data.data_source:MOCK",
+        "stream": "megaforge.data.stream.kind:STREAM",
+    },
 )
 AUGMENTATIONS = Registry(
     "augmentation",

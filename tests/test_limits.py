@@ -31,6 +31,7 @@ COVERED = {
     "data/corpus/": "data/corpus/test_pipeline.py",
     "data/images.py": "tools/test_plot_loss.py",
     "data/left_out.py": "data/test_directory_to_jsonl.py",
+    "data/stream/": "data/stream/test_source.py",
     "data/wrapped.py": "data/test_skipped.py",
     "data/outputs.py": "data/test_directory_to_jsonl.py",
     "data/preprocess/": "data/test_preprocess.py",

@@ -8,6 +8,26 @@ _FIM = ("rate", "spm_rate", "domain_rates", "prefix_token", "middle_token", "suf
 
 DATA_PARTNERS = (
     Partner(
+        ("data.stream_round",),
+        lambda c: c.data.streams or c.data.data_order == "streamed",
+        "epochs are shuffled as a whole: add --data-order streamed",
+    ),
+    Partner(
+        ("data.data_order",),
+        lambda c: c.data.data_order == "shuffled" or not c.data.mock_data,
+        "random tokens have no documents in any order: leave it out",
+    ),
+    Partner(
+        ("data.json_key", "data.stream_on_error"),
+        lambda c: c.data.streams,
+        "no text is read: use --data-path stream:FILES",
+    ),
+    Partner(
+        ("data.data_cache_size",),
+        lambda c: c.data.data_cache_dir is not None,
+        "there is no cache: add --data-cache-dir DIR",
+    ),
+    Partner(
         tuple(f"data.fim_{name}" for name in _FIM),
         lambda c: c.data.fim_data,
         "no document is rearranged: add --fim-data",

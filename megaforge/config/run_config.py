@@ -151,8 +151,8 @@ class DataConfig(ReadingConfig):
 
     data_path: tuple[str, ...] = flag(
         (),
-        "dataset prefix, or weight prefix weight prefix ... for a blend; synthetic is --mock-data; NAME://... reads a "
-        "source of --extensions",
+        "dataset prefix, or weight prefix weight prefix ... for a blend; synthetic is --mock-data; stream:FILES "
+        "tokenises text as it is read; NAME://... reads a source of --extensions",
         metavar="PREFIX",
     )
     mock_data: bool = flag(False, "random tokens instead of --data-path, to measure speed without a corpus")

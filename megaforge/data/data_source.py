@@ -162,10 +162,17 @@ def source_kind(data: DataConfig) -> DataSourceKind:
             f"--data-path {' '.join(data.data_path)}: a blend is of dataset files; give {schemes[0]}://... alone"
         )
     try:
-        kind: DataSourceKind = DATA_SOURCES.get("mock" if data.mock_data else schemes[0] if schemes else "files")
+        kind: DataSourceKind = DATA_SOURCES.get(_name_of(data, schemes))
     except UserError as error:
         raise UserError(f"--data-path {data.data_path[0]}: {error}") from error
     return kind
+
+
+def _name_of(data: DataConfig, schemes: Sequence[str]) -> str:
+    """The name of the kind of source, in the registry."""
+    if data.mock_data:
+        return "mock"
+    return schemes[0] if schemes else "stream" if data.streams else "files"
 
 
 def unread_settings(data: DataConfig) -> Iterator[str]:

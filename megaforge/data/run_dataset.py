@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from megaforge.data.cache import Cache, cached_dataset
 from megaforge.data.indexed_dataset import IndexedDataset
 from megaforge.data.sidecar import Sidecar, content_digest, read_sidecar
 from megaforge.data.split import Documents, split_documents
@@ -25,6 +26,7 @@ class DataChecks:
         vocab_size: ids the model knows; larger ones in the data are an error. None checks nothing.
         fingerprint, eod: of the run's tokenizer, compared with what is recorded beside each dataset; None: no
             tokenizer, nothing to compare.
+        cache: where datasets are copied to and read; None: they are read where they are.
         verify: whether whole files are compared with the recorded SHA-256, whatever their size.
     """
 
@@ -32,6 +34,7 @@ class DataChecks:
     fingerprint: str | None = None
     eod: int | None = None
     verify: bool = False
+    cache: Cache | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ def open_dataset(prefix: str, shares: Sequence[float], order: str, checks: DataC
     Raises:
         UserError: a missing, damaged or empty file, another tokenizer, or ids beyond the vocabulary.
     """
+    prefix = cached_dataset(prefix, checks.cache)
     dataset, sidecar = IndexedDataset(prefix), read_sidecar(prefix)
     if dataset.num_tokens == 0:
         raise UserError(f"{dataset.bin_path} is empty: its {dataset.num_documents} documents hold no tokens")

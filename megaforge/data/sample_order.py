@@ -58,6 +58,11 @@ def shuffled(key: int, items: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
     return np.argsort(splitmix64(key, items.astype(np.uint64)))
 
 
+def round_order(key: list[object], documents: int) -> npt.NDArray[np.intp]:
+    """The order of a round's documents: int64 [documents]."""
+    return shuffled(key_of(ORDER_VERSION, "round", *key), np.arange(documents))
+
+
 class EpochOrder:
     """One epoch's documents in reading order: where each begins in the stream and in the token file.
 
@@ -204,8 +209,39 @@ class TokenStream:
         return order
 
     def _build(self, epoch: int) -> npt.NDArray[np.int64]:
-        permutation = shuffled(key_of(*self._key, epoch), self._numbers)
+        return self._table(shuffled(key_of(*self._key, epoch), self._numbers))
+
+    def _table(self, permutation: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """What :class:`EpochOrder` takes, of the documents in this order."""
         table = np.zeros((2, len(permutation) + 1), np.int64)
         np.cumsum(self._lengths[permutation], out=table[0, 1:])
         table[1, :-1] = self._starts[permutation]
         return table
+
+
+class RoundStream(TokenStream):
+    """A source's endless token stream in the order in which :mod:`megaforge.data.stream` reads text: documents in file
+    order, shuffled within rounds of ``size``."""
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        starts: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int64],
+        numbers: npt.NDArray[np.int64],
+        key: list[object],
+        size: int,
+    ) -> None:
+        super().__init__(tokens, starts, lengths, numbers, key)
+        self._round_key, self._size = key, size
+
+    def _build(self, epoch: int) -> npt.NDArray[np.int64]:
+        rounds, within = np.divmod(self._numbers, self._size)
+        edges = [0, *(np.flatnonzero(np.diff(rounds)) + 1).tolist(), len(rounds)]
+        permutation = np.empty(len(rounds), np.int64)
+        for first, stop in zip(edges, edges[1:], strict=False):
+            order = round_order([*self._round_key, epoch, int(rounds[first])], self._size)
+            place = np.empty(self._size, np.int64)
+            place[order] = np.arange(self._size)
+            permutation[first:stop] = first + np.argsort(place[within[first:stop]])
+        return self._table(permutation)

@@ -61,7 +61,8 @@ class SampleSchedule:
 
     ``lanes`` is how many token streams each source is read from in turn, so that consecutive samples come from
     different documents even where documents are many windows long. ``curriculum`` is a schedule that needs to know the
-    sources, and a multiple of ``unit`` is where its stretches that are counted in tokens end.
+    sources, and a multiple of ``unit`` is where its stretches that are counted in tokens end. With ``round_size``
+    documents are read in file order, shuffled within rounds of so many.
     """
 
     seed: int
@@ -70,6 +71,7 @@ class SampleSchedule:
     lanes: int = 1
     curriculum: DataSchedule | None = None
     unit: int = 1
+    round_size: int | None = None
 
     @staticmethod
     def of(config: Config) -> SampleSchedule:
@@ -83,8 +85,14 @@ class SampleSchedule:
         if curriculum is not None:
             curriculum.check_lengths(length, config.parallel.seq_len_divisor)
         unit = config.training.full_batch_size or 1
+        in_rounds = config.data.data_order == "streamed" or config.data.streams
         return SampleSchedule(
-            config.training.seed, length, lanes=config.data.data_lanes, curriculum=curriculum, unit=unit
+            config.training.seed,
+            length,
+            lanes=1 if in_rounds else config.data.data_lanes,
+            curriculum=curriculum,
+            unit=unit,
+            round_size=config.data.stream_round if in_rounds else None,
         )
 
 
@@ -130,7 +138,7 @@ class Plan:
         shares: Sequence[Sequence[float]] | None = None,
         caps: Caps | None = None,
     ) -> None:
-        self.seed, self.lanes = schedule.seed, schedule.lanes
+        self.seed, self.lanes, self.round_size = schedule.seed, schedule.lanes, schedule.round_size
         self._shares = [[1.0]] * len(weights) if shares is None else shares
         self._caps = Caps((None,) * len(weights), (0,) * len(weights)) if caps is None else caps
         self._done: set[int] = set()
@@ -302,12 +310,14 @@ def make_state(
         "split": list(shares),
         "split_order": order,
         "stages": stages,
+        **({} if plan.round_size is None else {"stream_round": plan.round_size}),
     }
 
 
 _FIELDS = {
     "version": "the version of the data order",
     "seed": "--seed",
+    "stream_round": "the documents of a round (--data-order streamed, --stream-round)",
     "lanes": "--data-lanes",
     "manifest_digest": "the content of the --data-path files",
     "split": "--split",
@@ -343,10 +353,12 @@ def check_state(current: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     for field, meaning in _FIELDS.items():
         if field == "split_order" and saved["split"][0] == 1:
             continue  # every document is for training in any order
-        if field not in saved:
+        if field == "stream_round" and saved.get(field) == current.get(field):
+            continue  # most runs have none
+        if field not in saved and field != "stream_round":
             raise UserError(f"the checkpoint's data state has no field '{field}'; it cannot be continued exactly")
-        if saved[field] != current[field]:
-            changed = f"{meaning} was {saved[field]} and is now {current[field]}"
+        if saved.get(field) != current.get(field):
+            changed = f"{meaning} was {saved.get(field)} and is now {current.get(field)}"
             if field == "stages":
                 changed = _stages_differ(saved[field], current[field])
             raise UserError(

@@ -19,11 +19,12 @@ from megaforge.config.config import Config
 from megaforge.config.data_schedule import facts_from, joined
 from megaforge.config.launcher import discover_launch
 from megaforge.data.blend import parse_data_path, parse_split
+from megaforge.data.cache import Cache
 from megaforge.data.curriculum import Source, facts_of, plan_sources
 from megaforge.data.data_source import SampleView, held_out
 from megaforge.data.loader import Batch, GlobalBatchLoader
 from megaforge.data.run_dataset import DataChecks, RunDataset, open_dataset
-from megaforge.data.sample_order import TokenStream, documents_in_order, has_native_copy, key_of, shuffled
+from megaforge.data.sample_order import RoundStream, TokenStream, documents_in_order, has_native_copy, key_of, shuffled
 from megaforge.data.sample_schedule import Plan, SampleSchedule, ScheduledSource, make_state
 from megaforge.data.sidecar import check_agreement, digest_of
 from megaforge.data.split import PARTS
@@ -122,7 +123,7 @@ class TrainingData(ScheduledSource):
                 )
             if sources[len(self._sources)][0] is None:
                 weights[len(self._sources)] = float(tokens)
-            lanes = self._lanes(source, key, schedule.lanes)
+            lanes = self._lanes(source, key, schedule)
             shares.append([lane.num_tokens / tokens for lane in lanes])
             self._lane_of += [(len(self._sources), number) for number in range(len(lanes))]
             self._sources.append(source)
@@ -178,19 +179,19 @@ class TrainingData(ScheduledSource):
 
     def _open_others(self, held_out: Mapping[str, Sequence[str]], checks: DataChecks) -> dict[str, list[RunDataset]]:
         """The datasets that are wholly of one part; all of the run's must agree."""
-        others = {
-            part: [open_dataset(prefix, _WHOLE[part], "sequential", checks) for prefix in prefixes]
-            for part, prefixes in held_out.items()
-            if prefixes
-        }
+        others = open_parts(held_out, checks)
         opened = [*self._sources, *(source for some in others.values() for source in some)]
         check_agreement([source.sidecar for source in opened])
         return others
 
-    def _lanes(self, source: RunDataset, key: list[object], lanes: int) -> list[TokenStream]:
-        """The source's training documents dealt out, in a keyed order, to ``lanes`` streams of about equal size."""
+    def _lanes(self, source: RunDataset, key: list[object], schedule: SampleSchedule) -> list[TokenStream]:
+        """The source's training documents dealt out, in a keyed order, to as many streams of about equal size as the
+        schedule has lanes; or in one stream as text is streamed."""
         starts, lengths = source.extents("train")
-        numbers = source.numbers("train")
+        numbers, lanes = source.numbers("train"), schedule.lanes
+        if schedule.round_size is not None:
+            place: list[object] = [schedule.seed, len(self._sources)]
+            return [RoundStream(source.dataset.tokens, starts, lengths, numbers, place, schedule.round_size)]
         full = np.flatnonzero(lengths)
         lanes = min(lanes, len(full))
         dealt = full if lanes == 1 else full[shuffled(key_of("lanes", *key), numbers[full])]
@@ -297,6 +298,19 @@ class TrainingData(ScheduledSource):
         return self._others.get(part, self._sources)
 
 
+def open_parts(held_out: Mapping[str, Sequence[str]], checks: DataChecks) -> dict[str, list[RunDataset]]:
+    """The datasets that are wholly of one part, by part.
+
+    Raises:
+        UserError: as :func:`megaforge.data.run_dataset.open_dataset`.
+    """
+    return {
+        part: [open_dataset(prefix, _WHOLE[part], "sequential", checks) for prefix in prefixes]
+        for part, prefixes in held_out.items()
+        if prefixes
+    }
+
+
 def _targets_of(lengths: npt.NDArray[np.int64]) -> int:
     """Labels that count in documents of these lengths with ``--eod-mask-loss``: all but each document's first token."""
     return int(np.maximum(lengths - 1, 0).sum())
@@ -369,6 +383,7 @@ def open_files(config: Config, tokenizer: Tokenizer | None) -> TrainingData:
             None if tokenizer is None else tokenizer.eod,
             # Once a machine: hashing a corpus takes a while, and the ranks of one see the same files.
             verify=config.data.verify_data and discover_launch().local_rank == 0,
+            cache=Cache.of(config.data),
         ),
         eod_mask_loss=config.data.eod_mask_loss,
         held_out=held_out(config.data),
