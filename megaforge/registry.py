@@ -184,6 +184,13 @@ LAYER_KINDS = Registry(  # by their letters in the layer pattern
         "-": "megaforge.nn.kinds.dense:KIND",
     },
 )
+MULTI_TOKEN = Registry(
+    "multi-token prediction",
+    {
+        "sequential": "megaforge.models.multi_token:Sequential",
+        "parallel": "megaforge.models.multi_token:Parallel",
+    },
+)
 NORMS = Registry("norm", {"rmsnorm": "megaforge.nn.norms:RMSNorm", "layernorm": "megaforge.nn.norms:LayerNorm"})
 POSITION_EMBEDDINGS = Registry(
     "position embedding",

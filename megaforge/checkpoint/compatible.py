@@ -20,6 +20,7 @@ _INITIAL_ONLY = {
     "bound_tied_embedding",
     "hidden_dropout",
     "attention_dropout",
+    "mtp_loss_scaling_factor",
 }
 _QUANTIZERS = {field.name for field in dataclasses.fields(QuantConfig)} - {"sub_norm"}
 # None stands for a value that follows from others; compared as what it stands for.

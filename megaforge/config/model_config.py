@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megaforge.config.fields import divisors, either, flag
 from megaforge.config.mamba_config import MambaConfig
+from megaforge.config.mtp_config import MultiTokenConfig
 from megaforge.errors import UserError
 from megaforge.registry import CONVERTERS, NORMS
 
@@ -13,7 +14,7 @@ _ACTIVATIONS = ("relu2", "gated_relu2", "swiglu", "gelu", "gelu_exact")
 
 
 @dataclass(frozen=True)
-class ModelConfig(MambaConfig):
+class ModelConfig(MambaConfig, MultiTokenConfig):
     """Shape of the model, and what its matrices are trained as."""
 
     num_layers: int = flag(
@@ -27,8 +28,9 @@ class ModelConfig(MambaConfig):
     )
     hybrid_layer_pattern: str | None = flag(
         None,
-        "layers in order: R RWKV-7, M Mamba-2, * attention, E MoE FFN, - dense FFN, | pipeline cut; e.g. RERE|RE*E; a "
-        "file of --extensions adds letters. Overrides --layer-schedule",
+        "layers in order: R RWKV-7, M Mamba-2, * attention, E MoE FFN, - dense FFN, | pipeline cut, / in front of the "
+        "layers of a further prediction (--mtp-mode); e.g. RERE|RE*E; a file of --extensions adds letters. Overrides "
+        "--layer-schedule",
     )
     layer_schedule: str = flag(
         "interleave-x",

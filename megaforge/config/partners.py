@@ -17,7 +17,7 @@ from megaforge.config.fields import either
 from megaforge.config.layer_kind import LayerKind
 from megaforge.config.length_config import LENGTHS
 from megaforge.config.lr_shapes import RateShape
-from megaforge.config.pattern import kinds_of
+from megaforge.config.pattern import ahead_of, kinds_of
 from megaforge.config.position_kind import PositionKind
 from megaforge.config.quant_partners import QUANTIZATION, of_model
 from megaforge.config.run_partners import RUN_PARTNERS, Partner
@@ -298,6 +298,17 @@ PARTNERS = (
         of_model("moe_aux_loss_coeff"),
         lambda c: c.model.moe_router_load_balancing_type != "none",
         "--moe-router-load-balancing-type none has no such loss: it changes nothing",
+        refuse=False,
+    ),
+    Partner(
+        of_model("mtp_mode"),
+        lambda c: ahead_of(c.model),
+        "the next token alone is predicted: add --mtp-num-layers N",
+    ),
+    Partner(
+        of_model("mtp_loss_scaling_factor"),
+        lambda c: ahead_of(c.model),
+        "the next token alone is predicted (no --mtp-num-layers): it changes nothing",
         refuse=False,
     ),
     Partner(

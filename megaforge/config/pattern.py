@@ -1,7 +1,8 @@
 """Which layers a model has, in order: the hybrid layer pattern, written out or made by a schedule.
 
-The letters are Megatron-LM's, with R for RWKV-7: R, M and * are mixers, E and - are FFNs, | cuts pipeline stages. More
-of them are registered by name (:class:`megaforge.config.layer_kind.LayerKind`).
+The letters are Megatron-LM's, with R for RWKV-7: R, M and * are mixers, E and - are FFNs, | cuts pipeline stages, and
+each / begins the layers of a further prediction (multi-token prediction). More of them are registered by name
+(:class:`megaforge.config.layer_kind.LayerKind`).
 """
 
 from __future__ import annotations
@@ -9,16 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from megaforge.config.fields import either
 from megaforge.config.layer_kind import LayerKind
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
 from megaforge.registry import LAYER_KINDS
 
-CUT = "|"
-NOT_YET = {
-    "/": "multi-token prediction blocks are not available",
-}
+CUT, AHEAD = "|", "/"
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class BlockKind:
 
 
 def parse_pattern(pattern: str) -> tuple[BlockKind, ...]:
-    """Reads a pattern such as ``RERERE*E`` or ``RERE|RE*E``.
+    """Reads a pattern such as ``RERERE*E`` or ``RERE|RE*E``, what stands behind a ``/`` left out.
 
     Raises:
         UserError: it is empty, holds an unknown or unavailable letter, or a layer where such a layer cannot be.
@@ -45,7 +42,7 @@ def parse_pattern(pattern: str) -> tuple[BlockKind, ...]:
     blocks: list[BlockKind] = []
     places: dict[LayerKind, list[int]] = {}
     open_mixer = False
-    for place, letter in enumerate(pattern):
+    for place, letter in enumerate(pattern.partition(AHEAD)[0]):
         if letter == CUT:
             open_mixer = False
             continue
@@ -67,16 +64,16 @@ def _kind(letter: str, place: int, flag: str) -> LayerKind:
     if letter in LAYER_KINDS:
         kind: LayerKind = LAYER_KINDS.get(letter)
         return kind
-    if letter in NOT_YET:
-        known = either(LAYER_KINDS.names())
-        raise UserError(f"{flag}: {letter!r} at position {place}: {NOT_YET[letter]} in this version; use {known}")
     known = ", ".join(f"{name} ({LAYER_KINDS.get(name).title})" for name in LAYER_KINDS.names())
-    raise UserError(f"{flag}: unknown letter {letter!r} at position {place}; use {known} and | (pipeline cut)")
+    raise UserError(
+        f"{flag}: unknown letter {letter!r} at position {place}; use {known}, | (pipeline cut) and / "
+        "(further predictions)"
+    )
 
 
 def pipeline_cuts(cfg: ModelConfig) -> tuple[int, ...]:
     """How many blocks stand before each ``|`` of the pattern; empty: the cuts are chosen by cost."""
-    pattern = layer_pattern(cfg)
+    pattern = layer_pattern(cfg).partition(AHEAD)[0]
     places = [place for place, letter in enumerate(pattern) if letter == CUT]
     return tuple(_count(pattern[:place]) for place in places)
 
@@ -147,6 +144,34 @@ def kinds_of(cfg: ModelConfig) -> tuple[LayerKind, ...]:
     """The kinds of layer that the model has, each once, in the order in which it has them first.
 
     Raises:
-        UserError: see :func:`parse_pattern`.
+        UserError: see :func:`parse_pattern` and :func:`ahead_of`.
     """
-    return tuple(dict.fromkeys(kind for block in blocks_of(cfg) for kind in block.layers))
+    blocks = (*blocks_of(cfg), *(block for blocks in ahead_of(cfg) for block in blocks))
+    return tuple(dict.fromkeys(kind for block in blocks for kind in block.layers))
+
+
+@lru_cache(maxsize=64)
+def ahead_of(cfg: ModelConfig) -> tuple[tuple[BlockKind, ...], ...]:
+    """The blocks of each further prediction, of the second token after each, of the third, ...: what stands behind each
+    ``/`` of the pattern, or blocks like the model's last. Each is a model of its own, whose first blocks are first.
+
+    Raises:
+        UserError: the parts behind the ``/`` differ, as they may not in Megatron-LM either, or are of another number
+            than ``--mtp-num-layers``; or see :func:`parse_pattern`.
+    """
+    _, *parts = layer_pattern(cfg).split(AHEAD)
+    flag, count = f"--hybrid-layer-pattern {layer_pattern(cfg)!r}", cfg.mtp_num_layers
+    if not parts:
+        last = replace(blocks_of(cfg)[-1], first=True)
+        return ((last,),) * (count or 0)
+    if not all(part == parts[0] and part and CUT not in part for part in parts):
+        raise UserError(
+            f"{flag}: what stands behind each / are the layers of one further prediction, the same for all of them and "
+            "without |, such as M-*-/*-/*-"
+        )
+    if count not in (None, len(parts)):
+        raise UserError(
+            f"--mtp-num-layers {count}: the pattern has layers for {len(parts)} further predictions "
+            f"({layer_pattern(cfg)!r}); write as many / or leave the flag out"
+        )
+    return (parse_pattern(parts[0]),) * len(parts)

@@ -32,6 +32,7 @@ class Batch:
         samples: int64 [b], the number of each sample in the whole run; None where nobody counts them.
         later: with a look-ahead of n, n - 1 pairs (labels, loss mask) as above, of the second to the n-th token after
             each; with ``--eod-mask-loss`` none counts where a document begins in between.
+        same_document: bool [b, s], of each of ``later`` whether that token is of the same document.
         of: samples of the whole global batch; None: every dp rank has as many as this one.
     """
 
@@ -40,6 +41,7 @@ class Batch:
     loss_mask: Tensor
     document_start: Tensor
     later: tuple[tuple[Tensor, Tensor], ...] = ()
+    same_document: tuple[Tensor, ...] = ()
     samples: Tensor | None = None
     of: int | None = None
 
@@ -156,25 +158,29 @@ class GlobalBatchLoader:
             mask[marks[:, 1:]] = 0.0
         whole, counts, starts = map(torch.from_numpy, (tokens, mask, marks))
         shown = np.stack([self.data.shown(first + row, tokens[row, :length]) for row in range(self._micro)])
+        later = tuple(self._later(whole, counts, starts, length))
         return Batch(
             tokens=torch.from_numpy(shown),
             labels=whole[:, 1 : length + 1].contiguous(),
             loss_mask=counts if beyond == 1 else counts[:, :length].contiguous(),
             document_start=starts[:, :length].contiguous(),
-            later=tuple(self._later(whole, counts, starts, length)) if beyond > 1 else (),
+            later=tuple((labels, mask) for labels, mask, _ in later),
+            same_document=tuple(same for _, _, same in later),
             samples=torch.arange(first, first + self._micro),
             of=size,
         )
 
-    def _later(self, tokens: Tensor, counts: Tensor, starts: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """``Batch.later`` from windows of ``length`` tokens and those that follow."""
-        between = torch.zeros((), dtype=torch.bool)
+    def _later(
+        self, tokens: Tensor, counts: Tensor, starts: Tensor, length: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """``Batch.later`` and ``Batch.same_document`` from windows of ``length`` tokens and those that follow."""
+        begun = starts[:, 1 : 1 + length]
         for ahead in range(2, self._look_ahead + 1):
             mask = counts[:, ahead - 1 : ahead - 1 + length]
+            begun = begun | starts[:, ahead : ahead + length]
             if self.data.eod_mask_loss:
-                between = between | starts[:, ahead - 1 : ahead - 1 + length]
-                mask = mask.masked_fill(between, 0.0)
-            yield tokens[:, ahead : ahead + length].contiguous(), mask.contiguous()
+                mask = mask.masked_fill(begun, 0.0)
+            yield tokens[:, ahead : ahead + length].contiguous(), mask.contiguous(), ~begun
 
 
 def _nearest(global_batch_size: int, micro_batch_size: int, dp_size: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.config.pattern import blocks_of
+from megaforge.config.pattern import ahead_of, blocks_of
 from megaforge.models.hybrid import HybridModel
 from megaforge.nn.head import EMBEDDING
 from megaforge.parallel.param_spec import ParamSpec, named_specs
@@ -37,4 +37,27 @@ def model_flops_per_token(model: HybridModel, sequence_length: int) -> float:
     """
     layers = [kind for block in blocks_of(model.cfg) for kind in block.layers]
     mixing = sum(kind.flops(model.cfg, sequence_length) for kind in layers)
-    return 3.0 * (2.0 * active_matmul_parameters(model) + mixing)
+    more = head_products(model.cfg) + ahead_mixing(model.cfg, sequence_length)
+    return 3.0 * (2.0 * active_matmul_parameters(model) + mixing + more)
+
+
+def head_products(cfg: ModelConfig) -> float:
+    """Forward FLOPs of one token's scores in all further predictions, which share the head's matrix."""
+    return 2.0 * len(ahead_of(cfg)) * cfg.padded_vocab_size() * cfg.hidden_size
+
+
+def ahead_mixing(cfg: ModelConfig, sequence_length: int) -> float:
+    """Forward FLOPs of one token in the layers of further predictions, besides products with matrices."""
+    return sum(
+        kind.flops(cfg, sequence_length) for blocks in ahead_of(cfg) for block in blocks for kind in block.layers
+    )
+
+
+def ahead_flops(model: HybridModel, sequence_length: int) -> float:
+    """Forward FLOPs of one token in all further predictions of a model with its last stage."""
+    if model.mtp is None:
+        return 0.0
+    own = {spec.name: spec for spec, _ in named_specs(model.mtp)}
+    own.pop(EMBEDDING, None)  # looked up
+    cfg = model.cfg
+    return 2.0 * matmul_elements(own.values(), cfg) + head_products(cfg) + ahead_mixing(cfg, sequence_length)

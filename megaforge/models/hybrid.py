@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from itertools import chain
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from megaforge.config.pattern import BlockKind, blocks_of, kinds_of
+from megaforge.config.pattern import BlockKind, ahead_of, blocks_of, kinds_of
 from megaforge.errors import UserError
+from megaforge.models.ahead import Ends, make_multi_token, terms_of
 from megaforge.models.converters import convert
 from megaforge.models.generation_state import GenerationState
 from megaforge.nn.head import OutputHead, ends_init
@@ -160,6 +162,20 @@ class Block(nn.Module):
         return output
 
 
+class Trunk(NamedTuple):
+    """What the blocks of a stage make.
+
+    Attributes:
+        sent: the residual stream, and what layers carry, by name.
+        routed: losses of routers.
+        before: the residual stream in front of the last block.
+    """
+
+    sent: dict[str, Tensor]
+    routed: list[RouterLosses]
+    before: Tensor
+
+
 class HybridModel(nn.Module):
     """A causal language model of RWKV-7 and attention blocks with dense or mixture-of-experts FFNs, or the part of it
     that one pipeline stage holds: the stage of the first block has the embedding, that of the last the head.
@@ -191,10 +207,11 @@ class HybridModel(nn.Module):
         kinds = blocks_of(cfg)
         self.stage_layers = range(len(kinds)) if layers is None else layers
         self.is_first, self.is_last = self.stage_layers.start == 0, self.stage_layers.stop == len(kinds)
-        moe_layers = [index for index, block in enumerate(kinds) for kind in block.layers if kind.has_experts]
+        every = (*kinds, *chain.from_iterable(ahead_of(cfg)))
+        moe_layers = [index for index, block in enumerate(every) for kind in block.layers if kind.has_experts]
         self.num_moe_layers = len(moe_layers)
         # A slice, for a list would have to be sent to the device each time.
-        ends = self.stage_layers.start, self.stage_layers.stop
+        ends = self.stage_layers.start, len(every) if self.is_last else self.stage_layers.stop
         self.moe_rows = slice(*(sum(index < end for index in moe_layers) for end in ends))
         embedding_init, head_init = ends_init(cfg)
         if self.is_first:
@@ -215,6 +232,7 @@ class HybridModel(nn.Module):
             tied = not cfg.untie_embeddings_and_output_weights
             init = embedding_init if tied else head_init
             self.head = OutputHead(layer, embedding_weight if tied else None, init=init, tied=tied)
+            self.mtp = make_multi_token(layer, self.head.weight if tied else embedding_weight)
         convert(self, cfg.all_converters, layer.ctx)
         name_parameters(self)
 
@@ -228,22 +246,31 @@ class HybridModel(nn.Module):
         """The stages that this rank holds, as :class:`megaforge.models.stages.ModelChunks` has several."""
         return [self]
 
+    @property
+    def embedding_copy(self) -> nn.Parameter:
+        """The embedding's matrix as a last stage reads it (:func:`megaforge.models.ahead.embedding_is_shared`)."""
+        if self.cfg.untie_embeddings_and_output_weights:
+            assert self.mtp is not None
+            return self.mtp.looked_up()
+        return self.head.weight
+
     def _trunk(
         self,
         tokens_BS: Tensor,
         info: PackedSequence,
         state: GenerationState | None = None,
         received: Mapping[str, Tensor] = NOTHING,
-    ) -> tuple[dict[str, Tensor], list[RouterLosses]]:
-        """Tokens, or what an earlier stage made of them, through the blocks; with the losses of the MoE layers."""
+    ) -> Trunk:
+        """Tokens, or what an earlier stage made of them, through the blocks."""
         carried, losses = dict(received), list[RouterLosses]()
-        x = carried.pop("x") if carried else self.embedded(tokens_BS, info)
+        before = x = carried.pop("x") if carried else self.embedded(tokens_BS, info)
         states = None if state is None else iter(state.layers)
         for block in self.blocks:
             own = (None, None) if states is None else [next(states) for _ in block.sublayers]
+            before = x
             x, carried, routed = block(x, info, carried, own)
             losses += routed
-        return {"x": x, **carried}, losses
+        return Trunk({"x": x, **carried}, losses, before)
 
     def embedded(self, tokens_BS: Tensor, info: PackedSequence) -> Tensor:
         """The residual stream [s(/tp), b, h] in front of the first block."""
@@ -306,6 +333,7 @@ class HybridModel(nn.Module):
         labels: Tensor,
         loss_mask: Tensor,
         info: PackedSequence | None = None,
+        later: Sequence[tuple[Tensor, Tensor]] = (),
         *,
         received: Mapping[str, Tensor] = NOTHING,
         turns_back: bool = False,
@@ -314,13 +342,16 @@ class HybridModel(nn.Module):
 
         Args:
             info: from :meth:`pack`; None: one document each.
+            later: of each further prediction (:mod:`megaforge.models.multi_token`) its labels and loss mask, as above;
+                none: they are not made.
             received: what the stage before made; nothing in the first.
             turns_back: a backward pass follows at once, that of :attr:`ModelOutput.loss_sum`: the head forms its
                 gradients while it has the logits. Other gradients are right too, but logits are formed again.
         """
         info = self.pack(tokens, None) if info is None else info
         tokens, labels, loss_mask = (info.local(whole) for whole in (tokens, labels, loss_mask))
-        sent, routed = self._trunk(tokens, info, None, received)
+        sent, routed, before = self._trunk(tokens, info, None, received)
+        terms: dict[str, LossTerm] = {}
         scored = head_input = total = None
         if self.is_last:
             head_input = self.head, self.final_norm(sent["x"])
@@ -329,19 +360,25 @@ class HybridModel(nn.Module):
             at_once = turns_back and self.dtype != torch.float16
             losses, correct, total = self.head.loss(head_input[1], labels, mask_SB if at_once else None)
             scored = losses, correct, mask_SB
-        terms: dict[str, LossTerm] = {}
+            if later and self.mtp is not None:
+                made = Ends(before, head_input[1], self.final_norm, self.head)
+                more = [(info.local(one), info.local(mask).to(mask_SB.dtype)) for one, mask in later]
+                predictions = self.mtp(made, [labels, *(one for one, _ in more[:-1])], more, info)
+                terms = terms_of(predictions, self.cfg)
+                routed = [*routed, *(layer for one in predictions for layer in one.routed)]
         for layer in routed:
             own = layer.terms(self.cfg)
             add_terms(terms, {name: replace(term, layers=self.num_moe_layers) for name, term in own.items()})
-        counts = [torch.stack([r.tokens_per_expert, r.preferred_per_expert]) for r in routed]
-        experts = torch.stack(counts, dim=1) if counts else tokens.new_zeros((2, 0, self.cfg.num_experts))
+        # Layers of predictions that were not made have routed nothing.
+        experts = tokens.new_zeros((2, self.moe_rows.stop - self.moe_rows.start, self.cfg.num_experts))
+        for place, layer in enumerate(routed):
+            experts[0, place], experts[1, place] = layer.tokens_per_expert, layer.preferred_per_expert
         return ModelOutput(scored, terms, experts, head_input, total), sent
 
     def head_input(self, tokens: Tensor, info: PackedSequence) -> Tensor:
         """What the head of a whole model is given of ``tokens`` int64 [b, s]: the normed residual stream
         [s(/tp), b, h], of the tokens that this rank holds."""
-        sent, _ = self._trunk(info.local(tokens), info)
-        out: Tensor = self.final_norm(sent["x"])
+        out: Tensor = self.final_norm(self._trunk(info.local(tokens), info).sent["x"])
         return out
 
     def logits(
@@ -382,21 +419,36 @@ class HybridModel(nn.Module):
         received: Mapping[str, Tensor] = NOTHING,
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """:meth:`logits` of one pipeline stage: scores in the last, None in others; and what the next goes on from."""
+        ends, sent = self.stage_ends(tokens, document_start, state, received=received)
+        if ends is None:
+            return None, sent
+        x = ends.hidden
+        if last_only and not self.region.sequence_parallel:
+            x = x[-1:]
+        logits = self.head.logits(x)
+        return logits[:, -1:] if last_only else logits, sent
+
+    def stage_ends(
+        self,
+        tokens: Tensor,
+        document_start: Tensor | None = None,
+        state: GenerationState | None = None,
+        *,
+        received: Mapping[str, Tensor] = NOTHING,
+    ) -> tuple[Ends | None, dict[str, Tensor]]:
+        """What the head and further predictions of the last stage are given, None in others; the rest is as
+        :meth:`stage_logits`."""
         if self.ctx.cp.size > 1:
             raise ValueError(f"logits are for models that hold whole sequences: cp is {self.ctx.cp.size}, not 1")
         info = self.pack(tokens, document_start, state)
-        sent, _ = self._trunk(tokens, info, state, received)
+        sent, _, before = self._trunk(tokens, info, state, received)
         if state is not None:
             state.length += tokens.shape[1]
             if state.unused_B is None:
                 state.unused_B = torch.zeros(tokens.shape[0], dtype=torch.long, device=tokens.device)
         if not self.is_last:
             return None, sent
-        x = self.final_norm(sent["x"])
-        if last_only and not self.region.sequence_parallel:
-            x = x[-1:]
-        logits = self.head.logits(x)
-        return logits[:, -1:] if last_only else logits, sent
+        return Ends(before, self.final_norm(sent["x"]), self.final_norm, self.head), sent
 
     def new_state(self) -> GenerationState:
         """An empty memory; the first tokens given to it decide how many sequences it holds."""

@@ -19,6 +19,7 @@ COMPONENTS = {
     "moe": "experts",
     "router": "routers",
     "ffn": "dense FFN",
+    "mtp": "multi-token projections",
     "norm": "norms",
     "head": "output head",
     "other": "other layers",

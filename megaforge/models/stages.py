@@ -12,7 +12,8 @@ from torch import nn
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import blocks_of, kinds_of, pipeline_cuts
 from megaforge.config.run_config import ParallelConfig
-from megaforge.models.flops import matmul_elements
+from megaforge.models.ahead import embedding_is_shared
+from megaforge.models.flops import ahead_flops, matmul_elements
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.pipeline_shape import PipelinePlan, check_stages, pipeline_shape
 from megaforge.parallel.context import ParallelContext
@@ -54,13 +55,14 @@ def stage_layers(cfg: ModelConfig, num_stages: int, sequence_length: int) -> lis
 @lru_cache(maxsize=8)
 def block_costs(cfg: ModelConfig, sequence_length: int) -> tuple[float, ...]:
     """Forward FLOPs of one token in each block: RWKV-7, attention over ``sequence_length`` tokens, the chosen experts
-    or the dense FFN. The last one's include the output head; looking up an embedding costs no arithmetic."""
+    or the dense FFN. The last one's include the output head, and what makes further predictions; looking up an
+    embedding costs no arithmetic."""
     model = HybridModel(make_layer_context(cfg, ParallelContext.single("meta")))
     costs = []
     for kind, block in zip(blocks_of(cfg), model.blocks, strict=True):
         matrices = matmul_elements((spec for spec, _ in named_specs(block)), cfg)
         costs.append(2.0 * matrices + sum(layer.flops(cfg, sequence_length) for layer in kind.layers))
-    costs[-1] += 2.0 * cfg.padded_vocab_size() * cfg.hidden_size
+    costs[-1] += 2.0 * cfg.padded_vocab_size() * cfg.hidden_size + ahead_flops(model, sequence_length)
     return tuple(costs)
 
 
@@ -85,7 +87,7 @@ def build_model(layer: LayerContext, plan: PipelinePlan) -> HybridModel | ModelC
     """
     chunks: list[HybridModel] = []
     for stage in plan.schedule.stages_of(layer.ctx.pp.rank):
-        # In a V the first rank has the last stage too: a tied head is the embedding itself.
+        # In a V the first rank has the last stage too, which reads the embedding itself.
         shared = chunks[0].embedding.weight if chunks and chunks[0].is_first else None
         chunks.append(HybridModel(layer, plan.layers[stage], shared))
     model = chunks[0] if plan.num_stages == 1 else ModelChunks(layer.cfg, chunks)
@@ -100,11 +102,11 @@ def build_model(layer: LayerContext, plan: PipelinePlan) -> HybridModel | ModelC
 def tied_weight(model: HybridModel | ModelChunks, plan: PipelinePlan) -> nn.Parameter | None:
     """This rank's copy of a matrix that the first and the last pipeline rank both have; None without such a copy."""
     first, last = tied_ranks(plan.schedule)
-    if model.cfg.untie_embeddings_and_output_weights or first == last:
+    if first == last or not embedding_is_shared(model.cfg):
         return None
     if model.chunks[0].is_first:
         return model.chunks[0].embedding.weight
-    return model.chunks[-1].head.weight if model.chunks[-1].is_last else None
+    return model.chunks[-1].embedding_copy if model.chunks[-1].is_last else None
 
 
 def make_stage_tensors(
@@ -123,7 +125,7 @@ def make_stage_tensors(
         places = [index for index, block in enumerate(blocks_of(cfg)) if kind in block.layers]
         holders = [stage for stage, layers in enumerate(plan.layers) if any(place in layers for place in places)]
         for name, shape in kind.carried(cfg, length, batch, ctx.tp.size).items():
-            if holders[-1] > holders[0]:
+            if holders and holders[-1] > holders[0]:
                 payload[name] = StageTensor(shape, dtype, carried=True, made_by=holders[0], read_until=holders[-1])
     return payload
 

@@ -29,10 +29,14 @@ _QUANTIZATION = "`--log-quantization`, " + _INTERVAL
 
 STEP = {
     "loss": Name("cross-entropy in nats, mean over the global batch's tokens; of another `--objective` its `loss`"),
+    "mtp_loss/KIND": Name(
+        "cross-entropy in nats of the token N + 1 places on, mean over the labels that count; before its weight",
+        "`--mtp-num-layers`, for N from 1",
+    ),
     "grad_norm": Name("L2 norm of the whole gradient before clipping"),
     "grad_norm/KIND": Name(
-        "the same of the parameters of one kind: embedding, head, attention, rwkv, mamba, moe, router, ffn, norm, "
-        "other",
+        "the same of the parameters of one kind: embedding, head, attention, rwkv, mamba, moe, router, ffn, mtp, "
+        "norm, other",
         "the kinds that the model has",
     ),
     "unfiltered_grad_norm": Name("L2 norm of the whole gradient before it was filtered", "`--grokfast`"),

@@ -161,11 +161,14 @@ class RowParallelLinear(Linear):
 class VocabParallelEmbedding(nn.Module):
     """Token embedding whose rows are split over tp; a rank looks up its own rows and the sum over tp is the whole."""
 
-    def __init__(self, layer: LayerContext, *, init: InitRule) -> None:
+    def __init__(self, layer: LayerContext, *, init: InitRule, weight: nn.Parameter | None = None) -> None:
+        """``weight``: this rank's rows, where they are there already."""
         super().__init__()
         self.region = layer.region
         shape = (layer.cfg.padded_vocab_size(), layer.cfg.hidden_size)
-        self.weight = layer.parameter(shape, init, shard_dim=0, role="lookup", kind="embedding")
+        if weight is None:
+            weight = layer.parameter(shape, init, shard_dim=0, role="lookup", kind="embedding")
+        self.weight = weight
         self.sharded = layer.ctx.tp.size > 1
         self.first_row = layer.ctx.tp.rank * self.weight.shape[0]
 

@@ -39,8 +39,9 @@ def carried_before(parts: ModelParts, layout: PlannedLayout, index: int) -> Shap
 
 
 def end_cost(parts: ModelParts, layout: PlannedLayout, *, last: bool) -> Cost:
-    """The cost of the embedding, or (``last``) of final norm, head and loss."""
-    sizes = _sizes(layout, "none", experts=False)
+    """The cost of the embedding, or (``last``) of final norm, head and loss, and of what makes further predictions."""
+    experts = last and any(held.spec.expert_dim is not None for held in parts.ahead)
+    sizes = _sizes(layout, layout.recompute if last and parts.ahead else "none", experts)
     if (last, sizes) not in parts.measured:
         parts.measured[last, sizes] = measure_end(parts.cfg, sizes, last=last)
     return parts.measured[last, sizes]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.config.pattern import blocks_of
+from megaforge.config.pattern import ahead_of, blocks_of
 from megaforge.models.hybrid import HybridModel
 from megaforge.nn.offload import HostMemory
 from megaforge.nn.recompute import recomputed
@@ -112,17 +112,22 @@ def measure_layer(cfg: ModelConfig, index: int, place: int, sizes: Sizes, arrivi
 
 
 def measure_end(cfg: ModelConfig, sizes: Sizes, *, last: bool) -> Cost:
-    """The cost of the embedding, or (``last``) of final norm, head and loss."""
+    """The cost of the embedding, or (``last``) of final norm, head and loss, further predictions
+    included."""
     place = len(blocks_of(cfg)) if last else 0
 
     def build(ctx: ParallelContext) -> tuple[nn.Module, Forward]:
-        model = HybridModel(_layer_context(cfg, ctx, sizes), range(place, place))
+        layer = dataclasses.replace(_layer_context(cfg, ctx, sizes), recompute=sizes.recompute)
+        model = HybridModel(layer, range(place, place))
 
         def forward(x: Tensor, carried: dict[str, Tensor], info: PackedSequence) -> Given:
             tokens = torch.zeros(sizes.micro_batch_size, sizes.sequence_length, dtype=torch.int64, device=ctx.device)
             mask = torch.ones(tokens.shape, device=ctx.device)
-            output, sent = model.run_stage(tokens, tokens, mask, received={"x": x} if last else {})
-            return [output.loss_sum if last else sent["x"]], {}
+            later = [(tokens, mask)] * len(ahead_of(cfg)) if last else []
+            packed, received = info if later else None, {"x": x} if last else {}
+            output, sent = model.run_stage(tokens, tokens, mask, packed, later, received=received)
+            more = [term.sum for term in output.terms.values()]
+            return [output.loss_sum, *more] if last else [sent["x"]], {}
 
         return model, forward
 

@@ -38,6 +38,10 @@ CASES = {
         *(*_TEST, "--activation", "swiglu", "--normalization", "layernorm"),
         "--untie-embeddings-and-output-weights",
     ),
+    "hybrid MoE, two modules of further tokens": (*_TEST, "--mtp-num-layers", "2"),
+    "dense, three heads of further tokens": (
+        *(*_TEST, "--ffn", "dense", "--mtp-mode", "parallel", "--mtp-num-layers", "3"),
+    ),
     "cdrmix-tiny": _TINY,
     "cdrmix-tiny, --recompute selective": (*_TINY, "--recompute", "selective"),
     "cdrmix-tiny, --recompute moe": (*_TINY, "--recompute", "moe"),

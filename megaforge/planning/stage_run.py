@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megaforge.config.pattern import BlockKind
+from megaforge.config.pattern import BlockKind, ahead_of
 from megaforge.models.hybrid import HybridModel
 from megaforge.nn.losses import LossTerm, total_loss
 from megaforge.nn.offload import HostMemory
@@ -132,11 +132,13 @@ def _forward(chunk: HybridModel, layout: PlannedLayout, payload: StageTensors, i
     tokens = torch.zeros(layout.micro_batch_size, layout.sequence_length, dtype=torch.int64, device=device)
     mask = torch.ones(tokens.shape, dtype=torch.float32, device=device)
     received = dict(zip(_arriving(chunk, payload), inputs, strict=True))
-    output, made = chunk.run_stage(tokens, tokens, mask, received=received)
+    later = [(tokens, mask)] * len(ahead_of(chunk.cfg))
+    output, made = chunk.run_stage(tokens, tokens, mask, None, later, received=received)
     sent = {name: tensor for name, tensor in made.items() if tensor is not received.get(name) and name in payload}
     leaving = [] if chunk.is_last else list(sent.values())
     own = {"loss": LossTerm(output.loss_sum, "labels")} if chunk.is_last else {}
-    loss = total_loss(own | output.terms, dict.fromkeys(("labels", "sequences", "tokens"), 1.0))
+    counts = dict.fromkeys((term.denominator for term in output.terms.values()), 1.0)
+    loss = total_loss(own | output.terms, {"labels": 1.0, **counts})
     return starts_of(leaving if loss is None else [*leaving, loss])
 
 

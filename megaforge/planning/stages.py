@@ -13,9 +13,10 @@ from torch import nn
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import BlockKind
-from megaforge.models.flops import matmul_elements
+from megaforge.models.flops import ahead_mixing, head_products, matmul_elements
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.stages import stage_layers
+from megaforge.nn.head import EMBEDDING
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import ParamSpec, named_specs
@@ -45,13 +46,15 @@ class BlockParts:
 
 @dataclass(frozen=True)
 class ModelParts:
-    """The whole model, as declared at construction; sizes at any layout follow from each declaration."""
+    """The whole model, as declared at construction; sizes at any layout follow from each declaration. ``ahead`` are the
+    parameters of further predictions, the embedding included where they read it."""
 
     cfg: ModelConfig
     embedding: tuple[DeclaredParameter, ...]
     blocks: tuple[BlockParts, ...]
     final_norm: tuple[DeclaredParameter, ...]
     head: tuple[DeclaredParameter, ...]
+    ahead: tuple[DeclaredParameter, ...] = ()
 
     @cached_property
     def measured(self) -> dict[object, Any]:
@@ -73,16 +76,25 @@ class ModelParts:
         for index in blocks:
             yield from self.blocks[self._first_of_kind[index]].held
 
-    @property
-    def head_flops(self) -> float:
-        """Forward FLOPs of one token's scores, over all ranks."""
-        return 2.0 * self.cfg.padded_vocab_size() * self.cfg.hidden_size
+    def head_flops(self, sequence_length: int) -> float:
+        """Forward FLOPs of one token's scores, over all ranks, and of all further predictions."""
+        cfg = self.cfg
+        own = [item.spec for item in self.ahead if item.spec.name != EMBEDDING]
+        more = 2.0 * matmul_elements(own, cfg) + head_products(cfg) + ahead_mixing(cfg, sequence_length)
+        return 2.0 * cfg.padded_vocab_size() * cfg.hidden_size + more
+
+    def ahead_again(self, sequence_length: int) -> float:
+        """Forward FLOPs of one token that the backward pass of further predictions computes again in any case: logits,
+        and of heads side by side everything."""
+        if self.cfg.mtp_mode == "sequential":
+            return head_products(self.cfg)
+        return self.head_flops(sequence_length) - 2.0 * self.cfg.padded_vocab_size() * self.cfg.hidden_size
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Forward and backward FLOPs of one token, recomputation not counted."""
         held = [item.spec for block in self.blocks for layer in block.held for item in layer]
         mixing = sum(kind.flops(self.cfg, sequence_length) for block in self.blocks for kind in block.kind.layers)
-        return 3.0 * (2.0 * matmul_elements(held, self.cfg) + mixing + self.head_flops)
+        return 3.0 * (2.0 * matmul_elements(held, self.cfg) + mixing + self.head_flops(sequence_length))
 
 
 @cache
@@ -96,6 +108,7 @@ def model_parts(cfg: ModelConfig, dtype: torch.dtype) -> ModelParts:
         tuple(blocks),
         _held([model.final_norm]),
         _held([model.head]),
+        () if model.mtp is None else _held([model.mtp]),
     )
 
 
@@ -136,7 +149,8 @@ def stage_parameters(parts: ModelParts, stages: Sequence[StagePart]) -> list[tup
     counts: Counter[int] = Counter()
     for stage in stages:
         counts.update(parts.alike(stage.blocks))
-        held = (parts.embedding if stage.first else ()) + (parts.final_norm + parts.head if stage.last else ())
+        held = parts.embedding if stage.first else ()
+        held += parts.final_norm + parts.head + parts.ahead if stage.last else ()
         ends.update({item.spec.name: item for item in held})
     own = [(item, 1) for item in ends.values()]
     for index, count in counts.items():
@@ -155,13 +169,14 @@ def chunk_parameters(
     """
     chunks: list[list[DeclaredParameter]] = []
     shared: dict[str, DeclaredParameter] = {}
-    tied = {item.spec.name for item in parts.embedding} & {item.spec.name for item in parts.head}
+    tied = {item.spec.name for item in parts.embedding} & {item.spec.name for item in (*parts.head, *parts.ahead)}
     both_ends = sum(stage.first for stage in stages) + sum(stage.last for stage in stages) > 1
     for stage in stages:
         chunk = [*parts.embedding] if stage.first else []
         chunk += [item for layer in parts.layers_of(stage.blocks) for item in layer]
         if stage.last:
-            chunk += [*parts.final_norm, *(item for item in parts.head if not (stage.first and item.spec.name in tied))]
+            ends = {item.spec.name: item for item in (*parts.head, *parts.ahead)}
+            chunk += [*parts.final_norm, *(one for name, one in ends.items() if not (stage.first and name in tied))]
         if both_ends and not (stage.first and stage.last):
             shared.update({item.spec.name: item for item in chunk if item.spec.name in tied})
             chunk = [item for item in chunk if item.spec.name not in tied]

@@ -104,9 +104,13 @@ def stage_time(
     moving = FORWARD_PASSES / (gpu.memory_bandwidth * efficiency.memory)
     ends = moving * sum(end_cost(parts, made, last=last).kept for last in stage.ends)
     if stage.last:
-        ends += parts.head_flops * layout.tokens / layout.tp / (gpu.matmul * efficiency.matmul)
+        ends += parts.head_flops(layout.sequence_length) * layout.tokens / layout.tp / (gpu.matmul * efficiency.matmul)
         if not turns_back or layout.dtype == torch.float16:
             again += ends  # the head computes its logits again
+        elif parts.ahead:
+            again += (
+                parts.ahead_again(layout.sequence_length) * layout.tokens / layout.tp / (gpu.matmul * efficiency.matmul)
+            )
     compute += ends
     cost = stage_cost(parts, layout, stage)
     speeds = {axis: bandwidth(layout, axis, gpu, efficiency) for axis in {*cost.forward, *cost.backward}}

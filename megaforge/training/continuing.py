@@ -32,7 +32,7 @@ _LEARNING = {
         *("normuon_beta2", "decoupled_lr", "decoupled_min_lr"),
         *("weight_decay_incr_style", "start_weight_decay", "end_weight_decay"),
     ),
-    "model": ("hidden_dropout", "attention_dropout"),
+    "model": ("hidden_dropout", "attention_dropout", "mtp_loss_scaling_factor"),
     "training": ("bf16", "fp16", "fp64", "rampup_batch_size", "step_batch_size_schedule", "objective", "loss_terms"),
     "parallel": ("grad_reduce_in_bf16", "grad_compression", "grad_compression_rank"),
     "data": ("eod_mask_loss",),

@@ -26,6 +26,7 @@ from megaforge.parallel.grad_compression import make_comm_hook
 from megaforge.parallel.pipeline.executor import StageOutput
 from megaforge.parallel.pipeline.tied import sum_tied_gradient
 from megaforge.parallel.zero import ShardedParameters
+from megaforge.training.multi_token import targets_ahead
 
 # What a stage put out for a micro-batch -> its part of the loss (None: no part), and what the caller is told.
 LossFn = Callable[[ModelOutput, Batch], tuple[Tensor | None, Any]]
@@ -131,7 +132,9 @@ class ForwardBackward:
 
     def _upload(self, chunk: HybridModel, batch: Batch, dropout: DropoutRates | None) -> tuple[Any, ...]:
         """A micro-batch as stages take it. Document starts stay in host memory, where it is asked what there is."""
-        tokens, labels, mask = (upload(x, self._ctx.device) for x in (batch.tokens, batch.labels, batch.loss_mask))
+        device = self._ctx.device
+        tokens, labels, mask = (upload(x, device) for x in (batch.tokens, batch.labels, batch.loss_mask))
+        later = [(upload(one, device), upload(counts, device)) for one, counts in targets_ahead(batch, chunk.cfg)]
         info = chunk.pack(tokens, batch.document_start)
         if dropout is not None:
             if batch.samples is None:
@@ -140,7 +143,7 @@ class ForwardBackward:
                     "on; give it samples, or write 0"
                 )
             info.dropout = dropout.of(upload(batch.samples, self._ctx.device), info.positions_S)
-        return tokens, labels, mask, info
+        return tokens, labels, mask, info, later
 
     def _saving(self) -> AbstractContextManager[object]:
         active = self._offload and torch.is_grad_enabled()

@@ -14,12 +14,14 @@ import torch
 from torch import nn
 
 from megaforge.config.config import Config
+from megaforge.config.pattern import ahead_of
 from megaforge.data.loader import Batch
 from megaforge.errors import UserError
 from megaforge.models.hybrid import ModelOutput
 from megaforge.nn.losses import LossTerm
 from megaforge.parallel.context import ParallelContext
 from megaforge.registry import LOSS_TERMS, OBJECTIVES
+from megaforge.training.multi_token import PredictsAhead
 
 
 class Objective(Protocol):
@@ -106,4 +108,5 @@ def make_objective(config: Config) -> Objective:
     the configuration; a term is a function of a micro-batch's output."""
     objective: Objective = OBJECTIVES.get(config.training.objective)(config)
     more = {name: LOSS_TERMS.get(name)(config) for name in config.training.loss_terms}
-    return WithTerms(objective, more) if more else objective
+    objective = WithTerms(objective, more) if more else objective
+    return PredictsAhead(objective, config.model) if ahead_of(config.model) else objective

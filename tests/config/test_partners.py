@@ -43,6 +43,8 @@ REFUSED = [
     (("--qk-clip-alpha", "0.4"), (), "add --qk-clip"),
     (("--qk-clip",), ("--qk-layernorm",), "leave one of the two out"),
     (("--rope-scaling-factor", "4"), (), "add --use-rope-scaling"),
+    (("--mtp-mode", "parallel"), (), "add --mtp-num-layers N"),
+    (("--mtp-mode", "parallel"), ("--mtp-num-layers", "0"), "add --mtp-num-layers N"),
     (("--apply-wd-to-qk-layernorm",), (), "add --qk-layernorm"),
     (("--ema-evaluate",), ("--eval-iters", "1"), "add --ema-decay"),
     (("--ema-evaluate",), ("--ema-decay", "0.9"), "--eval-iters N"),
@@ -149,6 +151,7 @@ SAID = [
     (("--moe-router-score-function", "sigmoid"), DENSE, "--ffn moe"),
     (("--cp-comm-type", "p2p"), (), "--cp 1"),
     (("--no-load-optim",), (), "--load"),
+    (("--mtp-loss-scaling-factor", "0.1"), (), "no --mtp-num-layers"),
     (("--no-exit-on-missing-checkpoint",), (), "nothing is loaded"),
     (("--reset-data",), ("--load", "r", "--finetune"), "--finetune"),
     (("--exit-interval", "2"), (), "--save"),
@@ -220,6 +223,7 @@ def test_said(flag: tuple[str, ...], beside: tuple[str, ...], advice: str, capsy
         ("--dry-run", "--dry-run-world-size", "8"),
         ("--load", "r", "--no-load-optim", "--no_load_rng", "--reset-data", "--override-opt_param-scheduler"),
         ("--load-optim", "--load-rng"),
+        ("--hybrid-layer-pattern", "*-/*-", "--mtp-mode", "parallel", "--mtp-loss-scaling-factor", "1"),
     ],
 )
 def test_quiet_beside_its_partner(line: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,10 @@ import pytest
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import (
     BlockKind,
+    ahead_of,
     attention_positions,
     blocks_of,
+    kinds_of,
     layer_pattern,
     parse_pattern,
     pipeline_cuts,
@@ -51,13 +53,17 @@ def test_an_ffn_without_a_mixer_is_a_block_of_its_own() -> None:
         ("", "holds no block"),
         ("REX", "unknown letter 'X' at position 2"),
         ("-R-", "first mixer must be R"),
-        ("RE/*E", "multi-token prediction blocks are not available"),
+        ("RE/X", "unknown letter 'X' at position 0"),
         ("*ERE", "first mixer must be R"),
+        ("*-/*-/*", "the same for all of them"),
+        ("*-/", "the same for all of them"),
+        ("*-/*|*-", "without |"),
+        ("/*-", "holds no block"),
     ],
 )
 def test_mistakes_are_named(text: str, message: str) -> None:
     with pytest.raises(UserError, match="--hybrid-layer-pattern") as caught:
-        parse_pattern(text)
+        kinds_of(ModelConfig(hybrid_layer_pattern=text))
     assert message in str(caught.value)
 
 
@@ -86,6 +92,24 @@ def test_cuts_are_no_part_of_the_model() -> None:
     assert parse_pattern("RE|*E|R-") == parse_pattern("RE*ER-")
     assert pipeline_cuts(ModelConfig(hybrid_layer_pattern="RE*E|R|R-*")) == (2, 3)
     assert pipeline_cuts(ModelConfig(num_layers=8)) == ()
+
+
+def test_further_predictions_stand_behind_the_model() -> None:
+    """What is behind the ``/``, or blocks like the last one; each is a model of its own."""
+    cfg = ModelConfig(hybrid_layer_pattern="RE|*E|R-/R*-/R*-")
+    assert blocks_of(cfg) == blocks_of(ModelConfig(hybrid_layer_pattern="RE|*E|R-"))
+    assert pipeline_cuts(cfg) == (1, 2)
+    assert ahead_of(cfg) == ((BlockKind(R, None, first=True), BlockKind(ATTENTION, DENSE, first=True)),) * 2
+    assert ahead_of(ModelConfig(hybrid_layer_pattern="RERE", mtp_num_layers=2)) == ((BlockKind(R, E, first=True),),) * 2
+    assert ahead_of(ModelConfig(num_layers=4)) == ahead_of(ModelConfig(num_layers=4, mtp_num_layers=0)) == ()
+    assert MAMBA in kinds_of(ModelConfig(hybrid_layer_pattern="*-/M-"))
+    for count, right in ((2, True), (1, False), (0, False)):
+        both = ModelConfig(hybrid_layer_pattern="*-/*/*", mtp_num_layers=count)
+        if right:
+            assert len(ahead_of(both)) == 2
+            continue
+        with pytest.raises(UserError, match=f"--mtp-num-layers {count}: the pattern has layers for 2"):
+            ahead_of(both)
 
 
 def test_unknown_schedule_is_named() -> None:

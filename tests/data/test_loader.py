@@ -144,7 +144,7 @@ def test_later_labels_are_the_stream_itself(prefixes: list[str], micro: int, eod
     for number, (batch, same) in enumerate(zip(next(iter(loader)), next(iter(plain)), strict=True)):
         for name in ("tokens", "labels", "loss_mask", "document_start"):
             assert torch.equal(getattr(batch, name), getattr(same, name)), name
-        assert len(batch.later) == ahead - 1
+        assert len(batch.later) == len(batch.same_document) == ahead - 1
         for depth, (labels, mask) in enumerate(batch.later, start=2):
             assert labels.is_contiguous() and mask.is_contiguous() and mask.dtype == torch.float32
             for row in range(micro):
@@ -152,6 +152,7 @@ def test_later_labels_are_the_stream_itself(prefixes: list[str], micro: int, eod
                 assert torch.equal(labels[row], stream[first + depth : first + depth + LENGTH]), depth
                 begins = [bool(starts[first + i + 1 : first + i + depth + 1].any()) for i in range(LENGTH)]
                 assert mask[row].tolist() == [0.0 if eod_mask_loss and one else 1.0 for one in begins], depth
+                assert batch.same_document[depth - 2][row].tolist() == [not one for one in begins], depth
 
 
 def test_later_labels_end_with_a_validation_view(prefixes: list[str]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megaforge.config.cli import parse_config
+from megaforge.config.pattern import ahead_of
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
@@ -34,7 +35,8 @@ def kept_by_autograd(model: HybridModel, layout: PlannedLayout) -> int:
 
     tokens = torch.randint(0, 500, (layout.micro_batch_size, layout.sequence_length))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = model(tokens, tokens, torch.ones(tokens.shape))
+        mask = torch.ones(tokens.shape)
+        output, _ = model.run_stage(tokens, tokens, mask, None, [(tokens, mask)] * len(ahead_of(model.cfg)))
         total = output.loss_sum + sum(term.sum for term in output.terms.values())
     size = sum(saved.values())
     total.backward()

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.config.pattern import blocks_of
+from megaforge.config.pattern import ahead_of, blocks_of
 from megaforge.errors import UserError
 from megaforge.parallel.param_spec import Box, ParamSpec
 from megaforge.registry import LAYER_KINDS
@@ -167,6 +167,11 @@ def choose(cfg: ModelConfig, whose: str, wanted: str, known: Sequence[Architectu
     Raises:
         UserError: there is none; with what would have to be otherwise for the nearest.
     """
+    if ahead_of(cfg):
+        raise UserError(
+            f"{wanted}: {whose} predicts {len(ahead_of(cfg))} further tokens (--mtp-num-layers), for which its formats "
+            "have no place; give --save FILE.safetensors, which holds every model"
+        )
     blocks = set(blocks_of(cfg))
     kinds = {(block.mixer, block.ffn) for block in blocks}
     fitting = [one for one in known if kinds == {(LAYER_KINDS.get(one.mixer), LAYER_KINDS.get(one.ffn))}]

@@ -7,7 +7,7 @@ from typing import Any
 
 from megaforge.config.config import Config
 from megaforge.config.model_config import ModelConfig
-from megaforge.config.pattern import blocks_of, kinds_of
+from megaforge.config.pattern import ahead_of, blocks_of, kinds_of
 from megaforge.errors import UserError
 from megaforge.registry import LAYER_KINDS
 
@@ -237,6 +237,8 @@ def _objections(cfg: ModelConfig) -> list[str]:
             found.append(f"{block.mixer.title}s")
         if block.ffn not in ffns:
             found.append("blocks without an FFN" if block.ffn is None else f"{block.ffn.title}s")
+    if ahead_of(cfg):
+        found.append("further predictions (--mtp-num-layers)")
     if cfg.activation == "gated_relu2":
         found.append(f"--activation {cfg.activation}")
     if cfg.add_bias_linear and LAYER_KINDS.get("E") in kinds_of(cfg):

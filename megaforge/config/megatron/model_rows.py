@@ -41,7 +41,6 @@ MODEL_ROWS: tuple[Row, ...] = (
     Row("no-bias-gelu-fusion", 0, becomes("", "GELU is then by the error function, not by tanh, as in Megatron-LM")),
     only("rope-type", "rope", "there are --position-embedding-type rope and none; leave it out"),
     only("softmax-type", "vanilla", "attention's softmax has no sink here; leave it out, or write vanilla"),
-    only("mtp-num-layers", "0", "multi-token prediction is not available; leave it out"),
     Row(
         "spec",
         ANY,
@@ -58,7 +57,6 @@ MODEL_ROWS: tuple[Row, ...] = (
         "it shapes multi-head latent attention, which is not available; leave it out",
         "q-lora-rank kv-lora-rank qk-head-dim qk-pos-emb-head-dim v-head-dim",
     ),
-    *advice(1, "multi-token prediction is not available; leave it out", "mtp-loss-scaling-factor"),
     *advice(
         1,
         "attention sees the whole document here; leave it out",
