@@ -7,6 +7,7 @@
     python tools/generate.py --load runs/small --prompt-file prompts.jsonl --json > answers.jsonl
     git log -1 --format=%s | python tools/generate.py --load runs/small --prompt-file - --temperature 0
     torchrun --nproc-per-node 2 tools/generate.py --load runs/small --prompt "def main" --temperature 0
+    python tools/generate.py --load runs/mtp --prompt "def main" --temperature 0 --speculate mtp
 
 The checkpoint says which model and tokenizer it is. Under torchrun the ranks share the model, whatever layout it was
 trained at: --pp stages, each over --tp ranks (all there are by default). One text appears as it is drawn, several when
@@ -33,9 +34,10 @@ from megaforge.inference.open_model import add_model_flags, open_model
 
 if TYPE_CHECKING:
     from megaforge.data.tokenizer import Tokenizer
-    from megaforge.inference.generation import Sampling
+    from megaforge.inference.generation import Continuations, Sampling
     from megaforge.inference.prompts import Prompt
     from megaforge.inference.restore import TrainedModel
+    from megaforge.inference.speculation import SpeculativeContinuations
     from megaforge.inference.text_stream import TextStream
 
 
@@ -60,12 +62,36 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--repetition-penalty", type=number(above=0), default=1.0, help="above 1: tokens of the text become less likely"
     )
     parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, help="of the draws")
+    parser.add_argument(
+        "--speculate",
+        choices=("mtp",),
+        help="mtp: the same greedy texts, several tokens at a time, proposed by the model's further predictions "
+        "(--mtp-num-layers); with --temperature 0",
+    )
     flags = parser.parse_args(arguments)
+    _check_speculation(flags)
     if "" in flags.stop:
         raise UserError("--stop '': an empty text would end every continuation at once")
     if flags.prompt_format and flags.prompt_file is None:
         raise UserError(f"--prompt-format {flags.prompt_format}: it is that of a --prompt-file")
     return flags
+
+
+def _check_speculation(flags: argparse.Namespace) -> None:
+    if flags.speculate is None:
+        return
+    if flags.temperature != 0:
+        raise UserError(
+            f"--speculate {flags.speculate}: it writes what the most likely tokens give; add --temperature 0 (it is "
+            f"{flags.temperature:g})"
+        )
+    if flags.repetition_penalty != 1:
+        raise UserError(
+            f"--speculate {flags.speculate}: several tokens are scored at once, without --repetition-penalty "
+            f"{flags.repetition_penalty:g} between them; leave one of the two out"
+        )
+    if flags.cuda_graph:
+        raise UserError(f"--speculate {flags.speculate}: its steps are of several tokens; leave --cuda-graph out")
 
 
 def _add_texts(parser: argparse.ArgumentParser) -> None:
@@ -161,8 +187,10 @@ class Writer:
     def __init__(self, flags: argparse.Namespace, trained: TrainedModel, tokenizer: Tokenizer) -> None:
         from megaforge.data.chat_template import load_chat_template
         from megaforge.inference.generation import unusable_ids
+        from megaforge.inference.speculation import Acceptance
 
         self.flags, self.trained, self.tokenizer, self.timing = flags, trained, tokenizer, Timing()
+        self.acceptance = Acceptance()
         self.template = None
         if flags.chat_template is not None:
             self.template = load_chat_template(flags.chat_template or None, tokenizer)
@@ -190,7 +218,6 @@ class Writer:
         sampling: Sampling,
         alone: bool,
     ) -> None:
-        from megaforge.inference.generation import Continuations
         from megaforge.inference.text_stream import TextStream
 
         texts = [
@@ -199,15 +226,7 @@ class Writer:
         ]
         seeds = [sampling.seed + sample for _, sample in jobs]
         start = time.perf_counter()
-        batch = Continuations(
-            self.trained.model,
-            [encoded[index] for index, _ in jobs],
-            sampling,
-            seeds=seeds,
-            unusable=self.unusable,
-            prefill_chunk=self.flags.prefill_chunk,
-            max_new_tokens=self.flags.max_new_tokens,
-        )
+        batch = self._begin([encoded[index] for index, _ in jobs], sampling, seeds)
         if alone and self.template is None:
             self._show(texts[0].prompt.text)
         for step in range(self.flags.max_new_tokens):
@@ -221,6 +240,18 @@ class Writer:
             batch.drop(done)
         for text in texts:
             self._finish(text, alone)
+
+    def _begin(
+        self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]
+    ) -> Continuations | SpeculativeContinuations:
+        from megaforge.inference.generation import Continuations
+        from megaforge.inference.speculation import SpeculativeContinuations
+
+        model, unusable = self.trained.model, self.unusable
+        sizes = {"prefill_chunk": self.flags.prefill_chunk, "max_new_tokens": self.flags.max_new_tokens}
+        if self.flags.speculate:
+            return SpeculativeContinuations(model, prompts, unusable=unusable, acceptance=self.acceptance, **sizes)
+        return Continuations(model, prompts, sampling, seeds=seeds, unusable=unusable, **sizes)
 
     def _take(self, text: Text, token: int, alone: bool) -> bool:
         """Adds a token to a text; whether that ended it."""
@@ -276,6 +307,8 @@ def main() -> int:
         trained.model.record_steps()
     writer = Writer(flags, trained, trained.load_tokenizer(flags.tokenizer_model))
     writer.write(prompts, sampling)
+    if flags.speculate:
+        print_rank_0(writer.acceptance.line(writer.timing.tokens, writer.timing.seconds))
     if flags.timing:
         print_rank_0(writer.timing.line(peak_memory_bytes(trained.ctx.device)))
     shutdown()

@@ -98,13 +98,21 @@ def penalized(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def sample_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """The next token of each sequence: [b, V] -> int64 [b], on the CPU. Draws on the CPU, alike on every machine."""
-    logits = logits.cpu()
+def refuse_unfinite(logits: Tensor) -> None:
+    """
+    Raises:
+        UserError: the largest of some scores is not a number to go on with.
+    """
     if not logits.amax(dim=-1).isfinite().all():
         raise UserError(
             "the model's scores are not finite numbers; its training diverged, or the checkpoint is damaged"
         )
+
+
+def sample_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """The next token of each sequence: [b, V] -> int64 [b], on the CPU. Draws on the CPU, alike on every machine."""
+    logits = logits.cpu()
+    refuse_unfinite(logits)
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     return torch.multinomial(token_probabilities(logits, sampling), 1, generator=generator).squeeze(1)
@@ -143,8 +151,7 @@ class Continuations:
             UserError: an empty prompt, a token outside the vocabulary or bad sampling settings.
         """
         sampling.validate()
-        for number, prompt in enumerate(prompts, 1):
-            _check_prompt(prompt, number if len(prompts) > 1 else None, model.vocab_size)
+        check_prompts(prompts, model.vocab_size)
         self.model, self.sampling = model, sampling
         self.going_on = list(range(len(prompts)))
         self._unusable = torch.tensor(list(unusable), dtype=torch.long, device=model.ctx.device)
@@ -229,6 +236,15 @@ def unusable_ids(tokenizer: Tokenizer, vocabulary: int) -> list[int]:
     """Ids of a model's ``vocabulary`` that stand for nothing in ``tokenizer``: padding, holes, and what a larger model
     vocabulary has beyond it."""
     return [*(i for i in tokenizer.missing_ids() if i < vocabulary), *range(tokenizer.vocab_size, vocabulary)]
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
+    """
+    Raises:
+        UserError: one is empty, or holds a token outside of the vocabulary.
+    """
+    for number, prompt in enumerate(prompts, 1):
+        _check_prompt(prompt, number if len(prompts) > 1 else None, vocabulary)
 
 
 def _check_prompt(prompt: Sequence[int], number: int | None, vocabulary: int) -> None:

@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megaforge.config.pattern import ahead_of
 from megaforge.config.run_config import ParallelConfig
 from megaforge.data.loader import Batch
 from megaforge.device import record_graph, upload
 from megaforge.errors import UserError
 from megaforge.inference.fused_step import FusedStep
 from megaforge.inference.recorded_steps import Record, RecordedSteps
+from megaforge.models.ahead import Drafts, Ends
 from megaforge.models.generation_state import GenerationState
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.pipeline_shape import PipelinePlan
 from megaforge.models.stages import ModelChunks, plan_pipeline, stage_executors
 from megaforge.parallel.pipeline.executor import StageOutput
+from megaforge.registry import POSITION_EMBEDDINGS
 
 _Tensors = Mapping[str, Tensor]
 _Step = Callable[[_Tensors], tuple[Any, _Tensors]]
@@ -85,6 +88,42 @@ class StagedModel:
 
         [scores] = self._run([score], tokens.shape)
         return None if scores is None else scores[:, -1]
+
+    @torch.no_grad()
+    def ends(self, tokens: Tensor, state: GenerationState) -> Ends | None:
+        """What the head and further predictions are given of tokens int64 [b, s]; the rest is as :meth:`logits`."""
+
+        def see(received: _Tensors) -> tuple[Ends | None, _Tensors]:
+            return self._chunk.stage_ends(tokens, state=state, received=received)
+
+        found: Ends | None = self._run([see], tokens.shape)[0]
+        return found
+
+    def drafts(self) -> Drafts | None:
+        """What further predictions propose for a text, from its beginning; None on ranks without the last stage.
+
+        Raises:
+            UserError: the model predicts the next token alone.
+        """
+        if not ahead_of(self._chunk.cfg):
+            raise UserError(
+                "--speculate mtp: this model predicts the next token alone; train one with --mtp-num-layers, or leave "
+                "the flag out"
+            )
+        modules = self._chunk.mtp if self._chunk.is_last else None
+        return None if modules is None else modules.drafts(self._chunk.pack)
+
+    @property
+    def predictions(self) -> int:
+        """How many tokens it predicts beyond the next one."""
+        return len(ahead_of(self._chunk.cfg))
+
+    @property
+    def longest(self) -> int | None:
+        """How many tokens a text may have; None: any number."""
+        cfg = self._chunk.cfg
+        most: int | None = POSITION_EMBEDDINGS.get(cfg.position_embedding_type).longest(cfg)
+        return most
 
     @torch.no_grad()
     def sums(self, batches: Sequence[Batch]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +33,29 @@ class GenerationState:
     def padding_B(self) -> Tensor | None:
         """``unused_B`` where any sequence has empty places."""
         return self.unused_B if self.padded else None
+
+    @property
+    def can_shorten(self) -> bool:
+        """Whether every layer can forget its newest tokens, which recurrent ones cannot."""
+        return all(layer is None or layer.can_shorten for layer in self.layers)
+
+    def shorten(self, tokens: int) -> None:
+        """Forgets all but the first ``tokens``; where :attr:`can_shorten`."""
+        for layer in self.layers:
+            if layer is not None:
+                layer.shorten(tokens)
+        self.length = tokens
+
+    def mark(self) -> Callable[[], None]:
+        """What brings this memory back, once, to what it is now."""
+        length, marks = self.length, [layer.mark() for layer in self.layers if layer is not None]
+
+        def back() -> None:
+            self.length = length
+            for one in marks:
+                one()
+
+        return back
 
 
 def side_by_side(states: Sequence[GenerationState]) -> GenerationState:

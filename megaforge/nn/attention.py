@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ class KVCache(LayerState):
     """Keys and values of the tokens seen so far, this rank's heads: [b, groups/tp, capacity, d], ``length`` in use.
     ``room`` is how many are expected."""
 
+    can_shorten: ClassVar[bool] = True
     keys: Tensor | None = None
     values: Tensor | None = None
     length: int = 0
@@ -89,6 +90,14 @@ class KVCache(LayerState):
 
     def stepped(self) -> None:
         self.length += 1
+
+    def mark(self) -> Callable[[], None]:
+        """Places behind those in use are anyone's: nothing is copied."""
+        length = self.length
+        return lambda: self.shorten(length)
+
+    def shorten(self, tokens: int) -> None:
+        self.length = tokens
 
 
 @dataclass

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -33,7 +33,13 @@ class LayerOutput(NamedTuple):
 class LayerState:
     """What a layer remembers of the tokens it has seen: tensors [b, ...], None before the first. Subclasses declare
     them, and override :meth:`expect`, :attr:`expected`, :meth:`side_by_side`, :meth:`slots`, :meth:`recorded`,
-    :meth:`fill` and :meth:`stepped` where tensors also have a place for each token."""
+    :meth:`fill`, :meth:`stepped`, :meth:`mark` and :meth:`shorten` where tensors also have a place for each token.
+
+    Attributes:
+        can_shorten: whether the newest tokens can be forgotten.
+    """
+
+    can_shorten: ClassVar[bool] = False
 
     def expect(self, tokens: int) -> None:
         """Makes room for so many tokens in all, where it is known how many there will be; more may come."""
@@ -74,6 +80,21 @@ class LayerState:
 
     def stepped(self) -> None:
         """A recorded step has taken in one token of each sequence."""
+
+    def mark(self) -> Callable[[], None]:
+        """What brings this memory back, once, to what it is now."""
+        kept = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        kept = {name: value.clone() if isinstance(value, Tensor) else value for name, value in kept.items()}
+
+        def back() -> None:
+            for name, value in kept.items():
+                setattr(self, name, value)
+
+        return back
+
+    def shorten(self, tokens: int) -> None:
+        """Forgets all but the first ``tokens``; where :attr:`can_shorten`."""
+        raise NotImplementedError
 
     def _tensors(self) -> list[str]:
         names = [field.name for field in dataclasses.fields(self)]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,8 +33,7 @@ from generate import Writer, parse_arguments
 TOKENIZER = NullTokenizer("50")  # ids 0 to 50, of a model's 61
 
 
-@pytest.fixture(scope="module")
-def model() -> StagedModel:
+def made(**more: Any) -> StagedModel:
     cfg = ModelConfig(
         hidden_size=32,
         ffn_hidden_size=48,
@@ -41,12 +42,18 @@ def model() -> StagedModel:
         num_experts=4,
         vocab_size=61,
         hybrid_layer_pattern="RE*-",
+        **more,
     )
     ctx = ParallelContext.single()
     model = HybridModel(make_layer_context(cfg, ctx))
     initialize_parameters(model, ctx, seed=5)
     perturb(model, ctx)
     return StagedModel(model.eval())
+
+
+@pytest.fixture(scope="module")
+def model() -> StagedModel:
+    return made()
 
 
 def written(model: StagedModel, prompts: list[str], capsys: pytest.CaptureFixture[str], *more: str) -> str:
@@ -104,6 +111,38 @@ def test_graphs_are_for_gpus(monkeypatch: pytest.MonkeyPatch, model: StagedModel
     )
     with pytest.raises(UserError, match="--cuda-graph: there are none on --device cpu"):
         tool.main()
+
+
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+def test_speculation_writes_the_same_and_tells_what_was_accepted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    model = made(mtp_num_layers=2, mtp_mode=mode)
+    trained = TrainedModel(model, model.ctx, make_config([]), {}, Path("x"))
+    monkeypatch.setattr(TrainedModel, "load_tokenizer", lambda *given: TOKENIZER)
+    monkeypatch.setattr(tool, "open_model", lambda flags: trained)
+    line = ["generate.py", "--load", "x", "--prompt", "5 17 3", "--prompt", "7", "--temperature", "0"]
+    texts = []
+    for more in ([], ["--speculate", "mtp"]):
+        monkeypatch.setattr(sys, "argv", [*line, "--max-new-tokens", "12", "--json", "--num-samples", "2", *more])
+        assert tool.main() == 0
+        said = capsys.readouterr()
+        texts.append(said.out)
+    assert texts[0] == texts[1]
+    assert re.search(r"--speculate mtp: \d+ of \d+ drafts accepted in \d+ passes .* tokens a second", said.err)
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (("--temperature", "0.5"), "add --temperature 0 \\(it is 0.5\\)"),
+        (("--temperature", "0", "--repetition-penalty", "1.2"), "--repetition-penalty 1.2"),
+        (("--temperature", "0", "--cuda-graph"), "leave --cuda-graph out"),
+    ],
+)
+def test_what_does_not_go_with_speculation_is_named(flags: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=f"--speculate mtp: .*{message}"):
+        parse_arguments(["--load", "x", "--prompt", "a", "--speculate", "mtp", *flags])
 
 
 def test_prompts_may_be_given_again() -> None:

@@ -48,6 +48,7 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments
     "tools/generate.py": [
         (("--load", "x", "--prompt", "y", "--top-p", "1.5"), "--top-p 1.5: must be"),
         (("--load", "x", "--prompt-file", "none.txt"), "--prompt-file none.txt"),
+        (("--load", "x", "--prompt", "y", "--speculate", "mtp"), "add --temperature 0 (it is 0.8)"),
     ],
     "tools/parity.py": [
         (("--dtype", "fp8"), "fp64"),
