@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from megaforge.data.corpus.engines.engine import Engine
 from megaforge.data.corpus.job import Job
 from megaforge.data.corpus.recipe import Recipe
 from megaforge.data.corpus.totals import Total
-from megaforge.data.corpus.work import batches, publish, temporary
 from megaforge.data.preprocess.plan import PreprocessSettings
 from megaforge.data.tokenizer import guess_tokenizer_type, load_tokenizer
-from megaforge.errors import UserError, require
+from megaforge.errors import UserError
 
 
 def tokenizer_of(recipe: Recipe) -> tuple[str, str] | None:
@@ -54,7 +51,7 @@ def dataset_prefix(output: Path, name: str) -> Path:
     return output / "datasets" / f"{name}_text_document"
 
 
-def make_datasets(job: Job, total: Total, engine: Engine, workers: int) -> None:
+def make_datasets(job: Job, total: Total, workers: int) -> None:
     """Writes every dataset; all ranks call this."""
     from megaforge.data.preprocess.driver import preprocess
 
@@ -71,25 +68,3 @@ def make_datasets(job: Job, total: Total, engine: Engine, workers: int) -> None:
             workers=workers,
         )
         preprocess(settings)
-    if shard.jsonl and engine.group.rank == 0:
-        for name in total.datasets:
-            _write_jsonl(job, name)
-
-
-def _write_jsonl(job: Job, name: str) -> None:
-    """``OUTPUT/jsonl/NAME.jsonl.zst``: an object a document, the text and what is known of it."""
-    orjson = require("orjson", extra="data", purpose="shard.jsonl")
-    zstandard = require("zstandard", extra="data", purpose="shard.jsonl")
-    path = job.output / "jsonl" / f"{name}.jsonl.zst"
-    path.parent.mkdir(exist_ok=True)
-    partial = temporary(path)
-    try:
-        with partial.open("wb") as file, zstandard.ZstdCompressor(level=3).stream_writer(file) as stream:
-            for documents in dataset_files(job, name):
-                for table in batches(documents):
-                    for record in table.drop_columns(["rewrites", "digest"]).to_pylist():
-                        stream.write(orjson.dumps(record) + b"\n")
-        publish(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    print(f"{path}: written", file=sys.stderr)

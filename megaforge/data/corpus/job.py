@@ -17,7 +17,23 @@ from megaforge.data.corpus.work import Work
 from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 
-FINISH = "finish"
+
+@dataclass(frozen=True)
+class Phase:
+    """One map over items.
+
+    Attributes:
+        name: of its folder in the work directory, a word and a number.
+        task: what is done to each item.
+        label: what that is, in the words of the recipe.
+        frees: (phase, table) of the tables that nothing reads once it is finished.
+    """
+
+    name: str
+    task: str
+    label: str
+    items: list[int]
+    frees: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,14 +80,22 @@ class Job:
             names += [name for name, _ in segment.rows]
         return names
 
-    def phases(self) -> Iterator[tuple[str, str, list[int]]]:
-        """(name, task, items) of everything there is to map before the datasets are made, in order."""
+    def phases(self) -> Iterator[Phase]:
+        """Everything there is to map before the datasets are made, in order."""
         every = list(range(len(self.partitions)))
         for number, segment in enumerate(self.segments):
+            before = number - 1
             if segment.join is not None:
-                yield f"join{number - 1}", "join", list(range(segment.join[1].buckets))
-                yield f"decide{number - 1}", "decide", [0]
-            yield f"segment{number}", "segment", every
+                name, stage = segment.join
+                sketches = ((f"segment{before}", "sketch"),)
+                yield Phase(f"join{before}", "join", name, list(range(stage.buckets)), sketches)
+                yield Phase(f"decide{before}", "decide", name, [0], ((f"join{before}", "joined"),))
+            names = [segment.join[0] if segment.join is not None else "read", *(name for name, _ in segment.rows)]
+            names.append(f"sketch for {segment.next[0]}" if segment.next is not None else "finish")
+            done = ((f"segment{before}", "kept"), (f"decide{before}", "decisions"))
+            yield Phase(f"segment{number}", "segment", ", ".join(names), every, done if number else ())
+        if self.recipe.shard.jsonl or self.recipe.shard.webdataset:
+            yield Phase("export0", "export", "JSON Lines and tar shards", every)
 
 
 def item_name(item: int) -> str:

@@ -17,7 +17,8 @@ import pyarrow as pa
 from megaforge.data.corpus import sources
 from megaforge.data.corpus.datasets import check_tokenizer, make_datasets
 from megaforge.data.corpus.engines.engine import Engine
-from megaforge.data.corpus.job import FINISH, Job, Segment, item_name, read_job, segments_of
+from megaforge.data.corpus.export import join_exports
+from megaforge.data.corpus.job import Job, Phase, Segment, item_name, read_job, segments_of
 from megaforge.data.corpus.manifest import describe, manifest_path, publish_manifest, read_manifest
 from megaforge.data.corpus.progress import Progress
 from megaforge.data.corpus.recipe import Recipe, read_recipe
@@ -35,7 +36,17 @@ from megaforge.registry import CORPUS_ENGINES
 
 _FORMAT, _VERSION = "megaforge-corpus", 1
 # What a run writes beside its work directory.
-OUTPUTS = ("corpus.json", "report.md", "report.html", "pictures", "datasets", "lineage", "jsonl", "files.skipped.tsv")
+OUTPUTS = (
+    "corpus.json",
+    "report.md",
+    "report.html",
+    "pictures",
+    "datasets",
+    "lineage",
+    "jsonl",
+    "webdataset",
+    "files.skipped.tsv",
+)
 
 
 @dataclass(frozen=True)
@@ -141,17 +152,18 @@ def _prepare_work(work: Work, plan: dict[str, Any], config: Path) -> None:
 def _run(output: Path, segments: tuple[Segment, ...], engine: Engine, settings: CorpusSettings) -> None:
     job = read_job(output, segments)
     (output / "lineage").mkdir(exist_ok=True)
-    for phase, task, items in job.phases():
-        together(engine.group, functools.partial(_map, job, engine, phase, task, items))
-        if engine.group.rank == 0:
-            _prune(job, phase)
+    for phase in job.phases():
+        together(engine.group, functools.partial(_map, job, engine, phase))
+        for name, table in phase.frees if engine.group.rank == 0 else ():
+            job.work.remove(name, table)
     total = total_of(job)
     total.check_kept(job)
-    make_datasets(job, total, engine, settings.workers)
+    make_datasets(job, total, settings.workers)
 
     def publish() -> None:
         if engine.group.rank:
             return
+        join_exports(job, total)
         manifest = describe(job, total)
         write_report(output, manifest, gather(output / "lineage", job.work.path / "pairs"))
         publish_manifest(job, manifest)
@@ -162,39 +174,15 @@ def _run(output: Path, segments: tuple[Segment, ...], engine: Engine, settings: 
     together(engine.group, publish)
 
 
-def _map(job: Job, engine: Engine, phase: str, task: str, items: list[int]) -> None:
+def _map(job: Job, engine: Engine, phase: Phase) -> None:
     """Maps what is not finished of a phase."""
-    finished = job.work.finished(phase)
-    left = [item for item in items if item_name(item) not in finished]
+    finished = job.work.finished(phase.name)
+    left = [item for item in phase.items if item_name(item) not in finished]
     if not left:
         return
-    progress = Progress(f"{phase}: {_label(job, phase)}", len(items), len(items) - len(left))
-    engine.map(job.output, phase, task, left, progress)
+    progress = Progress(f"{phase.name}: {phase.label}", len(phase.items), len(phase.items) - len(left))
+    engine.map(job.output, phase.name, phase.task, left, progress)
     progress.finish()
-
-
-def _label(job: Job, phase: str) -> str:
-    """What a phase does, in the words of the recipe."""
-    number = int(phase.lstrip("abcdefghijklmnopqrstuvwxyz"))
-    segment = job.segments[number]
-    if not phase.startswith("segment"):
-        assert segment.next is not None
-        return segment.next[0]
-    names = [segment.join[0]] if segment.join is not None else ["read"]
-    names += [name for name, _ in segment.rows]
-    return ", ".join([*names, f"sketch for {segment.next[0]}" if segment.next is not None else FINISH])
-
-
-def _prune(job: Job, phase: str) -> None:
-    """Removes the tables that nothing reads again once a phase is finished."""
-    number = int(phase.lstrip("abcdefghijklmnopqrstuvwxyz"))
-    if phase.startswith("join"):
-        job.work.remove(f"segment{number}", "sketch")
-    elif phase.startswith("decide"):
-        job.work.remove(f"join{number}", "joined")
-    elif number:
-        job.work.remove(f"segment{number - 1}", "kept")
-        job.work.remove(f"decide{number - 1}", "decisions")
 
 
 @contextmanager

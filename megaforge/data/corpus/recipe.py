@@ -79,6 +79,9 @@ class ShardSettings:
         (), "quality scores at which documents change to the next dataset", above=0, below=1
     )
     jsonl: bool = flag(False, "also write the kept documents as JSON Lines, as tokenizers and other tools read them")
+    webdataset: bool = flag(
+        False, "also write the kept documents as WebDataset tar shards, one a partition, with an index"
+    )
 
     def validate(self) -> None:
         """
@@ -89,8 +92,8 @@ class ShardSettings:
             edges = getattr(self, name)
             if list(edges) != sorted(set(edges)):
                 raise UserError(f"{name} {list(edges)}: give ascending numbers")
-        if not (self.tokenizer_model or self.jsonl):
-            raise UserError("tokenizer_model is missing; name one, or ask for jsonl alone")
+        if not (self.tokenizer_model or self.jsonl or self.webdataset):
+            raise UserError("tokenizer_model is missing; name one, or ask for jsonl or webdataset alone")
 
 
 @dataclass(frozen=True)

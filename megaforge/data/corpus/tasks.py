@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from megaforge.data.corpus.export import export_partition
 from megaforge.data.corpus.finish import Finisher
 from megaforge.data.corpus.job import Job, item_name, open_job
 from megaforge.data.corpus.lineage import LINEAGE, lineage_rows, write_lineage
@@ -216,6 +217,12 @@ def _decisions(job: Job, number: int, item: int) -> Any:
         return pa.Table.from_batches([opened.get_batch(owners.get(str(item), len(owners)))])
 
 
+def _export(job: Job, number: int, item: int) -> dict[str, Any]:
+    """Writes a partition's kept documents for other tools."""
+    result = job.work.result(f"segment{len(job.segments) - 1}", item_name(item))
+    return export_partition(job, item, list(result["datasets"]))
+
+
 def _join_stage(job: Job, number: int) -> Any:
     following = job.segments[number].next
     assert following is not None
@@ -236,4 +243,5 @@ _TASKS: dict[str, Callable[[Job, int, int], dict[str, Any]]] = {
     "segment": _segment,
     "join": _join,
     "decide": _decide,
+    "export": _export,
 }

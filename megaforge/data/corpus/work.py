@@ -23,7 +23,7 @@ from megaforge.durable import sync_path
 from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 
-_COMPRESSION = "zstd"
+_COMPRESSION = "lz4"  # tables live for hours: speed counts, not size
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from megaforge.data.corpus.pipeline import CorpusSettings, prepare_corpus
 from megaforge.data.corpus.work import Work
 from megaforge.data.indexed_dataset import IndexedDataset
 from megaforge.data.sidecar import read_sidecar
+from megaforge.data.text.readers import open_text
 from megaforge.data.tokenizer import load_tokenizer
 from megaforge.errors import UserError
 from tests.data.corpus_files import bpe_tokenizer, command
@@ -39,7 +40,7 @@ stages:
   - length: {minimum: 20}
   - exact: {buckets: 3}
   - length: {maximum: 1500}
-shard: {tokenizer_model: tok.json, length_buckets: [300, 900], jsonl: true}
+shard: {tokenizer_model: tok.json, length_buckets: [300, 900], jsonl: true, webdataset: true}
 """
 
 
@@ -135,6 +136,28 @@ def test_datasets_hold_the_kept_texts_in_order(world: Path, expected: tuple[Path
         sidecar = read_sidecar(output / one["prefix"])
         assert sidecar is not None and sidecar.corpus["digest"] == manifest["digest"]
         assert sidecar.corpus["domain"] == one["domain"] and sidecar.corpus["characters"] == one["characters"]
+
+
+def test_other_tools_read_the_exports(expected: tuple[Path, dict[str, str]]) -> None:
+    """JSON Lines, and tar shards by the package that defines them, hold the kept documents in order."""
+    webdataset = pytest.importorskip("webdataset", reason="needs the test extra")
+    output = expected[0]
+    rows = [row for file in sorted((output / "lineage").iterdir()) for row in pq.read_table(file).to_pylist()]
+    for name in ("web-web-l0", "notes-books-l1"):
+        own = [row for row in rows if row["dataset"] == name]
+        with open_text(str(output / "jsonl" / f"{name}.jsonl.zst"), "text") as reader:
+            texts = [text for chunk in reader.chunks(None) for text in chunk.texts]
+        assert [hashlib.sha256(text.encode()).hexdigest() for text in texts] == [row["final_digest"] for row in own]
+        folder = output / "webdataset" / name
+        shards = json.loads((folder / "index.json").read_text())["shardlist"]
+        urls = [str(folder / shard["url"]) for shard in shards]
+        samples = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode())
+        assert [sample["txt"] for sample in samples] == texts
+        assert [sample["json"]["path"] for sample in samples] == [row["path"] for row in own]
+        assert sum(shard["nsamples"] for shard in shards) == len(own)
+        for shard, url in zip(shards, urls, strict=True):
+            content = Path(url).read_bytes()
+            assert (len(content), hashlib.md5(content).hexdigest()) == (shard["filesize"], shard["md5sum"])
 
 
 def test_two_workers_give_the_same_bytes(world: Path, expected: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
