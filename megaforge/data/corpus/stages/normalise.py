@@ -1,0 +1,106 @@
+"""One form for the same text: mended encoding, one kind of line end, no control characters, composed Unicode."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from megaforge.config.fields import flag
+from megaforge.data.corpus.columns import matching, one_array, rewritten, with_rows
+from megaforge.data.corpus.records import CODE, replaced
+from megaforge.data.corpus.stage import Outcome, RowStage, Scope, StageSettings
+from megaforge.errors import require
+
+_HIGH = "\u0080-\u00bf\u20ac\u201a\u0192\u201e\u2026\u2020\u2021\u02c6\u2030\u0160\u2039\u0152\u017d\u2018\u2019"
+_HIGH += "\u201c\u201d\u2022\u2013\u2014\u02dc\u2122\u0161\u203a\u0153\u017e\u0178"
+# UTF-8 that was read as a Western or a Cyrillic code page: a lead byte's letter, then a continuation byte's character.
+SUSPECT = f"[\u00c2-\u00f4][{_HIGH}]|(?:[\u0420\u0421][^ -~\\s]){{4}}"
+_LINE_ENDS = "\r\n?|\f|\u0085|\u2028|\u2029"
+# C0 but tab and line feed, DEL, C1, soft hyphens, zero-width and direction marks, byte order marks; joiners stay, which
+# emoji and several scripts are written with.
+_CONTROL = (
+    "[\x01-\x08\x0b\x0e-\x1f\x7f-\u009f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]|\\x00"
+)
+_TRAILING = "[ \t]+(\n|$)"
+_BLANKS = "\n{4,}"
+_LOST = "\ufffd"
+
+
+@dataclass(frozen=True)
+class NormaliseSettings(StageSettings):
+    """``normalise``: encodings, line ends, control characters, Unicode's composed form (NFC)."""
+
+    mojibake: bool = flag(True, "mend UTF-8 that was read as another encoding, where a line looks like it (ftfy)")
+    spaces: bool = flag(True, "remove spaces at line ends and blank lines beyond two; never in code")
+    most_lost: float = flag(0.001, "share of U+FFFD characters above which a document is dropped", least=0, most=1)
+
+    def open(self, scope: Scope) -> Normalise:
+        """See :class:`StageSettings`."""
+        ftfy = require("ftfy", extra="corpus", purpose="stage normalise: mojibake true") if self.mojibake else None
+        return Normalise(self, ftfy)
+
+
+class Normalise(RowStage):
+    """Rewrites texts into one form; drops those whose characters were lost before."""
+
+    def __init__(self, settings: NormaliseSettings, ftfy: ModuleType | None) -> None:
+        self._settings, self._ftfy = settings, ftfy
+
+    def apply(self, records: Any) -> Outcome:
+        """See :class:`RowStage`."""
+        text, made = one_array(records["text"]), {}
+        if self._ftfy is not None:
+            text, made["mended encoding"] = self._mended(text)
+        text, made["line ends"] = rewritten(text, _LINE_ENDS, "\n")
+        text, made["control characters"] = rewritten(text, _CONTROL, "")
+        text, made["composed Unicode"] = _composed(text)
+        if self._settings.spaces:
+            text, made["spaces"] = _without_spaces(text, records["kind"])
+        lost = pc.count_substring(text, _LOST).to_numpy(zero_copy_only=False)
+        length = pc.utf8_length(text).to_numpy(zero_copy_only=False)
+        reasons = [
+            f"characters were lost ({one:,} of {of:,})" if one > self._settings.most_lost * of else None
+            for one, of in zip(lost.tolist(), length.tolist(), strict=True)
+        ]
+        names = list(made)
+        rows = np.stack(list(made.values()), axis=1)
+        rewrites = [", ".join(names[i] for i in np.flatnonzero(row)) or None for row in rows]
+        counts = {name: int(changed.sum()) for name, changed in made.items() if changed.any()}
+        return Outcome(replaced(records, text=text), reasons, rewrites, counts)
+
+    def _mended(self, text: Any) -> tuple[Any, np.ndarray]:
+        assert self._ftfy is not None
+        rows = matching(text, SUSPECT)
+        if not rows.any():
+            return text, rows
+        suspect = re.compile(SUSPECT)
+        old = text.filter(pa.array(rows)).to_pylist()
+        new = [
+            "\n".join(self._ftfy.fix_encoding(line) if suspect.search(line) else line for line in one.split("\n"))
+            for one in old
+        ]
+        changed = rows.copy()
+        changed[rows] = [one != other for one, other in zip(old, new, strict=True)]
+        return with_rows(text, rows, new), changed
+
+
+def _composed(text: Any) -> tuple[Any, np.ndarray]:
+    composed = pc.utf8_normalize(text, form="NFC")
+    return composed, pc.not_equal(text, composed).to_numpy(zero_copy_only=False)
+
+
+def _without_spaces(text: Any, kind: Any) -> tuple[Any, np.ndarray]:
+    prose = pc.not_equal(kind, CODE).to_numpy().astype(bool)
+    changed = np.zeros(len(text), bool)
+    for pattern, replacement in ((_TRAILING, r"\1"), (_BLANKS, "\n\n\n")):
+        new, rows = rewritten(text, pattern, replacement)
+        rows &= prose
+        text = with_rows(text, rows, new.filter(pa.array(rows)))
+        changed |= rows
+    return text, changed
