@@ -1,0 +1,154 @@
+"""Personal data that follows a pattern: mail addresses, phone numbers, social security numbers and IP addresses."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from megaforge.config.fields import flag
+from megaforge.data.corpus.columns import matching, one_array, with_rows
+from megaforge.data.corpus.records import replaced
+from megaforge.data.corpus.stage import Outcome, RowStage, Scope, StageSettings
+
+_AT, _DOT = r"(?:@|%40|\s?[\[(]\s?at\s?[\])]\s?)", r"(?:\.|\s?[\[(]\s?dot\s?[\])]\s?)"
+_EMAIL = (
+    rf"(?i)[a-z0-9](?:[a-z0-9._%+\-]{{0,63}}[a-z0-9_+\-])?{_AT}"
+    rf"(?:[a-z0-9](?:[a-z0-9\-]{{0,61}}[a-z0-9])?{_DOT}){{1,8}}[a-z]{{2,24}}\b"
+)
+# Area, group and serial number of the Social Security Administration: some were never given out.
+_SSN = r"\b\d{3}([- ])\d{2}[- ]\d{4}\b|(?i:\bSSN|social security (?:number|no\.?))[:# ]{1,3}\d{9}\b"
+# A trunk or country code, brackets or the words before it set a number apart from others of so many digits.
+_PHONE = (
+    r"(?:\+|\b00)[1-9]\d{0,2}(?:[-. \x{a0}/]?\(?\d{1,5}\)?){2,6}\b"
+    r"|\(\d{3,5}\)[-. \x{a0}]?\d{2,4}(?:[-. \x{a0}]?\d{2,4}){1,3}\b"
+    r"|\b(?:1[-. ])?\d{3}[-.]\d{3}[-.]\d{4}\b"
+    r"|\b(?:1 )?[2-9]\d{2} [2-9]\d{2} \d{4}\b"
+    r"|(?i:\b(?:phone|tel|telephone|fax|mobile|call)\b)[.:]{0,2} ?\d[\d ().\-]{5,16}\d\b"
+)
+_IP = (
+    r"\b(?:\d{1,3}\.){3}\d{1,3}\b|\b[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{2,35}[0-9a-fA-F:]"
+    r"|(?i:::ffff:)(?:\d{1,3}\.){3}\d{1,3}"
+)
+_VERSION = re.compile(r"(?i)(?:\bv|version|release|section|chapter|§)[.\s:]*$")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of personal data: its tag, the RE2 pattern that finds candidates, and which of these count."""
+
+    tag: str
+    pattern: str
+    is_one: Callable[[re.Match[str]], bool]
+
+
+def _is_email(match: re.Match[str]) -> bool:
+    return ".." not in match[0]
+
+
+def _is_ssn(match: re.Match[str]) -> bool:
+    digits = re.sub(r"\D", "", match[0])[-9:]
+    if match[1] is not None and match[0][6] != match[1]:
+        return False
+    if _within_number(match):
+        return False
+    return digits[:3] not in ("000", "666") and digits[0] != "9" and digits[3:5] != "00" and digits[5:] != "0000"
+
+
+def _is_phone(match: re.Match[str]) -> bool:
+    digits = sum(character.isdigit() for character in match[0])
+    return 7 <= digits <= 15 and not _within_number(match)
+
+
+def _within_number(match: re.Match[str]) -> bool:
+    """Whether the match is a part of a longer number or identifier."""
+    text, start, end = match.string, match.start(), match.end()
+    before, after = text[max(0, start - 2) : start], text[end : end + 2]
+    return (
+        bool(re.search(r"[\w=#][-.]?$|[.,/]$", before))
+        and not re.search(r"[=:]$", before)
+        or bool(re.match(r"[-.,/]?\d|[A-Za-z_]", after))
+    )
+
+
+def _is_ip(match: re.Match[str]) -> bool:
+    text, start, end = match.string, match.start(), match.end()
+    if re.match(r"\.?\d", text[end : end + 2]) or re.search(r"[\d.]$", text[:start][-1:]):
+        return False  # five numbers: a section, an object identifier
+    words = match[0]
+    if ":" not in words and _VERSION.search(text[max(0, start - 12) : start]):
+        return False
+    try:
+        address = ipaddress.ip_address(words.rstrip(":") if not words.endswith("::") else words)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_global
+
+
+KINDS = {
+    "email": Kind("<EMAIL>", _EMAIL, _is_email),
+    "ssn": Kind("<SSN>", _SSN, _is_ssn),
+    "ip": Kind("<IP>", _IP, _is_ip),
+    "phone": Kind("<PHONE>", _PHONE, _is_phone),
+}
+
+
+@dataclass(frozen=True)
+class PiiSettings(StageSettings):
+    """``pii``: personal data replaced by tags: <EMAIL>, <PHONE>, <SSN>, <IP> (global addresses only)."""
+
+    kinds: tuple[str, ...] = flag(tuple(KINDS), "which are replaced", choices=tuple(KINDS))
+
+    def open(self, scope: Scope) -> Pii:
+        """See :class:`StageSettings`."""
+        return Pii(self)
+
+
+class Pii(RowStage):
+    """Finds candidates in all rows by RE2, and replaces those that are of the kind in the rows that have any."""
+
+    def __init__(self, settings: PiiSettings) -> None:
+        self._kinds = [(name, KINDS[name]) for name in KINDS if name in settings.kinds]
+        self._compiled = {name: re.compile(_python(kind.pattern)) for name, kind in self._kinds}
+
+    def apply(self, records: Any) -> Outcome:
+        """See :class:`RowStage`."""
+        text = one_array(records["text"])
+        found: list[list[str]] = [[] for _ in range(len(text))]
+        counts: dict[str, int] = {}
+        for name, kind in self._kinds:
+            rows = matching(text, kind.pattern)
+            if not rows.any():
+                continue
+            new = []
+            for row, old in zip(np.flatnonzero(rows).tolist(), text.filter(pa.array(rows)).to_pylist(), strict=True):
+                replacement, number = self._replaced(name, kind, old)
+                new.append(replacement)
+                if number:
+                    found[row].append(f"{number} {name}")
+                    counts[name] = counts.get(name, 0) + number
+            text = with_rows(text, rows, new)
+        return Outcome(replaced(records, text=text), None, [", ".join(one) or None for one in found], counts)
+
+    def _replaced(self, name: str, kind: Kind, text: str) -> tuple[str, int]:
+        number = 0
+
+        def put(match: re.Match[str]) -> str:
+            nonlocal number
+            if not kind.is_one(match):
+                return match[0]
+            number += 1
+            return kind.tag
+
+        return self._compiled[name].sub(put, text), number
+
+
+def _python(pattern: str) -> str:
+    """An RE2 pattern as one of Python's: code points are written otherwise."""
+    return re.sub(r"\\x\{([0-9a-f]+)\}", lambda match: re.escape(chr(int(match[1], 16))), pattern)
