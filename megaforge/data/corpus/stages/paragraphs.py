@@ -1,0 +1,124 @@
+"""Paragraphs that the corpus has already: copied passages stay once, templates of many documents go altogether."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from megaforge.config.fields import flag
+from megaforge.data.corpus.columns import flat_bytes, one_array
+from megaforge.data.corpus.features import lines_of
+from megaforge.data.corpus.records import CODE, replaced
+from megaforge.data.corpus.stage import JoinStage, Outcome, Scope, StageSettings
+from megaforge.data.corpus.words import SpanHashes
+
+_DECISION = pa.schema(
+    [
+        pa.field("id", pa.int64(), nullable=False),
+        ("reason", pa.string()),
+        ("line", pa.int64()),
+        ("template", pa.bool_()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ParagraphsSettings(StageSettings):
+    """``paragraphs``: lines of text (a paragraph each, as most text has them) that occur again; never of code."""
+
+    minimum: int = flag(80, "bytes of the shortest paragraph that is compared", least=1)
+    template_documents: int = flag(
+        10, "documents with one paragraph that make it a template, removed from all", least=2
+    )
+    template_minimum: int = flag(20, "bytes of the shortest paragraph that may be a template", least=1)
+    least_left: float = flag(0.2, "share of its bytes that a document must keep, or it is dropped", least=0, most=1)
+    buckets: int = flag(64, "pieces that the comparison is cut into; more need less memory", least=1, most=1 << 16)
+
+    def open(self, scope: Scope) -> Paragraphs:
+        """See :class:`StageSettings`."""
+        return Paragraphs(self)
+
+
+class Paragraphs(JoinStage):
+    """Removes a paragraph from all documents but the first that has it; a template from all."""
+
+    def __init__(self, settings: ParagraphsSettings) -> None:
+        self._settings, self.buckets = settings, settings.buckets
+
+    def sketch(self, records: Any) -> Any:
+        """See :class:`JoinStage`: the hash of each paragraph that is long enough, and its number in the document."""
+        data, offsets = flat_bytes(records["text"])
+        row, starts, ends, rows = lines_of(data, offsets)
+        prose = pc.not_equal(records["kind"], CODE).to_numpy().astype(bool)
+        size = ends - starts
+        first = np.searchsorted(row, np.arange(rows))
+        line = np.arange(len(row)) - first[row]
+        chosen = (size >= min(self._settings.minimum, self._settings.template_minimum)) & prose[row]
+        return pa.table(
+            {
+                "key": SpanHashes(data)(starts[chosen], ends[chosen]),
+                "id": records["id"].to_numpy()[row[chosen]],
+                "line": line[chosen],
+                "size": size[chosen],
+            }
+        )
+
+    def join(self, sketches: Any) -> Any:
+        """See :class:`JoinStage`: the paragraphs to remove."""
+        key, ids, line, size = (sketches[name].to_numpy() for name in ("key", "id", "line", "size"))
+        order = np.lexsort((line, ids, key))
+        key, ids, line, size = key[order], ids[order], line[order], size[order]
+        begins = np.ones(len(key), bool)
+        begins[1:] = key[1:] != key[:-1]
+        another = begins.copy()
+        another[1:] |= ids[1:] != ids[:-1]
+        group = np.cumsum(begins) - 1
+        documents = np.bincount(group, another, int(begins.sum()))[group] if len(key) else np.zeros(0)
+        template = documents >= self._settings.template_documents
+        owner = ids[np.maximum.accumulate(np.where(begins, np.arange(len(ids)), 0))] if len(ids) else ids
+        again = (ids != owner) & (size >= self._settings.minimum)
+        gone = template | again
+        return pa.Table.from_arrays(
+            [
+                pa.array(ids[gone]),
+                pa.nulls(int(gone.sum()), pa.string()),
+                pa.array(line[gone]),
+                pa.array(template[gone]),
+            ],
+            schema=_DECISION,
+        )
+
+    def apply(self, records: Any, decisions: Any) -> Outcome:
+        """See :class:`JoinStage`: the texts without their removed paragraphs."""
+        ids, line, template = (decisions[name].to_numpy(zero_copy_only=False) for name in ("id", "line", "template"))
+        own = records["id"].to_numpy()
+        texts = one_array(records["text"]).to_pylist()
+        reasons: list[str | None] = [None] * len(texts)
+        rewrites: list[str | None] = [None] * len(texts)
+        for identity in np.unique(ids):
+            row, mine = int(np.searchsorted(own, identity)), ids == identity
+            removed = set(line[mine].tolist())
+            left = _without(texts[row], removed)
+            templates = int(template[mine].sum())
+            rewrites[row] = f"removed {len(removed) - templates} repeated paragraphs and {templates} of templates"
+            if len(left.encode()) < self._settings.least_left * len(texts[row].encode()) or not left.strip():
+                reasons[row] = f"little is left of it ({rewrites[row]})"
+            texts[row] = left
+        counts = {"repeated paragraphs": int((~template).sum()), "paragraphs of templates": int(template.sum())}
+        return Outcome(replaced(records, text=texts), reasons, rewrites, {name: n for name, n in counts.items() if n})
+
+
+def _without(text: str, removed: set[int]) -> str:
+    """The text without the lines of these numbers, empty lines not counted."""
+    kept, number = [], 0
+    for one in text.split("\n"):
+        if one:
+            number += 1
+            if number - 1 in removed:
+                continue
+        kept.append(one)
+    return "\n".join(kept)
