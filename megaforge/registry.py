@@ -150,8 +150,21 @@ AUGMENTATIONS = Registry(
 CORPUS_STAGES = Registry(  # settings of the stages of corpus.yaml
     "corpus stage",
     {
+        "html": "megaforge.data.corpus.stages.html:HtmlSettings",
+        "normalise": "megaforge.data.corpus.stages.normalise:NormaliseSettings",
         "length": "megaforge.data.corpus.stages.length:LengthSettings",
+        "language": "megaforge.data.corpus.stages.language:LanguageSettings",
+        "heuristics": "megaforge.data.corpus.stages.heuristics:HeuristicsSettings",
+        "blocklist": "megaforge.data.corpus.stages.blocklist:BlocklistSettings",
+        "quality": "megaforge.data.corpus.stages.quality:QualitySettings",
+        "pii": "megaforge.data.corpus.stages.pii:PiiSettings",
         "exact": "megaforge.data.corpus.stages.exact:ExactSettings",
+        "url": "megaforge.data.corpus.stages.url:UrlSettings",
+        "host_cap": "megaforge.data.corpus.stages.host_cap:HostCapSettings",
+        "paragraphs": "megaforge.data.corpus.stages.paragraphs:ParagraphsSettings",
+        "minhash": "megaforge.data.corpus.stages.minhash:MinhashSettings",
+        "simhash": "megaforge.data.corpus.stages.simhash:SimhashSettings",
+        "decontaminate": "megaforge.data.corpus.stages.decontaminate:DecontaminateSettings",
     },
 )
 CORPUS_READERS = Registry(  # by what files are called in messages
