@@ -174,6 +174,7 @@ CORPUS_READERS = Registry(  # by what files are called in messages
         "table": "megaforge.data.corpus.readers.table:Tables",
         "text": "megaforge.data.corpus.readers.text:WholeTexts",
         "html": "megaforge.data.corpus.readers.html:HtmlPages",
+        "man": "megaforge.data.corpus.readers.man:ManualPages",
         "pdf": "megaforge.data.corpus.readers.pdf:PdfFiles",
         "docx": "megaforge.data.corpus.readers.docx:WordFiles",
         "hub": "megaforge.data.corpus.readers.hub:HubShards",

@@ -121,6 +121,36 @@ def test_pages_are_read_in_the_encoding_that_they_declare(content: bytes, text: 
     assert [row[1].lstrip("\ufeff") for row in gather(reader, path, [0, None])] == [text]
 
 
+def test_manual_pages_keep_their_words(tmp_path: Path) -> None:
+    page = r"""
+.\" comment
+.TH LS 1 "June 2024" "GNU" "User Commands"
+.de X
+hidden
+..
+.SH NAME
+ls \- list
+.SH "SEE \fBALSO\fR"
+.BR dir (1),
+.B "all files"
+.Op Fl l Ar name
+.TP
+\fB\-a\fR, \(lqx\(rq
+do not ignore \e and \[u00E9]\s-1s\s0
+.nf
+  a
+    b
+.fi
+"""
+    (tmp_path / "man1").mkdir()
+    path = tmp_path / "man1" / "ls.1.gz"
+    path.write_bytes(gzip.compress(page.encode()))
+    assert reader_for(str(path)) == "man" and reader_for("lib/libz.so.1") is None
+    assert gather(reader_named("man"), path, [0, None])[0][1] == (
+        "NAME\n\nls - list\n\nSEE ALSO\n\ndir(1),\nall files\n-l name\n\n-a, “x”\ndo not ignore \\ and és\n  a\n    b\n"
+    )
+
+
 def pdf_of(lines: list[str]) -> bytes:
     """The smallest PDF with a page a line."""
     kids = " ".join(f"{4 + 2 * number} 0 R" for number in range(len(lines)))

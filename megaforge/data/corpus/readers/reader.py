@@ -54,6 +54,10 @@ class Reader(ABC):
     whole: bool = True
     unit: str = "document"
 
+    def reads(self, path: str) -> bool:
+        """Whether it reads files of this name."""
+        return plain_suffix(path) in self.suffixes
+
     def kind(self, path: str) -> str:
         """What the texts are: text, html or code."""
         return TEXT
@@ -87,8 +91,7 @@ def reader_named(name: str) -> Reader:
 
 def reader_for(path: str) -> str | None:
     """The name of the reader of files with this name; None: none reads such files."""
-    suffix = plain_suffix(path)
-    return next((name for name in CORPUS_READERS.names() if suffix in CORPUS_READERS.get(name).suffixes), None)
+    return next((name for name in CORPUS_READERS.names() if reader_named(name).reads(path)), None)
 
 
 def as_text(value: object) -> str | None:
