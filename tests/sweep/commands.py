@@ -91,6 +91,12 @@ COMMANDS: dict[str, Command] = {
         "tools/plan.py", ("params", "--config", "cdrmix-test", "--vocab-size", "300"), reads_nothing=True
     ),
     "plan schedule": Command("tools/plan.py", ("schedule", "--pp", "2", "--microbatches", "4", "--schedule", "1f1b")),
+    "plan data": Command(
+        "tools/plan.py",
+        ("data", "--data-schedule", "corpus/standard", "--train-samples", "100"),
+        only_wrong=True,
+        reads_nothing=True,
+    ),
     "plan memory": Command(
         "tools/plan.py",
         ("memory", "--config", "cdrmix-test", "--gpu", "h100-80g", "--vocab-size", "300"),

@@ -74,6 +74,8 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments
         (("ladders", "--table", "none.txt"), "--table none.txt"),
         (("detect", "--output", "machine.yaml"), "must end in .json"),
         (("docs", "three"), "three: there is no such place"),
+        (("data",), "there is nothing to show: give --data-schedule"),
+        (("data", "--data-schedule", "corpus/standrd"), "did you mean corpus/standard?"),
         (("activations", "now"), "now: plan.py activations takes no arguments"),
     ],
     "tools/plot_loss.py": [(("--metrics-file", "x", "--output", "y", "--smooth", "1"), "--smooth 1: must be")],

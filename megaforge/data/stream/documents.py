@@ -160,4 +160,5 @@ def _complaints(name: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"--data-path stream: {name}: {str(error).removeprefix('--input ')}") from error
+        text = str(error).removeprefix("--input ").removeprefix(f"{name}: ")
+        raise UserError(f"--data-path stream: {name}: {text}") from error

@@ -14,6 +14,7 @@ from typing import Any
 
 from megaforge.data.stream.fetch import is_remote, remote_identity
 from megaforge.data.text.formats import TEXT_SUFFIXES, plain_suffix, text_format
+from megaforge.data.text.readers import open_text
 from megaforge.errors import UserError, require
 
 PREFIX = "stream:"
@@ -92,13 +93,14 @@ def _hub_files(name: str, spec: str) -> Iterator[str]:
     yield from map(str, files)
 
 
-def check_local(name: str, spec: str) -> None:
+def check_local(name: str, spec: str, key: str) -> None:
     """
     Raises:
-        UserError: the file is missing, damaged, or of another kind than text.
+        UserError: the file is missing, damaged, of another kind than text, or a table without the column ``key``.
     """
     try:
-        text_format(name)
+        if text_format(name).is_table:
+            open_text(name, key).close()
     except UserError as error:
         raise UserError(f"--data-path {spec}: {str(error).replace('--input ', '')}") from error
 

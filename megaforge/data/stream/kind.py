@@ -30,7 +30,7 @@ def check_streams(config: Config) -> None:
             raise UserError(f"--data-path {name}: text needs a tokenizer: add --tokenizer-model FILE")
         for file in stream_names(name):
             if not is_remote(file):
-                check_local(file, name)
+                check_local(file, name, data.json_key)
             elif data.data_cache_dir is None:
                 raise UserError(f"--data-path {name}: {file} needs a place for its copy: add --data-cache-dir DIR")
     if data.data_schedule is not None:

@@ -103,7 +103,7 @@ class StreamData(ScheduledSource):
             assert cache is not None
             copy = f"{stream.files[number].identity}-{name.rstrip('/').rpartition('/')[2]}"
             path = str(cache.made(copy, partial(fetch, name)))
-            check_local(path, stream.name)
+            check_local(path, stream.name, self._settings.key)
             return path
 
         names = [file.name for file in stream.files]

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megaforge.config.batch_schedule import BatchSchedule
 from megaforge.config.cli import parse_config
-from megaforge.data.augment.augmentation import token_id, uniform
+from megaforge.config.config import Config
+from megaforge.data.augment.augmentation import Augmentation, token_id, uniform
 from megaforge.data.augment.hiding import HiddenInputs
-from megaforge.data.augment.source import AugmentedSource, augmentations_of
+from megaforge.data.augment.source import AugmentedSource, augmentations_of, augmented
 from megaforge.data.loader import GlobalBatchLoader
 from megaforge.data.skipped import SkippedSamples
+from megaforge.data.tokenizer import Tokenizer
 from megaforge.errors import UserError
+from megaforge.registry import AUGMENTATIONS
 from tests.toys.counting_source import Counting
 
 MASK = 63
@@ -64,3 +68,24 @@ def test_uniform_numbers() -> None:
     drawn = uniform(10_000, "a", 1)
     assert drawn.min() >= 0 and drawn.max() < 1 and drawn.mean() == pytest.approx(0.5, abs=0.02)
     assert uniform(5, "a", 1).tolist() == drawn[:5].tolist() != uniform(5, "a", 2).tolist()
+
+
+def test_an_augmentation_of_a_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is registered, decides by the flags whether it is asked for, and comes after ours."""
+
+    class Upwards(Augmentation):
+        @classmethod
+        def of(cls, config: Config, tokenizer: Tokenizer | None) -> Augmentation | None:
+            return cls() if config.training.seed == 5 else None
+
+        def shown(self, k: int, inputs: np.ndarray) -> np.ndarray:
+            return inputs + 1
+
+        def state(self) -> dict[str, Any]:
+            return {"upwards": 1}
+
+    monkeypatch.setattr(AUGMENTATIONS, "_parts", {**AUGMENTATIONS._parts})
+    AUGMENTATIONS.register("upwards", Upwards)
+    source = augmented(Counting(3, 8), parse_config(["--seed", "5"]).config, None)
+    assert source.shown(0, np.arange(3)).tolist() == [1, 2, 3] and source.state(0)["augmentation"] == {"upwards": 1}
+    assert augmentations_of(parse_config([]).config, None) == []

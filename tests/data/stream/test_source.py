@@ -179,11 +179,14 @@ def test_names(tmp_path: Path) -> None:
         assert stream_names(spec) == [f"{folder}/{name}" for name in names]
     assert stream_names(f"stream:@{listed}")[1:] == [f"http://h/p-{n}.gz" for n in ("08", "09", "10")]
     (folder / "d.dat").write_bytes(b"MMIDIDX\0")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the parquet extra")
+    parquet.write_table(pytest.importorskip("pyarrow").table({"body": ["1"]}), folder / "t.parquet")
     for paths, flags, complaint in (
         ((f"stream:{folder}/*.x",), TOKENIZER, "there is no such file"),
         (("stream:@none",), TOKENIZER, "none cannot be read .No such file"),
         ((f"stream:{folder}/a.txt",), (), "text needs a tokenizer: add --tokenizer-model"),
         ((f"stream:{folder}/d.dat",), TOKENIZER, "half of a dataset of tokens"),
+        ((f"stream:{folder}/t.parquet",), TOKENIZER, "t.parquet: no column 'text' .--json-key.; there are body"),
         ((f"stream:{folder}/a.txt", str(folder / "x")), TOKENIZER, "x is a dataset and others are text"),
         (("stream:http://h/a.gz",), TOKENIZER, "needs a place for its copy: add --data-cache-dir DIR"),
     ):
