@@ -1,8 +1,11 @@
-"""Waiting until the disk has something."""
+"""Waiting until the disk has something, and files that others see whole or not at all."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 def sync_path(path: str | os.PathLike[str]) -> None:
@@ -17,3 +20,31 @@ def sync_path(path: str | os.PathLike[str]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], temporary: str | os.PathLike[str] | None = None) -> Iterator[Path]:
+    """Gives the name of a file beside ``path`` to write, which becomes ``path`` when the block ends well: before and
+    after, and after a crash at any moment, ``path`` holds all of the old content or all of the new.
+
+    A block that takes its file away again leaves ``path`` as it is. What a killed process has left under the temporary
+    name is overwritten by the next.
+
+    Args:
+        temporary: the name to write (default: ``.NAME.tmp`` in the same directory); two processes that may write at
+            the same time need names of their own.
+
+    Raises:
+        OSError: the content did not reach the disk; ``path`` is as it was, unless only its new name did not.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.tmp") if temporary is None else Path(temporary)
+    try:
+        part.unlink(missing_ok=True)
+        yield part
+        if part.exists():
+            sync_path(part)
+            os.replace(part, path)
+            sync_path(path.parent)
+    finally:
+        part.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megaforge.durable import sync_path
+from megaforge.durable import replacing, sync_path
 
 
 @pytest.mark.parametrize("name", ["file", "folder"])
@@ -26,3 +26,50 @@ def test_a_path_is_synced_and_closed(name: str, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="Input/output error"):
         sync_path(tmp_path / name)
     assert synced == [(tmp_path / name).stat().st_ino] and len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_is_replaced_once_the_disk_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        done.append(("fsync", os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path)))
+        fsync(descriptor)
+
+    def noted_replace(old: str | Path, new: str | Path) -> None:
+        done.append(("replace", os.path.relpath(new, tmp_path)))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    (tmp_path / "file").write_text("old")
+    (tmp_path / ".file.tmp").write_text("what a killed process left")
+    with replacing(tmp_path / "file") as part:
+        assert not part.exists()
+        part.write_text("new")
+        assert (tmp_path / "file").read_text() == "old"
+    assert done == [("fsync", ".file.tmp"), ("replace", "file"), ("fsync", ".")]
+    assert (tmp_path / "file").read_text() == "new" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("where", ["block", "fsync", "replace"])
+def test_a_failure_leaves_the_old_file(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "file").write_text("old")
+    if where != "block":
+        monkeypatch.setattr(os, where, full)
+    with pytest.raises(OSError, match="No space left"), replacing(tmp_path / "file", tmp_path / "mine") as part:
+        part.write_text("new")
+        if where == "block":
+            full()
+    assert (tmp_path / "file").read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_taken_away_leaves_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    with replacing(tmp_path / "file") as part:
+        part.write_text("new")
+        part.unlink()
+    assert (tmp_path / "file").read_text() == "old" and os.listdir(tmp_path) == ["file"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import secrets
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,7 +33,7 @@ from megaforge.config.config import Config
 from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.config.run_config import ParallelConfig, default_expert_tensor_parallel_size
 from megaforge.config.schema import config_from_dict, suggestion
-from megaforge.durable import sync_path
+from megaforge.durable import replacing
 from megaforge.errors import UserError
 from megaforge.models.parameter_count import declared_parameters
 from megaforge.models.pipeline_shape import PipelinePlan
@@ -86,17 +85,12 @@ def publish_file(
     if file.exists():
         raise UserError(f"--save {file}: it exists; remove it, or name another file")
     ordered = sorted(slots, key=file_order)
-    temporary = file.with_name(f".{file.name}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
-        record = write_safetensors(temporary, ordered, (read(slot.name) for slot in ordered), metadata)
-        os.replace(temporary, file)
-        sync_path(file.parent)
+        with replacing(file) as temporary:
+            record = write_safetensors(temporary, ordered, (read(slot.name) for slot in ordered), metadata)
     except OSError as error:
         raise UserError(f"--save {file}: it was not written ({error.strerror})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return record
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from megaforge.checkpoint.gguf_file import PLAIN, GGUFTensor, write_gguf
 from megaforge.checkpoint.packed_file import QuantizedModel, open_quantized
 from megaforge.checkpoint.published import architecture
 from megaforge.checkpoint.sources import TensorSource
+from megaforge.durable import replacing
 from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 from megaforge.quant.formats.ggml_blocks import BLOCK_TYPES, BlockType
@@ -62,16 +62,12 @@ def export_gguf(source: TensorSource, file: str | Path, block_type: str | None =
     if file.exists():
         raise UserError(f"--save {file}: it exists; remove it, or name another file")
     tokenizer = _tokenizer(model)
-    temporary = file.with_name(f".{file.name}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
-        size = write_gguf(temporary, _fields(model, kind, blocks) | tokenizer, list(_tensors(model, kind, blocks)))
-        os.replace(temporary, file)
+        with replacing(file) as temporary:
+            size = write_gguf(temporary, _fields(model, kind, blocks) | tokenizer, list(_tensors(model, kind, blocks)))
     except OSError as error:
         raise UserError(f"--save {file}: it was not written ({error.strerror})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return size, bool(tokenizer)
 
 

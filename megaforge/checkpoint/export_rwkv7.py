@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import os
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from megaforge.checkpoint.export_hf import DTYPES
 from megaforge.checkpoint.import_rwkv7 import UNUSED
 from megaforge.checkpoint.packed_file import open_quantized
 from megaforge.checkpoint.sources import TensorSource
+from megaforge.durable import replacing
 from megaforge.errors import UserError
 
 _WANTED = "--to rwkv7"
@@ -41,20 +41,17 @@ def export_rwkv7(source: TensorSource, file: str | Path, *, dtype: str | None = 
         raise UserError(f"--save {file}: it exists; remove it, or name another file")
     kept = model.dtype if dtype is None else DTYPES[dtype]
     parts = {part.theirs: part for part in RWKV7_FILE.parts(cfg, model.specs)}
-    temporary = file.with_name(f".{file.name}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        mapped = _empty_file(temporary, {name: part.shape for name, part in _with_unused(parts).items()}, kept)
-        for name, tensor in mapped.items():
-            if name in parts:
-                tensor.copy_(parts[name].to_theirs(model.read(parts[name].ours, parts[name].box)))
-        del mapped
-        size = temporary.stat().st_size
-        os.replace(temporary, file)
+        with replacing(file) as temporary:
+            mapped = _empty_file(temporary, {name: part.shape for name, part in _with_unused(parts).items()}, kept)
+            for name, tensor in mapped.items():
+                if name in parts:
+                    tensor.copy_(parts[name].to_theirs(model.read(parts[name].ours, parts[name].box)))
+            del mapped
+            size = temporary.stat().st_size
     except OSError as error:
         raise UserError(f"--save {file}: it was not written ({error.strerror})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return size
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from megaforge.checkpoint.sources import TensorSource
 from megaforge.checkpoint.stateful import state_prefixes
 from megaforge.config.config import Config
 from megaforge.config.schema import config_from_dict, suggestion
+from megaforge.durable import replacing
 from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 from megaforge.models.parameter_count import declared_parameters
@@ -171,10 +171,10 @@ def prepare_phase6_output(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{TRAINED}.tmp"
-        torch.save(trained, temporary)
-        os.replace(temporary, folder / TRAINED)
-        (folder / FINISHED).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+        with replacing(folder / TRAINED) as temporary:
+            torch.save(trained, temporary)
+        with replacing(folder / FINISHED) as temporary:
+            temporary.write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: it cannot be written ({error.strerror})") from error
     return folder

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megaforge.data.outputs import make_parents, temporary_path
+from megaforge.durable import replacing
 from megaforge.errors import UserError
 
 IMAGES = (".png", ".svg", ".pdf")
@@ -33,11 +34,8 @@ def save_image(figure: Any, name: str | os.PathLike[str], flag: str = "--output"
         UserError: it cannot be written.
     """
     make_parents(name, flag)
-    temporary = temporary_path(str(name))
     try:
-        figure.savefig(temporary, format=Path(name).suffix.lower()[1:])
-        os.replace(temporary, name)
+        with replacing(name, temporary_path(str(name))) as temporary:
+            figure.savefig(temporary, format=Path(name).suffix.lower()[1:])
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {name}: cannot be written ({error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from megaforge.durable import replacing
 from megaforge.errors import UserError
 
 
@@ -62,10 +63,9 @@ class LeftOut:
             if not self.entries:
                 path.unlink(missing_ok=True)
                 return None
-            temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-            with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-                file.writelines("\t".join(map(_one_line, entry)) + "\n" for entry in self.entries)
-            os.replace(temporary, path)
+            lines = ["\t".join(map(_one_line, entry)) + "\n" for entry in self.entries]
+            with replacing(path, f"{path}.tmp-{os.getpid()}") as temporary:
+                temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         return str(path)

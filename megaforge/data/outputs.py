@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from megaforge.durable import replacing
 from megaforge.errors import UserError, require
 
 
@@ -42,28 +43,25 @@ def atomic_output(name: str, force: bool = False, flag: str = "--output") -> Ite
         UserError: another file stands there, or it cannot be written.
     """
     make_parents(name, flag)
-    temporary = temporary_path(name)
     try:
-        with ExitStack() as stack:
-            raw = stack.enter_context(temporary.open("wb"))
-            stream: Any = raw
-            if name.lower().endswith(".gz"):
-                stream = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))
-            elif name.lower().endswith(".zst"):
-                zstandard = require("zstandard", extra="data", purpose=f"{flag} {name}")
-                writer = zstandard.ZstdCompressor(level=3).stream_writer(raw, closefd=False)
-                stream = stack.enter_context(io.BufferedWriter(writer, 1 << 20))
-            yield stream
-            stream.flush()
-        if not force and os.path.lexists(name):
-            if not (os.path.isfile(name) and filecmp.cmp(temporary, name, shallow=False)):
-                raise refuse_to_replace(name, flag)
-            return
-        os.replace(temporary, name)
+        with replacing(name, temporary_path(name)) as temporary:
+            with ExitStack() as stack:
+                raw = stack.enter_context(temporary.open("wb"))
+                stream: Any = raw
+                if name.lower().endswith(".gz"):
+                    stream = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))
+                elif name.lower().endswith(".zst"):
+                    zstandard = require("zstandard", extra="data", purpose=f"{flag} {name}")
+                    writer = zstandard.ZstdCompressor(level=3).stream_writer(raw, closefd=False)
+                    stream = stack.enter_context(io.BufferedWriter(writer, 1 << 20))
+                yield stream
+                stream.flush()
+            if not force and os.path.lexists(name):
+                if not (os.path.isfile(name) and filecmp.cmp(temporary, name, shallow=False)):
+                    raise refuse_to_replace(name, flag)
+                temporary.unlink()
     except OSError as error:
         raise UserError(f"cannot write {name}: {error.strerror}; choose a writable {flag}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def refuse_to_replace(name: str, flag: str) -> UserError:

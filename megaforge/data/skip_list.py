@@ -7,12 +7,11 @@ here.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from megaforge.data.skipped import Stretch
-from megaforge.durable import sync_path
+from megaforge.durable import replacing
 from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 
@@ -55,13 +54,8 @@ def add_skip(run: Path, stretch: Stretch, **why: Any) -> None:
     whole = file.read_bytes() if file.exists() else b""
     if not whole.endswith(b"\n"):
         whole = whole[: whole.rfind(b"\n") + 1]
-    temporary = file.with_name(f"{SKIP_FILE}.tmp")
-    with temporary.open("wb") as out:
-        out.write(whole + json.dumps({"first": stretch[0], "stop": stretch[1], **why}).encode() + b"\n")
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, file)
-    sync_path(run)
+    with replacing(file) as temporary:
+        temporary.write_bytes(whole + json.dumps({"first": stretch[0], "stop": stretch[1], **why}).encode() + b"\n")
 
 
 def set_skips_aside(run: Path) -> Path | None:

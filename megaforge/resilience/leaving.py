@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from megaforge.config.checkpoint_source import newest_meta, same_directory
 from megaforge.config.config import Config
 from megaforge.config.launcher import Launch
 from megaforge.config.schema import config_to_dict
+from megaforge.durable import replacing
 from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 
@@ -72,13 +72,9 @@ def mark(config: Config, iteration: int, reason: str, *, complete: bool) -> None
     if config.checkpoint.save is None or config.training.skip_train:
         return
     path = Path(config.checkpoint.save) / (COMPLETED if complete else UNFINISHED)
-    part = path.with_name(f".{path.name}")
-    with part.open("w", encoding="utf-8") as file:
+    with replacing(path) as part, part.open("w", encoding="utf-8") as file:
         json.dump({"iteration": iteration, "reason": reason, "run": _digest(config)}, file)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def _read(path: Path) -> Mapping[str, Any] | None:

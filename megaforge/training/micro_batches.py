@@ -17,6 +17,7 @@ from megaforge.config.config import Config
 from megaforge.config.launcher import print_rank_0
 from megaforge.data.loader import Batch
 from megaforge.device import release_cached_memory
+from megaforge.durable import replacing
 from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 from megaforge.parallel.agree import exchange, from_first_rank
@@ -136,10 +137,9 @@ class MicroBatches:
         if self._file is None:
             return
         record = {"micro_batch_size": size, "instead_of": self.size, "layout": layout_of(self._ctx)}
-        temporary = self._file.with_name(f"{FILE}.{os.getpid()}")
         try:
-            temporary.write_text(json.dumps(record) + "\n", encoding="ascii")
-            os.replace(temporary, self._file)
+            with replacing(self._file, f"{self._file}.{os.getpid()}") as temporary:
+                temporary.write_text(json.dumps(record) + "\n", encoding="ascii")
         except OSError as error:
             print_rank_0(f"{self._file}: the micro-batch size could not be recorded ({error.strerror})")
 

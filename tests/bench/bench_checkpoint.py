@@ -90,7 +90,7 @@ def trainer_of(save: Path | None, *more: str) -> Trainer:
     line = (
         *("--config", "cdrmix-tiny", "--device", "cpu", "--mock-data", "--vocab-size", "4096", "--seq-length", "256"),
         *("--train-iters", str(10**6), "--global-batch-size", "4", "--log-level", "warning", "--lr-warmup-iters", "10"),
-        *("--lr-decay-style", "constant"),
+        *("--lr-decay-style", "constant", "--eval-iters", "0"),
     )
     trainer = build_trainer(prepare(parse_config([*line, *where], prog="bench").config), CTX)
     trainer._emit("on_train_start")
@@ -189,6 +189,7 @@ def bandwidths(folder: Path, megabytes: int, rounds: int) -> dict[str, Ratio]:
     return found
 
 
+PARTS = ("bandwidths", "snapshots", "training")
 PEERS = {"steps": "no saves", "save": "disk", "load": "disk", "encrypted": "plain", "snapshot": "disk"}
 
 
@@ -201,14 +202,19 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=256, help="of the checkpoint that bandwidths are of")
     parser.add_argument("--steps", type=int, default=20, help="of a measured stretch of training")
     parser.add_argument("--rounds", type=int, default=5, help="measured pairs")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary directory)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.environ[KEY_VARIABLE] = SECRET.hex()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        found = bandwidths(Path(name), options.megabytes, options.rounds)
-        found |= snapshots(Path(name), options.megabytes, options.rounds)
-        found |= training(Path(name), options.steps, options.rounds)
+        found: dict[str, Ratio] = {}
+        if "bandwidths" in options.parts:
+            found |= bandwidths(Path(name), options.megabytes, options.rounds)
+        if "snapshots" in options.parts:
+            found |= snapshots(Path(name), options.megabytes, options.rounds)
+        if "training" in options.parts:
+            found |= training(Path(name), options.steps, options.rounds)
     rows: list[list[object]] = []
     for case, ratio in found.items():
         peer = peer_of(case)

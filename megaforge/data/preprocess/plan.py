@@ -16,6 +16,7 @@ from megaforge.data.jsonl import is_compressed
 from megaforge.data.text.formats import TextFormat, text_format
 from megaforge.data.text.readers import open_text
 from megaforge.data.tokenizer import TOKENIZER_TYPES
+from megaforge.durable import replacing
 from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 
@@ -235,13 +236,9 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, value: object) -> None:
     """Writes JSON durably and atomically."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
+    with replacing(path, f"{path}.tmp-{os.getpid()}") as temporary, temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _load_json(path: Path) -> Any:
