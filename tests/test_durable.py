@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megaforge.durable import replacing, sync_path
+from tests.disk_log import disk_log
 
 
 @pytest.mark.parametrize("name", ["file", "folder"])
@@ -29,26 +30,14 @@ def test_a_path_is_synced_and_closed(name: str, tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_file_is_replaced_once_the_disk_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[tuple[str, str]] = []
-    fsync, replace = os.fsync, os.replace
-
-    def noted_fsync(descriptor: int) -> None:
-        done.append(("fsync", os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path)))
-        fsync(descriptor)
-
-    def noted_replace(old: str | Path, new: str | Path) -> None:
-        done.append(("replace", os.path.relpath(new, tmp_path)))
-        replace(old, new)
-
-    monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(os, "replace", noted_replace)
+    done = disk_log(tmp_path, monkeypatch)
     (tmp_path / "file").write_text("old")
     (tmp_path / ".file.tmp").write_text("what a killed process left")
     with replacing(tmp_path / "file") as part:
         assert not part.exists()
         part.write_text("new")
         assert (tmp_path / "file").read_text() == "old"
-    assert done == [("fsync", ".file.tmp"), ("replace", "file"), ("fsync", ".")]
+    assert done == [("fsync", ".file.tmp"), ("replace", ".file.tmp", "file"), ("fsync", ".")]
     assert (tmp_path / "file").read_text() == "new" and os.listdir(tmp_path) == ["file"]
 
 

@@ -6,7 +6,6 @@ The package of that name does not know all block types that it would have to wri
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,7 +63,7 @@ def _value(value: Any) -> tuple[int, bytes]:
 
 
 def write_gguf(file: Path, fields: Mapping[str, Any], tensors: Sequence[GGUFTensor]) -> int:
-    """Writes and fsyncs ``file``, which must not exist.
+    """Writes ``file``, which must not exist; the disk need not have it yet.
 
     Args:
         fields: text, numbers, truth values, or lists of whole numbers or texts, by key.
@@ -91,8 +90,6 @@ def write_gguf(file: Path, fields: Mapping[str, Any], tensors: Sequence[GGUFTens
             raw_bytes: np.ndarray[Any, Any] = one.data.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
             stream.write(raw_bytes.data)
             stream.write(bytes(-one.nbytes % ALIGNMENT))
-        stream.flush()
-        os.fsync(stream.fileno())
         return stream.tell()
 
 

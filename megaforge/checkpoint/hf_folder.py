@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from megaforge.checkpoint.hashed_file import sync_all
 from megaforge.checkpoint.safetensors_file import SafetensorsFile, Slot
 from megaforge.durable import sync_path
 from megaforge.errors import DamagedCheckpointError, UserError
@@ -68,7 +69,7 @@ class HFFolder:
 
 
 def publish_directory(directory: str | Path, write: Callable[[Path], _Result]) -> _Result:
-    """Makes ``directory`` of what ``write`` writes into an empty one, whole or not at all.
+    """Makes ``directory`` of what ``write`` writes into an empty one, whole or not at all; the disk has it then.
 
     Raises:
         UserError: it exists and is not empty, or cannot be written.
@@ -81,7 +82,7 @@ def publish_directory(directory: str | Path, write: Callable[[Path], _Result]) -
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         result = write(temporary)
-        sync_path(temporary)
+        sync_all([*temporary.rglob("*"), temporary])
         if folder.exists():
             folder.rmdir()
         os.replace(temporary, folder)

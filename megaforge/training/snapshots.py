@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from megaforge.checkpoint.background import BackgroundSave
 from megaforge.checkpoint.checkpoint import Snapshot
-from megaforge.checkpoint.hashed_file import sync_all
 from megaforge.config.config import Config
 from megaforge.config.launcher import print_rank_0
+from megaforge.durable import replacing
 from megaforge.errors import CheckpointError
 from megaforge.json_text import parse_json
 from megaforge.parallel.agree import exchange, from_first_rank, together
@@ -81,8 +81,8 @@ def _run_name(file: Path) -> str:
         except (ValueError, KeyError, TypeError):
             logger.warning("%s is damaged: snapshots of this run's past are not taken up", file)
     run = secrets.token_hex(8)
-    file.write_text(json.dumps({"run": run}), encoding="ascii")
-    sync_all([file])
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps({"run": run}), encoding="ascii")
     return run
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
@@ -16,6 +14,7 @@ from megaforge.config.checkpoint_config import CheckpointConfig
 from megaforge.errors import CheckpointError, UserError
 from megaforge.parallel.context import ParallelContext
 from tests.checkpoint.model_entries import save_and_retain
+from tests.disk_log import disk_log
 
 CTX = ParallelContext.single()
 DATA_FILE = "rank_00000.safetensors"
@@ -41,27 +40,8 @@ def _flip_bit(path, position):
     path.write_bytes(content)
 
 
-def _noted(folder, monkeypatch) -> list[tuple[str, ...]]:
-    """What is synced and renamed below ``folder`` from now on, in order."""
-    done = []
-
-    def noted(name, path_of):
-        real = getattr(os, name)
-
-        def operation(*given, **how):
-            done.append((name, *(os.path.relpath(path_of(one), folder) for one in given)))
-            return real(*given, **how)
-
-        monkeypatch.setattr(os, name, operation)
-
-    noted("fsync", lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"))
-    noted("rename", os.fspath)
-    noted("replace", os.fspath)
-    return done
-
-
 def test_what_is_fetched_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
-    done = _noted(tmp_path, monkeypatch)
+    done = disk_log(tmp_path, monkeypatch)
     path = commit_fetched(tmp_path, 7, lambda temporary: (temporary / "x").write_text("x"))
     there = ".tmp_step_0000007"
     renamed = [("rename", there, "step_0000007"), ("fsync", ".")]
@@ -71,7 +51,7 @@ def test_what_is_fetched_is_synced_before_it_has_its_name(tmp_path, monkeypatch)
 
 def test_what_is_synced_and_renamed_in_which_order(tmp_path, monkeypatch):
     """A kill loses nothing that was written, a power cut what was not synced: a name comes after what it stands for."""
-    done, there = _noted(tmp_path, monkeypatch), ".tmp_step_0000001"
+    done, there = disk_log(tmp_path, monkeypatch), ".tmp_step_0000001"
     path = _save(tmp_path, 1)
     at_once = {("fsync", name) for name in (f"{there}/{MANIFEST_FILE}", f"{there}/{SUMS_FILE}", there, ".latest")}
     assert done[0] == ("fsync", f"{there}/{DATA_FILE}") and set(done[1:5]) == at_once

@@ -13,6 +13,7 @@ from megaforge.checkpoint.hf_folder import HFFolder, publish_directory
 from megaforge.checkpoint.safetensors_file import Slot, write_safetensors
 from megaforge.config.arguments import byte_size
 from megaforge.errors import UserError
+from tests.disk_log import disk_log
 
 
 def write(file: Path, name: str) -> None:
@@ -67,6 +68,19 @@ def test_a_directory_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in target.iterdir()] == ["a"] and list(tmp_path.iterdir()) == [target]
     with pytest.raises(UserError, match="not an empty directory"):
         publish_directory(target, fail)
+
+
+def test_the_disk_has_its_files_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(folder: Path) -> None:
+        (folder / "below").mkdir()
+        for name in ("a", "below/b"):
+            (folder / name).write_text("x")
+
+    done, there = disk_log(tmp_path, monkeypatch), ".model.tmp"
+    publish_directory(tmp_path / "model", write)
+    files = {("fsync", name) for name in (there, f"{there}/a", f"{there}/below", f"{there}/below/b")}
+    assert set(done[:4]) == files and done[4:] == [("replace", there, "model"), ("fsync", ".")]
+    assert sorted(path.name for path in (tmp_path / "model").rglob("*")) == ["a", "b", "below"]
 
 
 def test_sizes() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from megaforge.errors import UserError
 from megaforge.monitor.sinks import JsonlSink, read_metrics
+from tests.disk_log import disk_log
 
 
 def write_steps(path: Path, first: int, last: int, resume: int) -> None:
@@ -42,6 +43,21 @@ def test_the_evaluation_of_the_resumed_iteration_stays(tmp_path: Path) -> None:
     write_steps(path, 1, 5, 0)
     JsonlSink(path, 4).close()
     assert [(r["kind"], r["iteration"]) for r in read_metrics(path)][-2:] == [("step", 4), ("evaluation", 4)]
+
+
+def test_the_disk_has_what_a_checkpoint_follows_and_what_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, done = tmp_path / "m.jsonl", disk_log(tmp_path, monkeypatch)
+    sink = JsonlSink(path, 0)
+    for iteration in (1, 2):
+        sink.write("step", iteration, {"loss": 1.0})
+    assert done == []
+    sink.flush()
+    assert done == [("fsync", "m.jsonl")]
+    sink.go_back(1)
+    sink.close()
+    assert done[1:] == [("fsync", "m.jsonl.abandoned")] and iterations(path) == [1]
 
 
 def iterations(path: Path) -> list[int]:

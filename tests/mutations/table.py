@@ -34,6 +34,7 @@ def _gone(file: str, code: str, test: str) -> Mutation:
     return Mutation(file, code, "pass", test)
 
 
+FOLDER = "tests/checkpoint/test_hf_folder.py"
 CHECKPOINT, DURABILITY = "tests/checkpoint/test_directory.py", "tests/checkpoint/test_durability.py"
 MUTATIONS = (
     # Waits for the disk.
@@ -60,7 +61,6 @@ MUTATIONS = (
         CHECKPOINT,
     ),
     _gone("checkpoint/directory.py", "sync_path(path.parent)", CHECKPOINT),
-    _gone("checkpoint/gguf_file.py", "os.fsync(stream.fileno())", "tests/checkpoint/test_gguf_file.py"),
     _gone("checkpoint/hashed_file.py", "os.fsync(self._file.fileno())", "tests/checkpoint/test_hashed_file.py"),
     Mutation(
         "checkpoint/hashed_file.py",
@@ -69,9 +69,10 @@ MUTATIONS = (
         "tests/checkpoint/test_hashed_file.py",
     ),
     Mutation("checkpoint/hashed_file.py", "_Helper(sync_path, 1)", "_Helper(lambda path: None, 1)", CHECKPOINT),
-    _gone("checkpoint/hf_folder.py", "sync_path(temporary)", "tests/checkpoint/test_hf_folder.py"),
-    _gone("checkpoint/hf_folder.py", "sync_path(folder.parent)", "tests/checkpoint/test_hf_folder.py"),
-    _gone("checkpoint/megatron/exporting.py", "os.fsync(file.fileno())", "tests/checkpoint/megatron"),
+    _gone(
+        "checkpoint/hf_folder.py", 'sync_all([*temporary.rglob("*"), temporary])', "tests/checkpoint/test_hf_folder.py"
+    ),
+    _gone("checkpoint/hf_folder.py", "sync_path(folder.parent)", FOLDER),
     _gone("data/indexed_dataset.py", "os.fsync(file.fileno())", "tests/data/test_indexed_dataset.py"),
     _gone("data/indexed_dataset.py", "sync_path(bin_path(prefix).parent)", "tests/data/test_indexed_dataset.py"),
     _gone("monitor/events.py", "os.fsync(descriptor)", "tests/monitor/test_events.py"),
@@ -84,7 +85,6 @@ MUTATIONS = (
     _gone("monitor/sinks.py", "os.fsync(self._file.fileno())", "tests/monitor/test_sinks.py"),
     _gone("monitor/sinks.py", "os.fsync(aside.fileno())", "tests/monitor/test_sinks.py"),
     _gone("resilience/faults.py", "os.fsync(mark.fileno())", "tests/resilience/test_faults.py"),
-    _gone("training/snapshots.py", "sync_all([file])", "tests/training/test_snapshots.py"),
     # Names that are given once the content is whole.
     Mutation("durable.py", "os.replace(part, path)", "__import__('shutil').copy(part, path)", "tests/test_durable.py"),
     Mutation(
@@ -118,7 +118,7 @@ MUTATIONS = (
         "checkpoint/hf_folder.py",
         "os.replace(temporary, folder)",
         "shutil.copytree(temporary, folder)",
-        "tests/checkpoint/test_hf_folder.py",
+        FOLDER,
     ),
     Mutation(
         "data/indexed_dataset.py",

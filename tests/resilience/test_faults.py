@@ -26,6 +26,7 @@ from megaforge.resilience.faults import (
     draw,
     kinds_named,
 )
+from tests.disk_log import disk_log
 
 
 def test_what_is_drawn_follows_the_seed_and_has_every_kind_alike():
@@ -78,6 +79,13 @@ def test_faults_strike_once_in_their_order_on_their_rank(tmp_path, monkeypatch):
     again("step", {"iteration": 6})
     assert len(struck) == 2, "a run that is started again does not meet them again"
     assert json.loads((tmp_path / "marks" / "fault_000.json").read_text())["iteration"] == 4
+
+
+def test_the_disk_knows_of_a_fault_before_it_strikes(tmp_path, monkeypatch):
+    done = disk_log(tmp_path, monkeypatch)
+    monkeypatch.setitem(ACTIONS, "sleep", lambda *_: done.append(("strikes",)))
+    _injector(tmp_path, "slow rank")("step", {"iteration": 3})
+    assert done == [("fsync", "marks/fault_000.json"), ("strikes",)]
 
 
 def test_a_file_is_struck_in_its_midst_and_a_disk_without_room_says_so(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import pickle
 import re
 from collections.abc import Iterator
@@ -124,8 +123,6 @@ class _Writer:
                 while waiting and file.tell() < SHARD_BYTES:
                     self._write_part(file, waiting.pop(0))
                 self.written += file.tell()
-                file.flush()
-                os.fsync(file.fileno())
             self.files += 1
         with open(self.path / METADATA, "xb") as file:
             pickle.dump(Metadata(self.metadata, None, self.storage, StorageMeta(), "1.0.0"), file)
