@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What takes minutes: the whole quickstart, 500 random wrong inputs for every command, all layouts in both precisions,
 # Triton's interpreter, the arms of the examples grokking and bitnet, sixty faults in a run, a node lost and taken back,
-# every wait for the disk, rename and checksum taken out once, ten minutes of damaged files for each reader. Every step runs, whatever became of those before; the status is 1 when
-# one failed.
+# every wait for the disk, rename and checksum taken out once, ten minutes of damaged files for each reader. Every step
+# runs, whatever became of those before; the status is 1 when one failed.
 #
 #   bash run_scripts/nightly.sh            all steps          bash run_scripts/nightly.sh sweep parity   some of them
 #   SEED=7 bash run_scripts/nightly.sh     other random inputs (default: the day's number)
