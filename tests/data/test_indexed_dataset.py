@@ -19,6 +19,7 @@ from megaforge.data import indexed_dataset
 from megaforge.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, merge_shards, optimal_dtype
 from megaforge.errors import UserError
 from tests.data.datasets import random_documents, second_reader, write_dataset
+from tests.disk_log import disk_log
 
 GOLDEN_BIN = "0100 0200 0300 ff00 ffff"
 GOLDEN_IDX = (
@@ -197,6 +198,15 @@ def test_replacing_a_dataset_drops_its_stale_sidecar(tmp_path: Path) -> None:
     Path(f"{prefix}.json").write_text("{}")
     write_dataset(tmp_path / "d", [[4]])
     assert second_reader(prefix) == [[[4]]] and not Path(f"{prefix}.json").exists()
+
+
+def test_the_disk_has_both_files_before_it_has_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, mine = disk_log(tmp_path, monkeypatch), f"tmp-{os.getpid()}"
+    write_dataset(tmp_path / "d", [[1, 2, 3]])
+    synced = {name for call, *names in done[:3] if call == "fsync" for name in names}
+    assert {f"d.bin.{mine}", f"d.idx.{mine}"} < synced
+    named = [("replace", f"d.{end}.{mine}", f"d.{end}") for end in ("bin", "idx")]
+    assert done[3:] == [*named, ("fsync", ".")]
 
 
 KILLED = """
