@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from megaforge.checkpoint.checkpoint import load_checkpoint
-from megaforge.checkpoint.directory import Retention, commit, commit_fetched
+from megaforge.checkpoint.directory import Retention, commit, commit_fetched, remove_checkpoint
 from megaforge.checkpoint.find import find_checkpoint
 from megaforge.checkpoint.manifest import MANIFEST_FILE, SUMS_FILE
 from megaforge.checkpoint.shards import TensorEntry
@@ -61,6 +63,27 @@ def test_what_is_synced_and_renamed_in_which_order(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="none of its checkpoints is valid"):
         find_checkpoint(tmp_path, CTX, quarantine_damaged=True)
     assert done == [("rename", "step_0000001", "step_0000001.damaged"), ("fsync", ".")]
+
+
+def test_what_is_deleted_disappears_at_once(tmp_path, monkeypatch):
+    """No reader meets half of a checkpoint."""
+    old, done = _save(tmp_path, 1), disk_log(tmp_path, monkeypatch)
+    remove_checkpoint(old)
+    assert done == [("rename", old.name, f".trash_{old.name}")] and _names(tmp_path) == ["latest"]
+
+
+def test_one_that_cannot_be_replaced_comes_back(tmp_path, monkeypatch):
+    old, rename = _save(tmp_path, 1), os.rename
+
+    def refused(source, target):
+        if os.path.basename(source).startswith(".tmp_"):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refused)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        save_and_retain(tmp_path, 1, [TensorEntry("x", None, torch.full((4,), 7.0))], {}, CTX)
+    assert _value(old) == 1.0 and ".replaced_step_0000001" not in _names(tmp_path)
 
 
 def test_the_best_alone(tmp_path):

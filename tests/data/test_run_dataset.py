@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,18 @@ def test_a_damaged_token_file_is_found_at_the_start(tmp_path: Path) -> None:
         opened(prefix)
     Path(f"{prefix}.json").unlink()
     assert opened(prefix).digest != whole
+
+
+def test_an_index_of_the_same_tokens_in_other_documents_is_found(tmp_path: Path) -> None:
+    prefix, other = (
+        write_dataset(tmp_path / "d", [[1, 2, 3]] * 4),
+        write_dataset(tmp_path / "e", [[1, 2, 3, 1, 2, 3]] * 2),
+    )
+    described(prefix)
+    opened(prefix)
+    os.replace(f"{other}.idx", f"{prefix}.idx")
+    with pytest.raises(UserError, match=r"1\.json describes other files than .*1\.idx, which is damaged"):
+        opened(prefix)
 
 
 def test_a_large_file_is_probed_and_verified_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

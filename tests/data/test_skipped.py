@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from megaforge.data.data_source import DataSource
+from megaforge.data.skip_list import SKIP_FILE, add_skip, read_skips, set_skips_aside
 from megaforge.data.skipped import SkippedSamples
 
 
@@ -61,3 +64,12 @@ def test_a_checkpoint_keeps_them() -> None:
     other.leave_out([(20, 30)])
     other.check_state(saved | {"consumed_samples": 9})
     assert other.stretches == ((4, 8),)
+
+
+def test_another_runs_list_is_kept_under_another_name(tmp_path: Path) -> None:
+    for number, name in enumerate(("abandoned", "abandoned.1")):
+        add_skip(tmp_path, (4, 8 + number))
+        assert read_skips(tmp_path) == [(4, 8 + number)]
+        moved = set_skips_aside(tmp_path)
+        assert moved is not None and moved.name == f"{SKIP_FILE}.{name}" and read_skips(tmp_path) == []
+    assert len(os.listdir(tmp_path)) == 2 and set_skips_aside(tmp_path) is None

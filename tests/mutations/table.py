@@ -106,13 +106,13 @@ MUTATIONS = (
         "shutil.copytree(temporary, final)\n        sync_path",
         CHECKPOINT,
     ),
-    _gone("checkpoint/directory.py", "os.rename(replaced, final)", DURABILITY),
+    _gone("checkpoint/directory.py", "os.rename(replaced, final)", CHECKPOINT),
     _gone("checkpoint/directory.py", "os.rename(path, target)", CHECKPOINT),
     Mutation(
         "checkpoint/directory.py",
         "os.rename(path, trash)\n        shutil.rmtree(trash)",
         "shutil.rmtree(path)",
-        DURABILITY,
+        CHECKPOINT,
     ),
     Mutation(
         "checkpoint/hf_folder.py",
@@ -136,7 +136,7 @@ MUTATIONS = (
         "data/preprocess/ranks.py",
         "os.replace(temporary, self._directory / name)",
         "__import__('shutil').copy(temporary, self._directory / name)",
-        "tests/data/test_preprocess.py",
+        "tests/tools/test_offline_tools.py::test_what_a_rank_says_is_whole_before_others_see_it",
     ),
     _gone("data/skip_list.py", "file.rename(target)", "tests/data/test_skipped.py"),
     _gone("monitor/audit.py", "path.rename(moved)", "tests/monitor/test_audit.py"),
@@ -153,7 +153,7 @@ MUTATIONS = (
         "checkpoint/manifest.py",
         'if f"{hashlib.sha256(content).hexdigest()}  {MANIFEST_FILE}" not in sums.splitlines():',
         "if not sums:",
-        "tests/checkpoint/test_directory.py",
+        DURABILITY,
     ),
     Mutation(
         "data/sidecar.py",

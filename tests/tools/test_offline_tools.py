@@ -16,6 +16,7 @@ import pytest
 from megaforge.data.preprocess.ranks import FileRanks, SingleRank, discover_ranks
 from megaforge.errors import UserError
 from tests.data.corpus_files import REPOSITORY, bpe_tokenizer, command, documents, run_tool, write_jsonl
+from tests.disk_log import disk_log
 
 for package in ("tokenizers", "orjson", "zstandard"):
     pytest.importorskip(package, reason="needs the data extra")
@@ -173,6 +174,16 @@ def test_srun_ranks_make_the_same_files(bpe: str, tmp_path: Path) -> None:
     corpus.write_text(corpus.read_text() + "{\n")
     for status, text in srun("--output-prefix", tmp_path / "r"):
         assert status == 2 and "line 9001: not valid JSON" in text
+
+
+def test_what_a_rank_says_is_whole_before_others_see_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = disk_log(tmp_path, monkeypatch)
+    group = FileRanks(tmp_path / "ranks", 0, 2, silence=0.1, poll=0.02)
+    with pytest.raises(UserError, match="silent"):
+        group.gather({"said": "x" * 10_000})
+    group.close()
+    told = [new for call, old, new in (one for one in done if len(one) == 3) if call == "replace" and old != new]
+    assert told and all(os.path.basename(new).endswith(".json") for new in told)
 
 
 def test_a_silent_rank_is_given_up(tmp_path: Path) -> None:
