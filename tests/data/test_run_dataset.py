@@ -64,7 +64,7 @@ def test_an_index_of_the_same_tokens_in_other_documents_is_found(tmp_path: Path)
     described(prefix)
     opened(prefix)
     os.replace(f"{other}.idx", f"{prefix}.idx")
-    with pytest.raises(UserError, match=r"1\.json describes other files than .*1\.idx, which is damaged"):
+    with pytest.raises(UserError, match=r"d\.json describes other files than .*d\.idx, which is damaged"):
         opened(prefix)
 
 

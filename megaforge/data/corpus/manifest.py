@@ -10,7 +10,7 @@ from typing import Any
 from megaforge.data.corpus.datasets import dataset_prefix
 from megaforge.data.corpus.job import Job
 from megaforge.data.corpus.totals import Total
-from megaforge.data.corpus.work import write_json
+from megaforge.data.corpus.work import publish, temporary, write_json
 from megaforge.data.sidecar import digest_of
 from megaforge.errors import UserError
 from megaforge.json_text import parse_json
@@ -119,6 +119,6 @@ def _name_corpus(job: Job, dataset: dict[str, Any], digest: str) -> None:
     sidecar["corpus"] = {"digest": digest, **known}
     for source in sidecar["sources"]:
         source["path"] = os.path.relpath(source["path"], job.output)
-    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    partial = temporary(path)
     partial.write_text(json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    publish(partial, path)

@@ -158,9 +158,11 @@ def temporary(path: Path) -> Path:
 
 
 def publish(written: Path, path: Path) -> None:
-    """Gives a file its name once the disk has its content."""
+    """Gives a file its name once the disk has its content, and waits until it has the name: what is noted down as done
+    is there after a power cut."""
     sync_path(written)
     os.replace(written, path)
+    sync_path(path.parent)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -168,4 +170,3 @@ def write_json(path: Path, value: object) -> None:
     partial = temporary(path)
     partial.write_text(json.dumps(value, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
     publish(partial, path)
-    sync_path(path.parent)
