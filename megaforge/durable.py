@@ -22,10 +22,22 @@ def sync_path(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
+def give_name(part: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Renames ``part`` to ``path``, in the same file system, once the disk has its content, and waits until it has the
+    name: after a crash at any moment ``path`` holds all of the old content or all of the new.
+
+    Raises:
+        OSError: the content did not reach the disk; ``path`` is as it was, unless only its new name did not.
+    """
+    sync_path(part)
+    os.replace(part, path)
+    sync_path(Path(path).parent)
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str], temporary: str | os.PathLike[str] | None = None) -> Iterator[Path]:
-    """Gives the name of a file beside ``path`` to write, which becomes ``path`` when the block ends well: before and
-    after, and after a crash at any moment, ``path`` holds all of the old content or all of the new.
+    """Gives the name of a file beside ``path`` to write, which becomes ``path`` when the block ends well
+    (:func:`give_name`).
 
     A block that takes its file away again leaves ``path`` as it is. What a killed process has left under the temporary
     name is overwritten by the next.
@@ -35,7 +47,7 @@ def replacing(path: str | os.PathLike[str], temporary: str | os.PathLike[str] | 
             the same time need names of their own.
 
     Raises:
-        OSError: the content did not reach the disk; ``path`` is as it was, unless only its new name did not.
+        OSError: as :func:`give_name` has it.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.tmp") if temporary is None else Path(temporary)
@@ -43,8 +55,6 @@ def replacing(path: str | os.PathLike[str], temporary: str | os.PathLike[str] | 
         part.unlink(missing_ok=True)
         yield part
         if part.exists():
-            sync_path(part)
-            os.replace(part, path)
-            sync_path(path.parent)
+            give_name(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from megaforge.config.run_config import DataConfig
 from megaforge.data.indexed_dataset import IndexedDataset, bin_path, idx_path, sidecar_path
 from megaforge.data.sidecar import content_digest
+from megaforge.durable import give_name
 from megaforge.errors import UserError
 
 _OURS = (".lock", ".part", ".mark")  # suffixes of what is no copy
@@ -91,7 +92,7 @@ def cached_dataset(prefix: str, cache: Cache | None) -> str:
 def _copy(file: Path, target: Path) -> None:
     part = Path(f"{target}.part")
     shutil.copyfile(file, part)
-    os.replace(part, target)
+    give_name(part, target)
 
 
 @contextlib.contextmanager

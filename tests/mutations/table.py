@@ -34,14 +34,13 @@ def _gone(file: str, code: str, test: str) -> Mutation:
     return Mutation(file, code, "pass", test)
 
 
-CORPUS = "tests/data/corpus/test_work.py"
 FOLDER = "tests/checkpoint/test_hf_folder.py"
 CHECKPOINT, DURABILITY = "tests/checkpoint/test_directory.py", "tests/checkpoint/test_durability.py"
 MUTATIONS = (
     # Waits for the disk.
     _gone("durable.py", "os.fsync(descriptor)", "tests/test_durable.py"),
     _gone("durable.py", "sync_path(part)", "tests/test_durable.py"),
-    _gone("durable.py", "sync_path(path.parent)", "tests/test_durable.py"),
+    _gone("durable.py", "sync_path(Path(path).parent)", "tests/test_durable.py"),
     Mutation(
         "checkpoint/directory.py",
         "sync_all([*write_manifest(temporary, manifest), temporary, hint])",
@@ -74,8 +73,6 @@ MUTATIONS = (
         "checkpoint/hf_folder.py", 'sync_all([*temporary.rglob("*"), temporary])', "tests/checkpoint/test_hf_folder.py"
     ),
     _gone("checkpoint/hf_folder.py", "sync_path(folder.parent)", FOLDER),
-    _gone("data/corpus/work.py", "sync_path(written)", CORPUS),
-    _gone("data/corpus/work.py", "sync_path(path.parent)", CORPUS),
     _gone("data/indexed_dataset.py", "os.fsync(file.fileno())", "tests/data/test_indexed_dataset.py"),
     _gone("data/indexed_dataset.py", "sync_path(bin_path(prefix).parent)", "tests/data/test_indexed_dataset.py"),
     _gone("monitor/events.py", "os.fsync(descriptor)", "tests/monitor/test_events.py"),
@@ -123,7 +120,6 @@ MUTATIONS = (
         "shutil.copytree(temporary, folder)",
         FOLDER,
     ),
-    Mutation("data/corpus/work.py", "os.replace(written, path)", "shutil.copy(written, path)", CORPUS),
     Mutation(
         "data/indexed_dataset.py",
         "os.replace(tokens, bin_path(prefix))",

@@ -14,7 +14,8 @@ from megaforge.data.corpus.finish import documents_path
 from megaforge.data.corpus.job import Job, item_name
 from megaforge.data.corpus.records import shown_id
 from megaforge.data.corpus.totals import Total
-from megaforge.data.corpus.work import batches, publish, temporary, write_json
+from megaforge.data.corpus.work import batches, temporary, write_json
+from megaforge.durable import give_name
 from megaforge.errors import require
 
 _APART = ("id", "text", "rewrites")  # of a record, beside what is known of it
@@ -42,7 +43,7 @@ def join_exports(job: Job, total: Total) -> None:
             for part in (_lines_path(job, name, item) for item in items):
                 if part.exists():
                     file.write(part.read_bytes())
-        publish(partial, path)
+        give_name(partial, path)
     if job.recipe.shard.webdataset:
         for name in total.datasets:
             results = (job.work.result("export0", item_name(item))["shards"] for item in items)
@@ -77,7 +78,7 @@ def _write_lines(job: Job, name: str, item: int) -> None:
         for record in _records(job, name, item):
             line = {"text": record["text"], "id": shown_id(record["id"]), **_known(record)}
             stream.write(orjson.dumps(line) + b"\n")
-    publish(partial, path)
+    give_name(partial, path)
 
 
 def _write_tar(job: Job, name: str, item: int) -> dict[str, Any]:
@@ -95,5 +96,5 @@ def _write_tar(job: Job, name: str, item: int) -> dict[str, Any]:
                 tar.addfile(member, io.BytesIO(content))
     content_digest = hashlib.md5(partial.read_bytes(), usedforsecurity=False).hexdigest()
     size = partial.stat().st_size
-    publish(partial, path)
+    give_name(partial, path)
     return {"url": path.name, "md5sum": content_digest, "nsamples": samples, "filesize": size}

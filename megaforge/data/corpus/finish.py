@@ -15,7 +15,8 @@ from megaforge.data.corpus.job import Job, item_name
 from megaforge.data.corpus.lineage import LINEAGE, digests_of, lineage_rows
 from megaforge.data.corpus.recipe import ShardSettings
 from megaforge.data.corpus.records import SCHEMA
-from megaforge.data.corpus.work import TableWriter, publish, temporary
+from megaforge.data.corpus.work import TableWriter, temporary
+from megaforge.durable import give_name
 
 _MONTH = re.compile(r"\d{4}-(0[1-9]|1[0-2])")  # that an ISO 8601 date begins with
 
@@ -59,7 +60,7 @@ class Finisher:
         partial = temporary(path)
         with partial.open("wb") as file:
             np.save(file, self._pairs)
-        publish(partial, path)
+        give_name(partial, path)
         return self._counts
 
     def kept(self) -> Any:

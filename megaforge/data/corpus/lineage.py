@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megaforge.data.corpus.records import SCHEMA
-from megaforge.data.corpus.work import publish, temporary
+from megaforge.data.corpus.work import temporary
+from megaforge.durable import give_name
 
 # What a record has but its text, and what became of it. A kept document has a dataset and a final digest, a dropped one
 # the stage that dropped it and its reason. characters: of the text as it was when that was decided.
@@ -54,7 +55,7 @@ def write_lineage(path: Path, tables: Sequence[Any]) -> None:
     partial = temporary(path)
     try:
         pq.write_table(table, partial, compression="zstd")
-        publish(partial, path)
+        give_name(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -10,8 +10,9 @@ from typing import Any
 from megaforge.data.corpus.datasets import dataset_prefix
 from megaforge.data.corpus.job import Job
 from megaforge.data.corpus.totals import Total
-from megaforge.data.corpus.work import publish, temporary, write_json
+from megaforge.data.corpus.work import temporary, write_json
 from megaforge.data.sidecar import digest_of
+from megaforge.durable import give_name
 from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 
@@ -121,4 +122,4 @@ def _name_corpus(job: Job, dataset: dict[str, Any], digest: str) -> None:
         source["path"] = os.path.relpath(source["path"], job.output)
     partial = temporary(path)
     partial.write_text(json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    publish(partial, path)
+    give_name(partial, path)

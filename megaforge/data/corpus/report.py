@@ -10,7 +10,8 @@ from typing import Any
 
 from megaforge.data.corpus.report_data import ATTRIBUTES, ReportData
 from megaforge.data.corpus.report_pictures import draw_pictures
-from megaforge.data.corpus.work import publish, temporary
+from megaforge.data.corpus.work import temporary
+from megaforge.durable import give_name
 
 _MOST = 20
 
@@ -47,7 +48,7 @@ def write_report(output: Path, manifest: dict[str, Any], data: ReportData) -> No
     for name, text in (("report.md", _markdown(title, sections)), ("report.html", _page(title, sections))):
         partial = temporary(output / name)
         partial.write_text(text, encoding="utf-8")
-        publish(partial, output / name)
+        give_name(partial, output / name)
 
 
 def _sections(

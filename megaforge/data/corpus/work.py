@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from megaforge.durable import sync_path
+from megaforge.durable import give_name
 from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 
@@ -103,7 +103,7 @@ class TableWriter:
         """Publishes the file."""
         self._writer.close()
         self._file.close()
-        publish(self._temporary, self.path)
+        give_name(self._temporary, self.path)
 
     def abandon(self) -> None:
         """Removes what was written; on a full disk closing fails as writing did."""
@@ -157,16 +157,8 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{os.getpid()}")
 
 
-def publish(written: Path, path: Path) -> None:
-    """Gives a file its name once the disk has its content, and waits until it has the name: what is noted down as done
-    is there after a power cut."""
-    sync_path(written)
-    os.replace(written, path)
-    sync_path(path.parent)
-
-
 def write_json(path: Path, value: object) -> None:
     """Writes JSON whole or not at all; it is on the disk, name and all, when this returns."""
     partial = temporary(path)
     partial.write_text(json.dumps(value, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
-    publish(partial, path)
+    give_name(partial, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 import urllib.error
 import urllib.request
@@ -12,6 +11,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
 
+from megaforge.durable import give_name
 from megaforge.errors import UserError, require
 
 RETRIES = 3  # after an attempt that brought nothing
@@ -69,7 +69,7 @@ def fetch(address: str, target: Path) -> Path:
                 out.write(content)
 
     _patiently(attempt, lambda: part.stat().st_size if part.exists() else 0)
-    os.replace(part, target)
+    give_name(part, target)
     mark_file.unlink(missing_ok=True)
     return target
 
