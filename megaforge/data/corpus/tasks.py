@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,7 @@ def _decide(job: Job, number: int, item: int) -> dict[str, Any]:
     owners = [partition_of(int(identity)) for identity in ids[np.flatnonzero(np.diff(partition_of(ids), prepend=-1))]]
     starts = np.searchsorted(partition_of(ids), owners, side="left")
     with writing(job.work.table(f"decide{number}", item_name(item), "decisions"), decisions.schema) as writer:
-        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        for start, end in pairwise([*starts, len(ids)]):
             writer.write(decisions.slice(int(start), int(end) - int(start)))
         writer.write(decisions.slice(0, 0))  # for the partitions without any
     return {"partitions": {str(owner): number for number, owner in enumerate(owners)}, "rows": len(ids)}

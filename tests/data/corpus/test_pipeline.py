@@ -346,6 +346,14 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path, monkeypatch: pytest.Monk
         prepare_corpus(settings)
 
 
+def test_a_corpus_without_a_duplicate_passes_the_joins(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"text {number} " * 20}) for number in range(3)]
+    prepare_corpus(small(tmp_path, lines, SMALL.replace("[length]", "[exact, length, exact]")))
+    manifest = json.loads((tmp_path / "out" / "corpus.json").read_text())
+    assert manifest["documents"] == 3
+    assert [stage["name"] for stage in manifest["stages"]] == ["read", "exact", "length", "exact (2)"]
+
+
 def test_two_runs_do_not_share_an_output(tmp_path: Path) -> None:
     settings = small(tmp_path, [json.dumps({"text": "good " * 20})] * 3)
     output = Path(settings.output)
