@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.config.pattern import blocks_of, kinds_of
+from megaforge.config.pattern import ahead_of, blocks_of, kinds_of
 
 
 def describe_blocks(model: ModelConfig) -> str:
@@ -23,5 +23,8 @@ def describe_blocks(model: ModelConfig) -> str:
         f"{model.activation}, {'with' if model.add_bias_linear else 'no'} biases",
         model.normalization,
     ]
+    if ahead := ahead_of(model):
+        each = ", ".join(" + ".join(kind.title.removesuffix(" layer") for kind in one.layers) for one in ahead[0])
+        parts.append(f"{len(ahead)} further token{'s' if len(ahead) > 1 else ''} ({model.mtp_mode}), each by {each}")
     parts += [text for kind in kinds_of(model) if (text := kind.describe(model))]
     return "; ".join(parts)

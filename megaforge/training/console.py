@@ -138,6 +138,7 @@ class ConsoleLog(Callback):
             *_batch_size(last),
             *_memory(interval),
             *_experts(interval),
+            *_further(interval),
             (3, f"ETA {_clock((train_iters - last.iteration) * self._mean_step)}"),
             (12, time.strftime("%Y-%m-%d %H:%M:%S")),
         ]
@@ -222,6 +223,11 @@ def _experts(interval: Interval) -> list[tuple[int, str]]:
         return []
     entropy, load = interval.mean("expert_entropy_bits"), interval.mean("expert_max_load")
     return [(10, f"experts {entropy:.2f} bits, busiest {load:.1f}x")]
+
+
+def _further(interval: Interval) -> list[tuple[int, str]]:
+    names = [name for name in interval.last.extra if name.startswith("mtp_loss/")]
+    return [(10, f"further tokens {', '.join(f'{interval.mean(name):.4f}' for name in names)}")] if names else []
 
 
 def _duration(seconds: float) -> str:

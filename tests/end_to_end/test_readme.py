@@ -114,6 +114,7 @@ DOCUMENTS = [
     "docs/from_megatron.md",
     "docs/generation.md",
     "docs/layouts.md",
+    "docs/models.md",
     "docs/optimizers.md",
     "docs/planner.md",
     "docs/runs.md",

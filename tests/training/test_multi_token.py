@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from megaforge.checkpoint.architectures.base import choose
 from megaforge.checkpoint.megatron.arguments import args_of
 from megaforge.config.batch_schedule import BatchSchedule
+from megaforge.config.blocks import describe_blocks
 from megaforge.data.loader import GlobalBatchLoader
 from megaforge.errors import UserError
 from megaforge.monitor import names
@@ -51,12 +53,16 @@ def test_each_prediction_is_a_mean_over_its_own_labels(prefix: str, reset: bool)
         assert metrics.extra[f"mtp_loss/{number + 1}"] == pytest.approx(sums[number] / counts[number], rel=1e-12)
 
 
-def test_it_learns_resumes_and_is_evaluated_by_the_next_token(prefix: str, tmp_path: Path) -> None:
+def test_it_learns_resumes_and_is_evaluated_by_the_next_token(
+    prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """On through a checkpoint as without one; another weight may be taken up."""
     flags = (*AHEAD, "--train-iters", "6", "--eval-iters", "1", "--eval-interval", "3")
     whole = make_trainer(arguments(prefix, *flags))
     recorder = record(whole)
     whole.train()
+    assert len(re.findall(r" \| further tokens \d\.\d{4}, \d\.\d{4} \| ", capsys.readouterr().out)) == 6
+    assert "2 further tokens (sequential), each by attention + " in describe_blocks(whole.config.model)
     steps = [one for one in recorder.records if one["kind"] == "step"]
     assert all(names.known("step", name) for name in steps[0] if name.startswith("mtp"))
     assert steps[-1]["mtp_loss/2"] < steps[0]["mtp_loss/2"]
