@@ -276,7 +276,8 @@ class _Linear(torch.autograd.Function):
         if region is not None:
             inside = tuple(region.gather(part) for part in inside)
         ctx.op, ctx.region, ctx.runs, ctx.leaves = op, region, runs, leaves
-        ctx.save_for_backward(weight, *inside)
+        # A frozen matrix needs nothing of x afterwards.
+        ctx.save_for_backward(weight, *(inside if ctx.needs_input_grad[1] else ()))
         if leaves is None:
             return op.forward(inside, weight, bias, runs)
         sums = leaves.reduce(op.sums(inside, weight, runs))

@@ -65,6 +65,7 @@ class ParamSpec:
         quantized: whether its values are latent: products see what a quantizer makes of it
             (:attr:`megaforge.parallel.linear_op.LinearOp.quantizes`).
         kind: what it is for people and planners: one of :data:`KINDS`.
+        frozen: training leaves it as it is: it gets no gradient.
     """
 
     name: str
@@ -83,6 +84,7 @@ class ParamSpec:
     tied_to: str | None = None
     kind: str = "other"
     quantized: bool = False
+    frozen: bool = False
 
     def __post_init__(self) -> None:
         if self.update is None:

@@ -145,7 +145,7 @@ def _plan(parts: ModelParts, own: Sequence[StagePart], layout: PlannedLayout) ->
 
 
 def _is_trained(item: DeclaredParameter) -> bool:
-    return item.spec.role != "state"  # nothing differentiates that, no rule updates it
+    return item.spec.role != "state" and not item.spec.frozen  # nothing differentiates those, no rule updates them
 
 
 def _wide(item: DeclaredParameter) -> int:

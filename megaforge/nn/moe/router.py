@@ -18,6 +18,7 @@ from megaforge.parallel.init_rules import Constant, Normal
 from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import ReplicatedLinear
 from megaforge.parallel.packed_sequence import PackedSequence
+from megaforge.parallel.param_spec import spec_of
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Router(ReplicatedLinear):
         assigned, preferred = (part.to(device=self.weight.device, dtype=torch.float64) for part in counts)
         if self.previous_load is not None:
             self.previous_load.copy_(preferred / preferred.sum())
-        if self.expert_bias is not None:
+        if self.expert_bias is not None and not spec_of(self.expert_bias).frozen:
             self.expert_bias.add_((assigned.mean() - assigned).sign(), alpha=self.cfg.moe_router_bias_update_rate)
 
 
