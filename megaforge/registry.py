@@ -253,6 +253,7 @@ ARCHITECTURES = Registry(  # by their model_type in Hugging Face's config.json
         "rwkv7": "megaforge.checkpoint.architectures.rwkv7:RWKV7_HF",
     },
 )
+PEFT_METHODS = Registry("method of --peft", {"lora": "megaforge.peft.lora:lora"})  # converters too
 CONVERTERS = Registry("converter", {"bitnet": "megaforge.quant.converter:bitnet"})
 
 

@@ -57,6 +57,8 @@ COVERED = {
     "parallel/expert_tokens.py": "parallel/test_expert_parallel.py",
     "parallel/pipeline/": "parallel/pipeline/test_executor.py",
     "parallel/region.py": "parallel/test_layers.py",
+    "peft/": "peft/test_lora.py",
+    "config/peft_config.py": "peft/test_lora.py",
     "planning/report.py": "planning/test_plan_command.py",
     "config/qat_config.py": "training/test_quantization.py",
     "config/run_partners.py": "config/test_partners.py",

@@ -9,6 +9,8 @@
     python tools/convert_checkpoint.py --load runs/rwkv7 --save rwkv7.pth --to rwkv7
     python tools/convert_checkpoint.py --load runs/gpt --save checkpoints/gpt --to megatron
     python tools/convert_checkpoint.py --load runs/bitnet --save bitnet.gguf --to gguf --gguf-type TQ2_0
+    python tools/convert_checkpoint.py --load runs/tuned --save adapter --to peft
+    python tools/convert_checkpoint.py --load runs/1b --adapter adapter --merge --save runs/merged
     python tools/convert_checkpoint.py --from hf Llama-3.1-8B --save runs/llama
     python tools/convert_checkpoint.py --from megatron checkpoints/gpt --save runs/gpt --tp 2
     python tools/convert_checkpoint.py --from rwkv7 RWKV-x070.pth --to hf --save rwkv7-hf
@@ -24,8 +26,9 @@ files it is cut. Values stay the same bits, and memory holds one tensor at a tim
 
 --to packed writes a model of --quantize-weights as packed codes with their scales, which tools/generate.py and
 tools/evaluate.py read. --to hf writes models of the architectures that Hugging Face's transformers knows, --to gguf
-those that llama.cpp knows, --to rwkv7 RWKV-LM's. --from hf and --from rwkv7 read such models; docs/from_huggingface.md
-says which. --from megatron and --to megatron: GPTs of Megatron-LM (docs/from_megatron.md).
+those that llama.cpp knows, --to rwkv7 RWKV-LM's, --to peft the adapters of --peft lora (docs/finetuning.md). --from hf
+and --from rwkv7 read such models; docs/from_huggingface.md says which. --from megatron and --to megatron: GPTs of
+Megatron-LM (docs/from_megatron.md).
 
 list shows the checkpoints of a run, verify reads every byte of them and leaves with status 1 where one is damaged; both
 also take one step_N, and --json. fetch brings back what --save-replica has copied.
@@ -56,7 +59,14 @@ if TYPE_CHECKING:
     from megaforge.checkpoint.sources import TensorSource
 
 FILE_SUFFIX = ".safetensors"
-TARGETS = {"packed": FILE_SUFFIX, "hf": "", "gguf": ".gguf", "rwkv7": ".pth", "megatron": ""}  # name -> how --save ends
+TARGETS = {
+    "packed": FILE_SUFFIX,
+    "hf": "",
+    "gguf": ".gguf",
+    "rwkv7": ".pth",
+    "megatron": "",
+    "peft": "",
+}  # name -> how --save ends
 SOURCES = {  # name -> what reads it, of an Import
     "gguf": "megaforge.checkpoint.import_gguf:import_gguf",
     "hf": "megaforge.checkpoint.import_hf:import_hf",
@@ -100,6 +110,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="SIZE",
         help="with --to hf: most bytes of a file, as 5GB (default), 500MB",
     )
+    parser.add_argument("--merge", action="store_true", help="adapters become a part of the matrices beside them")
+    parser.add_argument("--adapter", metavar="DIR", help="with --merge: a folder of adapters, ours or peft's")
     parser.add_argument("--from", dest="source", choices=tuple(SOURCES), help="whose format FILE is in")
     parser.add_argument("--tokenizer-model", help="with --from: the model's tokenizer, recorded in the checkpoint")
     parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: told from --tokenizer-model")
@@ -185,6 +197,10 @@ def _check(flags: argparse.Namespace) -> None:
         raise UserError("--encrypt: it is for --load with --save DIR, and without --plain")
     if flags.target is not None:
         _check_target(flags)
+    if flags.adapter is not None and not flags.merge:
+        raise UserError(f"--adapter {flags.adapter}: add --merge")
+    if flags.merge and (flags.source is not None or flags.optimizer or flags.target == "peft"):
+        raise UserError("--merge: it is for --load and --save of weights; leave --from, --optimizer and --to peft out")
     if flags.source is None and flags.save.endswith(FILE_SUFFIX) and (given := _given_layout(flags)):
         raise UserError(f"--{next(iter(given))}: one file has no layout; leave it out, or give --save a directory")
     if flags.source is None and flags.target is None and not flags.save.endswith(FILE_SUFFIX) and flags.optimizer:
@@ -213,6 +229,10 @@ def _open(flags: argparse.Namespace, *, keeps_encryption: bool = False) -> Tenso
         raise UserError(
             f"--load {source.path} is encrypted, and --save {flags.save} is plain; add --plain if it may be"
         )
+    if flags.merge:
+        from megaforge.checkpoint.adapter_files import MergedSource
+
+        source = MergedSource(source, flags.adapter)
     if flags.plain and not source.encrypted:
         raise UserError(f"--plain: {source.path} is not encrypted; leave it out")
     return source
@@ -234,6 +254,10 @@ def _export(flags: argparse.Namespace, source: TensorSource) -> None:
         record, packed, weights = write_packed(source, flags.save)
         print(f"{said}, {record.bytes:,} bytes, SHA-256 {record.sha256}")
         print(f"{weights:,} quantized weights take {packed:,} bytes, {packed * 8 / weights:.3f} bits each")
+    elif flags.target == "peft":
+        from megaforge.checkpoint.adapter_files import export_peft
+
+        print(f"{said}, adapters of {export_peft(source, flags.save)} matrices")
     elif flags.target == "hf":
         _export_hf(flags, source, said)
     elif flags.target == "megatron":

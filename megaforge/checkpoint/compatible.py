@@ -9,6 +9,7 @@ from typing import Any
 
 from megaforge.config.config import Config
 from megaforge.config.model_config import ModelConfig
+from megaforge.config.peft_config import PeftConfig
 from megaforge.config.quant_config import QuantConfig
 from megaforge.errors import UserError
 
@@ -22,6 +23,9 @@ _INITIAL_ONLY = {
     "attention_dropout",
     "mtp_loss_scaling_factor",
 }
+# Without effect on what the model computes once it is trained.
+_INITIAL_ONLY |= {"lora_dropout", "lora_bias"}
+_ADAPTERS = {field.name for field in dataclasses.fields(PeftConfig)}
 _QUANTIZERS = {field.name for field in dataclasses.fields(QuantConfig)} - {"sub_norm"}
 # None stands for a value that follows from others; compared as what it stands for.
 _DERIVED = {
@@ -82,8 +86,8 @@ def _model_differences(saved: dict[str, Any], current: ModelConfig, finetune: bo
     values = {name: saved.get(name, field.default) for name, field in known.items()}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     then = dataclasses.replace(current, **values)
-    # The same weights, multiplied otherwise: --finetune may begin or end quantizing them.
-    free = _INITIAL_ONLY | _QUANTIZERS if finetune else _INITIAL_ONLY
+    # The same weights, multiplied otherwise: --finetune may begin or end quantizing them, or put adapters beside them.
+    free = _INITIAL_ONLY | _QUANTIZERS | _ADAPTERS if finetune else _INITIAL_ONLY
     for name in known.keys() - free:
         attribute = _DERIVED.get(name, name)
         before, now = getattr(then, attribute), getattr(current, attribute)
@@ -93,4 +97,6 @@ def _model_differences(saved: dict[str, Any], current: ModelConfig, finetune: bo
             before, now = (None if pattern is None else pattern.replace("|", "") for pattern in (before, now))
         if before != now:
             differences.append(f"--{name.replace('_', '-')} {before} in the checkpoint, {now} here")
+    if finetune and saved.get("peft") and current.peft is None:
+        differences.append(f"--peft {saved['peft']} in the checkpoint, none here; merge it first (docs/finetuning.md)")
     return sorted(differences)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from megaforge.config.peft_config import PeftConfig
 from megaforge.config.schema import settings
 from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 
 _PATTERN = "model.hybrid_layer_pattern"
+_ADAPTERS = frozenset(one.name for one in fields(PeftConfig))
 
 
 def newest_meta(directory: Path) -> tuple[Path, Mapping[str, Any]] | None:
@@ -102,8 +105,8 @@ def _take_model(
         raise UserError(f"--use-checkpoint-args: {path} does not say which model it is of") from error
     told = []
     for key, setting in settings().items():
-        if setting.section != "model":
-            continue
+        if setting.section != "model" or (setting.name in _ADAPTERS and not saved.get("peft")):
+            continue  # a base has no adapters: what it gets is for the line to say
         try:
             # What an older version did not know it did as the default says.
             value = setting.accept(saved[setting.name]) if setting.name in saved else setting.default

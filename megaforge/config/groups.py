@@ -8,7 +8,7 @@ from megaforge.errors import UserError
 from megaforge.registry import UPDATE_RULES
 
 # What parameters are for; statistics are kept by kind.
-KINDS = ("embedding", "head", "attention", "rwkv", "mamba", "moe", "router", "ffn", "mtp", "norm", "other")
+KINDS = ("embedding", "head", "attention", "rwkv", "mamba", "moe", "router", "ffn", "mtp", "norm", "adapter", "other")
 # Those of --decoupled-lr.
 ENDS = ("embedding", "head")
 # What is done with them, where training updates them.

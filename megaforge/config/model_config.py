@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megaforge.config.fields import divisors, either, flag
 from megaforge.config.mamba_config import MambaConfig
 from megaforge.config.mtp_config import MultiTokenConfig
+from megaforge.config.peft_config import PeftConfig
 from megaforge.errors import UserError
 from megaforge.registry import CONVERTERS, NORMS
 
@@ -14,7 +15,7 @@ _ACTIVATIONS = ("relu2", "gated_relu2", "swiglu", "gelu", "gelu_exact")
 
 
 @dataclass(frozen=True)
-class ModelConfig(MambaConfig, MultiTokenConfig):
+class ModelConfig(MambaConfig, MultiTokenConfig, PeftConfig):
     """Shape of the model, and what its matrices are trained as."""
 
     num_layers: int = flag(
@@ -174,6 +175,7 @@ class ModelConfig(MambaConfig, MultiTokenConfig):
         self.validate_attention()
         self._validate_moe()
         self.validate_quantizers()
+        self.validate_peft()
 
     def _validate_moe(self) -> None:
         if self.moe_router_topk > self.num_experts:

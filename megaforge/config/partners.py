@@ -18,6 +18,7 @@ from megaforge.config.layer_kind import LayerKind
 from megaforge.config.length_config import LENGTHS
 from megaforge.config.lr_shapes import RateShape
 from megaforge.config.pattern import ahead_of, kinds_of
+from megaforge.config.peft_partners import FINE_TUNING
 from megaforge.config.position_kind import PositionKind
 from megaforge.config.quant_partners import QUANTIZATION, of_model
 from megaforge.config.run_partners import RUN_PARTNERS, Partner
@@ -71,6 +72,7 @@ PARTNERS = (
     *RUN_PARTNERS,
     *DATA_PARTNERS,
     *DISTILLATION,
+    *FINE_TUNING,
     Partner(
         ("optimizer.qk_clip_threshold", "optimizer.qk_clip_alpha"),
         lambda c: c.optimizer.qk_clip,

@@ -23,6 +23,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer-model", metavar="FILE", help="where the tokenizer is now, if it was moved")
     parser.add_argument("--tp", type=integer(1), help="tensor-parallel size (default: all ranks of a stage)")
     parser.add_argument("--pp", type=integer(1), default=1, help="pipeline stages, one a rank")
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="merge this adapter in (docs/finetuning.md), ours or one of Hugging Face's peft",
+    )
     parser.add_argument("--ema", action="store_true", help="with the average of the weights (--ema-decay)")
     parser.add_argument(
         "--use-custom-kernels",
@@ -48,4 +53,5 @@ def open_model(flags: argparse.Namespace) -> TrainedModel:
         ema=flags.ema,
         kernels=flags.use_custom_kernels,
         dtype=flags.dtype,
+        adapter=flags.adapter,
     )

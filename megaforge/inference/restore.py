@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from megaforge.checkpoint.adapter_files import AdapterFolder, BaseModel
 from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta
 from megaforge.checkpoint.find import find_checkpoint
 from megaforge.checkpoint.packed_file import TrainedFile
-from megaforge.checkpoint.sources import SUFFIX
+from megaforge.checkpoint.sources import SUFFIX, open_source
 from megaforge.config.config import Config
 from megaforge.config.launcher import print_rank_0
 from megaforge.config.schema import config_from_dict
@@ -26,11 +27,13 @@ from megaforge.inference.staged import StagedModel
 from megaforge.models.prepared_run import check_run
 from megaforge.models.stages import build_model
 from megaforge.optim import MainParameters
-from megaforge.parallel.agree import together
+from megaforge.parallel.agree import from_first_rank, together
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.distributed import discover_launch, initialize
 from megaforge.parallel.layer_context import compute_dtype, make_layer_context
 from megaforge.parallel.layers import linears
+from megaforge.parallel.param_spec import named_specs
+from megaforge.peft.merging import Merged, add_deltas
 from megaforge.quant.packed import PackedLinear, pack_model
 from megaforge.training.ema import average_entries, has_average
 from megaforge.training.setup import set_numerics
@@ -101,22 +104,22 @@ def load_trained_model(
     ema: bool = False,
     kernels: bool = False,
     dtype: str | None = None,
+    adapter: str | None = None,
 ) -> TrainedModel:
     """Joins the other ranks, if there are any, and loads a model. Collective.
 
     Args:
-        load: a run's ``--save`` directory, whose newest valid checkpoint is taken, one checkpoint in it, or a
-            ``.safetensors`` file of weights, packed or not.
+        load: a run's ``--save`` directory (its newest valid checkpoint), a checkpoint, or a ``.safetensors`` file.
         tp: tensor-parallel size; None takes all ranks of a stage.
         pp: pipeline stages, one a rank.
         device: cpu, cuda or auto.
         ema: with the moving average of the weights (``--ema-decay``) in their place.
         kernels: quantized matrices are multiplied by packed kernels.
         dtype: what weights and activations are kept in, fp32 or bf16; None: as in training.
+        adapter: a folder of ``peft``'s files, merged into the weights, as adapters in a checkpoint are.
 
     Raises:
-        UserError: no valid checkpoint, or no average in it where ``ema`` asks for one, or its model does not divide
-            over ``tp``, or has fewer blocks than ``pp``.
+        UserError: no valid checkpoint, no average for ``ema``, or a model that ``tp`` or ``pp`` does not divide.
     """
     launch = discover_launch()
     if pp < 1 or launch.world_size % pp:
@@ -139,19 +142,47 @@ def load_trained_model(
     set_numerics(config, place)
     layer = make_layer_context(config.model, ctx, dtype=compute_dtype(config.training))
     model = build_model(dataclasses.replace(layer, without_memory=file is not None), plan)
+    packed = file is not None and file.is_packed
     if file is not None:
         together(ctx, lambda: file.load(model, ctx, kernels=kernels))
     else:
-        main = MainParameters(model)
-        entries = average_entries(main) if ema else main.entries()
-        load_checkpoint(path, entries, ctx, verify=False, allow_extra=("",), cast=True)
-        main.after_load()
-        del main, entries
+        _load_weights(model, path, ctx, ema)
+    if adapter is not None:
+        add_adapter(model, ctx, config, adapter, path, packed=packed)
+    Merged(model)
     if kernels:
-        _use_kernels(model, packed=file is not None and file.is_packed, path=path)
+        _use_kernels(model, packed=packed, path=path)
     multiply_few_tokens_fast(model, place.type)
     give_back_host_memory()  # the main weights that a 16-bit model was loaded through
     return TrainedModel(StagedModel(model.eval(), plan), ctx, config, meta, path)
+
+
+def _load_weights(model: nn.Module, path: Path, ctx: ParallelContext, ema: bool) -> None:
+    main = MainParameters(model)
+    entries = average_entries(main) if ema else main.entries()
+    load_checkpoint(path, entries, ctx, verify=False, allow_extra=("",), cast=True)
+    main.after_load()
+
+
+def add_adapter(
+    model: nn.Module, ctx: ParallelContext, config: Config, adapter: str, path: Path, *, packed: bool = False
+) -> None:
+    """Merges the adapter of the folder ``adapter`` into a model that was loaded from ``path``. Collective.
+
+    Raises:
+        UserError: on every rank: it is not one, of another base, or the weights are codes.
+    """
+    if packed or config.model.quantizes or config.model.peft is not None:
+        has = "adapters of its own" if config.model.peft is not None else "quantized matrices"
+        raise UserError(f"--adapter {adapter}: {path} has {has}, into which nothing is merged; leave it out")
+    base = BaseModel(config.model)
+    folder = together(ctx, lambda: AdapterFolder(adapter))
+    from_first_rank(ctx, lambda: folder.check_base(open_source(path), base))
+    deltas = together(ctx, lambda: folder.deltas(base))
+    for spec, parameter in named_specs(model):
+        if spec.name in deltas:
+            add_deltas(parameter, spec, deltas[spec.name], ctx)
+    print_rank_0(f"--adapter {adapter}: merged into {len(deltas)} matrices")
 
 
 def _use_kernels(model: nn.Module, *, packed: bool, path: Path) -> None:

@@ -19,7 +19,7 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layers import linears as linears
 from megaforge.parallel.linear_op import WeightQuantizer
 from megaforge.parallel.param_spec import spec_of
-from megaforge.registry import CONVERTERS
+from megaforge.registry import CONVERTERS, PEFT_METHODS
 
 
 class Converter(Protocol):
@@ -29,8 +29,9 @@ class Converter(Protocol):
         is built to be counted, beside the run's own: say nothing of it."""
 
 
-def convert(model: nn.Module, names: tuple[str, ...], ctx: ParallelContext) -> None:
-    """Applies the converters called ``names``, in this order; matrices that they have quantized are declared so."""
+def convert(model: nn.Module, names: tuple[str, ...], ctx: ParallelContext, peft: str | None = None) -> None:
+    """Applies the converters called ``names``, in this order; matrices that they have quantized are declared so. Last
+    comes that of ``peft``, which decides what is trained."""
     for name in names:
         converter: Converter = CONVERTERS.get(name)
         converter(model, ctx)
@@ -38,3 +39,6 @@ def convert(model: nn.Module, names: tuple[str, ...], ctx: ParallelContext) -> N
         if layer.op.quantizes:
             layer.weight.spec = replace(spec_of(layer.weight), quantized=True)  # type: ignore[attr-defined]
             layer.weight.quantizer = WeightQuantizer(layer.op, layer.transposed)  # type: ignore[attr-defined]
+    if peft is not None:
+        converter = PEFT_METHODS.get(peft)
+        converter(model, ctx)

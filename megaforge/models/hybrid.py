@@ -233,7 +233,7 @@ class HybridModel(nn.Module):
             init = embedding_init if tied else head_init
             self.head = OutputHead(layer, embedding_weight if tied else None, init=init, tied=tied)
             self.mtp = make_multi_token(layer, self.head.weight if tied else embedding_weight)
-        convert(self, cfg.all_converters, layer.ctx)
+        convert(self, cfg.all_converters, layer.ctx, cfg.peft)
         name_parameters(self)
 
     @property

@@ -22,6 +22,7 @@ COMPONENTS = {
     "mtp": "multi-token projections",
     "norm": "norms",
     "head": "output head",
+    "adapter": "adapters",
     "other": "other layers",
 }
 

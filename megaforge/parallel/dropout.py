@@ -51,38 +51,52 @@ def scale_of(rate: float) -> float:
     return _VALUES / (_VALUES - threshold_of(rate))
 
 
-def kept(rows: Tensor, rate: float, end: int) -> Tensor:
-    """Which of the elements 0 to ``end`` of each row stay.
+def kept(rows: Tensor, rate: float, end: int, start: int = 0) -> Tensor:
+    """Which of the elements ``start`` to ``end`` of each row stay.
 
     Args:
         rows: int64 [...], the rows' keys.
 
     Returns:
-        Bool [..., end].
+        Bool [..., end - start].
     """
-    counts = torch.arange(1, -(-end // _WORD) + 1, device=rows.device).mul_(_STEP)
+    first = start // _WORD
+    counts = torch.arange(first + 1, -(-end // _WORD) + 1, device=rows.device).mul_(_STEP)
     words = _mixed(rows.unsqueeze(-1) + counts)
-    return words.view(torch.int16)[..., :end] >= threshold_of(rate) - _VALUES // 2
+    return (
+        words.view(torch.int16)[..., start - first * _WORD : end - first * _WORD] >= threshold_of(rate) - _VALUES // 2
+    )
 
 
 class _Dropped(torch.autograd.Function):
     """Elements of each row are kept, times the scale, or zero. Backward: the same of the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, rate: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rows: Tensor, rate: float, start: int) -> Tensor:
         ctx.save_for_backward(rows)
-        ctx.rate = rate
-        return _drop(x, rows, rate)
+        ctx.rate, ctx.start = rate, start
+        return _drop(x, rows, rate, start)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (rows,) = ctx.saved_tensors
-        return _drop(grad, rows, ctx.rate), None, None
+        return _drop(grad, rows, ctx.rate, ctx.start), None, None, None
 
 
-def _drop(x: Tensor, rows: Tensor, rate: float) -> Tensor:
-    return (x * scale_of(rate)).masked_fill_(~kept(rows, rate, x.shape[-1]), 0)
+def _drop(x: Tensor, rows: Tensor, rate: float, start: int) -> Tensor:
+    return (x * scale_of(rate)).masked_fill_(~kept(rows, rate, start + x.shape[-1], start), 0)
+
+
+def drop_inputs(x: Tensor, rows: Tensor, rate: float, start: int = 0) -> Tensor:
+    """Elements of ``x`` [..., n] are kept, times the scale, or zero.
+
+    Args:
+        rows: int64 [...], a key of each row (:meth:`Dropout.rows`).
+        start: place of the first element of ``x`` in its row, of which other ranks have the rest.
+    """
+    out: Tensor = _Dropped.apply(x, rows, rate, start)
+    return out
 
 
 @dataclass(frozen=True)
@@ -123,7 +137,8 @@ class Dropout:
         some._rows_SB = self._rows_SB.gather(0, indices_SB)
         return some
 
-    def _rows(self, layer: int, site: int) -> Tensor:
+    def rows(self, layer: int, site: int) -> Tensor:
+        """A key of each token [s, b] for the block and the place in it."""
         return _with(_with(self._rows_SB, layer), site)
 
     def hidden(self, x: Tensor, layer: int, site: int, region: TensorParallelRegion) -> Tensor:
@@ -135,11 +150,11 @@ class Dropout:
         """
         if not self.rates.hidden:
             return x
-        return _Dropped.apply(x, region.own(self._rows(layer, site)), self.rates.hidden)
+        return _Dropped.apply(x, region.own(self.rows(layer, site)), self.rates.hidden, 0)
 
     def attention_rows(self, layer: int, heads: range) -> Tensor:
         """Keys of the rows of attention's probabilities: int64 [b, heads, s]; their elements are the places of all
         keys of the sequence."""
         numbers = torch.arange(heads.start, heads.stop, device=self._rows_SB.device)
-        rows_BS = self._rows(layer, PROBABILITIES).t()
+        rows_BS = self.rows(layer, PROBABILITIES).t()
         return _with(rows_BS.unsqueeze(1), numbers[:, None])

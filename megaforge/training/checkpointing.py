@@ -303,11 +303,16 @@ def _load_pretrained(trainer: Trainer, directory: str) -> Path:
 
 
 def _known_entries(trainer: Trainer, path: Path) -> list[Entry]:
-    """The weights of a run that starts from those at ``path``; values that only training writes, and that are not kept
-    there, as of a model that was not quantized, stay as they begin."""
+    """The weights of a run that starts from those at ``path``; values that only training writes, and adapters, that are
+    not kept there, as of a model that was not quantized, stay as they begin."""
     saved = together(trainer.ctx, lambda: set(read_manifest(path).tensors))
-    entries = trainer.optimizer.weight_entries()
-    return [entry for entry in entries if entry[0] in saved or getattr(entry[1], "role", "") != "state"]
+    return [entry for entry in trainer.optimizer.weight_entries() if entry[0] in saved or not _begins_afresh(entry[1])]
+
+
+def _begins_afresh(declared: Any) -> bool:
+    """Whether a run may start from weights without it."""
+    spec = getattr(declared, "spec", declared)
+    return spec.role == "state" or spec.kind == "adapter"
 
 
 def _go_to(trainer: Trainer, meta: dict[str, Any], fresh: list[str]) -> None:

@@ -51,9 +51,11 @@ def make_reducer(
 
 
 def dropout_rates(config: Config) -> DropoutRates | None:
-    """What ``--hidden-dropout`` and ``--attention-dropout`` ask for; None: nothing."""
-    hidden, attention = config.model.hidden_dropout, config.model.attention_dropout
-    return DropoutRates(hidden, attention, config.training.seed) if hidden or attention else None
+    """What ``--hidden-dropout`` and ``--attention-dropout`` ask for, and masks where an adapter asks for some; None:
+    nothing."""
+    model = config.model
+    hidden, attention, adapters = model.hidden_dropout, model.attention_dropout, model.adapter_dropout
+    return DropoutRates(hidden, attention, config.training.seed) if hidden or attention or adapters else None
 
 
 class ForwardBackward:
@@ -110,7 +112,7 @@ class ForwardBackward:
 
     def sum_tied_gradient(self) -> None:
         """Gives both copies of a matrix on the first and the last stage the gradient of both; after the reduction."""
-        if self._tied is not None:
+        if self._tied is not None and self._tied.requires_grad:
             sum_tied_gradient(self._tied.main_grad, self.plan.schedule, self._ctx.pp)  # type: ignore[attr-defined]
 
     def _forward_step(

@@ -110,6 +110,7 @@ DOCUMENTS = [
     "docs/checkpoints.md",
     "docs/corpus.md",
     "docs/data.md",
+    "docs/finetuning.md",
     "docs/from_huggingface.md",
     "docs/from_megatron.md",
     "docs/generation.md",

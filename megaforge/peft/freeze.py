@@ -1,0 +1,21 @@
+"""A frozen model: what a run leaves as it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from megaforge.parallel.param_spec import spec_of
+
+
+def freeze(parameter: nn.Parameter) -> None:
+    """``parameter`` gets no gradient, and nothing updates it."""
+    parameter.requires_grad_(False)
+    parameter.spec = replace(spec_of(parameter), frozen=True)  # type: ignore[attr-defined]
+
+
+def thaw(parameter: nn.Parameter) -> None:
+    """The opposite."""
+    parameter.requires_grad_(True)
+    parameter.spec = replace(spec_of(parameter), frozen=False)  # type: ignore[attr-defined]
