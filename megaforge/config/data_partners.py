@@ -13,11 +13,6 @@ DATA_PARTNERS = (
         "epochs are shuffled as a whole: add --data-order streamed",
     ),
     Partner(
-        ("data.data_order",),
-        lambda c: c.data.data_order == "shuffled" or not c.data.mock_data,
-        "random tokens have no documents in any order: leave it out",
-    ),
-    Partner(
         ("data.json_key", "data.stream_on_error"),
         lambda c: c.data.streams,
         "no text is read: use --data-path stream:FILES",

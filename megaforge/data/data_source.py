@@ -131,7 +131,10 @@ class DataSource(SampleView, Protocol):
 
 
 # Settings of the data section that dataset files heed, and other sources may.
-OF_FILES = ("split", "split_order", "verify_data", "data_lanes", "valid_data_path", "test_data_path")
+OF_FILES = (
+    *("split", "split_order", "verify_data", "data_lanes", "valid_data_path", "test_data_path"),
+    *("data_order", "data_cache_dir"),
+)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ GROWING = ("--weight-decay-incr-style", "linear", "--start-weight-decay", "0", "
 REFUSED = [
     (("--machine", "h100-80g"), (), "add --layout auto"),
     (("--stream-round", "9"), (), "add --data-order streamed"),
-    (("--data-order", "streamed"), ("--mock-data",), "leave it out"),
     (("--json-key", "body"), ("--data-path", "a"), "use --data-path stream:FILES"),
     (("--stream-on-error", "skip"), (), "use --data-path stream:FILES"),
     (("--data-cache-size", "9"), (), "add --data-cache-dir DIR"),

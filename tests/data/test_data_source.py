@@ -42,7 +42,10 @@ def test_settings_that_a_source_does_not_heed_are_told(monkeypatch: pytest.Monke
     def told(*flags: str) -> list[str]:
         return list(unread_settings(parse_config([*flags, *given]).config.data))
 
-    assert told("--data-path", "a") == []
+    assert told("--data-path", "a") == told("--data-path", "stream:a")[2:] == []
+    assert [text[:14] for text in told("--data-path", "stream:a")] == ["--verify-data:", "--data-lanes 4"]
+    mock = parse_config(["--mock-data", "--data-order", "streamed"]).config.data
+    assert list(unread_settings(mock)) == ["--data-order streamed: --mock-data does not heed it: it changes nothing"]
     assert told("--data-path", "counting://3") == [
         f"{flag}: --data-path counting://3 does not heed it: it changes nothing"
         for flag in ("--split 1,1,0", "--verify-data", "--data-lanes 4")

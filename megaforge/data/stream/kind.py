@@ -43,5 +43,5 @@ def check_streams(config: Config) -> None:
 STREAM = DataSourceKind(
     lambda config, tokenizer: resolve_name("megaforge.data.stream.source:open_stream")(config, tokenizer),
     check_streams,
-    ("split", "valid_data_path", "test_data_path", "data_schedule"),
+    ("split", "valid_data_path", "test_data_path", "data_schedule", "data_order", "data_cache_dir"),
 )
