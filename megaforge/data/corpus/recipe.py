@@ -12,6 +12,7 @@ shard: {tokenizer_model: tok.json}
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -127,8 +128,25 @@ class Recipe:
             "run": {"model_scale": self.run.model_scale, "partition_mb": self.run.partition_mb},
             "sources": [dataclasses.asdict(source) for source in self.sources],
             "stages": [[name, dataclasses.asdict(settings)] for name, settings in self.stages],  # type: ignore[call-overload]
+            "stage_files": [_digests(settings.inputs(self.scope)) for _, settings in self.stages],
             "shard": dataclasses.asdict(self.shard),
         }
+
+
+def _digests(files: Sequence[Path]) -> list[str]:
+    """What the files hold, as SHA-256 each.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    digests = []
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        except OSError as error:
+            raise UserError(f"{path}: a stage needs it and cannot read it: {error.strerror or error}") from error
+    return digests
 
 
 def read_recipe(path: Path, label: str | None = None, directory: Path | None = None) -> Recipe:

@@ -103,6 +103,10 @@ class StageSettings(ABC):
     def validate(self) -> None:  # noqa: B027  most have no rules between fields
         """Raises UserError where fields do not fit each other."""
 
+    def inputs(self, scope: Scope) -> Sequence[Path]:
+        """The files beside the corpus that the stage reads: with another content of theirs, it is another recipe."""
+        return ()
+
     @abstractmethod
     def open(self, scope: Scope) -> Stage:
         """The stage, ready to work: in every worker once, and once before the run begins, so that a missing file or

