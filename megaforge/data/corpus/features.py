@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from megaforge.data.corpus.columns import flat_bytes, one_array
 from megaforge.data.corpus.records import CODE
 from megaforge.data.corpus.stop_words import stop_word_masks
-from megaforge.data.corpus.words import SpanHashes, Words, plain_words
+from megaforge.data.corpus.words import Words, hash_spans, plain_words
 
 # Written without spaces between words.
 NO_SPACES = frozenset("zh ja th lo km my bo dz yue wuu".split())
@@ -82,33 +83,31 @@ def features_of(records: Any) -> Features:
     """The features of each record."""
     text = one_array(records["text"])
     data, offsets = flat_bytes(text)
+    histograms = _histograms(data, offsets)
     words = plain_words(text)
     count = words.counts
     some = np.maximum(count, 1)
-    characters = np.maximum(_sums(~(_SPACE | _CONTINUES), data, offsets), 1)
-    letters = np.maximum(_sums(_LETTERS, data, offsets), 1)
-    ends = _sums(_FULL_STOPS, data, offsets) + pc.count_substring_regex(text, "[。！？।]").to_numpy(
-        zero_copy_only=False
-    )
-    word_length = (characters - _sums(_SYMBOLS | _PUNCTUATION, data, offsets)) / some
+    characters = np.maximum(histograms @ (~(_SPACE | _CONTINUES)), 1)
+    letters = np.maximum(histograms @ _LETTERS, 1)
+    ends = histograms @ _FULL_STOPS + _other_full_stops(text, histograms)
+    word_length = (characters - histograms @ (_SYMBOLS | _PUNCTUATION)) / some
     language, code = records["language"].to_pylist(), pc.equal(records["kind"], CODE).to_numpy().astype(bool)
-    foreign = _sums(_CONTINUES, data, offsets) > characters / 2
+    foreign = histograms @ _CONTINUES > characters / 2
     spaced = np.array([one not in NO_SPACES for one in language], bool)
     unknown = np.array([one is None for one in language], bool)
     prose = spaced & ~(unknown & foreign & (word_length > 12)) & ~code
     stop_words, known = _stop_words(words, language)
-    hashes = SpanHashes(data)
     return Features(
         words=count,
         word_length=word_length,
-        symbols=_sums(_SYMBOLS, data, offsets) / characters,
-        digits=_sums(_DIGITS, data, offsets) / characters,
-        capitals=_sums(_CAPITALS, data, offsets) / letters,
-        punctuation=_sums(_PUNCTUATION, data, offsets) / characters,
+        symbols=histograms @ _SYMBOLS / characters,
+        digits=histograms @ _DIGITS / characters,
+        capitals=histograms @ _CAPITALS / letters,
+        punctuation=histograms @ _PUNCTUATION / characters,
         sentences=ends / some,
         stop_words=stop_words / some,
-        repeated_lines=_repeated(hashes, *lines_of(data, offsets)),
-        repeated_paragraphs=_repeated(hashes, *lines_of(data, offsets, feeds=2)),
+        repeated_lines=_repeated(data, *lines_of(data, offsets)),
+        repeated_paragraphs=_repeated(data, *lines_of(data, offsets, feeds=2)),
         top_pair=2 * _largest(*words.ngrams(2), len(count)) / some,
         repeated_runs=_again(*words.ngrams(_RUN), len(count)),
         vocabulary=(1 - _again(words.row, words.hash, len(count))) * np.sqrt(count),
@@ -117,13 +116,20 @@ def features_of(records: Any) -> Features:
     )
 
 
-def _sums(table: np.ndarray, data: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """How many bytes of each row are in the table [rows] int64."""
-    total = np.zeros(len(offsets) - 1, np.int64)
-    rows = np.flatnonzero(np.diff(offsets))
-    if len(rows):
-        total[rows] = np.add.reduceat(table[data], offsets[rows], dtype=np.int64)
-    return total
+def _histograms(data: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """How often each byte is in each row [rows, 256] int64."""
+    spans = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+    rows = [np.bincount(data[start:end], minlength=256) for start, end in spans]
+    return np.stack(rows) if rows else np.zeros((0, 256), np.int64)
+
+
+def _other_full_stops(text: Any, histograms: np.ndarray) -> np.ndarray:
+    """Full stops of scripts of Asia [rows] int64, which begin with one of these bytes."""
+    rows = np.asarray(histograms[:, [0xE0, 0xE3, 0xEF]].any(1))
+    stops = np.zeros(len(rows), np.int64)
+    if rows.any():
+        stops[rows] = pc.count_substring_regex(text.filter(pa.array(rows)), "[。！？।]").to_numpy(zero_copy_only=False)
+    return stops
 
 
 def lines_of(data: np.ndarray, offsets: np.ndarray, feeds: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
@@ -143,20 +149,26 @@ def lines_of(data: np.ndarray, offsets: np.ndarray, feeds: int = 1) -> tuple[np.
     return row[full], starts[full], ends[full], len(offsets) - 1
 
 
-def _repeated(hashes: SpanHashes, row: np.ndarray, starts: np.ndarray, ends: np.ndarray, rows: int) -> np.ndarray:
-    key = hashes(starts, ends)
-    order = np.lexsort((key, row))
+def _repeated(data: np.ndarray, row: np.ndarray, starts: np.ndarray, ends: np.ndarray, rows: int) -> np.ndarray:
+    _, key = _packed(row, hash_spans(data, starts, ends), rows)
+    order = np.argsort(key)
     again = np.zeros(len(order), bool)
-    again[1:] = (key[order][1:] == key[order][:-1]) & (row[order][1:] == row[order][:-1])
+    again[1:] = key[order][1:] == key[order][:-1]
     size = (ends - starts)[order]
     return np.bincount(row[order][again], size[again], rows) / np.maximum(np.bincount(row, ends - starts, rows), 1)
 
 
-def _sorted(row: np.ndarray, key: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows and keys in order of both, by one sort of numbers that hold the row and the first bits of the key."""
+def _packed(row: np.ndarray, key: np.ndarray, rows: int) -> tuple[np.uint64, np.ndarray]:
+    """By how many bits rows are moved, and numbers that hold the row and, behind it, the first bits of the key."""
     bits = max(rows - 1, 1).bit_length()
-    both = np.sort(row.astype(np.uint64) << np.uint64(64 - bits) | key >> np.uint64(bits))
-    return (both >> np.uint64(64 - bits)).astype(np.int64), both
+    return np.uint64(64 - bits), row.astype(np.uint64) << np.uint64(64 - bits) | key >> np.uint64(bits)
+
+
+def _sorted(row: np.ndarray, key: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows, and numbers that hold the row and the first bits of the key, in order of these."""
+    moved, both = _packed(row, key, rows)
+    both.sort()
+    return (both >> moved).astype(np.int64), both
 
 
 def _again(row: np.ndarray, key: np.ndarray, rows: int) -> np.ndarray:
@@ -176,9 +188,10 @@ def _largest(row: np.ndarray, key: np.ndarray, rows: int) -> np.ndarray:
 
 
 def _stop_words(words: Words, language: list[str | None]) -> tuple[np.ndarray, np.ndarray]:
-    hashes, masks, bits = stop_word_masks()
+    listed, masks, bits = stop_word_masks()
     every = sum(bits.values())
     wanted = np.array([every if one is None else bits.get(one, 0) for one in language], np.uint64)
-    place = np.minimum(np.searchsorted(hashes, words.hash), len(hashes) - 1)
-    hit = (hashes[place] == words.hash) & ((masks[place] & wanted[words.row]) != 0)
-    return np.bincount(words.row[hit], minlength=len(language)), wanted != 0
+    found, member = listed.find(words.hash)
+    row = words.row[found]
+    hit = (masks[member] & wanted[row]) != 0
+    return np.bincount(row[hit], minlength=len(language)), wanted != 0

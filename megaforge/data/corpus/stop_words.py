@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import pyarrow as pa
 
-from megaforge.data.corpus.words import plain_words
+from megaforge.data.corpus.words import HashSet, plain_words
 
 STOP_WORDS = {
     "en": "the of and to in a is that for it as was with be by on not he this are or his from at which but "
@@ -45,8 +45,8 @@ STOP_WORDS = {
 
 
 @functools.cache
-def stop_word_masks() -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """Hashes of all stop words, ascending [words] uint64; the languages of each as bits [words] uint64; and the bit of
+def stop_word_masks() -> tuple[HashSet, np.ndarray, dict[str, int]]:
+    """The hashes of all stop words; the languages of each as bits [words] uint64; and the bit of
     each language."""
     bits = {code: 1 << number for number, code in enumerate(STOP_WORDS)}
     masks: dict[int, int] = {}
@@ -54,4 +54,4 @@ def stop_word_masks() -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
         for one in plain_words(pa.array([text], pa.large_string())).hash.tolist():
             masks[one] = masks.get(one, 0) | bits[code]
     hashes = np.array(sorted(masks), np.uint64)
-    return hashes, np.array([masks[one] for one in hashes.tolist()], np.uint64), bits
+    return HashSet(hashes), np.array([masks[one] for one in hashes.tolist()], np.uint64), bits

@@ -1,24 +1,24 @@
 """Words of a batch of texts and their hashes, all at once: what filters, near-duplicates and decontamination look at.
 
-A hash of a span of bytes is a polynomial over random 64-bit numbers, one for each byte value, taken modulo 2^64 from
-running sums (Karp and Rabin 1987), then mixed (the finaliser of SplitMix64, Steele et al. 2014). Equal spans have equal
-hashes wherever they stand.
+A hash is of the bytes alone, eight at a time, each step a bijection of 64 bits (the finaliser of SplitMix64, Steele
+et al. 2014): equal spans have equal hashes wherever they stand.
 """
 
 from __future__ import annotations
 
-import functools
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from megaforge.data.corpus.columns import flat_bytes, one_array
+from megaforge.data.corpus.columns import flat_bytes, one_array, with_rows
 
-_BASE = 0x9E3779B97F4A7C15  # odd: it has an inverse modulo 2^64
-_INVERSE = pow(_BASE, -1, 1 << 64)
-_TABLE = np.random.Generator(np.random.PCG64(1)).integers(0, 1 << 64, 256, np.uint64, endpoint=False)
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+_LONGEST = 256  # bytes of a span that is hashed in steps of eight; longer ones are few
+_MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # the first bytes of a little-endian number
 # Quotation marks, dashes, ellipses, ideographic and full-width punctuation separate words as ASCII's do.
 _PUNCTUATION = "[\u00ab\u00bb\u00b7\u2000-\u206f\u3000-\u303f\uff00-\uff0f\uff1a-\uff20]+"
 _WORD = np.zeros(256, bool)
@@ -36,30 +36,51 @@ def mix(numbers: np.ndarray) -> np.ndarray:
     return mixed
 
 
-class SpanHashes:
-    """Hashes of any spans of one array of bytes."""
-
-    def __init__(self, data: np.ndarray) -> None:
-        self._sums = np.zeros(len(data) + 1, np.uint64)
-        np.cumsum(_TABLE[data] * _powers(_BASE, len(data)), out=self._sums[1:])
-        self._back = _powers(_INVERSE, len(data) + 1)
-
-    def __call__(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """The hash of each ``data[start:end]`` [spans] uint64."""
-        length = (ends - starts).astype(np.uint64)
-        return mix((self._sums[ends] - self._sums[starts]) * self._back[starts] + length)
-
-
-@functools.lru_cache(maxsize=2)
-def _table_of_powers(base: int, length: int) -> np.ndarray:
-    powers = np.full(length, base, np.uint64)
-    powers[0] = 1
-    return np.cumprod(powers, dtype=np.uint64)
+def hash_spans(data: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The hash of each ``data[start:end]`` [spans] uint64."""
+    padded = np.concatenate([data, np.zeros(8, np.uint8)])
+    eights: np.ndarray = np.ndarray(len(data) + 1, "<u8", padded, strides=(1,))
+    size = ends - starts
+    hashes = _step(size.astype(np.uint64), eights[starts] & _MASKS[np.minimum(size, 8)])
+    left = np.flatnonzero((size > 8) & (size <= _LONGEST))
+    done = 8
+    while len(left):
+        part = np.minimum(size[left] - done, 8)
+        hashes[left] = _step(hashes[left], eights[starts[left] + done] & _MASKS[part])
+        done += 8
+        left = left[size[left] > done]
+    for one in np.flatnonzero(size > _LONGEST).tolist():
+        digest = hashlib.blake2b(data[starts[one] : ends[one]].tobytes(), digest_size=8).digest()
+        hashes[one] = int.from_bytes(digest, "little")
+    return hashes
 
 
-def _powers(base: int, length: int) -> np.ndarray:
-    """``base`` to the powers 0 to ``length - 1``, modulo 2^64."""
-    return _table_of_powers(base, 1 << max(length, 1 << 16).bit_length())[:length]
+def _step(hashes: np.ndarray, eight: np.ndarray) -> np.ndarray:
+    return mix((hashes * _FACTOR) ^ eight)
+
+
+class HashSet:
+    """Finds which of many hashes are in a set of few. A table by their last bits rules out most."""
+
+    def __init__(self, hashes: np.ndarray) -> None:
+        """
+        Args:
+            hashes: ascending [members] uint64.
+        """
+        self.hashes = hashes
+        bits = min(max(len(hashes).bit_length() + 6, 12), 26)
+        self._mask = np.uint64((1 << bits) - 1)
+        self._maybe = np.zeros(1 << bits, bool)
+        self._maybe[(hashes & self._mask).astype(np.int64)] = True
+
+    def find(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which of ``hashes`` are in the set, ascending [hits] int64, and which member each is [hits] int64."""
+        if not len(self.hashes):
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        maybe = np.flatnonzero(self._maybe[(hashes & self._mask).astype(np.int64)])
+        place = np.minimum(np.searchsorted(self.hashes, hashes[maybe]), len(self.hashes) - 1)
+        same = self.hashes[place] == hashes[maybe]
+        return maybe[same], place[same]
 
 
 @dataclass(frozen=True)
@@ -92,7 +113,7 @@ class Words:
         whole = self.row[:last] == self.row[n - 1 :]
         grams = np.zeros(last, np.uint64)
         for word in range(n):
-            grams *= np.uint64(_BASE)
+            grams *= _FACTOR
             grams += self.hash[word : word + last]
         return self.row[:last][whole], mix(grams[whole])
 
@@ -100,22 +121,18 @@ class Words:
 def words_of(data: np.ndarray, offsets: np.ndarray) -> Words:
     """The words of the rows of :func:`megaforge.data.corpus.columns.flat_bytes`: runs of letters, digits, ``_`` and
     bytes beyond ASCII."""
-    inside = _WORD[data]
-    before = np.zeros(len(data) + 1, bool)
-    before[1:] = inside
-    begins = offsets[:-1][np.diff(offsets) > 0]
-    before[begins] = False
-    start = np.flatnonzero(inside & ~before[:-1])
-    after = np.zeros(len(data) + 1, bool)
-    after[:-1] = inside
-    after[offsets[1:]] = False
-    # A word ends before a separator, or where its row ends.
-    closes = np.zeros(len(data), bool)
-    closes[:] = inside & ~after[1:]
-    end = np.flatnonzero(closes) + 1
+    inside = np.zeros(len(data) + 2, bool)
+    inside[1:-1] = _WORD[data]
+    start, end = np.flatnonzero(inside[1:-1] > inside[:-2]), np.flatnonzero(inside[1:-1] > inside[2:]) + 1
+    # Where a row begins amid a word, one word ends and another begins.
+    begins = np.unique(offsets[1:-1])
+    cuts = begins[(begins > 0) & (begins < len(data))]
+    cuts = cuts[inside[cuts] & inside[cuts + 1]]
+    if len(cuts):
+        start, end = np.sort(np.concatenate([start, cuts])), np.sort(np.concatenate([end, cuts]))
     first = np.searchsorted(start, offsets).astype(np.int64)
     row = np.repeat(np.arange(len(offsets) - 1), np.diff(first))
-    return Words(first, row, start, end, SpanHashes(data)(start, end))
+    return Words(first, row, start, end, hash_spans(data, start, end))
 
 
 def plain_words(column: Any) -> Words:
@@ -126,4 +143,9 @@ def plain_words(column: Any) -> Words:
 
 def plain(column: Any) -> Any:
     """The texts as :func:`plain_words` takes them."""
-    return pc.replace_substring_regex(pc.utf8_lower(one_array(column)), _PUNCTUATION, " ")
+    lower = pc.utf8_lower(one_array(column))
+    rows = ~np.asarray(pc.string_is_ascii(lower).to_numpy(zero_copy_only=False), bool)
+    if not rows.any():
+        return lower
+    spaced = pc.replace_substring_regex(lower.filter(pa.array(rows)), _PUNCTUATION, " ")
+    return with_rows(lower, rows, spaced)

@@ -14,7 +14,7 @@ from megaforge.data.corpus.columns import flat_bytes, one_array, rewritten
 from megaforge.data.corpus.features import features_of, lines_of
 from megaforge.data.corpus.records import CODE, make_records
 from megaforge.data.corpus.stop_words import STOP_WORDS
-from megaforge.data.corpus.words import SpanHashes, plain_words, words_of
+from megaforge.data.corpus.words import HashSet, hash_spans, plain_words, words_of
 from tests.data.corpus_files import documents
 
 TEXTS = ["", *documents(60, seed=2), "a", " ", "\n\n", "the cat the cat the cat", "Ünïcode—dash “quote”", "x" * 999, ""]
@@ -71,12 +71,11 @@ def test_runs_of_words_are_equal_where_their_words_are_and_stay_in_their_row() -
 
 def test_hashes_of_spans_do_not_depend_on_their_place() -> None:
     source = random.Random(1)
-    data = np.frombuffer(bytes(source.choices(b"\0ab", k=3000)), np.uint8)
-    hashes = SpanHashes(data)
-    starts = np.array([source.randint(0, 2990) for _ in range(4000)])
-    ends = starts + np.array([source.randint(0, 9) for _ in range(4000)])
+    data = np.frombuffer(bytes(source.choices(b"\0ab", k=9000)), np.uint8)
+    starts = np.array([source.randint(0, 8300) for _ in range(4000)])
+    ends = starts + np.array([source.choice((0, 1, 2, 3, 7, 8, 9, 16, 17, 256, 257, 600)) for _ in range(4000)])
     known: dict[int, bytes] = {}
-    for start, end, key in zip(starts.tolist(), ends.tolist(), hashes(starts, ends).tolist(), strict=True):
+    for start, end, key in zip(starts.tolist(), ends.tolist(), hash_spans(data, starts, ends).tolist(), strict=True):
         assert known.setdefault(key, data[start:end].tobytes()) == data[start:end].tobytes()
     assert len(set(known.values())) == len(known)
 
@@ -134,3 +133,14 @@ def test_what_is_told_by_words() -> None:
     )
     assert found.prose.tolist() == [False, False, True, False]
     assert found.has_stop_words.tolist() == [False, False, True, False]
+
+
+def test_members_of_a_set_are_found() -> None:
+    source = np.random.default_rng(1)
+    for size in (0, 1, 5, 5000):
+        members = np.unique(source.integers(0, 1 << 64, size, np.uint64))
+        asked = np.concatenate([source.integers(0, 1 << 64, 300, np.uint64), members[::3], members[:1]])
+        known = set(members.tolist())
+        found, member = HashSet(members).find(asked)
+        assert found.tolist() == [at for at, one in enumerate(asked.tolist()) if one in known]
+        assert (members[member] == asked[found]).all()

@@ -14,7 +14,7 @@ from megaforge.data.corpus.columns import flat_bytes, one_array
 from megaforge.data.corpus.features import lines_of
 from megaforge.data.corpus.records import CODE, replaced
 from megaforge.data.corpus.stage import JoinStage, Outcome, Scope, StageSettings
-from megaforge.data.corpus.words import SpanHashes
+from megaforge.data.corpus.words import hash_spans
 
 _DECISION = pa.schema(
     [
@@ -60,7 +60,7 @@ class Paragraphs(JoinStage):
         chosen = (size >= min(self._settings.minimum, self._settings.template_minimum)) & prose[row]
         return pa.table(
             {
-                "key": SpanHashes(data)(starts[chosen], ends[chosen]),
+                "key": hash_spans(data, starts[chosen], ends[chosen]),
                 "id": records["id"].to_numpy()[row[chosen]],
                 "line": line[chosen],
                 "size": size[chosen],

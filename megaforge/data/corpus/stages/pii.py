@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from megaforge.config.fields import flag
 from megaforge.data.corpus.columns import matching, one_array, with_rows
@@ -17,15 +18,12 @@ from megaforge.data.corpus.records import replaced
 from megaforge.data.corpus.stage import Outcome, RowStage, Scope, StageSettings
 
 _AT, _DOT = r"(?:@|%40|\s?[\[(]\s?at\s?[\])]\s?)", r"(?:\.|\s?[\[(]\s?dot\s?[\])]\s?)"
-_EMAIL = (
-    rf"(?i)[a-z0-9](?:[a-z0-9._%+\-]{{0,63}}[a-z0-9_+\-])?{_AT}"
-    rf"(?:[a-z0-9](?:[a-z0-9\-]{{0,61}}[a-z0-9])?{_DOT}){{1,8}}[a-z]{{2,24}}\b"
-)
+_EMAIL = rf"(?i)[a-z0-9_](?:[a-z0-9._%+\-]*[a-z0-9_+\-])?{_AT}(?:[a-z0-9\-]+{_DOT})+[a-z]{{2,24}}\b"
 # Area, group and serial number of the Social Security Administration: some were never given out.
 _SSN = r"\b\d{3}([- ])\d{2}[- ]\d{4}\b|(?i:\bSSN|social security (?:number|no\.?))[:# ]{1,3}\d{9}\b"
 # A trunk or country code, brackets or the words before it set a number apart from others of so many digits.
 _PHONE = (
-    r"(?:\+|\b00)[1-9]\d{0,2}(?:[-. \x{a0}/]?\(?\d{1,5}\)?){2,6}\b"
+    r"(?:\+|\b00[1-9]\d{0,2}[-. \x{a0}/(])[1-9]\d{0,2}(?:[-. \x{a0}/]?\(?\d{1,5}\)?){2,6}\b"
     r"|\(\d{3,5}\)[-. \x{a0}]?\d{2,4}(?:[-. \x{a0}]?\d{2,4}){1,3}\b"
     r"|\b(?:1[-. ])?\d{3}[-.]\d{3}[-.]\d{4}\b"
     r"|\b(?:1 )?[2-9]\d{2} [2-9]\d{2} \d{4}\b"
@@ -44,11 +42,7 @@ class Kind:
 
     tag: str
     pattern: str
-    is_one: Callable[[re.Match[str]], bool]
-
-
-def _is_email(match: re.Match[str]) -> bool:
-    return ".." not in match[0]
+    is_one: Callable[[re.Match[str]], bool] | None = None
 
 
 def _is_ssn(match: re.Match[str]) -> bool:
@@ -62,7 +56,8 @@ def _is_ssn(match: re.Match[str]) -> bool:
 
 def _is_phone(match: re.Match[str]) -> bool:
     digits = sum(character.isdigit() for character in match[0])
-    return 7 <= digits <= 15 and not _within_number(match)
+    fraction = re.search(r"\D\d$", match[0])
+    return 7 <= digits <= 15 and fraction is None and not _within_number(match)
 
 
 def _within_number(match: re.Match[str]) -> bool:
@@ -92,7 +87,7 @@ def _is_ip(match: re.Match[str]) -> bool:
 
 
 KINDS = {
-    "email": Kind("<EMAIL>", _EMAIL, _is_email),
+    "email": Kind("<EMAIL>", _EMAIL),
     "ssn": Kind("<SSN>", _SSN, _is_ssn),
     "ip": Kind("<IP>", _IP, _is_ip),
     "phone": Kind("<PHONE>", _PHONE, _is_phone),
@@ -126,27 +121,36 @@ class Pii(RowStage):
             rows = matching(text, kind.pattern)
             if not rows.any():
                 continue
-            new = []
-            for row, old in zip(np.flatnonzero(rows).tolist(), text.filter(pa.array(rows)).to_pylist(), strict=True):
-                replacement, number = self._replaced(name, kind, old)
-                new.append(replacement)
+            old = text.filter(pa.array(rows))
+            new, numbers = self._replaced(name, kind, old)
+            for row, number in zip(np.flatnonzero(rows).tolist(), numbers, strict=True):
                 if number:
                     found[row].append(f"{number} {name}")
                     counts[name] = counts.get(name, 0) + number
             text = with_rows(text, rows, new)
         return Outcome(replaced(records, text=text), None, [", ".join(one) or None for one in found], counts)
 
-    def _replaced(self, name: str, kind: Kind, text: str) -> tuple[str, int]:
+    def _replaced(self, name: str, kind: Kind, texts: Any) -> tuple[Any, list[int]]:
+        """The texts with tags, and how many each has."""
+        is_one = kind.is_one
+        if is_one is None:
+            numbers = pc.count_substring_regex(texts, kind.pattern).to_pylist()
+            return pc.replace_substring_regex(texts, kind.pattern, kind.tag), numbers
         number = 0
 
         def put(match: re.Match[str]) -> str:
             nonlocal number
-            if not kind.is_one(match):
+            if not is_one(match):
                 return match[0]
             number += 1
             return kind.tag
 
-        return self._compiled[name].sub(put, text), number
+        new, numbers = [], []
+        for text in texts.to_pylist():
+            number = 0
+            new.append(self._compiled[name].sub(put, text))
+            numbers.append(number)
+        return new, numbers
 
 
 def _python(pattern: str) -> str:
