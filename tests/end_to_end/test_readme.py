@@ -105,6 +105,7 @@ DOCUMENTS = [
     "README.md",
     "examples/bitnet/README.md",
     "examples/cdrmix/README.md",
+    "examples/corpus/README.md",
     "examples/grokking/README.md",
     "docs/architecture.md",
     "docs/checkpoints.md",

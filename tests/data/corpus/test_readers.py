@@ -232,6 +232,7 @@ def test_names_choose_readers(tmp_path: Path) -> None:
     kinds = {
         "a.JSONL.gz": "lines", "a.json": "lines", "a.parquet": "table", "a.md": "text", "a.rst": "text", "a.py": "text",
         "a.htm": "html", "a.html.zst": "html", "a.bin": None, "a": None,
+        "doc/README": "text", "doc/copyright": "text",
     }  # fmt: skip
     assert {name: reader_for(name) for name in kinds} == kinds
     assert [reader_named("text").kind(name) for name in ("a.md", "a.py")] == ["text", "code"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from megaforge.data.corpus.decode import NotText, decode
-from megaforge.data.corpus.directory import SOURCE
+from megaforge.data.corpus.directory import NAMES, SOURCE
 from megaforge.data.corpus.readers.reader import Reader, Rows
 from megaforge.data.corpus.recipe import SourceSettings
 from megaforge.data.corpus.records import CODE, TEXT
@@ -19,6 +20,10 @@ class WholeTexts(Reader):
     """A file's bytes, decoded."""
 
     suffixes = tuple(sorted((PROSE | SOURCE) - _MARKUP))
+
+    def reads(self, path: str) -> bool:
+        """See :class:`Reader`; by names such as README and copyright too."""
+        return super().reads(path) or (not plain_suffix(path) and os.path.basename(path).lower() in NAMES)
 
     def kind(self, path: str) -> str:
         """See :class:`Reader`."""
