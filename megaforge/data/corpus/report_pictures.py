@@ -46,13 +46,18 @@ def draw_pictures(folder: Path, stages: dict[str, dict[str, Any]], data: ReportD
     return drawn
 
 
+def _legend(axes: Any) -> None:
+    """Above the picture, where no bar is."""
+    axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+
+
 def _stages(axes: Any, stages: dict[str, dict[str, Any]]) -> None:
     names = list(stages)
     axes.barh(names, [stages[name]["bytes"] / 1e6 for name in names], color=_DROPPED, label="came in")
     axes.barh(names, [stages[name]["kept_bytes"] / 1e6 for name in names], color=_KEPT, label="passed on")
     axes.invert_yaxis()
     axes.set_xlabel("MB of text")
-    axes.legend(frameon=False)
+    _legend(axes)
 
 
 def _reasons(axes: Any, data: ReportData) -> None:
@@ -69,7 +74,7 @@ def _lengths(axes: Any, data: ReportData) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("characters")
     axes.set_ylabel("documents")
-    axes.legend(frameon=False)
+    _legend(axes)
 
 
 def _by_attribute(name: str, data: ReportData) -> Callable[[Any], None]:
@@ -81,7 +86,7 @@ def _by_attribute(name: str, data: ReportData) -> Callable[[Any], None]:
         axes.barh(most, gone, left=kept, color=_DROPPED, label="dropped")
         axes.invert_yaxis()
         axes.set_xlabel("documents")
-        axes.legend(frameon=False)
+        _legend(axes)
 
     return draw
 
