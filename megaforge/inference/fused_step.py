@@ -34,9 +34,9 @@ from megaforge.kernels.decode import (
 from megaforge.kernels.moe_routing import RoutingRule, moe_route
 from megaforge.kernels.native import say_fallback, say_uncompiled
 from megaforge.models.generation_state import GenerationState
-from megaforge.models.hybrid import Block as ModelBlock
 from megaforge.models.hybrid import HybridModel
 from megaforge.nn.attention import KVCache, SelfAttention
+from megaforge.nn.block import Block as ModelBlock
 from megaforge.nn.head import OutputHead
 from megaforge.nn.mlp import DenseFFN
 from megaforge.nn.moe.experts import SharedExpert

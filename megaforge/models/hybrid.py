@@ -10,17 +10,18 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from megaforge.config.pattern import BlockKind, ahead_of, blocks_of, kinds_of
+from megaforge.config.pattern import ahead_of, blocks_of, expert_layers, kinds_of
 from megaforge.errors import UserError
 from megaforge.models.ahead import Ends, make_multi_token, terms_of
 from megaforge.models.converters import convert
 from megaforge.models.generation_state import GenerationState
+from megaforge.nn.block import Block, make_block
 from megaforge.nn.head import OutputHead, ends_init
 from megaforge.nn.losses import LossTerm, add_terms
 from megaforge.nn.moe import RouterLosses
 from megaforge.nn.norms import make_norm
 from megaforge.nn.recompute import recomputed
-from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState
+from megaforge.nn.sublayer import NOTHING, LayerLosses
 from megaforge.parallel.dropout import EMBEDDING, UPDATES
 from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import VocabParallelEmbedding
@@ -81,98 +82,17 @@ class ModelOutput:
         return (self._scored()[1] * self.mask_SB).sum()
 
 
-class Block(nn.Module):
-    """``x + mixer(norm(x))``, then ``x + ffn(norm(x))`` where there is an FFN."""
-
-    def __init__(self, layer: LayerContext, kind: BlockKind) -> None:
-        super().__init__()
-        self.kind, self.recompute = kind, layer.recompute
-        self.index, self.region = layer.index, layer.region
-        self.compiled = False  # see megaforge.training.compiled
-        self.mixer_norm = make_norm(layer)
-        self.mixer = kind.mixer.build(layer)
-        if kind.ffn is not None:
-            layer = replace(layer, token_shift=kind.mixer.token_shift)
-            self.ffn_norm = make_norm(layer)
-            self.ffn = kind.ffn.build(layer)
-
-    @property
-    def sublayers(self) -> list[tuple[nn.Module, Any]]:
-        """Its mixer and, if it has one, its FFN, each behind its norm."""
-        mixer = (self.mixer_norm, self.mixer)
-        return [mixer] if self.kind.ffn is None else [mixer, (self.ffn_norm, self.ffn)]
-
-    def forward(
-        self,
-        x: Tensor,
-        info: PackedSequence,
-        carried: Mapping[str, Tensor] = NOTHING,
-        states: Sequence[LayerState | None] = (None, None),
-    ) -> tuple[Tensor, dict[str, Tensor], list[RouterLosses]]:
-        """Residual stream [s(/tp), b, h] through the block.
-
-        Args:
-            carried: what earlier blocks have made for later ones.
-            states: of the sublayers; they take the tokens in.
-
-        Returns:
-            The residual stream, what later blocks find in ``carried``, and the losses of routers.
-        """
-        whole = self.recompute == "full"
-        return recomputed(whole, self._forward, x, info, tuple(carried), states, *carried.values())
-
-    def _forward(
-        self,
-        x: Tensor,
-        info: PackedSequence,
-        names: tuple[str, ...],
-        states: Sequence[LayerState | None],
-        *carried: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor], list[RouterLosses]]:
-        known, losses = dict(zip(names, carried, strict=True)), []
-        update: Tensor | None = None  # not yet added to x
-        for place, (kind, (norm, module)) in enumerate(zip(self.kind.layers, self.sublayers, strict=True)):
-            alone = self.recompute == kind.recompute
-            if alone or self.compiled or not getattr(norm, "takes_update", False):
-                # A part that is computed again keeps one tensor: the sum.
-                x = x if update is None else x + update
-                given = (place, x, info, tuple(known), states[place], *known.values())
-                update, made, own = recomputed(alone, self.update, *given)
-            else:
-                normed, x = norm(x, update)
-                update, made, own = module(normed, info, known, states[place])
-            if info.dropout is not None:
-                update = info.dropout.hidden(update, self.index, UPDATES + place, self.region)
-            known.update(made)
-            losses += [] if own is None else [own]
-        return x if update is None else x + update, known, losses
-
-    def update(
-        self,
-        place: int,
-        x: Tensor,
-        info: PackedSequence,
-        names: tuple[str, ...] = (),
-        state: LayerState | None = None,
-        *carried: Tensor,
-    ) -> LayerOutput:
-        """What sublayer ``place`` adds to the residual stream; ``carried`` tensors have these ``names``."""
-        norm, module = self.sublayers[place]
-        output: LayerOutput = module(norm(x), info, dict(zip(names, carried, strict=True)), state)
-        return output
-
-
 class Trunk(NamedTuple):
     """What the blocks of a stage make.
 
     Attributes:
         sent: the residual stream, and what layers carry, by name.
-        routed: losses of routers.
+        losses: that layers make.
         before: the residual stream in front of the last block.
     """
 
     sent: dict[str, Tensor]
-    routed: list[RouterLosses]
+    losses: list[LayerLosses]
     before: Tensor
 
 
@@ -207,11 +127,10 @@ class HybridModel(nn.Module):
         kinds = blocks_of(cfg)
         self.stage_layers = range(len(kinds)) if layers is None else layers
         self.is_first, self.is_last = self.stage_layers.start == 0, self.stage_layers.stop == len(kinds)
-        every = (*kinds, *chain.from_iterable(ahead_of(cfg)))
-        moe_layers = [index for index, block in enumerate(every) for kind in block.layers if kind.has_experts]
+        moe_layers = expert_layers(cfg)
         self.num_moe_layers = len(moe_layers)
         # A slice, for a list would have to be sent to the device each time.
-        ends = self.stage_layers.start, len(every) if self.is_last else self.stage_layers.stop
+        ends = self.stage_layers.start, len(kinds) + sum(map(len, ahead_of(cfg))) if self.is_last else self.stage_layers.stop
         self.moe_rows = slice(*(sum(index < end for index in moe_layers) for end in ends))
         embedding_init, head_init = ends_init(cfg)
         if self.is_first:
@@ -223,7 +142,7 @@ class HybridModel(nn.Module):
         # By their places in the whole model, which makes a parameter's path the same on every stage.
         self.layers = nn.ModuleDict(
             {
-                str(index): Block(replace(layer, index=index, count=len(kinds), first=kinds[index].first), kinds[index])
+                str(index): make_block(replace(layer, index=index, count=len(kinds)), kinds[index])
                 for index in self.stage_layers
             }
         )
@@ -262,14 +181,14 @@ class HybridModel(nn.Module):
         received: Mapping[str, Tensor] = NOTHING,
     ) -> Trunk:
         """Tokens, or what an earlier stage made of them, through the blocks."""
-        carried, losses = dict(received), list[RouterLosses]()
+        carried, losses = dict(received), list[LayerLosses]()
         before = x = carried.pop("x") if carried else self.embedded(tokens_BS, info)
         states = None if state is None else iter(state.layers)
         for block in self.blocks:
             own = (None, None) if states is None else [next(states) for _ in block.sublayers]
             before = x
-            x, carried, routed = block(x, info, carried, own)
-            losses += routed
+            x, carried, made = block(x, info, carried, own)
+            losses += made
         return Trunk({"x": x, **carried}, losses, before)
 
     def embedded(self, tokens_BS: Tensor, info: PackedSequence) -> Tensor:
@@ -350,7 +269,7 @@ class HybridModel(nn.Module):
         """
         info = self.pack(tokens, None) if info is None else info
         tokens, labels, loss_mask = (info.local(whole) for whole in (tokens, labels, loss_mask))
-        sent, routed, before = self._trunk(tokens, info, None, received)
+        sent, losses_made, before = self._trunk(tokens, info, None, received)
         terms: dict[str, LossTerm] = {}
         scored = head_input = total = None
         if self.is_last:
@@ -365,10 +284,10 @@ class HybridModel(nn.Module):
                 more = [(info.local(one), info.local(mask).to(mask_SB.dtype)) for one, mask in later]
                 predictions = self.mtp(made, [labels, *(one for one, _ in more[:-1])], more, info)
                 terms = terms_of(predictions, self.cfg)
-                routed = [*routed, *(layer for one in predictions for layer in one.routed)]
-        for layer in routed:
-            own = layer.terms(self.cfg)
-            add_terms(terms, {name: replace(term, layers=self.num_moe_layers) for name, term in own.items()})
+                losses_made = [*losses_made, *(layer for one in predictions for layer in one.routed)]
+        for layer in losses_made:
+            add_terms(terms, layer.terms(self.cfg))
+        routed = [layer for layer in losses_made if isinstance(layer, RouterLosses)]
         # Layers of predictions that were not made have routed nothing.
         experts = tokens.new_zeros((2, self.moe_rows.stop - self.moe_rows.start, self.cfg.num_experts))
         for place, layer in enumerate(routed):
@@ -452,5 +371,4 @@ class HybridModel(nn.Module):
 
     def new_state(self) -> GenerationState:
         """An empty memory; the first tokens given to it decide how many sequences it holds."""
-        layers = [layer for block in self.blocks for _, layer in block.sublayers]
-        return GenerationState([layer.new_state() for layer in layers])
+        return GenerationState([state for block in self.blocks for state in block.new_states()])

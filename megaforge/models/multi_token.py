@@ -14,7 +14,7 @@ from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import BlockKind, ahead_of, blocks_of
 from megaforge.models.ahead import Drafts, Ends, MultiToken, Pack, Prediction
 from megaforge.models.generation_state import GenerationState
-from megaforge.models.hybrid import Block
+from megaforge.nn.block import Block
 from megaforge.nn.head import EMBEDDING, OutputHead, ends_init
 from megaforge.nn.moe import RouterLosses
 from megaforge.nn.norms import make_norm

@@ -11,9 +11,18 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
+from megaforge.config.model_config import ModelConfig
+from megaforge.nn.losses import LossTerm
 from megaforge.parallel.packed_sequence import PackedSequence
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class LayerLosses(Protocol):
+    """What one layer adds to the loss of a micro-batch, as sums over this rank's tokens."""
+
+    def terms(self, cfg: ModelConfig) -> dict[str, LossTerm]:
+        """By name; ``layers`` of each says how many layers of the whole model make such a term."""
 
 
 class LayerOutput(NamedTuple):
@@ -21,12 +30,13 @@ class LayerOutput(NamedTuple):
     Attributes:
         update: [s(/tp), b, h], which is added to the residual stream.
         carried: tensors that the first layer of a kind makes for later ones (:meth:`LayerKind.carried`), by name.
-        losses: of layers with a router (:class:`megaforge.nn.moe.RouterLosses`).
+        losses: what the layer adds to the loss, if anything: of one with a router
+            :class:`megaforge.nn.moe.RouterLosses`.
     """
 
     update: Tensor
     carried: Mapping[str, Tensor] = NOTHING
-    losses: Any = None
+    losses: LayerLosses | None = None
 
 
 @dataclass

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
+from megaforge.config.pattern import expert_layers
 from megaforge.kernels.moe_routing import Permutation, Route, moe_permutation, moe_route
 from megaforge.nn.losses import LossTerm
 from megaforge.nn.moe.routing import expert_capacity, plain_rule, routing_rule, within_capacity
@@ -60,9 +61,10 @@ class RouterLosses:
 
     def terms(self, cfg: ModelConfig) -> dict[str, LossTerm]:
         """By name."""
+        layers = len(expert_layers(cfg))
         return {
-            "load_balance_loss": LossTerm(self.load_balance_sum, "sequences", cfg.moe_aux_loss_coeff),
-            "z_loss": LossTerm(self.z_loss_sum, "tokens", cfg.moe_z_loss_coeff),
+            "load_balance_loss": LossTerm(self.load_balance_sum, "sequences", cfg.moe_aux_loss_coeff, layers),
+            "z_loss": LossTerm(self.z_loss_sum, "tokens", cfg.moe_z_loss_coeff, layers),
         }
 
 
