@@ -205,6 +205,13 @@ MULTI_TOKEN = Registry(
         "parallel": "megaforge.models.multi_token:Parallel",
     },
 )
+BLOCKS = Registry(
+    "style of block",
+    {
+        "plain": "megaforge.nn.block:Block",
+        "mixture_of_depths": "megaforge.nn.mixture_of_depths:MixtureOfDepths",
+    },
+)
 NORMS = Registry("norm", {"rmsnorm": "megaforge.nn.norms:RMSNorm", "layernorm": "megaforge.nn.norms:LayerNorm"})
 POSITION_EMBEDDINGS = Registry(
     "position embedding",

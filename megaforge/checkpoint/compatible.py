@@ -22,6 +22,7 @@ _INITIAL_ONLY = {
     "hidden_dropout",
     "attention_dropout",
     "mtp_loss_scaling_factor",
+    "mod_loss_coeff",
 }
 # Without effect on what the model computes once it is trained.
 _INITIAL_ONLY |= {"lora_dropout", "lora_bias"}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megaforge.config.balancing import check_balancing
 from megaforge.config.batch_schedule import BatchSchedule, in_samples
+from megaforge.config.check_depth import check_depth
 from megaforge.config.config import Config
 from megaforge.config.fields import divisors, either
 from megaforge.config.lr_shapes import RateShape
@@ -96,6 +97,7 @@ def check_layout(config: Config, world_size: int) -> Layout:
     _check_pipeline(config, world_size)
     _check_context(config, world_size)
     _check_experts(config, world_size)
+    check_depth(config)
     _check_lengths(config)
     _check_backend(config)
     _check_length(config)

@@ -303,6 +303,11 @@ PARTNERS = (
         refuse=False,
     ),
     Partner(
+        of_model("mod_every", "mod_inference", "mod_loss_coeff"),
+        lambda c: c.model.mod_capacity_factor,
+        "every token goes through every block: add --mod-capacity-factor 0.75",
+    ),
+    Partner(
         of_model("mtp_mode"),
         lambda c: ahead_of(c.model),
         "the next token alone is predicted: add --mtp-num-layers N",

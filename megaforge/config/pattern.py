@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from megaforge.config.depth_config import tokens_within
 from megaforge.config.layer_kind import LayerKind
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
@@ -21,15 +22,34 @@ CUT, AHEAD = "|", "/"
 @dataclass(frozen=True)
 class BlockKind:
     """One block: its mixer, its FFN if it has one, and whether no earlier block has such a mixer. An FFN with no mixer
-    in front of it is a block of its own, in the mixer's place."""
+    in front of it is a block of its own, in the mixer's place.
+
+    ``capacity`` is the share of each sequence's tokens that go through it (Mixture of Depths); None: all of them.
+    """
 
     mixer: LayerKind
     ffn: LayerKind | None
     first: bool = False
+    capacity: float | None = None
 
     @property
     def layers(self) -> tuple[LayerKind, ...]:
         return (self.mixer,) if self.ffn is None else (self.mixer, self.ffn)
+
+    @property
+    def style(self) -> str:
+        """Its name in :data:`megaforge.registry.BLOCKS`."""
+        return "plain" if self.capacity is None else "mixture_of_depths"
+
+    def tokens(self, length: int) -> int:
+        """How many of a sequence's ``length`` tokens go through it in training."""
+        return length if self.capacity is None else tokens_within(self.capacity, length)
+
+    def flops(self, cfg: ModelConfig, sequence_length: int) -> float:
+        """Forward FLOPs of its layers besides the products with trained matrices, on all ranks together, of one token:
+        the mean over a sequence's, those included that pass it by."""
+        taken = self.tokens(sequence_length)
+        return sum(kind.flops(cfg, taken) for kind in self.layers) * taken / sequence_length
 
 
 def parse_pattern(pattern: str) -> tuple[BlockKind, ...]:
@@ -137,7 +157,8 @@ def blocks_of(cfg: ModelConfig) -> tuple[BlockKind, ...]:
     Raises:
         UserError: see :func:`parse_pattern`.
     """
-    return parse_pattern(layer_pattern(cfg))
+    blocks = parse_pattern(layer_pattern(cfg))
+    return tuple(replace(block, capacity=cfg.capacity_of(place)) for place, block in enumerate(blocks))
 
 
 def kinds_of(cfg: ModelConfig) -> tuple[LayerKind, ...]:
@@ -162,7 +183,7 @@ def ahead_of(cfg: ModelConfig) -> tuple[tuple[BlockKind, ...], ...]:
     _, *parts = layer_pattern(cfg).split(AHEAD)
     flag, count = f"--hybrid-layer-pattern {layer_pattern(cfg)!r}", cfg.mtp_num_layers
     if not parts:
-        last = replace(blocks_of(cfg)[-1], first=True)
+        last = replace(blocks_of(cfg)[-1], first=True, capacity=None)
         return ((last,),) * (count or 0)
     if not all(part == parts[0] and part and CUT not in part for part in parts):
         raise UserError(

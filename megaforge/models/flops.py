@@ -12,14 +12,15 @@ from megaforge.parallel.param_spec import ParamSpec, named_specs
 
 
 def active_matmul_parameters(model: HybridModel) -> float:
-    """Elements of the global matrices that one token is multiplied with: of the experts the chosen ones; the
-    embedding only where it is also the head, for looking a row up takes no product."""
+    """Elements of the global matrices that one token is multiplied with, the mean over tokens where not all go through
+    a block: of the experts the chosen ones; the embedding only where it is also the head, for looking a row up takes
+    no product."""
     return matmul_elements((spec for spec, _ in named_specs(model)), model.cfg)
 
 
 def matmul_elements(specs: Iterable[ParamSpec], cfg: ModelConfig) -> float:
     """:func:`active_matmul_parameters` of some parameters."""
-    return sum(spec.numel * _active_share(spec, cfg) for spec in specs)
+    return sum(spec.numel * spec.token_share * _active_share(spec, cfg) for spec in specs)
 
 
 def _active_share(spec: ParamSpec, cfg: ModelConfig) -> float:
@@ -35,8 +36,7 @@ def model_flops_per_token(model: HybridModel, sequence_length: int) -> float:
     Three times the forward pass (the backward pass does two products for each of its own), which is 2 for every active
     matrix element (:func:`active_matmul_parameters`) and what its layers do besides.
     """
-    layers = [kind for block in blocks_of(model.cfg) for kind in block.layers]
-    mixing = sum(kind.flops(model.cfg, sequence_length) for kind in layers)
+    mixing = sum(block.flops(model.cfg, sequence_length) for block in blocks_of(model.cfg))
     more = head_products(model.cfg) + ahead_mixing(model.cfg, sequence_length)
     return 3.0 * (2.0 * active_matmul_parameters(model) + mixing + more)
 

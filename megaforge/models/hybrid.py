@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,8 @@ from megaforge.nn.head import OutputHead, ends_init
 from megaforge.nn.losses import LossTerm, add_terms
 from megaforge.nn.moe import RouterLosses
 from megaforge.nn.norms import make_norm
-from megaforge.nn.recompute import recomputed
 from megaforge.nn.sublayer import NOTHING, LayerLosses
-from megaforge.parallel.dropout import EMBEDDING, UPDATES
+from megaforge.parallel.dropout import EMBEDDING
 from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import VocabParallelEmbedding
 from megaforge.parallel.packed_sequence import PackedSequence
@@ -130,7 +128,10 @@ class HybridModel(nn.Module):
         moe_layers = expert_layers(cfg)
         self.num_moe_layers = len(moe_layers)
         # A slice, for a list would have to be sent to the device each time.
-        ends = self.stage_layers.start, len(kinds) + sum(map(len, ahead_of(cfg))) if self.is_last else self.stage_layers.stop
+        ends = (
+            self.stage_layers.start,
+            len(kinds) + sum(map(len, ahead_of(cfg))) if self.is_last else self.stage_layers.stop,
+        )
         self.moe_rows = slice(*(sum(index < end for index in moe_layers) for end in ends))
         embedding_init, head_init = ends_init(cfg)
         if self.is_first:

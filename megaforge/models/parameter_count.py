@@ -38,11 +38,13 @@ class ComponentCount:
 
 
 def active_elements(spec: ParamSpec, cfg: ModelConfig) -> int:
-    """How many elements of a parameter take part in one token: of expert stacks the chosen ones, else all.
+    """How many elements of a parameter take part in one token: of expert stacks the chosen ones, else all; of a block
+    that not all tokens go through, their share of it.
 
     The whole embedding counts, as is usual, though a token looks up one row.
     """
-    return spec.numel * cfg.moe_router_topk // cfg.num_experts if spec.expert_dim is not None else spec.numel
+    chosen = spec.numel * cfg.moe_router_topk // cfg.num_experts if spec.expert_dim is not None else spec.numel
+    return round(chosen * spec.token_share)
 
 
 @lru_cache(maxsize=8)

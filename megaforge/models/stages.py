@@ -61,7 +61,7 @@ def block_costs(cfg: ModelConfig, sequence_length: int) -> tuple[float, ...]:
     costs = []
     for kind, block in zip(blocks_of(cfg), model.blocks, strict=True):
         matrices = matmul_elements((spec for spec, _ in named_specs(block)), cfg)
-        costs.append(2.0 * matrices + sum(layer.flops(cfg, sequence_length) for layer in kind.layers))
+        costs.append(2.0 * matrices + kind.flops(cfg, sequence_length))
     costs[-1] += 2.0 * cfg.padded_vocab_size() * cfg.hidden_size + ahead_flops(model, sequence_length)
     return tuple(costs)
 

@@ -108,6 +108,17 @@ STEP = {
     "expert_max_load": Name(
         "tokens of the busiest expert over its layer's mean, greatest of the layers; 1 is even", "models with experts"
     ),
+    "mod_loss": Name(
+        "cross-entropy in nats of what `--mod-inference` says with the tokens that were chosen, mean over tokens and "
+        "blocks, before its coefficient",
+        "`--mod-capacity-factor`",
+    ),
+    "mod_agreement": Name(
+        "share of tokens of which `--mod-inference` says what was chosen, mean over blocks", "`--mod-capacity-factor`"
+    ),
+    "mod_kept": Name(
+        "share of tokens that `--mod-inference` would choose, mean over blocks", "`--mod-capacity-factor`"
+    ),
     "spike": Name("1 where the loss or the gradient's norm is a spike, else 0", "`--lr-on-spike`"),
     "spike_lr_factor": Name("factor on the learning rate after spikes; part of `lr`", "`--lr-on-spike`"),
     "max_attention_logit": Name("largest attention logit of any head, over the step's batch", "`--qk-clip`"),

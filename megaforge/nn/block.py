@@ -15,6 +15,7 @@ from megaforge.nn.sublayer import NOTHING, LayerLosses, LayerOutput, LayerState
 from megaforge.parallel.dropout import UPDATES
 from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.packed_sequence import PackedSequence
+from megaforge.registry import BLOCKS
 
 
 class Block(nn.Module):
@@ -104,4 +105,5 @@ class Block(nn.Module):
 
 def make_block(layer: LayerContext, kind: BlockKind) -> Block:
     """The block that ``kind`` describes, at the place in the model that ``layer`` says."""
-    return Block(replace(layer, first=kind.first), kind)
+    made: Block = BLOCKS.get(kind.style)(replace(layer, first=kind.first), kind)
+    return made

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
 
+from megaforge.config.pattern import BlockKind
 from megaforge.errors import UserError
 
 
@@ -67,11 +68,15 @@ def mixer_with_relations(model: nn.Module, index: int | None, whose: str) -> Has
         UserError: it has none.
     """
     layers = cast(dict[str, nn.Module], model.layers)
-    having = {place: block.mixer for place, block in layers.items() if hasattr(block.mixer, "relation_projections")}
+    whole = {
+        place: block for place, block in layers.items() if cast(BlockKind, block.kind).capacity is None
+    }  # it sees every token
+    having = {place: block.mixer for place, block in whole.items() if hasattr(block.mixer, "relation_projections")}
     place = next(reversed(having), None) if index is None else str(index)
     if place is None or place not in having:
         raise UserError(
-            f"--distill-relation-layer {index}: that block of {whose} has no queries, keys and values; blocks "
+            f"--distill-relation-layer {index}: that block of {whose} has no queries, keys and values of every "
+            f"token; blocks "
             f"{', '.join(having) or 'none'} have"
         )
     return cast(HasRelations, having[place])

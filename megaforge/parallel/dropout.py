@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megaforge.parallel.context_parallel.shard import ContextParallelShard
 from megaforge.parallel.region import TensorParallelRegion
 
 _STEP, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # odd, of SplitMix64
@@ -131,10 +132,10 @@ class Dropout:
         """``rows_SB``: int64 [s, b], a key of each token's sample and place."""
         self.rates, self._rows_SB = rates, rows_SB
 
-    def select(self, indices_SB: Tensor) -> Dropout:
-        """That of some tokens of each sequence, int64 [k, b]."""
+    def select(self, indices_SB: Tensor, shards: ContextParallelShard) -> Dropout:
+        """That of some tokens of each whole sequence, int64 [k, b], as far as this rank holds them of ``shards``."""
         some = copy.copy(self)
-        some._rows_SB = self._rows_SB.gather(0, indices_SB)
+        some._rows_SB = shards.take(shards.gather(self._rows_SB).gather(0, indices_SB), 0)
         return some
 
     def rows(self, layer: int, site: int) -> Tensor:

@@ -31,6 +31,7 @@ class LayerContext:
         index, count: the block, from 0, and how many the model has. Initial values depend on them.
         first: whether no earlier block has such a mixer.
         token_shift: whether a block's FFN sees each token mixed with the one before it, as RWKV's mixers want it.
+        token_share: share of the tokens that the layer sees.
         without_memory: parameters lie on the device meta, until :func:`megaforge.parallel.param_spec.give_memory`.
     """
 
@@ -46,11 +47,13 @@ class LayerContext:
     first: bool = True
     token_shift: bool = False
     without_memory: bool = False
+    token_share: float = 1.0
 
     def parameter(self, shape: tuple[int, ...], init: InitRule, **declared: Any) -> nn.Parameter:
         """An uninitialised parameter of global ``shape``; ``declared``: what else :class:`ParamSpec` says of it. Its
         name will be its path in the model (:func:`megaforge.parallel.param_spec.name_parameters`)."""
         place = torch.device("meta") if self.without_memory else None
+        declared = {"token_share": self.token_share, **declared}
         return make_parameter(ParamSpec("", shape, init, **declared), self.ctx, self.dtype, place)
 
 

@@ -90,6 +90,7 @@ class PackedSequence:
                 position_ids_BS = position_ids_BS - padding_B[:, None]
             self._documents_BS = torch.zeros(1, 1, dtype=torch.long, device=device).expand(batch, length)
         self._places_S = self.local(positions - offset, dim=0)
+        self._positions_BS = position_ids_BS
         self.position_ids_BS = self.local(position_ids_BS)
         self.document_ids_BS = self.local(self._documents_BS)
         self.document_start_SB = self.local(start).t().contiguous()
@@ -137,23 +138,26 @@ class PackedSequence:
 
     def select(self, indices_SB: torch.Tensor) -> PackedSequence:
         """Some tokens of each sequence, for a layer that sees no others: documents begin with their first chosen token,
-        and positions stay what they are.
+        and positions stay what they are. Ranks that share whole sequences share the chosen tokens likewise.
 
         Args:
-            indices_SB: int64 [k, b], places in each sequence in ascending order.
+            indices_SB: int64 [k, b], places in each whole sequence in ascending order. What is behind the last place
+                in order belongs to documents of its own.
 
         Raises:
-            ValueError: the sequences are shared by ranks, or continue from a state.
+            ValueError: the sequences continue from a state, or the tokens do not divide into chunks.
         """
-        if self.shards.axis.size > 1 or self.offset:
+        if self.offset:
             raise ValueError("tokens are selected from whole sequences, from their beginning")
         places_BS, some = indices_SB.t(), copy.copy(self)
-        some.position_ids_BS = self.position_ids_BS.gather(1, places_BS)
-        some.document_ids_BS = some._documents_BS = documents = self.document_ids_BS.gather(1, places_BS)
-        first = torch.ones_like(documents[:, :1], dtype=torch.bool)
-        some.document_start_SB = torch.cat([first, documents[:, 1:] != documents[:, :-1]], 1).t().contiguous()
-        some._places_S = torch.arange(len(indices_SB), device=indices_SB.device)
-        some.dropout = None if self.dropout is None else self.dropout.select(indices_SB)
+        some._positions_BS = self._positions_BS.gather(1, places_BS)
+        of, change = self._documents_BS.gather(1, places_BS), torch.ones_like(places_BS, dtype=torch.bool)
+        change[:, 1:] = (of[:, 1:] != of[:, :-1]) | (places_BS[:, 1:] < places_BS[:, :-1])
+        some._documents_BS = change.long().cumsum(1) - 1
+        some.position_ids_BS, some.document_ids_BS = self.local(some._positions_BS), self.local(some._documents_BS)
+        some.document_start_SB = self.local(change).t().contiguous()
+        some._places_S = self.local(torch.arange(len(indices_SB), device=indices_SB.device), dim=0)
+        some.dropout = None if self.dropout is None else self.dropout.select(indices_SB, self.shards)
         some.cache, some._start_BS, some._mask = {}, None, None
         return some
 

@@ -66,6 +66,7 @@ class ParamSpec:
             (:attr:`megaforge.parallel.linear_op.LinearOp.quantizes`).
         kind: what it is for people and planners: one of :data:`KINDS`.
         frozen: training leaves it as it is: it gets no gradient.
+        token_share: share of the tokens that it is used for.
     """
 
     name: str
@@ -85,6 +86,7 @@ class ParamSpec:
     kind: str = "other"
     quantized: bool = False
     frozen: bool = False
+    token_share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.update is None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from megaforge.planning.counting_group import Sent
 from megaforge.planning.layout import PlannedLayout
-from megaforge.planning.measure import Cost, Shapes, Sizes, measure_end, measure_layer
+from megaforge.planning.measure import Cost, Shapes, Sizes, measure_block, measure_end, measure_layer
 from megaforge.planning.stages import ModelParts, StagePart
 
 
@@ -31,6 +31,16 @@ def part_cost(parts: ModelParts, layout: PlannedLayout, index: int, place: int, 
     return parts.measured[key]
 
 
+def whole_cost(parts: ModelParts, layout: PlannedLayout, index: int) -> Cost:
+    """The cost of block ``index`` as a whole, as ``--recompute`` has it, measured once for layouts and blocks alike."""
+    block = parts.blocks[index]
+    experts = any(held.spec.expert_dim is not None for layer in block.held for held in layer)
+    key = (block.kind, sizes := _sizes(layout, layout.recompute, experts))
+    if key not in parts.measured:
+        parts.measured[key] = measure_block(parts.cfg, index, sizes, carried_before(parts, layout, index))
+    return parts.measured[key]
+
+
 def carried_before(parts: ModelParts, layout: PlannedLayout, index: int) -> Shapes:
     """Carried tensors that reach block ``index``."""
     sizes = (parts.cfg, layout.sequence_length // layout.cp, layout.micro_batch_size, layout.tp)
@@ -50,6 +60,8 @@ def end_cost(parts: ModelParts, layout: PlannedLayout, *, last: bool) -> Cost:
 def block_costs(parts: ModelParts, layout: PlannedLayout, index: int) -> list[Cost]:
     """The costs of a block's parts under ``--recompute``."""
     layers, recompute = parts.blocks[index].kind.layers, layout.recompute
+    if parts.blocks[index].kind.capacity is not None:  # what chooses tokens is in front of its layers and behind them
+        return [whole_cost(parts, layout, index)]
     if recompute == "full":
         return [_recomputed(parts, layout, index, range(len(layers)))]
     mixing = {True: recompute if recompute == "selective" else "none", False: "none"}

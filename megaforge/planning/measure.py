@@ -111,6 +111,23 @@ def measure_layer(cfg: ModelConfig, index: int, place: int, sizes: Sizes, arrivi
     return _measure(cfg, sizes, build, arriving)
 
 
+def measure_block(cfg: ModelConfig, index: int, sizes: Sizes, arriving: Shapes) -> Cost:
+    """The cost of the whole block ``index``; arguments as :func:`measure_layer`'s, and ``recompute`` as the flag."""
+
+    def build(ctx: ParallelContext) -> tuple[nn.Module, Forward]:
+        layer = dataclasses.replace(_layer_context(cfg, ctx, sizes), recompute=sizes.recompute)
+        [block] = HybridModel(layer, range(index, index + 1)).blocks
+
+        def forward(x: Tensor, carried: dict[str, Tensor], info: PackedSequence) -> Given:
+            out, after, losses = block(x, info, carried)
+            made = {name: tensor for name, tensor in after.items() if name not in carried}
+            return [out, *(tensor for _, tensor in _tensors(losses))], made
+
+        return block, forward
+
+    return _measure(cfg, sizes, build, arriving)
+
+
 def measure_end(cfg: ModelConfig, sizes: Sizes, *, last: bool) -> Cost:
     """The cost of the embedding, or (``last``) of final norm, head and loss, further predictions
     included."""

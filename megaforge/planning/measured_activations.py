@@ -30,6 +30,7 @@ CASES = {
         *(*_TEST, "--hybrid-layer-pattern", "M-M-M--", "--mamba-head-dim", "32", "--mamba-state-dim", "32"),
         *("--mamba-num-groups", "4"),
     ),
+    "hybrid MoE, Mixture of Depths": (*_TEST, "--mod-capacity-factor", "0.75"),
     "dense attention, SwiGLU, grouped queries": (
         *(*_TEST, "--layer-schedule", "attention", "--ffn", "dense", "--activation", "swiglu"),
         *("--num-query-groups", "2"),

@@ -16,6 +16,7 @@ from megaforge.config.pattern import BlockKind
 from megaforge.models.flops import ahead_mixing, head_products, matmul_elements
 from megaforge.models.hybrid import HybridModel
 from megaforge.models.stages import stage_layers
+from megaforge.nn.block import Block
 from megaforge.nn.head import EMBEDDING
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layer_context import make_layer_context
@@ -93,7 +94,7 @@ class ModelParts:
     def flops_per_token(self, sequence_length: int) -> float:
         """Forward and backward FLOPs of one token, recomputation not counted."""
         held = [item.spec for block in self.blocks for layer in block.held for item in layer]
-        mixing = sum(kind.flops(self.cfg, sequence_length) for block in self.blocks for kind in block.kind.layers)
+        mixing = sum(block.kind.flops(self.cfg, sequence_length) for block in self.blocks)
         return 3.0 * (2.0 * matmul_elements(held, self.cfg) + mixing + self.head_flops(sequence_length))
 
 
@@ -101,7 +102,7 @@ class ModelParts:
 def model_parts(cfg: ModelConfig, dtype: torch.dtype) -> ModelParts:
     """Builds the real model on the meta device and takes down what it declares."""
     model = HybridModel(make_layer_context(cfg, ParallelContext.single("meta"), dtype=dtype))
-    blocks = (BlockParts(block.kind, tuple(map(_held, block.sublayers))) for block in model.blocks)
+    blocks = (BlockParts(block.kind, _held_by(block)) for block in model.blocks)
     return ModelParts(
         cfg,
         _held([module for module in (model.embedding, model.positions, model.embedding_norm) if module is not None]),
@@ -110,6 +111,14 @@ def model_parts(cfg: ModelConfig, dtype: torch.dtype) -> ModelParts:
         _held([model.head]),
         () if model.mtp is None else _held([model.mtp]),
     )
+
+
+def _held_by(block: Block) -> tuple[tuple[DeclaredParameter, ...], ...]:
+    """Of each of its layers; what a block has besides is the first one's."""
+    first, *others = block.sublayers
+    layers = {id(module) for pair in block.sublayers for module in pair}
+    besides = [module for module in block.children() if id(module) not in layers]
+    return (_held([*first, *besides]), *map(_held, others))
 
 
 def _held(modules: Iterable[nn.Module | torch.Tensor]) -> tuple[DeclaredParameter, ...]:

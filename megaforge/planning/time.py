@@ -73,7 +73,8 @@ def layer_seconds(
         reached = efficiency.matmul if held.spec.expert_dim is None else efficiency.grouped_matmul
         shards = 1 if held.spec.shard_dim is None else layout.tp
         products += 2 * tokens * matmul_elements([held.spec], cfg) / shards / (gpu.matmul * reached)
-    mixing = kind.flops(cfg, layout.sequence_length) * tokens / layout.tp
+    layout = dataclasses.replace(layout, sequence_length=parts.blocks[index].kind.tokens(layout.sequence_length))
+    mixing = kind.flops(cfg, layout.sequence_length) * layout.tokens / layout.tp
     speed: float | None = getattr(efficiency, kind.kernel, None)
     if speed is None:
         raise UserError(f"{kind.title}: its kernel '{kind.kernel}' is not a field of Efficiency (planning/gpus.py)")

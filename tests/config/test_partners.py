@@ -46,6 +46,7 @@ REFUSED = [
     (("--mtp-mode", "parallel"), (), "add --mtp-num-layers N"),
     (("--mtp-mode", "parallel"), ("--mtp-num-layers", "0"), "add --mtp-num-layers N"),
     (("--apply-wd-to-qk-layernorm",), (), "add --qk-layernorm"),
+    (("--mod-every", "3"), (), "add --mod-capacity-factor"),
     (("--ema-evaluate",), ("--eval-iters", "1"), "add --ema-decay"),
     (("--ema-evaluate",), ("--ema-decay", "0.9"), "--eval-iters N"),
     (("--save-interval", "2"), (), "--save DIR"),

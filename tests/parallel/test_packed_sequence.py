@@ -101,9 +101,19 @@ def test_selected_tokens_keep_their_positions_and_begin_their_documents() -> Non
     every = info.select(torch.arange(6)[:, None].expand(6, 2))
     assert torch.equal(every.attention_mask(), info.attention_mask())  # type: ignore[arg-type]
     assert PackedSequence(1, 4, CPU).select(torch.tensor([[2]])).attention_mask() is None
-    for other in (PackedSequence(1, 3, CPU, None, offset=7), PackedSequence(1, 8, CPU, shards=shard_of_two())):
-        with pytest.raises(ValueError, match="whole sequences"):
-            other.select(torch.tensor([[0]]))
+    with pytest.raises(ValueError, match="whole sequences"):
+        PackedSequence(1, 3, CPU, None, offset=7).select(torch.tensor([[0]]))
+    filled = info.select(torch.tensor([[1, 0], [5, 2], [0, 3], [2, 4]]))  # behind the fifth and, never, what fills up
+    assert filled.document_ids_BS.tolist() == [[0, 1, 2, 3], [0, 0, 0, 0]]
+    assert filled.document_start_SB.t().tolist() == [[True] * 4, [True, False, False, False]]
+
+
+def test_ranks_share_selected_tokens_as_they_share_whole_sequences() -> None:
+    start = torch.tensor([[1, 0, 0, 1, 0, 0, 0, 1]], dtype=torch.bool)
+    own = PackedSequence(1, 8, CPU, start, shards=shard_of_two()).select(torch.tensor([[0], [2], [3], [6]]))
+    assert own.position_ids_BS.tolist() == [[0, 3]] and own.document_ids_BS.tolist() == [[0, 1]]
+    assert own.document_start_SB.t().tolist() == [[True, False]] and own.positions_S.tolist() == [0, 3]
+    assert own.all_document_ids_BS.tolist() == [[0, 0, 1, 1]]
 
 
 def shard_of_two() -> ContextParallelShard:

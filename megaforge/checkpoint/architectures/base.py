@@ -173,6 +173,12 @@ def choose(cfg: ModelConfig, whose: str, wanted: str, known: Sequence[Architectu
             "have no place; give --save FILE.safetensors, which holds every model"
         )
     blocks = set(blocks_of(cfg))
+    if cfg.mod_capacity_factor is not None:
+        raise UserError(
+            f"{wanted}: {whose} has blocks that not every token goes through (--mod-capacity-factor "
+            f"{cfg.mod_capacity_factor:g}), which none of its architectures knows; give --save FILE.safetensors, which "
+            "holds every model"
+        )
     kinds = {(block.mixer, block.ffn) for block in blocks}
     fitting = [one for one in known if kinds == {(LAYER_KINDS.get(one.mixer), LAYER_KINDS.get(one.ffn))}]
     if not fitting:

@@ -239,6 +239,8 @@ def _objections(cfg: ModelConfig) -> list[str]:
             found.append("blocks without an FFN" if block.ffn is None else f"{block.ffn.title}s")
     if ahead_of(cfg):
         found.append("further predictions (--mtp-num-layers)")
+    if cfg.mod_capacity_factor is not None:
+        found.append("blocks that not every token goes through (--mod-capacity-factor)")
     if cfg.activation == "gated_relu2":
         found.append(f"--activation {cfg.activation}")
     if cfg.add_bias_linear and LAYER_KINDS.get("E") in kinds_of(cfg):
