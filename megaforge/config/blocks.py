@@ -27,4 +27,6 @@ def describe_blocks(model: ModelConfig) -> str:
         each = ", ".join(" + ".join(kind.title.removesuffix(" layer") for kind in one.layers) for one in ahead[0])
         parts.append(f"{len(ahead)} further token{'s' if len(ahead) > 1 else ''} ({model.mtp_mode}), each by {each}")
     parts += [text for kind in kinds_of(model) if (text := kind.describe(model))]
+    if taken := sum(block.capacity is not None for block in blocks):
+        parts.append(f"{model.mod_capacity_factor:.4g} of the tokens through {taken} of the blocks")
     return "; ".join(parts)

@@ -61,7 +61,7 @@ def plainly(block: MixtureOfDepths, x: Tensor, info: PackedSequence, carried: di
     for row in range(x.shape[1]):
         rms = x[:, row].square().mean(-1, keepdim=True).add(block.router.epsilon).sqrt()
         scores = (x[:, row] / rms) @ block.router.score.weight[0] + block.router.score.bias
-        places = sorted(sorted(range(len(x)), key=lambda place: -float(scores[place]))[:count])
+        places = sorted(sorted(range(len(x)), key=lambda place: -float(scores[place].detach()))[:count])
         starts = [
             place == 0 or bool(info.document_ids_BS[row, place] != info.document_ids_BS[row, before])
             for before, place in zip([0, *places], places, strict=False)

@@ -43,7 +43,6 @@ def compare_here(documents: str, name: str, dtype: str, flags: tuple[str, ...]) 
         ("cp4", ("--mod-inference", "threshold", "--hidden-dropout", "0.1")),
         ("pp2-cp2-zb-v", ()),
         ("tp2-sp-dp2-zero2", ("--mod-inference", "threshold")),
-        ("tp2-sp-pp2-cp2-vpp2", ()),
         ("tp2-cp2-ep2", ()),
     ],
 )
