@@ -1,4 +1,4 @@
-"""Flags of lengths and intervals that are counted in epochs or samples instead of iterations."""
+"""Flags of lengths and intervals that are counted in epochs, samples or tokens instead of iterations."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from megaforge.config.fields import flag
 
 _MOST = 100_000  # epochs; more is a slip of the pen
 
-# Settings that count iterations, and those here that say the same in epochs or in samples.
+# Settings that count iterations, and those here that say the same in epochs, samples or tokens.
 LENGTHS: Mapping[str, tuple[str, ...]] = {
-    "training.train_iters": ("train_epochs", "train_samples"),
+    "training.train_iters": ("train_epochs", "train_samples", "train_tokens"),
     "optimizer.lr_warmup_iters": ("lr_warmup_epochs", "lr_warmup_samples"),
     "optimizer.lr_decay_iters": ("lr_decay_epochs", "lr_decay_samples"),
     "optimizer.lr_wsd_decay_iters": ("lr_wsd_decay_epochs", "lr_wsd_decay_samples"),
@@ -28,12 +28,13 @@ INTERVALS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class LengthConfig:
-    """Lengths and intervals in epochs of the training data, or in samples, instead of iterations."""
+    """Lengths and intervals in epochs of the training data, in samples or in tokens, instead of iterations."""
 
     train_epochs: float | None = flag(
         None, "instead of --train-iters: passes over the training data", above=0, most=_MOST
     )
     train_samples: int | None = flag(None, "instead of --train-iters: samples to train on", least=1)
+    train_tokens: int | None = flag(None, "instead of --train-iters: tokens to train on", least=1)
     lr_warmup_epochs: float | None = flag(
         None, "instead of --lr-warmup-iters: epochs of linear warm-up", above=0, most=_MOST
     )

@@ -1,4 +1,4 @@
-"""One length, several flags: in iterations, in epochs or in samples. Which of them holds."""
+"""One length, several flags: in iterations, epochs, samples or tokens. Which of them holds."""
 
 from __future__ import annotations
 

@@ -157,22 +157,22 @@ def _count(config: Config, progress: Progress, name: str) -> int:
         whole = optimizer.lr_decay_iters or config.training.train_iters
         start = optimizer.lr_warmup_iters or int(whole * optimizer.lr_warmup_fraction)
         return max(1, first_at(read_at(start) + amount) - start)
-    if name == "train_samples":
-        return _whole_steps(progress, int(value))
+    if name in ("train_samples", "train_tokens"):
+        return _whole_steps(progress, name.removeprefix("train_"), int(value))
     return first_at(amount)
 
 
-def _whole_steps(progress: Progress, samples: int) -> int:
-    """The most iterations that read no more than ``samples``, as Megatron-LM has it.
+def _whole_steps(progress: Progress, unit: str, asked: int) -> int:
+    """The most iterations that read no more than so many ``samples`` or ``tokens``, as Megatron-LM has it.
 
     Raises:
         UserError: there is none.
     """
-    count = progress.first_at(samples=samples)
-    count -= progress.at(count)[1] > samples
+    column = ("tokens", "samples").index(unit)
+    count = progress.first_at(**{unit: asked})
+    count -= progress.at(count)[column] > asked
     if count < 1:
-        least = progress.batches.size_at(0)
-        raise UserError(f"--train-samples {samples}: fewer than one global batch; give at least {least}")
+        raise UserError(f"--train-{unit} {asked}: fewer than one global batch; give at least {progress.at(1)[column]}")
     return count
 
 

@@ -69,6 +69,8 @@ def test_samples_of_tokens() -> None:
         (("--train-epochs", "0.25"), {"train_iters": 4}),  # 250 tokens, 25 samples
         (("--train-epochs", "2", "--lr-warmup-epochs", "0.1"), {"train_iters": 13, "lr_warmup_iters": 2}),
         (("--train-samples", "98"), {"train_iters": 12}),  # as in Megatron-LM, what does not fill a batch stays
+        (("--train-tokens", "2000"), {"train_iters": 12}),  # the first 30 samples are of 10 tokens, others of 25
+        (("--train-tokens", "1949"), {"train_iters": 11}),
         (("--train-samples", "96", "--lr-warmup-samples", "9"), {"train_iters": 12, "lr_warmup_iters": 2}),
         (("--train-iters", "50", "--lr-decay-epochs", "2"), {"train_iters": 50, "lr_decay_iters": 13}),
         (
@@ -100,6 +102,8 @@ def test_lengths_that_do_not_fit_are_refused() -> None:
     progress = Progress(Stages(), CONSTANT_BATCH)
     with pytest.raises(UserError, match="--train-samples 7: fewer than one global batch; give at least 8"):
         in_iterations(make_config(["--train-samples", "7"]), progress)
+    with pytest.raises(UserError, match="--train-tokens 79: fewer than one global batch; give at least 80"):
+        in_iterations(make_config(["--train-tokens", "79"]), progress)
     late = make_config(["--train-epochs", "1", "--lr-warmup-epochs", "2"])
     with pytest.raises(UserError, match=r"--train-epochs 1 is 8 iter.*--lr-warmup-epochs 2 is 13 iter.*the decay is"):
         in_iterations(late, progress)

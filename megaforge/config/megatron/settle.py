@@ -18,7 +18,7 @@ _REQUIRED = (
     ("model.max_position_embeddings",),
     ("training.micro_batch_size",),
     ("optimizer.lr",),
-    ("training.train_iters", "length.train_samples", "length.train_epochs"),
+    ("training.train_iters", "length.train_samples", "length.train_epochs", "length.train_tokens"),
 )
 _LAYERS = ("model.ffn", "model.hybrid_layer_pattern")
 _CONVENTIONS = (
