@@ -10,6 +10,7 @@
     python tools/plan.py goodput --run runs/mine
     python tools/plan.py detect --output machine.json      (torchrun ... tools/plan.py detect measures ranks' links)
     python tools/plan.py data --data-schedule corpus/standard --data-path corpus/web corpus/code --output plans/data.png
+    python tools/plan.py size --config cdrmix-core-1b --target 4b
     python tools/plan.py ladders
     python tools/plan.py activations
     python tools/plan.py docs
@@ -19,6 +20,7 @@ prints memory, communication, bubble, step time and MFU of a layout, or the fast
 draws a pipeline schedule. scaling predicts the same run on more and more GPUs. goodput says how often to save and
 what failures cost at each scale; with --run, what a run's time has gone into. detect finds and measures the
 machine, for the others to plan with. data shows which source is read when, and how often.
+size finds the widths with which a model has so many parameters, stored or, with --active, active.
 ladders dry-runs the jobs of run_scripts/slurm/cdrmix.txt, every rank of them.
 activations compares predicted activation bytes with those that a CPU keeps.
 docs writes what these say into the documents that quote them.
@@ -71,6 +73,7 @@ MODULES = {
     "goodput": "megaforge.planning.goodput_command",
     "detect": "megaforge.planning.detect_command",
     "data": "megaforge.planning.reading_plan",
+    "size": "megaforge.planning.size_command",
     "activations": "megaforge.planning.measured_activations",
     "ladders": "megaforge.verification.slurm_jobs",
     "docs": "megaforge.verification.update_docs",

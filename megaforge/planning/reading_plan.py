@@ -120,6 +120,8 @@ def _samples(config: Config) -> int:
     training = config.training
     if config.length.train_samples is not None:
         return config.length.train_samples
+    if config.length.train_tokens is not None:
+        return max(1, config.length.train_tokens // config.data.seq_length)
     size = training.full_batch_size or training.micro_batch_size
     steps = in_samples(training.batch_steps, config.data.seq_length)
     return BatchSchedule(size, training.rampup_batch_size, steps=steps).samples_after(training.train_iters)
