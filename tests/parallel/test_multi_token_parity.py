@@ -34,7 +34,6 @@ def compare_here(documents: str, name: str, flags: str, dtype: str) -> Compariso
         ("pp2-cp2-zb-v", "untied", "fp64"),
         ("tp2-cp2-ep2", "sequential", "fp32"),
         ("pp2-ep2-zero2-zb-h1", "parallel", "fp64"),
-        ("tp2-sp-recompute", "parallel", "fp64"),
     ],
 )
 def test_layout_changes_nothing(ranks: RankPool, documents: str, name: str, flags: str, dtype: str) -> None:
