@@ -13,6 +13,7 @@
     python tools/plan.py size --config cdrmix-core-1b --target 4b
     python tools/plan.py ladders
     python tools/plan.py activations
+    python tools/plan.py compression --config parity --hidden-size 64
     python tools/plan.py docs
 
 params prints the stored parameters of each component and the active ones (those that one token uses). memory
@@ -23,6 +24,7 @@ machine, for the others to plan with. data shows which source is read when, and 
 size finds the widths with which a model has so many parameters, stored or, with --active, active.
 ladders dry-runs the jobs of run_scripts/slurm/cdrmix.txt, every rank of them.
 activations compares predicted activation bytes with those that a CPU keeps.
+compression measures what --compress-activations saves, and how far it moves gradients.
 docs writes what these say into the documents that quote them.
 """
 
@@ -75,6 +77,7 @@ MODULES = {
     "data": "megaforge.planning.reading_plan",
     "size": "megaforge.planning.size_command",
     "activations": "megaforge.planning.measured_activations",
+    "compression": "megaforge.verification.compression",
     "ladders": "megaforge.verification.slurm_jobs",
     "docs": "megaforge.verification.update_docs",
 }
@@ -83,6 +86,7 @@ EARLY: dict[str, Callable[[Sequence[str], str], object]] = {
     "memory": plan_request.parse,
     "scaling": plan_request.parse_scaling,
     "activations": plan_request.parse_activations,
+    "compression": plan_request.parse_compression,
     "ladders": plan_request.parse_ladders,
     "detect": plan_request.parse_detect,
     "docs": plan_request.parse_docs,

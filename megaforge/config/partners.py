@@ -70,6 +70,27 @@ _ZERO_ASKS = frozenset(
 
 PARTNERS = (
     *RUN_PARTNERS,
+    Partner(
+        ("parallel.compress_activations",),
+        lambda c: c.parallel.recompute == "selective",
+        "sums over the keys of attention and states of recurrences do not bear 8 bits: add --recompute selective, "
+        "which keeps none of them",
+    ),
+    Partner(
+        ("parallel.compress_activations",),
+        lambda c: not c.parallel.cpu_offload_activations,
+        "--cpu-offload-activations moves the same tensors: leave out the one or the other",
+    ),
+    Partner(
+        ("parallel.compress_activations",),
+        lambda c: not (ahead_of(c.model) and c.model.mtp_mode == "parallel"),
+        "heads of --mtp-mode parallel are computed again, and could choose other experts: use --mtp-mode sequential",
+    ),
+    Partner(
+        ("parallel.compress_activations",),
+        lambda c: c.training.micro_batch_size < 64,
+        "numbers of 64 sequences would share a scale: use --micro-batch-size 63 or less",
+    ),
     *DATA_PARTNERS,
     *DISTILLATION,
     *FINE_TUNING,

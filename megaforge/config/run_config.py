@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megaforge.config.activation_config import ActivationConfig
 from megaforge.config.batch_schedule import parse_steps
 from megaforge.config.fields import flag
 from megaforge.config.reading_config import ReadingConfig
@@ -18,7 +19,7 @@ def default_expert_tensor_parallel_size(tp: int, ep: int, stage_ranks: int) -> i
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(ActivationConfig):
     """The layout: it changes nothing but speed."""
 
     tensor_model_parallel_size: int = flag(1, "ranks that share each matrix", aliases=("--tp",), least=1, most=1 << 20)

@@ -34,6 +34,7 @@ class PlannedLayout:
         zero: 0, 1 (optimizer state sharded) or 2 (gradients too).
         recompute: what the backward pass computes again, as ``--recompute``.
         offload: whether activations are kept in host memory, as ``--cpu-offload-activations``.
+        compress: whether they are kept in 8 bits, as ``--compress-activations``.
         dtype: of parameters and activations.
         wkv_backend: which implementation of WKV-7 keeps what it keeps, as ``--wkv-backend``.
         device_type: whose kernels keep what they keep; ``meta``: plain torch.
@@ -57,6 +58,7 @@ class PlannedLayout:
     zero: int = 0
     recompute: str = "none"
     offload: bool = False
+    compress: bool = False
     micro_batch_size: int = 1
     global_batch_size: int = 1
     sequence_length: int = 1024
@@ -128,6 +130,7 @@ class PlannedLayout:
         words.append("--zero-quantized-gather" if self.zero and self.code_bits else "")
         words.append(f"--recompute {self.recompute}" if self.recompute != "none" else "")
         words.append("--cpu-offload-activations" if self.offload else "")
+        words.append("--compress-activations" if self.compress else "")
         words.append(f"--micro-batch-size {self.micro_batch_size}")
         return " ".join(word for word in words if word)
 
@@ -160,6 +163,7 @@ def layout_of(config: Config, world_size: int) -> PlannedLayout:
         zero=parallel.zero_stage,
         recompute=parallel.recompute,
         offload=parallel.cpu_offload_activations,
+        compress=parallel.compress_activations,
         micro_batch_size=config.training.micro_batch_size,
         global_batch_size=checked.batches.size,
         sequence_length=config.data.seq_length,

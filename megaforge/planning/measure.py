@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import ahead_of, blocks_of
 from megaforge.models.hybrid import HybridModel
+from megaforge.nn.compressed import CompressedActivations
 from megaforge.nn.offload import HostMemory
 from megaforge.nn.recompute import recomputed
 from megaforge.parallel.context import ParallelContext
@@ -48,6 +49,7 @@ class Sizes(NamedTuple):
     device_type: str
     recompute: str
     offload: bool
+    compress: bool
     splits_backward: bool
     wkv_backend: str
 
@@ -187,7 +189,8 @@ def _measure(cfg: ModelConfig, sizes: Sizes, build: Build, arriving: Shapes) -> 
             x = anchors[""].expand(rows, sizes.micro_batch_size, cfg.hidden_size).clone()
             carried = {name: anchors[name].expand(shape).clone() for name, shape in arriving.items()}
             saving = HostMemory(parameters)
-            with saving if sizes.offload else nullcontext():
+            coding = CompressedActivations(parameters) if sizes.compress else nullcontext()
+            with coding, saving if sizes.offload else nullcontext():
                 outputs, made = forward(x, carried, info)
             named = {
                 storage_key(tensor): (name, tensor.untyped_storage().nbytes())

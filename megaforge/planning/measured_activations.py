@@ -45,6 +45,12 @@ CASES = {
     ),
     "cdrmix-tiny": _TINY,
     "cdrmix-tiny, --recompute selective": (*_TINY, "--recompute", "selective"),
+    "cdrmix-tiny, --recompute selective --compress-activations": (
+        *_TINY,
+        "--recompute",
+        "selective",
+        "--compress-activations",
+    ),
     "cdrmix-tiny, --recompute moe": (*_TINY, "--recompute", "moe"),
     "cdrmix-tiny, --recompute full": (*_TINY, "--recompute", "full"),
 }

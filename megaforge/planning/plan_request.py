@@ -185,6 +185,22 @@ def parse_detect(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     return own
 
 
+COMPRESSED = ("--recompute", "selective", "--compress-activations")
+
+
+def parse_compression(arguments: Sequence[str], prog: str) -> tuple[str, list[str]]:
+    """The configuration's name, and the flags on top, of ``plan.py compression``.
+
+    Raises:
+        UserError: a flag is wrong, or does not go with compressed activations.
+    """
+    parser = ArgumentParser(prog=prog, add_help=False)
+    parser.add_argument("--config", default="parity")
+    known, flags = parser.parse_known_args(arguments)
+    parse_config(["--config", known.config, *flags, *COMPRESSED], prog=prog)
+    return known.config, flags
+
+
 def parse_activations(arguments: Sequence[str], prog: str) -> None:
     """``plan.py activations`` takes nothing.
 

@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megaforge.config.pattern import BlockKind, ahead_of
 from megaforge.models.hybrid import HybridModel
+from megaforge.nn.compressed import CompressedActivations
 from megaforge.nn.losses import LossTerm, total_loss
 from megaforge.nn.offload import HostMemory
 from megaforge.parallel.layers import linears
@@ -66,7 +67,8 @@ def run_stage(
     with without_gradients(() if known else parameters), meter, fused_attention() if on_meta else nullcontext():
         inputs = _arrived(chunk, payload or {})
         saving = HostMemory(chunk.parameters())
-        with saving if layout.offload else nullcontext():
+        coding = CompressedActivations(chunk.parameters()) if layout.compress else nullcontext()
+        with coding, saving if layout.offload else nullcontext():
             roots, starts = _forward(chunk, layout, payload or {}, inputs)
         kept = meter.live
         between = run_backward(meter, roots, starts, inputs, parameters, split=split)

@@ -16,6 +16,7 @@ from megaforge.models.stages import ModelChunks
 # autograd. Pointwise operators are in none of them: while they are traced, they are their definitions in plain torch.
 OPAQUE = (
     "megaforge.device",
+    "megaforge.nn.compressed",
     "megaforge.nn.offload",
     "megaforge.nn.recompute",
     "megaforge.parallel",

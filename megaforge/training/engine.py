@@ -68,7 +68,10 @@ class Engine:
         self.scaler = LossScaler(config.optimizer, enabled=config.training.fp16)
         offload = config.parallel.cpu_offload_activations
         dropout = dropout_rates(config)
-        self._pipeline = ForwardBackward(model, ctx, plan, self.reducer, offload=offload, dropout=dropout)
+        compress = config.parallel.compress_activations
+        self._pipeline = ForwardBackward(
+            model, ctx, plan, self.reducer, offload=offload, compress=compress, dropout=dropout
+        )
         self._terms = WeakIdKeyDictionary()  # of each objective that is alive: its terms and their counts
         self._kept: dict[int, _Kept] = {}  # those of which Python cannot tell that they are gone (with slots)
 

@@ -18,6 +18,7 @@ from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel, ModelOutput
 from megaforge.models.pipeline_shape import PipelinePlan
 from megaforge.models.stages import ModelChunks, stage_executors, tied_weight
+from megaforge.nn.compressed import CompressedActivations
 from megaforge.nn.offload import HostMemory
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
@@ -72,12 +73,14 @@ class ForwardBackward:
         reducer: GradientReducer,
         *,
         offload: bool = False,
+        compress: bool = False,
         dropout: DropoutRates | None = None,
     ) -> None:
-        """``offload`` keeps what the backward pass needs in host memory (``--cpu-offload-activations``); ``dropout`` is
-        that of micro-batches that are trained on."""
+        """``offload`` keeps what the backward pass needs in host memory (``--cpu-offload-activations``), ``compress``
+        in 8 bits (``--compress-activations``); ``dropout`` is that of micro-batches that are trained on."""
         self.plan = plan
-        self._model, self._ctx, self._offload, self._dropout = model, ctx, offload, dropout
+        self._model, self._ctx, self._dropout = model, ctx, dropout
+        self._offload, self._compress = offload, compress
         self._tied = tied_weight(model, plan)
         self._executor = stage_executors(model, plan, lambda chunk, last: reducer.set_last_microbatch(last, chunk))
         self._inputs: dict[int, tuple[Any, ...]] = {}
@@ -148,5 +151,8 @@ class ForwardBackward:
         return tokens, labels, mask, info, later
 
     def _saving(self) -> AbstractContextManager[object]:
-        active = self._offload and torch.is_grad_enabled()
-        return HostMemory(self._model.parameters()) if active else nullcontext()
+        if not torch.is_grad_enabled():
+            return nullcontext()
+        if self._compress:
+            return CompressedActivations(self._model.parameters())
+        return HostMemory(self._model.parameters()) if self._offload else nullcontext()

@@ -21,6 +21,8 @@ ATTENTION, RWKV = ("--layer-schedule", "attention"), ("--layer-schedule", "rwkv"
 
 GROWING = ("--weight-decay-incr-style", "linear", "--start-weight-decay", "0", "--end-weight-decay", "0.1")
 
+SELECTIVE = ("--recompute", "selective")
+
 REFUSED = [
     (("--machine", "h100-80g"), (), "add --layout auto"),
     (("--stream-round", "9"), (), "add --data-order streamed"),
@@ -31,6 +33,10 @@ REFUSED = [
     (("--fim-domain-rates", "code:1"), (), "add --fim-data"),
     (("--span-mask-length", "5"), (), "add --span-mask-rate"),
     (("--mask-token", "3"), (), "--token-dropout 0.1"),
+    (("--compress-activations",), (), "add --recompute selective"),
+    (("--compress-activations",), (*SELECTIVE, "--cpu-offload-activations"), "leave out the one or the other"),
+    (("--compress-activations",), (*SELECTIVE, "--mtp-mode", "parallel", "--mtp-num-layers", "2"), "sequential"),
+    (("--compress-activations",), (*SELECTIVE, "--micro-batch-size", "64"), "63 or less"),
     (("--zero-quantized-gather",), ("--quantize-weights", "ternary"), "add --zero 1"),
     (("--objective", "distillation"), (), "--distill-from DIR"),
     (("--distill-from", "d"), (), "--objective distillation"),

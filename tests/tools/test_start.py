@@ -76,6 +76,7 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments
         (("docs", "three"), "three: there is no such place"),
         (("data",), "there is nothing to show: give --data-schedule"),
         (("data", "--data-schedule", "corpus/standrd"), "did you mean corpus/standard?"),
+        (("compression", "--micro-batch-size", "64"), "use --micro-batch-size 63 or less"),
         (("activations", "now"), "now: plan.py activations takes no arguments"),
     ],
     "tools/plot_loss.py": [(("--metrics-file", "x", "--output", "y", "--smooth", "1"), "--smooth 1: must be")],
