@@ -123,7 +123,8 @@ def words_of(data: np.ndarray, offsets: np.ndarray) -> Words:
     bytes beyond ASCII."""
     inside = np.zeros(len(data) + 2, bool)
     inside[1:-1] = _WORD[data]
-    start, end = np.flatnonzero(inside[1:-1] > inside[:-2]), np.flatnonzero(inside[1:-1] > inside[2:]) + 1
+    edges = np.flatnonzero(inside[1:] != inside[:-1])  # a word begins, it ends, the next begins ...
+    start, end = edges[::2], edges[1::2]
     # Where a row begins amid a word, one word ends and another begins.
     begins = np.unique(offsets[1:-1])
     cuts = begins[(begins > 0) & (begins < len(data))]
