@@ -18,7 +18,10 @@ def _config(**model) -> Config:
     return Config(model=ModelConfig(**{"vocab_size": 4096, **model}))
 
 
-INITIAL = ("init_", "rwkv_init", "bound_tied_embedding", "hidden_dropout", "attention_dropout")
+INITIAL = (
+    *("init_", "rwkv_init", "bound_tied_embedding", "hidden_dropout", "attention_dropout"),
+    *("mtp_loss_scaling_factor", "mod_loss_coeff", "lora_dropout", "lora_bias"),
+)
 
 
 def test_the_same_run_is_accepted():
