@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megaforge.config.cli import ParsedConfig
@@ -14,13 +15,14 @@ if TYPE_CHECKING:
     from megaforge.training.trainer import Trainer
 
 
-def pretrain(prog: str, description: str, as_megatron: bool = False) -> int:
+def pretrain(prog: str, description: str, as_megatron: bool = False, defaults: Mapping[str, Any] | None = None) -> int:
     """Trains, or tries with ``--dry-run``, what the process's command line asks for; returns the exit status.
 
     Args:
         prog: the script's name, for messages.
         description: one line for ``--help``.
         as_megatron: Megatron-LM's defaults hold where the line is silent.
+        defaults: others that hold there.
 
     Raises:
         UserError: the run cannot be as it is asked for.
@@ -33,7 +35,7 @@ def pretrain(prog: str, description: str, as_megatron: bool = False) -> int:
     from megaforge.resilience.leaving import check_requeue_status, nothing_left
     from megaforge.resilience.requests import make_requests
 
-    parsed = parse_config(prog=prog, description=description, as_megatron=as_megatron)
+    parsed = parse_config(prog=prog, description=description, as_megatron=as_megatron, defaults=defaults)
     config = parsed.config
     said = (describe_blocks(config.model), *parsed.notes)
     chooser = _chooser(parsed)

@@ -141,6 +141,7 @@ DATA_SOURCES = Registry(
         "files": "megaforge.data.data_source:FILES",
         "mock": "megaforge.data.data_source:MOCK",
         "stream": "megaforge.data.stream.kind:STREAM",
+        "chat": "megaforge.data.data_source:CHAT",
     },
 )
 AUGMENTATIONS = Registry(
@@ -260,7 +261,9 @@ ARCHITECTURES = Registry(  # by their model_type in Hugging Face's config.json
         "rwkv7": "megaforge.checkpoint.architectures.rwkv7:RWKV7_HF",
     },
 )
-PEFT_METHODS = Registry("method of --peft", {"lora": "megaforge.peft.lora:lora"})  # converters too
+PEFT_METHODS = Registry(  # converters too
+    "method of --peft", {"lora": "megaforge.peft.lora:lora", "bitfit": "megaforge.peft.bitfit:bitfit"}
+)
 CONVERTERS = Registry("converter", {"bitnet": "megaforge.quant.converter:bitnet"})
 
 

@@ -59,6 +59,7 @@ COVERED = {
     "parallel/pipeline/": "parallel/pipeline/test_executor.py",
     "parallel/region.py": "parallel/test_layers.py",
     "peft/": "peft/test_lora.py",
+    "config/chat_config.py": "data/test_chat.py",
     "config/peft_config.py": "peft/test_lora.py",
     "planning/report.py": "planning/test_plan_command.py",
     "config/qat_config.py": "training/test_quantization.py",

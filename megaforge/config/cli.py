@@ -55,6 +55,7 @@ def parse_config(
     prog: str | None = None,
     description: str | None = None,
     as_megatron: bool = False,
+    defaults: Mapping[str, Any] | None = None,
 ) -> ParsedConfig:
     """Turns arguments into a validated configuration. With ``--print-config`` it prints it and ends the program.
 
@@ -63,6 +64,7 @@ def parse_config(
         prog: the program's name in messages.
         description: one line for ``--help``.
         as_megatron: where nothing is said, Megatron-LM's defaults hold, and what it requires is required.
+        defaults: of settings by key, where neither the line nor ``--config`` says anything.
 
     Raises:
         UserError: naming the flag or the file and key, its value and what would work; all that is wrong with the line.
@@ -76,7 +78,8 @@ def parse_config(
     problems += slips
     layer = _layer(namespace.config, as_megatron, problems)
     origins = dict.fromkeys(settings(), "default") | layer.origins
-    values = dict(layer.values)
+    values = {**(defaults or {}), **layer.values}
+    origins |= dict.fromkeys((defaults or {}).keys() - layer.values.keys(), f"default of {prog}")
     typed = {key: getattr(namespace, key) for key in settings() if hasattr(namespace, key)}
     for key, (spelling, value) in typed.items():
         values[key] = value

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 
+from megaforge.config.chat_config import ChatConfig
 from megaforge.config.checkpoint_config import CheckpointConfig
 from megaforge.config.distill_config import DistillConfig
 from megaforge.config.dry_run_config import DryRunConfig
@@ -32,6 +33,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     qat: QATConfig = field(default_factory=QATConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)

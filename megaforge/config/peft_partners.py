@@ -12,4 +12,9 @@ FINE_TUNING = (
         lambda c: c.model.peft == "lora",
         "there are no adapters: add --peft lora",
     ),
+    Partner(
+        ("chat.chat_template", "chat.train_on_prompts"),
+        lambda c: any(path.startswith("chat://") for path in c.data.data_path),
+        "there are no conversations: give --data-path chat://FILE.jsonl",
+    ),
 )

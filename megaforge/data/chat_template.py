@@ -45,29 +45,29 @@ class ChatTemplate:
     def _raise(self, message: str) -> None:
         raise self._errors(message)
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The conversation as text, up to where the answer begins.
+    def render(self, messages: Sequence[Mapping[str, Any]], *, asks: bool = True) -> str:
+        """The conversation as text, up to where the answer begins; without ``asks`` up to the end of the last message.
 
         Raises:
             UserError: the template refuses these messages.
         """
         try:
-            return str(self._template.render(messages=list(messages), add_generation_prompt=True, **self.tokens))
+            return str(self._template.render(messages=list(messages), add_generation_prompt=asks, **self.tokens))
         except Exception as error:  # a template is a program: it may divide by zero, call itself without end
             raise UserError(f"--chat-template {self.name}: cannot render these messages ({error})") from error
 
-    def encode(self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[int]:
+    def encode(self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, asks: bool = True) -> list[int]:
         """The token ids of :meth:`render`, whose control tokens become their ids."""
         controls: Mapping[str, int] = tokenizer.control_tokens
         if not controls:
-            return tokenizer.encode(self.render(messages))
+            return tokenizer.encode(self.render(messages, asks=asks))
         literals = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))))
         written = json.dumps(list(messages), ensure_ascii=False)
         # A character that nobody wrote keeps a message's own "<|end|>" apart from the template's until it is encoded.
         guard = next(mark for mark in map(chr, range(0xE000, 0xF8FF)) if mark not in written)
         guarded = _mapped(list(messages), lambda text: literals.sub(lambda m: m[0][0] + guard + m[0][1:], text))
         ids: list[int] = []
-        text, end = self.render(guarded), 0
+        text, end = self.render(guarded, asks=asks), 0
         for found in [*literals.finditer(text), None]:
             piece = text[end : len(text) if found is None else found.start()].replace(guard, "")
             if piece:

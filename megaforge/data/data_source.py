@@ -60,6 +60,10 @@ class SampleView(Protocol):
         """What the model reads in place of the ``inputs`` of sample ``k``, int64 [S]; the labels stay as they are."""
         return inputs
 
+    def weigh(self, k: int, counts: npt.NDArray[np.float32]) -> None:
+        """Sets to 0 in ``counts`` [S + n - 1], one value a label, what of sample ``k`` gives no loss."""
+        return
+
 
 class DataSource(SampleView, Protocol):
     """What a run trains on: samples of which the k-th never depends on layout or length of the run.
@@ -231,3 +235,7 @@ FILES = DataSourceKind(
     (*OF_FILES, "data_schedule"),
 )
 MOCK = DataSourceKind(lambda config, tokenizer: resolve_name("megaforge.data.mock:open_mock")(config))
+CHAT = DataSourceKind(
+    lambda config, tokenizer: resolve_name("megaforge.data.chat:open_chat")(config, tokenizer),
+    reads=("valid_data_path",),
+)

@@ -154,6 +154,7 @@ class GlobalBatchLoader:
         for row in range(self._micro):
             targets = self.fill(first + row, tokens[row], marks[row])
             mask[row, targets:] = 0.0
+            self.data.weigh(first + row, mask[row])
         if self.data.eod_mask_loss:
             mask[marks[:, 1:]] = 0.0
         whole, counts, starts = map(torch.from_numpy, (tokens, mask, marks))

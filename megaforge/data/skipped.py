@@ -75,6 +75,9 @@ class SkippedSamples(WrappedSource):
     def shown(self, k: int, inputs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return self.source.shown(self.number(k), inputs)
 
+    def weigh(self, k: int, counts: npt.NDArray[np.float32]) -> None:
+        self.source.weigh(self.number(k), counts)
+
     def domain(self, k: int) -> str | None:
         return self.source.domain(self.number(k))
 

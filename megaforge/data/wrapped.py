@@ -38,6 +38,9 @@ class WrappedSource(DataSource):
     def shown(self, k: int, inputs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return self.source.shown(k, inputs)
 
+    def weigh(self, k: int, counts: npt.NDArray[np.float32]) -> None:
+        self.source.weigh(k, counts)
+
     def domain(self, k: int) -> str | None:
         return self.source.domain(k)
 

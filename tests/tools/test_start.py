@@ -33,6 +33,10 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments
             "--data-path is missing",
         ),
     ],
+    "finetune_cdrmix.py": [
+        ((), "there is no checkpoint to take them from"),
+        (("--peft", "lorra"), "did you mean lora"),
+    ],
     "pretrain_gpt.py": [(("--lr", "nan"), "--lr nan")],
     "pretrain_hybrid.py": [(("--micro-bach-size", "2"), "did you mean --micro-batch-size?")],
     "tools/audit.py": [(("verify",), "RUN is missing"), (("verify", "nowhere"), "nowhere/audit.jsonl: cannot be read")],
