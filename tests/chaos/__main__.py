@@ -53,7 +53,7 @@ def main() -> int:
                 print(f"network cut: left out, as {error}", flush=True)
         kinds = [kind for kind in kinds if kind not in left_out]
         home = flags.output or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos_")))
-        own_disk = stack.enter_context(small_disk(home / "disturbed" / "checkpoints"))
+        own_disk = stack.enter_context(small_disk(home / "disturbed" / "checkpoints", flags.faults))
         outcome = chaos(
             home,
             count=flags.faults,
@@ -77,13 +77,17 @@ def told(outcome: Outcome, path: Path | None) -> int:
     return int(bool(outcome.findings))
 
 
+DAMAGED = 6  # MB of a checkpoint
+
+
 @contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[bool]:
-    """A file system of 64 MB of its own at ``folder``; False where this user may not make one."""
+def small_disk(folder: Path, faults: int) -> Iterator[bool]:
+    """A file system of its own at ``folder``, of 64 MB and what that many faults may leave there, each a damaged
+    checkpoint that is set aside; False where this user may not make one."""
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise SystemExit(f"error: {folder} is not empty; name another --output")
-    made = os.geteuid() == 0 and _mount("-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder))
+    made = os.geteuid() == 0 and _mount("-t", "tmpfs", "-o", f"size={64 + DAMAGED * faults}m", "tmpfs", str(folder))
     try:
         yield made
     finally:
