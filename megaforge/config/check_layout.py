@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from megaforge.config.balancing import check_balancing
@@ -10,6 +11,7 @@ from megaforge.config.batch_schedule import BatchSchedule, in_samples
 from megaforge.config.check_depth import check_depth
 from megaforge.config.config import Config
 from megaforge.config.fields import divisors, either
+from megaforge.config.layer_kind import LayerKind
 from megaforge.config.lr_shapes import RateShape
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import kinds_of
@@ -113,9 +115,19 @@ def check_layout(config: Config, world_size: int) -> Layout:
     return Layout(world_size, tp, cp, dp, etp, batches, micro_batches, notes)
 
 
+def expert_kinds(model: ModelConfig) -> list[LayerKind]:
+    """The model's kinds of layer that are laid out over ep."""
+    return [kind for kind in kinds_of(model) if kind.has_experts]
+
+
 def has_experts(model: ModelConfig) -> bool:
     """Whether any layer of the model is laid out over ep."""
-    return any(kind.has_experts for kind in kinds_of(model))
+    return bool(expert_kinds(model))
+
+
+def common_experts(model: ModelConfig) -> int:
+    """What divides the number of experts of each kind of layer that has some; 1 without."""
+    return math.gcd(*(kind.experts(model)[1] for kind in expert_kinds(model))) or 1
 
 
 def _check_axes(config: Config) -> None:
@@ -138,18 +150,21 @@ def _check_experts(config: Config, world_size: int) -> None:
             raise UserError(f"{flag} splits experts, and this model has none; leave it out, or use --ffn moe")
         return
     ranks = world_size // parallel.pipeline_model_parallel_size
-    width = "--ffn-hidden-size" if model.moe_ffn_hidden_size is None else "--moe-ffn-hidden-size"
-    fitting_etp = [size for size in divisors(ranks) if model.expert_ffn_size % size == 0]
+    widths = dict(kind.expert_width(model) for kind in expert_kinds(model))
+    fitting_etp = divisors(math.gcd(ranks, *widths.values()))
     if etp not in fitting_etp:
+        label = min(widths, key=lambda label: widths[label] % etp == 0)
         raise UserError(
-            f"--etp {etp} does not divide both {width} {model.expert_ffn_size} and the {ranks} ranks of a pipeline "
-            f"stage; use --etp {either(fitting_etp)}"
+            f"--etp {etp} does not divide both {label} and the {ranks} ranks of a pipeline stage; "
+            f"use --etp {either(fitting_etp)}"
         )
-    fitting_ep = [size for size in divisors(ranks // etp) if model.num_experts % size == 0]
+    numbers = dict(kind.experts(model) for kind in expert_kinds(model))
+    fitting_ep = divisors(math.gcd(ranks // etp, common_experts(model)))
     if ep not in fitting_ep:
         left = f"the {ranks // etp} ranks that --etp {etp} leaves of the {ranks}" if given else f"the {ranks} ranks"
+        flag = min(numbers, key=lambda flag: numbers[flag] % ep == 0)
         raise UserError(
-            f"--ep {ep} does not divide both --num-experts {model.num_experts} and {left} of a pipeline stage; "
+            f"--ep {ep} does not divide both {flag} {numbers[flag]} and {left} of a pipeline stage; "
             f"use --ep {either(fitting_ep)}"
         )
 

@@ -22,7 +22,7 @@ class LayerKind:
         asked_by: the flags that put it into a model, besides its letter in the pattern.
         is_mixer: True for what mixes tokens and opens a block, False for an FFN, which joins the mixer in front of it.
         token_shift: of a mixer: the FFN behind it sees each token mixed with the one before it.
-        has_experts: of an FFN: its matrices are laid out over ep and etp, and it counts what it routes.
+        has_experts: matrices of it are laid out over ep and etp, and it counts what it routes.
         recompute: the value of ``--recompute`` that computes this layer alone again in the backward pass.
         axes: of tp and cp those over which it can be split.
         kernel: the field of :class:`megaforge.planning.gpus.Efficiency` that :meth:`flops` are counted at.
@@ -60,6 +60,14 @@ class LayerKind:
     def split_over_tp(self, config: Config, world_size: int) -> list[tuple[str, int]]:
         """(How a message names it, size) of what has to divide by ``--tp``."""
         return []
+
+    def experts(self, cfg: ModelConfig) -> tuple[str, int]:
+        """(The flag, number) of the experts of a kind that has some; ``--ep`` divides it."""
+        return "--num-experts", cfg.num_experts
+
+    def expert_width(self, cfg: ModelConfig) -> tuple[str, int]:
+        """(How a message names it, size) of the width of each expert, which ``--etp`` divides."""
+        raise NotImplementedError
 
     def build(self, layer: Any) -> Any:
         """The layer, a :class:`megaforge.nn.sublayer.Sublayer`, from a

@@ -6,7 +6,7 @@ something. A preset's values are a whole, of which a flag may switch a part off.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 
@@ -360,10 +360,17 @@ PARTNERS = (
 
 def _kind_partners() -> Iterator[Partner]:
     """Flags that shape one kind of layer, for models without it."""
-    for letter in LAYER_KINDS.names():
-        kind: LayerKind = LAYER_KINDS.get(letter)
-        text = f"this model has no {kind.title} ({kind.asked_by}{letter} in --hybrid-layer-pattern): it changes nothing"
-        yield Partner(kind.settings, partial(_has, kind), text, refuse=False)
+    kinds: dict[str, LayerKind] = {letter: LAYER_KINDS.get(letter) for letter in LAYER_KINDS.names()}
+    shapes: dict[tuple[str, ...], list[str]] = {}  # letters of kinds -> the flags that shape just these
+    for setting in dict.fromkeys(setting for kind in kinds.values() for setting in kind.settings):
+        letters = tuple(letter for letter, kind in kinds.items() if setting in kind.settings)
+        shapes.setdefault(letters, []).append(setting)
+    for letters, settings in shapes.items():
+        titles = " or ".join(kinds[letter].title for letter in letters)
+        asked_by = "".join(kinds[letter].asked_by for letter in letters)
+        asked = f"{asked_by}{' or '.join(letters)} in --hybrid-layer-pattern"
+        text = f"this model has no {titles} ({asked}): it changes nothing"
+        yield Partner(tuple(settings), partial(_has, [kinds[letter] for letter in letters]), text, refuse=False)
 
 
 def _position_partners() -> Iterator[Partner]:
@@ -378,8 +385,8 @@ def _placed_by(name: str, config: Config) -> bool:
     return config.model.position_embedding_type == name
 
 
-def _has(kind: LayerKind, config: Config) -> bool:
-    return kind in kinds_of(config.model)
+def _has(kinds: Sequence[LayerKind], config: Config) -> bool:
+    return any(kind in kinds for kind in kinds_of(config.model))
 
 
 def _schedule_partners(config: Config) -> Iterator[Partner]:

@@ -198,12 +198,12 @@ def ahead_of(cfg: ModelConfig) -> tuple[tuple[BlockKind, ...], ...]:
     return (parse_pattern(parts[0]),) * len(parts)
 
 
-def expert_layers(cfg: ModelConfig) -> tuple[int, ...]:
-    """The block of each layer that is a mixture of experts, in order; those of further predictions are behind the
+def expert_layers(cfg: ModelConfig) -> tuple[tuple[int, LayerKind], ...]:
+    """(The block, the kind) of each layer that has experts, in order; those of further predictions are behind the
     model's.
 
     Raises:
         UserError: see :func:`kinds_of`.
     """
     blocks = (*blocks_of(cfg), *(block for blocks in ahead_of(cfg) for block in blocks))
-    return tuple(index for index, block in enumerate(blocks) for kind in block.layers if kind.has_experts)
+    return tuple((index, kind) for index, block in enumerate(blocks) for kind in block.layers if kind.has_experts)

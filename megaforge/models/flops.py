@@ -27,7 +27,7 @@ def _active_share(spec: ParamSpec, cfg: ModelConfig) -> float:
     multiplies = spec.role == "matrix" or (spec.name == EMBEDDING and not cfg.untie_embeddings_and_output_weights)
     if not multiplies:
         return 0.0
-    return 1.0 if spec.expert_dim is None else cfg.moe_router_topk / cfg.num_experts
+    return spec.active_share
 
 
 def model_flops_per_token(model: HybridModel, sequence_length: int) -> float:

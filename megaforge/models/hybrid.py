@@ -38,7 +38,8 @@ class ModelOutput:
             the head.
         terms: loss terms that layers make, as sums over layers and tokens, by name.
         experts: int64 [2, MoE layers, E]: tokens_per_expert and preferred_per_expert of
-            :class:`megaforge.nn.moe.RouterLosses`; a pipeline stage's own layers.
+            :class:`megaforge.nn.moe.RouterLosses`; a pipeline stage's own layers. Layers of fewer experts than others
+            have zeros at the end.
         head_input: the head and what it was given, the normed residual stream [s(/tp), b, h]; None without a head.
         total: :attr:`loss_sum`, where the head has formed its gradients already.
     """
@@ -98,7 +99,8 @@ class HybridModel(nn.Module):
     """A causal language model of RWKV-7 and attention blocks with dense or mixture-of-experts FFNs, or the part of it
     that one pipeline stage holds: the stage of the first block has the embedding, that of the last the head.
 
-    ``stage_layers`` are its blocks, ``moe_rows`` its MoE layers' places among the model's ``num_moe_layers``.
+    ``stage_layers`` are its blocks, ``moe_rows`` its MoE layers' places among the model's ``num_moe_layers``, of which
+    each has as many experts as ``experts`` says.
 
     Parameters are not initialised here: call :func:`megaforge.parallel.init.initialize_parameters`. In a 16-bit
     ``dtype`` the residual stream and the projections are in that type (as in Megatron-LM); norms, router, decays,
@@ -127,12 +129,14 @@ class HybridModel(nn.Module):
         self.is_first, self.is_last = self.stage_layers.start == 0, self.stage_layers.stop == len(kinds)
         moe_layers = expert_layers(cfg)
         self.num_moe_layers = len(moe_layers)
+        self.experts = tuple(kind.experts(cfg)[1] for _, kind in moe_layers)
+        self.most_experts = max(self.experts, default=0)
         # A slice, for a list would have to be sent to the device each time.
         ends = (
             self.stage_layers.start,
             len(kinds) + sum(map(len, ahead_of(cfg))) if self.is_last else self.stage_layers.stop,
         )
-        self.moe_rows = slice(*(sum(index < end for index in moe_layers) for end in ends))
+        self.moe_rows = slice(*(sum(index < end for index, _ in moe_layers) for end in ends))
         embedding_init, head_init = ends_init(cfg)
         if self.is_first:
             self.embedding = VocabParallelEmbedding(layer, init=embedding_init)
@@ -290,9 +294,9 @@ class HybridModel(nn.Module):
             add_terms(terms, layer.terms(self.cfg))
         routed = [layer for layer in losses_made if isinstance(layer, RouterLosses)]
         # Layers of predictions that were not made have routed nothing.
-        experts = tokens.new_zeros((2, self.moe_rows.stop - self.moe_rows.start, self.cfg.num_experts))
+        experts = tokens.new_zeros((2, self.moe_rows.stop - self.moe_rows.start, self.most_experts))
         for place, layer in enumerate(routed):
-            experts[0, place], experts[1, place] = layer.tokens_per_expert, layer.preferred_per_expert
+            experts[:, place] = layer.counts(self.most_experts)
         return ModelOutput(scored, terms, experts, head_input, total), sent
 
     def head_input(self, tokens: Tensor, info: PackedSequence) -> Tensor:

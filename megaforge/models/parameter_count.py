@@ -37,13 +37,15 @@ class ComponentCount:
     active: int
 
 
-def active_elements(spec: ParamSpec, cfg: ModelConfig) -> int:
+def active_elements(spec: ParamSpec) -> int:
     """How many elements of a parameter take part in one token: of expert stacks the chosen ones, else all; of a block
     that not all tokens go through, their share of it.
 
     The whole embedding counts, as is usual, though a token looks up one row.
     """
-    chosen = spec.numel * cfg.moe_router_topk // cfg.num_experts if spec.expert_dim is not None else spec.numel
+    chosen = (
+        spec.numel if spec.expert_dim is None else spec.numel * spec.experts_per_token // spec.shape[spec.expert_dim]
+    )
     return round(chosen * spec.token_share)
 
 
@@ -65,7 +67,7 @@ def count_parameters(cfg: ModelConfig) -> list[ComponentCount]:
     for kind, component in COMPONENTS.items():
         own = [spec for spec in specs if spec.kind == kind]
         if own:
-            stored, active = sum(s.numel for s in own), sum(active_elements(s, cfg) for s in own)
+            stored, active = sum(s.numel for s in own), sum(active_elements(s) for s in own)
             counts.append(ComponentCount(component, len(own), stored, active))
     missing = sorted({spec.kind for spec in specs} - COMPONENTS.keys())
     if missing:

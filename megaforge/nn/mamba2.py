@@ -63,13 +63,13 @@ def _initial_step_bias(uniform: Tensor) -> Tensor:
     return step + (-torch.expm1(-step)).log()
 
 
-class Mamba2Mixer(nn.Module):
-    """Mamba-2's sequence mixer.
+class Mamba2Core(nn.Module):
+    """What lies between the projections of a Mamba-2 layer: z | x | B | C | dt -> what is projected out.
 
-    One fused projection gives z | x | B | C | dt; x, B and C pass a causal convolution over four tokens and SiLU; the
-    recurrence runs for each head; each group of heads is gated by z, normed, and projected out. Every part is split
-    over tp by groups and their heads, and nothing communicates over it in between. The ranks of cp, which share each
-    sequence, give each other the last three inputs of every chunk's convolution and a summary of its state.
+    x, B and C pass a causal convolution over four tokens and SiLU; the recurrence runs for each head; each group of
+    heads is gated by z and normed. Every part is split over tp by groups and their heads, and nothing communicates over
+    it. The ranks of cp, which share each sequence, give each other the last three inputs of every chunk's convolution
+    and a summary of its state.
     """
 
     conv_weight: nn.Parameter  # [channels/tp, 4], the last tap being the token itself
@@ -80,8 +80,7 @@ class Mamba2Mixer(nn.Module):
     norm_weight: nn.Parameter  # [H P / tp]
 
     def __init__(self, layer: LayerContext) -> None:
-        """Declares the parameters, uninitialised. The output projection starts smaller by 1/sqrt(2 layers), as
-        attention's; the rest starts as published."""
+        """Declares the parameters, uninitialised; they start as published."""
         super().__init__()
         cfg, tp = layer.cfg, layer.ctx.tp.size
         heads, groups, state = cfg.mamba_heads, cfg.mamba_num_groups, cfg.mamba_state_dim
@@ -89,19 +88,13 @@ class Mamba2Mixer(nn.Module):
         self.heads, self.groups, self.head_dim, self.state_dim = heads // tp, groups // tp, cfg.mamba_head_dim, state
         self.inner, self.shared = inner // tp, shared // tp
         self.epsilon, self.recompute_core = cfg.norm_epsilon, layer.recompute == "selective"
-        std, bias, scale = cfg.init_std * cfg.init_std_scale, cfg.add_bias_linear, cfg.init_std_scale
-        parts = (inner, inner, shared, shared, heads)
-        declared: dict[str, Any] = {"parts": parts, "kind": "mamba", "bias": bias}
-        self.input = ColumnParallelLinear(layer, cfg.hidden_size, sum(parts), init=Normal(std), enter=True, **declared)
-        convolved, near = parts[1:4], Uniform(scale / math.sqrt(TAPS))
+        convolved, near = (inner, shared, shared), Uniform(cfg.init_std_scale / math.sqrt(TAPS))
         self._declare(layer, "conv_weight", (sum(convolved), TAPS), near, parts=convolved, weight_decay=True)
         self._declare(layer, "conv_bias", (sum(convolved),), near, parts=convolved)
         self._declare(layer, "dt_bias", (heads,), Made(Uniform(0.5), _initial_step_bias))
         self._declare(layer, "a_log", (heads,), Made(Uniform(0.5), _initial_log_decay))
         self._declare(layer, "skip", (heads,), Constant(1.0))
         self._declare(layer, "norm_weight", (inner,), Constant(1.0))
-        init = Normal(std / math.sqrt(2 * layer.count))
-        self.output = RowParallelLinear(layer, inner, cfg.hidden_size, init=init, bias=bias, kind="mamba")
 
     def _declare(self, layer: LayerContext, name: str, shape: tuple[int, ...], init: InitRule, **declared: Any) -> None:
         """Registers ``self.<name>``, split over tp and kept in fp32; without weight decay unless declared so."""
@@ -111,27 +104,28 @@ class Mamba2Mixer(nn.Module):
     def new_state(self) -> Mamba2State:
         return Mamba2State()
 
-    def forward(
-        self,
-        x: Tensor,
-        info: PackedSequence,
-        carried: Mapping[str, Tensor] = NOTHING,
-        state: Mamba2State | None = None,
-    ) -> LayerOutput:
-        """Normed residual stream [s(/tp), b, h] -> residual stream [s(/tp), b, h], documents each on their own.
+    def mix(self, z: Tensor, taken: Tensor, step: Tensor, info: PackedSequence, state: Mamba2State | None) -> Tensor:
+        """What is projected out, documents each on their own.
 
-        With a ``state`` the tokens continue those that it has seen, and it takes them in.
+        Args:
+            z: [s, b, H P / tp].
+            taken: x | B | C, [s, b, channels/tp].
+            step: dt, [s, b, H/tp].
+            state: the tokens continue those that it has seen, and it takes them in.
+
+        Returns:
+            [s, b, H P / tp].
 
         Raises:
             UserError: the chunks of ``--cp`` are shorter than what the convolution sees of earlier tokens.
         """
-        z, taken, step = self.input(x).split((self.inner, self.inner + 2 * self.shared, self.heads), dim=-1)
         tail, memory = (None, None) if state is None else (state.tail, state.ssm)
         keeps = state is not None
         out, final = recomputed(self.recompute_core, self._mix, z, taken, step, info, tail, memory, keeps)
         if state is not None:
             state.tail, state.ssm = _tail_of(taken, info, tail), final
-        return LayerOutput(self.output(out))
+        mixed: Tensor = out
+        return mixed
 
     def _mix(
         self,
@@ -143,7 +137,7 @@ class Mamba2Mixer(nn.Module):
         memory: Tensor | None,
         keeps: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """What lies between the projections: [s, b, H P / tp], and the final state where it is kept."""
+        """:meth:`mix`, and the final state where it is kept."""
         length, batch = z.shape[:2]
         x, b, c = self._convolved(taken, info, tail).split((self.inner, self.shared, self.shared), dim=-1)
         x = x.view(length, batch, self.heads, self.head_dim)
@@ -190,6 +184,34 @@ class Mamba2Mixer(nn.Module):
         each = gated.unflatten(-1, (self.groups, -1))
         normed = each * (each.square().mean(-1, keepdim=True) + self.epsilon).rsqrt()
         return (normed.flatten(-2) * self.norm_weight).to(z.dtype)
+
+
+class Mamba2Mixer(Mamba2Core):
+    """Mamba-2's sequence mixer: one fused projection in, one out."""
+
+    def __init__(self, layer: LayerContext) -> None:
+        """Declares the parameters, uninitialised. The output projection starts smaller by 1/sqrt(2 layers), as
+        attention's; the rest starts as published."""
+        super().__init__(layer)
+        cfg = layer.cfg
+        inner, shared = cfg.mamba_heads * cfg.mamba_head_dim, cfg.mamba_num_groups * cfg.mamba_state_dim
+        std, bias = cfg.init_std * cfg.init_std_scale, cfg.add_bias_linear
+        parts = (inner, inner, shared, shared, cfg.mamba_heads)
+        declared: dict[str, Any] = {"parts": parts, "kind": "mamba", "bias": bias}
+        self.input = ColumnParallelLinear(layer, cfg.hidden_size, sum(parts), init=Normal(std), enter=True, **declared)
+        init = Normal(std / math.sqrt(2 * layer.count))
+        self.output = RowParallelLinear(layer, inner, cfg.hidden_size, init=init, bias=bias, kind="mamba")
+
+    def forward(
+        self,
+        x: Tensor,
+        info: PackedSequence,
+        carried: Mapping[str, Tensor] = NOTHING,
+        state: Mamba2State | None = None,
+    ) -> LayerOutput:
+        """Normed residual stream [s(/tp), b, h] -> residual stream [s(/tp), b, h]; see :meth:`mix`."""
+        z, taken, step = self.input(x).split((self.inner, self.inner + 2 * self.shared, self.heads), dim=-1)
+        return LayerOutput(self.output(self.mix(z, taken, step, info, state)))
 
 
 def _tail_of(taken: Tensor, info: PackedSequence, before: Tensor | None) -> Tensor:

@@ -79,8 +79,9 @@ class ExpertSubNorm(nn.Module):
         super().__init__()
         self.epsilon, self.axis = layer.cfg.norm_epsilon, layer.ctx.etp
         declared: dict[str, Any] = {"weight_decay": False, "keep_fp32": True, "kind": "norm"}
+        declared |= {"expert_dim": 0, "experts_per_token": layer.cfg.moe_router_topk}
         shape = (layer.cfg.num_experts, width)
-        self.weight = layer.parameter(shape, Constant(1.0), shard_dim=1, shard_axis="etp", expert_dim=0, **declared)
+        self.weight = layer.parameter(shape, Constant(1.0), shard_dim=1, shard_axis="etp", **declared)
 
     def forward(self, rows: Tensor, runs: Runs) -> Tensor:
         """[R, width/etp], sorted by expert -> the same."""

@@ -84,10 +84,12 @@ class GroupedLinear(Linear):
         init: InitRule,
         split: int,
         parts: tuple[int, ...] = (),
+        kind: str = "moe",
     ) -> None:
         shape = (layer.cfg.num_experts, out_features, in_features)
-        declared: dict[str, Any] = {"shard_dim": split, "shard_axis": "etp", "expert_dim": 0, "parts": parts}
-        super().__init__(layer.parameter(shape, init, role="matrix", kind="moe", **declared))
+        declared: dict[str, Any] = {"shard_dim": split, "shard_axis": "etp", "parts": parts, "kind": kind}
+        declared |= {"expert_dim": 0, "experts_per_token": layer.cfg.moe_router_topk}
+        super().__init__(layer.parameter(shape, init, role="matrix", **declared))
         self.axis = layer.ctx.etp if split == 2 else None
 
     def forward(self, rows: Tensor, runs: Runs) -> Tensor:

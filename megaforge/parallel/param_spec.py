@@ -49,6 +49,7 @@ class ParamSpec:
         shard_dim: the dimension that is split, or None when every rank holds the whole tensor.
         shard_axis: the axis it is split over: etp for experts, tp otherwise.
         expert_dim: the dimension of a stack of experts that counts the experts and is split over ep.
+        experts_per_token: of a stack of experts: how many of them a token uses.
         parts: sizes along ``shard_dim`` of the logical tensors fused into one (q|k|v, gate|up). Each part is split
             on its own, so a rank's local tensor is the concatenation of its share of every part. Empty: one part.
         tp_partial_grad: the tensor is replicated over tp but each rank computes only a part of its gradient
@@ -75,6 +76,7 @@ class ParamSpec:
     shard_dim: int | None = None
     shard_axis: Literal["tp", "etp"] = "tp"
     expert_dim: int | None = None
+    experts_per_token: int = 1
     parts: tuple[int, ...] = ()
     tp_partial_grad: bool = False
     weight_decay: float = True
@@ -102,6 +104,11 @@ class ParamSpec:
     def numel(self) -> int:
         """Number of elements of the global tensor."""
         return math.prod(self.shape)
+
+    @property
+    def active_share(self) -> float:
+        """The share of the elements that one token uses."""
+        return 1.0 if self.expert_dim is None else self.experts_per_token / self.shape[self.expert_dim]
 
     @property
     def is_tied_copy(self) -> bool:

@@ -181,7 +181,7 @@ def _measure(cfg: ModelConfig, sizes: Sizes, build: Build, arriving: Shapes) -> 
             name: torch.zeros((), dtype=sizes.dtype, device=ctx.device, requires_grad=True) for name in ("", *arriving)
         }
         known = [*parameters, *anchors.values()]
-        meter = MetaRun(cfg.num_experts, known) if on_meta else StorageMeter(known)
+        meter = MetaRun(known) if on_meta else StorageMeter(known)
         with without_gradients(parameters), meter, fused_attention() if on_meta else nullcontext():
             shards = ContextParallelShard(ctx.cp, sizes.cp_comm_type)
             rows = sizes.sequence_length // sizes.cp // (sizes.tp if sizes.sequence_parallel else 1)

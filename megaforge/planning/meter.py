@@ -72,10 +72,9 @@ class MetaRun(StorageMeter):
     expert, it gets those of an even spread of the assignments that were routed last.
     """
 
-    def __init__(self, num_experts: int, known: Iterable[Tensor] = ()) -> None:
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__(known)
-        self.num_experts = num_experts
-        self.assignments = 0
+        self.num_experts, self.assignments = 1, 0
         aten = torch.ops.aten
         self._special: dict[Any, Callable[..., Any]] = {
             torch.ops.megaforge.moe_route.default: self._route,
@@ -92,16 +91,17 @@ class MetaRun(StorageMeter):
 
     def _route(self, func: Any, args: Any, kwargs: Any) -> Any:
         results = func(*args, **kwargs)
-        self.assignments = Route(*results).experts.numel()
+        route = Route(*results)
+        self.num_experts, self.assignments = route.counts.shape[1], route.experts.numel()
         return results
 
     def _to_host(self, func: Any, args: Any, kwargs: Any) -> Any:
         device = kwargs.get("device")
         if args[0].device.type != "meta" or device is None or device.type != "cpu":
             return func(*args, **kwargs)
-        place = torch.arange(args[0].numel()) % max(1, self.num_experts)
-        until = (place + 1) * self.assignments // max(1, self.num_experts)
-        counts = until - place * self.assignments // max(1, self.num_experts)
+        place = torch.arange(args[0].numel()) % self.num_experts
+        until = (place + 1) * self.assignments // self.num_experts
+        counts = until - place * self.assignments // self.num_experts
         return counts.view(args[0].shape).to(args[0].dtype)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from megaforge.config.check_layout import has_experts
+from megaforge.config.check_layout import common_experts
 from megaforge.config.config import Config
 from megaforge.config.pattern import blocks_of
 from megaforge.config.run_config import default_expert_tensor_parallel_size
@@ -50,7 +50,7 @@ def candidates(config: Config, gpus: int, node_size: int = 8, kept: Collection[s
         kept: keys of settings (``parallel.zero_stage``) of which every layout has the configuration's value.
     """
     given, cp = config.parallel, config.parallel.context_parallel_size
-    experts = config.model.num_experts if has_experts(config.model) else 1
+    experts = common_experts(config.model)
 
     def either(key: str, others: Sequence[Any]) -> Sequence[Any]:
         return [_value(config, key)] if key in kept else others

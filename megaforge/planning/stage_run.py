@@ -60,7 +60,7 @@ def run_stage(
     """
     parameters = list(chunk.parameters())
     standing = [*parameters, *known]
-    meter = MetaRun(chunk.cfg.num_experts, standing) if on_meta else StorageMeter(standing)
+    meter = MetaRun(standing) if on_meta else StorageMeter(standing)
     split = layout.pp > 1 and layout.schedule.splits_backward
     for _, layer in linears(chunk):
         layer.op.make_ready(layer.matrix)  # kept from one micro-batch to the next: no activation

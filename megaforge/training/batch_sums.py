@@ -28,7 +28,8 @@ class BatchSums:
         counts: what means are taken over, of the global batch: on the device, or known to the host.
         found: the terms that this rank has added, and the name of the count that each is divided by.
         experts: after :meth:`reduce`, float64 [2, MoE layers, E]: tokens that each expert was chosen for, and its
-            choices by plain top-k; on the device.
+            choices by plain top-k; on the device. Layers of fewer experts have zeros at the end.
+        layer_experts: how many experts each layer has.
         votes: what this rank asks of the others; after :meth:`read`, the sums over all ranks.
         faults: what is wrong with the terms, as far as this rank sees it; :meth:`read` tells every rank.
         lost: whether this rank's part is missing; after :meth:`read`, whether any rank's is.
@@ -43,6 +44,7 @@ class BatchSums:
         self.counts = dict(counts or {})
         self.found: dict[str, str] = {}
         self.experts = torch.zeros((2, 0, 0), dtype=torch.float64, device=ctx.device)
+        self.layer_experts: Sequence[int] = ()
         self.votes: Sequence[float] = ()
         self.faults: list[str] = []
         self.lost = False
@@ -62,6 +64,7 @@ class BatchSums:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         if not self.experts.numel():
             self.experts = self.experts.new_zeros((2, stage.num_moe_layers, experts.shape[2]))
+            self.layer_experts = stage.experts
         self.experts[:, stage.moe_rows] += experts
 
     def own(self) -> dict[str, float]:
@@ -107,7 +110,7 @@ class BatchSums:
         if tokens.numel():
             single |= {
                 "expert_entropy_bits": balance_entropy_bits(tokens),
-                "expert_max_load": greatest_expert_load(tokens),
+                "expert_max_load": greatest_expert_load(tokens, self.layer_experts),
             }
         others = self._reduced[:0] if others is None else others
         numbers = iter(torch.cat([others, self._reduced, *(value.view(1) for value in single.values())]).tolist())

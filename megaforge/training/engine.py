@@ -98,7 +98,8 @@ class Engine:
         """Sums of a rank that could not do its part of the step: in them all ranks learn of it."""
         sums = BatchSums(self.ctx, objective)
         first = self.model.chunks[0]
-        sums.lost, sums.experts = True, sums.experts.new_zeros((2, first.num_moe_layers, first.cfg.num_experts))
+        sums.lost, sums.experts = True, sums.experts.new_zeros((2, first.num_moe_layers, first.most_experts))
+        sums.layer_experts = first.experts
         return sums
 
     def forward(self, batches: Sequence[Batch], sums: BatchSums) -> None:

@@ -212,7 +212,7 @@ def _spread(record: Record | None, config: Config, ctx: ParallelContext) -> Reco
     declared = [(spec.name, spec.shape, p.requires_grad) for spec, p in named_specs(model)]
     trained = [(name, shape) for name, shape, trains in declared if trains]
     layout = [*(trained * STEPS), *((name, shape) for name, shape, _ in declared)]
-    count = len(_NUMBERS) + model.num_moe_layers * config.model.num_experts
+    count = len(_NUMBERS) + model.num_moe_layers * model.most_experts
     if record is None:
         numbers = torch.empty((STEPS, count), dtype=torch.float64, device=ctx.device)
         size = sum(math.prod(shape) for _, shape in layout)

@@ -23,8 +23,8 @@ def test_the_meter_counts_storages_once_and_forgets_freed_ones() -> None:
 
 @pytest.mark.parametrize(("assignments", "experts"), [(12, 4), (10, 4), (3, 4), (0, 4), (7, 1)])
 def test_tokens_spread_evenly_over_experts_and_none_is_lost(assignments: int, experts: int) -> None:
-    with MetaRun(experts) as run:
-        run.assignments = assignments
+    with MetaRun() as run:
+        run.num_experts, run.assignments = experts, assignments
         # Own counts, and those that arrive from two ranks.
         counts = torch.zeros(3 * experts, dtype=torch.int64, device="meta").tolist()
     for rank in range(3):

@@ -39,12 +39,15 @@ class Experts(LayerKind):
         model, parallel, sizes = config.model, config.parallel, list[tuple[str, int]]()
         follows = parallel.expert_tensor_size(world_size) == parallel.tensor_model_parallel_size
         if follows and parallel.expert_tensor_parallel_size is None:
-            flag = "--ffn-hidden-size" if model.moe_ffn_hidden_size is None else "--moe-ffn-hidden-size"
-            sizes.append((f"{flag} {model.expert_ffn_size}", model.expert_ffn_size))
+            sizes.append(self.expert_width(model))
         shared = model.moe_shared_expert_intermediate_size
         if shared is not None:
             sizes.append((f"--moe-shared-expert-intermediate-size {shared}", shared))
         return sizes
+
+    def expert_width(self, cfg: ModelConfig) -> tuple[str, int]:
+        flag = "--ffn-hidden-size" if cfg.moe_ffn_hidden_size is None else "--moe-ffn-hidden-size"
+        return f"{flag} {cfg.expert_ffn_size}", cfg.expert_ffn_size
 
     def describe(self, cfg: ModelConfig) -> str:
         return f"{cfg.num_experts} experts, {cfg.moe_router_topk} a token"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaforge.config.model_config import ModelConfig
@@ -58,6 +59,11 @@ class RouterLosses:
     z_loss_sum: Tensor
     tokens_per_expert: Tensor
     preferred_per_expert: Tensor
+
+    def counts(self, width: int) -> Tensor:
+        """Both counts, int64 [2, width], with zeros behind the layer's experts."""
+        both = torch.stack([self.tokens_per_expert, self.preferred_per_expert])
+        return F.pad(both, (0, width - both.shape[1]))
 
     def terms(self, cfg: ModelConfig) -> dict[str, LossTerm]:
         """By name."""
@@ -182,7 +188,7 @@ def expert_counts(model: nn.Module, assigned: Tensor, preferred: Tensor) -> dict
     Args:
         model: the model, or this rank's stage of it.
         assigned, preferred: [MoE layers of ``model``, E], tokens_per_expert and preferred_per_expert of
-            :class:`RouterLosses` summed over micro-batches, dp and cp, in module order.
+            :class:`RouterLosses` summed over micro-batches, dp and cp, in module order; zeros behind a layer's own.
 
     Raises:
         ValueError: the counts are of another number of layers.
@@ -190,4 +196,6 @@ def expert_counts(model: nn.Module, assigned: Tensor, preferred: Tensor) -> dict
     routers = [module for module in model.modules() if isinstance(module, Router)]
     if routers and len(routers) != len(assigned):
         raise ValueError(f"counts of {len(assigned)} MoE layers for a model that has {len(routers)}")
-    return dict(zip(routers, zip(assigned, preferred, strict=True), strict=bool(routers)))
+    own = [router.cfg.num_experts for router in routers]
+    counts = [(a[:number], p[:number]) for number, a, p in zip(own, assigned, preferred, strict=bool(routers))]
+    return dict(zip(routers, counts, strict=True))
