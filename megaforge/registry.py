@@ -194,6 +194,7 @@ LAYER_KINDS = Registry(  # by their letters in the layer pattern
     {
         "R": "megaforge.nn.kinds.rwkv7:KIND",
         "M": "megaforge.nn.kinds.mamba2:KIND",
+        "O": "megaforge.nn.kinds.routed_mamba2:KIND",
         "*": "megaforge.nn.kinds.attention:KIND",
         "E": "megaforge.nn.kinds.experts:KIND",
         "-": "megaforge.nn.kinds.dense:KIND",

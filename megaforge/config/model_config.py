@@ -9,6 +9,7 @@ from megaforge.config.fields import divisors, either, flag
 from megaforge.config.mamba_config import MambaConfig
 from megaforge.config.mtp_config import MultiTokenConfig
 from megaforge.config.peft_config import PeftConfig
+from megaforge.config.rom_config import RomConfig
 from megaforge.errors import UserError
 from megaforge.registry import CONVERTERS, NORMS
 
@@ -16,7 +17,7 @@ _ACTIVATIONS = ("relu2", "gated_relu2", "swiglu", "gelu", "gelu_exact")
 
 
 @dataclass(frozen=True)
-class ModelConfig(MambaConfig, MultiTokenConfig, DepthConfig, PeftConfig):
+class ModelConfig(MambaConfig, RomConfig, MultiTokenConfig, DepthConfig, PeftConfig):
     """Shape of the model, and what its matrices are trained as."""
 
     num_layers: int = flag(
@@ -174,11 +175,15 @@ class ModelConfig(MambaConfig, MultiTokenConfig, DepthConfig, PeftConfig):
                 f"{self.num_attention_heads}; choose a divisor of {self.hidden_size} or set --kv-channels"
             )
         self.validate_attention()
-        self._validate_moe()
+        self.validate_experts()
         self.validate_quantizers()
         self.validate_peft()
 
-    def _validate_moe(self) -> None:
+    def validate_experts(self) -> None:
+        """
+        Raises:
+            UserError: no router can choose so.
+        """
         if self.moe_router_topk > self.num_experts:
             raise UserError(f"--moe-router-topk {self.moe_router_topk} exceeds --num-experts {self.num_experts}")
         renormalised = self.moe_router_score_function == "softmax" and not self.moe_router_pre_softmax

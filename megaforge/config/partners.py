@@ -365,12 +365,12 @@ def _kind_partners() -> Iterator[Partner]:
     for setting in dict.fromkeys(setting for kind in kinds.values() for setting in kind.settings):
         letters = tuple(letter for letter, kind in kinds.items() if setting in kind.settings)
         shapes.setdefault(letters, []).append(setting)
-    for letters, settings in shapes.items():
+    for letters, own in shapes.items():
         titles = " or ".join(kinds[letter].title for letter in letters)
         asked_by = "".join(kinds[letter].asked_by for letter in letters)
         asked = f"{asked_by}{' or '.join(letters)} in --hybrid-layer-pattern"
         text = f"this model has no {titles} ({asked}): it changes nothing"
-        yield Partner(tuple(settings), partial(_has, [kinds[letter] for letter in letters]), text, refuse=False)
+        yield Partner(tuple(own), partial(_has, [kinds[letter] for letter in letters]), text, refuse=False)
 
 
 def _position_partners() -> Iterator[Partner]:

@@ -90,7 +90,7 @@ class TokenDispatcher:
         """All-to-all over ep: [N, h], [N] -> [M, h], [M], the rows for this rank's experts."""
         if self.ep.size == 1:
             return copies, weights
-        rows, row_weights = _ExchangeRows.apply(self.ep, plan.sent, plan.received, copies, weights)
+        rows, row_weights = ExchangeRows.apply(self.ep, plan.sent, plan.received, copies, weights)
         return rows, row_weights
 
     def dispatch_postprocess(self, rows: Tensor, weights: Tensor, plan: DispatchPlan) -> tuple[Tensor, Tensor]:
@@ -99,11 +99,11 @@ class TokenDispatcher:
             padding = self._padded_rows(plan) - plan.rows
             rows = gather_from_sequence_parallel(F.pad(rows, (0, 0, 0, padding)), self.etp)
             weights = gather_from_sequence_parallel(F.pad(weights, (0, padding)), self.etp)
-        return _sort_runs(rows, plan), _sort_runs(weights, plan)
+        return sort_runs(rows, plan), sort_runs(weights, plan)
 
     def combine_preprocess(self, rows: Tensor, plan: DispatchPlan) -> Tensor:
         """Undoes :meth:`dispatch_postprocess` for outputs that are partial sums over etp: [R, h] -> [M, h]."""
-        rows = _unsort_runs(rows, plan)
+        rows = unsort_runs(rows, plan)
         if self.etp.size > 1:
             rows = reduce_scatter_to_sequence_parallel(rows, self.etp)[: plan.rows]
         return rows
@@ -112,7 +112,7 @@ class TokenDispatcher:
         """All-to-all over ep, back to where the tokens came from: [M, h] -> [N, h]."""
         if self.ep.size == 1:
             return rows
-        (copies,) = _ExchangeRows.apply(self.ep, plan.received, plan.sent, rows)
+        (copies,) = ExchangeRows.apply(self.ep, plan.received, plan.sent, rows)
         return copies
 
     def _exchange_counts(self, counts: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def _runs(arriving: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(lengths), tuple(order)
 
 
-def _sort_runs(x: Tensor, plan: DispatchPlan) -> Tensor:
+def sort_runs(x: Tensor, plan: DispatchPlan) -> Tensor:
     """Rows as they arrive -> by local expert, without the padding."""
     if plan.in_order:
         return x
@@ -155,8 +155,8 @@ def _sort_runs(x: Tensor, plan: DispatchPlan) -> Tensor:
     return torch.cat([pieces[run] for run in plan.by_expert])
 
 
-def _unsort_runs(x: Tensor, plan: DispatchPlan) -> Tensor:
-    """Dual of :func:`_sort_runs`; zeros for the padding."""
+def unsort_runs(x: Tensor, plan: DispatchPlan) -> Tensor:
+    """Dual of :func:`sort_runs`; zeros for the padding."""
     if plan.in_order:
         return x
     pieces = dict(zip(plan.by_expert, x.split([plan.runs[run] for run in plan.by_expert]), strict=True))
@@ -165,7 +165,7 @@ def _unsort_runs(x: Tensor, plan: DispatchPlan) -> Tensor:
     return torch.cat([pieces[run] for run in range(len(plan.runs))])
 
 
-class _ExchangeRows(torch.autograd.Function):
+class ExchangeRows(torch.autograd.Function):
     """Forward: all-to-all over dim 0 of each tensor, ``sent[r]`` rows to rank r and ``received[r]`` from it. Backward:
     the same in the other direction. One function for all tensors, so that every rank starts them in one order."""
 

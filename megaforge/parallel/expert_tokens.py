@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megaforge.parallel.collectives import all_gather_single
 from megaforge.parallel.context import Axis, ParallelContext
+from megaforge.parallel.expert_columns import columns_to_rows, rows_to_columns
 from megaforge.parallel.mappings import reduce_from_tensor_parallel, scale_gradient
 from megaforge.parallel.region import TensorParallelRegion
 
@@ -31,11 +32,13 @@ def _gather_rows(x: Tensor, axis: Axis, length: int) -> Tensor:
     """All ranks' rows of dim 0, in order: [own, ...] -> [length, ...]."""
     share = -(-length // axis.size)
     out = x.new_empty((share * axis.size, *x.shape[1:]))
-    missing = share - x.shape[0]
-    if missing:
-        x = torch.cat([x, x.new_zeros((missing, *x.shape[1:]))])
-    all_gather_single(out, x.contiguous(), group=axis.group)
+    all_gather_single(out, _with_rows(x, share - x.shape[0]).contiguous(), group=axis.group)
     return out[:length]
+
+
+def _with_rows(x: Tensor, missing: int) -> Tensor:
+    """With so many rows of zeros behind."""
+    return torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) if missing else x
 
 
 class _ScatterTokens(torch.autograd.Function):
@@ -102,6 +105,15 @@ class ReplicatedTokens:
         """
         return self.region.exit(routed if shared is None else routed + shared)
 
+    def to_heads(self, x: Tensor, length: int) -> Tensor:
+        """Own tokens [own, b, ..., w (here / tp)] -> every token inside the region, of each this rank's columns:
+        [s, b, ..., w / tp]."""
+        return x
+
+    def from_heads(self, x: Tensor) -> Tensor:
+        """The opposite way."""
+        return x
+
     def total(self, partial: Tensor) -> Tensor:
         """The sum over the tokens of all tp ranks, of ``partial`` = the sum over this rank's; what is made of it
         enters the loss on every tp rank, and gradients inside the region come out partial."""
@@ -152,6 +164,15 @@ class ShardedTokens(ReplicatedTokens):
         if self.tp.size > 1 and not self.region.sequence_parallel:
             out = _GatherTokens.apply(routed, self.tp, length)
         return out if shared is None else out + self.region.exit(shared)
+
+    def to_heads(self, x: Tensor, length: int) -> Tensor:
+        missing = -(-length // self.tp.size) - x.shape[0]
+        return rows_to_columns(_with_rows(x, missing), self.tp)[:length]
+
+    def from_heads(self, x: Tensor) -> Tensor:
+        length = x.shape[0]
+        start, stop = _own_rows(length, self.tp)
+        return columns_to_rows(_with_rows(x, -length % self.tp.size), self.tp)[: stop - start]
 
     def _cut(self, x: Tensor) -> Tensor:
         return x if self.tp.size == 1 or self.region.sequence_parallel else _ScatterTokens.apply(x, self.tp)

@@ -34,9 +34,10 @@ def build(ctx: ParallelContext, dtype: torch.dtype = torch.float64) -> StagedMod
         mamba_head_dim=8,
         mamba_num_groups=4,
         num_experts=4,
+        rom_num_experts=6,
         vocab_size=61,
         make_vocab_size_divisible_by=8,
-        hybrid_layer_pattern="RE*EM-R--",
+        hybrid_layer_pattern="RE*EO-R--M",
     )
     plan = plan_pipeline(cfg, ParallelConfig(pipeline_model_parallel_size=ctx.pp.size), 1, 64)
     model = build_model(make_layer_context(cfg, ctx, dtype=dtype), plan)

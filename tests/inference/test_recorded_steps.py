@@ -19,7 +19,7 @@ from tests.nn.support import perturb
 
 PROMPTS = [[5, 17, 3, 3, 40], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [60, 60]]
 MODELS = {
-    "hybrid": {"hybrid_layer_pattern": "RE*EM-R--", "num_query_groups": 2, "qk_layernorm": True},
+    "hybrid": {"hybrid_layer_pattern": "RE*EO-M--R", "num_query_groups": 2, "qk_layernorm": True},
     "learned": {"hybrid_layer_pattern": "*-*-", "position_embedding_type": "learned_absolute"},
 }
 
