@@ -57,6 +57,7 @@ def test_every_number_that_a_run_writes_has_a_name_in_the_table(tmp_path: Path, 
     flags += ("--lr-on-spike", "0.5", "--decoupled-lr", "1e-3", "--log-params-norm", "--log-num-zeros-in-grad")
     flags += ("--qk-clip", "--quantize-weights", "ternary", "--log-quantization")
     flags += ("--quant-lambda", "linear", "--quant-lambda-end-iters", "2")
+    flags += ("--mtp-num-layers", "1", "--mod-capacity-factor", "0.5")
     make_trainer(arguments(prefix, *flags, *precision)).train()
     records = read_metrics(path)
     for record in records:
@@ -85,8 +86,8 @@ def test_every_number_that_a_run_writes_has_a_name_in_the_table(tmp_path: Path, 
         *("distill", "relations"),  # of another objective
         "goodput",  # of runs that save
     }
-    kinds = {name.partition("/")[2] for name in last if "/" in name}
-    assert kinds == {"embedding", "attention", "rwkv", "moe", "router", "norm"}
+    kinds = {name.removeprefix("grad_norm/") for name in last if name.startswith("grad_norm/")}
+    assert kinds == {"embedding", "attention", "rwkv", "moe", "router", "norm", "mtp"}
     squares = math.fsum(value**2 for name, value in records[1].items() if name.startswith("grad_norm/"))
     assert records[1]["grad_norm"] == pytest.approx(math.sqrt(squares), rel=1e-12)
 
