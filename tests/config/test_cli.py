@@ -250,6 +250,7 @@ def test_sections_are_the_fields_of_config() -> None:
         "model",
         "parallel",
         "data",
+        "chat",
         "optimizer",
         "qat",
         "distill",
