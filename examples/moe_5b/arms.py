@@ -39,13 +39,14 @@ SMALL = (  # in which only what runs can be seen
         "--seq-length",
         "32",
         "--train-iters",
-        "4",
+        "2",
         "--eval-interval",
-        "4",
+        "2",
         "--eval-iters",
         "1",
     ),
-    *("--log-interval", "1", "--lr-warmup-iters", "1"),
+    *("--log-interval", "1", "--lr-warmup-iters", "1", "--micro-batch-size", "2", "--global-batch-size", "2"),
+    *("--split", "80,20,0"),
 )
 
 

@@ -107,6 +107,7 @@ DOCUMENTS = [
     "examples/cdrmix/README.md",
     "examples/corpus/README.md",
     "examples/grokking/README.md",
+    "examples/moe_5b/README.md",
     "docs/architecture.md",
     "docs/checkpoints.md",
     "docs/corpus.md",
