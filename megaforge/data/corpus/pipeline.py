@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from megaforge.data.corpus.report_data import gather
 from megaforge.data.corpus.totals import total_of
 from megaforge.data.corpus.work import Work, write_json
 from megaforge.data.left_out import LeftOut
+from megaforge.data.preprocess.only_run import only_run
 from megaforge.data.preprocess.pool import single_threaded
 from megaforge.data.preprocess.ranks import together
 from megaforge.data.sidecar import digest_of
@@ -79,7 +77,7 @@ def prepare_corpus(settings: CorpusSettings) -> None:
     try:
         segments = segments_of(recipe)
         check_tokenizer(recipe)
-        with _lock(output, engine) as held:
+        with only_run(output, output / "work", engine.group, "--output") as held:
             if any(together(engine.group, lambda: _plan(settings, recipe, output, held, engine))):
                 _run(output, segments, engine, settings)
     finally:
@@ -183,32 +181,3 @@ def _map(job: Job, engine: Engine, phase: Phase) -> None:
     progress = Progress(f"{phase.name}: {phase.label}", len(phase.items), len(phase.items) - len(left))
     engine.map(job.output, phase.name, phase.task, left, progress)
     progress.finish()
-
-
-@contextmanager
-def _lock(output: Path, engine: Engine) -> Iterator[str | None]:
-    """Holds ``OUTPUT/work/lock`` on the leader; yields what is wrong if another run holds it."""
-    if engine.group.rank:
-        yield None
-        return
-    directory = output / "work"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / "lock").open("w")
-    except OSError as error:
-        yield f"cannot write {directory}: {error.strerror}; choose another --output"
-        return
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield f"another process is writing {output} (it holds {directory / 'lock'}); wait for it to end"
-            return
-        except OSError as error:  # some network file systems have no locks; the run itself needs none
-            print(f"{directory}: cannot be locked ({error.strerror}); start no second run on it", file=sys.stderr)
-        try:
-            yield None
-        finally:
-            if [path.name for path in directory.iterdir()] == ["lock"]:
-                (directory / "lock").unlink()
-                directory.rmdir()

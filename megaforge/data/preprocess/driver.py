@@ -7,11 +7,8 @@ crosses a process; joining them is concatenating bytes. So the result does not d
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from megaforge.data.fast_bpe import FastEncoder, proven_encoder
 from megaforge.data.indexed_dataset import optimal_dtype
 from megaforge.data.jsonl import is_compressed
 from megaforge.data.outputs import make_parents
+from megaforge.data.preprocess.only_run import only_run
 from megaforge.data.preprocess.plan import (
     PreprocessSettings,
     ShardQueue,
@@ -58,7 +56,7 @@ def preprocess(settings: PreprocessSettings) -> list[str]:
     try:
         for key in settings.json_keys:
             output = f"{settings.output_prefix}_{key}_document"
-            with _lock(output, group) as held:
+            with only_run(output, Path(f"{output}.partial"), group, "--output-prefix") as held:
                 _one_dataset(settings, key, output, group, held)
             outputs.append(output)
     except Exception:
@@ -211,32 +209,3 @@ def _tokenize(job: Job, workers: int, group: RankGroup, encoder: Encoder | None)
     progress = Progress(total, label)
     run_shards(ShardQueue(job.groups, group.rank, group.size), job.spec, workers, progress, encoder)
     progress.finish()
-
-
-@contextmanager
-def _lock(output: str, group: RankGroup) -> Iterator[str | None]:
-    """Holds ``OUTPUT.partial/lock`` on rank 0; yields what is wrong if another run holds it. Removes an empty rest."""
-    if group.rank:
-        yield None
-        return
-    directory = Path(f"{output}.partial")
-    try:
-        directory.mkdir(exist_ok=True)
-        file = (directory / "lock").open("w")
-    except OSError as error:
-        yield f"cannot write {directory}: {error.strerror}; choose another --output-prefix"
-        return
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield f"another process is writing {output} (it holds {directory / 'lock'}); wait for it to end"
-            return
-        except OSError as error:  # some network file systems have no locks; the run itself needs none
-            print(f"{directory}: cannot be locked ({error.strerror}); start no second run on it", file=sys.stderr)
-        try:
-            yield None
-        finally:
-            if os.listdir(directory) == ["lock"]:
-                (directory / "lock").unlink()
-                directory.rmdir()

@@ -19,12 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megaforge.data.corpus import partition, pipeline, report, tasks
+from megaforge.data.corpus import partition, report, tasks
 from megaforge.data.corpus.explain import explain_documents
 from megaforge.data.corpus.job import item_name
 from megaforge.data.corpus.pipeline import CorpusSettings, prepare_corpus
 from megaforge.data.corpus.work import Work
 from megaforge.data.indexed_dataset import IndexedDataset
+from megaforge.data.preprocess.only_run import only_run
+from megaforge.data.preprocess.ranks import SingleRank
 from megaforge.data.sidecar import read_sidecar
 from megaforge.data.text.readers import open_text
 from megaforge.data.tokenizer import load_tokenizer
@@ -358,14 +360,11 @@ def test_a_corpus_without_a_duplicate_passes_the_joins(tmp_path: Path) -> None:
 def test_two_runs_do_not_share_an_output(tmp_path: Path) -> None:
     settings = small(tmp_path, [json.dumps({"text": "good " * 20})] * 3)
     output = Path(settings.output)
-    with pipeline._lock(output, _Leader()), pytest.raises(UserError, match="another process is writing"):  # type: ignore[arg-type]
-        prepare_corpus(settings)
+    with only_run(output, output / "work", SingleRank(), "--output") as wrong:
+        assert wrong is None
+        with pytest.raises(UserError, match="another process is writing"):
+            prepare_corpus(settings)
     assert item_name(7) == "000007"
-
-
-class _Leader:
-    class group:
-        rank = 0
 
 
 def test_every_stage_by_its_name_and_files_that_stages_read(world: Path, tmp_path: Path) -> None:
