@@ -83,11 +83,17 @@ class StreamData(ScheduledSource):
         self._domains = [source.facts.domain for source in sources]
         weights = [1.0 if one.weight is None else one.weight for one in streams]
         weighted = len(streams) > 1 and any(one.weight is not None for one in streams)
+        unbounded = list[str]()
         if schedule.curriculum is not None:
+            if schedule.curriculum.max_epochs or any(one.facts.max_epochs for one in sources):
+                unbounded = [
+                    "--data-schedule: max_epochs is not heeded, as nobody knows how many tokens a stream has before it "
+                    "is read; a stream that is at its end begins again"
+                ]
             sources = [replace(one, facts=replace(one.facts, max_epochs=None)) for one in sources]
             schedule = replace(schedule, curriculum=replace(schedule.curriculum, max_epochs=None))
         self.plan, notices = plan_sources(schedule, sources, weights, [[1.0]] * len(streams), weighted=weighted)
-        self.notices = [_told(one) for one in streams] + notices
+        self.notices = [_told(one) for one in streams] + unbounded + notices
         self.digest = digest_of([[file.identity for file in one.files] for one in streams])
         self._tokens = [
             StreamTokens(self._documents(one), encode, eod, [schedule.seed, number])

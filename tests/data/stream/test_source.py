@@ -129,6 +129,7 @@ def test_a_schedule_weighs_streams(tmp_path: Path) -> None:
     file.write_text(f"sources: {{{named}}}\nmax_epochs: 1\ndomains: {{web: 3, code: 1}}\n")
     data = opened(*TOKENIZER, "--data-schedule", str(file), path=streams)
     assert [data.domain(k) for k in range(8)].count("web") == 6 and data.end is None
+    assert "max_epochs is not heeded" in data.notices[2]
 
 
 def test_files_that_changed(tmp_path: Path) -> None:
