@@ -18,7 +18,7 @@ COUNTS = {"sequences": 4.0, "labels": torch.tensor(10.0, dtype=torch.float64)}
 class Stage(nn.Module):
     """What sums ask of a stage that has the second of two MoE layers."""
 
-    num_moe_layers, moe_rows = 2, slice(1, 2)
+    num_moe_layers, moe_rows, experts = 2, slice(1, 2), (2, 2)
 
 
 def term(value: float, count: str) -> LossTerm:
