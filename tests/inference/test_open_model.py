@@ -28,4 +28,5 @@ def test_each_flag_reaches_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     parser = argparse.ArgumentParser()
     module.add_model_flags(parser)
     module.open_model(parser.parse_args([*GIVEN, "--pp", "3"]))
+    assert asked.pop("adapter") is None
     assert asked == {"load": "runs/x", "tp": 2, "pp": 3, "device": "cpu", "ema": True, "kernels": True, "dtype": "bf16"}

@@ -109,7 +109,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(untied: bool) -> None:
 
 def test_a_dense_model_has_no_router_losses() -> None:
     out = model_of(hybrid_layer_pattern="R-*-")(ids(1, 5), ids(1, 5), torch.ones(1, 5))
-    assert out.terms == {} and out.experts.shape == (2, 0, 4)
+    assert out.terms == {} and out.experts.shape == (2, 0, 0)
 
 
 def test_tied_head_shares_one_parameter() -> None:

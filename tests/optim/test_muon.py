@@ -32,7 +32,7 @@ SPECS = (
     ParamSpec("tall", (64, 8), INIT, shard_dim=0, role="matrix"),
     ParamSpec("wide, rows split", (8, 64), INIT, shard_dim=0, role="matrix"),
     ParamSpec("replicated", (12, 20), INIT, role="matrix"),
-    ParamSpec("experts.up", (4, 16, 8), INIT, 1, "etp", 0, (8, 8), role="matrix"),
+    ParamSpec("experts.up", (4, 16, 8), INIT, 1, "etp", 0, parts=(8, 8), role="matrix"),
     ParamSpec("experts.down", (4, 8, 40), INIT, 2, "etp", 0, role="matrix"),
     ParamSpec("head", (8, 16), INIT, shard_dim=0, role="matrix", update="elementwise"),
     ParamSpec("vector", (6,), INIT, tp_partial_grad=True),

@@ -18,7 +18,7 @@ DATA_ROWS: tuple[Row, ...] = (
     *noop(1, "data-cache-path num-dataset-builder-threads mid-level-dataset-surplus"),
     *noop(ANY, "tiktoken-*"),
     only("dataloader-type", "single", "samples are drawn once each, in an order that --seed sets; write single"),
-    *advice(1, _TOKENIZER, "vocab-extra-ids tokenizer-metadata chat-template"),
+    *advice(1, _TOKENIZER, "vocab-extra-ids tokenizer-metadata"),
     *advice(ANY, _TOKENIZER, "tokenizer-special-tokens"),
     *advice(0, _EVALUATION, "test-mode"),
     *advice(
