@@ -29,7 +29,7 @@ class TableReader(TextReader):
                 self._parts = [self._file.metadata.row_group(n).num_rows for n in range(self._file.num_row_groups)]
                 schema = self._file.schema_arrow
             else:
-                self._file = _open_arrow(arrow, path)
+                self._file = arrow_batches(arrow, path)
                 self._parts = [batch.num_rows for batch in self._file]
                 schema = self._file[0].schema if self._file else None
         except self._errors as error:
@@ -106,7 +106,7 @@ class TableReader(TextReader):
             raise UserError(f"{where}: the column {self.key!r} holds {kind}, not text; --json-key names another")
 
 
-def _open_arrow(arrow: Any, path: str) -> list[Any]:
+def arrow_batches(arrow: Any, path: str) -> list[Any]:
     """The record batches of an Arrow file or stream (``datasets`` writes streams), mapped into memory."""
     source = arrow.memory_map(path)
     try:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from megaforge.data.corpus.readers.reader import Reader, Rows, missing_column
 from megaforge.data.corpus.recipe import SourceSettings
 from megaforge.data.text.readers import not_a_string
+from megaforge.data.text.tables import arrow_batches
 from megaforge.errors import UserError
 
 _ROWS = 1024
@@ -56,7 +57,7 @@ class _Table:
     def __init__(self, path: str) -> None:
         self._parquet: Any = None
         if path.lower().endswith(".arrow"):
-            self._batches = _arrow_batches(path)
+            self._batches = arrow_batches(pa, path)
             self.names = list(self._batches[0].schema.names) if self._batches else []
             self._parts = [batch.num_rows for batch in self._batches]
         else:
@@ -93,17 +94,6 @@ def _opened(path: str) -> Iterator[_Table]:
         yield _Table(path)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: damaged, or not a table ({error})") from error
-
-
-def _arrow_batches(path: str) -> list[Any]:
-    """The record batches of an Arrow file or stream (``datasets`` writes streams), mapped into memory."""
-    source = pa.memory_map(path)
-    try:
-        opened = pa.ipc.open_file(source)
-    except pa.ArrowInvalid:
-        source.seek(0)
-        return list(pa.ipc.open_stream(source))
-    return [opened.get_batch(number) for number in range(opened.num_record_batches)]
 
 
 def _texts(column: Any) -> list[Any]:
