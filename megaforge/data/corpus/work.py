@@ -1,9 +1,10 @@
-"""The work directory of a run: what each finished task left, published whole, and the journal of what is finished.
+"""The work directory of a run, ``work`` in its output: what each finished task left, published whole, and the journal
+of what is finished.
 
-OUTPUT/work/plan.json               what the run is of, and its partitions
-OUTPUT/work/recipe.yaml             the corpus.yaml as it was when the run began
-OUTPUT/work/PHASE/ITEM.NAME.arrow   tables that a task left
-OUTPUT/work/PHASE/ITEM.json         written last: the task is finished, and what it counted
+plan.json               what the run is of, and its partitions
+recipe.yaml             the corpus.yaml as it was when the run began
+PHASE/ITEM.NAME.arrow   tables that a task left
+PHASE/ITEM.json         written last: the task is finished, and what it counted
 """
 
 from __future__ import annotations

@@ -125,7 +125,8 @@ def train(case: str, shape: Shape, dtype: torch.dtype, documents: tuple[tuple[in
             loss = loss + cfg.moe_z_loss_coeff * z / (sequences * LENGTH)
             loss.backward()
             sums += torch.stack([part.detach().double() for part in parts])
-            experts[: len(out.experts[0])] += out.experts[0] if out.experts.numel() else 0
+            if len(experts):  # a model without experts counts none
+                experts += out.experts[0]
         reducer.finish_grad_sync()
         totals = reduce_from_tensor_parallel(sums, ctx.dp_cp).tolist()
         names = ("loss", "load balance", "z-loss", "correct")
