@@ -103,6 +103,21 @@ def train(argv: list[str], noise: float = 0.05) -> dict[str, Any]:
     return outcome
 
 
+def observed(trainer: Trainer) -> dict[str, Any]:
+    """The records of the run of ``trainer`` from weights that no zero hides, and its gradients and weights at the end,
+    whole."""
+    perturb(trainer.model, trainer.ctx, 0.05)
+    recorder = record(trainer)
+    trainer.train()
+    ctx, named = trainer.ctx, list(named_specs(trainer.model))
+    trained = [(spec.name, p) for spec, p in named if p.requires_grad]
+    return {
+        "records": recorder.records,
+        "weights": {spec.name: whole(spec, p.detach(), ctx) for spec, p in named},
+        "gradients": {n: whole(optimizer_shard(p), p.main_grad, ctx) for n, p in trained},  # type: ignore[attr-defined]
+    }
+
+
 def compare(found: list[dict[str, Any]], expected: dict[str, Any], tolerance: float) -> None:
     """Each rank's records and tensors equal those of one rank, and all ranks together hold everything."""
     for rank, outcome in enumerate(found):

@@ -11,14 +11,12 @@ from torch import Tensor
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.flat_shard import optimizer_shard
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.layer_context import make_layer_context
-from megaforge.parallel.param_spec import named_specs
 from megaforge.peft.lora import adapters
 from tests.nn.support import perturb
 from tests.parallel.pool import RankPool
-from tests.parallel.test_pipeline_model import compare, trainer_of, whole
+from tests.parallel.test_pipeline_model import compare, observed, trainer_of
 from tests.training.tiny import VOCAB, arguments, make_config, record, write_dataset
 
 MODEL = ("--hybrid-layer-pattern", "RE*-ME", "--activation", "swiglu", "--moe-aux-loss-coeff", "0.1")
@@ -46,17 +44,7 @@ def flags(prefix: str, *more: str) -> list[str]:
 
 
 def train(argv: list[str]) -> dict[str, Any]:
-    trainer = trainer_of(argv)
-    perturb(trainer.model, trainer.ctx, 0.05)
-    recorder = record(trainer)
-    trainer.train()
-    ctx, named = trainer.ctx, list(named_specs(trainer.model))
-    trained = [(spec.name, p) for spec, p in named if p.requires_grad]
-    return {
-        "records": recorder.records,
-        "weights": {spec.name: whole(spec, p.detach(), ctx) for spec, p in named},
-        "gradients": {n: whole(optimizer_shard(p), p.main_grad, ctx) for n, p in trained},  # type: ignore[attr-defined]
-    }
+    return observed(trainer_of(argv))
 
 
 @pytest.fixture(scope="module")

@@ -12,19 +12,18 @@ import torch
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.flat_shard import optimizer_shard
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.layers import linears
 from megaforge.parallel.linear_op import PLAIN
 from megaforge.parallel.mappings import gather_from_sequence_parallel
-from megaforge.parallel.param_spec import named_specs, spec_of
+from megaforge.parallel.param_spec import spec_of
 from megaforge.quant.linear import QuantizedLinear
 from megaforge.training.trainer import Trainer
 from tests.nn.support import perturb
 from tests.parallel.pool import RankPool
-from tests.parallel.test_pipeline_model import compare, trainer_of, whole
-from tests.training.tiny import VOCAB, arguments, make_config, make_trainer, record, weights, write_dataset
+from tests.parallel.test_pipeline_model import compare, observed, trainer_of, whole
+from tests.training.tiny import VOCAB, arguments, make_config, make_trainer, weights, write_dataset
 
 MODEL = ("--hybrid-layer-pattern", "RE*-", "--activation", "swiglu", "--moe-aux-loss-coeff", "0.1")
 SHORT = ("--train-iters", "2", "--fp64", "--sub-norm", "--moe-shared-expert-intermediate-size", "16")
@@ -65,17 +64,7 @@ def codes_of(trainer: Trainer) -> dict[str, torch.Tensor]:
 def train(argv: list[str]) -> dict[str, Any]:
     """A run, its records, gradients, weights and last codes."""
     trainer = trainer_of(argv)
-    perturb(trainer.model, trainer.ctx, 0.05)
-    recorder = record(trainer)
-    trainer.train()
-    ctx, named = trainer.ctx, list(named_specs(trainer.model))
-    trained = [(spec.name, p) for spec, p in named if p.requires_grad]
-    return {
-        "records": recorder.records,
-        "weights": {spec.name: whole(spec, p.detach(), ctx) for spec, p in named},
-        "gradients": {n: whole(optimizer_shard(p), p.main_grad, ctx) for n, p in trained},  # type: ignore[attr-defined]
-        "codes": codes_of(trainer),
-    }
+    return observed(trainer) | {"codes": codes_of(trainer)}
 
 
 def flags(prefix: str, recipe: str, *more: str) -> list[str]:
