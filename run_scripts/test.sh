@@ -14,9 +14,9 @@ if ! "$PYTHON" -c 'import importlib.metadata as m; m.version("rwkv"); m.version(
 fi
 
 say "running the tests"
+cores="$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)" # which would answer with the threads of OpenMP
 # Many processes share few cores in the parallel tests, so each keeps to one thread.
 export OMP_NUM_THREADS=1
-cores="$(nproc)"
 # A file's tests stay in one process, as they share what its fixtures made; files start in their order, so that the
 # longest, which are in the middle, are not the last.
 "$PYTHON" -m pytest -n "$((cores < 4 ? cores : 4))" --dist loadfile --no-loadscope-reorder "$@"
