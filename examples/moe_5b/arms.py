@@ -75,6 +75,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, metavar="PREFIX", help="the dataset to train on")
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="its tokenizer")
     parser.add_argument("--output", required=True, metavar="DIR", help="where metrics go")
+    parser.add_argument("--train-tokens", metavar="N", help="of each arm (default: the preset's million)")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS), help="default: all")
     parser.add_argument("--small", action="store_true", help="seconds in place of minutes")
     return parser.parse_args(arguments)
@@ -93,6 +94,7 @@ def train(flags: argparse.Namespace, name: str) -> Arm:
         "--device",
         "cpu",
         *(SMALL if flags.small else ()),
+        *(() if flags.train_tokens is None else ("--train-tokens", flags.train_tokens)),
         *ARMS[name],
     ]
     line += ["--data-path", flags.data, "--tokenizer-model", flags.tokenizer, "--num-workers", "0"]
@@ -140,6 +142,8 @@ def table(found: dict[str, Arm]) -> str:
 
 def main() -> int:
     flags = parse_arguments()
+    if flags.small and flags.train_tokens is not None:
+        raise UserError("--train-tokens: --small has its own length; leave one of the two away")
     print(table({name: train(flags, name) for name in flags.arms}))
     return 0
 

@@ -40,6 +40,8 @@ def test_arms_are_trained_once_and_listed(corpus: Path, tmp_path: Path) -> None:
         "without routing (Mamba-2)",
     )
     line += ("--data", str(corpus / "text_text_document"), "--tokenizer", str(corpus / "tok.json"))
+    both = run(1, *line, "--train-tokens", "64")
+    assert both.status != 0 and "--train-tokens: --small has its own length" in both.err
     first = run(1, *line)
     assert first.status == 0, first.err
     rows = first.out.splitlines()[-3:]
