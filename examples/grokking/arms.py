@@ -10,22 +10,19 @@ is unfiltered has. ``--small`` takes seconds: a small prime and model, too few s
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from examples.training_run import train_once
 from megaforge.config.arguments import ArgumentParser
 from megaforge.config.entry import run_entry
 from megaforge.data.images import check_image, save_image
 from megaforge.errors import UserError, require
 from megaforge.monitor.sinks import read_metrics
 
-REPO = Path(__file__).resolve().parents[2]
 ARMS = {
     "none": (),
     "none-0.01": ("--weight-decay", "0.01"),
@@ -65,14 +62,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return flags
 
 
-def line_of(arm: str, seed: int, metrics: Path, small: bool) -> list[str]:
+def line_of(arm: str, seed: int, small: bool) -> list[str]:
     """The command that trains an arm."""
     more = [*SMALL] if small else []
     if small and arm != "ma":  # the window is a flag of one filter
         more = more[:-2]
     return [
         *("pretrain_cdrmix.py", "--config", "examples/grokking/modular.yaml", "--seed", str(seed)),
-        *(*ARMS[arm], *more, "--metrics-file", str(metrics)),
+        *(*ARMS[arm], *more),
     ]
 
 
@@ -85,24 +82,10 @@ def train(flags: argparse.Namespace) -> dict[tuple[str, int], dict[int, float]]:
     """Trains what is missing; the accuracies of each arm and seed."""
     found = {}
     output = Path(flags.output).absolute()
-    output.mkdir(parents=True, exist_ok=True)
     for seed in flags.seeds:
         for arm in flags.arms:
             metrics = output / f"{arm}.{seed}.jsonl"
-            done = metrics.with_suffix(".done")
-            line = line_of(arm, seed, metrics, flags.small)
-            command = shlex.join(line[:-1])  # the folder may have moved
-            if done.exists() and done.read_text() != command:
-                raise UserError(
-                    f"--output {flags.output}: the arm {arm} was trained there by another command: {done.read_text()}; "
-                    f"choose another folder, or delete {done} to train it anew"
-                )
-            if not done.exists():
-                metrics.unlink(missing_ok=True)
-                print(shlex.join(["python", *line]), flush=True)
-                if subprocess.run([sys.executable, *line], cwd=REPO, env=os.environ).returncode:
-                    raise UserError(f"the arm {arm} did not end well; its command is printed above")
-                done.write_text(command)
+            train_once(line_of(arm, seed, flags.small), metrics)
             found[arm, seed] = accuracies(metrics)
     return found
 

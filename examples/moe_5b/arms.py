@@ -8,22 +8,19 @@ An arm that has been trained is not trained again. ``--small`` takes seconds: it
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from examples.training_run import train_once
 from megaforge.config.arguments import ArgumentParser
 from megaforge.config.entry import run_entry
 from megaforge.errors import UserError
 from megaforge.monitor.sinks import read_metrics
 
-REPO = Path(__file__).resolve().parents[2]
 ARMS = {
     "all": (),
     "without grouped queries": ("--num-query-groups", "4"),
@@ -33,18 +30,8 @@ ARMS = {
 }
 SMALL = (  # in which only what runs can be seen
     *("--hidden-size", "32", "--ffn-hidden-size", "32", "--num-experts", "4", "--mamba-head-dim", "16"),
-    *(
-        "--mamba-state-dim",
-        "8",
-        "--seq-length",
-        "32",
-        "--train-iters",
-        "2",
-        "--eval-interval",
-        "2",
-        "--eval-iters",
-        "1",
-    ),
+    *("--mamba-state-dim", "8", "--seq-length", "32", "--train-iters", "2"),
+    *("--eval-interval", "2", "--eval-iters", "1"),
     *("--log-interval", "1", "--lr-warmup-iters", "1", "--micro-batch-size", "2", "--global-batch-size", "2"),
     *("--split", "80,20,0"),
 )
@@ -83,34 +70,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def train(flags: argparse.Namespace, name: str) -> Arm:
     """Trains an arm unless it has been."""
-    output = Path(flags.output).absolute()
-    output.mkdir(parents=True, exist_ok=True)
-    metrics = output / f"{name.split(' (')[0].replace(' ', '-')}.jsonl"
-    done = metrics.with_suffix(".done")
+    metrics = Path(flags.output).absolute() / f"{name.split(' (')[0].replace(' ', '-')}.jsonl"
     line = [
-        "pretrain_cdrmix.py",
-        "--config",
-        "moe-test",
-        "--device",
-        "cpu",
-        *(SMALL if flags.small else ()),
+        *("pretrain_cdrmix.py", "--config", "moe-test", "--device", "cpu", *(SMALL if flags.small else ())),
         *(() if flags.train_tokens is None else ("--train-tokens", flags.train_tokens)),
-        *ARMS[name],
+        *(*ARMS[name], "--data-path", flags.data, "--tokenizer-model", flags.tokenizer, "--num-workers", "0"),
     ]
-    line += ["--data-path", flags.data, "--tokenizer-model", flags.tokenizer, "--num-workers", "0"]
-    command = shlex.join(line)
-    if done.exists() and done.read_text() != command:
-        raise UserError(
-            f"--output {flags.output}: the arm {name!r} was trained there by another command: {done.read_text()}; "
-            f"choose another folder, or delete {done} to train it anew"
-        )
-    if not done.exists():
-        metrics.unlink(missing_ok=True)
-        line += ["--metrics-file", str(metrics)]
-        print(shlex.join(["python", *line]), flush=True)
-        if subprocess.run([sys.executable, *line], cwd=REPO, env=os.environ).returncode:
-            raise UserError(f"the arm {name!r} did not end well; its command is printed above")
-        done.write_text(command)
+    train_once(line, metrics)
     return read(metrics)
 
 

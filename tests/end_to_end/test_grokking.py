@@ -106,8 +106,8 @@ def test_arms_are_trained_once_listed_and_drawn(tmp_path: Path) -> None:
 def test_arms_of_another_command_are_not_mixed_in(tmp_path: Path) -> None:
     arms = load("arms")
     flags = arms.parse_arguments(["--output", str(tmp_path), "--arms", "ema"])
-    line = arms.line_of("ema", 0, tmp_path / "ema.0.jsonl", small=True)
-    (tmp_path / "ema.0.done").write_text(" ".join(line[:-1]))
+    line = arms.line_of("ema", 0, small=True)
+    (tmp_path / "ema.0.done").write_text(" ".join(line))
     with pytest.raises(UserError, match="trained there by another command: pretrain_cdrmix.py .* modular://23"):
         arms.train(flags)
     with pytest.raises(UserError, match="nothing generalises with --small"):
