@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,13 +158,21 @@ def finite(value: Any) -> Any:
 
 def uptime() -> float:
     """Seconds since this process was started, by a clock that nobody sets."""
-    now = time.clock_gettime(time.CLOCK_BOOTTIME)
-    try:
-        with open("/proc/self/stat", encoding="utf-8") as file:
-            ticks = int(file.read().rpartition(")")[2].split()[19])
-        return max(0.0, now - ticks / os.sysconf("SC_CLK_TCK"))
-    except (OSError, ValueError, IndexError):
+    born = process_birth("self")
+    if born is None:
         return time.monotonic() - _IMPORTED
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - born)
+
+
+def process_birth(pid: int | str) -> float | None:
+    """When a process of this machine was started, in seconds since the machine was: with its number that tells it from
+    any other. None: there is no such process, or it has ended and only its parent has not asked yet."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            state, *fields = file.read().rpartition(")")[2].split()
+        return None if state in "ZX" else int(fields[18]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 _IMPORTED = time.monotonic()
@@ -204,13 +212,17 @@ def _event(path: str | os.PathLike[str], number: int, line: bytes) -> dict[str, 
         raise UserError(f"{path}: line {number} is not JSON ({error})") from error
     if not isinstance(event, dict):
         raise UserError(f"{path}: line {number} is not an event")
+    for name in wrong_fields(event):
+        raise UserError(f"{path}: line {number} is not an event ({name} is {event.get(name)!r:.80})")
+    return event
+
+
+def wrong_fields(event: Mapping[str, Any]) -> list[str]:
+    """Names of the fields without which, or as which, an object is not an event."""
     right = {name: _is_number(event.get(name)) for name in ("time", "uptime")}
     right |= {name: event.get(name) is None or _is_number(event[name]) for name in ("seconds", "stall")}
     right |= {"kind": isinstance(event.get("kind"), str), "iteration": _is_whole(event.get("iteration"))}
-    for name, fine in right.items():
-        if not fine:
-            raise UserError(f"{path}: line {number} is not an event ({name} is {event.get(name)!r:.80})")
-    return event
+    return [name for name, fine in right.items() if not fine]
 
 
 def _is_whole(value: Any) -> bool:

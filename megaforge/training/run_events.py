@@ -15,7 +15,7 @@ from megaforge.checkpoint.manifest import sums_digest
 from megaforge.config.launcher import discover_launch, print_rank_0
 from megaforge.errors import UserError
 from megaforge.monitor.accounting import Accounting
-from megaforge.monitor.events import EVENTS_FILE, EventLog, read_events, uptime
+from megaforge.monitor.events import EVENTS_FILE, EventLog, process_birth, read_events, uptime
 from megaforge.monitor.provenance import code_version
 from megaforge.parallel.agree import exchange, together
 from megaforge.training.auditing import open_trail
@@ -54,7 +54,7 @@ def open_events(trainer: Trainer) -> EventLog:
 
 
 def _start(trainer: Trainer) -> dict[str, Any]:
-    launch = discover_launch()
+    launch, metrics = discover_launch(), trainer.config.logging.metrics_file
     restarts = {
         name: int(value)
         for name, variable in (("torchrun_restarts", "TORCHELASTIC_RESTART_COUNT"), ("requeues", "SLURM_RESTART_COUNT"))
@@ -64,9 +64,11 @@ def _start(trainer: Trainer) -> dict[str, Any]:
         "run": trainer.config.name,
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "born": process_birth("self"),
         "launcher": launch.launcher,
         "layout": layout_of(trainer.ctx, len(trainer.model.chunks)),
         "train_iters": trainer.config.training.train_iters,
+        "metrics_file": None if metrics is None else os.path.abspath(metrics),
         **code_version(),
         **restarts,
     }
@@ -121,7 +123,8 @@ class RunEvents(Callback):
         reason = trainer.stop_reason or ("--train-iters is reached" if trainer.finished else "an error")
         if error is not None:
             reason = f"{type(error).__name__}: {error}"
-        trainer.events.tell("end", reason=reason, complete=error is None and trainer.complete)
+        failed = {} if error is None else {"error": reason}
+        trainer.events.tell("end", reason=reason, complete=error is None and trainer.complete, **failed)
         found = self._accounting.goodput()
         spent = {name: round(seconds, 3) for name, seconds in found.spent.items()}
         trainer.events.tell("goodput", share=round(found.share, 4), spent=spent, attempts=found.attempts)

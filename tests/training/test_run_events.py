@@ -10,6 +10,7 @@ from megaforge.checkpoint.manifest import SUMS_FILE, sums_digest
 from megaforge.errors import UserError
 from megaforge.monitor.events import read_events
 from megaforge.monitor.provenance import code_version, environment
+from megaforge.monitor.runs import process_is_there
 from megaforge.planning.goodput_command import of_run
 from megaforge.resilience.requests import Requests
 from tests.training.tiny import arguments, make_trainer, record, write_dataset
@@ -36,6 +37,7 @@ def test_a_run_and_its_continuation_tell_their_story(tmp_path: Path, capsys: pyt
     ]
     start, anew, *_ = events
     assert start["layout"]["world"] == 1 and start["train_iters"] == 4 and start["hosts"] == {start["host"]: 1}
+    assert process_is_there(start) and start["metrics_file"] is None
     assert start.items() >= code_version().items() and "torch" in environment()["packages"]
     assert anew["path"] is None
     loaded = next(event for event in events[9:] if event["kind"] == "load")
@@ -70,7 +72,8 @@ def test_what_went_wrong_is_told(tmp_path: Path) -> None:
     told = read_events(save / "events.jsonl").events
     rejected = next(event for event in told if event["kind"] == "rejected")
     assert rejected["path"] == "step_0000004" and rejected["renamed"] == "step_0000004.damaged"
-    assert told[-2]["kind"] == "end" and told[-2]["reason"] == "UserError: no more" and not told[-2]["complete"]
+    assert told[-2]["kind"] == "end" and not told[-2]["complete"]
+    assert told[-2]["reason"] == told[-2]["error"] == "UserError: no more"
     with pytest.raises(UserError):
         make_trainer([*flags, "--hidden-size", "64"])
     assert read_events(save / "events.jsonl").events[-1]["kind"] == "load"
