@@ -298,7 +298,7 @@ def host_memory_bytes(root: Path = _CGROUP, groups: Path = Path("/proc/self/cgro
         own = base / path.strip("/")
         for place in (own, *own.parents):  # a container may see its own group as the root
             with suppress(OSError, ValueError):
-                sizes.append(int((place / name).read_text()))  # "max" is no number
+                sizes.append(int((place / name).read_text()))  # "max" is not a number
             if place == base:
                 break
     return min(size for size in sizes if size > 0)

@@ -261,7 +261,7 @@ class AdapterFolder:
         for key, tensor in tensors.items():
             module, _, letter = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".lora_")
             if letter not in ("A", "B") or tensor.dim() != 2:
-                raise self._wrong(f"{WEIGHTS_FILE}: {key} is no factor of an adapter")
+                raise self._wrong(f"{WEIGHTS_FILE}: {key} is not a factor of an adapter")
             halves[module][letter] = tensor
         pairs = {}
         for module, found in halves.items():

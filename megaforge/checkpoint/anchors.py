@@ -23,7 +23,7 @@ def check_anchor(anchor: Mapping[str, Any] | None, trail: Trail) -> str | None:
     if anchor is None:
         return None
     if not isinstance(anchor, dict):
-        return "what it keeps of the audit trail is no head"
+        return "what it keeps of the audit trail is not a head"
     if str(anchor.get("trail")) in replaced(trail):
         return None
     count = anchor.get("records")

@@ -99,7 +99,7 @@ def read_secret(
     names, which nobody else may read; None where there are none and they are ``optional``.
 
     Raises:
-        UserError: there are none, there are two, or they are no key. No message shows them.
+        UserError: there are none, there are two, or they are not a key. No message shows them.
     """
     text, file = environment.get(variable), environment.get(file_variable)
     if text and file:

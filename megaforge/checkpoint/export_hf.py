@@ -125,7 +125,7 @@ class _Writer:
                 continue
             rows, columns = part.shape
             if rows % 4:
-                raise UserError(f"{_WANTED}: {part.theirs}: {rows} rows are no multiple of 4; use --to packed")
+                raise UserError(f"{_WANTED}: {part.theirs}: {rows} rows are not a multiple of 4; use --to packed")
             yield part.theirs, (Slot(part.theirs, torch.uint8, (rows // 4, columns)), part)
             scale = f"{part.theirs}_scale"
             yield scale, (Slot(scale, self.model.dtype, (1,)), part)

@@ -1,7 +1,8 @@
 """``--save-replica URL``: a second copy of every checkpoint, at any place that fsspec knows, and its way back.
 
-An object store has no rename: a copy's ``manifest.json`` comes last, and a directory without one is no checkpoint. The
-files are the same bytes, encrypted where the checkpoint is; they are copied from the first copy once that is published.
+An object store has no rename: a copy's ``manifest.json`` comes last, and a directory without one is not a checkpoint.
+The files are the same bytes, encrypted where the checkpoint is; they are copied from the first copy once that is
+published.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Replica:
                 copied = f"{self._root}/{name}"
                 if self._files.exists(copied):
                     if self._files.exists(f"{copied}/{MANIFEST_FILE}"):
-                        self._files.rm_file(f"{copied}/{MANIFEST_FILE}")  # first: half of it is no checkpoint
+                        self._files.rm_file(f"{copied}/{MANIFEST_FILE}")  # first: half of it is not a checkpoint
                     self._files.rm(copied, recursive=True)
             except Exception as error:  # of whatever package the place has
                 logger.warning("--save-replica %s: %s could not be removed: %s", self.url, name, _said(error))

@@ -114,7 +114,7 @@ class RateShape:
             if name not in known:
                 close = get_close_matches(name, known, n=1)
                 raise UserError(
-                    f"a learning-rate shape reads {name!r}, which is no setting of the optimizer section"
+                    f"a learning-rate shape reads {name!r}, which is not a setting of the optimizer section"
                     + (f"; did you mean {close[0]}?" if close else "; leave it out of reads")
                 )
 

@@ -15,7 +15,7 @@ from megaforge.data.sidecar import content_digest
 from megaforge.durable import give_name
 from megaforge.errors import UserError
 
-_OURS = (".lock", ".part", ".mark")  # suffixes of what is no copy
+_OURS = (".lock", ".part", ".mark")  # suffixes of what is not a copy
 
 
 class Cache:

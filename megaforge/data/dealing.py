@@ -20,7 +20,7 @@ class Dealing:
 
     def __init__(self, ranks: int, span: int = 1, unit: int = 1) -> None:
         if ranks % span:
-            raise ValueError(f"{ranks} ranks are no whole spans of {span}")
+            raise ValueError(f"{ranks} ranks are not whole spans of {span}")
         self.ranks, self.span, self.unit = ranks, span, unit
         self.speeds: tuple[float, ...] = (1.0,) * (ranks // span)
 

@@ -18,8 +18,8 @@ FIRST_WAIT = 0.5  # seconds before the first repetition; each further one waits 
 class Patience:
     """Repeats what raises an ``OSError`` up to ``retries`` times.
 
-    A read error of a memory map is no exception but a signal (SIGBUS) that ends the process: what starts ranks again is
-    the repetition there.
+    A read error of a memory map is not an exception but a signal (SIGBUS) that ends the process: what starts ranks
+    again is the repetition there.
     """
 
     def __init__(self, retries: int, tell: Callable[..., None]) -> None:

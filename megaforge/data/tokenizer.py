@@ -322,7 +322,7 @@ def _read_tokenizer_json(path: Path) -> dict[str, Any]:
         raise UserError(f"--tokenizer-model {path}: not a tokenizer.json (it has no 'model')")
     added = definition["added_tokens"] = definition.get("added_tokens") or []
     if not isinstance(added, list) or not all(map(_is_added_token, added)):
-        raise UserError(f"--tokenizer-model {path}: not a tokenizer.json (its 'added_tokens' are no tokens)")
+        raise UserError(f"--tokenizer-model {path}: not a tokenizer.json (its 'added_tokens' are not tokens)")
     definition["truncation"] = definition["padding"] = None
     return definition
 

@@ -128,7 +128,7 @@ def _checked(trail: Trail, number: int, line: bytes, where: str) -> dict[str, An
     except ValueError as error:
         raise BrokenTrailError(f"{where} is not JSON: it was altered") from error
     if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
-        raise BrokenTrailError(f"{where} is no record: it was altered")
+        raise BrokenTrailError(f"{where} is not a record: it was altered")
     named = f"{where} ({record['kind']})"
     try:
         canonical = _encoded(record)

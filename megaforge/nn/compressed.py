@@ -39,7 +39,7 @@ class CompressedActivations(saved_tensors_hooks):
 
     Where infinity or no number is among 64, all of them come back as no number: an overflow stays one.
 
-    Left as they are: weights, whole numbers and truth values, and tensors whose last dimension is no multiple of 64
+    Left as they are: weights, whole numbers and truth values, and tensors whose last dimension is not a multiple of 64
     (statistics of tokens). A tensor that several operations keep is kept once. Parts that are computed again
     (``--recompute``) keep only their inputs so.
     """

@@ -392,9 +392,9 @@ def _remount(directory: str, how: str, check: bool = True) -> None:
 def kinds_named(names: Sequence[str]) -> list[str]:
     """
     Raises:
-        UserError: one is no kind.
+        UserError: one is not a kind.
     """
     for name in names:
         if name not in KINDS:
-            raise UserError(f"--kinds: {name!r} is no kind of fault; there are {', '.join(map(repr, KINDS))}")
+            raise UserError(f"--kinds: {name!r} is not a kind of fault; there are {', '.join(map(repr, KINDS))}")
     return list(names)

@@ -311,7 +311,7 @@ def test_slow_groups_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
         packed, here = (torch.empty(4, 20, dtype=torch.uint8, device=device) for device in ("cuda", "cpu"))
     for tensor, columns, groups in ((packed, 80, 1), (packed, 64, 2), (here, 80, 2), (packed, 80, 2)):
         cuda.say_plain(tensor, columns, groups)
-    assert said == ["bitgemm: groups of 40 columns are no multiple of 32"]
+    assert said == ["bitgemm: groups of 40 columns are not a multiple of 32"]
 
 
 @pytest.mark.parametrize(("form", "tile"), [(MMA, 32), (MMA, 128), (WGMMA, 128)])

@@ -55,7 +55,7 @@ TAMPERED: dict[str, tuple[Callable[[Lines], Lines], str]] = {
     "a repeated record": (lambda r: [*r[:3], r[2], *r[3:]], r"line 4 \(save\) is record 2, expected 3"),
     "an insertion": (lambda r: [*r[:3], forged(r[3], step=9), *r[3:]], r"line 5 \(save\) is record 3, expected 4"),
     "no JSON": (lambda r: [*r[:3], b"\xff{", *r[3:]], "line 4 is not JSON"),
-    "no record": (lambda r: [*r[:3], b"[1]", *r[3:]], "line 4 is no record"),
+    "no record": (lambda r: [*r[:3], b"[1]", *r[3:]], "line 4 is not a record"),
     "an empty line": (lambda r: [*r[:3], b"", *r[3:]], "line 4 is not JSON"),
     "another first record": (lambda r: [forged(r[0], kind="start"), *r[1:]], "a trail begins with its name"),
     "nothing": (lambda r: [], "holds no record"),

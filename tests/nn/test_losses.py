@@ -24,7 +24,7 @@ def test_a_sum_in_16_bits_is_divided_in_fp32() -> None:
     count = torch.tensor(3001.0, dtype=torch.float64)
     loss = total_loss({"a": LossTerm(a, "labels", 0.5)}, {"labels": count})
     assert loss is not None and loss.dtype == torch.float32
-    assert float(loss.detach()) == pytest.approx(500 / 3001, rel=1e-6), "3001 is no number of bf16"
+    assert float(loss.detach()) == pytest.approx(500 / 3001, rel=1e-6), "3001 is not a number of bf16"
 
 
 def test_what_is_not_counted_is_named() -> None:

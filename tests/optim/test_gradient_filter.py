@@ -177,7 +177,7 @@ def test_an_update_that_is_left_out_does_not_enter(ranks: RankPool, tmp_path: Pa
     prefix = write_dataset(tmp_path / "train_text_document")
     scaling = ("--fp16", "--initial-loss-scale", "4", "--hysteresis", "1", "--zero", "1", "--micro-batch-size", "1")
     line = arguments(prefix, *scaling, "--clip-grad", "0", "--clip-grad-value", "1e30", *FLAGS[kind])
-    # The first is no number of fp32; the second one is, but its filtered form is not.
+    # The first is not a number of fp32; the second one is, but its filtered form is not.
     for _, updates, steps in ranks.run(2, train, line, {2: math.inf, 4: 3e38}):
         assert updates == 4
         assert [step["skipped"] for step in steps] == [0, 1, 0, 1, 0, 0]

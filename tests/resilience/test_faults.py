@@ -213,5 +213,5 @@ def test_a_plan_is_armed_by_the_environment(tmp_path, monkeypatch):
 
 def test_kinds_are_named_right():
     assert kinds_named(["hang"]) == ["hang"]
-    with pytest.raises(UserError, match="--kinds: 'flood' is no kind of fault"):
+    with pytest.raises(UserError, match="--kinds: 'flood' is not a kind of fault"):
         kinds_named(["flood"])

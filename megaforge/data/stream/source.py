@@ -208,7 +208,7 @@ def open_stream(config: Config, tokenizer: Tokenizer | None) -> StreamData:
     """The streams of ``--data-path``.
 
     Raises:
-        UserError: no files, a file that is no text, or no tokenizer.
+        UserError: no files, a file that is not text, or no tokenizer.
     """
     data = config.data
     assert tokenizer is not None  # checked before

@@ -32,7 +32,7 @@ def panel_shape(rows: int, bits: int, columns: int) -> tuple[int, int]:
 def say_plain(packed: Tensor, columns: int, groups: int) -> None:
     """Says once that a GPU computes these groups in a slow way, where it does."""
     if packed.device.type == "cuda" and groups > 1 and columns // groups % UNIT and "cuda" in COMPILED:
-        why = f"groups of {columns // groups} columns are no multiple of {UNIT}"
+        why = f"groups of {columns // groups} columns are not a multiple of {UNIT}"
         say_fallback("bitgemm", why, "one thread a result on GPUs, many times slower")
 
 

@@ -56,7 +56,7 @@ def steps_by_cuda(x: Tensor, triples: Iterable[tuple[float, float, float]], wgmm
         [b, m, n] bf16. A matrix with a NaN becomes NaN; the others are what they are without it.
 
     Raises:
-        RuntimeError: sides that are no multiples of 8, another dtype, or wgmma asked for where it is not.
+        RuntimeError: sides that are not multiples of 8, another dtype, or wgmma asked for where it is not.
     """
     if wgmma is None:
         wgmma = has_wgmma(x.device) and os.environ.get(SWITCH) != "0"

@@ -20,7 +20,7 @@ def pack_rows(codes: Tensor) -> Tensor:
     """
     rows, columns = codes.shape
     if rows % 4:
-        raise ValueError(f"{rows} rows are no multiple of 4")
+        raise ValueError(f"{rows} rows are not a multiple of 4")
     if codes.numel() and int(codes.abs().max()) > 1:
         raise ValueError("a code is not -1, 0 or 1")
     parts = (codes + 1).to(torch.uint8).view(4, rows // 4, columns)

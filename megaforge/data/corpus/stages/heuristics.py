@@ -1,4 +1,4 @@
-"""Documents that are no running text by simple counts: symbol soup, number tables, lists of keywords, repetition."""
+"""Documents that are not running text by simple counts: symbol soup, number tables, lists of keywords, repetition."""
 
 from __future__ import annotations
 
