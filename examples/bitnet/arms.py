@@ -52,6 +52,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     BINARY: ("--quantize-weights", "binary"),
     "ternary, grokfast": ("--quantize-weights", "ternary", "--grokfast", "ema"),
 }
+TEACHER = "teacher"  # of the runs that distil
 AT_ONCE, BY_AND_BY = "at once", "by and by"
 WITHIN = 1.1  # times the bits per byte of full precision
 
@@ -141,15 +142,26 @@ class Example:
         self.output = Path(flags.output).absolute()
         self.output.mkdir(parents=True, exist_ok=True)
 
-    def train(self, name: str, iterations: int, more: tuple[str, ...], load: str | None = None) -> Trained:
+    def train(
+        self,
+        name: str,
+        iterations: int,
+        more: tuple[str, ...],
+        load: str | None = None,
+        *,
+        teacher: str | None = None,
+    ) -> Trained:
         """Trains the run ``name`` unless it has been.
 
         Args:
             load: the arm whose checkpoint it begins with; None: random weights.
+            teacher: the run whose checkpoint it distils.
         """
         stem = self.output / name.replace(", ", "-").replace(" ", "-")
         line = [*self.budget.base, "--device", "cpu", "--train-iters", str(iterations), *more]
-        done, command = stem.with_suffix(".pt"), shlex.join([*line, *([] if load is None else ["--load", load])])
+        others = {"--load": load, "--distill-from": teacher}
+        named = [word for flag, other in others.items() if other is not None for word in (flag, other)]
+        done, command = stem.with_suffix(".pt"), shlex.join([*line, *named])
         if done.exists():
             kept = torch.load(done, weights_only=True)
             if kept.pop("command") != command:
@@ -164,10 +176,12 @@ class Example:
         metrics.unlink(missing_ok=True)
         line += ["--data-path", self.flags.data, "--tokenizer-model", self.flags.tokenizer]
         line += ["--num-workers", "0", "--log-interval", "1", "--metrics-file", str(metrics)]
-        if name in ARMS or load is not None:
+        if name in (*ARMS, TEACHER) or load is not None:
             line += ["--save", str(stem), "--save-interval", str(iterations)]
         if load is not None:
             line += ["--finetune", "--load", str(self.output / load.replace(" ", "-"))]
+        if teacher is not None:
+            line += ["--distill-from", str(self.output / teacher)]
         print(shlex.join(["python", "pretrain_cdrmix.py", *line]), flush=True)
         found = read(metrics, *pretrain(line))
         torch.save({"command": command, **vars(found)}, done)
@@ -193,11 +207,13 @@ class Example:
         """Short runs without and with it."""
         n = self.budget.option
         first, second = option.lines(n)
-        return self._short(first, n), self._short(second, n)
+        if option.distils:
+            self.train(TEACHER, n, ())
+        return self._short(first, n), self._short(second, n, TEACHER if option.distils else None)
 
-    def _short(self, more: tuple[str, ...], iterations: int) -> Trained:
+    def _short(self, more: tuple[str, ...], iterations: int, teacher: str | None = None) -> Trained:
         name = "option " + " ".join(word.removeprefix("--").replace(":", "_").replace("/", "_") for word in more)
-        return self.train(name.strip(), iterations, (*more, "--eval-interval", str(iterations)))
+        return self.train(name.strip(), iterations, (*more, "--eval-interval", str(iterations)), teacher=teacher)
 
 
 def pretrain(line: list[str]) -> tuple[dict[str, Tensor], QuantizedSize]:

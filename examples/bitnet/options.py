@@ -24,11 +24,13 @@ class Option:
         flags: with it; ``{third}``, ``{half}`` and ``{two}`` are a third, a half and two thirds of the iterations.
         base: without it.
         records: the number that it records, where it changes nothing else.
+        distils: with it the run learns from one in full precision, as long as itself.
     """
 
     flags: tuple[str, ...]
     base: tuple[str, ...] = TERNARY
     records: str | None = None
+    distils: bool = False
 
     @property
     def title(self) -> str:
@@ -91,5 +93,7 @@ OPTIONS = (
     Option(("--quant-clip", "both", "--quant-clip-interval", "{third}")),
     Option(("--quant-clip-interval", "2"), base=CLIPPED),
     Option(("--quant-clip-grid", "1.3", "1.4"), base=CLIPPED),
+    Option(("--objective", "distillation"), distils=True),
+    Option(("--objective", "distillation", "--distill-relation-weight", "1"), distils=True),
     Option(("--log-quantization",), records="quant_error"),
 )
