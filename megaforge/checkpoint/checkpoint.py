@@ -283,19 +283,21 @@ def load_checkpoint(
     return manifest.meta
 
 
-def _layouts(there: Mapping[str, int], here: Mapping[str, int]) -> str:
-    """The axes whose size is another one, of the experts only where the others agree."""
-    other = [name for name, size in here.items() if there.get(name, size) != size and name != "world"] or ["world"]
-    named = [name for name in other if name not in ("etp", "edp")] or other
-    before, now = (", ".join(f"{name} {sizes[name]}" for name in named) for sizes in (there, here))
-    return f"was written at {before}, this run is {now}"
+def _layouts(there: Mapping[str, int], here: Mapping[str, int]) -> str | None:
+    """The axes whose size is another one, of the experts only where the others agree; None where all agree. An older
+    checkpoint does not name all of them, and one that is unknown here has one rank."""
+    other = [name for name, size in there.items() if size != here.get(name, 1)]
+    for left_out in (("etp", "edp", "world"), ("world",), ()):
+        if named := [name for name in other if name not in left_out]:
+            before = ", ".join(f"{name} {there[name]}" for name in named)
+            return f"was written at {before}, this run is {', '.join(f'{name} {here.get(name, 1)}' for name in named)}"
+    return None
 
 
 def _why_ranks_differ(manifest: Manifest, ctx: ParallelContext, chunks: int = 1) -> str | None:
     """Why no rank here can take what a rank there kept for itself; None when it can."""
-    here = layout_of(ctx, chunks)
-    if here | dict(manifest.layout) != here:  # an older checkpoint does not name all of them
-        return _layouts(manifest.layout, here)
+    if other := _layouts(manifest.layout, layout_of(ctx, chunks)):
+        return other
     if not any(key.startswith(RANK_PREFIX) for key in manifest.tensors):
         return "was not written by the ranks of a run"
     return None

@@ -62,6 +62,9 @@ def test_another_layout_is_told_by_the_axes_that_changed():
         "was written at tp 2, dp 1, this run is tp 1, dp 2"
     )
     assert _layouts(layout, {**layout, "etp": 1, "edp": 2}) == "was written at etp 2, edp 1, this run is etp 1, edp 2"
+    assert _layouts({"other": 2, "tp": 1}, {"tp": 1, "world": 1}) == "was written at other 2, this run is other 1"
+    assert _layouts({"other": 1}, {"tp": 4, "world": 4}) is None
+    assert _layouts({"tp": 1, "world": 2}, {"tp": 1, "world": 1}) == "was written at world 2, this run is world 1"
 
 
 def _message(action) -> str:
