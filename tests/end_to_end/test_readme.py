@@ -111,6 +111,7 @@ DOCUMENTS = [
     "docs/architecture.md",
     "docs/checkpoints.md",
     "docs/corpus.md",
+    "docs/dashboard.md",
     "docs/data.md",
     "docs/finetuning.md",
     "docs/from_huggingface.md",

@@ -50,6 +50,11 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments
         (("--load", "x", "--save", "x.safetensors", "--tp", "2"), "--tp: one file has no layout"),
         (("--load", "x", "--save", "y", "--tp", "0"), "--tp 0: must be at least 1"),
     ],
+    "tools/dashboard.py": [
+        ((), "--runs"),
+        (("--runs", "nowhere"), "--runs nowhere: is not a directory"),
+        (("--runs", ".", "--port", "70000"), "--port 70000: must be"),
+    ],
     "tools/directory_to_jsonl.py": [(("--output", "x.jsonl", "--max-file-mb", "nan"), "--max-file-mb nan")],
     "tools/evaluate.py": [(("--load", "x", "--input", "y", "--baseline", "bigram"), "need each other")],
     "tools/generate.py": [

@@ -1,0 +1,101 @@
+// What holds for all runs: overall progress with the time left, the machine, alerts.
+import { useEffect, useState } from "react";
+import type { Alert, Machine, Overall, State } from "./api";
+import { bytes, clock, seconds, share } from "./format";
+import { Bar } from "./RunsTable";
+
+function Progress({ name, overall }: { name: string; overall: Overall }) {
+  return (
+    <div className="overall" data-overall={name}>
+      <div>
+        <strong>{name}</strong> <span className="quiet">{overall.line}</span>
+      </div>
+      <Bar value={overall.share} label={`overall progress of ${name}`} />
+      <div className="quiet">
+        {overall.completed} of {overall.models} complete, {overall.running} running
+        {overall.failed > 0 && <strong className="bad">, {overall.failed} failed</strong>}
+        {overall.running > 0 && overall.eta_seconds !== null && `, ${seconds(overall.eta_seconds)} left`}
+      </div>
+    </div>
+  );
+}
+
+export function Progresses({ state }: { state: State }) {
+  return (
+    <section aria-label="Progress" className="card">
+      <h2>Progress</h2>
+      <Progress name="all runs" overall={state.overall} />
+      {Object.entries(state.fleets).map(([name, overall]) => (
+        <Progress key={name} name={`fleet ${name}`} overall={overall} />
+      ))}
+    </section>
+  );
+}
+
+function Gauge({ title, used, total, text }: { title: string; used: number | null; total: number | null; text: string }) {
+  const value = used !== null && total ? used / total : null;
+  return (
+    <div className="gauge" data-gauge={title}>
+      <span>{title}</span>
+      <meter min={0} max={1} high={0.9} optimum={0} value={value ?? 0} aria-label={title} />
+      <span className={value !== null && value > 0.9 ? "bad" : "quiet"}>{text}</span>
+    </div>
+  );
+}
+
+export function Resources({ machine }: { machine: Machine | null }) {
+  if (machine === null) return null;
+  const of = (used: number | null, total: number | null) => `${bytes(used)} of ${bytes(total)}`;
+  return (
+    <section aria-label="Resources" className="card">
+      <h2>
+        Resources <span className="quiet">{machine.host}</span>
+      </h2>
+      <Gauge title="CPU" used={machine.cpu_share} total={1} text={`${share(machine.cpu_share)} of ${machine.cpus} cores`} />
+      <Gauge title="Memory" used={machine.memory_bytes} total={machine.memory_total_bytes} text={of(machine.memory_bytes, machine.memory_total_bytes)} />
+      <Gauge title="Disk" used={machine.disk_bytes} total={machine.disk_total_bytes} text={of(machine.disk_bytes, machine.disk_total_bytes)} />
+      {machine.gpus.map((gpu, index) => (
+        <div key={index}>
+          <Gauge title={`GPU ${index}`} used={gpu.used_share} total={1} text={`${share(gpu.used_share)} of ${gpu.name}`} />
+          <Gauge title={`GPU ${index} memory`} used={gpu.memory_bytes} total={gpu.memory_total_bytes} text={of(gpu.memory_bytes, gpu.memory_total_bytes)} />
+        </div>
+      ))}
+      {machine.gpus.length === 0 && <p className="quiet">no GPU</p>}
+    </section>
+  );
+}
+
+export function Alerts({ alerts, show }: { alerts: Alert[]; show: (name: string) => void }) {
+  return (
+    <section aria-label="Alerts" className="card" aria-live="polite">
+      <h2>Alerts</h2>
+      {alerts.length === 0 && <p className="quiet">none</p>}
+      <ul className="plain">
+        {alerts.map((alert, index) => (
+          <li key={index} className={alert.state === "resolved" ? "quiet" : "bad"} data-alert={alert.alert} data-state={alert.state}>
+            <button className="link" onClick={() => show(alert.run)}>
+              {alert.run}
+            </button>{" "}
+            <strong>{alert.alert}</strong> {alert.state}: {alert.text} <span className="quiet">{clock(alert.time)}</span>
+          </li>
+        ))}
+      </ul>
+    </section>
+  );
+}
+
+/** Whether the page is dark: as the system has it until the user says. */
+export function useDark(): [boolean, () => void] {
+  const system = window.matchMedia("(prefers-color-scheme: dark)");
+  const [dark, setDark] = useState(() => (localStorage.getItem("dark") ?? String(system.matches)) === "true");
+  useEffect(() => {
+    document.documentElement.dataset.theme = dark ? "dark" : "light";
+  }, [dark]);
+  return [
+    dark,
+    () => {
+      localStorage.setItem("dark", String(!dark));
+      setDark(!dark);
+    },
+  ];
+}

@@ -1,0 +1,127 @@
+"""What the page shows of one run when it is opened: its start, checkpoints, samples, audit trail, compliance."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megaforge.errors import UserError
+from megaforge.json_text import parse_json
+from megaforge.monitor.audit import AUDIT_FILE, BrokenTrailError, read_trail
+from megaforge.monitor.events import finite
+from megaforge.monitor.jsonl_tail import JsonlTail
+from megaforge.monitor.runs import Run
+
+SAMPLES_FILE = "samples.jsonl"  # what tools/generate.py --json wrote there
+COMPLIANCE_FILE = "compliance.json"
+_EVENTS, _SAMPLES = 200, 50  # the newest
+_LARGEST = 1 << 20  # bytes of a report that is read
+_START = ("run", "host", "pid", "launcher", "layout", "version", "commit", "dirty", "metrics_file")
+
+
+def detail(run: Run) -> dict[str, Any]:
+    """All panels but the audit trail's, whose check reads the whole trail."""
+    return {
+        "name": run.name,
+        "start": {name: run.start[name] for name in _START if name in run.start},
+        "events": finite(run.events[-_EVENTS:][::-1]),
+        "checkpoints": checkpoints(run),
+        "samples": samples(run.directory),
+        "compliance": compliance(run.directory),
+    }
+
+
+def checkpoints(run: Run) -> list[dict[str, Any]]:
+    """Those that the run saved and that are still there, the newest first; ``sums`` is the digest of all that is in
+    one, as the run told it."""
+    found: dict[str, dict[str, Any]] = {}
+    for event in run.events:
+        name = event.get("path")
+        # A name with a separator would lead elsewhere; runs write none.
+        if event["kind"] == "save" and isinstance(name, str) and not event.get("error") and name == Path(name).name:
+            size = _bytes_below(run.directory / name)
+            if size is not None:
+                found[name] = {
+                    "name": name,
+                    "iteration": event["iteration"],
+                    "time": event["time"],
+                    "sums": event.get("sums"),
+                    "bytes": size,
+                }
+    return sorted(found.values(), key=lambda one: (one["iteration"], one["time"]), reverse=True)
+
+
+def _bytes_below(directory: Path) -> int | None:
+    """Of the files in a directory and those below it; None where it is not there (any more)."""
+    if not directory.is_dir():
+        return None
+    total = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(folder, name)).st_size
+            except OSError:  # it went just now
+                continue
+    return total
+
+
+def samples(directory: Path) -> list[dict[str, Any]]:
+    """The newest texts that the run's model wrote: ``prompt`` and ``text``, of which iteration where that is known."""
+    tail = JsonlTail(directory / SAMPLES_FILE)
+    records: list[dict[str, Any]] = []
+    while True:
+        records = [*records, *tail.read()][-_SAMPLES:]
+        if not tail.behind:
+            break
+    found = []
+    for record in reversed(records):
+        text = record.get("text", record.get("completion"))
+        if isinstance(text, str):
+            iteration = record.get("iteration")
+            prompt = record.get("prompt")
+            found.append(
+                {
+                    "iteration": iteration if type(iteration) is int else None,
+                    "prompt": prompt if isinstance(prompt, str) else "",
+                    "text": text,
+                }
+            )
+    return found
+
+
+def compliance(directory: Path) -> dict[str, Any] | None:
+    """The run's report, as far as it is one; None where there is none."""
+    path = directory / COMPLIANCE_FILE
+    try:
+        if path.stat().st_size > _LARGEST:
+            return {"problem": f"{COMPLIANCE_FILE} is larger than {_LARGEST} bytes"}
+        report = parse_json(path.read_bytes())
+    except OSError:
+        return None
+    except ValueError as error:
+        return {"problem": f"{COMPLIANCE_FILE} is not JSON ({error})"}
+    if not isinstance(report, dict):
+        return {"problem": f"{COMPLIANCE_FILE} is not a report"}
+    return dict(finite(report))
+
+
+def audit(directory: Path) -> dict[str, str]:
+    """Whether the run's audit trail holds; ``tools/audit.py verify`` also compares it with the checkpoints."""
+    path = directory / AUDIT_FILE
+    if not path.exists():
+        return {"state": "absent", "message": "this run keeps no audit trail (--audit-trail)"}
+    try:
+        trail = read_trail(path)
+    except BrokenTrailError as error:
+        return {"state": "broken", "message": str(error)}
+    except UserError as error:
+        return {"state": "broken", "message": f"it cannot be read: {error}"}
+    signed = f", {trail.signed} of them signed" if trail.signed else ", none of them signed"
+    return {"state": "holds", "message": f"{len(trail.records)} records hold{signed}"}
+
+
+def as_json(value: Any) -> bytes:
+    """Of what this module gives."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()

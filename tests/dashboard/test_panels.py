@@ -1,0 +1,108 @@
+"""What is shown of one run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megaforge.dashboard import panels
+from megaforge.dashboard.machine import MachineMeter, parse_gpus
+from megaforge.monitor.audit import AuditTrail
+from megaforge.monitor.runs import Run
+from tests.dashboard.serving import a_run, told
+
+
+def polled(folder: Path) -> Run:
+    run = Run("r", folder)
+    run.poll()
+    return run
+
+
+def test_checkpoints_are_those_that_are_there(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "r")
+    for iteration, fields in (
+        (2, {"path": "step_2", "sums": "ab"}),
+        (4, {"path": "step_4", "sums": None}),
+        (5, {"path": "step_5", "error": "OSError: full"}),
+        (6, {"path": "../secret"}),
+        (7, {"path": None}),
+        (8, {"path": 7}),
+        (9, {"path": "step_9"}),  # retained no longer
+    ):
+        told(folder, "save", iteration, float(iteration), **fields)
+    for name in ("step_2", "step_4", "step_5", "../secret"):
+        (folder / name / "inner").mkdir(parents=True)
+        (folder / name / "inner" / "x").write_bytes(b"123")
+    found = panels.checkpoints(polled(folder))
+    assert found == [
+        {"name": "step_4", "iteration": 4, "time": 4.0, "sums": None, "bytes": 3},
+        {"name": "step_2", "iteration": 2, "time": 2.0, "sums": "ab", "bytes": 3},
+    ]
+
+
+def test_samples_of_generate(tmp_path: Path) -> None:
+    assert panels.samples(tmp_path) == []
+    lines = [{"index": 0, "sample": 0, "prompt": "Once", "text": " upon", "tokens": 1, "end": "length"}] * 60
+    lines += [{"prompt": 3, "text": "x", "iteration": 7}, {"prompt": "no text"}]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"torn')
+    found = panels.samples(tmp_path)
+    assert found[0] == {"iteration": 7, "prompt": "", "text": "x"} and len(found) == 49
+    assert found[1] == {"iteration": None, "prompt": "Once", "text": " upon"}
+
+
+def test_a_report_of_compliance(tmp_path: Path) -> None:
+    path = tmp_path / "compliance.json"
+    assert panels.compliance(tmp_path) is None
+    for content, expected in (
+        ('{"score": 0.97, "gap": NaN}', {"score": 0.97, "gap": None}),
+        ("[1]", {"problem": "compliance.json is not a report"}),
+        ("{" + " " * (1 << 20) + "}", {"problem": "compliance.json is larger than 1048576 bytes"}),
+    ):
+        path.write_text(content)
+        assert panels.compliance(tmp_path) == expected
+    path.write_text("{")
+    assert "is not JSON" in (panels.compliance(tmp_path) or {})["problem"]
+
+
+def test_the_audit_trail_is_verified(tmp_path: Path) -> None:
+    assert panels.audit(tmp_path)["state"] == "absent"
+    trail = AuditTrail(tmp_path / "audit.jsonl")
+    trail.append("save", path="step_1")
+    trail.append("end")
+    assert panels.audit(tmp_path) == {"state": "holds", "message": "3 records hold, none of them signed"}
+    content = (tmp_path / "audit.jsonl").read_bytes()
+    (tmp_path / "audit.jsonl").write_bytes(content.replace(b"step_1", b"step_2"))
+    found = panels.audit(tmp_path)
+    assert found["state"] == "broken" and "line 2 (save)" in found["message"]
+
+
+def test_the_whole_of_a_run_is_json(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "r")
+    told(folder, "evaluate", 4, 9.0, loss=float("nan"))
+    found = panels.detail(polled(folder))
+    assert found["start"] == {"run": "r", "host": "elsewhere", "pid": 1}
+    assert [event["kind"] for event in found["events"]] == ["evaluate", "start"]
+    assert json.loads(panels.as_json(found))["events"][0]["loss"] is None
+
+
+def test_the_machine_is_measured(tmp_path: Path) -> None:
+    meter = MachineMeter(tmp_path)
+    found = meter()
+    assert 0 <= found["cpu_share"] <= 1 and found["cpus"] >= 1
+    assert 0 < found["memory_bytes"] <= found["memory_total_bytes"]
+    assert 0 < found["disk_bytes"] <= found["disk_total_bytes"]
+    assert json.loads(panels.as_json(found)) == found
+    gone = MachineMeter(tmp_path / "gone")()
+    assert gone["disk_bytes"] is None
+
+
+def test_the_words_of_nvidia_smi() -> None:
+    text = "NVIDIA H100 80GB HBM3, 87, 1024, 81559\nA, odd name, [N/A], 5, 10\n\nbroken"
+    first, second = parse_gpus(text)
+    assert first == {
+        "name": "NVIDIA H100 80GB HBM3",
+        "used_share": 0.87,
+        "memory_bytes": 2**30,
+        "memory_total_bytes": 81559 * 2**20,
+    }
+    assert (second["name"], second["used_share"]) == ("A, odd name", None)
