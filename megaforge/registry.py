@@ -265,6 +265,29 @@ ARCHITECTURES = Registry(  # by their model_type in Hugging Face's config.json
 PEFT_METHODS = Registry(  # converters too
     "method of --peft", {"lora": "megaforge.peft.lora:lora", "bitfit": "megaforge.peft.bitfit:bitfit"}
 )
+TASKS = Registry(  # what makes examples (megaforge.tasks.example.Task)
+    "task",
+    {
+        "passkey": "megaforge.tasks.retrieval:PASSKEY",
+        "needle": "megaforge.tasks.retrieval:NEEDLE",
+        "recall": "megaforge.tasks.retrieval:RECALL",
+        "variable_tracking": "megaforge.tasks.tracking:VARIABLE_TRACKING",
+        "copying": "megaforge.tasks.rules:COPYING",
+        "modular_arithmetic": "megaforge.tasks.rules:MODULAR_ARITHMETIC",
+    },
+    entry_points="megaforge.tasks",
+)
+TEXT_METRICS = Registry(  # of written answers (megaforge.tasks.metrics.TextMetric)
+    "metric",
+    {
+        "exact_match": "megaforge.tasks.metrics:EXACT_MATCH",
+        "contains": "megaforge.tasks.metrics:CONTAINS",
+        "last_number": "megaforge.tasks.metrics:LAST_NUMBER",
+        "bleu": "megaforge.tasks.metrics:BLEU",
+        "refusal": "megaforge.tasks.metrics:REFUSAL",
+    },
+    entry_points="megaforge.metrics",
+)
 CONVERTERS = Registry("converter", {"bitnet": "megaforge.quant.converter:bitnet"})
 
 

@@ -68,6 +68,7 @@ COVERED = {
     "config/run_partners.py": "config/test_partners.py",
     "quant/products.py": "quant/test_linear.py",
     "optim/norms.py": "training/test_decoupled_lr.py",
+    "tasks/": "tasks/test_tasks.py",
     "training/fault_steps.py": "training/test_save_lock.py",
     "training/final_test.py": "training/test_decoupled_lr.py",
     "training/norms.py": "training/test_decoupled_lr.py",

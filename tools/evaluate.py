@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Perplexity and bits per byte of a trained model on a text file or a dataset.
+"""Perplexity and bits per byte of a trained model on a text file or a dataset; or what it answers to tasks.
 
     python tools/evaluate.py --load runs/small --input book.txt
     torchrun --nproc-per-node 2 tools/evaluate.py --load runs/small --input data/heldout_text_document --json
     python tools/evaluate.py --load runs/small --input data/heldout_text_document \\
         --baseline bigram --train-data data/train_text_document
+    python tools/evaluate.py --load runs/small --tasks passkey recall --lengths 256 512 --plot lengths.png
 
 Every token is predicted once, from the tokens before it in a window of the training length; of a dataset the run was
 trained on, only its validation part counts. Of a run with --eod-mask-loss too every token counts; its own validation
 leaves out the first token of each document, and so differs. Under torchrun the ranks share the model (--pp
-stages, each over --tp ranks) and the windows.
+stages, each over --tp ranks) and the windows. Tasks are those of docs/evaluation.md, or files that say more.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from megaforge.config.launcher import discover_launch
 from megaforge.data.split import PARTS
 from megaforge.errors import UserError
 from megaforge.inference.open_model import add_model_flags, open_model
+from megaforge.inference.task_command import add_task_flags, check_task_flags, evaluate_tasks
 
 if TYPE_CHECKING:
     from megaforge.inference.evaluation import Stream
@@ -41,7 +43,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags of the command line."""
     parser = ArgumentParser(description=__doc__)
     add_model_flags(parser)
-    parser.add_argument("--input", required=True, help="a text, JSON Lines or Parquet file, or a dataset's prefix")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--input", help="a text, JSON Lines or Parquet file, or a dataset's prefix")
+    what.add_argument("--tasks", nargs="+", metavar="NAME|FILE.yaml", help="what to ask the model")
     parser.add_argument("--part", choices=(*PARTS, "all"), help="which documents of a dataset (default: see above)")
     parser.add_argument("--json-key", metavar="KEY", help="where a JSONL line has its text (default: as in training)")
     parser.add_argument("--seq-length", type=integer(1), help="tokens of a window (default: as in training)")
@@ -49,7 +53,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--baseline", choices=("bigram",), help="also fit this model and print it beside ours")
     parser.add_argument("--train-data", metavar="PREFIX", help="what the baseline is fitted on")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_task_flags(parser)
     flags = parser.parse_args(arguments)
+    check_task_flags(flags)
     if (flags.baseline is None) != (flags.train_data is None):
         raise UserError("--baseline bigram and --train-data PREFIX need each other")
     return flags
@@ -140,6 +146,10 @@ def main() -> int:
     from megaforge.inference.evaluation import evaluate_stream
     from megaforge.parallel.distributed import shutdown
 
+    if flags.tasks:
+        evaluate_tasks(flags, open_model(flags))
+        shutdown()
+        return 0
     check_input(flags)
     trained = open_model(flags)
     stream = load_stream(flags, trained)

@@ -18,7 +18,7 @@ from megaforge.inference.fused_step import FusedStep
 from megaforge.inference.recorded_steps import Record, RecordedSteps
 from megaforge.models.ahead import Drafts, Ends
 from megaforge.models.generation_state import GenerationState
-from megaforge.models.hybrid import HybridModel
+from megaforge.models.hybrid import HybridModel, ModelOutput
 from megaforge.models.pipeline_shape import PipelinePlan
 from megaforge.models.stages import ModelChunks, plan_pipeline, stage_executors
 from megaforge.parallel.pipeline.executor import StageOutput
@@ -133,16 +133,32 @@ class StagedModel:
         Args:
             batches: of one shape [b, s]; several keep the stages busy at the same time.
         """
+        return torch.stack(self._measure(batches, lambda output: [output.loss_sum, output.correct], ())).sum(0)
+
+    @torch.no_grad()
+    def sequence_sums(self, batches: Sequence[Batch]) -> Tensor:
+        """:meth:`sums` of each sequence by itself: fp64 [b, 2] of each batch, one after the other."""
+
+        def by_sequence(output: ModelOutput) -> list[Tensor]:
+            losses, correct = output.losses_SB.double(), output.correct_SB.double()
+            return [(values * output.mask_SB.double()).sum(0) for values in (losses, correct)]
+
+        found = self._measure(batches, by_sequence, batches[0].tokens.shape[:1])
+        return torch.cat([sums.t() for sums in found])
+
+    def _measure(
+        self, batches: Sequence[Batch], sums: Callable[[ModelOutput], list[Tensor]], shape: Sequence[int]
+    ) -> list[Tensor]:
+        """Two ``sums`` of each batch, fp64 [2, *shape]; 0 on ranks without the last stage."""
 
         def measure(batch: Batch, received: _Tensors) -> tuple[Tensor, _Tensors]:
             tokens, labels, mask = (upload(x, self.ctx.device) for x in (batch.tokens, batch.labels, batch.loss_mask))
             info = self._chunk.pack(tokens, batch.document_start)
             output, sent = self._chunk.run_stage(tokens, labels, mask, info, received=received)
-            sums = (torch.zeros(()),) * 2 if output.scored is None else (output.loss_sum, output.correct)
-            return torch.stack(sums).to(self.ctx.device, torch.float64), sent
+            found = [torch.zeros(tuple(shape))] * 2 if output.scored is None else sums(output)
+            return torch.stack(found).to(self.ctx.device, torch.float64), sent
 
-        steps = [partial(measure, batch) for batch in batches]
-        return torch.stack(self._run(steps, batches[0].tokens.shape)).sum(0)
+        return self._run([partial(measure, batch) for batch in batches], batches[0].tokens.shape)
 
     def _run(self, steps: Sequence[_Step], shape: torch.Size) -> list[Any]:
         """What each step, of one micro-batch of ``shape`` [b, s], finds out on this rank's stage."""

@@ -76,9 +76,14 @@ class ModelOutput:
         return (self.losses_SB * self.mask_SB).sum() if self.total is None else self.total
 
     @property
+    def correct_SB(self) -> Tensor:
+        """Whether each token's label scored highest."""
+        return self._scored()[1]
+
+    @property
     def correct(self) -> Tensor:
         """Sum over tokens of loss mask * (the label scored highest); no gradient."""
-        return (self._scored()[1] * self.mask_SB).sum()
+        return (self.correct_SB * self.mask_SB).sum()
 
 
 class Trunk(NamedTuple):

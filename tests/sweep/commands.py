@@ -80,6 +80,11 @@ COMMANDS: dict[str, Command] = {
     ),
     "evaluate": Command("tools/evaluate.py", (*EVALUATE, "e.jsonl"), ("e.jsonl", "tok.json", *RUN)),
     "evaluate dataset": Command("tools/evaluate.py", (*EVALUATE, "ds_text_document"), (*DATASET, *RUN)),
+    "evaluate tasks": Command(
+        "tools/evaluate.py",
+        ("--load", "r", "--device", "cpu", "--tasks", "passkey", "--examples", "1"),
+        ("tok.json", *RUN),
+    ),
     "convert": Command("tools/convert_checkpoint.py", ("--load", "r", "--save", "new.safetensors"), RUN),
     "plot": Command("tools/plot_loss.py", ("--metrics-file", "m.jsonl", "--output", "new.png"), ("m.jsonl",)),
     "plot names": Command(

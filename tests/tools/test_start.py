@@ -56,7 +56,10 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments
         (("--runs", ".", "--port", "70000"), "--port 70000: must be"),
     ],
     "tools/directory_to_jsonl.py": [(("--output", "x.jsonl", "--max-file-mb", "nan"), "--max-file-mb nan")],
-    "tools/evaluate.py": [(("--load", "x", "--input", "y", "--baseline", "bigram"), "need each other")],
+    "tools/evaluate.py": [
+        (("--load", "x", "--input", "y", "--baseline", "bigram"), "need each other"),
+        (("--load", "x", "--tasks", "passkye"), "did you mean passkey?"),
+    ],
     "tools/generate.py": [
         (("--load", "x", "--prompt", "y", "--top-p", "1.5"), "--top-p 1.5: must be"),
         (("--load", "x", "--prompt-file", "none.txt"), "--prompt-file none.txt"),
