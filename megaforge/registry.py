@@ -289,6 +289,29 @@ TEXT_METRICS = Registry(  # of written answers (megaforge.tasks.metrics.TextMetr
     entry_points="megaforge.metrics",
 )
 CONVERTERS = Registry("converter", {"bitnet": "megaforge.quant.converter:bitnet"})
+COMPLIANCE_RULES = Registry(
+    "compliance rule",
+    {
+        "recursion": "megaforge.compliance.flow:RECURSION",
+        "bounded_loops": "megaforge.compliance.flow:BOUNDED",
+        "allocation": "megaforge.compliance.allocation:ALLOCATION",
+        "short_functions": "megaforge.compliance.flow:SHORT",
+        "checks": "megaforge.compliance.checks:DENSITY",
+        "scope": "megaforge.compliance.scope:SCOPE",
+        "heeded": "megaforge.compliance.checks:HEEDED",
+        "preprocessor": "megaforge.compliance.native_rules:PREPROCESSOR",
+        "pointers": "megaforge.compliance.native_rules:POINTERS",
+        "warnings": "megaforge.compliance.tools:CLEAN",
+    },
+)
+COMPLIANCE_GATES = Registry(
+    "compliance gate",
+    {
+        "warnings": "megaforge.compliance.gates:NO_WARNING",
+        "swallowed": "megaforge.compliance.gates:NONE_VANISHES",
+        "evaluated": "megaforge.compliance.gates:NO_TEXT_RUNS",
+    },
+)
 
 
 def load_extensions(names: tuple[str, ...]) -> tuple[str, ...]:

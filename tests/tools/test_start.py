@@ -43,6 +43,11 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments
     "pretrain_gpt.py": [(("--lr", "nan"), "--lr nan")],
     "pretrain_hybrid.py": [(("--micro-bach-size", "2"), "did you mean --micro-batch-size?")],
     "tools/audit.py": [(("verify",), "RUN is missing"), (("verify", "nowhere"), "nowhere/audit.jsonl: cannot be read")],
+    "tools/compliance_report.py": [
+        (("nowhere",), "nowhere: no such directory"),
+        (("--level", "highest"), "--level: invalid choice: 'highest'"),
+        (("--min-score", "2"), "--min-score 2: must be"),
+    ],
     "tools/compare_runs.py": [(("a",), "RUN"), (("a", "b", "--rtol", "-1"), "--rtol -1: must be at least 0")],
     "tools/replay.py": [(("a",), "--step"), (("a", "--step", "0"), "--step 0: must be at least 1")],
     "tools/convert_checkpoint.py": [
