@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from megaforge.config.launcher import print_rank_0
 from megaforge.device import get_random_state, set_random_state
 from megaforge.errors import UserError
+from megaforge.monitor.spikes import RecentSteps
 from megaforge.optim.digests import hashed_rows
 from megaforge.parallel.agree import exchange
-from megaforge.training.lr_on_spike import RecentSteps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +31,7 @@ class _Bits(NamedTuple):
 
 class Repeating:
     """Computes a step's gradient again where it is not finite, or where the loss or its norm is a spike
-    (:func:`megaforge.training.lr_on_spike.is_spike`), from the same weights, batch and random states.
+    (:func:`megaforge.monitor.spikes.is_spike`), from the same weights, batch and random states.
 
     Equal bits: the program or the data made it so, and the run goes on as it would have. Other bits: some device
     computes wrongly; the run ends, and names the ranks whose own forward passes differ, where that tells.

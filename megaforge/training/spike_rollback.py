@@ -14,10 +14,10 @@ from megaforge.config.launcher import print_rank_0
 from megaforge.data.skip_list import add_skip, read_skips, set_skips_aside
 from megaforge.data.skipped import Stretch
 from megaforge.errors import UserError
+from megaforge.monitor.spikes import RecentSteps
 from megaforge.parallel.agree import from_first_rank
 from megaforge.training.callbacks import Callback, Place
 from megaforge.training.checkpointing import loads_own_checkpoints
-from megaforge.training.lr_on_spike import RecentSteps
 from megaforge.training.replay_file import write_replay
 from megaforge.training.state_copy import StateCopy
 
@@ -29,7 +29,7 @@ MOST = 3  # times that a run goes back to one iteration
 
 
 class SpikeRollback(Callback):
-    """After a spike of the loss or of the gradient's norm (:func:`megaforge.training.lr_on_spike.is_spike`) the run
+    """After a spike of the loss or of the gradient's norm (:func:`megaforge.monitor.spikes.is_spike`) the run
     goes back to a copy of its state in host memory, and leaves out the batches between there and the spike, its own
     included, and ``beyond`` more (PaLM, Chowdhery et al., arXiv 2204.02311, section 5.1).
 

@@ -10,8 +10,9 @@ from unittest import mock
 
 import pytest
 
-from megaforge.training import lr_on_spike
-from megaforge.training.lr_on_spike import REPEAT, ReduceOnSpike, is_spike
+from megaforge.monitor import spikes
+from megaforge.monitor.spikes import is_spike
+from megaforge.training.lr_on_spike import REPEAT, ReduceOnSpike
 from tests.parallel.pool import RankPool
 from tests.parallel.test_pipeline_model import compare, train
 from tests.training.tiny import arguments, make_trainer, record, write_dataset
@@ -65,8 +66,8 @@ def test_spikes_that_follow_each_other() -> None:
 
 def test_a_run_goes_on_in_the_middle_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Some step of a run this short becomes a spike where little is enough.
-    monkeypatch.setattr("megaforge.training.lr_on_spike.SIGMAS", -1e9)
-    monkeypatch.setattr("megaforge.training.lr_on_spike.LEAST", {"loss": -0.5, "grad_norm": -0.5})
+    monkeypatch.setattr("megaforge.monitor.spikes.SIGMAS", -1e9)
+    monkeypatch.setattr("megaforge.monitor.spikes.LEAST", {"loss": -0.5, "grad_norm": -0.5})
     prefix = write_dataset(tmp_path / "a_text_document")
     line = arguments(prefix, "--lr-on-spike", "0.5", "--lr-spike-window", "8", "--train-iters", "8")
     whole = make_trainer([*line, "--save", str(tmp_path / "run"), "--save-interval", "5"])
@@ -82,7 +83,7 @@ def test_a_run_goes_on_in_the_middle_of_it(tmp_path: Path, monkeypatch: pytest.M
 
 def train_touchily(argv: list[str]) -> dict[str, Any]:
     """Some step of a run this short becomes a spike where little is enough: here, beyond the median."""
-    with mock.patch.multiple(lr_on_spike, SIGMAS=0.0, LEAST={"loss": 0.0, "grad_norm": 0.0}):
+    with mock.patch.multiple(spikes, SIGMAS=0.0, LEAST={"loss": 0.0, "grad_norm": 0.0}):
         return train(argv)
 
 
