@@ -242,6 +242,20 @@ OBJECTIVES = Registry(
 )
 LOSS_TERMS = Registry("loss term", {})
 CALLBACKS = Registry("callback", {"reduce_on_plateau": "megaforge.training.lr_plateau:reduce_on_plateau"})
+ALERTS = Registry(  # megaforge.monitor.alert_kinds.AlertKind
+    "alert",
+    {
+        "failure": "megaforge.monitor.alert_kinds:FAILURE",
+        "no_heartbeat": "megaforge.monitor.alert_kinds:NO_HEARTBEAT",
+        "nan": "megaforge.monitor.alert_kinds:NAN",
+        "loss_spike": "megaforge.monitor.alert_kinds:LOSS_SPIKE",
+        "throughput": "megaforge.monitor.alert_kinds:THROUGHPUT",
+        "memory": "megaforge.monitor.alert_kinds:MEMORY",
+        "disk": "megaforge.monitor.alert_kinds:DISK",
+        "expert_collapse": "megaforge.monitor.alert_kinds:EXPERT_COLLAPSE",
+        "compliance": "megaforge.monitor.alert_kinds:COMPLIANCE",
+    },
+)
 DEVICES = Registry(  # functions that give a megaforge.device.DeviceKind
     "device",
     {"cpu": "megaforge.device:cpu", "cuda": "megaforge.device:cuda", "auto": "megaforge.device:automatic"},

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megaforge import device
-from megaforge.device import host_memory_bytes, keep_host_memory, set_gpu_environment, upload
+from megaforge.device import host_memory_bytes, host_memory_share, keep_host_memory, set_gpu_environment, upload
 from megaforge.errors import UserError
 from megaforge.kernels import grouped_mm
 from megaforge.kernels.attention import varlen
@@ -96,7 +96,7 @@ def test_ranks_without_cores_are_told(device: str, ranks: int, cores: int, said:
 _FAULTS = """
 import json, torch
 from megaforge import device
-from megaforge.device import host_memory_bytes, keep_host_memory, page_faults
+from megaforge.device import host_memory_bytes, host_memory_share, keep_host_memory, page_faults
 
 def faults():
     seen = [page_faults()]
@@ -165,6 +165,22 @@ def test_the_smallest_limit_of_a_process_and_its_containers_counts(tmp_path: Pat
     assert host_memory_bytes(tmp_path, groups) == machine
     (tmp_path / "memory" / "box" / "memory.limit_in_bytes").write_text("4096\n")
     assert host_memory_bytes(tmp_path, groups) == 4096
+
+
+def test_memory_is_as_full_as_the_fullest_of_the_machine_and_its_containers(tmp_path: Path) -> None:
+    groups, machine = tmp_path / "cgroup", tmp_path / "meminfo"
+    groups.write_text("0::/job/step\n")
+    machine.write_text("MemTotal:  1000 kB\nMemFree:  10 kB\nMemAvailable:  600 kB\nHugePages_Total:  0\n")
+    assert host_memory_share(tmp_path, groups, machine) == pytest.approx(0.4)
+    job = tmp_path / "job"
+    job.mkdir()
+    for name, text in (("memory.max", "1000"), ("memory.current", "950"), ("memory.stat", "anon 1\ninactive_file 100")):
+        (job / name).write_text(text)
+    assert host_memory_share(tmp_path, groups, machine) == pytest.approx(0.85), "files that were read can go"
+    (job / "memory.stat").unlink()
+    assert host_memory_share(tmp_path, groups, machine) == pytest.approx(0.4), "what cannot be read is not guessed"
+    assert 0 < host_memory_share() < 1
+    assert host_memory_share(tmp_path, groups, tmp_path / "none") == 0
 
 
 def test_a_device_is_one_file(tmp_path: Path, restored: None, monkeypatch: pytest.MonkeyPatch) -> None:

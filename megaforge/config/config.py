@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 
+from megaforge.config.alert_config import AlertConfig
 from megaforge.config.chat_config import ChatConfig
 from megaforge.config.checkpoint_config import CheckpointConfig
 from megaforge.config.distill_config import DistillConfig
@@ -42,6 +43,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    alerts: AlertConfig = field(default_factory=AlertConfig)
     dry_run: DryRunConfig = field(default_factory=DryRunConfig)
 
     def validate(self, but: Collection[str] = ()) -> None:

@@ -93,6 +93,14 @@ STEP = {
         _INTERVAL,
         measured=True,
     ),
+    "host_memory_share": Name(
+        "how full the memory of the fullest of the run's machines is now, other programs' part included",
+        _INTERVAL,
+        measured=True,
+    ),
+    "disk_share": Name(
+        "how full the fullest disk is that the run writes to, of its bytes or its inodes", _INTERVAL, measured=True
+    ),
     "goodput": Name(
         "share of the wall time so far, over all the run's processes, that went into steps that count",
         "`--save`, " + _INTERVAL,
@@ -107,6 +115,11 @@ STEP = {
     ),
     "expert_max_load": Name(
         "tokens of the busiest expert over its layer's mean, greatest of the layers; 1 is even", "models with experts"
+    ),
+    "experts_used": Name(
+        "experts that a layer's tokens go to, by the entropy of their shares, as a share of all; the least even layer; "
+        "1 is even",
+        "models with experts",
     ),
     "mod_loss": Name(
         "cross-entropy in nats of what `--mod-inference` says with the tokens that were chosen, mean over tokens and "

@@ -15,7 +15,7 @@ from megaforge.models.hybrid import HybridModel
 from megaforge.nn.losses import LossTerm, count_of
 from megaforge.parallel.agree import describe_failures, exchange
 from megaforge.parallel.context import ParallelContext
-from megaforge.training.metrics import balance_entropy_bits, greatest_expert_load
+from megaforge.training.metrics import balance_entropy_bits, greatest_expert_load, least_experts_used
 from megaforge.training.objectives import Objective
 
 
@@ -111,6 +111,7 @@ class BatchSums:
             single |= {
                 "expert_entropy_bits": balance_entropy_bits(tokens),
                 "expert_max_load": greatest_expert_load(tokens, self.layer_experts),
+                "experts_used": least_experts_used(tokens, self.layer_experts),
             }
         others = self._reduced[:0] if others is None else others
         numbers = iter(torch.cat([others, self._reduced, *(value.view(1) for value in single.values())]).tolist())

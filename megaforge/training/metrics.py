@@ -138,3 +138,19 @@ def greatest_expert_load(tokens_per_expert: Tensor, experts: Sequence[int] = ())
         number = upload(torch.tensor(experts), total.device)
     loads = busiest * number / total
     return torch.cat([loads, loads.new_zeros(1)]).amax()
+
+
+def least_experts_used(tokens_per_expert: Tensor, experts: Sequence[int] = ()) -> Tensor:
+    """Experts that a layer's tokens go to, by the entropy of their shares (2 to its power), as a share of the layer's
+    experts: 1 when all get alike, k / E when the same k get all; the least of the layers, 1 without any.
+
+    Args:
+        tokens_per_expert: float64 [layers, E] counts.
+        experts: how many each layer has, where they differ or are fewer; by default E.
+    """
+    shares = tokens_per_expert / tokens_per_expert.sum(dim=1, keepdim=True).clamp(min=1.0)
+    used = (-(shares * shares.clamp(min=1e-300).log2()).sum(dim=1)).exp2()
+    number: int | Tensor = tokens_per_expert.shape[1]
+    if any(own != number for own in experts):
+        number = upload(torch.tensor(experts), used.device)
+    return torch.cat([used / number, used.new_ones(1)]).amin()

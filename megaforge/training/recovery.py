@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from megaforge.training.trainer import Trainer
 
 
+class NonFiniteError(UserError):
+    """The run ends, as its gradients are not finite."""
+
+
 class Gradients(NamedTuple):
     """What a step has computed before its update: every rank has the same numbers.
 
@@ -47,7 +51,7 @@ class LeavingOut:
         """Takes in the gradient of the step that comes.
 
         Raises:
-            UserError: it is not finite, as were too many before; the same on every rank.
+            NonFiniteError: it is not finite, as were too many before; the same on every rank.
         """
         if math.isfinite(found.norm):
             self.in_a_row = 0
@@ -57,7 +61,7 @@ class LeavingOut:
         iteration = trainer.iteration + 1
         if self.in_a_row >= self.most:
             if trainer.rollback is None:
-                raise UserError(self._end(iteration, found.norm, trainer.config.optimizer.lr))
+                raise NonFiniteError(self._end(iteration, found.norm, trainer.config.optimizer.lr))
             trainer.rollback.asked = f"the gradient norm is {found.norm}"
         self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
         first = trainer.consumed_samples

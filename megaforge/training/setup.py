@@ -39,6 +39,7 @@ from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.layer_context import compute_dtype, make_layer_context
 from megaforge.parallel.zero import shard_parameters
 from megaforge.registry import CALLBACKS, LR_SCHEDULES, UPDATE_RULES
+from megaforge.training.alerting import Alerts
 from megaforge.training.auditing import check_loaded
 from megaforge.training.balance_batch import BalanceBatch
 from megaforge.training.calibration import Calibration
@@ -63,6 +64,7 @@ from megaforge.training.final_test import FinalTest
 from megaforge.training.intervals import Interval
 from megaforge.training.lengths import Progress, check_end, described, in_iterations, interval
 from megaforge.training.lr_on_spike import ReduceOnSpike
+from megaforge.training.machine_room import MachineRoom
 from megaforge.training.manual_gc import ManualCollection
 from megaforge.training.memory_limit import Advice, MemoryLimit
 from megaforge.training.norms import Norms
@@ -191,6 +193,9 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext, advice: Advice | None 
     from_iteration = trainer.iteration if goes_on else None
     sinks = together(ctx, lambda: _sinks(config, from_iteration) if ctx.is_first_rank else [])
     trainer.add(MetricsWriter(sinks))
+    alerts = together(ctx, lambda: Alerts.of(config, trainer.events) if ctx.is_first_rank else None)
+    if alerts is not None:
+        trainer.add(alerts)
     return trainer
 
 
@@ -282,7 +287,10 @@ _OF_UPDATES = (
     DecoupledRate,
 )
 # What is seen, and when the run ends.
-_OTHERS = (Norms, Digests, ManualCollection, FinalTest, SkipTrain, FaultSteps, Stragglers, BalanceBatch, SpikeRollback)
+_OTHERS = (
+    *(Norms, Digests, ManualCollection, FinalTest, SkipTrain, FaultSteps),
+    *(Stragglers, MachineRoom, BalanceBatch, SpikeRollback),
+)
 
 
 def _callbacks(config: Config, progress: Progress, advice: Advice | None) -> list[Callback]:

@@ -40,6 +40,7 @@ class SpikeRollback(Callback):
 
     Attributes:
         asked: why the run is to go back after this step, whatever its numbers; None: only where they spike.
+        last: the alert (:data:`megaforge.registry.ALERTS`) that it last went back for, and why.
     """
 
     place = Place.AFTER
@@ -48,6 +49,7 @@ class SpikeRollback(Callback):
     def __init__(self, every: int, beyond: int, window: int) -> None:
         self.every, self.beyond, self.recent = every, beyond, RecentSteps(window)
         self.asked: str | None = None
+        self.last: tuple[str, str] | None = None
         self._copies: list[StateCopy] = []  # the oldest first
         self._went_back: Counter[int] = Counter()
 
@@ -76,9 +78,11 @@ class SpikeRollback(Callback):
         Raises:
             UserError: it has gone back there too often, or what it leaves out cannot be written down.
         """
+        alert = "nan" if self.asked else "loss_spike"
         reason, self.asked = self.asked or self._reason(metrics), None
         if reason is None:
             return False
+        self.last = alert, f"iteration {metrics.iteration}: {reason}"
         half = metrics.iteration - 1 - self.every // 2
         chosen = next((copy for copy in reversed(self._copies) if copy.iteration <= half), self._copies[0])
         self._went_back[chosen.iteration] += 1

@@ -259,6 +259,7 @@ def test_sections_are_the_fields_of_config() -> None:
         "checkpoint",
         "resilience",
         "logging",
+        "alerts",
         "dry_run",
     ]
     assert list(sections()) == expected

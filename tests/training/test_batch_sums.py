@@ -36,7 +36,11 @@ def test_all_numbers_come_back_under_their_names() -> None:
     assert sums.means() == {"loss": 2.5, "z": 0.5} and sums.values == {"loss": 25.0, "z": 2.0}
     assert sums.votes == [1.0, 0.0] and sums.counts == {"sequences": 4.0, "labels": 10.0}
     assert sums.experts.tolist() == [[[0, 0], [6, 2]], [[0, 0], [4, 4]]]
-    assert sums.balance == {"expert_entropy_bits": pytest.approx(0.8112781 / 2), "expert_max_load": 1.5}
+    assert sums.balance == {
+        "expert_entropy_bits": pytest.approx(0.8112781 / 2),
+        "expert_max_load": 1.5,
+        "experts_used": 0.5,
+    }
 
 
 def test_votes_and_nothing_else() -> None:

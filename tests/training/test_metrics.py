@@ -11,7 +11,13 @@ from torch import Tensor
 
 from megaforge.monitor.names import STEP, known
 from megaforge.monitor.sinks import read_metrics
-from megaforge.training.metrics import EvaluationMetrics, StepMetrics, balance_entropy_bits, greatest_expert_load
+from megaforge.training.metrics import (
+    EvaluationMetrics,
+    StepMetrics,
+    balance_entropy_bits,
+    greatest_expert_load,
+    least_experts_used,
+)
 from tests.training.tiny import arguments, make_trainer, write_dataset
 
 
@@ -47,6 +53,14 @@ def test_greatest_expert_load() -> None:
     assert greatest_expert_load(counts([0, 0])) == greatest_expert_load(counts()) == 0.0
 
 
+def test_least_experts_used() -> None:
+    assert least_experts_used(counts([5, 5, 5, 5])) == 1.0
+    assert least_experts_used(counts([0, 8, 0, 0], [2, 2, 2, 2])) == 0.25, "the least even layer"
+    assert least_experts_used(counts([7, 7, 0, 0])) == 0.5, "two of four"
+    assert least_experts_used(counts([3, 3, 0, 0], [1, 1, 1, 1]), [2, 4]) == 1.0, "a layer of two experts"
+    assert least_experts_used(counts()) == 1.0
+
+
 @pytest.mark.parametrize("precision", [(), ("--fp16",)])
 def test_every_number_that_a_run_writes_has_a_name_in_the_table(tmp_path: Path, precision: tuple[str, ...]) -> None:
     prefix = write_dataset(tmp_path / "d_text_document", documents=20)
@@ -67,6 +81,8 @@ def test_every_number_that_a_run_writes_has_a_name_in_the_table(tmp_path: Path, 
         "peak_memory_bytes",
         "page_faults",
         "memory_share",
+        "host_memory_share",
+        "disk_share",
         "plateau_improvement",
         "quant_error",
         "quant_saturation",

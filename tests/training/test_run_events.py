@@ -72,8 +72,9 @@ def test_what_went_wrong_is_told(tmp_path: Path) -> None:
     told = read_events(save / "events.jsonl").events
     rejected = next(event for event in told if event["kind"] == "rejected")
     assert rejected["path"] == "step_0000004" and rejected["renamed"] == "step_0000004.damaged"
-    assert told[-2]["kind"] == "end" and not told[-2]["complete"]
-    assert told[-2]["reason"] == told[-2]["error"] == "UserError: no more"
+    end, _, alert = told[-3:]
+    assert end["kind"] == "end" and end["reason"] == end["error"] == "UserError: no more" and not end["complete"]
+    assert (alert["kind"], alert["alert"], alert["state"]) == ("alert", "failure", "firing")
     with pytest.raises(UserError):
         make_trainer([*flags, "--hidden-size", "64"])
     assert read_events(save / "events.jsonl").events[-1]["kind"] == "load"

@@ -40,6 +40,7 @@ def arguments(prefix: str, *more: str) -> list[str]:
         *("--data-path", prefix, "--split", "80,20,0", "--seq-length", "24", "--device", "cpu", "--num-workers", "0"),
         *("--tokenizer-type", "NullTokenizer", "--tokenizer-model", str(VOCAB), "--log-interval", "1"),
         *("--micro-batch-size", "2", "--global-batch-size", "8", "--train-iters", "6", "--lr", "1e-3"),
+        *("--alerts-off", "throughput", "memory", "disk"),  # which depend on the machine
         *("--lr-decay-style", "constant"),  # runs of other lengths continue each other
         *more,
     ]

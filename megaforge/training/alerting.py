@@ -1,0 +1,94 @@
+"""Has a run raise alerts (:mod:`megaforge.monitor.alerts`) of what it sees of itself."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from typing import TYPE_CHECKING
+
+from megaforge.config.config import Config
+from megaforge.monitor.alert_channels import EventChannel, channels_of
+from megaforge.monitor.alert_kinds import AlertKind, StepAlert
+from megaforge.monitor.alerts import AlertBook, Channel, Finding
+from megaforge.monitor.events import EventLog, read_events
+from megaforge.registry import ALERTS
+from megaforge.training.callbacks import Callback, Place
+from megaforge.training.recovery import NonFiniteError
+
+if TYPE_CHECKING:
+    from megaforge.training.metrics import StepMetrics
+    from megaforge.training.trainer import Trainer
+
+
+class Alerts(Callback):
+    """Looks at the numbers of each step, at what takes the run back, and at what ends it; lives on the first rank. What
+    fired when the run was last ended goes on until its numbers say that it is over.
+
+    Attributes:
+        book: how each alert stands.
+    """
+
+    place = Place.SHOW
+
+    def __init__(self, config: Config, channels: list[Channel], run: str) -> None:
+        flags = config.alerts
+        names = [name for name in ALERTS.names() if name not in flags.alerts_off]
+        kinds: dict[str, AlertKind] = {name: ALERTS.get(name) for name in names}
+        rules = {name: kind.of_steps(config) for name, kind in kinds.items()}
+        self._steps = {name: StepAlert(rule) for name, rule in rules.items() if rule is not None}
+        self._kinds = kinds
+        self.book = AlertBook(
+            channels,
+            run,
+            socket.gethostname(),
+            repeat=60 * flags.alert_repeat_minutes,
+            severities=lambda name: kinds[name].severity,
+        )
+
+    @classmethod
+    def of(cls, config: Config, events: EventLog) -> Alerts:
+        """What the flags ask for; ``events`` are told too.
+
+        Raises:
+            UserError: a receiver cannot be reached.
+        """
+        alerts = cls(
+            config, [EventChannel(events), *channels_of(config.alerts)], config.logging.run_name or config.name
+        )
+        if events.path is not None:
+            told = [event for event in read_events(events.path).events if event.get("alert") in alerts._kinds]
+            alerts.book.restore(told)
+        return alerts
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        for name in self.book.firing.keys() - self._steps.keys():  # a failure, or what nobody looks for any more
+            self.book.enter(name, Finding(False, f"the run goes on from iteration {trainer.iteration}"))
+
+    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        values = metrics.values()
+        for name, alert in self._steps.items():
+            if (found := alert.judge(metrics.iteration, values)) is not None:
+                self.book.enter(name, found)
+
+    def on_rollback(self, trainer: Trainer) -> None:
+        if trainer.rollback is not None and trainer.rollback.last is not None:
+            name, why = trainer.rollback.last
+            self._raise(name, f"{why}; the run goes back to iteration {trainer.iteration}")
+
+    def _raise(self, name: str, text: str) -> None:
+        if name in self._steps:
+            self.book.enter(name, self._steps[name].force(text))
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, Exception):
+            if isinstance(error, NonFiniteError):
+                self._raise("nan", str(error))
+            first = str(error).partition("\n")[0]
+            if "failure" in self._kinds:
+                text = f"the run ended at iteration {trainer.iteration} by {type(error).__name__}: {first}"
+                self.book.enter("failure", Finding(True, text))
+        elif error is None and trainer.complete:
+            for name in self.book.firing:
+                self.book.enter(name, Finding(False, "the run is complete"))
+        self.book.close()
