@@ -454,4 +454,4 @@ def check_partners(config: Config, origins: Mapping[str, str]) -> list[str]:
 
 
 def _written(origin: str) -> bool:
-    return origin != "default" and not origin.startswith(("preset ", "checkpoint "))
+    return origin != "default" and not origin.startswith(("preset ", "checkpoint ", "default of "))
