@@ -277,7 +277,12 @@ ARCHITECTURES = Registry(  # by their model_type in Hugging Face's config.json
     },
 )
 PEFT_METHODS = Registry(  # converters too
-    "method of --peft", {"lora": "megaforge.peft.lora:lora", "bitfit": "megaforge.peft.bitfit:bitfit"}
+    "method of --peft",
+    {
+        "lora": "megaforge.peft.lora:lora",
+        "qlora": "megaforge.peft.qlora:qlora",
+        "bitfit": "megaforge.peft.bitfit:bitfit",
+    },
 )
 TASKS = Registry(  # what makes examples (megaforge.tasks.example.Task)
     "task",

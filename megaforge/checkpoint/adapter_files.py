@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from megaforge.checkpoint.architectures.base import Part, choose
+from megaforge.checkpoint.four_bit_source import widened
 from megaforge.checkpoint.hf_folder import publish_directory
 from megaforge.checkpoint.safetensors_file import SafetensorsFile, Slot, file_order, write_safetensors
-from megaforge.checkpoint.sources import TensorInfo, TensorSource
+from megaforge.checkpoint.sources import TensorInfo, TensorSource, open_source
+from megaforge.config.launcher import print_rank_0
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.schema import config_from_dict
 from megaforge.errors import DamagedCheckpointError, UserError
@@ -174,7 +176,7 @@ def export_peft(source: TensorSource, directory: str | Path) -> int:
         UserError: it has none of this kind, or ``directory`` is not empty or cannot be written.
     """
     cfg = model_config(source)
-    if cfg.peft != "lora":
+    if not cfg.has_adapters:
         raise UserError(f"--to peft: {source.path} has no adapters of --peft lora")
     base = BaseModel(cfg)
     pairs = dict(pairs_of(source, base, cfg))
@@ -182,7 +184,7 @@ def export_peft(source: TensorSource, directory: str | Path) -> int:
     for name, pair in pairs.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = pair.first
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = pair.second
-    own = {"base": fingerprint(source, base.specs), "step": source.step, "format": 1}
+    own = {"base": _base_of(source, base, cfg), "step": source.step, "format": 1}
     said = _config(cfg, pairs, base.fan_in_fan_out)
 
     def write(folder: Path) -> int:
@@ -193,6 +195,18 @@ def export_peft(source: TensorSource, directory: str | Path) -> int:
         return len(pairs)
 
     return publish_directory(directory, write)
+
+
+def _base_of(source: TensorSource, base: BaseModel, cfg: ModelConfig) -> str | None:
+    """The fingerprint of the weights that adapters stand beside; codes were made of those of another checkpoint."""
+    if cfg.peft != "qlora":
+        return fingerprint(source, base.specs)
+    trained_from = source.meta["config"].get("checkpoint", {}).get("pretrained_checkpoint")
+    try:
+        return None if trained_from is None else fingerprint(open_source(trained_from), base.specs)
+    except (UserError, OSError):
+        print_rank_0(f"--to peft: {trained_from}, which the codes are of, is gone: {OWN_FILE} names no base")
+        return None
 
 
 def _config(cfg: ModelConfig, pairs: Mapping[str, Pair], fan_in_fan_out: bool) -> dict[str, Any]:
@@ -318,13 +332,13 @@ class MergedSource(TensorSource):
             UserError: there is no adapter, or it is of another base.
         """
         cfg = model_config(source)
-        if cfg.peft not in (None, "lora") or (cfg.peft is None and adapter is None):
+        if (cfg.peft is not None and not cfg.has_adapters) or (cfg.peft is None and adapter is None):
             raise UserError(f"--merge: {source.path} has no adapters of --peft lora; add --adapter DIR")
         if cfg.peft is not None and adapter is not None:
             raise UserError(f"--adapter {adapter}: {source.path} has adapters of its own; leave one out")
         base = BaseModel(cfg)
         self.path, self.step, self.metric, self.encrypted = source.path, source.step, source.metric, source.encrypted
-        self._source = source
+        self._source = source = widened(source, cfg)
         if adapter is None:
             self._deltas = _own_deltas(source, base, cfg)
         else:

@@ -100,4 +100,6 @@ def _model_differences(saved: dict[str, Any], current: ModelConfig, finetune: bo
             differences.append(f"--{name.replace('_', '-')} {before} in the checkpoint, {now} here")
     if finetune and saved.get("peft") and current.peft is None:
         differences.append(f"--peft {saved['peft']} in the checkpoint, none here; merge it first (docs/finetuning.md)")
+    elif finetune and saved.get("peft") == "qlora" != current.peft:
+        differences.append(f"--peft qlora in the checkpoint, {current.peft} here; merge it first (docs/finetuning.md)")
     return sorted(differences)

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megaforge.config.fields import flag
+from megaforge.config.qlora_config import QLoraConfig
 from megaforge.errors import UserError
 from megaforge.registry import PEFT_METHODS
 
+LOW_RANK = ("lora", "qlora")  # methods that put adapters beside matrices
+
 
 @dataclass(frozen=True)
-class PeftConfig:
+class PeftConfig(QLoraConfig):
     """What :class:`megaforge.config.model_config.ModelConfig` has of adapters."""
 
     peft: str | None = flag(
@@ -39,7 +42,12 @@ class PeftConfig:
     @property
     def adapter_dropout(self) -> float:
         """The rate of the model's adapters, where it has some."""
-        return self.lora_dropout if self.peft == "lora" else 0.0
+        return self.lora_dropout if self.has_adapters else 0.0
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters stand beside its matrices."""
+        return self.peft in LOW_RANK
 
     @property
     def lora_ranks(self) -> Mapping[str, int]:
@@ -66,3 +74,4 @@ class PeftConfig:
         if not self.peft_targets:
             raise UserError("--peft-targets: name at least one matrix, or all-linear")
         _ = self.lora_ranks
+        self.validate_qlora()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
+from megaforge.config.qlora_config import QLoraConfig
 from megaforge.config.run_partners import Partner
 
 _LORA = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "lora_rank_pattern", "lora_bias", "peft_targets")
@@ -9,8 +12,13 @@ _LORA = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "lora_rank_pat
 FINE_TUNING = (
     Partner(
         tuple(f"model.{name}" for name in _LORA),
-        lambda c: c.model.peft == "lora",
+        lambda c: c.model.has_adapters,
         "there are no adapters: add --peft lora",
+    ),
+    Partner(
+        tuple(f"model.{field.name}" for field in fields(QLoraConfig)),
+        lambda c: c.model.peft == "qlora",
+        "no matrix is kept in 4 bits: add --peft qlora",
     ),
     Partner(
         ("chat.chat_template", "chat.train_on_prompts"),

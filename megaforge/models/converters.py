@@ -29,6 +29,11 @@ class Converter(Protocol):
         is built to be counted, beside the run's own: say nothing of it."""
 
 
+def replaces_weights(peft: str | None) -> bool:
+    """Whether a method of ``--peft`` takes weights out of the model, which then need no memory to be built in."""
+    return peft is not None and bool(getattr(PEFT_METHODS.get(peft), "replaces_weights", False))
+
+
 def convert(model: nn.Module, names: tuple[str, ...], ctx: ParallelContext, peft: str | None = None) -> None:
     """Applies the converters called ``names``, in this order; matrices that they have quantized are declared so. Last
     comes that of ``peft``, which decides what is trained."""

@@ -20,11 +20,15 @@ def active_matmul_parameters(model: HybridModel) -> float:
 
 def matmul_elements(specs: Iterable[ParamSpec], cfg: ModelConfig) -> float:
     """:func:`active_matmul_parameters` of some parameters."""
-    return sum(spec.numel * spec.token_share * _active_share(spec, cfg) for spec in specs)
+    return sum((spec.codes_of or spec.numel) * spec.token_share * _active_share(spec, cfg) for spec in specs)
 
 
 def _active_share(spec: ParamSpec, cfg: ModelConfig) -> float:
-    multiplies = spec.role == "matrix" or (spec.name == EMBEDDING and not cfg.untie_embeddings_and_output_weights)
+    multiplies = (
+        spec.role == "matrix"
+        or spec.codes_of
+        or (spec.name == EMBEDDING and not cfg.untie_embeddings_and_output_weights)
+    )
     if not multiplies:
         return 0.0
     return spec.active_share

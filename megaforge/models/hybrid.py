@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megaforge.config.pattern import ahead_of, blocks_of, expert_layers, kinds_of
 from megaforge.errors import UserError
 from megaforge.models.ahead import Ends, make_multi_token, terms_of
-from megaforge.models.converters import convert
+from megaforge.models.converters import convert, replaces_weights
 from megaforge.models.generation_state import GenerationState
 from megaforge.nn.block import Block, make_block
 from megaforge.nn.head import OutputHead, ends_init
@@ -24,7 +24,7 @@ from megaforge.parallel.dropout import EMBEDDING
 from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import VocabParallelEmbedding
 from megaforge.parallel.packed_sequence import PackedSequence
-from megaforge.parallel.param_spec import name_parameters
+from megaforge.parallel.param_spec import give_memory, name_parameters
 from megaforge.registry import POSITION_EMBEDDINGS
 
 
@@ -128,6 +128,8 @@ class HybridModel(nn.Module):
         """
         super().__init__()
         cfg = self.cfg = layer.cfg
+        lends = replaces_weights(cfg.peft) and not layer.without_memory
+        layer = replace(layer, without_memory=layer.without_memory or lends)
         self.ctx, self.region, self.shards, self.dtype = layer.ctx, layer.region, layer.shard, layer.dtype
         kinds = blocks_of(cfg)
         self.stage_layers = range(len(kinds)) if layers is None else layers
@@ -163,6 +165,8 @@ class HybridModel(nn.Module):
             self.head = OutputHead(layer, embedding_weight if tied else None, init=init, tied=tied)
             self.mtp = make_multi_token(layer, self.head.weight if tied else embedding_weight)
         convert(self, cfg.all_converters, layer.ctx, cfg.peft)
+        for parameter in self.parameters() if lends else ():
+            give_memory(parameter, layer.ctx.device)
         name_parameters(self)
 
     @property

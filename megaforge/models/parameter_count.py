@@ -43,9 +43,8 @@ def active_elements(spec: ParamSpec) -> int:
 
     The whole embedding counts, as is usual, though a token looks up one row.
     """
-    chosen = (
-        spec.numel if spec.expert_dim is None else spec.numel * spec.experts_per_token // spec.shape[spec.expert_dim]
-    )
+    whole = spec.codes_of or spec.numel
+    chosen = whole if spec.expert_dim is None else whole * spec.experts_per_token // spec.shape[spec.expert_dim]
     return round(chosen * spec.token_share)
 
 
@@ -67,7 +66,7 @@ def count_parameters(cfg: ModelConfig) -> list[ComponentCount]:
     for kind, component in COMPONENTS.items():
         own = [spec for spec in specs if spec.kind == kind]
         if own:
-            stored, active = sum(s.numel for s in own), sum(active_elements(s) for s in own)
+            stored, active = sum(s.codes_of or s.numel for s in own), sum(active_elements(s) for s in own)
             counts.append(ComponentCount(component, len(own), stored, active))
     missing = sorted({spec.kind for spec in specs} - COMPONENTS.keys())
     if missing:

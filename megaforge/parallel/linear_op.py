@@ -45,9 +45,11 @@ class LinearOp(ABC):
 
     Attributes:
         quantizes: whether the product sees :meth:`quantize` of the weights in their place.
+        keeps_weight: whether it reads the layer's weights; False: what stands for them is the op's own.
     """
 
     quantizes: bool = False
+    keeps_weight: bool = True
 
     @property
     def sums_exactly(self) -> bool:

@@ -68,6 +68,7 @@ class ParamSpec:
         kind: what it is for people and planners: one of :data:`KINDS`.
         frozen: training leaves it as it is: it gets no gradient.
         token_share: share of the tokens that it is used for.
+        codes_of: elements of the matrix that it holds codes of, or 0.
     """
 
     name: str
@@ -89,6 +90,7 @@ class ParamSpec:
     quantized: bool = False
     frozen: bool = False
     token_share: float = 1.0
+    codes_of: int = 0
 
     def __post_init__(self) -> None:
         if self.update is None:

@@ -69,7 +69,7 @@ class _Before:
 
 class Merged:
     """The adapters of a model, merged into its matrices on this rank until :meth:`undo`; matrices of other products
-    than the plain one (codes of a quantizer) keep theirs beside them.
+    than the plain one (codes of a quantizer or of QLoRA) keep theirs beside them.
 
     Attributes:
         merged, left: how many layers.
@@ -80,7 +80,7 @@ class Merged:
         self.left = 0
         for _, layer, adapter in list(adapters(model)):
             assert isinstance(layer.op, AdaptedOp)
-            if layer.op.base.quantizes:
+            if layer.op.base.quantizes or not layer.op.base.keeps_weight:
                 self.left += 1
             else:
                 self._merge(layer, layer.op, adapter)

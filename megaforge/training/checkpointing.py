@@ -28,6 +28,7 @@ from megaforge.errors import UserError, require
 from megaforge.parallel.agree import exchange, from_first_rank, together
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import Entry
+from megaforge.peft.qlora import code_base
 from megaforge.resilience.snapshots import SnapshotStore
 from megaforge.training.callbacks import LARGER_IS_BETTER, Callback
 from megaforge.training.continuing import changed_settings, check_update_rule, settle_schedule
@@ -290,7 +291,13 @@ def _load_weights(trainer: Trainer, directory: str, *, quarantine_damaged: bool 
     flags = dataclasses.replace(trainer.config.checkpoint, finetune=True)
     config = dataclasses.replace(trainer.config, checkpoint=flags)
     check_compatible(read_meta(path), config, trainer.tokenizer, source=str(path))
-    load_checkpoint(path, _known_entries(trainer, path), trainer.ctx, verify=False, allow_extra=("",), cast=True)
+    saved = together(trainer.ctx, lambda: set(read_manifest(path).tensors))
+
+    def load(entries: Iterable[Entry]) -> None:
+        load_checkpoint(path, entries, trainer.ctx, verify=False, allow_extra=("",), cast=True)
+
+    load(_known_entries(trainer, saved))
+    code_base(trainer.model, trainer.ctx, saved, load)
     trainer.optimizer.after_load()
     return path
 
@@ -302,10 +309,9 @@ def _load_pretrained(trainer: Trainer, directory: str) -> Path:
         raise UserError(str(error).replace("--load", "--pretrained-checkpoint", 1)) from error
 
 
-def _known_entries(trainer: Trainer, path: Path) -> list[Entry]:
-    """The weights of a run that starts from those at ``path``; values that only training writes, and adapters, that are
-    not kept there, as of a model that was not quantized, stay as they begin."""
-    saved = together(trainer.ctx, lambda: set(read_manifest(path).tensors))
+def _known_entries(trainer: Trainer, saved: set[str]) -> list[Entry]:
+    """The weights of a run that starts from those that are ``saved``; values that only training writes, and adapters,
+    that are not kept there, as of a model that was not quantized, stay as they begin."""
     return [entry for entry in trainer.optimizer.weight_entries() if entry[0] in saved or not _begins_afresh(entry[1])]
 
 

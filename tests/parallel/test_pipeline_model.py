@@ -133,7 +133,7 @@ def compare(found: list[dict[str, Any]], expected: dict[str, Any], tolerance: fl
         held = [(rank, name) for rank, outcome in enumerate(found) for name in outcome[kind]]
         assert {name for _, name in held} == set(expected[kind])
         for rank, name in held:
-            theirs = expected[kind][name]
+            theirs = expected[kind][name].double()  # codes are bytes
             assert bool(theirs.any()), f"{kind} of {name} is trivially zero"
             error = float((found[rank][kind][name] - theirs).norm() / theirs.norm())
             limit = 2 * tolerance if "exp_avg_sq" in name else tolerance  # a square doubles relative errors
