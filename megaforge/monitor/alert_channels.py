@@ -19,7 +19,6 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from http.client import HTTPException
-from typing import Any
 from urllib.parse import urlsplit
 
 from megaforge.config.alert_config import AlertConfig
@@ -181,13 +180,13 @@ def _without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name not in ours}
 
 
-def channels_of(flags: AlertConfig) -> list[Channel]:
-    """The receivers that ``flags`` name, and the console.
+def receivers_of(flags: AlertConfig) -> list[Channel]:
+    """Those elsewhere that ``flags`` name.
 
     Raises:
         UserError: one cannot be reached: a variable that is not set, a program that is not there.
     """
-    found: list[Any] = [Console()]
+    found = list[Channel]()
     address, words = flags.webhook_address(), flags.command()
     if address is not None:
         found.append(Webhook(address))

@@ -1,7 +1,7 @@
 """What can be wrong with a run: each kind of alert, and how it is seen.
 
 A run sees most by itself, in the numbers of its steps (:meth:`AlertKind.of_steps`). What a process that is dead or
-stuck cannot say of itself is seen in its files by ``tools/watch_runs.py`` (:mod:`megaforge.monitor.watch_kinds`).
+stuck cannot say of itself is seen in its files by ``tools/watch_runs.py`` (:meth:`AlertKind.of_files`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Protocol
 
 from megaforge.config.config import Config
 from megaforge.config.pattern import kinds_of
+from megaforge.monitor import watch_rules
 from megaforge.monitor.alerts import Finding
 from megaforge.monitor.spikes import LEAST, is_spike
+from megaforge.monitor.watch_rules import FileRule
 
 Values = Mapping[str, float]
 SLOW_STEPS = 8  # whose median is the throughput now
@@ -55,20 +57,37 @@ class AlertKind:
         """What sees it in the steps of a run; None: they do not tell of it."""
         return None
 
+    def of_files(self, heartbeat_minutes: float) -> FileRule | None:
+        """What sees it in the files of a run, one for each run; None: they do not tell of it.
+
+        Args:
+            heartbeat_minutes: for which a run may tell nothing.
+        """
+        return None
+
 
 class _Failure(AlertKind):
     severity = "critical"
     meaning = "the run ended by an error, or its process is gone"
+
+    def of_files(self, heartbeat_minutes: float) -> FileRule:
+        return watch_rules.Failure()
 
 
 class _NoHeartbeat(AlertKind):
     severity = "critical"
     meaning = "the run has not ended, and tells nothing"
 
+    def of_files(self, heartbeat_minutes: float) -> FileRule:
+        return watch_rules.Silence(heartbeat_minutes)
+
 
 class _Compliance(AlertKind):
     severity = "critical"
-    meaning = "the audit trail is broken, or the compliance report says no"
+    meaning = "the audit trail is broken, or the compliance report does not pass"
+
+    def of_files(self, heartbeat_minutes: float) -> FileRule:
+        return watch_rules.Compliance()
 
 
 class _NotANumber(AlertKind):

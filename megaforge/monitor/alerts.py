@@ -126,7 +126,7 @@ class AlertBook:
     @property
     def firing(self) -> dict[str, str]:
         """What is wrong now: the text of each alert by its name."""
-        return {name: standing.text for name, standing in self._standing.items() if standing.firing}
+        return {name: standing.text for name, standing in list(self._standing.items()) if standing.firing}
 
     def restore(self, events: Iterable[Mapping[str, Any]]) -> None:
         """Goes on from where an earlier process was, by the events that it told: what fired then is over only once

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from megaforge.config.config import Config
-from megaforge.monitor.alert_channels import EventChannel, channels_of
+from megaforge.monitor.alert_channels import Console, EventChannel, receivers_of
 from megaforge.monitor.alert_kinds import AlertKind, StepAlert
 from megaforge.monitor.alerts import AlertBook, Channel, Finding
 from megaforge.monitor.events import EventLog, read_events
@@ -52,9 +52,8 @@ class Alerts(Callback):
         Raises:
             UserError: a receiver cannot be reached.
         """
-        alerts = cls(
-            config, [EventChannel(events), *channels_of(config.alerts)], config.logging.run_name or config.name
-        )
+        channels: list[Channel] = [Console(), EventChannel(events), *receivers_of(config.alerts)]
+        alerts = cls(config, channels, config.logging.run_name or config.name)
         if events.path is not None:
             told = [event for event in read_events(events.path).events if event.get("alert") in alerts._kinds]
             alerts.book.restore(told)

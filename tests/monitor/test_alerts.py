@@ -18,7 +18,7 @@ from megaforge.config.cli import parse_config
 from megaforge.config.config import Config
 from megaforge.errors import UserError
 from megaforge.monitor import alert_channels
-from megaforge.monitor.alert_channels import Command, EventChannel, Webhook, as_json, channels_of
+from megaforge.monitor.alert_channels import Command, EventChannel, Webhook, as_json, receivers_of
 from megaforge.monitor.alert_kinds import CLEAR_AFTER, COLLAPSED_STEPS, SLOW_STEPS, WARM_UP, StepAlert
 from megaforge.monitor.alerts import Alert, AlertBook, Finding
 from megaforge.monitor.events import EventLog, read_events
@@ -339,12 +339,12 @@ def test_bad_flags(flags: tuple[str, ...], words: str) -> None:
 
 def test_what_the_machine_lacks_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"--alert-command nobody-has-this -v: there is no program 'nobody-has-this'"):
-        channels_of(AlertConfig(alert_command="nobody-has-this -v"))
+        receivers_of(AlertConfig(alert_command="nobody-has-this -v"))
     from_variable = AlertConfig(alert_webhook="env:HOOK_OF_MINE")
     with pytest.raises(UserError, match="the variable 'HOOK_OF_MINE' is not set"):
-        channels_of(from_variable)
+        receivers_of(from_variable)
     monkeypatch.setenv("HOOK_OF_MINE", "nonsense")
     with pytest.raises(UserError, match="--alert-webhook env:HOOK_OF_MINE: its value is not an address"):
-        channels_of(from_variable)
+        receivers_of(from_variable)
     monkeypatch.setenv("HOOK_OF_MINE", "http://127.0.0.1:1/x")
-    assert len(channels_of(from_variable)) == 2
+    assert len(receivers_of(from_variable)) == 1

@@ -107,6 +107,13 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments
     "tools/preprocess_data.py": [
         (("--input", "x", "--output-prefix", "y", "--tokenizer-model", "9", "--workers", "0"), "--workers 0"),
     ],
+    "tools/watch_runs.py": [
+        (("--once",), "--runs"),
+        (("--runs", "none"), "--runs none: no such directory"),
+        (("--runs", ".", "--interval", "0"), "--interval 0: must be positive"),
+        (("--runs", ".", "--alerts-off", "nann"), "did you mean nan?"),
+        (("--runs", ".", "--alert-command", "nobody-has-this"), "there is no program 'nobody-has-this'"),
+    ],
     "tools/train_tokenizer.py": [(("--input", "x", "--output", "y.json", "--vocab-size", "3"), "--vocab-size 3")],
 }
 RUN = """

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megaforge.errors import UserError
+from megaforge.monitor import disks
 from megaforge.monitor.events import read_events
 from megaforge.nn.moe.router import Router
 from megaforge.parallel.param_spec import named_specs
@@ -64,7 +65,7 @@ def test_each_is_raised_and_resolved(
 
     monkeypatch.setattr(trainer, "_timed_step", step)
     monkeypatch.setattr(machine_room, "host_memory_share", lambda: full(20))
-    monkeypatch.setattr(machine_room, "_share", lambda path: full(22))
+    monkeypatch.setattr(disks, "_share", lambda path: full(22))
     trainer.add(Trouble())
     trainer.train()
     told = {(event["alert"], event["state"]): event for event in alerts_of(save)}
@@ -145,6 +146,6 @@ def test_what_is_switched_off_is_never_raised(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_disk_is_as_full_as_df_says(tmp_path: Path) -> None:
-    share = machine_room.disk_share([tmp_path / "not" / "there", Path("/proc/self/nothing")])
+    share = disks.disk_share([tmp_path / "not" / "there", Path("/proc/self/nothing")])
     assert 0 < share <= 1
-    assert machine_room.disk_share([]) == 0.0
+    assert disks.disk_share([]) == 0.0
