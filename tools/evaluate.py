@@ -16,6 +16,7 @@ stages, each over --tp ranks) and the windows. Tasks are those of docs/evaluatio
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from megaforge.config.arguments import ArgumentParser, integer
+from megaforge.config.arguments import ArgumentParser, integer, number
 from megaforge.config.entry import run_entry
 from megaforge.config.launcher import discover_launch
 from megaforge.data.split import PARTS
@@ -35,6 +36,7 @@ from megaforge.inference.task_command import add_task_flags, check_task_flags, e
 
 if TYPE_CHECKING:
     from megaforge.inference.evaluation import Stream
+    from megaforge.inference.expert_load import ExpertUse
     from megaforge.inference.restore import TrainedModel
     from megaforge.training.metrics import EvaluationMetrics
 
@@ -52,6 +54,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=integer(1), default=8, help="windows computed at once")
     parser.add_argument("--baseline", choices=("bigram",), help="also fit this model and print it beside ours")
     parser.add_argument("--train-data", metavar="PREFIX", help="what the baseline is fitted on")
+    parser.add_argument(
+        "--expert-windows",
+        type=integer(0),
+        default=32,
+        metavar="N",
+        help="of a model with experts: count their use in so many windows, spread over the text; 0: do not",
+    )
+    parser.add_argument(
+        "--expert-capacity-factor",
+        type=number(above=0),
+        metavar="F",
+        help="count it as if --moe-expert-capacity-factor were F (default: as in training)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_task_flags(parser)
     flags = parser.parse_args(arguments)
@@ -157,16 +172,63 @@ def main() -> int:
         raise UserError(f"--input {flags.input}: there is nothing to predict in a single token; give it more text")
     seq_length = flags.seq_length or trained.config.data.seq_length
     rows = {"ours": evaluate_stream(trained, stream, seq_length=seq_length, batch_size=flags.batch_size)}
+    use = count_experts(flags, trained, stream, seq_length)
     if trained.ctx.is_first_rank:
         if flags.baseline is not None:
             rows[flags.baseline] = fit_baseline(flags, trained, stream)
-        report(flags, trained, stream, rows)
+        report(flags, trained, stream, rows, use)
     shutdown()
     return 0
 
 
+def count_experts(flags: argparse.Namespace, trained: TrainedModel, stream: Stream, length: int) -> ExpertUse | None:
+    """How the model's experts are used; None: it has none, or nobody asked. Collective.
+
+    Raises:
+        UserError: a capacity for experts that there are not.
+    """
+    from megaforge.config.expert_layers import ExpertLayers
+    from megaforge.inference.expert_load import expert_use
+
+    factor = flags.expert_capacity_factor
+    if not ExpertLayers.of(trained.config.model).names:
+        if factor is not None:
+            raise UserError(f"--expert-capacity-factor {factor:g}: {trained.path} has no layer with experts")
+        return None
+    if not flags.expert_windows:
+        return None
+    return expert_use(
+        trained,
+        stream,
+        seq_length=min(length, len(stream.tokens) - 1),  # a text shorter than a window is one
+        batch_size=flags.batch_size,
+        windows=flags.expert_windows,
+        capacity_factor=factor,
+    )
+
+
+def print_experts(use: ExpertUse) -> None:
+    """One line a layer."""
+    limit = "no expert is ever full" if use.capacity_factor is None else f"capacity factor {use.capacity_factor:g}"
+    print(f"experts in {use.windows} windows of {use.tokens:,} tokens, chosen as in training; {limit}")
+    print(
+        f"{'layer':<10} {'experts':>8} {'entropy':>10} {'of':>5} {'busiest':>8} {'capacity used':>14} {'overflow':>9}"
+    )
+    for own in use.layers:
+        used = "" if own.capacity_used is None else f"{own.capacity_used:.1%}"
+        print(
+            f"{own.layer:<10} {own.experts:>8} {own.entropy_bits:>5.2f} bits {math.log2(own.experts):>5.2f} "
+            f"{own.busiest:>7.2f}x {used:>14} {own.overflow:>9.2%}"
+        )
+    print(f"overflow {use.overflow:.2%} of all assignments")
+
+
 def report(
-    flags: argparse.Namespace, trained: TrainedModel, stream: Stream, rows: dict[str, EvaluationMetrics]
+    flags: argparse.Namespace,
+    trained: TrainedModel,
+    stream: Stream,
+    rows: dict[str, EvaluationMetrics],
+    use: ExpertUse | None = None,
 ) -> None:
     """Prints the result, as a table or as JSON."""
     if flags.json:
@@ -177,6 +239,8 @@ def report(
             "input": flags.input,
             "ema": flags.ema,
         }
+        if use is not None:
+            described["experts"] = dataclasses.asdict(use)
         print(json.dumps(facts | {"documents": stream.documents, "text_bytes": stream.text_bytes} | described))
         return
     which = f"{trained.path} (average of the weights)" if flags.ema else trained.path
@@ -184,6 +248,8 @@ def report(
     if trained.config.data.eod_mask_loss:
         print("every token counts here; the run's own validation (--eod-mask-loss) leaves out documents' first tokens")
     print_table(rows)
+    if use is not None:
+        print_experts(use)
 
 
 def finite(values: dict[str, float | int]) -> dict[str, float | int | None]:

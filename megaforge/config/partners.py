@@ -318,6 +318,12 @@ PARTNERS = (
         refuse=False,
     ),
     Partner(
+        ("logging.moe_per_layer_logging",),
+        lambda c: any(kind.has_experts for kind in kinds_of(c.model)),
+        "the model has no layer with experts: it changes nothing",
+        refuse=False,
+    ),
+    Partner(
         of_model("moe_aux_loss_coeff"),
         lambda c: c.model.moe_router_load_balancing_type != "none",
         "--moe-router-load-balancing-type none has no such loss: it changes nothing",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megaforge.config.activation_config import ActivationConfig
 from megaforge.config.batch_schedule import parse_steps
+from megaforge.config.expert_logging_config import ExpertLoggingConfig
 from megaforge.config.fields import flag
 from megaforge.config.reading_config import ReadingConfig
 from megaforge.errors import UserError
@@ -340,7 +341,7 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class LoggingConfig:
+class LoggingConfig(ExpertLoggingConfig):
     """What the run says about itself, and where."""
 
     log_interval: int = flag(10, "iterations between console lines", least=1)

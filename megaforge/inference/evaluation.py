@@ -172,7 +172,7 @@ def evaluate_stream(trained: TrainedModel, stream: Stream, *, seq_length: int, b
         alike = list(group)
         for start in range(0, len(alike), ctx.pp.size):  # as many at once as there are stages to work on them
             chosen = alike[start : start + ctx.pp.size]
-            sums += trained.model.sums([_window_batch(stream, starts, seq_length) for starts in chosen])
+            sums += trained.model.sums([window_batch(stream, starts, seq_length) for starts in chosen])
     for axis in (ctx.dp, ctx.pp):
         if axis.group is not None:
             dist.all_reduce(sums, group=axis.group)
@@ -180,7 +180,7 @@ def evaluate_stream(trained: TrainedModel, stream: Stream, *, seq_length: int, b
     return EvaluationMetrics(int(trained.meta.get("iteration", 0)), nats, targets, round(correct), stream.text_bytes)
 
 
-def _window_batch(stream: Stream, starts: range, length: int) -> Batch:
+def window_batch(stream: Stream, starts: range, length: int) -> Batch:
     """The windows that begin at ``starts``."""
     tokens, own = pad_batch([stream.tokens[start : start + length + 1] for start in starts], length=length + 1)
     marks = np.zeros((len(starts), length), np.bool_)

@@ -47,6 +47,11 @@ class StagedModel:
         self.source = (pp.size - 1) * (world.size // pp.size)
         self._recorded: RecordedSteps | None = None
 
+    @property
+    def chunk(self) -> HybridModel:
+        """This rank's stage."""
+        return self._chunk
+
     def record_steps(self, record: Record = record_graph) -> None:
         """From now on the steps of one token of each text are recorded and played again
         (:mod:`megaforge.inference.recorded_steps`).
@@ -159,6 +164,20 @@ class StagedModel:
             return torch.stack(found).to(self.ctx.device, torch.float64), sent
 
         return self._run([partial(measure, batch) for batch in batches], batches[0].tokens.shape)
+
+    @torch.no_grad()
+    def expert_counts(self, batches: Sequence[Batch]) -> Tensor:
+        """:attr:`megaforge.models.hybrid.ModelOutput.experts` of this rank's stage, summed over batches of one shape;
+        layers of further predictions count nothing."""
+
+        def count(batch: Batch, received: _Tensors) -> tuple[Tensor, _Tensors]:
+            tokens, labels, mask = (upload(x, self.ctx.device) for x in (batch.tokens, batch.labels, batch.loss_mask))
+            info = self._chunk.pack(tokens, batch.document_start)
+            output, sent = self._chunk.run_stage(tokens, labels, mask, info, received=received)
+            return output.experts, sent
+
+        steps = [partial(count, batch) for batch in batches]
+        return torch.stack(self._run(steps, batches[0].tokens.shape)).sum(0)
 
     def _run(self, steps: Sequence[_Step], shape: torch.Size) -> list[Any]:
         """What each step, of one micro-batch of ``shape`` [b, s], finds out on this rank's stage."""

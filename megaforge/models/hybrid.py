@@ -9,6 +9,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from megaforge.config.expert_layers import ExpertLayers
 from megaforge.config.pattern import ahead_of, blocks_of, expert_layers, kinds_of
 from megaforge.errors import UserError
 from megaforge.models.ahead import Ends, make_multi_token, terms_of
@@ -37,9 +38,10 @@ class ModelOutput:
             highest (bool), and the loss mask in the type of the first; [s, b] each. None in a pipeline stage without
             the head.
         terms: loss terms that layers make, as sums over layers and tokens, by name.
-        experts: int64 [2, MoE layers, E]: tokens_per_expert and preferred_per_expert of
+        experts: int64 [3, MoE layers, E]: tokens_per_expert, preferred_per_expert and kept_per_expert of
             :class:`megaforge.nn.moe.RouterLosses`; a pipeline stage's own layers. Layers of fewer experts than others
             have zeros at the end.
+        layer_terms: the loss terms of each layer that has experts, by its name.
         head_input: the head and what it was given, the normed residual stream [s(/tp), b, h]; None without a head.
         total: :attr:`loss_sum`, where the head has formed its gradients already.
     """
@@ -47,6 +49,7 @@ class ModelOutput:
     scored: tuple[Tensor, Tensor, Tensor] | None
     terms: dict[str, LossTerm]
     experts: Tensor
+    layer_terms: Mapping[str, Mapping[str, LossTerm]]
     head_input: tuple[OutputHead, Tensor] | None = None
     total: Tensor | None = None
 
@@ -105,7 +108,7 @@ class HybridModel(nn.Module):
     that one pipeline stage holds: the stage of the first block has the embedding, that of the last the head.
 
     ``stage_layers`` are its blocks, ``moe_rows`` its MoE layers' places among the model's ``num_moe_layers``, of which
-    each has as many experts as ``experts`` says.
+    ``experts`` says more.
 
     Parameters are not initialised here: call :func:`megaforge.parallel.init.initialize_parameters`. In a 16-bit
     ``dtype`` the residual stream and the projections are in that type (as in Megatron-LM); norms, router, decays,
@@ -136,8 +139,8 @@ class HybridModel(nn.Module):
         self.is_first, self.is_last = self.stage_layers.start == 0, self.stage_layers.stop == len(kinds)
         moe_layers = expert_layers(cfg)
         self.num_moe_layers = len(moe_layers)
-        self.experts = tuple(kind.experts(cfg)[1] for _, kind in moe_layers)
-        self.most_experts = max(self.experts, default=0)
+        self.experts = ExpertLayers.of(cfg)
+        self.most_experts = max(self.experts.experts, default=0)
         # A slice, for a list would have to be sent to the device each time.
         ends = (
             self.stage_layers.start,
@@ -303,10 +306,12 @@ class HybridModel(nn.Module):
             add_terms(terms, layer.terms(self.cfg))
         routed = [layer for layer in losses_made if isinstance(layer, RouterLosses)]
         # Layers of predictions that were not made have routed nothing.
-        experts = tokens.new_zeros((2, self.moe_rows.stop - self.moe_rows.start, self.most_experts))
+        experts = tokens.new_zeros((3, self.moe_rows.stop - self.moe_rows.start, self.most_experts))
         for place, layer in enumerate(routed):
             experts[:, place] = layer.counts(self.most_experts)
-        return ModelOutput(scored, terms, experts, head_input, total), sent
+        own = zip(self.experts.names[self.moe_rows], routed, strict=False)
+        layer_terms = {name: layer.terms(self.cfg) for name, layer in own}
+        return ModelOutput(scored, terms, experts, layer_terms, head_input, total), sent
 
     def head_input(self, tokens: Tensor, info: PackedSequence) -> Tensor:
         """What the head of a whole model is given of ``tokens`` int64 [b, s]: the normed residual stream

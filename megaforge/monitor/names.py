@@ -25,6 +25,7 @@ class Name:
 
 
 _INTERVAL = "every `--log-interval` iterations"
+_EACH = "`--moe-per-layer-logging`"
 _QUANTIZATION = "`--log-quantization`, " + _INTERVAL
 
 STEP = {
@@ -121,6 +122,18 @@ STEP = {
         "1 is even",
         "models with experts",
     ),
+    "expert_overflow": Name(
+        "share of the assignments to experts that full ones left out, of all layers together",
+        "`--moe-expert-capacity-factor`",
+    ),
+    **{
+        f"{name}/KIND": Name("that of one layer that has experts: 3.ffn is the one of the fourth block", when)
+        for name, when in (
+            *((name, _EACH) for name in ("load_balance_loss", "z_loss")),
+            *((name, _EACH) for name in ("expert_entropy_bits", "expert_max_load", "experts_used")),
+            ("expert_overflow", _EACH + ", `--moe-expert-capacity-factor`"),
+        )
+    },
     "mod_loss": Name(
         "cross-entropy in nats of what `--mod-inference` says with the tokens that were chosen, mean over tokens and "
         "blocks, before its coefficient",

@@ -9,13 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megaforge.config.expert_layers import ExpertLayers
 from megaforge.device import upload
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
 from megaforge.nn.losses import LossTerm, count_of
 from megaforge.parallel.agree import describe_failures, exchange
 from megaforge.parallel.context import ParallelContext
-from megaforge.training.metrics import balance_entropy_bits, greatest_expert_load, least_experts_used
+from megaforge.training.expert_balance import balance_numbers
 from megaforge.training.objectives import Objective
 
 
@@ -27,9 +28,11 @@ class BatchSums:
         objective: what made the terms.
         counts: what means are taken over, of the global batch: on the device, or known to the host.
         found: the terms that this rank has added, and the name of the count that each is divided by.
-        experts: after :meth:`reduce`, float64 [2, MoE layers, E]: tokens that each expert was chosen for, and its
-            choices by plain top-k; on the device. Layers of fewer experts have zeros at the end.
-        layer_experts: how many experts each layer has.
+        experts: after :meth:`reduce`, float64 [3, MoE layers, E]: tokens that each expert was chosen for, its choices
+            by plain top-k, and of the former those within its capacity; on the device. Layers of fewer experts have
+            zeros at the end.
+        layers: those that have experts.
+        each_layer: whether numbers of each of them are wanted, besides those of all (``--moe-per-layer-logging``).
         votes: what this rank asks of the others; after :meth:`read`, the sums over all ranks.
         faults: what is wrong with the terms, as far as this rank sees it; :meth:`read` tells every rank.
         lost: whether this rank's part is missing; after :meth:`read`, whether any rank's is.
@@ -38,13 +41,17 @@ class BatchSums:
     """
 
     def __init__(
-        self, ctx: ParallelContext, objective: Objective, counts: Mapping[str, Tensor | float] | None = None
+        self,
+        ctx: ParallelContext,
+        objective: Objective,
+        counts: Mapping[str, Tensor | float] | None = None,
+        each_layer: bool = False,
     ) -> None:
-        self.objective = objective
+        self.objective, self.each_layer = objective, each_layer
         self.counts = dict(counts or {})
         self.found: dict[str, str] = {}
-        self.experts = torch.zeros((2, 0, 0), dtype=torch.float64, device=ctx.device)
-        self.layer_experts: Sequence[int] = ()
+        self.experts = torch.zeros((3, 0, 0), dtype=torch.float64, device=ctx.device)
+        self.layers = ExpertLayers()
         self.votes: Sequence[float] = ()
         self.faults: list[str] = []
         self.lost = False
@@ -56,15 +63,15 @@ class BatchSums:
         self._reduced = self.experts.flatten()
 
     def add(self, stage: HybridModel, told: tuple[Mapping[str, LossTerm], Tensor]) -> None:
-        """Takes in what ``stage`` made of a micro-batch: terms without gradient, and int64 [2, its MoE layers, E]."""
+        """Takes in what ``stage`` made of a micro-batch: terms without gradient, and int64 [3, its MoE layers, E]."""
         terms, experts = told
         for name, term in terms.items():
             self.found[name] = term.denominator
             value = term.sum.double() / term.layers
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         if not self.experts.numel():
-            self.experts = self.experts.new_zeros((2, stage.num_moe_layers, experts.shape[2]))
-            self.layer_experts = stage.experts
+            self.experts = self.experts.new_zeros((3, stage.num_moe_layers, experts.shape[2]))
+            self.layers = stage.experts
         self.experts[:, stage.moe_rows] += experts
 
     def own(self) -> dict[str, float]:
@@ -106,13 +113,7 @@ class BatchSums:
             UserError: on every rank, as some have found a fault.
         """
         single = {name: count for name, count in self.counts.items() if isinstance(count, Tensor)}
-        tokens = self.experts[0]
-        if tokens.numel():
-            single |= {
-                "expert_entropy_bits": balance_entropy_bits(tokens),
-                "expert_max_load": greatest_expert_load(tokens, self.layer_experts),
-                "experts_used": least_experts_used(tokens, self.layer_experts),
-            }
+        single |= balance_numbers(self.experts, self.layers, self.each_layer)
         others = self._reduced[:0] if others is None else others
         numbers = iter(torch.cat([others, self._reduced, *(value.view(1) for value in single.values())]).tolist())
         taken = list(islice(numbers, len(others)))

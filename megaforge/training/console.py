@@ -222,7 +222,10 @@ def _experts(interval: Interval) -> list[tuple[int, str]]:
     if "expert_max_load" not in interval.last.extra:
         return []
     entropy, load = interval.mean("expert_entropy_bits"), interval.mean("expert_max_load")
-    return [(10, f"experts {entropy:.2f} bits, busiest {load:.1f}x")]
+    full = ""
+    if "expert_overflow" in interval.last.extra:
+        full = f", overflow {interval.mean('expert_overflow'):.1%}"
+    return [(10, f"experts {entropy:.2f} bits, busiest {load:.1f}x{full}")]
 
 
 def _further(interval: Interval) -> list[tuple[int, str]]:

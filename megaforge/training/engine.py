@@ -72,6 +72,7 @@ class Engine:
         self._pipeline = ForwardBackward(
             model, ctx, plan, self.reducer, offload=offload, compress=compress, dropout=dropout
         )
+        self._each_layer = config.logging.moe_per_layer_logging
         self._terms = WeakIdKeyDictionary()  # of each objective that is alive: its terms and their counts
         self._kept: dict[int, _Kept] = {}  # those of which Python cannot tell that they are gone (with slots)
 
@@ -88,7 +89,7 @@ class Engine:
         Returns:
             The terms' sums over this rank's micro-batches and stages.
         """
-        sums = BatchSums(self.ctx, objective, self._global_counts(batches, objective))
+        sums = BatchSums(self.ctx, objective, self._global_counts(batches, objective), self._each_layer)
         of_sum = getattr(objective, "takes_loss_sum", False)
         for told in self._pipeline.run(batches, partial(_loss, sums), loss_scale=self.scaler.scale, of_sum=of_sum):
             sums.add(*told)
@@ -96,10 +97,10 @@ class Engine:
 
     def lost(self, objective: Objective) -> BatchSums:
         """Sums of a rank that could not do its part of the step: in them all ranks learn of it."""
-        sums = BatchSums(self.ctx, objective)
+        sums = BatchSums(self.ctx, objective, each_layer=self._each_layer)
         first = self.model.chunks[0]
-        sums.lost, sums.experts = True, sums.experts.new_zeros((2, first.num_moe_layers, first.most_experts))
-        sums.layer_experts = first.experts
+        sums.lost, sums.experts = True, sums.experts.new_zeros((3, first.num_moe_layers, first.most_experts))
+        sums.layers = first.experts
         return sums
 
     def forward(self, batches: Sequence[Batch], sums: BatchSums) -> None:
@@ -161,7 +162,7 @@ class Engine:
         if finite:
             self.optimizer.step(lr)
             for stage in self.model.chunks:
-                counts = expert_counts(stage, *sums.experts[:, stage.moe_rows])
+                counts = expert_counts(stage, *sums.experts[:2, stage.moe_rows])
                 after_update(stage, Update(self.ctx, counts))
         else:
             self.reducer.forget_losses()
@@ -222,6 +223,9 @@ def _terms(sums: BatchSums, output: ModelOutput, batch: Batch) -> tuple[None, _T
             own = _objective_terms(sums.objective, output, batch)
         except UserError as error:
             sums.faults.append(str(error))
+    if sums.each_layer:  # reported only: the sum over layers is trained
+        for name, terms in output.layer_terms.items():
+            own |= {f"{term}/{name}": replace(one, weight=0.0, layers=1) for term, one in terms.items()}
     return None, (own | output.terms, output.experts)
 
 

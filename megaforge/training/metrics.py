@@ -7,13 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
-
-from megaforge.device import upload
 
 
 @dataclass(frozen=True)
@@ -112,45 +106,3 @@ class EvaluationMetrics:
             "tokens": self.tokens,
         }
         return {name: value for name, value in named.items() if value is not None}
-
-
-def balance_entropy_bits(tokens_per_expert: Tensor) -> Tensor:
-    """Entropy in bits of the experts' shares, mean over layers: log2(E) when every expert gets as much as any other.
-
-    Args:
-        tokens_per_expert: float64 [layers, E] counts; a layer of fewer experts has zeros at the end.
-    """
-    shares = tokens_per_expert / tokens_per_expert.sum(dim=1, keepdim=True).clamp(min=1.0)
-    return -(shares * shares.clamp(min=1e-300).log2()).sum() / max(1, len(shares))
-
-
-def greatest_expert_load(tokens_per_expert: Tensor, experts: Sequence[int] = ()) -> Tensor:
-    """The most tokens that an expert got, as a multiple of its layer's mean: 1 when all get alike, E when one gets all;
-    the greatest of the layers, 0 without tokens.
-
-    Args:
-        tokens_per_expert: float64 [layers, E] counts.
-        experts: how many each layer has, where they differ or are fewer; by default E.
-    """
-    busiest, total = tokens_per_expert.amax(dim=1), tokens_per_expert.sum(dim=1).clamp(min=1.0)
-    number: int | Tensor = tokens_per_expert.shape[1]
-    if any(own != number for own in experts):
-        number = upload(torch.tensor(experts), total.device)
-    loads = busiest * number / total
-    return torch.cat([loads, loads.new_zeros(1)]).amax()
-
-
-def least_experts_used(tokens_per_expert: Tensor, experts: Sequence[int] = ()) -> Tensor:
-    """Experts that a layer's tokens go to, by the entropy of their shares (2 to its power), as a share of the layer's
-    experts: 1 when all get alike, k / E when the same k get all; the least of the layers, 1 without any.
-
-    Args:
-        tokens_per_expert: float64 [layers, E] counts.
-        experts: how many each layer has, where they differ or are fewer; by default E.
-    """
-    shares = tokens_per_expert / tokens_per_expert.sum(dim=1, keepdim=True).clamp(min=1.0)
-    used = (-(shares * shares.clamp(min=1e-300).log2()).sum(dim=1)).exp2()
-    number: int | Tensor = tokens_per_expert.shape[1]
-    if any(own != number for own in experts):
-        number = upload(torch.tensor(experts), used.device)
-    return torch.cat([used / number, used.new_ones(1)]).amin()

@@ -185,6 +185,7 @@ SAID = [
     (("--transformer-pct", "50"), ("--hybrid-layer-pattern", "RE*E", "--num-layers", "2"), "--hybrid-layer-pattern"),
     (("--transformer-pct", "50"), RWKV, "--layer-schedule"),
     (("--moe-token-drop-policy", "probs"), (), "--moe-expert-capacity-factor"),
+    (("--moe-per-layer-logging",), (*ATTENTION, "--ffn", "dense"), "no layer with experts"),
     (("--moe-aux-loss-coeff", "0.1"), ("--moe-router-load-balancing-type", "none"), "no such loss"),
     (("--rwkv-gate-rank", "8"), ATTENTION, "no RWKV-7 layer"),
     (("--num-query-groups", "1"), RWKV, "no attention layer"),

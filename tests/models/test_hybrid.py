@@ -104,12 +104,12 @@ def test_loss_is_the_cross_entropy_of_the_logits(untied: bool) -> None:
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(2, 10)
     assert_close(out.loss_sum, (expected * mask).sum(), 1e-13, "loss")
     assert float(out.correct) == float(((logits.argmax(-1) == labels) * mask).sum())
-    assert out.experts.shape == (2, 2, 4) and out.experts[0].sum(1).tolist() == [40, 40]
+    assert out.experts.shape == (3, 2, 4) and out.experts[0].sum(1).tolist() == [40, 40]
 
 
 def test_a_dense_model_has_no_router_losses() -> None:
     out = model_of(hybrid_layer_pattern="R-*-")(ids(1, 5), ids(1, 5), torch.ones(1, 5))
-    assert out.terms == {} and out.experts.shape == (2, 0, 0)
+    assert out.terms == {} and out.experts.shape == (3, 0, 0)
 
 
 def test_tied_head_shares_one_parameter() -> None:

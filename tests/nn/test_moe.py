@@ -163,6 +163,24 @@ def test_counts_and_idle_experts() -> None:
     assert [bool(g.any()) for g in module.up.weight.grad] == [False, False, False, True, False]
 
 
+@pytest.mark.parametrize("policy", ["position", "probs"])
+def test_what_full_experts_leave_out_is_counted(policy: str) -> None:
+    """Of each sequence an expert keeps at most its capacity; in evaluation everything."""
+    cfg = config(moe_expert_capacity_factor=0.6, moe_token_drop_policy=policy)
+    module, x = build(MoEFFN, cfg, False), random(LENGTH, BATCH, HIDDEN)
+    capacity = math.ceil(0.6 * cfg.moe_router_topk * LENGTH / EXPERTS)
+    whole, expected = [0] * EXPERTS, [0] * EXPERTS
+    for sequence in (x @ module.router.weight.detach().t()).unbind(1):
+        chosen = [e for logits in sequence.tolist() for e in chosen_in_python(logits, cfg)]
+        whole = [whole[e] + chosen.count(e) for e in range(EXPERTS)]
+        expected = [expected[e] + min(chosen.count(e), capacity) for e in range(EXPERTS)]
+    _, _, losses = module(x, PackedSequence(BATCH, LENGTH, CPU))
+    assert losses.tokens_per_expert.tolist() == whole and losses.kept_per_expert.tolist() == expected != whole
+    assert losses.counts(EXPERTS + 1).tolist() == [[*whole, 0], [*whole, 0], [*expected, 0]]
+    _, _, losses = module.eval()(x, PackedSequence(BATCH, LENGTH, CPU))
+    assert losses.kept_per_expert.tolist() == whole
+
+
 def test_balance_loss_is_one_a_sequence_when_balanced() -> None:
     module = build(MoEFFN, config(), False)
     with torch.no_grad():

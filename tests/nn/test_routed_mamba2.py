@@ -173,7 +173,7 @@ def test_layers_may_have_other_numbers_of_experts() -> None:
     whole = filled(HybridModel(make_layer_context(cfg, CTX, dtype=torch.float64)))
     tokens = torch.arange(40)[None] % 61
     out = whole(tokens, tokens.roll(-1, 1), torch.ones(1, 40))
-    assert whole.experts == (6, 4) and out.experts.shape == (2, 2, 6)
+    assert whole.experts.experts == (6, 4) and out.experts.shape == (3, 2, 6)
     assert out.experts[0].sum(1).tolist() == [120, 80] and not out.experts[:, 1, 4:].any()
 
 

@@ -137,7 +137,7 @@ def train(
         scalars.append(total_over_dp(sum(sums), ctx))
         counts = sum(o.experts for o in outputs)
         statistics.append(total_over_dp(counts, ctx))
-        after_update(model, Update(ctx, expert_counts(model, *statistics[-1])))
+        after_update(model, Update(ctx, expert_counts(model, *statistics[-1][:2])))
     return {
         "sums": torch.stack(scalars),
         "norms": torch.tensor(norms, dtype=torch.float64),

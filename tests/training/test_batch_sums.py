@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from megaforge.config.expert_layers import ExpertLayers
 from megaforge.errors import UserError
 from megaforge.nn.losses import LossTerm
 from megaforge.parallel.context import ParallelContext
@@ -18,7 +19,7 @@ COUNTS = {"sequences": 4.0, "labels": torch.tensor(10.0, dtype=torch.float64)}
 class Stage(nn.Module):
     """What sums ask of a stage that has the second of two MoE layers."""
 
-    num_moe_layers, moe_rows, experts = 2, slice(1, 2), (2, 2)
+    num_moe_layers, moe_rows, experts = 2, slice(1, 2), ExpertLayers(("0.ffn", "1.ffn"), (2, 2))
 
 
 def term(value: float, count: str) -> LossTerm:
@@ -27,7 +28,7 @@ def term(value: float, count: str) -> LossTerm:
 
 def test_all_numbers_come_back_under_their_names() -> None:
     sums = BatchSums(ParallelContext.single(), None, COUNTS)  # type: ignore[arg-type]
-    experts = torch.tensor([[[3, 1]], [[2, 2]]])
+    experts = torch.tensor([[[3, 1]], [[2, 2]], [[3, 1]]])
     for value in (20.0, 5.0):
         sums.add(Stage(), ({"loss": term(value, "labels"), "z": term(1.0, "sequences")}, experts))  # type: ignore[arg-type]
     sums.votes = [1.0, 0.0]
@@ -35,7 +36,7 @@ def test_all_numbers_come_back_under_their_names() -> None:
     assert sums.read(torch.tensor([7.0, 8.0], dtype=torch.float64)) == [7.0, 8.0]
     assert sums.means() == {"loss": 2.5, "z": 0.5} and sums.values == {"loss": 25.0, "z": 2.0}
     assert sums.votes == [1.0, 0.0] and sums.counts == {"sequences": 4.0, "labels": 10.0}
-    assert sums.experts.tolist() == [[[0, 0], [6, 2]], [[0, 0], [4, 4]]]
+    assert sums.experts.tolist() == [[[0, 0], [6, 2]], [[0, 0], [4, 4]], [[0, 0], [6, 2]]]
     assert sums.balance == {
         "expert_entropy_bits": pytest.approx(0.8112781 / 2),
         "expert_max_load": 1.5,
@@ -64,7 +65,7 @@ def summed(sizes: dict[str, int]) -> tuple[dict[str, float], list[float]]:
     ctx = ParallelContext.create(**sizes)
     sums = BatchSums(ctx, None, {"labels": 1.0})  # type: ignore[arg-type]
     name = "loss" if ctx.pp.rank == ctx.pp.size - 1 else "z"
-    sums.add(Stage(), ({name: term(2.0**ctx.dp_cp.rank, "labels")}, torch.zeros(2, 1, 2)))  # type: ignore[arg-type]
+    sums.add(Stage(), ({name: term(2.0**ctx.dp_cp.rank, "labels")}, torch.zeros(3, 1, 2)))  # type: ignore[arg-type]
     sums.votes = [float(ctx.world.rank == 3)]
     sums.reduce({"loss": "labels", "z": "labels"})
     sums.read()

@@ -6,18 +6,10 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
 
 from megaforge.monitor.names import STEP, known
 from megaforge.monitor.sinks import read_metrics
-from megaforge.training.metrics import (
-    EvaluationMetrics,
-    StepMetrics,
-    balance_entropy_bits,
-    greatest_expert_load,
-    least_experts_used,
-)
+from megaforge.training.metrics import EvaluationMetrics, StepMetrics
 from tests.training.tiny import arguments, make_trainer, write_dataset
 
 
@@ -35,32 +27,6 @@ def test_unknown_numbers_are_left_out() -> None:
     assert EvaluationMetrics(1, 1e6, 1).perplexity == math.inf
 
 
-def counts(*layers: list[int]) -> Tensor:
-    return torch.tensor(layers, dtype=torch.float64).reshape(len(layers), -1 if layers else 4)
-
-
-def test_balance_entropy() -> None:
-    assert balance_entropy_bits(counts([5, 5, 5, 5])) == 2.0
-    assert balance_entropy_bits(counts([7, 0, 0, 0])) == 0.0
-    assert balance_entropy_bits(counts([1, 1, 0, 0], [1, 1, 1, 1])) == 1.5
-    assert balance_entropy_bits(counts()) == balance_entropy_bits(counts([0, 0])) == 0.0
-
-
-def test_greatest_expert_load() -> None:
-    assert greatest_expert_load(counts([5, 5, 5, 5])) == 1.0
-    assert greatest_expert_load(counts([0, 8, 0, 0], [2, 2, 2, 2])) == 4.0, "one expert of four got all of its layer's"
-    assert greatest_expert_load(counts([1, 2, 3, 0])) == 2.0
-    assert greatest_expert_load(counts([0, 0])) == greatest_expert_load(counts()) == 0.0
-
-
-def test_least_experts_used() -> None:
-    assert least_experts_used(counts([5, 5, 5, 5])) == 1.0
-    assert least_experts_used(counts([0, 8, 0, 0], [2, 2, 2, 2])) == 0.25, "the least even layer"
-    assert least_experts_used(counts([7, 7, 0, 0])) == 0.5, "two of four"
-    assert least_experts_used(counts([3, 3, 0, 0], [1, 1, 1, 1]), [2, 4]) == 1.0, "a layer of two experts"
-    assert least_experts_used(counts()) == 1.0
-
-
 @pytest.mark.parametrize("precision", [(), ("--fp16",)])
 def test_every_number_that_a_run_writes_has_a_name_in_the_table(tmp_path: Path, precision: tuple[str, ...]) -> None:
     prefix = write_dataset(tmp_path / "d_text_document", documents=20)
@@ -72,6 +38,7 @@ def test_every_number_that_a_run_writes_has_a_name_in_the_table(tmp_path: Path, 
     flags += ("--qk-clip", "--quantize-weights", "ternary", "--log-quantization")
     flags += ("--quant-lambda", "linear", "--quant-lambda-end-iters", "2")
     flags += ("--mtp-num-layers", "1", "--mod-capacity-factor", "0.5")
+    flags += ("--moe-expert-capacity-factor", "0.5", "--moe-per-layer-logging")
     make_trainer(arguments(prefix, *flags, *precision)).train()
     records = read_metrics(path)
     for record in records:
@@ -102,6 +69,12 @@ def test_every_number_that_a_run_writes_has_a_name_in_the_table(tmp_path: Path, 
         *("distill", "relations"),  # of another objective
         "goodput",  # of runs that save
     }
+    layers = {name.partition("/")[2] for name in last if name.startswith("expert_overflow/")}
+    assert layers == {"0.ffn", "1.ffn", "mtp.0.ffn"}
+    for name in ("load_balance_loss", "z_loss", "expert_entropy_bits"):
+        own = [value for key, value in records[1].items() if key.startswith(f"{name}/")]
+        assert len(own) == 3 and records[1][name] == pytest.approx(math.fsum(own) / 3), "means over the layers"
+    assert 0.4 < records[1]["expert_overflow"] < 1, "an expert takes half of its even share"
     kinds = {name.removeprefix("grad_norm/") for name in last if name.startswith("grad_norm/")}
     assert kinds == {"embedding", "attention", "rwkv", "moe", "router", "norm", "mtp"}
     squares = math.fsum(value**2 for name, value in records[1].items() if name.startswith("grad_norm/"))

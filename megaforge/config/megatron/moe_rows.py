@@ -18,12 +18,6 @@ MOE_ROWS: tuple[Row, ...] = (
     ),
     *advice(
         0,
-        "balance is logged as means over layers: expert_entropy_bits, expert_max_load and load_balance_loss in "
-        "--metrics-file; leave it out",
-        "moe-per-layer-logging",
-    ),
-    *advice(
-        0,
         "experts cannot be forced to even loads; leave it out, or give --moe-expert-capacity-factor 1",
         "moe-router-force-load-balancing",
     ),

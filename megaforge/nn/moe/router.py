@@ -53,17 +53,19 @@ class RouterLosses:
         z_loss_sum: over tokens, of the squared log-sum-exp of the router's logits (Zoph et al., arXiv 2202.08906).
         tokens_per_expert: int64 [E], assignments of this micro-batch.
         preferred_per_expert: int64 [E], its choices by plain top-k of the scores; without a bias and groups the same.
+        kept_per_expert: int64 [E], those of tokens_per_expert that are within their experts' capacity.
     """
 
     load_balance_sum: Tensor
     z_loss_sum: Tensor
     tokens_per_expert: Tensor
     preferred_per_expert: Tensor
+    kept_per_expert: Tensor
 
     def counts(self, width: int) -> Tensor:
-        """Both counts, int64 [2, width], with zeros behind the layer's experts."""
-        both = torch.stack([self.tokens_per_expert, self.preferred_per_expert])
-        return F.pad(both, (0, width - both.shape[1]))
+        """All three counts, int64 [3, width], with zeros behind the layer's experts."""
+        all_three = torch.stack([self.tokens_per_expert, self.preferred_per_expert, self.kept_per_expert])
+        return F.pad(all_three, (0, width - all_three.shape[1]))
 
     def terms(self, cfg: ModelConfig) -> dict[str, LossTerm]:
         """By name."""
@@ -129,7 +131,8 @@ class Router(ReplicatedLinear):
         plain = plain_rule(self.cfg)
         preferred = route.counts if plain is None else moe_route(logits.detach(), plain, None, x_SBH.shape[1]).counts
         rows = route.position.numel() if kept is None else None
-        return Routing(route.weights, permutation, rows), self._losses(route, preferred)
+        losses = self._losses(route, preferred, None if kept is None else permutation.counts)
+        return Routing(route.weights, permutation, rows), losses
 
     def _kept(self, route: Route, info: PackedSequence) -> Tensor | None:
         """Bool [T, k]; None: all. Decided for whole sequences, on every rank alike: a share of the capacity for each
@@ -144,20 +147,23 @@ class Router(ReplicatedLinear):
         kept = within_capacity(experts, weights, self.cfg.num_experts, capacity, self.cfg.moe_token_drop_policy)
         return self.share.own(kept, info.positions_S).flatten(0, 1)
 
-    def _losses(self, route: Route, preferred: Tensor) -> RouterLosses:
-        """``preferred``: int64 [b, E], choices by plain top-k."""
+    def _losses(self, route: Route, preferred: Tensor, kept: Tensor | None) -> RouterLosses:
+        """``preferred``: int64 [b, E], choices by plain top-k; ``kept``: int64 [E], those that were not dropped."""
         # One sum over tp for all of them; in fp64 counts stay exact.
         same = preferred is route.counts
         counted = (route.counts,) if same else (route.counts, preferred)
-        parts = (torch.stack(counted).double(), route.probability_sum, route.z_sum)
+        within = route.z_sum.new_zeros(0) if kept is None else kept.double()
+        parts = (torch.stack(counted).double(), route.probability_sum, route.z_sum, within)
         sums = self.share.total(torch.cat([part.flatten() for part in parts]))
-        counts, probability_sum, z_sum = sums.split([part.numel() for part in parts])
+        counts, probability_sum, z_sum, within = sums.split([part.numel() for part in parts])
         counts, probability_sum = counts.detach().view_as(parts[0]), probability_sum.view_as(parts[1])
+        assigned = counts[0].sum(dim=0).round().long()
         return RouterLosses(
             load_balance_sum=self._load_balance(counts[-1], probability_sum).to(route.lse.dtype),
             z_loss_sum=z_sum.sum().to(route.lse.dtype),
-            tokens_per_expert=counts[0].sum(dim=0).round().long(),
+            tokens_per_expert=assigned,
             preferred_per_expert=counts[-1].sum(dim=0).round().long(),
+            kept_per_expert=assigned if kept is None else within.detach().round().long(),
         )
 
     def _load_balance(self, counts: Tensor, probability_sum: Tensor) -> Tensor:
