@@ -23,6 +23,7 @@ class LayerKind:
         is_mixer: True for what mixes tokens and opens a block, False for an FFN, which joins the mixer in front of it.
         token_shift: of a mixer: the FFN behind it sees each token mixed with the one before it.
         has_experts: matrices of it are laid out over ep and etp, and it counts what it routes.
+        recurrent: tokens hand a state on, of which ``--sequence-checkpoint`` keeps some.
         recompute: the value of ``--recompute`` that computes this layer alone again in the backward pass.
         axes: of tp and cp those over which it can be split.
         kernel: the field of :class:`megaforge.planning.gpus.Efficiency` that :meth:`flops` are counted at.
@@ -35,6 +36,7 @@ class LayerKind:
     is_mixer = True
     token_shift = False
     has_experts = False
+    recurrent = False
     recompute = ""
     axes: tuple[str, ...] = ("tp", "cp")
     kernel = "matmul"

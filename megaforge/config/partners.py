@@ -91,6 +91,23 @@ PARTNERS = (
         lambda c: c.training.micro_batch_size < 64,
         "numbers of 64 sequences would share a scale: use --micro-batch-size 63 or less",
     ),
+    Partner(
+        ("parallel.sequence_checkpoint",),
+        lambda c: not c.parallel.compress_activations,
+        "states of recurrences do not bear the 8 bits of --compress-activations: leave out the one or the other",
+    ),
+    Partner(
+        ("parallel.sequence_checkpoint",),
+        lambda c: any(kind.recurrent for kind in kinds_of(c.model)),
+        "the model has no RWKV-7 or Mamba-2 layer: it changes nothing",
+        refuse=False,
+    ),
+    Partner(
+        ("parallel.sequence_checkpoint",),
+        lambda c: c.parallel.context_parallel_size == 1,
+        "the ranks of --cp hand on states of their chunks by themselves: it changes nothing",
+        refuse=False,
+    ),
     *DATA_PARTNERS,
     *DISTILLATION,
     *FINE_TUNING,

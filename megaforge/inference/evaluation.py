@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -180,7 +181,7 @@ def evaluate_stream(trained: TrainedModel, stream: Stream, *, seq_length: int, b
     return EvaluationMetrics(int(trained.meta.get("iteration", 0)), nats, targets, round(correct), stream.text_bytes)
 
 
-def window_batch(stream: Stream, starts: range, length: int) -> Batch:
+def window_batch(stream: Stream, starts: Sequence[int], length: int) -> Batch:
     """The windows that begin at ``starts``."""
     tokens, own = pad_batch([stream.tokens[start : start + length + 1] for start in starts], length=length + 1)
     marks = np.zeros((len(starts), length), np.bool_)

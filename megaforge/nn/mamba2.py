@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from megaforge.errors import UserError
 from megaforge.kernels.ssd import ssd
 from megaforge.nn.recompute import recomputed
+from megaforge.nn.spans import in_spans
 from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState
+from megaforge.parallel.context_parallel.shard import ContextParallelShard
 from megaforge.parallel.context_parallel.ssd import context_parallel_ssd
 from megaforge.parallel.init_rules import Box, Constant, InitRule, Normal, Uniform
 from megaforge.parallel.layer_context import LayerContext
@@ -87,7 +89,7 @@ class Mamba2Core(nn.Module):
         inner, shared = heads * cfg.mamba_head_dim, groups * state
         self.heads, self.groups, self.head_dim, self.state_dim = heads // tp, groups // tp, cfg.mamba_head_dim, state
         self.inner, self.shared = inner // tp, shared // tp
-        self.epsilon, self.recompute_core = cfg.norm_epsilon, layer.recompute == "selective"
+        self.epsilon, self.recompute_core, self.span = cfg.norm_epsilon, layer.recompute == "selective", layer.span
         convolved, near = (inner, shared, shared), Uniform(cfg.init_std_scale / math.sqrt(TAPS))
         self._declare(layer, "conv_weight", (sum(convolved), TAPS), near, parts=convolved, weight_decay=True)
         self._declare(layer, "conv_bias", (sum(convolved),), near, parts=convolved)
@@ -119,62 +121,72 @@ class Mamba2Core(nn.Module):
         Raises:
             UserError: the chunks of ``--cp`` are shorter than what the convolution sees of earlier tokens.
         """
-        tail, memory = (None, None) if state is None else (state.tail, state.ssm)
-        keeps = state is not None
-        out, final = recomputed(self.recompute_core, self._mix, z, taken, step, info, tail, memory, keeps)
+        marks, out = _marks(info), taken  # the latter until it is known
         if state is not None:
-            state.tail, state.ssm = _tail_of(taken, info, tail), final
-        mixed: Tensor = out
-        return mixed
+            out, final = self._mix(z, taken, step, marks, state.tail, state.ssm)
+            state.tail, state.ssm = _tail_of(taken, info, state.tail), final
+        elif info.shards.axis.size > 1:
+            out = recomputed(self.recompute_core, self._mix_shared, z, taken, step, marks, info.shards)
+        elif self.span is not None:
+            [out] = in_spans(self._span, self.span, (z, taken, step, marks), (None, None))
+        else:
+            out, _ = recomputed(self.recompute_core, self._mix, z, taken, step, marks)
+        return out
 
     def _mix(
         self,
         z: Tensor,
         taken: Tensor,
         step: Tensor,
-        info: PackedSequence,
-        tail: Tensor | None,
-        memory: Tensor | None,
-        keeps: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """:meth:`mix`, and the final state where it is kept."""
-        length, batch = z.shape[:2]
-        x, b, c = self._convolved(taken, info, tail).split((self.inner, self.shared, self.shared), dim=-1)
+        marks: Tensor | None,
+        tail: Tensor | None = None,
+        memory: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`mix`, and the final state; ``tail`` [b, 3, channels/tp] and ``memory`` are of the tokens before."""
+        before = taken.new_zeros(TAPS - 1, *taken.shape[1:]) if tail is None else tail.transpose(0, 1)
+        x, stepped, log_a, b, c = self._inputs(self._convolved(taken, before[None], marks), step)
+        y, final = ssd(stepped, log_a, b, c, memory, None if marks is None else marks[..., 0])
+        return self._gated_norm(y + x * self.skip[:, None], z), final
+
+    def _span(self, tokens: tuple[Any, ...], state: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        out, final = self._mix(*tokens, *state)
+        # A shorter span is the last one, whose inputs nobody sees.
+        return (out,), (tokens[1][1 - TAPS :].transpose(0, 1), final)
+
+    def _mix_shared(
+        self, z: Tensor, taken: Tensor, step: Tensor, marks: Tensor | None, shards: ContextParallelShard
+    ) -> Tensor:
+        """:meth:`_mix` of whole sequences that the ranks of cp share."""
+        pieces = taken.chunk(len(shards.chunks))
+        if len(pieces[0]) < TAPS - 1:
+            raise UserError(
+                f"--cp {shards.axis.size}: a Mamba-2 layer needs chunks of at least {TAPS - 1} tokens, and "
+                f"--seq-length / (2 x cp) is {len(pieces[0])}; use a longer sequence or a smaller --cp"
+            )
+        before = shards.before(torch.stack([piece[1 - TAPS :] for piece in pieces]))
+        x, stepped, log_a, b, c = self._inputs(self._convolved(taken, before, marks), step)
+        y = context_parallel_ssd(stepped, log_a, b, c, None if marks is None else marks[..., 0], shards)
+        return self._gated_norm(y + x * self.skip[:, None], z)
+
+    def _inputs(self, convolved: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """x [s, b, H/tp, P] and the first four arguments of :func:`megaforge.kernels.ssd.ssd`."""
+        length, batch = step.shape[:2]
+        x, b, c = convolved.split((self.inner, self.shared, self.shared), dim=-1)
         x = x.view(length, batch, self.heads, self.head_dim)
         b, c = (each.view(length, batch, self.groups, self.state_dim) for each in (b, c))
         step = F.softplus(step.to(self.dt_bias.dtype) + self.dt_bias)
         log_a = -self.a_log.exp() * step
-        starts = info.document_start_SB if info.has_boundaries else None
-        given = (x * step[..., None], log_a, b, c)
-        final: Tensor | None = None
-        if keeps:
-            y, final = ssd(*given, memory, starts)
-        else:
-            y = context_parallel_ssd(*given, starts, info.shards)
-        return self._gated_norm(y + x * self.skip[:, None], z), final
+        return x, x * step[..., None], log_a, b, c
 
-    def _convolved(self, taken: Tensor, info: PackedSequence, tail: Tensor | None) -> Tensor:
-        """silu of the causal convolution of [s, b, channels/tp] within each document, in fp32 (fp64); ``tail``
-        [b, 3, channels/tp] comes before it."""
-        shards = info.shards
-        pieces = taken.chunk(len(shards.chunks))
-        if shards.axis.size > 1:
-            if len(pieces[0]) < TAPS - 1:
-                raise UserError(
-                    f"--cp {shards.axis.size}: a Mamba-2 layer needs chunks of at least {TAPS - 1} tokens, and "
-                    f"--seq-length / (2 x cp) is {len(pieces[0])}; use a longer sequence or a smaller --cp"
-                )
-            before = shards.before(torch.stack([piece[1 - TAPS :] for piece in pieces]))
-        elif tail is not None:
-            before = tail.transpose(0, 1)[None]
-        else:
-            before = taken.new_zeros(1, TAPS - 1, *taken.shape[1:])
-        windows = [torch.cat(pair) for pair in zip(before, pieces, strict=True)]
+    def _convolved(self, taken: Tensor, before: Tensor, marks: Tensor | None) -> Tensor:
+        """silu of the causal convolution of [s, b, channels/tp] within each document, in fp32 (fp64); ``before``
+        [chunks, 3, b, channels/tp] are the tokens in front of each chunk."""
+        windows = [torch.cat(pair) for pair in zip(before, taken.chunk(len(before)), strict=True)]
         out = torch.addcmul(self.conv_bias, taken, self.conv_weight[:, -1])
         for back in range(1, TAPS):
             earlier = torch.cat([window[TAPS - 1 - back : len(window) - back] for window in windows])
-            if info.has_boundaries:
-                earlier = earlier.masked_fill(_is_in_another_document(info, back), 0)
+            if marks is not None:
+                earlier = earlier.masked_fill(marks[..., back, None], 0)
             out = torch.addcmul(out, earlier, self.conv_weight[:, -1 - back])
         return F.silu(out)
 
@@ -222,6 +234,18 @@ def _tail_of(taken: Tensor, info: PackedSequence, before: Tensor | None) -> Tens
         others = [_is_in_another_document(info, back)[-1] for back in reversed(range(TAPS - 1))]
         tail = tail.masked_fill(torch.stack(others), 0)
     return tail.transpose(0, 1).contiguous()
+
+
+def _marks(info: PackedSequence) -> Tensor | None:
+    """Bool [s, b, 4]: whether a document starts at a token, and whether the one 1, 2, 3 places earlier is in another;
+    None: there is one document each."""
+    if not info.has_boundaries:
+        return None
+    if "Mamba-2" not in info.cache:
+        others = [_is_in_another_document(info, back) for back in range(1, TAPS)]
+        info.cache["Mamba-2"] = torch.cat([info.document_start_SB[..., None], *others], -1)
+    found: Tensor = info.cache["Mamba-2"]
+    return found
 
 
 def _is_in_another_document(info: PackedSequence, back: int) -> Tensor:

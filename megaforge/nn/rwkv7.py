@@ -15,6 +15,7 @@ from megaforge.kernels.rwkv7_fused import mix_values, norm_bonus_gate, rwkv7_inp
 from megaforge.kernels.wkv7.backend import wkv7_backend
 from megaforge.nn.recompute import recomputed
 from megaforge.nn.relations import Projection
+from megaforge.nn.spans import in_spans
 from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState
 from megaforge.nn.token_shift import shift_and_mix
 from megaforge.parallel.context_parallel.shard import ContextParallelShard
@@ -166,7 +167,7 @@ class RWKV7TimeMix(nn.Module):
         self.region, self.index = layer.region, layer.index
         self.head_size, self.local_heads = head, size // head // ctx.tp.size
         self.makes_v_first = layer.first
-        self.recompute_core = layer.recompute == "selective"
+        self.recompute_core, self.span = layer.recompute == "selective", layer.span
         self.wkv7 = wkv7_backend(layer.backends.get("wkv", "auto"), ctx.device, layer.dtype, head)
         self._declare_mixing(layer)
         self.receptance = self._column(layer, 1.0)
@@ -250,11 +251,16 @@ class RWKV7TimeMix(nn.Module):
         heads = (*x.shape[:2], self.local_heads, self.head_size)
         r, v = r.view(heads), v.view(heads)
         starts = info.document_start_SB if info.has_boundaries else None
-        memory = None if state is None else state.wkv
-        inputs = (r, v, decay, key, rate, memory, starts, info.shards)
-        y, k, final = recomputed(self.recompute_core, self._recurrence, *inputs)
+        inputs = (r, v, decay, key, rate, starts)
         if state is not None:
+            y, k, final = self._recurrence(*inputs, state.wkv)
             state.shift, state.wkv = x[-1].clone(), final  # a view would keep the whole prompt's
+        elif info.shards.axis.size > 1:
+            y, k = recomputed(self.recompute_core, self._shared_recurrence, *inputs, info.shards)
+        elif self.span is not None:
+            y, k = in_spans(self._span, self.span, inputs, (None,))
+        else:
+            y, k, _ = recomputed(self.recompute_core, self._recurrence, *inputs)
         norm = (self.ln_x["weight"], self.ln_x["bias"])
         out = self.output(norm_bonus_gate(y, r, k, v, gate, *norm, self.r_k, GROUP_NORM_EPSILON))
         return LayerOutput(out, made)
@@ -266,16 +272,31 @@ class RWKV7TimeMix(nn.Module):
         decay: Tensor,
         key: Tensor,
         rate: Tensor,
-        memory: Tensor | None,
         starts: Tensor | None,
-        shards: ContextParallelShard,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """WKV and the arithmetic in front of it: y and k [s, b, H/tp, N], and with a ``memory`` the final state."""
+        memory: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """WKV and the arithmetic in front of it: y and k [s, b, H/tp, N], and the final state."""
         log_w, k, a, b = rwkv7_inputs(decay, self.w0, rate, self.a0, key, self.k_k, self.k_a, self.head_size)
-        if memory is None and shards.axis.size > 1:
-            return context_parallel_wkv7(r, log_w, k, v, a, b, starts, shards, self.wkv7), k, None
         y, final = self.wkv7(r, log_w, k, v, a, b, memory, starts)
         return y, k, final
+
+    def _span(self, tokens: tuple[Any, ...], state: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        y, k, final = self._recurrence(*tokens, *state)
+        return (y, k), (final,)
+
+    def _shared_recurrence(
+        self,
+        r: Tensor,
+        v: Tensor,
+        decay: Tensor,
+        key: Tensor,
+        rate: Tensor,
+        starts: Tensor | None,
+        shards: ContextParallelShard,
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`_recurrence` of whole sequences that the ranks of cp share."""
+        log_w, k, a, b = rwkv7_inputs(decay, self.w0, rate, self.a0, key, self.k_k, self.k_a, self.head_size)
+        return context_parallel_wkv7(r, log_w, k, v, a, b, starts, shards, self.wkv7), k
 
     def _project(self, mixes: tuple[Tensor, ...], v_first: Tensor | None) -> tuple[Tensor, ...]:
         """r, decay before its bias, key, v, in-context learning rate before its bias, gate: each [s, b, C/tp]."""

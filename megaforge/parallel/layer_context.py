@@ -27,6 +27,8 @@ class LayerContext:
         shard: the part of each sequence that this rank holds.
         dtype: of matrices and activations; what is declared ``keep_fp32`` stays in fp32 where this is a 16-bit type.
         recompute: as ``--recompute``.
+        span: tokens of a recurrence between two states that are kept, as ``--sequence-checkpoint``; None: the layer
+            keeps what it likes.
         backends: by the name of an operation, the implementation that was asked for: ``{"wkv": "auto"}``.
         index, count: the block, from 0, and how many the model has. Initial values depend on them.
         first: whether no earlier block has such a mixer.
@@ -41,6 +43,7 @@ class LayerContext:
     shard: ContextParallelShard
     dtype: torch.dtype = torch.float32
     recompute: str = "none"
+    span: int | None = None
     backends: Mapping[str, str] = field(default_factory=dict)
     index: int = 0
     count: int = 1
@@ -67,11 +70,12 @@ def make_layer_context(
     overlap_tp_comm: bool = True,
     recompute: str = "none",
     wkv_backend: str = "auto",
+    sequence_checkpoint: int | None = None,
 ) -> LayerContext:
     """The context of a model's layers from what the flags say."""
     region = TensorParallelRegion(ctx, sequence_parallel, overlap=overlap_tp_comm)
     shard = ContextParallelShard(ctx.cp, cp_comm_type)
-    return LayerContext(cfg, ctx, region, shard, dtype, recompute, {"wkv": wkv_backend})
+    return LayerContext(cfg, ctx, region, shard, dtype, recompute, sequence_checkpoint, {"wkv": wkv_backend})
 
 
 def compute_dtype(training: TrainingConfig) -> torch.dtype:

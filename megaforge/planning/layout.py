@@ -35,6 +35,7 @@ class PlannedLayout:
         recompute: what the backward pass computes again, as ``--recompute``.
         offload: whether activations are kept in host memory, as ``--cpu-offload-activations``.
         compress: whether they are kept in 8 bits, as ``--compress-activations``.
+        sequence_checkpoint: tokens between two kept states of a recurrence, as ``--sequence-checkpoint``.
         dtype: of parameters and activations.
         wkv_backend: which implementation of WKV-7 keeps what it keeps, as ``--wkv-backend``.
         device_type: whose kernels keep what they keep; ``meta``: plain torch.
@@ -59,6 +60,7 @@ class PlannedLayout:
     recompute: str = "none"
     offload: bool = False
     compress: bool = False
+    sequence_checkpoint: int | None = None
     micro_batch_size: int = 1
     global_batch_size: int = 1
     sequence_length: int = 1024
@@ -131,6 +133,7 @@ class PlannedLayout:
         words.append(f"--recompute {self.recompute}" if self.recompute != "none" else "")
         words.append("--cpu-offload-activations" if self.offload else "")
         words.append("--compress-activations" if self.compress else "")
+        words.append("" if self.sequence_checkpoint is None else f"--sequence-checkpoint {self.sequence_checkpoint}")
         words.append(f"--micro-batch-size {self.micro_batch_size}")
         return " ".join(word for word in words if word)
 
@@ -164,6 +167,7 @@ def layout_of(config: Config, world_size: int) -> PlannedLayout:
         recompute=parallel.recompute,
         offload=parallel.cpu_offload_activations,
         compress=parallel.compress_activations,
+        sequence_checkpoint=parallel.sequence_checkpoint,
         micro_batch_size=config.training.micro_batch_size,
         global_batch_size=checked.batches.size,
         sequence_length=config.data.seq_length,

@@ -52,6 +52,7 @@ class Sizes(NamedTuple):
     compress: bool
     splits_backward: bool
     wkv_backend: str
+    sequence_checkpoint: int | None = None
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ def _layer_context(cfg: ModelConfig, ctx: ParallelContext, sizes: Sizes) -> Laye
         cp_comm_type=sizes.cp_comm_type,
         overlap_tp_comm=not sizes.splits_backward,
         wkv_backend=sizes.wkv_backend,
+        sequence_checkpoint=sizes.sequence_checkpoint,
     )
 
 

@@ -51,6 +51,7 @@ CASES = {
         "selective",
         "--compress-activations",
     ),
+    "cdrmix-tiny, --sequence-checkpoint 64": (*_TINY, "--sequence-checkpoint", "64"),
     "cdrmix-tiny, --recompute moe": (*_TINY, "--recompute", "moe"),
     "cdrmix-tiny, --recompute full": (*_TINY, "--recompute", "full"),
 }
@@ -76,7 +77,9 @@ def compare(arguments: tuple[str, ...]) -> Comparison:
     config = parse_config(arguments).config
     layout: PlannedLayout = dataclasses.replace(layout_of(config, 1), device_type="cpu")
     ctx = ParallelContext.single()
-    model = HybridModel(make_layer_context(config.model, ctx, dtype=layout.dtype, recompute=layout.recompute))
+    again, span = layout.recompute, layout.sequence_checkpoint
+    layer = make_layer_context(config.model, ctx, dtype=layout.dtype, recompute=again, sequence_checkpoint=span)
+    model = HybridModel(layer)
     initialize_parameters(model, ctx, config.training.seed)
     parts = model_parts(config.model, layout.dtype)
     predicted = stage_cost(parts, layout, StagePart(range(len(parts.blocks)), True, True)).kept

@@ -80,12 +80,15 @@ def layer_seconds(
         raise UserError(f"{kind.title}: its kernel '{kind.kernel}' is not a field of Efficiency (planning/gpus.py)")
     mixing /= gpu.matmul * speed
     moving = FORWARD_PASSES / (gpu.memory_bandwidth * efficiency.memory)
-    kept = part_cost(parts, layout, index, place).kept
+    plain = dataclasses.replace(layout, sequence_checkpoint=None)
+    kept = part_cost(parts, plain, index, place).kept
     whole, again = products + mixing + moving * kept, 0.0
-    if layout.recompute in ("full", kind.recompute):
-        again = whole
+    if kind.recurrent and layout.sequence_checkpoint is not None and layout.cp == 1:
+        again = mixing + moving * (kept - part_cost(parts, layout, index, place).kept)
     elif layout.recompute == "selective" and kind.is_mixer:
-        again = mixing + moving * (kept - part_cost(parts, layout, index, place, "selective").kept)
+        again = mixing + moving * (kept - part_cost(parts, plain, index, place, "selective").kept)
+    if layout.recompute in ("full", kind.recompute):
+        again = whole + (again if kind.recurrent else 0.0)  # of what is computed again spans are, once more
     return whole, again
 
 

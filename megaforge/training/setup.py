@@ -253,6 +253,7 @@ def build_model_chunks(config: Config, ctx: ParallelContext, plan: PipelinePlan)
         overlap_tp_comm=config.parallel.overlap_tp_comm,
         recompute=config.parallel.recompute,
         wkv_backend=config.training.wkv_backend,
+        sequence_checkpoint=config.parallel.sequence_checkpoint,
     )
     return build_model(layer, plan)
 

@@ -118,7 +118,7 @@ def test_without_later_labels_nothing_is_predicted_and_experts_count_nothing() -
     assert model.num_moe_layers == 3
     output = model(tokens[:, :6], tokens[:, 1:7], torch.ones(2, 6))
     assert not [name for name in output.terms if name.startswith("mtp")]
-    assert output.experts.shape == (2, 3, 4)
+    assert output.experts.shape == (3, 3, 4)
     assert int(output.experts[0, 0].sum()) == 24 and not bool(output.experts[:, 1:].any())
 
 

@@ -201,10 +201,9 @@ def test_one_rank_shows_what_is_compared() -> None:
         for name, pieces in result["gradients"][0].items():
             for box, piece in pieces:
                 assert bool(piece.any()), f"{variant}: the gradient of {name} at {box} is zero"
-        assert (
-            result["tokens per expert"].sum(-1).tolist()
-            == [[[SEQUENCES * 7 * changes.get("moe_router_topk", 2)] * 2] * 2] * STEPS
-        )
+        assigned, kept = result["tokens per expert"].sum(-1).split([2, 1], dim=1)
+        assert assigned.tolist() == [[[SEQUENCES * 7 * changes.get("moe_router_topk", 2)] * 2] * 2] * STEPS
+        assert bool((kept < assigned[:, :1]).any()) == ("moe_expert_capacity_factor" in changes)
         assert bool((result["norms"] > 0.5).all()), "clipping acts"
 
 

@@ -15,6 +15,7 @@ class Mamba2(LayerKind):
     """:class:`megaforge.nn.mamba2.Mamba2Mixer`."""
 
     title = "Mamba-2 layer"
+    recurrent = True
     kernel = "wkv"
     in_megatron = True
     settings = tuple(f"model.mamba_{name}" for name in ("state_dim", "head_dim", "num_groups", "num_heads"))

@@ -15,6 +15,7 @@ class RWKV7(LayerKind):
     """:class:`megaforge.nn.rwkv7.RWKV7TimeMix`. Its first layer makes v_first, which the later ones mix in."""
 
     title = "RWKV-7 layer"
+    recurrent = True
     token_shift = True
     kernel = "wkv"
     settings = (
