@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 # Helpers without tensors: they need pybind11 and NumPy, not torch.
-PYTHON_MODULES = {"data_helpers": "megaforge.data._data_helpers"}
+PYTHON_MODULES = {"corpus_text": "megaforge.data._corpus_text", "data_helpers": "megaforge.data._data_helpers"}
 # One build runs everywhere: code for an instruction set says so in its own file; csrc/common/isa.h chooses.
 CPU_FLAGS = [
     "-O3", "-std=c++20", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-g0", "-Wall",

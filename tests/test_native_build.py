@@ -41,7 +41,7 @@ def built() -> set[str]:
     return {extension.name for extension in native_build.prepare()[0]}
 
 
-CPU_OPS = {"megaforge.data._data_helpers", "megaforge.kernels._wkv7_cpu", "megaforge.kernels._moe_routing_cpu"}
+CPU_OPS = {"megaforge.data._data_helpers", "megaforge.data._corpus_text", "megaforge.kernels._wkv7_cpu"}
 CUDA_OPS = {f"megaforge.kernels._{op}_cuda" for op in ("wkv7", "moe_routing", "newton_schulz", "bitgemm")}
 
 

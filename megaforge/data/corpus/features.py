@@ -6,7 +6,7 @@ al. 2024, arXiv:2406.17557), counted over a whole batch at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 
 from megaforge.data.corpus.columns import flat_bytes, one_array
 from megaforge.data.corpus.records import CODE
+from megaforge.data.corpus.runs import count_runs, repeated
 from megaforge.data.corpus.stop_words import stop_word_masks
-from megaforge.data.corpus.words import Words, hash_spans, plain_words
+from megaforge.data.corpus.words import Words, hash_spans, lines_of, plain_words
 
 # Written without spaces between words.
 NO_SPACES = frozenset("zh ja th lo km my bo dz yue wuu".split())
@@ -79,8 +80,36 @@ class Features:
     has_stop_words: np.ndarray
 
 
+_GIVEN = ("text", "language", "kind")  # what features are a function of
+_last: tuple[Any, Features] | None = None
+
+
 def features_of(records: Any) -> Features:
-    """The features of each record."""
+    """The features of each record. Those of the batch before are kept: a stage that asks after another for some of its
+    records, unchanged, gets theirs."""
+    global _last
+    if _last is not None:
+        known, found = _last
+        rows = _rows_of(known, records)
+        if rows is not None:
+            return Features(**{field.name: getattr(found, field.name)[rows] for field in fields(Features)})
+    found = _counted(records)
+    _last = records.select(["id", *_GIVEN]), found
+    return found
+
+
+def _rows_of(known: Any, records: Any) -> np.ndarray | None:
+    """Where the records stand in ``known``; None: not all do, or some were changed."""
+    ids, wanted = known["id"].to_numpy(), records["id"].to_numpy()
+    if not len(ids):
+        return None
+    rows = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
+    if not (ids[rows] == wanted).all():
+        return None
+    return rows if known.select(_GIVEN).take(rows).equals(records.select(_GIVEN)) else None
+
+
+def _counted(records: Any) -> Features:
     text = one_array(records["text"])
     data, offsets = flat_bytes(text)
     histograms = _histograms(data, offsets)
@@ -106,11 +135,11 @@ def features_of(records: Any) -> Features:
         punctuation=histograms @ _PUNCTUATION / characters,
         sentences=ends / some,
         stop_words=stop_words / some,
-        repeated_lines=_repeated(data, *lines_of(data, offsets)),
-        repeated_paragraphs=_repeated(data, *lines_of(data, offsets, feeds=2)),
-        top_pair=2 * _largest(*words.ngrams(2), len(count)) / some,
-        repeated_runs=_again(*words.ngrams(_RUN), len(count)),
-        vocabulary=(1 - _again(words.row, words.hash, len(count))) * np.sqrt(count),
+        repeated_lines=_repeated(data, offsets, feeds=1),
+        repeated_paragraphs=_repeated(data, offsets, feeds=2),
+        top_pair=2 * count_runs(words, 2)[1] / some,
+        repeated_runs=count_runs(words, _RUN)[0] / np.maximum(count - _RUN + 1, 1),
+        vocabulary=(1 - count_runs(words, 1)[0] / some) * np.sqrt(count),
         prose=prose,
         has_stop_words=known & prose,
     )
@@ -132,59 +161,12 @@ def _other_full_stops(text: Any, histograms: np.ndarray) -> np.ndarray:
     return stops
 
 
-def lines_of(data: np.ndarray, offsets: np.ndarray, feeds: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """The rows, starts and ends of all lines that are not empty, and the number of rows. With two ``feeds`` it is
-    paragraphs: what blank lines separate."""
-    feed = data == ord("\n")
-    if feeds == 2:
-        feed[1:] &= feed[:-1].copy()
-        feed[:1] = False
-    cut = np.flatnonzero(feed)
-    starts = np.concatenate([offsets[:-1], cut + 1])
-    ends = np.concatenate([offsets[1:], cut + 1 - feeds])
-    starts, ends = np.sort(starts), np.sort(ends)
-    ends = np.maximum(starts, ends)
-    row = np.searchsorted(offsets, starts, side="right") - 1
-    full = ends > starts
-    return row[full], starts[full], ends[full], len(offsets) - 1
-
-
-def _repeated(data: np.ndarray, row: np.ndarray, starts: np.ndarray, ends: np.ndarray, rows: int) -> np.ndarray:
-    _, key = _packed(row, hash_spans(data, starts, ends), rows)
-    order = np.argsort(key)
-    again = np.zeros(len(order), bool)
-    again[1:] = key[order][1:] == key[order][:-1]
-    size = (ends - starts)[order]
-    return np.bincount(row[order][again], size[again], rows) / np.maximum(np.bincount(row, ends - starts, rows), 1)
-
-
-def _packed(row: np.ndarray, key: np.ndarray, rows: int) -> tuple[np.uint64, np.ndarray]:
-    """By how many bits rows are moved, and numbers that hold the row and, behind it, the first bits of the key."""
-    bits = max(rows - 1, 1).bit_length()
-    return np.uint64(64 - bits), row.astype(np.uint64) << np.uint64(64 - bits) | key >> np.uint64(bits)
-
-
-def _sorted(row: np.ndarray, key: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows, and numbers that hold the row and the first bits of the key, in order of these."""
-    moved, both = _packed(row, key, rows)
-    both.sort()
-    return (both >> moved).astype(np.int64), both
-
-
-def _again(row: np.ndarray, key: np.ndarray, rows: int) -> np.ndarray:
-    """The share of each row's keys that are there for a second or later time."""
-    row, both = _sorted(row, key, rows)
-    return np.bincount(row[1:][both[1:] == both[:-1]], minlength=rows) / np.maximum(np.bincount(row, minlength=rows), 1)
-
-
-def _largest(row: np.ndarray, key: np.ndarray, rows: int) -> np.ndarray:
-    """How often the commonest key of each row is there, 0 of one that is there once."""
-    row, both = _sorted(row, key, rows)
-    begins = np.flatnonzero(np.concatenate([[True], both[1:] != both[:-1]])) if len(both) else np.zeros(0, np.int64)
-    runs = np.diff(np.append(begins, len(both)))
-    most = np.zeros(rows, np.int64)
-    np.maximum.at(most, row[begins], np.where(runs > 1, runs, 0))
-    return most
+def _repeated(data: np.ndarray, offsets: np.ndarray, feeds: int) -> np.ndarray:
+    first, starts, ends = lines_of(data, offsets, feeds)
+    size = ends - starts
+    row = np.repeat(np.arange(len(offsets) - 1), np.diff(first))
+    every = np.bincount(row, size, len(offsets) - 1)
+    return repeated(hash_spans(data, starts, ends), first, size) / np.maximum(every, 1)
 
 
 def _stop_words(words: Words, language: list[str | None]) -> tuple[np.ndarray, np.ndarray]:

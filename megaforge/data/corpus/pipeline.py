@@ -17,6 +17,7 @@ from megaforge.data.corpus.engines.engine import Engine
 from megaforge.data.corpus.export import join_exports
 from megaforge.data.corpus.job import Job, Phase, Segment, item_name, read_job, segments_of
 from megaforge.data.corpus.manifest import describe, manifest_path, publish_manifest, read_manifest
+from megaforge.data.corpus.native import notice
 from megaforge.data.corpus.progress import Progress
 from megaforge.data.corpus.recipe import Recipe, read_recipe
 from megaforge.data.corpus.report import write_report
@@ -118,7 +119,7 @@ def _plan(settings: CorpusSettings, recipe: Recipe, output: Path, held: str | No
     if standing is not None:
         manifest_path(output).unlink()
     left_out.write(str(output / "files"))
-    for line in left_out.summary():
+    for line in [*left_out.summary(), *notice()]:
         print(line, file=sys.stderr)
     print(f"{len(units):,} files in {len(partitions):,} partitions", file=sys.stderr)
     return True

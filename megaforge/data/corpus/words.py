@@ -1,4 +1,5 @@
-"""Words of a batch of texts and their hashes, all at once: what filters, near-duplicates and decontamination look at.
+"""Words and lines of a batch of texts and their hashes, all at once: what filters, near-duplicates and decontamination
+look at.
 
 A hash is of the bytes alone, eight at a time, each step a bijection of 64 bits (the finaliser of SplitMix64, Steele
 et al. 2014): equal spans have equal hashes wherever they stand.
@@ -6,7 +7,6 @@ et al. 2014): equal spans have equal hashes wherever they stand.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from megaforge.data.corpus.columns import flat_bytes, one_array, with_rows
+from megaforge.data.corpus.native import corpus_text
 
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
-_LONGEST = 256  # bytes of a span that is hashed in steps of eight; longer ones are few
+_LONGEST = 256  # bytes of a span that is hashed in steps of eight; a longer one in pieces
 _MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # the first bytes of a little-endian number
 # Quotation marks, dashes, ellipses, ideographic and full-width punctuation separate words as ASCII's do.
 _PUNCTUATION = "[\u00ab\u00bb\u00b7\u2000-\u206f\u3000-\u303f\uff00-\uff0f\uff1a-\uff20]+"
@@ -38,9 +39,35 @@ def mix(numbers: np.ndarray) -> np.ndarray:
 
 def hash_spans(data: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """The hash of each ``data[start:end]`` [spans] uint64."""
+    native = corpus_text()
+    if native is not None:
+        hashes: np.ndarray = native.hash_spans(data, starts, ends)
+        return hashes
+    size = ends - starts
+    hashes = _hashes_of_short(data, starts, size)
+    long = np.flatnonzero(size > _LONGEST)
+    if len(long):
+        hashes[long] = _hashes_of_long(data, starts[long], size[long])
+    return hashes
+
+
+def _hashes_of_long(data: np.ndarray, starts: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """From the hashes of their pieces of 256 bytes."""
+    pieces = -(-size // _LONGEST)
+    first = np.concatenate([[0], np.cumsum(pieces)])
+    number = np.arange(first[-1]) - np.repeat(first[:-1], pieces)
+    rest = np.minimum(np.repeat(size, pieces) - number * _LONGEST, _LONGEST)
+    piece = _hashes_of_short(data, np.repeat(starts, pieces) + number * _LONGEST, rest)
+    hashes = size.astype(np.uint64)
+    for one in range(int(pieces.max())):
+        left = np.flatnonzero(pieces > one)
+        hashes[left] = _step(hashes[left], piece[first[left] + one])
+    return hashes
+
+
+def _hashes_of_short(data: np.ndarray, starts: np.ndarray, size: np.ndarray) -> np.ndarray:
     padded = np.concatenate([data, np.zeros(8, np.uint8)])
     eights: np.ndarray = np.ndarray(len(data) + 1, "<u8", padded, strides=(1,))
-    size = ends - starts
     hashes = _step(size.astype(np.uint64), eights[starts] & _MASKS[np.minimum(size, 8)])
     left = np.flatnonzero((size > 8) & (size <= _LONGEST))
     done = 8
@@ -49,9 +76,6 @@ def hash_spans(data: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.nda
         hashes[left] = _step(hashes[left], eights[starts[left] + done] & _MASKS[part])
         done += 8
         left = left[size[left] > done]
-    for one in np.flatnonzero(size > _LONGEST).tolist():
-        digest = hashlib.blake2b(data[starts[one] : ends[one]].tobytes(), digest_size=8).digest()
-        hashes[one] = int.from_bytes(digest, "little")
     return hashes
 
 
@@ -121,6 +145,14 @@ class Words:
 def words_of(data: np.ndarray, offsets: np.ndarray) -> Words:
     """The words of the rows of :func:`megaforge.data.corpus.columns.flat_bytes`: runs of letters, digits, ``_`` and
     bytes beyond ASCII."""
+    native = corpus_text()
+    first, start, end = native.words(data, offsets) if native is not None else _split(data, offsets)
+    row = np.repeat(np.arange(len(offsets) - 1), np.diff(first))
+    return Words(first, row, start, end, hash_spans(data, start, end))
+
+
+def _split(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The first word of each row and the number of all, where each begins and where it ends."""
     inside = np.zeros(len(data) + 2, bool)
     inside[1:-1] = _WORD[data]
     edges = np.flatnonzero(inside[1:] != inside[:-1])  # a word begins, it ends, the next begins ...
@@ -131,9 +163,25 @@ def words_of(data: np.ndarray, offsets: np.ndarray) -> Words:
     cuts = cuts[inside[cuts] & inside[cuts + 1]]
     if len(cuts):
         start, end = np.sort(np.concatenate([start, cuts])), np.sort(np.concatenate([end, cuts]))
-    first = np.searchsorted(start, offsets).astype(np.int64)
-    row = np.repeat(np.arange(len(offsets) - 1), np.diff(first))
-    return Words(first, row, start, end, hash_spans(data, start, end))
+    return np.searchsorted(start, offsets).astype(np.int64), start, end
+
+
+def lines_of(data: np.ndarray, offsets: np.ndarray, feeds: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The lines that are not empty: the first of each row and the number of all [rows + 1] int64, where each begins and
+    where it ends [lines] int64. With two ``feeds`` it is paragraphs: what blank lines separate."""
+    native = corpus_text()
+    if native is not None:
+        first, starts, ends = native.lines(data, offsets, feeds)
+        return first, starts, ends
+    feed = data == ord("\n")
+    if feeds == 2:
+        feed[1:] &= feed[:-1].copy()
+        feed[offsets[:-1][offsets[:-1] < len(data)]] = False  # a pair lies within its row
+    cut = np.flatnonzero(feed)
+    starts = np.sort(np.concatenate([offsets[:-1], cut + 1]))
+    ends = np.maximum(starts, np.sort(np.concatenate([offsets[1:], cut + 1 - feeds])))
+    full = ends > starts
+    return np.searchsorted(starts[full], offsets).astype(np.int64), starts[full], ends[full]
 
 
 def plain_words(column: Any) -> Words:

@@ -13,8 +13,9 @@ import pytest
 
 from megaforge.data.corpus.clusters import components
 from megaforge.data.corpus.records import make_records, row_id
+from megaforge.data.corpus.runs import BINS, signatures
 from megaforge.data.corpus.stage import Scope, join_all
-from megaforge.data.corpus.stages.minhash import BINS, MinhashSettings, band_rows, signatures
+from megaforge.data.corpus.stages.minhash import MinhashSettings, band_rows
 from megaforge.data.corpus.stages.simhash import SimhashSettings, differing_bits, fingerprints
 from megaforge.data.corpus.words import plain_words
 
@@ -80,7 +81,7 @@ def test_the_estimate_is_that_of_the_sets() -> None:
         one = random_words(source, source.choice((40, 200, 1000)))
         other = near(one, target, source)
         words = plain_words(pa.array([" ".join(one), " ".join(other)], pa.large_string()))
-        a, b = signatures(words, 5, np.arange(2))
+        a, b = signatures(words, 5)
         errors.append((a == b).mean() - jaccard(one, other, 5))
     assert abs(np.mean(errors)) < 0.015 and np.sqrt(np.mean(np.square(errors))) < 0.055
 
@@ -104,9 +105,8 @@ def test_small_and_equal_texts_and_more_rows_than_one_sort_takes() -> None:
     assert dropped(MinhashSettings(), many) == [2100]
     words = plain_words(pa.array(many, pa.large_string()))
     alone = plain_words(pa.array(many[2080:2081], pa.large_string()))
-    rows = np.arange(len(many))
-    assert (signatures(words, 3, rows)[2080] == signatures(alone, 3, np.arange(1))[0]).all()
-    assert signatures(alone, 5, np.arange(1)).shape == (1, BINS)
+    assert (signatures(words, 3)[2080] == signatures(alone, 3)[0]).all()
+    assert signatures(alone, 5).shape == (1, BINS)
 
 
 @pytest.mark.parametrize("settings", [MinhashSettings(), SimhashSettings()])

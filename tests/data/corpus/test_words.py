@@ -5,19 +5,34 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from megaforge.data.corpus import native
 from megaforge.data.corpus.columns import flat_bytes, one_array, rewritten
-from megaforge.data.corpus.features import features_of, lines_of
-from megaforge.data.corpus.records import CODE, make_records
-from megaforge.data.corpus.stop_words import STOP_WORDS
-from megaforge.data.corpus.words import HashSet, hash_spans, plain_words, words_of
+from megaforge.data.corpus.features import features_of
+from megaforge.data.corpus.records import CODE, make_records, replaced
+from megaforge.data.corpus.runs import BINS, count_runs, repeated, signatures
+from megaforge.data.corpus.stop_words import STOP_WORDS, stop_word_masks
+from megaforge.data.corpus.words import HashSet, hash_spans, lines_of, plain_words, words_of
 from tests.data.corpus_files import documents
 
 TEXTS = ["", *documents(60, seed=2), "a", " ", "\n\n", "the cat the cat the cat", "Ünïcode—dash “quote”", "x" * 999, ""]
+
+
+@pytest.fixture(autouse=True, scope="module", params=["native", "numpy"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test counts with the C++ extension, and again with NumPy."""
+    if request.param == "native":
+        assert native.corpus_text() is not None, "the extension megaforge.data._corpus_text is not built"
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_module", None)
+        yield
 
 
 def plain(text: str) -> list[str]:
@@ -81,25 +96,67 @@ def test_hashes_of_spans_do_not_depend_on_their_place() -> None:
 
 
 def test_lines_and_paragraphs() -> None:
-    texts = ["a\nbb\n\nccc\n", "", "\n", "one", "p q\n\n\nr\n\ns"]
+    texts = ["a\nbb\n\nccc\n", "\n", "", "\n", "one", "p q\n\n\nr\n\ns", "\nt\n", "\n\nu"]
     data, offsets = flat_bytes(pa.array(texts, pa.large_string()))
     flat = data.tobytes()
-    for feeds, expected in ((1, [(0, b"a"), (0, b"bb"), (0, b"ccc"), (3, b"one"), (4, b"p q"), (4, b"r"), (4, b"s")]),):
-        row, starts, ends, rows = lines_of(data, offsets, feeds)
-        assert rows == 5
-        assert [
-            (r, flat[s:e]) for r, s, e in zip(row.tolist(), starts.tolist(), ends.tolist(), strict=True)
-        ] == expected
-    row, starts, ends, _ = lines_of(data, offsets, 2)
-    found = [(r, flat[s:e].strip()) for r, s, e in zip(row.tolist(), starts.tolist(), ends.tolist(), strict=True)]
-    assert [one for one in found if one[1]] == [
-        (0, b"a\nbb"),
-        (0, b"ccc"),
-        (3, b"one"),
-        (4, b"p q"),
-        (4, b"r"),
-        (4, b"s"),
+
+    def found(feeds: int) -> list[list[bytes]]:
+        first, starts, ends = lines_of(data, offsets, feeds)
+        spans = [flat[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        return [spans[begin:end] for begin, end in zip(first.tolist(), first.tolist()[1:], strict=False)]
+
+    assert found(1) == [[line.encode() for line in text.split("\n") if line] for text in texts]
+    assert found(2) == [
+        [b"a\nbb", b"ccc\n"],
+        [b"\n"],
+        [],
+        [b"\n"],
+        [b"one"],
+        [b"p q", b"r", b"s"],
+        [b"\nt\n"],
+        [b"u"],
     ]
+    assert [part.tolist() for part in lines_of(np.zeros(0, np.uint8), np.zeros(1, np.int64))] == [[0], [], []]
+
+
+def test_both_implementations_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = random.Random(4)
+    alphabet = ["a", "b", "the", "é", " ", " ", "\n", "\n\n", ". ", "漢字", "x" * 300, "_9", "\0"]
+    texts = ["".join(source.choices(alphabet, k=source.choice((0, 1, 3, 40, 900)))) for _ in range(120)]
+    column = pa.array(texts, pa.large_string())
+    records = make_records(texts, language=[source.choice(["en", None, "ja"]) for _ in texts])
+    results = []
+    for module in (native.corpus_text(), None):
+        monkeypatch.setattr(native, "_module", module)
+        monkeypatch.setattr("megaforge.data.corpus.features._last", None)
+        data, offsets = flat_bytes(column)
+        words = plain_words(column)
+        first, starts, ends = lines_of(data, offsets, 2)
+        counts = [array for n in (1, 2, 5) for array in count_runs(words, n)]
+        signed = [signatures(words, n) for n in (1, 5)]
+        lines = [first, starts, ends, repeated(hash_spans(data, starts, ends), first, ends - starts)]
+        arrays = [words.first, words.row, words.start, words.end, words.hash, *counts, *signed, *lines]
+        results.append([*arrays, *vars(features_of(records)).values()])
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert results[0][11].shape == ((plain_words(column).counts > 0).sum(), BINS)
+
+
+def test_features_of_some_of_a_batch_are_those_of_these_records_alone() -> None:
+    stop_word_masks()
+    texts = [f"the cat number {row} sat on the mat.\n" * (row % 4 + 1) for row in range(40)]
+    records = make_records(texts, language="en")
+    features_of(records)
+    some = records.filter(pa.array([row % 3 == 0 for row in range(40)]))
+    changed = replaced(some, text=[text.upper() + " 1" for text in some["text"].to_pylist()])
+    others = make_records(texts[:5], language="de", id=range(5))
+    for batch in (some, changed, others, records.slice(0, 0)):
+        kept = features_of(batch)
+        features_of(make_records(["something else"], id=[99]))
+        alone = features_of(batch)
+        for name, values in vars(kept).items():
+            np.testing.assert_array_equal(values, getattr(alone, name), err_msg=name)
+        features_of(records)
 
 
 def test_features_are_those_of_one_text_at_a_time() -> None:

@@ -1,9 +1,4 @@
-"""Near-duplicates by MinHash signatures (Broder 1997) and locality-sensitive hashing of their bands.
-
-A signature is made by one permutation (Li, Owen and Zhang 2012, "One Permutation Hashing"): every hash of a run of
-words belongs to one bin, each bin keeps its smallest. Bins that stay empty take the value of another, chosen by hashing
-(Shrivastava 2017, "Optimal Densification for Fast and Accurate Minwise Hashing").
-"""
+"""Near-duplicates by MinHash signatures (Broder 1997) and locality-sensitive hashing of their bands."""
 
 from __future__ import annotations
 
@@ -16,13 +11,10 @@ import pyarrow as pa
 from megaforge.config.fields import flag
 from megaforge.data.corpus.clusters import cluster_counts, keep_best, pairs_alike
 from megaforge.data.corpus.columns import quality_of
+from megaforge.data.corpus.runs import BINS, signatures
 from megaforge.data.corpus.stage import JoinStage, Outcome, Scope, StageSettings
-from megaforge.data.corpus.words import Words, mix, plain_words
+from megaforge.data.corpus.words import mix, plain_words
 
-BINS = 128
-_BIN_BITS = 7
-_VALUE = np.uint64((1 << 64 - _BIN_BITS) - 1)  # the bits of a hash that do not say its bin
-_NOTHING = np.uint64((1 << 64) - 1)
 # The estimate from 128 bins is off by 0.035 (one standard deviation at 0.8): so much below it still counts.
 MARGIN = 0.05
 
@@ -53,7 +45,7 @@ class Minhash(JoinStage):
         """See :class:`JoinStage`: one row for each band of each document, with a byte of every bin."""
         words = plain_words(records["text"])
         rows = np.flatnonzero(words.counts > 0)
-        values = signatures(words, self._settings.ngram, rows)
+        values = signatures(words, self._settings.ngram)
         bands = BINS // self.rows_of_band
         grouped = values.reshape(len(rows), bands, self.rows_of_band)
         keys = np.broadcast_to(np.arange(1, bands + 1, dtype=np.uint64), (len(rows), bands)).copy()
@@ -104,44 +96,6 @@ def band_rows(threshold: float) -> int:
     likely = min(threshold + MARGIN, 1.0)
     fits = [rows for rows in (1, 2, 4, 8, 16, 32) if (1 - likely**rows) ** (BINS // rows) <= 0.01]
     return max(fits)
-
-
-def signatures(words: Words, n: int, rows: np.ndarray) -> np.ndarray:
-    """The signatures of the named rows (each with at least one word) [rows, 128] uint64. A row of fewer words than
-    ``n`` has one run, all of its words."""
-    owner, grams = words.ngrams(n)
-    short = np.flatnonzero((words.counts > 0) & (words.counts < n))
-    if len(short):
-        whole = np.array([_whole(words.hash[words.first[row] : words.first[row + 1]]) for row in short], np.uint64)
-        owner, grams = np.concatenate([owner, short]), np.concatenate([grams, whole])
-    number = np.zeros(len(words.counts), np.int64)
-    number[rows] = np.arange(len(rows))
-    result = np.full((len(rows), BINS), _NOTHING, np.uint64)
-    place = number[owner] * BINS + (grams >> np.uint64(64 - _BIN_BITS)).astype(np.int64)
-    np.minimum.at(result.reshape(-1), place, grams & _VALUE)
-    return _densified(result)
-
-
-def _whole(hashes: np.ndarray) -> np.uint64:
-    gram = np.zeros(1, np.uint64)
-    for one in hashes:
-        gram = mix(gram * np.uint64(31) + one)
-    return gram[0]
-
-
-def _densified(values: np.ndarray) -> np.ndarray:
-    """Empty bins take the value of one that is not: the first such of a sequence that is a hash of the empty bin."""
-    filled = values != _NOTHING
-    row, empty = np.nonzero(~filled)
-    attempt = 0
-    while len(row):
-        attempt += 1
-        candidates = mix(np.arange(BINS, dtype=np.uint64) + np.uint64(attempt * BINS)) % np.uint64(BINS)
-        candidate = candidates.astype(np.int64)[empty]
-        found = filled[row, candidate]
-        values[row[found], empty[found]] = values[row[found], candidate[found]]
-        row, empty = row[~found], empty[~found]
-    return values
 
 
 def _bytes_of(column: Any, width: int) -> np.ndarray:

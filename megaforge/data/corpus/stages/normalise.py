@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from megaforge.config.fields import flag
-from megaforge.data.corpus.columns import matching, one_array, rewritten, with_rows
+from megaforge.data.corpus.columns import flat_bytes, matching, one_array, rewritten, with_rows
 from megaforge.data.corpus.records import CODE, replaced
 from megaforge.data.corpus.stage import Outcome, RowStage, Scope, StageSettings
 from megaforge.errors import require
@@ -30,6 +30,7 @@ _CONTROL = (
 _TRAILING = "[ \t]+(\n|$)"
 _BLANKS = "\n{4,}"
 _LOST = "\ufffd"
+_LEAST_COMBINING = 0xCC  # the first byte of U+0300; text below it is composed
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,10 @@ class Normalise(RowStage):
         suspect = re.compile(SUSPECT)
         old = text.filter(pa.array(rows)).to_pylist()
         new = [
-            "\n".join(self._ftfy.fix_encoding(line) if suspect.search(line) else line for line in one.split("\n"))
+            "\n".join(
+                self._ftfy.fix_encoding(line) if not line.isascii() and suspect.search(line) else line
+                for line in one.split("\n")
+            )
             for one in old
         ]
         changed = rows.copy()
@@ -91,16 +95,25 @@ class Normalise(RowStage):
 
 
 def _composed(text: Any) -> tuple[Any, np.ndarray]:
-    composed = pc.utf8_normalize(text, form="NFC")
-    return composed, pc.not_equal(text, composed).to_numpy(zero_copy_only=False)
+    data, offsets = flat_bytes(text)
+    rows = np.zeros(len(text), bool)
+    rows[np.searchsorted(offsets, np.flatnonzero(data >= _LEAST_COMBINING), side="right") - 1] = True
+    if not rows.any():
+        return text, rows
+    old = text.filter(pa.array(rows))
+    new = pc.utf8_normalize(old, form="NFC")
+    changed = rows.copy()
+    changed[rows] = pc.not_equal(old, new).to_numpy(zero_copy_only=False)
+    return (with_rows(text, rows, new) if changed.any() else text), changed
 
 
 def _without_spaces(text: Any, kind: Any) -> tuple[Any, np.ndarray]:
     prose = pc.not_equal(kind, CODE).to_numpy().astype(bool)
     changed = np.zeros(len(text), bool)
     for pattern, replacement in ((_TRAILING, r"\1"), (_BLANKS, "\n\n\n")):
-        new, rows = rewritten(text, pattern, replacement)
-        rows &= prose
-        text = with_rows(text, rows, new.filter(pa.array(rows)))
+        rows = matching(text, pattern) & prose
+        if rows.any():
+            new = pc.replace_substring_regex(text.filter(pa.array(rows)), pattern, replacement)
+            text = with_rows(text, rows, new)
         changed |= rows
     return text, changed

@@ -11,10 +11,9 @@ import pyarrow.compute as pc
 
 from megaforge.config.fields import flag
 from megaforge.data.corpus.columns import flat_bytes, one_array
-from megaforge.data.corpus.features import lines_of
 from megaforge.data.corpus.records import CODE, replaced
 from megaforge.data.corpus.stage import JoinStage, Outcome, Scope, StageSettings
-from megaforge.data.corpus.words import hash_spans
+from megaforge.data.corpus.words import hash_spans, lines_of
 
 _DECISION = pa.schema(
     [
@@ -52,10 +51,10 @@ class Paragraphs(JoinStage):
     def sketch(self, records: Any) -> Any:
         """See :class:`JoinStage`: the hash of each paragraph that is long enough, and its number in the document."""
         data, offsets = flat_bytes(records["text"])
-        row, starts, ends, rows = lines_of(data, offsets)
+        first, starts, ends = lines_of(data, offsets)
+        row = np.repeat(np.arange(records.num_rows), np.diff(first))
         prose = pc.not_equal(records["kind"], CODE).to_numpy().astype(bool)
         size = ends - starts
-        first = np.searchsorted(row, np.arange(rows))
         line = np.arange(len(row)) - first[row]
         chosen = (size >= min(self._settings.minimum, self._settings.template_minimum)) & prose[row]
         return pa.table(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -136,21 +137,34 @@ class Pii(RowStage):
         if is_one is None:
             numbers = pc.count_substring_regex(texts, kind.pattern).to_pylist()
             return pc.replace_substring_regex(texts, kind.pattern, kind.tag), numbers
-        number = 0
-
-        def put(match: re.Match[str]) -> str:
-            nonlocal number
-            if not is_one(match):
-                return match[0]
-            number += 1
-            return kind.tag
-
-        new, numbers = [], []
-        for text in texts.to_pylist():
-            number = 0
-            new.append(self._compiled[name].sub(put, text))
-            numbers.append(number)
+        compiled, new, numbers = self._compiled[name], [], []
+        lines = pc.split_pattern(texts, "\n")
+        suspect = iter(matching(lines.flatten(), kind.pattern).tolist())
+        for text, count in zip(texts.to_pylist(), pc.list_value_length(lines).to_pylist(), strict=True):
+            found = _matches(text, list(islice(suspect, count)), compiled)
+            spans = [match.span() for match in found if is_one(match)]
+            new.append(_with_tags(text, spans, kind.tag))
+            numbers.append(len(spans))
         return new, numbers
+
+
+def _matches(text: str, suspect: list[bool], pattern: re.Pattern[str]) -> Iterator[re.Match[str]]:
+    """The matches in the suspect lines: what no pattern of numbers goes beyond."""
+    start = 0
+    for is_suspect in suspect:
+        end = text.find("\n", start)
+        end = len(text) if end < 0 else end
+        if is_suspect:
+            yield from pattern.finditer(text, start, end)
+        start = end + 1
+
+
+def _with_tags(text: str, spans: list[tuple[int, int]], tag: str) -> str:
+    kept, at = [], 0
+    for start, end in spans:
+        kept += [text[at:start], tag]
+        at = end
+    return "".join([*kept, text[at:]])
 
 
 def _python(pattern: str) -> str:
