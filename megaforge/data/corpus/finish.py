@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from megaforge.data.corpus.columns import flat_bytes
 from megaforge.data.corpus.job import Job, item_name
 from megaforge.data.corpus.lineage import LINEAGE, digests_of, lineage_rows
 from megaforge.data.corpus.recipe import ShardSettings
@@ -70,7 +72,7 @@ class Finisher:
     def _names(self, records: Any) -> list[str]:
         """The dataset of each document."""
         shard = self._job.recipe.shard
-        lengths = [len(text) for text in records["text"].to_pylist()]
+        lengths = pc.utf8_length(records["text"]).to_pylist()
         rows = zip(
             *(records[name].to_pylist() for name in ("source", "domain", "quality")),
             lengths,
@@ -95,17 +97,18 @@ class Finisher:
         for date in records["date"].to_pylist():
             if date is not None and _MONTH.match(date):
                 counts["months"][date[:7]] = counts["months"].get(date[:7], 0) + 1
-        counts["bytes"] += sum(len(text.encode()) for text in records["text"].to_pylist())
+        counts["bytes"] += pc.sum(pc.binary_length(records["text"])).as_py()
         for language in records["language"].to_pylist():
             counts["languages"][language or "?"] = counts["languages"].get(language or "?", 0) + 1
 
     def _count_pairs(self, records: Any) -> None:
         """Counts pairs of neighbouring bytes within each document."""
-        texts = [text.encode() for text in records["text"].to_pylist()]
-        content = np.frombuffer(b"".join(texts), np.uint8).astype(np.uint16)
-        pairs = content[:-1] << 8 | content[1:]
-        seams = np.cumsum([len(text) for text in texts])[:-1] - 1
-        self._pairs += np.bincount(np.delete(pairs, seams), minlength=1 << 16)
+        content, offsets = flat_bytes(records["text"])
+        pairs = content[:-1].astype(np.uint16) << 8 | content[1:]
+        self._pairs += np.bincount(pairs, minlength=1 << 16)
+        seams = np.unique(offsets[1:-1])
+        seams = pairs[seams[(seams > 0) & (seams < len(content))] - 1]
+        self._pairs -= np.bincount(seams, minlength=1 << 16)
 
 
 def dataset_name(shard: ShardSettings, source: str, domain: str, quality: float | None, length: int) -> str:

@@ -80,6 +80,10 @@ class Job:
             names += [name for name, _ in segment.rows]
         return names
 
+    def groups(self, stage: JoinStage) -> int:
+        """How many tasks join the buckets of a stage, some buckets each: as much is read as one partition left."""
+        return min(stage.buckets, len(self.partitions))
+
     def phases(self) -> Iterator[Phase]:
         """Everything there is to map before the datasets are made, in order."""
         every = list(range(len(self.partitions)))
@@ -88,7 +92,7 @@ class Job:
             if segment.join is not None:
                 name, stage = segment.join
                 sketches = ((f"segment{before}", "sketch"),)
-                yield Phase(f"join{before}", "join", name, list(range(stage.buckets)), sketches)
+                yield Phase(f"join{before}", "join", name, list(range(self.groups(stage))), sketches)
                 yield Phase(f"decide{before}", "decide", name, [0], ((f"join{before}", "joined"),))
             names = [segment.join[0] if segment.join is not None else "read", *(name for name, _ in segment.rows)]
             names.append(f"sketch for {segment.next[0]}" if segment.next is not None else "finish")

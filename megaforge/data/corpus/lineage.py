@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from megaforge.data.corpus.columns import flat_bytes
 from megaforge.data.corpus.records import SCHEMA
 from megaforge.data.corpus.work import temporary
 from megaforge.durable import give_name
@@ -62,4 +63,6 @@ def write_lineage(path: Path, tables: Sequence[Any]) -> None:
 
 def digests_of(texts: Any) -> list[str]:
     """SHA-256 (hex) of each text."""
-    return [hashlib.sha256(text.encode()).hexdigest() for text in texts.to_pylist()]
+    data, offsets = flat_bytes(texts)
+    spans = zip(offsets.tolist(), offsets.tolist()[1:], strict=False)
+    return [hashlib.sha256(data[start:end].data).hexdigest() for start, end in spans]

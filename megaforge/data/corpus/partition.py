@@ -13,7 +13,7 @@ from megaforge.data.corpus.sources import Piece, check_unchanged
 from megaforge.errors import UserError
 
 MAX_ROWS = 1024
-MAX_CHARACTERS = 4 << 20
+MAX_BYTES = 4 << 20
 
 
 class _Batch:
@@ -24,7 +24,7 @@ class _Batch:
             name: [] for name in ("id", "text", "source", "path", "place", "domain", "kind", *FIELDS)
         }
         self.reasons: list[str | None] = []
-        self.characters = 0
+        self.bytes = 0
 
     def __len__(self) -> int:
         return len(self.reasons)
@@ -34,7 +34,7 @@ class _Batch:
         for name, value in values.items():
             self.columns[name].append(value)
         self.reasons.append(reason)
-        self.characters += len(values["text"])
+        self.bytes += len(values["text"])
 
     def tables(self) -> tuple[Any, Any, list[str]]:
         """(good records, bad ones, why)."""
@@ -45,7 +45,7 @@ class _Batch:
     def _table(self, rows: list[int]) -> Any:
         columns = {name: [column[row] for row in rows] for name, column in self.columns.items()}
         texts = columns.pop("text")
-        digests = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+        digests = [hashlib.sha256(text).hexdigest() for text in texts]
         return make_records(texts, digest=digests, **columns)
 
 
@@ -63,7 +63,7 @@ def read_partition(job: Job, item: int) -> Iterator[tuple[Any, Any, list[str]]]:
         kind = reader.kind(unit.path)
         for rows in _pieces(job, piece, reader):
             for number, text in enumerate(rows.texts):
-                reason = _reason(text, rows.reasons[number])
+                content, reason = _checked(text, rows.reasons[number])
                 if reason is not None and reason != _EMPTY and job.on_error == "fail":
                     where = f"{unit.label}{reader.line(unit.path, rows.places[number])}"
                     raise UserError(f"{where}: {reason}; fix it, exclude the file, or pass --on-error skip")
@@ -72,7 +72,7 @@ def read_partition(job: Job, item: int) -> Iterator[tuple[Any, Any, list[str]]]:
                 batch.add(
                     reason,
                     id=row_id(item, row),
-                    text=text if text is not None and reason is None else "",
+                    text=content,
                     source=source.name,
                     path=unit.shown,
                     place=rows.places[number],
@@ -81,7 +81,7 @@ def read_partition(job: Job, item: int) -> Iterator[tuple[Any, Any, list[str]]]:
                     **fields,
                 )
                 row += 1
-                if len(batch) >= MAX_ROWS or batch.characters >= MAX_CHARACTERS:
+                if len(batch) >= MAX_ROWS or batch.bytes >= MAX_BYTES:
                     yield batch.tables()
                     batch = _Batch()
         check_unchanged(unit)
@@ -92,17 +92,16 @@ def read_partition(job: Job, item: int) -> Iterator[tuple[Any, Any, list[str]]]:
 _EMPTY = "empty"
 
 
-def _reason(text: str | None, reason: str | None) -> str | None:
-    """Why a record is dropped as it is read; None: it is not."""
+def _checked(text: str | None, reason: str | None) -> tuple[bytes, str | None]:
+    """The UTF-8 of a record's text, and why it is dropped as it is read; None: it is not."""
     if text is None:
-        return reason
-    if not text.strip():
-        return _EMPTY
+        return b"", reason
+    if not text or text.isspace():
+        return b"", _EMPTY
     try:
-        text.encode()
+        return text.encode(), None
     except UnicodeEncodeError as error:
-        return f"half a character that UTF-8 cannot hold (at {error.start})"
-    return None
+        return b"", f"half a character that UTF-8 cannot hold (at {error.start})"
 
 
 def _pieces(job: Job, piece: Piece, reader: Reader) -> Iterator[Rows]:

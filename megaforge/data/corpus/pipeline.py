@@ -33,7 +33,7 @@ from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 from megaforge.registry import CORPUS_ENGINES
 
-_FORMAT, _VERSION = "megaforge-corpus", 1
+_FORMAT, _VERSION = "megaforge-corpus", 2
 # What a run writes beside its work directory.
 OUTPUTS = (
     "corpus.json",

@@ -46,12 +46,15 @@ _ROW_BITS = 32
 _DEFAULTS: dict[str, Any] = {"source": "test", "path": "test.jsonl", "domain": "text", "kind": TEXT}
 
 
-def make_records(texts: Sequence[str], **columns: Sequence[Any] | Any) -> Any:
-    """Records of ``texts``; a column that is not given has its default or is null, one value stands for every row."""
+def make_records(texts: Sequence[str] | Sequence[bytes], **columns: Sequence[Any] | Any) -> Any:
+    """Records of ``texts`` (UTF-8 where they are bytes); a column that is not given has its default or is null, one
+    value stands for every row."""
     rows = len(texts)
     given: dict[str, Any] = {**_DEFAULTS, "id": range(rows), "place": range(rows), **columns}
     given["text"] = texts
-    given.setdefault("digest", [hashlib.sha256(text.encode()).hexdigest() for text in texts])
+    if "digest" not in given:
+        contents = (text.encode() if isinstance(text, str) else text for text in texts)
+        given["digest"] = [hashlib.sha256(content).hexdigest() for content in contents]
     given.setdefault("rewrites", [[] for _ in texts])
     arrays = []
     for field in SCHEMA:

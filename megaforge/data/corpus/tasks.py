@@ -182,15 +182,18 @@ def lineage_path(output: Path, item: int) -> Path:
 
 
 def _join(job: Job, number: int, item: int) -> dict[str, Any]:
-    """Joins one bucket of all partitions' sketches."""
+    """Joins some buckets, each of all partitions' sketches."""
     stage = _join_stage(job, number)
-    parts = []
+    groups = job.groups(stage)
+    buckets = range(item * stage.buckets // groups, (item + 1) * stage.buckets // groups)
+    parts: dict[int, list[Any]] = {bucket: [] for bucket in buckets}
     for partition in range(len(job.partitions)):
         with reading(job.work.table(f"segment{number}", item_name(partition), "sketch")) as opened:
-            batch = opened.get_batch(item)
-            if batch.num_rows or partition == 0:
-                parts.append(pa.Table.from_batches([batch]))
-    joined = stage.join(pa.concat_tables(parts).combine_chunks())
+            for bucket, found in parts.items():
+                batch = opened.get_batch(bucket)
+                if batch.num_rows or partition == 0:
+                    found.append(pa.Table.from_batches([batch]))
+    joined = pa.concat_tables([stage.join(pa.concat_tables(parts[bucket]).combine_chunks()) for bucket in buckets])
     with writing(job.work.table(f"join{number}", item_name(item), "joined"), joined.schema) as writer:
         writer.write(joined)
     return {"rows": joined.num_rows}
@@ -199,7 +202,7 @@ def _join(job: Job, number: int, item: int) -> dict[str, Any]:
 def _decide(job: Job, number: int, item: int) -> dict[str, Any]:
     """Decides from all buckets; the decisions of a partition make one batch of the file."""
     stage = _join_stage(job, number)
-    joined = [read_all(job.work.table(f"join{number}", item_name(k), "joined")) for k in range(stage.buckets)]
+    joined = [read_all(job.work.table(f"join{number}", item_name(k), "joined")) for k in range(job.groups(stage))]
     decisions = by_id(stage.decide(joined)).combine_chunks()
     ids = decisions["id"].to_numpy()
     owners = [partition_of(int(identity)) for identity in ids[np.flatnonzero(np.diff(partition_of(ids), prepend=-1))]]

@@ -97,7 +97,9 @@ class Normalise(RowStage):
 def _composed(text: Any) -> tuple[Any, np.ndarray]:
     data, offsets = flat_bytes(text)
     rows = np.zeros(len(text), bool)
-    rows[np.searchsorted(offsets, np.flatnonzero(data >= _LEAST_COMBINING), side="right") - 1] = True
+    places = np.flatnonzero(data >= _LEAST_COMBINING)
+    places = places[~_is_drawn(data, places)]
+    rows[np.searchsorted(offsets, places, side="right") - 1] = True
     if not rows.any():
         return text, rows
     old = text.filter(pa.array(rows))
@@ -105,6 +107,14 @@ def _composed(text: Any) -> tuple[Any, np.ndarray]:
     changed = rows.copy()
     changed[rows] = pc.not_equal(old, new).to_numpy(zero_copy_only=False)
     return (with_rows(text, rows, new) if changed.any() else text), changed
+
+
+def _is_drawn(data: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Which of the characters are of general punctuation (but U+2000 and U+2001), boxes, blocks and shapes, which
+    compose with nothing."""
+    second, third = (data[np.minimum(places + step, len(data) - 1)] for step in (1, 2))
+    drawn = (second == 0x80) & (third >= 0x82) | (second >= 0x94) & (second <= 0x97)
+    return np.asarray((data[places] == 0xE2) & drawn)
 
 
 def _without_spaces(text: Any, kind: Any) -> tuple[Any, np.ndarray]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from megaforge.config.fields import flag
-from megaforge.data.corpus.columns import flat_bytes, one_array
+from megaforge.data.corpus.columns import flat_bytes, one_array, with_rows
 from megaforge.data.corpus.records import CODE, replaced
 from megaforge.data.corpus.stage import JoinStage, Outcome, Scope, StageSettings
 from megaforge.data.corpus.words import hash_spans, lines_of
@@ -94,30 +94,35 @@ class Paragraphs(JoinStage):
     def apply(self, records: Any, decisions: Any) -> Outcome:
         """See :class:`JoinStage`: the texts without their removed paragraphs."""
         ids, line, template = (decisions[name].to_numpy(zero_copy_only=False) for name in ("id", "line", "template"))
-        own = records["id"].to_numpy()
-        texts = one_array(records["text"]).to_pylist()
-        reasons: list[str | None] = [None] * len(texts)
-        rewrites: list[str | None] = [None] * len(texts)
-        for identity in np.unique(ids):
-            row, mine = int(np.searchsorted(own, identity)), ids == identity
-            removed = set(line[mine].tolist())
-            left = _without(texts[row], removed)
-            templates = int(template[mine].sum())
-            rewrites[row] = f"removed {len(removed) - templates} repeated paragraphs and {templates} of templates"
-            if len(left.encode()) < self._settings.least_left * len(texts[row].encode()) or not left.strip():
+        text = one_array(records["text"])
+        data, offsets = flat_bytes(text)
+        first, starts, ends = lines_of(data, offsets)
+        rows = np.searchsorted(records["id"].to_numpy(), ids)
+        order = np.lexsort((line, rows))
+        rows, line, marked = rows[order], line[order], template[order]
+        reasons: list[str | None] = [None] * len(text)
+        rewrites: list[str | None] = [None] * len(text)
+        changed, begins = np.unique(rows, return_index=True)
+        left = []
+        for row, begin, end in zip(changed.tolist(), begins.tolist(), [*begins.tolist(), len(rows)][1:], strict=True):
+            own = data[offsets[row] : offsets[row + 1]]
+            gone = first[row] + line[begin:end]
+            spans = (starts[gone] - offsets[row]).tolist(), (ends[gone] - offsets[row]).tolist()
+            left.append(_without(own.tobytes(), *spans))
+            templates = int(marked[begin:end].sum())
+            rewrites[row] = f"removed {end - begin - templates} repeated paragraphs and {templates} of templates"
+            if len(left[-1]) < self._settings.least_left * len(own) or not left[-1].decode().strip():
                 reasons[row] = f"little is left of it ({rewrites[row]})"
-            texts[row] = left
+        text = with_rows(text, np.isin(np.arange(len(text)), changed), left)
         counts = {"repeated paragraphs": int((~template).sum()), "paragraphs of templates": int(template.sum())}
-        return Outcome(replaced(records, text=texts), reasons, rewrites, {name: n for name, n in counts.items() if n})
+        return Outcome(replaced(records, text=text), reasons, rewrites, {name: n for name, n in counts.items() if n})
 
 
-def _without(text: str, removed: set[int]) -> str:
-    """The text without the lines of these numbers, empty lines not counted."""
-    kept, number = [], 0
-    for one in text.split("\n"):
-        if one:
-            number += 1
-            if number - 1 in removed:
-                continue
-        kept.append(one)
-    return "\n".join(kept)
+def _without(text: bytes, starts: list[int], ends: list[int]) -> bytes:
+    """The text without these lines, ascending, each with the line feed that parts it from the next."""
+    kept, at = [], 0
+    for start, end in zip(starts, ends, strict=True):
+        kept.append(text[at:start])
+        at = end + 1
+    left = b"".join([*kept, text[at:]])
+    return left[:-1] if ends[-1] == len(text) else left
