@@ -244,6 +244,14 @@ def _to_file(flags: argparse.Namespace) -> None:
     source = _open(flags)
     record = write_file(source, flags.save, optimizer=flags.optimizer)
     print(f"{flags.save}: step {source.step} of {source.path}, {record.bytes:,} bytes, SHA-256 {record.sha256}")
+    _card(flags, source, "safetensors")
+
+
+def _card(flags: argparse.Namespace, source: TensorSource, target: str) -> None:
+    from megaforge.checkpoint.model_card import card_path, write_card
+
+    if write_card(source, flags.save, target) is None:
+        print(f"{card_path(Path(flags.save))} is there, and stays: it is not the model card of this export")
 
 
 def _export(flags: argparse.Namespace, source: TensorSource) -> None:
@@ -279,6 +287,7 @@ def _export(flags: argparse.Namespace, source: TensorSource) -> None:
         model = source.meta["config"]["model"]
         if model.get("quantize_weights") and model.get("quant_scale_dtype") != "fp16":
             print("its scales are rounded to fp16, which training did not; --quant-scale-dtype fp16 trains with such")
+    _card(flags, source, flags.target)
 
 
 def _export_hf(flags: argparse.Namespace, source: TensorSource, said: str) -> None:

@@ -53,7 +53,7 @@ def test_from_one_form_into_another(run: Path, tmp_path: Path, monkeypatch: Any,
         monkeypatch.setattr(sys, "argv", ["convert", *words])
         assert convert_checkpoint.main() == 0
     assert "continue" not in capsys.readouterr().out and {path.name for path in tmp_path.iterdir()} == {
-        *("first.pth", "hf", "second.pth")
+        *("first.pth", "hf", "second.pth", "second.pth.md")
     }
     before, after = (torch.load(file, weights_only=True) for file in (first, second))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
