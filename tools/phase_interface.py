@@ -4,12 +4,14 @@
     python tools/phase_interface.py config phase5.yaml --save mine.yaml
     python tools/phase_interface.py import --phase4 phase4/ --save runs/start --config phase5-base
     python pretrain_cdrmix.py --config phase5-base --load runs/start --finetune --save runs/phase5 ...
-    python tools/phase_interface.py export --load runs/phase5 --output phase6/
+    python tools/phase_interface.py export --load runs/phase5 --output phase6/ [--compliance-level basic]
 
 config turns a configuration of that pipeline into one for --config, and says which keys change nothing here; the preset
 phase5-base is its published example. import reads compression_metadata.json and compressed_model.pt (method 'bitnet',
 width 1; nothing in them is executed) and writes a checkpoint of step 0; any flag of the model may follow. export writes
-trained_model.pt and phase5_metadata.json from a run's newest checkpoint, as --phase6-output does at the end of a run.
+trained_model.pt and phase5_metadata.json from a run's newest checkpoint, as --phase6-output does at the end of a run,
+and the run's compliance report beside them, which says whether it is nasa_compliant. What the report has to reach is as
+the run had it, unless the flags say otherwise; with enforcement nothing is written where it does not.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from megaforge.config.arguments import ArgumentParser
+from megaforge.config.arguments import ArgumentParser, number
+from megaforge.config.compliance_config import LEVELS
 from megaforge.config.entry import run_entry
 from megaforge.errors import UserError
 
@@ -35,13 +38,20 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
     taken.add_argument("--save", required=True, metavar="DIR", help="where the checkpoint goes")
     given = commands.add_parser("export", help="a checkpoint -> phase 6's folder")
     given.add_argument("--load", required=True, metavar="DIR|FILE.safetensors", help="a run's --save directory")
-    given.add_argument("--output", required=True, metavar="DIR", help="where the two files go")
+    given.add_argument("--output", required=True, metavar="DIR", help="where the files go")
+    given.add_argument("--compliance-level", choices=LEVELS, help="that the report has to reach (default: the run's)")
+    given.add_argument("--min-compliance-score", type=number(0, 1), metavar="X", help="the same of its score")
+    given.add_argument(
+        "--enforce-compliance",
+        action=argparse.BooleanOptionalAction,
+        help="write nothing where the report does not pass (default: as the run had it)",
+    )
     written = commands.add_parser("config", help="the pipeline's configuration -> ours")
     written.add_argument("file", metavar="FILE.yaml", help="theirs")
     written.add_argument("--save", required=True, metavar="FILE.yaml", help="ours; must be new")
     flags, rest = parser.parse_known_args(arguments)
     if rest and flags.command != "import":
-        takes = "--load and --output" if flags.command == "export" else "FILE.yaml and --save"
+        takes = "--load, --output and its own flags" if flags.command == "export" else "FILE.yaml and --save"
         parser.error(f"{rest[0]}: {flags.command} takes {takes} only")
     return flags, rest
 
@@ -50,17 +60,33 @@ def main() -> int:
     """Runs the command; 0 when its result is written."""
     flags, rest = parse_arguments()
     if flags.command == "export":
-        from megaforge.checkpoint.phase_interface import export_phase6
-        from megaforge.checkpoint.sources import open_source
-
-        source = open_source(flags.load)
-        print(f"{export_phase6(source, flags.output)}: written from step {source.step} of {source.path}")
+        _export(flags)
         return 0
     if flags.command == "config":
         _config(flags)
     else:
         _import(flags, rest)
     return 0
+
+
+def _export(flags: argparse.Namespace) -> None:
+    from megaforge.checkpoint.phase_interface import export_phase6
+    from megaforge.checkpoint.sources import open_source
+    from megaforge.training.compliance_stage import asked_of, measure_handed_on, refusal
+
+    source, found = open_source(flags.load), None
+    asked = asked_of(source.meta, flags.compliance_level, flags.min_compliance_score, flags.enforce_compliance)
+    run = source.path.parent
+    if (run / source.path.name).is_dir():
+        found, lacking = measure_handed_on(run, asked, Path(flags.output))
+        print(f"compliance: score {found.score:.4f}, asked: {asked.compliance_level}, {asked.min_compliance_score:g}")
+        for one in lacking:
+            print(f"lacking: {one}")
+        if asked.enforce_compliance and not found.passed:
+            raise refusal(asked, lacking)
+    else:
+        print(f"{source.path} is a file, which says nothing of its run: nasa_compliant is false")
+    print(f"{export_phase6(source, flags.output, found)}: written from step {source.step} of {source.path}")
 
 
 def _config(flags: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import datetime
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import megaforge
 from megaforge.checkpoint.checkpoint import save_checkpoint
 from megaforge.checkpoint.compatible import describe_run
+from megaforge.checkpoint.model_card import CARD_FILE, write_card
 from megaforge.checkpoint.packed_file import refuse_unfinished
 from megaforge.checkpoint.shards import TensorEntry
 from megaforge.checkpoint.sources import TensorSource
@@ -36,6 +37,13 @@ METHOD, WIDTH = "bitnet", 1
 STATE = "phase6_output"  # what a run that writes the output keeps in its checkpoints
 _WRAPPERS = ("model_state_dict", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+
+
+class Compliance(NamedTuple):
+    """What the report of a run came to: its score, and whether it passed what was asked for."""
+
+    score: float
+    passed: bool
 
 
 def load_phase4_models(phase4_dir: str | Path) -> dict[str, Any]:
@@ -135,18 +143,21 @@ def prepare_phase6_output(
     output_dir: str | Path,
     *,
     bitnet_optimized: bool = True,
+    compliance: Compliance | None = None,
 ) -> Path:
     """Writes the folder that phase 6 reads: ``trained_model.pt``, which torch loads with ``weights_only``, and
     ``phase5_metadata.json``.
 
     Args:
         model: a module, or whole tensors by name.
-        training_results: goes into the file; of it ``final_loss``, ``training_time`` (seconds) and
-            ``nasa_compliance_score`` into the metadata, null where they are unknown.
+        training_results: goes into the file; of it ``final_loss`` and ``training_time`` (seconds) into the metadata,
+            null where they are unknown.
         bitnet_optimized: whether matrices of the model are quantized.
+        compliance: what the report of the run came to: ``nasa_compliant`` and ``nasa_compliance_score``; None: nobody
+            measured it, which is false and null.
 
     Returns:
-        The folder. ``nasa_compliant`` is false in it: nothing here measures compliance.
+        The folder.
 
     Raises:
         UserError: it cannot be written.
@@ -160,13 +171,13 @@ def prepare_phase6_output(
         "training_results": dict(training_results),
         "phase5_complete": True,
         "bitnet_optimized": bitnet_optimized,
-        "nasa_compliant": False,
+        "nasa_compliant": compliance is not None and compliance.passed,
     }
     metadata = {
         "training_completion_time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "final_loss": training_results.get("final_loss"),
         "training_duration_hours": None if seconds is None else seconds / 3600,
-        "nasa_compliance_score": training_results.get("nasa_compliance_score"),
+        "nasa_compliance_score": None if compliance is None else round(compliance.score, 6),
         "ready_for_phase6": True,
     }
     try:
@@ -180,9 +191,9 @@ def prepare_phase6_output(
     return folder
 
 
-def export_phase6(source: TensorSource, output_dir: str | Path) -> Path:
+def export_phase6(source: TensorSource, output_dir: str | Path, compliance: Compliance | None = None) -> Path:
     """:func:`prepare_phase6_output` of a checkpoint, whatever layout wrote it: its weights in full precision by their
-    global names, and what its run knew of itself.
+    global names, and what its run knew of itself; a model card beside them.
 
     Raises:
         UserError: its quantization is still coming in, or the folder cannot be written.
@@ -192,7 +203,15 @@ def export_phase6(source: TensorSource, output_dir: str | Path) -> Path:
     prefixes = state_prefixes(source.meta)
     weights = {key: source.read(key).clone() for key in source.tensors if not key.startswith(prefixes)}
     results = training_results(source.meta)
-    return prepare_phase6_output(weights, results, output_dir, bitnet_optimized=_quantized(source.meta))
+    quantized = _quantized(source.meta)
+    folder = prepare_phase6_output(weights, results, output_dir, bitnet_optimized=quantized, compliance=compliance)
+    try:
+        (folder / CARD_FILE).unlink(missing_ok=True)  # of an earlier output
+    except OSError as error:
+        raise UserError(f"{folder / CARD_FILE}: it cannot be replaced ({error.strerror})") from error
+    if write_card(source, folder, "phase6") is None:
+        raise UserError(f"{folder / CARD_FILE}: another has written it just now")
+    return folder
 
 
 def training_results(meta: Mapping[str, Any]) -> dict[str, Any]:

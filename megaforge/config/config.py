@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from megaforge.config.alert_config import AlertConfig
 from megaforge.config.chat_config import ChatConfig
 from megaforge.config.checkpoint_config import CheckpointConfig
+from megaforge.config.compliance_config import ComplianceConfig
 from megaforge.config.distill_config import DistillConfig
 from megaforge.config.dry_run_config import DryRunConfig
 from megaforge.config.fields import check_fields
@@ -42,6 +43,7 @@ class Config:
     length: LengthConfig = field(default_factory=LengthConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
+    compliance: ComplianceConfig = field(default_factory=ComplianceConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     alerts: AlertConfig = field(default_factory=AlertConfig)
     dry_run: DryRunConfig = field(default_factory=DryRunConfig)

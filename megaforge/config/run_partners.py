@@ -146,7 +146,14 @@ RUN_PARTNERS = (
     Partner(
         ("checkpoint.encrypt_checkpoints",),
         lambda c: not c.checkpoint.phase6_output,
-        "--phase6-output writes the weights in plain: leave it out; tools/phase_interface.py export writes them later",
+        "--phase6-output writes the weights in plain all the same",
+        refuse=False,
+    ),
+    Partner(
+        ("compliance.enforce_compliance", "compliance.compliance_level", "compliance.min_compliance_score"),
+        lambda c: c.checkpoint.phase6_output,
+        "nothing is handed on: it changes nothing without --phase6-output",
+        refuse=False,
     ),
     Partner(("checkpoint.ckpt_step",), lambda c: c.checkpoint.load, "there is no directory of it: add --load DIR"),
     Partner(

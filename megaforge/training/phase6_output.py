@@ -13,6 +13,7 @@ from megaforge.config.launcher import print_rank_0
 from megaforge.errors import UserError
 from megaforge.parallel.agree import from_first_rank
 from megaforge.training.callbacks import Callback, Place
+from megaforge.training.compliance_stage import ComplianceStage
 
 if TYPE_CHECKING:
     from megaforge.training.metrics import StepMetrics
@@ -26,13 +27,14 @@ class Phase6Output(Callback):
     place = Place.RECORD
     state_name = STATE
 
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: str, stage: ComplianceStage | None = None) -> None:
+        """``stage``: measures the run before."""
+        self.folder, self.stage = folder, stage
         self.final_loss: float | None = None
         self.training_time = 0.0
 
     @classmethod
-    def of(cls, config: Config) -> Phase6Output | None:
+    def of(cls, config: Config, stage: ComplianceStage | None = None) -> Phase6Output | None:
         """What the flags ask for.
 
         Raises:
@@ -44,7 +46,7 @@ class Phase6Output(Callback):
                 f"--phase6-output {folder}: after --train-iters {last} quantization is not complete ({why}), and the "
                 "next phase reads the last codes; let it end before, or train longer"
             )
-        return None if folder is None else cls(folder)
+        return None if folder is None else cls(folder, stage)
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
         self.final_loss = metrics.loss
@@ -53,7 +55,8 @@ class Phase6Output(Callback):
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         if not trainer.complete or trainer.saved_iteration != trainer.iteration:
             return
-        folder = from_first_rank(trainer.ctx, lambda: export_phase6(open_source(path), self.folder))
+        found = None if self.stage is None else self.stage.found
+        folder = from_first_rank(trainer.ctx, lambda: export_phase6(open_source(path), self.folder, found))
         print_rank_0(f"--phase6-output: {folder} is written")
 
     def state(self) -> dict[str, Any]:

@@ -54,6 +54,7 @@ from megaforge.training.callbacks import (
 from megaforge.training.checkpointing import agreed_key, check_save_directory, in_memory, load_run, tokenizer_identity
 from megaforge.training.clip_search import ClipSearch
 from megaforge.training.compiled import compile_blocks
+from megaforge.training.compliance_stage import ComplianceStage
 from megaforge.training.console import ConsoleLog
 from megaforge.training.decoupled_lr import DecoupledRate
 from megaforge.training.digests import Digests
@@ -311,8 +312,9 @@ def _callbacks(config: Config, progress: Progress, advice: Advice | None) -> lis
         callbacks.append(EarlyStopping(training.early_stopping_metric, training.early_stopping_patience))
     if checkpoint.save is not None:
         callbacks.append(Checkpointing(save_interval(config, progress), Retention.of(checkpoint)))
-    if (output := Phase6Output.of(config)) is not None:
-        callbacks.append(output)
+    stage = ComplianceStage.of(config)
+    if (output := Phase6Output.of(config, stage)) is not None:
+        callbacks += [output] if stage is None else [stage, output]
     if config.logging.profile:
         callbacks.append(Profile(config.logging))
     return callbacks

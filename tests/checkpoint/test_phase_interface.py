@@ -13,6 +13,7 @@ from torch import nn
 from megaforge.checkpoint.phase_interface import (
     COMPRESSED,
     COMPRESSION,
+    Compliance,
     import_phase4,
     load_phase4_models,
     prepare_phase6_output,
@@ -124,6 +125,10 @@ def test_what_a_module_trained_is_handed_on(tmp_path: Path) -> None:
         "nasa_compliance_score": None,
         "ready_for_phase6": True,
     }
+    prepare_phase6_output(model, results, tmp_path / "a" / "b", compliance=Compliance(0.9625, True))
+    trained = torch.load(folder / "trained_model.pt", weights_only=True)
+    metadata = json.loads((folder / "phase5_metadata.json").read_text())
+    assert trained["nasa_compliant"] is True and metadata["nasa_compliance_score"] == 0.9625
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         prepare_phase6_output(model, {}, tmp_path / "file")

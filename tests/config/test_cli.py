@@ -258,6 +258,7 @@ def test_sections_are_the_fields_of_config() -> None:
         "length",
         "checkpoint",
         "resilience",
+        "compliance",
         "logging",
         "alerts",
         "dry_run",

@@ -70,7 +70,6 @@ REFUSED = [
     (("--snapshot-peers",), ("--save", "r", "--load", "r"), "--snapshot-interval N"),
     (("--encrypt-checkpoints",), (), "--save DIR"),
     (("--save-replica", "memory://x"), (), "--save DIR"),
-    (("--encrypt-checkpoints",), ("--save", "r", "--phase6-output", "d"), "tools/phase_interface.py export"),
     (("--keep-best-only",), ("--save", "r"), "add --keep-best N"),
     (("--keep-last", "9"), ("--save", "r", *EVALUATED, "--keep-best", "1", "--keep-best-only"), "leave out the one"),
     (("--async-save",), ("--save", "r", "--distributed-backend", "mpi"), "--distributed-backend gloo"),
@@ -157,6 +156,10 @@ REFUSED = [
     (("--moe-router-bias-update-rate", "0.1"), (), "--moe-router-enable-expert-bias"),
 ]
 SAID = [
+    (("--encrypt-checkpoints",), ("--save", "r", "--phase6-output", "d"), "weights in plain all the same"),
+    (("--enforce-compliance",), (), "without --phase6-output"),
+    (("--compliance-level", "basic"), (), "without --phase6-output"),
+    (("--min-compliance-score", "0.5"), (), "without --phase6-output"),
     (("--num-experts", "4"), DENSE, "--ffn moe"),
     (("--moe-router-score-function", "sigmoid"), DENSE, "--ffn moe"),
     (("--cp-comm-type", "p2p"), (), "--cp 1"),

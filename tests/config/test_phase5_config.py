@@ -88,13 +88,13 @@ def test_a_run_by_such_a_file(tmp_path: Path, monkeypatch: Any, capsys: Any) -> 
     monkeypatch.setattr(sys, "argv", ["x", "config", str(tmp_path / "theirs.yaml"), "--save", str(ours)])
     assert phase_interface.main() == 0
     said = capsys.readouterr().out
-    assert "find_unused_parameters false" in said and "nasa_compliant stays false" in said
+    assert "find_unused_parameters false" in said and "nasa_compliance: --phase6-output has" in said
     with pytest.raises(UserError, match="it exists"):
         phase_interface.main()
     prefix = write_dataset(tmp_path / "train_text_document")
     data = ("--data-path", prefix, "--split", "80,20,0", "--device", "cpu", "--num-workers", "0")
     null = ("--tokenizer-type", "NullTokenizer", "--tokenizer-model", str(VOCAB), "--ffn-hidden-size", "48")
-    trainer = make_trainer(["--config", str(ours), *data, *null])
+    trainer = make_trainer(["--config", str(ours), *data, *null, "--save", str(tmp_path / "run")])
     found = record(trainer)
     trainer.train()
     kinds = [entry["kind"] for entry in found.records]
