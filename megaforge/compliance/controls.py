@@ -165,7 +165,8 @@ def reproducibility(evidence: Evidence) -> Control:
 
 def _recorded(evidence: Evidence) -> list[Check]:
     kinds = set() if isinstance(evidence.trail, str) else {record["kind"] for record in evidence.trail.records}
-    return [Check("the versions of what computed are on record", "environment" in kinds)]
+    receipt = (evidence.run / "receipt.json").is_file()
+    return [Check("the versions of what computed are on record", receipt or "environment" in kinds)]
 
 
 def digests(evidence: Evidence) -> Control:

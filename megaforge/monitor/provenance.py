@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import platform
 import subprocess
@@ -41,6 +42,17 @@ def _git(root: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+@functools.cache
+def source_digest() -> str:
+    """The SHA-256 of this package's files of Python, by their names and contents: of the code that runs, whether or not
+    a commit has it."""
+    package, found = Path(megaforge.__file__).parent, hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        found.update(f"{content}  {path.relative_to(package).as_posix()}\n".encode())
+    return found.hexdigest()
 
 
 def environment() -> dict[str, Any]:

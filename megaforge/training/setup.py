@@ -75,6 +75,7 @@ from megaforge.training.plateau_boost import PlateauBoost
 from megaforge.training.profiling import Profile
 from megaforge.training.qk_clip import QKClip
 from megaforge.training.quantization import Quantization
+from megaforge.training.receipt import Receipt
 from megaforge.training.run_events import RunEvents, of_checkpoint, open_events
 from megaforge.training.save_lock import HeldLock
 from megaforge.training.second_stage import SecondStage
@@ -220,8 +221,11 @@ def _load(trainer: Trainer) -> None:
         with trainer.events.timed("load") as told:
             path = load_run(trainer)
             check_loaded(trainer, path)
-            tier = {} if path is None else {"tier": "memory" if in_memory(trainer, path) else "durable"}
-            told.update(step=trainer.iteration, **of_checkpoint(trainer, path), **tier)
+            told.update(step=trainer.iteration, **of_checkpoint(trainer, path))
+            if path is not None:
+                weights_only = flags.finetune or trainer.iteration == 0  # the latter: --pretrained-checkpoint
+                told.update(directory=os.path.abspath(path.parent), weights_only=weights_only)
+                told.update(tier="memory" if in_memory(trainer, path) else "durable")
         anew = f"--load {flags.load}: nothing was saved there yet, so the run starts anew"
         print_rank_0(f"loading {path}" if path else anew)
     if trainer.snapshots is not None:
@@ -315,6 +319,8 @@ def _callbacks(config: Config, progress: Progress, advice: Advice | None) -> lis
     stage = ComplianceStage.of(config)
     if (output := Phase6Output.of(config, stage)) is not None:
         callbacks += [output] if stage is None else [stage, output]
+    if (receipt := Receipt.of(config)) is not None:
+        callbacks.append(receipt)
     if config.logging.profile:
         callbacks.append(Profile(config.logging))
     return callbacks

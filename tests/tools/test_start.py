@@ -46,6 +46,10 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments
         (("--min-score", "2"), "--min-score 2: must be"),
     ],
     "tools/compare_runs.py": [(("a",), "RUN"), (("a", "b", "--rtol", "-1"), "--rtol -1: must be at least 0")],
+    "tools/reproduce.py": [
+        (("none",), "give either --save DIR"),
+        (("none", "--check"), "none: there is no such receipt"),
+    ],
     "tools/replay.py": [(("a",), "--step"), (("a", "--step", "0"), "--step 0: must be at least 1")],
     "tools/convert_checkpoint.py": [
         (("--save", "x"), "give either --load"),
