@@ -282,6 +282,7 @@ PEFT_METHODS = Registry(  # converters too
         "lora": "megaforge.peft.lora:lora",
         "qlora": "megaforge.peft.qlora:qlora",
         "bitfit": "megaforge.peft.bitfit:bitfit",
+        "state": "megaforge.peft.state_tuning:state_tuning",
     },
 )
 TASKS = Registry(  # what makes examples (megaforge.tasks.example.Task)

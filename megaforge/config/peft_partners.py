@@ -21,6 +21,11 @@ FINE_TUNING = (
         "no matrix is kept in 4 bits: add --peft qlora",
     ),
     Partner(
+        ("model.peft",),
+        lambda c: c.model.peft != "state" or c.parallel.context_parallel_size == 1,
+        "every document begins with the trained state, on one rank: use --cp 1",
+    ),
+    Partner(
         ("chat.chat_template", "chat.train_on_prompts"),
         lambda c: any(path.startswith("chat://") for path in c.data.data_path),
         "there are no conversations: give --data-path chat://FILE.jsonl",

@@ -47,6 +47,7 @@ REFUSED = [
     (("--distill-relation-weight", "2"), (*TAUGHT, "--cp", "2"), "use --cp 1"),
     (("--distill-relation-weight", "2"), (*TAUGHT, "--recompute", "full"), "--recompute selective"),
     (("--lora-rank", "4"), (), "add --peft lora"),
+    (("--peft", "state"), ("--cp", "2"), "use --cp 1"),
     (("--qlora-block-size", "32"), ("--peft", "lora"), "add --peft qlora"),
     (("--train-on-prompts",), (), "--data-path chat://FILE.jsonl"),
     (("--qk-clip-alpha", "0.4"), (), "add --qk-clip"),
