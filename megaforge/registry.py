@@ -282,6 +282,8 @@ PEFT_METHODS = Registry(  # converters too
         "lora": "megaforge.peft.lora:lora",
         "qlora": "megaforge.peft.qlora:qlora",
         "bitfit": "megaforge.peft.bitfit:bitfit",
+        "prefix": "megaforge.peft.prefix:prefix_tuning",
+        "p_tuning_v2": "megaforge.peft.prefix:p_tuning_v2",
         "state": "megaforge.peft.state_tuning:state_tuning",
     },
 )

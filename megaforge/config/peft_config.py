@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megaforge.config.fields import flag
+from megaforge.config.prefix_config import PrefixConfig
 from megaforge.config.qlora_config import QLoraConfig
 from megaforge.errors import UserError
 from megaforge.registry import PEFT_METHODS
@@ -14,7 +15,7 @@ LOW_RANK = ("lora", "qlora")  # methods that put adapters beside matrices
 
 
 @dataclass(frozen=True)
-class PeftConfig(QLoraConfig):
+class PeftConfig(QLoraConfig, PrefixConfig):
     """What :class:`megaforge.config.model_config.ModelConfig` has of adapters."""
 
     peft: str | None = flag(

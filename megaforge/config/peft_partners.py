@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from megaforge.config.fields import either
+from megaforge.config.prefix_config import PREFIXED
 from megaforge.config.qlora_config import QLoraConfig
 from megaforge.config.run_partners import Partner
 
@@ -19,6 +21,26 @@ FINE_TUNING = (
         tuple(f"model.{field.name}" for field in fields(QLoraConfig)),
         lambda c: c.model.peft == "qlora",
         "no matrix is kept in 4 bits: add --peft qlora",
+    ),
+    Partner(
+        ("model.prefix_length",),
+        lambda c: c.model.peft in PREFIXED,
+        f"there is no prefix: add --peft {either(PREFIXED)}",
+    ),
+    Partner(
+        ("model.prefix_hidden_size",),
+        lambda c: c.model.peft == "prefix",
+        "nothing makes a prefix: add --peft prefix",
+    ),
+    Partner(
+        ("model.peft",),
+        lambda c: c.model.peft not in PREFIXED or c.parallel.context_parallel_size == 1,
+        "every document has the prefix in front of it, on one rank: use --cp 1",
+    ),
+    Partner(
+        ("model.peft",),
+        lambda c: c.model.peft not in PREFIXED or not c.model.attention_dropout,
+        "attention to a prefix is not dropped: use --attention-dropout 0",
     ),
     Partner(
         ("model.peft",),

@@ -240,6 +240,8 @@ def _time_mix(module: nn.Module, norm: Norm) -> TimeMix:
 
 def _attention(module: nn.Module, norm: Norm) -> Attention:
     layer = _known(module, SelfAttention)
+    if layer.prefix is not None:
+        raise NotFused("attention has a prefix")
     query_norm, key_norm = (Norm() if each is None else _norm_of(each) for each in (layer.query_norm, layer.key_norm))
     return Attention(
         norm=norm,

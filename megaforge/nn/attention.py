@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -124,8 +124,23 @@ def _aligned(caches: Sequence[tuple[Tensor | None, int]], length: int, capacity:
     return out
 
 
+class HasPrefix(Protocol):
+    """Keys and values in front of each document."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, info: PackedSequence, state: KVCache | None) -> Tensor:
+        """Of queries [b, heads/tp, s, d] over those and the tokens' keys and values [b, groups/tp, s, d], which
+        ``state`` takes in: [b, heads/tp, s, d]."""
+        ...
+
+
 class SelfAttention(nn.Module):
-    """Multi-head or grouped-query attention, its heads split over tp; q, k and v come from one fused matrix."""
+    """Multi-head or grouped-query attention, its heads split over tp; q, k and v come from one fused matrix.
+
+    Attributes:
+        prefix: what attends in the layer's place to a prefix too, or None; a converter may set it.
+    """
+
+    prefix: HasPrefix | None
 
     def __init__(self, layer: LayerContext) -> None:
         """The output projection starts smaller by 1/sqrt(2 layers) (GPT-2)."""
@@ -147,6 +162,7 @@ class SelfAttention(nn.Module):
         init = Normal(std / math.sqrt(2 * layer.count))
         self.output = RowParallelLinear(layer, queries, cfg.hidden_size, init=init, bias=bias, kind="attention")
 
+        self.prefix = None
         self.watches_logits, self.largest_logits = False, cast(Tensor | None, None)
 
     def new_state(self) -> KVCache:
@@ -205,7 +221,14 @@ class SelfAttention(nn.Module):
         turned = self.rotation is None or isinstance(self.rotation, Rotary)
         drops = info.dropout is not None and info.dropout.rates.attention
         watched = self.watches_logits and self.training
-        return turned and not drops and not watched and info.shards.axis.size == 1 and takes_fused(fused)
+        return (
+            self.prefix is None
+            and turned
+            and not drops
+            and not watched
+            and info.shards.axis.size == 1
+            and takes_fused(fused)
+        )
 
     def _attend_fused(self, fused: Tensor, info: PackedSequence) -> Tensor:
         """[s, b, (heads + 2 groups)/tp * d] -> [s, b, heads/tp, d]."""
@@ -235,6 +258,8 @@ class SelfAttention(nn.Module):
         value = value.view(length, batch, self.groups, width).permute(1, 2, 0, 3)
         if self.watches_logits and self.training and state is None:
             self._watch(query, key, info)
+        if self.prefix is not None:
+            return recomputed(self.recompute_core, self.prefix.attend, query, key, value, info, state)
         if info.dropout is not None and info.dropout.rates.attention:
             rows = info.dropout.attention_rows(self.index, self.own_heads)
             out: Tensor = recomputed(self.recompute_core, dropped_attention_of, query, key, value, rows, info)
