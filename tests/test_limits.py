@@ -67,6 +67,7 @@ COVERED = {
     "peft/": "peft/test_lora.py",
     "config/chat_config.py": "data/test_chat.py",
     "config/peft_config.py": "peft/test_lora.py",
+    "config/prometheus_config.py": "monitor/test_prometheus.py",
     "planning/report.py": "planning/test_plan_command.py",
     "config/qat_config.py": "training/test_quantization.py",
     "config/run_partners.py": "config/test_partners.py",

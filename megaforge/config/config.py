@@ -16,6 +16,7 @@ from megaforge.config.length_config import LengthConfig
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.config.pattern import kinds_of
+from megaforge.config.prometheus_config import PrometheusConfig
 from megaforge.config.qat_config import QATConfig
 from megaforge.config.resilience_config import ResilienceConfig
 from megaforge.config.run_config import (
@@ -46,6 +47,7 @@ class Config:
     compliance: ComplianceConfig = field(default_factory=ComplianceConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     alerts: AlertConfig = field(default_factory=AlertConfig)
+    prometheus: PrometheusConfig = field(default_factory=PrometheusConfig)
     dry_run: DryRunConfig = field(default_factory=DryRunConfig)
 
     def validate(self, but: Collection[str] = ()) -> None:

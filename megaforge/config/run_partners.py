@@ -69,6 +69,11 @@ RUN_PARTNERS = (
         refuse=False,
     ),
     Partner(
+        ("prometheus.prometheus_address",),
+        lambda c: c.prometheus.prometheus_port,
+        "nothing is served there: add --prometheus-port N",
+    ),
+    Partner(
         ("checkpoint.exit_on_missing_checkpoint",),
         lambda c: c.checkpoint.load,
         "nothing is loaded: it changes nothing",

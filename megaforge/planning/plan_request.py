@@ -87,7 +87,7 @@ GPUS_OF_A_SERVER = 8
 # What ``plan.py docs`` fills in: the names of the marked places.
 PLACES = (
     *("activations", "assumptions", "search-40b", "search-200b", "scaling-1b", "scaling-200b"),
-    *("ladders", "effects", "metrics", "optimizers"),
+    *("ladders", "effects", "metrics", "prometheus", "optimizers"),
 )
 
 

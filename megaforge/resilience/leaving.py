@@ -23,7 +23,7 @@ from megaforge.json_text import parse_json
 
 COMPLETED, UNFINISHED = "completed", "unfinished"
 # What does not change what is left to do.
-_INDIFFERENT = ("parallel", "logging", "alerts", "resilience", "dry_run")
+_INDIFFERENT = ("parallel", "logging", "alerts", "prometheus", "resilience", "dry_run")
 
 
 def check_requeue_status(config: Config, launch: Launch) -> None:

@@ -6,11 +6,15 @@ import socket
 import sys
 from typing import TYPE_CHECKING
 
+from megaforge.checkpoint.checkpoint import layout_of
 from megaforge.config.config import Config
 from megaforge.monitor.alert_channels import Console, EventChannel, receivers_of
 from megaforge.monitor.alert_kinds import AlertKind, StepAlert
 from megaforge.monitor.alerts import AlertBook, Channel, Finding
 from megaforge.monitor.events import EventLog, read_events
+from megaforge.monitor.prometheus import PrometheusSink
+from megaforge.monitor.provenance import code_version
+from megaforge.monitor.sinks import MetricSink
 from megaforge.registry import ALERTS
 from megaforge.training.callbacks import Callback, Place
 from megaforge.training.recovery import NonFiniteError
@@ -59,6 +63,11 @@ class Alerts(Callback):
             alerts.book.restore(told)
         return alerts
 
+    def standing(self) -> dict[str, bool]:
+        """Whether each alert fires that the run can raise. Any thread may ask."""
+        firing = self.book.firing
+        return {name: name in firing for name in ("failure", *self._steps) if name in self._kinds}
+
     def on_train_start(self, trainer: Trainer) -> None:
         for name in self.book.firing.keys() - self._steps.keys():  # a failure, or what nobody looks for any more
             self.book.enter(name, Finding(False, f"the run goes on from iteration {trainer.iteration}"))
@@ -91,3 +100,28 @@ class Alerts(Callback):
             for name in self.book.firing:
                 self.book.enter(name, Finding(False, "the run is complete"))
         self.book.close()
+
+
+def tell_others(trainer: Trainer, sinks: list[MetricSink]) -> None:
+    """Has the run raise alerts, and with ``--prometheus-port`` adds to ``sinks`` what serves them and its numbers. On
+    the first rank.
+
+    Raises:
+        UserError: a receiver cannot be reached, or the port cannot be had.
+    """
+    config, flags = trainer.config, trainer.config.prometheus
+    alerts = Alerts.of(config, trainer.events)
+    trainer.add(alerts)
+    if flags.prometheus_port is not None:
+        layout = {name: str(size) for name, size in layout_of(trainer.ctx, len(trainer.model.chunks)).items()}
+        told = {"config": config.name, **{name: str(value) for name, value in code_version().items()}}
+        sinks.append(
+            PrometheusSink(
+                flags.prometheus_port,
+                flags.prometheus_address,
+                config.logging.run_name or config.name,
+                told | layout,
+                config.training.train_iters,
+                alerts.standing,
+            )
+        )

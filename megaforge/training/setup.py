@@ -39,7 +39,7 @@ from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.layer_context import compute_dtype, make_layer_context
 from megaforge.parallel.zero import shard_parameters
 from megaforge.registry import CALLBACKS, LR_SCHEDULES, UPDATE_RULES
-from megaforge.training.alerting import Alerts
+from megaforge.training.alerting import tell_others
 from megaforge.training.auditing import check_loaded
 from megaforge.training.balance_batch import BalanceBatch
 from megaforge.training.calibration import Calibration
@@ -194,10 +194,8 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext, advice: Advice | None 
     goes_on = config.checkpoint.load is not None and not config.checkpoint.finetune and not config.training.skip_train
     from_iteration = trainer.iteration if goes_on else None
     sinks = together(ctx, lambda: _sinks(config, from_iteration) if ctx.is_first_rank else [])
+    together(ctx, lambda: tell_others(trainer, sinks) if ctx.is_first_rank else None)
     trainer.add(MetricsWriter(sinks))
-    alerts = together(ctx, lambda: Alerts.of(config, trainer.events) if ctx.is_first_rank else None)
-    if alerts is not None:
-        trainer.add(alerts)
     return trainer
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megaforge.config.cli import parse_config
-from megaforge.monitor import names
+from megaforge.monitor import names, prometheus
 from megaforge.planning.communication import step_traffic
 from megaforge.planning.gpus import GPUS
 from megaforge.planning.measured_activations import comparison_rows
@@ -24,7 +24,14 @@ from megaforge.planning.time import step_time
 from megaforge.verification.optimizer_table import optimizer_table
 from megaforge.verification.slurm_jobs import try_job
 
-DOCUMENTS = ("README.md", "docs/planner.md", "docs/layouts.md", "docs/metrics.md", "docs/optimizers.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/planner.md",
+    "docs/layouts.md",
+    "docs/metrics.md",
+    "docs/prometheus.md",
+    "docs/optimizers.md",
+)
 GPU = GPUS["h100-80g"]
 LAYOUTS_LISTED = 8
 _200B = "--tp 4 --sp --pp 16 --vpp 2 --ep 8 --etp 1 --zero 1 --recompute full"
@@ -118,6 +125,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "ladders": _ladders,
     "effects": _effects,
     "metrics": names.table,
+    "prometheus": prometheus.table,
     "optimizers": optimizer_table,
 }
 

@@ -261,6 +261,7 @@ def test_sections_are_the_fields_of_config() -> None:
         "compliance",
         "logging",
         "alerts",
+        "prometheus",
         "dry_run",
     ]
     assert list(sections()) == expected

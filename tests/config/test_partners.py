@@ -54,6 +54,7 @@ REFUSED = [
     (("--prefix-hidden-size", "8"), ("--peft", "p_tuning_v2"), "add --peft prefix"),
     (("--qlora-block-size", "32"), ("--peft", "lora"), "add --peft qlora"),
     (("--train-on-prompts",), (), "--data-path chat://FILE.jsonl"),
+    (("--prometheus-address", "0.0.0.0"), (), "add --prometheus-port N"),
     (("--qk-clip-alpha", "0.4"), (), "add --qk-clip"),
     (("--qk-clip",), ("--qk-layernorm",), "leave one of the two out"),
     (("--rope-scaling-factor", "4"), (), "add --use-rope-scaling"),
