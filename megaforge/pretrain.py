@@ -99,7 +99,9 @@ def _train(run: PreparedRun, chooser: AutoLayout | ElasticLayout | None, request
 
 
 def _chooser(parsed: ParsedConfig) -> AutoLayout | ElasticLayout | None:
-    """What chooses the layout; None where it is given."""
+    """What chooses the layout, or the micro-batch; None where they are given."""
+    from megaforge.config.micro_batch_config import AUTO
+
     config = parsed.config
     if config.parallel.layout == "auto":
         from megaforge.config.layout_settings import given_settings
@@ -110,4 +112,8 @@ def _chooser(parsed: ParsedConfig) -> AutoLayout | ElasticLayout | None:
         from megaforge.planning.elastic import ElasticLayout
 
         return ElasticLayout(parsed.origins)
+    if config.training.micro_batch_size == AUTO:
+        from megaforge.planning.auto_micro_batch import AutoMicroBatch
+
+        return AutoMicroBatch(parsed.origins)
     return None

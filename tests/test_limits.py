@@ -27,6 +27,7 @@ COVERED = {
     "config/expert_logging_config.py": "training/test_expert_balance.py",
     "config/fields.py": "config/test_cli.py",
     "config/mamba_config.py": "nn/test_mamba2.py",
+    "config/micro_batch_config.py": "planning/test_auto_micro_batch.py",
     "config/rom_config.py": "nn/test_routed_mamba2.py",
     "config/megatron/": "config/test_megatron_flags.py",
     "config/data_partners.py": "config/test_partners.py",

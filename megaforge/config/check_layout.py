@@ -13,6 +13,7 @@ from megaforge.config.config import Config
 from megaforge.config.fields import divisors, either
 from megaforge.config.layer_kind import LayerKind
 from megaforge.config.lr_shapes import RateShape
+from megaforge.config.micro_batch_config import AUTO
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import kinds_of
 from megaforge.errors import UserError
@@ -310,6 +311,10 @@ def _check_gradients(config: Config) -> None:
 
 def _global_batch_size(config: Config, dp: int) -> int:
     micro = config.training.micro_batch_size
+    if micro == AUTO:
+        raise UserError(
+            "--micro-batch-size auto: is for runs, and for plan.py memory of one layout; give a number here"
+        )
     given = config.training.full_batch_size
     if given is None:
         return micro * dp

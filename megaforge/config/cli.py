@@ -173,8 +173,7 @@ def format_config(parsed: ParsedConfig) -> str:
     """The configuration as YAML that ``--config`` reads back, each value followed by its origin as a comment."""
     lines = [f"name: {_show(parsed.config.name)}"]
     rows = {
-        setting.key: f"  {setting.name}: {_show(getattr(getattr(parsed.config, setting.section), setting.name))}"
-        for setting in settings().values()
+        setting.key: f"  {setting.name}: {_show(_value(parsed.config, setting))}" for setting in settings().values()
     }
     width = min(56, max(map(len, rows.values())))
     for section in sections():
@@ -185,6 +184,10 @@ def format_config(parsed: ParsedConfig) -> str:
             if setting.section == section
         ]
     return "\n".join(lines)
+
+
+def _value(config: Config, setting: Setting) -> Any:
+    return setting.written(getattr(getattr(config, setting.section), setting.name))
 
 
 def _show(value: Any) -> str:
@@ -253,7 +256,7 @@ def _add_flag(group: argparse._ArgumentGroup, setting: Setting) -> None:
         return
     choices = setting.choices.names() if isinstance(setting.choices, Registry) else setting.choices
     metavar = setting.metavar or ("{" + ",".join(map(str, choices)) + "}" if choices else None)
-    metavar = metavar or {int: "N", float: "X", str: "TEXT", bool: "BOOL"}[setting.kind]
+    metavar = metavar or "|".join([{int: "N", float: "X", str: "TEXT", bool: "BOOL"}[setting.kind], *setting.words])
     group.add_argument(*spellings, nargs="+" if setting.sequence else None, metavar=metavar, help=help_text, **common)
 
 

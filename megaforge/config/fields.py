@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,7 @@ def flag(
     most: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    words: Mapping[str, Any] | None = None,
 ) -> Any:
     """A dataclass field that is also the flag ``--field-name`` and the YAML key ``field_name``.
 
@@ -78,6 +79,7 @@ def flag(
         aliases: further flags for it, e.g. ``--tp``; as YAML keys they are written without dashes.
         metavar: what ``--help`` calls the value.
         least, most, above, below: which numbers it takes, see :class:`Bounds`.
+        words: further values by the words that one writes for them, such as ``auto``; whatever the bounds.
     """
     metadata = {
         "help": help,
@@ -85,6 +87,7 @@ def flag(
         "aliases": tuple(aliases),
         "metavar": metavar,
         "bounds": Bounds(least, most, above=above, below=below),
+        "words": dict(words or {}),
     }
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -105,7 +108,7 @@ def check_fields(section: object) -> None:
                     choices.check(name)
                 except UserError as error:
                     raise UserError(f"--{one.name.replace('_', '-')} {error}") from error
-        if type(value) in (int, float):
+        if type(value) in (int, float) and value not in one.metadata["words"].values():
             try:
                 one.metadata["bounds"].check(value)
             except ValueError as error:

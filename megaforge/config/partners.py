@@ -17,6 +17,7 @@ from megaforge.config.fields import either
 from megaforge.config.layer_kind import LayerKind
 from megaforge.config.length_config import LENGTHS
 from megaforge.config.lr_shapes import RateShape
+from megaforge.config.micro_batch_config import AUTO
 from megaforge.config.pattern import ahead_of, kinds_of
 from megaforge.config.peft_partners import FINE_TUNING
 from megaforge.config.position_kind import PositionKind
@@ -90,6 +91,16 @@ PARTNERS = (
         ("parallel.compress_activations",),
         lambda c: c.training.micro_batch_size < 64,
         "numbers of 64 sequences would share a scale: use --micro-batch-size 63 or less",
+    ),
+    Partner(
+        ("training.micro_batch_size",),
+        lambda c: c.training.micro_batch_size != AUTO or c.training.full_batch_size is not None,
+        "memory would decide how large a batch is, and so what is learned: add --global-batch-size N",
+    ),
+    Partner(
+        ("training.micro_batch_size",),
+        lambda c: c.training.micro_batch_size != AUTO or not (c.parallel.layout == "auto" or c.resilience.elastic),
+        "--layout auto and --elastic choose it with the rest: leave it out",
     ),
     Partner(
         ("parallel.sequence_checkpoint",),
@@ -466,11 +477,12 @@ def check_partners(config: Config, origins: Mapping[str, str]) -> list[str]:
             setting = settings()[key]
             value = getattr(getattr(config, setting.section), setting.name)
             off = value in (None, False, 0) and setting.default is not True and key not in _ZERO_ASKS
+            off = off and value not in setting.words.values()
             asks = value != setting.default and not off
             if not asks or not _written(origins[key]) or partner.needs(config):
                 continue
             word = setting.flag if value is not False else "--no-" + setting.flag.removeprefix("--")
-            text = f"{word}{'' if isinstance(value, bool) else f' {value}'}: {partner.text}"
+            text = f"{word}{'' if isinstance(value, bool) else f' {setting.written(value)}'}: {partner.text}"
             (refused if partner.refuse else notes).append(text)
     raise_all(refused)
     return notes

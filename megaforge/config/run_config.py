@@ -8,6 +8,7 @@ from megaforge.config.activation_config import ActivationConfig
 from megaforge.config.batch_schedule import parse_steps
 from megaforge.config.expert_logging_config import ExpertLoggingConfig
 from megaforge.config.fields import flag
+from megaforge.config.micro_batch_config import MicroBatchConfig
 from megaforge.config.reading_config import ReadingConfig
 from megaforge.errors import UserError
 from megaforge.registry import CALLBACKS, DEVICES, LOSS_TERMS, OBJECTIVES, SCHEDULES
@@ -109,13 +110,13 @@ class ParallelConfig(ActivationConfig):
     )
     machine: str | None = flag(
         None,
-        "with --layout auto: the device to plan for, in place of the one found: a name of plan.py memory --gpu, or a "
-        "file of plan.py detect",
+        "with --layout auto or --micro-batch-size auto: the device to plan for, in place of the one found: a name of "
+        "plan.py memory --gpu, or a file of plan.py detect",
         metavar="NAME|FILE",
     )
     memory_limit: float = flag(
         0.9,
-        "share of a rank's memory that --layout auto fills at most, and above which a run warns",
+        "share of a rank's memory that --layout auto or --micro-batch-size auto fill at most; above it a run warns",
         above=0,
         most=1,
     )
@@ -212,10 +213,9 @@ class DataConfig(ReadingConfig):
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(MicroBatchConfig):
     """The loop: how long, how large a batch, in which precision, on what."""
 
-    micro_batch_size: int = flag(1, "sequences a rank computes at once", least=1, most=1 << 20)
     global_batch_size: int | None = flag(
         None, "sequences of one optimizer step (default: micro batch x dp)", least=1, most=1 << 24
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from megaforge.config.config import Config
+from megaforge.config.micro_batch_config import AUTO
 
 
 class Partner(NamedTuple):
@@ -90,8 +91,8 @@ RUN_PARTNERS = (
     ),
     Partner(
         ("parallel.machine",),
-        lambda c: c.parallel.layout == "auto" or c.resilience.elastic,
-        "the layout is given: add --layout auto",
+        lambda c: c.parallel.layout == "auto" or c.resilience.elastic or c.training.micro_batch_size == AUTO,
+        "layout and micro-batch are given: add --layout auto, or --micro-batch-size auto",
     ),
     Partner(
         ("resilience.elastic",),

@@ -35,6 +35,7 @@ class Setting:
         optional: whether None is a value of it (written ``none`` on the command line, ``null`` in YAML).
         sequence: whether it holds a tuple.
         bounds: which numbers it takes.
+        words: further values by the words for them.
     """
 
     section: str
@@ -48,6 +49,7 @@ class Setting:
     aliases: tuple[str, ...]
     metavar: str | None
     bounds: Bounds
+    words: Mapping[str, Any]
 
     @property
     def key(self) -> str:
@@ -66,6 +68,8 @@ class Setting:
         """
         if self.optional and text.lower() in ("none", "null"):
             return None
+        if text in self.words:
+            return self.words[text]
         if self.kind is bool:
             if text.lower() not in _TRUE + _FALSE:
                 raise ValueError(f"expected {_EXPECTED[bool]}")
@@ -73,7 +77,7 @@ class Setting:
         try:
             value = self.kind(text)
         except ValueError as error:
-            raise ValueError(f"expected {_EXPECTED[self.kind]}") from error
+            raise ValueError(f"expected {self._expected}") from error
         return self._checked(value)
 
     def accept(self, value: Any) -> Any:
@@ -90,11 +94,21 @@ class Setting:
             return tuple(self._typed(element) for element in value)
         return self._typed(value)
 
+    @property
+    def _expected(self) -> str:
+        return " or ".join([_EXPECTED[self.kind], *self.words])
+
+    def written(self, value: Any) -> Any:
+        """``value``, or the word for it."""
+        return next((word for word, meant in self.words.items() if meant == value), value)
+
     def _typed(self, value: Any) -> Any:
+        if isinstance(value, str) and value in self.words:
+            return self.words[value]
         if self.kind is float and type(value) is int:
             value = float(value)
         if type(value) is not self.kind:
-            raise ValueError(f"expected {_EXPECTED[self.kind]}, got {value!r}")
+            raise ValueError(f"expected {self._expected}, got {value!r}")
         return self._checked(value)
 
     def _checked(self, value: Any) -> Any:
@@ -118,7 +132,7 @@ def setting_for(section: str, field: dataclasses.Field[Any], annotation: Any) ->
     return Setting(
         section, field.name, kind, len(plain) != len(alternatives), sequence, default,
         field.metadata["help"], field.metadata["choices"], field.metadata["aliases"], field.metadata["metavar"],
-        field.metadata["bounds"],
+        field.metadata["bounds"], field.metadata["words"],
     )  # fmt: skip
 
 

@@ -30,6 +30,8 @@ class AutoLayout:
         why: the line that says what was chosen; None before.
     """
 
+    flag = "--layout auto"
+
     def __init__(self, kept: Collection[str], origins: Mapping[str, str] | None = None) -> None:
         """
         Args:
@@ -56,7 +58,7 @@ class AutoLayout:
         """The same for ``world_size`` ranks that are not here, on the device that ``--machine`` names."""
         if config.parallel.machine is None:
             raise UserError(
-                "--layout auto: a dry run's ranks have no memory to look at; add --machine, such as h100-80g"
+                f"{self.flag}: a dry run's ranks have no memory to look at; add --machine, such as h100-80g"
             )
         return self._take(config, self._decide(config, [Stand("", "", 0.0, 0)] * world_size))
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from megaforge.config.config import Config
+from megaforge.config.micro_batch_config import AUTO
 from megaforge.config.teacher import teacher_model
 from megaforge.errors import UserError
+from megaforge.planning.auto_micro_batch import choose_micro_batch
 from megaforge.planning.gpus import gpu_named
 from megaforge.planning.host_copies import host_copies
 from megaforge.planning.layout import PlannedLayout, layout_of
@@ -40,13 +43,19 @@ def run(arguments: Sequence[str], prog: str = "plan.py memory") -> None:
     if (untold := teacher_model(config)[1]) is not None:
         print(untold)
     gpu, parallel = gpu_named(own.gpu), config.parallel
+    chooses = config.training.micro_batch_size == AUTO
     if own.search:
-        found = search(config, own.gpus, gpu, share=own.share, count=own.top, kept=request.kept)
+        kept = request.kept - {"training.micro_batch_size"} if chooses else request.kept
+        found = search(config, own.gpus, gpu, share=own.share, count=own.top, kept=kept)
         print(search_text(found, gpu, config.name, own.gpus, own.share))
         return
     product = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     product *= parallel.context_parallel_size
     world_size = own.gpus or product * (own.dp or 1)
+    if chooses:
+        size, why = choose_micro_batch(config, world_size, gpu)
+        config = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch_size=size))
+        print(why)
     layout = planned_layout(config, world_size)
     if own.dp is not None and layout.dp != own.dp:
         raise UserError(f"--dp {own.dp}: {world_size} GPUs leave dp {layout.dp}; give --dp or --gpus, not both")

@@ -121,7 +121,7 @@ def _shortened(layout: PlannedLayout) -> PlannedLayout:
     return dataclasses.replace(layout, global_batch_size=count * layout.micro_batch_size * layout.dp)
 
 
-def _seconds(
+def step_seconds(
     parts: ModelParts, layout: PlannedLayout, stages: tuple[StagePart, ...], gpu: Gpu, efficiency: Efficiency
 ) -> float:
     """The step's time, from few micro-batches: every further one costs the busiest rank's work."""
@@ -184,7 +184,7 @@ def search(
         if all(least_memory(parts, short, stages, rank) <= share * gpu.memory for rank in ranks) and all(
             rank_memory(parts, short, stages, rank).total <= share * gpu.memory for rank in ranks
         ):
-            seconds = _seconds(parts, layout, stages, gpu, efficiency)
+            seconds = step_seconds(parts, layout, stages, gpu, efficiency)
             best = heapq.nsmallest(count, [*best, (seconds, number, layout, stages)])
         elif recompute + 1 < len(again):
             wait(number, recompute + 1, layout, stages)

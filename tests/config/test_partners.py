@@ -37,6 +37,8 @@ REFUSED = [
     (("--compress-activations",), (*SELECTIVE, "--cpu-offload-activations"), "leave out the one or the other"),
     (("--compress-activations",), (*SELECTIVE, "--mtp-mode", "parallel", "--mtp-num-layers", "2"), "sequential"),
     (("--compress-activations",), (*SELECTIVE, "--micro-batch-size", "64"), "63 or less"),
+    (("--micro-batch-size", "auto"), (), "add --global-batch-size N"),
+    (("--micro-batch-size", "auto"), ("--global-batch-size", "8", "--layout", "auto"), "leave it out"),
     (("--sequence-checkpoint", "64"), (*SELECTIVE, "--compress-activations"), "leave out the one or the other"),
     (("--zero-quantized-gather",), ("--quantize-weights", "ternary"), "add --zero 1"),
     (("--objective", "distillation"), (), "--distill-from DIR"),
