@@ -56,11 +56,13 @@ class HostMemory(saved_tensors_hooks):
 
     Attributes:
         moved: bytes that went to host memory. A tensor that several operations keep goes as often.
+        ahead: bytes of the :data:`AHEAD` neighbours that take most: what is on its way out, or back too early.
     """
 
     def __init__(self, weights: Iterable[Tensor], device_type: str = "cuda") -> None:
         """``device_type``: that of the devices whose tensors go."""
-        self.moved = 0
+        self.moved = self.ahead = 0
+        newest: deque[int] = deque(maxlen=AHEAD)
         own = {weight.untyped_storage()._cdata for weight in weights}
         self._queues: dict[torch.device, tuple[Queue, Queue]] = {}  # out and back
         self._going: deque[tuple[Tensor, Mark]] = deque()
@@ -71,6 +73,8 @@ class HostMemory(saved_tensors_hooks):
             if kind not in (device_type, "meta") or tensor.untyped_storage()._cdata in own:
                 return tensor
             self.moved += tensor.nbytes
+            newest.append(tensor.nbytes)
+            self.ahead = max(self.ahead, sum(newest))
             if kind == "meta":
                 return _Counted(tensor.shape, tensor.dtype)
             return self._send(tensor)

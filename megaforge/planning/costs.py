@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 
+from megaforge.nn.offload import AHEAD
 from megaforge.planning.counting_group import Sent
 from megaforge.planning.layout import PlannedLayout
 from megaforge.planning.measure import Cost, Shapes, Sizes, measure_block, measure_end, measure_layer
@@ -96,13 +97,15 @@ def _recomputed(parts: ModelParts, layout: PlannedLayout, index: int, places: ra
 
 
 def _brought_back(parts: ModelParts, layout: PlannedLayout, index: int, places: range, working: float) -> Cost:
-    """:func:`_recomputed` where inputs are kept in host memory: the first layer's are the whole's."""
+    """:func:`_recomputed` where inputs are kept in host memory: the first layer's are the whole's, and those of some
+    blocks before come back early."""
     costs = [part_cost(parts, layout, index, place, "full") for place in places]
     between = sum(cost.kept + cost.waiting for cost in costs)
     return dataclasses.replace(
         costs[0],
         shared={name: size for cost in costs for name, size in (*cost.shared.items(), *cost.touched.items())},
         working=working,
+        ahead=AHEAD * costs[0].input,
         waiting=max(0.0, between - costs[0].kept) if layout.splits_backward else 0.0,
         forward=_total((cost.forward, 1) for cost in costs),
         backward=_total((cost.backward, 1) for cost in costs),
@@ -138,7 +141,7 @@ def stage_cost(parts: ModelParts, layout: PlannedLayout, stage: StagePart) -> Co
         input=costs[0][0].input,
         kept=sum(count * cost.kept for cost, count in costs) + sum(shared.values()),
         waiting=waiting,
-        working=max(cost.working for cost, _ in costs),
+        working=max(cost.working for cost, _ in costs) + max(cost.ahead for cost, _ in costs),
         host=sum(count * cost.host for cost, count in costs),
         forward=_total((cost.forward, count) for cost, count in costs),
         backward=_total((cost.backward, count) for cost, count in costs),

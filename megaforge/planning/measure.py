@@ -68,6 +68,7 @@ class Cost:
         touched: tensors of the micro-batch's :class:`PackedSequence` that are there once it has run.
         working: the most alive at once besides what is kept (and what is waiting), forward or backward.
         host: what goes to host memory in the forward pass (``--cpu-offload-activations``), and comes back.
+        ahead: the most that is on its way to host memory, or back early; part of a stage's ``working``.
         waiting: what is alive between the halves of a split backward pass besides what is kept; 0 without.
         forward, backward: what is sent, by axis.
     """
@@ -78,6 +79,7 @@ class Cost:
     reads: Mapping[str, float] = field(default_factory=dict)
     touched: Mapping[str, float] = field(default_factory=dict)
     working: float = 0.0
+    ahead: float = 0.0
     waiting: float = 0.0
     host: float = 0.0
     forward: Sent = field(default_factory=dict)
@@ -215,6 +217,7 @@ def _measure(cfg: ModelConfig, sizes: Sizes, build: Build, arriving: Shapes) -> 
         reads={name: math.prod(shape) * sizes.dtype.itemsize for name, shape in arriving.items() if name in read},
         touched=touched,
         working=meter.peak - max(kept, between),
+        ahead=saving.ahead,
         waiting=max(0, between - kept),
         host=saving.moved,
         forward=going,

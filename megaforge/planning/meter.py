@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from megaforge.kernels.moe_routing import Route
+from megaforge.kernels.wkv7.native import FEW_TOKENS, STATES_BETWEEN
 
 
 class StorageMeter(TorchDispatchMode):
@@ -22,12 +23,13 @@ class StorageMeter(TorchDispatchMode):
     Attributes:
         live: bytes alive now, of storages made inside the mode.
         peak: the most they have been.
+        scratch: bytes that the newest operation needed beside what it has made.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         """``known``: tensors whose storages do not count (parameters, gradient buffers)."""
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.scratch = 0
         self._seen: set[int] = {storage_key(tensor) for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -35,6 +37,7 @@ class StorageMeter(TorchDispatchMode):
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 self._follow(tensor.untyped_storage())
+        self.peak, self.scratch = max(self.peak, self.live + self.scratch), 0
         return result
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -78,6 +81,7 @@ class MetaRun(StorageMeter):
         aten = torch.ops.aten
         self._special: dict[Any, Callable[..., Any]] = {
             torch.ops.megaforge.moe_route.default: self._route,
+            torch.ops.megaforge.wkv7_backward.default: self._wkv7_backward,
             aten._to_copy.default: self._to_host,
         }
 
@@ -94,6 +98,13 @@ class MetaRun(StorageMeter):
         route = Route(*results)
         self.num_experts, self.assignments = route.counts.shape[1], route.experts.numel()
         return results
+
+    def _wkv7_backward(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """On GPUs it computes states again, where few are kept."""
+        states, interval = args[7], args[-1]
+        if interval == FEW_TOKENS:
+            self.scratch = STATES_BETWEEN * states[0].numel() * torch.float32.itemsize
+        return func(*args, **kwargs)
 
     def _to_host(self, func: Any, args: Any, kwargs: Any) -> Any:
         device = kwargs.get("device")

@@ -16,7 +16,8 @@ from megaforge.planning.layout import PlannedLayout, layout_of
 from megaforge.planning.plan_request import parse
 from megaforge.planning.report import gigabytes, plan_text, search_text
 from megaforge.planning.search import search
-from megaforge.planning.stages import model_parts
+from megaforge.planning.stages import cut_stages, model_parts
+from megaforge.planning.time import step_time
 
 
 def planned_layout(config: Config, world_size: int) -> PlannedLayout:
@@ -61,6 +62,9 @@ def run(arguments: Sequence[str], prog: str = "plan.py memory") -> None:
         raise UserError(f"--dp {own.dp}: {world_size} GPUs leave dp {layout.dp}; give --dp or --gpus, not both")
     parts = model_parts(config.model, layout.dtype)
     print(plan_text(parts, layout, gpu, config.name))
+    if (tokens := config.length.train_tokens) is not None:
+        speed = step_time(parts, layout, cut_stages(parts, layout), gpu).tokens_per_second
+        print(f"--train-tokens {tokens:,}: {tokens / speed / 86400:,.1f} days of {world_size} x {gpu.name} by that")
     if copies := host_copies(config, parts, layout):
         named = ", ".join(f"{flag} {gigabytes(size)}" for flag, size in copies.items())
         print(f"copies in host memory: {gigabytes(sum(copies.values()))} GB a rank ({named})")

@@ -29,7 +29,7 @@ class Measured:
     Attributes:
         kept: alive between forward and backward pass, the input included.
         between: alive between the halves of a backward pass that the schedule splits; 0 where it does not.
-        peak: the most alive at once, forward and backward.
+        peak: the most alive at once, forward and backward, buffers of host memory included.
         host: what went to host memory (``--cpu-offload-activations``).
     """
 
@@ -72,7 +72,7 @@ def run_stage(
             roots, starts = _forward(chunk, layout, payload or {}, inputs)
         kept = meter.live
         between = run_backward(meter, roots, starts, inputs, parameters, split=split)
-    return Measured(kept, between, meter.peak, saving.moved)
+    return Measured(kept, between, meter.peak + saving.ahead, saving.moved)
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submits a CDRmix variant with the servers and the layout that cdrmix.txt has for it. Further flags go to
+# Submits a CDRmix variant or moe-5b with the servers and the layout that cdrmix.txt has for it. Further flags go to
 # pretrain_cdrmix.py, and come after the table's:
 #   bash run_scripts/slurm/cdrmix.sh cdrmix-core-4b --data-path PREFIX --tokenizer-model FILE --save DIR --load DIR
 # sbatch reads SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_TIMELIMIT and the like from the environment.

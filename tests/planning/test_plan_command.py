@@ -20,7 +20,7 @@ from megaforge.planning.memory import least_memory, rank_memory
 from megaforge.planning.plan_command import run
 from megaforge.planning.search import _bound as search_bound
 from megaforge.planning.search import candidates, search, worst_rank
-from megaforge.planning.stages import StagePart, cut_stages, model_parts, stage_parameters
+from megaforge.planning.stages import ModelParts, StagePart, cut_stages, model_parts, stage_parameters
 from megaforge.planning.time import step_time
 
 H100 = GPUS["h100-80g"]
@@ -157,6 +157,13 @@ def test_recomputation_costs_time_and_a_pipeline_has_a_bubble() -> None:
     assert 0.05 < times["none"].mfu < Efficiency().matmul
 
 
+def small_plan(*flags: str) -> tuple[ModelParts, PlannedLayout, tuple[StagePart, ...]]:
+    config = parse_config(flags).config
+    layout = layout_of(config, 1)
+    parts = model_parts(config.model, layout.dtype)
+    return parts, layout, cut_stages(parts, layout)
+
+
 def test_copies_to_host_memory_take_time(capsys: pytest.CaptureFixture[str]) -> None:
     config = parse_config(["--config", "cdrmix-core-1b", "--bf16", "--zero", "1", "--optimizer", "paged_adam"]).config
     parts, layout = model_parts(config.model, torch.bfloat16), layout_of(config, 8)
@@ -172,6 +179,9 @@ def test_copies_to_host_memory_take_time(capsys: pytest.CaptureFixture[str]) -> 
     assert slower == pytest.approx(2 * layout.micro_batches * memory.host / speed)
     run("--config cdrmix-core-1b --bf16 --dp 8 --cpu-offload-activations".split())
     assert f"activations in host memory: {memory.host / 1e9:.2f} GB a rank" in capsys.readouterr().out
+    run("--config cdrmix-test --vocab-size 500 --train-tokens 8640000000".split())
+    days = 1e5 / step_time(*small_plan("--config", "cdrmix-test", "--vocab-size", "500"), H100).tokens_per_second
+    assert f"--train-tokens 8,640,000,000: {days:,.1f} days of 1 x h100-80g" in capsys.readouterr().out
 
 
 def test_orthogonalization_takes_time_that_replicas_share() -> None:

@@ -21,6 +21,7 @@ from megaforge.verification.slurm_jobs import run
 
 JOBS = read_jobs(Path(__file__).parents[2] / "run_scripts" / "slurm" / "cdrmix.txt")
 VARIANTS = [f"cdrmix-{stage}-{size}" for size in ("1b", "4b", "40b", "200b") for stage in ("core", "reason")]
+VARIANTS.append("moe-5b")
 LIMIT = 0.9 * GPUS["h100-80g"].memory
 
 

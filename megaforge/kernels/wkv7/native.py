@@ -28,6 +28,7 @@ FEW_TOKENS = 64  # from one kept state to the next; on GPUs in the inputs' type,
 # "meta" is how plans and dry runs see the GPUs that they are about.
 SAVING = {"cpu": Saving(64, True), "cuda": Saving(FEW_TOKENS, False), "meta": Saving(FEW_TOKENS, False)}
 MANY = Saving(16, False)  # on GPUs: of every chunk of tokens, in fp32
+STATES_BETWEEN = FEW_TOKENS // MANY.state_interval - 2  # computed again at a time, of every head, in fp32
 CUDA_CHANNELS = (32, 64)
 
 
