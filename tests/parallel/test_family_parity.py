@@ -1,0 +1,56 @@
+"""The parts of the 5B family at once at layouts against one rank, as
+:mod:`tests.parallel.test_layout_matrix` compares them: Routing Mamba inside Mixture of Depths and inside further
+predictions, over stages of a pipeline that are cut again and over tp, with recurrences in spans; and compressed
+activations on several stages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megaforge.verification.parity import Comparison, combined, compare, parity_config, write_documents
+from megaforge.verification.parity_layouts import ParityLayout
+from tests.parallel.pool import RankPool
+
+FAMILY = (
+    *("--hybrid-layer-pattern", "OE*EOE*-OE*E/OE", "--mamba-head-dim", "4", "--mamba-state-dim", "6"),
+    *("--mamba-num-groups", "4", "--mamba-num-heads", "8", "--rom-num-experts", "8", "--rom-router-topk", "3"),
+    *("--mod-capacity-factor", "0.75"),
+)
+COMPRESSED = (
+    "--hybrid-layer-pattern",
+    "R-M-",
+    "--hidden-size",
+    "64",
+    "--mamba-num-groups",
+    "4",
+    "--mamba-head-dim",
+    "16",
+)
+COMPRESSED += ("--recompute", "selective", "--compress-activations")
+ROWS = {
+    "stages cut again": (2, "--pp 2 --vpp 2 --micro-batch-size 2", (*FAMILY, "--sequence-checkpoint", "16")),
+    "stages over tp": (4, "--tp 2 --pp 2 --micro-batch-size 2", FAMILY),
+    "compressed": (2, "--pp 2 --micro-batch-size 2", COMPRESSED),
+}
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_documents(str(tmp_path_factory.mktemp("parity") / "train_text_document"), 61)
+
+
+def compare_here(documents: str, row: str) -> Comparison:
+    ranks, layout, flags = ROWS[row]
+    reference = parity_config(documents, "fp64", None, flags)
+    ours = parity_config(documents, "fp64", ParityLayout(row, ranks, tuple(layout.split())), flags)
+    return compare(ours, reference, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_layout_changes_nothing(ranks: RankPool, documents: str, row: str) -> None:
+    world, layout, flags = ROWS[row]
+    records = ranks.run(world, compare_here, documents, row)
+    config = parity_config(documents, "fp64", ParityLayout(row, world, tuple(layout.split())), flags)
+    found = combined(records, config)
+    assert found.agrees("fp64"), f"{row}: {found.worst}"
