@@ -223,4 +223,5 @@ def training_results(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _quantized(meta: Mapping[str, Any]) -> bool:
-    return bool(meta.get("config", {}).get("model", {}).get("converters"))
+    model = meta.get("config", {}).get("model", {})
+    return bool(model.get("quantize_weights") or model.get("converters"))

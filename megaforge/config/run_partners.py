@@ -157,8 +157,8 @@ RUN_PARTNERS = (
     ),
     Partner(
         ("compliance.enforce_compliance", "compliance.compliance_level", "compliance.min_compliance_score"),
-        lambda c: c.checkpoint.phase6_output,
-        "nothing is handed on: it changes nothing without --phase6-output",
+        lambda c: c.checkpoint.save,
+        "nothing is saved that could be handed on: it changes nothing without --save",
         refuse=False,
     ),
     Partner(("checkpoint.ckpt_step",), lambda c: c.checkpoint.load, "there is no directory of it: add --load DIR"),

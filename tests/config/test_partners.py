@@ -165,9 +165,9 @@ REFUSED = [
 ]
 SAID = [
     (("--encrypt-checkpoints",), ("--save", "r", "--phase6-output", "d"), "weights in plain all the same"),
-    (("--enforce-compliance",), (), "without --phase6-output"),
-    (("--compliance-level", "basic"), (), "without --phase6-output"),
-    (("--min-compliance-score", "0.5"), (), "without --phase6-output"),
+    (("--enforce-compliance",), (), "changes nothing without --save"),
+    (("--compliance-level", "basic"), (), "changes nothing without --save"),
+    (("--min-compliance-score", "0.5"), (), "changes nothing without --save"),
     (("--num-experts", "4"), DENSE, "--ffn moe"),
     (("--moe-router-score-function", "sigmoid"), DENSE, "--ffn moe"),
     (("--cp-comm-type", "p2p"), (), "--cp 1"),

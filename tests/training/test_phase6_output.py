@@ -80,12 +80,12 @@ def test_what_has_to_pass_is_not_handed_on_before(
     assert not (six / "trained_model.pt").exists()
     assert export("--no-enforce-compliance") == 0 and "lacking: encryption: 0.000" not in capsys.readouterr().out
     assert torch.load(six / "trained_model.pt", weights_only=True)["nasa_compliant"] is False
-    recorded = ["--audit-trail", "--eval-iters", "1", "--encrypt-checkpoints"]
+    recorded = ["--audit-trail", "--eval-iters", "1", "--encrypt-checkpoints", "--quantize-weights", "ternary"]
     monkeypatch.setenv("MEGAFORGE_KEY", "05" * 32)
     better = [flag if flag != str(tmp_path / "run") else str(tmp_path / "better") for flag in flags]
     make_trainer([*better, *recorded]).train()
     handed = torch.load(six / "trained_model.pt", weights_only=True)
-    assert handed["nasa_compliant"] is True
+    assert handed["nasa_compliant"] is True and handed["bitnet_optimized"] is True
     monkeypatch.setattr(report, "of_own_code", lambda: replace(code, gates=(("no eval", (Finding("a:1", "x"),)),)))
     with pytest.raises(UserError, match="no eval: 1, the first at a:1"):
         export("--enforce-compliance")
