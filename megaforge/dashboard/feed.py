@@ -146,14 +146,15 @@ class Feed:
             yield self._runs.runs[name]
 
     def curves(self, names: Sequence[str], metrics: Sequence[str], view: series.View) -> dict[str, Any]:
-        """Those ``metrics`` of the runs ``names`` that they have, and the names of all that they have.
-
-        Raises:
-            UserError: there is no such run.
-        """
-        found, known, every = {}, [], dict[str, None]()
+        """Those ``metrics`` of the runs ``names`` that they have, and the names of all that they have; ``missing`` are
+        runs that went, which a page may not have heard of yet."""
+        found, known, every, missing = {}, [], dict[str, None](), []
         for name in names:
-            with self.run(name) as run:
+            with self._lock:
+                run = self._runs.runs.get(name)
+                if run is None:
+                    missing.append(name)
+                    continue
                 every |= dict.fromkeys(series.metrics_of(run))
                 stamp = (run.version, len(run.steps), len(run.evaluations))
                 for metric in metrics:
@@ -169,7 +170,7 @@ class Feed:
                 self._curves[key] = made
                 while len(self._curves) > _MOST_CURVES:
                     self._curves.popitem(last=False)
-        return {"curves": known, "metrics": list(every)}
+        return {"curves": known, "metrics": list(every), "missing": missing}
 
     def history(self, fleet: str | None) -> list[tuple[float, float]]:
         """(time, share) of the overall progress of a fleet, or of all runs.

@@ -94,10 +94,10 @@ def served(
         listener.close()
 
 
-def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
-    """What ``condition`` gives once that is true."""
+def until(condition: Callable[[], Any], seconds: float = 60.0, pause: float = 0.01) -> Any:
+    """What ``condition`` gives once that is true; asked for again after ``pause``."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.01)
+        time.sleep(pause)
     return value

@@ -139,8 +139,9 @@ def test_curves_are_made_once_and_follow_the_run(tmp_path: Path, monkeypatch: py
     assert (curve["x"], curve["y"]) == ([1, 2], [9, 9])
     shutil.rmtree(folder)  # while it is watched
     feed.poll()
-    with pytest.raises(UserError, match="run 'a': there is none of this name below"):
-        feed.curves(["a"], ["loss"], View())
+    assert feed.curves(["a"], ["loss"], View()) == {"curves": [], "metrics": [], "missing": ["a"]}
+    with pytest.raises(UserError, match="run 'a': there is none of this name below"), feed.run("a"):
+        pass
 
 
 def test_a_poll_that_fails_is_told_and_the_next_goes_on(
