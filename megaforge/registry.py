@@ -285,6 +285,7 @@ PEFT_METHODS = Registry(  # converters too
         "prefix": "megaforge.peft.prefix:prefix_tuning",
         "p_tuning_v2": "megaforge.peft.prefix:p_tuning_v2",
         "state": "megaforge.peft.state_tuning:state_tuning",
+        "plastic": "megaforge.reasoning.plastic:plastic_lora",
     },
 )
 TASKS = Registry(  # what makes examples (megaforge.tasks.example.Task)
@@ -309,6 +310,10 @@ TEXT_METRICS = Registry(  # of written answers (megaforge.tasks.metrics.TextMetr
         "refusal": "megaforge.tasks.metrics:REFUSAL",
     },
     entry_points="megaforge.metrics",
+)
+PLASTIC_RULES = Registry(
+    "rule of fast weights",
+    {name: f"megaforge.reasoning.rules:{name}" for name in ("hebb", "oja", "delta")},
 )
 CONVERTERS = Registry("converter", {"bitnet": "megaforge.quant.converter:bitnet"})
 COMPLIANCE_RULES = Registry(

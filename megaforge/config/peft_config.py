@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megaforge.config.fields import flag
+from megaforge.config.plastic_config import PlasticConfig
 from megaforge.config.prefix_config import PrefixConfig
 from megaforge.config.qlora_config import QLoraConfig
 from megaforge.errors import UserError
@@ -15,7 +16,7 @@ LOW_RANK = ("lora", "qlora")  # methods that put adapters beside matrices
 
 
 @dataclass(frozen=True)
-class PeftConfig(QLoraConfig, PrefixConfig):
+class PeftConfig(QLoraConfig, PrefixConfig, PlasticConfig):
     """What :class:`megaforge.config.model_config.ModelConfig` has of adapters."""
 
     peft: str | None = flag(
@@ -25,8 +26,8 @@ class PeftConfig(QLoraConfig, PrefixConfig):
     )
     peft_targets: tuple[str, ...] = flag(
         ("all-linear",),
-        "--peft lora: which matrices get adapters: all-linear, kinds (attention, rwkv, mamba, ffn, moe), ends of their "
-        "paths with * and ?, or names of other programs (q_proj, gate_proj, linear_qkv, ...)",
+        "--peft lora and plastic: which matrices get adapters: all-linear, kinds (attention, rwkv, mamba, ffn, moe), "
+        "ends of their paths with * and ?, or names of other programs (q_proj, gate_proj, linear_qkv, ...)",
         metavar="PATTERN",
     )
     lora_rank: int = flag(16, "--peft lora: rank of each adapter", least=1, most=1 << 16)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import fields
 
 from megaforge.config.fields import either
+from megaforge.config.plastic_config import PlasticConfig
 from megaforge.config.prefix_config import PREFIXED
 from megaforge.config.qlora_config import QLoraConfig
 from megaforge.config.run_partners import Partner
 
-_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "lora_rank_pattern", "lora_bias", "peft_targets")
+_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "lora_rank_pattern", "lora_bias")
+_PLASTIC = tuple(f"model.{one.name}" for one in fields(PlasticConfig))
 
 FINE_TUNING = (
     Partner(
@@ -46,6 +48,17 @@ FINE_TUNING = (
         ("model.peft",),
         lambda c: c.model.peft != "state" or c.parallel.context_parallel_size == 1,
         "every document begins with the trained state, on one rank: use --cp 1",
+    ),
+    Partner(
+        ("model.peft_targets",),
+        lambda c: c.model.has_adapters or c.model.peft == "plastic",
+        "there are no adapters: add --peft lora or --peft plastic",
+    ),
+    Partner(_PLASTIC, lambda c: c.model.peft == "plastic", "there are no fast weights: add --peft plastic"),
+    Partner(
+        ("model.peft",),
+        lambda c: c.model.peft != "plastic" or not c.training.compile,
+        "fast weights change between the pieces that would be compiled: leave --compile out",
     ),
     Partner(
         ("chat.chat_template", "chat.train_on_prompts"),

@@ -136,6 +136,11 @@ class PackedSequence:
         """As ``document_ids_BS``, of the whole sequences, wherever their tokens are."""
         return self._documents_BS
 
+    @property
+    def all_position_ids_BS(self) -> torch.Tensor:
+        """As ``position_ids_BS``, of the whole sequences, wherever their tokens are."""
+        return self._positions_BS
+
     def select(self, indices_SB: torch.Tensor) -> PackedSequence:
         """Some tokens of each sequence, for a layer that sees no others: documents begin with their first chosen token,
         and positions stay what they are. Ranks that share whole sequences share the chosen tokens likewise.

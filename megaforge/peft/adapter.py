@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +55,12 @@ class Adapter(nn.Module):
     A starts uniform within 1/sqrt(in), as ``peft`` has it (kaiming_uniform_ with a = sqrt(5)), B at zero.
 
     Attributes:
+        letters: the factors that are parameters.
         factors: what there are; their parameters are ``A`` and ``B``, ``q_A`` and ``q_B``, ...
         dropout: the masks of the present micro-batch; None: nothing is dropped.
     """
+
+    letters: ClassVar[str] = "AB"
 
     def __init__(
         self,
@@ -82,7 +85,8 @@ class Adapter(nn.Module):
         if isinstance(layer, GroupedLinear):
             self.etp, self.splits_input = ctx.etp, layer.axis is not None
         for one in self.factors:
-            for letter, (shape, init, declared) in zip("AB", _declarations(layer, one, self.splits_input), strict=True):
+            declarations = _declarations(layer, one, self.splits_input)[: len(self.letters)]
+            for letter, (shape, init, declared) in zip(self.letters, declarations, strict=True):
                 spec = ParamSpec("", shape, init, role="matrix", update="elementwise", kind="adapter", **declared)
                 place = layer.weight.device if layer.weight.is_meta else None
                 self.register_parameter(one.prefix + letter, make_parameter(spec, ctx, layer.weight.dtype, place))
@@ -105,7 +109,7 @@ class Adapter(nn.Module):
         for factors in self.factors:
             first, second = self.pair(factors)
             made.append(self._product(x, first, second, region, leaves, runs) * factors.scale)
-        return self._placed(made)
+        return self.placed(made)
 
     def _product(
         self,
@@ -118,14 +122,9 @@ class Adapter(nn.Module):
     ) -> Tensor:
         if self.etp is not None:
             return _of_experts(x, first, second, self.etp, runs, split_input=self.splits_input)
-        inner = PLAIN.apply(x, first)
-        if region is not None:
-            inner = region.enter(inner)  # rank-wide in place of the layer's width
-        if leaves is not None:
-            inner = leaves.exit(inner)
-        return PLAIN.apply(inner, second)
+        return PLAIN.apply(inner_features(x, first, region, leaves), second)
 
-    def _placed(self, made: list[Tensor]) -> Tensor:
+    def placed(self, made: list[Tensor]) -> Tensor:
         """The outputs of all factors where the layer has them; zero where it has no adapter."""
         pieces, end = [], 0
         for one, out in zip(self.factors, made, strict=True):
@@ -149,6 +148,16 @@ class Adapter(nn.Module):
     def extra_repr(self) -> str:
         each = ", ".join(f"{one.part or 'whole'}: rank {one.rank}, scale {one.scale:g}" for one in self.factors)
         return f"{each}, dropout={self.rate:g}"
+
+
+def inner_features(
+    x: Tensor, first: Tensor, region: TensorParallelRegion | None, leaves: TensorParallelRegion | None
+) -> Tensor:
+    """``x A^T`` [..., rank] of the tokens that the layer's output has, complete; see :meth:`LinearOp.apply`."""
+    inner = PLAIN.apply(x, first)
+    if region is not None:
+        inner = region.enter(inner)  # rank-wide in place of the layer's width
+    return inner if leaves is None else leaves.exit(inner)
 
 
 _Declaration = tuple[tuple[int, ...], InitRule, dict[str, Any]]

@@ -1,0 +1,1 @@
+"""Stage B: what lets a pretrained model learn while it reads."""

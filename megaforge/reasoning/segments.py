@@ -1,0 +1,71 @@
+"""The steps in which fast weights change: each document in stretches of ``size`` tokens, the last one open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megaforge.parallel.packed_sequence import PackedSequence
+
+
+@dataclass(frozen=True)
+class Segments:
+    """K segments of each of b sequences, of up to C tokens each.
+
+    Attributes:
+        places_SB: int64 [s, b], where each of this cp rank's tokens is among the b x K x C places.
+        number: K, of the sequence that has most.
+        size: C.
+        tokens_BK: int64 [b, K], how many tokens each has, on all ranks of cp.
+        fresh_BK: bool [b, K], whether it begins a document.
+        last_B: int64 [b], each sequence's last one.
+        open_B: int64 [b], which stretch of its document that is.
+    """
+
+    places_SB: Tensor
+    number: int
+    size: int
+    tokens_BK: Tensor
+    fresh_BK: Tensor
+    last_B: Tensor
+    open_B: Tensor
+
+    def spread(self, x: Tensor, places: Tensor) -> Tensor:
+        """[s, b, d] of the tokens at ``places`` [s, b] -> [b, K, C, d], zero where there is none of them."""
+        batch, number = self.tokens_BK.shape
+        flat = x.new_zeros(batch * number * self.size, x.shape[-1])
+        return flat.index_copy(0, places.flatten(), x.flatten(0, 1)).view(batch, number, self.size, -1)
+
+    def gather(self, x: Tensor, places: Tensor) -> Tensor:
+        """The opposite."""
+        return x.flatten(0, 2).index_select(0, places.flatten()).view(*places.shape, -1)
+
+
+def segments_of(info: PackedSequence, size: int, open_B: Tensor | None = None) -> Segments:
+    """Those of a micro-batch.
+
+    Args:
+        size: tokens of a full one.
+        open_B: int64 [b], the stretch of its document that each sequence is in, which go on; it is segment 0, of no
+            token here where the next one begins. None: the sequences begin here.
+    """
+    positions, documents = info.all_position_ids_BS, info.all_document_ids_BS
+    stretch = positions.div(size, rounding_mode="floor")
+    change, begins = torch.zeros_like(positions, dtype=torch.bool), torch.zeros_like(positions, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    change[:, 1:] = begins[:, 1:] | (stretch[:, 1:] != stretch[:, :-1])
+    if open_B is None:
+        begins[:, 0] = True
+    else:
+        change[:, 0] = stretch[:, 0] != open_B
+    segment = change.long().cumsum(1)
+    number = int(segment.max()) + 1
+    counts = positions.new_zeros(len(positions), number)
+    tokens = counts.scatter_add(1, segment, torch.ones_like(segment))
+    fresh = counts.scatter_add(1, segment, begins.long()) > 0
+    rows = torch.arange(len(positions), device=positions.device)[:, None]
+    places = (rows * number + segment) * size + positions.remainder(size)
+    own = info.local(places).t().contiguous()
+    return Segments(own, number, size, tokens, fresh, segment[:, -1], stretch[:, -1])
