@@ -4,9 +4,9 @@
 python examples/reasoning/recall.py --ranks 8 24 --pairs 4 8 16 24
 
 A layer sees pairs of one of 32 keys and one of 16 values, one after the other, and then one of these keys alone, for
-which it has to give the value. Its own matrix only passes the value on: what is recalled comes from fast weights, which begin as zero.
-Printed is how often that is right with the first A, which is random, with the A that gradients through what was written
-have made, and with fast weights that stay zero.
+which it has to give the value. Its own matrix only passes the value on: what is recalled comes from fast weights, which
+begin as zero. Printed is how often that is right with the first A, which is random, with the A that gradients through
+what was written have made, and with fast weights that stay zero.
 """
 
 from __future__ import annotations
