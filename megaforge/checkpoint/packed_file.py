@@ -78,7 +78,8 @@ def open_quantized(source: TensorSource) -> QuantizedModel:
     config = config_from_dict(source.meta["config"], source=str(source.path))
     refuse_unfinished(source, config)
     if config.model.peft is not None:
-        raise UserError(f"--load {source.path}: it has adapters (--peft {config.model.peft}); add --merge")
+        why = "add --merge" if config.model.has_adapters else "they merge into nothing, and no other format has them"
+        raise UserError(f"--load {source.path}: it has adapters (--peft {config.model.peft}); {why}")
     model = HybridModel(make_layer_context(config.model, ParallelContext.single("meta")))
     schemes = {spec_of(layer.weight).name: op.weights for _, layer, op in quantized_layers(model) if op.weights}
     specs = {spec.name: spec for spec, _ in named_specs(model)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megaforge.config.plastic_config import PlasticConfig
 from megaforge.errors import UserError
+from megaforge.models.generation_state import chosen, side_by_side
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
@@ -22,7 +25,9 @@ from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.layers import ColumnParallelLinear
 from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.peft.targets import Target
+from megaforge.reasoning.fast_weights import FastWeights, PlasticState
 from megaforge.reasoning.plastic import PlasticAdapter, Plasticity, adapt, adapters
+from megaforge.reasoning.rules import Step, hebb
 from megaforge.reasoning.segments import segments_of
 from megaforge.registry import PLASTIC_RULES
 from tests.nn.support import CTX, filled, layer_context, perturb, random
@@ -206,3 +211,51 @@ def load(name: str) -> ModuleType:
     spec.loader.exec_module(module)
     sys.path[:] = kept
     return module
+
+
+def test_hebb_is_a_step_down_the_correlation_objective() -> None:
+    """With decay: of -<z, B u> + (1 - decay) / (2 rate) ||B||^2, by the gradient."""
+    fast, z, u, decay, rate = (
+        random(2, 6, 3).requires_grad_(),
+        random(2, 1, 6, seed=1),
+        random(2, 1, 3, seed=2),
+        0.9,
+        0.5,
+    )
+    objective = -(z * (u @ fast.mT)).sum() + (1 - decay) / (2 * rate) * fast.square().sum()
+    (gradient,) = torch.autograd.grad(objective, fast)
+    zu = z.mT @ u
+    step = Step(fast, fast, 1.0, zu, u.mT @ u, z, torch.clone, torch.clone)
+    torch.testing.assert_close(decay * fast + rate * hebb(step), fast - rate * gradient)
+
+
+def test_branches_are_runs_of_their_own() -> None:
+    """Three branches of one text, each with its own tokens, side by side and one after the other."""
+    model = small_model(*PLASTIC)
+    tokens = torch.randint(VOCAB, (3, 16), generator=torch.Generator().manual_seed(0))
+    tokens[:, :6] = tokens[0, :6]
+    with torch.no_grad():
+        state = model.new_state()
+        model.logits(tokens[:1, :6], state=state)
+        plastic = [layer for layer in state.layers if isinstance(layer, PlasticState)]
+        assert plastic and all(isinstance(one, FastWeights) and one.fast is not None for p in plastic for one in p.fast)
+        branches = chosen(state, torch.tensor([0, 0, 0]))
+        together = model.logits(tokens[:, 6:], state=branches)
+        for number in range(3):
+            alone = model.logits(tokens[number : number + 1, 6:], state=chosen(state, torch.tensor([0])))
+            torch.testing.assert_close(alone[0], together[number], rtol=1e-10, atol=1e-12)
+        again = side_by_side([chosen(branches, torch.tensor([row])) for row in (2, 0)])
+        one = model.logits(tokens[:2, :1], state=again)
+        other = model.logits(tokens[:2, :1], state=chosen(branches, torch.tensor([2, 0])))
+    torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    with pytest.raises(UserError, match="--cuda-graph: fast weights"):
+        plastic[0].slots(1, 1)
+
+
+def test_numbers_out_of_bounds_are_named() -> None:
+    bounds = {"plastic_decay": "1.5", "plastic_rank": "0", "plastic_alpha": "0", "plastic_clamp": "-1"}
+    assert bounds.keys() <= {field.name for field in fields(PlasticConfig)}
+    for name, value in bounds.items():
+        flag = f"--{name.replace('_', '-')}"
+        with pytest.raises(UserError, match=f"{flag} {value}"):
+            make_config(arguments("none", "--peft", "plastic", f"{flag}={value}"))
