@@ -3,7 +3,7 @@
 # Each prints a table and, as its last line, a JSON object with the measured ratios. They never gate CI.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-use_environment data,train,bench
+use_environment data,train,corpus,bench
 cd "$REPO"
 # The benches import tests.bench.harness from the root of the repository.
 export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
