@@ -186,7 +186,12 @@ class Answerer:
         return stream.stopped is not None or drawn >= asked.max_new_tokens
 
     def _prompt(self, asked: Writing) -> list[int]:
-        room = max(1, self.max_length - asked.max_new_tokens)
+        room = self.max_length - asked.max_new_tokens
+        if room < 1:
+            raise UserError(
+                f"--max-length {self.max_length}: leaves no room for a prompt before {asked.max_new_tokens} new tokens "
+                f"(max_new_tokens, max_gen_toks); give at least {asked.max_new_tokens + 1}, or fewer new tokens"
+            )
         self._count(len(asked.prompt) - room)
         return list(asked.prompt[-room:])
 

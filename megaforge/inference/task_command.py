@@ -14,6 +14,7 @@ from megaforge.data.images import check_image, save_image
 from megaforge.data.outputs import make_parents, temporary_path
 from megaforge.durable import replacing
 from megaforge.errors import UserError, require
+from megaforge.tasks.lm_eval_file import check_task, is_lm_evals
 from megaforge.tasks.task_file import read_task
 
 if TYPE_CHECKING:
@@ -57,13 +58,14 @@ def check_task_flags(flags: argparse.Namespace) -> None:
     if flags.plot:
         check_image(flags.plot, "--plot")
     for task in flags.tasks or ():
-        read_task(task)
+        (check_task if is_lm_evals(task) else read_task)(task)
 
 
 def evaluate_tasks(flags: argparse.Namespace, trained: TrainedModel) -> None:
     """Answers ``--tasks`` and reports. Collective."""
     from megaforge.inference.answer_cache import AnswerCache, identity
     from megaforge.inference.leading import led
+    from megaforge.inference.lm_eval_backend import results as lm_eval_results
     from megaforge.inference.requests import Answerer
     from megaforge.inference.task_run import TaskRun
     from megaforge.parallel.agree import from_first_rank
@@ -86,7 +88,10 @@ def evaluate_tasks(flags: argparse.Namespace, trained: TrainedModel) -> None:
         results: list[Result] = []
         samples: list[dict[str, Any]] = []
         for name in flags.tasks:
-            more, written = run.results(read_task(name))
+            if is_lm_evals(name):
+                more, written = lm_eval_results(name, ask, tokenizer, max_length, flags.examples)
+            else:
+                more, written = run.results(read_task(name))
             results, samples = results + more, samples + written
         if answerer.cut.requests:
             print_rank_0(answerer.cut.line(max_length))
@@ -118,7 +123,7 @@ def _room(trained: TrainedModel, lengths: Sequence[int]) -> int:
 
 
 def _lengths_of(tasks: Sequence[str]) -> list[int]:
-    return [length for task in tasks for length in read_task(task).lengths]
+    return [length for task in tasks if not is_lm_evals(task) for length in read_task(task).lengths]
 
 
 def _report(

@@ -86,7 +86,7 @@ def read_task(name: str) -> TaskSettings:
     if not name.endswith(SUFFIXES):
         TASKS.check(name)
         return TaskSettings(name=name, task=name)
-    settings = read_dataclass(TaskSettings, compose(_text(name), name), name, "the task")
+    settings = read_dataclass(TaskSettings, compose(read_text(name), name), name, "the task")
     changed: dict[str, Any] = {"name": settings.name or settings.task or Path(name).stem}
     if settings.prompts is not None:
         changed["prompts"] = str(Path(name).parent / settings.prompts)
@@ -101,7 +101,7 @@ def read_examples(path: str) -> list[Example]:
         UserError: it cannot be read, or a line is something else.
     """
     examples = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -119,7 +119,12 @@ def read_examples(path: str) -> list[Example]:
     return examples
 
 
-def _text(path: str) -> str:
+def read_text(path: str) -> str:
+    """The content of a file of ``--tasks``.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
