@@ -240,7 +240,13 @@ OBJECTIVES = Registry(
         "distillation": "megaforge.training.distillation:Distillation",
     },
 )
-LOSS_TERMS = Registry("loss term", {})
+LOSS_TERMS = Registry(
+    "loss term",
+    {
+        "label_smoothing": "megaforge.training.regularization:label_smoothing",
+        "contrastive": "megaforge.training.regularization:contrastive",
+    },
+)
 CALLBACKS = Registry("callback", {"reduce_on_plateau": "megaforge.training.lr_plateau:reduce_on_plateau"})
 ALERTS = Registry(  # megaforge.monitor.alert_kinds.AlertKind
     "alert",

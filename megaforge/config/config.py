@@ -18,6 +18,7 @@ from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.config.pattern import kinds_of
 from megaforge.config.prometheus_config import PrometheusConfig
 from megaforge.config.qat_config import QATConfig
+from megaforge.config.regularization_config import RegularizationConfig
 from megaforge.config.resilience_config import ResilienceConfig
 from megaforge.config.run_config import (
     DataConfig,
@@ -40,6 +41,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     qat: QATConfig = field(default_factory=QATConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     length: LengthConfig = field(default_factory=LengthConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

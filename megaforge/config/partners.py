@@ -22,6 +22,7 @@ from megaforge.config.pattern import ahead_of, kinds_of
 from megaforge.config.peft_partners import FINE_TUNING
 from megaforge.config.position_kind import PositionKind
 from megaforge.config.quant_partners import QUANTIZATION, of_model
+from megaforge.config.regularization_partners import REGULARIZATION
 from megaforge.config.run_partners import RUN_PARTNERS, Partner
 from megaforge.config.schema import settings
 from megaforge.errors import raise_all
@@ -121,6 +122,7 @@ PARTNERS = (
     ),
     *DATA_PARTNERS,
     *DISTILLATION,
+    *REGULARIZATION,
     *FINE_TUNING,
     Partner(
         ("optimizer.qk_clip_threshold", "optimizer.qk_clip_alpha"),

@@ -44,6 +44,8 @@ class ModelOutput:
         layer_terms: the loss terms of each layer that has experts, by its name.
         head_input: the head and what it was given, the normed residual stream [s(/tp), b, h]; None without a head.
         total: :attr:`loss_sum`, where the head has formed its gradients already.
+        labels_BS: int64 [b, s]; None without a head.
+        info: which tokens of the sequences these are.
     """
 
     scored: tuple[Tensor, Tensor, Tensor] | None
@@ -52,6 +54,8 @@ class ModelOutput:
     layer_terms: Mapping[str, Mapping[str, LossTerm]]
     head_input: tuple[OutputHead, Tensor] | None = None
     total: Tensor | None = None
+    labels_BS: Tensor | None = None
+    info: PackedSequence | None = None
 
     def _scored(self) -> tuple[Tensor, Tensor, Tensor]:
         if self.scored is None:
@@ -311,7 +315,8 @@ class HybridModel(nn.Module):
             experts[:, place] = layer.counts(self.most_experts)
         own = zip(self.experts.names[self.moe_rows], routed, strict=False)
         layer_terms = {name: layer.terms(self.cfg) for name, layer in own}
-        return ModelOutput(scored, terms, experts, layer_terms, head_input, total), sent
+        scored_labels = labels if self.is_last else None
+        return ModelOutput(scored, terms, experts, layer_terms, head_input, total, scored_labels, info), sent
 
     def head_input(self, tokens: Tensor, info: PackedSequence) -> Tensor:
         """What the head of a whole model is given of ``tokens`` int64 [b, s]: the normed residual stream

@@ -166,6 +166,14 @@ STEP = {
         "divergence of relations from the teacher's in nats, mean over tokens and heads; before its weight",
         "`--distill-relation-weight`",
     ),
+    "label_smoothing": Name(
+        "by how many nats the uniform distribution's cross-entropy is beyond the labels', mean over the labels; before "
+        "its weight",
+        "`--label-smoothing`",
+    ),
+    "contrastive": Name(
+        "InfoNCE of sequences' halves in nats, mean over the sequences; before its weight", "`--contrastive-weight`"
+    ),
     "loss_scale": Name("factor on the loss", "`--fp16`"),
     "skipped": Name(
         "1 where the gradient was not finite and the update was left out, else 0", "`--fp16`, `--skip-nonfinite-steps`"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.pattern import kinds_of
+from megaforge.errors import UserError
 from megaforge.parallel.cross_entropy import ScoredLabels, vocab_parallel_linear_cross_entropy
 from megaforge.parallel.divergence import vocab_parallel_linear_divergence
 from megaforge.parallel.init_rules import InitRule, Normal
 from megaforge.parallel.layer_context import LayerContext
 from megaforge.parallel.layers import Linear
-from megaforge.parallel.mappings import gather_from_tensor_parallel
+from megaforge.parallel.linear_op import PlainLinear
+from megaforge.parallel.mappings import gather_from_tensor_parallel, reduce_from_tensor_parallel
 from megaforge.parallel.param_spec import ParamSpec, make_parameter
 
 EMBEDDING = "embedding.weight"
@@ -98,6 +102,28 @@ class OutputHead(Linear):
             ops=(self.op, other.op),
         )
         return far.view(hidden.shape[:2])
+
+    def uniform_beyond_label(self, x: Tensor, labels_BS: Tensor) -> Tensor:
+        """By how many nats the uniform distribution's cross-entropy with the predictions is beyond the label's, of each
+        token: [s, b]. It is the label's score less the mean score of the vocabulary, so that two vectors of the head's
+        matrix say it, and no logits are formed.
+
+        Args:
+            x, labels_BS: as in :meth:`loss`.
+
+        Raises:
+            UserError: the head's product is not a plain one.
+        """
+        if not isinstance(self.op, PlainLinear):
+            raise UserError("--label-smoothing: the output head's matrix is quantized or adapted; leave the flag out")
+        hidden, rows = self.region.enter(x), self.weight.shape[0]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        first = self.ctx.tp.rank * rows
+        labels, known = labels_BS.t() - first, self.weight[: min(max(self.vocab_size - first, 0), rows)]
+        ours = (labels >= 0) & (labels < rows)
+        chosen = F.embedding(labels.clamp(0, rows - 1), self.weight).to(wide) * ours.unsqueeze(-1)
+        mean = known.to(wide).sum(0) / self.vocab_size
+        return reduce_from_tensor_parallel(((chosen - mean) * hidden.to(wide)).sum(-1), self.ctx.tp)
 
     def logits(self, x: Tensor) -> Tensor:
         """Normed residual stream [s(/tp), b, h] -> [b, s, vocabulary], whole and unpadded on every rank."""

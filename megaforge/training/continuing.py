@@ -41,6 +41,7 @@ _LEARNING = {
         *("distill_weight", "distill_temperature", "distill_label_weight", "distill_relation_weight"),
         "distill_relation_layer",
     ),
+    "regularization": (*("label_smoothing", "contrastive_weight", "contrastive_temperature", "l1_coeff", "l2_coeff"),),
     "qat": (
         *("quant_lambda", "quant_lambda_start_iters", "quant_lambda_end_iters", "quant_lambda_steps"),
         *("quant_lambda_sharpness", "quant_stages", "calibration_interval", "calibration_samples", "calibration_ema"),

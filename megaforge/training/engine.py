@@ -37,6 +37,7 @@ from megaforge.nn.losses import LossTerm, total_loss
 from megaforge.nn.moe import expert_counts
 from megaforge.optim import GradientLimits, LossScaler, Optimizer, clip_gradients
 from megaforge.optim.gradient_filter import make_filter
+from megaforge.optim.penalty import add_penalty
 from megaforge.parallel.after_update import Update, after_update
 from megaforge.parallel.agree import exchange
 from megaforge.parallel.context import ParallelContext
@@ -65,6 +66,7 @@ class Engine:
         self.ctx, self.model, self.optimizer, self.plan = ctx, model, optimizer, plan
         self.reducer = make_reducer(config.parallel, model, ctx, optimizer.shards)
         self.filter = make_filter(config.optimizer, optimizer.main.trained)
+        self._penalty = config.regularization
         self.scaler = LossScaler(config.optimizer, enabled=config.training.fp16)
         offload = config.parallel.cpu_offload_activations
         dropout = dropout_rates(config)
@@ -126,8 +128,8 @@ class Engine:
         sums.reduce(self._terms[key])
 
     def clip(self, limits: GradientLimits | float, sums: BatchSums) -> tuple[float, dict[str, float]]:
-        """Takes the loss scale off the gradients, filters them (``--grokfast``), and brings them within ``limits`` (a
-        number: of the global norm; 0 is none); makes ``sums`` global and reads them.
+        """Adds penalties (``--l2-coeff``), takes the loss scale off the gradients, filters them (``--grokfast``), and
+        brings them within ``limits`` (a number: of the global norm; 0 is none); makes ``sums`` global and reads them.
 
         Returns:
             The norm before clipping, inf or nan where the gradients overflowed or the filter does not bear them
@@ -138,6 +140,7 @@ class Engine:
             UserError: on every rank: the objective's terms have no place.
         """
         self.reduce(sums)
+        add_penalty(self._penalty, self.optimizer.main.trained, self.scaler.scale)
         scale, metrics = self.scaler.scale, dict[str, float]()
         if self.filter is None:
             return clip_gradients(self.model, self.ctx, limits, scale, metrics, sums.read), metrics

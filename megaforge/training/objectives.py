@@ -107,6 +107,7 @@ def make_objective(config: Config) -> Objective:
     """The objective of ``--objective``, with the terms of ``--loss-terms``: both are registered as what makes them from
     the configuration; a term is a function of a micro-batch's output."""
     objective: Objective = OBJECTIVES.get(config.training.objective)(config)
-    more = {name: LOSS_TERMS.get(name)(config) for name in config.training.loss_terms}
+    names = dict.fromkeys((*config.training.loss_terms, *config.regularization.loss_terms))
+    more = {name: LOSS_TERMS.get(name)(config) for name in names}
     objective = WithTerms(objective, more) if more else objective
     return PredictsAhead(objective, config.model) if ahead_of(config.model) else objective

@@ -48,6 +48,8 @@ REFUSED = [
     (("--distill-relation-layer", "2"), (), "--distill-relation-weight 1"),
     (("--distill-relation-weight", "2"), (*TAUGHT, "--cp", "2"), "use --cp 1"),
     (("--distill-relation-weight", "2"), (*TAUGHT, "--recompute", "full"), "--recompute selective"),
+    (("--contrastive-temperature", "2"), (), "add --contrastive-weight 0.1"),
+    (("--contrastive-weight", "2"), ("--micro-batch-size", "1"), "use --micro-batch-size 2 or more"),
     (("--lora-rank", "4"), (), "add --peft lora"),
     (("--peft", "state"), ("--cp", "2"), "use --cp 1"),
     (("--peft", "prefix"), ("--cp", "2"), "use --cp 1"),
