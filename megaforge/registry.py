@@ -142,6 +142,7 @@ DATA_SOURCES = Registry(
         "mock": "megaforge.data.data_source:MOCK",
         "stream": "megaforge.data.stream.kind:STREAM",
         "chat": "megaforge.data.data_source:CHAT",
+        "progressions": "megaforge.data.progressions:PROGRESSIONS",
     },
 )
 AUGMENTATIONS = Registry(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,14 +91,18 @@ class Fleet:
     @property
     def models(self) -> dict[str, int | None]:
         """Steps of each model by its name, as the fleet's start told them."""
-        listed = self.start.get("models")
-        found = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
-        steps = {str(one.get("name")): one.get("train_iters") for one in found}
+        steps = {str(one.get("name")): one.get("train_iters") for one in self._listed()}
         return {name: value if type(value) is int and value > 0 else None for name, value in steps.items()}
+
+    def _listed(self) -> list[dict[str, Any]]:
+        listed = self.start.get("models")
+        return [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
 
     def runs(self) -> list[str]:
         """The names of its models' runs below the folder of runs."""
-        return [_join(self.name, model) for model in self.models]
+        listed = {str(one.get("name")): one.get("directory") for one in self._listed()}
+        places = [place if isinstance(place, str) else name for name, place in listed.items()]
+        return [os.path.normpath(os.path.join(self.name, place)) for place in places]
 
     @property
     def running(self) -> bool:
@@ -167,17 +171,7 @@ class Runs:
     def overall(self, names: Iterable[str] | None = None) -> Overall:
         """How far runs are together: those of ``names``, of which some may not have begun, or all."""
         names = list(self.runs) if names is None else list(names)
-        runs = [self.runs.get(name) for name in names]
-        status = [Status.WAITING if run is None else run.status for run in runs]
-        shares = [0.0 if run is None else run.share or 0.0 for run in runs]
-        return Overall(
-            len(names),
-            status.count(Status.COMPLETED),
-            status.count(Status.RUNNING),
-            sum(one in _ENDED for one in status),
-            sum(shares) / len(shares) if shares else 0.0,
-            _eta(runs, status),
-        )
+        return overall_of([self.runs.get(name) for name in names])
 
     def history(self, names: Iterable[str] | None = None, points: int = 500) -> list[tuple[float, float]]:
         """(time, share of :meth:`overall`) as events told it, at most ``points`` of them, the newest among them."""
@@ -197,7 +191,21 @@ class Runs:
         return found[::-1][::step][::-1]
 
 
-def _eta(runs: list[Run | None], status: list[Status]) -> float | None:
+def overall_of(runs: Sequence[Run | None]) -> Overall:
+    """How far ``runs`` are together; None is one that has not begun."""
+    status = [Status.WAITING if run is None else run.status for run in runs]
+    shares = [0.0 if run is None else run.share or 0.0 for run in runs]
+    return Overall(
+        len(runs),
+        status.count(Status.COMPLETED),
+        status.count(Status.RUNNING),
+        sum(one in _ENDED for one in status),
+        sum(shares) / len(shares) if shares else 0.0,
+        _eta(runs, status),
+    )
+
+
+def _eta(runs: Sequence[Run | None], status: Sequence[Status]) -> float | None:
     """Seconds until all are complete that run or wait, as many at once as run now: a bound from their work, and the
     longest of them. What waits is taken for the mean of what has a pace."""
     open_ = (Status.RUNNING, Status.WAITING)

@@ -118,6 +118,12 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments
         (("--runs", ".", "--alerts-off", "nann"), "did you mean nan?"),
         (("--runs", ".", "--alert-command", "nobody-has-this"), "there is no program 'nobody-has-this'"),
     ],
+    "tools/train_fleet.py": [
+        (("--config", "none.yaml", "--output", "x"), "--config none.yaml: cannot read it"),
+        (("--config", "none.yaml", "--workers", "0"), "--workers 0: must be at least 1"),
+        (("show", "none"), "none: is not a directory"),
+        (("show", ".", "--follow", "0"), "--follow 0: must be at least 0.1"),
+    ],
     "tools/train_tokenizer.py": [(("--input", "x", "--output", "y.json", "--vocab-size", "3"), "--vocab-size 3")],
 }
 RUN = """
