@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megaforge.checkpoint.checkpoint import layout_of
@@ -17,7 +18,7 @@ from megaforge.monitor.provenance import code_version
 from megaforge.monitor.sinks import MetricSink
 from megaforge.registry import ALERTS
 from megaforge.training.callbacks import Callback, Place
-from megaforge.training.recovery import NonFiniteError
+from megaforge.training.compliance_stage import ComplianceStage
 
 if TYPE_CHECKING:
     from megaforge.training.metrics import StepMetrics
@@ -66,10 +67,12 @@ class Alerts(Callback):
     def standing(self) -> dict[str, bool]:
         """Whether each alert fires that the run can raise. Any thread may ask."""
         firing = self.book.firing
-        return {name: name in firing for name in ("failure", *self._steps) if name in self._kinds}
+        return {name: name in firing for name in ("failure", "compliance", *self._steps) if name in self._kinds}
 
     def on_train_start(self, trainer: Trainer) -> None:
-        for name in self.book.firing.keys() - self._steps.keys():  # a failure, or what nobody looks for any more
+        for name in (
+            self.book.firing.keys() - self._steps.keys() - {"compliance"}
+        ):  # a failure, or what is not looked for
             self.book.enter(name, Finding(False, f"the run goes on from iteration {trainer.iteration}"))
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
@@ -86,18 +89,30 @@ class Alerts(Callback):
     def _raise(self, name: str, text: str) -> None:
         if name in self._steps:
             self.book.enter(name, self._steps[name].force(text))
+        elif name in self._kinds:
+            self.book.enter(name, Finding(True, text))
+
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        for stage in trainer.callbacks:
+            if "compliance" in self._kinds and isinstance(stage, ComplianceStage) and stage.found is not None:
+                found, least = stage.found, stage.asked.min_compliance_score
+                asked = f"{stage.asked.compliance_level} with {least:g} is asked for"
+                text = (
+                    f"the compliance report {'passes' if found.passed else 'does not pass'}: {found.score:.4f}; {asked}"
+                )
+                self.book.enter("compliance", Finding(not found.passed, text, found.score, least))
 
     def on_train_end(self, trainer: Trainer) -> None:
         error = sys.exc_info()[1]
         if isinstance(error, Exception):
-            if isinstance(error, NonFiniteError):
-                self._raise("nan", str(error))
+            if (cause := getattr(error, "alert", None)) in self._kinds:
+                self._raise(cause, str(error))
             first = str(error).partition("\n")[0]
             if "failure" in self._kinds:
                 text = f"the run ended at iteration {trainer.iteration} by {type(error).__name__}: {first}"
                 self.book.enter("failure", Finding(True, text))
         elif error is None and trainer.complete:
-            for name in self.book.firing:
+            for name in self.book.firing.keys() & self._steps.keys():
                 self.book.enter(name, Finding(False, "the run is complete"))
         self.book.close()
 

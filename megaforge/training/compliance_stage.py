@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from megaforge.training.trainer import Trainer
 
 
+class NotCompliantError(UserError):
+    """A run does not pass, and has to. ``alert``: what is raised then besides the failure."""
+
+    alert = "compliance"
+
+
 class ComplianceStage(Callback):
     """Measures a run with ``--phase6-output`` once it is complete and saved, and writes the report into ``--save``.
 
@@ -42,7 +48,7 @@ class ComplianceStage(Callback):
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         """
         Raises:
-            UserError: on every rank: it does not pass, and has to.
+            NotCompliantError: on every rank: it does not pass, and has to.
         """
         if not trainer.complete or trainer.saved_iteration != trainer.iteration:
             return
@@ -79,9 +85,9 @@ def asked_of(
     )
 
 
-def refusal(asked: ComplianceConfig, lacking: list[str]) -> UserError:
+def refusal(asked: ComplianceConfig, lacking: list[str]) -> NotCompliantError:
     """Why nothing is handed on."""
-    return UserError(
+    return NotCompliantError(
         f"--enforce-compliance: --compliance-level {asked.compliance_level} with --min-compliance-score "
         f"{asked.min_compliance_score:g} is not reached, and the output is not written: {'; '.join(lacking)}. The "
         "checkpoint is saved; tools/phase_interface.py export writes the output once the run passes, or less is "

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 class NonFiniteError(UserError):
-    """The run ends, as its gradients are not finite."""
+    """The run ends, as its gradients are not finite. ``alert``: what is raised then besides the failure."""
+
+    alert = "nan"
 
 
 class Gradients(NamedTuple):

@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 
+from megaforge.checkpoint.phase_interface import Compliance
+from megaforge.config.compliance_config import ComplianceConfig
 from megaforge.errors import UserError
 from megaforge.monitor import disks
 from megaforge.monitor.events import read_events
 from megaforge.nn.moe.router import Router
 from megaforge.parallel.param_spec import named_specs
-from megaforge.training import machine_room
+from megaforge.training import compliance_stage, machine_room
 from megaforge.training.alerting import Alerts
 from megaforge.training.callbacks import Callback
+from megaforge.training.compliance_stage import ComplianceStage
 from megaforge.training.trainer import Trainer
 from tests.training.tiny import arguments, make_trainer, write_dataset
 
@@ -131,6 +134,36 @@ def test_going_back_behind_a_spike_is_told(tmp_path: Path) -> None:
     [fired, over] = [event for event in alerts_of(save) if event["alert"] == "loss_spike"]
     assert "iteration 30: loss spikes to" in fired["text"] and "goes back to iteration 24" in fired["text"]
     assert over["state"] == "resolved"
+
+
+@pytest.mark.parametrize("enforced", [False, True])
+def test_a_report_that_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enforced: bool) -> None:
+    """It fires beyond the run's end, until a later report passes."""
+    prefix, save = write_dataset(tmp_path / "data"), tmp_path / "run"
+    score = 0.9
+    monkeypatch.setattr(
+        compliance_stage, "measure_handed_on", lambda *_: (Compliance(score, score > 0.95), ["rule 5: 0.8"])
+    )
+
+    def train(steps: int) -> None:
+        flags = ("--save", str(save), "--load", str(save), "--train-iters", str(steps), "--save-interval", "0")
+        trainer = make_trainer(arguments(prefix, *flags))
+        trainer.add(ComplianceStage(ComplianceConfig(enforced)))
+        trainer.train()
+
+    if enforced:
+        with pytest.raises(UserError, match="--enforce-compliance"):
+            train(1)
+    else:
+        train(1)
+    first = alerts_of(save)
+    assert [event["alert"] for event in first if event["state"] == "firing"] == ["compliance", "failure"][
+        : 1 + enforced
+    ]
+    score = 0.96
+    train(2)
+    last = alerts_of(save)[-1]
+    assert (last["alert"], last["state"], last["value"], last["limit"]) == ("compliance", "resolved", 0.96, 0.95)
 
 
 def test_what_is_switched_off_is_never_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
