@@ -48,14 +48,17 @@ class TunedWKV7:
         memory: Tensor | None,
         starts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        if memory is not None:  # the sequences have begun
-            return self.function(r, log_w, k, v, a, b, memory, starts)
         begin = self.initial.state
-        if starts is None:
-            return self.function(r, log_w, k, v, a, b, begin.expand(r.shape[1], *begin.shape).contiguous(), None)
+        if starts is None:  # nothing begins where the sequences have begun
+            first = begin.expand(r.shape[1], *begin.shape).contiguous() if memory is None else memory
+            return self.function(r, log_w, k, v, a, b, first, None)
         documents = SideBySide(starts)
+        states = begin.expand(documents.count, *begin.shape)
+        if memory is not None:  # a span of the sequences: the documents of its beginning may go on
+            goes_on = ~starts[0][:, None, None, None]
+            states = states.index_copy(0, documents.first, torch.where(goes_on, memory.to(begin.dtype), begin))
         inputs = (documents.apart(x) for x in (r, log_w, k, v, a, b))
-        y, final = self.function(*inputs, begin.expand(documents.count, *begin.shape).contiguous(), None)
+        y, final = self.function(*inputs, states.contiguous(), None)
         return documents.together(y), final[documents.last]
 
 
@@ -64,14 +67,17 @@ class SideBySide:
     zero leaves WKV's state as it is.
 
     Attributes:
-        count: documents.
+        count: documents, or ends of those that began before.
+        first: int64 [b], the first one of each sequence.
         last: int64 [b], the last one of each sequence.
     """
 
     def __init__(self, starts_SB: Tensor) -> None:
-        """``starts_SB``: bool [s, b], true at position 0 and where a document begins."""
+        """``starts_SB``: bool [s, b], true where a document begins; at position 0 something does in any case."""
         self.shape = starts_SB.shape
-        flat = starts_SB.t().reshape(-1)
+        cut = starts_SB.t().clone()
+        cut[:, 0] = True
+        flat = cut.reshape(-1)
         firsts = flat.nonzero().view(-1)
         lengths = torch.diff(firsts, append=firsts.new_tensor([len(flat)]))
         self.count = len(firsts)
@@ -80,7 +86,8 @@ class SideBySide:
         self._taken = torch.where(self._used, firsts + places, 0)
         self._document = flat.long().cumsum(0) - 1
         self._place = torch.arange(len(flat), device=flat.device) - firsts[self._document]
-        self.last = self._document.view(self.shape[1], self.shape[0])[:, -1]
+        by_sequence = self._document.view(self.shape[1], self.shape[0])
+        self.first, self.last = by_sequence[:, 0], by_sequence[:, -1]
 
     def apart(self, x: Tensor) -> Tensor:
         """[s, b, ...] -> [longest, documents, ...]."""

@@ -19,6 +19,7 @@ OPAQUE = (
     "megaforge.nn.compressed",
     "megaforge.nn.offload",
     "megaforge.nn.recompute",
+    "megaforge.nn.spans",
     "megaforge.parallel",
     *(f"megaforge.kernels.{room}" for room in ("attention", "bitgemm", "cross_entropy", "decode", "gemv")),
     *(f"megaforge.kernels.{room}" for room in ("grouped_mm", "moe_routing", "native", "rwkv7_fused", "wkv7")),

@@ -64,6 +64,21 @@ def test_packed_documents_are_those_apart_gradients_included(prefix: str) -> Non
     assert float(packed.norm()) > 1e-3
 
 
+def test_spans_of_a_sequence_change_nothing(prefix: str) -> None:
+    """``--sequence-checkpoint``: documents go on from one span to the next, and begin in, at and behind each."""
+    tokens = torch.arange(80).view(2, 40) % VOCAB
+    starts = torch.zeros(2, 40, dtype=torch.bool)
+    starts[0, [0, 5, 20, 32]] = starts[1, [0, 16, 17]] = True
+    found = []
+    for span in (None, 16):
+        model = tuned(prefix)
+        model.layers["0"].mixer.span = span
+        loss = model(tokens, tokens.roll(1), torch.ones(2, 40), starts).loss_sum
+        loss.backward()
+        found.append((loss.detach(), model.layers["0"].mixer.initial.state.grad))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-13)
+
+
 def test_documents_side_by_side_are_the_recurrence() -> None:
     torch.manual_seed(1)
     sizes = (7, 2, 2, 4)

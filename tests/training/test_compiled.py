@@ -28,11 +28,11 @@ def trained(prefix: str, *flags: str) -> tuple[Trainer, list[dict]]:
 
 
 def test_the_compiled_run_learns_the_same(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """RWKV-7, attention and experts over packed documents, and an evaluation; whole and computed again. Graphs are
-    traced and differentiated as by default, and run without being made C++, which takes minutes."""
+    """RWKV-7, attention and experts over packed documents, and an evaluation; whole and computed again, in spans too.
+    Graphs are traced and differentiated as by default, and run without being made C++, which takes minutes."""
     monkeypatch.setattr(setup, "compile_blocks", partial(compiled.compile_blocks, backend="aot_eager"))
     plain, expected = trained(prefix)
-    for flags in ((), ("--recompute", "full")):
+    for flags in ((), ("--recompute", "full", "--sequence-checkpoint", "16")):
         torch._dynamo.utils.counters.clear()
         trainer, found = trained(prefix, "--compile", *flags)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 10 or flags, "nothing was compiled"
