@@ -5,12 +5,19 @@ activations on several stages."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from megaforge.verification.parity import Comparison, combined, compare, parity_config, write_documents
 from megaforge.verification.parity_layouts import ParityLayout
 from tests.parallel.pool import RankPool
+from tests.parallel.test_pipeline_model import compare as compare_runs
+from tests.peft.test_lora import SHORT, SIZES, train
+from tests.training.tiny import arguments, write_dataset
+
+LORA = ("--peft", "lora", "--lora-rank", "4", "--lora-alpha", "8")
 
 FAMILY = (
     *("--hybrid-layer-pattern", "OE*EOE*-OE*E/OE", "--mamba-head-dim", "4", "--mamba-state-dim", "6"),
@@ -54,3 +61,13 @@ def test_layout_changes_nothing(ranks: RankPool, documents: str, row: str) -> No
     config = parity_config(documents, "fp64", ParityLayout(row, world, tuple(layout.split())), flags)
     found = combined(records, config)
     assert found.agrees("fp64"), f"{row}: {found.worst}"
+
+
+def test_lora_of_routing_mamba(ranks: RankPool, tmp_path: Path) -> None:
+    """Pairs beside the experts of its projections, inside Mixture of Depths too."""
+    prefix = write_dataset(tmp_path / "train_text_document")
+    more = ("--rom-num-experts", "4", "--mod-capacity-factor", "0.75", "--hybrid-layer-pattern", "OE*-OE")
+    flags = arguments(prefix, *SIZES, *LORA, *SHORT, *more)
+    one = train(flags)
+    assert any(".mixer.expert_input" in name for name in one["gradients"])
+    compare_runs(ranks.run(2, train, [*flags, "--tp", "2", "--sp"]), one, 1e-10)
