@@ -2,10 +2,12 @@
 """A page that shows many runs while they train.
 
     python tools/dashboard.py --runs runs
+    python tools/dashboard.py --runs runs --control examples/fleet/fleet.yaml
 
 It prints the address, which holds the token without which nothing is shown; MEGAFORGE_DASHBOARD_TOKEN sets one that
 stays. From another machine: ssh -L 8765:127.0.0.1:8765 HOST. The page reads the files that runs write to --save and
---metrics-file, and changes nothing. docs/dashboard.md shows it.
+--metrics-file, and changes nothing; with --control it starts and stops the fleets of those files.
+docs/dashboard.md shows it.
 """
 
 from __future__ import annotations
@@ -38,6 +40,14 @@ def make_parser() -> ArgumentParser:
         metavar="URL",
         help="of a proxy under whose address the page is seen, such as https://runs.example.org; may be repeated",
     )
+    parser.add_argument(
+        "--control",
+        nargs="+",
+        default=[],
+        type=Path,
+        metavar="FLEET.yaml",
+        help="fleets (tools/train_fleet.py) that the page may start, in DIR/NAME, and stop",
+    )
     return parser
 
 
@@ -51,6 +61,7 @@ def main() -> int:
         flags.port,
         seconds=flags.interval,
         depth=flags.depth,
+        fleets=tuple(flags.control),
         origins=tuple(origin.rstrip("/") for origin in flags.allow_origin),
     )
     return 0

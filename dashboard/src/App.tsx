@@ -1,5 +1,7 @@
 import { useCallback, useEffect, useMemo, useState } from "react";
+import type { RunRow, State } from "./api";
 import { Charts } from "./Charts";
+import { ControlPanel } from "./Control";
 import { useView, type Transport } from "./feed";
 import { Alerts, Progresses, Resources, useDark } from "./Overview";
 import { RunPanel } from "./RunPanel";
@@ -30,6 +32,12 @@ function useAddress(): [string[], (names: string[]) => void] {
     setNames(chosen);
   }, []);
   return [names, set];
+}
+
+/** Whether it is a model of a fleet that runs, and the page may stop it. */
+function stoppable(state: State, row: RunRow): boolean {
+  const inFleet = Object.values(state.fleets).some((fleet) => fleet.alive && fleet.runs.includes(row.name));
+  return state.control && inFleet && row.status === "running";
 }
 
 export function App() {
@@ -71,10 +79,11 @@ export function App() {
             <Progresses state={state} />
             <Resources machine={state.machine} />
             <Alerts alerts={state.alerts} show={show} />
+            {state.control && <ControlPanel fleets={state.fleets} />}
           </div>
           <RunsTable rows={runs} colors={colors} open={open} choose={choose} show={show} />
           {drawn.length > COLORS.length && <p className="quiet">the first {COLORS.length} of the ticked runs are drawn</p>}
-          {row && <RunPanel row={row} close={() => setOpen(null)} />}
+          {row && <RunPanel row={row} stoppable={stoppable(state, row)} close={() => setOpen(null)} />}
           {open !== null && !row && <p className="problem">{open}: this run's files are gone</p>}
           <Charts chosen={colors} rows={runs} dark={dark} />
         </>

@@ -71,8 +71,11 @@ function Group({ title, metrics, opened, settings, chosen, stamp, dark, onMetric
   );
 }
 
-function Drawn({ metrics, settings, chosen, stamp, dark, onMetrics, onZoom }: Omit<GroupProps, "title" | "opened">) {
+const MOST = 60; // charts of a group; more would make the page slow
+
+function Drawn({ metrics: all, settings, chosen, stamp, dark, onMetrics, onZoom }: Omit<GroupProps, "title" | "opened">) {
   const { x, smooth, log, range } = settings;
+  const metrics = useMemo(() => all.slice(0, MOST), [all]);
   const names = metrics.includes("loss") ? [...metrics, "valid/loss"] : metrics;
   const request = query({
     run: [...chosen.keys()],
@@ -106,6 +109,7 @@ function Drawn({ metrics, settings, chosen, stamp, dark, onMetrics, onZoom }: Om
   return (
     <>
       {problem && <p className="problem">Curves: {problem}</p>}
+      {all.length > MOST && <p className="quiet">the first {MOST} of {all.length}</p>}
       <div className="charts">
         {[...lines].map(([name, own]) =>
           own.length === 0 ? null : (

@@ -1,10 +1,13 @@
 // What holds for all runs: overall progress with the time left, the machine, alerts.
 import { useEffect, useState } from "react";
-import type { Alert, Machine, Overall, State } from "./api";
+import type { Alert, FleetState, Machine, Overall, State } from "./api";
 import { bytes, clock, seconds, share } from "./format";
 import { Bar } from "./RunsTable";
 
-function Progress({ name, overall }: { name: string; overall: Overall }) {
+const fleet = ({ alive, mode, workers, reason }: FleetState) =>
+  `${mode}, ${alive ? `${workers ?? "?"} at once${reason ? ` (${reason})` : ""}` : "not running"}`;
+
+function Progress({ name, overall, note }: { name: string; overall: Overall; note?: string }) {
   return (
     <div className="overall" data-overall={name}>
       <div>
@@ -15,6 +18,7 @@ function Progress({ name, overall }: { name: string; overall: Overall }) {
         {overall.completed} of {overall.models} complete, {overall.running} running
         {overall.failed > 0 && <strong className="bad">, {overall.failed} failed</strong>}
         {overall.running > 0 && overall.eta_seconds !== null && `, ${seconds(overall.eta_seconds)} left`}
+        {note && <div>{note}</div>}
       </div>
     </div>
   );
@@ -26,7 +30,7 @@ export function Progresses({ state }: { state: State }) {
       <h2>Progress</h2>
       <Progress name="all runs" overall={state.overall} />
       {Object.entries(state.fleets).map(([name, overall]) => (
-        <Progress key={name} name={`fleet ${name}`} overall={overall} />
+        <Progress key={name} name={`fleet ${name}`} overall={overall} note={fleet(overall)} />
       ))}
     </section>
   );

@@ -1,6 +1,8 @@
 // One run: what it said at its start, its checkpoints, its audit trail, compliance, samples and events.
 import { useEffect, useState } from "react";
 import { fetchJson, query, type Audit, type RunDetail, type RunRow } from "./api";
+import { CompliancePanel } from "./Compliance";
+import { StopModel } from "./Control";
 import { bytes, clock, seconds, share } from "./format";
 import { Bar } from "./RunsTable";
 
@@ -61,7 +63,8 @@ function Trail({ run }: { run: string }) {
 }
 
 function Fields({ of }: { of: Record<string, unknown> }) {
-  const text = (value: unknown) => (typeof value === "object" && value !== null ? JSON.stringify(value) : String(value));
+  const text = (value: unknown): string =>
+    typeof value === "object" && value !== null ? Object.entries(value).map((pair) => pair.join(" ")).join(", ") : String(value);
   return (
     <dl>
       {Object.entries(of).map(([name, value]) => (
@@ -108,7 +111,7 @@ function Samples({ samples }: { samples: RunDetail["samples"] }) {
   );
 }
 
-export function RunPanel({ row, close }: { row: RunRow; close: () => void }) {
+export function RunPanel({ row, stoppable, close }: { row: RunRow; stoppable: boolean; close: () => void }) {
   const [detail, setDetail] = useState<RunDetail | null>(null);
   const [problem, setProblem] = useState("");
   const [tab, setTab] = useState<(typeof TABS)[number]>("Checkpoints");
@@ -127,6 +130,7 @@ export function RunPanel({ row, close }: { row: RunRow; close: () => void }) {
       <div className="bar">
         <h2>{row.name}</h2>
         <span className={`status ${row.status}`}>{row.status}</span>
+        {stoppable && <StopModel run={row.name} />}
         <button onClick={close}>Close</button>
       </div>
       <Bar value={row.share} label={`progress of ${row.name}`} />
@@ -155,11 +159,7 @@ export function RunPanel({ row, close }: { row: RunRow; close: () => void }) {
             {tab === "Audit and compliance" && (
               <>
                 <Trail run={row.name} />
-                {own.compliance ? (
-                  <Fields of={own.compliance} />
-                ) : (
-                  <p className="quiet">no compliance report: tools/compliance_report.py writes one</p>
-                )}
+                <CompliancePanel report={own.compliance} />
               </>
             )}
           </div>

@@ -29,6 +29,25 @@ export interface Overall {
   line: string;
 }
 
+export interface FleetState extends Overall {
+  alive: boolean; // its supervisor runs on the dashboard's machine
+  runs: string[];
+  mode: string;
+  workers: number | null; // models at once now, and why
+  reason: string;
+}
+
+export interface Compliance {
+  problem?: string;
+  made: string;
+  score: number | null;
+  level: string | null;
+  asked: string | null;
+  passed: boolean;
+  lacking: string[];
+  parts: { title: string; share: number | null }[];
+}
+
 export interface Gpu {
   name: string;
   used_share: number | null;
@@ -68,7 +87,7 @@ export interface State {
   runs: RunRow[];
   removed: string[];
   overall: Overall;
-  fleets: Record<string, Overall>;
+  fleets: Record<string, FleetState>;
   machine: Machine | null;
   alerts: Alert[];
 }
@@ -107,7 +126,7 @@ export interface RunDetail {
   events: Record<string, unknown>[];
   checkpoints: Checkpoint[];
   samples: Sample[];
-  compliance: Record<string, unknown> | null;
+  compliance: Compliance | null;
 }
 
 export interface Audit {

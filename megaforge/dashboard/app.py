@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,10 +21,12 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from megaforge.dashboard import panels, series
 from megaforge.dashboard.access import Access
+from megaforge.dashboard.control import Control
 from megaforge.dashboard.feed import Feed
 from megaforge.errors import UserError
 
 STATIC = Path(__file__).with_name("static")
+_Act = Callable[[Mapping[str, Any]], Any]  # what a request asks for -> the answer
 _N = TypeVar("_N", int, float)
 _MOST_RUNS, _MOST_METRICS = 32, 128  # of one request for curves
 
@@ -65,6 +67,58 @@ def make_app(feed: Feed, token: str, origins: tuple[str, ...] = (), more: tuple[
     return Starlette(
         routes=routes, middleware=middleware, lifespan=lifespan, exception_handlers={UserError: user_error}
     )
+
+
+def control_routes(control: Control) -> tuple[BaseRoute, ...]:
+    """The addresses that start and stop fleets."""
+    asked: dict[str, _Act] = {
+        "": lambda _: control.offers(),
+        "/check": lambda given: control.check(*_choice(given)),
+    }
+    posted: dict[str, _Act] = {
+        "/start": lambda given: control.start(*_choice(given)),
+        "/stop": lambda given: control.stop(_text(given, "fleet")),
+        "/stop_model": lambda given: control.stop_model(_text(given, "run")),
+    }
+    return (
+        *(Route(f"/api/control{path}", _acting(act)) for path, act in asked.items()),
+        *(Route(f"/api/control{path}", _acting(act), methods=["POST"]) for path, act in posted.items()),
+    )
+
+
+def _acting(act: _Act) -> Callable[[Request], Any]:
+    """An address that acts on what it was asked: a JSON object where it is posted."""
+
+    async def endpoint(request: Request) -> Response:
+        asked: Mapping[str, Any] = request.query_params
+        if request.method == "POST":
+            # Forms of other sites can post no JSON without asking first; the Origin was checked already.
+            if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+                raise UserError("the request: expected Content-Type application/json")
+            try:
+                asked = await request.json()
+            except ValueError as error:
+                raise UserError(f"the request: is not JSON ({error})") from None
+            if not isinstance(asked, dict):
+                raise UserError("the request: expected a JSON object")
+        return json_response(await run_in_threadpool(act, asked))
+
+    return endpoint
+
+
+def _choice(asked: Mapping[str, Any]) -> tuple[str, str, int]:
+    """(fleet, mode, workers) of a request."""
+    workers = str(asked.get("workers", ""))
+    if not workers.isdecimal() or len(workers) > 6:
+        raise UserError(f"workers {workers!r:.80}: expected a number")
+    return _text(asked, "fleet"), _text(asked, "mode"), int(workers)
+
+
+def _text(asked: Mapping[str, Any], name: str) -> str:
+    value = asked.get(name)
+    if not isinstance(value, str):
+        raise UserError(f"{name}: expected a text")
+    return value
 
 
 async def user_error(_: Request, error: Exception) -> Response:

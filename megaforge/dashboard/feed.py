@@ -8,14 +8,17 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from megaforge.dashboard import series
+from megaforge.dashboard.watchers_alerts import WatchersAlerts
 from megaforge.errors import UserError
+from megaforge.monitor.alerts import EVENT
 from megaforge.monitor.runs import Run
-from megaforge.monitor.runs_folder import Runs
+from megaforge.monitor.runs_folder import Fleet, Runs
+from megaforge.monitor.watcher import FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,7 @@ class Feed:
         self.epoch, self.sequence = secrets.token_hex(8), 0
         self._rows: dict[str, dict[str, Any]] = {}
         self._alerts: dict[str, list[dict[str, Any]]] = {}
+        self._watched = WatchersAlerts(runs.directory)
         self._removed: OrderedDict[str, int] = OrderedDict()
         self._forgotten = 0  # the sequence number up to which removals are not known any more
         self._common: dict[str, Any] = {}
@@ -77,10 +81,12 @@ class Feed:
             changed = self._runs.poll()
             number = self.sequence + 1
             present = self._runs.runs
-            for name in (*changed.added, *changed.changed):
+            told = self._watched.poll(present)
+            for name in (*changed.added, *changed.changed, *told):
                 if name in present:
-                    self._rows[name] = {**row_of(present[name]), "sequence": number}
-                    self._alerts[name] = newest_alerts(present[name])
+                    self._alerts[name] = newest_alerts(name, [*present[name].events, *self._watched.of(name)])
+                    firing = sum(alert["state"] != "resolved" for alert in self._alerts[name])
+                    self._rows[name] = {**row_of(present[name]), "alerts": firing, "sequence": number}
                     self._removed.pop(name, None)
             for name in changed.removed:
                 self._alerts.pop(name, None)
@@ -89,7 +95,7 @@ class Feed:
             while len(self._removed) > _REMEMBERED:
                 _, self._forgotten = self._removed.popitem(last=False)
             common = self._common_now()
-            if common == self._common and not (changed.added or changed.changed or changed.removed):
+            if common == self._common and not (changed.added or changed.changed or changed.removed or told):
                 return changed.behind
             self._common, self.sequence, self._messages = common, number, {}
         for listener in list(self.listeners):
@@ -97,22 +103,32 @@ class Feed:
         return changed.behind
 
     def _common_now(self) -> dict[str, Any]:
-        fleets = {
-            name: _as_json(self._runs.overall(fleet.runs())) | {"running": fleet.running}
-            for name, fleet in self._runs.fleets.items()
-        }
         return {
             "directory": str(self._runs.directory),
             "control": self._control,
             "overall": _as_json(self._runs.overall()),
-            "fleets": fleets,
+            "fleets": {name: self._fleet_now(fleet) for name, fleet in self._runs.fleets.items()},
             "machine": self._machine(),
             "alerts": self._newest_alerts(),
+        }
+
+    def _fleet_now(self, fleet: Fleet) -> dict[str, Any]:
+        """How far a fleet is, and how many of its models run at once, and why."""
+        told = [event for event in fleet.events if event["kind"] in ("fleet_start", "workers")][-1:]
+        now = told[0] if told else {}
+        return {
+            **_as_json(self._runs.overall(fleet.runs())),
+            "alive": fleet.running,
+            "runs": fleet.runs(),
+            "mode": str(fleet.start.get("mode", "")),
+            "workers": now.get("workers"),
+            "reason": str(now.get("reason", "")),
         }
 
     def _newest_alerts(self) -> list[dict[str, Any]]:
         """Those of all runs, the open ones first and then the newest."""
         found = [alert for own in self._alerts.values() for alert in own]
+        found += newest_alerts(FOLDER, self._watched.of(FOLDER))
         found.sort(key=lambda alert: (alert["state"] == "resolved", -float(alert["time"])))
         return found[:_MOST_ALERTS]
 
@@ -172,6 +188,16 @@ class Feed:
                     self._curves.popitem(last=False)
         return {"curves": known, "metrics": list(every), "missing": missing}
 
+    def fleets(self) -> dict[str, dict[str, Any]]:
+        """How far the fleets are, by their names."""
+        with self._lock:
+            return {name: self._fleet_now(fleet) for name, fleet in self._runs.fleets.items()}
+
+    def fleet_start(self, name: str) -> dict[str, Any]:
+        """What a fleet's supervisor told as it began; empty where there is no such fleet."""
+        with self._lock:
+            return dict(self._runs.fleets[name].start) if name in self._runs.fleets else {}
+
     def history(self, fleet: str | None) -> list[tuple[float, float]]:
         """(time, share) of the overall progress of a fleet, or of all runs.
 
@@ -197,15 +223,15 @@ def row_of(run: Run) -> dict[str, Any]:
         "version": whole["version"],
         "points": len(run.steps) + len(run.evaluations),
         "last": {name: whole["step"][name] for name in _SHOWN if name in whole["step"]},
-        "alerts": sum(alert["state"] != "resolved" for alert in newest_alerts(run)),
     }
 
 
-def newest_alerts(run: Run) -> list[dict[str, Any]]:
-    """The run's last word on each kind of alert (:mod:`megaforge.monitor.alerts`)."""
-    newest = {str(event.get("alert")): event for event in run.events if event["kind"] == "alert"}
+def newest_alerts(run: str, events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The last word on each kind of alert of a run (:mod:`megaforge.monitor.alerts`), its own or a watcher's."""
+    told = sorted((event for event in events if event["kind"] == EVENT), key=lambda event: float(event["time"]))
+    newest = {str(event.get("alert")): event for event in told}
     return [
-        {"run": run.name, "alert": kind, "time": event["time"]}
+        {"run": run, "alert": kind, "time": event["time"]}
         | {name: str(event.get(name, "")) for name in ("state", "severity", "text")}
         for kind, event in newest.items()
     ]

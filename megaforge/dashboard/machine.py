@@ -1,4 +1,4 @@
-"""How busy and how full this machine is."""
+"""How busy and how full this machine is, or the part of it that a container has."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megaforge.errors import require
+from megaforge.fleet.machine import look
 
 _GPU_SECONDS = 5.0  # between two questions to nvidia-smi, which takes a while to answer
 _ASK_GPUS = (
@@ -28,21 +29,20 @@ class MachineMeter:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._psutil = require("psutil", extra="dashboard", purpose="the panel of resources")
-        self._psutil.cpu_percent()  # the next is a share of the time since this one
+        require("psutil", extra="dashboard", purpose="the panel of resources")
+        look()  # the next load is that since now
         self._gpus: list[dict[str, Any]] | None = []
         self._asked = float("-inf")
 
     def __call__(self) -> dict[str, Any]:
         """Shares from 0 to 1, sizes in bytes; null where it cannot be known."""
-        memory = self._psutil.virtual_memory()
-        used, total = memory.total - memory.available, memory.total
+        now = look()
         return {
             "host": socket.gethostname(),
-            "cpus": self._psutil.cpu_count(),
-            "cpu_share": round(self._psutil.cpu_percent() / 100, 3),
-            "memory_bytes": used,
-            "memory_total_bytes": total,
+            "cpus": now.cpus,
+            "cpu_share": round(now.load, 3),
+            "memory_bytes": round(now.memory - now.free_memory),
+            "memory_total_bytes": round(now.memory),
             **self._disk(),
             "gpus": self._gpus_now(),
             "time": round(time.time(), 1),

@@ -17,7 +17,7 @@ from megaforge.monitor.runs import Run
 SAMPLES_FILE = "samples.jsonl"  # what tools/generate.py --json wrote there
 COMPLIANCE_FILE = "compliance.json"
 _EVENTS, _SAMPLES = 200, 50  # the newest
-_LARGEST = 1 << 20  # bytes of a report that is read
+_LARGEST = 16 << 20  # bytes of a report that is read
 _START = ("run", "host", "pid", "launcher", "layout", "version", "commit", "dirty", "metrics_file")
 
 
@@ -92,7 +92,8 @@ def samples(directory: Path) -> list[dict[str, Any]]:
 
 
 def compliance(directory: Path) -> dict[str, Any] | None:
-    """The run's report, as far as it is one; None where there is none."""
+    """The heads of the run's report (:mod:`megaforge.compliance.report`), or the ``problem`` with it; None where there
+    is none."""
     path = directory / COMPLIANCE_FILE
     try:
         if path.stat().st_size > _LARGEST:
@@ -102,9 +103,24 @@ def compliance(directory: Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         return {"problem": f"{COMPLIANCE_FILE} is not JSON ({error})"}
-    if not isinstance(report, dict):
-        return {"problem": f"{COMPLIANCE_FILE} is not a report"}
-    return dict(finite(report))
+    try:
+        return {
+            "made": str(report["made"]),
+            "score": float(report["score"]),
+            "level": report["level"] and str(report["level"]),
+            "asked": str(report["asked"]["level"]),
+            "passed": report["passed"] is True,
+            "lacking": [str(line) for line in report["lacking"]],
+            "parts": [_part(f"rule {rule['number']}: {rule['title']}", rule) for rule in report["rules"]]
+            + [_part(str(control["title"]), control) for control in report["controls"]],
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        return {"problem": f"{COMPLIANCE_FILE} is not a report ({error!r:.80})"}
+
+
+def _part(title: str, measured: dict[str, Any]) -> dict[str, Any]:
+    share = measured["share"]
+    return {"title": title, "share": None if share is None else float(share)}
 
 
 def audit(directory: Path) -> dict[str, str]:

@@ -72,24 +72,36 @@ def is_loopback(host: str) -> bool:
 
 
 def serve(
-    directory: Path, host: str, port: int, *, seconds: float, depth: int = DEPTH, origins: tuple[str, ...] = ()
+    directory: Path,
+    host: str,
+    port: int,
+    *,
+    seconds: float,
+    depth: int = DEPTH,
+    origins: tuple[str, ...] = (),
+    fleets: tuple[Path, ...] = (),
 ) -> None:
     """Serves until Ctrl-C or SIGTERM.
 
+    Args:
+        fleets: files of fleets that the page may start; none: it changes nothing.
+
     Raises:
-        UserError: a package is missing, the folder is, or the port is taken.
+        UserError: a package is missing, the folder is, the port is taken, or a fleet's file is not one.
     """
     uvicorn = require("uvicorn", extra="dashboard", purpose="tools/dashboard.py")
     for module in ("starlette", "websockets"):
         require(module, extra="dashboard", purpose="tools/dashboard.py")
-    from megaforge.dashboard.app import make_app
+    from megaforge.dashboard.app import control_routes, make_app
+    from megaforge.dashboard.control import Control
     from megaforge.dashboard.feed import Feed
     from megaforge.dashboard.machine import MachineMeter
 
     if not directory.is_dir():
         raise UserError(f"--runs {directory}: is not a directory; name one that holds runs' --save directories")
     token = token_from(os.environ.get(TOKEN_VARIABLE))
-    feed = Feed(Runs(directory, depth), MachineMeter(directory), control=False, seconds=seconds)
+    feed = Feed(Runs(directory, depth), MachineMeter(directory), control=bool(fleets), seconds=seconds)
+    routes = control_routes(Control(fleets, directory, feed)) if fleets else ()
     listener = listen(host, port)
     if not is_loopback(host):
         print(
@@ -100,6 +112,6 @@ def serve(
     at = f"[{host}]" if ":" in host else host
     print(f"runs below {directory}: http://{at}:{listener.getsockname()[1]}/?token={token}")
     print("Ctrl-C ends it", flush=True)
-    app = make_app(feed, token, origins)
-    options = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, server_header=False)
+    app = make_app(feed, token, origins, routes)
+    options = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, server_header=False)
     uvicorn.Server(options).run(sockets=[listener])

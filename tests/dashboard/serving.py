@@ -78,11 +78,12 @@ class Served:
 def served(
     directory: Path, machine: Callable[[], dict[str, Any] | None] = lambda: None, seconds: float = 0.05, **options: Any
 ) -> Iterator[Served]:
-    """A dashboard of the runs in ``directory``."""
+    """A dashboard of the runs in ``directory``; ``more`` makes further addresses for its feed."""
     feed = Feed(Runs(directory), machine, bool(options.pop("control", False)), seconds)
     listener = listen("127.0.0.1", 0)
-    app = make_app(feed, TOKEN, **options)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    more: Callable[[Feed], Any] = options.pop("more", lambda _: ())
+    app = make_app(feed, TOKEN, more=more(feed), **options)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

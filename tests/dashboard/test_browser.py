@@ -1,43 +1,32 @@
-"""The page in a real browser, on a run that trains meanwhile."""
+"""The page in a real browser: it starts a fleet, watches what trains, and stops it."""
 
 from __future__ import annotations
 
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megaforge.dashboard.app import control_routes
+from megaforge.dashboard.control import Control
+from megaforge.dashboard.feed import Feed
 from tests.dashboard.browser import Watched, browser_page, browser_path
-from tests.dashboard.serving import TOKEN, a_run, served
+from tests.dashboard.serving import TOKEN, Served, a_run, served
 from tests.dashboard.serving import until as until_soon
-from tests.end_to_end.launch import LIMIT, command, environment
 
-STEPS = 150
+FLEET = """
+flags: {config: cdrmix-test, mock_data: true, vocab_size: 64, seq_length: 32, device: cpu, train_iters: 100000,
+    save_interval: 20, log_interval: 10, audit_trail: true}
+models: [{name: first, flags: {seed: 1}}, {name: second, flags: {seed: 2}}, {name: third, flags: {seed: 3}}]
+"""
+FIRST = "three/first"
 
 
 def until(condition: Callable[[], Any]) -> Any:
     """Asks the browser ten times a second: more would keep it from its work."""
     return until_soon(condition, seconds=120.0, pause=0.1)
-
-
-@contextmanager
-def training(directory: Path, steps: int = STEPS) -> Iterator[subprocess.Popen[bytes]]:
-    """A real run of a small model that saves below ``directory``."""
-    flags = ("--config", "cdrmix-test", "--mock-data", "--vocab-size", "64", "--seq-length", "32", "--device", "cpu")
-    line = command(1, "pretrain_cdrmix.py", *flags, "--train-iters", str(steps), "--save-interval", "50")
-    line += ["--save", str(directory), "--metrics-file", str(directory / "metrics.jsonl"), "--audit-trail"]
-    line += ["--eval-interval", "50", "--eval-iters", "1", "--log-interval", "10"]
-    with (directory.parent / "log").open("wb") as log:
-        process = subprocess.Popen(line, stdout=log, stderr=log, env=environment())
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 def iteration_of(page: Any, name: str) -> int:
@@ -56,33 +45,71 @@ def transport(page: Any) -> str:
     return str(page.locator("main").get_attribute("data-transport"))
 
 
-def test_a_real_run_is_watched(tmp_path: Path) -> None:
-    runs = tmp_path / "runs"
+def status_of(page: Any, name: str) -> str:
+    row = page.locator(f'tr[data-run="{name}"] .status')
+    return str(row.inner_text()) if row.count() else ""
+
+
+def test_a_fleet_is_started_watched_and_stopped(tmp_path: Path) -> None:
+    runs, recipe = tmp_path / "runs", tmp_path / "three.yaml"
     a_run(runs / "other")
+    recipe.write_text(FLEET)
+    controls = list[Control]()
+
+    def routes(feed: Feed) -> Any:
+        controls.append(Control([recipe], runs, feed))
+        return control_routes(controls[0])
+
     browser_path()  # before anything trains for nothing
-    with served(runs, seconds=0.2) as board, browser_page() as watched, training(runs / "live") as process:
+    with served(runs, seconds=0.2, control=True, more=routes) as board, browser_page() as watched:
         page, address = watched.page, f"http://127.0.0.1:{board.port}"
         page.goto(f"{address}/?token={TOKEN}")
         assert page.url == f"{address}/" and page.title() == "MegaForge runs"
-        page.locator('tr[data-run="live"]').wait_for()
-        _live_points_arrive(page)
-        _polling_takes_over(watched)
-        _keyboard_themes_and_narrow_screens(page)
-        _the_run_ends(page, process, runs)
-        shutil.rmtree(runs / "live")
-        page.get_by_text("live: this run's files are gone").wait_for()
-        assert page.locator('tr[data-run="other"]').count() == 1 and page.locator('tr[data-run="live"]').count() == 0
+        try:
+            _the_form_starts_a_fleet(page)
+            _live_points_arrive(page)
+            _polling_takes_over(watched)
+            _keyboard_themes_and_narrow_screens(page)
+            _one_model_is_stopped(page, runs)
+            page.get_by_role("button", name="Stop", exact=True).click()
+            until(lambda: "not running" in page.locator('[data-overall="fleet three"]').inner_text())
+        finally:
+            _end_the_fleet(board, controls[0])
+        assert {status_of(page, f"three/{name}") for name in ("first", "second", "third")} <= {"stopped", "waiting", ""}
+        shutil.rmtree(runs / FIRST)
+        page.get_by_text(f"{FIRST}: this run's files are gone").wait_for()
+        assert page.locator('tr[data-run="other"]').count() == 1
         assert watched.problems == [] and watched.gaps() == []
+
+
+def _end_the_fleet(board: Served, control: Control) -> None:
+    if board.feed.fleets().get("three", {}).get("alive"):
+        control.stop("three")
+        until_soon(lambda: not board.feed.fleets()["three"]["alive"], seconds=120.0)
+
+
+def _the_form_starts_a_fleet(page: Any) -> None:
+    page.get_by_role("radio", name="parallel").check()
+    slider, verdict = page.get_by_role("slider", name="Workers"), page.locator("[data-verdict]")
+    for workers, words in ((6, "6 workers need"), (1, "")):
+        slider.fill(str(workers))
+        until(lambda words=words: words in verdict.inner_text())
+    slider.fill("6")  # more than a machine of two CPUs has room for: it says so, and runs as many as fit
+    until(lambda: verdict.get_attribute("data-verdict") == "warning" and "will run at once" in verdict.inner_text())
+    page.get_by_role("button", name="Start").click()
+    page.get_by_text("three has started").wait_for()
+    assert page.get_by_role("button", name="Start").is_disabled()
+    until(lambda: status_of(page, FIRST) == "running")
 
 
 def _live_points_arrive(page: Any) -> None:
     assert transport(page) == "socket"
-    page.get_by_role("checkbox", name="draw live").check()
-    until(lambda: iteration_of(page, "live") > 0)
-    first, label = iteration_of(page, "live"), until(lambda: drawn(page, "loss"))
-    until(lambda: iteration_of(page, "live") > first)
+    page.get_by_role("checkbox", name=f"draw {FIRST}").check()
+    until(lambda: iteration_of(page, FIRST) > 0)
+    first, label = iteration_of(page, FIRST), until(lambda: drawn(page, "loss"))
+    until(lambda: iteration_of(page, FIRST) > first)
     until(lambda: drawn(page, "loss") != label)  # the curve has grown
-    assert "run=live" in page.url  # the view can be sent to others
+    assert "run=three%2Ffirst" in page.url  # the view can be sent to others
 
 
 def _polling_takes_over(watched: Watched) -> None:
@@ -116,19 +143,18 @@ def _keyboard_themes_and_narrow_screens(page: Any) -> None:
     page.set_viewport_size({"width": 1280, "height": 900})
 
 
-def _the_run_ends(page: Any, process: subprocess.Popen[bytes], runs: Path) -> None:
-    assert process.wait(timeout=LIMIT) == 0
-    page.locator('tr[data-run="live"] .status.completed').wait_for()
-    assert iteration_of(page, "live") == STEPS
-    page.get_by_role("button", name="live", exact=True).click()
+def _one_model_is_stopped(page: Any, runs: Path) -> None:
+    page.get_by_role("button", name=FIRST, exact=True).click()
+    page.get_by_role("button", name="Stop this model").click()
+    until(lambda: status_of(page, FIRST) == "stopped")
     newest = page.locator('[data-table="checkpoints"] tbody tr').first
-    newest.wait_for()
-    assert newest.locator("th").inner_text() == (runs / "live" / "latest").read_text().strip()
+    until(lambda: newest.count() and newest.locator("th").inner_text() == (runs / FIRST / "latest").read_text().strip())
+    until(lambda: status_of(page, "three/second") == "running")  # the others go on
     page.get_by_role("tab", name="Audit and compliance").click()
     page.get_by_role("button", name="Verify the audit trail").click()
     page.locator('[data-audit="holds"]').wait_for()
     page.get_by_role("tab", name="Events").click()
-    page.locator("ol.events li", has_text="goodput").wait_for()
+    page.locator("ol.events li", has_text="goodput").first.wait_for()
 
 
 @pytest.mark.parametrize("path", ["/?token=wrong", "/"])

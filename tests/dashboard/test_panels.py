@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from megaforge.compliance.measure import Measure, Rule
+from megaforge.compliance.report import Report
 from megaforge.dashboard import panels
 from megaforge.dashboard.machine import MachineMeter, parse_gpus
 from megaforge.monitor.audit import AuditTrail
@@ -50,18 +54,31 @@ def test_samples_of_generate(tmp_path: Path) -> None:
     assert found[1] == {"iteration": None, "prompt": "Once", "text": " upon"}
 
 
-def test_a_report_of_compliance(tmp_path: Path) -> None:
+def test_a_report_of_compliance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "compliance.json"
     assert panels.compliance(tmp_path) is None
-    for content, expected in (
-        ('{"score": 0.97, "gap": NaN}', {"score": 0.97, "gap": None}),
-        ("[1]", {"problem": "compliance.json is not a report"}),
-        ("{" + " " * (1 << 20) + "}", {"problem": "compliance.json is larger than 1048576 bytes"}),
+    measure = Measure("functions", 4, 3)
+    report = Report(
+        rules=((Rule(1, "Flow", "no goto", lambda _: measure), measure),),
+        gates=(),
+        waivers=(),
+        made="2026-11-27",
+    )
+    report.write(tmp_path, "enhanced", 0.95)
+    found = panels.compliance(tmp_path) or {}
+    assert (found["score"], found["asked"], found["passed"], found["made"]) == (0.75, "enhanced", False, "2026-11-27")
+    assert found["parts"] == [{"title": "rule 1: Flow", "share": 0.75}] and found["lacking"]
+    for content, word in (
+        ("[1]", "is not a report"),
+        ("{}", "is not a report (KeyError"),
+        ('{"made": "x", "score": null}', "is not a report (TypeError"),
+        ("{", "is not JSON"),
     ):
         path.write_text(content)
-        assert panels.compliance(tmp_path) == expected
-    path.write_text("{")
-    assert "is not JSON" in (panels.compliance(tmp_path) or {})["problem"]
+        assert word in (panels.compliance(tmp_path) or {})["problem"]
+    monkeypatch.setattr(panels, "_LARGEST", 10)
+    path.write_text("{" + " " * 10 + "}")
+    assert panels.compliance(tmp_path) == {"problem": "compliance.json is larger than 10 bytes"}
 
 
 def test_the_audit_trail_is_verified(tmp_path: Path) -> None:
