@@ -151,8 +151,10 @@ def read_code(root: Path = OWN) -> Code:
 def _files(root: Path) -> list[Path]:
     suffixes = (".py", *NATIVE)
     own = (root / "megaforge").is_dir()
-    tops = [root / name for name in _OF_REPOSITORY if (root / name).is_dir()] if own else [root]
-    found = [path for path in root.iterdir() if path.suffix == ".py"] if own else []
+    repository = own and (root / "pyproject.toml").is_file()  # else an installed package, among others
+    folders = _OF_REPOSITORY if repository else ("megaforge",)
+    tops = [root / name for name in folders if (root / name).is_dir()] if own else [root]
+    found = [path for path in root.iterdir() if path.suffix == ".py"] if repository else []
     for top in tops:
         for folder, inner, names in os.walk(top):
             inner[:] = [name for name in inner if name not in _LEFT_OUT and not name.startswith(".")]

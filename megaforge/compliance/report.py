@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 from megaforge.compliance.code import OWN, Code, read_code
 from megaforge.compliance.measure import LEVELS, Finding, Measure, Part, Rule, level, reaches, score
 from megaforge.compliance.tools import waivers
+from megaforge.config.config import Config
+from megaforge.config.phase5_config import TrainingConfig
+from megaforge.config.schema import config_from_dict
 from megaforge.durable import replacing
 from megaforge.errors import UserError
 from megaforge.monitor.provenance import code_version
@@ -207,12 +210,13 @@ def measure_run(run: str | Path, code: Report | None = None) -> Report:
     return dataclasses.replace(report, rules=rules, controls=controls, run=str(run))
 
 
-def calculate_compliance_score(config: Any, code: Report | None = None) -> float:
+def calculate_compliance_score(config: Config | TrainingConfig, code: Report | None = None) -> float:
     """The score that a run of ``config`` can reach: the rules on the code, and whether the configuration asks for what
     the controls look at.
 
     Args:
-        config: a :class:`megaforge.config.config.Config`.
+        config: a :class:`megaforge.config.config.Config`, or that of another pipeline's 1-bit phase
+            (:class:`megaforge.config.phase5_config.TrainingConfig`), whose runs are saved.
         code: what was measured on the code (default: :func:`of_own_code`).
 
     Returns:
@@ -220,8 +224,15 @@ def calculate_compliance_score(config: Any, code: Report | None = None) -> float
     """
     from megaforge.compliance.controls import asked
 
-    report = dataclasses.replace(code or of_own_code(), controls=tuple(asked(config)))
+    ours = _of_phase5(config) if isinstance(config, TrainingConfig) else config
+    report = dataclasses.replace(code or of_own_code(), controls=tuple(asked(ours)))
     return report.score
+
+
+def _of_phase5(theirs: TrainingConfig) -> Config:
+    """A run of theirs, which is saved."""
+    ours = config_from_dict(theirs.settings(), source="phase 5's configuration")
+    return dataclasses.replace(ours, checkpoint=dataclasses.replace(ours.checkpoint, save="run"))
 
 
 def failed(report: Report, asked: str, least: float) -> str:

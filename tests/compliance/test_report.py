@@ -25,6 +25,7 @@ from megaforge.compliance.report import (
     measure_code,
     measure_run,
 )
+from megaforge.config.phase5_config import ComplianceSection, TrainingConfig
 from megaforge.errors import UserError
 from megaforge.training import run_events
 from tests.training.tiny import arguments, make_config, make_trainer, write_dataset
@@ -171,6 +172,10 @@ def test_a_configuration_is_scored_by_what_it_asks_for(code: Report) -> None:
         make_config([*flags, "--save", "r", "--audit-trail", "--encrypt-checkpoints", "--eval-iters", "1"]), code
     )
     assert little < much == 1.0
+    theirs, silent = TrainingConfig(), ComplianceSection(enable_audit_trail=False)
+    assert calculate_compliance_score(theirs, code) > calculate_compliance_score(
+        dataclasses.replace(theirs, nasa_compliance=silent), code
+    )
     assert {control.name: control.share for control in asked(make_config([*flags, "--save", "r"]))}["digests"] == 1
 
 

@@ -102,6 +102,12 @@ class A:
         gives()
         self.own()
     def own(self) -> bool: ...
+    def check(self) -> bool: ...
+    def checking(self) -> None:
+        self.check()
+@triton.jit
+def kernel(x_ptr, WIDTH):
+    gives()
 """
     measure = checks.heeded(code_of(tmp_path, a_py=source))
     assert found(measure) == [
@@ -109,7 +115,7 @@ class A:
         "A.untyped: no type of x",
         "A.dropping drops what gives gives (line 15)",
     ]
-    assert (measure.applicable, measure.compliant) == (7, 4)
+    assert (measure.applicable, measure.compliant) == (9, 6)
 
 
 def test_names_that_functions_change(tmp_path: Path) -> None:
@@ -247,6 +253,11 @@ def test_a_folder_without_code_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tests" / "a.py").write_text("")
     (tmp_path / "b.py").write_text("def f() -> None: ...\n")
     assert [module.path for module in read_code(tmp_path).modules] == ["b.py"]
+    (tmp_path / "megaforge").mkdir()
+    (tmp_path / "megaforge" / "c.py").write_text("")
+    assert [module.path for module in read_code(tmp_path).modules] == ["megaforge/c.py"]  # among installed packages
+    (tmp_path / "pyproject.toml").write_text("")
+    assert [module.path for module in read_code(tmp_path).modules] == ["b.py", "megaforge/c.py"]
 
 
 def test_every_rule_and_gate_is_registered() -> None:
