@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from megaforge.checkpoint.background import BackgroundSave, own_pieces
 from megaforge.checkpoint.checkpoint import Snapshot, layout_of, load_checkpoint, save_checkpoint, take_snapshot
 from megaforge.checkpoint.find import find_checkpoint
 from megaforge.checkpoint.shards import Shard, TensorEntry, build_shards
-from megaforge.checkpoint.storage import CheckpointHead
+from megaforge.checkpoint.storage import CheckpointHead, CheckpointWriter
 from megaforge.errors import CheckpointError
 from megaforge.parallel.context import ParallelContext
 from tests.checkpoint.model_entries import mismatches, model_entries
@@ -150,3 +154,13 @@ def test_one_at_a_time_and_the_end_waits(tmp_path, monkeypatch, caplog):
     background.start(take_snapshot(2, [TensorEntry("x", None, torch.ones(4))], {}, CTX), tmp_path)
     background.finish()  # does not hide the exception by which the run ends
     assert "step 2 was not written either" in caplog.text
+
+
+def test_only_tensors_go_into_a_file(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, CheckpointHead(1, {}, {}, None), 0)
+    with pytest.raises(ValueError, match="a: only tensors go into a checkpoint file"):
+        writer.finish(Metadata({"a": BytesStorageMetadata()}), [])
+    item = WriteItem(MetadataIndex("b"), WriteItemType.BYTE_IO)
+    planner = SimpleNamespace(resolve_data=lambda _: io.BytesIO())
+    with pytest.raises(ValueError, match="b: only tensors go into a checkpoint file"):
+        writer._tensor(planner, item)
