@@ -70,9 +70,8 @@ class Alerts(Callback):
         return {name: name in firing for name in ("failure", "compliance", *self._steps) if name in self._kinds}
 
     def on_train_start(self, trainer: Trainer) -> None:
-        for name in (
-            self.book.firing.keys() - self._steps.keys() - {"compliance"}
-        ):  # a failure, or what is not looked for
+        ended = self.book.firing.keys() - self._steps.keys() - {"compliance"}  # a failure, and what no rule looks for
+        for name in ended:
             self.book.enter(name, Finding(False, f"the run goes on from iteration {trainer.iteration}"))
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
@@ -93,14 +92,15 @@ class Alerts(Callback):
             self.book.enter(name, Finding(True, text))
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        if "compliance" not in self._kinds:
+            return
         for stage in trainer.callbacks:
-            if "compliance" in self._kinds and isinstance(stage, ComplianceStage) and stage.found is not None:
-                found, least = stage.found, stage.asked.min_compliance_score
-                asked = f"{stage.asked.compliance_level} with {least:g} is asked for"
-                text = (
-                    f"the compliance report {'passes' if found.passed else 'does not pass'}: {found.score:.4f}; {asked}"
-                )
-                self.book.enter("compliance", Finding(not found.passed, text, found.score, least))
+            if isinstance(stage, ComplianceStage) and stage.found is not None:
+                found, asked = stage.found, stage.asked
+                text = f"the compliance report {'passes' if found.passed else 'does not pass'}: {found.score:.4f}, and "
+                text += f"{asked.compliance_level} with {asked.min_compliance_score:g} is asked for"
+                finding = Finding(not found.passed, text, found.score, asked.min_compliance_score)
+                self.book.enter("compliance", finding)
 
     def on_train_end(self, trainer: Trainer) -> None:
         error = sys.exc_info()[1]
