@@ -69,7 +69,7 @@ def test_schedules_of_ours_and_what_is_added_to_them(tmp_path: Path) -> None:
     assert read_schedule(own).stretches == read_schedule("corpus/extended").stretches
     assert "reasoning" in read_schedule("corpus/extended+reason").stretches[0].domains
     for name in preset_names():
-        if name.startswith(("cdrmix-core-", "cdrmix-reason-")):
+        if name.startswith(("cdrmix-core-", "cdrmix-reason-", "moe-5b")):
             config = parse_config(["--config", name]).config
             assert config.data.data_schedule is not None and read_schedule(config.data.data_schedule).optional
             large = name.endswith(("40b", "200b"))

@@ -119,7 +119,7 @@ def _plan(settings: CorpusSettings, recipe: Recipe, output: Path, held: str | No
     if standing is not None:
         manifest_path(output).unlink()
     left_out.write(str(output / "files"))
-    for line in [*left_out.summary(), *notice()]:
+    for line in [*left_out.summary(), *notice(), *sources.whole_files(units)]:
         print(line, file=sys.stderr)
     print(f"{len(units):,} files in {len(partitions):,} partitions", file=sys.stderr)
     return True

@@ -20,6 +20,7 @@ from megaforge.errors import UserError
 _MIB = 1 << 20
 _EXPANSION = 4  # decompressed over compressed bytes of text, as gzip and Zstandard give it
 _MAX_PIECES = 2048  # files of one partition
+_WORTH_CUTTING = 256 * _MIB  # bytes of text
 _LARGE = 1 << 50  # of a unit whose size is not known: it is a partition of its own
 HUB = "hub"
 
@@ -106,6 +107,18 @@ def expected_bytes(unit: Unit) -> int:
     """About how much text a unit holds."""
     packed = unit.reader == "table" or (unit.reader != HUB and is_compressed(unit.path))
     return unit.bytes * (_EXPANSION if packed else 1)
+
+
+def whole_files(units: Sequence[Unit]) -> list[str]:
+    """The line about a file that cannot be cut and is more than half of the text, which one worker reads."""
+    every = sum(map(expected_bytes, units))
+    large = [unit for unit in units if 2 * expected_bytes(unit) > every and not unit.places and unit.reader != HUB]
+    if not large or expected_bytes(large[0]) < _WORTH_CUTTING:
+        return []
+    return [
+        f"{large[0].path}: one partition, and more than half of the text: one worker reads it; uncompressed, or split "
+        "into several files, it is shared"
+    ]
 
 
 def check_unchanged(unit: Unit) -> None:

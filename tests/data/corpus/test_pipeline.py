@@ -6,11 +6,7 @@ import gzip
 import hashlib
 import importlib.util
 import json
-import os
 import random
-import signal
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +27,7 @@ from megaforge.data.sidecar import read_sidecar
 from megaforge.data.text.readers import open_text
 from megaforge.data.tokenizer import load_tokenizer
 from megaforge.errors import UserError
-from tests.data.corpus_files import bpe_tokenizer, command
+from tests.data.corpus_files import bpe_tokenizer
 
 WORDS = "the cat sat on a mat and saw some birds fly over rivers under grey skies near old stone walls".split()
 RECIPE = """
@@ -167,19 +163,6 @@ def test_two_workers_give_the_same_bytes(world: Path, expected: tuple[Path, dict
     assert run(world, tmp_path / "out", workers=2) == expected[1]
 
 
-def test_two_ranks_give_the_same_bytes(world: Path, expected: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
-    """Under the environment that srun gives them."""
-    arguments = command("prepare_corpus", "--config", world / "corpus.yaml", "--output", tmp_path / "out")
-    ranks = []
-    for rank in range(2):
-        slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": str(rank)}
-        environment = {**os.environ, **slurm, "SLURM_LOCALID": str(rank), "SLURM_NODELIST": "here"}
-        ranks.append(subprocess.Popen([*arguments, "--engine", "mpi"], env=environment, stderr=subprocess.PIPE))
-    messages = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], messages
-    assert contents(tmp_path / "out") == expected[1]
-
-
 def test_data_sets_are_read_as_streams(tmp_path: Path) -> None:
     """Two files make two shards of the local builder."""
     pytest.importorskip("datasets", reason="needs the corpus extra")
@@ -232,19 +215,6 @@ def test_a_killed_run_continues_to_the_same_bytes(
             break
     assert len(done) == len(set(done)) > 20, "a finished task was done again"
     assert found == expected[1]
-
-
-def test_a_process_that_is_killed_leaves_nothing_half_written(
-    world: Path, expected: tuple[Path, dict[str, str]], tmp_path: Path
-) -> None:
-    output, source = tmp_path / "out", random.Random(3)
-    arguments = command("prepare_corpus", "--config", world / "corpus.yaml", "--output", output, "--workers", 2)
-    for _ in range(2):
-        process = subprocess.Popen(arguments, stderr=subprocess.PIPE, start_new_session=True)
-        time.sleep(source.uniform(0.7, 1.6))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    assert run(world, output) == expected[1] and (output / "report.html").is_file()
 
 
 def test_what_stands_there_is_kept_or_refused(

@@ -16,6 +16,7 @@ import zstandard
 from megaforge.data.corpus.readers import hub
 from megaforge.data.corpus.readers.reader import Reader, reader_for, reader_named
 from megaforge.data.corpus.recipe import SourceSettings
+from megaforge.data.corpus.sources import Unit, whole_files
 from megaforge.errors import UserError
 
 SOURCE = SourceSettings(name="s", files=("x",))
@@ -239,3 +240,13 @@ def test_names_choose_readers(tmp_path: Path) -> None:
     binary = tmp_path / "x.txt"
     binary.write_bytes(b"\0\1\2")
     assert gather(reader_named("text"), binary, [0, None])[0][2] == "binary (it holds NUL bytes)"
+
+
+def test_a_large_file_that_cannot_be_cut_is_named() -> None:
+    def unit(name: str, size: int, places: int) -> Unit:
+        return Unit(0, name, name, "lines", size, 0, places)
+
+    small, whole = unit("a.jsonl", 1 << 20, 1 << 20), unit("b.jsonl.gz", 1 << 28, 0)
+    assert "b.jsonl.gz: one partition, and more than half of the text" in whole_files([small, whole])[0]
+    assert whole_files([small, unit("c.jsonl", 1 << 30, 1 << 30), whole]) == []
+    assert whole_files([small, unit("b.jsonl.gz", 1 << 20, 0)]) == []

@@ -34,7 +34,14 @@ _IP = (
     r"\b(?:\d{1,3}\.){3}\d{1,3}\b|\b[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{2,35}[0-9a-fA-F:]"
     r"|(?i:::ffff:)(?:\d{1,3}\.){3}\d{1,3}"
 )
-_VERSION = re.compile(r"(?i)(?:\bv|version|release|section|chapter|§)[.\s:]*$")
+# What makes four numbers a version or a section: words and signs before them (a list may stand between), or the names
+# and marks of files and packages.
+_NUMBERS = r"(?:v?\d+(?:\.\d+){1,3}(?:[,;/]| and| or| to| through| -)? {1,2})*"
+_VERSION = re.compile(
+    r"(?i)(?:\b(?:v|ver|versions?|releases?|revision|build|firmware|kernel|sections?|chapters?|updated? to|upgraded? to"
+    rf"|since|until|before)\b[.\s:=\"'(]*|§\s*|[<>=~!]=\s*|\w-v?|[a-z]/){_NUMBERS}$"
+)
+_PACKAGE = re.compile(r"(?i)[-.+~_](?:[a-z]|\d+(?![\d.]))")
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ def _is_ip(match: re.Match[str]) -> bool:
     if re.match(r"\.?\d", text[end : end + 2]) or re.search(r"[\d.]$", text[:start][-1:]):
         return False  # five numbers: a section, an object identifier
     words = match[0]
-    if ":" not in words and _VERSION.search(text[max(0, start - 12) : start]):
+    if ":" not in words and (_VERSION.search(text[max(0, start - 60) : start]) or _PACKAGE.match(text, end)):
         return False
     try:
         address = ipaddress.ip_address(words.rstrip(":") if not words.endswith("::") else words)
