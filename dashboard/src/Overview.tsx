@@ -1,5 +1,6 @@
 // What holds for all runs: overall progress with the time left, the machine, alerts.
-import { useEffect, useState } from "react";
+import { useEffect, useRef, useState } from "react";
+import { fetchJson, query } from "./api";
 import type { Alert, FleetState, Machine, Overall, State } from "./api";
 import { bytes, clock, seconds, share } from "./format";
 import { Bar } from "./RunsTable";
@@ -7,13 +8,37 @@ import { Bar } from "./RunsTable";
 const fleet = ({ alive, mode, workers, reason }: FleetState) =>
   `${mode}, ${alive ? `${workers ?? "?"} at once${reason ? ` (${reason})` : ""}` : "not running"}`;
 
-function Progress({ name, overall, note }: { name: string; overall: Overall; note?: string }) {
+const HISTORY_MS = 10000;
+
+/** Overall progress over time, from 0 to 1, as the events of the runs told it: the same after a restart of the server. */
+function History({ fleet, share }: { fleet?: string; share: number | null }) {
+  const [found, setFound] = useState<{ time: number[]; share: number[] }>({ time: [], share: [] });
+  const asked = useRef(0);
+  useEffect(() => {
+    if (Date.now() - asked.current < HISTORY_MS) return;
+    asked.current = Date.now();
+    fetchJson<typeof found>(`/api/history?${query({ fleet })}`).then(setFound, () => undefined); // the next look asks again
+  }, [fleet, share]);
+  const { time } = found;
+  if (time.length < 2) return null;
+  const [first, last] = [time[0]!, time.at(-1)!];
+  const points = time.map((now, index) => `${(100 * (now - first)) / (last - first || 1)},${24 * (1 - found.share[index]!)}`);
+  const label = `progress from ${clock(first)} to ${clock(last)}`;
+  return (
+    <svg className="history" viewBox="0 0 100 24" preserveAspectRatio="none" role="img" aria-label={label} data-history={fleet ?? "all"}>
+      <polyline points={points.join(" ")} />
+    </svg>
+  );
+}
+
+function Progress({ name, overall, of, note }: { name: string; overall: Overall; of?: string; note?: string }) {
   return (
     <div className="overall" data-overall={name}>
       <div>
         <strong>{name}</strong> <span className="quiet">{overall.line}</span>
       </div>
       <Bar value={overall.share} label={`overall progress of ${name}`} />
+      <History fleet={of} share={overall.share} />
       <div className="quiet">
         {overall.completed} of {overall.models} complete, {overall.running} running
         {overall.failed > 0 && <strong className="bad">, {overall.failed} failed</strong>}
@@ -30,7 +55,7 @@ export function Progresses({ state }: { state: State }) {
       <h2>Progress</h2>
       <Progress name="all runs" overall={state.overall} />
       {Object.entries(state.fleets).map(([name, overall]) => (
-        <Progress key={name} name={`fleet ${name}`} overall={overall} note={fleet(overall)} />
+        <Progress key={name} name={`fleet ${name}`} of={name} overall={overall} note={fleet(overall)} />
       ))}
     </section>
   );

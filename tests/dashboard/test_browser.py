@@ -70,6 +70,7 @@ def test_a_fleet_is_started_watched_and_stopped(tmp_path: Path) -> None:
             _live_points_arrive(page)
             _polling_takes_over(watched)
             _keyboard_themes_and_narrow_screens(page)
+            page.locator('[data-history="three"] polyline').wait_for(state="attached")
             _one_model_is_stopped(page, runs)
             page.get_by_role("button", name="Stop", exact=True).click()
             until(lambda: "not running" in page.locator('[data-overall="fleet three"]').inner_text())
