@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What takes minutes: the whole quickstart, 500 random wrong inputs for every command, all layouts in both precisions,
-# Triton's interpreter, the arms of the examples grokking and bitnet, sixty faults in a run, a node lost and taken back,
+# Triton's interpreter, the curves of small recipes, the arms of the examples grokking and bitnet, sixty faults in a run, a node lost and taken back,
 # every wait for the disk, rename and checksum taken out once, twenty checks of the program taken out, ten minutes of damaged files for each reader. Every step
 # runs, whatever became of those before; the status is 1 when one failed.
 #
@@ -18,12 +18,13 @@ declare -A steps=(
     [bitnet]='bash examples/bitnet/run.sh --output "$(mktemp -d)" --check'
     [triton]='bash run_scripts/check_triton.sh'
     [elastic]='"$PYTHON" -m tests.elastic'
+    [convergence]='bash run_scripts/convergence.sh'
     [fuzz]='"$PYTHON" -m tests.fuzz --minutes 10 --seed "${SEED:-$(date +%j)}"'
     [mutations]='"$PYTHON" -m tests.mutations'
     [checks]='"$PYTHON" -m tests.mutations --checks 20 --seed "${SEED:-$(date +%j)}"'
     [chaos]='bash run_scripts/chaos.sh --faults 60 --seed "${SEED:-1}" --minutes 120'
 )
-order=(quickstart sweep parity grokking bitnet triton chaos elastic mutations checks fuzz)
+order=(quickstart sweep parity convergence grokking bitnet triton chaos elastic mutations checks fuzz)
 
 for name in "$@"; do
     [ -n "${steps[$name]:-}" ] || fail "$name: no such step; there are ${order[*]}"
