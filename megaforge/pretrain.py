@@ -94,6 +94,10 @@ def _train(run: PreparedRun, chooser: AutoLayout | ElasticLayout | None, request
     if first:
         reason = trainer.stop_reason or "--train-iters is reached"
         mark(asked, trainer.iteration, reason, complete=trainer.complete)
+    if trainer.complete and run.config.evaluation.evaluate_at_end:
+        from megaforge.inference.at_end import evaluate_at_end
+
+        evaluate_at_end(run.config)
     shutdown()
     return trainer
 

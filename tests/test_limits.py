@@ -71,6 +71,7 @@ COVERED = {
     "config/prometheus_config.py": "monitor/test_prometheus.py",
     "planning/report.py": "planning/test_plan_command.py",
     "config/qat_config.py": "training/test_quantization.py",
+    "config/evaluation_config.py": "inference/test_at_end.py",
     "config/regularization_config.py": "training/test_regularization.py",
     "config/run_partners.py": "config/test_partners.py",
     "quant/products.py": "quant/test_linear.py",

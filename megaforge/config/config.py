@@ -11,6 +11,7 @@ from megaforge.config.checkpoint_config import CheckpointConfig
 from megaforge.config.compliance_config import ComplianceConfig
 from megaforge.config.distill_config import DistillConfig
 from megaforge.config.dry_run_config import DryRunConfig
+from megaforge.config.evaluation_config import EvaluationConfig
 from megaforge.config.fields import check_fields
 from megaforge.config.length_config import LengthConfig
 from megaforge.config.model_config import ModelConfig
@@ -41,6 +42,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     qat: QATConfig = field(default_factory=QATConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     length: LengthConfig = field(default_factory=LengthConfig)

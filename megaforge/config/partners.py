@@ -13,6 +13,7 @@ from functools import partial
 from megaforge.config.config import Config
 from megaforge.config.data_partners import DATA_PARTNERS
 from megaforge.config.distill_partners import DISTILLATION
+from megaforge.config.evaluation_partners import EVALUATION
 from megaforge.config.fields import either
 from megaforge.config.layer_kind import LayerKind
 from megaforge.config.length_config import LENGTHS
@@ -123,6 +124,7 @@ PARTNERS = (
     *DATA_PARTNERS,
     *DISTILLATION,
     *REGULARIZATION,
+    *EVALUATION,
     *FINE_TUNING,
     Partner(
         ("optimizer.qk_clip_threshold", "optimizer.qk_clip_alpha"),

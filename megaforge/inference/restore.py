@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 from megaforge.checkpoint.adapter_files import AdapterFolder, BaseModel
@@ -128,7 +130,7 @@ def load_trained_model(
     if tp < 1 or launch.world_size // pp % tp:
         raise UserError(f"--tp {tp} does not divide the {launch.world_size // pp} ranks of a pipeline stage")
     place = resolve_device(device, launch.local_rank)
-    initialize(place)
+    _join(place)
     ctx = ParallelContext.create(tp=tp, pp=pp, device=place)
     file = together(ctx, lambda: TrainedFile(load)) if Path(load).suffix == SUFFIX else None
     path = find_checkpoint(load, ctx) if file is None else file.path
@@ -155,6 +157,12 @@ def load_trained_model(
     multiply_few_tokens_fast(model, place.type)
     give_back_host_memory()  # the main weights that a 16-bit model was loaded through
     return TrainedModel(StagedModel(model.eval(), plan), ctx, config, meta, path)
+
+
+def _join(place: torch.device) -> None:
+    """Joins the other ranks, unless this process has done so to train."""
+    if not dist.is_initialized():
+        initialize(place)
 
 
 def _load_weights(model: nn.Module, path: Path, ctx: ParallelContext, ema: bool) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megaforge.config.arguments import integer
-from megaforge.config.launcher import print_rank_0
 from megaforge.data.images import check_image, save_image
 from megaforge.data.outputs import make_parents, temporary_path
 from megaforge.durable import replacing
@@ -18,7 +17,6 @@ from megaforge.tasks.lm_eval_file import check_task, is_lm_evals
 from megaforge.tasks.task_file import read_task
 
 if TYPE_CHECKING:
-    from megaforge.inference.leading import Ask
     from megaforge.inference.restore import TrainedModel
     from megaforge.inference.task_run import Result
 
@@ -64,66 +62,27 @@ def check_task_flags(flags: argparse.Namespace) -> None:
 def evaluate_tasks(flags: argparse.Namespace, trained: TrainedModel) -> None:
     """Answers ``--tasks`` and reports. Collective."""
     from megaforge.inference.answer_cache import AnswerCache, identity
-    from megaforge.inference.leading import led
-    from megaforge.inference.lm_eval_backend import results as lm_eval_results
-    from megaforge.inference.requests import Answerer
-    from megaforge.inference.task_run import TaskRun
+    from megaforge.inference.asked import Asked, tasks_answered
     from megaforge.parallel.agree import from_first_rank
 
     tokenizer = trained.load_tokenizer(flags.tokenizer_model)
-    lengths = tuple(flags.lengths or (trained.config.data.seq_length,))
-    max_length = flags.max_length or _room(trained, (*lengths, *_lengths_of(flags.tasks)))
-    answerer = Answerer(trained, tokenizer, max_length, flags.batch_size)
+    asked = Asked(flags.tasks, flags.lengths or (), flags.examples, flags.max_length, flags.batch_size)
+    room = asked.room(trained)
     cache: list[AnswerCache] = []
 
     def open_cache() -> None:
         if flags.cache:
-            how = (max_length, flags.ema, flags.adapter, flags.dtype, flags.use_custom_kernels, tokenizer.fingerprint)
+            how = (room, flags.ema, flags.adapter, flags.dtype, flags.use_custom_kernels, tokenizer.fingerprint)
             cache.append(AnswerCache(flags.cache, identity(trained.path, *how)))
 
     from_first_rank(trained.ctx, open_cache)
-
-    def work(ask: Ask) -> None:
-        run = TaskRun(ask, tokenizer, lengths, flags.examples or 50)
-        results: list[Result] = []
-        samples: list[dict[str, Any]] = []
-        for name in flags.tasks:
-            if is_lm_evals(name):
-                more, written = lm_eval_results(name, ask, tokenizer, max_length, flags.examples)
-            else:
-                more, written = run.results(read_task(name))
-            results, samples = results + more, samples + written
-        if answerer.cut.requests:
-            print_rank_0(answerer.cut.line(max_length))
-        _report(flags, trained, results, samples)
-
     try:
-        led(answerer, work, cache[0] if cache else None)
+        found = tasks_answered(asked, trained, tokenizer, cache[0] if cache else None)
     finally:
         for one in cache:
             one.close()
-
-
-def _room(trained: TrainedModel, lengths: Sequence[int]) -> int:
-    """Tokens of a sequence: at least as many as in training, and room for answers that are longer than right ones.
-
-    Raises:
-        UserError: the model has positions for fewer than examples have tokens.
-    """
-    from megaforge.inference.task_run import FURTHER
-
-    longest, most = trained.model.longest, max(lengths)
-    if longest is None:
-        return max(trained.config.data.seq_length, most) + FURTHER
-    if most > longest:
-        raise UserError(
-            f"--lengths {most}: the model has positions for {longest} tokens (--max-position-embeddings); give no more"
-        )
-    return min(max(trained.config.data.seq_length, most) + FURTHER, longest)
-
-
-def _lengths_of(tasks: Sequence[str]) -> list[int]:
-    return [length for task in tasks if not is_lm_evals(task) for length in read_task(task).lengths]
+    if found is not None:
+        _report(flags, trained, *found)
 
 
 def _report(

@@ -36,6 +36,9 @@ class Example:
         return self.prompt + self.answer
 
 
+Count = Callable[[str], int]
+
+
 @dataclass(frozen=True)
 class Room:
     """How long prompt and answer may be together.
@@ -46,7 +49,7 @@ class Room:
     """
 
     length: int
-    count: Callable[[str], int]
+    count: Count
 
     def fill(self, make: Callable[[int], Example], least: int = 1) -> Example:
         """The largest example ``make(n)``, n from ``least`` on, that fits; sizes must grow with n.

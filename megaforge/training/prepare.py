@@ -16,6 +16,7 @@ from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.errors import UserError
 from megaforge.models.prepared_run import PreparedRun, check_run
+from megaforge.tasks.at_end import check_tasks, why_not
 
 Choose = Callable[[Config], tuple[Config, list[str]]]
 
@@ -39,6 +40,10 @@ def prepare(config: Config, said: Sequence[str] = (), choose: Choose | None = No
     if choose is not None:
         config, more = choose(config)
         notes = [*notes, *more]
+    asks_nothing = why_not(config, tokenizer is not None)
+    if tokenizer is not None and asks_nothing is None:
+        check_tasks(config, lambda text: len(tokenizer.encode(text)))
+    notes = notes if asks_nothing is None else [*notes, asks_nothing]
     run = check_run(config, world_size, tokenizer, [*notes, *unread_settings(config.data)])
     for note in (*said, *run.notes):
         print_rank_0(note)

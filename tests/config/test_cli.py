@@ -254,6 +254,7 @@ def test_sections_are_the_fields_of_config() -> None:
         "optimizer",
         "qat",
         "distill",
+        "evaluation",
         "regularization",
         "training",
         "length",
