@@ -82,7 +82,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate dataset": Command("tools/evaluate.py", (*EVALUATE, "ds_text_document"), (*DATASET, *RUN)),
     "evaluate tasks": Command(
         "tools/evaluate.py",
-        ("--load", "r", "--device", "cpu", "--tasks", "passkey", "--examples", "1"),
+        (*("--load", "r", "--device", "cpu", "--tasks", "copying"), *("--lengths", "99", "--examples", "1")),
         ("tok.json", *RUN),
     ),
     "convert": Command("tools/convert_checkpoint.py", ("--load", "r", "--save", "new.safetensors"), RUN),
