@@ -75,7 +75,7 @@ def test_a_fleet_is_started_watched_and_stopped(tmp_path: Path) -> None:
             page.get_by_role("button", name="Stop", exact=True).click()
             until(lambda: "not running" in page.locator('[data-overall="fleet three"]').inner_text())
         finally:
-            _end_the_fleet(board, controls[0])
+            _end_the_fleet(board, controls[0], runs / "three" / "fleet.jsonl")
         assert {status_of(page, f"three/{name}") for name in ("first", "second", "third")} <= {"stopped", "waiting", ""}
         shutil.rmtree(runs / FIRST)
         page.get_by_text(f"{FIRST}: this run's files are gone").wait_for()
@@ -83,7 +83,9 @@ def test_a_fleet_is_started_watched_and_stopped(tmp_path: Path) -> None:
         assert watched.problems == [] and watched.gaps() == []
 
 
-def _end_the_fleet(board: Served, control: Control) -> None:
+def _end_the_fleet(board: Served, control: Control, told: Path) -> None:
+    """Also where the test failed before the server had heard that it runs: it looks for folders every two seconds."""
+    until_soon(lambda: not told.exists() or "three" in board.feed.fleets())
     if board.feed.fleets().get("three", {}).get("alive"):
         control.stop("three")
         until_soon(lambda: not board.feed.fleets()["three"]["alive"], seconds=120.0)
