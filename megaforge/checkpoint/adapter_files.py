@@ -247,8 +247,9 @@ class AdapterFolder:
         UserError: it is not such a folder, is of another method, or its files do not belong together.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        self.path = Path(directory)
+    def __init__(self, directory: str | Path, flag: str = "--adapter") -> None:
+        """``flag``: what named it, for messages."""
+        self.path, self.flag = Path(directory), flag
         try:
             config = dict(parse_json((self.path / CONFIG_FILE).read_bytes()))
             file = SafetensorsFile(self.path / WEIGHTS_FILE)
@@ -268,7 +269,7 @@ class AdapterFolder:
         self.pairs = self._read({slot.name: file.tensor(slot.name) for slot in file.slots()})
 
     def _wrong(self, text: str) -> UserError:
-        return UserError(f"--adapter {self.path}: {text}")
+        return UserError(f"{self.flag} {self.path}: {text}")
 
     def _read(self, tensors: Mapping[str, Tensor]) -> dict[str, Pair]:
         halves: dict[str, dict[str, Tensor]] = defaultdict(dict)

@@ -41,6 +41,12 @@ class PeftConfig(QLoraConfig, PrefixConfig, PlasticConfig):
     )
     lora_bias: str = flag("none", "--peft lora: biases that are trained too", choices=("none", "all", "lora_only"))
 
+    peft_from: str | None = flag(
+        None,
+        "--peft lora, qlora: begin with the adapters of this folder, ours or one of Hugging Face's peft",
+        metavar="DIR",
+    )
+
     @property
     def adapter_dropout(self) -> float:
         """The rate of the model's adapters, where it has some."""

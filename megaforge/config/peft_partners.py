@@ -10,7 +10,10 @@ from megaforge.config.prefix_config import PREFIXED
 from megaforge.config.qlora_config import QLoraConfig
 from megaforge.config.run_partners import Partner
 
-_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "lora_rank_pattern", "lora_bias")
+_LORA = (
+    *("peft_from", "lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "lora_rank_pattern"),
+    "lora_bias",
+)
 _PLASTIC = tuple(f"model.{one.name}" for one in fields(PlasticConfig))
 
 FINE_TUNING = (
@@ -23,6 +26,11 @@ FINE_TUNING = (
         tuple(f"model.{field.name}" for field in fields(QLoraConfig)),
         lambda c: c.model.peft == "qlora",
         "no matrix is kept in 4 bits: add --peft qlora",
+    ),
+    Partner(
+        ("model.peft_from",),
+        lambda c: c.checkpoint.pretrained_checkpoint,
+        "adapters stand beside a base: add --pretrained-checkpoint DIR",
     ),
     Partner(
         ("model.prefix_length",),

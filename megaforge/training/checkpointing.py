@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import megaforge
 from megaforge.checkpoint import anchors
+from megaforge.checkpoint.adapter_files import AdapterFolder, BaseModel
+from megaforge.checkpoint.adapter_start import fill, starting_values
 from megaforge.checkpoint.background import BackgroundSave
 from megaforge.checkpoint.checkpoint import Snapshot, load_checkpoint, read_meta, save_snapshot, take_snapshot
 from megaforge.checkpoint.compatible import check_compatible, describe_run
@@ -19,6 +21,7 @@ from megaforge.checkpoint.directory import Retention, list_steps
 from megaforge.checkpoint.encryption import Key, read_key
 from megaforge.checkpoint.find import find_checkpoint, holds_no_checkpoint, holds_other_program
 from megaforge.checkpoint.manifest import read_manifest
+from megaforge.checkpoint.sources import open_source
 from megaforge.checkpoint.stateful import Stateful, tensors_of
 from megaforge.config.checkpoint_config import CheckpointConfig
 from megaforge.config.launcher import print_rank_0
@@ -304,9 +307,24 @@ def _load_weights(trainer: Trainer, directory: str, *, quarantine_damaged: bool 
 
 def _load_pretrained(trainer: Trainer, directory: str) -> Path:
     try:
-        return _load_weights(trainer, directory)
+        path = _load_weights(trainer, directory)
+        if trainer.config.model.peft_from is not None:
+            _begin_with(trainer, trainer.config.model.peft_from, path)
+        return path
     except UserError as error:
         raise UserError(str(error).replace("--load", "--pretrained-checkpoint", 1)) from error
+
+
+def _begin_with(trainer: Trainer, directory: str, path: Path) -> None:
+    """Fills the run's adapters from those of a folder, which has to be of the base ``path``. Collective."""
+    ctx, model = trainer.ctx, trainer.config.model
+    base = BaseModel(model)
+    folder = together(ctx, lambda: AdapterFolder(directory, flag="--peft-from"))
+    from_first_rank(ctx, lambda: folder.check_base(open_source(path), base))
+    values = together(ctx, lambda: starting_values(folder, base, model))
+    fill(trainer.optimizer.weight_entries(), values, ctx)
+    trainer.optimizer.after_load()
+    print_rank_0(f"--peft-from {directory}: the run goes on with its {len(values) // 2} adapters")
 
 
 def _known_entries(trainer: Trainer, saved: set[str]) -> list[Entry]:

@@ -58,6 +58,7 @@ REFUSED = [
     (("--peft", "state"), ("--cp", "2"), "use --cp 1"),
     (("--peft", "prefix"), ("--cp", "2"), "use --cp 1"),
     (("--peft", "p_tuning_v2"), ("--attention-dropout", "0.1"), "use --attention-dropout 0"),
+    (("--peft-from", "d"), ("--peft", "lora"), "add --pretrained-checkpoint DIR"),
     (("--prefix-length", "8"), (), "add --peft prefix or p_tuning_v2"),
     (("--prefix-hidden-size", "8"), ("--peft", "p_tuning_v2"), "add --peft prefix"),
     (("--qlora-block-size", "32"), ("--peft", "lora"), "add --peft qlora"),
