@@ -9,13 +9,7 @@ The model and its tokenizer are the checkpoint's. Flags are those of pretrain_cd
 from __future__ import annotations
 
 from megaforge.config.entry import run_entry
-
-DEFAULTS = {
-    "checkpoint.use_checkpoint_args": True,
-    "optimizer.optimizer": "adam",
-    "optimizer.lr": 2e-4,
-    "training.early_stopping_patience": 5,
-}
+from megaforge.config.fine_tuning import DEFAULTS
 
 
 def main() -> int:

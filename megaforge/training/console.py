@@ -73,7 +73,7 @@ class ConsoleLog(Callback):
         self._drawn = -math.inf
 
     def on_train_start(self, trainer: Trainer) -> None:
-        self._print(trainer, describe(trainer, self.speed.parameters))
+        self._print(trainer, describe(trainer, self.speed.parameters, self.speed.trained_share))
         peak, each = _si(self.speed.peak, "FLOP/s"), _si(self.speed.flops_per_token, "FLOP")
         dtype = compute_dtype(trainer.config.training)
         self._print(trainer, f"a token costs {each}; matrix products reach {peak} here in {str(dtype)[6:]}")
@@ -155,16 +155,17 @@ class ConsoleLog(Callback):
             self.stream.flush()
 
 
-def describe(trainer: Trainer, stored: int) -> str:
-    """One line on the run: model with ``stored`` parameters, layout, batch, data."""
+def describe(trainer: Trainer, stored: int, trained: float = 1.0) -> str:
+    """One line on the run: model with ``stored`` parameters, of which a share is ``trained``, layout, batch, data."""
     config, ctx = trainer.config, trainer.ctx
     epoch = sum(trainer.data.epoch_tokens)
     planned = trainer.data.tokens_before(trainer.batches.samples_after(config.training.train_iters))
     layout = f"tp {ctx.tp.size} x " + (f"cp {ctx.cp.size} x " if ctx.cp.size > 1 else "") + f"dp {ctx.dp.size}"
+    share = "" if config.model.peft is None else f" ({trained:.2%} trained)"
     if trainer.engine.plan.num_stages > 1:
         layout = f"{trainer.engine.plan.describe()} x {layout}"
     return (
-        f"{config.name}: {stored:,} parameters | {layout} on {ctx.device.type} | "
+        f"{config.name}: {stored:,} parameters{share} | {layout} on {ctx.device.type} | "
         f"{trainer.batches} x {config.data.seq_length} tokens a step | {trainer.optimizer.implementation} | "
         + (
             f"{epoch:,} training tokens, {planned / epoch:.2f} epochs planned"

@@ -12,7 +12,7 @@ from megaforge.models.flops import model_flops_per_token
 from megaforge.models.hybrid import HybridModel
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layer_context import compute_dtype, make_layer_context
-from megaforge.parallel.param_spec import named_specs
+from megaforge.parallel.param_spec import ParamSpec, named_specs
 from megaforge.training.callbacks import Callback, Place
 from megaforge.training.metrics import StepMetrics
 from megaforge.training.peak_flops import measure_matmul_peak
@@ -26,6 +26,7 @@ class Speed(Callback):
 
     Attributes:
         parameters: of the whole model.
+        trained_share: of them that are trained.
         flops_per_token: a forward and backward pass of the whole model.
         peak: FLOP/s of matrix products, of all ranks together.
     """
@@ -35,6 +36,7 @@ class Speed(Callback):
     def __init__(self, interval: int) -> None:
         self.interval = interval
         self.parameters = 0
+        self.trained_share = 1.0
         self.flops_per_token = 0.0
         self.peak = 0.0
         self._faults = self._steps = 0
@@ -43,7 +45,9 @@ class Speed(Callback):
         self.peak = measure_matmul_peak(trainer.ctx, compute_dtype(trainer.config.training))
         # A rank may hold only some stages of the model: the whole one is built without memory.
         whole = HybridModel(make_layer_context(trainer.config.model, ParallelContext.single("meta")))
-        self.parameters = sum(spec.numel for spec, _ in named_specs(whole))
+        sizes = [(spec.codes_of or spec.numel, p.requires_grad) for spec, p in named_specs(whole) if _counts(spec)]
+        self.parameters = sum(size for size, _ in sizes)
+        self.trained_share = sum(size for size, trained in sizes if trained) / self.parameters
         self.flops_per_token = model_flops_per_token(whole, trainer.config.data.seq_length)
         self._faults, self._steps = page_faults(), 0
 
@@ -53,6 +57,8 @@ class Speed(Callback):
         if metrics.iteration % self.interval == 0:
             metrics.extra.update(_greatest(trainer.ctx, self._memory(trainer.ctx.device)))
             self._faults, self._steps = page_faults(), 0
+            if trainer.config.model.peft is not None:
+                metrics.extra["trained_share"] = self.trained_share
 
     def _memory(self, device: torch.device) -> dict[str, int]:
         """This rank's memory, and how well its pool serves it."""
@@ -66,6 +72,11 @@ class Speed(Callback):
         """The share of :attr:`peak` that the model's arithmetic makes use of (MFU; Chowdhery et al., arXiv
         2204.02311, with the measured rate in place of the data sheet's)."""
         return tokens_per_second * self.flops_per_token / self.peak
+
+
+def _counts(spec: ParamSpec) -> bool:
+    """Whether it is a weight, or codes of one: scales of codes are a part of these."""
+    return not spec.frozen or spec.role != "state" or spec.codes_of > 0
 
 
 def _greatest(ctx: ParallelContext, values: dict[str, int]) -> dict[str, float]:

@@ -48,6 +48,7 @@ from megaforge.training.repeating import Repeating
 from megaforge.training.run_events import of_checkpoint
 
 if TYPE_CHECKING:
+    from megaforge.training.builder import TrainerBuilder
     from megaforge.training.spike_rollback import SpikeRollback
 
 
@@ -148,6 +149,13 @@ class Trainer:
         self.tell_phase: Callable[[str], None] = lambda phase: None
         self._by_background: Path | None = None
         self._requests = Requests()
+
+    @staticmethod
+    def builder() -> TrainerBuilder:
+        """Puts a run together step by step, from Python."""
+        from megaforge.training.builder import TrainerBuilder
+
+        return TrainerBuilder()
 
     @property
     def finished(self) -> bool:
