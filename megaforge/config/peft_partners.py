@@ -10,10 +10,7 @@ from megaforge.config.prefix_config import PREFIXED
 from megaforge.config.qlora_config import QLoraConfig
 from megaforge.config.run_partners import Partner
 
-_LORA = (
-    *("peft_from", "lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "lora_rank_pattern"),
-    "lora_bias",
-)
+_LORA = ("peft_from", "lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "lora_rank_pattern", "lora_bias")
 _PLASTIC = tuple(f"model.{one.name}" for one in fields(PlasticConfig))
 
 FINE_TUNING = (

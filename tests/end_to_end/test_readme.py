@@ -106,6 +106,7 @@ DOCUMENTS = [
     "examples/bitnet/README.md",
     "examples/cdrmix/README.md",
     "examples/corpus/README.md",
+    "examples/finetune/README.md",
     "examples/fleet/README.md",
     "examples/grokking/README.md",
     "examples/moe_5b/README.md",
