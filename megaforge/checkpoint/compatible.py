@@ -25,7 +25,7 @@ _INITIAL_ONLY = {
     "mod_loss_coeff",
 }
 # Without effect on what the model computes once it is trained.
-_INITIAL_ONLY |= {"lora_dropout", "lora_bias", "peft_from"}
+_INITIAL_ONLY |= {"lora_dropout", "lora_bias", "peft_from", "lora_rank_steps", "lora_rank_energy"}
 _ADAPTERS = {field.name for field in dataclasses.fields(PeftConfig)}
 _QUANTIZERS = {field.name for field in dataclasses.fields(QuantConfig)} - {"sub_norm"}
 # None stands for a value that follows from others; compared as what it stands for.

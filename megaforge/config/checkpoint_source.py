@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megaforge.config.peft_config import PeftConfig
+from megaforge.config.quant_config import QuantConfig
 from megaforge.config.schema import settings
 from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 
 _PATTERN = "model.hybrid_layer_pattern"
+_QUANTIZERS = frozenset(one.name for one in fields(QuantConfig)) - {"sub_norm"}
 _ADAPTERS = frozenset(one.name for one in fields(PeftConfig))
 
 
@@ -107,6 +109,8 @@ def _take_model(
     for key, setting in settings().items():
         if setting.section != "model" or (setting.name in _ADAPTERS and not saved.get("peft")):
             continue  # a base has no adapters: what it gets is for the line to say
+        if setting.name in _QUANTIZERS and not _is_quantized(saved):
+            continue  # and so are codes of a base without any
         try:
             # What an older version did not know it did as the default says.
             value = setting.accept(saved[setting.name]) if setting.name in saved else setting.default
@@ -118,6 +122,11 @@ def _take_model(
             told.append(f"{setting.flag} is {value}, as in {path}, not {values[key]}")
         values[key], origins[key] = value, f"checkpoint {path}"
     return told
+
+
+def _is_quantized(saved: Mapping[str, Any]) -> bool:
+    activations = saved.get("quantize_activations", "auto") not in (None, "none", "auto")
+    return bool(saved.get("quantize_weights") or saved.get("converters") or activations)
 
 
 def _uncut(pattern: str | None) -> str | None:

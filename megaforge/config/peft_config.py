@@ -9,6 +9,7 @@ from megaforge.config.fields import flag
 from megaforge.config.plastic_config import PlasticConfig
 from megaforge.config.prefix_config import PrefixConfig
 from megaforge.config.qlora_config import QLoraConfig
+from megaforge.config.rank_config import RankConfig
 from megaforge.errors import UserError
 from megaforge.registry import PEFT_METHODS
 
@@ -16,7 +17,7 @@ LOW_RANK = ("lora", "qlora")  # methods that put adapters beside matrices
 
 
 @dataclass(frozen=True)
-class PeftConfig(QLoraConfig, PrefixConfig, PlasticConfig):
+class PeftConfig(QLoraConfig, PrefixConfig, PlasticConfig, RankConfig):
     """What :class:`megaforge.config.model_config.ModelConfig` has of adapters."""
 
     peft: str | None = flag(

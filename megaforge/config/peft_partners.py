@@ -24,6 +24,17 @@ FINE_TUNING = (
         lambda c: c.model.peft == "qlora",
         "no matrix is kept in 4 bits: add --peft qlora",
     ),
+    Partner(("model.lora_rank_steps",), lambda c: c.model.has_adapters, "there are no adapters: add --peft lora"),
+    Partner(
+        ("model.lora_rank_steps",),
+        lambda c: c.checkpoint.pretrained_checkpoint,
+        "there is no base whose gradients would choose: add --pretrained-checkpoint DIR",
+    ),
+    Partner(
+        ("model.lora_rank_energy",),
+        lambda c: c.model.lora_rank_steps,
+        "ranks are given: add --lora-rank-steps N",
+    ),
     Partner(
         ("model.peft_from",),
         lambda c: c.checkpoint.pretrained_checkpoint,

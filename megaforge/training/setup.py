@@ -75,6 +75,7 @@ from megaforge.training.plateau_boost import PlateauBoost
 from megaforge.training.profiling import Profile
 from megaforge.training.qk_clip import QKClip
 from megaforge.training.quantization import Quantization
+from megaforge.training.rank_choice import with_chosen_ranks
 from megaforge.training.receipt import Receipt
 from megaforge.training.run_events import RunEvents, of_checkpoint, open_events
 from megaforge.training.save_lock import HeldLock
@@ -151,6 +152,7 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext, advice: Advice | None 
     Raises:
         UserError: on every rank: bad data, no place to save, or a checkpoint that cannot be continued.
     """
+    run = with_chosen_ranks(run, ctx, build_trainer)
     config, tokenizer = run.config, run.tokenizer
     data = SkippedSamples(together(ctx, lambda: _open_data(config, tokenizer)))
     progress = Progress(data, run.layout.batches)

@@ -20,7 +20,15 @@ def _config(**model) -> Config:
 
 INITIAL = (
     *("init_", "rwkv_init", "bound_tied_embedding", "hidden_dropout", "attention_dropout"),
-    *("mtp_loss_scaling_factor", "mod_loss_coeff", "lora_dropout", "lora_bias", "peft_from"),
+    *(
+        "mtp_loss_scaling_factor",
+        "mod_loss_coeff",
+        "lora_dropout",
+        "lora_bias",
+        "peft_from",
+        "lora_rank_steps",
+        "lora_rank_energy",
+    ),
 )
 
 

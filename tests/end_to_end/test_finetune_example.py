@@ -29,6 +29,7 @@ def test_every_method_has_an_arm_that_is_understood(base: str, tmp_path: Path) -
         for name, own in arms.ARMS.items():
             line = [*arms.line_of(flags, tmp_path), *own]
             config = parse_config(line[1:], defaults=DEFAULTS).config
+            assert (config.model.quantize_weights == "ternary") == ("ternary" in own), name
             assert config.model.peft == (name if name in PEFT_METHODS else None), name
 
 
