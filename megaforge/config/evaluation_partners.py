@@ -1,20 +1,11 @@
-"""What ``--evaluate-at-end`` needs beside it."""
+"""What the flags of ``--evaluate-at-end`` need beside them. What it needs itself, a directory and a tokenizer, is said
+and not refused (:func:`megaforge.tasks.at_end.why_not`), as presets ask for it."""
 
 from __future__ import annotations
 
 from megaforge.config.run_partners import Partner
 
 EVALUATION = (
-    Partner(
-        ("evaluation.evaluate_at_end",),
-        lambda c: c.checkpoint.save,
-        "the model is asked as it was saved: add --save DIR",
-    ),
-    Partner(
-        ("evaluation.evaluate_at_end",),
-        lambda c: c.data.tokenizer_model or c.data.vocab_file,
-        "tasks are texts: add --tokenizer-model FILE",
-    ),
     Partner(
         ("evaluation.evaluate_at_end_lengths", "evaluation.evaluate_at_end_examples"),
         lambda c: c.evaluation.evaluate_at_end,

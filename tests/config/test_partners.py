@@ -50,8 +50,6 @@ REFUSED = [
     (("--distill-relation-weight", "2"), (*TAUGHT, "--recompute", "full"), "--recompute selective"),
     (("--contrastive-temperature", "2"), (), "add --contrastive-weight 0.1"),
     (("--contrastive-weight", "2"), ("--micro-batch-size", "1"), "use --micro-batch-size 2 or more"),
-    (("--evaluate-at-end", "passkey"), ("--tokenizer-model", "t"), "add --save DIR"),
-    (("--evaluate-at-end", "passkey"), ("--save", "d"), "add --tokenizer-model FILE"),
     (("--evaluate-at-end-lengths", "64"), (), "add --evaluate-at-end passkey"),
     (("--evaluate-at-end-examples", "9"), (), "add --evaluate-at-end passkey"),
     (("--lora-rank", "4"), (), "add --peft lora"),
