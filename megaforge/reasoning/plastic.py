@@ -31,7 +31,6 @@ from megaforge.parallel.context import Axis, ParallelContext
 from megaforge.parallel.layers import ColumnParallelLinear, GroupedLinear, Linear, RowParallelLinear
 from megaforge.parallel.linear_op import LinearOp
 from megaforge.parallel.mappings import copy_to_tensor_parallel, reduce_from_tensor_parallel
-from megaforge.parallel.param_spec import spec_of
 from megaforge.parallel.region import TensorParallelRegion
 from megaforge.peft.adapter import AdaptedOp, Adapter, Factors, inner_features
 from megaforge.peft.freeze import freeze
@@ -208,7 +207,7 @@ def _can_be(target: Target) -> bool:
     """Experts see tokens out of their order, and a shared one gives partial sums."""
     layer = target.layer
     partial_sums = isinstance(layer, RowParallelLinear) and layer.region is None
-    return not isinstance(layer, GroupedLinear) and spec_of(layer.weight).kind != "moe" and not partial_sums
+    return not isinstance(layer, GroupedLinear) and not partial_sums
 
 
 def _remember(sublayer: nn.Module, within: Sequence[PlasticAdapter], size: int) -> None:

@@ -43,11 +43,15 @@ class ModularArithmetic:
             value = drawn.randrange(self.modulus)
             shown = [str(value)]
             for _ in range(terms):
-                sign, number = drawn.choice("+-*"), drawn.randrange(self.modulus)
+                operator, number = drawn.choice("+-*"), drawn.randrange(self.modulus)
                 # A product with 0 would end what must be remembered.
-                number = number or 1 if sign == "*" else number
-                value = {"+": value + number, "-": value - number, "*": value * number}[sign] % self.modulus
-                shown.append(f"{sign} {number}")
+                if operator in "+-":
+                    value += number if operator == "+" else -number
+                else:
+                    number = number or 1
+                    value *= number
+                value %= self.modulus
+                shown.append(f"{operator} {number}")
             prompt = f"From left to right, modulo {self.modulus}: {' '.join(shown)} ="
             return Example(prompt, (str(value),))
 

@@ -109,7 +109,7 @@ REFUSED = {
     "--activation gelu": (("--activation", "gelu"), "*-"),
     "--quant-granularity channel": ((*TERNARY, "--quant-granularity", "channel"), "*-"),
     "--quantize-activations none": ((*TERNARY, "--quantize-activations", "none"), "*-"),
-    "no multiple of 4": ((*TERNARY, "--ffn-hidden-size", "46"), "*-"),
+    "not a multiple of 4": ((*TERNARY, "--ffn-hidden-size", "46"), "*-"),
 }
 
 

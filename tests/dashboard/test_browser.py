@@ -147,7 +147,7 @@ def _keyboard_themes_and_narrow_screens(page: Any) -> None:
 
 
 def _one_model_is_stopped(page: Any, runs: Path) -> None:
-    page.get_by_role("button", name=FIRST, exact=True).click()
+    page.locator(f'button[title="{FIRST}"]').click()
     page.get_by_role("button", name="Stop this model").click()
     until(lambda: status_of(page, FIRST) == "stopped")
     newest = page.locator('[data-table="checkpoints"] tbody tr').first

@@ -24,6 +24,13 @@ from megaforge.planning.report import plan_text
 from megaforge.planning.stages import model_parts
 from tests.optim.small_model import SPECS, SmallModel, global_gradients, set_gradients
 
+
+@pytest.fixture(autouse=True)
+def without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested here is our own; bitsandbytes may be installed for others."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+
+
 RATES = (1e-2, 2e-2, 5e-3)
 ELEMENTS = sum(spec.numel for spec in SPECS)
 
