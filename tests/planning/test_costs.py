@@ -67,7 +67,13 @@ def test_the_meta_device_shows_what_a_gpu_would_keep(case: str) -> None:
     config = parse_config(CASES[case]).config
     layout = layout_of(config, 1)
     model = HybridModel(
-        make_layer_context(config.model, ParallelContext.single("meta"), dtype=layout.dtype, recompute=layout.recompute)
+        make_layer_context(
+            config.model,
+            ParallelContext.single("meta"),
+            dtype=layout.dtype,
+            recompute=layout.recompute,
+            sequence_checkpoint=layout.sequence_checkpoint,
+        )
     )
     parts = model_parts(config.model, layout.dtype)
     whole = StagePart(range(len(parts.blocks)), True, True)
