@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megaforge import control_groups
 from megaforge.errors import UserError
 from megaforge.registry import DEVICES
 
@@ -277,24 +278,16 @@ def mark_profiled_range(*, begins: bool) -> None:
     (torch.cuda.profiler.start if begins else torch.cuda.profiler.stop)()
 
 
-_CGROUP = Path("/sys/fs/cgroup")
-
-
-def host_memory_bytes(root: Path = _CGROUP, groups: Path = Path("/proc/self/cgroup")) -> int:
+def host_memory_bytes(root: Path = control_groups.ROOT, groups: Path = control_groups.GROUPS) -> int:
     """Bytes of host memory that this process and those beside it may fill: what the machine has, or the smallest limit
-    of the control groups (version 2 or 1) that it is in.
-
-    Args:
-        root: where control groups are mounted.
-        groups: the process's groups, a line ``number:controllers:/path`` each.
-    """
+    of the control groups that it is in (:func:`megaforge.control_groups.memory_limits`, which says what is given)."""
     sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    sizes += [limit for _, limit, _ in _limits(root, groups)]
+    sizes += [limit for limit, _ in control_groups.memory_limits(root, groups)]
     return min(size for size in sizes if size > 0)
 
 
 def host_memory_share(
-    root: Path = _CGROUP, groups: Path = Path("/proc/self/cgroup"), machine: Path = Path("/proc/meminfo")
+    root: Path = control_groups.ROOT, groups: Path = control_groups.GROUPS, machine: Path = Path("/proc/meminfo")
 ) -> float:
     """How full host memory is now: the machine's, or that of the fullest control group that limits this process. What
     the kernel gives back when it is asked for, such as files that were read, does not count."""
@@ -303,31 +296,8 @@ def host_memory_share(
         lines = (line.split(":") for line in machine.read_text().splitlines())
         sizes = {name: int(size.split()[0]) for name, size in lines}
         shares.append(1 - sizes["MemAvailable"] / sizes["MemTotal"])
-    for place, limit, version_1 in _limits(root, groups):
-        with suppress(OSError, ValueError, IndexError):
-            used = int((place / ("memory.usage_in_bytes" if version_1 else "memory.current")).read_text())
-            freed = [line for line in (place / "memory.stat").read_text().splitlines() if "inactive_file " in line]
-            shares.append((used - int(freed[-1].split()[1])) / limit)  # version 1: the last is the whole tree's
-    return max(shares)
-
-
-def _limits(root: Path, groups: Path) -> Iterator[tuple[Path, int, bool]]:
-    """The control groups above this process that limit its memory: where each is, bytes, and whether it is of
-    version 1."""
-    lines = groups.read_text().splitlines() if groups.exists() else []
-    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
-        version_1 = "memory" in controllers.split(",")
-        if controllers and not version_1:
-            continue
-        base, name = (root / "memory", "memory.limit_in_bytes") if version_1 else (root, "memory.max")
-        own = base / path.strip("/")
-        for place in (own, *own.parents):  # a container may see its own group as the root
-            with suppress(OSError, ValueError):
-                limit = int((place / name).read_text())  # "max" is not a number
-                if limit > 0:
-                    yield place, limit, version_1
-            if place == base:
-                break
+    limits = control_groups.memory_limits(root, groups)
+    return max([*shares, *(used / limit for limit, used in limits if used is not None)])
 
 
 def peak_memory_bytes(device: torch.device) -> int:
