@@ -230,16 +230,14 @@ class _Before:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, info, *rest = args
-        state = rest[1] if len(rest) > 1 else None
-        if isinstance(state, PlasticState):
-            segments, memory = segments_of(info, self.size, state.fast[0].open), iter(state.fast)
-            rest[1] = state.inner
-        else:
-            key = ("segments of fast weights", self.size)
-            if key not in info.cache:
-                info.cache[key] = segments_of(info, self.size)
-            segments, memory = info.cache[key], iter(())
+        state = rest[1] if len(rest) > 1 and isinstance(rest[1], PlasticState) else None
+        key = ("segments of fast weights", self.size)
+        if key not in info.cache:  # all layers of a call are at the same places of the same documents
+            info.cache[key] = segments_of(info, self.size, None if state is None else state.fast[0].open)
+        memory = iter(() if state is None else state.fast)
         for adapter in self.within:
-            adapter.segments = segments
-            adapter.memory = [next(memory) for _ in adapter.factors] if isinstance(state, PlasticState) else None
+            adapter.segments = info.cache[key]
+            adapter.memory = None if state is None else [next(memory) for _ in adapter.factors]
+        if state is not None:
+            rest[1] = state.inner
         return (x, info, *rest)
