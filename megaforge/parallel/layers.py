@@ -55,6 +55,12 @@ class Linear(nn.Module):
         return f"{sizes}, local={local}, op={type(self.op).__name__}"
 
 
+def is_whole(model: nn.Module) -> bool:
+    """Whether ``model`` has all layers, so that what a converter does not find there is nowhere; a pipeline stage may
+    have none of a kind."""
+    return bool(getattr(model, "is_first", True) and getattr(model, "is_last", True))
+
+
 def linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
     """Every layer of the linear family in ``model``, with its path: ``layers.3.mixer.key``."""
     for path, module in model.named_modules():

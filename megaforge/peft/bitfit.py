@@ -6,6 +6,7 @@ from torch import nn
 
 from megaforge.errors import UserError
 from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.layers import is_whole
 from megaforge.parallel.param_spec import spec_of
 from megaforge.peft.freeze import freeze, thaw
 
@@ -24,5 +25,5 @@ def bitfit(model: nn.Module, ctx: ParallelContext) -> None:
         if (name.endswith("bias") or name in ("w0", "a0", "v0")) and spec_of(parameter).role == "vector":
             thaw(parameter)
             found += 1
-    if not found and getattr(model, "is_first", True) and getattr(model, "is_last", True):
+    if not found and is_whole(model):
         raise UserError("--peft bitfit: this model has no biases (--add-bias-linear and --add-qkv-bias make some)")

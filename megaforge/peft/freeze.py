@@ -15,6 +15,12 @@ def freeze(parameter: nn.Parameter) -> None:
     parameter.spec = replace(spec_of(parameter), frozen=True)  # type: ignore[attr-defined]
 
 
+def freeze_all(model: nn.Module) -> None:
+    """Every parameter of ``model``."""
+    for parameter in model.parameters():
+        freeze(parameter)
+
+
 def thaw(parameter: nn.Parameter) -> None:
     """The opposite."""
     parameter.requires_grad_(True)

@@ -16,7 +16,7 @@ from megaforge.errors import UserError
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layers import Linear
 from megaforge.peft.adapter import AdaptedOp, Adapter, Factors
-from megaforge.peft.freeze import freeze, thaw
+from megaforge.peft.freeze import freeze_all, thaw
 from megaforge.peft.targets import Target, chosen
 
 _SITES = 1 << 20  # of dropout: beyond those of blocks
@@ -32,8 +32,7 @@ def lora(model: nn.Module, ctx: ParallelContext) -> None:
     cfg = cast(ModelConfig, model.cfg)
     targets = chosen(model, "--peft-targets", cfg.peft_targets)
     chosen(model, "--lora-rank-pattern", tuple(cfg.lora_ranks))
-    for parameter in model.parameters():
-        freeze(parameter)
+    freeze_all(model)
     for _, group in groupby(targets, key=lambda target: target.path):
         adapt(list(group), cfg, ctx)
     for module in model.modules():

@@ -19,9 +19,10 @@ from megaforge.kernels.attention import causal_attention, step_attention, taken_
 from megaforge.nn.attention import KVCache, SelfAttention
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init_rules import InitRule, Normal
+from megaforge.parallel.layers import is_whole
 from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.parallel.param_spec import ParamSpec, make_parameter
-from megaforge.peft.freeze import freeze
+from megaforge.peft.freeze import freeze_all
 
 
 class Prefix(nn.Module):
@@ -149,10 +150,9 @@ def p_tuning_v2(model: nn.Module, ctx: ParallelContext) -> None:
 
 def _convert(model: nn.Module, ctx: ParallelContext, kind: type[Prefix]) -> None:
     cfg = cast(ModelConfig, model.cfg)
-    for parameter in model.parameters():
-        freeze(parameter)
+    freeze_all(model)
     layers = [module for module in model.modules() if isinstance(module, SelfAttention)]
-    if not layers and getattr(model, "is_first", True) and getattr(model, "is_last", True):
+    if not layers and is_whole(model):
         raise UserError(f"--peft {cfg.peft}: this model has no attention layer, which would see it; use --peft lora")
     for attention in layers:
         attention.prefix = kind(attention, cfg, ctx)

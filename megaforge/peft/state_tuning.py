@@ -11,8 +11,9 @@ from megaforge.kernels.wkv7.backend import WKV7
 from megaforge.nn.rwkv7 import RWKV7TimeMix
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init_rules import Constant
+from megaforge.parallel.layers import is_whole
 from megaforge.parallel.param_spec import ParamSpec, make_parameter, spec_of
-from megaforge.peft.freeze import freeze
+from megaforge.peft.freeze import freeze_all
 
 
 class InitialState(nn.Module):
@@ -106,10 +107,9 @@ def state_tuning(model: nn.Module, ctx: ParallelContext) -> None:
     Raises:
         UserError: a whole model has no RWKV-7 layer.
     """
-    for parameter in model.parameters():
-        freeze(parameter)
+    freeze_all(model)
     mixers = [module for module in model.modules() if isinstance(module, RWKV7TimeMix)]
-    if not mixers and getattr(model, "is_first", True) and getattr(model, "is_last", True):
+    if not mixers and is_whole(model):
         raise UserError("--peft state: this model has no RWKV-7 layer, whose state it trains; use --peft lora")
     for mixer in mixers:
         initial = InitialState(mixer, ctx)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from megaforge.errors import UserError
-from megaforge.parallel.layers import Linear, linears
+from megaforge.parallel.layers import Linear, is_whole, linears
 from megaforge.parallel.param_spec import ParamSpec, spec_of
 
 # Matrices that others keep apart: the last name of the layer's path, and what its parts are called.
@@ -100,7 +100,7 @@ def chosen(model: nn.Module, flag: str, patterns: Sequence[str]) -> list[Target]
         UserError: a pattern names nothing of a whole model.
     """
     able = targets_of(model)
-    if getattr(model, "is_first", True) and getattr(model, "is_last", True):
+    if is_whole(model):
         for pattern in patterns:
             if not any(target.matches(pattern) for target in able):
                 raise UserError(f"{flag} {pattern}: {_there_are(able)}")

@@ -13,7 +13,7 @@ from torch import nn
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.layers import Linear, linears
+from megaforge.parallel.layers import Linear, is_whole, linears
 from megaforge.parallel.param_spec import ParamSpec, spec_of
 from megaforge.quant.linear import QuantizedLinear
 from megaforge.quant.quantizers import ActivationScheme, WeightScheme
@@ -70,7 +70,7 @@ def bitnet(model: nn.Module, ctx: ParallelContext) -> None:
     if weights is None and activations is None:
         raise UserError("--converters bitnet: it quantizes nothing: add --quantize-weights ternary")
     layers = chosen_layers(model, cfg.bitnet_layers)
-    if cfg.bitnet_layers != ("all",) and bool(getattr(model, "is_first", True) and getattr(model, "is_last", True)):
+    if cfg.bitnet_layers != ("all",) and is_whole(model):
         _check_patterns(model, cfg.bitnet_layers)
     scales = None if weights is None else ModelScales(weights, ctx)
     for path, layer in layers:

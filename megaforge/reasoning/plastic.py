@@ -28,12 +28,12 @@ from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
 from megaforge.kernels.grouped_mm import Runs
 from megaforge.parallel.context import Axis, ParallelContext
-from megaforge.parallel.layers import ColumnParallelLinear, GroupedLinear, Linear, RowParallelLinear
+from megaforge.parallel.layers import ColumnParallelLinear, GroupedLinear, Linear, RowParallelLinear, is_whole
 from megaforge.parallel.linear_op import LinearOp
 from megaforge.parallel.mappings import copy_to_tensor_parallel, reduce_from_tensor_parallel
 from megaforge.parallel.region import TensorParallelRegion
 from megaforge.peft.adapter import AdaptedOp, Adapter, Factors, inner_features
-from megaforge.peft.freeze import freeze
+from megaforge.peft.freeze import freeze_all
 from megaforge.peft.targets import Target, chosen
 from megaforge.reasoning.fast_weights import FastWeights, PlasticState
 from megaforge.reasoning.rules import Step
@@ -159,13 +159,12 @@ def plastic_lora(model: nn.Module, ctx: ParallelContext) -> None:
     """
     cfg = cast(ModelConfig, model.cfg)
     targets = [target for target in chosen(model, "--peft-targets", cfg.peft_targets) if _can_be(target)]
-    if not targets and getattr(model, "is_first", True) and getattr(model, "is_last", True):
+    if not targets and is_whole(model):
         raise UserError(
             f"--peft-targets {' '.join(cfg.peft_targets)}: plastic adapters stand beside dense matrices, not experts'; "
             "name some of attention, rwkv, mamba or ffn"
         )
-    for parameter in model.parameters():
-        freeze(parameter)
+    freeze_all(model)
     how = Plasticity(
         *(PLASTIC_RULES.get(cfg.plastic_rule), cfg.plastic_alpha, cfg.plastic_rate),
         *(cfg.plastic_decay, cfg.plastic_clamp),
