@@ -306,15 +306,15 @@ class HybridModel(nn.Module):
                 predictions = self.mtp(made, [labels, *(one for one, _ in more[:-1])], more, info)
                 terms = terms_of(predictions, self.cfg)
                 losses_made = [*losses_made, *(layer for one in predictions for layer in one.routed)]
-        for layer in losses_made:
-            add_terms(terms, layer.terms(self.cfg))
-        routed = [layer for layer in losses_made if isinstance(layer, RouterLosses)]
+        told = [(layer, layer.terms(self.cfg)) for layer in losses_made]
+        for _, own in told:
+            add_terms(terms, own)
+        routed = [(layer, own) for layer, own in told if isinstance(layer, RouterLosses)]
         # Layers of predictions that were not made have routed nothing.
         experts = tokens.new_zeros((3, self.moe_rows.stop - self.moe_rows.start, self.most_experts))
-        for place, layer in enumerate(routed):
+        for place, (layer, _) in enumerate(routed):
             experts[:, place] = layer.counts(self.most_experts)
-        own = zip(self.experts.names[self.moe_rows], routed, strict=False)
-        layer_terms = {name: layer.terms(self.cfg) for name, layer in own}
+        layer_terms = {name: own for name, (_, own) in zip(self.experts.names[self.moe_rows], routed, strict=False)}
         scored_labels = labels if self.is_last else None
         return ModelOutput(scored, terms, experts, layer_terms, head_input, total, scored_labels, info), sent
 
