@@ -6,6 +6,7 @@ import ast
 import random
 import re
 from collections.abc import Iterator
+from functools import cache
 
 from tests.mutations.table import ROOT, Mutation
 from tests.test_limits import COVERED
@@ -13,10 +14,13 @@ from tests.test_limits import COVERED
 
 def sampled(count: int, seed: int) -> Iterator[tuple[int, Mutation]]:
     """``count`` checks, the same ones for a seed, each with the line that it begins at."""
-    found = [
-        one for path in sorted((ROOT / "megaforge").rglob("*.py")) for one in _checks(path.read_text("utf-8"), path)
-    ]
-    yield from random.Random(seed).sample(found, min(count, len(found)))
+    yield from random.Random(seed).sample(_all_checks(), min(count, len(_all_checks())))
+
+
+@cache
+def _all_checks() -> tuple[tuple[int, Mutation], ...]:
+    files = sorted((ROOT / "megaforge").rglob("*.py"))
+    return tuple(one for path in files for one in _checks(path.read_text("utf-8"), path))
 
 
 def _checks(source: str, path: object) -> Iterator[tuple[int, Mutation]]:
@@ -41,5 +45,11 @@ def named_test(file: str) -> str | None:
         return f"tests/{covered}"
     dotted = ".".join(("megaforge", *file.removesuffix(".py").split("/"))).removesuffix(".__init__")
     importing = re.compile(rf"^ *from {re.escape(dotted)} import ", re.MULTILINE)
+    return next((file for file, text in _tests() if importing.search(text)), None)
+
+
+@cache
+def _tests() -> tuple[tuple[str, str], ...]:
+    """Every file of tests and what it says."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
-    return next((str(one.relative_to(ROOT)) for one in files if importing.search(one.read_text("utf-8"))), None)
+    return tuple((str(one.relative_to(ROOT)), one.read_text("utf-8")) for one in files)

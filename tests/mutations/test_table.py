@@ -12,8 +12,9 @@ from tests.mutations.table import MUTATIONS, ROOT, Mutation, sites
 
 
 def test_every_wait_and_rename_has_a_row() -> None:
-    code = {file: " ".join(row.code for row in MUTATIONS if row.file == file) for file, _ in sites()}
-    rows = {file: Counter(call for other, call in sites() if other == file) for file in code}
+    found = list(sites())
+    code = {file: " ".join(row.code for row in MUTATIONS if row.file == file) for file, _ in found}
+    rows = {file: Counter(call for other, call in found if other == file) for file in code}
     lacking = [
         (file, call)
         for file, calls in rows.items()
