@@ -283,16 +283,16 @@ ARCHITECTURES = Registry(  # by their model_type in Hugging Face's config.json
         "rwkv7": "megaforge.checkpoint.architectures.rwkv7:RWKV7_HF",
     },
 )
-PEFT_METHODS = Registry(  # converters too
+PEFT_METHODS = Registry(  # megaforge.config.peft_method.PeftMethod
     "method of --peft",
     {
-        "lora": "megaforge.peft.lora:lora",
-        "qlora": "megaforge.peft.qlora:qlora",
-        "bitfit": "megaforge.peft.bitfit:bitfit",
-        "prefix": "megaforge.peft.prefix:prefix_tuning",
-        "p_tuning_v2": "megaforge.peft.prefix:p_tuning_v2",
-        "state": "megaforge.peft.state_tuning:state_tuning",
-        "plastic": "megaforge.reasoning.plastic:plastic_lora",
+        "lora": "megaforge.peft.methods:LORA",
+        "qlora": "megaforge.peft.methods:QLORA",
+        "bitfit": "megaforge.peft.methods:BITFIT",
+        "prefix": "megaforge.peft.methods:PREFIX",
+        "p_tuning_v2": "megaforge.peft.methods:P_TUNING_V2",
+        "state": "megaforge.peft.methods:STATE",
+        "plastic": "megaforge.peft.methods:PLASTIC",
     },
 )
 TASKS = Registry(  # what makes examples (megaforge.tasks.example.Task)

@@ -68,6 +68,8 @@ COVERED = {
     "peft/": "peft/test_lora.py",
     "config/chat_config.py": "data/test_chat.py",
     "config/peft_config.py": "peft/test_lora.py",
+    "config/peft_method.py": "config/test_partners.py",
+    "config/prefix_config.py": "peft/test_prefix.py",
     "config/prometheus_config.py": "monitor/test_prometheus.py",
     "planning/report.py": "planning/test_plan_command.py",
     "config/qat_config.py": "training/test_quantization.py",

@@ -199,7 +199,7 @@ def export_peft(source: TensorSource, directory: str | Path) -> int:
 
 def _base_of(source: TensorSource, base: BaseModel, cfg: ModelConfig) -> str | None:
     """The fingerprint of the weights that adapters stand beside; codes were made of those of another checkpoint."""
-    if cfg.peft != "qlora":
+    if not cfg.replaces_weights:
         return fingerprint(source, base.specs)
     trained_from = source.meta["config"].get("checkpoint", {}).get("pretrained_checkpoint")
     try:

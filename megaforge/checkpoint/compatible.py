@@ -12,6 +12,7 @@ from megaforge.config.model_config import ModelConfig
 from megaforge.config.peft_config import PeftConfig
 from megaforge.config.quant_config import QuantConfig
 from megaforge.errors import UserError
+from megaforge.registry import PEFT_METHODS
 
 # They shape the weights at step 0 only, and a checkpoint brings its own; or how those are trained.
 _INITIAL_ONLY = {
@@ -100,6 +101,9 @@ def _model_differences(saved: dict[str, Any], current: ModelConfig, finetune: bo
             differences.append(f"--{name.replace('_', '-')} {before} in the checkpoint, {now} here")
     if finetune and saved.get("peft") and current.peft is None:
         differences.append(f"--peft {saved['peft']} in the checkpoint, none here; merge it first (docs/finetuning.md)")
-    elif finetune and saved.get("peft") == "qlora" != current.peft:
-        differences.append(f"--peft qlora in the checkpoint, {current.peft} here; merge it first (docs/finetuning.md)")
+    elif (
+        finetune and saved.get("peft") not in (None, current.peft) and PEFT_METHODS.get(saved["peft"]).replaces_weights
+    ):
+        said = f"--peft {saved['peft']} in the checkpoint, {current.peft} here"
+        differences.append(f"{said}; merge it first (docs/finetuning.md)")
     return sorted(differences)

@@ -40,5 +40,5 @@ class WideSource(TensorSource):
 
 
 def widened(source: TensorSource, cfg: ModelConfig) -> TensorSource:
-    """``source``, with weights where it is of ``--peft qlora``."""
-    return WideSource(source, cfg) if cfg.peft == "qlora" else source
+    """``source``, with weights where a method of ``--peft`` has codes in their place."""
+    return WideSource(source, cfg) if cfg.replaces_weights else source

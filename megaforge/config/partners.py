@@ -20,7 +20,7 @@ from megaforge.config.length_config import LENGTHS
 from megaforge.config.lr_shapes import RateShape
 from megaforge.config.micro_batch_config import AUTO
 from megaforge.config.pattern import ahead_of, kinds_of
-from megaforge.config.peft_partners import FINE_TUNING
+from megaforge.config.peft_partners import FINE_TUNING, method_partners
 from megaforge.config.position_kind import PositionKind
 from megaforge.config.quant_partners import QUANTIZATION, of_model
 from megaforge.config.regularization_partners import REGULARIZATION
@@ -476,7 +476,8 @@ def check_partners(config: Config, origins: Mapping[str, str]) -> list[str]:
     """
     notes: list[str] = []
     refused: list[str] = []
-    for partner in (*PARTNERS, *_schedule_partners(config), *_kind_partners(), *_position_partners()):
+    by_parts = (*_schedule_partners(config), *_kind_partners(), *_position_partners(), *method_partners(config))
+    for partner in (*PARTNERS, *by_parts):
         for key in partner.keys:
             setting = settings()[key]
             value = getattr(getattr(config, setting.section), setting.name)

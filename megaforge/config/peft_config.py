@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megaforge.config.fields import flag
+from megaforge.config.peft_method import PeftMethod
 from megaforge.config.plastic_config import PlasticConfig
 from megaforge.config.prefix_config import PrefixConfig
 from megaforge.config.qlora_config import QLoraConfig
 from megaforge.config.rank_config import RankConfig
 from megaforge.errors import UserError
 from megaforge.registry import PEFT_METHODS
-
-LOW_RANK = ("lora", "qlora")  # methods that put adapters beside matrices
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,22 @@ class PeftConfig(QLoraConfig, PrefixConfig, PlasticConfig, RankConfig):
     @property
     def has_adapters(self) -> bool:
         """Whether adapters stand beside its matrices."""
-        return self.peft in LOW_RANK
+        method = self.peft_method
+        return method is not None and method.low_rank
+
+    @property
+    def replaces_weights(self) -> bool:
+        """Whether ``--peft`` takes weights out of the model, which then need no memory to be built in."""
+        method = self.peft_method
+        return method is not None and method.replaces_weights
+
+    @property
+    def peft_method(self) -> PeftMethod | None:
+        """What ``--peft`` stands for."""
+        if self.peft is None:
+            return None
+        method: PeftMethod = PEFT_METHODS.get(self.peft)
+        return method
 
     @property
     def lora_ranks(self) -> Mapping[str, int]:

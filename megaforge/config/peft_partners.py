@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Collection, Iterator
+from functools import partial
 
+from megaforge.config.config import Config
 from megaforge.config.fields import either
-from megaforge.config.plastic_config import PlasticConfig
-from megaforge.config.prefix_config import PREFIXED
-from megaforge.config.qlora_config import QLoraConfig
+from megaforge.config.peft_method import PeftMethod
 from megaforge.config.run_partners import Partner
-
-_LORA = ("peft_from", "lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "lora_rank_pattern", "lora_bias")
-_PLASTIC = tuple(f"model.{one.name}" for one in fields(PlasticConfig))
+from megaforge.registry import PEFT_METHODS
 
 FINE_TUNING = (
-    Partner(
-        tuple(f"model.{name}" for name in _LORA),
-        lambda c: c.model.has_adapters,
-        "there are no adapters: add --peft lora",
-    ),
-    Partner(
-        tuple(f"model.{field.name}" for field in fields(QLoraConfig)),
-        lambda c: c.model.peft == "qlora",
-        "no matrix is kept in 4 bits: add --peft qlora",
-    ),
-    Partner(("model.lora_rank_steps",), lambda c: c.model.has_adapters, "there are no adapters: add --peft lora"),
     Partner(
         ("model.lora_rank_steps",),
         lambda c: c.checkpoint.pretrained_checkpoint,
@@ -41,44 +28,27 @@ FINE_TUNING = (
         "adapters stand beside a base: add --pretrained-checkpoint DIR",
     ),
     Partner(
-        ("model.prefix_length",),
-        lambda c: c.model.peft in PREFIXED,
-        f"there is no prefix: add --peft {either(PREFIXED)}",
-    ),
-    Partner(
-        ("model.prefix_hidden_size",),
-        lambda c: c.model.peft == "prefix",
-        "nothing makes a prefix: add --peft prefix",
-    ),
-    Partner(
-        ("model.peft",),
-        lambda c: c.model.peft not in PREFIXED or c.parallel.context_parallel_size == 1,
-        "every document has the prefix in front of it, on one rank: use --cp 1",
-    ),
-    Partner(
-        ("model.peft",),
-        lambda c: c.model.peft not in PREFIXED or not c.model.attention_dropout,
-        "attention to a prefix is not dropped: use --attention-dropout 0",
-    ),
-    Partner(
-        ("model.peft",),
-        lambda c: c.model.peft != "state" or c.parallel.context_parallel_size == 1,
-        "every document begins with the trained state, on one rank: use --cp 1",
-    ),
-    Partner(
-        ("model.peft_targets",),
-        lambda c: c.model.has_adapters or c.model.peft == "plastic",
-        "there are no adapters: add --peft lora or --peft plastic",
-    ),
-    Partner(_PLASTIC, lambda c: c.model.peft == "plastic", "there are no fast weights: add --peft plastic"),
-    Partner(
-        ("model.peft",),
-        lambda c: c.model.peft != "plastic" or not c.training.compile,
-        "fast weights change between the pieces that would be compiled: leave --compile out",
-    ),
-    Partner(
         ("chat.chat_template", "chat.train_on_prompts"),
         lambda c: any(path.startswith("chat://") for path in c.data.data_path),
         "there are no conversations: give --data-path chat://FILE.jsonl",
     ),
 )
+
+
+def method_partners(config: Config) -> Iterator[Partner]:
+    """Flags that some methods of ``--peft`` read, for another one, and what the chosen one needs."""
+    readers: dict[str, list[str]] = {}
+    for name in PEFT_METHODS.names():
+        method: PeftMethod = PEFT_METHODS.get(name)
+        for setting in method.settings:
+            readers.setdefault(setting, []).append(name)
+    for setting, names in readers.items():
+        text = f"a method of --peft reads it that is not chosen: add --peft {either(names)}"
+        yield Partner((f"model.{setting}",), partial(_is_of, names), text)
+    chosen = config.model.peft_method
+    for needs, text in () if chosen is None else chosen.needs:
+        yield Partner(("model.peft",), needs, text)
+
+
+def _is_of(names: Collection[str], config: Config) -> bool:
+    return config.model.peft in names

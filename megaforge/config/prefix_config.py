@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from megaforge.config.fields import flag
 
-PREFIXED = ("prefix", "p_tuning_v2")  # methods of --peft that have such
-
 
 @dataclass(frozen=True)
 class PrefixConfig:

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from torch import nn
 
+from megaforge.config.peft_method import PeftMethod
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layers import linears as linears
 from megaforge.parallel.linear_op import WeightQuantizer
@@ -29,11 +30,6 @@ class Converter(Protocol):
         is built to be counted, beside the run's own: say nothing of it."""
 
 
-def replaces_weights(peft: str | None) -> bool:
-    """Whether a method of ``--peft`` takes weights out of the model, which then need no memory to be built in."""
-    return peft is not None and bool(getattr(PEFT_METHODS.get(peft), "replaces_weights", False))
-
-
 def convert(model: nn.Module, names: tuple[str, ...], ctx: ParallelContext, peft: str | None = None) -> None:
     """Applies the converters called ``names``, in this order; matrices that they have quantized are declared so. Last
     comes that of ``peft``, which decides what is trained."""
@@ -45,5 +41,5 @@ def convert(model: nn.Module, names: tuple[str, ...], ctx: ParallelContext, peft
             layer.weight.spec = replace(spec_of(layer.weight), quantized=True)  # type: ignore[attr-defined]
             layer.weight.quantizer = WeightQuantizer(layer.op, layer.transposed)  # type: ignore[attr-defined]
     if peft is not None:
-        converter = PEFT_METHODS.get(peft)
-        converter(model, ctx)
+        method: PeftMethod = PEFT_METHODS.get(peft)
+        method.found()(model, ctx)

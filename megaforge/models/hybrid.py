@@ -13,7 +13,7 @@ from megaforge.config.expert_layers import ExpertLayers
 from megaforge.config.pattern import ahead_of, blocks_of, expert_layers, kinds_of
 from megaforge.errors import UserError
 from megaforge.models.ahead import Ends, make_multi_token, terms_of
-from megaforge.models.converters import convert, replaces_weights
+from megaforge.models.converters import convert
 from megaforge.models.generation_state import GenerationState
 from megaforge.nn.block import Block, make_block
 from megaforge.nn.head import OutputHead, ends_init
@@ -135,7 +135,7 @@ class HybridModel(nn.Module):
         """
         super().__init__()
         cfg = self.cfg = layer.cfg
-        lends = replaces_weights(cfg.peft) and not layer.without_memory
+        lends = cfg.replaces_weights and not layer.without_memory
         layer = replace(layer, without_memory=layer.without_memory or lends)
         self.ctx, self.region, self.shards, self.dtype = layer.ctx, layer.region, layer.shard, layer.dtype
         kinds = blocks_of(cfg)

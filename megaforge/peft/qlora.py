@@ -226,9 +226,6 @@ def qlora(model: nn.Module, ctx: ParallelContext) -> None:
         keep_in_four_bits(layer, FourBitMatrix(coding, ctx, layer.weight.device))
 
 
-qlora.replaces_weights = True  # type: ignore[attr-defined]
-
-
 def keep_in_four_bits(layer: Linear, matrix: FourBitMatrix) -> None:
     """``layer`` has codes in place of its weight, of which its shape and declaration stay."""
     weight = layer.weight

@@ -8,9 +8,12 @@ import pytest
 
 from megaforge.config.cli import parse_config
 from megaforge.config.partners import PARTNERS
+from megaforge.config.peft_method import PeftMethod
+from megaforge.config.peft_partners import method_partners
 from megaforge.config.quant_partners import of_model
 from megaforge.config.schema import settings
 from megaforge.errors import UserError
+from megaforge.registry import PEFT_METHODS
 
 EVALUATED = ("--eval-iters", "1", "--eval-interval", "2")
 IN_EPOCHS = ("--eval-iters", "1", "--eval-interval-epochs", "0.1")
@@ -270,6 +273,31 @@ def test_every_rule_has_a_line_above() -> None:
     tried = {re.sub("--no-(decoupled|exit)", r"--\1", flag[0]) for flag, _, _ in REFUSED + SAID}
     for partner in PARTNERS:
         assert tried & {settings()[key].flag for key in partner.keys}, partner.text
+
+
+def test_every_method_of_peft_has_a_line_above() -> None:
+    tried = {flag[0] for flag, _, _ in REFUSED}
+    by_readers: dict[str, set[str]] = {}  # flags that the same methods read are refused by the same words
+    for name in PEFT_METHODS.names():
+        for partner in method_partners(parse_config(["--peft", name]).config):
+            assert all(key in settings() for key in partner.keys)
+            by_readers.setdefault(partner.text, set()).update(settings()[key].flag for key in partner.keys)
+    assert [text for text, flags in by_readers.items() if not tried & flags] == []
+
+
+def test_a_method_of_peft_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = ((lambda c: c.training.bf16, "it rounds: add --bf16"),)
+    method = PeftMethod(print, ("lora_rank",), low_rank=True, needs=needs)
+    monkeypatch.setitem(PEFT_METHODS._parts, "own", method)
+    assert method.found() is print
+    with pytest.raises(UserError, match=r"--lora-rank 4: .* add --peft lora, qlora or own$"):
+        parse_config(["--lora-rank", "4"])
+    with pytest.raises(UserError, match=r"^--peft own: it rounds: add --bf16$"):
+        parse_config(["--peft", "own", "--lora-rank", "4"])
+    model = parse_config(["--peft", "own", "--lora-rank", "4", "--bf16"]).config.model
+    assert model.has_adapters and not model.replaces_weights
+    with pytest.raises(UserError, match="--lora-alpha 4"):
+        parse_config(["--peft", "own", "--lora-alpha", "4", "--bf16"])
 
 
 def test_keys_are_those_of_settings() -> None:

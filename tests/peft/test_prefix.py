@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaforge.config.prefix_config import PREFIXED
 from megaforge.errors import UserError
 from megaforge.nn.attention import KVCache, SelfAttention
 from megaforge.parallel.context import ParallelContext
@@ -19,6 +18,7 @@ from tests.parallel.test_pipeline_model import compare
 from tests.peft.test_lora import MODEL, SIZES, small_model, train
 from tests.training.tiny import VOCAB, arguments, write_dataset
 
+PREFIXED = ("prefix", "p_tuning_v2")
 RUN = ("--train-iters", "2", "--fp64", "--lr", "1e-2", "--micro-batch-size", "1", "--global-batch-size", "4")
 SIZE = ("--prefix-length", "3", "--num-query-groups", "2")
 LAYOUTS = (("--tp", "2", "--sp", "--recompute", "selective"), ("--pp", "2"), ("--ep", "2", "--zero", "2"))
