@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaforge.errors import UserError
-from megaforge.kernels.ssd import ssd
+from megaforge.kernels.ssd import SSD, ssd_chunked
 from megaforge.nn.recompute import recomputed
 from megaforge.nn.spans import in_spans
 from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState
@@ -90,6 +90,7 @@ class Mamba2Core(nn.Module):
         self.heads, self.groups, self.head_dim, self.state_dim = heads // tp, groups // tp, cfg.mamba_head_dim, state
         self.inner, self.shared = inner // tp, shared // tp
         self.epsilon, self.recompute_core, self.span = cfg.norm_epsilon, layer.recompute == "selective", layer.span
+        self.ssd: SSD = ssd_chunked
         convolved, near = (inner, shared, shared), Uniform(cfg.init_std_scale / math.sqrt(TAPS))
         self._declare(layer, "conv_weight", (sum(convolved), TAPS), near, parts=convolved, weight_decay=True)
         self._declare(layer, "conv_bias", (sum(convolved),), near, parts=convolved)
@@ -144,9 +145,9 @@ class Mamba2Core(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """:meth:`mix`, and the final state; ``tail`` [b, 3, channels/tp] and ``memory`` are of the tokens before."""
         before = taken.new_zeros(TAPS - 1, *taken.shape[1:]) if tail is None else tail.transpose(0, 1)
-        x, stepped, log_a, b, c = self._inputs(self._convolved(taken, before[None], marks), step)
-        y, final = ssd(stepped, log_a, b, c, memory, None if marks is None else marks[..., 0])
-        return self._gated_norm(y + x * self.skip[:, None], z), final
+        inputs = self._inputs(self._convolved(taken, before[None], marks), step)
+        y, final = self.ssd(*inputs, None if marks is None else marks[..., 0]).output(memory)
+        return self._gated_norm(y, z), final
 
     def _span(self, tokens: tuple[Any, ...], state: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         out, final = self._mix(*tokens, *state)
@@ -164,19 +165,18 @@ class Mamba2Core(nn.Module):
                 f"--seq-length / (2 x cp) is {len(pieces[0])}; use a longer sequence or a smaller --cp"
             )
         before = shards.before(torch.stack([piece[1 - TAPS :] for piece in pieces]))
-        x, stepped, log_a, b, c = self._inputs(self._convolved(taken, before, marks), step)
-        y = context_parallel_ssd(stepped, log_a, b, c, None if marks is None else marks[..., 0], shards)
-        return self._gated_norm(y + x * self.skip[:, None], z)
+        inputs = self._inputs(self._convolved(taken, before, marks), step)
+        y = context_parallel_ssd(*inputs, None if marks is None else marks[..., 0], shards, self.ssd)
+        return self._gated_norm(y, z)
 
-    def _inputs(self, convolved: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """x [s, b, H/tp, P] and the first four arguments of :func:`megaforge.kernels.ssd.ssd`."""
+    def _inputs(self, convolved: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The first six arguments of :func:`megaforge.kernels.ssd.ssd`."""
         length, batch = step.shape[:2]
         x, b, c = convolved.split((self.inner, self.shared, self.shared), dim=-1)
         x = x.view(length, batch, self.heads, self.head_dim)
         b, c = (each.view(length, batch, self.groups, self.state_dim) for each in (b, c))
         step = F.softplus(step.to(self.dt_bias.dtype) + self.dt_bias)
-        log_a = -self.a_log.exp() * step
-        return x, x * step[..., None], log_a, b, c
+        return x, step, -self.a_log.exp(), b, c, self.skip
 
     def _convolved(self, taken: Tensor, before: Tensor, marks: Tensor | None) -> Tensor:
         """silu of the causal convolution of [s, b, channels/tp] within each document, in fp32 (fp64); ``before``

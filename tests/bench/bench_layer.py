@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -24,10 +25,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megaforge.config.model_config import ModelConfig
-from megaforge.kernels.ssd import ssd
+from megaforge.kernels.ssd import ssd_chunked
 from megaforge.kernels.wkv7 import wkv7, wkv7_chunked
 from megaforge.models.hybrid import HybridModel
-from megaforge.nn import mamba2
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.layer_context import make_layer_context
@@ -64,9 +64,9 @@ class _PassX(torch.autograd.Function):
         return dy, *(torch.zeros(shape, dtype=dtype) for shape, dtype in ctx.shapes)
 
 
-def without_ssd(*inputs: torch.Tensor | None, **options: object) -> tuple[torch.Tensor, None]:
+def without_ssd(*inputs: torch.Tensor | None) -> SimpleNamespace:
     """In place of Mamba-2's recurrence."""
-    return _PassX.apply(*inputs[:4]), None
+    return SimpleNamespace(output=lambda state: (_PassX.apply(*inputs[:6]), None))
 
 
 def without(*inputs: torch.Tensor | None, **options: object) -> tuple[torch.Tensor, None]:
@@ -96,7 +96,7 @@ class Layer:
         v_first = torch.randn(length, batch, WIDTH, requires_grad=True)
         self.carried = {"v_first": v_first} if letter == "R" else {}
         # Where the layer finds its recurrence.
-        self.place = (self.block.mixer, "wkv7") if letter == "R" else (mamba2, "ssd")
+        self.place = (self.block.mixer, "wkv7" if letter == "R" else "ssd")
         self.dy = torch.randn(length, batch, WIDTH)
         self.tokens = length * batch
 
@@ -119,8 +119,8 @@ class Layer:
 # By letter: the layer's name, what stands in for its recurrence, and implementations with their goals.
 LAYERS = {
     "R": ("RWKV-7", without, {"native": (wkv7, 0.88), "chunked": (wkv7_chunked, "-")}),
-    "M": ("Mamba-2", without_ssd, {"torch": (ssd, "-")}),
-    "O": ("Routing Mamba", without_ssd, {"torch": (ssd, "-")}),
+    "M": ("Mamba-2", without_ssd, {"torch": (ssd_chunked, "-")}),
+    "O": ("Routing Mamba", without_ssd, {"torch": (ssd_chunked, "-")}),
 }
 
 

@@ -13,11 +13,11 @@ BATCH, HEADS, GROUPS, WIDTH, SIZE = 2, 4, 2, 3, 5
 
 
 def arguments(length: int, strength: float = 1.0, seed: int = 0) -> list[Tensor]:
-    """x, log_a, b, c, initial state."""
-    shapes = [(length, BATCH, HEADS, WIDTH), (length, BATCH, HEADS)]
-    shapes += [(length, BATCH, GROUPS, SIZE)] * 2 + [(BATCH, HEADS, WIDTH, SIZE)]
-    x, log_a, b, c, state = (random(*shape, seed=seed + number) for number, shape in enumerate(shapes))
-    return [x, -log_a.abs() * strength, b, c, state]
+    """x, steps, a, b, c, skip, initial state."""
+    shapes = [(length, BATCH, HEADS, WIDTH), (length, BATCH, HEADS), (HEADS,)]
+    shapes += [(length, BATCH, GROUPS, SIZE)] * 2 + [(HEADS,), (BATCH, HEADS, WIDTH, SIZE)]
+    x, step, a, b, c, skip, state = (random(*shape, seed=seed + number) for number, shape in enumerate(shapes))
+    return [x, step.abs(), -a.abs() * strength, b, c, skip, state]
 
 
 def compare(given: list[Tensor], starts: Tensor | None, tolerance: float = 1e-12) -> None:
@@ -27,7 +27,8 @@ def compare(given: list[Tensor], starts: Tensor | None, tolerance: float = 1e-12
         y, final = function(*inputs, starts)
         loss = (y * random(*y.shape, seed=50)).sum() + (final * random(*final.shape, seed=51)).sum()
         results.append([y, final, *torch.autograd.grad(loss, inputs)])
-    for name, ours, theirs in zip(("y", "final", "dx", "dlog_a", "db", "dc", "dstate"), *results, strict=True):
+    names = ("y", "final", "dx", "dstep", "da", "db", "dc", "dskip", "dstate")
+    for name, ours, theirs in zip(names, *results, strict=True):
         assert ours.shape == theirs.shape and ours.isfinite().all(), name
         assert float((ours - theirs).detach().norm()) <= tolerance * max(1.0, float(theirs.detach().norm())), name
 

@@ -11,34 +11,9 @@ from torch import Tensor
 CHUNK = 64  # tokens; a chunk's matrix of pairs is then no larger than its inputs with heads of 64 channels
 
 
-def ssd(
-    x: Tensor,
-    log_a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    initial_state: Tensor | None = None,
-    document_start: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The recurrence over whole sequences, differentiable in every floating-point argument.
-
-    Args:
-        x: [s, b, H, P], any floating-point dtype. Mamba-2 calls it with its input times the step size.
-        log_a: [s, b, H], logarithm of the decay, at most 0.
-        b, c: [s, b, G, N]; each of the G groups serves H / G neighbouring heads.
-        initial_state: [b, H, P, N], zero when None.
-        document_start: bool [s, b]; the state is zero before a token where it is true.
-
-    Returns:
-        y [s, b, H, P] in the dtype of ``x`` and the final state [b, H, P, N], in fp32 (fp64 for fp64 inputs).
-    """
-    chunks = chunks_of(x, log_a, b, c, document_start)
-    states, final = chunks.states(initial_state)
-    return chunks.output(states), final
-
-
 @dataclass(frozen=True)
 class Chunks:
-    """What all chunks are before the state that each begins with is known.
+    """What all chunks are before the state that each begins with is known; a :class:`.piece.Piece`.
 
     Attributes:
         keep: [n, b, H], what each chunk leaves of the state it begins with.
@@ -46,7 +21,8 @@ class Chunks:
         inner: [n, b, G, H/G, t, P], outputs but for that state.
         read: [n, b, G, H/G, t], how much of that state each token sees.
         c: [n, b, G, t, N].
-        length, dtype: of the sequences, and of what comes out.
+        skipped: [s, b, H, P], what passes the state by.
+        dtype: of what comes out.
     """
 
     keep: Tensor
@@ -54,10 +30,21 @@ class Chunks:
     inner: Tensor
     read: Tensor
     c: Tensor
-    length: int
+    skipped: Tensor
     dtype: torch.dtype
 
-    def states(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+    def summary(self) -> tuple[Tensor, Tensor]:
+        return self.keep.prod(0), self._states(None)[1]
+
+    def output(self, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+        states, final = self._states(initial_state)
+        groups, each = self.inner.shape[2:4]
+        seen = self.c @ states.unflatten(2, (groups, each)).flatten(3, 4).transpose(-1, -2)  # [n, b, G, t, H/G * P]
+        y = self.inner + seen.unflatten(-1, (each, -1)).transpose(3, 4) * self.read[..., None]
+        y = y.permute(0, 4, 1, 2, 3, 5).flatten(3, 4).flatten(0, 1)[: len(self.skipped)]
+        return (y + self.skipped).to(self.dtype), final
+
+    def _states(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
         """The states [n, b, H, P, N] before each chunk, and the one [b, H, P, N] behind the last."""
         state = torch.zeros_like(self.added[0]) if initial is None else initial.to(self.added.dtype)
         before = []
@@ -66,20 +53,18 @@ class Chunks:
             state = keep * state + added
         return torch.stack(before), state
 
-    def output(self, states: Tensor) -> Tensor:
-        """y [s, b, H, P] from the states before each chunk."""
-        groups, each = self.inner.shape[2:4]
-        seen = self.c @ states.unflatten(2, (groups, each)).flatten(3, 4).transpose(-1, -2)  # [n, b, G, t, H/G * P]
-        y = self.inner + seen.unflatten(-1, (each, -1)).transpose(3, 4) * self.read[..., None]
-        return y.permute(0, 4, 1, 2, 3, 5).flatten(3, 4).flatten(0, 1)[: self.length].to(self.dtype)
 
-
-def chunks_of(x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, document_start: Tensor | None) -> Chunks:
-    """Arguments as :func:`ssd`. The last chunk is filled up with tokens that leave the state alone."""
+def ssd_chunked(
+    x: Tensor, step: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor, document_start: Tensor | None
+) -> Chunks:
+    """Arguments as :func:`megaforge.kernels.ssd.ssd`. The last chunk is filled up with tokens that leave the state
+    alone."""
     length, heads = x.shape[0], x.shape[2]
     groups = b.shape[2]
     size = min(CHUNK, length)
     out_dtype, dtype = x.dtype, torch.float64 if x.dtype == torch.float64 else torch.float32
+    x, step = x.to(dtype), step.to(dtype)
+    skipped, log_a, x = x * skip.to(dtype)[:, None], a.to(dtype) * step, x * step[..., None]
 
     def cut(whole: Tensor, kept: torch.dtype = dtype) -> Tensor:
         """[s, b, ...] -> [n, b, ..., t]."""
@@ -107,4 +92,4 @@ def chunks_of(x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, document_start: Te
     inner = pairs @ x.transpose(-1, -2)
     added = (x * to_end[..., None, :]).flatten(3, 4) @ b.transpose(-1, -2)  # [n, b, G, H/G * P, N]
     added = added.unflatten(3, (heads // groups, -1)).flatten(2, 3)
-    return Chunks(keep.flatten(2, 3), added, inner, read, c, length, out_dtype)
+    return Chunks(keep.flatten(2, 3), added, inner, read, c, skipped, out_dtype)

@@ -10,35 +10,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megaforge.kernels.ssd import chunks_of, ssd
+from megaforge.kernels.ssd import SSD, ssd_chunked
 from megaforge.parallel.context_parallel.shard import ContextParallelShard
 
 
 def context_parallel_ssd(
-    x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, document_start: Tensor | None, shards: ContextParallelShard
+    x: Tensor,
+    step: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    skip: Tensor,
+    document_start: Tensor | None,
+    shards: ContextParallelShard,
+    function: SSD = ssd_chunked,
 ) -> Tensor:
     """The recurrence from the beginning of the sequences.
 
     Args:
-        x, log_a, b, c: [s / cp, b, ...] as :func:`megaforge.kernels.ssd.ssd`, the tokens of this rank.
+        x, step, b, c: [s / cp, b, ...] as :func:`megaforge.kernels.ssd.ssd`, the tokens of this rank; a, skip: too.
         document_start: bool [s / cp, b]; None: no document starts after the sequence does.
         shards: which chunks they are.
+        function: the implementation of the recurrence on each.
 
     Returns:
         y [s / cp, b, H, P] in the dtype of ``x``.
     """
     if shards.axis.size == 1:
-        return ssd(x, log_a, b, c, None, document_start)[0]
+        return function(x, step, a, b, c, skip, document_start).output(None)[0]
     count = len(shards.chunks)
     starts = [None] * count if document_start is None else document_start.chunk(count)
-    pieces = zip(*(each.chunk(count) for each in (x, log_a, b, c)), starts, strict=True)
-    parts = [chunks_of(*piece) for piece in pieces]
+    cut = zip(*(each.chunk(count) for each in (x, step, b, c)), starts, strict=True)
+    pieces = [function(x, step, a, b, c, skip, start) for x, step, b, c, start in cut]
     # One tensor, one exchange: Q [b, H, P * N] and k in its last column.
-    own = [torch.cat([part.states(None)[1].flatten(-2), part.keep.prod(0)[..., None]], -1) for part in parts]
-    every = shards.gather(torch.stack(own))
-    states = [torch.zeros_like(parts[0].added[0])]
+    summaries = [piece.summary() for piece in pieces]
+    every = shards.gather(torch.stack([torch.cat([q.flatten(-2), k[..., None]], -1) for k, q in summaries]))
+    states = [torch.zeros_like(summaries[0][1])]
     for summary in every[:-1]:
         added, keep = summary[..., :-1].view_as(states[0]), summary[..., -1][..., None, None]
         states.append(keep * states[-1] + added)
-    outs = [part.output(part.states(states[number])[0]) for number, part in zip(shards.chunks, parts, strict=True)]
-    return torch.cat(outs)
+    return torch.cat([piece.output(states[at])[0] for at, piece in zip(shards.chunks, pieces, strict=True)])
