@@ -19,6 +19,7 @@ COVERED = {
     "compliance/page.py": "compliance/test_report.py",
     "config/activation_config.py": "nn/test_compressed.py",
     "config/compliance_config.py": "training/test_phase6_output.py",
+    "config/backend_config.py": "kernels/test_wkv7_backend.py",
     "config/attention_config.py": "nn/test_attention.py",
     "config/augmentation_config.py": "data/augment/test_fim.py",
     "config/blocks.py": "config/test_megatron_flags.py",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megaforge.config.activation_config import ActivationConfig
+from megaforge.config.backend_config import BackendConfig
 from megaforge.config.batch_schedule import parse_steps
 from megaforge.config.expert_logging_config import ExpertLoggingConfig
 from megaforge.config.fields import flag
-from megaforge.config.micro_batch_config import MicroBatchConfig
 from megaforge.config.reading_config import ReadingConfig
 from megaforge.errors import UserError
 from megaforge.registry import CALLBACKS, DEVICES, LOSS_TERMS, OBJECTIVES, SCHEDULES
@@ -213,7 +213,7 @@ class DataConfig(ReadingConfig):
 
 
 @dataclass(frozen=True)
-class TrainingConfig(MicroBatchConfig):
+class TrainingConfig(BackendConfig):
     """The loop: how long, how large a batch, in which precision, on what."""
 
     global_batch_size: int | None = flag(
@@ -256,13 +256,6 @@ class TrainingConfig(MicroBatchConfig):
     deterministic: bool = flag(True, "torch's deterministic algorithms")
     compile: bool = flag(
         False, "torch.compile what blocks do between their products and kernels; the first steps take longer"
-    )
-    wkv_backend: str = flag(
-        "auto",
-        "RWKV-7's recurrence: native is compiled code, torch plain torch, fla the Triton kernels of fla-core (GPUs; "
-        "extra 'gpu'); auto is native where there is some for the device, else torch; native16, on GPUs, keeps a state "
-        "of every 16 tokens, not of 64, and computes none again",
-        choices=("auto", "native", "native16", "fla", "torch"),
     )
     eval_interval: int = flag(0, "iterations between evaluations; 0: only at the end when --eval-iters is set", least=0)
     eval_iters: int = flag(0, "global batches of one evaluation; 0: no evaluation", least=0)
@@ -313,9 +306,7 @@ class TrainingConfig(MicroBatchConfig):
             self._check_steps()
         if self.bf16 + self.fp16 + self.fp64 > 1:
             raise UserError("--bf16, --fp16 and --fp64 exclude each other; choose one")
-        if self.wkv_backend in ("fla", "native16") and (self.device == "cpu" or self.fp64):
-            given = f"--wkv-backend {self.wkv_backend} with {'--device cpu' if self.device == 'cpu' else '--fp64'}"
-            raise UserError(f"{given}: it computes on GPUs, not in fp64; use --wkv-backend auto")
+        self.check_backends(self.device, self.fp64)
 
     def _check_steps(self) -> None:
         given, full = f"--step-batch-size-schedule {' '.join(self.step_batch_size_schedule)}", self.full_batch_size

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaforge.errors import UserError
-from megaforge.kernels.ssd import SSD, ssd_chunked
+from megaforge.kernels.ssd.backend import ssd_backend
 from megaforge.nn.recompute import recomputed
 from megaforge.nn.spans import in_spans
 from megaforge.nn.sublayer import NOTHING, LayerOutput, LayerState
@@ -90,7 +90,7 @@ class Mamba2Core(nn.Module):
         self.heads, self.groups, self.head_dim, self.state_dim = heads // tp, groups // tp, cfg.mamba_head_dim, state
         self.inner, self.shared = inner // tp, shared // tp
         self.epsilon, self.recompute_core, self.span = cfg.norm_epsilon, layer.recompute == "selective", layer.span
-        self.ssd: SSD = ssd_chunked
+        self.ssd = ssd_backend(layer.backends.get("ssd", "auto"), layer.ctx.device, layer.dtype)
         convolved, near = (inner, shared, shared), Uniform(cfg.init_std_scale / math.sqrt(TAPS))
         self._declare(layer, "conv_weight", (sum(convolved), TAPS), near, parts=convolved, weight_decay=True)
         self._declare(layer, "conv_bias", (sum(convolved),), near, parts=convolved)

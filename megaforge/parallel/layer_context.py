@@ -69,13 +69,13 @@ def make_layer_context(
     cp_comm_type: str = "allgather",
     overlap_tp_comm: bool = True,
     recompute: str = "none",
-    wkv_backend: str = "auto",
+    backends: Mapping[str, str] | None = None,
     sequence_checkpoint: int | None = None,
 ) -> LayerContext:
     """The context of a model's layers from what the flags say."""
     region = TensorParallelRegion(ctx, sequence_parallel, overlap=overlap_tp_comm)
     shard = ContextParallelShard(ctx.cp, cp_comm_type)
-    return LayerContext(cfg, ctx, region, shard, dtype, recompute, sequence_checkpoint, {"wkv": wkv_backend})
+    return LayerContext(cfg, ctx, region, shard, dtype, recompute, sequence_checkpoint, backends or {})
 
 
 def compute_dtype(training: TrainingConfig) -> torch.dtype:

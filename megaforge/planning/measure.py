@@ -164,7 +164,7 @@ def _layer_context(cfg: ModelConfig, ctx: ParallelContext, sizes: Sizes) -> Laye
         dtype=sizes.dtype,
         cp_comm_type=sizes.cp_comm_type,
         overlap_tp_comm=not sizes.splits_backward,
-        wkv_backend=sizes.wkv_backend,
+        backends={"wkv": sizes.wkv_backend},
         sequence_checkpoint=sizes.sequence_checkpoint,
     )
 

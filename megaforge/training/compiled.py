@@ -23,6 +23,7 @@ OPAQUE = (
     "megaforge.parallel",
     *(f"megaforge.kernels.{room}" for room in ("attention", "bitgemm", "cross_entropy", "decode", "gemv")),
     *(f"megaforge.kernels.{room}" for room in ("grouped_mm", "moe_routing", "native", "rwkv7_fused", "wkv7")),
+    "megaforge.kernels.ssd.mamba_ssm",
     *(f"megaforge.kernels.pointwise.{module}" for module in ("functions", "native", "triton")),
 )
 _VARIANTS = 64  # of a function (kinds of blocks, shapes) that are compiled, instead of torch's 8

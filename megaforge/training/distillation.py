@@ -124,7 +124,7 @@ def build_teacher(config: Config, teacher: ModelConfig, ctx: ParallelContext) ->
         dtype=compute_dtype(config.training),
         cp_comm_type=config.parallel.cp_comm_type,
         overlap_tp_comm=config.parallel.overlap_tp_comm,
-        wkv_backend=config.training.wkv_backend,
+        backends=config.training.backends,
     )
     return HybridModel(layer)
 

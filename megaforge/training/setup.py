@@ -257,7 +257,7 @@ def build_model_chunks(config: Config, ctx: ParallelContext, plan: PipelinePlan)
         cp_comm_type=config.parallel.cp_comm_type,
         overlap_tp_comm=config.parallel.overlap_tp_comm,
         recompute=config.parallel.recompute,
-        wkv_backend=config.training.wkv_backend,
+        backends=config.training.backends,
         sequence_checkpoint=config.parallel.sequence_checkpoint,
     )
     return build_model(layer, plan)

@@ -105,7 +105,7 @@ def test_plain_torch_is_the_recurrence(s: int) -> None:
 @pytest.mark.parametrize("name", ["auto", "torch"])
 def test_the_layers_of_a_model_call_the_one_that_it_was_given(name: str) -> None:
     cfg = ModelConfig(hidden_size=32, rwkv_head_size=16, hybrid_layer_pattern="R-*-R-", vocab_size=64)
-    model = HybridModel(make_layer_context(cfg, ParallelContext.single("meta"), wkv_backend=name))
+    model = HybridModel(make_layer_context(cfg, ParallelContext.single("meta"), backends={"wkv": name}))
     mixers = [layer.mixer for layer in model.layers.values() if isinstance(layer.mixer, RWKV7TimeMix)]
     assert len(mixers) == 2
     for mixer in mixers:

@@ -18,7 +18,10 @@ class Mamba2(LayerKind):
     recurrent = True
     kernel = "wkv"
     in_megatron = True
-    settings = tuple(f"model.mamba_{name}" for name in ("state_dim", "head_dim", "num_groups", "num_heads"))
+    settings = (
+        *(f"model.mamba_{name}" for name in ("state_dim", "head_dim", "num_groups", "num_heads")),
+        "training.mamba_backend",
+    )
 
     def check(self, cfg: ModelConfig) -> None:
         if cfg.mamba_num_heads is None and 2 * cfg.hidden_size % cfg.mamba_head_dim:
