@@ -1,0 +1,75 @@
+"""How much better an episode, or a decision in it, went than expected: group-relative (GRPO) and by a value function
+(generalised advantage estimation). Pure functions of numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def group_advantages(rewards_NG: Tensor, *, scale: bool = True, eps: float = 1e-6) -> Tensor:
+    """Of each episode of groups that were asked the same: reward less the group's mean, over its standard deviation
+    (Shao et al., DeepSeekMath, arXiv 2402.03300, section 4.1; n - 1 below the root, as in verl's ``core_algos``).
+
+    Args:
+        rewards_NG: [groups, episodes of each]; one episode has nothing to be compared with, and gets 0.
+        scale: False leaves the deviation out (Dr. GRPO, Liu et al., arXiv 2503.20783).
+
+    Returns:
+        The shape and dtype of ``rewards_NG``.
+    """
+    centred = rewards_NG - rewards_NG.mean(1, keepdim=True)
+    if not scale or rewards_NG.shape[1] == 1:
+        return centred
+    return centred / (rewards_NG.std(1, keepdim=True) + eps)
+
+
+def varied(rewards_NG: Tensor) -> Tensor:
+    """Bool [groups], where episodes differ in reward; others teach nothing (DAPO, Yu et al., arXiv 2503.14476)."""
+    return rewards_NG.amax(1) > rewards_NG.amin(1)
+
+
+def discounted_advantages(
+    rewards_NT: Tensor,
+    values_NT: Tensor,
+    mask_NT: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    horizon: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Advantage of each decision and the return that its value should have foretold (Schulman et al., arXiv
+    1506.02438): A_t = sum over k of (gamma lambda)^k delta_{t+k}, delta_t = r_t + gamma V_{t+1} - V_t, and A + V.
+
+    Args:
+        rewards_NT: of each decision of each episode.
+        values_NT: what was foretold before it; nothing is to come behind an episode's last decision.
+        mask_NT: bool, which there are: the first ones of each row.
+        horizon: how many decisions ahead are looked at; None: all.
+
+    Returns:
+        Both [N, T], zero where there is no decision.
+    """
+    there = mask_NT.to(values_NT.dtype)
+    rewards, values = rewards_NT * there, values_NT * there
+    advantages = torch.zeros_like(values)
+    ahead = values.new_zeros(len(values))
+    deltas = rewards - values
+    deltas[:, :-1] += gamma * values[:, 1:]
+    for step in reversed(range(values.shape[1])):
+        ahead = deltas[:, step] * there[:, step] + gamma * lam * ahead
+        advantages[:, step] = ahead
+    if horizon is not None and horizon < values.shape[1]:
+        advantages[:, :-horizon] -= (gamma * lam) ** horizon * advantages[:, horizon:].clone()
+    advantages = advantages * there
+    return advantages, advantages + values
+
+
+def whitened(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+    """``x`` where ``mask`` is set, brought to mean 0 and variance 1 (n - 1 below it, as in verl); 0 elsewhere."""
+    there = mask.to(x.dtype)
+    count = there.sum()
+    centred = (x - (x * there).sum() / count.clamp(min=1)) * there
+    if count < 2:
+        return centred
+    return centred * torch.rsqrt((centred**2).sum() / (count - 1) + eps)
