@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ class Batch:
             each; with ``--eod-mask-loss`` none counts where a document begins in between.
         same_document: bool [b, s], of each of ``later`` whether that token is of the same document.
         of: samples of the whole global batch; None: every dp rank has as many as this one.
+        tokens_of: tokens of the whole global batch; None: those of its samples.
+        extras: what an objective adds for itself, [b, ...] each.
     """
 
     tokens: Tensor
@@ -44,6 +46,8 @@ class Batch:
     same_document: tuple[Tensor, ...] = ()
     samples: Tensor | None = None
     of: int | None = None
+    tokens_of: int | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class GlobalBatchLoader:

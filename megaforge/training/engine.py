@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -110,6 +111,15 @@ class Engine:
         for told in self._pipeline.run(batches, partial(_terms, sums), gradients=False):
             sums.add(*told)
 
+    def observe(self, batches: Sequence[Batch], look: Callable[[ModelOutput, Batch], Any]) -> list[Any]:
+        """What ``look`` says of each micro-batch, in order, where the last stage is; elsewhere nothing. There is no
+        gradient, and nothing is dropped. Collective over tp, cp, pp and ep."""
+
+        def last(output: ModelOutput, batch: Batch) -> tuple[None, Any]:
+            return None, None if output.scored is None else look(output, batch)
+
+        return [told for _, told in self._pipeline.run(batches, last, gradients=False)]
+
     def reduce_gradients(self) -> None:
         """Sums the gradients over replicas, and those of a matrix that two stages have."""
         self.reducer.finish_grad_sync()
@@ -193,7 +203,9 @@ class Engine:
             dist.all_reduce(counted, group=self.ctx.dp.group)
         known = batches[0].of
         sequences = float(sum(len(batch.tokens) for batch in batches) * self.ctx.dp.size if known is None else known)
-        counts: dict[str, Tensor | float] = {"sequences": sequences, "tokens": sequences * batches[0].tokens.shape[1]}
+        of = batches[0].tokens_of
+        tokens = sequences * batches[0].tokens.shape[1] if of is None else float(of)
+        counts: dict[str, Tensor | float] = {"sequences": sequences, "tokens": tokens}
         return counts | dict(zip(own, counted.clamp(min=1.0).unbind(), strict=True))
 
 

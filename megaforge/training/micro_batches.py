@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,6 +175,8 @@ def _pieces(batch: Batch, parts: int) -> list[Batch]:
     def cut(value: Any, part: slice) -> Any:
         if isinstance(value, tuple):
             return tuple(cut(one, part) for one in value)
+        if isinstance(value, Mapping):
+            return {name: cut(one, part) for name, one in value.items()}
         return value[part] if isinstance(value, torch.Tensor) else value
 
     names = [field.name for field in dataclasses.fields(batch)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from megaforge.data.loader import Batch
 
 if TYPE_CHECKING:
     from megaforge.training.objectives import Objective
+    from megaforge.training.trainer import Trainer
 
 
 def targets_ahead(batch: Batch, cfg: ModelConfig) -> list[tuple[Tensor, Tensor]]:
@@ -27,6 +29,11 @@ def targets_ahead(batch: Batch, cfg: ModelConfig) -> list[tuple[Tensor, Tensor]]
     return [(labels, mask * same if within else mask) for (labels, mask), same in pairs]
 
 
+def as_read(trainer: Trainer, batches: Sequence[Batch]) -> Sequence[Batch]:
+    """The experience of an objective that learns from what is read."""
+    return batches
+
+
 class PredictsAhead:
     """An objective of a model that predicts further tokens: it looks as far ahead, and counts their labels. Their loss
     terms are the model's own."""
@@ -36,6 +43,7 @@ class PredictsAhead:
         self.takes_loss_sum = getattr(objective, "takes_loss_sum", False)
         self.prepare = getattr(objective, "prepare", lambda *run: None)
         self.terms = objective.terms
+        self.experience = getattr(objective, "experience", as_read)
         self._objective, self._cfg = objective, cfg
 
     def counts(self, batch: Batch) -> dict[str, float]:

@@ -7,8 +7,8 @@ registers some in :data:`megaforge.registry.OBJECTIVES` or :data:`megaforge.regi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -21,7 +21,10 @@ from megaforge.models.hybrid import ModelOutput
 from megaforge.nn.losses import LossTerm
 from megaforge.parallel.context import ParallelContext
 from megaforge.registry import LOSS_TERMS, OBJECTIVES
-from megaforge.training.multi_token import PredictsAhead
+from megaforge.training.multi_token import PredictsAhead, as_read
+
+if TYPE_CHECKING:
+    from megaforge.training.trainer import Trainer
 
 
 class Objective(Protocol):
@@ -48,6 +51,11 @@ class Objective(Protocol):
             model: this rank's stages.
             tokenizer: its identity as checkpoints keep it.
         """
+
+    def experience(self, trainer: Trainer, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """What a step learns from, made of this rank's micro-batches as they were read: as many of them, all of one
+        shape. Called before each step; collective. By default they are what is learnt from."""
+        return batches
 
     def terms(self, output: ModelOutput, batch: Batch) -> dict[str, LossTerm]:
         """The loss terms of a micro-batch, under the same names each time; ``loss`` is the one that runs report first.
@@ -94,6 +102,7 @@ class WithTerms:
         self.counts, self.look_ahead = objective.counts, objective.look_ahead
         self.takes_loss_sum = getattr(objective, "takes_loss_sum", False)
         self.prepare = getattr(objective, "prepare", lambda *run: None)
+        self.experience = getattr(objective, "experience", as_read)
         self._objective, self._more = objective, more
 
     def terms(self, output: ModelOutput, batch: Batch) -> dict[str, LossTerm]:

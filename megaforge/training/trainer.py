@@ -42,6 +42,7 @@ from megaforge.training.engine import Engine
 from megaforge.training.lengths import Progress
 from megaforge.training.metrics import EvaluationMetrics, StepMetrics
 from megaforge.training.micro_batches import MicroBatches
+from megaforge.training.multi_token import as_read
 from megaforge.training.objectives import Predictions, make_objective
 from megaforge.training.recovery import Gradients, LeavingOut
 from megaforge.training.repeating import Repeating
@@ -230,7 +231,7 @@ class Trainer:
         """One optimizer step over this rank's micro-batches of a global batch."""
         self._emit("on_step_start")
         lr = self.schedule(self.iteration + 1) * math.prod(self.lr_factors.values())
-        sums, grad_norm, extra = found = self.gradients(batches)
+        sums, grad_norm, extra = found = self.gradients(getattr(self.objective, "experience", as_read)(self, batches))
         self.leaving_out.judge(self, found)
         updated = self.engine.update(lr, grad_norm, sums)
         if updated:

@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -288,3 +288,67 @@ def test_a_step_waits_for_the_device_once(prefix: str, experts: bool) -> None:
         writer.on_step_end(trainer, trainer._timed_step(iter([second])))
     # Experts' products on a CPU read how many rows each has; those of a GPU do not.
     assert [place for place in waits.places if not place.startswith("kernels/")] == ["training/batch_sums.py"]
+
+
+class Retold(NextToken):
+    """Learns from other sequences than those that were read: shorter ones, more of them, with weights of its own."""
+
+    def experience(self, trainer: Trainer, batches: Any) -> list[Batch]:
+        self.looked = trainer.engine.observe(batches, lambda output, batch: float(output.loss_sum.detach()))
+        return [self._retold(batch, len(batches), trainer.ctx.dp.size) for batch in batches]
+
+    def _retold(self, batch: Batch, count: int, ranks: int) -> Batch:
+        rows = {name: torch.cat(getattr(batch, name).split(12, 1)) for name in ("tokens", "labels", "document_start")}
+        mask = torch.zeros_like(rows["tokens"], dtype=torch.float32)
+        mask[:, 3] = 1
+        tokens = mask.numel() * count * ranks
+        return replace(batch, **rows, loss_mask=mask, tokens_of=tokens, extras={"weight": 2 * mask})
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return {"weights": float(batch.extras["weight"].sum())}
+
+    def terms(self, output: ModelOutput, batch: Batch) -> dict[str, LossTerm]:
+        assert output.info is not None
+        weight = output.info.local(batch.extras["weight"]).t()
+        summed = (output.losses_SB * weight).sum()
+        return {
+            "loss": LossTerm(summed, "weights"),
+            "tokens_seen": LossTerm(weight.new_tensor(weight.numel()), "tokens"),
+        }
+
+
+def retold(argv: list[str]) -> tuple[list[dict[str, Any]], int]:
+    trainer = trainer_of(argv)
+    trainer.objective = WithTerms(Retold(trainer.config), {})
+    recorder = record(trainer)
+    trainer.train()
+    return recorder.records, trainer.consumed_samples
+
+
+def test_an_objective_may_learn_from_other_sequences_than_were_read(ranks: RankPool, prefix: str) -> None:
+    argv = dense_arguments(prefix, "R-*-", "--fp64", "--train-iters", "2")
+    expected, consumed = retold(argv)
+    assert consumed == 16 and all(one["tokens_seen"] == 1 for one in expected)
+    for layout in (("--pp", "2"), ("--cp", "2")):
+        for found, samples in ranks.run(4, retold, [*argv, *layout]):
+            assert samples == 16
+            for ours, theirs in zip(found, expected, strict=True):
+                assert {n: ours[n] for n in ("loss", "grad_norm", "tokens_seen")} == pytest.approx(
+                    {n: theirs[n] for n in ("loss", "grad_norm", "tokens_seen")}, rel=1e-10
+                )
+
+
+def test_looking_tells_of_each_micro_batch_in_order(prefix: str) -> None:
+    trainer = make_trainer(dense_arguments(prefix, "R-*-", "--train-iters", "1"))
+    batches = next(global_batches(trainer))
+    told = trainer.engine.observe(
+        batches, lambda output, batch: (batch.samples.tolist(), output.losses_SB.requires_grad)
+    )
+    assert told == [(batch.samples.tolist(), False) for batch in batches]
+
+
+def test_what_an_objective_adds_is_cut_with_its_rows(prefix: str) -> None:
+    trainer = make_trainer(dense_arguments(prefix, "R-*-", "--train-iters", "1"))
+    batch = replace(next(global_batches(trainer))[0], extras={"rows": torch.tensor([[1.0], [2.0]])})
+    trainer.micro_batches.parts = 2
+    assert [piece.extras["rows"].tolist() for piece in trainer.micro_batches.cut([batch])] == [[[1.0]], [[2.0]]]
