@@ -2,6 +2,7 @@
 import { useEffect, useRef } from "react";
 import uPlot from "uplot";
 import type { Curve } from "./api";
+import { notAnyMore, soon } from "./frames";
 
 export interface Line {
   label: string;
@@ -45,6 +46,7 @@ function options({ lines, log, xLabel, dark, onZoom }: Options, width: number): 
     cursor: { drag: { x: true, y: false, setScale: false } },
     legend: { live: true },
     hooks: {
+      ready: [(plot) => plot.over.addEventListener("dblclick", () => onZoom(null))],
       setSelect: [
         (plot) => {
           if (plot.select.width < 4) return;
@@ -74,36 +76,56 @@ function joined(lines: Line[], log: boolean): uPlot.AlignedData {
   return tables.length === 0 ? [[]] : tables.length === 1 ? tables[0]! : uPlot.join(tables);
 }
 
+interface Drawn {
+  plot: uPlot;
+  shape: string;
+}
+
+/** uPlot is made anew when what its options say changes; new points alone are only handed over. */
+function shapeOf({ lines, log, xLabel, dark }: Options): string {
+  return JSON.stringify([log, xLabel, dark, lines.map((line) => [line.label, line.color, line.points])]);
+}
+
+function redrawn(old: Drawn | null, given: Options, element: HTMLElement, width: number): Drawn {
+  const shape = shapeOf(given);
+  const data = joined(given.lines, given.log);
+  if (old?.shape === shape) {
+    if (old.plot.width !== width) old.plot.setSize({ width, height: HEIGHT });
+    old.plot.setData(data);
+    return old;
+  }
+  old?.plot.destroy();
+  return { plot: new uPlot(options(given, width), data, element), shape };
+}
+
 export function Chart(given: Options) {
   const place = useRef<HTMLDivElement>(null);
-  const plot = useRef<uPlot | null>(null);
-  const zoom = useRef(given.onZoom);
-  zoom.current = given.onZoom;
+  const newestGiven = useRef(given);
+  newestGiven.current = given;
   const { title, lines, log, xLabel, dark } = given;
-  // uPlot is made anew when what its options say changes; new points alone are only handed over.
-  const shape = JSON.stringify([log, xLabel, dark, lines.map((line) => [line.label, line.color, line.points])]);
+  const redraw = useRef(() => {});
 
   useEffect(() => {
     const element = place.current!;
-    const made = new uPlot(
-      options({ ...given, onZoom: (range) => zoom.current(range) }, element.clientWidth),
-      joined(lines, log),
-      element,
-    );
-    plot.current = made;
-    const reset = () => zoom.current(null);
-    made.over.addEventListener("dblclick", reset);
-    const watch = new ResizeObserver(() => made.setSize({ width: element.clientWidth, height: HEIGHT }));
+    let drawn: Drawn | null = null;
+    let width = 0; // as the observer says it: to ask the element would lay out the page again for each chart
+    const onZoom = (range: [number, number] | null) => newestGiven.current.onZoom(range);
+    redraw.current = () => {
+      if (width > 0) soon(element, () => (drawn = redrawn(drawn, { ...newestGiven.current, onZoom }, element, width)));
+    };
+    const watch = new ResizeObserver(([entry]) => {
+      width = Math.floor(entry!.contentRect.width);
+      redraw.current();
+    });
     watch.observe(element);
     return () => {
       watch.disconnect();
-      made.destroy();
-      plot.current = null;
+      notAnyMore(element);
+      drawn?.plot.destroy();
     };
-    // eslint-disable-next-line react-hooks/exhaustive-deps
-  }, [shape]);
+  }, []);
 
-  useEffect(() => plot.current?.setData(joined(lines, log)), [lines, log, shape]);
+  useEffect(() => redraw.current(), [lines, log, xLabel, dark]);
 
   const newest = lines
     .filter((line) => !line.faint)

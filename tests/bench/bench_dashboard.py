@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import statistics
 import sys
@@ -117,6 +118,18 @@ def _smooth(page: Any) -> None:
         page.wait_for_timeout(1000)
 
 
+def _draw_ten(page: Any) -> None:
+    """Ten runs in all charts of all groups, and one theme after the other, which draws all of them anew."""
+    for number in range(9):
+        page.get_by_role("checkbox", name=f"draw run-{number:04d}").check()
+    for group in page.locator("details:not([open]) summary").all():
+        group.click()
+        page.wait_for_timeout(300)
+    for theme in ("Dark", "Light"):
+        page.get_by_role("button", name=theme).click()
+        page.wait_for_timeout(700)
+
+
 def browser_frames(board: Served) -> dict[str, dict[str, float]]:
     """Of each way to use the page."""
     with browser_page() as watched:
@@ -133,6 +146,7 @@ def browser_frames(board: Served) -> dict[str, dict[str, float]]:
             "scrolling the list": frames(watched, _scroll),
             "filtering the list": frames(watched, _filter),
             "smoothing the long curve": frames(watched, _smooth),
+            "drawing ten runs": frames(watched, _draw_ten),
         }
         assert watched.problems == [], watched.problems
         return found
@@ -148,7 +162,7 @@ def main() -> int:
         write_runs(directory, flags.runs, flags.steps)
         begun = time.perf_counter()
         with served(directory, seconds=1.0) as board:
-            found: dict[str, Any] = {"runs": flags.runs, "steps of the long run": flags.steps}
+            found: dict[str, Any] = {"runs": flags.runs, "steps of the long run": flags.steps, "load": os.getloadavg()}
             until(lambda: f'"iteration":{flags.steps},' in board.feed.message()[1], seconds=600.0, pause=0.2)
             found["seconds to read all"] = round(time.perf_counter() - begun, 1)
             changing = threading.Thread(target=keep_changing, args=(directory, ended, flags.runs))

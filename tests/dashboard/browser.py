@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 INSTALL = "bash run_scripts/browser.sh"
+_SHARED_MEMORY, _ROOM = "/dev/shm", 1 << 30
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -79,6 +80,19 @@ class Watched:
         return found
 
 
+def _options() -> dict[str, Any]:
+    """Containers have no user namespaces for its sandbox; the page is ours.
+
+    Playwright has it keep its pictures in files below the temporary directory, as some containers have little room in
+    /dev/shm; where that is a disk, letting go of one can hold up a frame for a second.
+    """
+    roomy = os.path.isdir(_SHARED_MEMORY) and shutil.disk_usage(_SHARED_MEMORY).free > _ROOM
+    return {
+        "args": ["--no-sandbox"],
+        "ignore_default_args": ["--disable-dev-shm-usage"] if roomy else None,
+    }
+
+
 @contextlib.contextmanager
 def browser_page(width: int = 1280, height: int = 900) -> Iterator[Watched]:
     """A page of a browser of its own."""
@@ -86,8 +100,7 @@ def browser_page(width: int = 1280, height: int = 900) -> Iterator[Watched]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        # Containers have no user namespaces for its sandbox; the page is ours.
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        browser = playwright.chromium.launch(executable_path=path, **_options())
         try:
             page = browser.new_context(viewport={"width": width, "height": height}).new_page()
             page.set_default_timeout(60_000)
