@@ -41,6 +41,7 @@ function Progress({ name, overall, of, note }: { name: string; overall: Overall;
       <History fleet={of} share={overall.share} />
       <div className="quiet">
         {overall.completed} of {overall.models} complete, {overall.running} running
+        {overall.stopped > 0 && `, ${overall.stopped} stopped`}
         {overall.failed > 0 && <strong className="bad">, {overall.failed} failed</strong>}
         {overall.running > 0 && overall.eta_seconds !== null && `, ${seconds(overall.eta_seconds)} left`}
         {note && <div>{note}</div>}

@@ -22,6 +22,7 @@ export interface RunRow {
 export interface Overall {
   models: number;
   completed: number;
+  stopped: number; // when they were asked to; they can go on
   failed: number;
   running: number;
   share: number | null;

@@ -16,7 +16,7 @@ FLEET_FILE = "fleet.jsonl"  # what a fleet's supervisor tells, in the form of ev
 DEPTH = 3  # directories below the folder in which runs are looked for
 _RESCAN_SECONDS = 2.0
 _BUDGET = 32 << 20  # bytes that one poll reads: a folder of large files is read in several
-_ENDED = (Status.FAILED, Status.STOPPED, Status.LOST, Status.SILENT)
+_FAILED = (Status.FAILED, Status.LOST, Status.SILENT)
 
 
 class Overall(NamedTuple):
@@ -25,7 +25,8 @@ class Overall(NamedTuple):
     Attributes:
         models: how many there are, waiting ones too.
         completed, running: how many of them are.
-        failed: how many ended before they were complete, or went without a word.
+        stopped: how many ended when they were asked to, before they were complete; they can go on.
+        failed: how many ended by an error, or went without a word.
         share: of all their steps' work, each run counting the same, from 0 to 1.
         eta_seconds: until the last of those that run or wait is complete; None: not known yet.
     """
@@ -33,6 +34,7 @@ class Overall(NamedTuple):
     models: int
     completed: int
     running: int
+    stopped: int
     failed: int
     share: float
     eta_seconds: float | None
@@ -199,7 +201,8 @@ def overall_of(runs: Sequence[Run | None]) -> Overall:
         len(runs),
         status.count(Status.COMPLETED),
         status.count(Status.RUNNING),
-        sum(one in _ENDED for one in status),
+        status.count(Status.STOPPED),
+        sum(one in _FAILED for one in status),
         sum(shares) / len(shares) if shares else 0.0,
         _eta(runs, status),
     )

@@ -70,7 +70,7 @@ def test_progress_together(tmp_path: Path) -> None:
     runs.poll()
     names = ["a", "b", "c"]
     # a: 50 steps of 0.2 s; b: 75 of 0.8 s; c: the mean of 20 and 80 s; two at a time
-    assert runs.overall(names) == Overall(3, 0, 2, 0, 0.25, pytest.approx((10 + 60 + 50) / 2))
+    assert runs.overall(names) == Overall(3, 0, 2, 0, 0, 0.25, pytest.approx((10 + 60 + 50) / 2))
     assert runs.overall(["a", "b"]).line() == "Training 2 models in parallel: Overall 37.5%"
     assert runs.overall(["a", "b"]).eta_seconds == pytest.approx(60)  # the longest
     history = [(10.0, 0.0), (10.0, 0.0), (20.0, 0.25), (30.0, 0.375)]
@@ -82,10 +82,22 @@ def test_progress_together(tmp_path: Path) -> None:
     overall = runs.overall()
     assert (overall.completed, overall.running, overall.failed, overall.eta_seconds) == (1, 0, 1, 0.0)
     assert overall.line() == "1 of 2 models complete: Overall 62.5%"
-    assert Runs(tmp_path / "none").overall() == Overall(0, 0, 0, 0, 0.0, 0.0)
+    assert Runs(tmp_path / "none").overall() == Overall(0, 0, 0, 0, 0, 0.0, 0.0)
     fresh = Runs(tmp_path)
     fresh.poll()
     assert fresh.overall() == overall and fresh.history() == runs.history()
+
+
+def test_what_was_asked_to_end_has_not_failed(tmp_path: Path) -> None:
+    ends = {"asked": {"complete": False}, "failed": {"complete": False, "error": "OSError: full"}}
+    for name, fields in ends.items():
+        told(tmp_path / name, (1.0, "start", 0, START), (2.0, "end", 50, {"reason": "why", **fields}))
+    told(tmp_path / "lost", (1.0, "start", 0, {**START, **GONE}))
+    told(tmp_path / "silent", (1.0, "start", 0, {**START, "host": "elsewhere"}))
+    runs = Runs(tmp_path)
+    runs.poll()
+    overall = runs.overall()
+    assert (overall.completed, overall.running, overall.stopped, overall.failed) == (0, 0, 1, 3)
 
 
 def test_a_fleet_names_models_that_have_not_begun(tmp_path: Path) -> None:
