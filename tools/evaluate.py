@@ -157,7 +157,7 @@ def print_table(rows: dict[str, EvaluationMetrics]) -> None:
 
 def main() -> int:
     flags = parse_arguments()
-    discover_launch()
+    _ = discover_launch()
     from megaforge.inference.evaluation import evaluate_stream
     from megaforge.parallel.distributed import shutdown
 

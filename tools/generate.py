@@ -285,7 +285,7 @@ class Writer:
 
 def main() -> int:
     flags = parse_arguments()
-    discover_launch()
+    _ = discover_launch()
     from megaforge.inference.prompts import Prompt, read_prompts
 
     if flags.prompt_file == "-" and discover_launch().world_size > 1:

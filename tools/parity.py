@@ -33,7 +33,7 @@ def main() -> int:
         return 0
     from megaforge.verification.parity_options import parse_options
 
-    parse_options(sys.argv[1:])  # a mistake is found before torch is imported
+    _ = parse_options(sys.argv[1:])  # a mistake is found before torch is imported
     from megaforge.verification import parity_command
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

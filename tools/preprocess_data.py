@@ -81,7 +81,7 @@ def main() -> int:
     settings.validate()
     from megaforge.data.preprocess.driver import preprocess
 
-    preprocess(settings)
+    _ = preprocess(settings)
     return 0
 
 

@@ -59,7 +59,7 @@ def parse_arguments(arguments: list[str] | None = None) -> TokenizerSettings:
 
 def main() -> int:
     """Runs the command; 0 when the tokenizer is written."""
-    train_tokenizer(parse_arguments())
+    _ = train_tokenizer(parse_arguments())
     return 0
 
 

@@ -208,7 +208,7 @@ class Example:
         n = self.budget.option
         first, second = option.lines(n)
         if option.distils:
-            self.train(TEACHER, n, ())
+            _ = self.train(TEACHER, n, ())
         return self._short(first, n), self._short(second, n, TEACHER if option.distils else None)
 
     def _short(self, more: tuple[str, ...], iterations: int, teacher: str | None = None) -> Trained:

@@ -104,9 +104,9 @@ def make_tokenizer(flags: argparse.Namespace) -> str:
     """A tokenizer of the raw text, which both arms share."""
     path = Path(flags.output) / "tok.json"
     if not path.exists():
-        make_corpus(flags, "text", ["length"], {"jsonl": True})
+        _ = make_corpus(flags, "text", ["length"], {"jsonl": True})
         files = sorted((path.parent / "text" / "jsonl").glob("*.zst"))
-        train_tokenizer(TokenizerSettings(tuple(map(str, files)), str(path), 400 if flags.small else 2048))
+        _ = train_tokenizer(TokenizerSettings(tuple(map(str, files)), str(path), 400 if flags.small else 2048))
     return str(path)
 
 

@@ -129,7 +129,7 @@ def same_text(output: Path, base: str) -> bool:
         ["--load", base, "--adapter", str(adapter), "--merge", "--save", str(merged)],
     ):
         if not Path(line[line.index("--save") + 1]).exists():
-            _run([*python, "tools/convert_checkpoint.py", *line])
+            _ = _run([*python, "tools/convert_checkpoint.py", *line])
     ask = ["--prompt", prompt, "--temperature", "0", "--max-new-tokens", "24", "--device", "cpu", "--json"]
     loads = (["--load", str(output / "lora")], ["--load", base, "--adapter", str(adapter)], ["--load", str(merged)])
     texts = [_run([*python, "tools/generate.py", *load, *ask]) for load in loads]

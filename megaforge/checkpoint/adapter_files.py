@@ -189,7 +189,7 @@ def export_peft(source: TensorSource, directory: str | Path) -> int:
 
     def write(folder: Path) -> int:
         slots = sorted((Slot(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()), key=file_order)
-        write_safetensors(folder / WEIGHTS_FILE, slots, (tensors[s.name] for s in slots), {"format": "pt"})
+        _ = write_safetensors(folder / WEIGHTS_FILE, slots, (tensors[s.name] for s in slots), {"format": "pt"})
         for file, content in ((CONFIG_FILE, said), (OWN_FILE, own)):
             (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return len(pairs)

@@ -203,7 +203,7 @@ def enforce_retention(newest: Path, ctx: ParallelContext, keep: Retention) -> li
     def remove() -> None:
         if problem is not None:
             if problem.damaged:
-                quarantine(newest)
+                _ = quarantine(newest)
             raise CheckpointError(
                 f"--save {newest.parent}: {newest.name} does not read back as written: {problem.text}; older ones are "
                 "kept"

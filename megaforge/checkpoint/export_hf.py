@@ -209,7 +209,7 @@ def write_tokenizer(model: QuantizedModel, folder: Path) -> list[str]:
         return []
     if not all(path.is_file() for path in paths):
         return []
-    copy_tokenizer(paths[0].parent, folder)
+    _ = copy_tokenizer(paths[0].parent, folder)
     standard = {".json": "tokenizer.json", ".model": "tokenizer.model"}
     names = ("vocab.json", "merges.txt") if len(paths) == 2 else (standard.get(paths[0].suffix, paths[0].name),)
     for path, name in zip(paths, names, strict=True):

@@ -36,7 +36,7 @@ def export_rwkv7(source: TensorSource, file: str | Path, *, dtype: str | None = 
     cfg, whose = model.config.model, f"the model of {source.path}"
     if model.schemes:
         raise UserError(f"{_WANTED}: {whose} has quantized matrices, which RWKV-LM's files have not; use --to packed")
-    choose(cfg, whose, _WANTED, [RWKV7_FILE])
+    _ = choose(cfg, whose, _WANTED, [RWKV7_FILE])
     if file.exists():
         raise UserError(f"--save {file}: it exists; remove it, or name another file")
     kept = model.dtype if dtype is None else DTYPES[dtype]

@@ -83,8 +83,8 @@ class HashedFile:
     def __enter__(self) -> HashedFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._end_helpers()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        _ = self._end_helpers()  # what went wrong in them :meth:`finish` has raised, or ``error`` came before it
         self._file.close()
 
     def write(self, data: memoryview) -> None:

@@ -139,7 +139,7 @@ HEEDED = Rule(
     7,
     "parameters and results are checked",
     "functions with a parameter or a result without a type (Triton's kernels left out), or that drop the result of a "
-    "function of this code (of those named after checking, which raise, left out)",
+    "function of this code without saying so, as _ = f() (of those named after checking, which raise, left out)",
     heeded,
     weight=2,
 )

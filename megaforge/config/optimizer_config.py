@@ -198,8 +198,8 @@ class OptimizerConfig:
             )
         if self.min_lr > self.lr:
             raise UserError(f"--min-lr {self.min_lr}: must not exceed --lr {self.lr}")
-        group_factors("--lr-mult", self.lr_mult)
-        group_factors("--wd-mult", self.wd_mult)
+        _ = group_factors("--lr-mult", self.lr_mult)
+        _ = group_factors("--wd-mult", self.wd_mult)
         if self.lr_warmup_init > self.lr:
             raise UserError(f"--lr-warmup-init {self.lr_warmup_init}: must not exceed --lr {self.lr}")
         if self.lr_warmup_fraction and self.lr_warmup_iters:

@@ -63,7 +63,7 @@ def modulus_of(config: Config) -> int:
 
 def check(config: Config) -> None:
     """What can be seen before torch is imported."""
-    modulus_of(config)
+    _ = modulus_of(config)
 
 
 PROGRESSIONS = DataSourceKind(

@@ -149,7 +149,7 @@ class Plan:
         for (start, length, mix), (stop, _, _) in zip(stretches, stretches[1:], strict=False):
             cursors = self._lay(start, stop, length, mix, cursors)
         start, length, mix = stretches[-1]
-        self._lay(start, None, length, mix, cursors)
+        _ = self._lay(start, None, length, mix, cursors)
         self.starts = [stage.start for stage in self.stages]
 
     def _lay(

@@ -336,7 +336,7 @@ def _from_merges(vocab: Path, merges: Path) -> dict[str, Any]:
     """A GPT-2 vocabulary and its merges as the content of a ``tokenizer.json``."""
     tokenizers = require("tokenizers", extra="data", purpose=f"--vocab-file {vocab}")
     for path in (vocab, merges):
-        read_tokenizer_file(path)
+        _ = read_tokenizer_file(path)
     try:
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
     except Exception as error:  # the library raises bare Exception for whatever it cannot read

@@ -89,7 +89,7 @@ def train_tokenizer(settings: TokenizerSettings) -> int:
 def _is_tokenizer(settings: TokenizerSettings) -> bool:
     """Whether what stands at ``--output`` can be loaded as the kind that is wanted."""
     try:
-        load_tokenizer(_TYPES[settings.kind], settings.output)
+        _ = load_tokenizer(_TYPES[settings.kind], settings.output)
     except UserError:
         return False
     return True

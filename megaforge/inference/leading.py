@@ -33,7 +33,7 @@ def led(answerer: Answerer, work: Callable[[Ask], T], cache: AnswerCache | None 
     def everywhere(requests: Sequence[Request], told: Callable[[list[int], list[Answer]], None] | None) -> list[Answer]:
         nonlocal answering
         answering = True  # an error in here is every rank's
-        _told(group, list(requests))
+        _ = _told(group, list(requests))
         answers = answerer.answer(requests, told)
         answering = False
         return answers
@@ -42,7 +42,7 @@ def led(answerer: Answerer, work: Callable[[Ask], T], cache: AnswerCache | None 
         return work(lambda requests: _asked(everywhere, requests, cache))
     finally:
         if not answering:
-            _told(group, None)
+            _ = _told(group, None)
 
 
 def _told(group: dist.ProcessGroup, requests: list[Request] | None) -> list[Request] | None:

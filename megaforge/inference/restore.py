@@ -154,21 +154,21 @@ def load_trained_model(
     Merged(model)
     if kernels:
         _use_kernels(model, packed=packed, path=path)
-    multiply_few_tokens_fast(model, place.type)
-    give_back_host_memory()  # the main weights that a 16-bit model was loaded through
+    _ = multiply_few_tokens_fast(model, place.type)
+    _ = give_back_host_memory()  # the main weights that a 16-bit model was loaded through
     return TrainedModel(StagedModel(model.eval(), plan), ctx, config, meta, path)
 
 
 def _join(place: torch.device) -> None:
     """Joins the other ranks, unless this process has done so to train."""
     if not dist.is_initialized():
-        initialize(place)
+        _ = initialize(place)
 
 
 def _load_weights(model: nn.Module, path: Path, ctx: ParallelContext, ema: bool) -> None:
     main = MainParameters(model)
     entries = average_entries(main) if ema else main.entries()
-    load_checkpoint(path, entries, ctx, verify=False, allow_extra=("",), cast=True)
+    _ = load_checkpoint(path, entries, ctx, verify=False, allow_extra=("",), cast=True)
     main.after_load()
 
 
@@ -196,7 +196,7 @@ def add_adapter(
 def _use_kernels(model: nn.Module, *, packed: bool, path: Path) -> None:
     """Packs what a checkpoint has not packed already, and says which matrices have no kernel."""
     if not packed:
-        pack_model(model, kernels=True)
+        _ = pack_model(model, kernels=True)
     ops = [layer.op for _, layer in linears(model) if isinstance(layer.op, PackedLinear)]
     if not ops:
         raise UserError(f"--use-custom-kernels: no matrix of {path} is quantized (--quantize-weights); leave it out")

@@ -117,4 +117,4 @@ def check_stages(cfg: ModelConfig, num_stages: int) -> None:
         )
     cuts = pipeline_cuts(cfg)
     if num_stages > 1 and cuts:
-        partition_layers([1.0] * count, num_stages, cuts)
+        _ = partition_layers([1.0] * count, num_stages, cuts)

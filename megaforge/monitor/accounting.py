@@ -151,7 +151,7 @@ class Accounting:
             if piece.last <= iteration:
                 break
             if beyond := piece.last - max(piece.first, iteration):
-                self._move(piece, piece.seconds * beyond / (piece.last - piece.first), AGAIN)
+                _ = self._move(piece, piece.seconds * beyond / (piece.last - piece.first), AGAIN)
             piece.first, piece.last = min(piece.first, iteration), iteration
 
     def goodput(self, uptime: float | None = None, iteration: int | None = None) -> Goodput:

@@ -290,7 +290,7 @@ def set_aside(path: Path, reason: str, replaces: Sequence[str]) -> Path | None:
 
 def _problem(path: Path) -> str:
     try:
-        read_trail(path)
+        _ = read_trail(path)
     except UserError as error:
         return str(error)
     return "none"

@@ -74,7 +74,7 @@ class JsonlSink:
         """What was written of later iterations is moved to ``PATH.abandoned``: they are made again."""
         if self.path.is_file():
             self._file.close()
-            prepare_to_append(self.path, iteration)
+            _ = prepare_to_append(self.path, iteration)
             self._file = self.path.open("ab")
 
     def flush(self) -> None:

@@ -40,7 +40,7 @@ class _Gradients:
         self._transient = transient
         self._views: dict[int, Tensor] = {}
         if not transient:
-            self._allocate()
+            _ = self._allocate()
         if sharded and self.full is not None:
             self.own = bucket.own_slice(self.full)
         elif sharded:
@@ -61,7 +61,7 @@ class _Gradients:
     def view_of(self, parameter: Tensor) -> Tensor:
         """Where gradients of ``parameter`` add up, in its shape."""
         if self.full is None:
-            self._allocate()
+            _ = self._allocate()
         return self._views[id(parameter)]
 
     def zero(self) -> None:

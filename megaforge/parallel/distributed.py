@@ -51,7 +51,7 @@ def _mpi_address(launch: Launch) -> tuple[str, int]:
             probe.bind(("", 0))
             offer = ("127.0.0.1" if _one_node(MPI) else socket.getfqdn(), probe.getsockname()[1])
     else:
-        _one_node(MPI)
+        _ = _one_node(MPI)
     address: tuple[str, int] = MPI.COMM_WORLD.bcast(offer, root=0)
     return address
 

@@ -51,7 +51,7 @@ def run(arguments: Sequence[str], prog: str = "plan.py detect") -> None:
     own, launch = parse_detect(arguments, prog), discover_launch()
     stand = this_stand(own.device, launch.local_rank)
     device = resolve_device(own.device, launch.local_rank)
-    initialize(device)
+    _ = initialize(device)
     ctx = ParallelContext.create(device=device)
     stands = exchange(ctx, stand)
     found = measure(ctx, [stand.host for stand in stands], own.megabytes << 20)

@@ -49,7 +49,7 @@ def parse(arguments: Sequence[str], prog: str) -> Request:
     if "-h" in arguments or "--help" in arguments:
         parser.print_help()
     own, rest = parser.parse_known_args(arguments)
-    gpu_named(own.gpu)
+    _ = gpu_named(own.gpu)
     if own.search and own.gpus is None:
         raise UserError("--search needs --gpus, the number of GPUs to lay the model out on")
     parsed = parse_config(rest, prog=prog)
@@ -75,7 +75,7 @@ def parse_scaling(arguments: Sequence[str], prog: str) -> Request:
     if "-h" in arguments or "--help" in arguments:
         parser.print_help()
     own, rest = parser.parse_known_args(arguments)
-    gpu_named(own.gpu)
+    _ = gpu_named(own.gpu)
     own.gpus = sorted(set(own.gpus))
     parsed = parse_config(rest, prog=prog)
     config, _, notes = with_run_tokenizer(parsed.config)
@@ -151,7 +151,7 @@ def parse_ladders(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     parser.add_argument("--gpu", default="h100-80g", help=", ".join(GPUS))
     parser.add_argument("--share", type=number(above=0, most=1), default=0.9, help="share of memory a rank may fill")
     own = parser.parse_args(arguments)
-    gpu_named(own.gpu)
+    _ = gpu_named(own.gpu)
     if not own.table.is_file():
         raise UserError(f"--table {own.table}: there is no such file; run this in the repository, or name one")
     jobs = read_jobs(own.table)
@@ -197,7 +197,7 @@ def parse_compression(arguments: Sequence[str], prog: str) -> tuple[str, list[st
     parser = ArgumentParser(prog=prog, add_help=False)
     parser.add_argument("--config", default="parity")
     known, flags = parser.parse_known_args(arguments)
-    parse_config(["--config", known.config, *flags, *COMPRESSED], prog=prog)
+    _ = parse_config(["--config", known.config, *flags, *COMPRESSED], prog=prog)
     return known.config, flags
 
 

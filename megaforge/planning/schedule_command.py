@@ -118,7 +118,7 @@ def _write_text(path: Path, text: str) -> None:
 
 def _schedule(args: argparse.Namespace) -> Schedule:
     if args.schedule_file is None:
-        load_extensions(tuple(args.extensions))
+        _ = load_extensions(tuple(args.extensions))
         vpp = args.vpp or SCHEDULES.get(args.schedule).least_chunks
         return build_schedule(args.schedule, pp=args.pp, vpp=vpp, microbatches=args.microbatches)
     try:

@@ -92,7 +92,7 @@ class QuantizedLinear(LinearOp):
 
     def make_ready(self, weight: Tensor) -> None:
         if self.weights is not None and self.share > 0:
-            self._codes(weight.detach(), self._scale(weight.detach()))
+            _ = self._codes(weight.detach(), self._scale(weight.detach()))
 
     @property
     def code_kind(self) -> str | None:

@@ -94,7 +94,7 @@ def _over(axis: Axis, found: Statistics, scheme: WeightScheme) -> Statistics:
     if scheme.by_mean:
         dist.all_reduce(both, group=axis.group)
         return Statistics(both[0], both[1], found.number * axis.size)
-    max_over(both, axis)
+    both = max_over(both, axis)
     return Statistics(both[0], both[1], found.number)
 
 

@@ -236,7 +236,7 @@ class Injector:
 
     def _linger_on(self) -> None:
         """Makes steps slow, but makes them: a run that stands still would be ended."""
-        self._due()
+        _ = self._due()
         fault = self._lingering()
         if fault is not None and fault.rank == self.rank:
             time.sleep(LINGER_SECONDS)

@@ -144,7 +144,7 @@ class SnapshotStore:
         def prepare() -> None:
             self._check_room(need)
             if self._nodes.leads:
-                prepare_temporary(self.folder, head.step)
+                _ = prepare_temporary(self.folder, head.step)
 
         together(ctx, prepare)
         names = [file_name(rank, head.seal) for rank in range(ctx.world.size)]
@@ -270,7 +270,7 @@ class SnapshotStore:
                 return
             if path.exists():
                 shutil.rmtree(path)
-            commit_fetched(self.folder, step, fill)
+            _ = commit_fetched(self.folder, step, fill)
 
         def fill(temporary: Path) -> None:
             for name, text in content.items():

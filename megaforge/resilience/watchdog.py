@@ -127,7 +127,7 @@ class Watchdog:
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             if self._ctx.world.size > 1:
-                write_recorder(self._folder, self._ctx.world.rank)
+                _ = write_recorder(self._folder, self._ctx.world.rank)
         except OSError as error:
             return f"; its stacks cannot be written to {path} ({error.strerror})"
         return f"; its threads' stacks are in {path}"

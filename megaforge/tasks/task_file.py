@@ -90,7 +90,7 @@ def read_task(name: str) -> TaskSettings:
     changed: dict[str, Any] = {"name": settings.name or settings.task or Path(name).stem}
     if settings.prompts is not None:
         changed["prompts"] = str(Path(name).parent / settings.prompts)
-        read_examples(changed["prompts"])
+        _ = read_examples(changed["prompts"])
     return TaskSettings(**{**vars(settings), **changed})
 
 

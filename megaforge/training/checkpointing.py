@@ -297,7 +297,7 @@ def _load_weights(trainer: Trainer, directory: str, *, quarantine_damaged: bool 
     saved = together(trainer.ctx, lambda: set(read_manifest(path).tensors))
 
     def load(entries: Iterable[Entry]) -> None:
-        load_checkpoint(path, entries, trainer.ctx, verify=False, allow_extra=("",), cast=True)
+        _ = load_checkpoint(path, entries, trainer.ctx, verify=False, allow_extra=("",), cast=True)
 
     load(_known_entries(trainer, saved))
     code_base(trainer.model, trainer.ctx, saved, load)
@@ -361,7 +361,7 @@ def _load_parts(trainer: Trainer, saved: dict[str, Any], path: Path, fresh: list
         part.load_state(saved[name])
     device = trainer.ctx.device
     random_state = {name: state.clone() for name, state in get_random_state(device).items()}
-    load_checkpoint(
+    _ = load_checkpoint(
         path,
         [*trainer.optimizer.weight_entries(), *tensors_of(known)],
         trainer.ctx,

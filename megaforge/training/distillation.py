@@ -108,7 +108,7 @@ def load_teacher(config: Config, ctx: ParallelContext, tokenizer: dict[str, Any]
     except (UserError, ValueError) as error:
         raise UserError(f"{named}: the teacher does not fit this layout: {error}") from error
     main = MainParameters(teacher)
-    load_checkpoint(path, main.entries(), ctx, verify=False, allow_extra=("",), cast=True)
+    _ = load_checkpoint(path, main.entries(), ctx, verify=False, allow_extra=("",), cast=True)
     main.after_load()
     size = sum(parameter.nbytes for parameter in teacher.parameters())
     print_rank_0(f"{named}: {path} teaches; it takes {size / 1e6:,.1f} MB a rank")

@@ -36,7 +36,7 @@ def prepare(config: Config, said: Sequence[str] = (), choose: Choose | None = No
     _check_elastic(config, world_size)
     source_kind(config.data).check(config)
     config, tokenizer, notes = _with_saved_vocabulary(config)
-    augmentations_of(config, tokenizer)
+    _ = augmentations_of(config, tokenizer)
     if choose is not None:
         config, more = choose(config)
         notes = [*notes, *more]

@@ -92,7 +92,7 @@ from megaforge.training.weight_decay import GrowingDecay
 def initialize_distributed(config: Config) -> ParallelContext:
     """This rank's device and its place among the others; joins the process group if there are others."""
     parallel = config.parallel
-    keep_host_memory()
+    _ = keep_host_memory()
     if config.training.device != "cpu":  # before anything starts CUDA
         set_gpu_environment(one_queue=parallel.overlap_tp_comm and parallel.tensor_model_parallel_size > 1)
     device = resolve_device(config.training.device, discover_launch().local_rank)
@@ -102,7 +102,7 @@ def initialize_distributed(config: Config) -> ParallelContext:
         if warning is not None:
             print_rank_0(warning)
     check_backend(config.parallel.distributed_backend)
-    initialize(device, parallel.distributed_backend, parallel.distributed_timeout_minutes)
+    _ = initialize(device, parallel.distributed_backend, parallel.distributed_timeout_minutes)
     return make_context(config, device)
 
 
@@ -135,7 +135,7 @@ def make_context(config: Config, device: torch.device | str) -> ParallelContext:
 def set_numerics(config: Config, device: torch.device) -> None:
     """Seeds, deterministic algorithms and matmul precision of the process."""
     torch.manual_seed(config.training.seed)
-    choose_matmul_precision(config.training.float32_matmul_precision, device)
+    _ = choose_matmul_precision(config.training.float32_matmul_precision, device)
     if config.training.disable_bf16_reduced_precision_matmul:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if config.training.deterministic:

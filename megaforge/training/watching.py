@@ -89,7 +89,7 @@ def watched(config: Config, ctx: ParallelContext) -> Iterator[Watching]:
     except Exception as error:
         if not isinstance(error, UserError) and folder is not None and dist.is_initialized():
             try:
-                write_recorder(folder, ctx.world.rank)
+                _ = write_recorder(folder, ctx.world.rank)
             except OSError as failure:
                 print(f"{folder}: torch's flight recorder cannot be written ({failure.strerror})", file=sys.stderr)
         raise

@@ -43,7 +43,7 @@ def effects(name: str, flags: Sequence[str] = ()) -> dict[str, Effect]:
             parity_config(documents, "fp32", None, ("--device", "cpu", *flags, *more), name)
             for more in (WITHOUT, COMPRESSED)
         ]
-        write_documents(documents, configs[0].model.vocab_size or VOCABULARY)
+        _ = write_documents(documents, configs[0].model.vocab_size or VOCABULARY)
         found = [one_rank(config, torch.device("cpu")).gradients[0] for config in configs]
     exact, moved = found
     groups: dict[str, list[str]] = {}

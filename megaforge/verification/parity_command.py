@@ -59,7 +59,7 @@ def _fitting(options: Options, data_path: str) -> list[ParityLayout]:
     fitting, refusal = [], None
     for layout in options.layouts:
         try:
-            parity_config(data_path, options.dtype, layout, options.flags, options.name)
+            _ = parity_config(data_path, options.dtype, layout, options.flags, options.name)
             fitting.append(layout)
         except UserError as error:
             refusal = UserError(f"layout {layout.name}: {error}")

@@ -34,8 +34,8 @@ def parse_options(argv: Sequence[str]) -> Options:
     parser.add_argument("--max-ranks", type=integer(1, 1 << 20), default=8)
     parser.add_argument("--config", default="parity")
     known, flags = parser.parse_known_args(argv)
-    parse_config(["--config", known.config, *flags])
-    discover_launch()
+    _ = parse_config(["--config", known.config, *flags])
+    _ = discover_launch()
     names = [name for name in known.layouts.split(",") if name]
     return Options(
         choose_layouts(names), bool(names), known.dtype, known.max_ranks, known.config, ("--device", "cpu", *flags)

@@ -84,8 +84,8 @@ def _one_dataset(settings: PreprocessSettings, key: str, output: str, group: Ran
     job = Job.from_json(prepared[0])
     hasher = SourceHasher([source.path for source in job.sources]) if group.rank == 0 else None
     try:
-        together(group, lambda: _tokenize(job, settings.workers, group, encoder))
-        together(group, lambda: publish(job, hasher) if hasher is not None else None)
+        _ = together(group, lambda: _tokenize(job, settings.workers, group, encoder))
+        _ = together(group, lambda: publish(job, hasher) if hasher is not None else None)
     finally:
         if hasher is not None:
             hasher.stop()

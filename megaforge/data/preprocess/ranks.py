@@ -90,7 +90,7 @@ class FileRanks(RankGroup):
         """Rank 0 removes the directory once every rank has read everything."""
         if self._broken:
             return
-        self.gather(None)
+        _ = self.gather(None)
         self._stop.set()
         if self.rank:
             self._write(f"bye-{self.rank}.json", None)

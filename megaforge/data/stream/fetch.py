@@ -68,7 +68,7 @@ def fetch(address: str, target: Path) -> Path:
             for content in _rest(address, out.tell(), mark, mark_file, out):
                 out.write(content)
 
-    _patiently(attempt, lambda: part.stat().st_size if part.exists() else 0)
+    _ = _patiently(attempt, lambda: part.stat().st_size if part.exists() else 0)
     give_name(part, target)
     mark_file.unlink(missing_ok=True)
     return target

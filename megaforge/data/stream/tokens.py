@@ -107,7 +107,7 @@ class StreamTokens:
     def _try(self, mark: Mark) -> None:
         """Makes a round before it is asked for; whoever asks hears of what fails."""
         try:
-            self._made(mark)
+            _ = self._made(mark)
         except (UserError, OSError):
             return
 

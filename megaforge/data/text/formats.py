@@ -108,7 +108,7 @@ def holds_records(head: bytes) -> bool:
 
 def _is_json(line: bytes) -> bool:
     try:
-        parse_json(line)
+        _ = parse_json(line)
     except ValueError:
         return False
     return True

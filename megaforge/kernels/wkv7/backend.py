@@ -48,7 +48,7 @@ def wkv7_backend(name: str, device: torch.device, dtype: torch.dtype, channels: 
     if name == "fla":
         if kind != "cuda":
             raise UserError(f"--wkv-backend fla: its kernels run on GPUs, not on {kind}; use --wkv-backend auto")
-        fla_kernels()
+        _ = fla_kernels()
     functions: dict[str, WKV7] = {
         "auto": wkv7,
         "native": wkv7_native,

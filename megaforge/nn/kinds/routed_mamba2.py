@@ -55,7 +55,7 @@ class RoutedMamba2(Mamba2):
 
     def check(self, cfg: ModelConfig) -> None:
         super().check(cfg)
-        self.routing(cfg)
+        _ = self.routing(cfg)
 
     def split_over_tp(self, config: Config, world_size: int) -> list[tuple[str, int]]:
         """Its groups, as Mamba-2's; the width of experts is that of all heads, which then divides too."""
