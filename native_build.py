@@ -11,6 +11,7 @@ with its binding becomes ``megaforge.kernels._OP_cuda`` where torch is a CUDA bu
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 from collections.abc import Sequence
@@ -181,6 +182,12 @@ def _sources(folder: Path, *patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in folder.glob(pattern))
 
 
+def cpu_sources(op: Path, machine: str) -> list[str]:
+    """The C++ of an op for a CPU of this architecture, as ``platform.machine()`` has it: avx*.cpp are for x86 alone."""
+    x86 = machine.lower() in ("x86_64", "amd64")
+    return [file for file in _sources(op / "cpu", "*.cpp") if x86 or not Path(file).name.startswith("avx")]
+
+
 def helper_extensions() -> list[Any]:
     """The helpers of :data:`PYTHON_MODULES`."""
     from pybind11.setup_helpers import Pybind11Extension
@@ -204,9 +211,10 @@ def torch_extensions(plan: CudaPlan) -> list[Any]:
     extensions: list[Any] = []
     for op in sorted(path for path in (ROOT / "csrc").iterdir() if path.is_dir() and path.name not in PYTHON_MODULES):
         include = [str(op), str(ROOT / "csrc")]
-        cpu = _sources(op / "cpu", "*.cpp")
+        cpu = cpu_sources(op, platform.machine())
         for other in used_ops(op):
-            cpu += [file for file in _sources(other / "cpu", "*.cpp") if not Path(file).name.startswith("binding")]
+            files = cpu_sources(other, platform.machine())
+            cpu += [file for file in files if not Path(file).name.startswith("binding")]
         if cpu:
             extensions.append(
                 cpp_extension.CppExtension(

@@ -12,6 +12,8 @@ flags=(-std=c++20 -O1 -g1 -fopenmp -ffp-contract=fast -Wall -Wextra -Wno-psabi)
 [ "$sanitize" = none ] || flags+=("-fsanitize=$sanitize" -fno-sanitize-recover=all -fno-omit-frame-pointer)
 # OpenMP's threads live as long as the process; what they hold is not lost.
 export ASAN_OPTIONS="${ASAN_OPTIONS:-detect_leaks=1:detect_stack_use_after_return=1}"
+others=(! -name 'binding*.cpp')
+[ "$(uname -m)" = x86_64 ] || others+=(! -name 'avx*.cpp')
 ran=0
 for test in csrc/*/tests/*.cpp; do
     op="$(basename "$(dirname "$(dirname "$test")")")"
@@ -19,7 +21,7 @@ for test in csrc/*/tests/*.cpp; do
     objects=()
     folders=("csrc/$op/cpu")
     for other in $(cat "csrc/$op/uses" 2>/dev/null); do folders+=("csrc/$other/cpu"); done
-    for source in "$test" $(find "${folders[@]}" -name '*.cpp' ! -name 'binding*.cpp' | sort); do
+    for source in "$test" $(find "${folders[@]}" -name '*.cpp' "${others[@]}" | sort); do
         object="$build/$op-${source//\//-}.o"
         "${CXX:-g++}" "${flags[@]}" -Icsrc "-Icsrc/$op" -c "$source" -o "$object" &
         objects+=("$object")

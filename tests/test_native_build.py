@@ -142,3 +142,17 @@ def test_jobs_follow_cores_and_memory() -> None:
     assert compile_jobs(64, 512 * GIB) == 16
     assert compile_jobs(16, 9 * GIB) == 4
     assert compile_jobs(8, GIB) == 1
+
+
+def test_code_for_x86_is_left_out_elsewhere() -> None:
+    for op in ("gemv", "moe_routing"):
+        folder = native_build.ROOT / "csrc" / op
+        every = set(native_build.cpu_sources(folder, "x86_64"))
+        few = set(native_build.cpu_sources(folder, "aarch64"))
+        assert (
+            every
+            == set(native_build.cpu_sources(folder, "AMD64"))
+            == {f"csrc/{op}/cpu/{p.name}" for p in (folder / "cpu").glob("*.cpp")}
+        )
+        assert {Path(file).name.partition(".")[0] for file in every - few} >= {"avx2", "avx512"}
+        assert {"scalar.cpp", "run.cpp"} <= {Path(file).name for file in few}

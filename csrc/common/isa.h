@@ -10,15 +10,27 @@ namespace megaforge {
 
 enum class Isa { scalar, avx2, avx512 };
 
-inline bool cpu_has(Isa isa) {
+// Whether this build has the files avx*.cpp, which builds for other machines leave out, and what this CPU has of x86.
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
-  }
-  if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+constexpr bool kX86 = true;
+inline bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+inline bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+}
+inline bool has_bf16_products() { return __builtin_cpu_supports("avx512bf16"); }
+inline bool has_vnni() { return __builtin_cpu_supports("avx512vnni"); }
+#else
+constexpr bool kX86 = false;
+inline bool has_avx2() { return false; }
+inline bool has_avx512() { return false; }
+inline bool has_bf16_products() { return false; }
+inline bool has_vnni() { return false; }
 #endif
-  return isa == Isa::scalar;
+
+inline bool cpu_has(Isa isa) {
+  if (isa == Isa::avx512) return has_avx512();
+  return isa == Isa::scalar || has_avx2();
 }
 
 // The best that this CPU has, or what MEGAFORGE_CPU_ISA (avx512, avx2, scalar) asks for.
@@ -50,15 +62,11 @@ const Kernels& best_kernels(const Kernels& scalar, const Kernels& avx2, const Ke
 template <class Kernels>
 const Kernels& best_kernels(const Kernels& scalar, const Kernels& avx2, const Kernels& avx512,
                             const Kernels& avx512_bf16) {
-#if defined(__x86_64__)
-  const bool products = __builtin_cpu_supports("avx512bf16");
-#else
-  const bool products = false;
-#endif
-  return best_kernels(scalar, avx2, avx512, avx512_bf16, products);
+  return best_kernels(scalar, avx2, avx512, avx512_bf16, has_bf16_products());
 }
 
-// On CPUs whose one form is the scalar one. Throws as cpu_isa() does.
+// Of what has the scalar form alone: a type, or a build without avx*.cpp, whose callers ask kX86 first: what is named
+// behind `if constexpr (kX86)` need not be there. Throws as cpu_isa() does.
 template <class Kernels>
 const Kernels& best_kernels(const Kernels& scalar) {
   (void)cpu_isa();

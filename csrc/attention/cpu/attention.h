@@ -106,10 +106,8 @@ struct Kernels {
 };
 
 extern const Kernels scalar_kernels;
-#if defined(__x86_64__)
 extern const Kernels avx2_kernels, avx512_kernels;
 extern const Kernels avx512_bf16_kernels;  // for bf16 alone
-#endif
 
 // What this CPU, or MEGAFORGE_CPU_ISA, has for inputs of `type`.
 const Kernels& choose(Type type);

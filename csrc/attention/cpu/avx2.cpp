@@ -1,5 +1,4 @@
 // Causal attention for CPUs with AVX2.
-#if defined(__x86_64__)
 #include "common/intrinsics.h"
 
 #include <cstddef>
@@ -26,4 +25,3 @@ const Kernels avx2_kernels = {avx2::forward_bytes<avx2::F32>, avx2::forward_unit
 }  // namespace megaforge::attention
 
 #include "common/end_isa.h"
-#endif

@@ -1,5 +1,4 @@
 // Causal attention for CPUs with AVX-512.
-#if defined(__x86_64__)
 #include "common/intrinsics.h"
 
 #include <cstddef>
@@ -27,4 +26,3 @@ const Kernels avx512_kernels = {avx512::forward_bytes<avx512::F32>, avx512::forw
 }  // namespace megaforge::attention
 
 #include "common/end_isa.h"
-#endif

@@ -1,5 +1,4 @@
 // Causal attention for CPUs with AVX-512 and its bf16 products.
-#if defined(__x86_64__)
 #include "common/intrinsics.h"
 
 #include <cstddef>
@@ -28,4 +27,3 @@ const Kernels avx512_bf16_kernels = {avx512_bf16::forward_bytes<avx512_bf16::Bf1
 }  // namespace megaforge::attention
 
 #include "common/end_isa.h"
-#endif

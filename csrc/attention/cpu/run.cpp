@@ -97,14 +97,13 @@ void yield() { std::this_thread::yield(); }
 
 }  // namespace
 
-const Kernels& choose(Type type) {
-#if defined(__x86_64__)
-  return best_kernels(scalar_kernels, avx2_kernels, avx512_kernels,
-                      type == Type::bf16 ? avx512_bf16_kernels : avx512_kernels);
-#else
-  (void)type;
-  return best_kernels(scalar_kernels);
-#endif
+const Kernels& choose([[maybe_unused]] Type type) {
+  if constexpr (kX86) {
+    return best_kernels(scalar_kernels, avx2_kernels, avx512_kernels,
+                        type == Type::bf16 ? avx512_bf16_kernels : avx512_kernels);
+  } else {
+    return best_kernels(scalar_kernels);
+  }
 }
 
 void forward(const Kernels& kernels, const Forward& args, int threads) {

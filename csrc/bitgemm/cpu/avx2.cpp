@@ -1,5 +1,4 @@
 // Products with packed weights for CPUs with AVX2.
-#if defined(__x86_64__)
 #include "common/intrinsics.h"
 
 #include <algorithm>
@@ -131,4 +130,3 @@ const Kernels avx2_kernels = {avx2::quantize, avx2::tile, avx2::scale, avx2::fin
 }  // namespace megaforge::bitgemm
 
 #include "common/end_isa.h"
-#endif

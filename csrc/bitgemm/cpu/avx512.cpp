@@ -1,5 +1,4 @@
 // Products with packed weights for CPUs with AVX-512.
-#if defined(__x86_64__)
 #include "common/intrinsics.h"
 
 #include <algorithm>
@@ -23,4 +22,3 @@ const Kernels avx512_kernels = avx512::kKernels;
 }  // namespace megaforge::bitgemm
 
 #include "common/end_isa.h"
-#endif

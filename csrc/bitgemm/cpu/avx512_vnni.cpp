@@ -1,5 +1,4 @@
 // Products with packed weights for CPUs with AVX-512 and its products of bytes.
-#if defined(__x86_64__)
 #include "common/intrinsics.h"
 
 #include <algorithm>
@@ -24,4 +23,3 @@ const Kernels avx512_vnni_kernels = avx512_vnni::kKernels;
 }  // namespace megaforge::bitgemm
 
 #include "common/end_isa.h"
-#endif

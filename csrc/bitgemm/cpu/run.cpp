@@ -17,12 +17,11 @@ constexpr int64_t kTokenBytes = 1 << 19;   // of the tokens that one panel after
 constexpr int64_t kChunk = 4096;           // rows whose sums are kept while tables serve them
 
 const Kernels& kernels() {
-#if defined(__x86_64__)
-  return best_kernels(scalar_kernels, avx2_kernels, avx512_kernels, avx512_vnni_kernels,
-                      __builtin_cpu_supports("avx512vnni"));
-#else
-  return best_kernels(scalar_kernels);
-#endif
+  if constexpr (kX86) {
+    return best_kernels(scalar_kernels, avx2_kernels, avx512_kernels, avx512_vnni_kernels, has_vnni());
+  } else {
+    return best_kernels(scalar_kernels);
+  }
 }
 
 // Tokens in tiles of `most`, but for the last, which is the least of the sizes that holds the rest.

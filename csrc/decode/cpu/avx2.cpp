@@ -1,5 +1,4 @@
 // Steps of decoding for CPUs with AVX2.
-#if defined(__x86_64__)
 #include "common/intrinsics.h"
 
 #include <algorithm>
@@ -35,4 +34,3 @@ const Kernels avx2_kernels = avx2::all_kernels;
 }  // namespace megaforge::decode
 
 #include "common/end_isa.h"
-#endif

@@ -1,5 +1,4 @@
 // Steps of decoding for CPUs with AVX-512 and its bf16 products.
-#if defined(__x86_64__)
 #include "common/intrinsics.h"
 
 #include <algorithm>
@@ -36,4 +35,3 @@ const Kernels avx512_bf16_kernels = avx512_bf16::all_kernels;
 }  // namespace megaforge::decode
 
 #include "common/end_isa.h"
-#endif

@@ -158,8 +158,6 @@ struct Kernels {
 };
 
 extern const Kernels scalar_kernels;
-#if defined(__x86_64__)
 extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels;
-#endif
 
 }  // namespace megaforge::decode

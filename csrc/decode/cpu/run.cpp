@@ -14,11 +14,11 @@ namespace megaforge::decode {
 namespace {
 
 const Kernels& kernels() {
-#if defined(__x86_64__)
-  return best_kernels(scalar_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels);
-#else
-  return best_kernels(scalar_kernels);
-#endif
+  if constexpr (kX86) {
+    return best_kernels(scalar_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels);
+  } else {
+    return best_kernels(scalar_kernels);
+  }
 }
 
 const KernelsOf<float>& kernels_of(float) { return kernels().f32; }

@@ -1,5 +1,4 @@
 // Products with a few vectors for CPUs with AVX2.
-#if defined(__x86_64__)
 #include "common/intrinsics.h"
 
 #include <algorithm>
@@ -24,4 +23,3 @@ const Kernels avx2_kernels = {avx2::part<float>, avx2::part<Bf16>};
 }  // namespace megaforge::gemv
 
 #include "common/end_isa.h"
-#endif

@@ -1,5 +1,4 @@
 // Products with a few vectors for CPUs with AVX-512 and its bf16 products.
-#if defined(__x86_64__)
 #include "common/intrinsics.h"
 
 #include <algorithm>
@@ -25,4 +24,3 @@ const Kernels avx512_bf16_kernels = {avx512_bf16::part<float>, avx512_bf16::part
 }  // namespace megaforge::gemv
 
 #include "common/end_isa.h"
-#endif

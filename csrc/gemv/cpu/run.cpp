@@ -13,11 +13,11 @@ constexpr std::int64_t kWorthAThread = 1 << 15;  // elements of the matrix
 constexpr std::int64_t kGranule = 64;            // outputs: no two threads write to one cache line
 
 const Kernels& kernels() {
-#if defined(__x86_64__)
-  return best_kernels(scalar_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels);
-#else
-  return best_kernels(scalar_kernels);
-#endif
+  if constexpr (kX86) {
+    return best_kernels(scalar_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels);
+  } else {
+    return best_kernels(scalar_kernels);
+  }
 }
 
 template <class T>

@@ -1,5 +1,4 @@
 // Routing for CPUs with AVX2.
-#if defined(__x86_64__)
 #include "common/intrinsics.h"
 
 #include <cstddef>
@@ -21,4 +20,3 @@ const RowKernels avx2_rows = {avx2::permute, avx2::unpermute, avx2::unpermute_ba
 }  // namespace megaforge::moe
 
 #include "common/end_isa.h"
-#endif

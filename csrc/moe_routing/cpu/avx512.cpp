@@ -1,5 +1,4 @@
 // Routing for CPUs with AVX-512.
-#if defined(__x86_64__)
 #include "common/intrinsics.h"
 
 #include <cstddef>
@@ -21,4 +20,3 @@ const RowKernels avx512_rows = {avx512::permute, avx512::unpermute, avx512::unpe
 }  // namespace megaforge::moe
 
 #include "common/end_isa.h"
-#endif

@@ -85,10 +85,8 @@ struct RowKernels {
 extern const RouteKernels<float> scalar_route_f32;
 extern const RouteKernels<double> scalar_route_f64;
 extern const RowKernels scalar_rows;
-#if defined(__x86_64__)
 extern const RouteKernels<float> avx2_route_f32, avx512_route_f32;
 extern const RowKernels avx2_rows, avx512_rows;
-#endif
 
 // On at most `threads` threads; no result depends on their number.
 template <typename T>

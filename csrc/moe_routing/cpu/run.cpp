@@ -20,21 +20,17 @@ template <typename T>
 const RouteKernels<T>& route_kernels() {
   if constexpr (std::is_same_v<T, double>) {
     return best_kernels(scalar_route_f64);
-  } else {
-#if defined(__x86_64__)
+  } else if constexpr (kX86) {
     return best_kernels(scalar_route_f32, avx2_route_f32, avx512_route_f32, avx512_route_f32);
-#else
+  } else {
     return best_kernels(scalar_route_f32);
-#endif
   }
 }
 
-const RowKernels& row_kernels(Type type) {
-#if defined(__x86_64__)
-  if (type != Type::f64) return best_kernels(scalar_rows, avx2_rows, avx512_rows, avx512_rows);
-#else
-  (void)type;
-#endif
+const RowKernels& row_kernels([[maybe_unused]] Type type) {
+  if constexpr (kX86) {
+    if (type != Type::f64) return best_kernels(scalar_rows, avx2_rows, avx512_rows, avx512_rows);
+  }
   return best_kernels(scalar_rows);
 }
 

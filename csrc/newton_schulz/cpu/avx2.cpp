@@ -1,5 +1,4 @@
 // Newton-Schulz iterations for CPUs with AVX2.
-#if defined(__x86_64__)
 #include "common/intrinsics.h"
 #include <omp.h>
 
@@ -29,4 +28,3 @@ const Kernels avx2_kernels = {avx2::scratch_bytes, avx2::orthogonalize, avx2::po
 }  // namespace megaforge::newton_schulz
 
 #include "common/end_isa.h"
-#endif

@@ -1,5 +1,4 @@
 // Newton-Schulz iterations for CPUs with AVX-512.
-#if defined(__x86_64__)
 #include "common/intrinsics.h"
 #include <omp.h>
 
@@ -30,4 +29,3 @@ const Kernels avx512_kernels = {avx512::scratch_bytes, avx512::orthogonalize, av
 }  // namespace megaforge::newton_schulz
 
 #include "common/end_isa.h"
-#endif

@@ -1,5 +1,4 @@
 // Newton-Schulz iterations for CPUs with AVX-512 and its bf16 products.
-#if defined(__x86_64__)
 #include "common/intrinsics.h"
 #include <omp.h>
 
@@ -31,4 +30,3 @@ const Kernels avx512_bf16_kernels = {avx512_bf16::scratch_bytes, avx512_bf16::or
 }  // namespace megaforge::newton_schulz
 
 #include "common/end_isa.h"
-#endif

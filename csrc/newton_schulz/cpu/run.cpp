@@ -13,11 +13,11 @@ namespace {
 constexpr std::int64_t kWorthATeam = 64 * 64;  // elements of a matrix
 
 const Kernels& kernels() {
-#if defined(__x86_64__)
-  return best_kernels(scalar_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels);
-#else
-  return best_kernels(scalar_kernels);
-#endif
+  if constexpr (kX86) {
+    return best_kernels(scalar_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels);
+  } else {
+    return best_kernels(scalar_kernels);
+  }
 }
 
 // body(matrix, scratch, team): each matrix by one thread where there are enough of them, else by all threads.

@@ -1,5 +1,4 @@
 // Pointwise operators for CPUs with AVX2.
-#if defined(__x86_64__)
 #include "common/intrinsics.h"
 
 #include <cstdint>
@@ -24,4 +23,3 @@ const AllKernels avx2_kernels = {avx2::kernels_of<float>(), avx2::kernels_of<Bf1
 }  // namespace megaforge::pointwise
 
 #include "common/end_isa.h"
-#endif

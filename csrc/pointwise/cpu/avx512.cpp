@@ -1,5 +1,4 @@
 // Pointwise operators for CPUs with AVX-512.
-#if defined(__x86_64__)
 #include "common/intrinsics.h"
 
 #include <cstdint>
@@ -24,4 +23,3 @@ const AllKernels avx512_kernels = {avx512::kernels_of<float>(), avx512::kernels_
 }  // namespace megaforge::pointwise
 
 #include "common/end_isa.h"
-#endif

@@ -1,5 +1,4 @@
 // Pointwise operators for CPUs with AVX-512 and its bf16 conversions.
-#if defined(__x86_64__)
 #include "common/intrinsics.h"
 
 #include <cstdint>
@@ -25,4 +24,3 @@ const AllKernels avx512_bf16_kernels = {avx512_bf16::kernels_of<float>(), avx512
 }  // namespace megaforge::pointwise
 
 #include "common/end_isa.h"
-#endif

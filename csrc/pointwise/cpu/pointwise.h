@@ -80,9 +80,7 @@ struct AllKernels {
 };
 
 extern const AllKernels scalar_kernels;
-#if defined(__x86_64__)
 extern const AllKernels avx2_kernels, avx512_kernels, avx512_bf16_kernels;
-#endif
 
 // What this CPU, or MEGAFORGE_CPU_ISA, has.
 const AllKernels& choose();

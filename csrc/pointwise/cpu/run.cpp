@@ -36,11 +36,11 @@ void spread_numbers(std::int64_t count, int threads, Body body) {
 }  // namespace
 
 const AllKernels& choose() {
-#if defined(__x86_64__)
-  return best_kernels(scalar_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels);
-#else
-  return best_kernels(scalar_kernels);
-#endif
+  if constexpr (kX86) {
+    return best_kernels(scalar_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels);
+  } else {
+    return best_kernels(scalar_kernels);
+  }
 }
 
 template <class T>

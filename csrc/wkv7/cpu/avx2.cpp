@@ -1,5 +1,4 @@
 // WKV-7 for CPUs with AVX2 and FMA.
-#if defined(__x86_64__)
 #include <cstddef>
 #include <cstdint>
 #include <utility>
@@ -22,4 +21,3 @@ const Kernels avx2_f32 = {forward_scratch<8>, forward_rows<8, 2>, backward_scrat
 }  // namespace megaforge::wkv7
 
 #include "common/end_isa.h"
-#endif

@@ -1,5 +1,4 @@
 // WKV-7 for CPUs with AVX-512.
-#if defined(__x86_64__)
 #include <cstddef>
 #include <cstdint>
 #include <utility>
@@ -22,4 +21,3 @@ const Kernels avx512_f32 = {forward_scratch<16>, forward_rows<16, 4>, backward_s
 }  // namespace megaforge::wkv7
 
 #include "common/end_isa.h"
-#endif

@@ -10,19 +10,15 @@
 namespace megaforge::wkv7 {
 namespace {
 
-#if defined(__x86_64__)
 constexpr std::int64_t kVectors = 8;  // of channels, the most that the vector code takes
-#endif
 
 const Kernels& choose(const Inputs& in) {
   if (in.r.type == Type::f64) return scalar_f64;
-#if defined(__x86_64__)
-  const Isa isa = cpu_isa();
-  if (isa == Isa::avx512 && in.shape.n <= kVectors * 16) return avx512_f32;
-  if (isa != Isa::scalar && in.shape.n <= kVectors * 8) return avx2_f32;
-#else
-  (void)cpu_isa();  // a wrong MEGAFORGE_CPU_ISA is an error here, too
-#endif
+  [[maybe_unused]] const Isa isa = cpu_isa();  // a wrong MEGAFORGE_CPU_ISA is an error everywhere
+  if constexpr (kX86) {
+    if (isa == Isa::avx512 && in.shape.n <= kVectors * 16) return avx512_f32;
+    if (isa != Isa::scalar && in.shape.n <= kVectors * 8) return avx2_f32;
+  }
   return scalar_f32;
 }
 

@@ -64,9 +64,7 @@ struct Kernels {
 };
 
 extern const Kernels scalar_f32, scalar_f64;
-#if defined(__x86_64__)
 extern const Kernels avx2_f32, avx512_f32;
-#endif
 
 // All heads, on at most `threads` threads; a head is one thread's, so results do not depend on their number.
 void forward(const Forward& args, int threads);
