@@ -46,7 +46,7 @@ class Cache:
             self._kept.add(target)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(Path(f"{target}.lock")):
+            with alone(Path(f"{target}.lock")):
                 if not target.exists():
                     make(target)
                     self._make_room(target)
@@ -96,7 +96,7 @@ def _copy(file: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
+def alone(lock: Path) -> Iterator[None]:
     """Waits until no other process is between here and the block's end."""
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from megaforge.data.corpus.job import Job
 from megaforge.data.corpus.readers.reader import FIELDS, Reader, Rows, reader_named
+from megaforge.data.corpus.recipe import SourceSettings
 from megaforge.data.corpus.records import make_records, row_id
+from megaforge.data.corpus.remote import copied
 from megaforge.data.corpus.sources import Piece, check_unchanged
 from megaforge.errors import UserError
 
@@ -60,36 +63,47 @@ def read_partition(job: Job, item: int) -> Iterator[tuple[Any, Any, list[str]]]:
         unit = job.units[piece.unit]
         source, reader = job.recipe.sources[unit.source], reader_named(unit.reader)
         check_unchanged(unit)
-        kind = reader.kind(unit.path)
-        for rows in _pieces(job, piece, reader):
-            for number, text in enumerate(rows.texts):
-                content, reason = _checked(text, rows.reasons[number])
-                if reason is not None and reason != _EMPTY and job.on_error == "fail":
-                    where = f"{unit.label}{reader.line(unit.path, rows.places[number])}"
-                    raise UserError(f"{where}: {reason}; fix it, exclude the file, or pass --on-error skip")
-                fields = {name: rows.fields[name][number] for name in FIELDS}
-                fields["licence"] = fields["licence"] or source.licence
-                batch.add(
-                    reason,
-                    id=row_id(item, row),
-                    text=content,
-                    source=source.name,
-                    path=unit.shown,
-                    place=rows.places[number],
-                    domain=source.domain,
-                    kind=kind,
-                    **fields,
-                )
-                row += 1
-                if len(batch) >= MAX_ROWS or batch.bytes >= MAX_BYTES:
-                    yield batch.tables()
-                    batch = _Batch()
+        with _local(job, piece.unit) as path:
+            kind = reader.kind(path)
+            for rows in _pieces(job, piece, reader, path):
+                for number, text in enumerate(rows.texts):
+                    content, reason = _checked(text, rows.reasons[number])
+                    if reason is not None and reason != _EMPTY and job.on_error == "fail":
+                        where = f"{unit.label}{reader.line(path, rows.places[number])}"
+                        raise UserError(f"{where}: {reason}; fix it, exclude the file, or pass --on-error skip")
+                    batch.add(
+                        reason,
+                        id=row_id(item, row),
+                        text=content,
+                        source=source.name,
+                        path=unit.shown,
+                        place=rows.places[number],
+                        domain=source.domain,
+                        kind=kind,
+                        **_fields(rows, number, source, unit.path if unit.remote and reader.whole else None),
+                    )
+                    row += 1
+                    if len(batch) >= MAX_ROWS or batch.bytes >= MAX_BYTES:
+                        yield batch.tables()
+                        batch = _Batch()
         check_unchanged(unit)
     if len(batch):
         yield batch.tables()
 
 
 _EMPTY = "empty"
+
+
+def _local(job: Job, number: int) -> AbstractContextManager[str]:
+    """The path of a unit's file; of a remote one that of a copy, which goes with the block."""
+    unit = job.units[number]
+    return copied(unit.path, job.work.path / "copies", number) if unit.remote else nullcontext(unit.path)
+
+
+def _fields(rows: Rows, number: int, source: SourceSettings, address: str | None) -> dict[str, str | None]:
+    """A record's fields, with what its source and its file's ``address`` say where the record does not."""
+    fields = {name: rows.fields[name][number] for name in FIELDS}
+    return {**fields, "licence": fields["licence"] or source.licence, "url": fields["url"] or address}
 
 
 def _checked(text: str | None, reason: str | None) -> tuple[bytes, str | None]:
@@ -104,14 +118,15 @@ def _checked(text: str | None, reason: str | None) -> tuple[bytes, str | None]:
         return b"", f"half a character that UTF-8 cannot hold (at {error.start})"
 
 
-def _pieces(job: Job, piece: Piece, reader: Reader) -> Iterator[Rows]:
-    """The records of a piece; under ``--on-error skip`` a damaged file ends with one record that says so."""
+def _pieces(job: Job, piece: Piece, reader: Reader, path: str) -> Iterator[Rows]:
+    """The records of a piece at ``path``; with ``--on-error skip`` a damaged file ends with a record that says so."""
     unit = job.units[piece.unit]
     source = job.recipe.sources[unit.source]
     try:
-        yield from reader.read(unit.path, source, piece.start, piece.stop)
+        yield from reader.read(path, source, piece.start, piece.stop)
     except (UserError, OSError) as error:
-        reason = str(error).removeprefix("--input ").removeprefix(f"{unit.label}: ")
+        reason = str(error).removeprefix("--input ").removeprefix(f"{path}: ")
+        reason = reason.removeprefix(f"{unit.label}: ")
         if job.on_error == "fail":
             raise UserError(f"{unit.label}: {reason}; fix it, exclude it, or pass --on-error skip") from error
         rows = Rows()

@@ -37,7 +37,7 @@ class SourceSettings:
     """One entry of ``sources``: where documents come from, and what is said of all of them."""
 
     name: str = flag("", "what the source is called: letters, digits, dots and underscores")
-    files: tuple[str, ...] = flag((), "files, directories and patterns with *, read in this order")
+    files: tuple[str, ...] = flag((), "files, directories, patterns with *, and addresses, read in this order")
     hub: str | None = flag(None, "a data set of the Hugging Face hub, or a builder such as csv that reads the files")
     subset: str | None = flag(None, "with hub: the data set's configuration")
     split: str = flag("train", "with hub: its split")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megaforge.data.corpus.readers.reader import reader_for, reader_named
 from megaforge.data.corpus.recipe import Recipe, SourceSettings
+from megaforge.data.corpus.remote import ask, check_identity, file_name, remote_reader
 from megaforge.data.corpus.walk import DEFAULT_EXCLUDES, shown, walk
 from megaforge.data.jsonl import is_compressed
 from megaforge.data.left_out import LeftOut
+from megaforge.data.stream.fetch import RemoteFile, expanded, is_remote
 from megaforge.data.text.formats import TextFormat, text_format
 from megaforge.errors import UserError
 
@@ -31,9 +33,10 @@ class Unit:
 
     Attributes:
         source: the number of its source in the recipe.
-        path: where it lies; shown: what it is called in the corpus.
+        path: where it lies, or its address; shown: what it is called in the corpus.
         reader: the name of its reader.
-        bytes, modified_ns: what tells that it was changed.
+        bytes, version: what tells that it was changed; of a local file its size and time (ns), of another what its
+            server says.
         places: the end of its places where it can be cut, else 0.
     """
 
@@ -42,13 +45,18 @@ class Unit:
     shown: str
     reader: str
     bytes: int
-    modified_ns: int
+    version: int | str
     places: int
 
     @property
     def label(self) -> str:
         """What it is called in messages: the path of a file."""
         return self.shown if self.reader == HUB else self.path
+
+    @property
+    def remote(self) -> bool:
+        """Whether it is a file behind an address."""
+        return self.reader != HUB and is_remote(self.path)
 
 
 @dataclass(frozen=True)
@@ -105,8 +113,13 @@ def cut(units: Sequence[Unit], size: int) -> list[list[Piece]]:
 
 def expected_bytes(unit: Unit) -> int:
     """About how much text a unit holds."""
-    packed = unit.reader == "table" or (unit.reader != HUB and is_compressed(unit.path))
-    return unit.bytes * (_EXPANSION if packed else 1)
+    return unit.bytes * (_EXPANSION if unit.reader == "table" or _compressed(unit) else 1)
+
+
+def _compressed(unit: Unit) -> bool:
+    if unit.remote:
+        return file_name(unit.path).lower().endswith((".gz", ".zst"))
+    return unit.reader != HUB and is_compressed(unit.path)
 
 
 def whole_files(units: Sequence[Unit]) -> list[str]:
@@ -115,10 +128,8 @@ def whole_files(units: Sequence[Unit]) -> list[str]:
     large = [unit for unit in units if 2 * expected_bytes(unit) > every and not unit.places and unit.reader != HUB]
     if not large or expected_bytes(large[0]) < _WORTH_CUTTING:
         return []
-    return [
-        f"{large[0].path}: one partition, and more than half of the text: one worker reads it; uncompressed, or split "
-        "into several files, it is shared"
-    ]
+    how = "split into several files" if large[0].remote else "uncompressed, or split into several files,"
+    return [f"{large[0].path}: one partition, and more than half of the text: one worker reads it; {how} it is shared"]
 
 
 def check_unchanged(unit: Unit) -> None:
@@ -128,11 +139,14 @@ def check_unchanged(unit: Unit) -> None:
     """
     if unit.reader == HUB:
         return
+    if unit.remote:
+        check_identity(unit.path, str(unit.version))
+        return
     try:
         status = os.stat(unit.path)
     except OSError as error:
         raise UserError(f"{unit.path}: {error.strerror}; it was there when the run began") from error
-    if (status.st_size, status.st_mtime_ns) != (unit.bytes, unit.modified_ns):
+    if (status.st_size, status.st_mtime_ns) != (unit.bytes, unit.version):
         raise UserError(f"{unit.path} changed since the run began; run the command again, which starts anew")
 
 
@@ -140,7 +154,7 @@ def _hub_units(recipe: Recipe, number: int, source: SourceSettings) -> Iterator[
     """The shards of a data set."""
     from megaforge.data.corpus.readers.hub import HubShard, shards_of
 
-    files = tuple(str(recipe.scope.file(name)) for name in source.files)
+    files = tuple(name if is_remote(name) else str(recipe.scope.file(name)) for name in source.files)
     try:
         shards = shards_of(source, files)
     except UserError as error:
@@ -153,12 +167,44 @@ def _hub_units(recipe: Recipe, number: int, source: SourceSettings) -> Iterator[
 def _file_units(
     recipe: Recipe, number: int, source: SourceSettings, left_out: LeftOut, on_error: str
 ) -> Iterator[Unit]:
-    seen = set[str]()
-    for path, name, named in _paths(recipe, source, left_out):
-        real = os.path.realpath(path)
-        if real in seen:
+    """The units of a source's ``files``, in their order, each file once."""
+    seen, answers = set[str](), ask(source.files)
+    for pattern in source.files:
+        if is_remote(pattern):
+            found = _remote_units(number, {one: answers[one] for one in expanded(pattern)}, left_out, on_error)
+        else:
+            found = _local_units(recipe, number, source, pattern, left_out, on_error)
+        for unit in found:
+            real = unit.path if unit.remote else os.path.realpath(unit.path)
+            if real not in seen:
+                seen.add(real)
+                yield unit
+
+
+def _remote_units(
+    number: int, answers: Mapping[str, RemoteFile | UserError], left_out: LeftOut, on_error: str
+) -> Iterator[Unit]:
+    """The files behind addresses; ``answers`` are what their servers say."""
+    for address, found in answers.items():
+        if isinstance(found, UserError):
+            if on_error == "fail":
+                raise UserError(f"{found}; correct the address, or pass --on-error skip") from found
+            left_out.add(address, f"cannot be read ({found})")
             continue
-        seen.add(real)
+        reader = remote_reader(address, found)
+        if reader is None:
+            left_out.add(address, f"not text by its name or type ({found.content_type})")
+        elif found.size == 0:
+            left_out.add(address, "empty")
+        else:
+            yield Unit(number, address, address, reader, found.size or _LARGE, found.identity, 0)
+
+
+def _local_units(
+    recipe: Recipe, number: int, source: SourceSettings, pattern: str, left_out: LeftOut, on_error: str
+) -> Iterator[Unit]:
+    """The files that ``pattern`` means on this machine."""
+    for path, name, named in _paths(recipe, source, pattern, left_out):
         try:
             unit = _unit(number, source, path, name, named, left_out)
         except (UserError, OSError) as error:
@@ -171,22 +217,20 @@ def _file_units(
             yield unit
 
 
-def _paths(recipe: Recipe, source: SourceSettings, left_out: LeftOut) -> Iterator[tuple[str, str, bool]]:
-    """(path, name to show, whether the recipe names the file itself) of all that the source's ``files`` mean."""
-    excludes = (*DEFAULT_EXCLUDES, *source.exclude)
+def _paths(recipe: Recipe, source: SourceSettings, pattern: str, left_out: LeftOut) -> Iterator[tuple[str, str, bool]]:
+    """(path, name to show, whether the recipe names the file itself) of all that a pattern of ``files`` means."""
     base = str(recipe.scope.directory)
-    for pattern in source.files:
-        if glob.has_magic(pattern) and not os.path.lexists(os.path.join(base, pattern)):
-            matches = sorted(glob.glob(pattern, root_dir=base, recursive=True))
-        else:
-            matches = [pattern]
-            if not os.path.exists(os.path.join(base, pattern)):
-                raise UserError(f"{recipe.label}: sources: {source.name}: files: {pattern} does not exist")
-        for match in matches:
-            root = os.path.join(base, match)
-            directory = os.path.isdir(root)
-            for path, _ in walk(root, excludes, left_out):
-                yield path, shown(match + path[len(root) :]), not directory
+    if glob.has_magic(pattern) and not os.path.lexists(os.path.join(base, pattern)):
+        matches = sorted(glob.glob(pattern, root_dir=base, recursive=True))
+    else:
+        matches = [pattern]
+        if not os.path.exists(os.path.join(base, pattern)):
+            raise UserError(f"{recipe.label}: sources: {source.name}: files: {pattern} does not exist")
+    for match in matches:
+        root = os.path.join(base, match)
+        directory = os.path.isdir(root)
+        for path, _ in walk(root, (*DEFAULT_EXCLUDES, *source.exclude), left_out):
+            yield path, shown(match + path[len(root) :]), not directory
 
 
 def _unit(number: int, source: SourceSettings, path: str, name: str, named: bool, left_out: LeftOut) -> Unit | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +20,8 @@ RETRIES = 3  # after an attempt that brought nothing
 FIRST_WAIT = 0.5  # seconds; each further one waits twice as long
 _BLOCK, _TIMEOUT = 1 << 20, 60.0
 _BY_URLLIB = ("http://", "https://")
+_HEAD_REFUSED = (403, 405, 501)  # by servers that answer GET: signed addresses of object stores, small servers
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def is_remote(name: str) -> bool:
@@ -25,23 +29,62 @@ def is_remote(name: str) -> bool:
     return "://" in name
 
 
-def remote_identity(address: str) -> str:
-    """What the server says of a file: its size, and the mark of its content or its date.
+@dataclass(frozen=True)
+class RemoteFile:
+    """What a server says of a file.
+
+    Attributes:
+        size: bytes; None where it does not say.
+        mark: of its content, or its date.
+        content_type: in MIME's words, or nothing.
+    """
+
+    size: int | None
+    mark: str
+    content_type: str = ""
+
+    @property
+    def identity(self) -> str:
+        """What changes with the content, 32 hexadecimal digits."""
+        return hashlib.sha256(f"{self.size}:{self.mark}".encode()).hexdigest()[:32]
+
+
+def expanded(address: str) -> Iterator[str]:
+    """``part-{000..015}`` as sixteen addresses, as WebDataset writes them."""
+    match = _RANGE.search(address)
+    if match is None:
+        yield address
+        return
+    first, last = match.groups()
+    for number in range(int(first), int(last) + 1):
+        yield from expanded(f"{address[: match.start()]}{number:0{len(first)}d}{address[match.end() :]}")
+
+
+def describe(address: str) -> RemoteFile:
+    """Asks the server of a file.
 
     Raises:
+        UserError: there is no such file.
         OSError: it could not be asked.
     """
-    return _patiently(lambda: _describe(address))
+    found: RemoteFile = _patiently(lambda: _describe(address))
+    return found
 
 
-def _describe(address: str) -> str:
-    if address.startswith(_BY_URLLIB):
-        with _opened(urllib.request.Request(address, method="HEAD")) as answer:
-            size, mark = answer.headers.get("Content-Length"), _mark(answer)
-    else:
+def _describe(address: str) -> RemoteFile:
+    if not address.startswith(_BY_URLLIB):
         info = _filesystem(address).info(address)
-        size, mark = info.get("size"), str(info.get("ETag") or info.get("blob_id") or info.get("mtime"))
-    return hashlib.sha256(f"{size}:{mark}".encode()).hexdigest()[:32]
+        return RemoteFile(info.get("size"), str(info.get("ETag") or info.get("blob_id") or info.get("mtime")))
+    try:
+        answer = _opened(urllib.request.Request(address, method="HEAD"))
+    except urllib.error.HTTPError as error:
+        if error.code not in _HEAD_REFUSED:
+            raise
+        answer = _opened(urllib.request.Request(address))
+    with answer:
+        size = answer.headers.get("Content-Length")
+        kind = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        return RemoteFile(None if size is None else int(size), _mark(answer), kind)
 
 
 def _mark(answer: Any) -> str:

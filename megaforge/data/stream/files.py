@@ -5,14 +5,13 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megaforge.data.stream.fetch import is_remote, remote_identity
+from megaforge.data.stream.fetch import describe, expanded, is_remote
 from megaforge.data.text.formats import TEXT_SUFFIXES, plain_suffix, text_format
 from megaforge.data.text.readers import open_text
 from megaforge.errors import UserError, require
@@ -20,7 +19,6 @@ from megaforge.errors import UserError, require
 PREFIX = "stream:"
 _HUB = "hf:"
 _ENDS = 1 << 16
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def _names(text: str, spec: str) -> Iterator[str]:
         for line in filter(None, map(str.strip, lines)):
             yield from _names(line, spec)
     elif is_remote(text):
-        yield from _expanded(text)
+        yield from expanded(text)
     elif os.path.isdir(text):
         inside = sorted(path for path in Path(text).rglob("*") if path.is_file())
         yield from (str(path) for path in inside if plain_suffix(path) in TEXT_SUFFIXES)
@@ -67,17 +65,6 @@ def _names(text: str, spec: str) -> Iterator[str]:
         yield text
     else:
         yield from sorted(path for path in glob.glob(text, recursive=True) if os.path.isfile(path))
-
-
-def _expanded(address: str) -> Iterator[str]:
-    """``part-{000..015}`` as sixteen addresses, as WebDataset writes them."""
-    match = _RANGE.search(address)
-    if match is None:
-        yield address
-        return
-    first, last = match.groups()
-    for number in range(int(first), int(last) + 1):
-        yield from _expanded(f"{address[: match.start()]}{number:0{len(first)}d}{address[match.end() :]}")
 
 
 def _hub_files(name: str, spec: str) -> Iterator[str]:
@@ -123,7 +110,7 @@ def identity(name: str, spec: str) -> str:
         UserError: it cannot be read.
     """
     try:
-        return remote_identity(name) if is_remote(name) else _local_identity(name)
+        return describe(name).identity if is_remote(name) else _local_identity(name)
     except OSError as error:
         raise UserError(f"--data-path {spec}: {name} cannot be read ({error.strerror or error})") from error
 

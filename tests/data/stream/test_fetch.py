@@ -3,78 +3,24 @@
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megaforge.data.stream import fetch as fetching
-from megaforge.data.stream.fetch import fetch, remote_identity
+from megaforge.data.stream.fetch import describe, fetch
 from megaforge.errors import UserError
 from tests.data.datasets import random_documents
+from tests.data.file_server import Server, serving
 from tests.data.stream.test_source import EOD, TOKENIZER, opened, sample, write_texts
-
-
-class Server(ThreadingHTTPServer):
-    """Gives ``files`` by name, and in each answer as many bytes as ``cuts`` says before it breaks the connection.
-
-    Attributes:
-        ranges: whether it knows ``Range``.
-        sent: bytes of all answers.
-    """
-
-    def __init__(self, files: dict[str, bytes]) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.files, self.cuts, self.ranges, self.sent, self.tag = files, list[int](), True, 0, "one"
-        self.address = f"http://127.0.0.1:{self.server_port}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Any
-
-    def do_HEAD(self) -> None:
-        self._answer(0)
-
-    def do_GET(self) -> None:
-        content = self.server.files.get(self.path.lstrip("/"))
-        first, given = 0, self.headers.get("Range")
-        if content is not None and given and self.server.ranges and self.headers.get("If-Range") == self.server.tag:
-            first = int(given.removeprefix("bytes=").rstrip("-"))
-        if content is not None and first >= len(content):
-            self.send_error(416)
-            return
-        self._answer(first)
-        if content is not None:
-            part = content[first:]
-            part = part[: self.server.cuts.pop(0)] if self.server.cuts else part
-            self.server.sent += len(part)
-            self.wfile.write(part)
-            self.close_connection = True
-
-    def _answer(self, first: int) -> None:
-        content = self.server.files.get(self.path.lstrip("/"))
-        if content is None:
-            self.send_error(404)
-            return
-        self.send_response(206 if first else 200)
-        self.send_header("Content-Length", str(len(content) - first))
-        self.send_header("ETag", self.server.tag)
-        self.end_headers()
-
-    def log_message(self, *words: object) -> None:
-        return
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(fetching, "FIRST_WAIT", 0.001)
-    with Server({}) as found:
-        threading.Thread(target=found.serve_forever, daemon=True).start()
+    with serving() as found:
         yield found
-        found.shutdown()
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -112,13 +58,15 @@ def test_what_cannot_be_fetched(server: Server, tmp_path: Path) -> None:
         fetch(f"{server.address}/a", tmp_path / "a")
     for action in (
         lambda: fetch(f"{server.address}/none", tmp_path / "n"),
-        lambda: remote_identity(f"{server.address}/n"),
+        lambda: describe(f"{server.address}/n"),
     ):
         with pytest.raises(UserError, match="the server answers 404"):
             action()
-    before = remote_identity(f"{server.address}/a")
+    before = describe(f"{server.address}/a").identity
+    server.refuses_head = True
+    assert describe(f"{server.address}/a").identity == before
     server.tag = "two"
-    assert remote_identity(f"{server.address}/a") != before and len(before) == 32
+    assert describe(f"{server.address}/a").identity != before and len(before) == 32
 
 
 def test_a_stream_from_a_server(server: Server, tmp_path: Path) -> None:
