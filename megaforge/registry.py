@@ -143,6 +143,7 @@ DATA_SOURCES = Registry(
         "stream": "megaforge.data.stream.kind:STREAM",
         "chat": "megaforge.data.data_source:CHAT",
         "progressions": "megaforge.data.progressions:PROGRESSIONS",
+        "tasks": "megaforge.data.task_source:TASKS",
     },
 )
 AUGMENTATIONS = Registry(
@@ -306,6 +307,18 @@ TASKS = Registry(  # what makes examples (megaforge.tasks.example.Task)
         "modular_arithmetic": "megaforge.tasks.rules:MODULAR_ARITHMETIC",
     },
     entry_points="megaforge.tasks",
+)
+CHUNKED_TASKS = Registry(  # whose text comes chunk by chunk (megaforge.tasks.chunked.ChunkedTask)
+    "task in chunks",
+    {
+        "kv_chunks": "megaforge.tasks.chunked_kinds:KV_CHUNKS",
+        "needle_chunks": "megaforge.tasks.chunked_kinds:NEEDLE_CHUNKS",
+        "tracking_chunks": "megaforge.tasks.chunked_kinds:TRACKING_CHUNKS",
+        "recall_chunks": "megaforge.tasks.chunked_kinds:RECALL_CHUNKS",
+        "running_sum": "megaforge.tasks.chunked_kinds:RUNNING_SUM",
+        "arithmetic_chunks": "megaforge.tasks.chunked_kinds:ARITHMETIC_CHUNKS",
+    },
+    entry_points="megaforge.chunked_tasks",
 )
 TEXT_METRICS = Registry(  # of written answers (megaforge.tasks.metrics.TextMetric)
     "metric",

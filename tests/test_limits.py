@@ -33,6 +33,7 @@ COVERED = {
     "config/megatron/": "config/test_megatron_flags.py",
     "config/data_partners.py": "config/test_partners.py",
     "config/reading_config.py": "config/test_data_schedule.py",
+    "config/task_config.py": "data/test_task_source.py",
     "config/position_kind.py": "config/test_partners.py",
     "config/quant_config.py": "quant/test_converter.py",
     "config/yaml_nodes.py": "data/corpus/test_recipe.py",

@@ -27,6 +27,7 @@ from megaforge.config.run_config import (
     ParallelConfig,
     TrainingConfig,
 )
+from megaforge.config.task_config import TaskConfig
 from megaforge.errors import gathered, raise_all
 
 
@@ -39,6 +40,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
+    tasks: TaskConfig = field(default_factory=TaskConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     qat: QATConfig = field(default_factory=QATConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)

@@ -251,6 +251,7 @@ def test_sections_are_the_fields_of_config() -> None:
         "parallel",
         "data",
         "chat",
+        "tasks",
         "optimizer",
         "qat",
         "distill",

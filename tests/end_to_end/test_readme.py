@@ -110,6 +110,7 @@ DOCUMENTS = [
     "examples/fleet/README.md",
     "examples/grokking/README.md",
     "examples/moe_5b/README.md",
+    "docs/agent.md",
     "docs/architecture.md",
     "docs/checkpoints.md",
     "docs/corpus.md",
@@ -124,6 +125,7 @@ DOCUMENTS = [
     "docs/models.md",
     "docs/optimizers.md",
     "docs/planner.md",
+    "docs/reasoning.md",
     "docs/runs.md",
 ]
 

@@ -71,6 +71,11 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments
         (("--load", "x", "--prompt-file", "none.txt"), "--prompt-file none.txt"),
         (("--load", "x", "--prompt", "y", "--speculate", "mtp"), "add --temperature 0 (it is 0.8)"),
     ],
+    "tools/make_task_tokenizer.py": [
+        ((), "--output"),
+        (("--tasks", "kv_chunk", "--output", "none.json"), "did you mean kv_chunks?"),
+        (("--output", "words.txt"), "--output words.txt: a tokenizer of words"),
+    ],
     "tools/parity.py": [
         (("--dtype", "fp8"), "fp64"),
         (("--max-ranks", "0"), "--max-ranks 0"),
