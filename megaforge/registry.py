@@ -335,6 +335,13 @@ PLASTIC_RULES = Registry(
     "rule of fast weights",
     {name: f"megaforge.reasoning.rules:{name}" for name in ("hebb", "oja", "delta")},
 )
+MEMORY_SEARCHES = Registry(  # megaforge.reasoning.memory.searches.Search
+    "search of the episodic index",
+    {
+        "torch": "megaforge.reasoning.memory.searches:TorchSearch",
+        "faiss": "megaforge.reasoning.memory.searches:FaissSearch",
+    },
+)
 CONVERTERS = Registry("converter", {"bitnet": "megaforge.quant.converter:bitnet"})
 COMPLIANCE_RULES = Registry(
     "compliance rule",
