@@ -44,7 +44,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -221,6 +221,13 @@ def _given_layout(flags: argparse.Namespace) -> dict[str, int]:
     return {name: getattr(flags, name) for name in (*LAYOUT, "dp") if getattr(flags, name) is not None}
 
 
+def _asked_layout(flags: argparse.Namespace) -> tuple[ParallelConfig, int | None]:
+    """The layout to write, and dp where it is given."""
+    given = _given_layout(flags)
+    fields: dict[str, Any] = {LAYOUT[name]: size for name, size in given.items() if name in LAYOUT}
+    return ParallelConfig(**fields), given.get("dp")
+
+
 def _open(flags: argparse.Namespace, *, keeps_encryption: bool = False) -> TensorSource:
     from megaforge.checkpoint.sources import open_source
 
@@ -307,10 +314,8 @@ def _to_directory(flags: argparse.Namespace) -> None:
     from megaforge.checkpoint.convert import write_directory
     from megaforge.checkpoint.encryption import read_key
 
-    given = _given_layout(flags)
-    dp = given.pop("dp", None)
+    parallel, dp = _asked_layout(flags)
     source = _open(flags, keeps_encryption=True)
-    parallel = ParallelConfig(**{LAYOUT[name]: size for name, size in given.items()})  # type: ignore[arg-type]
     key = read_key() if flags.encrypt or (source.encrypted and not flags.plain) else None
     path = write_directory(source, flags.save, parallel, dp, key)
     print(f"{path}: step {source.step} of {source.path}, {_describe(source)}{', encrypted' * (key is not None)}")
@@ -339,9 +344,7 @@ def _import(flags: argparse.Namespace) -> None:
         identity = tokenizer_identity(load_tokenizer(kind, model))
         data = dataclasses.replace(config.data, tokenizer_type=kind, tokenizer_model=model)
         config = dataclasses.replace(config, data=data)
-    given = _given_layout(flags)
-    dp = given.pop("dp", None)
-    parallel = ParallelConfig(**{LAYOUT[name]: size for name, size in given.items()})  # type: ignore[arg-type]
+    parallel, dp = _asked_layout(flags)
     module, _, name = SOURCES[flags.source].partition(":")
     read = getattr(importlib.import_module(module), name)
     export = None if flags.target is None else functools.partial(_export, flags)

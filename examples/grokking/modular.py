@@ -22,7 +22,7 @@ from megaforge.data.data_source import DataSource, DataSourceKind, SampleView
 from megaforge.errors import UserError
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init_rules import Normal
-from megaforge.parallel.param_spec import ParamSpec, make_parameter, spec_of
+from megaforge.parallel.param_spec import ParamSpec, declare, make_parameter, spec_of
 from megaforge.registry import CONVERTERS, DATA_SOURCES
 
 LENGTH = 4  # x * y =, of which the last is followed by z
@@ -143,7 +143,7 @@ def as_published(model: nn.Module, ctx: ParallelContext) -> None:
         spec = replace(spec_of(parameter), weight_decay=True)
         if spec.kind == "embedding":
             spec = replace(spec, init=Normal(1.0))
-        parameter.spec = spec  # type: ignore[attr-defined]
+        declare(parameter, spec)
 
 
 class Unchanged(nn.Module):

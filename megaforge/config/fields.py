@@ -6,10 +6,13 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megaforge.errors import UserError
 from megaforge.registry import Registry
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _LARGEST_INTEGER = 2**63 - 1
 # Numbers reach tensors of fp32: what it cannot hold in full is a slip of the pen.
@@ -94,13 +97,13 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def check_fields(section: object) -> None:
+def check_fields(section: DataclassInstance) -> None:
     """Checks a section against what its fields declare: the bounds of every number, the registry of every name.
 
     Raises:
         UserError: naming the flag, its value and the range or the names.
     """
-    for one in dataclasses.fields(section):  # type: ignore[arg-type]
+    for one in dataclasses.fields(section):
         value, choices = getattr(section, one.name), one.metadata["choices"]
         if isinstance(choices, Registry):
             for name in value if isinstance(value, tuple) else () if value is None else (value,):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
@@ -12,7 +12,10 @@ from megaforge.config.fields import check_fields
 from megaforge.config.schema import Setting, setting_for, suggestion
 from megaforge.errors import UserError
 
-Section = TypeVar("Section")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Section = TypeVar("Section", bound="DataclassInstance")
 
 
 def read_dataclass(cls: type[Section], node: yaml.Node | None, label: str, what: str, **given: Any) -> Section:
@@ -28,7 +31,7 @@ def read_dataclass(cls: type[Section], node: yaml.Node | None, label: str, what:
         UserError: an unknown key (with the nearest known one), a value of a wrong type or beyond its bounds, or what
             the dataclass' own ``validate`` refuses.
     """
-    fields = {one.name: one for one in dataclasses.fields(cls) if one.name not in given}  # type: ignore[arg-type]
+    fields = {one.name: one for one in dataclasses.fields(cls) if one.name not in given}
     hints = typing.get_type_hints(cls)
     values = dict(given)
     for name, value in mapping_of(node, label, what).items():

@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from megaforge.config.run_config import DataConfig
@@ -85,7 +86,7 @@ def cached_dataset(prefix: str, cache: Cache | None) -> str:
         )
     name = f"{content_digest(IndexedDataset(prefix), None)[:32]}/{Path(prefix).name}"
     for file in files:
-        cache.made(f"{name}{file.suffix}", lambda target, file=file: _copy(file, target), keep=True)  # type: ignore[misc]
+        cache.made(f"{name}{file.suffix}", partial(_copy, file), keep=True)
     return str(cache.directory / name)
 
 

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from megaforge.errors import UserError, require
 
@@ -95,11 +95,11 @@ class LineReader:
 
     def at_end(self) -> bool:
         """Whether no byte is left."""
-        return not self._guarded(lambda: self._file.peek(1))  # type: ignore[attr-defined]
+        return not self._guarded(lambda: self._file.peek(1))
 
     def head(self, size: int = 1 << 16) -> bytes:
         """The first bytes of the (decompressed) content, at most ``size``; the reader must be at its beginning."""
-        head: bytes = self._guarded(lambda: self._file.peek(size))[:size]  # type: ignore[attr-defined]
+        head: bytes = self._guarded(lambda: self._file.peek(size))[:size]
         return head
 
     def rest(self) -> bytes:
@@ -125,13 +125,13 @@ class LineReader:
     ) -> None:
         self.close()
 
-    def _open(self) -> IO[bytes]:
+    def _open(self) -> io.BufferedReader:
         try:
             if self._compression == "gzip":
                 return io.BufferedReader(gzip.open(self.path, "rb"), _BLOCK)
             if self._compression == "zstd":
                 return io.BufferedReader(_ZstdReader(self.path), _BLOCK)
-            return open(self.path, "rb", buffering=_BLOCK)
+            return io.BufferedReader(io.FileIO(self.path), _BLOCK)
         except OSError as error:
             raise UserError(f"--input {self.path}: {error.strerror}") from error
 

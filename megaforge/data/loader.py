@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Generator, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -110,7 +110,7 @@ class GlobalBatchLoader:
         self._look_ahead = look_ahead
         self.dealing: Dealing | None = None
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Generator[list[Batch], None, None]:
         """Goes on from ``consumed_samples``."""
         whole = self._global_batches()
         if self._workers == 0:

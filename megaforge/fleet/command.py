@@ -8,6 +8,7 @@ import time
 import typing
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megaforge.config.arguments import ArgumentParser, number
 from megaforge.config.schema import Setting, setting_for
@@ -32,7 +33,7 @@ def _settings() -> list[Setting]:
     return [setting_for("fleet", one, hints[one.name]) for one in dataclasses.fields(FleetSettings)]
 
 
-def _given(words: Sequence[str]) -> tuple[str, dict[str, object]]:
+def _given(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """(the file, what the line says in place of it)."""
     parser = ArgumentParser(prog="train_fleet.py", description=TRAIN)
     parser.add_argument("--config", required=True, metavar="FILE", help="fleet.yaml: models, their flags, settings")
@@ -41,7 +42,7 @@ def _given(words: Sequence[str]) -> tuple[str, dict[str, object]]:
         metavar = "{" + ",".join(one.choices) + "}" if isinstance(one.choices, tuple) else "VALUE"
         parser.add_argument(one.flag, dest=one.name, metavar=metavar, help=(one.help + shown).replace("%", "%%"))
     flags = vars(parser.parse_args(words))
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     for one in _settings():
         text = flags[one.name]
         if text is not None:
@@ -56,7 +57,7 @@ def train(words: Sequence[str]) -> int:
     """``train_fleet.py --config ...``; returns the exit status."""
     path, given = _given(words)
     fleet = read_fleet(path)
-    fleet = dataclasses.replace(fleet, settings=dataclasses.replace(fleet.settings, **given))  # type: ignore[arg-type]
+    fleet = dataclasses.replace(fleet, settings=dataclasses.replace(fleet.settings, **given))
     fleet.settings.validate()
     check_models(fleet.models, Path(fleet.settings.output or "."))
     return Supervisor(fleet).run()

@@ -120,12 +120,18 @@ class Answerer:
             step = self.batch_size * (self.trained.ctx.dp.size * self.trained.ctx.pp.size if likelihoods else 1)
             for start in range(0, len(places), step):
                 now = places[start : start + step]
-                asked = [requests[place] for place in now]
-                found = self._score(asked) if likelihoods else self._write(asked)  # type: ignore[arg-type]
+                found = self._found([requests[place] for place in now])
                 answers.update(zip(now, found, strict=True))
                 if told is not None:
                     told(now, found)
         return [answers[place] for place in range(len(requests))]
+
+    def _found(self, asked: Sequence[Request]) -> list[Answer]:
+        """Answers to requests of one kind."""
+        scored = [one for one in asked if isinstance(one, Likelihood)]
+        written = [one for one in asked if not isinstance(one, Likelihood)]
+        assert not (scored and written), "a batch has requests of one kind"
+        return self._score(scored) if scored else self._write(written)
 
     def _score(self, asked: Sequence[Likelihood]) -> list[Answer]:
         """One batch for each stage of each of the dp ranks, of the same shape on all of them."""

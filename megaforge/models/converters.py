@@ -18,8 +18,8 @@ from torch import nn
 from megaforge.config.peft_method import PeftMethod
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layers import linears as linears
-from megaforge.parallel.linear_op import WeightQuantizer
-from megaforge.parallel.param_spec import spec_of
+from megaforge.parallel.linear_op import WeightQuantizer, give_quantizer
+from megaforge.parallel.param_spec import declare, spec_of
 from megaforge.registry import CONVERTERS, PEFT_METHODS
 
 
@@ -38,8 +38,8 @@ def convert(model: nn.Module, names: tuple[str, ...], ctx: ParallelContext, peft
         converter(model, ctx)
     for _, layer in linears(model):
         if layer.op.quantizes:
-            layer.weight.spec = replace(spec_of(layer.weight), quantized=True)  # type: ignore[attr-defined]
-            layer.weight.quantizer = WeightQuantizer(layer.op, layer.transposed)  # type: ignore[attr-defined]
+            declare(layer.weight, replace(spec_of(layer.weight), quantized=True))
+            give_quantizer(layer.weight, WeightQuantizer(layer.op, layer.transposed))
     if peft is not None:
         method: PeftMethod = PEFT_METHODS.get(peft)
         method.found()(model, ctx)

@@ -18,7 +18,7 @@ from megaforge.models.hybrid import HybridModel
 from megaforge.models.pipeline_shape import PipelinePlan, check_stages, pipeline_shape
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layer_context import LayerContext, make_layer_context
-from megaforge.parallel.param_spec import named_specs, spec_of
+from megaforge.parallel.param_spec import declare, named_specs, spec_of
 from megaforge.parallel.pipeline.executor import PipelineExecutor
 from megaforge.parallel.pipeline.partition import partition_layers
 from megaforge.parallel.pipeline.schedules import build_schedule
@@ -95,7 +95,7 @@ def build_model(layer: LayerContext, plan: PipelinePlan) -> HybridModel | ModelC
     if tied is not None:
         spec = spec_of(tied)
         if not spec.is_tied_copy:
-            tied.spec = replace(spec, tied_to="head.weight")  # type: ignore[attr-defined]
+            declare(tied, replace(spec, tied_to="head.weight"))
     return model
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import optimizer_shard
-from megaforge.parallel.param_spec import KINDS, named_specs
+from megaforge.parallel.param_spec import KINDS, main_grad_of, named_specs
 
 # Squares are summed in fp64, block by block: a block of fp64 stays in a CPU's cache (4x the speed of one fp64 copy),
 # while a GPU wants few and large ones.
@@ -78,7 +78,7 @@ def _by_kind(model: nn.Module, ctx: ParallelContext) -> dict[tuple[int, bool], l
     for spec, parameter in named_specs(model):
         if parameter.requires_grad:
             first = optimizer_shard(parameter).is_first_copy(ctx)
-            found[_KINDS.get(spec.kind, _KINDS["other"]), first].append(parameter.main_grad)  # type: ignore[attr-defined]
+            found[_KINDS.get(spec.kind, _KINDS["other"]), first].append(main_grad_of(parameter))
     return found
 
 

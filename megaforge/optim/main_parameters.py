@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from megaforge.parallel.flat_shard import Entry, FlatShard, flat_boxes, optimizer_shard
-from megaforge.parallel.linear_op import Quantized
-from megaforge.parallel.param_spec import ParamSpec, named_specs
+from megaforge.parallel.linear_op import Quantized, quantizer_of
+from megaforge.parallel.param_spec import ParamSpec, main_grad_of, named_specs
 from megaforge.parallel.zero import ShardedParameters
 
 
@@ -36,8 +36,7 @@ class MainParameter:
     @property
     def grad(self) -> Tensor:
         """The reduced gradient of ``master``, in its shape and type."""
-        grad: Tensor = self.parameter.main_grad  # type: ignore[attr-defined]
-        return grad
+        return main_grad_of(self.parameter)
 
     def in_shape(self, tensor: Tensor) -> Tensor:
         """``master``, ``grad`` or a state of a parameter that this rank holds whole, in the local shape (a view)."""
@@ -56,7 +55,7 @@ class MainParameter:
     def quantized(self) -> Quantized:
         """Of a matrix that is declared quantized: what products see of ``master``, and the largest magnitudes there;
         each like ``master``, or 0-d."""
-        seen: Quantized = self.parameter.quantizer(self.parameter.detach())  # type: ignore[attr-defined]
+        seen: Quantized = quantizer_of(self.parameter)(self.parameter.detach())
         return Quantized(*(self._part(tensor) for tensor in seen))
 
     def _part(self, tensor: Tensor) -> Tensor:
@@ -103,7 +102,7 @@ class MainParameters:
         written = self.trained if some is None else tuple(some)
         for main in written:
             if main.spec.quantized:
-                main.parameter.quantizer.forget()  # type: ignore[attr-defined]
+                quantizer_of(main.parameter).forget()
         pairs = [main.written_back() for main in written]
         if moved := [pair for pair in pairs if pair is not None]:
             # One launch on a GPU for many parameters.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megaforge.parallel.buckets import Bucket, main_dtype, make_bucket_groups
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.grad_compression import AllReduceHook, CommHook, Finish
-from megaforge.parallel.param_spec import spec_of
+from megaforge.parallel.param_spec import main_grad_of, spec_of
 from megaforge.parallel.zero import ShardedParameters
 
 
@@ -50,7 +50,7 @@ class _Gradients:
         else:
             held = [self.view_of(parameter) for parameter in bucket.parameters]
         for parameter, view in zip(bucket.parameters, held, strict=True):
-            parameter.main_grad = view  # type: ignore[attr-defined]
+            parameter.__dict__["main_grad"] = view
 
     def _allocate(self) -> Tensor:
         bucket = self.bucket
@@ -244,7 +244,7 @@ class GradientReducer:
         unannounced = self._every_microbatch and self._active is None
         if unannounced or (gradients.sent and (gradients.bucket.replicas.size > 1 or self._every_microbatch)):
             raise RuntimeError(
-                f"{spec_of(parameter).name} got a gradient after its bucket was sent: "  # type: ignore[arg-type]
+                f"{spec_of(parameter).name} got a gradient after its bucket was sent: "
                 "set_last_microbatch must precede each backward pass, and the last must be the last"
             )
         gradients.take_in(parameter)
@@ -294,7 +294,7 @@ class GradientReducer:
     def _sum_partial_over_tp(self) -> None:
         """Sums whole gradients or shares: ranks along tp hold the same ranges."""
         for dtype in sorted({main_dtype(p) for p in self._tp_partial}, key=str):
-            grads = [p.main_grad for p in self._tp_partial if main_dtype(p) == dtype]  # type: ignore[attr-defined]
+            grads = [main_grad_of(p) for p in self._tp_partial if main_dtype(p) == dtype]
             flat = torch.cat([grad.reshape(-1) for grad in grads])
             dist.all_reduce(flat, group=self.ctx.tp.group)
             for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):

@@ -237,6 +237,23 @@ class WeightQuantizer:
         return Quantized(values.t(), largest.t() if largest.dim() else largest)
 
 
+def give_quantizer(weight: Tensor, quantizer: WeightQuantizer) -> None:
+    """Products see what ``quantizer`` makes of ``weight``."""
+    weight.__dict__["quantizer"] = quantizer
+
+
+def quantizer_of(weight: Tensor) -> WeightQuantizer:
+    """What makes of a parameter that is declared quantized what products see.
+
+    Raises:
+        ValueError: nothing does.
+    """
+    quantizer = getattr(weight, "quantizer", None)
+    if not isinstance(quantizer, WeightQuantizer):
+        raise ValueError(f"a parameter of shape {tuple(weight.shape)} has no quantizer; convert() gives it one")
+    return quantizer
+
+
 def _gradients_wanted(ctx: Any) -> list[bool]:
     """In the backward pass of a function whose first inputs are x, weight and bias: which of their gradients this call
     of the engine asks for. A split backward pass (:mod:`megaforge.parallel.pipeline.split_backward`) asks for that of x

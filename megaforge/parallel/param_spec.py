@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megaforge.config.groups import KINDS as KINDS
 from megaforge.parallel.context import Axis, ParallelContext
@@ -199,7 +199,7 @@ def make_parameter(
     spec.pieces(ctx)  # divisibility is an error here, at construction, not at first use
     dtype = torch.float32 if spec.keep_fp32 and dtype in (torch.bfloat16, torch.float16) else dtype
     parameter = nn.Parameter(torch.empty(spec.local_shape(ctx), dtype=dtype, device=device or ctx.device))
-    parameter.spec = spec  # type: ignore[attr-defined]
+    declare(parameter, spec)
     return parameter
 
 
@@ -212,7 +212,12 @@ def give_memory(parameter: nn.Parameter, device: torch.device) -> None:
     torch.utils.swap_tensors(parameter, filled)
 
 
-def spec_of(parameter: nn.Parameter) -> ParamSpec:
+def declare(parameter: Tensor, spec: ParamSpec) -> None:
+    """``parameter`` carries ``spec`` from here on."""
+    parameter.__dict__["spec"] = spec
+
+
+def spec_of(parameter: Tensor) -> ParamSpec:
     """The declaration of ``parameter``.
 
     Raises:
@@ -226,12 +231,24 @@ def spec_of(parameter: nn.Parameter) -> ParamSpec:
     return spec
 
 
+def main_grad_of(parameter: Tensor) -> Tensor:
+    """Where the gradients of ``parameter`` add up (:class:`megaforge.parallel.data_parallel.DataParallel`).
+
+    Raises:
+        ValueError: nothing reduces it.
+    """
+    grad = getattr(parameter, "main_grad", None)
+    if not isinstance(grad, Tensor):
+        raise ValueError(f"{spec_of(parameter).name} has no gradient that is reduced: make a DataParallel of its model")
+    return grad
+
+
 def name_parameters(module: nn.Module, prefix: str = "") -> None:
     """Gives every parameter that has no name yet its path in ``module``, behind ``prefix`` if there is one."""
     for path, parameter in module.named_parameters(prefix):
         spec = spec_of(parameter)
         if not spec.name:
-            parameter.spec = replace(spec, name=path)  # type: ignore[attr-defined]
+            declare(parameter, replace(spec, name=path))
 
 
 def named_specs(module: nn.Module) -> Iterator[tuple[ParamSpec, nn.Parameter]]:

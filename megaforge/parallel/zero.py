@@ -20,6 +20,7 @@ from megaforge.parallel.buckets import Bucket, Policy, cut_anywhere, make_bucket
 from megaforge.parallel.collectives import all_gather_single
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import FlatShard, optimizer_shard
+from megaforge.parallel.linear_op import quantizer_of
 from megaforge.parallel.param_spec import spec_of
 
 
@@ -62,7 +63,7 @@ class _CodeGather(_Gather):
             UserError: products of a parameter need more than codes, or the codes differ in kind.
         """
         super().__init__(bucket)
-        ops = [parameter.quantizer.op for parameter in bucket.parameters]  # type: ignore[attr-defined]
+        ops = [quantizer_of(parameter).op for parameter in bucket.parameters]
         self._kind = ops[0].code_kind
         if self._kind is None or any(op.code_kind != self._kind for op in ops):
             raise UserError(
@@ -161,7 +162,7 @@ class ShardedParameters:
         for parameter, view, held in zip(bucket.parameters, bucket.views(gather.flat), ranges, strict=True):
             view.copy_(parameter)
             parameter.data = view
-            parameter.share = FlatShard(spec_of(parameter), *held)  # type: ignore[attr-defined]
+            parameter.__dict__["share"] = FlatShard(spec_of(parameter), *held)
             self._gather_of[id(parameter)] = gather
 
     def _wait_before_forward(self, module: nn.Module) -> None:
@@ -226,7 +227,7 @@ class ShardedParameters:
         pass read it past the hooks, and computed with what was there before."""
         if self._gather_of[id(parameter)].is_on_its_way:
             raise RuntimeError(
-                f"{spec_of(parameter).name} was used before its new values were waited for: "  # type: ignore[arg-type]
+                f"{spec_of(parameter).name} was used before its new values were waited for: "
                 "its module was not called as module(...); call wait() in front of that code"
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from megaforge.config.check_layout import has_experts
 from megaforge.config.config import Config
@@ -65,6 +66,6 @@ def _changes(config: Config) -> Iterator[tuple[str, Config]]:
         yield "--cpu-offload-activations", _with(config, cpu_offload_activations=True)
 
 
-def _with(config: Config, **fields: object) -> Config:
-    parallel: ParallelConfig = dataclasses.replace(config.parallel, **fields)  # type: ignore[arg-type]
+def _with(config: Config, **fields: Any) -> Config:
+    parallel: ParallelConfig = dataclasses.replace(config.parallel, **fields)
     return dataclasses.replace(config, parallel=parallel)

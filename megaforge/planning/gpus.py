@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megaforge.errors import UserError
 from megaforge.json_text import parse_json
@@ -80,7 +81,7 @@ def gpu_of(described: object) -> Gpu:
     device = described.get("device") if isinstance(described, dict) else None
     if not isinstance(device, dict) or not isinstance(device.get("name"), str):
         raise UserError("it has no object 'device' with a name")
-    values: dict[str, float] = {}
+    values: dict[str, Any] = {}
     for field in dataclasses.fields(Gpu):
         value = device.get(field.name, field.default if field.name == "libraries" else None)
         if field.name == "name":
@@ -88,7 +89,7 @@ def gpu_of(described: object) -> Gpu:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
             raise UserError(f"device.{field.name} is not a positive number")
         values[field.name] = value
-    return Gpu(device["name"], **{**values, "node_size": int(values["node_size"])})  # type: ignore[arg-type]
+    return Gpu(device["name"], **{**values, "node_size": int(values["node_size"])})
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from megaforge.config.arguments import ArgumentParser
 from megaforge.config.cli import parse_config
@@ -111,7 +112,7 @@ def widened(model: ModelConfig, heads: int) -> ModelConfig | None:
     hidden, groups = heads * model.hidden_size, heads * model.query_groups
     if hidden % model.num_attention_heads or groups % model.num_attention_heads:
         return None
-    changed: dict[str, object] = {
+    changed: dict[str, Any] = {
         "num_attention_heads": heads,
         "hidden_size": hidden // model.num_attention_heads,
     }
@@ -123,7 +124,7 @@ def widened(model: ModelConfig, heads: int) -> ModelConfig | None:
             unit = math.gcd(width, 128)
             changed[name] = max(unit, round(width * ratio / unit) * unit)
     try:
-        wider = dataclasses.replace(model, **changed)  # type: ignore[arg-type]
+        wider = dataclasses.replace(model, **changed)
         wider.validate()
     except UserError:
         return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megaforge.config.pattern import BlockKind, ahead_of
+from megaforge.config.pattern import ahead_of
 from megaforge.models.hybrid import HybridModel
 from megaforge.nn.compressed import CompressedActivations
 from megaforge.nn.losses import LossTerm, total_loss
@@ -149,7 +149,7 @@ def _arriving(chunk: HybridModel, payload: StageTensors) -> list[str]:
     stage."""
     if chunk.is_first:
         return []
-    blocks: list[BlockKind] = [block.kind for block in chunk.layers.values()]  # type: ignore[misc]
+    blocks = [block.kind for block in chunk.blocks]
     read = {name for block in blocks for kind in block.layers for name in kind.carried(chunk.cfg, 1, 1, 1)}
     made = {name for block in blocks if block.first for name in block.mixer.carried(chunk.cfg, 1, 1, 1)}
     return [name for name, item in payload.items() if not item.carried or name in read - made]

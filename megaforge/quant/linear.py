@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +109,7 @@ class QuantizedLinear(LinearOp):
         codes = torch.empty(stop - start, dtype=torch.int8, device=weight.device)
         for first, box in flat_boxes(tuple(weight.shape), start, stop):
             some = weight[tuple(slice(*edges) for edges in box)]
-            own = Scale(*(None if one is None else _within(one, box) for one in scale))  # type: ignore[arg-type]
+            own = scale.each(partial(_within, box=box))
             codes[first - start :][: some.numel()] = weight_codes(some, own, self.weights).flatten()
         return codes
 

@@ -18,6 +18,7 @@ weights of a step, or in a token, makes the step NaN, and with it every product.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -102,6 +103,10 @@ class Scale(NamedTuple):
 
     step: Tensor
     shift: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Scale:
+        """What ``change`` makes of each tensor."""
+        return Scale(change(self.step), None if self.shift is None else change(self.shift))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -195,8 +195,7 @@ class ModelScales:
         if self.scheme.by_mean:
             first, second = first / counts, second / counts
         found = clipped(Statistics(first, second, 1), self.scheme, share)
-        scale = weight_scale(found, self.scheme, parameter.dtype)
-        return Scale(*(None if one is None else _rows(one, spec, ctx) for one in scale))  # type: ignore[arg-type]
+        return weight_scale(found, self.scheme, parameter.dtype).each(lambda one: _rows(one, spec, ctx))
 
 
 def _rows(values: Tensor, spec: ParamSpec, ctx: ParallelContext) -> Tensor:

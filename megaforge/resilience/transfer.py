@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -46,11 +47,11 @@ class _Stream:
     def _arriving(self) -> Path:
         return self._folder / f".arriving_{self.move.name}"
 
-    def _open(self) -> BinaryIO | None:
+    def _open(self) -> io.FileIO | None:
         try:
             if self._sends:
-                return open(self._folder / self.move.name, "rb", buffering=0)
-            return open(self._arriving, "wb", buffering=0)
+                return io.FileIO(self._folder / self.move.name, "rb")
+            return io.FileIO(self._arriving, "wb")
         except OSError as error:
             self._failed(error)
             return None
@@ -67,7 +68,7 @@ class _Stream:
         if self._file is not None:
             view = block.numpy().data
             try:
-                while view and (count := self._file.readinto(view)):  # type: ignore[attr-defined]
+                while view and (count := self._file.readinto(view)):
                     view = view[count:]
             except OSError as error:
                 self._failed(error)

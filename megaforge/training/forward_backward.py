@@ -24,6 +24,7 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.data_parallel import GradientReducer
 from megaforge.parallel.dropout import DropoutRates
 from megaforge.parallel.grad_compression import make_comm_hook
+from megaforge.parallel.param_spec import main_grad_of
 from megaforge.parallel.pipeline.executor import StageOutput
 from megaforge.parallel.pipeline.tied import sum_tied_gradient
 from megaforge.parallel.zero import ShardedParameters
@@ -116,7 +117,7 @@ class ForwardBackward:
     def sum_tied_gradient(self) -> None:
         """Gives both copies of a matrix on the first and the last stage the gradient of both; after the reduction."""
         if self._tied is not None and self._tied.requires_grad:
-            sum_tied_gradient(self._tied.main_grad, self.plan.schedule, self._ctx.pp)  # type: ignore[attr-defined]
+            sum_tied_gradient(main_grad_of(self._tied), self.plan.schedule, self._ctx.pp)
 
     def _forward_step(
         self,

@@ -21,7 +21,7 @@ from megaforge.config.run_config import LoggingConfig
 from megaforge.models.prepared_run import PreparedRun
 from megaforge.parallel.agree import exchange, from_first_rank
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.param_spec import ParamSpec, spec_of
+from megaforge.parallel.param_spec import ParamSpec, main_grad_of, spec_of
 from megaforge.peft.targets import Target, chosen
 from megaforge.training.callbacks import Callback
 from megaforge.training.trainer import Trainer
@@ -103,7 +103,7 @@ class GradientSums(Callback):
     def on_gradients(self, trainer: Trainer) -> None:
         for parameter in trainer.model.parameters():
             if parameter.requires_grad and spec_of(parameter).role == "matrix":
-                grad: Tensor = parameter.main_grad / trainer.scaler.scale  # type: ignore[attr-defined]
+                grad = main_grad_of(parameter) / trainer.scaler.scale
                 self.sums[id(parameter)] = self.sums[id(parameter)] + grad if id(parameter) in self.sums else grad
 
 

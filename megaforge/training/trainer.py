@@ -213,7 +213,7 @@ class Trainer:
         """Steps on the samples from here on, until :attr:`finished` or :attr:`rollback` takes the run back."""
         loader = self._loader(self.data, self.progress.batches, self.consumed_samples, self.objective.look_ahead)
         loader.dealing = self.dealing
-        with closing(iter(loader)) as batches:  # type: ignore[type-var]
+        with closing(iter(loader)) as batches:
             while not self.finished:
                 metrics = self._timed_step(batches)
                 if self.rollback is not None and self.rollback.goes_back(self, metrics):
@@ -345,7 +345,7 @@ class Trainer:
         sums = BatchSums(self.ctx, self._predictions)
         size = self.config.training.eval_global_batch_size or self.batches.size
         loader = self._loader(view, BatchSchedule(size))
-        with self.for_evaluation(), evaluating(self.model), closing(iter(loader)) as batches:  # type: ignore[type-var]
+        with self.for_evaluation(), evaluating(self.model), closing(iter(loader)) as batches:
             for micro_batches in islice(batches, self.config.training.eval_iters):
                 self.tell_phase(f"evaluation after step {self.iteration}")
                 self.engine.forward(micro_batches, sums)

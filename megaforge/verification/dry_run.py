@@ -29,7 +29,7 @@ from megaforge.optim import Optimizer, bucket_policy
 from megaforge.optim.gradient_filter import make_filter
 from megaforge.parallel.context import AXES, ParallelContext
 from megaforge.parallel.distributed import discover_launch
-from megaforge.parallel.param_spec import Box, named_specs
+from megaforge.parallel.param_spec import Box, main_grad_of, named_specs
 from megaforge.parallel.zero import shard_parameters
 from megaforge.planning.costs import stage_cost
 from megaforge.planning.gpus import GPUS, ROOM, verdict
@@ -278,7 +278,7 @@ def _try_rank(
         taught = _teacher_bytes(config, layout, ctx)
         payload = make_stage_tensors(model, plan, layout.micro_batch_size, layout.sequence_length, layout.dtype)
         trained = [parameter for _, parameter in named_specs(model) if parameter.requires_grad]
-        buffers = [parameter.main_grad for parameter in trained]  # type: ignore[attr-defined]
+        buffers = [main_grad_of(parameter) for parameter in trained]
         reducer.zero_grad()
         measured = []
         for number, chunk in enumerate(model.chunks):
@@ -331,7 +331,7 @@ def held_bytes(model: nn.Module, optimizer: Optimizer, *more: Iterable[Tensor]) 
     """Bytes of memory in which the model, its gradients, the optimizer and ``more`` tensors lie, gaps included; the
     optimizer has its state."""
     named = [parameter for _, parameter in named_specs(model)]
-    sums = [parameter.main_grad for parameter in named if parameter.requires_grad]  # type: ignore[attr-defined]
+    sums = [main_grad_of(parameter) for parameter in named if parameter.requires_grad]
     # A wide parameter is its own master: the same memory, counted with the parameters.
     seen: set[int] = set()
     parameters, gradients = _bytes(named, seen), _bytes(sums, seen)

@@ -29,7 +29,7 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import optimizer_shard
 from megaforge.parallel.init_rules import Normal
 from megaforge.parallel.layer_context import compute_dtype, make_layer_context
-from megaforge.parallel.param_spec import named_specs
+from megaforge.parallel.param_spec import main_grad_of, named_specs
 from megaforge.training.callbacks import Callback
 from megaforge.training.metrics import StepMetrics
 from megaforge.training.setup import build_trainer, make_context
@@ -114,7 +114,7 @@ class Recorder(Callback):
         losses = [metrics.extra[name] if experts else 0.0 for name in ("load_balance_loss", "z_loss")]
         self.record.numbers.append([metrics.loss, metrics.grad_norm, *losses, *experts])
         trained = [(spec.name, p) for spec, p in named_specs(trainer.model) if p.requires_grad]
-        self.record.gradients.append({name: p.main_grad.clone() for name, p in trained})  # type: ignore[attr-defined]
+        self.record.gradients.append({name: main_grad_of(p).clone() for name, p in trained})
 
 
 def train(config: Config, ctx: ParallelContext) -> tuple[HybridModel | ModelChunks, Record]:

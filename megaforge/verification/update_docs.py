@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from megaforge.config.cli import parse_config
@@ -135,11 +136,15 @@ def blocks_of(text: str) -> dict[str, str]:
     return dict(re.findall(r"<!-- begin ([\w-]+) -->\n(.*?)\n<!-- end \1 -->", text, re.DOTALL))
 
 
+def _with_block(block: str, place: re.Match[str]) -> str:
+    return place[1] + block + place[2]
+
+
 def rewritten(text: str, blocks: dict[str, str]) -> str:
     """The document with these places filled anew."""
     for name, block in blocks.items():
         place = re.compile(rf"(<!-- begin {name} -->\n).*?(\n<!-- end {name} -->)", re.DOTALL)
-        text = place.sub(lambda found, block=block: found[1] + block + found[2], text)  # type: ignore[misc]
+        text = place.sub(partial(_with_block, block), text)
     return text
 
 

@@ -71,7 +71,10 @@ class MpRankFiles(MegatronFiles):
     def _check_ranks(self, found: set[_Rank]) -> None:
         dense = {(rank.tp, rank.pp) for rank in found}
         experts = {(rank.tp % self.etp, rank.pp, rank.ep) for rank in found}
-        name = lambda tp, pp: f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if self.pp > 1 else "")  # noqa: E731
+
+        def name(tp: int, pp: int) -> str:
+            return f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if self.pp > 1 else "")
+
         places = [(tp, pp) for pp in range(self.pp) for tp in range(self.tp)]
         missing = [name(*place) for place in places if place not in dense]
         for tp, pp in places if self.ep > 1 else []:

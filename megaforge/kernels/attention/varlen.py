@@ -19,12 +19,17 @@ from torch import Tensor
 from megaforge.device import IS_HIP, upload
 from megaforge.kernels.attention.segments import FEW, Plans
 
-try:
-    from torch.nn.attention.varlen import AuxRequest, varlen_attn
-except ImportError:
-    varlen_attn = AuxRequest = None  # type: ignore[assignment, misc]
 
-VARLEN: Callable[..., Any] | None = varlen_attn
+def _of_torch() -> tuple[Callable[..., Any] | None, Any]:
+    """What newer releases have."""
+    try:
+        from torch.nn.attention.varlen import AuxRequest, varlen_attn
+    except ImportError:
+        return None, None
+    return varlen_attn, AuxRequest
+
+
+VARLEN, AuxRequest = _of_torch()
 BACKWARD: Callable[..., Any] | None = getattr(torch.ops.torch_attn, "_varlen_attn_backward", None)
 OLDEST = (8, 0)  # compute capability of the GPUs that plans stand for
 
