@@ -6,6 +6,8 @@ import contextlib
 import os
 from pathlib import Path
 
+from megaforge.control_groups import GROUPS, ROOT, memory_limits
+
 RESERVE = 0.05  # share of the file system, and of the memory, that stays free
 
 
@@ -30,31 +32,14 @@ def in_memory(folder: Path) -> bool:
     return kind in ("tmpfs", "ramfs", "hugetlbfs")
 
 
-def _free_memory() -> list[float]:
-    """What the machine has left, and what the control group may still take, less the reserve."""
+def _free_memory(root: Path = ROOT, groups: Path = GROUPS, machine: Path = Path("/proc/meminfo")) -> list[float]:
+    """What the machine has left, and what each control group (:func:`megaforge.control_groups.memory_limits`) may still
+    take, less the reserve."""
     found = []
-    meminfo = _numbers("/proc/meminfo", ":")
-    if "MemAvailable" in meminfo:
-        found.append(1024 * (meminfo["MemAvailable"] - RESERVE * meminfo["MemTotal"]))
-    limit, used = (_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit is not None and used is not None:
-        cached = _numbers("/sys/fs/cgroup/memory.stat", " ").get("inactive_file", 0)
-        found.append((1 - RESERVE) * limit - used + cached)
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        lines = (line.split(":") for line in machine.read_text(encoding="ascii", errors="replace").splitlines())
+        sizes = {name: 1024 * int(size.split()[0]) for name, size in lines}
+        found.append(sizes["MemAvailable"] - RESERVE * sizes["MemTotal"])
+    limits = memory_limits(root, groups)
+    found += [(1 - RESERVE) * limit - used for limit, used in limits if used is not None]
     return found or [float("inf")]
-
-
-def _numbers(path: str, separator: str) -> dict[str, int]:
-    found = {}
-    with contextlib.suppress(OSError):
-        for line in Path(path).read_text(encoding="ascii", errors="replace").splitlines():
-            name, _, rest = line.partition(separator)
-            with contextlib.suppress(ValueError, IndexError):
-                found[name] = int(rest.split()[0])
-    return found
-
-
-def _number(path: str) -> int | None:
-    """None where there is no such file, or it says ``max``."""
-    with contextlib.suppress(OSError, ValueError):
-        return int(Path(path).read_text(encoding="ascii", errors="replace"))
-    return None
