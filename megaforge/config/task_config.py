@@ -14,6 +14,7 @@ class TaskConfig:
 
     task_chunk_tokens: int = flag(16, "with tasks://: words of a chunk", least=2, most=1 << 20)
     task_window: int = flag(48, "with tasks://: words of chunks that a sample shows, at most", least=2, most=1 << 24)
+    task_questions: int = flag(8, "with tasks://: questions of a sample's text, at most", least=1, most=1 << 16)
 
     def validate(self) -> None:
         """

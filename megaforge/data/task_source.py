@@ -6,6 +6,7 @@ A sample is several documents: some words of chunks, the question, and the answe
 from __future__ import annotations
 
 import functools
+from dataclasses import astuple
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,20 +53,27 @@ class TaskWindows(ScheduledSource):
     ) -> None:
         self.notices: list[str] = []
         self.plan = Plan(schedule, [1.0])
-        self.digest = digest_of(["tasks", _VERSION, name, sizes.task_chunk_tokens, sizes.task_window])
+        self.digest = digest_of(["tasks", _VERSION, name, *astuple(sizes)])
         self._schedule, self._name, self._sizes, self._tokenizer, self._part = schedule, name, sizes, tokenizer, part
         self._documents = functools.lru_cache(_KEPT)(self._make)
         for number in range(_TRIED):
             self._check(len(self._window(number)[0]), schedule.sequence_length)
 
-    def _window(self, number: int) -> tuple[list[int], int]:
-        """The ids of a window with its answer, and how many of them are the answer."""
+    def _window(self, number: int) -> tuple[list[int], list[bool]]:
+        """The ids of a window with its questions and answers, and which of them are learnt."""
+        sizes = self._sizes
         one = make_window(
-            self._name, self._schedule.seed, number, self._sizes.task_window, self._sizes.task_chunk_tokens
+            self._name, self._schedule.seed, number, sizes.task_window, sizes.task_chunk_tokens, sizes.task_questions
         )
-        asked, said = self._tokenizer.encode_batch([" ".join(one.text + one.question), " " + " ".join(one.answers)])
+        said = [" ".join(one.text)]
+        for question, answers in one.asked:
+            said += [" " + " ".join(question), " " + " ".join(answers)]
+        ids, learnt = list[int](), list[bool]()
+        for place, own in enumerate(self._tokenizer.encode_batch(said)):
+            ids += own
+            learnt += [place > 0 and place % 2 == 0] * len(own)
         end = [] if self._tokenizer.eod is None else [self._tokenizer.eod]
-        return [*asked, *said, *end], len(said) + len(end)
+        return ids + end, learnt + [True] * len(end)
 
     def _check(self, length: int, room: int) -> None:
         if length > room + 1:
@@ -79,11 +87,11 @@ class TaskWindows(ScheduledSource):
         ids, starts, learnt = np.zeros(length, np.int64), np.zeros(length, np.bool_), np.zeros(length, np.bool_)
         filled, first = 0, 2 * k * length + (self._part != "train") * length
         for number in range(first, first + length):
-            window, answer = self._window(number)
+            window, answers = self._window(number)
             end = filled + len(window)
             if end > length:
                 break
-            ids[filled:end], starts[filled], learnt[end - answer : end] = window, True, True
+            ids[filled:end], starts[filled], learnt[filled:end] = window, True, answers
             filled = end
         self._check(len(window) if not filled else 0, length - 1)
         if filled < length:

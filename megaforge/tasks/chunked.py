@@ -22,21 +22,32 @@ _LACKING = 0.5  # share of windows in which something is missing, or cut off
 Piece = tuple[str, ...]
 
 
+class Asked(NamedTuple):
+    """A question and its answer, in words.
+
+    Attributes:
+        needed: (chunk, place in it) of the pieces without which there is no answer; empty where the question is about
+            all that the text says, however much that is.
+    """
+
+    question: Piece
+    answers: Piece
+    needed: Collection[tuple[int, int]] = ()
+
+
 @dataclass(frozen=True)
 class Told:
     """What a text says and what is asked.
 
     Attributes:
-        question, answers: words.
         pieces: of each chunk what it says, in this order; the words of a piece follow each other.
-        needed: (chunk, place in it) of the pieces without which the question has no answer; empty where the question
-            is about all that the text says, however much that is.
+        asked: the question.
+        further: others that the same text answers, for those who learn; their words are not in ``asked``.
     """
 
-    question: Piece
-    answers: Piece
     pieces: Sequence[Sequence[Piece]]
-    needed: Collection[tuple[int, int]] = ()
+    asked: Asked
+    further: Sequence[Asked] = ()
 
 
 class ChunkedTask(Protocol):
@@ -96,22 +107,22 @@ def make_chunked(name: str, seed: int, index: int, chunks: int, tokens_per_chunk
     random = Random(f"{name} {seed} {chunks} {tokens_per_chunk} {index}")
     told = _told(name, random, chunks, lacking=False)
     texts = [" ".join(_chunk(name, random, own, tokens_per_chunk).words) for own in told.pieces]
-    return ChunkedExample(" ".join(told.question), tuple(texts), told.answers)
+    return ChunkedExample(" ".join(told.asked.question), tuple(texts), told.asked.answers)
 
 
 class Window(NamedTuple):
-    """What a model sees at once, in words: some of a text, the question, and what is right to say then."""
+    """What a model sees at once, in words: some of a text, and questions with what is right to say then."""
 
     text: tuple[str, ...]
-    question: tuple[str, ...]
-    answers: tuple[str, ...]
+    asked: tuple[tuple[Piece, Piece], ...]
 
 
-def make_window(name: str, seed: int, index: int, longest: int, tokens_per_chunk: int) -> Window:
-    """Window number ``index``: at most ``longest`` words of chunks, and the answer, or :data:`ABSENT`.
+def make_window(name: str, seed: int, index: int, longest: int, tokens_per_chunk: int, questions: int = 1) -> Window:
+    """Window number ``index``: at most ``longest`` words of chunks, and at most so many questions, each with its answer
+    or :data:`ABSENT`.
 
-    Half of them are whole chunks that say what is asked for. Of the others it is missing, or their beginning is cut
-    off, if the task allows that. A function of these arguments alone.
+    Half of them are whole chunks that say what is asked for first. Of the others it is missing, or their beginning is
+    cut off, if the task allows that. A function of these arguments alone.
 
     Raises:
         UserError: no task has this name, or there is too little room for the shortest text.
@@ -130,9 +141,11 @@ def make_window(name: str, seed: int, index: int, longest: int, tokens_per_chunk
     parts = [_chunk(name, random, own, tokens_per_chunk) for own in told.pieces]
     text = [word for part in parts for word in part.words]
     begin = random.randrange(len(text)) if short and not missing else 0
-    begun = [chunk * tokens_per_chunk + parts[chunk].places[piece] for chunk, piece in told.needed]
-    lacks = missing or any(place < begin for place in begun)
-    return Window(tuple(text[begin:]), told.question, (ABSENT,) if lacks else told.answers)
+    asked = []
+    for one in (told.asked, *told.further[: questions - 1]):
+        begun = [chunk * tokens_per_chunk + parts[chunk].places[piece] for chunk, piece in one.needed]
+        asked.append((one.question, (ABSENT,) if any(place < begin for place in begun) else one.answers))
+    return Window(tuple(text[begin:]), tuple(asked))
 
 
 def _task(name: str) -> ChunkedTask:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from megaforge.tasks.chunked import ABSENT, ASK, Piece, Told
+from megaforge.tasks.chunked import ABSENT, ASK, Asked, Piece, Told
 
 KEYS = tuple(f"k{number}" for number in range(64))
 VALUES = tuple(f"v{number}" for number in range(16))
@@ -29,10 +29,26 @@ class KeyValues:
             [(key, random.choice(VALUES)) for key in random.sample(others, self.pairs)] for _ in range(chunks)
         ]
         chunk, place, value = random.randrange(chunks), random.randrange(self.pairs), random.choice(VALUES)
-        if lacking:
-            return Told((ASK, asked), (ABSENT,), pieces)
-        pieces[chunk][place] = (asked, value)
-        return Told((ASK, asked), (value,), pieces, {(chunk, place)})
+        if not lacking:
+            pieces[chunk][place] = (asked, value)
+        first = Asked((ASK, asked), (ABSENT,)) if lacking else Asked((ASK, asked), (value,), {(chunk, place)})
+        return Told(pieces, first, self._further(random, pieces, asked))
+
+    def _further(self, random: Random, pieces: list[list[Piece]], asked: str) -> list[Asked]:
+        """Of each key that is told once, and of as many that are not told, in any order."""
+        places: dict[str, list[tuple[int, int]]] = {}
+        for chunk, own in enumerate(pieces):
+            for place, (key, _) in enumerate(own):
+                places.setdefault(key, []).append((chunk, place))
+        known = [
+            Asked((ASK, key), pieces[chunk][place][1:], {(chunk, place)})
+            for key, ((chunk, place), *again) in places.items()
+            if not again and key != asked
+        ]
+        others = [key for key in KEYS if key not in places and key != asked]
+        found = known + [Asked((ASK, key), (ABSENT,)) for key in random.sample(others, min(len(others), len(known)))]
+        random.shuffle(found)
+        return found
 
 
 class NeedleInChunks:
@@ -49,9 +65,9 @@ class NeedleInChunks:
         key, chunk, value = random.choice(KEYS), random.randrange(chunks), random.choice(VALUES)
         pieces: list[list[Piece]] = [[] for _ in range(chunks)]
         if lacking:
-            return Told((ASK, key), (ABSENT,), pieces)
+            return Told(pieces, Asked((ASK, key), (ABSENT,)))
         pieces[chunk].append((key, value))
-        return Told((ASK, key), (value,), pieces, {(chunk, 0)})
+        return Told(pieces, Asked((ASK, key), (value,), {(chunk, 0)}))
 
 
 class TrackingInChunks:
@@ -83,7 +99,7 @@ class TrackingInChunks:
             if line != lost:
                 pieces[chunk].append(told[line])
                 needed |= {(chunk, 0)} if line < size else set()
-        return Told((ASK, names[size - 1]), (ABSENT,) if lacking else (values[0],), pieces, needed)
+        return Told(pieces, Asked((ASK, names[size - 1]), (ABSENT,) if lacking else (values[0],), needed))
 
 
 class RecallInChunks:
@@ -108,7 +124,7 @@ class RecallInChunks:
         values = random.choices(VALUES, k=queries)
         for key, value, (chunk, place) in zip(asked, values, places, strict=True):
             pieces[chunk][place] = (key, value)
-        return Told((ASK, *asked), tuple(values), pieces, set(places))
+        return Told(pieces, Asked((ASK, *asked), tuple(values), set(places)))
 
 
 class RunningSum:
@@ -122,7 +138,7 @@ class RunningSum:
     def told(self, random: Random, chunks: int, lacking: bool) -> Told:
         """See :class:`megaforge.tasks.chunked.ChunkedTask`."""
         digits = [random.randrange(10) for _ in range(chunks)]
-        return Told((ASK, "sum"), (str(sum(digits) % 10),), [[("+", str(digit))] for digit in digits])
+        return Told([[("+", str(digit))] for digit in digits], Asked((ASK, "sum"), (str(sum(digits) % 10),)))
 
 
 class ArithmeticInChunks:
@@ -145,7 +161,7 @@ class ArithmeticInChunks:
             number = random.choice(self._FACTORS) if sign == "*" else random.randrange(10)
             value = {"+": value + number, "-": value - number, "*": value * number}[sign] % 10
             pieces.append([(sign, str(number))])
-        return Told((ASK, "result"), (str(value),), pieces)
+        return Told(pieces, Asked((ASK, "result"), (str(value),)))
 
 
 KV_CHUNKS, NEEDLE_CHUNKS, TRACKING_CHUNKS = KeyValues(), NeedleInChunks(), TrackingInChunks()

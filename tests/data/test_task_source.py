@@ -49,11 +49,13 @@ def test_a_sample_is_windows_and_their_answers_alone_are_learnt(tokenizer: Token
         assert marks[0] and len(documents) > 1
         learnt = np.flatnonzero(counts) + 1  # labels are one token ahead
         for number, document in enumerate(documents):
-            one = make_window("kv_chunks", 1234, 2 * k * 129 + number, 48, 16)
-            assert tokenizer.decode(document) == " ".join((*one.text, *one.question, *one.answers))
-            assert document[-1] == tokenizer.eod and len(document) == len(one.text) + 2 + 1 + 1
-            end = bounds[number] + len(document)
-            assert {end - 2, end - 1} == {place for place in learnt if bounds[number] <= place < bounds[number + 1]}
+            one = make_window("kv_chunks", 1234, 2 * k * 129 + number, 48, 16, 8)
+            said = [word for question, answers in one.asked for word in (*question, *answers)]
+            assert tokenizer.decode(document) == " ".join((*one.text, *said))
+            assert document[-1] == tokenizer.eod and len(document) == len(one.text) + len(said) + 1
+            first = bounds[number] + len(one.text)
+            answers = {first + 3 * place + 2 for place in range(len(one.asked))} | {first + len(said)}
+            assert answers == {place for place in learnt if bounds[number] <= place < bounds[number + 1]}
         found.append(tokens.copy())
     assert not (found[0] == found[1]).all()
 
@@ -130,9 +132,10 @@ def test_what_cannot_be_is_said_before_torch(flags: tuple[str, ...], said: str) 
 
 
 def test_a_window_without_room(tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match=r"has 52 tokens, more than --seq-length 24; give at least 51"):
+    with pytest.raises(UserError, match=r"has 73 tokens, more than --seq-length 24; give at least 72"):
         TASKS.open(config(length=24), tokenizer)
-    assert TASKS.open(config(length=51), tokenizer)
+    assert TASKS.open(config(length=72), tokenizer)
+    assert TASKS.open(config("--task-questions", "1", length=51), tokenizer)
     with pytest.raises(UserError, match="--task-window 15 has no room for a chunk of --task-chunk-tokens 16"):
         config("--task-window", "15")
 

@@ -82,11 +82,12 @@ def test_a_reader_finds_the_answer_in_all_chunks_together(name: str) -> None:
 def test_a_reader_finds_the_answer_of_a_window_or_that_it_is_absent(name: str) -> None:
     absent, lengths = 0, set()
     for index in range(300):
-        one = make_window(name, 3, index, 110, 16)
-        text, question = " ".join(one.text), " ".join(one.question)
-        assert READERS[name](text, question) == list(one.answers), one
-        assert 0 < len(one.text) <= 110
-        absent += one.answers == (ABSENT,)
+        one = make_window(name, 3, index, 110, 16, questions=1 + index % 8)
+        for question, answers in one.asked:
+            assert READERS[name](" ".join(one.text), " ".join(question)) == list(answers), one
+        assert 0 < len(one.text) <= 110 and 1 <= len(one.asked) <= 1 + index % 8
+        assert len({question for question, _ in one.asked}) == len(one.asked)
+        absent += one.asked[0][1] == (ABSENT,)
         lengths.add(len(one.text))
     assert 0.2 * 300 < absent < 0.6 * 300 if CHUNKED_TASKS.get(name).can_lack else absent == 0
     assert len(lengths) > (20 if CHUNKED_TASKS.get(name).can_lack else 3)
@@ -97,8 +98,25 @@ def test_absence_cannot_be_told_from_how_much_is_told() -> None:
     for index in range(300):
         one = make_window("kv_chunks", 0, index, 16, 16)
         if len(one.text) == 16:
-            told[one.answers == (ABSENT,)].append(len(re.findall("k", " ".join(one.text))))
+            told[one.asked[0][1] == (ABSENT,)].append(len(re.findall("k", " ".join(one.text))))
     assert set(told[True]) == set(told[False]) == {3} and min(map(len, told.values())) > 50
+
+
+def test_further_questions_are_of_what_is_told_once_and_of_as_many_that_are_not() -> None:
+    counts = []
+    for index in range(100):
+        one = make_window("kv_chunks", 2, index, 48, 16, questions=100)
+        told = re.findall(r"k\d+", " ".join(one.text))
+        more = [(" ".join(question), answers) for question, answers in one.asked[1:]]
+        if len(one.text) == 48:  # nothing is cut off
+            once = {f"ask {key}" for key in told if told.count(key) == 1} - {" ".join(one.asked[0][0])}
+            assert once == {question for question, answers in more if answers != (ABSENT,)}
+            assert len(more) == 2 * len(once)
+        counts.append(len(more))
+        few = make_window("kv_chunks", 2, index, 48, 16, questions=4)
+        assert (few.text, few.asked) == (one.text, one.asked[:4])
+    assert max(counts) > 14
+    assert len(make_window("running_sum", 2, 0, 48, 16, questions=100).asked) == 1
 
 
 def test_what_is_asked_for_stands_anywhere() -> None:
@@ -123,12 +141,15 @@ def test_examples_that_were_made_before() -> None:
     """On every machine, and by later versions: what runs were trained on."""
     one = make_chunked("kv_chunks", 1234, 0, 2, 8)
     assert (one.question, one.chunks, one.answers) == KEPT
-    window = make_window("kv_chunks", 1234, 1, 8, 8)
-    assert (" ".join(window.text), " ".join(window.question), window.answers) == KEPT_WINDOW
+    window = make_window("kv_chunks", 1234, 1, 8, 8, questions=3)
+    assert (" ".join(window.text), window.asked) == KEPT_WINDOW
 
 
-KEPT = ("ask k36", ("n9 k8 v4 n6 k11 v11 k39 v2", "k40 v8 n1 k36 v15 k24 v5 n10"), ("v15",))
-KEPT_WINDOW = ("k55 v0 n1 k23 v1 k38 v13 n3", "ask k55", ("v0",))
+KEPT = ("ask k36", ("k8 v4 n15 n0 k11 v11 k39 v2", "k40 v8 n3 k36 v15 k24 v5 n0"), ("v15",))
+KEPT_WINDOW = (
+    "k55 v0 k23 v1 k38 v13 n2 n13",
+    ((("ask", "k55"), ("v0",)), (("ask", "k38"), ("v13",)), (("ask", "k19"), ("absent",))),
+)
 
 
 @pytest.mark.parametrize(
