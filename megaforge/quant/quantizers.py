@@ -13,6 +13,11 @@ A step holds for a whole logical matrix, for each of its rows (channel), or for 
 Activations have a step for each token: ``x * (127 / max|x|)``, rounded half to even, within -128..127; with 4 bits 7
 and -8..7; asymmetric as above. Everything is computed in fp32, in fp64 for fp64 tensors. A NaN or an infinity among the
 weights of a step, or in a token, makes the step NaN, and with it every product.
+
+Codes are whole numbers, so that what is made of them lies on a lattice: a document's first token is alone in attention,
+whose output is then v, whole multiples of one step, and half of the largest of these lies between two codes. Which one
+it becomes is left to the last bit of a sum, and with it to the layout. In fp64, where layouts are compared, codes
+of activations therefore change :data:`OFF_LATTICE` beside the half; in fp32 they change at the half, as published.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ import torch
 from torch import Tensor
 
 _AT_ONCE = 1 << 16  # weights
+OFF_LATTICE = 1 + 2.0**-30
 SMALLEST = 1e-5  # of a ternary step and of the largest magnitude of a token, as published
 _LARGEST_CODE = {"binary": 1, "ternary": 1, "int4": 7, "int8": 127}
 SCHEMES = tuple(_LARGEST_CODE)
@@ -271,6 +277,8 @@ def activation_codes(x: Tensor, extent: Tensor, scheme: ActivationScheme) -> tup
     levels = 2 * largest + 1 if scheme.asymmetric else largest
     width = extent.sum(-1, keepdim=True).clamp_min(SMALLEST)
     inverse = width.reciprocal() * levels  # as torch divides a number by a tensor; other roundings are other codes
+    if inverse.dtype == torch.float64:
+        inverse = inverse / OFF_LATTICE
     code = (x.to(extent.dtype) * inverse).round_()
     step = width / levels
     if scheme.asymmetric:

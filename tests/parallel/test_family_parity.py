@@ -1,7 +1,7 @@
 """The parts of the 5B family at once at layouts against one rank, as
 :mod:`tests.parallel.test_layout_matrix` compares them: Routing Mamba inside Mixture of Depths and inside further
-predictions, over stages of a pipeline that are cut again and over tp, with recurrences in spans; and compressed
-activations on several stages."""
+predictions, over stages of a pipeline that are cut again and over tp, with recurrences in spans and with ternary
+weights; and compressed activations."""
 
 from __future__ import annotations
 
@@ -24,6 +24,15 @@ FAMILY = (
     *("--mamba-num-groups", "4", "--mamba-num-heads", "8", "--rom-num-experts", "8", "--rom-router-topk", "3"),
     *("--mod-capacity-factor", "0.75"),
 )
+TERNARY = (
+    *FAMILY,
+    "--hybrid-layer-pattern",
+    "OE*EO-*-/OE",
+    "--quantize-weights",
+    "ternary",
+    "--quantize-activations",
+    "int4",
+)
 COMPRESSED = (
     "--hybrid-layer-pattern",
     "R-M-",
@@ -39,6 +48,9 @@ ROWS = {
     "stages cut again": (2, "--pp 2 --vpp 2 --micro-batch-size 2", (*FAMILY, "--sequence-checkpoint", "16")),
     "stages over tp": (4, "--tp 2 --pp 2 --micro-batch-size 2", FAMILY),
     "compressed": (2, "--pp 2 --micro-batch-size 2", COMPRESSED),
+    "compressed over tp": (2, "--tp 2 --sp", (*COMPRESSED, "--hidden-size", "128")),  # each rank: whole groups of 64
+    "ternary over tp": (2, "--tp 2 --sp", TERNARY),
+    "ternary over stages": (4, "--pp 2 --ep 2 --zero 1 --micro-batch-size 2", TERNARY),
 }
 
 

@@ -122,11 +122,30 @@ def test_symmetric_activations_are_those_of_packed_kernels(bits: int) -> None:
     scheme = ActivationScheme(bits)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         x = random(7, 3, 33, dtype=dtype)
-        x[0], x[1] = 0, torch.linspace(-1, 1, 33, dtype=dtype)
+        x[0] = 0
+        if dtype != torch.float64:  # whose halves lie elsewhere
+            x[1] = torch.linspace(-1, 1, 33, dtype=dtype)
         x[2, 0, 0] *= 30000
         codes, step = activation_codes(x, activation_range(x, scheme), scheme)
         theirs, worth = reference.quantize_activations(x, bits)
         assert torch.equal(codes, theirs) and torch.equal(step, worth)
+
+
+@pytest.mark.parametrize("scheme", [ActivationScheme(8), ActivationScheme(4), ActivationScheme(8, asymmetric=True)])
+def test_the_last_bit_of_a_sum_moves_no_code_in_fp64(scheme: ActivationScheme) -> None:
+    """Of whole multiples of a step, many of which lie on a half: what a token alone in attention gives."""
+    most = 2 * scheme.largest_code + scheme.asymmetric
+    x = torch.arange(-most, most + 1).double() * torch.tensor([[1.0], [0.1], [1 / 3]]).double()
+    codes, step = activation_codes(x, activation_range(x, scheme), scheme)
+    on_half = ((x / step[..., :1]).remainder(1) - 0.5).abs() < 1e-9
+    assert int(on_half.sum()) >= 3 * (most - 1)
+    for rounding in (-1e-14, 1e-14):
+        moved = x * (1 + rounding * torch.linspace(-1, 1, 2 * most + 1, dtype=torch.float64))
+        assert torch.equal(activation_codes(moved, activation_range(moved, scheme), scheme)[0], codes)
+    half = torch.tensor([[0.5, 1.5, 127, -2.5]])
+    assert activation_codes(half, activation_range(half, ActivationScheme()), ActivationScheme())[0].tolist() == [
+        [0, 2, 127, -2]
+    ]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
