@@ -289,6 +289,7 @@ PEFT_METHODS = Registry(  # megaforge.config.peft_method.PeftMethod
     {
         "lora": "megaforge.peft.methods:LORA",
         "qlora": "megaforge.peft.methods:QLORA",
+        "adalora": "megaforge.peft.methods:ADALORA",
         "bitfit": "megaforge.peft.methods:BITFIT",
         "prefix": "megaforge.peft.methods:PREFIX",
         "p_tuning_v2": "megaforge.peft.methods:P_TUNING_V2",

@@ -15,16 +15,17 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from megaforge.checkpoint.adapter_formats import LOW_RANK_FORMATS, LowRankFormat, Pair, as_one
 from megaforge.checkpoint.architectures.base import Part, choose
 from megaforge.checkpoint.four_bit_source import widened
 from megaforge.checkpoint.hf_folder import publish_directory
 from megaforge.checkpoint.safetensors_file import SafetensorsFile, Slot, file_order, write_safetensors
 from megaforge.checkpoint.sources import TensorInfo, TensorSource, open_source
+from megaforge.config.fields import either
 from megaforge.config.launcher import print_rank_0
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.schema import config_from_dict
@@ -119,14 +120,6 @@ def fingerprint(source: TensorSource, specs: Mapping[str, ParamSpec]) -> str:
     return digest.hexdigest()[:16]
 
 
-class Pair(NamedTuple):
-    """A [r, in], B [out, r] and the factor on their product."""
-
-    first: Tensor
-    second: Tensor
-    scale: float
-
-
 def model_config(source: TensorSource) -> ModelConfig:
     """The model that ``source`` is a checkpoint of.
 
@@ -149,21 +142,18 @@ def pairs_of(source: TensorSource, base: BaseModel, cfg: ModelConfig) -> Iterato
         path, adapter = held[place.parameter]
         expert = place.box[0][0] if len(place.box) == 3 else None
         start, stop = place.rows
-        firsts, seconds, scales = [], [], []
+        pairs = []
         for one in adapter.factors:
             low, high = max(start, one.start), min(stop, one.stop)
             if low >= high:
                 continue
-            first, second = (source.read(f"{path}.lora.{one.prefix}{letter}") for letter in "AB")
-            first, second = (first, second) if expert is None else (first[expert], second[expert])
+            read = (source.read(f"{path}.lora.{one.prefix}{letter}") for letter in adapter.letters)
+            first, second, *values = (whole if expert is None else whole[expert] for whole in read)
             placed = second.new_zeros(stop - start, second.shape[1])
             placed[low - start : high - start] = second[low - one.start : high - one.start]
-            firsts.append(first)
-            seconds.append(placed)
-            scales.append(one.scale)
-        if firsts:
-            alike = [second * (scale / scales[0]) for second, scale in zip(seconds, scales, strict=True)]
-            yield name, Pair(torch.cat(firsts), torch.cat(alike, 1), scales[0])
+            pairs.append(Pair(first, placed, one.scale, values[0].view(-1) if values else None))
+        if pairs:
+            yield name, as_one(pairs)
 
 
 def export_peft(source: TensorSource, directory: str | Path) -> int:
@@ -180,12 +170,11 @@ def export_peft(source: TensorSource, directory: str | Path) -> int:
         raise UserError(f"--to peft: {source.path} has no adapters of --peft lora")
     base = BaseModel(cfg)
     pairs = dict(pairs_of(source, base, cfg))
-    tensors = {}
-    for name, pair in pairs.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = pair.first
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = pair.second
+    steps = int(source.meta["config"].get("training", {}).get("train_iters", 0)) or 1
+    written, said = _format_of(cfg).write(cfg, pairs, steps)
+    tensors = {_PREFIX + name: tensor for name, tensor in written.items()}
+    said["fan_in_fan_out"] = base.fan_in_fan_out
     own = {"base": _base_of(source, base, cfg), "step": source.step, "format": 1}
-    said = _config(cfg, pairs, base.fan_in_fan_out)
 
     def write(folder: Path) -> int:
         slots = sorted((Slot(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()), key=file_order)
@@ -209,31 +198,10 @@ def _base_of(source: TensorSource, base: BaseModel, cfg: ModelConfig) -> str | N
         return None
 
 
-def _config(cfg: ModelConfig, pairs: Mapping[str, Pair], fan_in_fan_out: bool) -> dict[str, Any]:
-    ranks, alphas = {}, {}
-    for name, (first, _, scale) in pairs.items():
-        rank = first.shape[0]
-        alpha = scale * (math.sqrt(rank) if cfg.use_rslora else rank)
-        if rank != cfg.lora_rank:
-            ranks[name] = rank
-        if not math.isclose(alpha, cfg.lora_alpha):
-            alphas[name] = alpha
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "r": cfg.lora_rank,
-        "lora_alpha": cfg.lora_alpha,
-        "lora_dropout": cfg.lora_dropout,
-        "use_rslora": cfg.use_rslora,
-        "bias": "none",
-        "fan_in_fan_out": fan_in_fan_out,
-        "target_modules": sorted(pairs),
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
-        "init_lora_weights": True,
-    }
+def _format_of(cfg: ModelConfig) -> LowRankFormat:
+    method = cfg.peft_method
+    assert method is not None
+    return LOW_RANK_FORMATS[method.peft_type]
 
 
 class AdapterFolder:
@@ -261,35 +229,19 @@ class AdapterFolder:
             ) from error
         except (ValueError, TypeError, DamagedCheckpointError) as error:
             raise self._wrong(str(error)) from error
-        if config.get("peft_type") != "LORA":
-            raise self._wrong(f"peft_type {config.get('peft_type')!r}: only LORA is read")
+        form = LOW_RANK_FORMATS.get(config.get("peft_type", ""))
+        if form is None:
+            raise self._wrong(f"peft_type {config.get('peft_type')!r}: only {either(LOW_RANK_FORMATS)} is read")
         if config.get("use_dora") or config.get("bias", "none") != "none":
             raise self._wrong("use_dora and bias other than none are not read")
         self.config = config
-        self.pairs = self._read({slot.name: file.tensor(slot.name) for slot in file.slots()})
+        try:
+            self.pairs = form.read(config, {s.name.removeprefix(_PREFIX): file.tensor(s.name) for s in file.slots()})
+        except ValueError as error:
+            raise self._wrong(f"{WEIGHTS_FILE}: {error}") from error
 
     def _wrong(self, text: str) -> UserError:
         return UserError(f"{self.flag} {self.path}: {text}")
-
-    def _read(self, tensors: Mapping[str, Tensor]) -> dict[str, Pair]:
-        halves: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        for key, tensor in tensors.items():
-            module, _, letter = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".lora_")
-            if letter not in ("A", "B") or tensor.dim() != 2:
-                raise self._wrong(f"{WEIGHTS_FILE}: {key} is not a factor of an adapter")
-            halves[module][letter] = tensor
-        pairs = {}
-        for module, found in halves.items():
-            if found.keys() != {"A", "B"} or found["A"].shape[0] != found["B"].shape[1]:
-                raise self._wrong(f"{WEIGHTS_FILE}: the factors of {module} do not belong together")
-            pairs[module] = Pair(found["A"], found["B"], self._scale(module, found["A"].shape[0]))
-        return pairs
-
-    def _scale(self, module: str, rank: int) -> float:
-        alpha = self.config.get("alpha_pattern", {})
-        named = next((value for name, value in alpha.items() if module == name or module.endswith(f".{name}")), None)
-        chosen = self.config.get("lora_alpha", 8) if named is None else named
-        return float(chosen) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def deltas(self, base: BaseModel) -> dict[str, list[Delta]]:
         """What it adds to the parameters of ``base``.
@@ -310,7 +262,7 @@ class AdapterFolder:
                 raise self._wrong(
                     f"{module} is {shape[0]} x {shape[1]} there, and {sizes[0]} x {sizes[1]} in the model"
                 )
-            found[place.parameter].append(Delta(place.box, *pair, transposed=place.transposed))
+            found[place.parameter].append(_delta(place, pair))
         return dict(found)
 
     def check_base(self, source: TensorSource, base: BaseModel) -> None:
@@ -363,5 +315,9 @@ def _own_deltas(source: TensorSource, base: BaseModel, cfg: ModelConfig) -> dict
     found: dict[str, list[Delta]] = defaultdict(list)
     for name, pair in pairs_of(source, base, cfg):
         place = base.places[name]
-        found[place.parameter].append(Delta(place.box, *pair, transposed=place.transposed))
+        found[place.parameter].append(_delta(place, pair))
     return dict(found)
+
+
+def _delta(place: Place, pair: Pair) -> Delta:
+    return Delta(place.box, pair.inner, pair.second, pair.scale, place.transposed)

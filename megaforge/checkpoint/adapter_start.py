@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megaforge.checkpoint.adapter_files import AdapterFolder, BaseModel, Pair
+from megaforge.checkpoint.adapter_files import AdapterFolder, BaseModel
+from megaforge.checkpoint.adapter_formats import Pair
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
 from megaforge.models.hybrid import HybridModel
@@ -21,10 +22,11 @@ from megaforge.peft.lora import adapters
 
 
 class _Place(NamedTuple):
-    """Of an adapter of ours: the name of its parameters up to A and B, the factors, and the names of the modules that
-    have it in the folder, one for each expert."""
+    """Of an adapter of ours: the name of its parameters up to A and B, the ends of these names, the factors, and the
+    names of the modules that have it in the folder, one for each expert."""
 
     prefix: str
+    letters: tuple[str, ...]
     factors: Factors
     modules: tuple[str, ...]
 
@@ -47,10 +49,21 @@ def starting_values(folder: AdapterFolder, base: BaseModel, cfg: ModelConfig) ->
     for place in places:
         pairs = [folder.pairs[module] for module in place.modules]
         _check(folder, place, pairs)
-        for letter, each in zip("AB", zip(*((one.first, one.second) for one in pairs), strict=True), strict=True):
+        for letter, each in _factors(pairs, place.letters).items():
             whole = torch.stack(each) if base.specs[_weight(place)].expert_dim is not None else each[0]
             values[place.prefix + letter] = whole * (pairs[0].scale / place.factors.scale) if letter == "B" else whole
     return values
+
+
+def _factors(pairs: list[Pair], letters: tuple[str, ...]) -> dict[str, list[Tensor]]:
+    """Those of each expert, by letter. What the run has no place for between A and B is in A; what it has and the
+    folder has not is 1."""
+    between = "E" in letters
+    found = {"A": [one.first if between else one.inner for one in pairs], "B": [one.second for one in pairs]}
+    if between:
+        ones = (one.first.new_ones(len(one.first)) if one.values is None else one.values for one in pairs)
+        found["E"] = [values.view(-1, 1) for values in ones]
+    return found
 
 
 def _weight(place: _Place) -> str:
@@ -58,7 +71,7 @@ def _weight(place: _Place) -> str:
 
 
 def _check(folder: AdapterFolder, place: _Place, pairs: list[Pair]) -> None:
-    for module, (first, _, _) in zip(place.modules, pairs, strict=True):
+    for module, (first, *_) in zip(place.modules, pairs, strict=True):
         if first.shape[0] != place.factors.rank:
             raise UserError(
                 f"--peft-from {folder.path}: {module} has rank {first.shape[0]} there, {place.factors.rank} here; use "
@@ -80,7 +93,8 @@ def _places(base: BaseModel, cfg: ModelConfig) -> Iterable[_Place]:
                     f"--peft-from: files of this architecture have one adapter for what are several matrices of "
                     f"{path}; merge it (--adapter DIR --merge) and train another"
                 )
-            yield _Place(f"{path}.lora.{one.prefix}", one, tuple(module for _, module in sorted(found)))
+            modules = tuple(module for _, module in sorted(found))
+            yield _Place(f"{path}.lora.{one.prefix}", adapter.letters, one, modules)
 
 
 @torch.no_grad()

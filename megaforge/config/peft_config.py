@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megaforge.config.adalora_config import AdaLoraConfig
 from megaforge.config.fields import flag
 from megaforge.config.peft_method import PeftMethod
 from megaforge.config.plastic_config import PlasticConfig
@@ -16,7 +17,7 @@ from megaforge.registry import PEFT_METHODS
 
 
 @dataclass(frozen=True)
-class PeftConfig(QLoraConfig, PrefixConfig, PlasticConfig, RankConfig):
+class PeftConfig(QLoraConfig, AdaLoraConfig, PrefixConfig, PlasticConfig, RankConfig):
     """What :class:`megaforge.config.model_config.ModelConfig` has of adapters."""
 
     peft: str | None = flag(
@@ -98,3 +99,4 @@ class PeftConfig(QLoraConfig, PrefixConfig, PlasticConfig, RankConfig):
             raise UserError("--peft-targets: name at least one matrix, or all-linear")
         _ = self.lora_ranks
         self.validate_qlora()
+        self.validate_adalora()

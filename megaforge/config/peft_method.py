@@ -21,7 +21,8 @@ class PeftMethod:
         converter: a :class:`megaforge.models.converters.Converter`, or ``module:attribute`` of one, imported when a
             model is built.
         settings: names of the model's flags that it reads: they do nothing beside another method.
-        low_rank: whether it puts adapters beside matrices, A and B, that merge and are files of ``peft``'s LoRA.
+        low_rank: whether it puts adapters beside matrices, A and B, that merge and have files of ``peft``.
+        peft_type: what ``peft`` calls such files (:mod:`megaforge.checkpoint.adapter_formats`).
         replaces_weights: whether it takes weights out of the model, which then need no memory to be built in.
         needs: what a run has to have, and what to tell its user who does not have it.
     """
@@ -29,6 +30,7 @@ class PeftMethod:
     converter: str | Callable[..., None]
     settings: tuple[str, ...] = ()
     low_rank: bool = False
+    peft_type: str = "LORA"
     replaces_weights: bool = False
     needs: tuple[tuple[Callable[[Config], Any], str], ...] = ()
 

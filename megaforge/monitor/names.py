@@ -58,6 +58,8 @@ STEP = {
     "tokens": Name("tokens trained on, from the run's beginning"),
     "consumed_samples": Name("samples trained on, from the run's beginning"),
     "global_batch_size": Name("samples of the step", "`--rampup-batch-size`, `--step-batch-size-schedule`"),
+    "orthogonality_penalty": Name("what `--adalora-orthogonality` adds to the loss", "`--peft adalora`"),
+    "adapter_ranks": Name("ranks of all adapters together that are not zero", "`--peft adalora`"),
     "trained_share": Name("share of the model's parameters that are trained", "`--peft`, " + _INTERVAL),
     "step_seconds": Name("wall time of the step, the wait for its batch included", measured=True),
     "tokens_per_second": Name("tokens of the step over its time", measured=True),

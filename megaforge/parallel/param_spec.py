@@ -69,6 +69,7 @@ class ParamSpec:
         frozen: training leaves it as it is: it gets no gradient.
         token_share: share of the tokens that it is used for.
         codes_of: elements of the matrix that it holds codes of, or 0.
+        means: how many tensors like its master a run keeps of it besides the update rule's.
     """
 
     name: str
@@ -91,6 +92,7 @@ class ParamSpec:
     frozen: bool = False
     token_share: float = 1.0
     codes_of: int = 0
+    means: int = 0
 
     def __post_init__(self) -> None:
         if self.update is None:

@@ -10,8 +10,8 @@ a factor, and declares it (:attr:`megaforge.parallel.param_spec.ParamSpec.tp_par
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,18 +49,18 @@ class Factors(NamedTuple):
         return f"{self.part}_" if self.part else ""
 
 
+Declaration = tuple[tuple[int, ...], InitRule, dict[str, Any]]  # shape, initial rule, how it is split
+
+
 class Adapter(nn.Module):
     """The adapters of one layer, of which it is a child; the layer's op adds what they make.
 
     A starts uniform within 1/sqrt(in), as ``peft`` has it (kaiming_uniform_ with a = sqrt(5)), B at zero.
 
     Attributes:
-        letters: the factors that are parameters.
         factors: what there are; their parameters are ``A`` and ``B``, ``q_A`` and ``q_B``, ...
         dropout: the masks of the present micro-batch; None: nothing is dropped.
     """
-
-    letters: ClassVar[str] = "AB"
 
     def __init__(
         self,
@@ -85,14 +85,24 @@ class Adapter(nn.Module):
         if isinstance(layer, GroupedLinear):
             self.etp, self.splits_input = ctx.etp, layer.axis is not None
         for one in self.factors:
-            declarations = _declarations(layer, one, self.splits_input)[: len(self.letters)]
-            for letter, (shape, init, declared) in zip(self.letters, declarations, strict=True):
+            for letter, (shape, init, declared) in self.declarations(layer, one).items():
                 spec = ParamSpec("", shape, init, role="matrix", update="elementwise", kind="adapter", **declared)
                 place = layer.weight.device if layer.weight.is_meta else None
                 self.register_parameter(one.prefix + letter, make_parameter(spec, ctx, layer.weight.dtype, place))
 
+    def declarations(self, layer: Linear, factors: Factors) -> Mapping[str, Declaration]:
+        """Of the parameters that an adapter has, by the ends of their names."""
+        first, second = _declarations(layer, factors, self.splits_input)
+        return {"A": first, "B": second}
+
+    @property
+    def letters(self) -> tuple[str, ...]:
+        """Ends of the names of what an adapter has, A and B first."""
+        prefix = self.factors[0].prefix
+        return tuple(name.removeprefix(prefix) for name in self._parameters if name.startswith(prefix))
+
     def pair(self, factors: Factors) -> tuple[Tensor, Tensor]:
-        """(A, B) of this rank."""
+        """(A, B) of this rank, with all that is between them in A."""
         return getattr(self, f"{factors.prefix}A"), getattr(self, f"{factors.prefix}B")
 
     def local_rows(self, factors: Factors) -> slice:
@@ -160,11 +170,8 @@ def inner_features(
     return inner if leaves is None else leaves.exit(inner)
 
 
-_Declaration = tuple[tuple[int, ...], InitRule, dict[str, Any]]
-
-
-def _declarations(layer: Linear, factors: Factors, splits_input: bool) -> tuple[_Declaration, _Declaration]:
-    """Shape, initial rule and split of A and of B."""
+def _declarations(layer: Linear, factors: Factors, splits_input: bool) -> tuple[Declaration, Declaration]:
+    """Of A and of B."""
     spec = spec_of(layer.weight)
     *stack, _, _ = spec.shape
     first = (*stack, factors.rank, layer.in_features)

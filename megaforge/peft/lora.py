@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, cast
 
@@ -22,8 +22,15 @@ from megaforge.peft.targets import Target, chosen
 _SITES = 1 << 20  # of dropout: beyond those of blocks
 
 
-def lora(model: nn.Module, ctx: ParallelContext) -> None:
+Scale = Callable[[ModelConfig, int], float]
+
+
+def lora(model: nn.Module, ctx: ParallelContext, kind: type[Adapter] = Adapter, scale: Scale | None = None) -> None:
     """The converter.
+
+    Args:
+        kind: of the adapters.
+        scale: the factor on the output of an adapter, by its rank; None: :func:`scale_of`.
 
     Raises:
         UserError: ``--peft-targets`` or ``--lora-rank-pattern`` names nothing of a whole model, or a rank is larger
@@ -34,25 +41,27 @@ def lora(model: nn.Module, ctx: ParallelContext) -> None:
     chosen(model, "--lora-rank-pattern", tuple(cfg.lora_ranks))
     freeze_all(model)
     for _, group in groupby(targets, key=lambda target: target.path):
-        adapt(list(group), cfg, ctx)
+        adapt(list(group), cfg, ctx, kind, scale or scale_of)
     for module in model.modules():
         _tell_of_dropout(module)
     train_biases(model, cfg.lora_bias)
 
 
-def adapt(targets: Sequence[Target], cfg: ModelConfig, ctx: ParallelContext) -> Adapter:
+def adapt(
+    targets: Sequence[Target], cfg: ModelConfig, ctx: ParallelContext, kind: type[Adapter], scale: Scale
+) -> Adapter:
     """Puts an adapter beside the layer that all ``targets`` are of."""
     layer, path = targets[0].layer, targets[0].path
-    factors = [_factors(target, cfg) for target in targets]
+    factors = [_factors(target, cfg, scale) for target in targets]
     block = int(path.split(".")[1]) if path.startswith("layers.") else -1
     site = (block, _SITES + zlib.crc32(path.partition(".")[2].encode()))
-    adapter = Adapter(layer, factors, ctx, rate=cfg.adapter_dropout, site=site)
+    adapter = kind(layer, factors, ctx, rate=cfg.adapter_dropout, site=site)
     layer.add_module("lora", adapter)
     layer.op = AdaptedOp(layer.op, adapter)
     return adapter
 
 
-def _factors(target: Target, cfg: ModelConfig) -> Factors:
+def _factors(target: Target, cfg: ModelConfig, scale: Scale) -> Factors:
     rank, flag = cfg.lora_rank, f"--lora-rank {cfg.lora_rank}"
     for pattern, other in cfg.lora_ranks.items():  # the last that names it holds
         if target.matches(pattern):
@@ -63,11 +72,11 @@ def _factors(target: Target, cfg: ModelConfig) -> Factors:
             f"{flag}: the matrix {target.name} is {stop - start} x {target.layer.in_features}; use at most "
             f"{min(stop - start, target.layer.in_features)}"
         )
-    return Factors(target.part, rank, scale_of(cfg, rank), start, stop)
+    return Factors(target.part, rank, scale(cfg, rank), start, stop)
 
 
 def scale_of(cfg: ModelConfig, rank: int) -> float:
-    """The factor on an adapter's output."""
+    """The factor on an adapter's output in LoRA."""
     return cfg.lora_alpha / (math.sqrt(rank) if cfg.use_rslora else rank)
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from megaforge.config.adalora_config import AdaLoraConfig
 from megaforge.config.config import Config
 from megaforge.config.peft_method import PeftMethod
 from megaforge.config.plastic_config import PlasticConfig
 from megaforge.config.qlora_config import QLoraConfig
 
 _RANKS = ("lora_rank_steps", "lora_rank_energy")
-_LORA = (
-    *("peft_targets", "peft_from", "lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "lora_rank_pattern"),
-    *("lora_bias", *_RANKS),
-)
+_LOW_RANK = ("peft_targets", "peft_from", "lora_rank", "lora_alpha", "lora_dropout", "lora_rank_pattern", "lora_bias")
+_LORA = (*_LOW_RANK, "use_rslora", *_RANKS)
 
 
 def _one_rank_of_cp(config: Config) -> bool:
@@ -34,6 +33,18 @@ QLORA = PeftMethod(
     (*_LORA, *(one.name for one in fields(QLoraConfig))),
     low_rank=True,
     replaces_weights=True,
+)
+ADALORA = PeftMethod(
+    "megaforge.peft.adalora:adalora",
+    (*_LOW_RANK, *(one.name for one in fields(AdaLoraConfig))),
+    low_rank=True,
+    peft_type="ADALORA",
+    needs=(
+        (
+            lambda c: c.model.adalora_target_rank <= c.model.lora_rank,
+            "ranks shrink to --adalora-target-rank: use at most --lora-rank",
+        ),
+    ),
 )
 BITFIT = PeftMethod("megaforge.peft.bitfit:bitfit")
 PREFIX = PeftMethod("megaforge.peft.prefix:prefix_tuning", ("prefix_length", "prefix_hidden_size"), needs=_OF_PREFIXES)

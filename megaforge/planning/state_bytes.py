@@ -158,7 +158,7 @@ def _weight(item: DeclaredParameter, layout: PlannedLayout, ctx: ParallelContext
     specs = [rule.state_spec(config, name, item.spec) for name in rule.states(config)]
     state = sum(spec is item.spec for spec in specs) * wide
     other = sum(math.prod(spec.local_shape(ctx)) for spec in specs if spec is not item.spec) * wide
-    rows = wide * ((item.element_size < wide) + filter_rows(config) + bool(config.ema_decay))
+    rows = wide * ((item.element_size < wide) + filter_rows(config) + bool(config.ema_decay) + item.spec.means)
     on_host = rule.host_state
     return _Weight(
         math.prod(item.spec.local_shape(ctx)),

@@ -15,7 +15,7 @@ layer), what a chunk writes is summed over the ranks, in both passes, so that ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple, cast
@@ -32,7 +32,7 @@ from megaforge.parallel.layers import ColumnParallelLinear, GroupedLinear, Linea
 from megaforge.parallel.linear_op import LinearOp
 from megaforge.parallel.mappings import copy_to_tensor_parallel, reduce_from_tensor_parallel
 from megaforge.parallel.region import TensorParallelRegion
-from megaforge.peft.adapter import AdaptedOp, Adapter, Factors, inner_features
+from megaforge.peft.adapter import AdaptedOp, Adapter, Declaration, Factors, inner_features
 from megaforge.peft.freeze import freeze_all
 from megaforge.peft.targets import Target, chosen
 from megaforge.reasoning.fast_weights import FastWeights, PlasticState
@@ -60,14 +60,15 @@ class PlasticAdapter(Adapter):
             nothing is left.
     """
 
-    letters = "A"
-
     def __init__(self, layer: Linear, factors: Sequence[Factors], ctx: ParallelContext, plasticity: Plasticity) -> None:
         super().__init__(layer, factors, ctx)
         self.plasticity = plasticity
         self.splits_output = isinstance(layer, ColumnParallelLinear)
         self.segments: Segments | None = None
         self.memory: Sequence[FastWeights] | None = None
+
+    def declarations(self, layer: Linear, factors: Factors) -> Mapping[str, Declaration]:
+        return {"A": super().declarations(layer, factors)["A"]}  # B is no parameter
 
     def added(
         self, x: Tensor, out: Tensor, region: TensorParallelRegion | None, leaves: TensorParallelRegion | None

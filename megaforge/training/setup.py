@@ -75,6 +75,7 @@ from megaforge.training.plateau_boost import PlateauBoost
 from megaforge.training.profiling import Profile
 from megaforge.training.qk_clip import QKClip
 from megaforge.training.quantization import Quantization
+from megaforge.training.rank_budget import RankBudget
 from megaforge.training.rank_choice import with_chosen_ranks
 from megaforge.training.receipt import Receipt
 from megaforge.training.run_events import RunEvents, of_checkpoint, open_events
@@ -184,6 +185,8 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext, advice: Advice | None 
     _prepare_saves(trainer)
     if config.optimizer.ema_decay:
         trainer.add(WeightAverage(config.optimizer, optimizer.main))
+    if trainer.config.model.peft == "adalora":
+        trainer.add(RankBudget(trainer))
     shape: RateShape = LR_SCHEDULES.get(config.optimizer.lr_decay_style)
     for name in dict.fromkeys((*shape.callbacks, *config.training.callbacks)):
         trainer.add(CALLBACKS.get(name)(trainer))

@@ -28,6 +28,7 @@ INITIAL = (
         "peft_from",
         "lora_rank_steps",
         "lora_rank_energy",
+        "adalora_",
     ),
 )
 

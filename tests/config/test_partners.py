@@ -66,6 +66,8 @@ REFUSED = [
     (("--prefix-length", "8"), (), "add --peft prefix or p_tuning_v2"),
     (("--prefix-hidden-size", "8"), ("--peft", "p_tuning_v2"), "add --peft prefix"),
     (("--qlora-block-size", "32"), ("--peft", "lora"), "add --peft qlora"),
+    (("--adalora-interval", "10"), ("--peft", "lora"), "add --peft adalora"),
+    (("--use-rslora",), ("--peft", "adalora"), "add --peft lora or qlora"),
     (("--peft-targets", "moe"), (), "add --peft lora"),
     (("--plastic-rank", "4"), (), "add --peft plastic"),
     (("--peft", "plastic"), ("--compile",), "leave --compile out"),
@@ -290,7 +292,7 @@ def test_a_method_of_peft_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     method = PeftMethod(print, ("lora_rank",), low_rank=True, needs=needs)
     monkeypatch.setitem(PEFT_METHODS._parts, "own", method)
     assert method.found() is print
-    with pytest.raises(UserError, match=r"--lora-rank 4: .* add --peft lora, qlora or own$"):
+    with pytest.raises(UserError, match=r"--lora-rank 4: .* add --peft lora, qlora, adalora or own$"):
         parse_config(["--lora-rank", "4"])
     with pytest.raises(UserError, match=r"^--peft own: it rounds: add --bf16$"):
         parse_config(["--peft", "own", "--lora-rank", "4"])

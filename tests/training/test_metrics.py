@@ -69,7 +69,7 @@ def test_every_number_that_a_run_writes_has_a_name_in_the_table(tmp_path: Path, 
         *("quant_clip_weights", "quant_clip_activations"),  # exclude --quant-lambda
         *("distill", "relations"),  # of another objective
         "goodput",  # of runs that save
-        "trained_share",  # of --peft
+        *("trained_share", "orthogonality_penalty", "adapter_ranks"),  # of --peft
     }
     layers = {name.partition("/")[2] for name in last if name.startswith("expert_overflow/")}
     assert layers == {"0.ffn", "1.ffn", "mtp.0.ffn"}
