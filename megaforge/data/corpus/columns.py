@@ -27,9 +27,20 @@ def flat_bytes(column: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(data, np.uint8)[places[0] : places[-1]], places - places[0]
 
 
-def matching(column: Any, pattern: str) -> np.ndarray:
-    """Which rows hold a match of the RE2 ``pattern`` [rows] bool."""
-    return np.asarray(pc.match_substring_regex(one_array(column), pattern).to_numpy(zero_copy_only=False), bool)
+def matching(column: Any, pattern: str, among: np.ndarray | None = None) -> np.ndarray:
+    """Which rows hold a match of the RE2 ``pattern`` [rows] bool; rows out of the mask ``among`` are not looked at."""
+    column = one_array(column)
+    if among is None or among.all():
+        return np.asarray(pc.match_substring_regex(column, pattern).to_numpy(zero_copy_only=False), bool)
+    rows = among.copy()
+    if rows.any():
+        rows[among] = matching(column.filter(pa.array(among)), pattern)
+    return rows
+
+
+def any_of(*patterns: str) -> str:
+    """The RE2 pattern of what matches one of ``patterns``: one look at a text in place of several."""
+    return "|".join(f"(?:{pattern})" for pattern in patterns)
 
 
 def with_rows(column: Any, rows: np.ndarray, values: Any) -> Any:
@@ -37,10 +48,11 @@ def with_rows(column: Any, rows: np.ndarray, values: Any) -> Any:
     return pc.replace_with_mask(one_array(column), pa.array(rows), pa.array(values, pa.large_string()))
 
 
-def rewritten(column: Any, pattern: str, replacement: str) -> tuple[Any, np.ndarray]:
-    """The column with every match of the RE2 ``pattern`` replaced, and which rows had one [rows] bool."""
+def rewritten(column: Any, pattern: str, replacement: str, among: np.ndarray | None = None) -> tuple[Any, np.ndarray]:
+    """The column with every match of the RE2 ``pattern`` replaced, and which rows had one [rows] bool; rows out of the
+    mask ``among`` stay as they are."""
     column = one_array(column)
-    rows = matching(column, pattern)
+    rows = matching(column, pattern, among)
     if rows.any():
         changed = pc.replace_substring_regex(column.filter(pa.array(rows)), pattern, replacement)
         column = with_rows(column, rows, changed)

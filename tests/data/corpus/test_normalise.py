@@ -121,3 +121,26 @@ def test_main_content_of_pages() -> None:
     assert outcome.reasons == [None, None, None, "a page without text"]
     whole = texts_of(apply(HtmlSettings(main_content=False), [PAGE], kind=HTML))[0]
     assert "Shop now" in whole and "tracking" not in whole
+
+
+def test_lines_are_mended_among_others() -> None:
+    """As by mending every line: lines of any kind, texts with some that are spoilt, and texts without."""
+    source = random.Random(5)
+    pages = (("Un café très", "cp1252"), ("Größe", "latin-1"), ("l’été", "cp1252"))
+    spoilt = [text.encode().decode(page) for text, page in pages]
+    lines = [*GOOD, "", "ASCII alone", " ", *spoilt]
+    texts = ["\n".join(source.choices(lines, k=source.randint(1, 9))) for _ in range(80)]
+    outcome = apply(NormaliseSettings(spaces=False), texts)
+    right = ["\n".join(ftfy.fix_encoding(line) for line in text.split("\n")) for text in texts]
+    right = [unicodedata.normalize("NFC", text.replace("\u0085", "\n")) for text in right]
+    assert texts_of(outcome) == right
+    is_changed = [one is not None for one in outcome.rewrites or ()]
+    assert is_changed == [one != other for one, other in zip(texts, right, strict=True)]
+    assert 5 < sum(is_changed) < 75
+
+
+def test_what_composes_is_composed_and_nothing_else() -> None:
+    """Every kind of code point that NFC changes, and neighbours that it does not, against Python's own."""
+    parts = "e\u0301 \u212b \u1100\u1161 \ud55c \uf900 \u0958 q\u0301 \u0344 a\u0328\u0301 漢 \u0301".split()
+    texts = [f"{one}{other} x" for one in parts for other in parts] + ["ASCII"]
+    assert texts_of(apply(NormaliseSettings(), texts)) == [unicodedata.normalize("NFC", text) for text in texts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from megaforge.config.fields import flag
-from megaforge.data.corpus.columns import flat_bytes, matching, one_array, rewritten, with_rows
+from megaforge.data.corpus.columns import any_of, flat_bytes, matching, one_array, rewritten, with_rows
 from megaforge.data.corpus.records import CODE, replaced
 from megaforge.data.corpus.stage import Outcome, RowStage, Scope, StageSettings
 from megaforge.errors import require
@@ -27,9 +28,11 @@ _LINE_ENDS = "\r\n?|\f|\u0085|\u2028|\u2029"
 _CONTROL = (
     "[\x01-\x08\x0b\x0e-\x1f\x7f-\u009f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]|\\x00"
 )
+_LOST = "\ufffd"
+_ODD = any_of(SUSPECT, _LINE_ENDS, _CONTROL, _LOST)
+_SUSPECT = re.compile(SUSPECT)
 _TRAILING = "[ \t]+(\n|$)"
 _BLANKS = "\n{4,}"
-_LOST = "\ufffd"
 _LEAST_COMBINING = 0xCC  # the first byte of U+0300; text below it is composed
 
 
@@ -56,41 +59,49 @@ class Normalise(RowStage):
     def apply(self, records: Any) -> Outcome:
         """See :class:`RowStage`."""
         text, made = one_array(records["text"]), {}
+        odd = matching(text, _ODD)
         if self._ftfy is not None:
-            text, made["mended encoding"] = self._mended(text)
-        text, made["line ends"] = rewritten(text, _LINE_ENDS, "\n")
-        text, made["control characters"] = rewritten(text, _CONTROL, "")
+            text, made["mended encoding"] = self._mended(text, odd)
+        text, made["line ends"] = rewritten(text, _LINE_ENDS, "\n", odd)
+        text, made["control characters"] = rewritten(text, _CONTROL, "", odd)
         text, made["composed Unicode"] = _composed(text)
         if self._settings.spaces:
             text, made["spaces"] = _without_spaces(text, records["kind"])
-        lost = pc.count_substring(text, _LOST).to_numpy(zero_copy_only=False)
-        length = pc.utf8_length(text).to_numpy(zero_copy_only=False)
-        reasons = [
-            f"characters were lost ({one:,} of {of:,})" if one > self._settings.most_lost * of else None
-            for one, of in zip(lost.tolist(), length.tolist(), strict=True)
-        ]
+        reasons = self._lost(text, odd)
         names = list(made)
         rows = np.stack(list(made.values()), axis=1)
         rewrites = [", ".join(names[i] for i in np.flatnonzero(row)) or None for row in rows]
         counts = {name: int(changed.sum()) for name, changed in made.items() if changed.any()}
         return Outcome(replaced(records, text=text), reasons, rewrites, counts)
 
-    def _mended(self, text: Any) -> tuple[Any, np.ndarray]:
+    def _lost(self, text: Any, among: np.ndarray) -> list[str | None]:
+        """Why texts are dropped that lost characters before they were read; the others of the mask lost none."""
+        reasons: list[str | None] = [None] * len(text)
+        some = text.filter(pa.array(among))
+        lost, length = pc.count_substring(some, _LOST).to_pylist(), pc.utf8_length(some).to_pylist()
+        for row, one, of in zip(np.flatnonzero(among).tolist(), lost, length, strict=True):
+            if one > self._settings.most_lost * of:
+                reasons[row] = f"characters were lost ({one:,} of {of:,})"
+        return reasons
+
+    def _mended(self, text: Any, among: np.ndarray) -> tuple[Any, np.ndarray]:
+        """The texts with the lines mended that look as if they were read wrongly, and which texts have some."""
         assert self._ftfy is not None
-        rows = matching(text, SUSPECT)
+        rows = matching(text, SUSPECT, among)
         if not rows.any():
             return text, rows
-        suspect = re.compile(SUSPECT)
-        old = text.filter(pa.array(rows)).to_pylist()
-        new = [
-            "\n".join(
-                self._ftfy.fix_encoding(line) if not line.isascii() and suspect.search(line) else line
-                for line in one.split("\n")
-            )
-            for one in old
+        old = text.filter(pa.array(rows))
+        split = pc.split_pattern(old, "\n")
+        lines = split.flatten()
+        suspect = matching(lines, SUSPECT)
+        mended = [
+            self._ftfy.fix_encoding(line) if _SUSPECT.search(line) else line
+            for line in lines.filter(pa.array(suspect)).to_pylist()
         ]
+        joined = pa.ListArray.from_arrays(split.offsets, with_rows(lines, suspect, mended))
+        new = pc.binary_join(joined, pa.scalar("\n", pa.large_string()))
         changed = rows.copy()
-        changed[rows] = [one != other for one, other in zip(old, new, strict=True)]
+        changed[rows] = pc.not_equal(old, new).to_numpy(zero_copy_only=False)
         return with_rows(text, rows, new), changed
 
 
@@ -102,11 +113,16 @@ def _composed(text: Any) -> tuple[Any, np.ndarray]:
     rows[np.searchsorted(offsets, places, side="right") - 1] = True
     if not rows.any():
         return text, rows
+    # The library composes every character anew; to see that nothing is to be composed is many times faster.
+    texts = text.filter(pa.array(rows)).to_pylist()
+    rows[rows] = [not unicodedata.is_normalized("NFC", one) for one in texts]
+    if not rows.any():
+        return text, rows
     old = text.filter(pa.array(rows))
     new = pc.utf8_normalize(old, form="NFC")
     changed = rows.copy()
     changed[rows] = pc.not_equal(old, new).to_numpy(zero_copy_only=False)
-    return (with_rows(text, rows, new) if changed.any() else text), changed
+    return with_rows(text, rows, new), changed
 
 
 def _is_drawn(data: np.ndarray, places: np.ndarray) -> np.ndarray:
@@ -119,11 +135,7 @@ def _is_drawn(data: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 def _without_spaces(text: Any, kind: Any) -> tuple[Any, np.ndarray]:
     prose = pc.not_equal(kind, CODE).to_numpy().astype(bool)
-    changed = np.zeros(len(text), bool)
-    for pattern, replacement in ((_TRAILING, r"\1"), (_BLANKS, "\n\n\n")):
-        rows = matching(text, pattern) & prose
-        if rows.any():
-            new = pc.replace_substring_regex(text.filter(pa.array(rows)), pattern, replacement)
-            text = with_rows(text, rows, new)
-        changed |= rows
-    return text, changed
+    spaced = matching(text, any_of(_TRAILING, _BLANKS), prose)
+    text, trailing = rewritten(text, _TRAILING, r"\1", spaced)
+    text, blanks = rewritten(text, _BLANKS, "\n\n\n", spaced)
+    return text, trailing | blanks

@@ -6,7 +6,6 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from megaforge.config.fields import flag
-from megaforge.data.corpus.columns import matching, one_array, with_rows
+from megaforge.data.corpus.columns import any_of, matching, one_array, with_rows
 from megaforge.data.corpus.records import replaced
 from megaforge.data.corpus.stage import Outcome, RowStage, Scope, StageSettings
 
@@ -125,8 +124,9 @@ class Pii(RowStage):
         text = one_array(records["text"])
         found: list[list[str]] = [[] for _ in range(len(text))]
         counts: dict[str, int] = {}
+        candidates = matching(text, any_of(*(kind.pattern for _, kind in self._kinds)))
         for name, kind in self._kinds:
-            rows = matching(text, kind.pattern)
+            rows = matching(text, kind.pattern, candidates)
             if not rows.any():
                 continue
             old = text.filter(pa.array(rows))
@@ -146,24 +146,26 @@ class Pii(RowStage):
             return pc.replace_substring_regex(texts, kind.pattern, kind.tag), numbers
         compiled, new, numbers = self._compiled[name], [], []
         lines = pc.split_pattern(texts, "\n")
-        suspect = iter(matching(lines.flatten(), kind.pattern).tolist())
-        for text, count in zip(texts.to_pylist(), pc.list_value_length(lines).to_pylist(), strict=True):
-            found = _matches(text, list(islice(suspect, count)), compiled)
+        every = lines.flatten()
+        suspect = np.flatnonzero(matching(every, kind.pattern))
+        bounds = lines.offsets.to_numpy() - lines.offsets[0].as_py()
+        sizes = pc.utf8_length(every).to_numpy()
+        places = np.concatenate([[0], np.cumsum(sizes + 1)])  # of each line, with the line feed that is not there
+        own = np.searchsorted(suspect, bounds)
+        for row, text in enumerate(texts.to_pylist()):
+            hits = suspect[own[row] : own[row + 1]]
+            starts = places[hits] - places[bounds[row]]
+            found = _matches(text, starts.tolist(), (starts + sizes[hits]).tolist(), compiled)
             spans = [match.span() for match in found if is_one(match)]
             new.append(_with_tags(text, spans, kind.tag))
             numbers.append(len(spans))
         return new, numbers
 
 
-def _matches(text: str, suspect: list[bool], pattern: re.Pattern[str]) -> Iterator[re.Match[str]]:
-    """The matches in the suspect lines: what no pattern of numbers goes beyond."""
-    start = 0
-    for is_suspect in suspect:
-        end = text.find("\n", start)
-        end = len(text) if end < 0 else end
-        if is_suspect:
-            yield from pattern.finditer(text, start, end)
-        start = end + 1
+def _matches(text: str, starts: list[int], ends: list[int], pattern: re.Pattern[str]) -> Iterator[re.Match[str]]:
+    """The matches in the suspect lines, which begin and end there: what no pattern of numbers goes beyond."""
+    for start, end in zip(starts, ends, strict=True):
+        yield from pattern.finditer(text, start, end)
 
 
 def _with_tags(text: str, spans: list[tuple[int, int]], tag: str) -> str:
