@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,16 @@ def test_chosen_kinds_rewrites_and_neighbours() -> None:
     assert counts == {"email": 2, "ip": 2, "ssn": 1}
     outcome = PiiSettings().open(Scope(Path("."))).apply(make_records([text, "nothing"]))
     assert outcome.rewrites == ["2 email, 1 ssn, 2 ip", None]
+
+
+def test_lines_among_others_of_any_bytes() -> None:
+    """The same as line by line, whatever lines stand between, in texts that are and are not ASCII."""
+    source, kinds = random.Random(6), ("phone", "ssn", "ip")
+    numbers = (PHONES[0], SSNS[0], f"\u00fc {IPS[0]} {SSNS[1]}", *PHONES[3:5])
+    lines = ["", "漢字 \U0001f600", "plain", " ", "caf\u00e9 1.2.3", *numbers]
+    texts = ["\n".join(source.choices(lines, k=source.randint(1, 12))) for _ in range(60)]
+    got, counts = replaced(texts, kinds=kinds)
+    single = [[replaced([line], kinds=kinds) for line in text.split("\n")] for text in texts]
+    assert got == ["\n".join(one[0][0] for one in text) for text in single]
+    assert sum(counts.values()) == sum(sum(one[1].values()) for text in single for one in text) > 50
+    assert replaced(texts[3:9], kinds=kinds)[0] == got[3:9]

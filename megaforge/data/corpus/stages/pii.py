@@ -72,15 +72,15 @@ def _within_number(match: re.Match[str]) -> bool:
     text, start, end = match.string, match.start(), match.end()
     before, after = text[max(0, start - 2) : start], text[end : end + 2]
     return (
-        bool(re.search(r"[\w=#][-.]?$|[.,/]$", before))
-        and not re.search(r"[=:]$", before)
+        bool(re.search(r"[\w=#][-.]?\Z|[.,/]\Z", before))
+        and not re.search(r"[=:]\Z", before)
         or bool(re.match(r"[-.,/]?\d|[A-Za-z_]", after))
     )
 
 
 def _is_ip(match: re.Match[str]) -> bool:
     text, start, end = match.string, match.start(), match.end()
-    if re.match(r"\.?\d", text[end : end + 2]) or re.search(r"[\d.]$", text[:start][-1:]):
+    if re.match(r"\.?\d", text[end : end + 2]) or re.search(r"[\d.]", text[max(0, start - 1) : start]):
         return False  # five numbers: a section, an object identifier
     words = match[0]
     if ":" not in words and (_VERSION.search(text[max(0, start - 60) : start]) or _PACKAGE.match(text, end)):
