@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +45,20 @@ class GenerationState:
             if layer is not None:
                 layer.shorten(tokens)
         self.length = tokens
+
+    def contents(self) -> Iterator[Tensor]:
+        """What all layers remember, without places that nobody has used."""
+        if self.unused_B is not None:
+            yield self.unused_B
+        for layer in self.layers:
+            if layer is not None:
+                yield from layer.contents()
+
+    def copy(self) -> GenerationState:
+        """The same sequences in memory of their own."""
+        rows = 0 if self.unused_B is None else len(self.unused_B)
+        like = torch.zeros(0, dtype=torch.long) if self.unused_B is None else self.unused_B
+        return chosen(self, torch.arange(rows, device=like.device))
 
     def mark(self) -> Callable[[], None]:
         """What brings this memory back, once, to what it is now."""

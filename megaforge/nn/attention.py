@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, cast
 
@@ -87,6 +87,11 @@ class KVCache(LayerState):
         for own, given in ((self.keys, other.keys), (self.values, other.values)):
             assert own is not None and given is not None
             own[:, :, : self.length] = given[:, :, : self.length]
+
+    def contents(self) -> Iterator[Tensor]:
+        for tensor in (self.keys, self.values):
+            if tensor is not None:
+                yield tensor[:, :, : self.length]
 
     def stepped(self) -> None:
         self.length += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -150,11 +150,15 @@ class DepthState(LayerState):
         chosen = [self.sequences[row] for row in rows.tolist()]
         copies = [
             _Sequence([None if layer is None else layer.select(first) for layer in one.layers], one.taken)
-            if one.taken
-            else _Sequence(list(one.layers))
             for one in chosen
         ]
         return DepthState(copies, self.room)
+
+    def contents(self) -> Iterator[Tensor]:
+        for one in self.sequences:
+            for layer in one.layers:
+                if layer is not None:
+                    yield from layer.contents()
 
     def mark(self) -> Callable[[], None]:
         known = [

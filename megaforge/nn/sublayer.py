@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
@@ -43,7 +43,8 @@ class LayerOutput(NamedTuple):
 class LayerState:
     """What a layer remembers of the tokens it has seen: tensors [b, ...], None before the first. Subclasses declare
     them, and override :meth:`expect`, :attr:`expected`, :meth:`side_by_side`, :meth:`slots`, :meth:`recorded`,
-    :meth:`fill`, :meth:`stepped`, :meth:`mark` and :meth:`shorten` where tensors also have a place for each token.
+    :meth:`fill`, :meth:`contents`, :meth:`stepped`, :meth:`mark` and :meth:`shorten` where tensors also
+    have a place for each token.
 
     Attributes:
         can_shorten: whether the newest tokens can be forgotten.
@@ -87,6 +88,11 @@ class LayerState:
         """Copies what ``other`` remembers to this memory, which has room for it."""
         for name in self._tensors():
             getattr(self, name).copy_(getattr(other, name))
+
+    def contents(self) -> Iterator[Tensor]:
+        """What is remembered, without places that nobody has used."""
+        for name in self._tensors():
+            yield getattr(self, name)
 
     def stepped(self) -> None:
         """A recorded step has taken in one token of each sequence."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -76,6 +76,11 @@ class PlasticState(LayerState):
         return PlasticState(
             None if self.inner is None else self.inner.select(rows), [one.select(rows) for one in self.fast]
         )
+
+    def contents(self) -> Iterator[Tensor]:
+        for one in (self.inner, *self.fast):
+            if one is not None:
+                yield from one.contents()
 
     def mark(self) -> Callable[[], None]:
         marks = [one.mark() for one in (self.inner, *self.fast) if one is not None]

@@ -136,6 +136,16 @@ class AgentMemory:
         new._changes = new._begun = 0
         return new
 
+    @property
+    def changed(self) -> bool:
+        """Whether the branch has done anything since it began, or was last committed."""
+        return self._changes != self._begun
+
+    @property
+    def stale(self) -> bool:
+        """Whether the parent has changed since the branch began, or was last committed."""
+        return self._parent is not None and self._parent._changes != self._parent_changes
+
     def commit(self) -> None:
         """Gives the branch's content to its parent. A second time changes nothing.
 
@@ -145,9 +155,9 @@ class AgentMemory:
         parent = self._parent
         if parent is None:
             raise ValueError("commit: this memory is no branch")
-        if self._changes == self._begun:
+        if not self.changed:
             return
-        if parent._changes != self._parent_changes:
+        if self.stale:
             raise ValueError("commit: the parent has changed since this branch began; fork it again")
         parent._content = self._content.fork()
         parent._changes += 1
@@ -172,8 +182,7 @@ class AgentMemory:
         """SHA-256 of the content."""
         found = hashlib.sha256()
         for name, tensor in self.state().items():
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            found.update(tensor.contiguous().numpy().tobytes())
+            found.update(as_bytes(name, tensor))
         return found.hexdigest()
 
     def state(self) -> dict[str, Tensor]:
@@ -198,3 +207,10 @@ class AgentMemory:
 
 def _of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def as_bytes(name: str, tensor: Tensor) -> bytes:
+    """What a digest takes in of a tensor: its name, type and shape, and its values."""
+    values = torch.empty(tensor.numel(), dtype=tensor.dtype)  # of stride 1, however few there are
+    values.copy_(tensor.detach().reshape(-1))
+    return f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode() + values.view(torch.uint8).numpy().tobytes()
