@@ -8,8 +8,11 @@
 
 #include "common/begin_avx2.h"
 
-#define MEGAFORGE_AVX2
 #define MF_ISA avx2
+#define MF_WIDTH 8
+#include "types.h"
+#include "narrow.h"
+#include "lanes.h"
 #include "vec.h"
 
 #include "pack.h"

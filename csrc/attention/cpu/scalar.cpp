@@ -5,6 +5,10 @@
 #include "attention.h"
 
 #define MF_ISA scalar
+#define MF_WIDTH 4
+#include "types.h"
+#include "narrow.h"
+#include "lanes.h"
 #include "vec.h"
 
 #include "pack.h"

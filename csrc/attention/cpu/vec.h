@@ -1,62 +1,7 @@
-// Vectors, exponentials and products of small matrices, for the instruction set that MF_ISA names; included once by each
-// of its files, which calls nothing of the standard library, so that no code for it can leak into another file's.
-//
-// Products have their left factor in rows of words and their right one in panels: kPanel words, one of each column, for
-// every place along the depth. A word is an fp32 number, or two bf16 ones that follow each other along the depth.
+// Exponentials and products of small matrices, for the instruction set that MF_ISA names; included behind its lanes.
 
 namespace megaforge::attention::MF_ISA {
 
-using Int = std::int64_t;
-using Word = std::uint32_t;
-
-constexpr Int kPanel = 64;  // columns of a panel
-constexpr int kRows = 6;    // rows of a product that are in registers at once
-#if defined(MEGAFORGE_AVX512)
-constexpr int kWidth = 16, kVectors = 4;
-#elif defined(MEGAFORGE_AVX2)
-constexpr int kWidth = 8, kVectors = 2;
-#else
-constexpr int kWidth = 4, kVectors = 2;
-#endif
-constexpr Int kLine = 16;  // what widths are padded to
-
-typedef float Vec __attribute__((vector_size(kWidth * 4)));
-typedef float LooseVec __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
-typedef Word Bits __attribute__((vector_size(kWidth * 4)));
-typedef Word LooseBits __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
-typedef std::int32_t Whole __attribute__((vector_size(kWidth * 4)));
-typedef std::uint16_t Half __attribute__((vector_size(kWidth * 2)));
-typedef std::uint16_t LooseHalf __attribute__((vector_size(kWidth * 2), aligned(2), may_alias));
-
-// What a word holds.
-struct F32 {
-  static constexpr Int kPer = 1;
-  static constexpr Type kType = Type::f32;
-};
-struct Bf16 {
-  static constexpr Int kPer = 2;
-  static constexpr Type kType = Type::bf16;
-};
-
-inline Int least(Int x, Int y) { return x < y ? x : y; }
-inline Int most(Int x, Int y) { return x > y ? x : y; }
-inline Int round_up(Int x, Int to) { return (x + to - 1) / to * to; }
-inline Int between(Int x, Int low, Int high) { return most(low, least(x, high)); }
-
-inline Vec load(const void* from) { return *static_cast<const LooseVec*>(from); }
-inline void store(void* to, Vec x) { *static_cast<LooseVec*>(to) = x; }
-inline Vec all(float x) { return Vec{} + x; }
-inline Bits load_half(const void* from) { return __builtin_convertvector(*static_cast<const LooseHalf*>(from), Bits); }
-
-// To the nearest bf16, halves to even; NaN stays NaN.
-inline Half narrow(Vec x) {
-#if defined(MEGAFORGE_AVX512_BF16)
-  return (Half)_mm512_cvtneps_pbh(x);
-#else
-  const Bits bits = (Bits)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return __builtin_convertvector(x == x ? rounded : (bits >> 16) | 0x40u, Half);
-#endif
-}
 inline void store_half(void* to, Half x) { *static_cast<LooseHalf*>(to) = x; }
 
 inline float widen(std::uint16_t x) { return __builtin_bit_cast(float, static_cast<Word>(x) << 16); }
@@ -101,26 +46,11 @@ inline float largest(Vec x) {
   return found;
 }
 
-inline float sum(Vec x) {
-#if defined(MEGAFORGE_AVX512)
-  return _mm512_reduce_add_ps(x);
-#else
-  float total = x[0];
-  for (int i = 1; i < kWidth; ++i) total += x[i];
-  return total;
-#endif
-}
-
 // 2^x, exactly 1 for 0 and exactly 0 below -127: to 2e-9 for fp32 words, and to 3e-6 for what is then rounded to bf16.
 template <class T>
 inline Vec power_of_two(Vec x) {
-  constexpr float kLowest = -127.0f;
-  x = x < kLowest ? all(kLowest) : x;  // a NaN stays one
-#if defined(MEGAFORGE_AVX512)
-  const Vec n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  const Vec n = (x + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23
-#endif
+  x = x < -127.0f ? all(-127.0f) : x;  // a NaN stays one
+  const Vec n = nearest_whole(x);
   const Vec r = x - n;
   Vec p;
   if constexpr (T::kPer == 2) {
@@ -135,22 +65,12 @@ inline Vec power_of_two(Vec x) {
     p = p * r + 0.693147182f;
   }
   p = p * r + 1.0f;
-#if defined(MEGAFORGE_AVX512)
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, all(kLowest), _CMP_NEQ_UQ), p, n);
-#else
-  const Vec bounded = n > 128.0f ? all(128.0f) : n;
-  return p * (Vec)((__builtin_convertvector(bounded, Whole) + 127) << 23);
-#endif
+  return times_power_of_two(p, n);
 }
 
 inline Vec multiply_add(F32, Word left, Vec right, Vec sums) {
   return __builtin_bit_cast(float, left) * right + sums;
 }
-#if defined(MEGAFORGE_AVX512_BF16)
-inline Vec multiply_add(Bf16, Word left, Vec right, Vec sums) {
-  return _mm512_dpbf16_ps(sums, (__m512bh)_mm512_set1_epi32(static_cast<int>(left)), (__m512bh)right);
-}
-#endif
 
 // The same pointer, in a register of its own: compilers would make one for every vector of a tile, and spill them.
 template <class X>
@@ -190,16 +110,16 @@ template <class T, int kM, int kN>
 
 template <class T, int kM>
 inline void few_rows(const Word* a, Int a_stride, const Word* b, Int depth, float* c, Int c_stride, Int columns, bool add) {
-#if defined(MEGAFORGE_AVX512)
-  switch (columns / kWidth) {
-    case 1: return tile<T, kM, 1>(a, a_stride, b, depth, c, c_stride, add);
-    case 2: return tile<T, kM, 2>(a, a_stride, b, depth, c, c_stride, add);
-    case 3: return tile<T, kM, 3>(a, a_stride, b, depth, c, c_stride, add);
-    default: return tile<T, kM, 4>(a, a_stride, b, depth, c, c_stride, add);
+  if constexpr (kVectors == 4) {
+    switch (columns / kWidth) {
+      case 1: return tile<T, kM, 1>(a, a_stride, b, depth, c, c_stride, add);
+      case 2: return tile<T, kM, 2>(a, a_stride, b, depth, c, c_stride, add);
+      case 3: return tile<T, kM, 3>(a, a_stride, b, depth, c, c_stride, add);
+      default: return tile<T, kM, 4>(a, a_stride, b, depth, c, c_stride, add);
+    }
+  } else {
+    for (Int j = 0; j < columns; j += kVectors * kWidth) tile<T, kM, kVectors>(a, a_stride, b + j, depth, c + j, c_stride, add);
   }
-#else
-  for (Int j = 0; j < columns; j += kVectors * kWidth) tile<T, kM, kVectors>(a, a_stride, b + j, depth, c + j, c_stride, add);
-#endif
 }
 
 // c [rows, columns] (+)= a [rows, depth] b, whose panel is [depth, kPanel]; columns: a multiple of 16, 64 at most.
@@ -217,24 +137,6 @@ inline void product(Int rows, const Word* a, Int a_stride, const Word* b, Int de
     case 5: return few_rows<T, 5>(a, a_stride, b, depth, c, c_stride, columns, add);
     default: return;
   }
-}
-
-// to[j][i] = from[i][j] for 16 rows and `columns` columns, 16 at most; 16 words of each row are read.
-inline void turn(const Word* from, Int from_stride, Word* to, Int to_stride, Int columns) {
-#if defined(MEGAFORGE_AVX512)
-  __m512i x[16], y[16];
-#pragma GCC unroll 16
-  for (int r = 0; r < 16; ++r) x[r] = _mm512_loadu_si512(from + r * from_stride);
-  transpose16(x, y);
-#pragma GCC unroll 16
-  for (int r = 0; r < 16; ++r) {
-    if (r < columns) _mm512_storeu_si512(to + r * to_stride, y[r]);
-  }
-#else
-  for (Int j = 0; j < columns; ++j) {
-    for (Int i = 0; i < 16; ++i) to[j * to_stride + i] = from[i * from_stride + j];
-  }
-#endif
 }
 
 }  // namespace megaforge::attention::MF_ISA

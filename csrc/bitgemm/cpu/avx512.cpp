@@ -13,6 +13,7 @@
 
 #define MF_ISA avx512
 #include "finish.h"
+#include "pairs.h"
 #include "wide.h"
 
 namespace megaforge::bitgemm {

@@ -11,9 +11,9 @@
 
 #include "common/begin_avx512_vnni.h"
 
-#define MEGAFORGE_VNNI
 #define MF_ISA avx512_vnni
 #include "finish.h"
+#include "vnni.h"
 #include "wide.h"
 
 namespace megaforge::bitgemm {

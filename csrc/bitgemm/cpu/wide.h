@@ -1,5 +1,4 @@
-// The code for AVX-512, for the instruction set that MF_ISA names: with MEGAFORGE_VNNI by its products of four bytes,
-// else by pairs of bytes.
+// The code for AVX-512, for the instruction set that MF_ISA names; included behind vnni.h or pairs.h.
 
 namespace megaforge::bitgemm::MF_ISA {
 
@@ -40,15 +39,6 @@ inline float quantize(const void* x, Type type, int64_t columns, int bits, std::
   return largest / static_cast<float>(most);
 }
 
-// sum + the four products of unsigned codes and a token's bytes, in each lane.
-inline __m512i add_products(__m512i sum, __m512i codes, __m512i token) {
-#if defined(MEGAFORGE_VNNI)
-  return _mm512_dpbusd_epi32(sum, codes, token);
-#else
-  return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(codes, token), _mm512_set1_epi16(1)));
-#endif
-}
-
 // Holds a value in its register, in this order: compilers load operands twice, and reorder sums until registers run out.
 inline void keep(__m512i& x) { asm volatile("" : "+v"(x)); }
 
@@ -58,29 +48,7 @@ inline __m512i broadcast(const std::int8_t* four) {
   return _mm512_set1_epi32(word);
 }
 
-// Codes at `place`; with VNNI as multiples of 2^(kBits place), which pairs of bytes would overflow.
-template <int kBits>
-inline __m512i codes_at(const std::uint8_t* line, int place, __m512i mask) {
-  const __m512i bytes = _mm512_loadu_si512(line);
-#if defined(MEGAFORGE_VNNI)
-  (void)place;
-  return _mm512_and_si512(bytes, mask);
-#else
-  return _mm512_and_si512(_mm512_srli_epi16(bytes, static_cast<unsigned>(place * kBits)), mask);
-#endif
-}
-
-template <int kBits>
-inline __m512i mask_of(int place) {
-#if defined(MEGAFORGE_VNNI)
-  return _mm512_set1_epi8(static_cast<char>(((1 << kBits) - 1) << (place * kBits)));
-#else
-  (void)place;
-  return _mm512_set1_epi8(static_cast<char>((1 << kBits) - 1));
-#endif
-}
-
-// A pass over the panel for each place of a byte, from the highest to the lowest. With VNNI what the sums have of a
+// A pass over the panel for each place of a byte, from the highest to the lowest. Where codes are multiples, what the sums have of a
 // higher place is a multiple of what a lower one is, and is shifted down in between.
 template <int kBits, int kCount>
 void tile_of(const std::uint8_t* panel, const std::int8_t* tokens, int64_t steps, std::int32_t* sums) {
@@ -100,15 +68,13 @@ void tile_of(const std::uint8_t* panel, const std::int8_t* tokens, int64_t steps
         total[m][1] = add_products(total[m][1], high, token);
       }
     }
-#if defined(MEGAFORGE_VNNI)
-    if (place > 0) {
+    if (kMultiples && place > 0) {
 #pragma GCC unroll 12
       for (int m = 0; m < kCount; ++m) {
         total[m][0] = _mm512_srai_epi32(total[m][0], kBits);
         total[m][1] = _mm512_srai_epi32(total[m][1], kBits);
       }
     }
-#endif
   }
 #pragma GCC unroll 12
   for (int m = 0; m < kCount; ++m) {
@@ -117,8 +83,7 @@ void tile_of(const std::uint8_t* panel, const std::int8_t* tokens, int64_t steps
   }
 }
 
-#if defined(MEGAFORGE_VNNI)
-// One pass for one or two tokens: the weights come from memory, once. Each place has sums of its own.
+// One pass for one or two tokens, of multiples: the weights come from memory, once. Each place has sums of its own.
 template <int kBits, int kCount>
 void pass_once(const std::uint8_t* panel, const std::int8_t* tokens, int64_t steps, std::int32_t* sums) {
   constexpr int kPlaces = 8 / kBits;
@@ -156,18 +121,16 @@ void pass_once(const std::uint8_t* panel, const std::int8_t* tokens, int64_t ste
     }
   }
 }
-#endif
 
 template <int kBits>
 void tile_for(int count, const std::uint8_t* panel, const std::int8_t* tokens, int64_t steps, std::int32_t* sums) {
+  if constexpr (kMultiples) {
+    if (count == 1) return pass_once<kBits, 1>(panel, tokens, steps, sums);
+    if (count == 2) return pass_once<kBits, 2>(panel, tokens, steps, sums);
+  }
   switch (count) {
-#if defined(MEGAFORGE_VNNI)
-    case 1: return pass_once<kBits, 1>(panel, tokens, steps, sums);
-    case 2: return pass_once<kBits, 2>(panel, tokens, steps, sums);
-#else
     case 1: return tile_of<kBits, 1>(panel, tokens, steps, sums);
     case 2: return tile_of<kBits, 2>(panel, tokens, steps, sums);
-#endif
     case 4: return tile_of<kBits, 4>(panel, tokens, steps, sums);
     case 8: return tile_of<kBits, 8>(panel, tokens, steps, sums);
     default: return tile_of<kBits, 12>(panel, tokens, steps, sums);

@@ -13,9 +13,10 @@
 
 #include "common/begin_avx2.h"
 
-#define MEGAFORGE_AVX2
 #define MF_ISA avx2
-#include "gemv/cpu/vec.h"
+#include "gemv/cpu/values.h"
+#include "gemv/cpu/lanes_avx2.h"
+#include "gemv/cpu/part.h"
 
 #include "gemv/cpu/products.h"
 

@@ -13,9 +13,10 @@
 
 #include "common/begin_avx512.h"
 
-#define MEGAFORGE_AVX512
 #define MF_ISA avx512
-#include "gemv/cpu/vec.h"
+#include "gemv/cpu/values.h"
+#include "gemv/cpu/lanes_avx512.h"
+#include "gemv/cpu/part.h"
 
 #include "gemv/cpu/products.h"
 

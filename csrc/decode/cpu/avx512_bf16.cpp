@@ -13,10 +13,11 @@
 
 #include "common/begin_avx512_bf16.h"
 
-#define MEGAFORGE_AVX512
-#define MEGAFORGE_AVX512_BF16
 #define MF_ISA avx512_bf16
-#include "gemv/cpu/vec.h"
+#include "gemv/cpu/values.h"
+#include "gemv/cpu/lanes_avx512.h"
+#include "gemv/cpu/part.h"
+#include "gemv/cpu/part_bf16.h"
 
 #include "gemv/cpu/products.h"
 

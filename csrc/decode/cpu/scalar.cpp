@@ -11,7 +11,9 @@
 #include "memory.h"
 
 #define MF_ISA scalar
-#include "gemv/cpu/vec.h"
+#include "gemv/cpu/values.h"
+#include "gemv/cpu/lanes_scalar.h"
+#include "gemv/cpu/part.h"
 
 #include "gemv/cpu/products.h"
 

@@ -10,9 +10,10 @@
 
 #include "common/begin_avx2.h"
 
-#define MEGAFORGE_AVX2
 #define MF_ISA avx2
-#include "vec.h"
+#include "values.h"
+#include "lanes_avx2.h"
+#include "part.h"
 
 #include "products.h"
 

@@ -10,9 +10,10 @@
 
 #include "common/begin_avx512.h"
 
-#define MEGAFORGE_AVX512
 #define MF_ISA avx512
-#include "vec.h"
+#include "values.h"
+#include "lanes_avx512.h"
+#include "part.h"
 
 #include "products.h"
 

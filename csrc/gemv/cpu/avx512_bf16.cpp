@@ -10,10 +10,11 @@
 
 #include "common/begin_avx512_bf16.h"
 
-#define MEGAFORGE_AVX512
-#define MEGAFORGE_AVX512_BF16
 #define MF_ISA avx512_bf16
-#include "vec.h"
+#include "values.h"
+#include "lanes_avx512.h"
+#include "part.h"
+#include "part_bf16.h"
 
 #include "products.h"
 

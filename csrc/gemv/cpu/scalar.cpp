@@ -7,7 +7,9 @@
 #include "gemv.h"
 
 #define MF_ISA scalar
-#include "vec.h"
+#include "values.h"
+#include "lanes_scalar.h"
+#include "part.h"
 
 #include "products.h"
 

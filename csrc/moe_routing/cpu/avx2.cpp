@@ -8,7 +8,11 @@
 
 #include "common/begin_avx2.h"
 
-#define MEGAFORGE_AVX2
+#define MF_ISA avx2
+#define MF_PIECE 8
+#include "lanes.h"
+#include "pieces_avx2.h"
+#include "compress.h"
 #include "route_vec.h"
 #include "rows.h"
 

@@ -8,7 +8,8 @@
 
 #include "common/begin_avx512.h"
 
-#define MEGAFORGE_AVX512
+#define MF_ISA avx512
+#include "lanes_avx512.h"
 #include "route_vec.h"
 #include "rows.h"
 

@@ -3,7 +3,7 @@
 
 #include "select.h"
 
-namespace megaforge::moe::MEGAFORGE_MOE_ISA {
+namespace megaforge::moe::MF_ISA {
 
 constexpr float kTiny = 1e-20f;  // DeepSeek-V3's guard of the normalisation
 constexpr std::int64_t kNarrow = 32, kNarrowTopk = 4;
@@ -307,4 +307,4 @@ inline void backward_part(const RouteBackward<float>& a, std::int64_t first, std
   }
 }
 
-}  // namespace megaforge::moe::MEGAFORGE_MOE_ISA
+}  // namespace megaforge::moe::MF_ISA

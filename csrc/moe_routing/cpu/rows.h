@@ -4,7 +4,7 @@
 #include "moe_routing.h"
 #include "vec.h"
 
-namespace megaforge::moe::MEGAFORGE_MOE_ISA {
+namespace megaforge::moe::MF_ISA {
 
 MEGAFORGE_INLINE F load_part(const float* p, int n) { return load(p, n, 0.0f); }
 MEGAFORGE_INLINE F load_part(const std::uint16_t* p, int n) {
@@ -159,4 +159,4 @@ inline void unpermute_backward(const Rows& r, const void* grad, const void* y, c
   }
 }
 
-}  // namespace megaforge::moe::MEGAFORGE_MOE_ISA
+}  // namespace megaforge::moe::MF_ISA

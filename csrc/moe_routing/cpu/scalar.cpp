@@ -4,6 +4,12 @@
 #include <cstdint>
 
 #include "moe_routing.h"
+
+#define MF_ISA scalar
+#define MF_PIECE 4
+#include "lanes.h"
+#include "pieces.h"
+#include "compress.h"
 #include "route_vec.h"
 #include "rows.h"
 

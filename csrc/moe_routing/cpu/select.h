@@ -4,7 +4,7 @@
 #include "moe_routing.h"
 #include "vec.h"
 
-namespace megaforge::moe::MEGAFORGE_MOE_ISA {
+namespace megaforge::moe::MF_ISA {
 
 // Any k <= n; a NaN counts as the largest. `values` is scratch for k scores.
 template <typename T>
@@ -112,4 +112,4 @@ MEGAFORGE_INLINE void keep_best_groups(T* scores, const T* ranked, std::int64_t 
   }
 }
 
-}  // namespace megaforge::moe::MEGAFORGE_MOE_ISA
+}  // namespace megaforge::moe::MF_ISA

@@ -15,9 +15,11 @@
 
 #include "common/begin_avx2.h"
 
-#define MEGAFORGE_AVX2
 #define MF_ISA avx2
-#include "vec.h"
+#include "words.h"
+#include "multiply_wide.h"
+#include "products_avx2.h"
+#include "transpose.h"
 
 #include "iterate.h"
 

@@ -16,9 +16,10 @@
 #include "common/begin_avx512.h"
 #include "common/transpose16.h"
 
-#define MEGAFORGE_AVX512
 #define MF_ISA avx512
-#include "vec.h"
+#include "words.h"
+#include "multiply_wide.h"
+#include "products_avx512.h"
 
 #include "iterate.h"
 

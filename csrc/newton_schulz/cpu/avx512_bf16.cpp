@@ -16,10 +16,10 @@
 #include "common/begin_avx512_bf16.h"
 #include "common/transpose16.h"
 
-#define MEGAFORGE_AVX512
-#define MEGAFORGE_AVX512_BF16
 #define MF_ISA avx512_bf16
-#include "vec.h"
+#include "words.h"
+#include "multiply_bf16.h"
+#include "products_avx512.h"
 
 #include "iterate.h"
 

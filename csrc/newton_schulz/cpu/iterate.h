@@ -2,18 +2,21 @@
 
 namespace megaforge::newton_schulz::MF_ISA {
 
-#if defined(MEGAFORGE_AVX512_BF16)
-using Half = std::uint16_t;
-#else
-using Half = float;  // rounded to bf16 and multiplied in fp32
-#endif
-
 inline std::uint16_t to_bf16(float x) {
   const Word bits = std::bit_cast<Word>(x);
   const Word rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
 }
 inline float from_bf16(std::uint16_t x) { return as_float(static_cast<Word>(x) << 16); }
+
+// Half, which half.h or half_bf16.h names: the bits of a bf16, or the same number as a float.
+template <class Half>
+inline Half as_half(std::uint16_t x) {
+  if constexpr (sizeof(Half) == 2) return x;
+  else return from_bf16(x);
+}
+inline float of_half(std::uint16_t x) { return from_bf16(x); }
+inline float of_half(float x) { return x; }
 
 // How an element is kept: as it is, or rounded to bf16 in whatever type.
 struct Exact {
@@ -23,13 +26,8 @@ struct Exact {
 };
 struct Rounded {
   using Element = Half;
-#if defined(MEGAFORGE_AVX512_BF16)
-  static Half store(float x) { return to_bf16(x); }
-  static float load(Half x) { return from_bf16(x); }
-#else
-  static Half store(float x) { return from_bf16(to_bf16(x)); }
-  static float load(Half x) { return x; }
-#endif
+  static Half store(float x) { return as_half<Half>(to_bf16(x)); }
+  static float load(Half x) { return of_half(x); }
 };
 
 template <class Element>
@@ -189,11 +187,7 @@ void product(std::span<const Packed> lefts, const Packed& right, int64_t rows, i
     const int64_t r0 = (row_blocks - 1 - block / column_blocks) * block_rows, r1 = std::min(r0 + block_rows, rows);
     const int64_t c0 = block % column_blocks * kColumnBlock, c1 = std::min(c0 + kColumnBlock, columns);
     if (lower && c0 >= r1) return;
-#if defined(_OPENMP)
     float* const own = sums + omp_get_thread_num() * kRowBlock * kColumnBlock * (team > 1 ? 1 : 0);
-#else
-    float* const own = sums;
-#endif
     bool first = true;
     for (const Packed& left : lefts) {
       for (int64_t k = 0; k < words; k += kDepth, first = false) {

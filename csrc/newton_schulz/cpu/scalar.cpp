@@ -13,7 +13,10 @@
 #include "newton_schulz.h"
 
 #define MF_ISA scalar
-#include "vec.h"
+#include "words.h"
+#include "multiply_wide.h"
+#include "products_scalar.h"
+#include "transpose.h"
 
 #include "iterate.h"
 

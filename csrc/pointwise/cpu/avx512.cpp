@@ -7,8 +7,11 @@
 
 #include "common/begin_avx512.h"
 
-#define MEGAFORGE_AVX512
 #define MF_ISA avx512
+#define MF_WIDTH 16
+#include "types.h"
+#include "narrow.h"
+#include "lanes_avx512.h"
 #include "vec.h"
 
 #include "activation.h"

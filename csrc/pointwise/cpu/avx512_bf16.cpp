@@ -7,9 +7,11 @@
 
 #include "common/begin_avx512_bf16.h"
 
-#define MEGAFORGE_AVX512
-#define MEGAFORGE_AVX512_BF16
 #define MF_ISA avx512_bf16
+#define MF_WIDTH 16
+#include "types.h"
+#include "narrow_bf16.h"
+#include "lanes_avx512.h"
 #include "vec.h"
 
 #include "activation.h"

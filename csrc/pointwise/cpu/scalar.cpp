@@ -4,6 +4,10 @@
 #include "pointwise.h"
 
 #define MF_ISA scalar
+#define MF_WIDTH 4
+#include "types.h"
+#include "narrow.h"
+#include "lanes.h"
 #include "vec.h"
 
 #include "activation.h"
