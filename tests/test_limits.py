@@ -25,6 +25,7 @@ COVERED = {
     "config/blocks.py": "config/test_megatron_flags.py",
     "config/distill_config.py": "training/test_distillation.py",
     "config/dry_run_config.py": "verification/test_dry_run.py",
+    "config/generation_config.py": "training/test_sampling.py",
     "config/expert_logging_config.py": "training/test_expert_balance.py",
     "config/fields.py": "config/test_cli.py",
     "config/mamba_config.py": "nn/test_mamba2.py",

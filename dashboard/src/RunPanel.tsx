@@ -95,7 +95,7 @@ function EventList({ events }: { events: RunDetail["events"] }) {
 
 function Samples({ samples }: { samples: RunDetail["samples"] }) {
   if (samples.length === 0)
-    return <p className="quiet">none: write some with tools/generate.py --load RUN --prompt TEXT --json into RUN/samples.jsonl</p>;
+    return <p className="quiet">none: train with --generate-prompts TEXT, or append what tools/generate.py --load RUN --prompt TEXT --json writes to RUN/samples.jsonl</p>;
   return (
     <ol className="plain">
       {samples.map((sample, index) => (

@@ -13,6 +13,7 @@ from megaforge.config.distill_config import DistillConfig
 from megaforge.config.dry_run_config import DryRunConfig
 from megaforge.config.evaluation_config import EvaluationConfig
 from megaforge.config.fields import check_fields
+from megaforge.config.generation_config import GenerationConfig
 from megaforge.config.length_config import LengthConfig
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.optimizer_config import OptimizerConfig
@@ -45,6 +46,7 @@ class Config:
     qat: QATConfig = field(default_factory=QATConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
     regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     length: LengthConfig = field(default_factory=LengthConfig)

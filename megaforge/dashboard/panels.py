@@ -11,10 +11,9 @@ from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 from megaforge.monitor.audit import AUDIT_FILE, BrokenTrailError, read_trail
 from megaforge.monitor.events import finite
-from megaforge.monitor.jsonl_tail import JsonlTail
 from megaforge.monitor.runs import Run
+from megaforge.monitor.samples import newest_samples
 
-SAMPLES_FILE = "samples.jsonl"  # what tools/generate.py --json wrote there
 COMPLIANCE_FILE = "compliance.json"
 _EVENTS, _SAMPLES = 200, 50  # the newest
 _LARGEST = 16 << 20  # bytes of a report that is read
@@ -28,7 +27,7 @@ def detail(run: Run) -> dict[str, Any]:
         "start": {name: run.start[name] for name in _START if name in run.start},
         "events": finite(run.events[-_EVENTS:][::-1]),
         "checkpoints": checkpoints(run),
-        "samples": samples(run.directory),
+        "samples": [one._asdict() for one in newest_samples(run.directory, _SAMPLES)],
         "compliance": compliance(run.directory),
     }
 
@@ -65,30 +64,6 @@ def _bytes_below(directory: Path) -> int | None:
             except OSError:  # it went just now
                 continue
     return total
-
-
-def samples(directory: Path) -> list[dict[str, Any]]:
-    """The newest texts that the run's model wrote: ``prompt`` and ``text``, of which iteration where that is known."""
-    tail = JsonlTail(directory / SAMPLES_FILE)
-    records: list[dict[str, Any]] = []
-    while True:
-        records = [*records, *tail.read()][-_SAMPLES:]
-        if not tail.behind:
-            break
-    found = []
-    for record in reversed(records):
-        text = record.get("text", record.get("completion"))
-        if isinstance(text, str):
-            iteration = record.get("iteration")
-            prompt = record.get("prompt")
-            found.append(
-                {
-                    "iteration": iteration if type(iteration) is int else None,
-                    "prompt": prompt if isinstance(prompt, str) else "",
-                    "text": text,
-                }
-            )
-    return found
 
 
 def compliance(directory: Path) -> dict[str, Any] | None:

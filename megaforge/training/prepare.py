@@ -16,6 +16,7 @@ from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.errors import UserError
 from megaforge.models.prepared_run import PreparedRun, check_run
+from megaforge.registry import POSITION_EMBEDDINGS
 from megaforge.tasks.at_end import check_tasks, why_not
 
 Choose = Callable[[Config], tuple[Config, list[str]]]
@@ -40,6 +41,7 @@ def prepare(config: Config, said: Sequence[str] = (), choose: Choose | None = No
     if choose is not None:
         config, more = choose(config)
         notes = [*notes, *more]
+    _check_prompts(config, tokenizer)
     asks_nothing = why_not(config, tokenizer is not None)
     if tokenizer is not None and asks_nothing is None:
         check_tasks(config, lambda text: len(tokenizer.encode(text)))
@@ -48,6 +50,28 @@ def prepare(config: Config, said: Sequence[str] = (), choose: Choose | None = No
     for note in (*said, *run.notes):
         print_rank_0(note)
     return run
+
+
+def _check_prompts(config: Config, tokenizer: Tokenizer | None) -> None:
+    """
+    Raises:
+        UserError: nothing makes tokens of ``--generate-prompts``, one has none, or the model lacks positions for it.
+    """
+    flags = config.generation
+    if not flags.generate_prompts:
+        return
+    if tokenizer is None:
+        raise UserError("--generate-prompts: the run has no tokenizer: add --tokenizer-model FILE")
+    longest = POSITION_EMBEDDINGS.get(config.model.position_embedding_type).longest(config.model)
+    for prompt in flags.generate_prompts:
+        tokens, more = len(tokenizer.encode(prompt)), flags.generate_tokens
+        if not tokens:
+            raise UserError(f"--generate-prompts {prompt!r:.80}: the tokenizer makes no token of it; give another text")
+        if longest is not None and tokens + more > longest:
+            raise UserError(
+                f"--generate-prompts {prompt!r:.80}: its {tokens} tokens and --generate-tokens {more} are more than "
+                f"the {longest} positions of the model (--max-position-embeddings)"
+            )
 
 
 def _check_world_size(meant: int | None, started: int) -> None:

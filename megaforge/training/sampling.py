@@ -1,19 +1,46 @@
-"""What a model would write, shown at each evaluation of a run."""
+"""What a model would write, shown at each evaluation of a run: ``--generate-prompts``."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 
+from megaforge.config.config import Config
 from megaforge.config.launcher import print_rank_0
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.errors import UserError
+from megaforge.monitor.samples import SAMPLES_FILE, WrittenText, append_sample
+from megaforge.parallel.context import ParallelContext
 from megaforge.training.callbacks import Callback, Place
 from megaforge.training.metrics import EvaluationMetrics
 from megaforge.training.trainer import Trainer, evaluating
 
+logger = logging.getLogger(__name__)
+
 Shows = Callable[[int, str, str], None]
+
+
+def asked_for(config: Config, tokenizer: Tokenizer | None, ctx: ParallelContext) -> SampleGenerator | None:
+    """What ``--generate-prompts`` asks for: the first rank prints the texts, and keeps them in ``--save``."""
+    flags, save = config.generation, config.checkpoint.save
+    if not flags.generate_prompts or tokenizer is None:
+        return None
+    directory = Path(save) if save is not None and ctx.is_first_rank else None
+    return SampleGenerator(tokenizer, flags.generate_prompts, flags.generate_tokens, partial(_printed, directory))
+
+
+def _printed(directory: Path | None, iteration: int, prompt: str, text: str) -> None:
+    print_rank_0(f"sample after {iteration}: {prompt!r} -> {text!r}")
+    if directory is None:
+        return
+    try:
+        append_sample(directory, WrittenText(iteration, prompt, text))
+    except OSError as error:
+        logger.warning("%s: a sample could not be kept: %s", directory / SAMPLES_FILE, error)
 
 
 class SampleGenerator(Callback):
@@ -33,7 +60,8 @@ class SampleGenerator(Callback):
             tokens: at most so many of each; a text ends with its end of document.
             show: is told (iteration, prompt, text) on every rank; None: rank 0 prints them.
         """
-        self.tokenizer, self.prompts, self.tokens, self.show = tokenizer, tuple(prompts), tokens, show
+        self.tokenizer, self.prompts, self.tokens = tokenizer, tuple(prompts), tokens
+        self.show: Shows = partial(_printed, None) if show is None else show
         self.texts: dict[str, str] = {}
 
     def on_train_start(self, trainer: Trainer) -> None:
@@ -47,10 +75,7 @@ class SampleGenerator(Callback):
     def on_evaluate(self, trainer: Trainer, metrics: EvaluationMetrics) -> None:
         for prompt in self.prompts:
             self.texts[prompt] = self._continued(trainer, prompt)
-            if self.show is not None:
-                self.show(metrics.iteration, prompt, self.texts[prompt])
-            else:
-                print_rank_0(f"sample after {metrics.iteration}: {prompt!r} -> {self.texts[prompt]!r}")
+            self.show(metrics.iteration, prompt, self.texts[prompt])
 
     @torch.no_grad()
     def _continued(self, trainer: Trainer, prompt: str) -> str:

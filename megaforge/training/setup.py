@@ -79,6 +79,7 @@ from megaforge.training.rank_budget import RankBudget
 from megaforge.training.rank_choice import with_chosen_ranks
 from megaforge.training.receipt import Receipt
 from megaforge.training.run_events import RunEvents, of_checkpoint, open_events
+from megaforge.training.sampling import asked_for
 from megaforge.training.save_lock import HeldLock
 from megaforge.training.second_stage import SecondStage
 from megaforge.training.skip_train import SkipTrain
@@ -194,6 +195,8 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext, advice: Advice | None 
     check_end(trainer.config.training.train_iters, trainer.progress)
     if hasattr(trainer.objective, "prepare"):
         trainer.objective.prepare(trainer.config, model, ctx, trainer.tokenizer)
+    if (samples := asked_for(config, tokenizer, ctx)) is not None:
+        trainer.add(samples)
     for line in described(trainer.config, data, trainer.progress):
         print_rank_0(line)
     goes_on = config.checkpoint.load is not None and not config.checkpoint.finetune and not config.training.skip_train

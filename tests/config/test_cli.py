@@ -256,6 +256,7 @@ def test_sections_are_the_fields_of_config() -> None:
         "qat",
         "distill",
         "evaluation",
+        "generation",
         "regularization",
         "training",
         "length",

@@ -13,6 +13,7 @@ from megaforge.dashboard import panels
 from megaforge.dashboard.machine import MachineMeter, parse_gpus
 from megaforge.monitor.audit import AuditTrail
 from megaforge.monitor.runs import Run
+from megaforge.monitor.samples import WrittenText, append_sample
 from tests.dashboard.serving import a_run, told
 
 
@@ -42,16 +43,6 @@ def test_checkpoints_are_those_that_are_there(tmp_path: Path) -> None:
         {"name": "step_4", "iteration": 4, "time": 4.0, "sums": None, "bytes": 3},
         {"name": "step_2", "iteration": 2, "time": 2.0, "sums": "ab", "bytes": 3},
     ]
-
-
-def test_samples_of_generate(tmp_path: Path) -> None:
-    assert panels.samples(tmp_path) == []
-    lines = [{"index": 0, "sample": 0, "prompt": "Once", "text": " upon", "tokens": 1, "end": "length"}] * 60
-    lines += [{"prompt": 3, "text": "x", "iteration": 7}, {"prompt": "no text"}]
-    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"torn')
-    found = panels.samples(tmp_path)
-    assert found[0] == {"iteration": 7, "prompt": "", "text": "x"} and len(found) == 49
-    assert found[1] == {"iteration": None, "prompt": "Once", "text": " upon"}
 
 
 def test_a_report_of_compliance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,8 +87,10 @@ def test_the_audit_trail_is_verified(tmp_path: Path) -> None:
 def test_the_whole_of_a_run_is_json(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "r")
     told(folder, "evaluate", 4, 9.0, loss=float("nan"))
+    append_sample(folder, WrittenText(4, "Once", " upon"))
     found = panels.detail(polled(folder))
     assert found["start"] == {"run": "r", "host": "elsewhere", "pid": 1}
+    assert found["samples"] == [{"iteration": 4, "prompt": "Once", "text": " upon"}]
     assert [event["kind"] for event in found["events"]] == ["evaluate", "start"]
     assert json.loads(panels.as_json(found))["events"][0]["loss"] is None
 
