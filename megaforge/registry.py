@@ -240,6 +240,7 @@ OBJECTIVES = Registry(
     {
         "next_token": "megaforge.training.objectives:NextToken",
         "distillation": "megaforge.training.distillation:Distillation",
+        "agent": "megaforge.reasoning.agent.objective:AgentObjective",
     },
 )
 LOSS_TERMS = Registry(
@@ -249,7 +250,13 @@ LOSS_TERMS = Registry(
         "contrastive": "megaforge.training.regularization:contrastive",
     },
 )
-CALLBACKS = Registry("callback", {"reduce_on_plateau": "megaforge.training.lr_plateau:reduce_on_plateau"})
+CALLBACKS = Registry(
+    "callback",
+    {
+        "reduce_on_plateau": "megaforge.training.lr_plateau:reduce_on_plateau",
+        "policy_control": "megaforge.reasoning.agent.control:PolicyControl",
+    },
+)
 ALERTS = Registry(  # megaforge.monitor.alert_kinds.AlertKind
     "alert",
     {
@@ -343,7 +350,26 @@ MEMORY_SEARCHES = Registry(  # megaforge.reasoning.memory.searches.Search
         "faiss": "megaforge.reasoning.memory.searches:FaissSearch",
     },
 )
-CONVERTERS = Registry("converter", {"bitnet": "megaforge.quant.converter:bitnet"})
+AGENT_ACTIONS = Registry(  # in the order of the policy's outputs
+    "action of the agent",
+    {
+        "summarize": "megaforge.reasoning.agent.actions:SUMMARIZE",
+        "cache_write": "megaforge.reasoning.agent.actions:CACHE_WRITE",
+        "retrieve": "megaforge.reasoning.agent.actions:RETRIEVE",
+        "splice_window": "megaforge.reasoning.agent.actions:SPLICE_WINDOW",
+    },
+)
+RL_ALGORITHMS = Registry(
+    "algorithm of reinforcement learning",
+    {
+        "grpo": "megaforge.reasoning.agent.algorithms:GroupRelative",
+        "ppo": "megaforge.reasoning.agent.algorithms:ProximalPolicy",
+    },
+)
+CONVERTERS = Registry(
+    "converter",
+    {"bitnet": "megaforge.quant.converter:bitnet", "agent_heads": "megaforge.reasoning.agent.heads:agent_heads"},
+)
 COMPLIANCE_RULES = Registry(
     "compliance rule",
     {

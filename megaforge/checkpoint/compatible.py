@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megaforge.config.adalora_config import AdaLoraConfig
+from megaforge.config.agent_config import AgentConfig
 from megaforge.config.config import Config
 from megaforge.config.model_config import ModelConfig
 from megaforge.config.peft_config import PeftConfig
@@ -29,7 +30,7 @@ _INITIAL_ONLY = {
 # Without effect on what the model computes once it is trained.
 _INITIAL_ONLY |= {"lora_dropout", "lora_bias", "peft_from", "lora_rank_steps", "lora_rank_energy"}
 _INITIAL_ONLY |= {field.name for field in dataclasses.fields(AdaLoraConfig)}
-_ADAPTERS = {field.name for field in dataclasses.fields(PeftConfig)}
+_ADAPTERS = {field.name for part in (PeftConfig, AgentConfig) for field in dataclasses.fields(part)}
 _QUANTIZERS = {field.name for field in dataclasses.fields(QuantConfig)} - {"sub_norm"}
 # None stands for a value that follows from others; compared as what it stands for.
 _DERIVED = {

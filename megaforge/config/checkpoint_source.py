@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from megaforge.config.agent_config import AgentConfig
 from megaforge.config.peft_config import PeftConfig
 from megaforge.config.quant_config import QuantConfig
 from megaforge.config.schema import settings
@@ -17,6 +18,7 @@ from megaforge.json_text import parse_json
 _PATTERN = "model.hybrid_layer_pattern"
 _QUANTIZERS = frozenset(one.name for one in fields(QuantConfig)) - {"sub_norm"}
 _ADAPTERS = frozenset(one.name for one in fields(PeftConfig))
+_HEADS = frozenset(one.name for one in fields(AgentConfig))
 
 
 def newest_meta(directory: Path) -> tuple[Path, Mapping[str, Any]] | None:
@@ -109,6 +111,8 @@ def _take_model(
     for key, setting in settings().items():
         if setting.section != "model" or (setting.name in _ADAPTERS and not saved.get("peft")):
             continue  # a base has no adapters: what it gets is for the line to say
+        if setting.name in _HEADS and not saved.get("agent_heads"):
+            continue
         if setting.name in _QUANTIZERS and not _is_quantized(saved):
             continue  # and so are codes of a base without any
         try:

@@ -22,6 +22,7 @@ from megaforge.config.prometheus_config import PrometheusConfig
 from megaforge.config.qat_config import QATConfig
 from megaforge.config.regularization_config import RegularizationConfig
 from megaforge.config.resilience_config import ResilienceConfig
+from megaforge.config.rl_config import ReinforcementConfig
 from megaforge.config.run_config import (
     DataConfig,
     LoggingConfig,
@@ -48,6 +49,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
+    rl: ReinforcementConfig = field(default_factory=ReinforcementConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     length: LengthConfig = field(default_factory=LengthConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

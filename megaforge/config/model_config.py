@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megaforge.config.agent_config import AgentConfig
 from megaforge.config.depth_config import DepthConfig
 from megaforge.config.fields import divisors, either, flag
 from megaforge.config.mamba_config import MambaConfig
@@ -17,7 +18,7 @@ _ACTIVATIONS = ("relu2", "gated_relu2", "swiglu", "gelu", "gelu_exact")
 
 
 @dataclass(frozen=True)
-class ModelConfig(MambaConfig, RomConfig, MultiTokenConfig, DepthConfig, PeftConfig):
+class ModelConfig(MambaConfig, RomConfig, MultiTokenConfig, DepthConfig, PeftConfig, AgentConfig):
     """Shape of the model, and what its matrices are trained as."""
 
     num_layers: int = flag(

@@ -24,6 +24,7 @@ from megaforge.config.peft_partners import FINE_TUNING, method_partners
 from megaforge.config.position_kind import PositionKind
 from megaforge.config.quant_partners import QUANTIZATION, of_model
 from megaforge.config.regularization_partners import REGULARIZATION
+from megaforge.config.rl_partners import REINFORCEMENT
 from megaforge.config.run_partners import RUN_PARTNERS, Partner
 from megaforge.config.schema import settings
 from megaforge.errors import raise_all
@@ -124,6 +125,7 @@ PARTNERS = (
     *DATA_PARTNERS,
     *DISTILLATION,
     *REGULARIZATION,
+    *REINFORCEMENT,
     *EVALUATION,
     *FINE_TUNING,
     Partner(

@@ -30,9 +30,15 @@ class Converter(Protocol):
         is built to be counted, beside the run's own: say nothing of it."""
 
 
-def convert(model: nn.Module, names: tuple[str, ...], ctx: ParallelContext, peft: str | None = None) -> None:
-    """Applies the converters called ``names``, in this order; matrices that they have quantized are declared so. Last
-    comes that of ``peft``, which decides what is trained."""
+def convert(
+    model: nn.Module,
+    names: tuple[str, ...],
+    ctx: ParallelContext,
+    peft: str | None = None,
+    heads: tuple[str, ...] = (),
+) -> None:
+    """Applies the converters called ``names``, in this order; matrices that they have quantized are declared so. Then
+    comes that of ``peft``, which decides what of the model is trained, and those of further ``heads``."""
     for name in names:
         converter: Converter = CONVERTERS.get(name)
         converter(model, ctx)
@@ -43,3 +49,6 @@ def convert(model: nn.Module, names: tuple[str, ...], ctx: ParallelContext, peft
     if peft is not None:
         method: PeftMethod = PEFT_METHODS.get(peft)
         method.found()(model, ctx)
+    for name in heads:
+        converter = CONVERTERS.get(name)
+        converter(model, ctx)

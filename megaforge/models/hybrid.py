@@ -171,7 +171,7 @@ class HybridModel(nn.Module):
             init = embedding_init if tied else head_init
             self.head = OutputHead(layer, embedding_weight if tied else None, init=init, tied=tied)
             self.mtp = make_multi_token(layer, self.head.weight if tied else embedding_weight)
-        convert(self, cfg.all_converters, layer.ctx, cfg.peft)
+        convert(self, cfg.all_converters, layer.ctx, cfg.peft, cfg.head_converters)
         for parameter in self.parameters() if lends else ():
             give_memory(parameter, layer.ctx.device)
         name_parameters(self)

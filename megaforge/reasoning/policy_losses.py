@@ -34,7 +34,7 @@ def k3(new: Tensor, reference: Tensor) -> Tensor:
     """e^d - d - 1, d = reference - new: an estimate of KL(new || reference) that is never negative (Schulman,
     "Approximating KL divergence"; GRPO's, verl's ``low_var_kl``)."""
     d = reference - new
-    return d.exp() - d - 1
+    return d.expm1() - d
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> Tensor:

@@ -44,6 +44,7 @@ class PredictsAhead:
         self.prepare = getattr(objective, "prepare", lambda *run: None)
         self.terms = objective.terms
         self.experience = getattr(objective, "experience", as_read)
+        self.callbacks: tuple[str, ...] = getattr(objective, "callbacks", ())
         self._objective, self._cfg = objective, cfg
 
     def counts(self, batch: Batch) -> dict[str, float]:

@@ -35,10 +35,12 @@ class Objective(Protocol):
             the labels and loss masks of the second to the n-th.
         takes_loss_sum: whether the cross-entropies of labels enter its terms as ``output.loss_sum``, whose gradients
             cost a product with the vocabulary's matrix less.
+        callbacks: names of those in :data:`megaforge.registry.CALLBACKS` that it comes with.
     """
 
     look_ahead: int = 1
     takes_loss_sum: bool = False
+    callbacks: tuple[str, ...] = ()
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """What this micro-batch adds to the counts that terms are divided by, under the same names for every
@@ -103,6 +105,7 @@ class WithTerms:
         self.takes_loss_sum = getattr(objective, "takes_loss_sum", False)
         self.prepare = getattr(objective, "prepare", lambda *run: None)
         self.experience = getattr(objective, "experience", as_read)
+        self.callbacks: tuple[str, ...] = getattr(objective, "callbacks", ())
         self._objective, self._more = objective, more
 
     def terms(self, output: ModelOutput, batch: Batch) -> dict[str, LossTerm]:

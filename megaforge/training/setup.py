@@ -38,7 +38,7 @@ from megaforge.parallel.distributed import check_backend, discover_launch, initi
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.layer_context import compute_dtype, make_layer_context
 from megaforge.parallel.zero import shard_parameters
-from megaforge.registry import CALLBACKS, LR_SCHEDULES, UPDATE_RULES
+from megaforge.registry import CALLBACKS, LR_SCHEDULES, OBJECTIVES, UPDATE_RULES
 from megaforge.training.alerting import tell_others
 from megaforge.training.auditing import check_loaded
 from megaforge.training.balance_batch import BalanceBatch
@@ -189,7 +189,8 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext, advice: Advice | None 
     if trainer.config.model.peft == "adalora":
         trainer.add(RankBudget(trainer))
     shape: RateShape = LR_SCHEDULES.get(config.optimizer.lr_decay_style)
-    for name in dict.fromkeys((*shape.callbacks, *config.training.callbacks)):
+    asked = getattr(OBJECTIVES.get(config.training.objective), "callbacks", ())
+    for name in dict.fromkeys((*shape.callbacks, *asked, *config.training.callbacks)):
         trainer.add(CALLBACKS.get(name)(trainer))
     _load(trainer)
     check_end(trainer.config.training.train_iters, trainer.progress)

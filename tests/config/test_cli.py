@@ -258,6 +258,7 @@ def test_sections_are_the_fields_of_config() -> None:
         "evaluation",
         "generation",
         "regularization",
+        "rl",
         "training",
         "length",
         "checkpoint",

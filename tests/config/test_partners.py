@@ -25,6 +25,9 @@ ATTENTION, RWKV = ("--layer-schedule", "attention"), ("--layer-schedule", "rwkv"
 GROWING = ("--weight-decay-incr-style", "linear", "--start-weight-decay", "0", "--end-weight-decay", "0.1")
 
 SELECTIVE = ("--recompute", "selective")
+PLAYS, TASK = ("--objective", "agent"), ("--data-path", "tasks://kv_chunks", "--tokenizer-model", "64")
+TASK = (*TASK, "--global-batch-size", "16")
+EPISODES = (*PLAYS, "--agent-heads", *TASK)
 
 REFUSED = [
     (("--machine", "h100-80g"), (), "add --layout auto"),
@@ -53,6 +56,20 @@ REFUSED = [
     (("--distill-relation-weight", "2"), (*TAUGHT, "--recompute", "full"), "--recompute selective"),
     (("--contrastive-temperature", "2"), (), "add --contrastive-weight 0.1"),
     (("--contrastive-weight", "2"), ("--micro-batch-size", "1"), "use --micro-batch-size 2 or more"),
+    (("--rl-clip", "0.1"), (), "add --objective agent"),
+    (("--agent-heads",), (), "add --objective agent"),
+    (("--memory-dim", "64"), (), "add --agent-heads"),
+    ((*PLAYS, *TASK), (), "add --agent-heads"),
+    ((*PLAYS, "--agent-heads"), ("--global-batch-size", "16"), "--data-path tasks://kv_chunks"),
+    (EPISODES, ("--hidden-dropout", "0.1"), "--hidden-dropout 0"),
+    (EPISODES, ("--peft", "bitfit"), "use --peft lora, qlora or plastic"),
+    ((*EPISODES, "--rl-group-size", "5"), (), "multiple of --rl-group-size"),
+    (EPISODES, ("--global-batch-size", "16", "--rampup-batch-size", "8", "8", "64"), "where the batch grows"),
+    (EPISODES, ("--no-reset-at-document-boundaries",), "leave out --no-reset-at-document-boundaries"),
+    (("--halve-micro-batch-on-oom",), EPISODES, "a smaller --micro-batch-size"),
+    (("--rl-gamma", "0.9"), EPISODES, "add --rl-algorithm ppo"),
+    (("--no-rl-scale-advantages",), (*EPISODES, "--rl-algorithm", "ppo"), "add --rl-algorithm grpo"),
+    (("--rl-kl-horizon", "9"), EPISODES, "add --rl-kl-target"),
     (("--evaluate-at-end-lengths", "64"), (), "add --evaluate-at-end passkey"),
     (("--evaluate-at-end-examples", "9"), (), "add --evaluate-at-end passkey"),
     (("--generate-tokens", "9"), (), "add --generate-prompts TEXT"),
@@ -275,7 +292,7 @@ def test_quiet_beside_its_partner(line: tuple[str, ...], capsys: pytest.CaptureF
 
 
 def test_every_rule_has_a_line_above() -> None:
-    tried = {re.sub("--no-(decoupled|exit)", r"--\1", flag[0]) for flag, _, _ in REFUSED + SAID}
+    tried = {re.sub("--no-(decoupled|exit|rl)", r"--\1", flag[0]) for flag, _, _ in REFUSED + SAID}
     for partner in PARTNERS:
         assert tried & {settings()[key].flag for key in partner.keys}, partner.text
 

@@ -67,7 +67,8 @@ def test_every_number_that_a_run_writes_has_a_name_in_the_table(tmp_path: Path, 
         "quant_flips",  # from the second interval on
         "weight_decay",  # excludes a second stage
         *("quant_clip_weights", "quant_clip_activations"),  # exclude --quant-lambda
-        *("distill", "relations"),  # of another objective
+        *("distill", "relations", "policy_lr_factor"),  # of other objectives
+        *(name for name, one in STEP.items() if one.when == "`--objective agent`"),
         "goodput",  # of runs that save
         *("trained_share", "orthogonality_penalty", "adapter_ranks"),  # of --peft
     }

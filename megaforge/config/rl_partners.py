@@ -1,0 +1,91 @@
+"""What the flags of reinforcement learning need beside them."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from megaforge.config.config import Config
+from megaforge.config.peft_method import PeftMethod
+from megaforge.config.rl_config import ReinforcementConfig
+from megaforge.config.run_partners import Partner
+
+_AGENT = ("training.objective",)
+_PPO = tuple(f"rl.rl_{name}" for name in ("gamma", "lambda", "horizon", "value_weight", "value_clip"))
+
+
+def _plays(config: Config) -> bool:
+    return config.training.objective == "agent"
+
+
+def _beside(config: Config) -> bool:
+    """Whether adapters, if there are any, stand beside matrices, so that the model without them is at hand."""
+    method: PeftMethod | None = config.model.peft_method
+    return method is None or method.low_rank or config.model.peft == "plastic"
+
+
+def _drops(config: Config) -> float:
+    return config.model.hidden_dropout or config.model.attention_dropout or config.model.adapter_dropout
+
+
+def _grows(config: Config) -> bool:
+    return bool(config.training.rampup_batch_size or config.training.step_batch_size_schedule)
+
+
+REINFORCEMENT = (
+    Partner(
+        ("model.agent_heads", *(f"rl.{one.name}" for one in fields(ReinforcementConfig))),
+        _plays,
+        "nobody plays episodes: add --objective agent",
+    ),
+    Partner(
+        ("model.memory_dim", "model.memory_stride"),
+        lambda c: c.model.agent_heads,
+        "there is no memory: add --agent-heads --objective agent",
+    ),
+    Partner(
+        _AGENT, lambda c: not _plays(c) or c.model.agent_heads, "the model has no heads that decide: add --agent-heads"
+    ),
+    Partner(
+        _AGENT,
+        lambda c: not _plays(c) or any(path.startswith("tasks://") for path in c.data.data_path),
+        "there are no episodes: give --data-path tasks://kv_chunks",
+    ),
+    Partner(
+        _AGENT,
+        lambda c: not _plays(c) or not _drops(c),
+        "what is dropped in a step is not in the pass that plays: use --hidden-dropout 0 --attention-dropout 0 "
+        "--lora-dropout 0",
+    ),
+    Partner(
+        _AGENT,
+        lambda c: not _plays(c) or _beside(c),
+        "the reference is the model without adapters, which must stand beside it: use --peft lora, qlora or plastic",
+    ),
+    Partner(
+        _AGENT,
+        lambda c: not _plays(c) or not (c.training.full_batch_size or 1) % c.rl.rl_group_size,
+        "groups would be cut: make --global-batch-size a multiple of --rl-group-size",
+    ),
+    Partner(
+        _AGENT,
+        lambda c: not _plays(c) or not _grows(c),
+        "groups would be cut where the batch grows: leave out --rampup-batch-size and --step-batch-size-schedule",
+    ),
+    Partner(
+        _AGENT,
+        lambda c: not _plays(c) or c.model.reset_at_document_boundaries,
+        "contexts behind each other must not see each other: leave out --no-reset-at-document-boundaries",
+    ),
+    Partner(
+        ("resilience.halve_micro_batch_on_oom",),
+        lambda c: not _plays(c),
+        "rows of contexts do not divide into halves: use a smaller --micro-batch-size with --objective agent",
+    ),
+    Partner(_PPO, lambda c: c.rl.rl_algorithm == "ppo", "there is no value that is learnt: add --rl-algorithm ppo"),
+    Partner(
+        ("rl.rl_scale_advantages",),
+        lambda c: c.rl.rl_algorithm != "ppo",
+        "nothing is compared within groups: add --rl-algorithm grpo",
+    ),
+    Partner(("rl.rl_kl_horizon",), lambda c: c.rl.rl_kl_target, "the weight does not change: add --rl-kl-target 0.02"),
+)

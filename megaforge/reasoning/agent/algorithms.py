@@ -1,0 +1,134 @@
+"""What episodes are worth, decision by decision; each algorithm is in :data:`megaforge.registry.RL_ALGORITHMS`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from megaforge.config.rl_config import ReinforcementConfig
+from megaforge.reasoning.advantages import discounted_advantages, group_advantages, whitened
+
+
+class Played(NamedTuple):
+    """What the ranks tell each other of an episode.
+
+    Attributes:
+        sample: its number.
+        right: its verdict.
+        costs: of each decision, 1 or 0.
+        values: what was foretold at each decision.
+    """
+
+    sample: int
+    right: bool
+    costs: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+class Judged(NamedTuple):
+    """What an episode teaches: its reward; and of each decision the advantage, the return that the value is to
+    foretell, and how much it counts."""
+
+    reward: float
+    advantages: tuple[float, ...]
+    returns: tuple[float, ...]
+    weight: float
+
+
+class Algorithm(Protocol):
+    """
+    Attributes:
+        learns_value: whether the value is trained.
+    """
+
+    learns_value: bool
+
+    def advantages(self, rewards_NT: Tensor, values_NT: Tensor, mask_NT: Tensor) -> tuple[Tensor, Tensor]:
+        """Advantages and returns [N, T] of all episodes of the global batch, members of a group behind each other."""
+
+
+class GroupRelative:
+    """GRPO: an episode's whole reward beside its group's (:func:`megaforge.reasoning.advantages.group_advantages`)."""
+
+    learns_value = False
+
+    def __init__(self, flags: ReinforcementConfig) -> None:
+        self._size, self._scale = flags.rl_group_size, flags.rl_scale_advantages
+
+    def advantages(self, rewards_NT: Tensor, values_NT: Tensor, mask_NT: Tensor) -> tuple[Tensor, Tensor]:
+        whole = rewards_NT.sum(1)
+        found = group_advantages(whole.view(-1, self._size), scale=self._scale).flatten()
+        there = mask_NT.to(rewards_NT.dtype)
+        return found[:, None] * there, whole[:, None] * there
+
+
+class ProximalPolicy:
+    """PPO: generalised advantages by the value, brought to mean 0 and variance 1 over the global batch."""
+
+    learns_value = True
+
+    def __init__(self, flags: ReinforcementConfig) -> None:
+        self._flags = flags
+
+    def advantages(self, rewards_NT: Tensor, values_NT: Tensor, mask_NT: Tensor) -> tuple[Tensor, Tensor]:
+        flags = self._flags
+        found, returns = discounted_advantages(
+            *(rewards_NT, values_NT, mask_NT), gamma=flags.rl_gamma, lam=flags.rl_lambda, horizon=flags.rl_horizon
+        )
+        return whitened(found, mask_NT), returns
+
+
+def judge(played: Sequence[Played], flags: ReinforcementConfig, algorithm: Algorithm) -> dict[int, Judged]:
+    """What the episodes of a global batch teach, by their numbers. Every rank computes it from the same numbers.
+
+    The reward is 1 for a right answer, less the cost of actions, and what stability gives: the share of an episode's
+    group that ends as it does. All but the cost comes with the last decision.
+    """
+    played = sorted(played)
+    most = max(len(one.costs) for one in played)
+    rewards, values = torch.zeros(2, len(played), most, dtype=torch.float64)
+    mask = torch.zeros(len(played), most, dtype=torch.bool)
+    shares = _alike(played, flags.rl_group_size)
+    for row, (one, share) in enumerate(zip(played, shares, strict=True)):
+        length = len(one.costs)
+        rewards[row, :length] = -flags.rl_action_cost * torch.tensor(one.costs, dtype=torch.float64)
+        rewards[row, length - 1] += float(one.right) + flags.rl_stability * share
+        values[row, :length], mask[row, :length] = torch.tensor(one.values, dtype=torch.float64), True
+    advantages, returns = algorithm.advantages(rewards, values, mask)
+    weights = _weights(rewards.sum(1), mask.sum(1).double(), flags)
+    return {
+        one.sample: Judged(
+            float(rewards[row].sum()),
+            tuple(advantages[row, : len(one.costs)].tolist()),
+            tuple(returns[row, : len(one.costs)].tolist()),
+            float(weights[row]),
+        )
+        for row, one in enumerate(played)
+    }
+
+
+def _alike(played: Sequence[Played], size: int) -> list[float]:
+    """Of each episode the share of its group that ends as it does."""
+    shares: list[float] = []
+    for _, group in groupby(played, key=lambda one: one.sample // size):
+        verdicts = [one.right for one in group]
+        shares += [verdicts.count(verdict) / len(verdicts) for verdict in verdicts]
+    return shares
+
+
+def _weights(rewards: Tensor, lengths: Tensor, flags: ReinforcementConfig) -> Tensor:
+    """Of each decision of each episode: sums over decisions, divided by the number of episodes, are the mean that
+    ``--rl-mean`` asks for, of the groups that count."""
+    counts = torch.ones_like(rewards)
+    if flags.rl_drop_equal_groups:
+        groups = rewards.view(-1, flags.rl_group_size)
+        counts = (groups.amax(1) > groups.amin(1)).double().repeat_interleave(flags.rl_group_size)
+    episodes = counts.sum().clamp(min=1)
+    scale = len(rewards) / episodes
+    if flags.rl_mean == "decision":
+        return counts * len(rewards) / (counts * lengths).sum().clamp(min=1)
+    return counts * scale / (lengths if flags.rl_mean == "episode" else flags.agent_steps)

@@ -1,0 +1,197 @@
+"""``--objective agent``: a memory agent plays episodes of a task, and learns from them by reinforcement.
+
+A step is the trainer's: what it learns from are the contexts in which the agent decided, as documents of packed
+sequences, and of each decision what it was worth. Old log-probabilities, the reference's and values are those of a pass
+over these very micro-batches, so that the ratio of the first update is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megaforge.config.config import Config
+from megaforge.data.loader import Batch
+from megaforge.models.hybrid import ModelOutput
+from megaforge.nn.losses import LossTerm
+from megaforge.parallel.agree import exchange
+from megaforge.parallel.context import ParallelContext
+from megaforge.reasoning.agent.algorithms import Algorithm, Played, judge
+from megaforge.reasoning.agent.control import PolicyControl
+from megaforge.reasoning.agent.episode import Episode, Setting
+from megaforge.reasoning.agent.experience import TOLD, Record, as_batches
+from megaforge.reasoning.agent.heads import AgentHeads
+from megaforge.reasoning.agent.player import play, sampled
+from megaforge.reasoning.agent.reader import Reader
+from megaforge.reasoning.agent.scoring import decisions, scored
+from megaforge.reasoning.agent.texts import TaskTexts
+from megaforge.reasoning.memory.agent_memory import AgentMemory, MemoryShape
+from megaforge.reasoning.policy_losses import clipped_surrogate, entropy, is_clipped, k3, value_loss
+from megaforge.registry import RL_ALGORITHMS
+from megaforge.training.objectives import Objective
+
+if TYPE_CHECKING:
+    from megaforge.training.trainer import Trainer
+
+
+class AgentObjective(Objective):
+    """See the module."""
+
+    look_ahead = 1
+    takes_loss_sum = False
+    callbacks = ("policy_control",)
+
+    def __init__(self, config: Config) -> None:
+        self._config, self._flags = config, config.rl
+        self._algorithm: Algorithm = RL_ALGORITHMS.get(config.rl.rl_algorithm)(config.rl)
+        self._setting = Setting(config.rl.agent_window, config.rl.agent_answer_steps, config.rl.memory_top_k)
+        self._reader: Reader | None = None
+        self._texts: TaskTexts | None = None
+        self._coefficient = config.rl.rl_kl
+
+    def prepare(self, config: Config, model: nn.Module, ctx: ParallelContext, tokenizer: dict[str, Any] | None) -> None:
+        self._texts = TaskTexts(config)
+
+    def new_memory(self, dtype: torch.dtype) -> AgentMemory:
+        """An empty one."""
+        flags, dim = self._flags, self._config.model.memory_dim
+        return AgentMemory(MemoryShape(dim, flags.memory_slots, flags.memory_working, flags.memory_index), dtype)
+
+    def reader(self, trainer: Trainer) -> Reader:
+        """What reads contexts for this run."""
+        if self._reader is None:
+            config = trainer.config
+            rows = config.training.micro_batch_size
+            self._reader = Reader(trainer.engine, config.model, config.data.seq_length, rows)
+        return self._reader
+
+    def experience(self, trainer: Trainer, batches: Sequence[Batch]) -> Sequence[Batch]:
+        control = next(one for one in trainer.callbacks if isinstance(one, PolicyControl))
+        reader, samples = self.reader(trainer), [_samples(batch) for batch in batches]
+        first = _least(trainer.ctx, min(map(min, samples)))
+        if not control.kept or trainer.iteration >= control.round_ + self._flags.rl_epochs:
+            if trainer.iteration == 0 and reader.own is not None:
+                reader.own.keep_reference()
+            reader.share_heads()
+            control.first, control.round_ = first, trainer.iteration
+            control.kept = self._played(trainer, reader, batches)
+        self._coefficient = control.coefficient
+        records = [[control.kept[sample - first + control.first] for sample in own] for own in samples]
+        return self._batches(trainer, records, batches)
+
+    def _batches(self, trainer: Trainer, records: Sequence[Sequence[Record]], read: Sequence[Batch]) -> list[Batch]:
+        length = self._config.data.seq_length
+        made = as_batches(records, read, length)
+        tokens = _total(trainer.ctx, sum(batch.tokens.numel() for batch in made))
+        return [replace(batch, tokens_of=tokens) for batch in made]
+
+    def _played(self, trainer: Trainer, reader: Reader, batches: Sequence[Batch]) -> dict[int, Record]:
+        """The episodes of a new round: of this rank, or of all where several steps learn from them."""
+        assert self._texts is not None
+        dtype, size = reader.heads.policy.weight.dtype, self._flags.rl_group_size
+        groups = [
+            [Episode(k, self._texts.of(k // size), self.new_memory(dtype), self._setting) for k in _samples(batch)]
+            for batch in batches
+        ]
+        episodes = [one for own in groups for one in own]
+        play(episodes, reader, sampled, self._config.training.seed, trainer.iteration)
+        plain = [[Record(one.decisions, {}, [0.0] * len(TOLD)) for one in own] for own in groups]
+        scores = scored(reader, self._batches(trainer, plain, batches))
+        actions = self._setting.actions
+        played = [
+            Played(
+                one.sample, bool(one.verdict), tuple(int(not actions[d.action].free) for d in one.decisions), found[2]
+            )
+            for one, found in zip(episodes, scores, strict=True)
+        ]
+        told = exchange(trainer.ctx, played)
+        judged = judge(list({one.sample: one for own in told for one in own}.values()), self._flags, self._algorithm)
+        records = {}
+        for one, (old, reference, value) in zip(episodes, scores, strict=True):
+            worth = judged[one.sample]
+            numbers = {"old": old, "reference": reference, "value": value, "advantage": worth.advantages}
+            numbers |= {"returns": worth.returns, "weight": (worth.weight,) * len(old)}
+            memory = one.memory
+            whole = (
+                worth.reward,
+                float(bool(one.verdict)),
+                one.cost,
+                len(one.decisions),
+                memory.summaries,
+                memory.entries,
+            )
+            records[one.sample] = Record(one.decisions, numbers, [float(number) for number in whole])
+        if self._flags.rl_epochs > 1:
+            records = {sample: record for own in exchange(trainer.ctx, records) for sample, record in own.items()}
+        return records
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        extras = batch.extras
+        made, ends, chunk = (float(x.sum()) for x in (extras["place"] >= 0, extras["ends"], extras["chunk"]))
+        return {"decisions": made, "episodes": ends, "chunk_tokens": chunk}
+
+    def terms(self, output: ModelOutput, batch: Batch) -> dict[str, LossTerm]:
+        assert self._reader is not None and self._reader.own is not None
+        heads, flags = self._reader.own, self._flags
+        opinion, action, here = decisions(heads, output, batch)
+        device, dtype = here.device, opinion.value.dtype
+        extras = {name: x.to(device) for name, x in batch.extras.items()}
+        old, reference, value, advantage, returns, weight = (
+            extras[name].to(dtype) for name in ("old", "reference", "value", "advantage", "returns", "weight")
+        )
+        new = opinion.log_probs.gather(-1, action[..., None]).squeeze(-1)
+        clip = {"low": flags.rl_clip, "high": flags.clip_high}
+
+        def summed(x: Tensor, by: Tensor | None = None) -> Tensor:
+            return ((x if by is None else x * by).masked_fill(~here, 0)).sum()
+
+        terms = {
+            "loss": (clipped_surrogate(new, old, advantage, **clip, dual=flags.rl_dual_clip), weight, 1.0),
+            "kl": (k3(new, reference), weight, self._coefficient),
+            "entropy": (entropy(opinion.log_probs), weight, -flags.rl_entropy),
+            "value_loss": (
+                value_loss(opinion.value, value, returns, flags.rl_value_clip),
+                weight,
+                flags.rl_value_weight if self._algorithm.learns_value else 0.0,
+            ),
+        }
+        found = {name: LossTerm(summed(x, by), "episodes", factor) for name, (x, by, factor) in terms.items()}
+        ratio, clipped = (new - old).exp(), is_clipped(new, old, advantage, **clip).to(dtype)
+        for name, x in {"policy_ratio": ratio, "clipped_decisions": clipped}.items():
+            found[name] = LossTerm(summed(x).detach(), "decisions", 0.0)
+        ends = here & extras["ends"]
+        for number, name in enumerate(TOLD):
+            found[name] = LossTerm((extras["told"][..., number] * ends).sum(), "episodes", 0.0)
+        return found | {"memory_loss": self._memory_loss(heads, output, batch)}
+
+    def _memory_loss(self, heads: AgentHeads, output: ModelOutput, batch: Batch) -> LossTerm:
+        assert output.head_input is not None and output.info is not None
+        head, x = output.head_input
+        chunk = output.info.local(batch.extras["chunk"]).t().to(x.device)
+        loss = heads.summariser.loss(x, output.info, head.region, chunk)
+        return LossTerm(loss, "chunk_tokens", self._flags.memory_loss_weight)
+
+
+def _samples(batch: Batch) -> list[int]:
+    assert batch.samples is not None
+    return [int(sample) for sample in batch.samples]
+
+
+def _least(ctx: ParallelContext, value: int) -> int:
+    found = torch.tensor([value])
+    if ctx.control is not None:
+        dist.all_reduce(found, dist.ReduceOp.MIN, group=ctx.control)
+    return int(found)
+
+
+def _total(ctx: ParallelContext, value: int) -> int:
+    """Over dp."""
+    found = torch.tensor([value])
+    if ctx.control is not None:
+        dist.all_reduce(found, group=ctx.control)
+    return int(found) // (ctx.world.size // ctx.dp.size)

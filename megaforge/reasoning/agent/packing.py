@@ -1,0 +1,86 @@
+"""Contexts behind each other in rows of one length, as documents that do not see each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megaforge.data.loader import Batch
+from megaforge.errors import UserError
+from megaforge.reasoning.agent.episode import Context
+
+
+@dataclass(frozen=True)
+class Packed:
+    """
+    Attributes:
+        places: of each context its row and the place of its first token there.
+        rows: how many there are.
+    """
+
+    places: dict[Context, tuple[int, int]]
+    rows: int
+
+
+def pack(contexts: Iterable[Context], length: int) -> Packed:
+    """Puts contexts into rows, in their order; equal ones are there once.
+
+    Raises:
+        UserError: one is longer than a row.
+    """
+    places: dict[Context, tuple[int, int]] = {}
+    row = filled = 0
+    for context in contexts:
+        if context in places:
+            continue
+        size = len(context.tokens)
+        if size > length:
+            raise UserError(
+                f"--seq-length {length}: the agent sees {size} tokens at once (window, chunk, question, answer); give "
+                f"at least {size}, or a shorter --agent-window or --task-chunk-tokens"
+            )
+        if filled + size > length:
+            row, filled = row + 1, 0
+        places[context] = row, filled
+        filled += size
+    return Packed(places, row + 1)
+
+
+def rounded(rows: int) -> int:
+    """A number of rows of which there are few, at most a quarter larger: what is made for a shape is kept."""
+    unit = 1 << max(rows.bit_length() - 3, 0)
+    return -(-rows // unit) * unit
+
+
+def as_batch(packed: Packed, rows: int, length: int) -> Batch:
+    """Micro-batch of ``rows`` [rows, length]: labels are the next tokens of a document, and none counts."""
+    tokens, labels = np.zeros((2, rows, length), np.int64)
+    starts = np.zeros((rows, length), np.bool_)
+    ends = [0] * rows
+    for context, (row, first) in packed.places.items():
+        stop = first + len(context.tokens)
+        tokens[row, first:stop] = context.tokens
+        labels[row, first : stop - 1] = context.tokens[1:]
+        starts[row, first], ends[row] = True, stop
+    for row, end in enumerate(ends):
+        if end < length:
+            starts[row, end] = True
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        loss_mask=torch.zeros(rows, length),
+        document_start=torch.from_numpy(starts),
+    )
+
+
+def stacked(rows: Sequence[Sequence[Tensor]], width: int, like: Tensor) -> Tensor:
+    """[rows, width, ...] of tensors of one shape, as many in each row as there are; zeros behind them."""
+    out = like.new_zeros(len(rows), width, *like.shape)
+    for row, own in zip(out, rows, strict=True):
+        if own:
+            row[: len(own)] = torch.stack(list(own))
+    return out

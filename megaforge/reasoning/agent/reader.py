@@ -1,0 +1,146 @@
+"""Contexts as the model sees them, by the engine's own forward pass, at any layout; told to every rank that plays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaforge.config.model_config import ModelConfig
+from megaforge.data.loader import Batch
+from megaforge.models.hybrid import ModelOutput
+from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.mappings import reduce_from_tensor_parallel
+from megaforge.reasoning.agent.episode import Context, Seen
+from megaforge.reasoning.agent.heads import AgentHeads, heads_of
+from megaforge.reasoning.agent.packing import as_batch, pack, rounded
+from megaforge.training.engine import Engine
+
+
+class Reader:
+    """
+    Attributes:
+        heads: copies of the model's in host memory, on every rank; :meth:`share_heads` brings them up to date.
+    """
+
+    def __init__(self, engine: Engine, cfg: ModelConfig, length: int, rows: int) -> None:
+        """
+        Args:
+            length: tokens of a row of contexts.
+            rows: of a micro-batch, at most.
+        """
+        self.engine, self.ctx = engine, engine.ctx
+        self.own = heads_of(engine.model)
+        self.heads = AgentHeads(cfg, ParallelContext.single(), engine.model.chunks[0].dtype).requires_grad_(False)
+        self._length, self._rows = length, rows
+        self._stride, self._hidden = cfg.memory_stride, cfg.hidden_size
+        schedule = engine.plan.schedule
+        self.last_rank = schedule.rank_of(schedule.num_stages - 1)
+
+    def share_heads(self) -> None:
+        """Collective over pp and tp."""
+        source = None if self.own is None else list(self.own.parameters())
+        for number, copy in enumerate(self.heads.parameters()):
+            value = copy.to(self.ctx.device, copy=True) if source is None else source[number].detach().clone()
+            tell_stages(self.ctx, value, self.last_rank)
+            copy.copy_(value)
+
+    def read(self, contexts: Sequence[Context]) -> dict[Context, Seen] | None:
+        """What the model makes of contexts; None: no rank has any. Collective.
+
+        Raises:
+            UserError: one is longer than a row.
+        """
+        packed = pack(contexts, self._length)
+        wanted = torch.tensor([packed.rows if contexts else 0])
+        if self.ctx.world.group is not None:  # experts' ranks are those of several replicas
+            dist.all_reduce(wanted, dist.ReduceOp.MAX, group=self.ctx.control)
+        if not int(wanted):
+            return None
+        rows = min(rounded(int(wanted)), self._rows)
+        count = -(-int(wanted) // rows)
+        batch, slots = self._marked(as_batch(packed, rows * count, self._length), packed.places)
+        found = self._observed(batch, rows)
+        right = found[..., -1].round().long()
+        hidden = found[..., :-1].contiguous()
+        vectors = self.heads.summariser.down(hidden)
+        seen = {}
+        for context, (row, first) in slots.items():
+            begin, end = context.chunk
+            after = first + 1 + -(-(end - begin) // self._stride)
+            answer = len(context.tokens) - 1 - context.last
+            summaries = vectors[row, first + 1 : after]
+            seen[context] = Seen(hidden[row, first], vectors[row, first], summaries, int(right[row, first]) == answer)
+        return seen
+
+    def _marked(
+        self, batch: Batch, places: dict[Context, tuple[int, int]]
+    ) -> tuple[Batch, dict[Context, tuple[int, int]]]:
+        """``batch`` with the slot that each token's hidden vector goes to, and its weight there; and of each context
+        its row and its first slot, behind which are those of its chunk's strides. Slot 0 takes what nobody wants."""
+        shape = batch.tokens.shape
+        slot, right = np.zeros((2, *shape), np.int64)
+        weight, used = np.zeros(shape), [1] * shape[0]
+        slots: dict[Context, tuple[int, int]] = {}
+        for context, (row, start) in places.items():
+            first = used[row]
+            slots[context] = row, first
+            right[row, start + context.last : start + len(context.tokens) - 1] = first
+            begin, end = context.chunk
+            for number, place in enumerate(range(begin, end, self._stride), first + 1):
+                size = min(self._stride, end - place)
+                slot[row, start + place : start + place + size] = number
+                weight[row, start + place : start + place + size] = 1 / size
+            slot[row, start + context.last], weight[row, start + context.last] = first, 1.0
+            used[row] = first + 1 + -(-(end - begin) // self._stride)
+        extras = {"slot": torch.from_numpy(slot), "right": torch.from_numpy(right), "weight": torch.from_numpy(weight)}
+        extras["slots"] = torch.zeros(shape[0], max(used))
+        return replace(batch, extras=extras), slots
+
+    def _observed(self, batch: Batch, rows: int) -> Tensor:
+        """[rows of all micro-batches, slots, d + 1]: hidden vectors, and how many labels scored highest."""
+        names = ("tokens", "labels", "loss_mask", "document_start")
+        pieces = [
+            replace(
+                batch,
+                **{name: getattr(batch, name)[row : row + rows] for name in names},
+                extras={name: x[row : row + rows] for name, x in batch.extras.items()},
+            )
+            for row in range(0, len(batch.tokens), rows)
+        ]
+        told = self.engine.observe(pieces, self._look)
+        shape = (len(batch.tokens), batch.extras["slots"].shape[1], self._hidden + 1)
+        wide = self.heads.policy.weight.dtype
+        found = torch.cat(told).to(wide) if told else torch.empty(shape, dtype=wide, device=self.ctx.device)
+        tell_stages(self.ctx, found, self.last_rank)
+        return found.cpu()
+
+    def _look(self, output: ModelOutput, batch: Batch) -> Tensor:
+        assert output.head_input is not None and output.info is not None
+        head, x = output.head_input
+        hidden = head.region.gather(x)
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        rows, slots = batch.extras["slots"].shape
+        first = torch.arange(rows)[:, None] * slots
+
+        def local(name: str, offset: Tensor | None = None) -> Tensor:
+            whole = batch.extras[name] if offset is None else batch.extras[name] + offset
+            return output.info.local(whole).t().to(x.device)  # type: ignore[union-attr]
+
+        sums = hidden.new_zeros(rows * slots, hidden.shape[-1] + 1)
+        weighted = hidden * local("weight").to(hidden.dtype)[..., None]
+        sums[:, :-1].index_add_(0, local("slot", first).flatten(), weighted.flatten(0, 1))
+        sums[:, -1].index_add_(0, local("right", first).flatten(), output.correct_SB.to(sums.dtype).flatten())
+        return reduce_from_tensor_parallel(sums, self.ctx.cp).view(rows, slots, -1)
+
+
+def tell_stages(ctx: ParallelContext, x: Tensor, last_rank: int) -> None:
+    """What the ranks of the last stage have in ``x`` the others get, in place; and those of tp the very same bits."""
+    if ctx.pp.group is not None:
+        dist.broadcast(x, group=ctx.pp.group, group_src=last_rank)
+    if ctx.tp.group is not None:
+        dist.broadcast(x, group=ctx.tp.group, group_src=0)

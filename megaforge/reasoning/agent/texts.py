@@ -1,0 +1,41 @@
+"""The texts that episodes are about, as tokens: examples of a task in chunks."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from megaforge.config.config import Config
+from megaforge.data.run_tokenizer import with_run_tokenizer
+from megaforge.data.task_source import task_of
+from megaforge.errors import UserError
+from megaforge.reasoning.agent.episode import Tokens
+from megaforge.tasks.chunked import make_chunked
+
+_KEPT = 4096  # examples whose tokens stay in memory: those of a global batch, for the groups that read them
+
+
+class TaskTexts:
+    """Example number k of the task of ``--data-path tasks://NAME``."""
+
+    def __init__(self, config: Config, chunks: int | None = None) -> None:
+        """``chunks``: of an example, if not ``--agent-chunks``.
+
+        Raises:
+            UserError: the data is no task.
+        """
+        name, tokenizer = task_of(config.data), with_run_tokenizer(config)[1]
+        if name is None or tokenizer is None:
+            raise UserError(
+                "--objective agent: there are no episodes: give --data-path tasks://NAME, and --tokenizer-model FILE"
+            )
+        seed, size = config.training.seed, config.tasks.task_chunk_tokens
+        number = config.rl.agent_chunks if chunks is None else chunks
+
+        @lru_cache(_KEPT)
+        def texts(index: int) -> tuple[tuple[Tokens, ...], Tokens, Tokens]:
+            example = make_chunked(name, seed, index, number, size)
+            asked = [*example.chunks, example.question, " " + example.answer]
+            *read, question, answer = (tuple(ids) for ids in tokenizer.encode_batch(asked))
+            return tuple(read), question, answer
+
+        self.of = texts
