@@ -82,4 +82,5 @@ def test_lora_of_routing_mamba(ranks: RankPool, tmp_path: Path) -> None:
     flags = arguments(prefix, *SIZES, *LORA, *SHORT, *more)
     one = train(flags)
     assert any(".mixer.expert_input" in name for name in one["gradients"])
-    compare_runs(ranks.run(2, train, [*flags, "--tp", "2", "--sp"]), one, 1e-10)
+    for layout in (("--tp", "2", "--sp"), ("--ep", "2", "--zero", "1")):
+        compare_runs(ranks.run(2, train, [*flags, *layout]), one, 1e-10)
