@@ -146,5 +146,15 @@ def _leave(status: int) -> NoReturn:
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     if launched_rank()[1] > 1:
+        if status == 0:
+            _end_mpi()
         os._exit(status)
     sys.exit(status)
+
+
+def _end_mpi() -> None:
+    """Tells mpirun that all is well, where MPI was begun: a process that ends without has failed in its eyes. A rank
+    that leaves with an error does not, as the others may never come to it."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()

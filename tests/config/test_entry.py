@@ -48,6 +48,21 @@ def test_a_rank_of_many_leaves_without_destructors_when_all_is_done(size: int, s
     assert (process.returncode, out, err) == (0, said, "")
 
 
+@pytest.mark.parametrize(("size", "returned", "said"), [(2, 0, "finalized\n"), (2, 3, ""), (1, 0, "")])
+def test_mpirun_hears_of_a_rank_that_is_done(size: int, returned: int, said: str) -> None:
+    """To Open MPI a rank that was in MPI and ends without finalizing has failed; a stand-in says when it is asked."""
+    body = f"""
+    import sys, types
+    mpi = types.ModuleType("mpi4py.MPI")
+    mpi.Is_initialized, mpi.Is_finalized = lambda: True, lambda: False
+    mpi.Finalize = lambda: print("finalized", flush=True)
+    sys.modules["mpi4py.MPI"] = mpi
+    return {returned}
+    """
+    process = start(body, 0, size)
+    assert process.communicate(timeout=60) == (said, "") and process.returncode == returned
+
+
 def mistaken() -> None:
     raise UserError("--lr -1: must be positive")
 
