@@ -118,7 +118,16 @@ def train(flags: argparse.Namespace, name: str, manifest: dict[str, Any], tokeni
     output = Path(flags.output)
     prefixes = [str(output / name / dataset["prefix"]) for dataset in manifest["datasets"] if dataset["tokens"] > 0]
     checkpoint = output / f"{name}-model"
-    line = ["--config", "cdrmix-test" if flags.small else "cdrmix-tiny", "--device", "cpu", "--split", "100,0,0"]
+    line = [
+        "--config",
+        "cdrmix-test" if flags.small else "cdrmix-tiny",
+        "--device",
+        "cpu",
+        "--split",
+        "100,0,0",
+        "--eval-iters",
+        "0",
+    ]
     line += ["--tokenizer-model", tokenizer, "--train-iters", str(4 if flags.small else flags.iters)]
     line += ["--data-path", *prefixes, "--save", str(checkpoint), "--load", str(checkpoint)]
     line += ["--metrics-file", str(output / f"{name}.metrics.jsonl")]
