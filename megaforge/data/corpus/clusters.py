@@ -22,12 +22,16 @@ PAIRS = pa.schema(
 )
 DECISIONS = pa.schema([pa.field("id", pa.int64(), nullable=False), ("reason", pa.string()), ("size", pa.int64())])
 
+MOST_COMPARISONS = 256  # of a document within a group
+
 
 def pairs_alike(sketches: Any, alike: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Any:
     """The pairs (:data:`PAIRS`) of rows of equal ``key`` that are alike, enough of them to join every group.
 
     In each group the first row is compared with all others; those that are not like it form a group of their own, until
-    none is left. A group of n rows that are all alike takes n - 1 comparisons.
+    none is left. A group of n rows that are all alike takes n - 1 comparisons, and none takes more than n times
+    ``MOST_COMPARISONS``: rows that are unlike so many of their group are set aside, each as a pair with itself. Two of
+    them that are alike are still found by any other key that they have in common.
 
     Args:
         sketches: ``key`` uint64, ``id`` int64, ``quality`` float32, ``length`` int64.
@@ -36,7 +40,9 @@ def pairs_alike(sketches: Any, alike: Callable[[np.ndarray, np.ndarray], np.ndar
     keys, ids = sketches["key"].to_numpy(), sketches["id"].to_numpy()
     rows = np.lexsort((ids, keys))
     found: list[tuple[np.ndarray, np.ndarray]] = []
-    while len(rows):
+    for _ in range(MOST_COMPARISONS):
+        if not len(rows):
+            break
         first = np.ones(len(rows), bool)
         first[1:] = keys[rows[1:]] != keys[rows[:-1]]
         leader = rows[np.maximum.accumulate(np.where(first, np.arange(len(rows)), 0))]
@@ -44,8 +50,10 @@ def pairs_alike(sketches: Any, alike: Callable[[np.ndarray, np.ndarray], np.ndar
         same = alike(one, other) & (ids[one] != ids[other])
         found.append((one[same], other[same]))
         rows = other[~same & (ids[one] != ids[other])]
-    one = np.concatenate([pair[0] for pair in found] or [np.zeros(0, np.int64)])
-    other = np.concatenate([pair[1] for pair in found] or [np.zeros(0, np.int64)])
+    _, group, sizes = np.unique(keys[rows], return_inverse=True, return_counts=True)
+    rows = rows[sizes[group] > 1]  # the last of its group was compared with all others
+    found.append((rows, rows))
+    one, other = (np.concatenate(side) for side in zip(*found, strict=True))
     quality, length = sketches["quality"].to_numpy(), sketches["length"].to_numpy()
     columns = [ids[one], ids[other], quality[one], quality[other], length[one], length[other]]
     return pa.Table.from_arrays([pa.array(c) for c in columns], schema=PAIRS)
@@ -92,9 +100,12 @@ def keep_best(joined: Sequence[Any], reason: str) -> Any:
 
 
 def cluster_counts(decisions: Any) -> dict[str, int]:
-    """How many clusters there are of each size, in powers of two, by the documents that stay."""
+    """How many clusters there are of each size, in powers of two, by the documents that stay; and how many documents
+    stay that were set aside."""
     sizes = decisions["size"].to_numpy()
     counts = {}
+    if alone := int((sizes == 1).sum()):
+        counts[f"documents unlike {MOST_COMPARISONS} of a larger group, not compared with the rest"] = alone
     for low in 2 ** np.arange(1, 40):
         if number := int(((sizes >= low) & (sizes < 2 * low)).sum()):
             counts[f"clusters of {low} to {2 * low - 1} documents"] = number

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from megaforge.data.corpus import clusters
 from megaforge.data.corpus.clusters import components
 from megaforge.data.corpus.records import make_records, row_id
 from megaforge.data.corpus.runs import BINS, signatures
@@ -173,3 +174,38 @@ def test_fingerprints() -> None:
     assert int(prints[0]) == sum(1 << bit for bit, total in enumerate(plain) if total > 0)
     assert dropped(SimhashSettings(distance=6), texts) == [1]
     assert dropped(SimhashSettings(distance=0), [*texts, texts[0]]) == [4]
+
+
+def test_a_large_group_takes_bounded_work_and_what_it_leaves_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents of one key that are all unlike but for some pairs: found where few stand before them."""
+    monkeypatch.setattr(clusters, "MOST_COMPARISONS", 8)
+    rows = 400
+    value = np.arange(rows)
+    value[3], value[390], value[398] = 2, 5, 397  # the last pair is behind more unlike rows than are compared
+    sketches = pa.table(
+        {
+            "key": np.full(rows, 7, np.uint64),
+            "id": np.arange(rows),
+            "quality": np.zeros(rows, np.float32),
+            "length": np.ones(rows, np.int64),
+        }
+    )
+    compared = 0
+
+    def alike(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        nonlocal compared
+        compared += len(one)
+        return np.asarray(value[one] == value[other])
+
+    pairs = clusters.pairs_alike(sketches, alike)
+    found = set(zip(pairs["id"].to_pylist(), pairs["other"].to_pylist(), strict=True))
+    assert {pair for pair in found if pair[0] != pair[1]} == {(2, 3), (5, 390)} and compared <= 8 * rows
+    aside = {one for one, other in found if one == other}
+    assert aside == set(range(9, rows)) - {390}
+    decisions = clusters.keep_best([pairs], "near-duplicate")
+    assert {row["id"] for row in decisions.to_pylist() if row["reason"]} == {3, 390}
+    counts = clusters.cluster_counts(decisions)
+    assert counts["documents unlike 8 of a larger group, not compared with the rest"] == len(aside)
+    assert counts["clusters of 2 to 3 documents"] == 2
+    few = sketches.slice(0, 9)
+    assert {tuple(row.values())[:2] for row in clusters.pairs_alike(few, alike).to_pylist()} == {(2, 3)}
