@@ -113,6 +113,16 @@ class LineReader:
         self.goto(0)
         return sum(len(lines) for lines in self.chunks(stop))
 
+    def expected_size(self, sample: int = 8 << 20) -> int:
+        """About how many bytes the (decompressed) content has, from how much of the file its first ``sample`` bytes
+        take; the reader must be at its beginning."""
+        size = os.path.getsize(self.path)
+        if self._compression is None:
+            return size
+        self._skip(sample)
+        raw: Any = self._file.raw
+        return self._position if self.at_end() else self._position * size // max(1, raw.packed_position())
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
@@ -128,7 +138,7 @@ class LineReader:
     def _open(self) -> io.BufferedReader:
         try:
             if self._compression == "gzip":
-                return io.BufferedReader(gzip.open(self.path, "rb"), _BLOCK)
+                return io.BufferedReader(_GzipReader(self.path, "rb"), _BLOCK)
             if self._compression == "zstd":
                 return io.BufferedReader(_ZstdReader(self.path), _BLOCK)
             return io.BufferedReader(io.FileIO(self.path), _BLOCK)
@@ -158,6 +168,15 @@ class LineReader:
         except (OSError, EOFError, zlib.error) as error:
             where = f"after {self._position:,} bytes"
             raise UserError(f"--input {self.path}: damaged or cut short {where} ({error})") from error
+
+
+class _GzipReader(gzip.GzipFile):
+    """Gzip members of a file, decompressed."""
+
+    def packed_position(self) -> int:
+        """How much of the file was read."""
+        file: Any = self.fileobj
+        return int(file.tell())
 
 
 class _ZstdReader(io.RawIOBase):
@@ -196,6 +215,10 @@ class _ZstdReader(io.RawIOBase):
         buffer[:size] = self._pending[:size]
         self._pending = self._pending[size:]
         return size
+
+    def packed_position(self) -> int:
+        """How much of the file was read."""
+        return self._file.tell()
 
     def close(self) -> None:
         """Closes the file."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megaforge.data.corpus.readers import hub
+from megaforge.data.corpus import sources
+from megaforge.data.corpus.readers import hub, lines
 from megaforge.data.corpus.readers.reader import Reader, reader_for, reader_named
 from megaforge.data.corpus.recipe import SourceSettings
 from megaforge.data.corpus.sources import Unit, whole_files
+from megaforge.data.jsonl import LineReader
 from megaforge.errors import UserError
 
 SOURCE = SourceSettings(name="s", files=("x",))
@@ -250,3 +253,31 @@ def test_a_large_file_that_cannot_be_cut_is_named() -> None:
     assert "b.jsonl.gz: one partition, and more than half of the text" in whole_files([small, whole])[0]
     assert whole_files([small, unit("c.jsonl", 1 << 30, 1 << 30), whole]) == []
     assert whole_files([small, unit("b.jsonl.gz", 1 << 20, 0)]) == []
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_large_compressed_file_is_cut_into_few_pieces(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is much of the text; what each piece gives is what the whole file gives, though its size is a guess."""
+    source = random.Random(8)
+    texts = [f"{n} {source.getrandbits(4 * n % 900 + 4):x}" for n in range(900)]
+    text = "".join(json.dumps({"text": one}) + "\n" for one in texts)
+    pack = (lambda data: gzip.compress(data, 1)) if suffix == "gz" else zstandard.compress
+    path, reader = tmp_path / f"a.jsonl.{suffix}", reader_named("lines")
+    long = source.randbytes(2_000_000).hex()
+    path.write_bytes(pack(long.encode()))
+    with LineReader(path) as opened:
+        assert 0.4 < opened.expected_size(sample=1 << 20) / len(long) < 2.5
+    path.write_bytes(pack(text.encode()))
+    assert reader.places(str(path), SOURCE) == 0, "too small to be worth it"
+    monkeypatch.setattr(lines, "_WORTH_CUTTING", 1000)
+    assert reader.places(str(path), SOURCE) == len(text)
+    for places in (len(text), len(text) // 3, 3 * len(text)):
+        whole = Unit(0, str(path), path.name, "lines", path.stat().st_size, 0, places)
+        other = Unit(0, "b.jsonl", "b.jsonl", "lines", 40 * whole.bytes, 0, 40 * whole.bytes)
+        partitions = sources.cut([whole], 20_000)
+        assert 2 < len(partitions) <= 8 and partitions[-1][0].stop is None
+        bounds = [0, *(pieces[0].stop for pieces in partitions)]
+        assert gather(reader, path, bounds) == gather(reader, path, [0, None])
+        assert len([pieces for pieces in sources.cut([whole, other], 20_000) if pieces[0].unit == 0]) == 1

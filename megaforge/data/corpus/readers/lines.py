@@ -13,6 +13,8 @@ from megaforge.data.text.formats import text_format
 from megaforge.data.text.readers import not_a_string
 from megaforge.errors import require
 
+_WORTH_CUTTING = 16 << 20  # bytes of a compressed file
+
 
 class JsonLines(Reader):
     """Objects with the text under ``text_field``."""
@@ -22,9 +24,15 @@ class JsonLines(Reader):
     unit = "line"
 
     def places(self, path: str, source: SourceSettings) -> int:
-        """See :class:`Reader`: bytes, where the file is not compressed."""
+        """See :class:`Reader`: bytes, of a compressed file as far as can be told from its beginning."""
         text_format(path)  # refuses what cannot be lines, such as one JSON array
-        return 0 if is_compressed(path) else os.path.getsize(path)
+        size = os.path.getsize(path)
+        if not is_compressed(path):
+            return size
+        if size < _WORTH_CUTTING:
+            return 0
+        with LineReader(path) as reader:
+            return reader.expected_size()
 
     def read(self, path: str, source: SourceSettings, start: int, stop: int | None) -> Iterator[Rows]:
         """See :class:`Reader`."""

@@ -63,7 +63,7 @@ class Reader(ABC):
         return TEXT
 
     def places(self, path: str, source: SourceSettings) -> int:
-        """The end of a file's places, if it can be cut between them; 0: it is read in one go.
+        """The end of a file's places, or about where it is, if it can be cut between them; 0: it is read in one go.
 
         Raises:
             UserError: the file is not what its name says, or lacks the text.
