@@ -17,6 +17,13 @@ _LEFT_OUT = frozenset({"tests", "build", "node_modules", "__pycache__", "runs", 
 NATIVE = (".c", ".cc", ".cpp", ".h", ".hpp", ".cu", ".cuh")
 
 
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+def _lines(node: ast.stmt) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
 @dataclass(frozen=True)
 class Function:
     """A function or method of Python.
@@ -41,13 +48,15 @@ class Function:
     @property
     def lines(self) -> int:
         """From its first line, decorators left out, to its last one."""
-        return (self.node.end_lineno or self.node.lineno) - self.node.lineno + 1
+        return _lines(self.node)
 
     @property
     def body_lines(self) -> int:
-        """Of its statements without the docstring."""
+        """Of its statements without the docstring, and without functions and classes in it: those count by themselves,
+        as their checks do."""
         body = self.body
-        return (body[-1].end_lineno or body[-1].lineno) - body[0].lineno + 1 if body else 0
+        lines = (body[-1].end_lineno or body[-1].lineno) - body[0].lineno + 1 if body else 0
+        return lines - sum(_lines(node) - 1 for node in self.own_nodes() if isinstance(node, _DEFINITIONS))
 
     def own_nodes(self) -> Iterator[ast.AST]:
         """What it consists of, in its order, without functions and classes in it."""
@@ -55,7 +64,7 @@ class Function:
         while todo:
             node = todo.pop()
             yield node
-            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            if not isinstance(node, _DEFINITIONS):
                 todo += [*ast.iter_child_nodes(node)][::-1]
 
 

@@ -77,11 +77,17 @@ def test_checks_are_counted_and_tautologies_are_not(tmp_path: Path) -> None:
     always = "def always(self, x):\n    assert True\n    assert self is not None\n" + LONG
     always += "    assert x == x\n    assert (x, 'said')\n"
     either = "def either(x):\n    assert x or 1\n    assert 1 or x\n    assert x() == x()\n" + LONG
-    nested = "def nested(x):\n    def inner():\n        assert x\n        assert not x\n" + LONG
+    nested = "def nested(x):\n    def inner():\n        assert x\n        assert not x\n    y = x\n" + LONG
     small = "def small(x):\n    return x\n"
-    measure = checks.assertion_density(code_of(tmp_path, a_py=two + called + always + either + nested + small))
-    assert measure.applicable == 5 and measure.note.startswith("7 checks in 7 functions")
+    # The lines of a function within are its own, as its checks are.
+    indented = "".join(f"    {line}\n" for line in two.splitlines())
+    around = f"def around(x):\n{indented}    return two\n"
+    code = code_of(tmp_path, a_py=two + called + always + either + nested + small, b_py=around)
+    measure = checks.assertion_density(code)
+    assert measure.applicable == 6 and measure.note.startswith("9 checks in 9 functions")
     assert [text.split(":")[0] for text in found(measure)] == ["always", "either", "nested"]
+    (outer,) = [function for _, function in code.functions if function.name == "around"]
+    assert outer.body_lines == 2
 
 
 def test_types_and_dropped_results(tmp_path: Path) -> None:
