@@ -28,9 +28,11 @@ class Dealing:
         """Of each dp rank, by :attr:`speeds` or others; at least one unit for everyone.
 
         Raises:
-            ValueError: ``micro_batches`` cannot be dealt out in units.
+            ValueError: ``micro_batches`` cannot be dealt out in units, or a speed is not positive.
         """
         speeds = self.speeds if speeds is None else speeds
+        if not all(speed > 0 for speed in speeds):
+            raise ValueError(f"micro-batches for ranks of the speeds {list(speeds)}: each has to be positive")
         units, rest = divmod(micro_batches, self.span * self.unit)
         if rest or units < len(speeds):
             raise ValueError(f"{micro_batches} micro-batches for {self.ranks} ranks, {self.span} x {self.unit} at once")

@@ -112,8 +112,14 @@ class FusedStep:
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, state: GenerationState) -> Tensor:
-        """Scores after the tokens: int64 [b, 1] -> [b, vocabulary] in the model's type. ``state`` takes them in."""
+        """Scores after the tokens: int64 [b, 1] -> [b, vocabulary] in the model's type. ``state`` takes them in.
+
+        Raises:
+            ValueError: several tokens of a sequence, of which the first alone would be taken.
+        """
         model = self.model
+        if tokens.dim() != 2 or tokens.shape[1] != 1:
+            raise ValueError(f"one token of each sequence is taken, [b, 1]; here are {list(tokens.shape)}")
         assert self._layers and self._head is not None
         info = model.pack(tokens, None, state)
         x = model.embedded(tokens, info)[0].to(torch.float32).contiguous()

@@ -110,7 +110,10 @@ def append_line(path: Path, line: bytes) -> None:
 
     Raises:
         OSError: it could not be written, and the file is as it was.
+        ValueError: it has no end: the next one would go on with it.
     """
+    if not line.endswith(b"\n"):
+        raise ValueError(f"{path}: a line without its end is not appended: {line[-40:]!r}")
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         end = os.fstat(descriptor).st_size

@@ -64,6 +64,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None, head: _Head
     ) -> tuple[Tensor, Tensor, Tensor]:
         op, axis = head.op, head.axis
+        assert hidden.shape[:-1] == labels.shape, "a label for each row"
         inside = op.encode(hidden, None)
         first_row = axis.rank * weight.shape[0]
         valid_rows = min(max(head.vocab_size - first_row, 0), weight.shape[0])

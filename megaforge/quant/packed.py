@@ -53,7 +53,12 @@ class PackedLinear(QuantizedLinear):
             scale: their steps, as ``op.codes`` gives them.
             dtype: of the model.
             kernels: use the packed kernels, where they have this product.
+
+        Raises:
+            ValueError: these are not codes of a matrix, or of a stack of them.
         """
+        if codes.dtype != torch.int8 or codes.dim() not in (2, 3):
+            raise ValueError(f"codes are int8 [(E,) N, K], not {codes.dtype} {list(codes.shape)}")
         source = KnownScale(scale)
         super().__init__(op.weights, op.activations, source, layer=op.layer, rotation=op.rotation, ranges=op.ranges)
         assert op.weights is not None

@@ -126,7 +126,10 @@ def make_window(name: str, seed: int, index: int, longest: int, tokens_per_chunk
 
     Raises:
         UserError: no task has this name, or there is too little room for the shortest text.
+        ValueError: not one question, or chunks of nothing.
     """
+    if questions < 1 or tokens_per_chunk < 1:
+        raise ValueError(f"task {name}: {questions} questions about chunks of {tokens_per_chunk} words; ask for 1 of 1")
     random = Random(f"{name} window {seed} {longest} {tokens_per_chunk} {index}")
     task = _task(name)
     if longest < task.least * tokens_per_chunk:

@@ -39,6 +39,9 @@ class Example:
 Count = Callable[[str], int]
 
 
+_NO_TEXT = 1 << 24  # a size that no text of a task has
+
+
 @dataclass(frozen=True)
 class Room:
     """How long prompt and answer may be together.
@@ -56,12 +59,15 @@ class Room:
 
         Raises:
             UserError: the smallest does not.
+            ValueError: one as large as any text that could be asked for does: sizes do not grow.
         """
         best, low, high = make(least), least, least + 1
         if (need := self.count(best.text)) > self.length:
             raise UserError(f"an example has at least {need} tokens, more than {self.length}; give a larger length")
         while self.count((tried := make(high)).text) <= self.length:
             best, low, high = tried, high, 2 * high
+            if high > _NO_TEXT:
+                raise ValueError(f"an example of size {low} has no more than {self.length} tokens: sizes must grow")
         while high - low > 1:
             middle = (low + high) // 2
             if self.count((tried := make(middle)).text) <= self.length:

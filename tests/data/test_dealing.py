@@ -38,5 +38,7 @@ def test_ranks_that_share_experts_and_schedules_in_rounds() -> None:
     for count in (4, 10, 18):
         with pytest.raises(ValueError, match=f"{count} micro-batches for 4 ranks, 2 x 2 at once"):
             dealing.counts(count)
+    with pytest.raises(ValueError, match="each has to be positive"):
+        dealing.counts(16, (3.0, 0.0))
     with pytest.raises(ValueError, match="3 ranks"):
         Dealing(3, span=2)

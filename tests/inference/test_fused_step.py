@@ -194,6 +194,8 @@ def test_a_changed_model_is_looked_at_again_after_a_prompt() -> None:
     assert step.takes(tokens(1, 1), state)
     dict(linears(model))["layers.0.ffn.up"].op = Other()
     assert not step.takes(tokens(1, 4), GenerationState()) and not step.takes(tokens(1, 1), state)
+    with pytest.raises(ValueError, match=r"one token of each sequence .* \[1, 4\]"):
+        step.logits(tokens(1, 4), state)
 
 
 def test_generation_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,9 @@ def test_one_query_sees_all_keys_and_more_need_segments() -> None:
     assert relative(causal_attention(q, k, v), formula(q, k, v)) < 1e-14
     with pytest.raises(ValueError, match="3 queries of 20 keys need segments"):
         causal_attention(q[:, :, -3:], k, v)
+    for keys, values in ((k, v[:, :, :-1]), (k[:, :1].expand(-1, q.shape[1] + 1, -1, -1), v)):
+        with pytest.raises(ValueError, match="of keys"):
+            causal_attention(q, keys, values)
 
 
 def fake_varlen(words: str) -> tuple[Callable[..., Any], list[dict[str, Any]]]:

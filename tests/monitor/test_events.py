@@ -101,3 +101,9 @@ def test_the_disk_has_a_line_before_the_run_goes_on(tmp_path: Path, monkeypatch:
     assert synced == [(str(path), path.read_bytes()), (str(tmp_path), b"")], "its name too, once"
     log.tell("end")
     assert synced[2:] == [(str(path), path.read_bytes())]
+
+
+def test_a_line_without_its_end_is_not_appended(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="without its end"):
+        events.append_line(tmp_path / "events.jsonl", b'{"event": "a"}')
+    assert list(tmp_path.iterdir()) == []

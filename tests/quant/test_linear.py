@@ -14,9 +14,11 @@ from megaforge.kernels.grouped_mm import make_runs
 from megaforge.parallel.linear_op import PLAIN
 from megaforge.quant import linear
 from megaforge.quant.linear import ROWS_TO_PACK, QuantizedLinear
+from megaforge.quant.packed import PackedLinear
 from megaforge.quant.products import multiplies_packed
 from megaforge.quant.quantizers import (
     ActivationScheme,
+    Scale,
     WeightScheme,
     activation_codes,
     activation_range,
@@ -265,3 +267,10 @@ def test_a_source_and_a_scheme_belong_together() -> None:
     with pytest.raises(ValueError, match="source of their steps"):
         QuantizedLinear(WeightScheme("binary"), None, None, layer=nn.Module())
     assert replace(WeightScheme("int4"), asymmetric=True).bits == 4
+
+
+def test_what_are_no_codes_is_not_packed() -> None:
+    op, scale = op_of(WEIGHTS["ternary"], None), Scale(torch.ones(1, 1))
+    for codes in (torch.zeros(4, 8), torch.zeros(8, dtype=torch.int8)):
+        with pytest.raises(ValueError, match=r"codes are int8 \[\(E,\) N, K\]"):
+            PackedLinear(op, codes, scale, dtype=torch.float32, kernels=False)

@@ -166,6 +166,11 @@ def test_too_little_room(name: str, chunks: int, words: int, said: str) -> None:
         make_chunked(name, 0, 0, chunks, words)
 
 
+def test_a_window_without_a_question_is_refused() -> None:
+    with pytest.raises(ValueError, match="task kv_chunks: 0 questions about chunks of 16 words"):
+        make_window("kv_chunks", 0, 0, 64, 16, questions=0)
+
+
 def test_the_least_room() -> None:
     one = make_chunked("kv_chunks", 0, 0, 1, 6)
     assert len(pairs(one.chunks[0])) == 3 and value_of_key(one.chunks[0], one.question) == list(one.answers)

@@ -104,3 +104,8 @@ def test_words_never_repeat_even_where_two_syllables_do_not_suffice() -> None:
 def test_an_unknown_task_is_told_those_that_there_are() -> None:
     with pytest.raises(UserError, match="'passkye' is not a known task .*did you mean passkey"):
         make_example("passkye", 0, 0, Room(100, words))
+
+
+def test_examples_that_do_not_grow_are_refused() -> None:
+    with pytest.raises(ValueError, match="no more than 9 tokens: sizes must grow"):
+        Room(9, words).fill(lambda size: Example("always the same", ("yes",)))

@@ -64,9 +64,12 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, segments: Tensor
         [b, heads, s, d] of the dtype of ``query``; the softmax is taken in fp32 (fp64 for fp64).
 
     Raises:
-        ValueError: several queries, other keys, and no segments.
+        ValueError: several queries, other keys, and no segments; or groups that are not each of as many heads, or of
+            keys and values of different tokens.
     """
     length, keys = query.shape[2], key.shape[2]
+    if query.shape[1] % key.shape[1] or key.shape[:3] != value.shape[:3]:
+        raise ValueError(f"heads {list(query.shape)} of keys {list(key.shape)} and values {list(value.shape)}")
     if segments is None and length not in (1, keys):
         raise ValueError(f"{length} queries of {keys} keys need segments")
     blockwise = query.device.type == "cpu" and query.dtype == torch.bfloat16 and length == keys
