@@ -31,8 +31,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     flags = parse_arguments()
-    load_extensions(tuple(flags.extensions))
-    make_task_tokenizer(flags.tasks, flags.output, flags.force)
+    _ = load_extensions(tuple(flags.extensions))
+    _ = make_task_tokenizer(flags.tasks, flags.output, flags.force)
     return 0
 
 

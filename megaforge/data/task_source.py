@@ -141,7 +141,7 @@ def check(config: Config) -> None:
     """
     name, data = task_of(config.data), config.data
     assert name is not None
-    make_window(name, config.training.seed, 0, config.tasks.task_window, config.tasks.task_chunk_tokens)
+    _ = make_window(name, config.training.seed, 0, config.tasks.task_window, config.tasks.task_chunk_tokens)
     if data.tokenizer_model is None and data.vocab_file is None:
         raise UserError(
             f"--data-path {data.data_path[0]}: words need a tokenizer: add --tokenizer-model FILE, which "

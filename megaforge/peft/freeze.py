@@ -6,13 +6,13 @@ from dataclasses import replace
 
 from torch import nn
 
-from megaforge.parallel.param_spec import spec_of
+from megaforge.parallel.param_spec import declare, spec_of
 
 
 def freeze(parameter: nn.Parameter) -> None:
     """``parameter`` gets no gradient, and nothing updates it."""
     parameter.requires_grad_(False)
-    parameter.spec = replace(spec_of(parameter), frozen=True)  # type: ignore[attr-defined]
+    declare(parameter, replace(spec_of(parameter), frozen=True))
 
 
 def freeze_all(model: nn.Module) -> None:
@@ -24,4 +24,4 @@ def freeze_all(model: nn.Module) -> None:
 def thaw(parameter: nn.Parameter) -> None:
     """The opposite."""
     parameter.requires_grad_(True)
-    parameter.spec = replace(spec_of(parameter), frozen=False)  # type: ignore[attr-defined]
+    declare(parameter, replace(spec_of(parameter), frozen=False))

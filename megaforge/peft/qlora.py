@@ -24,7 +24,7 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import Entry
 from megaforge.parallel.layers import Linear, linears
 from megaforge.parallel.linear_op import PlainLinear
-from megaforge.parallel.param_spec import Box, ParamSpec, spec_of
+from megaforge.parallel.param_spec import Box, ParamSpec, declare, spec_of
 from megaforge.peft.adapter import AdaptedOp
 from megaforge.peft.four_bits import NESTED_BLOCK, FourBits, dequantize, dequantize_scales, quantize
 from megaforge.peft.lora import lora
@@ -130,7 +130,7 @@ class FourBitMatrix(nn.Module):
             )  # fmt: skip
             empty = torch.empty(own.local_shape(ctx), dtype=dtype, device=place)
             parameter = nn.Parameter(empty, requires_grad=False)
-            parameter.spec = own  # type: ignore[attr-defined]
+            declare(parameter, own)
             self.register_parameter(name, parameter)
 
     def part(self, name: str) -> nn.Parameter:
@@ -230,7 +230,7 @@ def keep_in_four_bits(layer: Linear, matrix: FourBitMatrix) -> None:
     """``layer`` has codes in place of its weight, of which its shape and declaration stay."""
     weight = layer.weight
     gone = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
-    gone.spec = spec_of(weight)  # type: ignore[attr-defined]
+    declare(gone, spec_of(weight))
     del layer.weight
     layer.__dict__["weight"] = gone  # not a parameter of the model
     layer.add_module(_CHILD, matrix)

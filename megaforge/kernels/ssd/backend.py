@@ -25,7 +25,7 @@ def ssd_backend(name: str, device: torch.device, dtype: torch.dtype) -> SSD:
     """
     if name == "auto" and device.type == "cuda" and dtype in _HALF:
         try:
-            scan("its fast form")
+            _ = scan("its fast form")
         except UserError as error:
             say_fallback("Mamba-2's recurrence", str(error), "plain torch")
             return ssd_chunked
@@ -41,5 +41,5 @@ def ssd_backend(name: str, device: torch.device, dtype: torch.dtype) -> SSD:
         )
     if dtype == torch.float64:
         raise UserError("--mamba-backend mamba-ssm: its kernels compute in fp32 at most; use --mamba-backend auto")
-    scan()
+    _ = scan()
     return ssd_mamba_ssm(dtype)
