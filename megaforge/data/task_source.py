@@ -117,6 +117,23 @@ class TaskWindows(ScheduledSource):
         return TaskWindows(self._schedule, self._name, self._sizes, self._tokenizer, part=split)
 
 
+class EpisodeNumbers(TaskWindows):
+    """Training samples that stand for episodes, which an agent plays by their numbers: their tokens are all 0, and none
+    is learnt. Validation samples are the same as ever."""
+
+    def fill(self, k: int, tokens: npt.NDArray[np.int64], marks: npt.NDArray[np.bool_]) -> int:
+        if self._part != "train":
+            return super().fill(k, tokens, marks)
+        tokens[:], marks[:] = 0, False
+        return len(tokens) - 1
+
+    def weigh(self, k: int, counts: npt.NDArray[np.float32]) -> None:
+        if self._part != "train":
+            super().weigh(k, counts)
+        else:
+            counts[:] = 0.0
+
+
 def task_of(data: DataConfig) -> str | None:
     """The NAME of ``--data-path tasks://NAME``; None of other data.
 
@@ -156,7 +173,8 @@ def open_tasks(config: Config, tokenizer: Tokenizer | None) -> TaskWindows:
     """
     name = task_of(config.data)
     assert name is not None and tokenizer is not None, "looked at by check"
-    return TaskWindows(SampleSchedule.of(config), name, config.tasks, tokenizer)
+    kind = EpisodeNumbers if config.training.objective == "agent" else TaskWindows
+    return kind(SampleSchedule.of(config), name, config.tasks, tokenizer)
 
 
 TASKS = DataSourceKind(open_tasks, check)

@@ -144,3 +144,17 @@ def test_only_tasks_are_tasks() -> None:
     assert task_of(config().data) == "kv_chunks"
     assert task_of(config("--data-path", "mock://").data) is None
     assert task_of(config("--data-path", "a", "b").data) is None
+
+
+def test_samples_of_an_agent_are_numbers_and_evaluations_are_of_text(tokenizer: Tokenizer) -> None:
+    plays = ("--objective", "agent", "--agent-heads", "--tokenizer-model", "words.json", "--global-batch-size", "16")
+    source, usual = TASKS.open(config(*plays), tokenizer), TASKS.open(config(), tokenizer)
+    tokens, marks, counts = np.ones(129, np.int64), np.ones(129, np.bool_), np.ones(128, np.float32)
+    assert source.fill(3, tokens, marks) == 128
+    source.weigh(3, counts)
+    assert not (tokens.any() or marks.any() or counts.any())
+    expected = np.empty(129, np.int64)
+    source.validation().fill(3, tokens, marks)
+    usual.validation().fill(3, expected, marks)
+    assert (tokens == expected).all() and tokens.any()
+    assert source.state(5) == usual.state(5)

@@ -105,6 +105,7 @@ class Episode:
         self.place = 0
         self.decisions: list[Decision] = []
         self.verdict: bool | None = None
+        self._now: Context | None = None  # what :meth:`context` gave, until something is decided
 
     def fork(self) -> Episode:
         """Another that goes on from here."""
@@ -134,8 +135,14 @@ class Episode:
         """Actions that were not free."""
         return sum(not self.setting.actions[decision.action].free for decision in self.decisions)
 
-    def context(self, ahead: int = 0) -> Context:
-        """What the model is to see now; with ``ahead`` what it would see so many chunks later, if the window stayed."""
+    def context(self) -> Context:
+        """What the model is to see now."""
+        if self._now is None:
+            self._now = self._ahead(0)
+        return self._now
+
+    def _ahead(self, ahead: int) -> Context:
+        """What it would see so many chunks later, if the window stayed."""
         place, begin = self.place + ahead, len(self.window)
         chunk = self.chunks[place] if place < len(self.chunks) else ()
         seen = (*self.window, *chunk, *self.question)
@@ -144,10 +151,11 @@ class Episode:
 
     def contexts(self) -> list[Context]:
         """All that the model would see from now on, if the window stayed."""
-        return [self.context(ahead) for ahead in range(len(self.chunks) - self.place + 1)]
+        return [self._ahead(ahead) for ahead in range(len(self.chunks) - self.place + 1)]
 
     def decide(self, seen: Seen, memory: Tensor, action: int) -> None:
         """Does ``action``, chosen from what was ``seen`` of the present context and read of ``memory``."""
         self.decisions.append(Decision(self.context(), self.flags, memory, action))
         self.setting.actions[action].act(self, seen)
+        self._now = None
         self.place += not self.answering
