@@ -97,14 +97,14 @@ function Drawn({ metrics: all, settings, chosen, stamp, dark, onMetrics, onZoom 
       const color = chosen.get(curve.run);
       const validation = curve.metric === "valid/loss" && metrics.includes("loss");
       const lines = found.get(validation ? "loss" : curve.metric);
-      if (!lines || !color || curve.x.length === 0) continue;
+      if (!lines || !color || (curve.x.length === 0 && !range)) continue; // where one looks closer there may be none
       const raw = smooth > 0 && !curve.smoothed && !curve.metric.startsWith("valid/");
       if (raw && chosen.size > 3) continue; // many faint lines hide the others
       const label = validation ? `${curve.run}: validation` : raw ? `${curve.run}: each` : curve.run;
       lines.push({ label, color, curve, faint: raw, points: curve.metric.startsWith("valid/") });
     }
     return found;
-  }, [curves, chosen, metrics, smooth]);
+  }, [curves, chosen, metrics, smooth, range]);
 
   return (
     <>

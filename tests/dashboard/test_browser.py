@@ -22,6 +22,9 @@ flags: {config: cdrmix-test, mock_data: true, vocab_size: 64, seq_length: 32, de
 models: [{name: first, flags: {seed: 1}}, {name: second, flags: {seed: 2}}, {name: third, flags: {seed: 3}}]
 """
 FIRST = "three/first"
+# How many points of a picture are drawn on.
+INKED = """canvas => canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data
+    .filter((value, index) => index % 4 === 3 && value > 0).length"""
 
 
 def until(condition: Callable[[], Any]) -> Any:
@@ -113,6 +116,22 @@ def _live_points_arrive(page: Any) -> None:
     until(lambda: iteration_of(page, FIRST) > first)
     until(lambda: drawn(page, "loss") != label)  # the curve has grown
     assert "run=three%2Ffirst" in page.url  # the view can be sent to others
+    _a_part_is_looked_at(page)
+
+
+def _a_part_is_looked_at(page: Any) -> None:
+    """Dragging over a chart shows a part of the steps in all of them; a double click shows all again."""
+    plot, whole = page.locator('figure[data-metric="loss"] .u-over'), page.get_by_role("button", name="Whole range")
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    assert page.locator('figure[data-metric="loss"] canvas').evaluate(INKED) > 100 and whole.count() == 0
+    page.mouse.move(box["x"] + box["width"] / 4, box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 60, steps=4)
+    page.mouse.up()
+    whole.wait_for()
+    plot.dblclick()
+    whole.wait_for(state="detached")
 
 
 def _polling_takes_over(watched: Watched) -> None:
