@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Protocol
 
@@ -66,28 +66,17 @@ class AlertKind:
         return None
 
 
-class _Failure(AlertKind):
+class _SeenFromOutside(AlertKind):
+    """What a run cannot say of itself: only its files tell."""
+
     severity = "critical"
-    meaning = "the run ended by an error, or its process is gone"
+
+    def __init__(self, meaning: str, rule: Callable[[float], FileRule]) -> None:
+        """``rule``: makes what looks at one run, of the minutes for which it may tell nothing."""
+        self.meaning, self._rule = meaning, rule
 
     def of_files(self, heartbeat_minutes: float) -> FileRule:
-        return watch_rules.Failure()
-
-
-class _NoHeartbeat(AlertKind):
-    severity = "critical"
-    meaning = "the run has not ended, and tells nothing"
-
-    def of_files(self, heartbeat_minutes: float) -> FileRule:
-        return watch_rules.Silence(heartbeat_minutes)
-
-
-class _Compliance(AlertKind):
-    severity = "critical"
-    meaning = "the audit trail is broken, or the compliance report does not pass"
-
-    def of_files(self, heartbeat_minutes: float) -> FileRule:
-        return watch_rules.Compliance()
+        return self._rule(heartbeat_minutes)
 
 
 class _NotANumber(AlertKind):
@@ -273,6 +262,17 @@ def _words(name: str) -> str:
     return {"grad_norm": "gradient norm"}.get(name, name)
 
 
-FAILURE, NO_HEARTBEAT, COMPLIANCE = _Failure(), _NoHeartbeat(), _Compliance()
+FAILURE = _SeenFromOutside(
+    "the run ended by an error, or its process is gone",
+    lambda _: watch_rules.Failure(),
+)
+NO_HEARTBEAT = _SeenFromOutside(
+    "the run has not ended, and tells nothing",
+    watch_rules.Silence,
+)
+COMPLIANCE = _SeenFromOutside(
+    "the audit trail is broken, or the compliance report does not pass",
+    lambda _: watch_rules.Compliance(),
+)
 NAN, LOSS_SPIKE, THROUGHPUT = _NotANumber(), _LossSpike(), _Throughput()
 MEMORY, DISK, EXPERT_COLLAPSE = _Memory(), _Disk(), _ExpertCollapse()
