@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import logging
 import sys
@@ -16,6 +15,7 @@ from megaforge.checkpoint.directory import step_name
 from megaforge.checkpoint.manifest import read_manifest, sums_digest
 from megaforge.config.config import Config
 from megaforge.config.schema import config_to_dict
+from megaforge.data.sidecar import digest_of
 from megaforge.durable import replacing
 from megaforge.errors import UserError
 from megaforge.monitor.events import finite, read_events
@@ -73,24 +73,20 @@ def describe(trainer: Trainer) -> dict[str, Any]:
     Raises:
         UserError: its events cannot be read.
     """
-    config = json.loads(json.dumps(config_to_dict(trainer.config)))
-    data = {"state": trainer.data.state(0), "tokenizer": trainer.tokenizer}
+    # As the file will have them: a number that is not finite becomes null there, and the digest is that of the file.
+    config = finite(json.loads(json.dumps(config_to_dict(trainer.config))))
+    data = finite({"state": trainer.data.state(0), "tokenizer": trainer.tokenizer})
     return {
         "format": FORMAT,
         "version": VERSION,
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "configuration": {"digest": digest(config), "values": config},
+        "configuration": {"digest": digest_of(config), "values": config},
         "code": {**code_version(), "digest": source_digest()},
         "environment": environment(),
-        "data": {"digest": digest(data), **data},
+        "data": {"digest": digest_of(data), **data},
         "layout": layout_of(trainer.ctx, len(trainer.model.chunks)),
         "started_from": _started_from(trainer),
     }
-
-
-def digest(value: object) -> str:
-    """The SHA-256 of JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _started_from(trainer: Trainer) -> dict[str, Any] | None:

@@ -13,12 +13,13 @@ from megaforge.config.config import Config
 from megaforge.config.launcher import discover_launch, print_rank_0
 from megaforge.config.run_config import LoggingConfig
 from megaforge.config.schema import config_from_dict
+from megaforge.data.sidecar import digest_of
 from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 from megaforge.monitor.provenance import code_version, environment, source_digest
 from megaforge.parallel.context import ParallelContext
 from megaforge.training.prepare import prepare
-from megaforge.training.receipt import FORMAT, RECEIPT_FILE, VERSION, digest
+from megaforge.training.receipt import FORMAT, RECEIPT_FILE, VERSION
 from megaforge.training.setup import build_trainer, initialize_distributed
 
 _RESULTS = ("iteration", "loss", "grad_norm", "tokens", "evaluation")
@@ -42,7 +43,7 @@ def read_receipt(path: Path) -> dict[str, Any]:
     named = {"configuration", "code", "environment", "data", "layout", "results"} - receipt.keys()
     if named:
         raise UserError(f"{file}: the receipt lacks {', '.join(sorted(named))}")
-    if digest(receipt["configuration"]["values"]) != receipt["configuration"]["digest"]:
+    if digest_of(receipt["configuration"]["values"]) != receipt["configuration"]["digest"]:
         raise UserError(f"{file}: the configuration is not what its digest says: the receipt was altered")
     return receipt
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from megaforge.data.sidecar import digest_of
 from megaforge.errors import UserError
 from megaforge.monitor.provenance import source_digest
 from megaforge.parallel.context import ParallelContext
-from megaforge.training.receipt import RECEIPT_FILE, digest
+from megaforge.training.receipt import RECEIPT_FILE
 from megaforge.verification.reproduce import compare, differences_of_machine, read_receipt, reproduce
 from tests.training.tiny import dense_arguments, make_trainer, write_dataset
 from tools import reproduce as tool
@@ -105,7 +106,7 @@ def test_bad_receipts_are_named(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_receipt(tmp_path / "none")
     receipt = read_receipt(run)
-    assert digest(receipt["configuration"]["values"]) == receipt["configuration"]["digest"]
+    assert digest_of(receipt["configuration"]["values"]) == receipt["configuration"]["digest"]
     receipt["layout"]["world"] = 3
     with pytest.raises(UserError, match="had 3 ranks, and 1 was started.*--nproc-per-node 3"):
         reproduce(receipt, tmp_path / "x", alone)
