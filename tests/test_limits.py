@@ -72,6 +72,8 @@ COVERED = {
     "config/chat_config.py": "data/test_chat.py",
     "config/adalora_config.py": "peft/test_adalora.py",
     "checkpoint/adapter_formats.py": "peft/test_adapter_files.py",
+    "checkpoint/peft_files.py": "peft/test_prefix.py",
+    "checkpoint/prefix_files.py": "peft/test_prefix.py",
     "training/rank_budget.py": "peft/test_adalora.py",
     "training/triplets.py": "peft/test_adalora.py",
     "config/peft_config.py": "peft/test_lora.py",

@@ -270,9 +270,9 @@ def _export(flags: argparse.Namespace, source: TensorSource) -> None:
         print(f"{said}, {record.bytes:,} bytes, SHA-256 {record.sha256}")
         print(f"{weights:,} quantized weights take {packed:,} bytes, {packed * 8 / weights:.3f} bits each")
     elif flags.target == "peft":
-        from megaforge.checkpoint.adapter_files import export_peft
+        from megaforge.checkpoint.peft_files import export
 
-        print(f"{said}, adapters of {export_peft(source, flags.save)} matrices")
+        print(f"{said}, {export(source, flags.save)}")
     elif flags.target == "hf":
         _export_hf(flags, source, said)
     elif flags.target == "megatron":

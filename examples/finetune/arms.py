@@ -29,8 +29,9 @@ ARMS: dict[str, tuple[str, ...]] = {  # with the learning rate that suits each
     "full": ("--lr", "1e-3"),
     "lora": ("--peft", "lora", "--lr", "3e-3"),
     "qlora": ("--peft", "qlora", "--lr", "3e-3"),
+    "adalora": ("--peft", "adalora", "--lr", "1e-2"),
     "prefix": ("--peft", "prefix", "--lr", "3e-3"),
-    "p_tuning_v2": ("--peft", "p_tuning_v2", "--lr", "1e-2"),
+    "p_tuning_v2": ("--peft", "p_tuning_v2", "--lr", "0.2"),  # keys move by so much a step
     "state": ("--peft", "state", "--lr", "1e-2"),
     "bitfit": ("--peft", "bitfit", "--lr", "1e-2"),
     "bitnet (QAT)": ("--quantize-weights", "ternary", "--lr", "1e-3"),

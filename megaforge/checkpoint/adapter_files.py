@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -174,16 +174,32 @@ def export_peft(source: TensorSource, directory: str | Path) -> int:
     written, said = _format_of(cfg).write(cfg, pairs, steps)
     tensors = {_PREFIX + name: tensor for name, tensor in written.items()}
     said["fan_in_fan_out"] = base.fan_in_fan_out
+    write_folder(source, base, cfg, tensors, said, directory)
+    return len(pairs)
+
+
+def write_folder(
+    source: TensorSource,
+    base: BaseModel,
+    cfg: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    said: Mapping[str, Any],
+    directory: str | Path,
+) -> None:
+    """Writes ``tensors`` and ``said``, the configuration, of the checkpoint ``source``, and which base they are of.
+
+    Raises:
+        UserError: ``directory`` is not empty or cannot be written.
+    """
     own = {"base": _base_of(source, base, cfg), "step": source.step, "format": 1}
 
-    def write(folder: Path) -> int:
+    def write(folder: Path) -> None:
         slots = sorted((Slot(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()), key=file_order)
         _ = write_safetensors(folder / WEIGHTS_FILE, slots, (tensors[s.name] for s in slots), {"format": "pt"})
         for file, content in ((CONFIG_FILE, said), (OWN_FILE, own)):
             (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        return len(pairs)
 
-    return publish_directory(directory, write)
+    publish_directory(directory, write)
 
 
 def _base_of(source: TensorSource, base: BaseModel, cfg: ModelConfig) -> str | None:
@@ -201,47 +217,75 @@ def _base_of(source: TensorSource, base: BaseModel, cfg: ModelConfig) -> str | N
 def _format_of(cfg: ModelConfig) -> LowRankFormat:
     method = cfg.peft_method
     assert method is not None
-    return LOW_RANK_FORMATS[method.peft_type]
+    return LOW_RANK_FORMATS[method.peft_type or "LORA"]
 
 
-class AdapterFolder:
-    """An adapter's files, ours or ``peft``'s.
+class Folder:
+    """What an adapter's files have in common, ours and ``peft``'s.
+
+    Attributes:
+        path: the folder.
+        flag: what named it, for messages.
+        config: what ``adapter_config.json`` says.
+        tensors: by their names, without what stands before all.
+        base: the fingerprint of the model that it is of, or None.
+
+    Raises:
+        UserError: it is not such a folder.
+    """
+
+    def __init__(self, directory: str | Path, flag: str = "--adapter") -> None:
+        self.path, self.flag = Path(directory), flag
+        try:
+            self.config = dict(parse_json((self.path / CONFIG_FILE).read_bytes()))
+            file = SafetensorsFile(self.path / WEIGHTS_FILE)
+            self.tensors = {slot.name.removeprefix(_PREFIX): file.tensor(slot.name) for slot in file.slots()}
+            own = self.path / OWN_FILE
+            self.base: str | None = dict(parse_json(own.read_bytes())).get("base") if own.is_file() else None
+        except OSError as error:
+            raise self.wrong(
+                f"{error.filename and Path(error.filename).name} cannot be read ({error.strerror})"
+            ) from error
+        except (ValueError, TypeError, DamagedCheckpointError) as error:
+            raise self.wrong(str(error)) from error
+
+    def wrong(self, text: str) -> UserError:
+        """An error about it."""
+        return UserError(f"{self.flag} {self.path}: {text}")
+
+    def check_base(self, source: TensorSource, base: BaseModel) -> None:
+        """
+        Raises:
+            UserError: it was trained beside other weights.
+        """
+        if self.base is not None and (here := fingerprint(source, base.specs)) != self.base:
+            raise self.wrong(
+                f"it was trained beside other weights (base {self.base}) than those of {source.path} ({here})"
+            )
+
+
+class AdapterFolder(Folder):
+    """The files of adapters beside matrices.
 
     Attributes:
         pairs: by the names of modules.
-        base: the fingerprint of the model that it is of, or None.
 
     Raises:
         UserError: it is not such a folder, is of another method, or its files do not belong together.
     """
 
     def __init__(self, directory: str | Path, flag: str = "--adapter") -> None:
-        """``flag``: what named it, for messages."""
-        self.path, self.flag = Path(directory), flag
-        try:
-            config = dict(parse_json((self.path / CONFIG_FILE).read_bytes()))
-            file = SafetensorsFile(self.path / WEIGHTS_FILE)
-            own = self.path / OWN_FILE
-            self.base: str | None = dict(parse_json(own.read_bytes())).get("base") if own.is_file() else None
-        except OSError as error:
-            raise self._wrong(
-                f"{error.filename and Path(error.filename).name} cannot be read ({error.strerror})"
-            ) from error
-        except (ValueError, TypeError, DamagedCheckpointError) as error:
-            raise self._wrong(str(error)) from error
-        form = LOW_RANK_FORMATS.get(config.get("peft_type", ""))
+        super().__init__(directory, flag)
+        kind = self.config.get("peft_type")
+        form = LOW_RANK_FORMATS.get(kind or "")
         if form is None:
-            raise self._wrong(f"peft_type {config.get('peft_type')!r}: only {either(LOW_RANK_FORMATS)} is read")
-        if config.get("use_dora") or config.get("bias", "none") != "none":
-            raise self._wrong("use_dora and bias other than none are not read")
-        self.config = config
+            raise self.wrong(f"peft_type {kind!r}: only {either(LOW_RANK_FORMATS)} is read beside matrices")
+        if self.config.get("use_dora") or self.config.get("bias", "none") != "none":
+            raise self.wrong("use_dora and bias other than none are not read")
         try:
-            self.pairs = form.read(config, {s.name.removeprefix(_PREFIX): file.tensor(s.name) for s in file.slots()})
+            self.pairs = form.read(self.config, self.tensors)
         except ValueError as error:
-            raise self._wrong(f"{WEIGHTS_FILE}: {error}") from error
-
-    def _wrong(self, text: str) -> UserError:
-        return UserError(f"{self.flag} {self.path}: {text}")
+            raise self.wrong(f"{WEIGHTS_FILE}: {error}") from error
 
     def deltas(self, base: BaseModel) -> dict[str, list[Delta]]:
         """What it adds to the parameters of ``base``.
@@ -253,27 +297,15 @@ class AdapterFolder:
         unknown = sorted(self.pairs.keys() - base.places.keys())
         if unknown:
             there = ", ".join(list(base.places)[:_SHOWN])
-            raise self._wrong(f"the model has no matrix {unknown[0]} ({len(unknown)} such); it has {there}, ...")
+            raise self.wrong(f"the model has no matrix {unknown[0]} ({len(unknown)} such); it has {there}, ...")
         for module, pair in self.pairs.items():
             place = base.places[module]
             sizes = [stop - start for start, stop in place.box[-2:]]
             shape = (pair.second.shape[0], pair.first.shape[1])
             if shape != (tuple(sizes[::-1]) if place.transposed else tuple(sizes)):
-                raise self._wrong(
-                    f"{module} is {shape[0]} x {shape[1]} there, and {sizes[0]} x {sizes[1]} in the model"
-                )
+                raise self.wrong(f"{module} is {shape[0]} x {shape[1]} there, and {sizes[0]} x {sizes[1]} in the model")
             found[place.parameter].append(_delta(place, pair))
         return dict(found)
-
-    def check_base(self, source: TensorSource, base: BaseModel) -> None:
-        """
-        Raises:
-            UserError: it was trained beside other weights.
-        """
-        if self.base is not None and (here := fingerprint(source, base.specs)) != self.base:
-            raise self._wrong(
-                f"it was trained beside other weights (base {self.base}) than those of {source.path} ({here})"
-            )
 
 
 class MergedSource(TensorSource):

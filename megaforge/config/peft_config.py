@@ -44,7 +44,8 @@ class PeftConfig(QLoraConfig, AdaLoraConfig, PrefixConfig, PlasticConfig, RankCo
 
     peft_from: str | None = flag(
         None,
-        "--peft lora, qlora: begin with the adapters of this folder, ours or one of Hugging Face's peft",
+        "--peft lora, qlora, adalora, p_tuning_v2: begin with the adapters, or the prefix, of this folder, ours or one "
+        "of Hugging Face's peft",
         metavar="DIR",
     )
 

@@ -22,7 +22,7 @@ class PeftMethod:
             model is built.
         settings: names of the model's flags that it reads: they do nothing beside another method.
         low_rank: whether it puts adapters beside matrices, A and B, that merge and have files of ``peft``.
-        peft_type: what ``peft`` calls such files (:mod:`megaforge.checkpoint.adapter_formats`).
+        peft_type: what ``peft`` calls its files (:mod:`megaforge.checkpoint.peft_files`), or None.
         replaces_weights: whether it takes weights out of the model, which then need no memory to be built in.
         needs: what a run has to have, and what to tell its user who does not have it.
     """
@@ -30,7 +30,7 @@ class PeftMethod:
     converter: str | Callable[..., None]
     settings: tuple[str, ...] = ()
     low_rank: bool = False
-    peft_type: str = "LORA"
+    peft_type: str | None = None
     replaces_weights: bool = False
     needs: tuple[tuple[Callable[[Config], Any], str], ...] = ()
 

@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megaforge.checkpoint.adapter_files import AdapterFolder, BaseModel
+from megaforge.checkpoint.adapter_files import BaseModel
 from megaforge.checkpoint.checkpoint import load_checkpoint, read_meta
 from megaforge.checkpoint.find import find_checkpoint
 from megaforge.checkpoint.packed_file import TrainedFile
+from megaforge.checkpoint.peft_files import open_folder
+from megaforge.checkpoint.prefix_files import PrefixFolder, put_before
 from megaforge.checkpoint.sources import SUFFIX, open_source
 from megaforge.config.config import Config
 from megaforge.config.launcher import print_rank_0
@@ -175,7 +177,8 @@ def _load_weights(model: nn.Module, path: Path, ctx: ParallelContext, ema: bool)
 def add_adapter(
     model: nn.Module, ctx: ParallelContext, config: Config, adapter: str, path: Path, *, packed: bool = False
 ) -> None:
-    """Merges the adapter of the folder ``adapter`` into a model that was loaded from ``path``. Collective.
+    """Merges the adapter of the folder ``adapter`` into a model that was loaded from ``path``, or puts its prefix in
+    front of the layers. Collective.
 
     Raises:
         UserError: on every rank: it is not one, of another base, or the weights are codes.
@@ -184,8 +187,12 @@ def add_adapter(
         has = "adapters of its own" if config.model.peft is not None else "quantized matrices"
         raise UserError(f"--adapter {adapter}: {path} has {has}, into which nothing is merged; leave it out")
     base = BaseModel(config.model)
-    folder = together(ctx, lambda: AdapterFolder(adapter))
+    folder = together(ctx, lambda: open_folder(adapter))
     from_first_rank(ctx, lambda: folder.check_base(open_source(path), base))
+    if isinstance(folder, PrefixFolder):
+        count = together(ctx, lambda: put_before(model, config.model, folder, ctx))
+        print_rank_0(f"--adapter {adapter}: a prefix of {folder.length} in front of {count} layers")
+        return
     deltas = together(ctx, lambda: folder.deltas(base))
     for spec, parameter in named_specs(model):
         if spec.name in deltas:

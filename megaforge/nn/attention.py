@@ -156,6 +156,7 @@ class SelfAttention(nn.Module):
         self.heads = cfg.num_attention_heads // ctx.tp.size
         self.groups = cfg.query_groups // ctx.tp.size
         self.index, self.own_heads = layer.index, range(ctx.tp.rank * self.heads, (ctx.tp.rank + 1) * self.heads)
+        self.positions = cfg.position_embedding_type
         self.rotation = POSITION_EMBEDDINGS.get(cfg.position_embedding_type).rotation(cfg)
         queries, shared = cfg.num_attention_heads * cfg.head_dim, cfg.query_groups * cfg.head_dim
         std, bias = cfg.init_std * cfg.init_std_scale, cfg.add_bias_linear

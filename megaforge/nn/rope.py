@@ -77,6 +77,13 @@ class Rotary:
         pairs = x[..., : self.channels].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         return torch.cat([pairs, x[..., self.channels :]], dim=-1)
 
+    def turned(self, x: Tensor, positions: int) -> Tensor:
+        """Keys [..., d], their pairs :meth:`in_halves` already, so many positions on; computed in fp64."""
+        angles = positions / self.stretch * self.frequencies(x.device)
+        first, second, rest = x.double().split((len(angles), len(angles), x.shape[-1] - self.channels), -1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1).to(x.dtype)
+
     def __call__(self, x: Tensor, info: PackedSequence) -> Tensor:
         """Queries or keys [s, b, heads, d] -> the same, their pairs :meth:`in_halves`."""
         return apply_rotary(self.in_halves(x), *self.tables(info, x.dtype))

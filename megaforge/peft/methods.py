@@ -27,11 +27,12 @@ _OF_PREFIXES = (
     ),
 )
 
-LORA = PeftMethod("megaforge.peft.lora:lora", _LORA, low_rank=True)
+LORA = PeftMethod("megaforge.peft.lora:lora", _LORA, low_rank=True, peft_type="LORA")
 QLORA = PeftMethod(
     "megaforge.peft.qlora:qlora",
     (*_LORA, *(one.name for one in fields(QLoraConfig))),
     low_rank=True,
+    peft_type="LORA",
     replaces_weights=True,
 )
 ADALORA = PeftMethod(
@@ -47,8 +48,15 @@ ADALORA = PeftMethod(
     ),
 )
 BITFIT = PeftMethod("megaforge.peft.bitfit:bitfit")
-PREFIX = PeftMethod("megaforge.peft.prefix:prefix_tuning", ("prefix_length", "prefix_hidden_size"), needs=_OF_PREFIXES)
-P_TUNING_V2 = PeftMethod("megaforge.peft.prefix:p_tuning_v2", ("prefix_length",), needs=_OF_PREFIXES)
+PREFIX = PeftMethod(
+    "megaforge.peft.prefix:prefix_tuning",
+    ("prefix_length", "prefix_hidden_size"),
+    peft_type="PREFIX_TUNING",
+    needs=_OF_PREFIXES,
+)
+P_TUNING_V2 = PeftMethod(
+    "megaforge.peft.prefix:p_tuning_v2", ("prefix_length", "peft_from"), peft_type="PREFIX_TUNING", needs=_OF_PREFIXES
+)
 STATE = PeftMethod(
     "megaforge.peft.state_tuning:state_tuning",
     needs=((_one_rank_of_cp, "every document begins with the trained state, on one rank: use --cp 1"),),

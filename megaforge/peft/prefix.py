@@ -92,15 +92,16 @@ def _laid_out(
 
 
 class DirectPrefix(Prefix):
-    """Keys and values are parameters."""
+    """Keys and values are parameters. Keys begin as large as those of tokens: near zero each is the same to every
+    query, and what a value learns goes to all. Values begin small, so that the model is nearly the base's."""
 
     keys: nn.Parameter
     values: nn.Parameter
 
     def __init__(self, attention: SelfAttention, cfg: ModelConfig, ctx: ParallelContext) -> None:
         super().__init__(attention, cfg, ctx)
-        for name in ("keys", "values"):
-            self.declare(name, self.shape, Normal(cfg.init_std), shard_dim=0)
+        self.declare("keys", self.shape, Normal(1.0), shard_dim=0)
+        self.declare("values", self.shape, Normal(cfg.init_std), shard_dim=0)
 
     def keys_values(self) -> tuple[Tensor, Tensor]:
         return self.keys, self.values

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import megaforge
 from megaforge.checkpoint import anchors
-from megaforge.checkpoint.adapter_files import AdapterFolder, BaseModel
-from megaforge.checkpoint.adapter_start import fill, starting_values
+from megaforge.checkpoint.adapter_files import BaseModel
+from megaforge.checkpoint.adapter_start import fill
 from megaforge.checkpoint.background import BackgroundSave
 from megaforge.checkpoint.checkpoint import Snapshot, load_checkpoint, read_meta, save_snapshot, take_snapshot
 from megaforge.checkpoint.compatible import check_compatible, describe_run
@@ -21,6 +21,7 @@ from megaforge.checkpoint.directory import Retention, list_steps
 from megaforge.checkpoint.encryption import Key, read_key
 from megaforge.checkpoint.find import find_checkpoint, holds_no_checkpoint, holds_other_program
 from megaforge.checkpoint.manifest import read_manifest
+from megaforge.checkpoint.peft_files import beginning, open_folder
 from megaforge.checkpoint.sources import open_source
 from megaforge.checkpoint.stateful import Stateful, tensors_of
 from megaforge.config.checkpoint_config import CheckpointConfig
@@ -319,12 +320,12 @@ def _begin_with(trainer: Trainer, directory: str, path: Path) -> None:
     """Fills the run's adapters from those of a folder, which has to be of the base ``path``. Collective."""
     ctx, model = trainer.ctx, trainer.config.model
     base = BaseModel(model)
-    folder = together(ctx, lambda: AdapterFolder(directory, flag="--peft-from"))
+    folder = together(ctx, lambda: open_folder(directory, "--peft-from"))
     from_first_rank(ctx, lambda: folder.check_base(open_source(path), base))
-    values = together(ctx, lambda: starting_values(folder, base, model))
+    values = together(ctx, lambda: beginning(folder, base, model))
     fill(trainer.optimizer.weight_entries(), values, ctx)
     trainer.optimizer.after_load()
-    print_rank_0(f"--peft-from {directory}: the run goes on with its {len(values) // 2} adapters")
+    print_rank_0(f"--peft-from {directory}: the run goes on with its {len(values)} tensors")
 
 
 def _known_entries(trainer: Trainer, saved: set[str]) -> list[Entry]:

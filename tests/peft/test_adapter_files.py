@@ -188,7 +188,7 @@ def test_another_base_and_odd_files_are_refused(tuned: str, prefix: str, tmp_pat
         AdapterFolder(tmp_path / "nowhere")
     said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**said, "peft_type": "IA3"}))
-    with pytest.raises(UserError, match="peft_type 'IA3': only LORA or ADALORA is read"):
+    with pytest.raises(UserError, match="peft_type 'IA3': only LORA or ADALORA is read beside matrices"):
         AdapterFolder(tmp_path / "adapter")
     with pytest.raises(UserError, match="--peft lora in the checkpoint, none here; merge it first"):
         make_trainer([*dense_arguments(prefix, "*-*-", *LLAMA, *RUN), "--load", tuned, "--finetune"])

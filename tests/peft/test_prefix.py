@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from megaforge.checkpoint.adapter_files import AdapterFolder, model_config
+from megaforge.checkpoint.export_hf import export_hf
+from megaforge.checkpoint.peft_files import export
+from megaforge.checkpoint.prefix_files import PrefixFolder
+from megaforge.checkpoint.sources import open_source
 from megaforge.errors import UserError
 from megaforge.nn.attention import KVCache, SelfAttention
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.packed_sequence import PackedSequence
 from tests.nn.support import perturb
 from tests.parallel.pool import RankPool
-from tests.parallel.test_pipeline_model import compare
+from tests.parallel.test_pipeline_model import compare, observed, trainer_of
+from tests.peft.test_adapter_files import TOKENS, logits
 from tests.peft.test_lora import MODEL, SIZES, small_model, train
-from tests.training.tiny import VOCAB, arguments, write_dataset
+from tests.training.tiny import VOCAB, arguments, dense_arguments, make_trainer, write_dataset
 
 PREFIXED = ("prefix", "p_tuning_v2")
 RUN = ("--train-iters", "2", "--fp64", "--lr", "1e-2", "--micro-batch-size", "1", "--global-batch-size", "4")
@@ -135,3 +143,83 @@ def test_a_recorded_step_sees_what_others_see(prefix: str) -> None:
 def test_a_model_without_attention_is_refused(prefix: str) -> None:
     with pytest.raises(UserError, match="--peft prefix: this model has no attention layer"):
         small_model(prefix, "--hybrid-layer-pattern", "RE", "--peft", "prefix")
+
+
+LEARNED = ("--position-embedding-type", "learned_absolute", "--max-position-embeddings", "32")
+DENSE = ("--activation", "swiglu", "--num-query-groups", "2")
+
+
+def prefix_run(data: str, folder: Path, method: str, *more: str) -> tuple[str, str]:
+    """A base with noise on it, and a prefix of it with noise, trained for a step."""
+    base, tuned = str(folder / "base"), str(folder / method)
+    model = dense_arguments(data, "*-*-", *DENSE, "--train-iters", "1", "--lr", "1e-2", *more)
+    if not Path(base).exists():
+        observed(trainer_of([*model, "--save", base]))
+    trainer = make_trainer(
+        [*model, "--prefix-length", "3", *flags(method)[4:], "--pretrained-checkpoint", base, "--save", tuned]
+    )
+    for name, parameter in trainer.model.named_parameters():
+        if ".prefix." in name:
+            with torch.no_grad():
+                parameter.mul_(5)
+    trainer.train()
+    return base, tuned
+
+
+@pytest.mark.parametrize("method", PREFIXED)
+def test_files_are_those_of_peft(prefix: str, tmp_path: Path, method: str) -> None:
+    """peft puts the prefix before the exported base and computes the same; what it writes is read, and begins a run."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base, tuned = prefix_run(prefix, tmp_path, method)
+    export_hf(open_source(base), tmp_path / "hf")
+    assert export(open_source(tuned), tmp_path / "adapter") == "prefixes of 2 layers"
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    alone = hf(TOKENS).logits.detach().clone()
+    model = peft.PeftModel.from_pretrained(hf, str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        theirs = model(TOKENS).logits
+    assert (theirs - alone).abs().max() > 1e-2
+    torch.testing.assert_close(logits(tuned), theirs, rtol=0, atol=1e-5)
+    model.save_pretrained(str(tmp_path / "again"))
+    for folder in ("adapter", "again"):
+        torch.testing.assert_close(logits(base, adapter=str(tmp_path / folder)), theirs, rtol=0, atol=1e-5, msg=folder)
+    line = [*dense_arguments(prefix, "*-*-", *DENSE, "--train-iters", "1"), "--pretrained-checkpoint", base]
+    line += ["--peft-from", str(tmp_path / "again"), "--peft"]
+    begun = make_trainer([*line, "p_tuning_v2", "--prefix-length", "3"]).model
+    with torch.no_grad():
+        torch.testing.assert_close(begun.logits(TOKENS), theirs, rtol=0, atol=1e-5)
+    for more, said in (
+        (("p_tuning_v2", "--prefix-length", "4"), "use --prefix-length 3"),
+        (("lora",), "it is a prefix; use --peft p_tuning_v2"),
+    ):
+        with pytest.raises(UserError, match=said):
+            make_trainer([*line, *more])
+
+
+def test_a_prefix_comes_from_and_to_any_layout(ranks: RankPool, prefix: str, tmp_path: Path) -> None:
+    base, tuned = prefix_run(prefix, tmp_path, "p_tuning_v2")
+    export(open_source(tuned), tmp_path / "adapter")
+    begun = [*dense_arguments(prefix, "*-*-", *DENSE, "--train-iters", "1", "--lr", "1e-30"), "--prefix-length", "3"]
+    begun += ["--peft", "p_tuning_v2", "--pretrained-checkpoint", base, "--peft-from", str(tmp_path / "adapter")]
+    for layout in (("--tp", "2"), ("--pp", "2")):
+        ranks.run(2, run, [*begun, *layout, "--save", str(tmp_path / layout[0])])
+        export(open_source(tmp_path / layout[0]), tmp_path / f"adapter{layout[0]}")
+        found, expected = (PrefixFolder(tmp_path / f"adapter{name}").table for name in (layout[0], ""))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def run(argv: list[str]) -> None:
+    trainer_of(argv).train()
+
+
+def test_learned_positions_and_another_model_are_refused(prefix: str, tmp_path: Path) -> None:
+    _, tuned = prefix_run(prefix, tmp_path, "p_tuning_v2", *LEARNED)
+    with pytest.raises(UserError, match="only a rotary embedding allows"):
+        export(open_source(tuned), tmp_path / "no")
+    base, tuned = prefix_run(prefix, tmp_path / "rope", "p_tuning_v2")
+    export(open_source(tuned), tmp_path / "adapter")
+    shorter = dataclasses.replace(model_config(open_source(base)), num_layers=1, hybrid_layer_pattern="*-")
+    with pytest.raises(UserError, match=r"4 x 2 x 3 x \d+ there, and 2 x 2 x 3 x \d+ in the model"):
+        PrefixFolder(tmp_path / "adapter").values(shorter)
+    with pytest.raises(UserError, match="'PREFIX_TUNING': only LORA or ADALORA is read beside matrices"):
+        AdapterFolder(tmp_path / "adapter")
