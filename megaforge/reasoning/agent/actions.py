@@ -36,8 +36,9 @@ def _cache_write(episode: Episode, seen: Seen) -> None:
 
 
 def _retrieve(episode: Episode, seen: Seen) -> None:
-    """What the index has nearest to what the model sees now is staged."""
-    episode.memory.retrieve(seen.key, episode.setting.top_k)
+    """Chunks are staged, first those beside which the model made most else of the question than of what it sees now:
+    where it does not know the answer, those nearest to that would be the ones that do not tell it either."""
+    episode.memory.retrieve(-seen.key, episode.setting.top_k)
 
 
 def _splice_window(episode: Episode, seen: Seen) -> None:
