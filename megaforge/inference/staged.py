@@ -34,13 +34,15 @@ class StagedModel:
     Attributes:
         vocab_size: tokens that the model has scores for.
         source: the first rank of the world that holds the last stage, and so gets the scores.
+        model, plan: what it was made of.
     """
 
     def __init__(self, model: HybridModel | ModelChunks, plan: PipelinePlan | None = None) -> None:
         """``plan``: how the model was cut; None: it is whole."""
         [self._chunk] = model.chunks
         self.ctx, cfg = self._chunk.ctx, self._chunk.cfg
-        self._executor = stage_executors(model, plan or plan_pipeline(cfg, ParallelConfig(), 1, 1))
+        self.model, self.plan = model, plan or plan_pipeline(cfg, ParallelConfig(), 1, 1)
+        self._executor = stage_executors(model, self.plan)
         self.vocab_size = cfg.vocab_size or cfg.padded_vocab_size()
         self._step = FusedStep(self._chunk)
         pp, world = self.ctx.pp, self.ctx.world
@@ -164,6 +166,20 @@ class StagedModel:
             return torch.stack(found).to(self.ctx.device, torch.float64), sent
 
         return self._run([partial(measure, batch) for batch in batches], batches[0].tokens.shape)
+
+    @torch.no_grad()
+    def observe(self, batches: Sequence[Batch], look: Callable[[ModelOutput, Batch], Any]) -> list[Any]:
+        """What ``look`` says of each batch of one shape, in order, where the last stage is; elsewhere nothing.
+        Collective."""
+
+        def see(batch: Batch, received: _Tensors) -> tuple[Any, _Tensors]:
+            tokens, labels, mask = (upload(x, self.ctx.device) for x in (batch.tokens, batch.labels, batch.loss_mask))
+            info = self._chunk.pack(tokens, batch.document_start)
+            output, sent = self._chunk.run_stage(tokens, labels, mask, info, received=received)
+            return None if output.scored is None else look(output, batch), sent
+
+        told = self._run([partial(see, batch) for batch in batches], batches[0].tokens.shape)
+        return [one for one in told if one is not None]
 
     @torch.no_grad()
     def expert_counts(self, batches: Sequence[Batch]) -> Tensor:

@@ -39,6 +39,12 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments
     ],
     "pretrain_gpt.py": [(("--lr", "nan"), "--lr nan")],
     "pretrain_hybrid.py": [(("--micro-bach-size", "2"), "did you mean --micro-batch-size?")],
+    "tools/agent.py": [
+        (("--load", "x", "--task", "kv_chunk"), "did you mean kv_chunks?"),
+        (("--load", "x", "--task", "kv_chunks", "--branches", "0"), "--branches 0: must be at least 1"),
+        (("--load", "x", "--input", "y"), "add --question TEXT"),
+        (("--load", "x", "--task", "kv_chunks", "--agent-accept-threshold", "nan"), "--agent-accept-threshold nan"),
+    ],
     "tools/audit.py": [(("verify",), "RUN is missing"), (("verify", "nowhere"), "nowhere/audit.jsonl: cannot be read")],
     "tools/compliance_report.py": [
         (("nowhere",), "nowhere: no such directory"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,13 +13,30 @@ from torch import Tensor
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.data.loader import Batch
-from megaforge.models.hybrid import ModelOutput
+from megaforge.models.hybrid import HybridModel, ModelOutput
+from megaforge.models.pipeline_shape import PipelinePlan
+from megaforge.models.stages import ModelChunks
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.mappings import reduce_from_tensor_parallel
 from megaforge.reasoning.agent.episode import Context, Seen
 from megaforge.reasoning.agent.heads import AgentHeads, heads_of
 from megaforge.reasoning.agent.packing import as_batch, pack, rounded
-from megaforge.training.engine import Engine
+
+
+class Observer(Protocol):
+    """What runs the model forward: the engine of training, or a model that was restored."""
+
+    @property
+    def ctx(self) -> ParallelContext: ...
+
+    @property
+    def model(self) -> HybridModel | ModelChunks: ...
+
+    @property
+    def plan(self) -> PipelinePlan: ...
+
+    def observe(self, batches: Sequence[Batch], look: Callable[[ModelOutput, Batch], Any]) -> list[Any]:
+        """What ``look`` says of each micro-batch, in order, where the last stage is; elsewhere nothing."""
 
 
 class Reader:
@@ -27,7 +45,7 @@ class Reader:
         heads: copies of the model's in host memory, on every rank; :meth:`share_heads` brings them up to date.
     """
 
-    def __init__(self, engine: Engine, cfg: ModelConfig, length: int, rows: int) -> None:
+    def __init__(self, engine: Observer, cfg: ModelConfig, length: int, rows: int) -> None:
         """
         Args:
             length: tokens of a row of contexts.

@@ -7,10 +7,12 @@ from functools import lru_cache
 from megaforge.config.config import Config
 from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.data.task_source import task_of
+from megaforge.data.tokenizer import Tokenizer
 from megaforge.errors import UserError
 from megaforge.reasoning.agent.episode import Tokens
 from megaforge.tasks.chunked import make_chunked
 
+TextTokens = tuple[tuple[Tokens, ...], Tokens, Tokens]
 _KEPT = 4096  # examples whose tokens stay in memory: those of a global batch, for the groups that read them
 
 
@@ -32,10 +34,16 @@ class TaskTexts:
         number = config.rl.agent_chunks if chunks is None else chunks
 
         @lru_cache(_KEPT)
-        def texts(index: int) -> tuple[tuple[Tokens, ...], Tokens, Tokens]:
-            example = make_chunked(name, seed, index, number, size)
-            asked = [*example.chunks, example.question, " " + example.answer]
-            *read, question, answer = (tuple(ids) for ids in tokenizer.encode_batch(asked))
-            return tuple(read), question, answer
+        def texts(index: int) -> TextTokens:
+            return example_tokens(name, tokenizer, seed, index, number, size)
 
         self.of = texts
+
+
+def example_tokens(name: str, tokenizer: Tokenizer, seed: int, index: int, chunks: int, size: int) -> TextTokens:
+    """Example number ``index`` of a task, of ``chunks`` chunks of ``size`` words: chunks, question and answer."""
+    example = make_chunked(name, seed, index, chunks, size)
+    *read, question, answer = (
+        tuple(ids) for ids in tokenizer.encode_batch([*example.chunks, example.question, " " + example.answer])
+    )
+    return tuple(read), question, answer

@@ -1,0 +1,214 @@
+#!/usr/bin/env python3
+"""A trained agent (--objective agent) reads long texts chunk by chunk and answers questions about them.
+
+    python tools/agent.py --load runs/agent --task kv_chunks --chunks 16 64 --examples 100
+    python tools/agent.py --load runs/agent --task kv_chunks --examples 20 --branches 4 --json
+    python tools/agent.py --load runs/agent --input book.txt --question "ask k3" --branches 4 --memory book.memory
+    torchrun --nproc-per-node 2 tools/agent.py --load runs/agent --task kv_chunks
+
+With --branches N each text is read in N ways, their actions drawn from the policy; the first of those with the highest
+reward is accepted where its advantage (its reward less the mean of all) is at least --agent-accept-threshold. One
+branch takes the most probable actions. Answers are written by the most likely tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from megaforge.config.arguments import ArgumentParser, integer, number, part_of
+from megaforge.config.entry import run_entry
+from megaforge.config.launcher import discover_launch, print_rank_0
+from megaforge.errors import UserError
+from megaforge.inference.open_model import add_model_flags, open_model
+from megaforge.registry import CHUNKED_TASKS, MEMORY_SEARCHES
+
+if TYPE_CHECKING:
+    from megaforge.data.tokenizer import Tokenizer
+    from megaforge.inference.restore import TrainedModel
+    from megaforge.reasoning.agent.asking import Asker, Reading
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags of the command line."""
+    parser = ArgumentParser(description=__doc__)
+    add_model_flags(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--task", type=part_of(CHUNKED_TASKS), metavar="NAME", help="texts of this task in chunks")
+    what.add_argument("--input", metavar="FILE", help="a text to read; see --question")
+    parser.add_argument(
+        "--question",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="with --input: what is asked; may be given again",
+    )
+    parser.add_argument(
+        "--chunks",
+        nargs="+",
+        type=integer(1),
+        metavar="N",
+        help="with --task: chunks of a text (default: as in training)",
+    )
+    parser.add_argument("--chunk-tokens", type=integer(1), help="tokens of a chunk (default: as in training)")
+    parser.add_argument("--examples", type=integer(1), help="with --task: texts of each length (default: 100)")
+    parser.add_argument("--branches", type=integer(1), default=1, help="ways in which each text is read")
+    parser.add_argument(
+        "--agent-accept-threshold", type=number(), default=0.0, help="least advantage of a branch that is accepted"
+    )
+    parser.add_argument(
+        "--seed", type=integer(0, 2**63 - 1), default=0, help="of the texts of --task, and of the draws"
+    )
+    parser.add_argument("--max-new-tokens", type=integer(1), default=32, help="of an answer, at most")
+    parser.add_argument(
+        "--memory-index", type=part_of(MEMORY_SEARCHES), help="what searches the index (default: as in training)"
+    )
+    parser.add_argument(
+        "--memory",
+        metavar="FILE",
+        help="with --input: begin with the memory in this file, and leave it there at the end",
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object a text, and one for each length")
+    flags = parser.parse_args(arguments)
+    wanted, unread = ("input", ("chunks", "examples")) if flags.input else ("task", ("question", "memory"))
+    for name in unread:
+        if value := getattr(flags, name):
+            raise UserError(f"--{name.replace('_', '-')} {value}: it is read without --{wanted}; leave one out")
+    if flags.input and not flags.question:
+        raise UserError(f"--input {flags.input}: nothing is asked; add --question TEXT")
+    return flags
+
+
+class Desk:
+    """Asks on all ranks; rank 0 prints."""
+
+    def __init__(self, flags: argparse.Namespace, trained: TrainedModel) -> None:
+        from megaforge.reasoning.agent.asking import Asker, Asking
+
+        self.flags, self.trained = flags, trained
+        self.tokenizer: Tokenizer = trained.load_tokenizer(flags.tokenizer_model)
+        self.chunk_tokens = flags.chunk_tokens or trained.config.tasks.task_chunk_tokens
+        self.asker: Asker = Asker(
+            trained.model,
+            trained.config,
+            Asking(
+                *(flags.branches, flags.seed, flags.agent_accept_threshold, flags.max_new_tokens),
+                *(self.tokenizer.eod, flags.memory_index),
+            ),
+        )
+
+    def ask(self) -> None:
+        """What the flags say."""
+        if self.flags.task:
+            self.ask_task()
+        else:
+            self.ask_input()
+
+    def ask_task(self) -> None:
+        """Many texts of a task, each by itself."""
+        from megaforge.reasoning.agent.asking import Text
+        from megaforge.reasoning.agent.texts import example_tokens
+
+        flags = self.flags
+        for chunks in flags.chunks or [self.trained.config.rl.agent_chunks]:
+            texts = [
+                Text(number, *example_tokens(flags.task, self.tokenizer, flags.seed, number, chunks, self.chunk_tokens))
+                for number in range(flags.examples or 100)
+            ]
+            readings = self.asker.ask_each(texts)
+            if flags.json:
+                for number, reading in enumerate(readings):
+                    self._show(json.dumps({"chunks": chunks, "example": number, **self._record(reading)}))
+            self._summary(chunks, readings)
+
+    def _summary(self, chunks: int, readings: list[Reading]) -> None:
+        from megaforge.reasoning.agent.asking import mean_numbers
+
+        numbers = {"task": self.flags.task, "chunks": chunks, "examples": len(readings), **mean_numbers(readings)}
+        if self.flags.json:
+            self._show(json.dumps(numbers))
+        else:
+            self._show(
+                f"{self.flags.task}, {chunks} chunks: {numbers['accuracy']:.1%} of {len(readings)} texts answered "
+                f"right, {numbers['actions']:.1f} actions that cost, {numbers['accepted']:.1%} of branches with an "
+                f"advantage of at least {self.flags.agent_accept_threshold:g}, {numbers['memory_bytes']:.0f} bytes of "
+                "memory"
+            )
+
+    def ask_input(self) -> None:
+        """One text, one question after the other; what accepted branches wrote to memory stays."""
+        from megaforge.reasoning.agent.asking import Text
+        from megaforge.reasoning.memory.file import load_memory, save_memory
+
+        flags, size = self.flags, self.chunk_tokens
+        try:
+            tokens = self.tokenizer.encode(Path(flags.input).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--input {flags.input}: it cannot be read as text ({error})") from error
+        if not tokens:
+            raise UserError(f"--input {flags.input}: it is empty")
+        memory, model = self.asker.root.memory, self.asker.digest()
+        if flags.memory is not None and load_memory(Path(flags.memory), memory, model):
+            print_rank_0(
+                f"--memory {flags.memory}: begins with {memory.entries} chunks and {memory.summaries} summaries"
+            )
+        chunks = tuple(tuple(tokens[start : start + size]) for start in range(0, len(tokens), size))
+        for place, question in enumerate(flags.question):
+            reading = self.asker.ask(Text(place, chunks, tuple(self.tokenizer.encode(question))))
+            record = {"question": question, **self._record(reading)}
+            self._show(json.dumps(record) if flags.json else self._shown(record))
+        if flags.memory is not None and self.trained.ctx.is_first_rank:
+            save_memory(Path(flags.memory), memory, model)
+
+    def _show(self, text: str) -> None:
+        if self.trained.ctx.is_first_rank:
+            print(text, flush=True)
+
+    def _record(self, reading: Reading) -> dict[str, object]:
+        branches = [
+            {
+                "actions": list(way.actions),
+                "answer": self.tokenizer.decode(list(way.written)),
+                "right": way.right,
+                "reward": round(way.reward, 6),
+                "advantage": round(way.advantage, 6),
+                "entries": way.entries,
+                "summaries": way.summaries,
+            }
+            for way in reading.ways
+        ]
+        return {
+            "answer": self.tokenizer.decode(list(reading.best.written)),
+            "accepted": reading.accepted,
+            "branches": branches,
+        }
+
+    def _shown(self, record: dict[str, object]) -> str:
+        lines = [f"{record['question']}: {record['answer']}"]
+        branches = record["branches"]
+        assert isinstance(branches, list)
+        for n, way in enumerate(branches):
+            mark = ", accepted" if n == record["accepted"] else ""
+            said = f"  branch {n} (advantage {way['advantage']:+.3f}{mark}): {way['answer']}"
+            lines += [said, f"    {' '.join(way['actions'])}"]
+        return "\n".join(lines)
+
+
+def main() -> int:
+    flags = parse_arguments()
+    _ = discover_launch()
+    from megaforge.parallel.distributed import shutdown
+
+    Desk(flags, open_model(flags)).ask()
+    shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    run_entry(main)
