@@ -34,6 +34,7 @@ COVERED = {
     "config/megatron/": "config/test_megatron_flags.py",
     "config/data_partners.py": "config/test_partners.py",
     "config/reading_config.py": "config/test_data_schedule.py",
+    "config/stage_config.py": "config/test_stages.py",
     "config/task_config.py": "data/test_task_source.py",
     "config/position_kind.py": "config/test_partners.py",
     "config/quant_config.py": "quant/test_converter.py",

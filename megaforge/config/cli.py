@@ -6,12 +6,12 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megaforge.config import megatron
-from megaforge.config.arguments import ArgumentParser
+from megaforge.config.arguments import ArgumentParser, integer
 from megaforge.config.checkpoint_source import at_step, take_checkpoint_args
 from megaforge.config.config import Config
 from megaforge.config.data_lists import read_lists
@@ -28,22 +28,28 @@ from megaforge.config.schema import (
     settings,
     suggestion,
 )
+from megaforge.config.shrink import shrink
+from megaforge.config.stages import StageB, for_stage_b, settle_places
 from megaforge.config.yaml_files import ConfigLayer, load_layer, preset_names
 from megaforge.errors import UserError, gathered, raise_all
 from megaforge.registry import Registry
 
 __all__ = ["ParsedConfig", "config_from_dict", "config_to_dict", "format_config", "parse_config", "run_entry"]
 
+_STAGE = "stages.stage"
+
 
 @dataclass(frozen=True)
 class ParsedConfig:
     """A configuration and where each of its values came from: ``origins["section.name"]`` is ``default``,
     ``preset NAME``, ``FILE:LINE``, ``checkpoint PATH`` or ``command line FLAG``. ``told`` is what became of flags of
-    Megatron-LM's; ``notes`` are these, and where it would mean otherwise."""
+    Megatron-LM's; ``notes`` are these, and where it would mean otherwise. ``stage_b`` is what its files say of a second
+    stage, where this is the first of two."""
 
     config: Config
     origins: Mapping[str, str]
     told: tuple[str, ...] = ()
+    stage_b: ConfigLayer | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -56,6 +62,7 @@ def parse_config(
     description: str | None = None,
     as_megatron: bool = False,
     defaults: Mapping[str, Any] | None = None,
+    second: StageB | None = None,
 ) -> ParsedConfig:
     """Turns arguments into a validated configuration. With ``--print-config`` it prints it and ends the program.
 
@@ -65,25 +72,26 @@ def parse_config(
         description: one line for ``--help``.
         as_megatron: where nothing is said, Megatron-LM's defaults hold, and what it requires is required.
         defaults: of settings by key, where neither the line nor ``--config`` says anything.
+        second: the line is of two stages, and read for its second one.
 
     Raises:
         UserError: naming the flag or the file and key, its value and what would work; all that is wrong with the line.
     """
     parser = _make_parser(prog, description)
-    line = megatron.read_line(sys.argv[1:] if argv is None else argv, as_megatron)
+    words = list(sys.argv[1:] if argv is None else argv)
+    line = megatron.read_line([*words, *(second.flags if second else ())], as_megatron)
     slips: list[str] = []
     unread: set[str] = set()
     namespace = _read_flags(parser, line, slips, unread)
     problems = line.refused
     problems += slips
     layer = _layer(namespace.config, as_megatron, problems)
-    origins = dict.fromkeys(settings(), "default") | layer.origins
-    values = {**(defaults or {}), **layer.values}
-    origins |= dict.fromkeys((defaults or {}).keys() - layer.values.keys(), f"default of {prog}")
     typed = {key: getattr(namespace, key) for key in settings() if hasattr(namespace, key)}
-    for key, (spelling, value) in typed.items():
-        values[key] = value
-        origins[key] = f"command line {spelling}"
+    if second is not None:
+        typed = for_stage_b(typed, layer.stage_b or layer, _keys_of(parser, second.flags, as_megatron))
+    stage = _stage_of(layer, typed)
+    stage_b = layer.stage_b if stage is None else None
+    values, origins = _gather(layer.of_stage_b() if stage == "b" else layer, typed, defaults or {}, prog)
     if slips:
         said = {key.partition(".")[0] for key in typed}
         _refuse(problems, build_config(layer.name, values), sections().keys() - said | unread)
@@ -93,22 +101,75 @@ def parse_config(
         choose_lengths(values, origins, typed, lists_all=False)
         read_lists(values, origins, typed)
         at_step(values)
+        if stage == "b" and not values.get("dry_run.dry_run"):
+            settle_places(values, origins, after_a=second is not None)
+        shrink(values, origins, getattr(namespace, "shrink", 1), typed)
         taken = take_checkpoint_args(values, origins, typed)
     megatron.settle(line, values, origins)
     config = build_config(layer.name, values)
     if namespace.print_config and launched_rank()[0] == 0:
-        print(format_config(ParsedConfig(config, origins)))
+        print(format_config(ParsedConfig(config, origins, stage_b=stage_b)))
+    notes = [*taken, *_check(config, origins, problems)]
+    if namespace.print_config:
+        sys.exit(0)
+    for note in notes:
+        print_rank_0(note)
+    return ParsedConfig(config, origins, tuple(line.notes), stage_b)
+
+
+def _check(config: Config, origins: Mapping[str, str], problems: list[str]) -> list[str]:
+    """What to tell of the whole configuration.
+
+    Raises:
+        UserError: something is wrong with it, or there are ``problems``.
+    """
     with gathered(problems):
         config.validate()
     notes = []
     with gathered(problems):
         notes = check_partners(config, origins)
     raise_all(problems)
-    if namespace.print_config:
-        sys.exit(0)
-    for note in (*taken, *notes):
-        print_rank_0(note)
-    return ParsedConfig(config, origins, tuple(line.notes))
+    return notes
+
+
+def _stage_of(layer: ConfigLayer, typed: Mapping[str, tuple[str, Any]]) -> str | None:
+    """``--stage``."""
+    stage = typed[_STAGE][1] if _STAGE in typed else layer.values.get(_STAGE)
+    return None if stage is None else str(stage)
+
+
+def _gather(
+    layer: ConfigLayer, typed: Mapping[str, tuple[str, Any]], defaults: Mapping[str, Any], prog: str | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values of settings by key, and where they are from: the line before the files before ``defaults``."""
+    origins = dict.fromkeys(settings(), "default") | layer.origins
+    origins |= dict.fromkeys(defaults.keys() - layer.values.keys(), f"default of {prog}")
+    values = {**defaults, **layer.values}
+    for key, (spelling, value) in typed.items():
+        values[key] = value
+        origins[key] = f"command line {spelling}"
+    return values, origins
+
+
+def parse_stages(
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+    description: str | None = None,
+    as_megatron: bool = False,
+    defaults: Mapping[str, Any] | None = None,
+) -> tuple[ParsedConfig, ...]:
+    """The configuration of each stage that the line asks for, one or two; as :func:`parse_config`."""
+    first = parse_config(argv, prog, description, as_megatron, defaults)
+    if first.stage_b is None:
+        return (first,)
+    second = StageB.of(first.config.stages.stage_b_flags)
+    return first, parse_config(argv, prog, description, as_megatron, defaults, second)
+
+
+def _keys_of(parser: argparse.ArgumentParser, words: Sequence[str], as_megatron: bool) -> set[str]:
+    """Of the settings that these words give."""
+    given = _read_flags(parser, megatron.read_line(words, as_megatron), [], set())
+    return {key for key in settings() if hasattr(given, key)}
 
 
 def _read_flags(
@@ -157,7 +218,7 @@ def _layer(name: str | None, as_megatron: bool, problems: list[str]) -> ConfigLa
         return own
     base = load_layer(megatron.PRESET)
     name = own.name if name else base.name
-    return ConfigLayer(name, base.values | own.values, base.origins | own.origins)
+    return ConfigLayer(name, base.values | own.values, base.origins | own.origins, own.stage_b)
 
 
 def _leave_vocabulary_to_tokenizer(values: dict[str, Any], origins: dict[str, str]) -> None:
@@ -170,7 +231,8 @@ def _leave_vocabulary_to_tokenizer(values: dict[str, Any], origins: dict[str, st
 
 
 def format_config(parsed: ParsedConfig) -> str:
-    """The configuration as YAML that ``--config`` reads back, each value followed by its origin as a comment."""
+    """The configuration as YAML that ``--config`` reads back, each value followed by its origin as a comment; of a
+    second stage what its files say."""
     lines = [f"name: {_show(parsed.config.name)}"]
     rows = {
         setting.key: f"  {setting.name}: {_show(_value(parsed.config, setting))}" for setting in settings().values()
@@ -183,7 +245,19 @@ def format_config(parsed: ParsedConfig) -> str:
             for setting in settings().values()
             if setting.section == section
         ]
+    if parsed.stage_b is not None:
+        lines += ["stage_b:", *_format_stage_b(parsed.stage_b)]
     return "\n".join(lines)
+
+
+def _format_stage_b(layer: ConfigLayer) -> Iterator[str]:
+    for section in sections():
+        own = [setting for setting in settings().values() if setting.section == section and setting.key in layer.values]
+        if own:
+            yield f"  {section}:"
+        for setting in own:
+            shown = _show(setting.written(layer.values[setting.key]))
+            yield f"    {setting.name}: {shown}  # {layer.origins[setting.key]}"
 
 
 def _value(config: Config, setting: Setting) -> Any:
@@ -233,6 +307,13 @@ def _make_parser(prog: str | None, description: str | None) -> argparse.Argument
         help=f"start from a preset ({', '.join(preset_names())}) or from a YAML file; other flags override it",
     )
     parser.add_argument("--print-config", action="store_true", help="print every value with its origin, and exit")
+    parser.add_argument(
+        "--shrink",
+        metavar="N",
+        type=integer(1, 1 << 16),
+        default=argparse.SUPPRESS,
+        help="divide the widths of the model of --config by this, to try its depth and layout on a small machine",
+    )
     for section, cls in sections().items():
         group = parser.add_argument_group(section, (cls.__doc__ or "").split("\n\n")[0])
         for setting in settings().values():

@@ -29,6 +29,7 @@ from megaforge.config.run_config import (
     ParallelConfig,
     TrainingConfig,
 )
+from megaforge.config.stage_config import StageConfig
 from megaforge.config.task_config import TaskConfig
 from megaforge.errors import gathered, raise_all
 
@@ -51,6 +52,7 @@ class Config:
     regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
     rl: ReinforcementConfig = field(default_factory=ReinforcementConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    stages: StageConfig = field(default_factory=StageConfig)
     length: LengthConfig = field(default_factory=LengthConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)

@@ -16,6 +16,9 @@ _SOURCES = tuple(
     f"data.{name}" for name in ("data_path", "data_args_path", "per_split_data_args_path", "train_data_path")
 )
 
+# All that says what is read, training and held-out data.
+OF_DATA = (*_SOURCES, "data.valid_data_path", "data.test_data_path")
+
 
 def read_lists(values: dict[str, Any], origins: dict[str, str], typed: Collection[str]) -> None:
     """Brings every form of naming datasets to ``--data-path`` and, for held-out ones, ``--valid-data-path`` and

@@ -10,7 +10,7 @@ from megaforge.config.schema import settings
 from megaforge.errors import UserError
 
 # Settings that say one thing; of each row one holds.
-_ROWS = [
+ROWS = [
     (key, *(f"length.{name}" for name in names), *(("optimizer.lr_warmup_fraction",) * key.endswith("lr_warmup_iters")))
     for key, names in {**LENGTHS, **INTERVALS}.items()
 ]
@@ -31,7 +31,7 @@ def choose_lengths(
     Raises:
         UserError: two of a row were written here.
     """
-    for row in _ROWS:
+    for row in ROWS:
         own = [key for key in row if key in written and values[key] is not None]
         if lists_all and len(own) > 1:
             own = [key for key in own if values[key] not in (0, settings()[key].default)]

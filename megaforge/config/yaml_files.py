@@ -9,6 +9,7 @@ A file holds the sections of :class:`megaforge.config.config.Config`, and may na
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -21,16 +22,26 @@ from megaforge.config.schema import sections, setting_of, settings, suggestion
 from megaforge.config.yaml_nodes import at, compose, mapping_of, value_of
 from megaforge.errors import UserError
 
-_TOP_LEVEL = ("name", "base")
+_STAGE_B = "stage_b"
+_TOP_LEVEL = ("name", "base", _STAGE_B)
 
 
 @dataclass
 class ConfigLayer:
-    """Settings from files: values and where each came from (``preset NAME`` or ``FILE:LINE``), by key."""
+    """Settings from files: values and where each came from (``preset NAME`` or ``FILE:LINE``), by key; ``stage_b`` has
+    those of a second stage, which hold over these."""
 
     name: str
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
+    stage_b: ConfigLayer | None = None
+
+    def of_stage_b(self) -> ConfigLayer:
+        """Both together, as stage B has them."""
+        own = self.stage_b or ConfigLayer(self.name)
+        values, origins = self.values | own.values, self.origins | own.origins
+        choose_lengths(values, origins, own.values, lists_all=True)
+        return ConfigLayer(self.name, values, origins)
 
 
 def preset_names() -> list[str]:
@@ -75,19 +86,24 @@ def load_layer(name_or_file: str, beside: Path | None = None, including: tuple[s
     layer = ConfigLayer(Path(name_or_file).stem if is_path else name_or_file)
     if "base" in entries:
         base = load_layer(_text(entries["base"], label, "base"), path.parent if path else None, (*including, identity))
-        layer.values, layer.origins = base.values, base.origins
+        layer.values, layer.origins, layer.stage_b = base.values, base.origins, base.stage_b
     if "name" in entries:
         layer.name = _text(entries["name"], label, "name")
+    _read_sections(layer, {key: node for key, node in entries.items() if key not in _TOP_LEVEL}, label)
+    if _STAGE_B in entries:
+        layer.stage_b = layer.stage_b or ConfigLayer(layer.name)
+        _read_sections(layer.stage_b, mapping_of(entries[_STAGE_B], label, f"section '{_STAGE_B}'"), label)
+    return layer
+
+
+def _read_sections(layer: ConfigLayer, entries: Mapping[str, yaml.Node], label: str) -> None:
     written = set[str]()
     for section, node in entries.items():
-        if section in _TOP_LEVEL:
-            continue
         if section not in sections():
             hint = suggestion(section, [*sections(), *_TOP_LEVEL])
             raise UserError(f"{at(label, node)}: unknown section '{section}'{hint}")
         written |= _read_section(layer, section, node, label)
     choose_lengths(layer.values, layer.origins, written, lists_all=True)
-    return layer
 
 
 def _read_section(layer: ConfigLayer, section: str, node: yaml.Node, label: str) -> set[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 
 COMPLETED, UNFINISHED = "completed", "unfinished"
+STAGE_A_COMPLETED = "stage_a_completed"  # the first of a run's two stages
 # What does not change what is left to do.
-_INDIFFERENT = ("parallel", "logging", "alerts", "prometheus", "resilience", "dry_run")
+_INDIFFERENT = ("parallel", "logging", "alerts", "prometheus", "resilience", "dry_run", "stages")
 
 
 def check_requeue_status(config: Config, launch: Launch) -> None:
@@ -40,13 +41,17 @@ def check_requeue_status(config: Config, launch: Launch) -> None:
         )
 
 
-def nothing_left(config: Config) -> str | None:
+def nothing_left(config: Config, completed: str = COMPLETED) -> str | None:
     """What to say where the run of ``config``, as its command line has it, was completed before and is not to be
-    started again; None where there is something to do."""
+    started again; None where there is something to do.
+
+    Args:
+        completed: the mark that says so.
+    """
     flags = config.checkpoint
     if flags.save is None or config.training.skip_train or not same_directory(flags.save, flags.load):
         return None
-    left = _read(Path(flags.save) / COMPLETED)
+    left = _read(Path(flags.save) / completed)
     if left is None or left.get("run") != _digest(config):
         return None
     found = newest_meta(Path(flags.save))
@@ -55,23 +60,26 @@ def nothing_left(config: Config) -> str | None:
     return f"{flags.save}: complete since iteration {left['iteration']} ({left.get('reason')}); nothing is left to do"
 
 
-def unmark(config: Config) -> None:
+def unmark(config: Config, marks: Sequence[str] = (COMPLETED, STAGE_A_COMPLETED, UNFINISHED)) -> None:
     """The run of ``config`` is about to do something: what it will leave behind is not known."""
-    for name in (COMPLETED, UNFINISHED):
+    for name in marks:
         if config.checkpoint.save is not None:
             (Path(config.checkpoint.save) / name).unlink(missing_ok=True)
 
 
-def mark(config: Config, iteration: int, reason: str, *, complete: bool) -> None:
+def mark(config: Config, iteration: int, reason: str, *, complete: bool, completed: str = COMPLETED) -> None:
     """Says below ``--save``, if there is one, how the run of ``config`` ended after ``iteration``; the file is there as
     a whole or not at all.
+
+    Args:
+        completed: the mark of one that is complete.
 
     Raises:
         OSError: it cannot be written.
     """
     if config.checkpoint.save is None or config.training.skip_train:
         return
-    path = Path(config.checkpoint.save) / (COMPLETED if complete else UNFINISHED)
+    path = Path(config.checkpoint.save) / (completed if complete else UNFINISHED)
     with replacing(path) as part, part.open("w", encoding="utf-8") as file:
         json.dump({"iteration": iteration, "reason": reason, "run": _digest(config)}, file)
         file.write("\n")

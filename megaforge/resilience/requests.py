@@ -43,6 +43,7 @@ class Requests:
         self.exit_minutes, self.save_minutes, self.time_over = exit_minutes, save_minutes, time_over
         self._started = self._saved = time.monotonic()
         self._heard: dict[int, float] = {}
+        self._listening = False
 
     def votes(self) -> list[float]:
         """One number a request, 1.0 where this rank was asked: each of :data:`SIGNALS`, the end of the time, a
@@ -74,14 +75,17 @@ class Requests:
         return 128 + number if now - min(self._heard.values()) >= REPEAT_SECONDS else None
 
     def listen(self, announce: bool) -> None:
-        """Hears the process's signals from now on; call it once, in the main thread, when there is something to save.
-        Before that a signal ends the process as usual, and nothing is lost.
+        """Hears the process's signals from now on; call it in the main thread when there is something to save, again
+        does nothing. Before that a signal ends the process as usual, and nothing is lost.
 
         A thread reads them: the main thread may be inside a collective that never ends when the second one comes.
 
         Args:
             announce: whether this rank says what a signal will do.
         """
+        if self._listening:
+            return
+        self._listening = True
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)

@@ -260,6 +260,7 @@ def test_sections_are_the_fields_of_config() -> None:
         "regularization",
         "rl",
         "training",
+        "stages",
         "length",
         "checkpoint",
         "resilience",

@@ -99,7 +99,7 @@ def known_flags() -> Iterator[str]:
 @functools.cache
 def own_flags() -> frozenset[str]:
     """Every spelling of our own flags, those that switch off included."""
-    found = {"--config", "--print-config", "--help"}
+    found = {"--config", "--print-config", "--shrink", "--help"}
     for setting in settings().values():
         spellings = (setting.flag, *setting.aliases)
         found.update(spellings)
