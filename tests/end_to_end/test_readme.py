@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sysconfig
 import time
@@ -151,5 +152,5 @@ def test_every_command_is_understood(document: str, monkeypatch: pytest.MonkeyPa
     for command in printed:
         for name, value in VARIABLES.items():
             command = command.replace(name, value)
-        scripts.append(understand(command.partition(" > ")[0], monkeypatch))
+        scripts.append(understand(re.split(r" >>? ", command)[0], monkeypatch))
     assert any(scripts), "no command of ours was found"
