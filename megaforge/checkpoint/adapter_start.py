@@ -17,6 +17,7 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import Entry
 from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import ParamSpec
+from megaforge.peft.adalora import VALUES
 from megaforge.peft.adapter import Factors
 from megaforge.peft.lora import adapters
 
@@ -58,11 +59,11 @@ def starting_values(folder: AdapterFolder, base: BaseModel, cfg: ModelConfig) ->
 def _factors(pairs: list[Pair], letters: tuple[str, ...]) -> dict[str, list[Tensor]]:
     """Those of each expert, by letter. What the run has no place for between A and B is in A; what it has and the
     folder has not is 1."""
-    between = "E" in letters
+    between = VALUES in letters
     found = {"A": [one.first if between else one.inner for one in pairs], "B": [one.second for one in pairs]}
     if between:
         ones = (one.first.new_ones(len(one.first)) if one.values is None else one.values for one in pairs)
-        found["E"] = [values.view(-1, 1) for values in ones]
+        found[VALUES] = [values.view(-1, 1) for values in ones]
     return found
 
 

@@ -17,6 +17,7 @@ from megaforge.peft.adapter import Adapter, Declaration, Factors
 from megaforge.peft.lora import adapters, lora
 
 _STD = 0.02  # of A and B at first, as peft has it
+VALUES = "E"  # the letter of singular values, as in peft's files
 _MEANS = 2  # that Triplets keeps of each parameter
 
 
@@ -34,7 +35,7 @@ class SingularAdapter(Adapter):
         return {
             "A": (first, Normal(_STD), {"means": _MEANS, **of_first}),
             "B": (second, Normal(_STD), {"means": _MEANS, **of_second}),
-            "E": (values, Constant(0.0), {"means": _MEANS, **of_values}),
+            VALUES: (values, Constant(0.0), {"means": _MEANS, **of_values}),
         }
 
     def pair(self, factors: Factors) -> tuple[Tensor, Tensor]:
@@ -46,7 +47,7 @@ class SingularAdapter(Adapter):
 
     def values(self, factors: Factors) -> nn.Parameter:
         """E of this rank."""
-        found: nn.Parameter = getattr(self, f"{factors.prefix}E")
+        found: nn.Parameter = getattr(self, f"{factors.prefix}{VALUES}")
         return found
 
 

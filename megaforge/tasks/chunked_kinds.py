@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import add, mul, sub
 from random import Random
 
 from megaforge.tasks.chunked import ABSENT, ASK, Asked, Piece, Told
@@ -10,6 +11,7 @@ KEYS = tuple(f"k{number}" for number in range(64))
 VALUES = tuple(f"v{number}" for number in range(16))
 VARIABLES = tuple(f"x{number}" for number in range(32))
 DIGITS = tuple(map(str, range(10)))
+_SIGNS = (("+", add), ("-", sub), ("*", mul))
 
 
 class KeyValues:
@@ -157,9 +159,9 @@ class ArithmeticInChunks:
         value = random.randrange(10)
         pieces: list[list[Piece]] = [[("=", str(value))]]
         for _ in range(chunks - 1):
-            sign = random.choice("+-*")
-            number = random.choice(self._FACTORS) if sign == "*" else random.randrange(10)
-            value = {"+": value + number, "-": value - number, "*": value * number}[sign] % 10
+            sign, apply = random.choice(_SIGNS)
+            number = random.choice(self._FACTORS) if apply is mul else random.randrange(10)
+            value = apply(value, number) % 10
             pieces.append([(sign, str(number))])
         return Told(pieces, Asked((ASK, "result"), (str(value),)))
 

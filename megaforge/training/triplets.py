@@ -21,7 +21,7 @@ from megaforge.parallel.agree import exchange
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import Entry, FlatShard, optimizer_shard
 from megaforge.parallel.param_spec import spec_of
-from megaforge.peft.adalora import singular_factors
+from megaforge.peft.adalora import VALUES, singular_factors
 
 
 class Budget(NamedTuple):
@@ -111,7 +111,7 @@ class Triplets:
         self._held = [
             _Held(masters[id(getattr(adapter, factors.prefix + letter))], letter, places[spec.name])
             for (adapter, factors), spec in zip(found, values, strict=True)
-            for letter in "ABE"
+            for letter in ("A", "B", VALUES)
         ]
         self._means = [(torch.zeros_like(one.main.master), torch.zeros_like(one.main.master)) for one in self._held]
         for means in self._means:
@@ -141,7 +141,7 @@ class Triplets:
     def drop(self) -> None:
         """Singular values of the others become zero, in masters and weights. All weights have to be there."""
         for one in self._held:
-            if one.letter != "E":
+            if one.letter != VALUES:
                 continue
             spec = spec_of(one.main.parameter)
             local = spec.take_local(self.kept[one.scores].view(*spec.shape), self.ctx)
