@@ -96,6 +96,7 @@ COVERED = {
     "training/fault_steps.py": "training/test_save_lock.py",
     "training/final_test.py": "training/test_decoupled_lr.py",
     "training/norms.py": "training/test_decoupled_lr.py",
+    "training/penalties.py": "training/test_regularization.py",
     "training/skip_train.py": "training/test_decoupled_lr.py",
     "training/speed.py": "training/test_metrics.py",
     "verification/parity_options.py": "tools/test_parity.py",

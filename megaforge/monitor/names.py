@@ -194,6 +194,10 @@ STEP = {
     "contrastive": Name(
         "InfoNCE of sequences' halves in nats, mean over the sequences; before its weight", "`--contrastive-weight`"
     ),
+    "l1_penalty": Name(
+        "sum of absolute weights that the penalty is of, as the step found them; before its coefficient", "`--l1-coeff`"
+    ),
+    "l2_penalty": Name("half the sum of their squares, as the step found them; before its coefficient", "`--l2-coeff`"),
     "loss_scale": Name("factor on the loss", "`--fp16`"),
     "skipped": Name(
         "1 where the gradient was not finite and the update was left out, else 0", "`--fp16`, `--skip-nonfinite-steps`"

@@ -17,16 +17,17 @@ from megaforge.parallel.flat_shard import optimizer_shard
 
 def parameter_norm(main: MainParameters, ctx: ParallelContext) -> float:
     """The 2-norm of all trained weights, of their masters where there are some. Collective."""
-    return math.sqrt(_summed(main, ctx, lambda one: sum_of_squares([one.master.detach()])))
+    return math.sqrt(summed(main, ctx, lambda one: sum_of_squares([one.master.detach()])))
 
 
 def zeros_in_gradient(main: MainParameters, ctx: ParallelContext) -> float:
     """How many elements of the reduced gradient are 0. Collective."""
-    return _summed(main, ctx, lambda one: (one.grad == 0).sum())
+    return summed(main, ctx, lambda one: (one.grad == 0).sum())
 
 
 @torch.no_grad()
-def _summed(main: MainParameters, ctx: ParallelContext, number: Callable[[MainParameter], Tensor]) -> float:
+def summed(main: MainParameters, ctx: ParallelContext, number: Callable[[MainParameter], Tensor]) -> float:
+    """``number`` of all that is trained, each element counted once. Collective."""
     total = torch.zeros((), dtype=torch.float64, device=ctx.device)
     for one in main.trained:
         if optimizer_shard(one.parameter).is_first_copy(ctx):

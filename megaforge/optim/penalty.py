@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from megaforge.config.regularization_config import RegularizationConfig
-from megaforge.optim.main_parameters import MainParameter
+from megaforge.optim.clip import sum_of_squares
+from megaforge.optim.main_parameters import MainParameter, MainParameters
+from megaforge.optim.norms import summed
+from megaforge.parallel.context import ParallelContext
 
 
 def add_penalty(config: RegularizationConfig, parameters: Sequence[MainParameter], scale: float) -> None:
@@ -27,3 +31,20 @@ def add_penalty(config: RegularizationConfig, parameters: Sequence[MainParameter
                     main.grad.add_(main.master.sign(), alpha=config.l1_coeff * scale)
                 if config.l2_coeff:
                     main.grad.add_(main.master, alpha=config.l2_coeff * scale)
+
+
+def penalties(config: RegularizationConfig, main: MainParameters, ctx: ParallelContext) -> dict[str, float]:
+    """What :func:`add_penalty` adds the gradients of, by name and before their coefficients: ``sum |w|`` and
+    ``sum w^2 / 2`` of the whole model's weights as they are now; those that no flag asks for are left out.
+    Collective."""
+    found: dict[str, float] = {}
+    if config.l1_coeff:
+        found["l1_penalty"] = summed(main, ctx, lambda one: _counted(one, lambda w: w.abs().sum(dtype=torch.float64)))
+    if config.l2_coeff:
+        found["l2_penalty"] = summed(main, ctx, lambda one: _counted(one, lambda w: sum_of_squares([w]))) / 2
+    return found
+
+
+def _counted(main: MainParameter, number: Callable[[Tensor], Tensor]) -> Tensor:
+    weight = main.master.detach()
+    return number(weight) if main.spec.weight_decay else weight.new_zeros((), dtype=torch.float64)

@@ -70,6 +70,7 @@ from megaforge.training.manual_gc import ManualCollection
 from megaforge.training.memory_limit import Advice, MemoryLimit
 from megaforge.training.norms import Norms
 from megaforge.training.numerics import choose_matmul_precision
+from megaforge.training.penalties import Penalties
 from megaforge.training.phase6_output import Phase6Output
 from megaforge.training.plateau_boost import PlateauBoost
 from megaforge.training.profiling import Profile
@@ -301,7 +302,7 @@ _OF_UPDATES = (
 )
 # What is seen, and when the run ends.
 _OTHERS = (
-    *(Norms, Digests, ManualCollection, FinalTest, SkipTrain, FaultSteps),
+    *(Norms, Penalties, Digests, ManualCollection, FinalTest, SkipTrain, FaultSteps),
     *(Stragglers, MachineRoom, BalanceBatch, SpikeRollback),
 )
 

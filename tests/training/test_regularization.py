@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from megaforge.training.objectives import make_objective
 from megaforge.training.regularization import info_nce
 from tests.parallel.pool import RankPool
 from tests.parallel.test_pipeline_model import compare, train
-from tests.training.tiny import dense_arguments, make_config, make_trainer, weights, write_dataset
+from tests.training.tiny import dense_arguments, make_config, make_trainer, record, weights, write_dataset
 
 SHORT = ("--fp64", "--train-iters", "2", "--micro-batch-size", "2", "--global-batch-size", "4", "--eval-iters", "1")
 ALL = ("--label-smoothing", "0.3", "--contrastive-weight", "0.2", "--l1-coeff", "1e-3", "--l2-coeff", "1e-2")
@@ -32,7 +33,8 @@ def test_every_layout_learns_the_same(ranks: RankPool, prefix: str) -> None:
     expected = train(argv)
     steps = [one for one in expected["records"] if one["kind"] == "step"]
     assert all(abs(one["label_smoothing"]) > 1e-6 and one["contrastive"] > 1e-3 for one in steps)
-    assert all(known("step", name) for name in ("label_smoothing", "contrastive"))
+    assert all(known("step", name) for name in ("label_smoothing", "contrastive", "l1_penalty", "l2_penalty"))
+    assert all({"l1_penalty", "l2_penalty"} < one.keys() for one in steps), "compared below"
     compare(ranks.run(4, train, [*argv, "--tp", "2", "--sp", "--pp", "2"]), expected, 1e-9)
     compare(ranks.run(4, train, [*argv, "--cp", "2", "--zero", "2"]), expected, 1e-9)
 
@@ -114,12 +116,18 @@ def test_penalties_are_gradients_of_sums(prefix: str, precision: str) -> None:
     def trained(*more: str) -> tuple[dict[str, Tensor], dict[str, Tensor], set[str]]:
         trainer = make_trainer([*argv, *more])
         decayed = {main.spec.name for main in trainer.optimizer.main.trained if main.spec.weight_decay}
-        before = weights(trainer)
+        before, sink = weights(trainer), record(trainer)
         trainer.train()
+        steps.append(sink.records[0])
         return before, weights(trainer), decayed
 
+    steps: list[dict[str, Any]] = []
     before, plain, decayed = trained()
     _, found, _ = trained("--l1-coeff", "0.01", "--l2-coeff", "0.2")
+    every = torch.cat([before[name].double().flatten() for name in decayed])
+    assert {"l1_penalty", "l2_penalty"}.isdisjoint(steps[0])
+    assert steps[1]["l1_penalty"] == pytest.approx(float(every.abs().sum()), rel=1e-9)
+    assert steps[1]["l2_penalty"] == pytest.approx(float(every.square().sum()) / 2, rel=1e-9)
     assert 0 < len(decayed) < len(before)
     for name, start in before.items():
         penalty = 0.1 * (0.01 * start.sign() + 0.2 * start) if name in decayed else torch.zeros_like(start)
