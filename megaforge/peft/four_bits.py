@@ -120,4 +120,5 @@ def dequantize(codes: Tensor, scales: Tensor, kind: str) -> Tensor:
     """fp32 [.., in] of codes [.., in / 2] and fp32 scales [.., in / block]."""
     values = torch.nn.functional.embedding(codes.int(), _level_pairs(kind, codes.device))
     *rows, halves, _ = values.shape
-    return (values.view(*rows, scales.shape[-1], -1) * scales.unsqueeze(-1)).view(*rows, 2 * halves)
+    values.view(*rows, scales.shape[-1], -1).mul_(scales.unsqueeze(-1))  # in place: the wide matrix is there once
+    return values.view(*rows, 2 * halves)

@@ -48,6 +48,17 @@ def test_gradients_of_weights_wait_only_where_the_schedule_splits() -> None:
     assert dense_ffn(split).waiting == pytest.approx(TOKENS * WIDE * (2 * WIDTH + inner), rel=0.01)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_in_four_bits_is_wide_while_it_is_multiplied(dtype: torch.dtype) -> None:
+    """Six bytes a weight of one matrix at a time: in fp32, made of codes in two bytes a weight, or made 16-bit."""
+    shape = ("--layer-schedule", "attention", "--ffn", "dense", "--hidden-size", "512", "--ffn-hidden-size", "2048")
+    sizes = _sizes(dataclasses.replace(PLAIN, sequence_length=1, dtype=dtype), "none", experts=False)
+    lora, qlora = (measure_layer(small(*shape, "--peft", name), 1, 1, sizes, {}) for name in ("lora", "qlora"))
+    assert 0 <= qlora.kept - lora.kept < 4096, "tables of levels alone"
+    assert lora.working < 0.1 * qlora.working
+    assert qlora.working == pytest.approx(6 * 512 * 2048, rel=0.03)
+
+
 def test_carried_tensors_are_made_once_and_read() -> None:
     cfg = small("--layer-schedule", "rwkv", "--ffn", "dense")
     sizes = _sizes(PLAIN, "none", experts=False)
