@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch.distributed as dist
 
 from megaforge.data.tokenizer import load_tokenizer
 from megaforge.errors import UserError
@@ -33,13 +34,14 @@ def argv(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def again(argv: list[str]) -> None:
-    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}
-    with mock.patch.dict(os.environ, launched):
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    with mock.patch.dict(os.environ, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world)}):
         evaluate_at_end(make_config(argv))
 
 
-def test_a_complete_run_is_asked(argv: list[str], ranks) -> None:
-    done = run(1, "pretrain_cdrmix.py", *argv)
+def test_a_complete_run_is_asked_at_every_layout(argv: list[str], ranks) -> None:
+    """By torchrun over tp at the end of training, and over pp as a command; beside one rank and replicas."""
+    done = run(2, "pretrain_cdrmix.py", "--tp", "2", *argv)
     assert done.status == 0, done.err
     path = Path(argv[-1]) / FILE
     found = json.loads(path.read_text())
@@ -47,10 +49,17 @@ def test_a_complete_run_is_asked(argv: list[str], ranks) -> None:
         (task, length, 3) for task in ("copying", "modular_arithmetic") for length in (60, 90) for _ in range(2)
     ]
     assert "answer_bits_per_byte" in done.out + done.err and "95 % interval" in done.out + done.err
-    path.unlink()
-    ranks.run(4, again, [*argv, "--tp", "2", "--global-batch-size", "4"])
-    for one, other in zip(json.loads(path.read_text())["results"], found["results"], strict=True):
-        assert one["value"] == pytest.approx(other["value"], rel=1e-9)
+    tasks = ("--tasks", "copying", "modular_arithmetic", "--lengths", "60", "90", "--examples", "3")
+    asked = run(2, "tools/evaluate.py", "--load", argv[-1], "--pp", "2", *tasks, "--device", "cpu", "--json")
+    assert asked.status == 0, asked.err
+    others = [json.loads(asked.out)]
+    for world, layout in ((1, ()), (4, ("--pp", "2", "--global-batch-size", "4"))):
+        path.unlink()
+        _ = again([*argv, *layout]) if world == 1 else ranks.run(world, again, [*argv, *layout])
+        others.append(json.loads(path.read_text()))
+    for other in others:
+        for one, same in zip(other["results"], found["results"], strict=True):
+            assert one["value"] == pytest.approx(same["value"], rel=1e-9)
 
 
 @pytest.mark.parametrize(
