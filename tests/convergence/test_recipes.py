@@ -6,8 +6,12 @@ import hashlib
 import json
 from pathlib import Path
 
+import pytest
+
 from megaforge.config.cli import parse_config
+from tests.convergence import __main__ as command
 from tests.convergence.recipes import CURVES, EVERY, RECIPES, curve, departures, flags_of, write_text
+from tests.end_to_end.launch import Outcome
 
 
 def test_curves_are_compared_point_by_point() -> None:
@@ -24,6 +28,38 @@ def test_a_curve_is_means_of_steps_and_an_evaluation() -> None:
     steps = [{"kind": "step", "loss": float(number)} for number in range(2 * EVERY)]
     lines = [json.dumps(one) for one in [*steps, {"kind": "evaluation", "loss": 0.5}]]
     assert curve(lines) == [(EVERY - 1) / 2, EVERY + (EVERY - 1) / 2, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("factor", "broken", "status", "said"),
+    [
+        (1.0, False, 0, "all within their bands"),
+        (1.02, False, 0, "all within their bands"),
+        (1.04, False, 1, "1 recipes are outside of 3% around their curves"),
+        (0.96, False, 1, "1 recipes are outside of 3% around their curves"),
+        (1.0, True, 1, "muon: ended with 3"),
+    ],
+)
+def test_the_command_fails_where_a_curve_is_outside_of_its_band(
+    factor: float,
+    broken: bool,
+    status: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of one recipe: the last point is so much off, or the run itself fails."""
+    *means, last = json.loads(CURVES.read_text("utf-8"))["muon"]
+
+    def run(ranks: int, script: str, *flags: str) -> Outcome:
+        steps = [{"kind": "step", "loss": mean} for mean in means for _ in range(EVERY)]
+        lines = [json.dumps(one) for one in [*steps, {"kind": "evaluation", "loss": last * factor}]]
+        Path(flags[flags.index("--metrics-file") + 1]).write_text("\n".join(lines))
+        return Outcome(3 if broken else 0, "", "it is broken")
+
+    monkeypatch.setattr(command, "run", run)
+    monkeypatch.setattr("sys.argv", ["convergence", "muon"])
+    assert command.main() == status and said in capsys.readouterr().out
 
 
 def test_every_recipe_is_a_valid_run_and_has_a_curve_that_falls(tmp_path: Path) -> None:
