@@ -250,6 +250,11 @@ LOSS_TERMS = Registry(
         "contrastive": "megaforge.training.regularization:contrastive",
     },
 )
+EVALUATION_METRICS = Registry(  # of a run's own evaluations (megaforge.training.token_metrics)
+    "metric of evaluations",
+    {"label_probability": "megaforge.training.token_metrics:label_probability"},
+    entry_points="megaforge.evaluation_metrics",
+)
 CALLBACKS = Registry(
     "callback",
     {

@@ -1,15 +1,16 @@
-"""Flags of what a model is asked once its training is complete."""
+"""Flags of what a model is asked once its training is complete, and of what its evaluations report."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from megaforge.config.fields import flag
+from megaforge.registry import EVALUATION_METRICS
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Tasks at the end of a run (docs/evaluation.md)."""
+    """Tasks at the end of a run, and further metrics of its own evaluations (docs/evaluation.md)."""
 
     evaluate_at_end: tuple[str, ...] = flag(
         (),
@@ -24,6 +25,13 @@ class EvaluationConfig:
         metavar="TOKENS",
     )
     evaluate_at_end_examples: int = flag(50, "with --evaluate-at-end: examples of each task and length", least=1)
+
+    evaluation_metrics: tuple[str, ...] = flag(
+        (),
+        "what evaluations report beside loss, perplexity and accuracy, by name",
+        choices=EVALUATION_METRICS,
+        metavar="NAME",
+    )
 
     def validate(self) -> None:
         """Tasks and files are looked at when the run is prepared."""

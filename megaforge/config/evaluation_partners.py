@@ -1,5 +1,7 @@
-"""What the flags of ``--evaluate-at-end`` and ``--generate-prompts`` need beside them. What the former needs itself,
-a directory and a tokenizer, is said and not refused (:func:`megaforge.tasks.at_end.why_not`), as presets ask for it."""
+"""What the flags of ``--evaluate-at-end``, ``--evaluation-metrics`` and ``--generate-prompts`` need beside them.
+
+What the first needs itself, a directory and a tokenizer, is said and not refused
+(:func:`megaforge.tasks.at_end.why_not`), as presets ask for it."""
 
 from __future__ import annotations
 
@@ -10,6 +12,11 @@ EVALUATION = (
         ("evaluation.evaluate_at_end_lengths", "evaluation.evaluate_at_end_examples"),
         lambda c: c.evaluation.evaluate_at_end,
         "nothing is asked: add --evaluate-at-end passkey",
+    ),
+    Partner(
+        ("evaluation.evaluation_metrics",),
+        lambda c: c.training.eval_iters,
+        "nothing is evaluated: add --eval-iters N",
     ),
     Partner(
         ("generation.generate_tokens",),

@@ -204,12 +204,14 @@ STEP = {
     ),
 }
 
+OWN_METRIC = "`--evaluation-metrics`"
 EVALUATION = {
     "loss": Name("cross-entropy in nats, mean over the evaluated tokens"),
     "perplexity": Name("exp of the loss"),
     "bits_per_byte": Name("cross-entropy in bits over the UTF-8 bytes of the text", "datasets that know their bytes"),
     "accuracy": Name("share of tokens whose most likely prediction was right"),
     "tokens": Name("tokens evaluated"),
+    "label_probability": Name("probability of each label, mean over the evaluated tokens", OWN_METRIC),
 }
 
 MEASURED = frozenset(name for name, about in STEP.items() if about.measured)

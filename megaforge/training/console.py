@@ -110,6 +110,7 @@ class ConsoleLog(Callback):
             parts.append(f"{metrics.bits_per_byte:.4f} bits per byte")
         if metrics.accuracy is not None:
             parts.append(f"accuracy {100 * metrics.accuracy:.1f} %")
+        parts += [f"{name} {value:.4g}" for name, value in metrics.extra.items()]
         self._print(trainer, " | ".join([*parts, f"{metrics.tokens:,} tokens"]))
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:

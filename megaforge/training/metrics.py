@@ -71,6 +71,7 @@ class EvaluationMetrics:
         text_bytes: UTF-8 bytes of the text those tokens stand for; None if unknown.
         due: whether it is one of ``--eval-interval``; others, where a run ends for now, must not change what a run
             that goes on does.
+        extra: metrics of ``--evaluation-metrics``, by name.
     """
 
     iteration: int
@@ -79,6 +80,7 @@ class EvaluationMetrics:
     correct: int | None = None
     text_bytes: float | None = None
     due: bool = True
+    extra: dict[str, float] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -105,4 +107,4 @@ class EvaluationMetrics:
             "accuracy": self.accuracy,
             "tokens": self.tokens,
         }
-        return {name: value for name, value in named.items() if value is not None}
+        return {name: value for name, value in named.items() if value is not None} | self.extra

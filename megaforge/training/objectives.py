@@ -22,6 +22,7 @@ from megaforge.nn.losses import LossTerm
 from megaforge.parallel.context import ParallelContext
 from megaforge.registry import LOSS_TERMS, OBJECTIVES
 from megaforge.training.multi_token import PredictsAhead, as_read
+from megaforge.training.token_metrics import summed, token_metrics
 
 if TYPE_CHECKING:
     from megaforge.training.trainer import Trainer
@@ -90,10 +91,17 @@ class NextToken(Objective):
 
 
 class Predictions(NextToken):
-    """What an evaluation sums: nats, right predictions, and the labels themselves."""
+    """What an evaluation sums: nats, right predictions, the labels themselves, and metrics of ``--evaluation-metrics``
+    under names that begin with :attr:`OWN`."""
+
+    OWN = "metric/"
+
+    def __init__(self, config: Config) -> None:
+        self._more = token_metrics(config)
 
     def terms(self, output: ModelOutput, batch: Batch) -> dict[str, LossTerm]:
         sums = {"loss": output.loss_sum, "correct": output.correct, "labels": output.mask_SB.sum(dtype=torch.float64)}
+        sums |= {self.OWN + name: summed(metric, output, name) for name, metric in self._more.items()}
         return {name: LossTerm(value, "labels") for name, value in sums.items()}
 
 

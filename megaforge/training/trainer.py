@@ -355,7 +355,7 @@ class Trainer:
                 f"--eval-iters {self.config.training.eval_iters}: there is nothing to predict in the {part} "
                 "samples it reads (with --eod-mask-loss, the first token of a document does not count)"
             )
-        ratio = self.data.bytes_per_token(part)
+        ratio, own = self.data.bytes_per_token(part), Predictions.OWN
         return EvaluationMetrics(
             iteration=self.iteration,
             nats=sums.values["loss"],
@@ -363,6 +363,11 @@ class Trainer:
             correct=round(sums.values["correct"]),
             text_bytes=None if ratio is None else sums.values["labels"] * ratio,
             due=due,
+            extra={
+                name.removeprefix(own): value / sums.values["labels"]
+                for name, value in sums.values.items()
+                if name.startswith(own)
+            },
         )
 
     def save(self) -> None:

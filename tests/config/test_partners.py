@@ -72,6 +72,7 @@ REFUSED = [
     (("--rl-kl-horizon", "9"), EPISODES, "add --rl-kl-target"),
     (("--evaluate-at-end-lengths", "64"), (), "add --evaluate-at-end passkey"),
     (("--evaluate-at-end-examples", "9"), (), "add --evaluate-at-end passkey"),
+    (("--evaluation-metrics", "label_probability"), (), "add --eval-iters N"),
     (("--generate-tokens", "9"), (), "add --generate-prompts TEXT"),
     (("--generate-prompts", "Once"), (), "add --eval-iters N"),
     (("--generate-prompts", "Once"), (*EVALUATED, "--cp", "2"), "use --pp 1 --cp 1"),

@@ -37,6 +37,7 @@ def test_every_number_that_a_run_writes_has_a_name_in_the_table(tmp_path: Path, 
     flags += ("--lr-on-spike", "0.5", "--decoupled-lr", "1e-3", "--log-params-norm", "--log-num-zeros-in-grad")
     flags += ("--qk-clip", "--quantize-weights", "ternary", "--log-quantization")
     flags += ("--quant-lambda", "linear", "--quant-lambda-end-iters", "2")
+    flags += ("--evaluation-metrics", "label_probability")
     flags += ("--label-smoothing", "0.1", "--contrastive-weight", "0.1", "--l1-coeff", "1e-4", "--l2-coeff", "1e-4")
     flags += ("--mtp-num-layers", "1", "--mod-capacity-factor", "0.5")
     flags += ("--moe-expert-capacity-factor", "0.5", "--moe-per-layer-logging")
