@@ -17,7 +17,7 @@ _SOURCES = tuple(
 )
 
 # All that says what is read, training and held-out data.
-OF_DATA = (*_SOURCES, "data.valid_data_path", "data.test_data_path")
+OF_DATA = (*_SOURCES, "data.mock_data", "data.valid_data_path", "data.test_data_path")
 
 
 def read_lists(values: dict[str, Any], origins: dict[str, str], typed: Collection[str]) -> None:

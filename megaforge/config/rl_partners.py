@@ -27,6 +27,11 @@ def _drops(config: Config) -> float:
     return config.model.hidden_dropout or config.model.attention_dropout or config.model.adapter_dropout
 
 
+def _fits(config: Config) -> bool:
+    """Whether a row has room for a full window, a chunk and a question; a word is a token or more."""
+    return config.rl.agent_window + config.tasks.task_chunk_tokens < config.data.seq_length
+
+
 def _grows(config: Config) -> bool:
     return bool(config.training.rampup_batch_size or config.training.step_batch_size_schedule)
 
@@ -49,6 +54,12 @@ REINFORCEMENT = (
         _AGENT,
         lambda c: not _plays(c) or any(path.startswith("tasks://") for path in c.data.data_path),
         "there are no episodes: give --data-path tasks://kv_chunks",
+    ),
+    Partner(
+        ("rl.agent_window",),
+        lambda c: not _plays(c) or _fits(c),
+        "a context with a full window, a chunk and the question would be longer than a row: use a shorter "
+        "--agent-window or --task-chunk-tokens, or a longer --seq-length",
     ),
     Partner(
         _AGENT,

@@ -29,7 +29,7 @@ def gradient_traffic(held: Sequence[tuple[DeclaredParameter, int]], layout: Plan
     ctx = layout.context()
     reduced = gathered = 0.0
     for item, copies in held:
-        if item.spec.role == "state":
+        if not item.is_trained:
             continue
         count = float(copies * math.prod(item.spec.local_shape(ctx)))
         ranks = ctx.axis(item.spec.replica_axis).size

@@ -44,7 +44,7 @@ def whole_cost(parts: ModelParts, layout: PlannedLayout, index: int) -> Cost:
 
 def carried_before(parts: ModelParts, layout: PlannedLayout, index: int) -> Shapes:
     """Carried tensors that reach block ``index``."""
-    sizes = (parts.cfg, layout.sequence_length // layout.cp, layout.micro_batch_size, layout.tp)
+    sizes = (parts.cfg, layout.sequence_length // layout.cp, layout.rows, layout.tp)
     kinds = (kind for place in parts.alike(range(index)) for kind in parts.blocks[place].kind.layers)
     return {name: shape for kind in kinds for name, shape in kind.carried(*sizes).items()}
 

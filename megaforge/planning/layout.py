@@ -18,6 +18,7 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layer_context import compute_dtype
 from megaforge.parallel.pipeline.actions import Schedule
 from megaforge.parallel.pipeline.schedules import build_schedule
+from megaforge.planning.episodes import Episodes, episodes_of
 from megaforge.quant.converter import weight_scheme
 
 LIBRARIES = 2e9  # CUDA context, cuBLAS workspaces, NCCL's channels: assumed, it differs by driver and number of groups
@@ -43,6 +44,7 @@ class PlannedLayout:
         teacher: the model of ``--distill-from``, which stands beside the trained one; None without, or where its
             checkpoint is not here.
         libraries: bytes assumed for the device's libraries.
+        episodes: that ``--objective agent`` plays; None without.
         code_bits: bits of a quantized weight that ZeRO gathers as a code (``--zero-quantized-gather``); 0: as it is.
     """
 
@@ -72,6 +74,7 @@ class PlannedLayout:
     optimizer: OptimizerConfig = OptimizerConfig()
     code_bits: int = 0
     teacher: ModelConfig | None = None
+    episodes: Episodes | None = None
     libraries: float = LIBRARIES
 
     @property
@@ -90,9 +93,15 @@ class PlannedLayout:
         return self.global_batch_size // (self.micro_batch_size * self.dp)
 
     @property
+    def rows(self) -> int:
+        """Sequences of a micro-batch: its samples, or at most those that the contexts of its episodes fill."""
+        samples = self.micro_batch_size
+        return samples if self.episodes is None else self.episodes.rows(samples, self.sequence_length)
+
+    @property
     def tokens(self) -> int:
         """Tokens of a micro-batch that a rank sees inside the tensor-parallel region."""
-        return self.micro_batch_size * self.sequence_length // self.cp
+        return self.rows * self.sequence_length // self.cp
 
     @property
     def wide_size(self) -> int:
@@ -178,6 +187,7 @@ def layout_of(config: Config, world_size: int) -> PlannedLayout:
         optimizer=config.optimizer,
         code_bits=gathered_bits(config),
         teacher=teacher_model(config)[0],
+        episodes=episodes_of(config),
         libraries=CPU_LIBRARIES if config.training.device == "cpu" else LIBRARIES,
     )
 

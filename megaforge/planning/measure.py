@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
     ep: int
     etp: int
     sequence_parallel: bool
-    micro_batch_size: int
+    rows: int
     sequence_length: int
     dtype: torch.dtype
     device_type: str
@@ -143,7 +143,7 @@ def measure_end(cfg: ModelConfig, sizes: Sizes, *, last: bool) -> Cost:
         model = HybridModel(layer, range(place, place))
 
         def forward(x: Tensor, carried: dict[str, Tensor], info: PackedSequence) -> Given:
-            tokens = torch.zeros(sizes.micro_batch_size, sizes.sequence_length, dtype=torch.int64, device=ctx.device)
+            tokens = torch.zeros(sizes.rows, sizes.sequence_length, dtype=torch.int64, device=ctx.device)
             mask = torch.ones(tokens.shape, device=ctx.device)
             later = [(tokens, mask)] * len(ahead_of(cfg)) if last else []
             packed, received = info if later else None, {"x": x} if last else {}
@@ -189,8 +189,8 @@ def _measure(cfg: ModelConfig, sizes: Sizes, build: Build, arriving: Shapes) -> 
         with without_gradients(parameters), meter, fused_attention() if on_meta else nullcontext():
             shards = ContextParallelShard(ctx.cp, sizes.cp_comm_type)
             rows = sizes.sequence_length // sizes.cp // (sizes.tp if sizes.sequence_parallel else 1)
-            info = PackedSequence(sizes.micro_batch_size, sizes.sequence_length, ctx.device, shards=shards)
-            x = anchors[""].expand(rows, sizes.micro_batch_size, cfg.hidden_size).clone()
+            info = PackedSequence(sizes.rows, sizes.sequence_length, ctx.device, shards=shards)
+            x = anchors[""].expand(rows, sizes.rows, cfg.hidden_size).clone()
             carried = {name: anchors[name].expand(shape).clone() for name, shape in arriving.items()}
             saving = HostMemory(parameters)
             coding = CompressedActivations(parameters) if sizes.compress else nullcontext()

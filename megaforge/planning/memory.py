@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megaforge.parallel.pipeline.actions import ActionKind, Schedule
 from megaforge.planning.costs import stage_cost
 from megaforge.planning.layout import PlannedLayout
+from megaforge.planning.playing import heads_bytes, play_bytes
 from megaforge.planning.stages import ModelParts, StagePart
 from megaforge.planning.state_bytes import StateBytes, stage_plan, state_bytes
 from megaforge.planning.teacher import teacher_bytes, teacher_pass
@@ -26,6 +27,8 @@ class RankMemory:
         buffers: temporaries of one backward pass, recomputed activations, communication buckets, libraries; of a
             teacher's forward pass where they are more.
         teacher: weights of the model of ``--distill-from``.
+        playing: of ``--objective agent``, before the step's first micro-batch: instead of activations and buffers.
+        seen: what playing keeps in host memory; not in :attr:`total`.
     """
 
     rank: int
@@ -36,10 +39,12 @@ class RankMemory:
     buffers: float
     host: float = 0.0
     teacher: int = 0
+    playing: float = 0.0
+    seen: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.state.total + self.activations + self.buffers + self.teacher
+        return self.state.total + self.teacher + max(self.activations + self.buffers, self.playing)
 
 
 def peak_activations(
@@ -93,8 +98,9 @@ def rank_memory(
     # Under --zero 2 gradients that have arrived but are not yet sharded: two buckets.
     arrived = 2.0 * stage_plan(parts, own, layout).largest_bucket if layout.zero > 1 else 0.0
     working = max(teacher_pass(layout), *(cost.working for cost in costs if cost is not None))
-    buffers, state = (
-        working + arrived + (layout.libraries if libraries is None else libraries),
-        rank_state(parts, layout, stages, rank),
-    )
-    return RankMemory(rank, own, state, in_flight, activations, buffers, host, teacher_bytes(layout))
+    working += heads_bytes(parts, layout) if own[-1].last else 0.0
+    resident = layout.libraries if libraries is None else libraries
+    buffers, state = working + arrived + resident, rank_state(parts, layout, stages, rank)
+    playing, seen = play_bytes(parts, layout)
+    more = (teacher_bytes(layout), playing + resident if playing else 0.0, seen)
+    return RankMemory(rank, own, state, in_flight, activations, buffers, host, *more)

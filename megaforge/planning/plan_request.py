@@ -52,7 +52,8 @@ def parse(arguments: Sequence[str], prog: str) -> Request:
     _ = gpu_named(own.gpu)
     if own.search and own.gpus is None:
         raise UserError("--search needs --gpus, the number of GPUs to lay the model out on")
-    parsed = parse_config(rest, prog=prog)
+    # As of a dry run, which needs no checkpoint to begin with (--stage b).
+    parsed = parse_config([*rest, "--dry-run"], prog=prog)
     config, _, notes = with_run_tokenizer(parsed.config)
     return Request(config, own, [*parsed.notes, *notes], given_settings(parsed.origins))
 

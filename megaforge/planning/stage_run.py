@@ -131,7 +131,7 @@ def run_backward(
 def _forward(chunk: HybridModel, layout: PlannedLayout, payload: StageTensors, inputs: list[Tensor]) -> Roots:
     """The roots of what the next stage gets, and of this stage's share of the loss."""
     device = chunk.ctx.device
-    tokens = torch.zeros(layout.micro_batch_size, layout.sequence_length, dtype=torch.int64, device=device)
+    tokens = torch.zeros(layout.rows, layout.sequence_length, dtype=torch.int64, device=device)
     mask = torch.ones(tokens.shape, dtype=torch.float32, device=device)
     received = dict(zip(_arriving(chunk, payload), inputs, strict=True))
     later = [(tokens, mask)] * len(ahead_of(chunk.cfg))

@@ -36,6 +36,11 @@ class DeclaredParameter:
         """Bytes of one of its elements."""
         return self.dtype.itemsize
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether a rule updates it."""
+        return self.spec.role != "state" and not self.spec.frozen
+
 
 @dataclass(frozen=True)
 class BlockParts:
@@ -48,7 +53,8 @@ class BlockParts:
 @dataclass(frozen=True)
 class ModelParts:
     """The whole model, as declared at construction; sizes at any layout follow from each declaration. ``ahead`` are the
-    parameters of further predictions, the embedding included where they read it."""
+    parameters of further predictions, the embedding included where they read it; ``beside`` those of what converters
+    put on the last stage."""
 
     cfg: ModelConfig
     embedding: tuple[DeclaredParameter, ...]
@@ -56,6 +62,7 @@ class ModelParts:
     final_norm: tuple[DeclaredParameter, ...]
     head: tuple[DeclaredParameter, ...]
     ahead: tuple[DeclaredParameter, ...] = ()
+    beside: tuple[DeclaredParameter, ...] = ()
 
     @cached_property
     def measured(self) -> dict[object, Any]:
@@ -92,10 +99,12 @@ class ModelParts:
         return self.head_flops(sequence_length) - 2.0 * self.cfg.padded_vocab_size() * self.cfg.hidden_size
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """Forward and backward FLOPs of one token, recomputation not counted."""
-        held = [item.spec for block in self.blocks for layer in block.held for item in layer]
+        """Forward and backward FLOPs of one token, recomputation not counted; frozen matrices have no gradient."""
+        held = [item for block in self.blocks for layer in block.held for item in layer]
         mixing = sum(block.kind.flops(self.cfg, sequence_length) for block in self.blocks)
-        return 3.0 * (2.0 * matmul_elements(held, self.cfg) + mixing + self.head_flops(sequence_length))
+        products = 2.0 * matmul_elements([item.spec for item in held], self.cfg)
+        not_made = 2.0 * matmul_elements([item.spec for item in held if item.spec.frozen], self.cfg)
+        return 3.0 * (products + mixing + self.head_flops(sequence_length)) - not_made
 
 
 @cache
@@ -103,6 +112,15 @@ def model_parts(cfg: ModelConfig, dtype: torch.dtype) -> ModelParts:
     """Builds the real model on the meta device and takes down what it declares."""
     model = HybridModel(make_layer_context(cfg, ParallelContext.single("meta"), dtype=dtype))
     blocks = (BlockParts(block.kind, _held_by(block)) for block in model.blocks)
+    own = (
+        model.embedding,
+        model.positions,
+        model.embedding_norm,
+        model.layers,
+        model.final_norm,
+        model.head,
+        model.mtp,
+    )
     return ModelParts(
         cfg,
         _held([module for module in (model.embedding, model.positions, model.embedding_norm) if module is not None]),
@@ -110,6 +128,7 @@ def model_parts(cfg: ModelConfig, dtype: torch.dtype) -> ModelParts:
         _held([model.final_norm]),
         _held([model.head]),
         () if model.mtp is None else _held([model.mtp]),
+        _held(child for child in model.children() if all(child is not one for one in own)),
     )
 
 
@@ -159,7 +178,7 @@ def stage_parameters(parts: ModelParts, stages: Sequence[StagePart]) -> list[tup
     for stage in stages:
         counts.update(parts.alike(stage.blocks))
         held = parts.embedding if stage.first else ()
-        held += parts.final_norm + parts.head + parts.ahead if stage.last else ()
+        held += parts.final_norm + parts.head + parts.ahead + parts.beside if stage.last else ()
         ends.update({item.spec.name: item for item in held})
     own = [(item, 1) for item in ends.values()]
     for index, count in counts.items():
@@ -186,6 +205,7 @@ def chunk_parameters(
         if stage.last:
             ends = {item.spec.name: item for item in (*parts.head, *parts.ahead)}
             chunk += [*parts.final_norm, *(one for name, one in ends.items() if not (stage.first and name in tied))]
+            chunk += parts.beside
         if both_ends and not (stage.first and stage.last):
             shared.update({item.spec.name: item for item in chunk if item.spec.name in tied})
             chunk = [item for item in chunk if item.spec.name not in tied]

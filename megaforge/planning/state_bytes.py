@@ -136,16 +136,12 @@ def _plan(parts: ModelParts, own: Sequence[StagePart], layout: PlannedLayout) ->
             if id(item) not in numel:
                 numel[id(item)] = math.prod(item.spec.local_shape(ctx))
             elements += numel[id(item)]
-            alone += 0 if _is_trained(item) else numel[id(item)] * item.element_size
-        trained = [item for item in chunk if _is_trained(item)]
+            alone += 0 if item.is_trained else numel[id(item)] * item.element_size
+        trained = [item for item in chunk if item.is_trained]
         members = [Member(item.spec, numel[id(item)], item.dtype) for item in trained]
         for plan in plan_buckets(members, ctx, layout.bucket_size, policy):
             buckets.append((plan, tuple(trained[place] for place in plan.members)))
     return StagePlan(elements, alone, tuple(buckets))
-
-
-def _is_trained(item: DeclaredParameter) -> bool:
-    return item.spec.role != "state" and not item.spec.frozen  # nothing differentiates those, no rule updates them
 
 
 def _wide(item: DeclaredParameter) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
 from megaforge.models.flops import matmul_elements
 from megaforge.optim.optimizer import rule_of
@@ -62,17 +63,25 @@ class StepTime:
         return self.pipeline + self.reduction + self.optimizer
 
 
+def _product_seconds(
+    held: Iterable[DeclaredParameter], cfg: ModelConfig, layout: PlannedLayout, gpu: Gpu, efficiency: Efficiency
+) -> float:
+    """Seconds that the products of a micro-batch's tokens with these matrices take."""
+    seconds = 0.0
+    for item in held:
+        reached = efficiency.matmul if item.spec.expert_dim is None else efficiency.grouped_matmul
+        shards = 1 if item.spec.shard_dim is None else layout.tp
+        seconds += 2 * layout.tokens * matmul_elements([item.spec], cfg) / shards / (gpu.matmul * reached)
+    return seconds
+
+
 def layer_seconds(
     parts: ModelParts, layout: PlannedLayout, index: int, place: int, gpu: Gpu, efficiency: Efficiency
 ) -> tuple[float, float]:
     """Seconds of one micro-batch's forward pass in layer ``place`` of a block, without communication; and of the part
     of it that the backward pass computes again under ``--recompute``."""
-    cfg, kind, tokens = parts.cfg, parts.blocks[index].kind.layers[place], layout.tokens
-    products = 0.0
-    for held in parts.blocks[index].held[place]:
-        reached = efficiency.matmul if held.spec.expert_dim is None else efficiency.grouped_matmul
-        shards = 1 if held.spec.shard_dim is None else layout.tp
-        products += 2 * tokens * matmul_elements([held.spec], cfg) / shards / (gpu.matmul * reached)
+    cfg, kind = parts.cfg, parts.blocks[index].kind.layers[place]
+    products = _product_seconds(parts.blocks[index].held[place], cfg, layout, gpu, efficiency)
     layout = dataclasses.replace(layout, sequence_length=parts.blocks[index].kind.tokens(layout.sequence_length))
     mixing = kind.flops(cfg, layout.sequence_length) * layout.tokens / layout.tp
     speed: float | None = getattr(efficiency, kind.kernel, None)
@@ -96,14 +105,16 @@ def stage_time(
     parts: ModelParts, layout: PlannedLayout, stage: StagePart, gpu: Gpu, efficiency: Efficiency
 ) -> StageTime:
     """The roofline of one micro-batch on a stage. The backward pass costs two forward passes, one of them for the
-    weights. Communication over tp, cp, ep and etp is not hidden, nor is the way of activations to host memory and back
-    (in either half of a backward pass)."""
+    weights, of which frozen ones have none. Communication over tp, cp, ep and etp is not hidden, nor is the way of
+    activations to host memory and back (in either half of a backward pass)."""
     split, turns_back, layout = layout.splits_backward, layout.schedule.turns_back, layout.unsplit
     made = dataclasses.replace(layout, offload=False)  # what is computed is the same wherever it is kept
-    compute = again = 0.0
+    compute = again = not_made = 0.0
     for index, count in parts.alike(stage.blocks).items():
-        for place in range(len(parts.blocks[index].held)):
+        for place, held in enumerate(parts.blocks[index].held):
             whole, repeated = layer_seconds(parts, made, index, place, gpu, efficiency)
+            frozen = [item for item in held if item.spec.frozen]
+            not_made += count * _product_seconds(frozen, parts.cfg, layout, gpu, efficiency)
             compute, again = compute + count * whole, again + count * repeated
     moving = FORWARD_PASSES / (gpu.memory_bandwidth * efficiency.memory)
     ends = moving * sum(end_cost(parts, made, last=last).kept for last in stage.ends)
@@ -124,7 +135,9 @@ def stage_time(
     }
     moved = cost.host / (gpu.host_bandwidth * efficiency.host)
     twice = moved if split else 0.0
-    return StageTime(compute + sent["forward"] + moved, compute + again + sent["backward"] + moved, compute + twice)
+    return StageTime(
+        compute + sent["forward"] + moved, compute + again + sent["backward"] + moved, compute - not_made + twice
+    )
 
 
 def stage_times(
@@ -151,7 +164,7 @@ def step_time(
     reduction, optimizer = _step_end(parts, layout, stages, times, gpu, efficiency)
     ranks = range(layout.pp)
     total = timeline.makespan + reduction + optimizer
-    tokens = layout.global_batch_size * layout.sequence_length
+    tokens = layout.micro_batches * layout.dp * layout.rows * layout.sequence_length
     flops = parts.flops_per_token(layout.sequence_length) * tokens
     return StepTime(
         compute=max(timeline.busy(rank) for rank in ranks),
@@ -219,7 +232,7 @@ def _products(held: Sequence[tuple[DeclaredParameter, int]], layout: PlannedLayo
     ZeRO replicas share them."""
     total, ctx = 0.0, layout.context(rank * layout.stage_ranks)
     for item, copies in held:
-        if item.spec.role != "state":
+        if item.is_trained:
             sharers = ctx.axis(item.spec.replica_axis).size if layout.zero else 1
             rule = rule_of(layout.optimizer, item.spec)
             total += 2 * copies * rule.products(layout.optimizer, item.spec, ctx) / sharers

@@ -61,7 +61,8 @@ def segments_of(info: PackedSequence, size: int, open_B: Tensor | None = None) -
     else:
         change[:, 0] = stretch[:, 0] != open_B
     segment = change.long().cumsum(1)
-    number = int(segment.max()) + 1
+    # A plan has no data: its sequences are one document each.
+    number = -(-positions.shape[1] // size) if positions.is_meta else int(segment.max()) + 1
     counts = positions.new_zeros(len(positions), number)
     tokens = counts.scatter_add(1, segment, torch.ones_like(segment))
     fresh = counts.scatter_add(1, segment, begins.long()) > 0

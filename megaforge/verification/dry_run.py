@@ -36,6 +36,7 @@ from megaforge.planning.gpus import GPUS, ROOM, verdict
 from megaforge.planning.layout import LIBRARIES, PlannedLayout
 from megaforge.planning.memory import peak_activations
 from megaforge.planning.plan_command import planned_layout
+from megaforge.planning.playing import heads_bytes, play_bytes
 from megaforge.planning.report import gigabytes
 from megaforge.planning.stage_run import run_stage
 from megaforge.planning.stages import ModelParts, StagePart, cut_stages, model_parts, stage_parameters
@@ -61,8 +62,9 @@ class DryRank:
         activations: most bytes alive between forward and backward passes, as measured.
         planned_activations: what the planner says.
         temporaries: most bytes that a backward pass needs besides; of a teacher's forward pass, by the plan, where it
-            needs more.
+            needs more; with what an agent's heads need, by the plan.
         teacher: bytes of the weights of ``--distill-from``'s model.
+        playing: bytes that playing episodes needs by the plan, instead of activations and temporaries.
     """
 
     rank: int
@@ -74,11 +76,13 @@ class DryRank:
     planned_activations: float
     temporaries: float
     teacher: int = 0
+    playing: float = 0.0
 
     @property
     def total(self) -> float:
         """Bytes at the worst moment, those of libraries assumed."""
-        return self.state.total + self.activations + self.temporaries + self.teacher + LIBRARIES
+        step = max(self.activations + self.temporaries, self.playing)
+        return self.state.total + step + self.teacher + LIBRARIES
 
 
 def dry_run(config: Config, choose: Callable[[Config, int], tuple[Config, list[str]]] | None = None) -> None:
@@ -276,7 +280,7 @@ def _try_rank(
         average = WeightAverage(config.optimizer, optimizer.main).averages if config.optimizer.ema_decay else []
         state = held_bytes(model, optimizer, [] if kept is None else [kept.kept], average)
         taught = _teacher_bytes(config, layout, ctx)
-        payload = make_stage_tensors(model, plan, layout.micro_batch_size, layout.sequence_length, layout.dtype)
+        payload = make_stage_tensors(model, plan, layout.rows, layout.sequence_length, layout.dtype)
         trained = [parameter for _, parameter in named_specs(model) if parameter.requires_grad]
         buffers = [main_grad_of(parameter) for parameter in trained]
         reducer.zero_grad()
@@ -294,8 +298,10 @@ def _try_rank(
         state_bytes(parts, own, layout, ctx),
         _peak(layout, alike, [(one.kept, max(0, one.between - one.kept)) for one in measured]),
         _peak(layout, alike, [(cost.kept, cost.waiting) for cost in (stage_cost(parts, layout, one) for one in own)]),
-        max(teacher_pass(layout), *(float(one.peak - max(one.kept, one.between)) for one in measured)),
+        max(teacher_pass(layout), *(float(one.peak - max(one.kept, one.between)) for one in measured))
+        + (heads_bytes(parts, layout) if own[-1].last else 0.0),
         taught,
+        play_bytes(parts, layout)[0],
     )
 
 
@@ -373,6 +379,7 @@ def report(config: Config, layout: PlannedLayout, ranks: Sequence[DryRank]) -> s
             "",
             table(rows),
             *([f"the teacher's weights, in GB: {gigabytes(ranks[0].teacher)} a rank"] * bool(layout.teacher)),
+            *([f"playing episodes, by the plan: {gigabytes(ranks[0].playing)} GB a rank"] * bool(layout.episodes)),
             f"GB: at the worst moment, {LIBRARIES / 1e9:g} GB assumed for CUDA, cuBLAS and NCCL",
         ]
     )

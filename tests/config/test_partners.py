@@ -62,6 +62,7 @@ REFUSED = [
     ((*PLAYS, *TASK), (), "add --agent-heads"),
     ((*PLAYS, "--agent-heads"), ("--global-batch-size", "16"), "--data-path tasks://kv_chunks"),
     (EPISODES, ("--hidden-dropout", "0.1"), "--hidden-dropout 0"),
+    (("--agent-window", "2048"), EPISODES, "a shorter --agent-window"),
     (EPISODES, ("--peft", "bitfit"), "use --peft lora, qlora or plastic"),
     ((*EPISODES, "--rl-group-size", "5"), (), "multiple of --rl-group-size"),
     (EPISODES, ("--global-batch-size", "16", "--rampup-batch-size", "8", "8", "64"), "where the batch grows"),

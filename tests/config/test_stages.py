@@ -60,6 +60,8 @@ def test_what_says_one_thing_is_not_mixed(file: str) -> None:
     other.write_text(FILE + '  data: {data_path: ["tasks://kv_chunks"]}\n')
     a, b = both(str(other), "--train-data-path", "mock://")
     assert (a.data.data_path, b.data.data_path) == (("mock://",), ("tasks://kv_chunks",))
+    a, b = both("cdrmix-reason-1b", "--mock-data")
+    assert a.data.mock_data and not b.data.mock_data and b.data.data_path == ("tasks://kv_chunks",)
 
 
 def test_a_stage_alone(file: str) -> None:
