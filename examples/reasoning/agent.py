@@ -55,7 +55,9 @@ STAGE_B = (
     *("--seq-length", "128", "--micro-batch-size", "128", "--global-batch-size", "128", "--lr", "3e-2"),
     *("--lr-warmup-iters", "2", "--weight-decay", "0", "--log-interval", "20"),
 )
-ALGORITHMS = {"grpo": ("--no-rl-scale-advantages",), "ppo": ("--rl-algorithm", "ppo")}
+# The weight of the divergence, which keeps every action in play at first, falls until the policy may be sure.
+SURER = ("--rl-kl-target", "1", "--rl-kl-horizon", "10")
+ALGORITHMS = {"grpo": (*SURER, "--no-rl-scale-advantages"), "ppo": (*SURER, "--rl-algorithm", "ppo")}
 
 
 def random_actions(heads: AgentHeads, hidden: Tensor, flags: Tensor, memory: Tensor, draws: Tensor) -> Tensor:
@@ -154,7 +156,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("runs/agent"), help="directory of all runs")
     parser.add_argument("--seeds", type=integer(0), nargs="+", default=[0, 1, 2], help="of runs and texts")
     parser.add_argument("--stage-a", type=integer(1), default=300, help="steps of stage A")
-    parser.add_argument("--stage-b", type=integer(1), default=120, help="updates of stage B")
+    parser.add_argument("--stage-b", type=integer(1), default=150, help="updates of stage B")
     parser.add_argument("--examples", type=integer(1), default=512, help="texts that each arm answers")
     return parser.parse_args(arguments)
 
