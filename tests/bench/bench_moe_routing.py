@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable
 
 WIDTH = 1024
@@ -38,7 +37,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from megaforge.kernels.moe_routing import RoutingRule, moe_permute, moe_route, moe_unpermute  # noqa: E402
-from tests.bench.harness import Measure, Ratio, interleaved_ratio, print_json, print_table, seconds  # noqa: E402
+from tests.bench.harness import Measure, Ratio, cpu_seconds, interleaved_ratio, print_json, print_table, seconds  # noqa: E402
 
 
 def lean_route(logits: Tensor, topk: int) -> tuple[Tensor, ...]:
@@ -113,14 +112,7 @@ def thread_seconds(function: Callable[[], object], repeat: int = 1) -> Measure:
     """Processor time of this thread; wall time where others help it."""
     if torch.get_num_threads() > 1:
         return seconds(function, repeat)
-
-    def measure() -> float:
-        start = time.thread_time()
-        for _ in range(repeat):
-            function()
-        return (time.thread_time() - start) / repeat
-
-    return measure
+    return cpu_seconds(function, repeat)
 
 
 def compare(candidate: Callable[[], object], peer: Callable[[], object], rounds: int, repeat: int = 1) -> Ratio:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import time
 from collections.abc import Callable
 
 from tests.bench.bench_moe_routing import keep_memory
@@ -28,7 +27,7 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 
 from megaforge.kernels.newton_schulz import coefficients, newton_schulz, reference
 from tests.bench.bench_moe_routing import speedup, with_threads
-from tests.bench.harness import interleaved_ratio, print_json, print_table
+from tests.bench.harness import cpu_seconds, interleaved_ratio, print_json, print_table
 
 SQUARE = ((512, 512), (1024, 1024), (2048, 2048), (1024, 2304), (8, 512, 1152), (24, 512, 512))
 LONG = ((512, 2048), (1024, 4096))
@@ -65,16 +64,6 @@ def loop_fp32(x: Tensor) -> Tensor:
     return x
 
 
-def thread_seconds(function: Call, repeat: int) -> Callable[[], float]:
-    def measure() -> float:
-        start = time.thread_time()
-        for _ in range(repeat):
-            function()
-        return (time.thread_time() - start) / repeat
-
-    return measure
-
-
 class Compared:
     """One shape: what is measured on it, and the rows and cases that come of it."""
 
@@ -96,7 +85,7 @@ class Compared:
         """Of the best peer; the ratio to it, as times faster."""
         best: tuple[float, str, object] | None = None
         for name, peer in peers.items():
-            ratio = interleaved_ratio(thread_seconds(ours, self.repeat), thread_seconds(peer, self.repeat), self.rounds)
+            ratio = interleaved_ratio(cpu_seconds(ours, self.repeat), cpu_seconds(peer, self.repeat), self.rounds)
             if best is None or ratio.median > best[0]:
                 best = (ratio.median, name, ratio)
         assert best is not None

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import time
 from collections.abc import Callable
 
 import torch
@@ -27,7 +26,7 @@ from megaforge.optim import Optimizer
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.param_spec import named_specs
-from tests.bench.harness import interleaved_ratio, print_json, print_table
+from tests.bench.harness import cpu_seconds, interleaved_ratio, print_json, print_table
 
 MODELS = {
     "cdrmix-tiny": ("--config", "cdrmix-tiny", "--vocab-size", "2048"),
@@ -101,15 +100,6 @@ def make(flags: tuple[str, ...]) -> tuple[Callable[[], None], list[nn.Parameter]
                 matrices.append(nn.Parameter(weight.clone()))
                 matrices[-1].grad = part.clone()
     return lambda: ours.step(1e-3), matrices, others
-
-
-def cpu_seconds(step: Callable[[], None]) -> Callable[[], float]:
-    def measure() -> float:
-        start = time.thread_time()
-        step()
-        return time.thread_time() - start
-
-    return measure
 
 
 def main() -> None:

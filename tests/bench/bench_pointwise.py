@@ -12,7 +12,6 @@ import argparse
 import functools
 import itertools
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from megaforge.kernels.cross_entropy.native import CompiledScores
 from megaforge.kernels.cross_entropy.plain import PlainScores
 from megaforge.kernels.pointwise import native, reference
 from tests.bench.ceiling import keep_freed_memory
-from tests.bench.harness import Measure, Ratio, interleaved_ratio, print_json, print_table
+from tests.bench.harness import Measure, Ratio, cpu_seconds, interleaved_ratio, print_json, print_table
 
 VOCABULARY = 8192
 SETS = 12  # of buffers that take turns
@@ -36,19 +35,10 @@ Function = Callable[..., Tensor]
 Result = tuple[str, str, Ratio]  # what, against what, the peer's time over ours
 
 
-def cpu_seconds(function: Callable[[], Any], repeat: int) -> Measure:
+def least_of_two(function: Callable[[], Any], repeat: int) -> Measure:
     """A measure: CPU seconds of this thread for one call, the least of two times ``repeat`` calls."""
-
-    def measure() -> float:
-        found = []
-        for _ in range(2):
-            start = time.thread_time()
-            for _ in range(repeat):
-                function()
-            found.append((time.thread_time() - start) / repeat)
-        return min(found)
-
-    return measure
+    measure = cpu_seconds(function, repeat)
+    return lambda: min(measure(), measure())
 
 
 def passes(
@@ -132,7 +122,7 @@ def layers(tokens: int, width: int, inner: int, rounds: int, compiling: bool) ->
             peers["torch.compile"] = torch.compile(definition)
         for peer, theirs in peers.items():
             for which, mine, other in zip(("forward", "backward"), ours, passes(theirs, inputs, grads), strict=True):
-                ratio = interleaved_ratio(cpu_seconds(other, SETS), cpu_seconds(mine, SETS), rounds)
+                ratio = interleaved_ratio(least_of_two(other, SETS), least_of_two(mine, SETS), rounds)
                 label = f"{name} {which} {str(dtype)[6:]}"
                 yield label, peer, ratio
 
@@ -149,7 +139,7 @@ def losses(rounds: int, compiling: bool) -> Iterator[Result]:
             others["torch.compile"] = functools.partial(lambda f, t, at: f(next(t), at), compiled, turns, target)
         for peer, other in others.items():
             mine = scored(CompiledScores, logits, target)
-            ratio = interleaved_ratio(cpu_seconds(other, 3), cpu_seconds(mine, 3), rounds)
+            ratio = interleaved_ratio(least_of_two(other, 3), least_of_two(mine, 3), rounds)
             label = f"cross_entropy both, 1024 of {VOCABULARY}, {str(dtype)[6:]}"
             yield label, peer, ratio
 

@@ -20,7 +20,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ from megaforge.reasoning.agent.asking import Asker, Asking, Text, mean_numbers
 from megaforge.reasoning.agent.episode import Episode
 from megaforge.reasoning.agent.heads import heads_of
 from megaforge.reasoning.agent.player import play, sampled
-from tests.bench.harness import Measure, interleaved_ratio, print_json, print_table
+from tests.bench.harness import Measure, cpu_seconds, interleaved_ratio, print_json, print_table
 
 PLASTIC = ("--peft", "plastic", "--plastic-rank", "8")
 CHUNKS, CHUNK, CONTEXT, TEXTS = 16, 16, 64, 16
@@ -102,18 +101,6 @@ def actions(asker: Asker, rounds: int) -> tuple[float, float]:
         took.append(1e3 * rest / sum(len(one.decisions) for one in episodes))
         shares.append(rest / passes.seconds)
     return statistics.median(took[1:]), statistics.median(shares[1:])
-
-
-def cpu_seconds(function: Callable[[], object], repeat: int = 1) -> Measure:
-    """A measure: CPU-seconds of one call, averaged over ``repeat`` calls in a row."""
-
-    def measure() -> float:
-        start = time.thread_time()
-        for _ in range(repeat):
-            function()
-        return (time.thread_time() - start) / repeat
-
-    return measure
 
 
 def branch(asker: Asker, rounds: int) -> float:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.packed_sequence import PackedSequence
-from tests.bench.harness import Measure, interleaved_ratio, print_json, print_table
+from tests.bench.harness import Measure, cpu_seconds, interleaved_ratio, print_json, print_table
 
 BATCH, LENGTH, HIDDEN, HEAD, INNER = 4, 512, 512, 64, 2048
 
@@ -49,20 +48,18 @@ class _Copy(torch.autograd.Function):
         return (dy,) * 6 + (None, None)
 
 
-def cpu_seconds(function: Callable[..., Any], inputs: list[torch.Tensor]) -> Measure:
+def both_passes(function: Callable[..., Any], inputs: list[torch.Tensor]) -> Measure:
     """A measure: forward and backward, CPU seconds of this thread."""
     outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     grads = [torch.randn_like(x) for x in outputs]
     leaves = [x for x in inputs if x.requires_grad]
 
-    def measure() -> float:
-        start = time.thread_time()
+    def run() -> None:
         out = function(*inputs)
         torch.autograd.grad(out if isinstance(out, tuple) else (out,), leaves, grads)
-        return time.thread_time() - start
 
-    return measure
+    return cpu_seconds(run)
 
 
 def block(dtype: torch.dtype) -> Measure:
@@ -76,7 +73,7 @@ def block(dtype: torch.dtype) -> Measure:
     layer.mixer.wkv7 = lambda *x: _Copy.apply(*x)
     info = PackedSequence(BATCH, LENGTH, torch.device("cpu"))
     x, v_first = (torch.randn(LENGTH, BATCH, HIDDEN, dtype=dtype, requires_grad=True) for _ in range(2))
-    return cpu_seconds(lambda *x: layer(x[0], info, {"v_first": x[1]})[0], [x, v_first, *layer.parameters()])
+    return both_passes(lambda *x: layer(x[0], info, {"v_first": x[1]})[0], [x, v_first, *layer.parameters()])
 
 
 def parts(dtype: torch.dtype) -> dict[str, Measure]:
@@ -93,17 +90,17 @@ def parts(dtype: torch.dtype) -> dict[str, Measure]:
     w0, a0, k_k, k_a, weight, bias, norm = vectors(7)
     finish = [*(tensor(*heads) for _ in range(4)), tensor(*tokens), weight, bias]
     return {
-        "token shift and 6 mixes": cpu_seconds(
+        "token shift and 6 mixes": both_passes(
             lambda x, *c: shift_and_mix(x, info, None, c), [tensor(*tokens), *vectors(6)]
         ),
-        "decay, rates, keys": cpu_seconds(
+        "decay, rates, keys": both_passes(
             lambda *x: rwkv7_inputs(*x, HEAD), [tensor(*tokens), w0, tensor(*tokens), a0, tensor(*tokens), k_k, k_a]
         ),
-        "norm, bonus, gate": cpu_seconds(
+        "norm, bonus, gate": both_passes(
             lambda *x: norm_bonus_gate(*x, 64e-5), [*finish, tensor(HIDDEN // HEAD, HEAD, kind=torch.float32)]
         ),
-        "relu^2": cpu_seconds(lambda x: activate("relu2", x), [tensor(LENGTH, BATCH, INNER)]),
-        "RMS norm (twice)": cpu_seconds(
+        "relu^2": both_passes(lambda x: activate("relu2", x), [tensor(LENGTH, BATCH, INNER)]),
+        "RMS norm (twice)": both_passes(
             lambda x, w: rms_norm(rms_norm(x, w, 1e-6), w, 1e-6), [tensor(*tokens), norm]
         ),
     }  # fmt: skip

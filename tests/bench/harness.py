@@ -51,16 +51,22 @@ class Ratio:
         }
 
 
-def seconds(function: Callable[[], object], repeat: int = 1) -> Measure:
-    """A measure: wall seconds of one call of ``function``, averaged over ``repeat`` calls in a row."""
+def seconds(function: Callable[[], object], repeat: int = 1, clock: Callable[[], float] = time.perf_counter) -> Measure:
+    """A measure: wall seconds, or those of another ``clock``, of one call of ``function``, averaged over ``repeat``
+    calls in a row."""
 
     def measure() -> float:
-        start = time.perf_counter()
+        start = clock()
         for _ in range(repeat):
             function()
-        return (time.perf_counter() - start) / repeat
+        return (clock() - start) / repeat
 
     return measure
+
+
+def cpu_seconds(function: Callable[[], object], repeat: int = 1) -> Measure:
+    """A measure: processor seconds of this thread, likewise."""
+    return seconds(function, repeat, time.thread_time)
 
 
 def interleaved_ratio(candidate: Measure, peer: Measure, rounds: int, warmup: int = 1) -> Ratio:
