@@ -96,11 +96,11 @@ def loaded(words: Path, saved: Path, chunks: int, seed: int) -> Trainer:
 
 def share_right(trainer: Trainer, policy: Policy, examples: int) -> tuple[float, float]:
     """Of right answers, and the actions that an episode took."""
-    objective, flags = trainer.objective, trainer.config.rl
+    objective = trainer.objective
     assert isinstance(objective, AgentObjective)
     texts, reader = TaskTexts(trainer.config), objective.reader(trainer)
     reader.share_heads()
-    setting = Setting(flags.agent_window, flags.agent_answer_steps, flags.memory_top_k)
+    setting = Setting.of(trainer.config.rl)
     dtype = reader.heads.policy.weight.dtype
     episodes = [Episode(k, texts.of(k), objective.new_memory(dtype), setting) for k in range(examples)]
     if policy is alone:

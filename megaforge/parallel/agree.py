@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from megaforge.errors import CheckpointError, UserError
@@ -24,6 +25,14 @@ def exchange(ctx: ParallelContext, value: T) -> list[T]:
     gathered: list[T] = [value] * ctx.world.size
     dist.all_gather_object(gathered, value, group=ctx.control)
     return gathered
+
+
+def reduced(ctx: ParallelContext, value: int, operation: dist.ReduceOp.RedOpType) -> int:
+    """The sum, least or most of every rank's ``value``, in host memory."""
+    found = torch.tensor([int(value)])
+    if ctx.control is not None:
+        dist.all_reduce(found, operation, group=ctx.control)
+    return int(found)
 
 
 def _attempt(action: Callable[[], T]) -> _Outcome[T]:

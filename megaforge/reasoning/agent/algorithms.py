@@ -96,7 +96,7 @@ def judge(played: Sequence[Played], flags: ReinforcementConfig, algorithm: Algor
     for row, (one, share) in enumerate(zip(played, shares, strict=True)):
         length = len(one.costs)
         rewards[row, :length] = -flags.rl_action_cost * torch.tensor(one.costs, dtype=torch.float64)
-        rewards[row, length - 1] += float(one.right) + flags.rl_stability * share
+        rewards[row, length - 1] += worth_of_end(float(one.right), share, flags)
         values[row, :length], mask[row, :length] = torch.tensor(one.values, dtype=torch.float64), True
     advantages, returns = algorithm.advantages(rewards, values, mask)
     weights = _weights(rewards.sum(1), mask.sum(1).double(), flags)
@@ -115,9 +115,19 @@ def _alike(played: Sequence[Played], size: int) -> list[float]:
     """Of each episode the share of its group that ends as it does."""
     shares: list[float] = []
     for _, group in groupby(played, key=lambda one: one.sample // size):
-        verdicts = [one.right for one in group]
-        shares += [verdicts.count(verdict) / len(verdicts) for verdict in verdicts]
+        shares += shares_alike([one.right for one in group])
     return shares
+
+
+def shares_alike(verdicts: Sequence[object]) -> list[float]:
+    """Of each the share of all that are as it is."""
+    return [verdicts.count(verdict) / len(verdicts) for verdict in verdicts]
+
+
+def worth_of_end(right: float, share: float, flags: ReinforcementConfig) -> float:
+    """What an episode's end gives, without the cost of actions: of a right answer, and of stability, where ``share`` of
+    the group ended alike."""
+    return right + flags.rl_stability * share
 
 
 def _weights(rewards: Tensor, lengths: Tensor, flags: ReinforcementConfig) -> Tensor:

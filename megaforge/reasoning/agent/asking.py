@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from megaforge.config.config import Config
 from megaforge.inference.staged import StagedModel
+from megaforge.reasoning.agent.algorithms import shares_alike, worth_of_end
 from megaforge.reasoning.agent.episode import Episode, Setting, Tokens
 from megaforge.reasoning.agent.player import greedy, play, sampled
 from megaforge.reasoning.agent.reader import Reader, tell_stages
@@ -126,10 +127,9 @@ class Asker:
         self.model, self.how, self._flags = model, how, config.rl
         self.reader = Reader(model, config.model, config.data.seq_length, _ROWS)
         self.reader.share_heads()
-        flags = config.rl
-        self.setting = Setting(flags.agent_window, flags.agent_answer_steps, flags.memory_top_k)
-        search = flags.memory_index if how.search is None else how.search
-        self._shape = MemoryShape(config.model.memory_dim, flags.memory_slots, flags.memory_working, search)
+        self.setting, self._shape = Setting.of(config.rl), MemoryShape.of(config)
+        if how.search is not None:
+            self._shape = replace(self._shape, search=how.search)
         self.root = self.new_root()
 
     def new_root(self) -> Branch:
@@ -180,10 +180,9 @@ class Asker:
         known = bool(text.answer)
         verdicts = [answer[: len(text.answer)] == text.answer if known else answer for answer in written]
         rewards = []
-        for one, verdict in zip(episodes, verdicts, strict=True):
-            share = verdicts.count(verdict) / len(verdicts)
+        for one, verdict, share in zip(episodes, verdicts, shares_alike(verdicts), strict=True):
             worth = float(verdict is True) if known else share
-            rewards.append(worth - flags.rl_action_cost * one.cost + flags.rl_stability * share)
+            rewards.append(worth_of_end(worth, share, flags) - flags.rl_action_cost * one.cost)
         mean, names = sum(rewards) / len(rewards), AGENT_ACTIONS.names()
         ways = tuple(
             Way(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from megaforge.config.rl_config import ReinforcementConfig
 from megaforge.reasoning.agent.actions import AgentAction
 from megaforge.reasoning.memory.agent_memory import AgentMemory
 from megaforge.registry import AGENT_ACTIONS
@@ -79,6 +80,11 @@ class Setting:
     actions: tuple[AgentAction, ...] = field(
         default_factory=lambda: tuple(AGENT_ACTIONS.get(name) for name in AGENT_ACTIONS.names())
     )
+
+    @classmethod
+    def of(cls, flags: ReinforcementConfig) -> Setting:
+        """What the flags ask for."""
+        return cls(flags.agent_window, flags.agent_answer_steps, flags.memory_top_k)
 
 
 class Episode:

@@ -19,7 +19,7 @@ from megaforge.config.config import Config
 from megaforge.data.loader import Batch
 from megaforge.models.hybrid import ModelOutput
 from megaforge.nn.losses import LossTerm
-from megaforge.parallel.agree import exchange
+from megaforge.parallel.agree import exchange, reduced
 from megaforge.parallel.context import ParallelContext
 from megaforge.reasoning.agent.algorithms import Algorithm, Played, judge
 from megaforge.reasoning.agent.control import PolicyControl
@@ -49,7 +49,7 @@ class AgentObjective(Objective):
     def __init__(self, config: Config) -> None:
         self._config, self._flags = config, config.rl
         self._algorithm: Algorithm = RL_ALGORITHMS.get(config.rl.rl_algorithm)(config.rl)
-        self._setting = Setting(config.rl.agent_window, config.rl.agent_answer_steps, config.rl.memory_top_k)
+        self._setting = Setting.of(config.rl)
         self._reader: Reader | None = None
         self._texts: TaskTexts | None = None
         self._coefficient = config.rl.rl_kl
@@ -59,8 +59,7 @@ class AgentObjective(Objective):
 
     def new_memory(self, dtype: torch.dtype) -> AgentMemory:
         """An empty one."""
-        flags, dim = self._flags, self._config.model.memory_dim
-        return AgentMemory(MemoryShape(dim, flags.memory_slots, flags.memory_working, flags.memory_index), dtype)
+        return AgentMemory(MemoryShape.of(self._config), dtype)
 
     def reader(self, trainer: Trainer) -> Reader:
         """What reads contexts for this run."""
@@ -73,7 +72,7 @@ class AgentObjective(Objective):
     def experience(self, trainer: Trainer, batches: Sequence[Batch]) -> Sequence[Batch]:
         control = next(one for one in trainer.callbacks if isinstance(one, PolicyControl))
         reader, samples = self.reader(trainer), [_samples(batch) for batch in batches]
-        first = _least(trainer.ctx, min(map(min, samples)))
+        first = reduced(trainer.ctx, min(map(min, samples)), dist.ReduceOp.MIN)
         if not control.kept or trainer.iteration >= control.round_ + self._flags.rl_epochs:
             if trainer.iteration == 0 and reader.own is not None:
                 reader.own.keep_reference()
@@ -182,16 +181,6 @@ def _samples(batch: Batch) -> list[int]:
     return [int(sample) for sample in batch.samples]
 
 
-def _least(ctx: ParallelContext, value: int) -> int:
-    found = torch.tensor([value])
-    if ctx.control is not None:
-        dist.all_reduce(found, dist.ReduceOp.MIN, group=ctx.control)
-    return int(found)
-
-
 def _total(ctx: ParallelContext, value: int) -> int:
     """Over dp."""
-    found = torch.tensor([value])
-    if ctx.control is not None:
-        dist.all_reduce(found, group=ctx.control)
-    return int(found) // (ctx.world.size // ctx.dp.size)
+    return reduced(ctx, value, dist.ReduceOp.SUM) // (ctx.world.size // ctx.dp.size)

@@ -16,6 +16,7 @@ from megaforge.data.loader import Batch
 from megaforge.models.hybrid import HybridModel, ModelOutput
 from megaforge.models.pipeline_shape import PipelinePlan
 from megaforge.models.stages import ModelChunks
+from megaforge.parallel.agree import reduced
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.mappings import reduce_from_tensor_parallel
 from megaforge.reasoning.agent.episode import Context, Seen
@@ -74,13 +75,12 @@ class Reader:
             UserError: one is longer than a row.
         """
         packed = pack(contexts, self._length)
-        wanted = torch.tensor([packed.rows if contexts else 0])
-        if self.ctx.world.group is not None:  # experts' ranks are those of several replicas
-            dist.all_reduce(wanted, dist.ReduceOp.MAX, group=self.ctx.control)
-        if not int(wanted):
+        # Experts' ranks are those of several replicas.
+        wanted = reduced(self.ctx, packed.rows if contexts else 0, dist.ReduceOp.MAX)
+        if not wanted:
             return None
-        rows = min(rounded(int(wanted)), self._rows)
-        count = -(-int(wanted) // rows)
+        rows = min(rounded(wanted), self._rows)
+        count = -(-wanted // rows)
         batch, slots = self._marked(as_batch(packed, rows * count, self._length), packed.places)
         found = self._observed(batch, rows)
         right = found[..., -1].round().long()

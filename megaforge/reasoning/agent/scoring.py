@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megaforge.data.loader import Batch
 from megaforge.models.hybrid import ModelOutput
-from megaforge.parallel.context import ParallelContext
+from megaforge.parallel.agree import reduced
 from megaforge.parallel.layers import linears
 from megaforge.parallel.mappings import reduce_from_tensor_parallel, scale_gradient
 from megaforge.peft.adapter import AdaptedOp
@@ -57,7 +57,8 @@ def scored(reader: Reader, batches: Sequence[Batch]) -> list[Scores]:
         return reduce_from_tensor_parallel(torch.stack([*two, opinion.value]).masked_fill(~here, 0), ctx.cp)
 
     told = reader.engine.observe(batches, chosen)
-    if _anywhere(ctx, any(isinstance(layer.op, AdaptedOp) for _, layer in linears(model))):
+    adapted = any(isinstance(layer.op, AdaptedOp) for _, layer in linears(model))
+    if reduced(ctx, adapted, dist.ReduceOp.MAX):  # of a stage's layers none may have an adapter
         with without_adapters(model):
             plain = reader.engine.observe(batches, chosen)
         told = [torch.stack([with_[0], without[1], with_[2]]) for with_, without in zip(told, plain, strict=True)]
@@ -90,11 +91,3 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, op in layers:
             layer.op = op
-
-
-def _anywhere(ctx: ParallelContext, value: bool) -> bool:
-    """Whether it is so on any rank: of a stage's layers none may have an adapter."""
-    found = torch.tensor([int(value)])
-    if ctx.control is not None:
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=ctx.control)
-    return bool(found)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megaforge.config.config import Config
 from megaforge.reasoning.memory.episodic import EpisodicIndex
 from megaforge.reasoning.memory.token_lists import joined, split
 from megaforge.reasoning.memory.working import WorkingMemory
@@ -28,6 +29,12 @@ class MemoryShape:
     slots: int
     working: int = 1024
     search: str = "torch"
+
+    @classmethod
+    def of(cls, config: Config) -> MemoryShape:
+        """What the flags ask for."""
+        flags = config.rl
+        return cls(config.model.memory_dim, flags.memory_slots, flags.memory_working, flags.memory_index)
 
 
 @dataclass
