@@ -74,19 +74,20 @@ class Reading:
     """
     Attributes:
         ways: of all branches.
-        accepted: the number of the one that was accepted; None: no advantage was enough.
+        first: the number of the first of the best.
+        accepted: that number, where it was accepted; None: its advantage was not enough.
         acceptable: how many advantages were.
     """
 
     ways: tuple[Way, ...]
+    first: int
     accepted: int | None
     acceptable: int
 
     @property
     def best(self) -> Way:
-        """The accepted way; where there is none the first of the best."""
-        most = max(range(len(self.ways)), key=lambda n: self.ways[n].advantage)
-        return self.ways[most if self.accepted is None else self.accepted]
+        """The first of the best."""
+        return self.ways[self.first]
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ class Asker:
                 branch.commit()
             else:
                 branch.rollback()
-        return Reading(ways, accepted, sum(way.advantage >= self.how.threshold for way in ways))
+        return Reading(ways, best, accepted, sum(way.advantage >= self.how.threshold for way in ways))
 
     def _answers(self, text: Text, episodes: Sequence[Episode], forks: Sequence[Branch]) -> list[Tokens]:
         """What each branch writes behind its window and the question, in a branch of its own that nobody keeps; equal

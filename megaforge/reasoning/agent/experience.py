@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ class Record:
 
     decisions: Sequence[Decision]
     numbers: Mapping[str, Sequence[float]]
-    told: Sequence[float]
+    told: Mapping[str, float]
 
     def state(self) -> dict[str, Any]:
         """JSON."""
@@ -45,7 +46,7 @@ class Record:
             for one in self.decisions
         ]
         numbers = {name: list(values) for name, values in self.numbers.items()}
-        return {"decisions": decisions, "numbers": numbers, "told": list(self.told)}
+        return {"decisions": decisions, "numbers": numbers, "told": dict(self.told)}
 
     @classmethod
     def of(cls, state: Mapping[str, Any], dtype: torch.dtype) -> Record:
@@ -59,22 +60,25 @@ class Record:
         return cls(decisions, state["numbers"], state["told"])
 
 
-def as_batches(micro_batches: Sequence[Sequence[Record]], read: Sequence[Batch], length: int) -> list[Batch]:
-    """Micro-batches of one shape, of the episodes of each, in place of those that were ``read``.
+def as_batches(
+    micro_batches: Sequence[Sequence[Sequence[Decision]]], read: Sequence[Batch], length: int
+) -> list[Batch]:
+    """Micro-batches of one shape, of the decisions of each one's episodes, in place of those that were ``read``.
 
     ``extras``: of decisions made in a row [rows, n]: ``place`` of its token (-1: no decision), ``action``, ``flags``
-    [rows, n, F], ``memory`` [rows, n, S], :data:`NUMBERS`, ``episode`` and ``number``: whose it is and which, ``ends``
-    whether it is the last, ``told`` then [rows, n, K]; and of tokens [rows, length] whether they are a ``chunk``'s.
+    [rows, n, F], ``memory`` [rows, n, S], ``episode`` and ``number``: whose it is and which, ``ends`` whether it is the
+    last; and of tokens [rows, length] whether they are a ``chunk``'s.
     """
-    packed = [pack((d.context for one in records for d in one.decisions), length) for records in micro_batches]
+    packed = [pack((d.context for one in episodes for d in one), length) for episodes in micro_batches]
     rows = rounded(max(one.rows for one in packed))
     dealt: list[list[list[_Made]]] = []
-    for own, records in zip(packed, micro_batches, strict=True):
+    for own, episodes in zip(packed, micro_batches, strict=True):
         dealt.append([[] for _ in range(rows)])
-        for episode, record in enumerate(records):
-            for number, decision in enumerate(record.decisions):
+        for episode, decisions in enumerate(episodes):
+            for number, decision in enumerate(decisions):
                 row, first = own.places[decision.context]
-                dealt[-1][row].append(_Made(first + decision.context.last, decision, record, episode, number))
+                last = number + 1 == len(decisions)
+                dealt[-1][row].append(_Made(first + decision.context.last, decision, episode, number, last))
     most = max(len(row) for one in dealt for row in one)
     batches = []
     for own, each, batch in zip(packed, dealt, read, strict=True):
@@ -82,6 +86,23 @@ def as_batches(micro_batches: Sequence[Sequence[Record]], read: Sequence[Batch],
         extras = _extras(each, most) | {"chunk": _chunks(own.places, made)}
         batches.append(replace(made, samples=batch.samples, of=batch.of, extras=extras))
     return batches
+
+
+def with_worth(batch: Batch, records: Sequence[Record]) -> Batch:
+    """A micro-batch of :func:`as_batches`, and in its ``extras`` what the decisions of its episodes' ``records`` are
+    worth: :data:`NUMBERS` [rows, n], and ``told`` [rows, n, K] of an episode's last one."""
+    there, ends = batch.extras["place"] >= 0, batch.extras["ends"]
+    first = torch.tensor(list(accumulate((len(one.decisions) for one in records), initial=0)))
+    at = first[batch.extras["episode"][there]] + batch.extras["number"][there]
+    extras = {}
+    for name in NUMBERS:
+        flat = torch.tensor([x for one in records for x in one.numbers[name]], dtype=torch.float64)
+        extras[name] = torch.zeros(there.shape, dtype=torch.float64)
+        extras[name][there] = flat[at]
+    whole = torch.tensor([[one.told[name] for name in TOLD] for one in records], dtype=torch.float64)
+    extras["told"] = torch.zeros(*there.shape, len(TOLD), dtype=torch.float64)
+    extras["told"][ends] = whole[batch.extras["episode"][ends]]
+    return replace(batch, extras={**batch.extras, **extras})
 
 
 def _chunks(places: Mapping[Context, tuple[int, int]], batch: Batch) -> Tensor:
@@ -93,13 +114,13 @@ def _chunks(places: Mapping[Context, tuple[int, int]], batch: Batch) -> Tensor:
 
 
 class _Made(NamedTuple):
-    """A decision: the place of its token in a row, whose it is, and which of that episode's."""
+    """A decision: the place of its token in a row, whose it is, which of that episode's, and whether it is the last."""
 
     place: int
     decision: Decision
-    record: Record
     episode: int
     number: int
+    last: bool
 
 
 def _extras(rows: Sequence[Sequence[_Made]], most: int) -> dict[str, Tensor]:
@@ -107,9 +128,7 @@ def _extras(rows: Sequence[Sequence[_Made]], most: int) -> dict[str, Tensor]:
     shape = (len(rows), most)
     place, action, episode, number = torch.zeros(4, *shape, dtype=torch.long).unbind()
     place.fill_(-1)
-    numbers = {name: torch.zeros(shape, dtype=torch.float64) for name in NUMBERS}
     flags, ends = torch.zeros(*shape, len(some.flags)), torch.zeros(shape, dtype=torch.bool)
-    told = torch.zeros(*shape, len(TOLD), dtype=torch.float64)
     for row, own in enumerate(rows):
         if not own:
             continue
@@ -118,14 +137,8 @@ def _extras(rows: Sequence[Sequence[_Made]], most: int) -> dict[str, Tensor]:
         action[row, :count] = torch.tensor([one.decision.action for one in own])
         episode[row, :count] = torch.tensor([one.episode for one in own])
         number[row, :count] = torch.tensor([one.number for one in own])
+        ends[row, :count] = torch.tensor([one.last for one in own])
         flags[row, :count] = torch.tensor([one.decision.flags for one in own])
-        for name in own[0].record.numbers:
-            values = [one.record.numbers[name][one.number] for one in own]
-            numbers[name][row, :count] = torch.tensor(values, dtype=torch.float64)
-        for column, one in enumerate(own):
-            if one.number + 1 == len(one.record.decisions):
-                ends[row, column] = True
-                told[row, column] = torch.tensor(one.record.told, dtype=torch.float64)
     memory = stacked([[one.decision.memory for one in own] for own in rows], most, some.memory)
-    whose = {"episode": episode, "number": number, "ends": ends, "told": told}
-    return {"place": place, "action": action, "flags": flags, "memory": memory, **whose, **numbers}
+    whose = {"episode": episode, "number": number, "ends": ends}
+    return {"place": place, "action": action, "flags": flags, "memory": memory, **whose}

@@ -24,7 +24,7 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.reasoning.agent.algorithms import Algorithm, Played, judge
 from megaforge.reasoning.agent.control import PolicyControl
 from megaforge.reasoning.agent.episode import Episode, Setting
-from megaforge.reasoning.agent.experience import TOLD, Record, as_batches
+from megaforge.reasoning.agent.experience import TOLD, Record, as_batches, with_worth
 from megaforge.reasoning.agent.heads import AgentHeads
 from megaforge.reasoning.agent.player import play, sampled
 from megaforge.reasoning.agent.reader import Reader
@@ -52,7 +52,7 @@ class AgentObjective(Objective):
         self._setting = Setting.of(config.rl)
         self._reader: Reader | None = None
         self._texts: TaskTexts | None = None
-        self._coefficient = config.rl.rl_kl
+        self._coefficient, self._length = config.rl.rl_kl, config.data.seq_length
 
     def prepare(self, config: Config, model: nn.Module, ctx: ParallelContext, tokenizer: dict[str, Any] | None) -> None:
         self._texts = TaskTexts(config)
@@ -73,24 +73,26 @@ class AgentObjective(Objective):
         control = next(one for one in trainer.callbacks if isinstance(one, PolicyControl))
         reader, samples = self.reader(trainer), [_samples(batch) for batch in batches]
         first = reduced(trainer.ctx, min(map(min, samples)), dist.ReduceOp.MIN)
+        made: list[Batch] | None = None
         if not control.kept or trainer.iteration >= control.round_ + self._flags.rl_epochs:
             if trainer.iteration == 0 and reader.own is not None:
                 reader.own.keep_reference()
             reader.share_heads()
             control.first, control.round_ = first, trainer.iteration
-            control.kept = self._played(trainer, reader, batches)
+            control.kept, made = self._played(trainer, reader, batches)
         self._coefficient = control.coefficient
         records = [[control.kept[sample - first + control.first] for sample in own] for own in samples]
-        return self._batches(trainer, records, batches)
-
-    def _batches(self, trainer: Trainer, records: Sequence[Sequence[Record]], read: Sequence[Batch]) -> list[Batch]:
-        length = self._config.data.seq_length
-        made = as_batches(records, read, length)
+        if made is None:
+            made = as_batches([[one.decisions for one in own] for own in records], batches, self._length)
         tokens = _total(trainer.ctx, sum(batch.tokens.numel() for batch in made))
-        return [replace(batch, tokens_of=tokens) for batch in made]
+        worth = (with_worth(batch, own) for batch, own in zip(made, records, strict=True))
+        return [replace(batch, tokens_of=tokens) for batch in worth]
 
-    def _played(self, trainer: Trainer, reader: Reader, batches: Sequence[Batch]) -> dict[int, Record]:
-        """The episodes of a new round: of this rank, or of all where several steps learn from them."""
+    def _played(
+        self, trainer: Trainer, reader: Reader, batches: Sequence[Batch]
+    ) -> tuple[dict[int, Record], list[Batch]]:
+        """The episodes of a new round, of this rank, or of all where several steps learn from them; and the
+        micro-batches of this rank's decisions."""
         assert self._texts is not None
         dtype, size = reader.heads.policy.weight.dtype, self._flags.rl_group_size
         groups = [
@@ -99,8 +101,8 @@ class AgentObjective(Objective):
         ]
         episodes = [one for own in groups for one in own]
         play(episodes, reader, sampled, self._config.training.seed, trainer.iteration)
-        plain = [[Record(one.decisions, {}, [0.0] * len(TOLD)) for one in own] for own in groups]
-        scores = scored(reader, self._batches(trainer, plain, batches))
+        made = as_batches([[one.decisions for one in own] for own in groups], batches, self._length)
+        scores = scored(reader, made)
         actions = self._setting.actions
         played = [
             Played(
@@ -115,19 +117,18 @@ class AgentObjective(Objective):
             worth = judged[one.sample]
             numbers = {"old": old, "reference": reference, "value": value, "advantage": worth.advantages}
             numbers |= {"returns": worth.returns, "weight": (worth.weight,) * len(old)}
-            memory = one.memory
-            whole = (
-                worth.reward,
-                float(bool(one.verdict)),
-                one.cost,
-                len(one.decisions),
-                memory.summaries,
-                memory.entries,
-            )
-            records[one.sample] = Record(one.decisions, numbers, [float(number) for number in whole])
+            whole = {
+                "reward": worth.reward,
+                "accuracy": float(bool(one.verdict)),
+                "actions": float(one.cost),
+                "decisions_made": float(len(one.decisions)),
+                "memory_summaries": float(one.memory.summaries),
+                "memory_entries": float(one.memory.entries),
+            }
+            records[one.sample] = Record(one.decisions, numbers, whole)
         if self._flags.rl_epochs > 1:
             records = {sample: record for own in exchange(trainer.ctx, records) for sample, record in own.items()}
-        return records
+        return records, made
 
     def counts(self, batch: Batch) -> dict[str, float]:
         extras = batch.extras
