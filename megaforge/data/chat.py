@@ -11,7 +11,7 @@ import json
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +36,26 @@ class Conversation(NamedTuple):
     learnt: list[bool]
 
 
+class ReadsAnswers(Protocol):
+    """What makes conversations of a file.
+
+    Attributes:
+        noun: what people call several of them.
+    """
+
+    noun: str
+
+    def read(self, file: str) -> Iterator[Conversation]:
+        """
+        Raises:
+            UserError: the file cannot be read, or a line is something else; with the line's number.
+        """
+
+
 class Reader:
     """Reads conversations as the flags say."""
+
+    noun = "conversations"
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.prompts_too = tokenizer, config.chat.train_on_prompts
@@ -175,11 +193,11 @@ class Packed(SampleView):
             end += len(own)
         counts[~learnt[1:]] = 0.0
 
-    def describe(self, file: str) -> str:
-        """What became of the file, for people."""
+    def describe(self, file: str, noun: str = "conversations") -> str:
+        """What became of the file, for people; ``noun`` is what it holds."""
         places = sum(len(one.ids) for one in self.kept)
         share = places / max(1, len(self.bins) * (self._length + 1))
-        text = f"{file}: {len(self.kept)} conversations in {len(self.bins)} sequences, {share:.0%} full"
+        text = f"{file}: {len(self.kept)} {noun} in {len(self.bins)} sequences, {share:.0%} full"
         text += f"; {self.cut} are longer than --seq-length {self._length} and lose their end" if self.cut else ""
         return text + (f"; {self.lost} of which no answer would be left are left out" if self.lost else "")
 
@@ -187,16 +205,16 @@ class Packed(SampleView):
 class ChatData(DataSource):
     """The sequences of a file again and again, each pass in another order."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: Config, reader: ReadsAnswers) -> None:
         """
         Raises:
             UserError: a file cannot be read or holds nothing to learn.
         """
         [self._file], self._seed = config.data.data_path, config.training.seed
-        self._length, self._reader = config.data.seq_length, Reader(config, tokenizer)
+        self._length, self._reader = config.data.seq_length, reader
         self._valid = config.data.valid_data_path
         self._packed = self._open(self._file)
-        self.notices = [self._packed.describe(self._file)]
+        self.notices = [self._packed.describe(self._file, reader.noun)]
         self._order: dict[int, npt.NDArray[np.intp]] = {}
 
     def _open(self, file: str) -> Packed:
@@ -235,7 +253,10 @@ class ChatData(DataSource):
 
     def validation(self, split: str = "valid") -> SampleView:
         if split != "valid" or len(self._valid) != 1:
-            raise UserError("--eval-iters: name conversations to evaluate on: --valid-data-path chat://FILE.jsonl")
+            scheme = self._file.partition("://")[0]
+            raise UserError(
+                f"--eval-iters: name {self._reader.noun} to evaluate on: --valid-data-path {scheme}://FILE.jsonl"
+            )
         return self._open(self._valid[0])
 
 
@@ -246,4 +267,4 @@ def open_chat(config: Config, tokenizer: Tokenizer | None) -> ChatData:
     """
     if tokenizer is None:
         raise UserError(f"--data-path {config.data.data_path[0]}: add --tokenizer-model")
-    return ChatData(config, tokenizer)
+    return ChatData(config, Reader(config, tokenizer))
