@@ -144,6 +144,15 @@ DATA_SOURCES = Registry(
         "chat": "megaforge.data.data_source:CHAT",
         "progressions": "megaforge.data.progressions:PROGRESSIONS",
         "tasks": "megaforge.data.task_source:TASKS",
+        "questions": "megaforge.data.question_source:QUESTIONS",
+    },
+)
+QUESTION_FORMATS = Registry(  # of lines of questions:// (megaforge.tasks.questions.QuestionFormat)
+    "format of questions",
+    {
+        "choice": "megaforge.tasks.questions:CHOICE",
+        "worked": "megaforge.tasks.questions:WORKED",
+        "boxed": "megaforge.tasks.questions:BOXED",
     },
 )
 AUGMENTATIONS = Registry(
@@ -370,6 +379,17 @@ RL_ALGORITHMS = Registry(
         "grpo": "megaforge.reasoning.agent.algorithms:GroupRelative",
         "ppo": "megaforge.reasoning.agent.algorithms:ProximalPolicy",
     },
+)
+REWARDS = Registry(  # of written answers (megaforge.reasoning.rewards.Reward)
+    "reward",
+    {
+        "exact": "megaforge.reasoning.rewards:exact",
+        "number": "megaforge.reasoning.rewards:number",
+        "choice": "megaforge.reasoning.rewards:choice",
+        "boxed": "megaforge.reasoning.rewards:boxed",
+        "format": "megaforge.reasoning.rewards:Format",
+    },
+    entry_points="megaforge.rewards",
 )
 CONVERTERS = Registry(
     "converter",

@@ -36,6 +36,8 @@ COVERED = {
     "config/reading_config.py": "config/test_data_schedule.py",
     "config/stage_config.py": "config/test_stages.py",
     "config/task_config.py": "data/test_task_source.py",
+    "config/question_config.py": "tasks/test_questions.py",
+    "config/reward_config.py": "reasoning/test_rewards.py",
     "config/position_kind.py": "config/test_partners.py",
     "config/quant_config.py": "quant/test_converter.py",
     "config/yaml_nodes.py": "data/corpus/test_recipe.py",

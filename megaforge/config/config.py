@@ -20,8 +20,10 @@ from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.config.pattern import kinds_of
 from megaforge.config.prometheus_config import PrometheusConfig
 from megaforge.config.qat_config import QATConfig
+from megaforge.config.question_config import QuestionConfig
 from megaforge.config.regularization_config import RegularizationConfig
 from megaforge.config.resilience_config import ResilienceConfig
+from megaforge.config.reward_config import RewardConfig
 from megaforge.config.rl_config import ReinforcementConfig
 from megaforge.config.run_config import (
     DataConfig,
@@ -44,6 +46,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     tasks: TaskConfig = field(default_factory=TaskConfig)
+    questions: QuestionConfig = field(default_factory=QuestionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     qat: QATConfig = field(default_factory=QATConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -51,6 +54,7 @@ class Config:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
     rl: ReinforcementConfig = field(default_factory=ReinforcementConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     stages: StageConfig = field(default_factory=StageConfig)
     length: LengthConfig = field(default_factory=LengthConfig)

@@ -6,7 +6,14 @@ from megaforge.config.run_partners import Partner
 
 _FIM = ("rate", "spm_rate", "domain_rates", "prefix_token", "middle_token", "suffix_token")
 
+_QUESTIONS = ("format", "field", "template")
+
 DATA_PARTNERS = (
+    Partner(
+        (*(f"questions.question_{name}" for name in _QUESTIONS), "questions.answer_field", "questions.choices_field"),
+        lambda c: any(path.startswith("questions://") for path in (*c.data.data_path, *c.data.valid_data_path)),
+        "there are no questions: give --data-path questions://FILE.jsonl",
+    ),
     Partner(
         ("data.stream_round",),
         lambda c: c.data.streams or c.data.data_order == "streamed",

@@ -98,5 +98,20 @@ REINFORCEMENT = (
         lambda c: c.rl.rl_algorithm != "ppo",
         "nothing is compared within groups: add --rl-algorithm grpo",
     ),
+    Partner(
+        ("rewards.rl_reward", "rewards.rl_format"),
+        _plays,
+        "nobody is rewarded: add --objective agent",
+    ),
+    Partner(
+        ("rewards.rl_format",),
+        lambda c: "format" in c.rewards.rewards,
+        "no reward reads it: add --rl-reward exact format=0.1",
+    ),
+    Partner(
+        ("rewards.rl_reward",),
+        lambda c: "format" not in c.rewards.rewards or c.rewards.rl_format is not None,
+        "the reward format looks for an expression: add --rl-format '####'",
+    ),
     Partner(("rl.rl_kl_horizon",), lambda c: c.rl.rl_kl_target, "the weight does not change: add --rl-kl-target 0.02"),
 )

@@ -130,6 +130,7 @@ DOCUMENTS = [
     "docs/planner.md",
     "docs/reasoning.md",
     "docs/runs.md",
+    "docs/tasks.md",
 ]
 
 
