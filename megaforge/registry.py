@@ -391,6 +391,14 @@ REWARDS = Registry(  # of written answers (megaforge.reasoning.rewards.Reward)
     },
     entry_points="megaforge.rewards",
 )
+TOOLS = Registry(  # that answer a model while it writes (megaforge.inference.tool_calls.Tool)
+    "tool",
+    {
+        "calculator": "megaforge.reasoning.tools.calculator:CALCULATOR",
+        "retrieval": "megaforge.reasoning.tools.retrieval:Retrieval",
+    },
+    entry_points="megaforge.tools",
+)
 CONVERTERS = Registry(
     "converter",
     {"bitnet": "megaforge.quant.converter:bitnet", "agent_heads": "megaforge.reasoning.agent.heads:agent_heads"},

@@ -8,6 +8,7 @@
     git log -1 --format=%s | python tools/generate.py --load runs/small --prompt-file - --temperature 0
     torchrun --nproc-per-node 2 tools/generate.py --load runs/small --prompt "def main" --temperature 0
     python tools/generate.py --load runs/mtp --prompt "def main" --temperature 0 --speculate mtp
+    python tools/generate.py --load runs/sums --prompt "Question: 48/2+1? Answer:" --tools calculator
 
 The checkpoint says which model and tokenizer it is. Under torchrun the ranks share the model, whatever layout it was
 trained at: --pp stages, each over --tp ranks (all there are by default). One text appears as it is drawn, several when
@@ -31,6 +32,7 @@ from megaforge.config.entry import run_entry
 from megaforge.config.launcher import discover_launch, print_rank_0
 from megaforge.errors import UserError
 from megaforge.inference.open_model import add_model_flags, open_model
+from megaforge.inference.tool_calls import ToolCalls, ToolSetting, add_tool_flags, check_tool_flags
 
 if TYPE_CHECKING:
     from megaforge.data.tokenizer import Tokenizer
@@ -68,7 +70,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="mtp: the same greedy texts, several tokens at a time, proposed by the model's further predictions "
         "(--mtp-num-layers); with --temperature 0",
     )
+    add_tool_flags(parser)
     flags = parser.parse_args(arguments)
+    check_tool_flags(flags)
     _check_speculation(flags)
     if "" in flags.stop:
         raise UserError("--stop '': an empty text would end every continuation at once")
@@ -89,6 +93,11 @@ def _check_speculation(flags: argparse.Namespace) -> None:
         raise UserError(
             f"--speculate {flags.speculate}: several tokens are scored at once, without --repetition-penalty "
             f"{flags.repetition_penalty:g} between them; leave one of the two out"
+        )
+    if flags.tools:
+        raise UserError(
+            f"--speculate {flags.speculate}: the model's tokens are proposed ahead, and --tools "
+            f"{' '.join(flags.tools)} would write between them; leave one of the two out"
         )
     if flags.cuda_graph:
         raise UserError(f"--speculate {flags.speculate}: its steps are of several tokens; leave --cuda-graph out")
@@ -191,6 +200,10 @@ class Writer:
 
         self.flags, self.trained, self.tokenizer, self.timing = flags, trained, tokenizer, Timing()
         self.acceptance = Acceptance()
+        self.tools: ToolCalls | None = None
+        if flags.tools:
+            setting = ToolSetting(trained.model, trained.config, tokenizer, flags.memory)
+            self.tools = ToolCalls.of(flags.tools, setting)
         self.template = None
         if flags.chat_template is not None:
             self.template = load_chat_template(flags.chat_template or None, tokenizer)
@@ -218,7 +231,9 @@ class Writer:
         sampling: Sampling,
         alone: bool,
     ) -> None:
+        from megaforge.inference.generation import Continuations
         from megaforge.inference.text_stream import TextStream
+        from megaforge.inference.tool_calls import Insertions
 
         texts = [
             Text(prompts[index], index, sample, TextStream(self.tokenizer, encoded[index], self.stops))
@@ -227,6 +242,7 @@ class Writer:
         seeds = [sampling.seed + sample for _, sample in jobs]
         start = time.perf_counter()
         batch = self._begin([encoded[index] for index, _ in jobs], sampling, seeds)
+        asking = None if self.tools is None else Insertions(self.tools)
         if alone and self.template is None:
             self._show(texts[0].prompt.text)
         for step in range(self.flags.max_new_tokens):
@@ -237,6 +253,8 @@ class Writer:
             self.timing.drawn(now - start, len(drawn), first=step == 0)
             start = now
             done = [number for number, token in drawn.items() if self._take(texts[number], token, alone)]
+            if asking is not None and isinstance(batch, Continuations):
+                asking.answer(batch, {number: texts[number].stream.text for number in drawn if number not in done})
             batch.drop(done)
         for text in texts:
             self._finish(text, alone)
@@ -309,6 +327,8 @@ def main() -> int:
     writer.write(prompts, sampling)
     if flags.speculate:
         print_rank_0(writer.acceptance.line(writer.timing.tokens, writer.timing.seconds))
+    if writer.tools is not None:
+        print_rank_0(writer.tools.line())
     if flags.timing:
         print_rank_0(writer.timing.line(peak_memory_bytes(trained.ctx.device)))
     shutdown()

@@ -15,6 +15,7 @@ from megaforge.inference.lm_eval_backend import results as lm_eval_results
 from megaforge.inference.requests import Answerer
 from megaforge.inference.restore import TrainedModel
 from megaforge.inference.task_run import FURTHER, Result, TaskRun
+from megaforge.inference.tool_calls import ToolCalls
 from megaforge.tasks.lm_eval_file import is_lm_evals
 from megaforge.tasks.task_file import read_task
 
@@ -32,6 +33,7 @@ class Asked:
         examples: of each length, where a task does not say; None: 50, and all of lm-eval's.
         max_length: tokens that a sequence may have; None: what examples need, at least as many as in training.
         batch_size: sequences computed at once.
+        tools: what answers the model while it writes.
     """
 
     tasks: Sequence[str]
@@ -39,6 +41,7 @@ class Asked:
     examples: int | None = None
     max_length: int | None = None
     batch_size: int = 8
+    tools: ToolCalls | None = None
 
     def lengths_for(self, trained: TrainedModel) -> tuple[int, ...]:
         """Of tasks that do not say."""
@@ -75,7 +78,7 @@ def tasks_answered(
         UserError: a task cannot be asked.
     """
     max_length = asked.room(trained)
-    answerer = Answerer(trained, tokenizer, max_length, asked.batch_size)
+    answerer = Answerer(trained, tokenizer, max_length, asked.batch_size, tools=asked.tools)
 
     def work(ask: Ask) -> Answered:
         run = TaskRun(ask, tokenizer, asked.lengths_for(trained), asked.examples or EXAMPLES)
@@ -89,6 +92,8 @@ def tasks_answered(
             results, samples = results + more, samples + written
         if answerer.cut.requests:
             print_rank_0(answerer.cut.line(max_length))
+        if asked.tools is not None:
+            print_rank_0(asked.tools.line())
         return results, samples
 
     return led(answerer, work, cache)

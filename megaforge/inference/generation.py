@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -124,6 +124,10 @@ class Continuations:
     Prompts are computed in pieces (those of one length together, as far as they fit), each further token of all of them
     in one step from the states. One rank that holds the last stage draws and tells the others, so that rounding can
     never let ranks go on with different tokens. A text depends on its own prompt and seed alone, not on its company.
+
+    Attributes:
+        going_on: the numbers of the texts that are not done.
+        inserted: those of them whose newest token was given (:meth:`insert`), not drawn.
     """
 
     def __init__(
@@ -158,6 +162,8 @@ class Continuations:
         seeds = [sampling.seed] * len(prompts) if seeds is None else seeds
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._drawn: Tensor | None = None
+        self._given: dict[int, deque[int]] = {}
+        self.inserted: frozenset[int] = frozenset()
         self._seen: Tensor | None = None
         if sampling.repetition_penalty != 1:
             self._seen = torch.zeros(len(prompts), model.vocab_size, dtype=torch.bool)
@@ -210,10 +216,28 @@ class Continuations:
             self._drawn = self._sampled(self._logits).to(ctx.device)
         if ctx.world.size > 1:
             dist.broadcast(self._drawn, src=self.model.source, group=ctx.world.group)
+        self._put_given(self._drawn)
         drawn = dict(zip(self.going_on, self._drawn.tolist(), strict=True))
         if self._seen is not None:
             self._seen[list(drawn), list(drawn.values())] = True
         return drawn
+
+    def insert(self, number: int, tokens: Sequence[int]) -> None:
+        """Text ``number`` goes on with these tokens, whatever the model would draw; on all ranks alike.
+
+        Raises:
+            UserError: one is outside of the vocabulary.
+        """
+        if tokens:
+            check_prompts([tokens], self.model.vocab_size)
+            self._given.setdefault(number, deque()).extend(tokens)
+
+    def _put_given(self, drawn: Tensor) -> None:
+        """Puts what was given in place of what was drawn."""
+        given = [(row, number) for row, number in enumerate(self.going_on) if self._given.get(number)]
+        for row, number in given:
+            drawn[row] = self._given[number].popleft()
+        self.inserted = frozenset(number for _, number in given)
 
     def _sampled(self, logits: Tensor) -> Tensor:
         """The next token of each row of the batch: [b, V] -> int64 [b], on the CPU."""

@@ -24,6 +24,7 @@ from megaforge.errors import UserError
 from megaforge.inference.generation import Continuations, Sampling, unusable_ids
 from megaforge.inference.restore import TrainedModel
 from megaforge.inference.text_stream import TextStream
+from megaforge.inference.tool_calls import Insertions, ToolCalls
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Answerer:
         max_length: tokens that a sequence may have.
         batch_size: sequences computed at once.
         cut: what did not fit so far.
+        tools: what answers the model while it writes.
     """
 
     trained: TrainedModel
@@ -95,6 +97,7 @@ class Answerer:
     max_length: int
     batch_size: int = 8
     cut: Cut = field(default_factory=Cut)
+    tools: ToolCalls | None = None
 
     def __post_init__(self) -> None:
         longest = self.trained.model.longest
@@ -168,6 +171,7 @@ class Answerer:
     def _write(self, asked: Sequence[Writing]) -> list[Answer]:
         model, prompts = self.trained.model, [self._prompt(one) for one in asked]
         streams = [TextStream(self.tokenizer, prompt, one.stops) for prompt, one in zip(prompts, asked, strict=True)]
+        asking = None if self.tools is None else Insertions(self.tools)
         if (most := max(one.max_new_tokens for one in asked)) > 0:
             batch = Continuations(
                 model,
@@ -179,7 +183,10 @@ class Answerer:
             )
             for drawn in range(1, most + 1):
                 new = batch.draw()
-                batch.drop([n for n, token in new.items() if self._ends(asked[n], streams[n], token, drawn)])
+                ended = [n for n, token in new.items() if self._ends(asked[n], streams[n], token, drawn)]
+                if asking is not None:
+                    asking.answer(batch, {n: streams[n].text for n in new if n not in ended})
+                batch.drop(ended)
         for stream in streams:
             stream.close()
         return [stream.text for stream in streams]

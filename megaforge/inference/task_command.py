@@ -13,6 +13,7 @@ from megaforge.data.images import check_image, save_image
 from megaforge.data.outputs import make_parents, temporary_path
 from megaforge.durable import replacing
 from megaforge.errors import UserError, require
+from megaforge.inference.tool_calls import ToolCalls, ToolSetting, add_tool_flags, check_tool_flags
 from megaforge.tasks.lm_eval_file import check_task, is_lm_evals
 from megaforge.tasks.task_file import read_task
 
@@ -39,6 +40,7 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cache", metavar="FILE", help="keep answers, and go on from those that it has")
     group.add_argument("--plot", metavar="FILE", help="picture of metrics by length: .png, .svg or .pdf")
     group.add_argument("--log-samples", metavar="FILE", help="write each prompt, its answers and the model's (JSONL)")
+    add_tool_flags(parser)
 
 
 def check_task_flags(flags: argparse.Namespace) -> None:
@@ -47,6 +49,9 @@ def check_task_flags(flags: argparse.Namespace) -> None:
         UserError: a flag that goes with ``--tasks`` alone stands beside ``--input``, or the other way round; or a task
             or file is bad.
     """
+    check_tool_flags(flags)
+    if flags.tools and not flags.tasks:
+        raise UserError(f"--tools {' '.join(flags.tools)}: it goes with --tasks, not with --input; leave it out")
     names = ("part", "json_key", "seq_length", "baseline", "train_data") if flags.tasks else _ONLY_TASKS
     for name in names:
         if (value := getattr(flags, name)) is not None:
@@ -66,14 +71,18 @@ def evaluate_tasks(flags: argparse.Namespace, trained: TrainedModel) -> None:
     from megaforge.parallel.agree import from_first_rank
 
     tokenizer = trained.load_tokenizer(flags.tokenizer_model)
-    asked = Asked(flags.tasks, flags.lengths or (), flags.examples, flags.max_length, flags.batch_size)
+    tools = None
+    if flags.tools:
+        tools = ToolCalls.of(flags.tools, ToolSetting(trained.model, trained.config, tokenizer, flags.memory))
+    asked = Asked(flags.tasks, flags.lengths or (), flags.examples, flags.max_length, flags.batch_size, tools)
     room = asked.room(trained)
     cache: list[AnswerCache] = []
 
     def open_cache() -> None:
         if flags.cache:
             how = (room, flags.ema, flags.adapter, flags.dtype, flags.use_custom_kernels, tokenizer.fingerprint)
-            cache.append(AnswerCache(flags.cache, identity(trained.path, *how)))
+            memory = () if flags.memory is None else (identity(flags.memory),)
+            cache.append(AnswerCache(flags.cache, identity(trained.path, *how, *flags.tools, *memory)))
 
     from_first_rank(trained.ctx, open_cache)
     try:

@@ -76,6 +76,7 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments
         (("--load", "x", "--prompt", "y", "--top-p", "1.5"), "--top-p 1.5: must be"),
         (("--load", "x", "--prompt-file", "none.txt"), "--prompt-file none.txt"),
         (("--load", "x", "--prompt", "y", "--speculate", "mtp"), "add --temperature 0 (it is 0.8)"),
+        (("--load", "x", "--prompt", "y", "--tools", "calculater"), "did you mean calculator?"),
     ],
     "tools/make_task_tokenizer.py": [
         ((), "--output"),

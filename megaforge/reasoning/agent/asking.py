@@ -10,7 +10,6 @@ others are rolled back.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,7 +22,7 @@ from megaforge.reasoning.agent.episode import Episode, Setting, Tokens
 from megaforge.reasoning.agent.player import greedy, play, sampled
 from megaforge.reasoning.agent.reader import Reader, tell_stages
 from megaforge.reasoning.branch import Branch
-from megaforge.reasoning.memory.agent_memory import AgentMemory, MemoryShape, as_bytes
+from megaforge.reasoning.memory.agent_memory import AgentMemory, MemoryShape
 from megaforge.registry import AGENT_ACTIONS
 
 _ROWS = 64  # of contexts that the model sees at once, at most
@@ -139,10 +138,7 @@ class Asker:
 
     def digest(self) -> str:
         """SHA-256 of what makes summaries and keys."""
-        found = hashlib.sha256()
-        for name, parameter in self.reader.heads.summariser.named_parameters():
-            found.update(as_bytes(name, parameter))
-        return found.hexdigest()
+        return self.reader.digest()
 
     def ask(self, text: Text) -> Reading:
         """Reads one text, beginning with what earlier ones have left in :attr:`root`. Collective.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from megaforge.parallel.mappings import reduce_from_tensor_parallel
 from megaforge.reasoning.agent.episode import Context, Seen
 from megaforge.reasoning.agent.heads import AgentHeads, heads_of
 from megaforge.reasoning.agent.packing import as_batch, pack, rounded
+from megaforge.reasoning.memory.agent_memory import as_bytes
 
 
 class Observer(Protocol):
@@ -67,6 +69,13 @@ class Reader:
             value = copy.to(self.ctx.device, copy=True) if source is None else source[number].detach().clone()
             tell_stages(self.ctx, value, self.last_rank)
             copy.copy_(value)
+
+    def digest(self) -> str:
+        """SHA-256 of what makes summaries and keys, as :meth:`share_heads` has found it."""
+        found = hashlib.sha256()
+        for name, parameter in self.heads.summariser.named_parameters():
+            found.update(as_bytes(name, parameter))
+        return found.hexdigest()
 
     def read(self, contexts: Sequence[Context]) -> dict[Context, Seen] | None:
         """What the model makes of contexts; None: no rank has any. Collective.

@@ -1,0 +1,1 @@
+"""What a model may ask while it writes; each tool is in :data:`megaforge.registry.TOOLS`."""
