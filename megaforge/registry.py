@@ -268,7 +268,7 @@ CALLBACKS = Registry(
     "callback",
     {
         "reduce_on_plateau": "megaforge.training.lr_plateau:reduce_on_plateau",
-        "policy_control": "megaforge.reasoning.agent.control:PolicyControl",
+        "policy_control": "megaforge.reasoning.agent.control:AgentControl",
     },
 )
 ALERTS = Registry(  # megaforge.monitor.alert_kinds.AlertKind

@@ -89,6 +89,7 @@ COVERED = {
     "config/agent_config.py": "reasoning/test_agent.py",
     "config/rl_partners.py": "config/test_partners.py",
     "reasoning/agent/": "reasoning/test_agent.py",
+    "reasoning/control.py": "reasoning/test_agent.py",
     "config/regularization_config.py": "training/test_regularization.py",
     "config/run_partners.py": "config/test_partners.py",
     "quant/products.py": "quant/test_linear.py",

@@ -20,7 +20,7 @@ from megaforge.data.sample_schedule import Plan, SampleSchedule, ScheduledSource
 from megaforge.data.sidecar import digest_of
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.errors import UserError
-from megaforge.registry import CHUNKED_TASKS
+from megaforge.registry import CHUNKED_TASKS, OBJECTIVES
 from megaforge.tasks.chunked import make_window
 
 _SCHEME, _VERSION = "tasks://", 1
@@ -173,7 +173,8 @@ def open_tasks(config: Config, tokenizer: Tokenizer | None) -> TaskWindows:
     """
     name = task_of(config.data)
     assert name is not None and tokenizer is not None, "looked at by check"
-    kind = EpisodeNumbers if config.training.objective == "agent" else TaskWindows
+    plays = getattr(OBJECTIVES.get(config.training.objective), "plays", False)
+    kind = EpisodeNumbers if plays else TaskWindows
     return kind(SampleSchedule.of(config), name, config.tasks, tokenizer)
 
 

@@ -35,6 +35,15 @@ def reduced(ctx: ParallelContext, value: int, operation: dist.ReduceOp.RedOpType
     return int(found)
 
 
+def tell_stages(ctx: ParallelContext, x: torch.Tensor, last_rank: int) -> None:
+    """What the ranks of the last stage, ``last_rank`` of pp, have in ``x`` the others get, in place; and those of tp
+    the very same bits."""
+    if ctx.pp.group is not None:
+        dist.broadcast(x, group=ctx.pp.group, group_src=last_rank)
+    if ctx.tp.group is not None:
+        dist.broadcast(x, group=ctx.tp.group, group_src=0)
+
+
 def _attempt(action: Callable[[], T]) -> _Outcome[T]:
     try:
         return action(), None, True

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megaforge.config.config import Config
 from megaforge.data.task_source import task_of
-from megaforge.reasoning.agent.packing import rounded
+from megaforge.reasoning.packing import rounded
 from megaforge.tasks.chunked import make_chunked
 
 

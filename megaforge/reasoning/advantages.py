@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megaforge.config.rl_config import ReinforcementConfig
+
 
 def group_advantages(rewards_NG: Tensor, *, scale: bool = True, eps: float = 1e-6) -> Tensor:
     """Of each episode of groups that were asked the same: reward less the group's mean, over its standard deviation
@@ -27,6 +29,24 @@ def group_advantages(rewards_NG: Tensor, *, scale: bool = True, eps: float = 1e-
 def varied(rewards_NG: Tensor) -> Tensor:
     """Bool [groups], where episodes differ in reward; others teach nothing (DAPO, Yu et al., arXiv 2503.14476)."""
     return rewards_NG.amax(1) > rewards_NG.amin(1)
+
+
+def loss_weights(rewards_N: Tensor, lengths_N: Tensor, flags: ReinforcementConfig, longest: int) -> Tensor:
+    """Of each decision of each of N episodes, fp64 [N]: sums over decisions, divided by N, are the mean that
+    ``--rl-mean`` asks for, of the groups that count.
+
+    Args:
+        rewards_N: of episodes, members of a group behind each other.
+        lengths_N: their decisions.
+        longest: decisions of an episode, at most: the divisor of Dr. GRPO (arXiv 2503.20783).
+    """
+    counts, lengths = torch.ones_like(rewards_N, dtype=torch.float64), lengths_N.double()
+    if flags.rl_drop_equal_groups:
+        counts = varied(rewards_N.view(-1, flags.rl_group_size)).double().repeat_interleave(flags.rl_group_size)
+    number = len(rewards_N)
+    if flags.rl_mean == "decision":
+        return counts * number / (counts * lengths).sum().clamp(min=1)
+    return counts * (number / counts.sum().clamp(min=1)) / (lengths if flags.rl_mean == "episode" else longest)
 
 
 def discounted_advantages(

@@ -45,6 +45,7 @@ class PredictsAhead:
         self.terms = objective.terms
         self.experience = getattr(objective, "experience", as_read)
         self.callbacks: tuple[str, ...] = getattr(objective, "callbacks", ())
+        self.plays = getattr(objective, "plays", False)
         self._objective, self._cfg = objective, cfg
 
     def counts(self, batch: Batch) -> dict[str, float]:

@@ -36,11 +36,13 @@ class Objective(Protocol):
             the labels and loss masks of the second to the n-th.
         takes_loss_sum: whether the cross-entropies of labels enter its terms as ``output.loss_sum``, whose gradients
             cost a product with the vocabulary's matrix less.
+        plays: whether samples are numbers alone, of which it makes what is learnt from (:meth:`experience`).
         callbacks: names of those in :data:`megaforge.registry.CALLBACKS` that it comes with.
     """
 
     look_ahead: int = 1
     takes_loss_sum: bool = False
+    plays: bool = False
     callbacks: tuple[str, ...] = ()
 
     def counts(self, batch: Batch) -> dict[str, float]:
@@ -114,6 +116,7 @@ class WithTerms:
         self.prepare = getattr(objective, "prepare", lambda *run: None)
         self.experience = getattr(objective, "experience", as_read)
         self.callbacks: tuple[str, ...] = getattr(objective, "callbacks", ())
+        self.plays = getattr(objective, "plays", False)
         self._objective, self._more = objective, more
 
     def terms(self, output: ModelOutput, batch: Batch) -> dict[str, LossTerm]:

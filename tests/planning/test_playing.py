@@ -18,9 +18,9 @@ from megaforge.planning.plan_command import run
 from megaforge.planning.playing import heads_bytes, play_bytes, play_time
 from megaforge.planning.stages import cut_stages, model_parts, stage_parameters
 from megaforge.planning.time import stage_time
-from megaforge.reasoning.agent.episode import Context, Episode, Seen, Setting
-from megaforge.reasoning.agent.packing import pack, rounded
+from megaforge.reasoning.agent.episode import Context, Episode, Seen, Setting, pack_contexts
 from megaforge.reasoning.memory.agent_memory import AgentMemory, MemoryShape
+from megaforge.reasoning.packing import rounded
 from megaforge.tasks.chunked import make_chunked
 from megaforge.verification.dry_run import report, try_ranks
 
@@ -81,7 +81,7 @@ def test_no_episode_has_more_contexts_or_tokens_than_the_plan_says(window: int, 
         assert len(one.decisions) <= sizes.decisions and len(windows) - 1 <= sizes.changes
         lengths = [len(context.tokens) for context in [*contexts, one.context()]]
         assert sizes.shortest <= lengths[0] and max(lengths) <= sizes.longest <= length
-        fills = pack([Context((n, *c.tokens[1:]), *c[1:]) for n in range(2) for c in contexts], length)
+        fills = pack_contexts([Context((n, *c.tokens[1:]), *c[1:]) for n in range(2) for c in contexts], length)
         assert rounded(fills.rows) <= sizes.rows(2, length)
 
 

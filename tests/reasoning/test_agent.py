@@ -17,16 +17,16 @@ from megaforge.data.task_tokenizer import make_task_tokenizer
 from megaforge.errors import UserError
 from megaforge.monitor.names import known
 from megaforge.reasoning.agent.algorithms import GroupRelative, Played, ProximalPolicy, judge
-from megaforge.reasoning.agent.control import PolicyControl
-from megaforge.reasoning.agent.episode import Context, Episode, Seen, Setting
+from megaforge.reasoning.agent.control import AgentControl
+from megaforge.reasoning.agent.episode import Context, Episode, Seen, Setting, pack_contexts
 from megaforge.reasoning.agent.experience import Record
 from megaforge.reasoning.agent.heads import AgentHeads
 from megaforge.reasoning.agent.objective import AgentObjective
-from megaforge.reasoning.agent.packing import as_batch, pack, rounded
 from megaforge.reasoning.agent.player import draws_of, greedy, play, sampled
-from megaforge.reasoning.agent.scoring import without_adapters
 from megaforge.reasoning.agent.texts import TaskTexts
 from megaforge.reasoning.memory.agent_memory import AgentMemory, MemoryShape
+from megaforge.reasoning.packing import as_batch, rounded
+from megaforge.reasoning.reference import without_adapters
 from megaforge.training.trainer import Trainer
 from tests.nn.support import perturb
 from tests.reasoning.test_agent_parity import agent_arguments
@@ -104,17 +104,17 @@ def test_a_fork_goes_on_by_itself() -> None:
 
 def test_contexts_are_documents() -> None:
     contexts = [Context((1, 2, 3), (0, 1), 2), Context((4, 5), (0, 1), 1), Context((1, 2, 3), (0, 1), 2)]
-    packed = pack(contexts, 5)
+    packed = pack_contexts(contexts, 5)
     assert packed.places == {contexts[0]: (0, 0), contexts[1]: (0, 3)} and packed.rows == 1
-    assert pack([contexts[0], contexts[1]], 4).places[contexts[1]] == (1, 0)
+    assert pack_contexts([contexts[0], contexts[1]], 4).places[contexts[1]] == (1, 0)
     batch = as_batch(packed, 2, 6)
     assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 0], [0] * 6]
     assert batch.labels.tolist()[0] == [2, 3, 0, 5, 0, 0]
     assert batch.document_start.tolist()[0] == [True, False, False, True, False, True]
     assert not batch.loss_mask.any()
-    assert pack([], 5).rows == 1
+    assert pack_contexts([], 5).rows == 1
     with pytest.raises(UserError, match="--seq-length 2: the agent sees 3 tokens"):
-        pack(contexts, 2)
+        pack_contexts(contexts, 2)
     assert [rounded(n) for n in (1, 2, 7, 8, 9, 33, 64, 65)] == [1, 2, 7, 8, 10, 40, 64, 80]
     assert len({rounded(n) for n in range(1, 1025)}) < 45
 
@@ -255,9 +255,9 @@ def test_playing_is_what_one_decision_after_the_other_does(words: Path) -> None:
 def test_episodes_of_several_steps_are_kept_as_they_were(words: Path) -> None:
     trainer = make_trainer(agent_arguments(words, "--rl-epochs", "2", "--train-iters", "1"))
     trainer.train()
-    control = next(one for one in trainer.callbacks if isinstance(one, PolicyControl))
+    control = next(one for one in trainer.callbacks if isinstance(one, AgentControl))
     state = control.state()
-    other = PolicyControl(trainer)
+    other = AgentControl(trainer)
     other.load_state(state)
     assert other.state() == state and len(state["kept"]) == 16
     for sample, kept in control.kept.items():

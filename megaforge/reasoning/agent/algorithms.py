@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megaforge.config.rl_config import ReinforcementConfig
-from megaforge.reasoning.advantages import discounted_advantages, group_advantages, whitened
+from megaforge.reasoning.advantages import discounted_advantages, group_advantages, loss_weights, whitened
 
 
 class Played(NamedTuple):
@@ -99,7 +99,7 @@ def judge(played: Sequence[Played], flags: ReinforcementConfig, algorithm: Algor
         rewards[row, length - 1] += worth_of_end(float(one.right), share, flags)
         values[row, :length], mask[row, :length] = torch.tensor(one.values, dtype=torch.float64), True
     advantages, returns = algorithm.advantages(rewards, values, mask)
-    weights = _weights(rewards.sum(1), mask.sum(1).double(), flags)
+    weights = loss_weights(rewards.sum(1), mask.sum(1), flags, flags.agent_steps)
     return {
         one.sample: Judged(
             float(rewards[row].sum()),
@@ -128,17 +128,3 @@ def worth_of_end(right: float, share: float, flags: ReinforcementConfig) -> floa
     """What an episode's end gives, without the cost of actions: of a right answer, and of stability, where ``share`` of
     the group ended alike."""
     return right + flags.rl_stability * share
-
-
-def _weights(rewards: Tensor, lengths: Tensor, flags: ReinforcementConfig) -> Tensor:
-    """Of each decision of each episode: sums over decisions, divided by the number of episodes, are the mean that
-    ``--rl-mean`` asks for, of the groups that count."""
-    counts = torch.ones_like(rewards)
-    if flags.rl_drop_equal_groups:
-        groups = rewards.view(-1, flags.rl_group_size)
-        counts = (groups.amax(1) > groups.amin(1)).double().repeat_interleave(flags.rl_group_size)
-    episodes = counts.sum().clamp(min=1)
-    scale = len(rewards) / episodes
-    if flags.rl_mean == "decision":
-        return counts * len(rewards) / (counts * lengths).sum().clamp(min=1)
-    return counts * scale / (lengths if flags.rl_mean == "episode" else flags.agent_steps)

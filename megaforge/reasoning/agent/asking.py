@@ -17,12 +17,14 @@ import torch
 
 from megaforge.config.config import Config
 from megaforge.inference.staged import StagedModel
+from megaforge.parallel.agree import tell_stages
 from megaforge.reasoning.agent.algorithms import shares_alike, worth_of_end
-from megaforge.reasoning.agent.episode import Episode, Setting, Tokens
+from megaforge.reasoning.agent.episode import Episode, Setting
 from megaforge.reasoning.agent.player import greedy, play, sampled
-from megaforge.reasoning.agent.reader import Reader, tell_stages
+from megaforge.reasoning.agent.reader import Reader
 from megaforge.reasoning.branch import Branch
 from megaforge.reasoning.memory.agent_memory import AgentMemory, MemoryShape
+from megaforge.reasoning.packing import Tokens
 from megaforge.registry import AGENT_ACTIONS
 
 _ROWS = 64  # of contexts that the model sees at once, at most

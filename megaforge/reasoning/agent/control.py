@@ -1,89 +1,24 @@
-"""What goes on from step to step of a policy's training: the divergence's weight, what is done when it grows too far,
-and the episodes that several steps learn from."""
+"""An agent's episodes, from step to step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megaforge.config.launcher import print_rank_0
-from megaforge.errors import UserError
 from megaforge.reasoning.agent.experience import Record
-from megaforge.reasoning.policy_losses import adapted
-from megaforge.training.callbacks import Callback, Place
+from megaforge.reasoning.control import PolicyControl
 
 if TYPE_CHECKING:
-    from megaforge.training.metrics import StepMetrics
     from megaforge.training.trainer import Trainer
 
-LOWEST, REGROWTH = 1 / 16, 1.1  # of the learning rate's factor: the least, and what it grows by a step
 
-
-class PolicyControl(Callback):
-    """
-    Attributes:
-        coefficient: weight of the divergence from the reference.
-        kept: the episodes of the present round, by their numbers, and the first one's number; of the whole global batch
-            where several steps learn from it, otherwise of this rank.
-        round_: the iteration before its first step.
-    """
-
-    place = Place.BEFORE
-    state_name = "policy_control"
+class AgentControl(PolicyControl):
+    """See :class:`megaforge.reasoning.control.PolicyControl`."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.flags = trainer.config.rl
-        self.coefficient = self.flags.rl_kl
-        self.kept: dict[int, Record] = {}
-        self.first = self.round_ = 0
-        self._factor = 1.0
+        super().__init__(trainer)
         self._dtype = torch.promote_types(trainer.engine.model.chunks[0].dtype, torch.float32)
 
-    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        kl = metrics.extra["kl"]
-        metrics.extra["kl_coefficient"] = self.coefficient
-        if self.flags.rl_kl_target is not None:
-            self.coefficient = adapted(self.coefficient, kl, self.flags.rl_kl_target, self.flags.rl_kl_horizon)
-        if self.flags.rl_kl_limit is not None:
-            self._hold(trainer, metrics, kl, self.flags.rl_kl_limit)
-        if self.flags.rl_kl_collapse is not None and kl > self.flags.rl_kl_collapse:
-            self._collapse(trainer, metrics.iteration, kl)
-
-    def _hold(self, trainer: Trainer, metrics: StepMetrics, kl: float, limit: float) -> None:
-        metrics.extra["policy_lr_factor"] = self._factor
-        if kl > limit and self._factor > LOWEST:
-            self._factor = max(self._factor / 2, LOWEST)
-            print_rank_0(
-                f"iteration {metrics.iteration}: the policy's divergence from the first is {kl:.4g}, above "
-                f"--rl-kl-limit {limit:g}: the learning rate is multiplied by {self._factor:g}"
-            )
-        elif kl <= limit:
-            self._factor = min(self._factor * REGROWTH, 1.0)
-        trainer.lr_factors["policy"] = self._factor
-
-    def _collapse(self, trainer: Trainer, iteration: int, kl: float) -> None:
-        limit = f"--rl-kl-collapse {self.flags.rl_kl_collapse:g}"
-        text = f"the policy's divergence from the first is {kl:.4g}, above {limit}"
-        if trainer.rollback is None:
-            raise UserError(
-                f"iteration {iteration}: {text}: the policy has collapsed; go on from an earlier checkpoint with a "
-                "lower --lr or a higher --rl-kl, or add --spike-rollback N, which goes back by itself"
-            )
-        trainer.rollback.asked = text
-
-    def state(self) -> dict[str, Any]:
-        whole = self.kept if self.flags.rl_epochs > 1 else {}
-        kept = {str(sample): record.state() for sample, record in whole.items()}
-        return {
-            "coefficient": self.coefficient,
-            "factor": self._factor,
-            "round": [self.round_, self.first],
-            "kept": kept,
-        }
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self.coefficient, self._factor = state["coefficient"], state["factor"]
-        self.round_, self.first = state["round"]
-        self.kept = {int(sample): Record.of(record, self._dtype) for sample, record in state["kept"].items()}
+    def kept_of(self, state: Any) -> Record:
+        return Record.of(state, self._dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from megaforge.config.rl_config import ReinforcementConfig
 from megaforge.reasoning.agent.actions import AgentAction
 from megaforge.reasoning.memory.agent_memory import AgentMemory
+from megaforge.reasoning.packing import Packed, Tokens, pack
 from megaforge.registry import AGENT_ACTIONS
 
-Tokens = tuple[int, ...]
 FLAGS = ("answering", "written", "staged", "spliced")
 
 
@@ -31,6 +31,16 @@ class Context(NamedTuple):
     tokens: Tokens
     chunk: tuple[int, int]
     last: int
+
+
+def pack_contexts(contexts: Iterable[Context], length: int) -> Packed[Context]:
+    """Contexts behind each other in rows of ``length`` tokens.
+
+    Raises:
+        UserError: one is longer than a row.
+    """
+    what = "the agent sees {} tokens at once (window, chunk, question, answer)"
+    return pack(contexts, length, what, "--agent-window or --task-chunk-tokens")
 
 
 class Seen(NamedTuple):

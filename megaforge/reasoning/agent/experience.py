@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megaforge.data.loader import Batch
-from megaforge.reasoning.agent.episode import Context, Decision
-from megaforge.reasoning.agent.packing import as_batch, pack, rounded, stacked
+from megaforge.reasoning.agent.episode import Context, Decision, pack_contexts
+from megaforge.reasoning.packing import as_batch, rounded, stacked
 
 NUMBERS = ("old", "reference", "value", "advantage", "returns", "weight")
 TOLD = ("reward", "accuracy", "actions", "decisions_made", "memory_summaries", "memory_entries")
@@ -69,7 +69,7 @@ def as_batches(
     [rows, n, F], ``memory`` [rows, n, S], ``episode`` and ``number``: whose it is and which, ``ends`` whether it is the
     last; and of tokens [rows, length] whether they are a ``chunk``'s.
     """
-    packed = [pack((d.context for one in episodes for d in one), length) for episodes in micro_batches]
+    packed = [pack_contexts((d.context for one in episodes for d in one), length) for episodes in micro_batches]
     rows = rounded(max(one.rows for one in packed))
     dealt: list[list[list[_Made]]] = []
     for own, episodes in zip(packed, micro_batches, strict=True):

@@ -22,7 +22,7 @@ from megaforge.nn.losses import LossTerm
 from megaforge.parallel.agree import exchange, reduced
 from megaforge.parallel.context import ParallelContext
 from megaforge.reasoning.agent.algorithms import Algorithm, Played, judge
-from megaforge.reasoning.agent.control import PolicyControl
+from megaforge.reasoning.agent.control import AgentControl
 from megaforge.reasoning.agent.episode import Episode, Setting
 from megaforge.reasoning.agent.experience import TOLD, Record, as_batches, with_worth
 from megaforge.reasoning.agent.heads import AgentHeads
@@ -44,6 +44,7 @@ class AgentObjective(Objective):
 
     look_ahead = 1
     takes_loss_sum = False
+    plays = True
     callbacks = ("policy_control",)
 
     def __init__(self, config: Config) -> None:
@@ -70,11 +71,11 @@ class AgentObjective(Objective):
         return self._reader
 
     def experience(self, trainer: Trainer, batches: Sequence[Batch]) -> Sequence[Batch]:
-        control = next(one for one in trainer.callbacks if isinstance(one, PolicyControl))
+        control = next(one for one in trainer.callbacks if isinstance(one, AgentControl))
         reader, samples = self.reader(trainer), [_samples(batch) for batch in batches]
         first = reduced(trainer.ctx, min(map(min, samples)), dist.ReduceOp.MIN)
         made: list[Batch] | None = None
-        if not control.kept or trainer.iteration >= control.round_ + self._flags.rl_epochs:
+        if control.due(trainer.iteration):
             if trainer.iteration == 0 and reader.own is not None:
                 reader.own.keep_reference()
             reader.share_heads()

@@ -17,13 +17,13 @@ from megaforge.data.loader import Batch
 from megaforge.models.hybrid import HybridModel, ModelOutput
 from megaforge.models.pipeline_shape import PipelinePlan
 from megaforge.models.stages import ModelChunks
-from megaforge.parallel.agree import reduced
+from megaforge.parallel.agree import reduced, tell_stages
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.mappings import reduce_from_tensor_parallel
-from megaforge.reasoning.agent.episode import Context, Seen
+from megaforge.reasoning.agent.episode import Context, Seen, pack_contexts
 from megaforge.reasoning.agent.heads import AgentHeads, heads_of
-from megaforge.reasoning.agent.packing import as_batch, pack, rounded
 from megaforge.reasoning.memory.agent_memory import as_bytes
+from megaforge.reasoning.packing import as_batch, rounded
 
 
 class Observer(Protocol):
@@ -83,7 +83,7 @@ class Reader:
         Raises:
             UserError: one is longer than a row.
         """
-        packed = pack(contexts, self._length)
+        packed = pack_contexts(contexts, self._length)
         # Experts' ranks are those of several replicas.
         wanted = reduced(self.ctx, packed.rows if contexts else 0, dist.ReduceOp.MAX)
         if not wanted:
@@ -163,11 +163,3 @@ class Reader:
         sums[:, :-1].index_add_(0, local("slot", first).flatten(), weighted.flatten(0, 1))
         sums[:, -1].index_add_(0, local("right", first).flatten(), output.correct_SB.to(sums.dtype).flatten())
         return reduce_from_tensor_parallel(sums, self.ctx.cp).view(rows, slots, -1)
-
-
-def tell_stages(ctx: ParallelContext, x: Tensor, last_rank: int) -> None:
-    """What the ranks of the last stage have in ``x`` the others get, in place; and those of tp the very same bits."""
-    if ctx.pp.group is not None:
-        dist.broadcast(x, group=ctx.pp.group, group_src=last_rank)
-    if ctx.tp.group is not None:
-        dist.broadcast(x, group=ctx.tp.group, group_src=0)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megaforge.data.loader import Batch
 from megaforge.models.hybrid import ModelOutput
-from megaforge.parallel.agree import reduced
-from megaforge.parallel.layers import linears
+from megaforge.parallel.agree import tell_stages
 from megaforge.parallel.mappings import reduce_from_tensor_parallel, scale_gradient
-from megaforge.peft.adapter import AdaptedOp
 from megaforge.reasoning.agent.heads import AgentHeads, Opinion
-from megaforge.reasoning.agent.reader import Reader, tell_stages
+from megaforge.reasoning.agent.reader import Reader
+from megaforge.reasoning.reference import has_adapters, without_adapters
 
 
 class Scores(NamedTuple):
@@ -57,8 +54,7 @@ def scored(reader: Reader, batches: Sequence[Batch]) -> list[Scores]:
         return reduce_from_tensor_parallel(torch.stack([*two, opinion.value]).masked_fill(~here, 0), ctx.cp)
 
     told = reader.engine.observe(batches, chosen)
-    adapted = any(isinstance(layer.op, AdaptedOp) for _, layer in linears(model))
-    if reduced(ctx, adapted, dist.ReduceOp.MAX):  # of a stage's layers none may have an adapter
+    if has_adapters(model, ctx):
         with without_adapters(model):
             plain = reader.engine.observe(batches, chosen)
         told = [torch.stack([with_[0], without[1], with_[2]]) for with_, without in zip(told, plain, strict=True)]
@@ -77,17 +73,3 @@ def _by_episode(found: Tensor, batch: Batch) -> Iterator[Scores]:
     numbers = found[:, there][:, order]
     for own in numbers.split(episode.bincount().tolist(), 1):
         yield Scores(*(tuple(row) for row in own.tolist()))
-
-
-@contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
-    """The model as it was before there were adapters."""
-    layers = [(layer, layer.op) for _, layer in linears(model)]
-    for layer, op in layers:
-        if isinstance(op, AdaptedOp):
-            layer.op = op.base
-    try:
-        yield
-    finally:
-        for layer, op in layers:
-            layer.op = op

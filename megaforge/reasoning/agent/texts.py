@@ -9,7 +9,7 @@ from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.data.task_source import task_of
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.errors import UserError
-from megaforge.reasoning.agent.episode import Tokens
+from megaforge.reasoning.packing import Tokens
 from megaforge.tasks.chunked import make_chunked
 
 TextTokens = tuple[tuple[Tokens, ...], Tokens, Tokens]

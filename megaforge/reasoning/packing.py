@@ -1,9 +1,10 @@
-"""Contexts behind each other in rows of one length, as documents that do not see each other."""
+"""Documents behind each other in rows of one length, which do not see each other."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -11,41 +12,56 @@ from torch import Tensor
 
 from megaforge.data.loader import Batch
 from megaforge.errors import UserError
-from megaforge.reasoning.agent.episode import Context
+
+Tokens = tuple[int, ...]
+
+
+class Document(Protocol):
+    """
+    Attributes:
+        tokens: at least one.
+    """
+
+    @property
+    def tokens(self) -> Tokens: ...
+
+
+D = TypeVar("D", bound=Document)
 
 
 @dataclass(frozen=True)
-class Packed:
+class Packed(Generic[D]):
     """
     Attributes:
-        places: of each context its row and the place of its first token there.
+        places: of each document its row and the place of its first token there.
         rows: how many there are.
     """
 
-    places: dict[Context, tuple[int, int]]
+    places: dict[D, tuple[int, int]]
     rows: int
 
 
-def pack(contexts: Iterable[Context], length: int) -> Packed:
-    """Puts contexts into rows, in their order; equal ones are there once.
+def pack(documents: Iterable[D], length: int, what: str, shorter: str) -> Packed[D]:
+    """Puts documents into rows, in their order; equal ones are there once.
+
+    Args:
+        what: they are, for the message: ``the agent sees {} tokens at once``.
+        shorter: the flags that make them so.
 
     Raises:
         UserError: one is longer than a row.
     """
-    places: dict[Context, tuple[int, int]] = {}
+    places: dict[D, tuple[int, int]] = {}
     row = filled = 0
-    for context in contexts:
-        if context in places:
+    for document in documents:
+        if document in places:
             continue
-        size = len(context.tokens)
+        size = len(document.tokens)
         if size > length:
-            raise UserError(
-                f"--seq-length {length}: the agent sees {size} tokens at once (window, chunk, question, answer); give "
-                f"at least {size}, or a shorter --agent-window or --task-chunk-tokens"
-            )
+            raise UserError(f"--seq-length {length}: {what.format(size)}; give at least {size}, or a shorter {shorter}")
         if filled + size > length:
             row, filled = row + 1, 0
-        places[context] = row, filled
+        places[document] = row, filled
         filled += size
     return Packed(places, row + 1)
 
@@ -56,15 +72,15 @@ def rounded(rows: int) -> int:
     return -(-rows // unit) * unit
 
 
-def as_batch(packed: Packed, rows: int, length: int) -> Batch:
+def as_batch(packed: Packed[D], rows: int, length: int) -> Batch:
     """Micro-batch of ``rows`` [rows, length]: labels are the next tokens of a document, and none counts."""
     tokens, labels = np.zeros((2, rows, length), np.int64)
     starts = np.zeros((rows, length), np.bool_)
     ends = [0] * rows
-    for context, (row, first) in packed.places.items():
-        stop = first + len(context.tokens)
-        tokens[row, first:stop] = context.tokens
-        labels[row, first : stop - 1] = context.tokens[1:]
+    for document, (row, first) in packed.places.items():
+        stop = first + len(document.tokens)
+        tokens[row, first:stop] = document.tokens
+        labels[row, first : stop - 1] = document.tokens[1:]
         starts[row, first], ends[row] = True, stop
     for row, end in enumerate(ends):
         if end < length:
