@@ -6,15 +6,15 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.errors import UserError
-from megaforge.inference.staged import StagedModel
-from megaforge.models.generation_state import chosen, side_by_side
+from megaforge.models.generation_state import GenerationState, chosen, side_by_side
+from megaforge.parallel.context import ParallelContext
 
 LARGEST_SEED = 2**63 - 1
 PREFILL_CHUNK = 2048
@@ -118,6 +118,29 @@ def sample_token(logits: Tensor, sampling: Sampling, generator: torch.Generator)
     return torch.multinomial(token_probabilities(logits, sampling), 1, generator=generator).squeeze(1)
 
 
+class Scorer(Protocol):
+    """A model that texts are drawn from: :class:`megaforge.inference.staged.StagedModel`, or one that is being trained.
+
+    Attributes:
+        vocab_size: tokens that it has scores for.
+    """
+
+    vocab_size: int
+
+    @property
+    def ctx(self) -> ParallelContext: ...
+
+    def new_state(self, expected: int = 0) -> GenerationState:
+        """An empty memory, with room for so many tokens."""
+
+    def logits(self, tokens: Tensor, state: GenerationState) -> Tensor | None:
+        """Scores after the last of tokens int64 [b, s] that continue those of ``state``: [b, vocabulary], where the
+        last stage is."""
+
+    def tell(self, drawn: Tensor) -> None:
+        """What was drawn where the last stage is, int64 [b], the ranks that share the model get, in place."""
+
+
 class Continuations:
     """Several texts that go on together: draw, drop those that are done, draw again. All ranks do the same calls.
 
@@ -132,7 +155,7 @@ class Continuations:
 
     def __init__(
         self,
-        model: StagedModel,
+        model: Scorer,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         *,
@@ -214,8 +237,7 @@ class Continuations:
             self._drawn = torch.empty(self._rows, dtype=torch.long, device=ctx.device)
         else:
             self._drawn = self._sampled(self._logits).to(ctx.device)
-        if ctx.world.size > 1:
-            dist.broadcast(self._drawn, src=self.model.source, group=ctx.world.group)
+        self.model.tell(self._drawn)
         self._put_given(self._drawn)
         drawn = dict(zip(self.going_on, self._drawn.tolist(), strict=True))
         if self._seen is not None:

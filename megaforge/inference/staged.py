@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaforge.config.pattern import ahead_of
@@ -95,6 +96,11 @@ class StagedModel:
 
         [scores] = self._run([score], tokens.shape)
         return None if scores is None else scores[:, -1]
+
+    def tell(self, drawn: Tensor) -> None:
+        """What was drawn by :attr:`source` all ranks get, in place."""
+        if self.ctx.world.size > 1:
+            dist.broadcast(drawn, src=self.source, group=self.ctx.world.group)
 
     @torch.no_grad()
     def ends(self, tokens: Tensor, state: GenerationState) -> Ends | None:

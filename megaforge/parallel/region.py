@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -28,9 +31,22 @@ class TensorParallelRegion:
         """``overlap``: a linear layer at the entrance computes its weight's gradient while its input's travels."""
         self.axis = ctx.tp
         self.overlap = overlap
-        self.sequence_parallel = sequence_parallel and ctx.tp.size > 1
-        self._enter = gather_from_sequence_parallel if self.sequence_parallel else copy_to_tensor_parallel
-        self._exit = reduce_scatter_to_sequence_parallel if self.sequence_parallel else reduce_from_tensor_parallel
+        self._choose(sequence_parallel and ctx.tp.size > 1)
+
+    def _choose(self, sequence_parallel: bool) -> None:
+        self.sequence_parallel = sequence_parallel
+        self._enter = gather_from_sequence_parallel if sequence_parallel else copy_to_tensor_parallel
+        self._exit = reduce_scatter_to_sequence_parallel if sequence_parallel else reduce_from_tensor_parallel
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within it the residual stream is on every rank, for sequences of any length; there is no gradient."""
+        before = self.sequence_parallel
+        self._choose(False)
+        try:
+            yield
+        finally:
+            self._choose(before)
 
     def enter(self, x: Tensor) -> Tensor:
         """Residual stream -> region: [s(/tp), b, h] -> [s, b, h]."""
