@@ -250,6 +250,7 @@ OBJECTIVES = Registry(
         "next_token": "megaforge.training.objectives:NextToken",
         "distillation": "megaforge.training.distillation:Distillation",
         "agent": "megaforge.reasoning.agent.objective:AgentObjective",
+        "rlvr": "megaforge.reasoning.rlvr.objective:Writing",
     },
 )
 LOSS_TERMS = Registry(
@@ -269,6 +270,7 @@ CALLBACKS = Registry(
     {
         "reduce_on_plateau": "megaforge.training.lr_plateau:reduce_on_plateau",
         "policy_control": "megaforge.reasoning.agent.control:AgentControl",
+        "answer_control": "megaforge.reasoning.rlvr.control:AnswerControl",
     },
 )
 ALERTS = Registry(  # megaforge.monitor.alert_kinds.AlertKind

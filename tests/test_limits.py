@@ -89,6 +89,8 @@ COVERED = {
     "config/agent_config.py": "reasoning/test_agent.py",
     "config/rl_partners.py": "config/test_partners.py",
     "reasoning/agent/": "reasoning/test_agent.py",
+    "config/rollout_config.py": "reasoning/test_rlvr.py",
+    "reasoning/rlvr/": "reasoning/test_rlvr.py",
     "reasoning/control.py": "reasoning/test_agent.py",
     "config/regularization_config.py": "training/test_regularization.py",
     "config/run_partners.py": "config/test_partners.py",

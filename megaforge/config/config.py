@@ -25,6 +25,7 @@ from megaforge.config.regularization_config import RegularizationConfig
 from megaforge.config.resilience_config import ResilienceConfig
 from megaforge.config.reward_config import RewardConfig
 from megaforge.config.rl_config import ReinforcementConfig
+from megaforge.config.rollout_config import RolloutConfig
 from megaforge.config.run_config import (
     DataConfig,
     LoggingConfig,
@@ -54,6 +55,7 @@ class Config:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
     rl: ReinforcementConfig = field(default_factory=ReinforcementConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     stages: StageConfig = field(default_factory=StageConfig)

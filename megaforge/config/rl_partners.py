@@ -7,14 +7,31 @@ from dataclasses import fields
 from megaforge.config.config import Config
 from megaforge.config.peft_method import PeftMethod
 from megaforge.config.rl_config import ReinforcementConfig
+from megaforge.config.rollout_config import RolloutConfig
 from megaforge.config.run_partners import Partner
 
 _AGENT = ("training.objective",)
+_FLAGS = tuple(f"rl.{one.name}" for one in fields(ReinforcementConfig))
+_OF_AGENTS = ("rl.agent_", "rl.memory_", "rl.rl_action_cost", "rl.rl_stability", "rl.rl_entropy")
 _PPO = tuple(f"rl.rl_{name}" for name in ("gamma", "lambda", "horizon", "value_weight", "value_clip"))
 
 
 def _plays(config: Config) -> bool:
     return config.training.objective == "agent"
+
+
+def _writes(config: Config) -> bool:
+    return config.training.objective == "rlvr"
+
+
+def _learns(config: Config) -> bool:
+    """Whether from rewards."""
+    return _plays(config) or _writes(config)
+
+
+def _asks(config: Config) -> bool:
+    """Whether the data are questions, or texts with a question."""
+    return any(path.startswith(("tasks://", "questions://")) for path in config.data.data_path)
 
 
 def _beside(config: Config) -> bool:
@@ -38,9 +55,51 @@ def _grows(config: Config) -> bool:
 
 REINFORCEMENT = (
     Partner(
-        ("model.agent_heads", *(f"rl.{one.name}" for one in fields(ReinforcementConfig))),
+        ("model.agent_heads", *(name for name in _FLAGS if name.startswith(_OF_AGENTS))),
         _plays,
         "nobody plays episodes: add --objective agent",
+    ),
+    Partner(
+        tuple(name for name in _FLAGS if not name.startswith(_OF_AGENTS)),
+        _learns,
+        "nothing is learnt from rewards: add --objective agent or --objective rlvr",
+    ),
+    Partner(
+        tuple(f"rollout.{one.name}" for one in fields(RolloutConfig)),
+        _writes,
+        "nothing is written to be rewarded: add --objective rlvr",
+    ),
+    Partner(
+        ("rollout.rl_task_chunks",),
+        lambda c: any(path.startswith("tasks://") for path in c.data.data_path),
+        "questions of a file have no chunks: give --data-path tasks://kv_chunks",
+    ),
+    Partner(_AGENT, lambda c: not _writes(c) or _asks(c), "nothing is asked: give --data-path tasks://kv_chunks"),
+    Partner(
+        ("rl.rl_algorithm",),
+        lambda c: not _writes(c) or c.rl.rl_algorithm == "grpo",
+        "there is no value head beside the model's: use --rl-algorithm grpo, or --objective agent",
+    ),
+    Partner(
+        _AGENT,
+        lambda c: not _writes(c) or c.model.peft is not None or not c.rl.rl_kl,
+        "there is no reference where all weights are trained: add --rl-kl 0, or --peft lora, whose reference is the "
+        "model without adapters",
+    ),
+    Partner(
+        ("rl.rl_kl_target", "rl.rl_kl_limit", "rl.rl_kl_collapse"),
+        lambda c: not _writes(c) or c.model.peft is not None,
+        "there is no reference where all weights are trained: add --peft lora",
+    ),
+    Partner(
+        ("parallel.context_parallel_size",),
+        lambda c: not _writes(c),
+        "answers are written by ranks that have whole texts: use --cp 1 with --objective rlvr",
+    ),
+    Partner(
+        ("model.mtp_num_layers",),
+        lambda c: not _writes(c) or c.model.peft is not None,
+        "further predictions would not be trained: use --mtp-num-layers 0, or --peft lora, with --objective rlvr",
     ),
     Partner(
         ("model.memory_dim", "model.memory_stride"),
@@ -63,34 +122,34 @@ REINFORCEMENT = (
     ),
     Partner(
         _AGENT,
-        lambda c: not _plays(c) or not _drops(c),
+        lambda c: not _learns(c) or not _drops(c),
         "what is dropped in a step is not in the pass that plays: use --hidden-dropout 0 --attention-dropout 0 "
         "--lora-dropout 0",
     ),
     Partner(
         _AGENT,
-        lambda c: not _plays(c) or _beside(c),
+        lambda c: not _learns(c) or _beside(c),
         "the reference is the model without adapters, which must stand beside it: use --peft lora, qlora or plastic",
     ),
     Partner(
         _AGENT,
-        lambda c: not _plays(c) or not (c.training.full_batch_size or 1) % c.rl.rl_group_size,
+        lambda c: not _learns(c) or not (c.training.full_batch_size or 1) % c.rl.rl_group_size,
         "groups would be cut: make --global-batch-size a multiple of --rl-group-size",
     ),
     Partner(
         _AGENT,
-        lambda c: not _plays(c) or not _grows(c),
+        lambda c: not _learns(c) or not _grows(c),
         "groups would be cut where the batch grows: leave out --rampup-batch-size and --step-batch-size-schedule",
     ),
     Partner(
         _AGENT,
-        lambda c: not _plays(c) or c.model.reset_at_document_boundaries,
+        lambda c: not _learns(c) or c.model.reset_at_document_boundaries,
         "contexts behind each other must not see each other: leave out --no-reset-at-document-boundaries",
     ),
     Partner(
         ("resilience.halve_micro_batch_on_oom",),
-        lambda c: not _plays(c),
-        "rows of contexts do not divide into halves: use a smaller --micro-batch-size with --objective agent",
+        lambda c: not _learns(c),
+        "rows of contexts do not divide into halves: use a smaller --micro-batch-size with --objective agent or rlvr",
     ),
     Partner(_PPO, lambda c: c.rl.rl_algorithm == "ppo", "there is no value that is learnt: add --rl-algorithm ppo"),
     Partner(
@@ -100,8 +159,8 @@ REINFORCEMENT = (
     ),
     Partner(
         ("rewards.rl_reward", "rewards.rl_format"),
-        _plays,
-        "nobody is rewarded: add --objective agent",
+        _learns,
+        "nobody is rewarded: add --objective agent or --objective rlvr",
     ),
     Partner(
         ("rewards.rl_format",),

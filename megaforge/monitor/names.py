@@ -27,6 +27,8 @@ class Name:
 _INTERVAL = "every `--log-interval` iterations"
 _EACH = "`--moe-per-layer-logging`"
 _AGENT = "`--objective agent`"
+_RLVR = "`--objective rlvr`"
+_REWARDED = f"{_AGENT}, {_RLVR}"
 _QUANTIZATION = "`--log-quantization`, " + _INTERVAL
 
 STEP = {
@@ -35,21 +37,23 @@ STEP = {
         "cross-entropy in nats of the token N + 1 places on, mean over the labels that count; before its weight",
         "`--mtp-num-layers`, for N from 1",
     ),
-    "reward": Name("of an episode, mean over the global batch's", _AGENT),
+    "reward": Name("of an episode, or an answer, mean over the global batch's", _REWARDED),
+    "answer_tokens": Name("that were written of a sample, mean", _RLVR),
+    "cut_answers": Name("share of samples that wrote `--rl-max-new-tokens` without an end", _RLVR),
     "accuracy": Name("share of episodes with the right answer", _AGENT),
     "actions": Name("actions that cost something, mean over episodes", _AGENT),
     "decisions_made": Name("decisions of an episode, mean", _AGENT),
     "memory_summaries": Name("vectors in working memory at an episode's end, mean", _AGENT),
     "memory_entries": Name("chunks in the episodic index at an episode's end, mean", _AGENT),
     "memory_loss": Name("what the summariser cannot make again of hidden vectors, mean over chunks' tokens", _AGENT),
-    "kl": Name("divergence (k3) of the policy from the one that the run began with", _AGENT),
-    "kl_coefficient": Name("its weight in the step's loss", _AGENT),
+    "kl": Name("divergence (k3) of the policy from the one that the run began with", _REWARDED),
+    "kl_coefficient": Name("its weight in the step's loss", _REWARDED),
     "entropy": Name("of the policy in nats, mean as `--rl-mean` says", _AGENT),
     "value_loss": Name("half the squared error of foretold returns; not trained with `--rl-algorithm grpo`", _AGENT),
     "policy_ratio": Name(
-        "new over old probability of what was done, mean over decisions; 1 on a round's first step", _AGENT
+        "new over old probability of what was done, mean over decisions; 1 on a round's first step", _REWARDED
     ),
-    "clipped_decisions": Name("share of decisions whose gradient clipping takes away", _AGENT),
+    "clipped_decisions": Name("share of decisions whose gradient clipping takes away", _REWARDED),
     "policy_lr_factor": Name("factor on the learning rate for the policy's divergence", "`--rl-kl-limit`"),
     "grad_norm": Name("L2 norm of the whole gradient before clipping"),
     "grad_norm/KIND": Name(

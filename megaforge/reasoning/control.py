@@ -53,7 +53,9 @@ class PolicyControl(Callback):
         return not self.kept or iteration >= self.round_ + self.flags.rl_epochs
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        kl = metrics.extra["kl"]
+        kl = metrics.extra.get("kl")
+        if kl is None:  # there is no reference
+            return
         metrics.extra["kl_coefficient"] = self.coefficient
         if self.flags.rl_kl_target is not None:
             self.coefficient = adapted(self.coefficient, kl, self.flags.rl_kl_target, self.flags.rl_kl_horizon)

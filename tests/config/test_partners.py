@@ -28,6 +28,8 @@ SELECTIVE = ("--recompute", "selective")
 PLAYS, TASK = ("--objective", "agent"), ("--data-path", "tasks://kv_chunks", "--tokenizer-model", "64")
 TASK = (*TASK, "--global-batch-size", "16")
 EPISODES = (*PLAYS, "--agent-heads", *TASK)
+WRITES = ("--objective", "rlvr", *TASK)
+ADAPTED = ("--peft", "lora", "--lora-dropout", "0")
 
 REFUSED = [
     (("--machine", "h100-80g"), (), "add --layout auto"),
@@ -71,6 +73,15 @@ REFUSED = [
     (("--rl-gamma", "0.9"), EPISODES, "add --rl-algorithm ppo"),
     (("--no-rl-scale-advantages",), (*EPISODES, "--rl-algorithm", "ppo"), "add --rl-algorithm grpo"),
     (("--rl-kl-horizon", "9"), EPISODES, "add --rl-kl-target"),
+    (("--rl-max-new-tokens", "9"), (), "add --objective rlvr"),
+    (("--rl-task-chunks", "2"), ("--objective", "rlvr", "--data-path", "questions://f"), "tasks://kv_chunks"),
+    (("--objective", "rlvr"), ("--global-batch-size", "16", "--rl-kl", "0"), "--data-path tasks://kv_chunks"),
+    (("--agent-chunks", "2"), (*WRITES, *ADAPTED), "add --objective agent"),
+    (("--rl-algorithm", "ppo"), (*WRITES, *ADAPTED), "use --rl-algorithm grpo"),
+    (WRITES, (), "add --rl-kl 0, or --peft lora"),
+    (("--rl-kl-limit", "1"), (*WRITES, "--rl-kl", "0"), "add --peft lora"),
+    (("--cp", "2"), (*WRITES, *ADAPTED), "use --cp 1"),
+    (("--mtp-num-layers", "1"), (*WRITES, "--rl-kl", "0"), "use --mtp-num-layers 0"),
     (("--rl-reward", "number"), (), "add --objective agent"),
     (("--rl-format", "x"), EPISODES, "add --rl-reward exact format=0.1"),
     (("--rl-reward", "format"), EPISODES, "add --rl-format"),

@@ -129,6 +129,7 @@ DOCUMENTS = [
     "docs/optimizers.md",
     "docs/planner.md",
     "docs/reasoning.md",
+    "docs/rlvr.md",
     "docs/runs.md",
     "docs/tasks.md",
 ]

@@ -1,0 +1,73 @@
+"""Answers as a model draws them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megaforge.data.tokenizer import Tokenizer
+from megaforge.inference.generation import Continuations, Sampling, Scorer, unusable_ids
+from megaforge.reasoning.packing import Tokens
+
+
+class Written(NamedTuple):
+    """
+    Attributes:
+        tokens: with the one that ends them, if they do.
+        ended: whether they do.
+    """
+
+    tokens: Tokens
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Pen:
+    """How a model writes.
+
+    Attributes:
+        temperature: 0 takes the most likely tokens.
+        at_once: texts side by side.
+    """
+
+    model: Scorer
+    tokenizer: Tokenizer
+    temperature: float
+    at_once: int
+
+    def write(self, prompts: Sequence[Tokens], seeds: Sequence[int], most: int) -> list[Written]:
+        """What the model writes behind each prompt, ``most`` tokens or fewer; each by its own seed, whatever is written
+        beside it. Collective over the ranks that share the model."""
+        found: list[Written] = []
+        for start in range(0, len(prompts), self.at_once):
+            stop = start + self.at_once
+            found += self._write(prompts[start:stop], seeds[start:stop], most)
+        return found
+
+    def _write(self, prompts: Sequence[Tokens], seeds: Sequence[int], most: int) -> list[Written]:
+        batch = Continuations(
+            *(self.model, prompts, Sampling(self.temperature)),
+            seeds=seeds,
+            unusable=unusable_ids(self.tokenizer, self.model.vocab_size),
+            max_new_tokens=most,
+        )
+        tokens: list[list[int]] = [[] for _ in prompts]
+        for _ in range(most):
+            if not batch.going_on:
+                break
+            drawn = batch.draw()
+            for number, token in drawn.items():
+                tokens[number].append(token)
+            batch.drop([number for number, token in drawn.items() if token == self.tokenizer.eod])
+        return [Written(tuple(own), own[-1] == self.tokenizer.eod) for own in tokens]
+
+    def text(self, written: Written) -> str:
+        """Without its end."""
+        return self.tokenizer.decode(list(written.tokens[:-1] if written.ended else written.tokens))
+
+
+def seed_of(*parts: int) -> int:
+    """A seed of draws, below 2^63: of these numbers alone."""
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:8], "little") >> 1

@@ -1,0 +1,218 @@
+"""Learning from answers that the model writes: verl's loss, at every layout the same; and runs that are killed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megaforge.data.task_tokenizer import make_task_tokenizer
+from megaforge.errors import UserError
+from megaforge.monitor.names import known
+from megaforge.reasoning.rlvr.control import AnswerControl
+from megaforge.reasoning.rlvr.experience import Answer, Turn
+from megaforge.reasoning.rlvr.objective import Writing
+from megaforge.reasoning.rlvr.prompts import Prompts
+from megaforge.reasoning.rlvr.writing import Pen, seed_of
+from megaforge.training.trainer import Trainer
+from tests.nn.support import perturb
+from tests.parallel.pool import RankPool
+from tests.parallel.test_pipeline_model import compare, train
+from tests.training.tiny import make_trainer, record, weights
+
+LORA = ("--peft", "lora", "--lora-rank", "2", "--lora-dropout", "0")
+LAYOUTS = {
+    "dp4": ("--micro-batch-size", "4"),
+    "tp2 x pp2": ("--tp", "2", "--pp", "2"),
+    "tp2, sp, dp2, zero 2": ("--tp", "2", "--sp", "--zero", "2", "--micro-batch-size", "8"),
+    "ep2 x tp2": ("--ep", "2", "--tp", "2"),
+}
+
+
+def rlvr_arguments(words: Path, *more: str) -> list[str]:
+    """Flags of a model that writes in milliseconds; a reward that a model of random weights sometimes gets."""
+    return [
+        *("--hidden-size", "32", "--num-attention-heads", "4", "--ffn-hidden-size", "48", "--rwkv-head-size", "8"),
+        *("--data-path", "tasks://kv_chunks", "--tokenizer-model", str(words), "--seq-length", "48"),
+        *("--device", "cpu", "--num-workers", "0", "--log-interval", "1", "--micro-batch-size", "8"),
+        *("--global-batch-size", "16", "--train-iters", "2", "--lr", "1e-2", "--lr-decay-style", "constant"),
+        *("--alerts-off", "throughput", "memory", "disk", "--hybrid-layer-pattern", "R-*-R*", "--fp64"),
+        *("--objective", "rlvr", "--rl-group-size", "4", "--rl-task-chunks", "1", "--task-chunk-tokens", "9"),
+        *("--task-window", "18", "--task-questions", "2"),
+        *("--rl-max-new-tokens", "4", "--rl-reward", "exact", "format=0.5", "--rl-format", "^[kn]", *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("words") / "words.json"
+    make_task_tokenizer(["kv_chunks"], str(path))
+    return path
+
+
+def steps(outcome: dict[str, Any]) -> list[dict[str, Any]]:
+    return [one for one in outcome["records"] if one["kind"] == "step"]
+
+
+@pytest.mark.parametrize("layout", ["dp4", "tp2 x pp2", "tp2, sp, dp2, zero 2"])
+def test_a_step_is_the_same_at_every_layout(ranks: RankPool, words: Path, layout: str) -> None:
+    argv = rlvr_arguments(words, *LORA, "--rl-epochs", "2", "--rl-mean", "decision", "--rl-kl", "0.5")
+    expected = train(argv)
+    first, second = steps(expected)
+    assert first["policy_ratio"] == 1 and second["policy_ratio"] != 1, "exactly, on the first update"
+    assert first["kl"] > 1e-6 and 0 < first["reward"] == second["reward"] and first["grad_norm"] > 1e-3
+    assert 1 <= first["answer_tokens"] <= 4 and 0 < first["cut_answers"] <= 1
+    found = ranks.run(4, train, [*argv, *LAYOUTS[layout]])
+    assert all(steps(one)[0]["policy_ratio"] == 1 for one in found)
+    compare(found, expected, 1e-10)
+
+
+def test_experts_and_all_weights(ranks: RankPool, words: Path) -> None:
+    more = ("--rl-kl", "0", "--hybrid-layer-pattern", "RE*-R*", "--num-experts", "4", "--rl-temperature", "1.5")
+    argv = rlvr_arguments(words, *more, "--no-rl-scale-advantages", "--rl-mean", "constant")
+    expected = train(argv)
+    assert [one["policy_ratio"] for one in steps(expected)] == [1, 1] and "kl" not in steps(expected)[0]
+    compare(ranks.run(4, train, [*argv, *LAYOUTS["ep2 x tp2"]]), expected, 1e-10)
+
+
+def rewarding(trainer: Trainer) -> Writing:
+    assert isinstance(trainer.objective, Writing)
+    return trainer.objective
+
+
+def verl_loss(turns: list[tuple[Tensor, Tensor, Tensor, float]], mean: str, coefficient: float, longest: int) -> Tensor:
+    """verl's ``compute_policy_loss_vanilla`` (clip 0.2 and 0.28, dual clip 3), ``kl_penalty`` low_var_kl and
+    ``agg_loss`` by its modes (verl/trainer/ppo/core_algos.py), answer by answer.
+
+    Args:
+        turns: of each answer, log-probabilities new, old and by the reference, and the advantage.
+    """
+    matrices = []
+    for new, old, reference, advantage in turns:
+        ratio = torch.exp(new - old)
+        first = torch.maximum(-advantage * ratio, -advantage * torch.clamp(ratio, 1 - 0.2, 1 + 0.28))
+        lowered = torch.minimum(-advantage * torch.tensor(3.0, dtype=torch.float64), first)
+        kl = reference - new
+        low_var = torch.exp(kl) - kl - 1
+        matrices.append((lowered if advantage < 0 else first) + coefficient * low_var)
+    if mean == "decision":  # token-mean
+        return torch.cat(matrices).mean()
+    if mean == "episode":  # seq-mean-token-mean
+        return torch.stack([one.mean() for one in matrices]).mean()
+    return torch.stack([one.sum() for one in matrices]).sum() / longest / len(matrices)  # seq-mean-token-sum-norm
+
+
+@pytest.mark.parametrize("mean", ["episode", "decision", "constant"])
+def test_the_loss_is_verls(words: Path, mean: str) -> None:
+    """In the second step of a round, where ratios are not 1; gradients too."""
+    argv = rlvr_arguments(
+        *(words, *LORA, "--rl-mean", mean, "--rl-kl", "0.3", "--rl-clip-high", "0.28", "--rl-epochs", "2"),
+        *("--lr", "0.5", "--clip-grad", "0"),
+    )
+    trainer = make_trainer(argv)
+    perturb(trainer.model, trainer.ctx, 0.3)
+    [loader] = [iter(trainer._loader(trainer.data, trainer.progress.batches))]
+    first = trainer.train_step(next(loader))
+    batches = rewarding(trainer).experience(trainer, next(loader))
+    found = trainer.gradients(batches)
+    control = next(one for one in trainer.callbacks if isinstance(one, AnswerControl))
+    answers = [control.kept[sample] for sample in sorted(control.kept)]
+    assert len(answers) == 16 and first.extra["policy_ratio"] == 1
+
+    rewards = torch.tensor([one.told["reward"] for one in answers], dtype=torch.float64).view(4, 4)
+    spread = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
+    assert spread.abs().max() > 0.5
+    torch.testing.assert_close(torch.tensor([one.advantage for one in answers]).double(), spread.flatten())
+
+    turns = []
+    for one, advantage in zip(answers, spread.flatten().tolist(), strict=True):
+        [turn] = one.turns
+        tokens = torch.tensor([turn.tokens])
+        scores = trainer.model.logits(tokens[:, :-1])[0].log_softmax(-1)  # type: ignore[operator]
+        new = scores.gather(-1, tokens[0, 1:, None])[-turn.written :, 0]
+        old, reference = (torch.tensor(x[0], dtype=torch.float64) for x in (one.old, one.reference))
+        turns.append((new, old, reference, advantage))
+    assert max(float((new - old).detach().abs().max()) for new, old, _, _ in turns) > 0.3, "some ratios are clipped"
+    expected = verl_loss(turns, mean, 0.3, 4)
+    means = found.sums.means()
+    assert means["loss"] + 0.3 * means["kl"] == pytest.approx(expected.item(), rel=1e-10)
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    for parameter, gradient in zip(trained, torch.autograd.grad(expected, trained), strict=True):
+        torch.testing.assert_close(parameter.main_grad, gradient, rtol=1e-8, atol=1e-12)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("more", [("--rl-epochs", "3", "--rl-kl", "0"), LORA])
+def test_a_run_that_is_killed_goes_on_as_if_it_was_not(words: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    kl = ("--rl-kl-target", "0.01", "--rl-kl-limit", "1e-4") if more is LORA else ()
+    argv = rlvr_arguments(words, "--train-iters", "4", *more, *kl)
+    whole = make_trainer(argv)
+    told = record(whole)
+    whole.train()
+    assert all(known("step", name) for name in {*told.records[0]} - {"kind", "iteration"})
+    saving = [*argv, "--save", str(tmp_path), "--save-interval", "1", "--load", str(tmp_path)]
+    first = make_trainer([*saving, "--exit-interval", "2"])
+    first.train()
+    assert first.iteration == 2
+    second = make_trainer(saving)
+    rest = record(second)
+    second.train()
+    assert rest.records == told.records[2:]
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(second)[name]), name
+
+
+def test_answers_are_kept_as_they_were() -> None:
+    turns = [Turn(7, 0, (1, 2, 3), 1), Turn(7, 1, (1, 5), 1)]
+    one = Answer(turns, [[-0.5], [-1.25]], [[-0.5], [-1 / 3]], 0.1, 1 / 7, {"reward": 1.0})
+    assert Answer.of(json.loads(json.dumps(one.state()))) == one
+
+
+def test_draws_are_of_seed_sample_and_step_alone(words: Path) -> None:
+    """Whatever is written beside it, and however many texts at once; an end ends it."""
+    trainer = make_trainer(rlvr_arguments(words, "--rl-kl", "0", "--rl-rollout-batch-size", "3"))
+    perturb(trainer.model, trainer.ctx, 0.3)
+    objective = rewarding(trainer)
+    many = objective.written(trainer, range(16))
+    assert len({one.turns[0].tokens for one in many}) > 8 and len({one.reward for one in many}) > 1
+    assert objective.written(trainer, [9, 3]) == [many[9], many[3]]
+    model, tokenizer = objective.model(trainer), Prompts(trainer.config).tokenizer
+    with model.writing():
+        [most] = Pen(model, tokenizer, 0.0, 8).write([many[0].turns[0].tokens[:11]], [0], 1)
+    end = tokenizer.eod
+    assert end is not None and all(end not in one.turns[0].tokens[-one.turns[0].written : -1] for one in many)
+    assert not most.ended and len(most.tokens) == 1
+    assert len({seed_of(1, 2, 3), seed_of(2, 2, 3), seed_of(1, 3, 2), seed_of(12, 3)}) == 4
+    assert 0 <= seed_of(5) < 2**63
+
+
+def test_a_prompt_leaves_room_for_an_answer(words: Path) -> None:
+    argv = rlvr_arguments(words, "--rl-kl", "0", "--rl-max-new-tokens", "40")
+    with pytest.raises(UserError, match="--seq-length 48: a prompt of 11 tokens and an answer of"):
+        make_trainer(argv).train()
+
+
+def test_questions_of_a_file_are_answered(words: Path, tmp_path: Path) -> None:
+    """And a reward of one's own, which sees the question."""
+    file, own = tmp_path / "q.jsonl", tmp_path / "own.py"
+    rows = [{"question": f"ask k{n}", "answer": f"v{n}"} for n in range(4)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own.write_text(
+        "from megaforge.registry import REWARDS\n"
+        "REWARDS.register('ks', lambda question, written: written.count('k') + len(question.answer))\n"
+    )
+    argv = rlvr_arguments(words, "--rl-kl", "0")
+    place, reward = argv.index("tasks://kv_chunks"), argv.index("exact")
+    argv[place], argv[reward : reward + 2] = f"questions://{file}", ["ks"]
+    for flag in ("--rl-task-chunks", "--rl-format"):
+        start = argv.index(flag)
+        del argv[start : start + 2]
+    trainer = make_trainer([*argv, "--extensions", str(own)])
+    told = record(trainer)
+    trainer.train()
+    first = told.records[0]
+    assert 2 <= first["reward"] <= 6 and math.isfinite(first["loss"]) and first["grad_norm"] > 0
