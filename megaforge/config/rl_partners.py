@@ -70,9 +70,14 @@ REINFORCEMENT = (
         "nothing is written to be rewarded: add --objective rlvr",
     ),
     Partner(
-        ("rollout.rl_task_chunks",),
+        ("rollout.rl_task_chunks", "rollout.rl_chunk_tokens"),
         lambda c: any(path.startswith("tasks://") for path in c.data.data_path),
         "questions of a file have no chunks: give --data-path tasks://kv_chunks",
+    ),
+    Partner(
+        ("rollout.rl_memory_tokens", "rollout.rl_reading_prompt"),
+        lambda c: c.rollout.rl_chunk_tokens,
+        "nothing is read chunk by chunk: add --rl-chunk-tokens 64",
     ),
     Partner(_AGENT, lambda c: not _writes(c) or _asks(c), "nothing is asked: give --data-path tasks://kv_chunks"),
     Partner(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megaforge.config.fields import flag
+from megaforge.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -22,5 +23,27 @@ class RolloutConfig:
         3, "--objective rlvr with tasks://: chunks of a text, --task-chunk-tokens words each", least=1, most=1 << 24
     )
 
+    rl_chunk_tokens: int | None = flag(
+        None,
+        "--objective rlvr with tasks://: the text is read in chunks of so many tokens, with a memory that the model "
+        "writes anew behind each; by default it stands in the prompt",
+        least=1,
+        most=1 << 24,
+    )
+    rl_memory_tokens: int = flag(32, "with --rl-chunk-tokens: of the memory, at most", least=1, most=1 << 24)
+    rl_reading_prompt: str = flag(
+        "{memory} {chunk} {question}",
+        "with --rl-chunk-tokens: what the model sees; behind the last chunk {chunk} is empty",
+    )
+
     def validate(self) -> None:
-        """Nothing depends on anything else here."""
+        """
+        Raises:
+            UserError: the prompt lacks what is to be read.
+        """
+        for name in ("{memory}", "{chunk}", "{question}"):
+            if self.rl_reading_prompt.count(name) != 1:
+                raise UserError(
+                    f"--rl-reading-prompt {self.rl_reading_prompt!r}: it must name {name} once, as in "
+                    "'{question} {memory} {chunk}'"
+                )

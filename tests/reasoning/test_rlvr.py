@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from megaforge.config.rollout_config import RolloutConfig
 from megaforge.data.task_tokenizer import make_task_tokenizer
 from megaforge.errors import UserError
 from megaforge.monitor.names import known
 from megaforge.reasoning.rlvr.control import AnswerControl
+from megaforge.reasoning.rlvr.conversation import Asked, ReadingPrompt, Sizes
 from megaforge.reasoning.rlvr.experience import Answer, Turn
 from megaforge.reasoning.rlvr.objective import Writing
 from megaforge.reasoning.rlvr.prompts import Prompts
@@ -24,6 +26,7 @@ from tests.nn.support import perturb
 from tests.parallel.pool import RankPool
 from tests.parallel.test_pipeline_model import compare, train
 from tests.training.tiny import make_trainer, record, weights
+from tools import answer
 
 LORA = ("--peft", "lora", "--lora-rank", "2", "--lora-dropout", "0")
 LAYOUTS = {
@@ -190,9 +193,82 @@ def test_draws_are_of_seed_sample_and_step_alone(words: Path) -> None:
     assert 0 <= seed_of(5) < 2**63
 
 
+CHUNKS = ("--rl-chunk-tokens", "7", "--rl-memory-tokens", "3", "--rl-task-chunks", "2")
+
+
+def test_a_long_text_is_read_chunk_by_chunk(words: Path) -> None:
+    """Each prompt has the memory that was written behind the one before; one advantage is that of all turns."""
+    trainer = make_trainer(rlvr_arguments(words, "--rl-kl", "0", *CHUNKS))
+    perturb(trainer.model, trainer.ctx, 0.3)
+    objective, prompts = rewarding(trainer), Prompts(trainer.config)
+    for one in objective.written(trainer, [3, 5]):
+        asked = prompts.of(one.sample // 4).asked
+        assert [len(chunk) for chunk in asked.chunks] == [7, 7, 4] and len(one.turns) == 4
+        memory: tuple[int, ...] = ()
+        for turn, chunk in zip(one.turns, [*asked.chunks, ()], strict=True):
+            prompt, written = turn.tokens[: -turn.written], turn.tokens[-turn.written :]
+            assert prompt == (*memory, *chunk, *asked.prompt) and 1 <= turn.written <= (3 if chunk else 4)
+            memory = written[:-1] if written[-1] == prompts.tokenizer.eod else written
+        assert one.length == sum(turn.written for turn in one.turns) > 4
+    [batch] = objective.experience(trainer, next(iter(trainer._loader(trainer.data, trainer.progress.batches))))[:1]
+    control = next(one for one in trainer.callbacks if isinstance(one, AnswerControl))
+    told = batch.extras["weight"][batch.extras["written"]]
+    assert int(batch.extras["written"].sum()) == sum(control.kept[k].told["answer_tokens"] for k in range(8))
+    lengths = torch.tensor([control.kept[k].told["answer_tokens"] for k in range(8)])
+    assert told.sum().item() == pytest.approx(8) and (lengths > 4).all(), "a mean of tokens, then of samples"
+    assert not batch.extras["advantage"][~batch.extras["written"]].any(), "prompts and chunks teach nothing"
+
+
+def test_reading_is_the_same_at_every_layout(ranks: RankPool, words: Path) -> None:
+    argv = rlvr_arguments(words, "--rl-kl", "0", *CHUNKS, "--rl-reading-prompt", "ask {question} n1 {memory} {chunk}")
+    expected = train(argv)
+    assert [one["policy_ratio"] for one in steps(expected)] == [1, 1] and steps(expected)[0]["grad_norm"] > 1e-3
+    compare(ranks.run(4, train, [*argv, *LAYOUTS["tp2 x pp2"]]), expected, 1e-10)
+
+
+def test_a_trained_model_answers(words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``tools/answer.py`` writes what the model of the checkpoint finds most likely, whole or chunk by chunk."""
+    argv = rlvr_arguments(words, "--rl-kl", "0", *CHUNKS, "--train-iters", "1", "--save", str(tmp_path / "r"))
+    trainer = make_trainer(argv)
+    trainer.train()
+    text = tmp_path / "text.txt"
+    text.write_text("k1 v2 n3 n4 k5 v6 n7 n8 k9 v10", encoding="utf-8")
+
+    def answered(*flags: str) -> list[dict[str, Any]]:
+        parsed = answer.parse_arguments(["--load", str(tmp_path / "r"), "--device", "cpu", "--json", *flags])
+        capsys.readouterr()
+        answer.Desk(parsed, answer.open_model(parsed)).ask()
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+
+    one, two = answered("--input", str(text), "--question", "ask k5", "--question", "ask k1")
+    assert one["question"] == "ask k5" and len(one["memories"]) == 2 and two["memories"] != one["memories"]
+    [whole] = answered("--input", str(text), "--question", "ask k5", "--chunk-tokens", "0", "--max-new-tokens", "1")
+    tokenizer = Prompts(trainer.config).tokenizer
+    scores = trainer.model.logits(torch.tensor([tokenizer.encode(text.read_text("utf-8") + " ask k5")]))  # type: ignore[operator]
+    assert whole["memories"] == [] and whole["answer"] == tokenizer.decode(
+        [int(scores[0, -1, : tokenizer.vocab_size].argmax())]
+    )
+    *each, told = answered("--task", "kv_chunks", "--chunks", "1", "--examples", "3", "--memory-tokens", "2")
+    assert told == {"task": "kv_chunks", "chunks": 1, "examples": 3, "accuracy": sum(x["right"] for x in each) / 3}
+    assert len(each) == 3 and all(len(memory.split()) <= 2 for x in each for memory in x["memories"])
+
+
+def test_a_prompt_of_reading() -> None:
+    class Letters:
+        def encode(self, text: str) -> list[int]:
+            return [ord(letter) for letter in text]
+
+    prompt = ReadingPrompt("Q: {question} {memory}{chunk}\n", Letters())  # type: ignore[arg-type]
+    assert prompt.own == 3 and prompt.filled(memory=(1, 2), chunk=(3,), question=(4,)) == (81, 58, 32, 4, 1, 2, 3)
+    sizes = Sizes(5, 2, prompt)
+    assert sizes.longest(Asked((1, 2))) == 7 and sizes.longest(Asked((1, 2), ((1,) * 4, (1,)))) == 3 + 2 + 2 + 4 + 2
+    with pytest.raises(UserError, match="it must name {memory} once"):
+        RolloutConfig(rl_reading_prompt="{chunk} {question}").validate()
+
+
 def test_a_prompt_leaves_room_for_an_answer(words: Path) -> None:
     argv = rlvr_arguments(words, "--rl-kl", "0", "--rl-max-new-tokens", "40")
-    with pytest.raises(UserError, match="--seq-length 48: a prompt of 11 tokens and an answer of"):
+    with pytest.raises(UserError, match="--seq-length 48: a prompt and its answer may have 51 tokens"):
         make_trainer(argv).train()
 
 

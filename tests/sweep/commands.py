@@ -69,6 +69,11 @@ COMMANDS: dict[str, Command] = {
         ("--config", "corpus.yaml", "--output", "new"),
         ("corpus.yaml", "c.jsonl", "tok.json"),
     ),
+    "answer": Command(
+        "tools/answer.py",
+        (*GENERATE, "--input", "texts/0.txt", "--question", "cat", "--chunk-tokens", "8"),
+        ("tok.json", *RUN),
+    ),
     "generate": Command("tools/generate.py", (*GENERATE, "--prompt", "the cat"), ("tok.json", *RUN)),
     "generate file": Command(
         "tools/generate.py",

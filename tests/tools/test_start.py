@@ -45,6 +45,11 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments
         (("--load", "x", "--input", "y"), "add --question TEXT"),
         (("--load", "x", "--task", "kv_chunks", "--agent-accept-threshold", "nan"), "--agent-accept-threshold nan"),
     ],
+    "tools/answer.py": [
+        (("--load", "x", "--task", "kv_chunk"), "did you mean kv_chunks?"),
+        (("--load", "x", "--input", "y"), "add --question TEXT"),
+        (("--load", "x", "--input", "y", "--question", "z", "--chunks", "3"), "--chunks [3]: it is read without"),
+    ],
     "tools/audit.py": [(("verify",), "RUN is missing"), (("verify", "nowhere"), "nowhere/audit.jsonl: cannot be read")],
     "tools/compliance_report.py": [
         (("nowhere",), "nowhere: no such directory"),

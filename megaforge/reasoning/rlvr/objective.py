@@ -25,14 +25,14 @@ from megaforge.nn.losses import LossTerm
 from megaforge.parallel.agree import exchange, reduced, tell_stages, together
 from megaforge.parallel.context import ParallelContext
 from megaforge.reasoning.advantages import group_advantages, loss_weights
-from megaforge.reasoning.packing import Tokens
 from megaforge.reasoning.policy_losses import clipped_surrogate, is_clipped, k3
 from megaforge.reasoning.reference import without_adapters
 from megaforge.reasoning.rewards import Rewards
 from megaforge.reasoning.rlvr.control import AnswerControl
+from megaforge.reasoning.rlvr.conversation import Conversation, Sizes, converse
 from megaforge.reasoning.rlvr.experience import Answer, Turn, as_batches, of_turns, with_worth
-from megaforge.reasoning.rlvr.prompts import Asked, Prompts
-from megaforge.reasoning.rlvr.writing import Pen, seed_of
+from megaforge.reasoning.rlvr.prompts import Prompt, Prompts
+from megaforge.reasoning.rlvr.writing import Pen
 from megaforge.training.objectives import Objective
 
 if TYPE_CHECKING:
@@ -45,13 +45,13 @@ class Spoken(NamedTuple):
     Attributes:
         sample: its number.
         reward: of its answer.
-        cut: how many of its turns had no end.
+        cut: whether its answer has no end.
     """
 
     sample: int
     turns: tuple[Turn, ...]
     reward: float
-    cut: int
+    cut: bool
 
     @property
     def length(self) -> int:
@@ -73,11 +73,13 @@ class Writing(Objective):
         self._rewards = Rewards(config.rewards)
         self._coefficient = config.rl.rl_kl
         self._prompts: Prompts | None = None
+        self._sizes: Sizes | None = None
         self._model: LiveModel | None = None
         self._told: tuple[str, ...] = ()
 
     def prepare(self, config: Config, model: nn.Module, ctx: ParallelContext, tokenizer: dict[str, Any] | None) -> None:
         self._prompts = Prompts(config)
+        self._sizes = Sizes.of(config.rollout, self._prompts.tokenizer)
 
     def model(self, trainer: Trainer) -> LiveModel:
         """What writes for this run."""
@@ -115,7 +117,7 @@ class Writing(Objective):
         worth = self._judged(trainer.ctx, said)
         answers = {}
         for one in said:
-            told = {"reward": one.reward, "answer_tokens": float(one.length), "cut_answers": float(one.cut > 0)}
+            told = {"reward": one.reward, "answer_tokens": float(one.length), "cut_answers": float(one.cut)}
             own_old, own_reference = ([scores[turn] for turn in one.turns] for scores in (old, reference))
             answers[one.sample] = Answer(one.turns, own_old, own_reference, *worth[one.sample], told)
         if self._flags.rl_epochs > 1:
@@ -128,34 +130,38 @@ class Writing(Objective):
         Raises:
             UserError: on every rank: a prompt leaves no room for an answer, or a reward is no number.
         """
-        assert self._prompts is not None
+        assert self._prompts is not None and self._sizes is not None
         of, size = self._prompts.of, self._flags.rl_group_size
-        asked = together(trainer.ctx, lambda: [self._fitting(of(sample // size)) for sample in samples])
-        seeds = [seed_of(self._config.training.seed, sample, trainer.iteration) for sample in samples]
-        model, how = self.model(trainer), self._how
-        pen = Pen(model, self._prompts.tokenizer, how.rl_temperature, how.rl_rollout_batch_size)
+        prompts = together(trainer.ctx, lambda: [self._fitting(of(sample // size)) for sample in samples])
+        tokenizer, how = self._prompts.tokenizer, self._how
+        talks = [Conversation(sample, one.asked, self._sizes) for sample, one in zip(samples, prompts, strict=True)]
+        model = self.model(trainer)
+        pen = Pen(model, tokenizer, how.rl_temperature, how.rl_rollout_batch_size)
         with model.writing():
-            found = pen.write([one.prompt for one in asked], seeds, how.rl_max_new_tokens)
+            found = converse(talks, pen, self._config.training.seed, trainer.iteration)
         texts = [pen.text(one) for one in found]
         rewards = together(
-            trainer.ctx, lambda: [self._rewards(one.question, text) for one, text in zip(asked, texts, strict=True)]
+            trainer.ctx, lambda: [self._rewards(one.question, text) for one, text in zip(prompts, texts, strict=True)]
         )
         return [
-            Spoken(sample, (_turn(sample, one.prompt, written.tokens),), reward, int(not written.ended))
-            for sample, one, written, reward in zip(samples, asked, found, rewards, strict=True)
+            Spoken(talk.sample, tuple(talk.turns), reward, not written.ended)
+            for talk, written, reward in zip(talks, found, rewards, strict=True)
         ]
 
-    def _fitting(self, asked: Asked) -> Asked:
-        """What is asked, where a row has room for its answer."""
-        most, size = self._how.rl_max_new_tokens, len(asked.prompt)
-        if not size:
-            raise UserError(f"{asked.question.place or 'the data'}: the prompt {asked.question.prompt!r} has no tokens")
-        if size + most > self._length:
+    def _fitting(self, prompt: Prompt) -> Prompt:
+        """It, where a row has room for what is written behind it."""
+        assert self._sizes is not None
+        question, asked = prompt
+        if not asked.prompt:
+            raise UserError(f"{question.place or 'the data'}: the prompt {question.prompt!r} has no tokens")
+        most = self._sizes.longest(asked)
+        if most > self._length:
+            parts = "memory, chunk, question and memory anew" if asked.chunks else "a prompt and its answer"
+            shorter = "--rl-chunk-tokens or --rl-memory-tokens" if asked.chunks else "prompts or --rl-max-new-tokens"
             raise UserError(
-                f"--seq-length {self._length}: a prompt of {size} tokens and an answer of --rl-max-new-tokens {most} "
-                f"have {size + most}; give at least that, or shorter prompts or answers"
+                f"--seq-length {self._length}: {parts} may have {most} tokens; give at least that, or shorter {shorter}"
             )
-        return asked
+        return prompt
 
     def _scored(
         self, trainer: Trainer, made: Sequence[Batch], turns: Sequence[Sequence[Turn]]
@@ -227,10 +233,6 @@ class Writing(Objective):
 
 def _numbers(said: Sequence[Spoken]) -> dict[int, tuple[float, float]]:
     return {one.sample: (one.reward, float(one.length)) for one in said}
-
-
-def _turn(sample: int, prompt: Tokens, written: Tokens) -> Turn:
-    return Turn(sample, 0, (*prompt, *written), len(written))
 
 
 def _samples(batch: Batch) -> list[int]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from megaforge.config.config import Config
 from megaforge.data.question_source import file_of, questions_of
@@ -12,23 +12,22 @@ from megaforge.data.run_tokenizer import with_run_tokenizer
 from megaforge.data.task_source import task_of
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.errors import UserError
-from megaforge.reasoning.packing import Tokens
-from megaforge.tasks.chunked import make_chunked
+from megaforge.reasoning.rlvr.conversation import Asked, in_chunks
+from megaforge.tasks.chunked import ChunkedExample, make_chunked
 from megaforge.tasks.questions import Question
 
 _KEPT = 4096  # prompts whose tokens stay in memory: those of a global batch
 
 
-@dataclass(frozen=True)
-class Asked:
+class Prompt(NamedTuple):
     """
     Attributes:
         question: with its answer, as rewards see it.
-        prompt: tokens that the model goes on from.
+        asked: as the model sees it.
     """
 
     question: Question
-    prompt: Tokens
+    asked: Asked
 
 
 class Prompts:
@@ -47,27 +46,30 @@ class Prompts:
         if tokenizer is None:
             raise UserError("--objective rlvr: text needs a tokenizer: add --tokenizer-model FILE")
         self.tokenizer: Tokenizer = tokenizer
-        question_of = _questions(config)
-
-        @lru_cache(_KEPT)
-        def of(index: int) -> Asked:
-            question = question_of(index)
-            return Asked(question, tuple(tokenizer.encode(question.prompt)))
-
-        self.of = of
+        self.of = lru_cache(_KEPT)(_maker(config, tokenizer))
 
 
-def _questions(config: Config) -> Callable[[int], Question]:
+def _maker(config: Config, tokenizer: Tokenizer) -> Callable[[int], Prompt]:
     if file_of(config.data) is not None:
-        return questions_of(config).of
+        questions = questions_of(config)
+        return lambda index: _whole(questions.of(index), tokenizer)
     name = task_of(config.data)
     if name is None:
         raise UserError("--objective rlvr: nothing is asked: give --data-path tasks://NAME or questions://FILE")
-    sizes, seed = config.tasks, config.training.seed
-    return lambda index: task_question(name, seed, index, config.rollout.rl_task_chunks, sizes.task_chunk_tokens)
+    chunks, size, read = config.rollout.rl_task_chunks, config.tasks.task_chunk_tokens, config.rollout.rl_chunk_tokens
+    seed = config.training.seed
+    return lambda index: task_prompt(make_chunked(name, seed, index, chunks, size), tokenizer, read)
 
 
-def task_question(name: str, seed: int, index: int, chunks: int, size: int) -> Question:
-    """Example number ``index`` of a task, its text in the prompt."""
-    example = make_chunked(name, seed, index, chunks, size)
-    return Question(" ".join([*example.chunks, example.question]), example.answer)
+def _whole(question: Question, tokenizer: Tokenizer) -> Prompt:
+    return Prompt(question, Asked(tuple(tokenizer.encode(question.prompt))))
+
+
+def task_prompt(example: ChunkedExample, tokenizer: Tokenizer, read: int | None) -> Prompt:
+    """What a task asks; ``read``: its text is read in chunks of so many tokens, and not in the prompt."""
+    text = " ".join(example.chunks)
+    question = Question(f"{text} {example.question}", example.answer)
+    if read is None:
+        return _whole(question, tokenizer)
+    chunks = in_chunks(tuple(tokenizer.encode(text)), read)
+    return Prompt(question, Asked(tuple(tokenizer.encode(example.question)), chunks))

@@ -22,6 +22,11 @@ class Written(NamedTuple):
     tokens: Tokens
     ended: bool
 
+    @property
+    def said(self) -> Tokens:
+        """Without the end."""
+        return self.tokens[:-1] if self.ended else self.tokens
+
 
 @dataclass(frozen=True)
 class Pen:
@@ -65,7 +70,7 @@ class Pen:
 
     def text(self, written: Written) -> str:
         """Without its end."""
-        return self.tokenizer.decode(list(written.tokens[:-1] if written.ended else written.tokens))
+        return self.tokenizer.decode(list(written.said))
 
 
 def seed_of(*parts: int) -> int:
