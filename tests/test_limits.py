@@ -91,6 +91,7 @@ COVERED = {
     "reasoning/agent/": "reasoning/test_agent.py",
     "config/rollout_config.py": "reasoning/test_rlvr.py",
     "reasoning/rlvr/": "reasoning/test_rlvr.py",
+    "reasoning/resampling.py": "reasoning/test_rlvr.py",
     "reasoning/control.py": "reasoning/test_agent.py",
     "config/regularization_config.py": "training/test_regularization.py",
     "config/run_partners.py": "config/test_partners.py",

@@ -39,7 +39,14 @@ class ReinforcementConfig:
         choices=MEANS,
     )
     rl_drop_equal_groups: bool = flag(
-        False, "leave out groups whose episodes all have the same reward (DAPO, without sampling again)"
+        False, "leave out groups whose episodes all have the same reward (DAPO; see --rl-resample)"
+    )
+    rl_resample: int = flag(
+        0,
+        "draw groups whose episodes all have the same reward again, of other examples, at most so many times (DAPO's "
+        "dynamic sampling)",
+        least=0,
+        most=1 << 16,
     )
     rl_kl: float = flag(0.02, "weight of the divergence (k3) from the policy that the run began with", least=0)
     rl_kl_target: float | None = flag(None, "change that weight so that the divergence comes to be this", above=0)

@@ -38,6 +38,8 @@ STEP = {
         "`--mtp-num-layers`, for N from 1",
     ),
     "reward": Name("of an episode, or an answer, mean over the global batch's", _REWARDED),
+    "redrawn": Name("times that a group was drawn again, mean", _REWARDED),
+    "equal_groups": Name("share of groups whose rewards are all alike, those drawn again included", _REWARDED),
     "answer_tokens": Name("that were written of a sample, mean", _RLVR),
     "cut_answers": Name("share of samples that wrote `--rl-max-new-tokens` without an end", _RLVR),
     "accuracy": Name("share of episodes with the right answer", _AGENT),

@@ -63,7 +63,7 @@ def test_adapters_and_experts(ranks: RankPool, words: Path) -> None:
     """Plastic adapters learn from rewards too; the reference is the model without them."""
     argv = agent_arguments(
         *(words, "--rl-algorithm", "ppo", "--hybrid-layer-pattern", "RE*-R*", "--num-experts", "4"),
-        *("--peft", "plastic", "--plastic-rank", "2", "--plastic-chunk", "4", "--seed", "3"),
+        *("--peft", "plastic", "--plastic-rank", "2", "--plastic-chunk", "4", "--seed", "3", "--rl-resample", "1"),
     )
     expected = train(argv)
     assert any(".plastic." in name for name in expected["gradients"])

@@ -15,6 +15,7 @@ from megaforge.config.rollout_config import RolloutConfig
 from megaforge.data.task_tokenizer import make_task_tokenizer
 from megaforge.errors import UserError
 from megaforge.monitor.names import known
+from megaforge.reasoning.resampling import equal_groups, example_of
 from megaforge.reasoning.rlvr.control import AnswerControl
 from megaforge.reasoning.rlvr.conversation import Asked, ReadingPrompt, Sizes
 from megaforge.reasoning.rlvr.experience import Answer, Turn
@@ -149,7 +150,7 @@ def test_the_loss_is_verls(words: Path, mean: str) -> None:
         torch.testing.assert_close(parameter.main_grad, gradient, rtol=1e-8, atol=1e-12)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("more", [("--rl-epochs", "3", "--rl-kl", "0"), LORA])
+@pytest.mark.parametrize("more", [("--rl-epochs", "3", "--rl-kl", "0", "--rl-resample", "1"), LORA])
 def test_a_run_that_is_killed_goes_on_as_if_it_was_not(words: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     kl = ("--rl-kl-target", "0.01", "--rl-kl-limit", "1e-4") if more is LORA else ()
     argv = rlvr_arguments(words, "--train-iters", "4", *more, *kl)
@@ -167,6 +168,36 @@ def test_a_run_that_is_killed_goes_on_as_if_it_was_not(words: Path, tmp_path: Pa
     assert rest.records == told.records[2:]
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(second)[name]), name
+
+
+RARE = ("--rl-kl", "0", "--rl-format", "^n1", "--rl-reward", "format", "--rl-drop-equal-groups")
+
+
+def test_groups_that_are_all_alike_are_drawn_again(ranks: RankPool, words: Path) -> None:
+    """Of other examples, the same ones at every layout; what is still alike behind that is told."""
+    plain = train(rlvr_arguments(words, *RARE, "--train-iters", "1"))
+    argv = rlvr_arguments(words, *RARE, "--train-iters", "1", "--rl-resample", "2")
+    expected = train(argv)
+    [before], [step] = steps(plain), steps(expected)
+    assert before["redrawn"] == 0 and before["equal_groups"] > step["equal_groups"] and 0 < step["redrawn"] <= 2
+    assert before["equal_groups"] - step["equal_groups"] <= before["redrawn"] + step["redrawn"]
+    found = ranks.run(4, train, [*argv, *LAYOUTS["dp4"]])
+    compare(found, expected, 1e-10)
+
+
+def test_which_groups_are_alike() -> None:
+    rewards = {7: 0.5, 4: 0.5, 6: 0.5, 5: 0.5, 0: 1.0, 1: 1.0, 2: 0.0, 3: 1.0}
+    assert equal_groups(rewards, 4) == {1} and equal_groups(rewards, 1) == set(range(8)) and not equal_groups({}, 4)
+    assert example_of(11, 4) == 2 and len({example_of(k, 4, attempt) for k in range(64) for attempt in range(9)}) == 144
+
+
+def test_what_is_drawn_again_has_another_text_and_other_draws(words: Path) -> None:
+    trainer = make_trainer(rlvr_arguments(words, "--rl-kl", "0"))
+    perturb(trainer.model, trainer.ctx, 0.3)
+    objective = rewarding(trainer)
+    first, again = (objective.written(trainer, range(8), attempt) for attempt in (0, 1))
+    prompts = [{one.turns[0].tokens[:11] for one in some} for some in (first, again)]
+    assert len(prompts[0]) == len(prompts[1]) == 2 and not prompts[0] & prompts[1]
 
 
 def test_answers_are_kept_as_they_were() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megaforge.config.rl_config import ReinforcementConfig
-from megaforge.reasoning.advantages import discounted_advantages, group_advantages, loss_weights, whitened
+from megaforge.reasoning.advantages import discounted_advantages, group_advantages, loss_weights, varied, whitened
 
 
 class Played(NamedTuple):
@@ -30,13 +30,14 @@ class Played(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """What an episode teaches: its reward; and of each decision the advantage, the return that the value is to
-    foretell, and how much it counts."""
+    """What an episode teaches: its reward; of each decision the advantage, the return that the value is to foretell,
+    and how much it counts; and whether all of its group have the same reward."""
 
     reward: float
     advantages: tuple[float, ...]
     returns: tuple[float, ...]
     weight: float
+    alike: bool
 
 
 class Algorithm(Protocol):
@@ -99,6 +100,8 @@ def judge(played: Sequence[Played], flags: ReinforcementConfig, algorithm: Algor
         rewards[row, length - 1] += worth_of_end(float(one.right), share, flags)
         values[row, :length], mask[row, :length] = torch.tensor(one.values, dtype=torch.float64), True
     advantages, returns = algorithm.advantages(rewards, values, mask)
+    groups = rewards.sum(1).view(-1, flags.rl_group_size)
+    alike = (~varied(groups)).repeat_interleave(flags.rl_group_size)
     weights = loss_weights(rewards.sum(1), mask.sum(1), flags, flags.agent_steps)
     return {
         one.sample: Judged(
@@ -106,6 +109,7 @@ def judge(played: Sequence[Played], flags: ReinforcementConfig, algorithm: Algor
             tuple(advantages[row, : len(one.costs)].tolist()),
             tuple(returns[row, : len(one.costs)].tolist()),
             float(weights[row]),
+            bool(alike[row]),
         )
         for row, one in enumerate(played)
     }

@@ -16,7 +16,10 @@ from megaforge.reasoning.agent.episode import Context, Decision, pack_contexts
 from megaforge.reasoning.packing import as_batch, rounded, stacked
 
 NUMBERS = ("old", "reference", "value", "advantage", "returns", "weight")
-TOLD = ("reward", "accuracy", "actions", "decisions_made", "memory_summaries", "memory_entries")
+TOLD = (
+    *("reward", "accuracy", "actions", "decisions_made", "memory_summaries", "memory_entries"),
+    *("redrawn", "equal_groups"),
+)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,7 @@ from megaforge.reasoning.agent.scoring import decisions, scored
 from megaforge.reasoning.agent.texts import TaskTexts
 from megaforge.reasoning.memory.agent_memory import AgentMemory, MemoryShape
 from megaforge.reasoning.policy_losses import clipped_surrogate, entropy, is_clipped, k3, value_loss
+from megaforge.reasoning.resampling import drawn, example_of
 from megaforge.registry import RL_ALGORITHMS
 from megaforge.training.objectives import Objective
 
@@ -94,14 +96,14 @@ class AgentObjective(Objective):
     ) -> tuple[dict[int, Record], list[Batch]]:
         """The episodes of a new round, of this rank, or of all where several steps learn from them; and the
         micro-batches of this rank's decisions."""
-        assert self._texts is not None
-        dtype, size = reader.heads.policy.weight.dtype, self._flags.rl_group_size
-        groups = [
-            [Episode(k, self._texts.of(k // size), self.new_memory(dtype), self._setting) for k in _samples(batch)]
-            for batch in batches
-        ]
+        samples, flags = [_samples(batch) for batch in batches], self._flags
+        by_sample, tries = drawn(
+            *(trainer.ctx, flags, [k for own in samples for k in own]),
+            draw=partial(self._play, trainer, reader),
+            worth=lambda one: float(bool(one.verdict)) - flags.rl_action_cost * one.cost,
+        )
+        groups = [[by_sample[k] for k in own] for own in samples]
         episodes = [one for own in groups for one in own]
-        play(episodes, reader, sampled, self._config.training.seed, trainer.iteration)
         made = as_batches([[one.decisions for one in own] for own in groups], batches, self._length)
         scores = scored(reader, made)
         actions = self._setting.actions
@@ -125,11 +127,24 @@ class AgentObjective(Objective):
                 "decisions_made": float(len(one.decisions)),
                 "memory_summaries": float(one.memory.summaries),
                 "memory_entries": float(one.memory.entries),
+                "redrawn": float(tries[one.sample]),
+                "equal_groups": float(worth.alike),
             }
             records[one.sample] = Record(one.decisions, numbers, whole)
         if self._flags.rl_epochs > 1:
             records = {sample: record for own in exchange(trainer.ctx, records) for sample, record in own.items()}
         return records, made
+
+    def _play(self, trainer: Trainer, reader: Reader, samples: Sequence[int], attempt: int) -> dict[int, Episode]:
+        """Episodes, to their end. Collective."""
+        assert self._texts is not None
+        dtype, size = reader.heads.policy.weight.dtype, self._flags.rl_group_size
+        episodes = [
+            Episode(k, self._texts.of(example_of(k, size, attempt)), self.new_memory(dtype), self._setting)
+            for k in samples
+        ]
+        play(episodes, reader, sampled, self._config.training.seed, trainer.iteration, attempt)
+        return {one.sample: one for one in episodes}
 
     def counts(self, batch: Batch) -> dict[str, float]:
         extras = batch.extras

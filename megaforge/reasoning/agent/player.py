@@ -40,15 +40,16 @@ def greedy(heads: AgentHeads, hidden: Tensor, flags: Tensor, memory: Tensor, dra
     return heads.opinion(hidden, flags, memory).log_probs.argmax(-1)
 
 
-def draws_of(seed: int, sample: int, round_: int, count: int) -> Tensor:
-    """``count`` uniform numbers in [0, 1): of a seed, a sample and a round alone, whatever the layout."""
+def draws_of(seed: int, sample: int, round_: int, count: int, attempt: int = 0) -> Tensor:
+    """``count`` uniform numbers in [0, 1): of a seed, a sample, a round and how often it was drawn before alone,
+    whatever the layout."""
     key = np.array([seed % 2**64, 0x6167656E74], dtype=np.uint64)
-    counter = np.array([0, 0, sample % 2**64, round_ % 2**64], dtype=np.uint64)
+    counter = np.array([0, attempt, sample % 2**64, round_ % 2**64], dtype=np.uint64)
     return torch.from_numpy(np.random.Generator(np.random.Philox(key=key, counter=counter)).random(count))
 
 
 @torch.no_grad()
-def play(episodes: Sequence[Episode], reader: Reader, policy: Policy, seed: int, round_: int) -> None:
+def play(episodes: Sequence[Episode], reader: Reader, policy: Policy, seed: int, round_: int, attempt: int = 0) -> None:
     """Plays episodes to their end, verdicts included. Collective: every rank plays those of its samples, and goes on as
     long as any does.
 
@@ -56,7 +57,7 @@ def play(episodes: Sequence[Episode], reader: Reader, policy: Policy, seed: int,
         UserError: a context is longer than a row.
     """
     most = max((len(one.chunks) + one.setting.answer_steps for one in episodes), default=0)
-    draws = [draws_of(seed, episode.sample, round_, most) for episode in episodes]
+    draws = [draws_of(seed, episode.sample, round_, most, attempt) for episode in episodes]
     seen: dict[Context, Seen] = {}
     while True:
         wanted = [context for one in episodes if one.verdict is None for context in _wanted(one) if context not in seen]

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,9 +26,10 @@ from megaforge.models.hybrid import ModelOutput
 from megaforge.nn.losses import LossTerm
 from megaforge.parallel.agree import exchange, reduced, tell_stages, together
 from megaforge.parallel.context import ParallelContext
-from megaforge.reasoning.advantages import group_advantages, loss_weights
+from megaforge.reasoning.advantages import group_advantages, loss_weights, varied
 from megaforge.reasoning.policy_losses import clipped_surrogate, is_clipped, k3
 from megaforge.reasoning.reference import without_adapters
+from megaforge.reasoning.resampling import drawn, example_of
 from megaforge.reasoning.rewards import Rewards
 from megaforge.reasoning.rlvr.control import AnswerControl
 from megaforge.reasoning.rlvr.conversation import Conversation, Sizes, converse
@@ -109,36 +112,45 @@ class Writing(Objective):
         """The answers of a new round, of this rank, or of all where several steps learn from them; and the
         micro-batches of this rank's."""
         samples = [_samples(batch) for batch in batches]
-        said = self.written(trainer, [sample for own in samples for sample in own])
-        by_sample = {one.sample: one for one in said}
+        whole = [sample for own in samples for sample in own]
+        by_sample, tries = drawn(trainer.ctx, self._flags, whole, partial(self._drawn, trainer), attrgetter("reward"))
+        said = [by_sample[sample] for sample in whole]
         turns = [[turn for sample in own for turn in by_sample[sample].turns] for own in samples]
         made = as_batches(turns, batches, self._length)
         old, reference = self._scored(trainer, made, turns)
         worth = self._judged(trainer.ctx, said)
         answers = {}
         for one in said:
+            advantage, weight, alike = worth[one.sample]
             told = {"reward": one.reward, "answer_tokens": float(one.length), "cut_answers": float(one.cut)}
+            told |= {"redrawn": float(tries[one.sample]), "equal_groups": float(alike)}
             own_old, own_reference = ([scores[turn] for turn in one.turns] for scores in (old, reference))
-            answers[one.sample] = Answer(one.turns, own_old, own_reference, *worth[one.sample], told)
+            answers[one.sample] = Answer(one.turns, own_old, own_reference, advantage, weight, told)
         if self._flags.rl_epochs > 1:
             answers = {sample: answer for own in exchange(trainer.ctx, answers) for sample, answer in own.items()}
         return answers, made
 
-    def written(self, trainer: Trainer, samples: Sequence[int]) -> list[Spoken]:
+    def _drawn(self, trainer: Trainer, samples: Sequence[int], attempt: int) -> dict[int, Spoken]:
+        return {one.sample: one for one in self.written(trainer, samples, attempt)}
+
+    def written(self, trainer: Trainer, samples: Sequence[int], attempt: int = 0) -> list[Spoken]:
         """The model's answers, one a sample, and their rewards. Collective: every rank writes those of its samples.
+
+        Args:
+            attempt: how often the samples were drawn before.
 
         Raises:
             UserError: on every rank: a prompt leaves no room for an answer, or a reward is no number.
         """
         assert self._prompts is not None and self._sizes is not None
         of, size = self._prompts.of, self._flags.rl_group_size
-        prompts = together(trainer.ctx, lambda: [self._fitting(of(sample // size)) for sample in samples])
+        prompts = together(trainer.ctx, lambda: [self._fitting(of(example_of(k, size, attempt))) for k in samples])
         tokenizer, how = self._prompts.tokenizer, self._how
         talks = [Conversation(sample, one.asked, self._sizes) for sample, one in zip(samples, prompts, strict=True)]
         model = self.model(trainer)
         pen = Pen(model, tokenizer, how.rl_temperature, how.rl_rollout_batch_size)
         with model.writing():
-            found = converse(talks, pen, self._config.training.seed, trainer.iteration)
+            found = converse(talks, pen, self._config.training.seed, trainer.iteration, attempt)
         texts = [pen.text(one) for one in found]
         rewards = together(
             trainer.ctx, lambda: [self._rewards(one.question, text) for one, text in zip(prompts, texts, strict=True)]
@@ -186,15 +198,18 @@ class Writing(Objective):
         with without_adapters(engine.model):
             return old, seen()
 
-    def _judged(self, ctx: ParallelContext, said: Sequence[Spoken]) -> dict[int, tuple[float, float]]:
-        """Advantage and weight of every token of each sample of the global batch; the same on every rank."""
+    def _judged(self, ctx: ParallelContext, said: Sequence[Spoken]) -> dict[int, tuple[float, float, bool]]:
+        """Of each sample of the global batch the advantage and weight of every token, and whether its group's rewards
+        are all alike; the same on every rank."""
         told = {sample: numbers for own in exchange(ctx, _numbers(said)) for sample, numbers in own.items()}
         samples, flags = sorted(told), self._flags
         rewards, lengths = torch.tensor([told[sample] for sample in samples], dtype=torch.float64).unbind(1)
         groups = rewards.view(-1, flags.rl_group_size)
         advantages = group_advantages(groups, scale=flags.rl_scale_advantages).flatten()
         weights = loss_weights(rewards, lengths, flags, self._how.rl_max_new_tokens)
-        return dict(zip(samples, zip(advantages.tolist(), weights.tolist(), strict=True), strict=True))
+        alike = (~varied(groups)).repeat_interleave(flags.rl_group_size)
+        columns = (x.tolist() for x in (advantages, weights, alike))
+        return dict(zip(samples, zip(*columns, strict=True), strict=True))
 
     def counts(self, batch: Batch) -> dict[str, float]:
         extras = batch.extras
