@@ -89,6 +89,7 @@ class Desk:
     """Asks on all ranks; rank 0 prints."""
 
     def __init__(self, flags: argparse.Namespace, trained: TrainedModel) -> None:
+        from megaforge.reasoning.agent.answers import AnswerWorth
         from megaforge.reasoning.agent.asking import Asker, Asking
 
         self.flags, self.trained = flags, trained
@@ -100,6 +101,7 @@ class Desk:
             Asking(
                 *(flags.branches, flags.seed, flags.agent_accept_threshold, flags.max_new_tokens),
                 *(self.tokenizer.eod, flags.memory_index),
+                worth=AnswerWorth(trained.config, self.tokenizer).of,
             ),
         )
 

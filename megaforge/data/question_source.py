@@ -22,7 +22,10 @@ from megaforge.data.sample_order import key_of, shuffled
 from megaforge.data.sidecar import digest_of
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.errors import UserError
+from megaforge.registry import OBJECTIVES
 from megaforge.tasks.questions import SCHEME, Question, read_questions
+
+_KEPT = 16  # orders of passes that stay in memory: groups that are drawn again are of others
 
 
 class QuestionReader:
@@ -57,7 +60,7 @@ class QuestionOrder:
     def __init__(self, questions: Sequence[Question], seed: int) -> None:
         self._questions, self._seed = questions, seed
         self.digest = digest_of([[one.prompt, one.answer, one.worked] for one in questions])
-        self._order_of = lru_cache(2)(self._shuffled)
+        self._order_of = lru_cache(_KEPT)(self._shuffled)
 
     def __len__(self) -> int:
         return len(self._questions)
@@ -141,7 +144,7 @@ def open_questions(config: Config, tokenizer: Tokenizer | None) -> DataSource:
         UserError: a file cannot be read or holds nothing to learn.
     """
     assert tokenizer is not None, "looked at by check"
-    if config.training.objective == "rlvr":
+    if getattr(OBJECTIVES.get(config.training.objective), "plays", False):
         return QuestionNumbers(config, tokenizer)
     return ChatData(config, QuestionReader(config, tokenizer))
 

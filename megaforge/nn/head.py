@@ -130,6 +130,12 @@ class OutputHead(Linear):
         scores: Tensor = self(x)
         return scores
 
+    def likeliest(self, hidden: Tensor) -> Tensor:
+        """The token that scores highest, int64 [...], for vectors of the normed residual stream [..., h], whole and
+        the same on every rank of tp."""
+        local = self.op.apply(hidden, self.weight)
+        return gather_from_tensor_parallel(local, self.ctx.tp)[..., : self.vocab_size].argmax(-1)
+
     def forward(
         self, x: Tensor, labels_BS: Tensor | None = None, weights_SB: Tensor | None = None
     ) -> Tensor | ScoredLabels:

@@ -131,6 +131,7 @@ DOCUMENTS = [
     "docs/reasoning.md",
     "docs/rlvr.md",
     "docs/runs.md",
+    "docs/stages.md",
     "docs/tasks.md",
 ]
 

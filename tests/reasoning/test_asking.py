@@ -81,6 +81,9 @@ def test_rewards_and_what_is_accepted(trained: TrainedModel) -> None:
     assert [way.right for way in again.ways] == right
     rewards = [one + 0.1 * right.count(one) / 3 - 0.01 * way.cost for one, way in zip(right, again.ways, strict=True)]
     assert [way.reward for way in again.ways] == pytest.approx(rewards)
+    of_users = asker_of(trained, worth=lambda question, answer, written: 7.0 * (written == answer != question))
+    worths = [one + 6.0 * ok for one, ok in zip(rewards, right, strict=True)]
+    assert [way.reward for way in of_users.ask(known).ways] == pytest.approx(worths)
 
 
 def test_what_is_not_accepted_leaves_nothing(trained: TrainedModel) -> None:

@@ -38,6 +38,20 @@ class Command:
 DATASET = ("ds_text_document.bin", "ds_text_document.idx", "ds_text_document.json")
 RUN = ("r/latest", "r/*/manifest.json", "r/*/*.safetensors")
 TRAIN = (*MODEL, *DATA, "--train-iters")
+AGENT = (
+    *("--config", "cdrmix-test", "--device", "cpu", "--objective", "agent", "--agent-heads", "--memory-dim", "8"),
+    *(
+        "--data-path",
+        "tasks://kv_chunks",
+        "--tokenizer-model",
+        "words.json",
+        "--seq-length",
+        "96",
+        "--agent-chunks",
+        "4",
+    ),
+    *("--rl-group-size", "4", "--micro-batch-size", "4", "--global-batch-size", "4", "--train-iters", "1"),
+)
 DECAY = ("--lr-decay-iters", "4")
 PREPROCESS = ("--output-prefix", "new", "--input")
 GENERATE = ("--load", "r", "--max-new-tokens", "2", "--device", "cpu")
@@ -89,6 +103,11 @@ COMMANDS: dict[str, Command] = {
         "tools/evaluate.py",
         (*("--load", "r", "--device", "cpu", "--tasks", "copying"), *("--lengths", "99", "--examples", "1")),
         ("tok.json", *RUN),
+    ),
+    "agent": Command(
+        "tools/agent.py",
+        ("--load", "a", "--device", "cpu", "--task", "kv_chunks", "--examples", "1", "--chunks", "3"),
+        ("words.json", *(f"a{name[1:]}" for name in RUN)),
     ),
     "convert": Command("tools/convert_checkpoint.py", ("--load", "r", "--save", "new.safetensors"), RUN),
     "plot": Command("tools/plot_loss.py", ("--metrics-file", "m.jsonl", "--output", "new.png"), ("m.jsonl",)),
@@ -152,6 +171,8 @@ def make_world(folder: Path, run: Callable[[str, tuple[str, ...], Path], int]) -
             ("--input", "c.jsonl", "--output-prefix", "ds", "--tokenizer-model", "tok.json", "--append-eod"),
         ),
         ("pretrain_cdrmix.py", (*TRAIN, "2", "--save", "r", "--metrics-file", "m.jsonl", *DECAY)),
+        ("tools/make_task_tokenizer.py", ("--tasks", "kv_chunks", "--output", "words.json")),
+        ("pretrain_cdrmix.py", (*AGENT, "--save", "a")),
     ]
     for script, arguments in steps:
         status = run(script, arguments, folder)

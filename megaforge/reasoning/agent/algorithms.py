@@ -21,12 +21,14 @@ class Played(NamedTuple):
         right: its verdict.
         costs: of each decision, 1 or 0.
         values: what was foretold at each decision.
+        worth: what its answer is worth (``--rl-reward``); None: 1 for a right one.
     """
 
     sample: int
     right: bool
     costs: tuple[int, ...]
     values: tuple[float, ...]
+    worth: float | None = None
 
 
 class Judged(NamedTuple):
@@ -86,8 +88,8 @@ class ProximalPolicy:
 def judge(played: Sequence[Played], flags: ReinforcementConfig, algorithm: Algorithm) -> dict[int, Judged]:
     """What the episodes of a global batch teach, by their numbers. Every rank computes it from the same numbers.
 
-    The reward is 1 for a right answer, less the cost of actions, and what stability gives: the share of an episode's
-    group that ends as it does. All but the cost comes with the last decision.
+    The reward is what the answer is worth, less the cost of actions, and what stability gives: the share of an
+    episode's group that ends as it does. All but the cost comes with the last decision.
     """
     played = sorted(played)
     most = max(len(one.costs) for one in played)
@@ -97,7 +99,8 @@ def judge(played: Sequence[Played], flags: ReinforcementConfig, algorithm: Algor
     for row, (one, share) in enumerate(zip(played, shares, strict=True)):
         length = len(one.costs)
         rewards[row, :length] = -flags.rl_action_cost * torch.tensor(one.costs, dtype=torch.float64)
-        rewards[row, length - 1] += worth_of_end(float(one.right), share, flags)
+        worth = float(one.right) if one.worth is None else one.worth
+        rewards[row, length - 1] += worth_of_end(worth, share, flags)
         values[row, :length], mask[row, :length] = torch.tensor(one.values, dtype=torch.float64), True
     advantages, returns = algorithm.advantages(rewards, values, mask)
     groups = rewards.sum(1).view(-1, flags.rl_group_size)
@@ -128,7 +131,7 @@ def shares_alike(verdicts: Sequence[object]) -> list[float]:
     return [verdicts.count(verdict) / len(verdicts) for verdict in verdicts]
 
 
-def worth_of_end(right: float, share: float, flags: ReinforcementConfig) -> float:
-    """What an episode's end gives, without the cost of actions: of a right answer, and of stability, where ``share`` of
-    the group ended alike."""
-    return right + flags.rl_stability * share
+def worth_of_end(worth: float, share: float, flags: ReinforcementConfig) -> float:
+    """What an episode's end gives, without the cost of actions: what its answer is worth, and stability, where
+    ``share`` of the group ended alike."""
+    return worth + flags.rl_stability * share

@@ -2,15 +2,15 @@
 is kept.
 
 A branch plays an episode as training does, its actions drawn from the policy (of a single branch: the most probable
-ones), and then writes its answer, the most likely token each time. A branch's reward is that of training; where nobody
-knows the answer, the share of branches that write the same stands for a right one. Its advantage is its reward less
-the mean of all. The first of the best is accepted where its advantage is at least a threshold: it is committed. All
-others are rolled back.
+ones), and then writes its answer, the most likely token each time. A branch's reward is that of training
+(``--rl-reward``); where nobody knows the answer, the share of branches that write the same stands for a right one. Its
+advantage is its reward less the mean of all. The first of the best is accepted where its advantage is at least a
+threshold: it is committed. All others are rolled back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -102,6 +102,7 @@ class Asking:
         most_tokens: of an answer.
         end: the token that ends an answer, if any.
         search: of the index (:data:`megaforge.registry.MEMORY_SEARCHES`); None: as in training.
+        worth: of what was written to a question whose answer is known, all tokens; None: 1 for what begins with it.
     """
 
     branches: int = 1
@@ -110,6 +111,7 @@ class Asking:
     most_tokens: int = 32
     end: int | None = None
     search: str | None = None
+    worth: Callable[[Tokens, Tokens, Tokens], float] | None = None
 
 
 class Asker:
@@ -179,8 +181,10 @@ class Asker:
         known = bool(text.answer)
         verdicts = [answer[: len(text.answer)] == text.answer if known else answer for answer in written]
         rewards = []
-        for one, verdict, share in zip(episodes, verdicts, shares_alike(verdicts), strict=True):
+        for one, answer, verdict, share in zip(episodes, written, verdicts, shares_alike(verdicts), strict=True):
             worth = float(verdict is True) if known else share
+            if known and self.how.worth is not None:
+                worth = self.how.worth(text.question, text.answer, answer)
             rewards.append(worth_of_end(worth, share, flags) - flags.rl_action_cost * one.cost)
         mean, names = sum(rewards) / len(rewards), AGENT_ACTIONS.names()
         ways = tuple(

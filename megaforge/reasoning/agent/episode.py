@@ -109,6 +109,7 @@ class Episode:
         place: chunks read.
         decisions: so far.
         verdict: whether the answer was right; None: not known yet.
+        worth: what the answer is worth, once it is known.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Episode:
         self.place = 0
         self.decisions: list[Decision] = []
         self.verdict: bool | None = None
+        self.worth = 0.0
         self._now: Context | None = None  # what :meth:`context` gave, until something is decided
 
     def fork(self) -> Episode:

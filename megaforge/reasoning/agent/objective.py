@@ -23,6 +23,7 @@ from megaforge.nn.losses import LossTerm
 from megaforge.parallel.agree import exchange, reduced
 from megaforge.parallel.context import ParallelContext
 from megaforge.reasoning.agent.algorithms import Algorithm, Played, judge
+from megaforge.reasoning.agent.answers import AnswerWorth
 from megaforge.reasoning.agent.control import AgentControl
 from megaforge.reasoning.agent.episode import Episode, Setting
 from megaforge.reasoning.agent.experience import TOLD, Record, as_batches, with_worth
@@ -55,10 +56,12 @@ class AgentObjective(Objective):
         self._setting = Setting.of(config.rl)
         self._reader: Reader | None = None
         self._texts: TaskTexts | None = None
+        self._worth: AnswerWorth | None = None
         self._coefficient, self._length = config.rl.rl_kl, config.data.seq_length
 
     def prepare(self, config: Config, model: nn.Module, ctx: ParallelContext, tokenizer: dict[str, Any] | None) -> None:
         self._texts = TaskTexts(config)
+        self._worth = AnswerWorth(config, self._texts.tokenizer)
 
     def new_memory(self, dtype: torch.dtype) -> AgentMemory:
         """An empty one."""
@@ -100,7 +103,7 @@ class AgentObjective(Objective):
         by_sample, tries = drawn(
             *(trainer.ctx, flags, [k for own in samples for k in own]),
             draw=partial(self._play, trainer, reader),
-            worth=lambda one: float(bool(one.verdict)) - flags.rl_action_cost * one.cost,
+            worth=lambda one: one.worth - flags.rl_action_cost * one.cost,
         )
         groups = [[by_sample[k] for k in own] for own in samples]
         episodes = [one for own in groups for one in own]
@@ -109,7 +112,8 @@ class AgentObjective(Objective):
         actions = self._setting.actions
         played = [
             Played(
-                one.sample, bool(one.verdict), tuple(int(not actions[d.action].free) for d in one.decisions), found[2]
+                *(one.sample, bool(one.verdict), tuple(int(not actions[d.action].free) for d in one.decisions)),
+                *(found[2], one.worth),
             )
             for one, found in zip(episodes, scores, strict=True)
         ]
@@ -136,14 +140,15 @@ class AgentObjective(Objective):
         return records, made
 
     def _play(self, trainer: Trainer, reader: Reader, samples: Sequence[int], attempt: int) -> dict[int, Episode]:
-        """Episodes, to their end. Collective."""
-        assert self._texts is not None
+        """Episodes, to their end, and what they are worth. Collective."""
+        assert self._texts is not None and self._worth is not None
         dtype, size = reader.heads.policy.weight.dtype, self._flags.rl_group_size
         episodes = [
             Episode(k, self._texts.of(example_of(k, size, attempt)), self.new_memory(dtype), self._setting)
             for k in samples
         ]
         play(episodes, reader, sampled, self._config.training.seed, trainer.iteration, attempt)
+        self._worth.give(episodes, reader)
         return {one.sample: one for one in episodes}
 
     def counts(self, batch: Batch) -> dict[str, float]:

@@ -83,15 +83,10 @@ class Reader:
         Raises:
             UserError: one is longer than a row.
         """
-        packed = pack_contexts(contexts, self._length)
-        # Experts' ranks are those of several replicas.
-        wanted = reduced(self.ctx, packed.rows if contexts else 0, dist.ReduceOp.MAX)
-        if not wanted:
+        told = self._told(contexts, self._look, self._hidden + 1)
+        if told is None:
             return None
-        rows = min(rounded(wanted), self._rows)
-        count = -(-wanted // rows)
-        batch, slots = self._marked(as_batch(packed, rows * count, self._length), packed.places)
-        found = self._observed(batch, rows)
+        found, slots = told
         right = found[..., -1].round().long()
         hidden = found[..., :-1].contiguous()
         vectors = self.heads.summariser.down(hidden)
@@ -103,6 +98,32 @@ class Reader:
             summaries = vectors[row, first + 1 : after]
             seen[context] = Seen(hidden[row, first], vectors[row, first], summaries, int(right[row, first]) == answer)
         return seen
+
+    def following(self, contexts: Sequence[Context]) -> dict[Context, int] | None:
+        """The most likely token behind each context; None: no rank has any. Collective.
+
+        Raises:
+            UserError: one is longer than a row.
+        """
+        told = self._told(contexts, self._likeliest, 1)
+        if told is None:
+            return None
+        found, slots = told
+        return {context: int(found[row, first, 0]) for context, (row, first) in slots.items()}
+
+    def _told(
+        self, contexts: Sequence[Context], look: Callable[[ModelOutput, Batch], Tensor], width: int
+    ) -> tuple[Tensor, dict[Context, tuple[int, int]]] | None:
+        """What ``look`` says, ``width`` numbers a slot; and of each context its row and its first slot."""
+        packed = pack_contexts(contexts, self._length)
+        # Experts' ranks are those of several replicas.
+        wanted = reduced(self.ctx, packed.rows if contexts else 0, dist.ReduceOp.MAX)
+        if not wanted:
+            return None
+        rows = min(rounded(wanted), self._rows)
+        count = -(-wanted // rows)
+        batch, slots = self._marked(as_batch(packed, rows * count, self._length), packed.places)
+        return self._observed(batch, rows, look, width), slots
 
     def _marked(
         self, batch: Batch, places: dict[Context, tuple[int, int]]
@@ -128,8 +149,8 @@ class Reader:
         extras["slots"] = torch.zeros(shape[0], max(used))
         return replace(batch, extras=extras), slots
 
-    def _observed(self, batch: Batch, rows: int) -> Tensor:
-        """[rows of all micro-batches, slots, d + 1]: hidden vectors, and how many labels scored highest."""
+    def _observed(self, batch: Batch, rows: int, look: Callable[[ModelOutput, Batch], Tensor], width: int) -> Tensor:
+        """[rows of all micro-batches, slots, width], on every rank."""
         names = ("tokens", "labels", "loss_mask", "document_start")
         pieces = [
             replace(
@@ -139,14 +160,21 @@ class Reader:
             )
             for row in range(0, len(batch.tokens), rows)
         ]
-        told = self.engine.observe(pieces, self._look)
-        shape = (len(batch.tokens), batch.extras["slots"].shape[1], self._hidden + 1)
+        told = self.engine.observe(pieces, look)
+        shape = (len(batch.tokens), batch.extras["slots"].shape[1], width)
         wide = self.heads.policy.weight.dtype
         found = torch.cat(told).to(wide) if told else torch.empty(shape, dtype=wide, device=self.ctx.device)
         tell_stages(self.ctx, found, self.last_rank)
         return found.cpu()
 
+    def _likeliest(self, output: ModelOutput, batch: Batch) -> Tensor:
+        """The token that scores highest behind what is in a slot."""
+        assert output.head_input is not None
+        hidden = self._look(output, batch)[..., :-1].to(output.head_input[1].dtype)
+        return output.head_input[0].likeliest(hidden)[..., None].double()  # exact for every vocabulary
+
     def _look(self, output: ModelOutput, batch: Batch) -> Tensor:
+        """Hidden vectors, and how many labels scored highest."""
         assert output.head_input is not None and output.info is not None
         head, x = output.head_input
         hidden = head.region.gather(x)

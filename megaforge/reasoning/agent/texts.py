@@ -17,7 +17,11 @@ _KEPT = 4096  # examples whose tokens stay in memory: those of a global batch, f
 
 
 class TaskTexts:
-    """Example number k of the task of ``--data-path tasks://NAME``."""
+    """Example number k of the task of ``--data-path tasks://NAME``.
+
+    Attributes:
+        tokenizer: of their words.
+    """
 
     def __init__(self, config: Config, chunks: int | None = None) -> None:
         """``chunks``: of an example, if not ``--agent-chunks``.
@@ -37,7 +41,7 @@ class TaskTexts:
         def texts(index: int) -> TextTokens:
             return example_tokens(name, tokenizer, seed, index, number, size)
 
-        self.of = texts
+        self.of, self.tokenizer = texts, tokenizer
 
 
 def example_tokens(name: str, tokenizer: Tokenizer, seed: int, index: int, chunks: int, size: int) -> TextTokens:
