@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megaforge.config.fields import flag
 from megaforge.errors import UserError
+from megaforge.registry import TOOLS
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,12 @@ class RolloutConfig:
         3, "--objective rlvr with tasks://: chunks of a text, --task-chunk-tokens words each", least=1, most=1 << 24
     )
 
+    rl_tools: tuple[str, ...] = flag(
+        (),
+        "--objective rlvr: what answers the model while it writes: calculator, or one of a file of --extensions; its "
+        "tokens are not the model's, and teach nothing",
+        metavar="NAME",
+    )
     rl_chunk_tokens: int | None = flag(
         None,
         "--objective rlvr with tasks://: the text is read in chunks of so many tokens, with a memory that the model "
@@ -39,8 +46,13 @@ class RolloutConfig:
     def validate(self) -> None:
         """
         Raises:
-            UserError: the prompt lacks what is to be read.
+            UserError: the prompt lacks what is to be read, or there is no such tool.
         """
+        for name in self.rl_tools:
+            try:
+                TOOLS.check(name)
+            except UserError as error:
+                raise UserError(f"--rl-tools {' '.join(self.rl_tools)}: {error}") from error
         for name in ("{memory}", "{chunk}", "{question}"):
             if self.rl_reading_prompt.count(name) != 1:
                 raise UserError(

@@ -20,6 +20,7 @@ from megaforge.models.stages import ModelChunks, stage_executors
 from megaforge.parallel.agree import reduced, tell_stages
 from megaforge.parallel.pipeline.actions import Action, ActionKind, Schedule
 from megaforge.parallel.pipeline.executor import StageOutput
+from megaforge.training.trainer import evaluating
 
 
 class LiveModel:
@@ -37,7 +38,7 @@ class LiveModel:
         Raises:
             UserError: the model's sequences are shared by the ranks of cp.
         """
-        self._chunks = model.chunks
+        self._model, self._chunks = model, model.chunks
         self.ctx, cfg = self._chunks[0].ctx, self._chunks[0].cfg
         if self.ctx.cp.size > 1:
             raise UserError(f"--cp {self.ctx.cp.size}: texts are written by ranks that have whole ones; use --cp 1")
@@ -50,8 +51,9 @@ class LiveModel:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Within it texts are written. It ends when those of all ranks that share experts do."""
-        with self._region.whole(), torch.no_grad():
+        """Within it texts are written, and the model is in evaluation mode, as where it is at rest. It ends when those
+        of all ranks that share experts do."""
+        with self._region.whole(), evaluating(self._model), torch.no_grad():
             yield
             while self._in_step(False):
                 self._scores(torch.zeros(1, 1, dtype=torch.long, device=self.ctx.device), self.new_state())

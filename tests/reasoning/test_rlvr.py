@@ -201,7 +201,7 @@ def test_what_is_drawn_again_has_another_text_and_other_draws(words: Path) -> No
 
 
 def test_answers_are_kept_as_they_were() -> None:
-    turns = [Turn(7, 0, (1, 2, 3), 1), Turn(7, 1, (1, 5), 1)]
+    turns = [Turn(7, 0, (1, 2, 3), (True,)), Turn(7, 1, (1, 5), (False,))]
     one = Answer(turns, [[-0.5], [-1.25]], [[-0.5], [-1 / 3]], 0.1, 1 / 7, {"reward": 1.0})
     assert Answer.of(json.loads(json.dumps(one.state()))) == one
 
@@ -295,6 +295,55 @@ def test_a_prompt_of_reading() -> None:
     assert sizes.longest(Asked((1, 2))) == 7 and sizes.longest(Asked((1, 2), ((1,) * 4, (1,)))) == 3 + 2 + 2 + 4 + 2
     with pytest.raises(UserError, match="it must name {memory} once"):
         RolloutConfig(rl_reading_prompt="{chunk} {question}").validate()
+
+
+OWN_TOOLS = """
+from megaforge.registry import TOOLS
+
+class Follows:
+    opens = "n"
+
+    def __init__(self, digit):
+        self.closes = digit
+
+    def __call__(self, request):
+        return " v3 v4"
+
+for digit in "12345":
+    TOOLS.register("after" + digit, Follows(digit))
+"""
+
+
+def test_what_tools_answer_is_not_learnt(words: Path, tmp_path: Path) -> None:
+    """It stands in the answer, and the model goes on behind it; but no loss, mean or count is of it."""
+    own = tmp_path / "tools.py"
+    own.write_text(OWN_TOOLS)
+    tools = [f"after{digit}" for digit in "12345"]
+    argv = rlvr_arguments(
+        words, "--rl-kl", "0", "--rl-max-new-tokens", "9", "--extensions", str(own), "--rl-tools", *tools
+    )
+    trainer = make_trainer(argv)
+    perturb(trainer.model, trainer.ctx, 0.3)
+    batches = rewarding(trainer).experience(
+        trainer, next(iter(trainer._loader(trainer.data, trainer.progress.batches)))
+    )
+    control = next(one for one in trainer.callbacks if isinstance(one, AnswerControl))
+    answers, answered = list(control.kept.values()), Prompts(trainer.config).tokenizer.encode("v3 v4")
+    with_tools = [one for one in answers if not all(one.turns[0].own)]
+    assert 1 <= len(with_tools) and sum(sum(one.turns[0].own) for one in answers) < sum(
+        one.turns[0].written for one in answers
+    )
+    for one in with_tools:
+        [turn] = one.turns
+        behind = [token for token, ours in zip(turn.tokens[-turn.written :], turn.own, strict=True) if not ours]
+        assert behind[:2] == answered[: len(behind)] and one.told["answer_tokens"] == sum(turn.own)
+    made = sum(int(batch.extras["written"].sum()) for batch in batches)
+    assert made == sum(one.told["answer_tokens"] for one in answers)
+    assert all(not batch.extras["weight"][~batch.extras["written"]].any() for batch in batches)
+    with pytest.raises(UserError, match="--rl-tools retrieval: it is made of a trained model"):
+        make_trainer(rlvr_arguments(words, "--rl-kl", "0", "--rl-tools", "retrieval"))
+    with pytest.raises(UserError, match="--rl-tools calculater: .* did you mean calculator"):
+        RolloutConfig(rl_tools=("calculater",)).validate()
 
 
 def test_a_prompt_leaves_room_for_an_answer(words: Path) -> None:

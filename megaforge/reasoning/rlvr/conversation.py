@@ -117,7 +117,7 @@ class Conversation:
 
     def hear(self, written: Written) -> None:
         """The model wrote this behind :meth:`prompt`."""
-        turn = Turn(self.sample, len(self.turns), (*self.prompt(), *written.tokens), len(written.tokens))
+        turn = Turn(self.sample, len(self.turns), (*self.prompt(), *written.tokens), written.own)
         if self.answering:
             self.answer = written
         else:

@@ -23,13 +23,18 @@ class Turn(NamedTuple):
         sample: whose.
         number: which of its.
         tokens: of both.
-        written: how many of them at the end were written.
+        own: of each token behind the prompt, whether the model wrote it; the others are what a tool answered.
     """
 
     sample: int
     number: int
     tokens: Tokens
-    written: int
+    own: tuple[bool, ...]
+
+    @property
+    def written(self) -> int:
+        """Tokens behind the prompt."""
+        return len(self.own)
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Answer:
 
     Attributes:
         old, reference: of each turn, the log-probabilities of what was written, then and by the reference.
-        advantage, weight: of every token.
+        advantage, weight: of every token that the model wrote.
         told: of the whole.
     """
 
@@ -58,14 +63,14 @@ class Answer:
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Answer:
         """The opposite."""
-        turns = [Turn(sample, number, tuple(tokens), written) for sample, number, tokens, written in state["turns"]]
+        turns = [Turn(sample, number, tuple(tokens), tuple(own)) for sample, number, tokens, own in state["turns"]]
         return cls(**{**state, "turns": turns})
 
 
 def as_batches(micro_batches: Sequence[Sequence[Turn]], read: Sequence[Batch], length: int) -> list[Batch]:
     """Micro-batches of one shape [rows, length], of the turns of each, in place of those that were ``read``.
 
-    ``extras``: bool ``written`` [rows, length], where the next token was written.
+    ``extras``: bool ``written`` [rows, length], where the model wrote the next token.
     """
     packed = [_packed(turns, length) for turns in micro_batches]
     rows = rounded(max(one.rows for one in packed))
@@ -73,7 +78,7 @@ def as_batches(micro_batches: Sequence[Sequence[Turn]], read: Sequence[Batch], l
     for own, batch in zip(packed, read, strict=True):
         written = torch.zeros(rows, length, dtype=torch.bool)
         for turn, (row, first) in own.places.items():
-            written[row, _span(turn, first)] = True
+            written[row, _span(turn, first)] = torch.tensor(turn.own)
         extras = {"written": written}
         batches.append(replace(as_batch(own, rows, length), samples=batch.samples, of=batch.of, extras=extras))
     return batches
@@ -90,7 +95,7 @@ def with_worth(batch: Batch, answers: Sequence[Answer]) -> Batch:
             row, first = places[turn]
             span = _span(turn, first)
             values = (old, reference, [one.advantage] * len(old), [one.weight] * len(old))
-            numbers[:, row, span] = torch.tensor(values, dtype=torch.float64)
+            numbers[:, row, span] = torch.tensor(values, dtype=torch.float64) * torch.tensor(turn.own)
     told = torch.zeros(shape[0], len(answers[0].told) + 1, dtype=torch.float64)
     told[0] = torch.tensor([[*one.told.values(), 1.0] for one in answers], dtype=torch.float64).sum(0)
     return replace(batch, extras={**batch.extras, **dict(zip(NUMBERS, numbers, strict=True)), "told": told})

@@ -22,6 +22,7 @@ from megaforge.config.config import Config
 from megaforge.data.loader import Batch
 from megaforge.errors import UserError
 from megaforge.inference.live import LiveModel
+from megaforge.inference.tool_calls import Tool, ToolCalls
 from megaforge.models.hybrid import ModelOutput
 from megaforge.nn.losses import LossTerm
 from megaforge.parallel.agree import exchange, reduced, tell_stages, together
@@ -36,6 +37,7 @@ from megaforge.reasoning.rlvr.conversation import Conversation, Sizes, converse
 from megaforge.reasoning.rlvr.experience import Answer, Turn, as_batches, of_turns, with_worth
 from megaforge.reasoning.rlvr.prompts import Prompt, Prompts
 from megaforge.reasoning.rlvr.writing import Pen
+from megaforge.registry import TOOLS
 from megaforge.training.objectives import Objective
 
 if TYPE_CHECKING:
@@ -58,8 +60,8 @@ class Spoken(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Tokens that were written."""
-        return sum(turn.written for turn in self.turns)
+        """Tokens that the model wrote."""
+        return sum(sum(turn.own) for turn in self.turns)
 
 
 class Writing(Objective):
@@ -77,12 +79,15 @@ class Writing(Objective):
         self._coefficient = config.rl.rl_kl
         self._prompts: Prompts | None = None
         self._sizes: Sizes | None = None
+        self._tools: ToolCalls | None = None
         self._model: LiveModel | None = None
         self._told: tuple[str, ...] = ()
 
     def prepare(self, config: Config, model: nn.Module, ctx: ParallelContext, tokenizer: dict[str, Any] | None) -> None:
         self._prompts = Prompts(config)
         self._sizes = Sizes.of(config.rollout, self._prompts.tokenizer)
+        if config.rollout.rl_tools:
+            self._tools = ToolCalls([_tool(name) for name in config.rollout.rl_tools], self._prompts.tokenizer)
 
     def model(self, trainer: Trainer) -> LiveModel:
         """What writes for this run."""
@@ -148,7 +153,7 @@ class Writing(Objective):
         tokenizer, how = self._prompts.tokenizer, self._how
         talks = [Conversation(sample, one.asked, self._sizes) for sample, one in zip(samples, prompts, strict=True)]
         model = self.model(trainer)
-        pen = Pen(model, tokenizer, how.rl_temperature, how.rl_rollout_batch_size)
+        pen = Pen(model, tokenizer, how.rl_temperature, how.rl_rollout_batch_size, self._tools)
         with model.writing():
             found = converse(talks, pen, self._config.training.seed, trainer.iteration, attempt)
         texts = [pen.text(one) for one in found]
@@ -244,6 +249,13 @@ class Writing(Objective):
         for number, name in enumerate(self._told):
             found[name] = LossTerm(told[number], "episodes", 0.0)
         return found
+
+
+def _tool(name: str) -> Tool:
+    tool: Tool = TOOLS.get(name)
+    if hasattr(tool, "of"):
+        raise UserError(f"--rl-tools {name}: it is made of a trained model and its memory; leave it out")
+    return tool
 
 
 def _numbers(said: Sequence[Spoken]) -> dict[int, tuple[float, float]]:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from megaforge.data.tokenizer import Tokenizer
 from megaforge.inference.generation import Continuations, Sampling, Scorer, unusable_ids
+from megaforge.inference.text_stream import TextStream
+from megaforge.inference.tool_calls import Insertions, ToolCalls
 from megaforge.reasoning.packing import Tokens
 
 
@@ -17,10 +19,12 @@ class Written(NamedTuple):
     Attributes:
         tokens: with the one that ends them, if they do.
         ended: whether they do.
+        own: of each, whether the model wrote it, and not a tool.
     """
 
     tokens: Tokens
     ended: bool
+    own: tuple[bool, ...]
 
     @property
     def said(self) -> Tokens:
@@ -35,12 +39,14 @@ class Pen:
     Attributes:
         temperature: 0 takes the most likely tokens.
         at_once: texts side by side.
+        tools: what answers the model while it writes.
     """
 
     model: Scorer
     tokenizer: Tokenizer
     temperature: float
     at_once: int
+    tools: ToolCalls | None = None
 
     def write(self, prompts: Sequence[Tokens], seeds: Sequence[int], most: int) -> list[Written]:
         """What the model writes behind each prompt, ``most`` tokens or fewer; each by its own seed, whatever is written
@@ -58,15 +64,24 @@ class Pen:
             unusable=unusable_ids(self.tokenizer, self.model.vocab_size),
             max_new_tokens=most,
         )
+        asking = None if self.tools is None else Insertions(self.tools)
+        streams = [TextStream(self.tokenizer, list(prompt)) for prompt in prompts]
         tokens: list[list[int]] = [[] for _ in prompts]
+        own: list[list[bool]] = [[] for _ in prompts]
         for _ in range(most):
             if not batch.going_on:
                 break
             drawn = batch.draw()
             for number, token in drawn.items():
                 tokens[number].append(token)
+                own[number].append(number not in batch.inserted)
             batch.drop([number for number, token in drawn.items() if token == self.tokenizer.eod])
-        return [Written(tuple(own), own[-1] == self.tokenizer.eod) for own in tokens]
+            if asking is not None:
+                for number in batch.going_on:
+                    streams[number].add(drawn[number])
+                asking.answer(batch, {number: streams[number].text for number in batch.going_on})
+        end = self.tokenizer.eod
+        return [Written(tuple(text), text[-1] == end, tuple(ours)) for text, ours in zip(tokens, own, strict=True)]
 
     def text(self, written: Written) -> str:
         """Without its end."""
