@@ -260,6 +260,7 @@ def test_sections_are_the_fields_of_config() -> None:
         "generation",
         "regularization",
         "rl",
+        "rollout",
         "rewards",
         "training",
         "stages",

@@ -13,10 +13,8 @@ from tests.training.tiny import VOCAB, arguments, write_dataset
 
 PROMPTS = [[5, 6, 7], [1], [9, 8, 7, 6, 5], [5, 6, 7], [2, 3]]
 LAYOUTS = [
-    ("--tp", "2", "--sp", "--micro-batch-size", "4"),
-    ("--pp", "2", "--pipeline-schedule", "zb-v", "--micro-batch-size", "1"),
-    ("--pp", "2", "--vpp", "2", "--micro-batch-size", "1"),
-    ("--ep", "2", "--tp", "2"),
+    ("--tp", "2", "--sp", "--pp", "2", "--pipeline-schedule", "zb-v", "--micro-batch-size", "1"),
+    ("--ep", "2", "--pp", "2", "--vpp", "2", "--micro-batch-size", "1"),
 ]
 
 

@@ -63,15 +63,15 @@ def steps(outcome: dict[str, Any]) -> list[dict[str, Any]]:
     return [one for one in outcome["records"] if one["kind"] == "step"]
 
 
-@pytest.mark.parametrize("layout", ["dp4", "tp2 x pp2", "tp2, sp, dp2, zero 2"])
-def test_a_step_is_the_same_at_every_layout(ranks: RankPool, words: Path, layout: str) -> None:
+def test_a_step_is_the_same_at_every_layout(ranks: RankPool, words: Path) -> None:
+    """Others: dp4 and tp2 x pp2 below."""
     argv = rlvr_arguments(words, *LORA, "--rl-epochs", "2", "--rl-mean", "decision", "--rl-kl", "0.5")
     expected = train(argv)
     first, second = steps(expected)
     assert first["policy_ratio"] == 1 and second["policy_ratio"] != 1, "exactly, on the first update"
     assert first["kl"] > 1e-6 and 0 < first["reward"] == second["reward"] and first["grad_norm"] > 1e-3
     assert 1 <= first["answer_tokens"] <= 4 and 0 < first["cut_answers"] <= 1
-    found = ranks.run(4, train, [*argv, *LAYOUTS[layout]])
+    found = ranks.run(4, train, [*argv, *LAYOUTS["tp2, sp, dp2, zero 2"]])
     assert all(steps(one)[0]["policy_ratio"] == 1 for one in found)
     compare(found, expected, 1e-10)
 
