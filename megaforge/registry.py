@@ -350,6 +350,8 @@ TEXT_METRICS = Registry(  # of written answers (megaforge.tasks.metrics.TextMetr
         "exact_match": "megaforge.tasks.metrics:EXACT_MATCH",
         "contains": "megaforge.tasks.metrics:CONTAINS",
         "last_number": "megaforge.tasks.metrics:LAST_NUMBER",
+        "choice": "megaforge.tasks.metrics:CHOICE",
+        "boxed": "megaforge.tasks.metrics:BOXED",
         "bleu": "megaforge.tasks.metrics:BLEU",
         "refusal": "megaforge.tasks.metrics:REFUSAL",
     },

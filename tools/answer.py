@@ -27,6 +27,7 @@ from megaforge.config.entry import run_entry
 from megaforge.config.launcher import discover_launch
 from megaforge.errors import UserError
 from megaforge.inference.open_model import add_model_flags, open_model
+from megaforge.inference.tool_calls import ToolCalls, ToolSetting, add_tool_flags, check_tool_flags
 from megaforge.registry import CHUNKED_TASKS
 
 if TYPE_CHECKING:
@@ -61,7 +62,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=integer(1), help="of an answer, at most (default: as in training)")
     parser.add_argument("--batch-size", type=integer(1), default=64, help="texts read side by side")
     parser.add_argument("--json", action="store_true", help="print a JSON object a text, and one for each length")
+    add_tool_flags(parser)
     flags = parser.parse_args(arguments)
+    check_tool_flags(flags)
     wanted, unread = ("input", ("chunks", "examples", "seed")) if flags.input else ("task", ("question",))
     for name in unread:
         if value := getattr(flags, name):
@@ -88,7 +91,10 @@ class Desk:
             answer=flags.max_new_tokens or self.sizes.answer,
             memory=flags.memory_tokens or self.sizes.memory,
         )
-        self.pen = Pen(trained.model, self.tokenizer, 0.0, flags.batch_size)
+        tools = None
+        if names := flags.tools or how.rl_tools:
+            tools = ToolCalls.of(names, ToolSetting(trained.model, trained.config, self.tokenizer, flags.memory))
+        self.pen = Pen(trained.model, self.tokenizer, 0.0, flags.batch_size, tools)
 
     def ask(self) -> None:
         """What the flags say."""

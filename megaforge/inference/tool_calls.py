@@ -96,7 +96,7 @@ class Watch:
     def answer(self, text: str) -> list[int]:
         """The tokens that a tool puts behind ``text``, all that is written so far; none: nothing was asked for.
 
-        The request that was opened last counts, if the first ``closes`` behind it is the end of the text.
+        The request that was opened last counts, and what closes it first: that must be the end of the text.
         """
         seen, self._seen = self._seen, len(text)
         found: list[tuple[int, int, Tool, int]] = []
@@ -109,7 +109,7 @@ class Watch:
                     found.append((first, begin, tool, end))
         if not found:
             return []
-        _, begin, tool, end = max(found, key=lambda one: one[:2])
+        _, begin, tool, end = max(found, key=lambda one: (*one[:2], -one[3]))
         self._begin = begin
         if end + len(tool.closes) < len(text):
             self._owner.missed += 1

@@ -23,7 +23,7 @@ from typing import Protocol
 from megaforge.config.reward_config import RewardConfig
 from megaforge.errors import UserError
 from megaforge.registry import REWARDS
-from megaforge.tasks.answers import MARK, chosen_letter, last_box, last_number, plain_formula, result
+from megaforge.tasks.answers import MARK, chosen_letter, last_box, last_number, result, same_formula
 from megaforge.tasks.questions import Question
 
 
@@ -60,17 +60,7 @@ def boxed(question: Question, written: str) -> float:
     r"""1 where what is in the text's last ``\boxed{}`` is the answer: the same formula but for looks, or the same
     number (MATH)."""
     box = last_box(written)
-    if box is None:
-        return 0.0
-    one, other = plain_formula(box), plain_formula(question.answer)
-    return float(one == other or _plain_number(one) == _plain_number(other) is not None)
-
-
-def _plain_number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+    return float(box is not None and same_formula(box, question.answer))
 
 
 class Format:

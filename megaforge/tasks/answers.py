@@ -57,3 +57,16 @@ def plain_formula(text: str) -> str:
     text = text.strip().rstrip(".").replace("dfrac", "frac").replace("tfrac", "frac")
     text = _EMPTY.sub("", text).replace("^{\\circ}", "").replace("^\\circ", "").replace("\\%", "").replace("%", "")
     return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+
+
+def same_formula(one: str, other: str) -> bool:
+    """Whether two formulas are the same but for looks, or the same number."""
+    one, other = plain_formula(one), plain_formula(other)
+    return one == other or _number(one) == _number(other) is not None
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

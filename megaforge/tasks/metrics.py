@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from megaforge.errors import require
+from megaforge.tasks.answers import chosen_letter, last_box, last_number, same_formula
 
 Sums = tuple[float, ...]
 
@@ -71,13 +72,24 @@ class LastNumber(Mean):
     2110.14168)."""
 
     def score(self, text: str, answers: Sequence[str]) -> float:
-        found, wanted = _last_number(text), _last_number(" ".join(answers))
+        found, wanted = last_number(text), last_number(" ".join(answers))
         return float(found is not None and found == wanted)
 
 
-def _last_number(text: str) -> float | None:
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return float(found[-1].replace(",", "")) if found else None
+class Choice(Mean):
+    """1 where the text chooses the letter of the answer (:func:`megaforge.tasks.answers.chosen_letter`)."""
+
+    def score(self, text: str, answers: Sequence[str]) -> float:
+        return float(chosen_letter(text) == " ".join(answers).strip())
+
+
+class Boxed(Mean):
+    r"""1 where what is in the text's last ``\boxed{}`` is the answer: the same formula but for looks, or the same
+    number (MATH: Hendrycks et al., arXiv 2103.03874)."""
+
+    def score(self, text: str, answers: Sequence[str]) -> float:
+        box = last_box(text)
+        return float(box is not None and same_formula(box, " ".join(answers)))
 
 
 _REFUSALS = (
@@ -124,3 +136,4 @@ class Bleu:
 
 
 EXACT_MATCH, CONTAINS, LAST_NUMBER, REFUSAL, BLEU = ExactMatch(), Contains(), LastNumber(), Refusal(), Bleu()
+CHOICE, BOXED = Choice(), Boxed()

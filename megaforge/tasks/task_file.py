@@ -1,7 +1,8 @@
 """What a task asks: one of ours by its name, or a YAML file that says more.
 
 task: passkey                # one of ours, or
-prompts: questions.jsonl     # objects with "prompt" and "answer" (or "answers"), beside this file
+prompts: questions.jsonl     # objects with "prompt" and "answer" (or "answers"), beside this file, or
+questions: gsm8k_test.jsonl  # lines of GSM8K, MATH or a choice, beside this file (docs/tasks.md)
 metrics: [exact_match, bleu]
 """
 
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from megaforge.config.fields import flag
+from megaforge.config.question_config import QuestionConfig
 from megaforge.config.yaml_nodes import compose, read_dataclass
 from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 from megaforge.registry import TASKS, TEXT_METRICS
 from megaforge.tasks.example import Example, Room, Task, make_example
+from megaforge.tasks.questions import read_questions
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -35,16 +38,17 @@ class TaskSettings:
     max_new_tokens: int | None = flag(None, "of an answer (default: 8 more than the right one has)", least=1)
     stop: tuple[str, ...] = flag((), "texts that end an answer (default: the task's own, or a line end)")
     seed: int = flag(0, "of the examples", least=0)
+    questions: str | None = flag(None, "JSON Lines of GSM8K, MATH or a choice (megaforge.tasks.questions)")
 
     def validate(self) -> None:
         """
         Raises:
-            UserError: not one of ``task`` and ``prompts``, or a metric that is none.
+            UserError: not one of ``task``, ``prompts`` and ``questions``, or a metric that is none.
         """
-        if (self.task is None) == (self.prompts is None):
-            raise UserError("give either task (one of ours) or prompts (a JSON Lines file)")
-        if self.prompts is not None and self.lengths:
-            raise UserError("lengths are of a task that makes its examples; leave them out beside prompts")
+        if (self.task, self.prompts, self.questions).count(None) != 2:
+            raise UserError("give either task (one of ours), or prompts or questions (a JSON Lines file)")
+        if self.task is None and self.lengths:
+            raise UserError("lengths are of a task that makes its examples; leave them out beside prompts or questions")
         for name in self.metrics:
             TEXT_METRICS.check(name)
 
@@ -68,8 +72,18 @@ class TaskSettings:
         if self.task is not None:
             room = Room(length, size)
             return [make_example(self.task, self.seed, index, room) for index in range(count)]
+        return self.of_file()[:count]
+
+    def of_file(self) -> list[Example]:
+        """All examples of a file.
+
+        Raises:
+            UserError: it cannot be read, or a line is something else.
+        """
+        if self.questions is not None:
+            return [Example(one.prompt, (one.answer,)) for one in read_questions(self.questions, QuestionConfig())]
         assert self.prompts is not None
-        return read_examples(self.prompts)[:count]
+        return read_examples(self.prompts)
 
 
 def _made_by(task: str) -> Task:
@@ -88,10 +102,13 @@ def read_task(name: str) -> TaskSettings:
         return TaskSettings(name=name, task=name)
     settings = read_dataclass(TaskSettings, compose(read_text(name), name), name, "the task")
     changed: dict[str, Any] = {"name": settings.name or settings.task or Path(name).stem}
-    if settings.prompts is not None:
-        changed["prompts"] = str(Path(name).parent / settings.prompts)
-        _ = read_examples(changed["prompts"])
-    return TaskSettings(**{**vars(settings), **changed})
+    for key in ("prompts", "questions"):
+        if (file := getattr(settings, key)) is not None:
+            changed[key] = str(Path(name).parent / file)
+    found = TaskSettings(**{**vars(settings), **changed})
+    if found.task is None:
+        _ = found.of_file()
+    return found
 
 
 def read_examples(path: str) -> list[Example]:

@@ -12,6 +12,7 @@ from megaforge.data.tokenizer import load_tokenizer
 from megaforge.errors import UserError
 from megaforge.inference.requests import Scored, Writing
 from megaforge.inference.task_run import BITS, TaskRun
+from megaforge.tasks.example import Example
 from megaforge.tasks.task_file import TaskSettings, read_task
 from tests.data.corpus_files import bpe_tokenizer
 from tests.inference.text_model import Bytes
@@ -89,6 +90,14 @@ def test_a_model_that_knows_is_right(task: str) -> None:
     assert results[1].metric == BITS and results[1].value == pytest.approx(1 / 0.6931472)
 
 
+def test_questions_as_people_publish_them(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question": "6*7?", "answer": "It is 42.\\n#### 42"}\n' * 3)
+    (tmp_path / "gsm8k.yaml").write_text("questions: q.jsonl\nmetrics: [last_number]\n")
+    task = read_task(str(tmp_path / "gsm8k.yaml"))
+    assert task.examples_of(0, 2, len) == [Example("Question: 6*7?\nAnswer:", ("42",))] * 2
+    assert (task.name, task.judged_by) == ("gsm8k", ("last_number",))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -97,6 +106,9 @@ def test_a_model_that_knows_is_right(task: str) -> None:
         ("lengths: [3]", "give either task .* or prompts"),
         ("task: recall\nprompts: q.jsonl", "give either task .* or prompts"),
         ("prompts: q.jsonl\nlengths: [8]", "leave them out beside prompts"),
+        ("prompts: q.jsonl\nquestions: q.jsonl", "give either task .* or prompts"),
+        ("questions: gone.jsonl", "gone.jsonl: it cannot be read"),
+        ("questions: q.jsonl", "q.jsonl: line 1: its question is empty"),
         ("prompts: gone.jsonl", "gone.jsonl: cannot be read"),
         ("prompts: q.jsonl", 'q.jsonl: line 1 is no example; give {"prompt"'),
         ("task: recall\nmetrics: [exact]", "'exact' is not a known metric"),
