@@ -21,3 +21,9 @@ class PlasticConfig:
     plastic_chunk: int = flag(
         64, "--peft plastic: fast weights change every so many tokens of a document", least=1, most=1 << 24
     )
+    plastic_correlation: float = flag(
+        0.0,
+        "--peft plastic: weight of the correlation objective: what is read of fast weights is to go with what the "
+        "layer gives",
+        least=0,
+    )

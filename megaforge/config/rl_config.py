@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megaforge.config.combined_config import CombinedLossConfig
 from megaforge.config.fields import flag
 from megaforge.errors import UserError
 from megaforge.registry import MEMORY_SEARCHES, RL_ALGORITHMS
@@ -12,7 +13,7 @@ MEANS = ("episode", "decision", "constant")
 
 
 @dataclass(frozen=True)
-class ReinforcementConfig:
+class ReinforcementConfig(CombinedLossConfig):
     """Reinforcement learning of a memory agent (--objective agent)."""
 
     rl_algorithm: str = flag(

@@ -12,7 +12,7 @@ from megaforge.config.run_partners import Partner
 
 _AGENT = ("training.objective",)
 _FLAGS = tuple(f"rl.{one.name}" for one in fields(ReinforcementConfig))
-_OF_AGENTS = ("rl.agent_", "rl.memory_", "rl.rl_action_cost", "rl.rl_stability", "rl.rl_entropy")
+_OF_AGENTS = ("rl.agent_", "rl.memory_", "rl.rl_action_cost", "rl.rl_stability", "rl.rl_entropy", "rl.rl_ce_")
 _PPO = tuple(f"rl.rl_{name}" for name in ("gamma", "lambda", "horizon", "value_weight", "value_clip"))
 
 
@@ -176,6 +176,19 @@ REINFORCEMENT = (
         ("rewards.rl_reward",),
         lambda c: "format" not in c.rewards.rewards or c.rewards.rl_format is not None,
         "the reward format looks for an expression: add --rl-format '####'",
+    ),
+    Partner(
+        ("rl.rl_ce_weight",),
+        lambda c: c.model.peft,
+        "nothing that foretells tokens is trained: add --peft lora or plastic",
+    ),
+    Partner(
+        ("rl.rl_ce_samples", "rl.rl_ce_data"), lambda c: c.rl.rl_ce_weight, "no text is learnt: add --rl-ce-weight 0.1"
+    ),
+    Partner(
+        ("rl.rl_ce_samples",),
+        lambda c: c.rl.rl_ce_samples <= c.rl.rl_group_size,
+        "a sample comes with one text at most: use at most --rl-group-size",
     ),
     Partner(("rl.rl_kl_horizon",), lambda c: c.rl.rl_kl_target, "the weight does not change: add --rl-kl-target 0.02"),
 )

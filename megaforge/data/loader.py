@@ -35,6 +35,7 @@ class Batch:
         same_document: bool [b, s], of each of ``later`` whether that token is of the same document.
         of: samples of the whole global batch; None: every dp rank has as many as this one.
         tokens_of: tokens of the whole global batch; None: those of its samples.
+        used: bool [b, s], which tokens are no padding; None: all.
         extras: what an objective adds for itself, [b, ...] each.
     """
 
@@ -47,6 +48,7 @@ class Batch:
     samples: Tensor | None = None
     of: int | None = None
     tokens_of: int | None = None
+    used: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
 

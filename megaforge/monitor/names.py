@@ -48,6 +48,10 @@ STEP = {
     "memory_summaries": Name("vectors in working memory at an episode's end, mean", _AGENT),
     "memory_entries": Name("chunks in the episodic index at an episode's end, mean", _AGENT),
     "memory_loss": Name("what the summariser cannot make again of hidden vectors, mean over chunks' tokens", _AGENT),
+    "cross_entropy": Name("of texts beside episodes in nats, mean over their labels", "`--rl-ce-weight`"),
+    "correlation_loss": Name(
+        "correlation objective of fast weights, mean over tokens, summed over matrices", "`--plastic-correlation`"
+    ),
     "kl": Name("divergence (k3) of the policy from the one that the run began with", _REWARDED),
     "kl_coefficient": Name("its weight in the step's loss", _REWARDED),
     "entropy": Name("of the policy in nats, mean as `--rl-mean` says", _AGENT),

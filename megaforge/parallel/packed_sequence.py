@@ -33,10 +33,12 @@ class PackedSequence:
         dropout: the masks of a micro-batch that is trained on; None: nothing is dropped.
         place: int64 [1] on the device, unknown to the host: the place of the one token of each sequence in a step that
             is recorded once for all places; None: see ``offset``.
+        used_BS: bool [b, s] of the whole sequences, which tokens are no padding; None: all.
         cache: what layers derive from the above for later layers too (rotary tables).
     """
 
     place: torch.Tensor | None = None
+    used_BS: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -163,6 +165,7 @@ class PackedSequence:
         some.document_start_SB = self.local(change).t().contiguous()
         some._places_S = self.local(torch.arange(len(indices_SB), device=indices_SB.device), dim=0)
         some.dropout = None if self.dropout is None else self.dropout.select(indices_SB, self.shards)
+        some.used_BS = None if self.used_BS is None else self.used_BS.gather(1, places_BS)
         some.cache, some._start_BS, some._mask = {}, None, None
         return some
 

@@ -75,13 +75,13 @@ def rounded(rows: int) -> int:
 def as_batch(packed: Packed[D], rows: int, length: int) -> Batch:
     """Micro-batch of ``rows`` [rows, length]: labels are the next tokens of a document, and none counts."""
     tokens, labels = np.zeros((2, rows, length), np.int64)
-    starts = np.zeros((rows, length), np.bool_)
+    starts, used = np.zeros((2, rows, length), np.bool_)
     ends = [0] * rows
     for document, (row, first) in packed.places.items():
         stop = first + len(document.tokens)
         tokens[row, first:stop] = document.tokens
         labels[row, first : stop - 1] = document.tokens[1:]
-        starts[row, first], ends[row] = True, stop
+        starts[row, first], ends[row], used[row, first:stop] = True, stop, True
     for row, end in enumerate(ends):
         if end < length:
             starts[row, end] = True
@@ -90,6 +90,7 @@ def as_batch(packed: Packed[D], rows: int, length: int) -> Batch:
         labels=torch.from_numpy(labels),
         loss_mask=torch.zeros(rows, length),
         document_start=torch.from_numpy(starts),
+        used=torch.from_numpy(used),
     )
 
 

@@ -27,14 +27,16 @@ from torch.nn import functional as F
 from megaforge.config.model_config import ModelConfig
 from megaforge.errors import UserError
 from megaforge.kernels.grouped_mm import Runs
+from megaforge.nn.sublayer import LayerOutput
 from megaforge.parallel.context import Axis, ParallelContext
 from megaforge.parallel.layers import ColumnParallelLinear, GroupedLinear, Linear, RowParallelLinear, is_whole
 from megaforge.parallel.linear_op import LinearOp
-from megaforge.parallel.mappings import copy_to_tensor_parallel, reduce_from_tensor_parallel
+from megaforge.parallel.mappings import copy_to_tensor_parallel, reduce_from_tensor_parallel, scale_gradient
 from megaforge.parallel.region import TensorParallelRegion
 from megaforge.peft.adapter import AdaptedOp, Adapter, Declaration, Factors, inner_features
 from megaforge.peft.freeze import freeze_all
 from megaforge.peft.targets import Target, chosen
+from megaforge.reasoning.correlation import CorrelationLoss, correlation
 from megaforge.reasoning.fast_weights import FastWeights, PlasticState
 from megaforge.reasoning.rules import Step
 from megaforge.reasoning.segments import Segments, segments_of
@@ -49,6 +51,7 @@ class Plasticity(NamedTuple):
     rate: float
     decay: float
     clamp: float
+    correlated: bool = False
 
 
 class PlasticAdapter(Adapter):
@@ -58,12 +61,15 @@ class PlasticAdapter(Adapter):
         segments: of the present micro-batch.
         memory: where sequences go on, and what they are left with, for each of ``factors``; None: they begin here, and
             nothing is left.
+        losses: of each of ``factors``, the correlation objective of the present micro-batch; none where nobody asks.
     """
 
     def __init__(self, layer: Linear, factors: Sequence[Factors], ctx: ParallelContext, plasticity: Plasticity) -> None:
         super().__init__(layer, factors, ctx)
         self.plasticity = plasticity
         self.splits_output = isinstance(layer, ColumnParallelLinear)
+        self.is_whole = not isinstance(layer, ColumnParallelLinear | RowParallelLinear)
+        self.losses: list[Tensor] = []
         self.segments: Segments | None = None
         self.memory: Sequence[FastWeights] | None = None
 
@@ -76,11 +82,11 @@ class PlasticAdapter(Adapter):
         """What there is to add to the layer's output ``out`` [s', b, out'], given its input; see
         :meth:`megaforge.parallel.linear_op.LinearOp.apply`."""
         assert self.segments is not None
-        places, made = self.segments.places_SB, []
+        places, counts, made = self.segments.places_SB, self.segments.counts_SB, []
         scattered = leaves is not None and leaves.sequence_parallel
         if scattered:
             assert leaves is not None
-            places = leaves.own(places)
+            places, counts = leaves.own(places), leaves.own(counts)
         axes = (self.ctx.cp, self.ctx.tp) if scattered else (self.ctx.cp,)
         for number, factors in enumerate(self.factors):
             first = getattr(self, f"{factors.prefix}A")
@@ -88,12 +94,27 @@ class PlasticAdapter(Adapter):
             u = F.normalize(inner_features(x, first, region, leaves).to(wide), dim=-1)
             z = out[..., self.local_rows(factors)].to(wide)
             memory = None if self.memory is None else self.memory[number]
-            made.append(self._read(z, u, places, memory, axes).to(out.dtype))
+            read, loss = self._read(z, u, (places, counts), memory, axes)
+            made.append(read.to(out.dtype))
+            if loss is not None:
+                self.losses.append(self._over_ranks(loss, scattered))
         return self.placed(made)
 
-    def _read(self, z: Tensor, u: Tensor, places: Tensor, memory: FastWeights | None, axes: tuple[Axis, ...]) -> Tensor:
-        """alpha clip(B) u of every token [s', b, out'], and what the tokens write."""
-        segments, how = self.segments, self.plasticity
+    def _over_ranks(self, loss: Tensor, scattered: bool) -> Tensor:
+        """Summed over tp, where its ranks have features or tokens of their own; each rank's gradient is of its own."""
+        if scattered or self.splits_output:
+            return reduce_from_tensor_parallel(loss, self.ctx.tp)
+        return scale_gradient(loss, 1 / self.ctx.tp.size) if self.is_whole else loss
+
+    def _read(
+        self, z: Tensor, u: Tensor, where: tuple[Tensor, Tensor], memory: FastWeights | None, axes: tuple[Axis, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        """alpha clip(B) u of every token [s', b, out'], and what the tokens write; and their correlation objective.
+
+        Args:
+            where: the tokens' places and which of them count, [s', b] each.
+        """
+        segments, how, (places, counted) = self.segments, self.plasticity, where
         assert segments is not None
         z, u = segments.spread(z, places), segments.spread(u, places)
         tokens, fast = segments.tokens_BK, z.new_zeros(len(z), z.shape[-1], u.shape[-1])
@@ -118,7 +139,11 @@ class PlasticAdapter(Adapter):
                 fast = how.decay * fast + how.rate * mean
         if memory is not None:
             memory.leave(torch.stack(befores, 1), z, u, tokens, segments)
-        return segments.gather(how.alpha * (u @ torch.stack(seens, 1).mT), places)
+        loss = None
+        if how.correlated and self.training:
+            counts, shrink = segments.spread(counted.to(z.dtype)[..., None], places), (1 - how.decay) / (2 * how.rate)
+            loss = correlation(torch.stack(befores, 1), z, u, counts, shrink)
+        return segments.gather(how.alpha * (u @ torch.stack(seens, 1).mT), places), loss
 
 
 def _over(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
@@ -168,7 +193,7 @@ def plastic_lora(model: nn.Module, ctx: ParallelContext) -> None:
     freeze_all(model)
     how = Plasticity(
         *(PLASTIC_RULES.get(cfg.plastic_rule), cfg.plastic_alpha, cfg.plastic_rate),
-        *(cfg.plastic_decay, cfg.plastic_clamp),
+        *(cfg.plastic_decay, cfg.plastic_clamp, cfg.plastic_correlation > 0),
     )
     for _, group in groupby(targets, key=lambda target: target.path):
         adapt(list(group), cfg.plastic_rank, ctx, how)
@@ -213,6 +238,7 @@ def _can_be(target: Target) -> bool:
 def _remember(sublayer: nn.Module, within: Sequence[PlasticAdapter], size: int) -> None:
     """A mixer or FFN whose adapters learn what each call's tokens are, and whose memory has their fast weights."""
     sublayer.register_forward_pre_hook(_Before(within, size))
+    sublayer.register_forward_hook(partial(_behind, within))
     made = sublayer.new_state
     number = sum(len(adapter.factors) for adapter in within)
 
@@ -220,6 +246,15 @@ def _remember(sublayer: nn.Module, within: Sequence[PlasticAdapter], size: int) 
         return PlasticState(made(), [FastWeights() for _ in range(number)])  # type: ignore[operator]
 
     sublayer.new_state = new_state  # type: ignore[assignment]
+
+
+def _behind(within: Sequence[PlasticAdapter], module: nn.Module, args: tuple[Any, ...], out: LayerOutput) -> Any:
+    """After a sublayer was called: what its adapters add to the loss leaves with what it gives."""
+    sums = [loss for adapter in within for loss in adapter.losses]
+    if not sums:
+        return out
+    assert out.losses is None, "experts have no fast weights"
+    return out._replace(losses=CorrelationLoss(sums))
 
 
 class _Before:
@@ -237,6 +272,7 @@ class _Before:
         memory = iter(() if state is None else state.fast)
         for adapter in self.within:
             adapter.segments = info.cache[key]
+            adapter.losses = []
             adapter.memory = None if state is None else [next(memory) for _ in adapter.factors]
         if state is not None:
             rest[1] = state.inner

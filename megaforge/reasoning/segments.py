@@ -22,6 +22,7 @@ class Segments:
         fresh_BK: bool [b, K], whether it begins a document.
         last_B: int64 [b], each sequence's last one.
         open_B: int64 [b], which stretch of its document that is.
+        counts_SB: bool [s, b], which of this cp rank's tokens are no padding.
     """
 
     places_SB: Tensor
@@ -31,6 +32,7 @@ class Segments:
     fresh_BK: Tensor
     last_B: Tensor
     open_B: Tensor
+    counts_SB: Tensor
 
     def spread(self, x: Tensor, places: Tensor) -> Tensor:
         """[s, b, d] of the tokens at ``places`` [s, b] -> [b, K, C, d], zero where there is none of them."""
@@ -69,4 +71,5 @@ def segments_of(info: PackedSequence, size: int, open_B: Tensor | None = None) -
     rows = torch.arange(len(positions), device=positions.device)[:, None]
     places = (rows * number + segment) * size + positions.remainder(size)
     own = info.local(places).t().contiguous()
-    return Segments(own, number, size, tokens, fresh, segment[:, -1], stretch[:, -1])
+    counts = torch.ones_like(own, dtype=torch.bool) if info.used_BS is None else info.local(info.used_BS).t()
+    return Segments(own, number, size, tokens, fresh, segment[:, -1], stretch[:, -1], counts)

@@ -142,6 +142,7 @@ class ForwardBackward:
         tokens, labels, mask = (upload(x, device) for x in (batch.tokens, batch.labels, batch.loss_mask))
         later = [(upload(one, device), upload(counts, device)) for one, counts in targets_ahead(batch, chunk.cfg)]
         info = chunk.pack(tokens, batch.document_start)
+        info.used_BS = None if batch.used is None else upload(batch.used, device)
         if dropout is not None:
             if batch.samples is None:
                 raise UserError(

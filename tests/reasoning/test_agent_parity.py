@@ -60,14 +60,17 @@ def test_heads_on_a_frozen_model(ranks: RankPool, words: Path, layouts: tuple[st
 
 
 def test_adapters_and_experts(ranks: RankPool, words: Path) -> None:
-    """Plastic adapters learn from rewards too; the reference is the model without them."""
+    """Plastic adapters learn from rewards too, from texts, and from what they correlate with; the reference is the
+    model without them."""
     argv = agent_arguments(
         *(words, "--rl-algorithm", "ppo", "--hybrid-layer-pattern", "RE*-R*", "--num-experts", "4"),
         *("--peft", "plastic", "--plastic-rank", "2", "--plastic-chunk", "4", "--seed", "3", "--rl-resample", "1"),
+        *("--rl-ce-weight", "0.5", "--plastic-correlation", "0.3", "--moe-aux-loss-coeff", "0.1"),
     )
     expected = train(argv)
     assert any(".plastic." in name for name in expected["gradients"])
     first, second = steps(expected)
     assert first["policy_ratio"] == second["policy_ratio"] == 1, "each step plays anew"
+    assert all(first[name] for name in ("loss", "cross_entropy", "correlation_loss", "load_balance_loss"))
     assert first["kl"] > 0, "fast weights are in the policy, not in the reference"
     compare(ranks.run(4, train, [*argv, *LAYOUTS["ep2 x tp2"]]), expected, 1e-10)

@@ -25,6 +25,7 @@ from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.layers import ColumnParallelLinear
 from megaforge.parallel.packed_sequence import PackedSequence
 from megaforge.peft.targets import Target
+from megaforge.reasoning.correlation import CorrelationLoss, correlation
 from megaforge.reasoning.fast_weights import FastWeights, PlasticState
 from megaforge.reasoning.plastic import PlasticAdapter, Plasticity, adapt, adapters
 from megaforge.reasoning.rules import Step, hebb
@@ -56,8 +57,10 @@ def by_hand(
     rate: float,
     decay: float,
     clamp: float,
+    seen: list[Tensor] | None = None,
 ) -> Tensor:
-    """z [s, out] and u [s, r] of one sequence -> y, by the definition."""
+    """z [s, out] and u [s, r] of one sequence -> y, by the definition; ``seen`` gets the B of each token."""
+    fasts = [] if seen is None else seen
     fast = z.new_zeros(z.shape[1], u.shape[1])
     out: list[Tensor] = []
     pending: list[Tensor] = []
@@ -66,11 +69,10 @@ def by_hand(
             fast, pending = torch.zeros_like(fast), []
         elif position % chunk == 0:
             fast, pending = decay * fast + rate * torch.stack(pending).mean(0), []
-        seen = fast.clamp(-clamp, clamp)
-        y = z[t] + alpha * seen @ u[t]
-        out.append(y)
+        fasts.append(fast)
+        read = alpha * fast.clamp(-clamp, clamp) @ u[t]
+        out.append(z[t] + read)
         written = {"hebb": u[t], "oja": u[t] - fast.T @ z[t]}
-        read = alpha * seen @ u[t]
         pending.append(torch.outer(z[t] - read, u[t]) if rule == "delta" else torch.outer(z[t], written[rule]))
     return torch.stack(out)
 
@@ -123,13 +125,16 @@ def train(argv: list[str]) -> dict[str, Any]:
 
 
 def flags(prefix: str, *more: str) -> list[str]:
-    """Of Oja's rule, which sums over tokens and over features."""
-    return arguments(prefix, *MODEL, *SIZES, *SHORT, *PLASTIC, "--plastic-rule", "oja", *more)
+    """Of Oja's rule, and of the correlation objective, which sum over tokens and over features."""
+    summed = ("--plastic-rule", "oja", "--plastic-rate", "0.1", "--plastic-correlation", "0.3")
+    return arguments(prefix, *MODEL, *SIZES, *SHORT, *PLASTIC, *summed, *more)
 
 
 @pytest.fixture(scope="module")
 def one_rank(prefix: str) -> dict[str, Any]:
-    return train(flags(prefix))
+    found = train(flags(prefix))
+    assert all("correlation_loss" in one for one in found["records"] if one["kind"] == "step")
+    return found
 
 
 @pytest.mark.parametrize(
@@ -222,11 +227,58 @@ def test_hebb_is_a_step_down_the_correlation_objective() -> None:
         0.9,
         0.5,
     )
-    objective = -(z * (u @ fast.mT)).sum() + (1 - decay) / (2 * rate) * fast.square().sum()
+    counts, shrink = torch.ones(2, 1, 1, 1, dtype=torch.float64), (1 - decay) / (2 * rate)
+    objective = correlation(fast[:, None], z[:, None], u[:, None], counts, shrink)
+    torch.testing.assert_close(objective, -(z * (u @ fast.mT)).sum() + shrink * fast.square().sum())
     (gradient,) = torch.autograd.grad(objective, fast)
     zu = z.mT @ u
     step = Step(fast, fast, 1.0, zu, u.mT @ u, z, torch.clone, torch.clone)
     torch.testing.assert_close(decay * fast + rate * hebb(step), fast - rate * gradient)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_correlation_objective_token_by_token(rule: str) -> None:
+    """Its value and gradients, with padding, and documents of one token and of several chunks; nothing of it where
+    nobody trains."""
+    layer, adapter = small_layer(rule, correlated=True)
+    how, x = adapter.plasticity, random(17, 2, 8).mul_(2)
+    positions = [list(range(17)), [0, *range(12), *range(4)]]
+    starts, used = torch.zeros(2, 17, dtype=torch.bool), torch.ones(2, 17, dtype=torch.bool)
+    starts[1, [1, 13]], used[1, 13:] = True, False
+    info = PackedSequence(2, 17, torch.device("cpu"), starts)
+    info.used_BS = used
+    adapter.segments = segments_of(info, 4)
+
+    def ours(x: Tensor) -> Tensor:
+        adapter.losses = []
+        layer(x)
+        return CorrelationLoss(adapter.losses).sums[0]
+
+    def theirs(x: Tensor) -> Tensor:
+        z, u = F.linear(x, layer.weight, layer.bias), F.normalize(F.linear(x, adapter.A), dim=-1)
+        total, shrink = z.new_zeros(()), (1 - how.decay) / (2 * how.rate)
+        for b in range(2):
+            fasts: list[Tensor] = []
+            given = (z[:, b], u[:, b], positions[b], 4, rule, how.alpha, how.rate, how.decay, how.clamp)
+            by_hand(*given, seen=fasts)
+            for t in range(17):
+                if used[b, t]:
+                    total = total - z[t, b].detach() @ fasts[t] @ u[t, b] + shrink * fasts[t].square().sum()
+        return total
+
+    results = []
+    for of in (ours, theirs):
+        own = x.clone().requires_grad_()
+        layer.zero_grad()
+        value = of(own)
+        value.backward()
+        results.append([value.detach(), own.grad, adapter.A.grad])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+    adapter.eval()
+    adapter.losses = []
+    layer(x)
+    assert not adapter.losses
 
 
 def test_branches_are_runs_of_their_own() -> None:

@@ -9,9 +9,12 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megaforge.data.loader import Batch
+from megaforge.parallel.agree import reduced
+from megaforge.parallel.context import ParallelContext
 from megaforge.reasoning.agent.episode import Context, Decision, pack_contexts
 from megaforge.reasoning.packing import as_batch, rounded, stacked
 
@@ -64,16 +67,18 @@ class Record:
 
 
 def as_batches(
-    micro_batches: Sequence[Sequence[Sequence[Decision]]], read: Sequence[Batch], length: int
+    micro_batches: Sequence[Sequence[Sequence[Decision]]], read: Sequence[Batch], length: int, ctx: ParallelContext
 ) -> list[Batch]:
-    """Micro-batches of one shape, of the decisions of each one's episodes, in place of those that were ``read``.
+    """Micro-batches of one shape on all ranks, of the decisions of each one's episodes, in place of those that were
+    ``read``.
 
-    ``extras``: of decisions made in a row [rows, n]: ``place`` of its token (-1: no decision), ``action``, ``flags``
-    [rows, n, F], ``memory`` [rows, n, S], ``episode`` and ``number``: whose it is and which, ``ends`` whether it is the
-    last; and of tokens [rows, length] whether they are a ``chunk``'s.
+    ``extras``: of decisions made in a row [rows, n]: ``place`` of its token, from 1 on (0: no decision), ``action``,
+    ``flags`` [rows, n, F], ``memory`` [rows, n, S], ``episode`` and ``number``: whose it is and which, ``ends`` whether
+    it is the last; and of tokens [rows, length] whether they are a ``chunk``'s.
     """
     packed = [pack_contexts((d.context for one in episodes for d in one), length) for episodes in micro_batches]
-    rows = rounded(max(one.rows for one in packed))
+    # What layers make of padding, such as a router's loss, must be the same whoever has which micro-batch.
+    rows = rounded(reduced(ctx, max(one.rows for one in packed), dist.ReduceOp.MAX))
     dealt: list[list[list[_Made]]] = []
     for own, episodes in zip(packed, micro_batches, strict=True):
         dealt.append([[] for _ in range(rows)])
@@ -94,7 +99,7 @@ def as_batches(
 def with_worth(batch: Batch, records: Sequence[Record]) -> Batch:
     """A micro-batch of :func:`as_batches`, and in its ``extras`` what the decisions of its episodes' ``records`` are
     worth: :data:`NUMBERS` [rows, n], and ``told`` [rows, n, K] of an episode's last one."""
-    there, ends = batch.extras["place"] >= 0, batch.extras["ends"]
+    there, ends = batch.extras["place"] > 0, batch.extras["ends"]
     first = torch.tensor(list(accumulate((len(one.decisions) for one in records), initial=0)))
     at = first[batch.extras["episode"][there]] + batch.extras["number"][there]
     extras = {}
@@ -130,13 +135,12 @@ def _extras(rows: Sequence[Sequence[_Made]], most: int) -> dict[str, Tensor]:
     some = next(one.decision for row in rows for one in row)
     shape = (len(rows), most)
     place, action, episode, number = torch.zeros(4, *shape, dtype=torch.long).unbind()
-    place.fill_(-1)
     flags, ends = torch.zeros(*shape, len(some.flags)), torch.zeros(shape, dtype=torch.bool)
     for row, own in enumerate(rows):
         if not own:
             continue
         count = len(own)
-        place[row, :count] = torch.tensor([one.place for one in own])
+        place[row, :count] = torch.tensor([1 + one.place for one in own])
         action[row, :count] = torch.tensor([one.decision.action for one in own])
         episode[row, :count] = torch.tensor([one.episode for one in own])
         number[row, :count] = torch.tensor([one.number for one in own])

@@ -20,12 +20,12 @@ from megaforge.config.config import Config
 from megaforge.data.loader import Batch
 from megaforge.models.hybrid import ModelOutput
 from megaforge.nn.losses import LossTerm
-from megaforge.parallel.agree import exchange, reduced
+from megaforge.parallel.agree import exchange, reduced, together
 from megaforge.parallel.context import ParallelContext
 from megaforge.reasoning.agent.algorithms import Algorithm, Played, judge
 from megaforge.reasoning.agent.answers import AnswerWorth
 from megaforge.reasoning.agent.control import AgentControl
-from megaforge.reasoning.agent.episode import Episode, Setting
+from megaforge.reasoning.agent.episode import Decision, Episode, Setting
 from megaforge.reasoning.agent.experience import TOLD, Record, as_batches, with_worth
 from megaforge.reasoning.agent.heads import AgentHeads
 from megaforge.reasoning.agent.player import play, sampled
@@ -35,6 +35,7 @@ from megaforge.reasoning.agent.texts import TaskTexts
 from megaforge.reasoning.memory.agent_memory import AgentMemory, MemoryShape
 from megaforge.reasoning.policy_losses import clipped_surrogate, entropy, is_clipped, k3, value_loss
 from megaforge.reasoning.resampling import drawn, example_of
+from megaforge.reasoning.texts_beside import TextsBeside
 from megaforge.registry import RL_ALGORITHMS
 from megaforge.training.objectives import Objective
 
@@ -52,6 +53,7 @@ class AgentObjective(Objective):
 
     def __init__(self, config: Config) -> None:
         self._config, self._flags = config, config.rl
+        self._beside = TextsBeside(config)
         self._algorithm: Algorithm = RL_ALGORITHMS.get(config.rl.rl_algorithm)(config.rl)
         self._setting = Setting.of(config.rl)
         self._reader: Reader | None = None
@@ -62,6 +64,7 @@ class AgentObjective(Objective):
     def prepare(self, config: Config, model: nn.Module, ctx: ParallelContext, tokenizer: dict[str, Any] | None) -> None:
         self._texts = TaskTexts(config)
         self._worth = AnswerWorth(config, self._texts.tokenizer)
+        together(ctx, self._beside.open)
 
     def new_memory(self, dtype: torch.dtype) -> AgentMemory:
         """An empty one."""
@@ -89,10 +92,17 @@ class AgentObjective(Objective):
         self._coefficient = control.coefficient
         records = [[control.kept[sample - first + control.first] for sample in own] for own in samples]
         if made is None:
-            made = as_batches([[one.decisions for one in own] for own in records], batches, self._length)
+            made = self._batches(trainer, [[one.decisions for one in own] for own in records], batches)
+        return [with_worth(batch, own) for batch, own in zip(made, records, strict=True)]
+
+    def _batches(
+        self, trainer: Trainer, decisions: Sequence[Sequence[Sequence[Decision]]], read: Sequence[Batch]
+    ) -> list[Batch]:
+        """What is learnt from: the contexts of these decisions, and texts beside them."""
+        made = as_batches(decisions, read, self._length, trainer.ctx)
+        made = self._beside.beside(made, [_samples(batch) for batch in read])
         tokens = _total(trainer.ctx, sum(batch.tokens.numel() for batch in made))
-        worth = (with_worth(batch, own) for batch, own in zip(made, records, strict=True))
-        return [replace(batch, tokens_of=tokens) for batch in worth]
+        return [replace(batch, tokens_of=tokens) for batch in made]
 
     def _played(
         self, trainer: Trainer, reader: Reader, batches: Sequence[Batch]
@@ -107,7 +117,7 @@ class AgentObjective(Objective):
         )
         groups = [[by_sample[k] for k in own] for own in samples]
         episodes = [one for own in groups for one in own]
-        made = as_batches([[one.decisions for one in own] for own in groups], batches, self._length)
+        made = self._batches(trainer, [[one.decisions for one in own] for own in groups], batches)
         scores = scored(reader, made)
         actions = self._setting.actions
         played = [
@@ -153,8 +163,9 @@ class AgentObjective(Objective):
 
     def counts(self, batch: Batch) -> dict[str, float]:
         extras = batch.extras
-        made, ends, chunk = (float(x.sum()) for x in (extras["place"] >= 0, extras["ends"], extras["chunk"]))
-        return {"decisions": made, "episodes": ends, "chunk_tokens": chunk}
+        made, ends, chunk = (float(x.sum()) for x in (extras["place"] > 0, extras["ends"], extras["chunk"]))
+        own = {"decisions": made, "episodes": ends, "chunk_tokens": chunk}
+        return own | self._beside.counts(batch)
 
     def terms(self, output: ModelOutput, batch: Batch) -> dict[str, LossTerm]:
         assert self._reader is not None and self._reader.own is not None
@@ -188,7 +199,8 @@ class AgentObjective(Objective):
         ends = here & extras["ends"]
         for number, name in enumerate(TOLD):
             found[name] = LossTerm((extras["told"][..., number] * ends).sum(), "episodes", 0.0)
-        return found | {"memory_loss": self._memory_loss(heads, output, batch)}
+        found["memory_loss"] = self._memory_loss(heads, output, batch)
+        return found | self._beside.terms(output)
 
     def _memory_loss(self, heads: AgentHeads, output: ModelOutput, batch: Batch) -> LossTerm:
         assert output.head_input is not None and output.info is not None

@@ -151,7 +151,7 @@ class Reader:
 
     def _observed(self, batch: Batch, rows: int, look: Callable[[ModelOutput, Batch], Tensor], width: int) -> Tensor:
         """[rows of all micro-batches, slots, width], on every rank."""
-        names = ("tokens", "labels", "loss_mask", "document_start")
+        names = ("tokens", "labels", "loss_mask", "document_start", "used")
         pieces = [
             replace(
                 batch,

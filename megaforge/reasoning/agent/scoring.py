@@ -33,8 +33,8 @@ def decisions(heads: AgentHeads, output: ModelOutput, batch: Batch) -> tuple[Opi
     hidden = scale_gradient(head.region.enter(x), 1 / head.ctx.tp.size)
     extras = {name: batch.extras[name].to(hidden.device) for name in ("place", "action", "flags", "memory")}
     places = output.info.positions_S
-    local = places.new_full((batch.tokens.shape[1] + 1,), -1)  # the last is of what is no decision
-    local[places] = torch.arange(len(places), device=places.device)
+    local = places.new_full((batch.tokens.shape[1] + 1,), -1)  # the first is of what is no decision
+    local[1 + places] = torch.arange(len(places), device=places.device)
     own = local[extras["place"]]
     rows = torch.arange(len(own), device=own.device)[:, None]
     taken = hidden[own.clamp(min=0), rows]
@@ -67,7 +67,7 @@ def scored(reader: Reader, batches: Sequence[Batch]) -> list[Scores]:
 
 def _by_episode(found: Tensor, batch: Batch) -> Iterator[Scores]:
     """[3, rows, n] of decisions as they were dealt to rows, back to their episodes."""
-    there = batch.extras["place"] >= 0
+    there = batch.extras["place"] > 0
     episode, number = batch.extras["episode"][there], batch.extras["number"][there]
     order = torch.argsort(episode * (int(number.max()) + 1) + number)
     numbers = found[:, there][:, order]
