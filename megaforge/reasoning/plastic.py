@@ -16,7 +16,7 @@ layer), what a chunk writes is summed over the ranks, in both passes, so that ev
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from typing import Any, NamedTuple, cast
 
@@ -120,30 +120,38 @@ class PlasticAdapter(Adapter):
         tokens, fast = segments.tokens_BK, z.new_zeros(len(z), z.shape[-1], u.shape[-1])
         if memory is not None and memory.fast is not None:
             z, u, tokens, fast = memory.continued(z, u, tokens)
-        zu = _over(z.mT @ u, axes)
-        uu = _over(u.mT @ u, axes)
-        over_features = partial(_over, axes=(self.ctx.tp,) if self.splits_output else ())
-        befores, seens = [], []
-        for k in range(segments.number):
-            fast = fast.masked_fill(segments.fresh_BK[:, k, None, None], 0)
-            seen = fast.clamp(-how.clamp, how.clamp)
-            befores.append(fast)
-            seens.append(seen)
-            if k + 1 < segments.number:
-                step = Step(
-                    *(fast, seen, how.alpha, zu[:, k], uu[:, k], z[:, k]),
-                    over_tokens=partial(_over, axes=axes),
-                    over_features=over_features,
-                )
-                mean = how.rule(step) / tokens[:, k, None, None].clamp(min=1)
-                fast = how.decay * fast + how.rate * mean
+        befores = self._written(z, u, fast, tokens, axes)
         if memory is not None:
-            memory.leave(torch.stack(befores, 1), z, u, tokens, segments)
+            memory.leave(befores, z, u, tokens, segments)
         loss = None
         if how.correlated and self.training:
             counts, shrink = segments.spread(counted.to(z.dtype)[..., None], places), (1 - how.decay) / (2 * how.rate)
-            loss = correlation(torch.stack(befores, 1), z, u, counts, shrink)
-        return segments.gather(how.alpha * (u @ torch.stack(seens, 1).mT), places), loss
+            loss = correlation(befores, z, u, counts, shrink)
+        seen = how.alpha * befores.clamp(-how.clamp, how.clamp)
+        return segments.gather(u @ seen.mT, places), loss
+
+    def _written(self, z: Tensor, u: Tensor, fast: Tensor, tokens_BK: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+        """[b, K, out', r]: B in front of each segment, the first time ``fast``."""
+        segments, how = self.segments, self.plasticity
+        assert segments is not None
+        befores, last = [fast], segments.number - 1
+        zu = _over(z.mT @ u, axes) if last else z  # of one segment nobody reads what it writes
+        squares = cache(lambda: _over(u.mT @ u, axes))  # not every rule asks for them
+        over_tokens = partial(_over, axes=axes)
+        over_features = partial(_over, axes=(self.ctx.tp,) if self.splits_output else ())
+        share_BK = (how.rate / tokens_BK.clamp(min=1).to(z.dtype))[..., None, None]
+        for k in range(last):
+            given = (fast, how.clamp, how.alpha, zu[:, k], partial(_segment, squares, k), z[:, k])
+            step = Step(*given, over_tokens=over_tokens, over_features=over_features)
+            fast = torch.addcmul(how.decay * fast, how.rule(step), share_BK[:, k])
+            if segments.parted:
+                fast = fast.masked_fill(segments.fresh_BK[:, k + 1, None, None], 0)
+            befores.append(fast)
+        return torch.stack(befores, 1)
+
+
+def _segment(of_all: Callable[[], Tensor], k: int) -> Tensor:
+    return of_all()[:, k]
 
 
 def _over(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:

@@ -18,23 +18,33 @@ class Step(NamedTuple):
 
     Attributes:
         fast: [b, out, r], B.
-        seen: [b, out, r], what is read of it: B within the clamp.
+        bound: what is read of it is within plus and minus this.
         alpha: on what is read.
         zu: [b, out, r], the sum of z u^T over all tokens of the step.
-        uu: [b, r, r], that of u u^T.
+        squares: makes :attr:`uu`, which not every rule reads.
         z: [b, C, out], of the tokens that are here; zero where there is none.
         over_tokens: sums over the ranks that the step's tokens are on.
         over_features: sums over the ranks that the output features are on.
     """
 
     fast: Tensor
-    seen: Tensor
+    bound: float
     alpha: float
     zu: Tensor
-    uu: Tensor
+    squares: Callable[[], Tensor]
     z: Tensor
     over_tokens: Callable[[Tensor], Tensor]
     over_features: Callable[[Tensor], Tensor]
+
+    @property
+    def seen(self) -> Tensor:
+        """[b, out, r], what is read of B: within the clamp."""
+        return self.fast.clamp(-self.bound, self.bound)
+
+    @property
+    def uu(self) -> Tensor:
+        """[b, r, r], the sum of u u^T over all tokens of the step. Collective over the ranks that they are on."""
+        return self.squares()
 
 
 def hebb(step: Step) -> Tensor:

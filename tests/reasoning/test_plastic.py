@@ -232,7 +232,7 @@ def test_hebb_is_a_step_down_the_correlation_objective() -> None:
     torch.testing.assert_close(objective, -(z * (u @ fast.mT)).sum() + shrink * fast.square().sum())
     (gradient,) = torch.autograd.grad(objective, fast)
     zu = z.mT @ u
-    step = Step(fast, fast, 1.0, zu, u.mT @ u, z, torch.clone, torch.clone)
+    step = Step(fast, 9.0, 1.0, zu, lambda: u.mT @ u, z, torch.clone, torch.clone)
     torch.testing.assert_close(decay * fast + rate * hebb(step), fast - rate * gradient)
 
 
