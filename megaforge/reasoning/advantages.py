@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import fsum
+
 import torch
 from torch import Tensor
 
@@ -24,6 +27,11 @@ def group_advantages(rewards_NG: Tensor, *, scale: bool = True, eps: float = 1e-
     if not scale or rewards_NG.shape[1] == 1:
         return centred
     return centred / (rewards_NG.std(1, keepdim=True) + eps)
+
+
+def over_mean(rewards: Sequence[float]) -> list[float]:
+    """Of each, how far it is above the mean of all; exactly 0 where all are the same, as a threshold of 0 needs."""
+    return [fsum(one - other for other in rewards) / len(rewards) for one in rewards]
 
 
 def varied(rewards_NG: Tensor) -> Tensor:

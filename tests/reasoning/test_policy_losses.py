@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megaforge.reasoning.advantages import discounted_advantages, group_advantages, varied, whitened
+from megaforge.reasoning.advantages import discounted_advantages, group_advantages, over_mean, varied, whitened
 from megaforge.reasoning.policy_losses import adapted, clipped_surrogate, entropy, is_clipped, k3, value_loss
 
 
@@ -29,6 +29,14 @@ def test_group_advantages(scale: bool) -> None:
         np.testing.assert_allclose(ours, [(r - mean) / (deviation + 1e-6 if scale else 1) for r in group], atol=1e-12)
     assert group_advantages(torch.tensor([[3.0]])).tolist() == [[0.0]]
     assert varied(rewards).tolist() == [True, False, True, True, True]
+
+
+def test_rewards_that_are_alike_are_at_their_mean() -> None:
+    """Exactly, of any number of any size: less a rounded mean, some would be below it."""
+    for value in (1.07, 0.1, -0.013333333333333334, 1e300):
+        assert all(over_mean([value] * number) == [0.0] * number for number in range(1, 12)), value
+    found = over_mean(numbers := [1.1, 0.93, 1.1, -0.04, 1e-9])
+    np.testing.assert_allclose(found, np.array(numbers) - np.mean(numbers), atol=1e-15)
 
 
 @pytest.mark.parametrize("horizon", [None, 1, 2, 9])

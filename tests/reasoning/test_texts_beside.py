@@ -82,7 +82,7 @@ def test_the_cross_entropy_is_that_of_the_texts(words: Path) -> None:
         texts = one.loss_mask.any(1)
         names = ("tokens", "labels", "loss_mask", "document_start")
         output = trainer.model(*(getattr(one, name)[texts] for name in names))
-        total, count = total + float(output.loss_sum), count + float(one.loss_mask.sum())
+        total, count = total + float(output.loss_sum.detach()), count + float(one.loss_mask.sum())
     assert count > 20 and sums.means()["cross_entropy"] == pytest.approx(total / count, rel=1e-12)
     assert sums.means()["policy_ratio"] == 1, "beside texts, too"
 

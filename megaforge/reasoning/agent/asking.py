@@ -18,6 +18,7 @@ import torch
 from megaforge.config.config import Config
 from megaforge.inference.staged import StagedModel
 from megaforge.parallel.agree import tell_stages
+from megaforge.reasoning.advantages import over_mean
 from megaforge.reasoning.agent.algorithms import shares_alike, worth_of_end
 from megaforge.reasoning.agent.episode import Episode, Setting
 from megaforge.reasoning.agent.player import greedy, play, sampled
@@ -186,20 +187,22 @@ class Asker:
             if known and self.how.worth is not None:
                 worth = self.how.worth(text.question, text.answer, answer)
             rewards.append(worth_of_end(worth, share, flags) - flags.rl_action_cost * one.cost)
-        mean, names = sum(rewards) / len(rewards), AGENT_ACTIONS.names()
+        advantages, names = over_mean(rewards), AGENT_ACTIONS.names()
         ways = tuple(
             Way(
                 tuple(names[decision.action] for decision in one.decisions),
                 answer,
                 verdict is True if known else None,
                 reward,
-                reward - mean,
+                advantage,
                 one.cost,
                 one.memory.entries,
                 one.memory.summaries,
                 branch.nbytes,
             )
-            for one, branch, answer, verdict, reward in zip(episodes, forks, written, verdicts, rewards, strict=True)
+            for one, branch, answer, verdict, reward, advantage in zip(
+                *(episodes, forks, written, verdicts, rewards, advantages), strict=True
+            )
         )
         best = max(range(len(ways)), key=lambda n: ways[n].advantage)
         accepted = best if ways[best].advantage >= self.how.threshold else None
