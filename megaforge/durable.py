@@ -58,3 +58,19 @@ def replacing(path: str | os.PathLike[str], temporary: str | os.PathLike[str] | 
             give_name(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def set_aside(path: Path, start: int, stop: int) -> None:
+    """Moves bytes [start, stop) of ``path`` to the end of ``PATH.abandoned``, and drops what follows them.
+
+    Raises:
+        OSError: they could not be moved; ``path`` is as it was.
+    """
+    if start < stop:
+        with path.open("rb") as file, path.with_name(path.name + ".abandoned").open("ab") as aside:
+            file.seek(start)
+            aside.write(file.read(stop - start))
+            aside.flush()
+            os.fsync(aside.fileno())
+    if start < path.stat().st_size:
+        os.truncate(path, start)

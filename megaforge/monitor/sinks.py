@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
+from megaforge.durable import set_aside
 from megaforge.errors import UserError
 from megaforge.json_text import parse_json
 
@@ -112,7 +113,7 @@ def prepare_to_append(path: Path, resume_iteration: int | None) -> str | None:
     if resume_iteration is not None:
         late = (row for row in range(begins, kept) if iterations[row] > resume_iteration)
         kept = next(late, kept)
-    _cut(path, ends[kept], ends[-1])
+    set_aside(path, ends[kept], ends[-1])
     if moved := len(iterations) - kept:
         return (
             f"--metrics-file {path}: {moved} rows of iterations after {resume_iteration}, where this run goes on, "
@@ -121,18 +122,6 @@ def prepare_to_append(path: Path, resume_iteration: int | None) -> str | None:
     if resume_iteration is None and iterations:
         return f"--metrics-file {path}: it holds {len(iterations)} rows of earlier runs; this run's follow them"
     return None
-
-
-def _cut(path: Path, start: int, stop: int) -> None:
-    """Moves bytes [start, stop) of ``path`` to the end of ``PATH.abandoned``, and drops what follows them."""
-    if start < stop:
-        with path.open("rb") as file, path.with_name(path.name + ".abandoned").open("ab") as aside:
-            file.seek(start)
-            aside.write(file.read(stop - start))
-            aside.flush()
-            os.fsync(aside.fileno())
-    if start < path.stat().st_size:
-        os.truncate(path, start)
 
 
 _HEAD = b'{"kind": "'

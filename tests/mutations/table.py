@@ -83,7 +83,7 @@ MUTATIONS = (
         "tests/monitor/test_events.py",
     ),
     _gone("monitor/sinks.py", "os.fsync(self._file.fileno())", "tests/monitor/test_sinks.py"),
-    _gone("monitor/sinks.py", "os.fsync(aside.fileno())", "tests/monitor/test_sinks.py"),
+    _gone("durable.py", "os.fsync(aside.fileno())", "tests/monitor/test_sinks.py"),
     _gone("resilience/faults.py", "os.fsync(mark.fileno())", "tests/resilience/test_faults.py"),
     # Names that are given once the content is whole.
     Mutation("durable.py", "os.replace(part, path)", "__import__('shutil').copy(part, path)", "tests/test_durable.py"),
