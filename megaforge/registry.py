@@ -271,6 +271,7 @@ CALLBACKS = Registry(
         "reduce_on_plateau": "megaforge.training.lr_plateau:reduce_on_plateau",
         "policy_control": "megaforge.reasoning.agent.control:AgentControl",
         "answer_control": "megaforge.reasoning.rlvr.control:AnswerControl",
+        "run_memory": "megaforge.reasoning.agent.run_memory:RunMemory",
     },
 )
 ALERTS = Registry(  # megaforge.monitor.alert_kinds.AlertKind

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from megaforge.data.tokenizer import Tokenizer
     from megaforge.inference.restore import TrainedModel
     from megaforge.reasoning.agent.asking import Asker, Reading
+    from megaforge.reasoning.memory.episodic import EpisodicIndex
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -60,7 +61,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--examples", type=integer(1), help="with --task: texts of each length (default: 100)")
     parser.add_argument("--branches", type=integer(1), default=1, help="ways in which each text is read")
     parser.add_argument(
-        "--agent-accept-threshold", type=number(), default=0.0, help="least advantage of a branch that is accepted"
+        "--agent-accept-threshold",
+        type=number(),
+        help="least advantage of a branch that is accepted (default: as in training)",
+    )
+    parser.add_argument(
+        "--agent-memory",
+        choices=("episode", "run"),
+        help="run: also look up what the run's accepted episodes wrote; episode: do not (default: as in training)",
+    )
+    parser.add_argument(
+        "--agent-memory-archive",
+        metavar="FILE",
+        help="also look up what that memory has given up, as training wrote it",
     )
     parser.add_argument(
         "--seed", type=integer(0, 2**63 - 1), default=0, help="of the texts of --task, and of the draws"
@@ -95,15 +108,44 @@ class Desk:
         self.flags, self.trained = flags, trained
         self.tokenizer: Tokenizer = trained.load_tokenizer(flags.tokenizer_model)
         self.chunk_tokens = flags.chunk_tokens or trained.config.tasks.task_chunk_tokens
+        self.threshold = flags.agent_accept_threshold
+        if self.threshold is None:
+            self.threshold = trained.config.run_memory.agent_accept_threshold
         self.asker: Asker = Asker(
             trained.model,
             trained.config,
             Asking(
-                *(flags.branches, flags.seed, flags.agent_accept_threshold, flags.max_new_tokens),
+                *(flags.branches, flags.seed, self.threshold, flags.max_new_tokens),
                 *(self.tokenizer.eod, flags.memory_index),
                 worth=AnswerWorth(trained.config, self.tokenizer).of,
+                beneath=self._beneath(),
             ),
         )
+
+    def _beneath(self) -> EpisodicIndex | None:
+        """What is looked up besides what the readings write: the run's memory, and beneath it its archive."""
+        from megaforge.reasoning.agent.run_memory import index_of_run
+        from megaforge.reasoning.memory.archive import read_archive
+
+        flags, trained, found = self.flags, self.trained, None
+        config = trained.config
+        if flags.agent_memory_archive is not None:
+            search = flags.memory_index or config.rl.memory_index
+            found = read_archive(Path(flags.agent_memory_archive), config.model.memory_dim, search)
+            print_rank_0(f"--agent-memory-archive {flags.agent_memory_archive}: {len(found)} chunks are looked up too")
+        if (flags.agent_memory or config.run_memory.agent_memory) == "episode":
+            return found
+        index = index_of_run(config, trained.meta, trained.path, trained.ctx, found)
+        if index is None:
+            raise UserError(
+                f"--agent-memory run: {trained.path} keeps no memory of its run; train with --agent-memory run, or "
+                "use --agent-memory episode"
+            )
+        print_rank_0(
+            f"{trained.path}: the {len(index)} chunks of the run's memory are looked up too (--agent-memory episode: "
+            "not)"
+        )
+        return index
 
     def ask(self) -> None:
         """What the flags say."""
@@ -139,7 +181,7 @@ class Desk:
             self._show(
                 f"{self.flags.task}, {chunks} chunks: {numbers['accuracy']:.1%} of {len(readings)} texts answered "
                 f"right, {numbers['actions']:.1f} actions that cost, {numbers['accepted']:.1%} of branches with an "
-                f"advantage of at least {self.flags.agent_accept_threshold:g}, {numbers['memory_bytes']:.0f} bytes of "
+                f"advantage of at least {self.threshold:g}, {numbers['memory_bytes']:.0f} bytes of "
                 "memory"
             )
 

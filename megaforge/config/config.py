@@ -32,6 +32,7 @@ from megaforge.config.run_config import (
     ParallelConfig,
     TrainingConfig,
 )
+from megaforge.config.run_memory_config import RunMemoryConfig
 from megaforge.config.stage_config import StageConfig
 from megaforge.config.task_config import TaskConfig
 from megaforge.errors import gathered, raise_all
@@ -57,6 +58,7 @@ class Config:
     rl: ReinforcementConfig = field(default_factory=ReinforcementConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
+    run_memory: RunMemoryConfig = field(default_factory=RunMemoryConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     stages: StageConfig = field(default_factory=StageConfig)
     length: LengthConfig = field(default_factory=LengthConfig)

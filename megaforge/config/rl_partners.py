@@ -8,8 +8,10 @@ from megaforge.config.config import Config
 from megaforge.config.peft_method import PeftMethod
 from megaforge.config.rl_config import ReinforcementConfig
 from megaforge.config.rollout_config import RolloutConfig
+from megaforge.config.run_memory_config import RunMemoryConfig
 from megaforge.config.run_partners import Partner
 
+_OF_MEMORY = tuple(f"run_memory.{one.name}" for one in fields(RunMemoryConfig))
 _AGENT = ("training.objective",)
 _FLAGS = tuple(f"rl.{one.name}" for one in fields(ReinforcementConfig))
 _OF_AGENTS = ("rl.agent_", "rl.memory_", "rl.rl_action_cost", "rl.rl_stability", "rl.rl_entropy", "rl.rl_ce_")
@@ -55,7 +57,7 @@ def _grows(config: Config) -> bool:
 
 REINFORCEMENT = (
     Partner(
-        ("model.agent_heads", *(name for name in _FLAGS if name.startswith(_OF_AGENTS))),
+        ("model.agent_heads", *(name for name in _FLAGS if name.startswith(_OF_AGENTS)), _OF_MEMORY[0]),
         _plays,
         "nobody plays episodes: add --objective agent",
     ),
@@ -155,6 +157,11 @@ REINFORCEMENT = (
         ("resilience.halve_micro_batch_on_oom",),
         lambda c: not _learns(c),
         "rows of contexts do not divide into halves: use a smaller --micro-batch-size with --objective agent or rlvr",
+    ),
+    Partner(
+        _OF_MEMORY[1:],
+        lambda c: c.run_memory.kept,
+        "the run has no memory, each episode begins empty: add --agent-memory run",
     ),
     Partner(_PPO, lambda c: c.rl.rl_algorithm == "ppo", "there is no value that is learnt: add --rl-algorithm ppo"),
     Partner(

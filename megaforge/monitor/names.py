@@ -29,6 +29,7 @@ _EACH = "`--moe-per-layer-logging`"
 _AGENT = "`--objective agent`"
 _RLVR = "`--objective rlvr`"
 _REWARDED = f"{_AGENT}, {_RLVR}"
+_RUN_MEMORY = "`--agent-memory run`"
 _QUANTIZATION = "`--log-quantization`, " + _INTERVAL
 
 STEP = {
@@ -47,6 +48,10 @@ STEP = {
     "decisions_made": Name("decisions of an episode, mean", _AGENT),
     "memory_summaries": Name("vectors in working memory at an episode's end, mean", _AGENT),
     "memory_entries": Name("chunks in the episodic index at an episode's end, mean", _AGENT),
+    "episodes_accepted": Name("share of the round's episodes that were accepted", _RUN_MEMORY),
+    "run_memory_entries": Name("chunks in the run's memory", _RUN_MEMORY),
+    "run_memory_evicted": Name("chunks that it has given up so far", _RUN_MEMORY),
+    "run_memory_bytes": Name("its keys and tokens", _RUN_MEMORY),
     "memory_loss": Name("what the summariser cannot make again of hidden vectors, mean over chunks' tokens", _AGENT),
     "cross_entropy": Name("of texts beside episodes in nats, mean over their labels", "`--rl-ce-weight`"),
     "correlation_loss": Name(

@@ -35,6 +35,7 @@ _LEARNING = {
     "model": ("hidden_dropout", "attention_dropout", "mtp_loss_scaling_factor"),
     "training": ("bf16", "fp16", "fp64", "rampup_batch_size", "step_batch_size_schedule", "objective", "loss_terms"),
     "parallel": ("grad_reduce_in_bf16", "grad_compression", "grad_compression_rank"),
+    "run_memory": ("agent_memory", "agent_accept_threshold", "agent_memory_capacity"),
     "data": ("eod_mask_loss",),
     "resilience": ("skip_nonfinite_steps", "spike_rollback", "spike_skip_batches", "spike_window"),
     "distill": (

@@ -262,6 +262,7 @@ def test_sections_are_the_fields_of_config() -> None:
         "rl",
         "rollout",
         "rewards",
+        "run_memory",
         "training",
         "stages",
         "length",

@@ -60,6 +60,8 @@ REFUSED = [
     (("--contrastive-weight", "2"), ("--micro-batch-size", "1"), "use --micro-batch-size 2 or more"),
     (("--rl-clip", "0.1"), (), "add --objective agent"),
     (("--agent-heads",), (), "add --objective agent"),
+    (("--agent-memory", "run"), (), "add --objective agent"),
+    (("--agent-memory-capacity", "9"), EPISODES, "add --agent-memory run"),
     (("--memory-dim", "64"), (), "add --agent-heads"),
     ((*PLAYS, *TASK), (), "add --agent-heads"),
     ((*PLAYS, "--agent-heads"), ("--global-batch-size", "16"), "--data-path tasks://kv_chunks"),

@@ -16,6 +16,8 @@ LAYOUTS = {
     "tp2 x pp2": ("--tp", "2", "--pp", "2"),
     "tp2, sp, dp2, zero 2": ("--tp", "2", "--sp", "--zero", "2", "--micro-batch-size", "8"),
     "cp2 x pp2, zb-v": ("--cp", "2", "--pp", "2", "--pipeline-schedule", "zb-v"),
+    "tp4": ("--tp", "4"),
+    "pp2, vpp2, dp2": ("--pp", "2", "--vpp", "2", "--micro-batch-size", "4"),
     "ep2 x tp2": ("--ep", "2", "--tp", "2"),
 }
 PLAYED = ("reward", "accuracy", "actions", "memory_summaries", "memory_entries", "policy_ratio", "kl", "memory_loss")
@@ -57,6 +59,16 @@ def test_heads_on_a_frozen_model(ranks: RankPool, words: Path, layouts: tuple[st
         found = ranks.run(4, train, [*argv, *LAYOUTS[layout]])
         assert all(steps(one)[0]["policy_ratio"] == 1 for one in found), layout
         compare(found, expected, 1e-10)
+
+
+def test_a_memory_of_the_run(ranks: RankPool, words: Path) -> None:
+    """The second step's episodes look up what the accepted ones of the first have left, and evict."""
+    argv = agent_arguments(words, "--agent-memory", "run", "--agent-memory-capacity", "5", "--rl-algorithm", "ppo")
+    expected = train(argv)
+    first, second = steps(expected)
+    assert first["run_memory_entries"] == 5 and second["run_memory_evicted"] > first["run_memory_evicted"] > 0
+    for layout in ("tp4", "pp2, vpp2, dp2"):
+        compare(ranks.run(4, train, [*argv, *LAYOUTS[layout]]), expected, 1e-10)
 
 
 def test_adapters_and_experts(ranks: RankPool, words: Path) -> None:

@@ -69,7 +69,7 @@ def test_every_number_that_a_run_writes_has_a_name_in_the_table(tmp_path: Path, 
         "weight_decay",  # excludes a second stage
         *("quant_clip_weights", "quant_clip_activations"),  # exclude --quant-lambda
         *("distill", "relations", "policy_lr_factor"),  # of other objectives
-        *(name for name, one in STEP.items() if one.when.startswith("`--objective ")),
+        *(name for name, one in STEP.items() if one.when.startswith(("`--objective ", "`--agent-memory run"))),
         "goodput",  # of runs that save
         *("trained_share", "orthogonality_penalty", "adapter_ranks"),  # of --peft
     }

@@ -25,6 +25,7 @@ from megaforge.reasoning.agent.player import greedy, play, sampled
 from megaforge.reasoning.agent.reader import Reader
 from megaforge.reasoning.branch import Branch
 from megaforge.reasoning.memory.agent_memory import AgentMemory, MemoryShape
+from megaforge.reasoning.memory.episodic import EpisodicIndex
 from megaforge.reasoning.packing import Tokens
 from megaforge.registry import AGENT_ACTIONS
 
@@ -104,6 +105,7 @@ class Asking:
         end: the token that ends an answer, if any.
         search: of the index (:data:`megaforge.registry.MEMORY_SEARCHES`); None: as in training.
         worth: of what was written to a question whose answer is known, all tokens; None: 1 for what begins with it.
+        beneath: an index that every memory also finds chunks in: what a run remembers.
     """
 
     branches: int = 1
@@ -113,6 +115,7 @@ class Asking:
     end: int | None = None
     search: str | None = None
     worth: Callable[[Tokens, Tokens, Tokens], float] | None = None
+    beneath: EpisodicIndex | None = None
 
 
 class Asker:
@@ -139,7 +142,7 @@ class Asker:
 
     def new_root(self) -> Branch:
         """One that has read nothing."""
-        return Branch(self.model, AgentMemory(self._shape, self.reader.heads.policy.weight.dtype))
+        return Branch(self.model, AgentMemory(self._shape, self.reader.heads.policy.weight.dtype, self.how.beneath))
 
     def digest(self) -> str:
         """SHA-256 of what makes summaries and keys."""

@@ -30,9 +30,11 @@ from megaforge.reasoning.agent.experience import TOLD, Record, as_batches, with_
 from megaforge.reasoning.agent.heads import AgentHeads
 from megaforge.reasoning.agent.player import play, sampled
 from megaforge.reasoning.agent.reader import Reader
+from megaforge.reasoning.agent.run_memory import RunMemory
 from megaforge.reasoning.agent.scoring import decisions, scored
 from megaforge.reasoning.agent.texts import TaskTexts
 from megaforge.reasoning.memory.agent_memory import AgentMemory, MemoryShape
+from megaforge.reasoning.memory.episodic import EpisodicIndex
 from megaforge.reasoning.policy_losses import clipped_surrogate, entropy, is_clipped, k3, value_loss
 from megaforge.reasoning.resampling import drawn, example_of
 from megaforge.reasoning.texts_beside import TextsBeside
@@ -49,7 +51,7 @@ class AgentObjective(Objective):
     look_ahead = 1
     takes_loss_sum = False
     plays = True
-    callbacks = ("policy_control",)
+    callbacks = ("policy_control", "run_memory")
 
     def __init__(self, config: Config) -> None:
         self._config, self._flags = config, config.rl
@@ -66,9 +68,9 @@ class AgentObjective(Objective):
         self._worth = AnswerWorth(config, self._texts.tokenizer)
         together(ctx, self._beside.open)
 
-    def new_memory(self, dtype: torch.dtype) -> AgentMemory:
-        """An empty one."""
-        return AgentMemory(MemoryShape.of(self._config), dtype)
+    def new_memory(self, dtype: torch.dtype, beneath: EpisodicIndex | None = None) -> AgentMemory:
+        """An empty one, that also finds what is ``beneath``."""
+        return AgentMemory(MemoryShape.of(self._config), dtype, beneath)
 
     def reader(self, trainer: Trainer) -> Reader:
         """What reads contexts for this run."""
@@ -129,6 +131,7 @@ class AgentObjective(Objective):
         ]
         told = exchange(trainer.ctx, played)
         judged = judge(list({one.sample: one for own in told for one in own}.values()), self._flags, self._algorithm)
+        _run_memory(trainer).take(trainer.ctx, episodes, judged)
         records = {}
         for one, (old, reference, value) in zip(episodes, scores, strict=True):
             worth = judged[one.sample]
@@ -151,12 +154,15 @@ class AgentObjective(Objective):
 
     def _play(self, trainer: Trainer, reader: Reader, samples: Sequence[int], attempt: int) -> dict[int, Episode]:
         """Episodes, to their end, and what they are worth. Collective."""
-        assert self._texts is not None and self._worth is not None
+        texts, beneath = self._texts, _run_memory(trainer).index
+        assert texts is not None and self._worth is not None
         dtype, size = reader.heads.policy.weight.dtype, self._flags.rl_group_size
-        episodes = [
-            Episode(k, self._texts.of(example_of(k, size, attempt)), self.new_memory(dtype), self._setting)
-            for k in samples
-        ]
+
+        def begun(sample: int) -> Episode:
+            text = texts.of(example_of(sample, size, attempt))
+            return Episode(sample, text, self.new_memory(dtype, beneath), self._setting)
+
+        episodes = [begun(sample) for sample in samples]
         play(episodes, reader, sampled, self._config.training.seed, trainer.iteration, attempt)
         self._worth.give(episodes, reader)
         return {one.sample: one for one in episodes}
@@ -208,6 +214,10 @@ class AgentObjective(Objective):
         chunk = output.info.local(batch.extras["chunk"]).t().to(x.device)
         loss = heads.summariser.loss(x, output.info, head.region, chunk)
         return LossTerm(loss, "chunk_tokens", self._flags.memory_loss_weight)
+
+
+def _run_memory(trainer: Trainer) -> RunMemory:
+    return next(one for one in trainer.callbacks if isinstance(one, RunMemory))
 
 
 def _samples(batch: Batch) -> list[int]:

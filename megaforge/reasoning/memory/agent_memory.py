@@ -61,16 +61,20 @@ class AgentMemory:
     has done.
     """
 
-    def __init__(self, shape: MemoryShape, dtype: torch.dtype = torch.float32) -> None:
-        """``dtype``: of summaries.
+    def __init__(
+        self, shape: MemoryShape, dtype: torch.dtype = torch.float32, beneath: EpisodicIndex | None = None
+    ) -> None:
+        """
+        Args:
+            dtype: of summaries.
+            beneath: an index that is searched too, and only read.
 
         Raises:
             UserError: there is no such search, or its package is not installed.
         """
         self.shape, self.dtype = shape, dtype
-        self._content = _Content(
-            WorkingMemory(shape.dim, shape.working, dtype), EpisodicIndex(shape.dim, shape.slots, shape.search)
-        )
+        index = EpisodicIndex(shape.dim, shape.slots, shape.search, beneath)
+        self._content = _Content(WorkingMemory(shape.dim, shape.working, dtype), index)
         self._changes = 0  # a number for each content that there was
         self._parent: AgentMemory | None = None
         self._parent_changes = self._begun = 0
@@ -80,6 +84,11 @@ class AgentMemory:
     def staged(self) -> tuple[tuple[int, ...], ...]:
         """Tokens of the entries that were looked up and are not in the window yet, the nearest first."""
         return self._content.staged
+
+    @property
+    def index(self) -> EpisodicIndex:
+        """The episodic index, to look at."""
+        return self._content.index
 
     @property
     def entries(self) -> int:
