@@ -52,6 +52,11 @@ class PolicyControl(Callback):
         """Whether the step behind ``iteration`` begins a round."""
         return not self.kept or iteration >= self.round_ + self.flags.rl_epochs
 
+    def on_numbers(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        kl, most = metrics.extra.get("kl"), self.flags.rl_kl_collapse
+        if kl is not None and most is not None and kl > most:
+            self._collapse(trainer, metrics.iteration, kl)
+
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
         kl = metrics.extra.get("kl")
         if kl is None:  # there is no reference
@@ -61,8 +66,6 @@ class PolicyControl(Callback):
             self.coefficient = adapted(self.coefficient, kl, self.flags.rl_kl_target, self.flags.rl_kl_horizon)
         if self.flags.rl_kl_limit is not None:
             self._hold(trainer, metrics, kl, self.flags.rl_kl_limit)
-        if self.flags.rl_kl_collapse is not None and kl > self.flags.rl_kl_collapse:
-            self._collapse(trainer, metrics.iteration, kl)
 
     def _hold(self, trainer: Trainer, metrics: StepMetrics, kl: float, limit: float) -> None:
         metrics.extra["policy_lr_factor"] = self._factor

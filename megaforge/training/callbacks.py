@@ -63,6 +63,9 @@ class Callback:
     def on_update(self, trainer: Trainer) -> None:
         """The optimizer has updated the weights; not after a step that overflowed."""
 
+    def on_numbers(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        """The newest step's numbers are there; it may still be undone (``trainer.rollback.asked``: why)."""
+
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
         """An optimizer step is done; ``trainer.finished`` says whether it was the last. ``metrics.extra`` takes numbers
         of one's own: before ``Place.RECORD``, they are recorded too."""

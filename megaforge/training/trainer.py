@@ -216,6 +216,7 @@ class Trainer:
         with closing(iter(loader)) as batches:
             while not self.finished:
                 metrics = self._timed_step(batches)
+                self._emit("on_numbers", metrics)
                 if self.rollback is not None and self.rollback.goes_back(self, metrics):
                     return
                 self._emit("on_step_end", metrics)
@@ -342,14 +343,7 @@ class Trainer:
         Raises:
             UserError: no label in them counts.
         """
-        sums = BatchSums(self.ctx, self._predictions)
-        size = self.config.training.eval_global_batch_size or self.batches.size
-        loader = self._loader(view, BatchSchedule(size))
-        with self.for_evaluation(), evaluating(self.model), closing(iter(loader)) as batches:
-            for micro_batches in islice(batches, self.config.training.eval_iters):
-                self.tell_phase(f"evaluation after step {self.iteration}")
-                self.engine.forward(micro_batches, sums)
-        self._read(sums)
+        sums = self.predictions(view, self.config.training.eval_iters)
         if not sums.values["labels"]:
             raise UserError(
                 f"--eval-iters {self.config.training.eval_iters}: there is nothing to predict in the {part} "
@@ -369,6 +363,19 @@ class Trainer:
                 if name.startswith(own)
             },
         )
+
+    def predictions(self, view: SampleView, most: int | None = None) -> BatchSums:
+        """Sums of :class:`megaforge.training.objectives.Predictions`, of the model in evaluation mode, over the global
+        batches of ``view``, at most so many. Collective."""
+        sums = BatchSums(self.ctx, self._predictions)
+        size = self.config.training.eval_global_batch_size or self.batches.size
+        loader = self._loader(view, BatchSchedule(size))
+        with self.for_evaluation(), evaluating(self.model), closing(iter(loader)) as batches:
+            for micro_batches in islice(batches, most):
+                self.tell_phase(f"evaluation after step {self.iteration}")
+                self.engine.forward(micro_batches, sums)
+        self._read(sums)
+        return sums
 
     def save(self) -> None:
         """Writes a checkpoint below ``--save``; with ``--async-save``, where steps follow, begins to. One that is being

@@ -310,7 +310,9 @@ def test_a_collapsed_policy_ends_the_run_or_goes_back(words: Path, capsys: pytes
     capsys.readouterr()
     with pytest.raises(UserError, match="has gone back to iteration 0 3 times already"):
         make_trainer([*argv, "--spike-rollback", "9"]).train()
-    assert capsys.readouterr().err.count("the run goes back to iteration 0") == 3
+    said = capsys.readouterr().err
+    assert said.count("the run goes back to iteration 0") == 3
+    assert said.count("iteration 2: the policy's divergence from the first is") == 3, "the very step is undone"
 
 
 def test_there_is_no_loop_of_its_own() -> None:
