@@ -9,6 +9,7 @@ from megaforge.config.alert_config import AlertConfig
 from megaforge.config.chat_config import ChatConfig
 from megaforge.config.checkpoint_config import CheckpointConfig
 from megaforge.config.compliance_config import ComplianceConfig
+from megaforge.config.core_text_config import CoreTextConfig
 from megaforge.config.distill_config import DistillConfig
 from megaforge.config.dry_run_config import DryRunConfig
 from megaforge.config.evaluation_config import EvaluationConfig
@@ -61,6 +62,7 @@ class Config:
     run_memory: RunMemoryConfig = field(default_factory=RunMemoryConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     stages: StageConfig = field(default_factory=StageConfig)
+    core_text: CoreTextConfig = field(default_factory=CoreTextConfig)
     length: LengthConfig = field(default_factory=LengthConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)

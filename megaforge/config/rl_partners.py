@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from megaforge.config.config import Config
+from megaforge.config.core_text_config import CoreTextConfig
 from megaforge.config.peft_method import PeftMethod
 from megaforge.config.rl_config import ReinforcementConfig
 from megaforge.config.rollout_config import RolloutConfig
@@ -56,6 +57,11 @@ def _grows(config: Config) -> bool:
 
 
 REINFORCEMENT = (
+    Partner(
+        tuple(f"core_text.{one.name}" for one in fields(CoreTextConfig)),
+        lambda c: c.stages.stage == "b",
+        "it is about what stage B begins with: give it in the section stage_b or in --stage-b-flags, or add --stage b",
+    ),
     Partner(
         ("model.agent_heads", *(name for name in _FLAGS if name.startswith(_OF_AGENTS)), _OF_MEMORY[0]),
         _plays,

@@ -18,5 +18,10 @@ class StageConfig:
         None, "flags of stage B, in quotes, against its section stage_b; others of the line hold where that is silent"
     )
 
+    @property
+    def callbacks(self) -> tuple[str, ...]:
+        """Names in :data:`megaforge.registry.CALLBACKS` of those that a stage comes with."""
+        return ("core_text",) if self.stage == "b" else ()
+
     def validate(self) -> None:
         """Flags of stage B are looked at as those of a line."""

@@ -29,6 +29,7 @@ _EACH = "`--moe-per-layer-logging`"
 _AGENT = "`--objective agent`"
 _RLVR = "`--objective rlvr`"
 _REWARDED = f"{_AGENT}, {_RLVR}"
+_CORE = "stage B, its last step"
 _RUN_MEMORY = "`--agent-memory run`"
 _QUANTIZATION = "`--log-quantization`, " + _INTERVAL
 
@@ -66,6 +67,9 @@ STEP = {
     ),
     "clipped_decisions": Name("share of decisions whose gradient clipping takes away", _REWARDED),
     "policy_lr_factor": Name("factor on the learning rate for the policy's divergence", "`--rl-kl-limit`"),
+    "core_perplexity_before": Name("perplexity of stage A's validation text before stage B", _CORE),
+    "core_perplexity_reset": Name("the same after stage B, adapters reset", _CORE),
+    "core_perplexity": Name("the same after stage B, with adapters", _CORE),
     "grad_norm": Name("L2 norm of the whole gradient before clipping"),
     "grad_norm/KIND": Name(
         "the same of the parameters of one kind: embedding, head, attention, rwkv, mamba, moe, router, ffn, mtp, "

@@ -191,7 +191,7 @@ def build_trainer(run: PreparedRun, ctx: ParallelContext, advice: Advice | None 
         trainer.add(RankBudget(trainer))
     shape: RateShape = LR_SCHEDULES.get(config.optimizer.lr_decay_style)
     asked = getattr(OBJECTIVES.get(config.training.objective), "callbacks", ())
-    for name in dict.fromkeys((*shape.callbacks, *asked, *config.training.callbacks)):
+    for name in dict.fromkeys((*shape.callbacks, *asked, *config.stages.callbacks, *config.training.callbacks)):
         trainer.add(CALLBACKS.get(name)(trainer))
     _load(trainer)
     check_end(trainer.config.training.train_iters, trainer.progress)

@@ -265,6 +265,7 @@ def test_sections_are_the_fields_of_config() -> None:
         "run_memory",
         "training",
         "stages",
+        "core_text",
         "length",
         "checkpoint",
         "resilience",

@@ -60,6 +60,7 @@ REFUSED = [
     (("--contrastive-weight", "2"), ("--micro-batch-size", "1"), "use --micro-batch-size 2 or more"),
     (("--rl-clip", "0.1"), (), "add --objective agent"),
     (("--agent-heads",), (), "add --objective agent"),
+    (("--core-eval-iters", "3"), (), "in the section stage_b or in --stage-b-flags"),
     (("--agent-memory", "run"), (), "add --objective agent"),
     (("--agent-memory-capacity", "9"), EPISODES, "add --agent-memory run"),
     (("--memory-dim", "64"), (), "add --agent-heads"),

@@ -18,12 +18,12 @@ FILE = """
 model: {vocab_size: 32, hidden_size: 32, num_attention_heads: 2, hybrid_layer_pattern: "R-*-", rwkv_head_size: 16,
         ffn_hidden_size: 32}
 data: {data_path: ["progressions://32"], seq_length: 32}
-training: {train_iters: 6, micro_batch_size: 2}
+training: {train_iters: 6, micro_batch_size: 2, eval_iters: 1}
 logging: {log_interval: 3}
 checkpoint: {save_interval: 0}
 stage_b:
   model: {peft: plastic, plastic_chunk: 8}
-  training: {train_iters: 5}
+  training: {train_iters: 5, eval_iters: 0}
 """
 
 
@@ -51,6 +51,7 @@ def test_one_line_trains_both_stages_and_goes_on_in_either(
 
     whole = run("whole")
     assert whole.startswith("0 ") and whole.index("stage A: training") < whole.index("stage B: training")
+    assert "with adapters reset, +0.00% beside the " in whole and "before stage B, within 1%" in whole
     parts, cut = tmp_path / "parts", ("--exit-interval", "4")
     assert run("parts", *cut).startswith("85 ") and (parts / UNFINISHED).exists()
     assert not (parts / STAGE_A_COMPLETED).exists() and not (parts / "stage_b").exists()
@@ -61,6 +62,7 @@ def test_one_line_trains_both_stages_and_goes_on_in_either(
     assert (parts / COMPLETED).exists() and (parts / "stage_b" / COMPLETED).exists()
     assert not list(parts.rglob(UNFINISHED))
     assert run("parts", *cut).count("nothing is left to do") == 2
+    assert "with adapters reset, +0.00% beside the " in last
     for file, steps in (("m.jsonl", 6), ("m.stage_b.jsonl", 5)):
         assert losses(parts / file) == losses(tmp_path / "whole" / file) and len(losses(parts / file)) == steps
     alone = run("alone", "--stage", "b", "--load", str(parts))
