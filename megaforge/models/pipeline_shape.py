@@ -11,7 +11,7 @@ from megaforge.config.run_config import ParallelConfig
 from megaforge.errors import UserError
 from megaforge.parallel.pipeline.actions import Schedule
 from megaforge.parallel.pipeline.partition import partition_layers
-from megaforge.parallel.pipeline.schedules import build_schedule, check_schedule
+from megaforge.parallel.pipeline.schedules import ScheduleRule, build_schedule, check_schedule
 from megaforge.registry import SCHEDULES
 
 
@@ -45,6 +45,11 @@ class PipelinePlan:
         if count == self.schedule.num_microbatches:
             return self.schedule
         return build_schedule(self.name, pp=self.pp, vpp=self.vpp, microbatches=count)
+
+    def at_least(self, count: int) -> int:
+        """The least number of micro-batches, ``count`` or more, that the schedule is defined for."""
+        rule: ScheduleRule = SCHEDULES.get(self.name)
+        return -(-count // self.pp) * self.pp if rule.whole_rounds else count
 
     def describe(self) -> str:
         """For the log: ``pp 2 (interleaved, vpp 2)``."""

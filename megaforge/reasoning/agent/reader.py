@@ -121,7 +121,7 @@ class Reader:
         if not wanted:
             return None
         rows = min(rounded(wanted), self._rows)
-        count = -(-wanted // rows)
+        count = self.engine.plan.at_least(-(-wanted // rows))
         batch, slots = self._marked(as_batch(packed, rows * count, self._length), packed.places)
         return self._observed(batch, rows, look, width), slots
 
