@@ -59,6 +59,7 @@ def test_every_number_that_a_run_writes_has_a_name_in_the_table(tmp_path: Path, 
     }
     assert last - first == of_interval, "numbers of an interval alone"
     fp16 = {"loss_scale", "skipped"} if precision else set()
+    of_others = ("`--objective ", "`--agent-memory run", "stage B, ", "`--rl-ce-weight", "`--plastic-correlation")
     assert {name.partition("/")[0] for name in last} - {"kind", "iteration"} == {
         name.partition("/")[0] for name in STEP
     } - ({"loss_scale", "skipped"} - fp16) - {
@@ -69,7 +70,7 @@ def test_every_number_that_a_run_writes_has_a_name_in_the_table(tmp_path: Path, 
         "weight_decay",  # excludes a second stage
         *("quant_clip_weights", "quant_clip_activations"),  # exclude --quant-lambda
         *("distill", "relations", "policy_lr_factor"),  # of other objectives
-        *(name for name, one in STEP.items() if one.when.startswith(("`--objective ", "`--agent-memory run"))),
+        *(name for name, one in STEP.items() if one.when.startswith(of_others)),
         "goodput",  # of runs that save
         *("trained_share", "orthogonality_penalty", "adapter_ranks"),  # of --peft
     }
