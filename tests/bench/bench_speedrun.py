@@ -7,9 +7,10 @@ Arms, each with about 3.5M parameters, the tokenizer of 2,048 entries, 8 x 256 t
     speedrun  a transformer as public speedruns train it: torch.optim.Muon, QK norm, squared ReLU, token smear
 
 The peers are compiled (not counted) and use the faster of fp32 and bf16, as ours does. First every arm trains at each
-learning rate of ``--lrs`` for ``--sweep-seconds``; the best one is taken. Then it trains for its ``--seconds`` with
-every seed, the schedule (warm-up over a fifteenth, cosine to a fiftieth) fitted to them. CPU time under load is
-inflated for everyone, so arms run turn about. Everything is kept in ``--output``: run again, it goes on where it was.
+learning rate of ``--lrs``, and each factor of ``--embedding-mults`` on the embedding's, for ``--sweep-seconds``; the
+best one is taken. Then it trains for its ``--seconds`` with every seed, the schedule (warm-up over a fifteenth, cosine
+to a fiftieth) fitted to them. CPU time under load is inflated for everyone, so arms run turn about. Everything is kept
+in ``--output``: run again, it goes on where it was.
 
     python tests/bench/bench_speedrun.py [--data runs/quickstart] [--seconds ours=200 llama=850] [--target 2.21]
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import platform
 import statistics
@@ -78,8 +80,8 @@ def measure_steps(arms: list[str], text: Text, flags: tuple[str, ...], file: Pat
     return {arm: tuple(known[" ".join([arm, *(flags if arm == "ours" else ())])]) for arm in arms}
 
 
-def _run(arm: str, lr: float, seed: int, steps: int, bf16: bool, flags: tuple[str, ...]) -> Run:
-    return Run(arm, lr, seed, steps, bf16, flags if arm == "ours" else ())
+def _run(arm: str, lr: float, seed: int, steps: int, bf16: bool, flags: tuple[str, ...], mult: float = 1.0) -> Run:
+    return Run(arm, lr, seed, steps, bf16, flags if arm == "ours" else (), mult)
 
 
 def draw(curves: dict[Run, list[list[float]]], target: float | None, image: Path) -> None:
@@ -93,7 +95,8 @@ def draw(curves: dict[Run, list[list[float]]], target: float | None, image: Path
     colours = dict(zip(ARMS, ("tab:red", "tab:blue", "tab:gray", "tab:green"), strict=True))
     seen = set()
     for run, curve in curves.items():
-        label = None if run.arm in seen else f"{run.arm}, lr {run.lr:g}"
+        mult = f", embedding's x{run.embedding_mult:g}" if run.embedding_mult != 1 else ""
+        label = None if run.arm in seen else f"{run.arm}, lr {run.lr:g}{mult}"
         seen.add(run.arm)
         axes.plot([p[1] for p in curve[1:]], [p[2] for p in curve[1:]], ".-", color=colours[run.arm], label=label)
     if target is not None:
@@ -155,6 +158,7 @@ def main() -> None:
     parser.add_argument("--image", type=Path, help="where the curves are drawn (default: OUTPUT/speedrun.png)")
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
     parser.add_argument("--lrs", nargs="+", type=float, default=[2.5e-3, 5e-3, 1e-2], help="the sweep, for all arms")
+    parser.add_argument("--embedding-mults", nargs="+", type=float, default=[1.0], help="swept with each rate")
     parser.add_argument("--sweep-seconds", type=float, default=60.0, help="CPU-seconds of each run of the sweep")
     parser.add_argument("--seconds", nargs="+", default=[], metavar="ARM=S[,S..]", help=f"defaults: {SECONDS}")
     parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3], help="none: the sweep only")
@@ -170,17 +174,20 @@ def main() -> None:
     text = Text.open(options.data)
     costs = measure_steps(options.arms, text, flags, options.output / "steps.json")
 
-    def run(arm: str, lr: float, seed: int, seconds: float) -> Run:
+    def run(arm: str, rate: tuple[float, float], seed: int, seconds: float) -> Run:
         bf16, cost = costs[arm]
-        return _run(arm, lr, seed, max(20, round(seconds / cost)), bf16, flags)
+        return _run(arm, rate[0], seed, max(20, round(seconds / cost)), bf16, flags, rate[1])
 
-    sweep = [run(arm, lr, 0, options.sweep_seconds) for arm in options.arms for lr in options.lrs]
+    rates = list(itertools.product(options.lrs, options.embedding_mults))
+    sweep = [run(arm, rate, 0, options.sweep_seconds) for arm in options.arms for rate in rates]
     swept = train_in_turns(sweep, text, options.output, evaluations=2)
-    found = {(run.arm, run.lr): curve[-1][2] for run, curve in swept.items()}
-    rows: list[list[object]] = [[arm, *(found[arm, lr] for lr in options.lrs)] for arm in options.arms]
-    title = f"bits per byte after {options.sweep_seconds:g} CPU-seconds, by learning rate"
-    print_table(title, ["arm", *(f"{lr:g}" for lr in options.lrs)], rows)
-    best = {arm: min(options.lrs, key=lambda lr, arm=arm: found[arm, lr]) for arm in options.arms}
+    found = {(run.arm, (run.lr, run.embedding_mult)): curve[-1][2] for run, curve in swept.items()}
+    rows: list[list[object]] = [[arm, *(found[arm, rate] for rate in rates)] for arm in options.arms]
+    title = (
+        f"bits per byte after {options.sweep_seconds:g} CPU-seconds, by learning rate (and factor of the embedding's)"
+    )
+    print_table(title, ["arm", *(f"{lr:g}" + (f" x{mult:g}" if mult != 1 else "") for lr, mult in rates)], rows)
+    best = {arm: min(rates, key=lambda rate, arm=arm: found[arm, rate]) for arm in options.arms}
     runs = [
         run(arm, best[arm], seed, seconds) for seed in options.seeds for arm in options.arms for seconds in lengths[arm]
     ]

@@ -3,6 +3,8 @@ preset again."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,9 +39,9 @@ class LlamaLoss(nn.Module):
         logits = self.llama(input_ids=tokens, use_cache=False).logits
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
 
-    def optimizers(self, lr: float) -> Optimizers:
-        """AdamW of everything; norms do not decay."""
-        return [_adamw(list(self.parameters()), lr)]
+    def optimizers(self, lr: float, lr_mult: float = 1.0) -> Optimizers:
+        """AdamW of everything, embeddings at ``lr_mult`` times the rate; norms do not decay."""
+        return [_adamw(self, list(self.parameters()), lr, lr_mult)]
 
 
 class DensePreset(nn.Module):
@@ -67,9 +69,9 @@ class DensePreset(nn.Module):
         logits = F.linear(self.final_norm(x), self.embedding.weight)
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
 
-    def optimizers(self, lr: float) -> Optimizers:
-        """AdamW of everything; norms do not decay."""
-        return [_adamw(list(self.parameters()), lr)]
+    def optimizers(self, lr: float, lr_mult: float = 1.0) -> Optimizers:
+        """AdamW of everything, embeddings at ``lr_mult`` times the rate; norms do not decay."""
+        return [_adamw(self, list(self.parameters()), lr, lr_mult)]
 
 
 class DenseBlock(nn.Module):
@@ -128,13 +130,13 @@ class SpeedrunGPT(nn.Module):
         logits = 15 * torch.tanh(self.head(_norm(x)).float() / 15)
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
 
-    def optimizers(self, lr: float) -> Optimizers:
+    def optimizers(self, lr: float, lr_mult: float = 1.0) -> Optimizers:
         """One rate for both: torch's ``match_rms_adamw`` gives Muon's update the size of AdamW's."""
         matrices = [p for p in self.blocks.parameters() if p.ndim == 2]
         known = set(map(id, matrices))
         rest = [p for p in self.parameters() if id(p) not in known]
         muon = torch.optim.Muon(matrices, lr=lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
-        return [muon, _adamw(rest, lr)]
+        return [muon, _adamw(self, rest, lr, lr_mult)]
 
 
 class SpeedrunBlock(nn.Module):
@@ -170,9 +172,12 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
 
 
-def _adamw(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
+def _adamw(model: nn.Module, parameters: list[nn.Parameter], lr: float, lr_mult: float) -> torch.optim.Optimizer:
+    """Rates are the schedule's times ``lr_mult`` for embeddings, a head that is tied to one included."""
+    lookups = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p in lookups], "weight_decay": WEIGHT_DECAY, "lr_mult": lr_mult},
+        {"params": [p for p in parameters if p.ndim >= 2 and p not in lookups], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=BETAS, fused=True)

@@ -39,7 +39,7 @@ DENSE = "--layer-schedule attention --ffn dense --num-layers 6 --ffn-hidden-size
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run is; its results have a file of this name."""
+    """What a run is; its results have a file of this name. ``embedding_mult`` is a factor on the embedding's rate."""
 
     arm: str
     lr: float
@@ -47,11 +47,13 @@ class Run:
     steps: int
     bf16: bool
     flags: tuple[str, ...] = ()
+    embedding_mult: float = 1.0
 
     @property
     def name(self) -> str:
         own = "".join(f"_{flag.lstrip('-')}" for flag in self.flags).replace("/", ".")
-        return f"{self.arm}{own}_lr{self.lr:g}_seed{self.seed}_steps{self.steps}{'_bf16' * self.bf16}"
+        lr = f"lr{self.lr:g}" + (f"_embedding{self.embedding_mult:g}" if self.embedding_mult != 1 else "")
+        return f"{self.arm}{own}_{lr}_seed{self.seed}_steps{self.steps}{'_bf16' * self.bf16}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Text:
             *(["--load", str(folder)] if any(folder.glob("step_*")) else []),
             *(DENSE if run.arm == "dense" else ()),
             *(["--bf16"] if run.bf16 and run.arm == "ours" else []),
+            *(["--lr-mult", f"embedding={run.embedding_mult}"] if run.embedding_mult != 1 else []),
             *run.flags,
         ]
         return prepare(parse_config(flags).config)
@@ -194,7 +197,7 @@ class TorchSession(Session):
         self.model = PEERS[self.run.arm](vocabulary, LENGTH)
         if self.run.arm == "dense":
             self.model.load_state_dict(initial_weights(self.prepared))
-        self.optimizers = self.model.optimizers(self.run.lr)  # type: ignore[operator]
+        self.optimizers = self.model.optimizers(self.run.lr, self.run.embedding_mult)  # type: ignore[operator]
         self.schedule = LearningRateSchedule(config.optimizer, self.run.steps)
         self.iteration = 0
         self._state = self.folder / "state.pt"
@@ -220,7 +223,7 @@ class TorchSession(Session):
         lr = self.schedule(self.iteration + 1)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_mult", 1.0)
             optimizer.zero_grad()
         (self._loss(batch) / batch.labels.numel()).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -28,7 +28,16 @@ def test_a_curve_that_starts_below_the_target_has_reached_it_at_once():
 
 def test_runs_that_differ_have_results_of_their_own():
     runs = [Run("ours", lr, seed, 10, bf16) for lr in (1e-3, 2e-3) for seed in (1, 2) for bf16 in (False, True)]
-    assert len({run.name for run in runs}) == 8
+    runs += [Run("ours", 1e-3, 1, 10, False, embedding_mult=2.0)]
+    assert len({run.name for run in runs}) == 9
+
+
+def test_a_peers_embedding_has_its_own_rate():
+    model = SpeedrunGPT(vocabulary=32, length=16, hidden=32, layers=2, inner=48)
+    groups = [group for optimizer in model.optimizers(1e-3, 3.0) for group in optimizer.param_groups]
+    of = {id(p): group.get("lr_mult", 1.0) for group in groups for p in group["params"]}
+    assert set(of) == {id(p) for p in model.parameters()}
+    assert [name for name, p in model.named_parameters() if of[id(p)] != 1.0] == ["embedding.weight"]
 
 
 def test_the_speedrun_peer_does_not_look_ahead():
