@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megaforge.data.loader import Batch
+from megaforge.parallel.agree import reduced
+from megaforge.parallel.context import ParallelContext
 from megaforge.reasoning.packing import Packed, Tokens, as_batch, pack, rounded
 
 NUMBERS = ("old", "reference", "advantage", "weight")
@@ -67,13 +70,17 @@ class Answer:
         return cls(**{**state, "turns": turns})
 
 
-def as_batches(micro_batches: Sequence[Sequence[Turn]], read: Sequence[Batch], length: int) -> list[Batch]:
-    """Micro-batches of one shape [rows, length], of the turns of each, in place of those that were ``read``.
+def as_batches(
+    micro_batches: Sequence[Sequence[Turn]], read: Sequence[Batch], length: int, ctx: ParallelContext
+) -> list[Batch]:
+    """Micro-batches of one shape [rows, length] on all ranks, of the turns of each, in place of those that were
+    ``read``.
 
     ``extras``: bool ``written`` [rows, length], where the model wrote the next token.
     """
     packed = [_packed(turns, length) for turns in micro_batches]
-    rows = rounded(max(one.rows for one in packed))
+    # What layers make of padding, such as a router's loss, must be the same whoever has which micro-batch.
+    rows = rounded(reduced(ctx, max(one.rows for one in packed), dist.ReduceOp.MAX))
     batches = []
     for own, batch in zip(packed, read, strict=True):
         written = torch.zeros(rows, length, dtype=torch.bool)

@@ -106,7 +106,8 @@ class Writing(Objective):
         self._coefficient = control.coefficient
         answers = [[control.kept[sample - first + control.first] for sample in own] for own in samples]
         if made is None:
-            made = as_batches([[turn for one in own for turn in one.turns] for own in answers], batches, self._length)
+            turns = [[turn for one in own for turn in one.turns] for own in answers]
+            made = as_batches(turns, batches, self._length, trainer.ctx)
         self._told = tuple(answers[0][0].told)
         tokens = reduced(trainer.ctx, sum(batch.tokens.numel() for batch in made), dist.ReduceOp.SUM)
         tokens //= trainer.ctx.world.size // trainer.ctx.dp.size
@@ -121,7 +122,7 @@ class Writing(Objective):
         by_sample, tries = drawn(trainer.ctx, self._flags, whole, partial(self._drawn, trainer), attrgetter("reward"))
         said = [by_sample[sample] for sample in whole]
         turns = [[turn for sample in own for turn in by_sample[sample].turns] for own in samples]
-        made = as_batches(turns, batches, self._length)
+        made = as_batches(turns, batches, self._length, trainer.ctx)
         old, reference = self._scored(trainer, made, turns)
         worth = self._judged(trainer.ctx, said)
         answers = {}
