@@ -57,7 +57,7 @@ STAGE_B = (
 )
 # The weight of the divergence, which keeps every action in play at first, falls until the policy may be sure.
 SURER = ("--rl-kl-target", "1", "--rl-kl-horizon", "10")
-ALGORITHMS = {"grpo": (*SURER, "--no-rl-scale-advantages"), "ppo": (*SURER, "--rl-algorithm", "ppo")}
+ALGORITHMS = {"grpo": (*SURER, "--no-rl-scale-advantages"), "ppo": (*SURER, "--rl-algorithm", "ppo", "--lr", "1e-2")}
 
 
 def random_actions(heads: AgentHeads, hidden: Tensor, flags: Tensor, memory: Tensor, draws: Tensor) -> Tensor:
@@ -84,6 +84,11 @@ def run(script: str, *flags: str) -> float:
     subprocess.run([sys.executable, str(REPO / script), *flags], check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def resumed(place: Path) -> tuple[str, ...]:
+    """Flags of a run that goes on where it was ended."""
+    return "--save", str(place), "--load", str(place)
 
 
 def loaded(words: Path, saved: Path, chunks: int, seed: int) -> Trainer:
@@ -115,11 +120,11 @@ def share_right(trainer: Trainer, policy: Policy, examples: int) -> tuple[float,
 def one_seed(seed: int, output: Path, words: Path, asked: argparse.Namespace) -> dict[str, str]:
     """Both stages, and each arm's share of right answers."""
     core, common = output / f"core{seed}", ("--tokenizer-model", str(words), "--seed", str(seed), *BOTH)
-    first = run("pretrain_cdrmix.py", *STAGE_A, *common, "--train-iters", str(asked.stage_a), "--save", str(core))
+    first = run("pretrain_cdrmix.py", *STAGE_A, *common, "--train-iters", str(asked.stage_a), *resumed(core))
     row = {"stage A, CPU s": f"{first:.0f}"}
     for name, flags in ALGORITHMS.items():
         saved, told = output / f"{name}{seed}", ("--metrics-file", str(output / f"{name}{seed}.jsonl"))
-        line = (*STAGE_B, *common, *flags, "--pretrained-checkpoint", str(core), "--save", str(saved), *told)
+        line = (*STAGE_B, *common, *flags, "--pretrained-checkpoint", str(core), *resumed(saved), *told)
         seconds = run("pretrain_cdrmix.py", *line, "--train-iters", str(asked.stage_b))
         for chunks in (16, 64):
             trainer = loaded(words, saved, chunks, seed)
