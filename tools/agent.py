@@ -27,7 +27,8 @@ from megaforge.config.entry import run_entry
 from megaforge.config.launcher import discover_launch, print_rank_0
 from megaforge.errors import UserError
 from megaforge.inference.open_model import add_model_flags, open_model
-from megaforge.registry import CHUNKED_TASKS, MEMORY_SEARCHES
+from megaforge.inference.text_flags import add_text_flags, check_text_flags, read_input
+from megaforge.registry import MEMORY_SEARCHES
 
 if TYPE_CHECKING:
     from megaforge.data.tokenizer import Tokenizer
@@ -40,25 +41,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags of the command line."""
     parser = ArgumentParser(description=__doc__)
     add_model_flags(parser)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--task", type=part_of(CHUNKED_TASKS), metavar="NAME", help="texts of this task in chunks")
-    what.add_argument("--input", metavar="FILE", help="a text to read; see --question")
-    parser.add_argument(
-        "--question",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="with --input: what is asked; may be given again",
-    )
-    parser.add_argument(
-        "--chunks",
-        nargs="+",
-        type=integer(1),
-        metavar="N",
-        help="with --task: chunks of a text (default: as in training)",
-    )
+    add_text_flags(parser)
     parser.add_argument("--chunk-tokens", type=integer(1), help="tokens of a chunk (default: as in training)")
-    parser.add_argument("--examples", type=integer(1), help="with --task: texts of each length (default: 100)")
     parser.add_argument("--branches", type=integer(1), default=1, help="ways in which each text is read")
     parser.add_argument(
         "--agent-accept-threshold",
@@ -89,12 +73,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object a text, and one for each length")
     flags = parser.parse_args(arguments)
-    wanted, unread = ("input", ("chunks", "examples")) if flags.input else ("task", ("question", "memory"))
-    for name in unread:
-        if value := getattr(flags, name):
-            raise UserError(f"--{name.replace('_', '-')} {value}: it is read without --{wanted}; leave one out")
-    if flags.input and not flags.question:
-        raise UserError(f"--input {flags.input}: nothing is asked; add --question TEXT")
+    check_text_flags(flags, of_input=("memory",))
     return flags
 
 
@@ -191,18 +170,13 @@ class Desk:
         from megaforge.reasoning.memory.file import load_memory, save_memory
 
         flags, size = self.flags, self.chunk_tokens
-        try:
-            tokens = self.tokenizer.encode(Path(flags.input).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--input {flags.input}: it cannot be read as text ({error})") from error
-        if not tokens:
-            raise UserError(f"--input {flags.input}: it is empty")
+        _text, tokens = read_input(flags.input, self.tokenizer)
         memory, model = self.asker.root.memory, self.asker.digest()
         if flags.memory is not None and load_memory(Path(flags.memory), memory, model):
             print_rank_0(
                 f"--memory {flags.memory}: begins with {memory.entries} chunks and {memory.summaries} summaries"
             )
-        chunks = tuple(tuple(tokens[start : start + size]) for start in range(0, len(tokens), size))
+        chunks = tuple(tokens[start : start + size] for start in range(0, len(tokens), size))
         for place, question in enumerate(flags.question):
             reading = self.asker.ask(Text(place, chunks, tuple(self.tokenizer.encode(question))))
             record = {"question": question, **self._record(reading)}

@@ -17,18 +17,16 @@ import json
 import os
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from megaforge.config.arguments import ArgumentParser, integer, part_of
+from megaforge.config.arguments import ArgumentParser, integer
 from megaforge.config.entry import run_entry
 from megaforge.config.launcher import discover_launch
-from megaforge.errors import UserError
 from megaforge.inference.open_model import add_model_flags, open_model
+from megaforge.inference.text_flags import add_text_flags, check_text_flags, read_input
 from megaforge.inference.tool_calls import ToolCalls, ToolSetting, add_tool_flags, check_tool_flags
-from megaforge.registry import CHUNKED_TASKS
 
 if TYPE_CHECKING:
     from megaforge.inference.restore import TrainedModel
@@ -39,16 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags of the command line."""
     parser = ArgumentParser(description=__doc__)
     add_model_flags(parser)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--task", type=part_of(CHUNKED_TASKS), metavar="NAME", help="texts of this task in chunks")
-    what.add_argument("--input", metavar="FILE", help="a text; see --question")
-    parser.add_argument(
-        "--question", action="append", default=[], metavar="TEXT", help="of --input; may be given again"
-    )
-    parser.add_argument(
-        "--chunks", nargs="+", type=integer(1), metavar="N", help="of a text of --task (default: as in training)"
-    )
-    parser.add_argument("--examples", type=integer(1), help="texts of each length of --task (default: 100)")
+    add_text_flags(parser)
     parser.add_argument(
         "--seed", type=integer(0, 2**63 - 1), help="of the texts of --task (default: the run's, and 1 more: new texts)"
     )
@@ -65,12 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add_tool_flags(parser)
     flags = parser.parse_args(arguments)
     check_tool_flags(flags)
-    wanted, unread = ("input", ("chunks", "examples", "seed")) if flags.input else ("task", ("question",))
-    for name in unread:
-        if value := getattr(flags, name):
-            raise UserError(f"--{name} {value}: it is read without --{wanted}; leave one out")
-    if flags.input and not flags.question:
-        raise UserError(f"--input {flags.input}: nothing is asked; add --question TEXT")
+    check_text_flags(flags, of_task=("seed",))
     return flags
 
 
@@ -132,13 +116,7 @@ class Desk:
         from megaforge.reasoning.rlvr.conversation import Asked, in_chunks
 
         flags = self.flags
-        try:
-            text = Path(flags.input).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--input {flags.input}: it cannot be read as text ({error})") from error
-        tokens = tuple(self.tokenizer.encode(text))
-        if not tokens:
-            raise UserError(f"--input {flags.input}: it is empty")
+        text, tokens = read_input(flags.input, self.tokenizer)
         asked = []
         for question in flags.question:
             if self.piece is None:

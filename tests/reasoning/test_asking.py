@@ -226,8 +226,8 @@ def test_the_tool_reads_a_text_and_keeps_its_memory(
     ("arguments", "said"),
     [
         (("--input", "x"), "nothing is asked; add --question TEXT"),
-        (("--input", "x", "--question", "q", "--chunks", "3"), r"--chunks \[3\]: it is read without --input"),
-        (("--task", "kv_chunks", "--memory", "m"), "--memory m: it is read without --task"),
+        (("--input", "x", "--question", "q", "--chunks", "3"), r"--chunks \[3\]: it is read with --task, not"),
+        (("--task", "kv_chunks", "--memory", "m"), "--memory m: it is read with --input, not"),
     ],
 )
 def test_flags_that_nothing_reads_are_named(arguments: tuple[str, ...], said: str) -> None:

@@ -48,7 +48,10 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {  # script -> [(arguments
     "tools/answer.py": [
         (("--load", "x", "--task", "kv_chunk"), "did you mean kv_chunks?"),
         (("--load", "x", "--input", "y"), "add --question TEXT"),
-        (("--load", "x", "--input", "y", "--question", "z", "--chunks", "3"), "--chunks [3]: it is read without"),
+        (
+            ("--load", "x", "--input", "y", "--question", "z", "--chunks", "3"),
+            "--chunks [3]: it is read with --task, not",
+        ),
     ],
     "tools/audit.py": [(("verify",), "RUN is missing"), (("verify", "nowhere"), "nowhere/audit.jsonl: cannot be read")],
     "tools/compliance_report.py": [
