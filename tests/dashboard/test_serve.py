@@ -17,6 +17,11 @@ from tests.dashboard.serving import a_run
 from tests.end_to_end.launch import command, environment
 
 
+def _interruptible() -> None:
+    """A shell has the signal ignored by what it starts behind an ``&``, tests included."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_it_prints_its_address_and_ends_by_a_signal(tmp_path: Path) -> None:
     a_run(tmp_path / "r")
     process = subprocess.Popen(
@@ -25,6 +30,7 @@ def test_it_prints_its_address_and_ends_by_a_signal(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
+        preexec_fn=_interruptible,
     )
     try:
         assert process.stdout is not None

@@ -36,6 +36,7 @@ def _gone(file: str, code: str, test: str) -> Mutation:
 
 FOLDER = "tests/checkpoint/test_hf_folder.py"
 CHECKPOINT, DURABILITY = "tests/checkpoint/test_directory.py", "tests/checkpoint/test_durability.py"
+RUN_MEMORY = "tests/reasoning/test_run_memory.py"
 MUTATIONS = (
     # Waits for the disk.
     _gone("durable.py", "os.fsync(descriptor)", "tests/test_durable.py"),
@@ -73,6 +74,8 @@ MUTATIONS = (
         "checkpoint/hf_folder.py", 'sync_all([*temporary.rglob("*"), temporary])', "tests/checkpoint/test_hf_folder.py"
     ),
     _gone("checkpoint/hf_folder.py", "sync_path(folder.parent)", FOLDER),
+    Mutation("reasoning/memory/archive.py", "sync_path(path)\n", "pass\n", RUN_MEMORY),
+    _gone("reasoning/memory/archive.py", "sync_path(path.parent)", RUN_MEMORY),
     _gone("data/indexed_dataset.py", "os.fsync(file.fileno())", "tests/data/test_indexed_dataset.py"),
     _gone("data/indexed_dataset.py", "sync_path(bin_path(prefix).parent)", "tests/data/test_indexed_dataset.py"),
     _gone("monitor/events.py", "os.fsync(descriptor)", "tests/monitor/test_events.py"),

@@ -25,6 +25,7 @@ from megaforge.monitor.names import known
 from megaforge.parallel.context import ParallelContext
 from megaforge.reasoning.agent.algorithms import Judged
 from megaforge.reasoning.agent.run_memory import RunMemory, index_of_run
+from megaforge.reasoning.memory import archive
 from megaforge.reasoning.memory.agent_memory import AgentMemory, MemoryShape
 from megaforge.reasoning.memory.archive import append, go_back, read_archive
 from megaforge.reasoning.memory.episodic import Entry, EpisodicIndex
@@ -86,6 +87,15 @@ def test_what_is_given_up_is_told() -> None:
     lost = index.write(key(3, 3), [3])
     assert lost is not None and lost.tokens == (2,) and lost.key.tolist() == [0, 1] and lost.uses == 0
     assert [one.tokens for one in index.entries()] == [(1,), (3,)]
+
+
+def test_the_disk_has_what_an_archive_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, synced = tmp_path / "archive.jsonl", list[tuple[Path, int]]()
+    monkeypatch.setattr(archive, "sync_path", lambda one: synced.append((one, path.read_text().count("\n"))))
+    entry = Entry(torch.ones(2), (7,), 0)
+    append(path, 1, [entry, entry])
+    append(path, 2, [entry])
+    assert synced == [(path, 2), (tmp_path, 2), (path, 3)], "a new file's name, too"
 
 
 def test_an_archive_is_cut_where_a_run_goes_on(tmp_path: Path) -> None:

@@ -40,9 +40,12 @@ def append(path: Path, iteration: int, entries: Sequence[Entry]) -> None:
     ]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
         with path.open("ab") as file:
             file.write("".join(f"{line}\n" for line in lines).encode())
         sync_path(path)
+        if new:
+            sync_path(path.parent)  # which has its name
     except OSError as error:
         raise UserError(f"{_FLAG} {path}: it cannot be written ({error.strerror})") from error
 
