@@ -81,7 +81,7 @@ class QuestionNumbers(DataSource):
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
         """
         Raises:
-            UserError: the file cannot be read, or a line is no question.
+            UserError: the file cannot be read, or a line is not a question.
         """
         self._config, self._tokenizer = config, tokenizer
         self._order = questions_of(config)
@@ -118,7 +118,7 @@ def questions_of(config: Config) -> QuestionOrder:
     """The questions of ``--data-path questions://FILE``.
 
     Raises:
-        UserError: the file cannot be read, or a line is no question.
+        UserError: the file cannot be read, or a line is not a question.
     """
     file = file_of(config.data)
     assert file is not None, "the kind of data says so"
@@ -129,7 +129,7 @@ def check(config: Config) -> None:
     """What can be seen before torch is imported.
 
     Raises:
-        UserError: the file cannot be read, a line is no question, or there is no tokenizer.
+        UserError: the file cannot be read, a line is not a question, or there is no tokenizer.
     """
     data, file = config.data, file_of(config.data)
     assert file is not None

@@ -54,7 +54,7 @@ def read_input(path: str, tokenizer: Tokenizer) -> tuple[str, tuple[int, ...]]:
     """The text of ``--input``, and its tokens.
 
     Raises:
-        UserError: it is no text, or empty.
+        UserError: it cannot be read as text, or is empty.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

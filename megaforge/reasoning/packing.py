@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megaforge.data.loader import Batch
 from megaforge.errors import UserError
+from megaforge.parallel.agree import reduced
+from megaforge.parallel.context import ParallelContext
 
 Tokens = tuple[int, ...]
 
@@ -92,6 +95,20 @@ def as_batch(packed: Packed[D], rows: int, length: int) -> Batch:
         document_start=torch.from_numpy(starts),
         used=torch.from_numpy(used),
     )
+
+
+def samples_of(batch: Batch) -> list[int]:
+    """The numbers of a micro-batch's samples."""
+    assert batch.samples is not None
+    return [int(sample) for sample in batch.samples]
+
+
+def of_whole(batches: Iterable[Batch], ctx: ParallelContext) -> list[Batch]:
+    """Each says how many tokens those of all ranks have. Collective."""
+    made = list(batches)
+    tokens = reduced(ctx, sum(batch.tokens.numel() for batch in made), dist.ReduceOp.SUM)
+    tokens //= ctx.world.size // ctx.dp.size
+    return [replace(batch, tokens_of=tokens) for batch in made]
 
 
 def stacked(rows: Sequence[Sequence[Tensor]], width: int, like: Tensor) -> Tensor:

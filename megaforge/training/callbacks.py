@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from megaforge.checkpoint.after_publish import after_publish
 from megaforge.checkpoint.directory import KEEP_ALL, Retention
@@ -100,9 +100,17 @@ class Callback:
         return ()
 
 
+C = TypeVar("C", bound=Callback)
+
+
 def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
     """``callbacks`` by their place; those of one place as they came."""
     return sorted(callbacks, key=lambda callback: callback.place)
+
+
+def callback_of(callbacks: Iterable[Callback], kind: type[C]) -> C:
+    """The first of that kind, which must be there."""
+    return next(one for one in callbacks if isinstance(one, kind))
 
 
 class MetricsWriter(Callback):

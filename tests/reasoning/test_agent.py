@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from megaforge.config.rl_config import ReinforcementConfig
-from megaforge.data.task_tokenizer import make_task_tokenizer
 from megaforge.errors import UserError
 from megaforge.monitor.names import known
 from megaforge.reasoning.agent.algorithms import GroupRelative, Played, ProximalPolicy, judge
@@ -27,20 +26,14 @@ from megaforge.reasoning.agent.texts import TaskTexts
 from megaforge.reasoning.memory.agent_memory import AgentMemory, MemoryShape
 from megaforge.reasoning.packing import as_batch, rounded
 from megaforge.reasoning.reference import without_adapters
+from megaforge.training.callbacks import callback_of
 from megaforge.training.trainer import Trainer
 from tests.nn.support import perturb
 from tests.reasoning.test_agent_parity import agent_arguments
-from tests.training.tiny import make_trainer, record, weights
+from tests.training.tiny import goes_on_alike, make_trainer
 
 SUMMARIZE, WRITE, RETRIEVE, SPLICE = range(4)
 CHUNKS, QUESTION, ANSWER = ((11, 12), (21, 22), (31, 32)), (7,), (9, 8)
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("words") / "words.json"
-    make_task_tokenizer(["kv_chunks"], str(path))
-    return path
 
 
 def episode(window: int = 3, steps: int = 2) -> Episode:
@@ -255,7 +248,7 @@ def test_playing_is_what_one_decision_after_the_other_does(words: Path) -> None:
 def test_episodes_of_several_steps_are_kept_as_they_were(words: Path) -> None:
     trainer = make_trainer(agent_arguments(words, "--rl-epochs", "2", "--train-iters", "1"))
     trainer.train()
-    control = next(one for one in trainer.callbacks if isinstance(one, AgentControl))
+    control = callback_of(trainer.callbacks, AgentControl)
     state = control.state()
     other = AgentControl(trainer)
     other.load_state(state)
@@ -269,22 +262,9 @@ def test_episodes_of_several_steps_are_kept_as_they_were(words: Path) -> None:
 @pytest.mark.parametrize("more", [("--rl-epochs", "3"), ("--peft", "lora", "--lora-rank", "2", "--lora-dropout", "0")])
 def test_a_run_that_is_killed_goes_on_as_if_it_was_not(words: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     argv = agent_arguments(words, "--train-iters", "4", "--rl-kl-target", "0.01", "--rl-kl-limit", "1e-4", *more)
-    whole = make_trainer(argv)
-    told = record(whole)
-    whole.train()
-    assert told.records[-1]["policy_lr_factor"] < 1 and all(
-        known("step", name) for name in {*told.records[0]} - {"kind", "iteration"}
-    )
-    saving = [*argv, "--save", str(tmp_path), "--save-interval", "1", "--load", str(tmp_path)]
-    first = make_trainer([*saving, "--exit-interval", "2"])
-    first.train()
-    assert first.iteration == 2
-    second = make_trainer(saving)
-    rest = record(second)
-    second.train()
-    assert rest.records == told.records[2:]
-    for name, tensor in weights(whole).items():
-        assert torch.equal(tensor, weights(second)[name]), name
+    told = goes_on_alike(argv, tmp_path)
+    assert told[-1]["policy_lr_factor"] < 1
+    assert all(known("step", name) for name in {*told[0]} - {"kind", "iteration"})
 
 
 def test_the_model_without_adapters_is_the_one_before(words: Path) -> None:

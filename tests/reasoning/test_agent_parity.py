@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from megaforge.data.task_tokenizer import make_task_tokenizer
 from tests.parallel.pool import RankPool
 from tests.parallel.test_pipeline_model import compare, train
 
@@ -34,13 +33,6 @@ def agent_arguments(words: Path, *more: str) -> list[str]:
         *("--objective", "agent", "--agent-heads", "--memory-dim", "8", "--rl-group-size", "4", "--agent-chunks", "4"),
         *("--task-chunk-tokens", "9", "--task-window", "18", "--agent-window", "12", *more),
     ]
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("words") / "words.json"
-    make_task_tokenizer(["kv_chunks"], str(path))
-    return path
 
 
 def steps(outcome: dict[str, Any]) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from megaforge.data.task_tokenizer import make_task_tokenizer
 from megaforge.errors import UserError
 from megaforge.inference.restore import TrainedModel
 from megaforge.reasoning.agent.asking import Asker, Asking, Text, mean_numbers
@@ -24,13 +23,6 @@ from tests.parallel.test_pipeline_model import train
 from tests.reasoning.test_agent_parity import agent_arguments
 
 REPO = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("words") / "words.json"
-    make_task_tokenizer(["kv_chunks"], str(path))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from megaforge.config.rollout_config import RolloutConfig
-from megaforge.data.task_tokenizer import make_task_tokenizer
 from megaforge.errors import UserError
 from megaforge.monitor.names import known
 from megaforge.reasoning.resampling import equal_groups, example_of
@@ -22,11 +21,13 @@ from megaforge.reasoning.rlvr.experience import Answer, Turn
 from megaforge.reasoning.rlvr.objective import Writing
 from megaforge.reasoning.rlvr.prompts import Prompts
 from megaforge.reasoning.rlvr.writing import Pen, seed_of
+from megaforge.training.callbacks import callback_of
 from megaforge.training.trainer import Trainer
 from tests.nn.support import perturb
 from tests.parallel.pool import RankPool
 from tests.parallel.test_pipeline_model import compare, train
-from tests.training.tiny import make_trainer, record, weights
+from tests.reasoning.test_agent_parity import steps
+from tests.training.tiny import goes_on_alike, make_trainer, record
 from tools import answer
 
 LORA = ("--peft", "lora", "--lora-rank", "2", "--lora-dropout", "0")
@@ -50,17 +51,6 @@ def rlvr_arguments(words: Path, *more: str) -> list[str]:
         *("--task-window", "18", "--task-questions", "2"),
         *("--rl-max-new-tokens", "4", "--rl-reward", "exact", "format=0.5", "--rl-format", "^[kn]", *more),
     ]
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("words") / "words.json"
-    make_task_tokenizer(["kv_chunks"], str(path))
-    return path
-
-
-def steps(outcome: dict[str, Any]) -> list[dict[str, Any]]:
-    return [one for one in outcome["records"] if one["kind"] == "step"]
 
 
 def test_a_step_is_the_same_at_every_layout(ranks: RankPool, words: Path) -> None:
@@ -124,7 +114,7 @@ def test_the_loss_is_verls(words: Path, mean: str) -> None:
     first = trainer.train_step(next(loader))
     batches = rewarding(trainer).experience(trainer, next(loader))
     found = trainer.gradients(batches)
-    control = next(one for one in trainer.callbacks if isinstance(one, AnswerControl))
+    control = callback_of(trainer.callbacks, AnswerControl)
     answers = [control.kept[sample] for sample in sorted(control.kept)]
     assert len(answers) == 16 and first.extra["policy_ratio"] == 1
 
@@ -154,20 +144,8 @@ def test_the_loss_is_verls(words: Path, mean: str) -> None:
 def test_a_run_that_is_killed_goes_on_as_if_it_was_not(words: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     kl = ("--rl-kl-target", "0.01", "--rl-kl-limit", "1e-4") if more is LORA else ()
     argv = rlvr_arguments(words, "--train-iters", "4", *more, *kl)
-    whole = make_trainer(argv)
-    told = record(whole)
-    whole.train()
-    assert all(known("step", name) for name in {*told.records[0]} - {"kind", "iteration"})
-    saving = [*argv, "--save", str(tmp_path), "--save-interval", "1", "--load", str(tmp_path)]
-    first = make_trainer([*saving, "--exit-interval", "2"])
-    first.train()
-    assert first.iteration == 2
-    second = make_trainer(saving)
-    rest = record(second)
-    second.train()
-    assert rest.records == told.records[2:]
-    for name, tensor in weights(whole).items():
-        assert torch.equal(tensor, weights(second)[name]), name
+    told = goes_on_alike(argv, tmp_path)
+    assert all(known("step", name) for name in {*told[0]} - {"kind", "iteration"})
 
 
 RARE = ("--rl-kl", "0", "--rl-format", "^n1", "--rl-reward", "format", "--rl-drop-equal-groups")
@@ -242,7 +220,7 @@ def test_a_long_text_is_read_chunk_by_chunk(words: Path) -> None:
             memory = written[:-1] if written[-1] == prompts.tokenizer.eod else written
         assert one.length == sum(turn.written for turn in one.turns) > 4
     [batch] = objective.experience(trainer, next(iter(trainer._loader(trainer.data, trainer.progress.batches))))[:1]
-    control = next(one for one in trainer.callbacks if isinstance(one, AnswerControl))
+    control = callback_of(trainer.callbacks, AnswerControl)
     told = batch.extras["weight"][batch.extras["written"]]
     assert int(batch.extras["written"].sum()) == sum(control.kept[k].told["answer_tokens"] for k in range(8))
     lengths = torch.tensor([control.kept[k].told["answer_tokens"] for k in range(8)])
@@ -327,7 +305,7 @@ def test_what_tools_answer_is_not_learnt(words: Path, tmp_path: Path) -> None:
     batches = rewarding(trainer).experience(
         trainer, next(iter(trainer._loader(trainer.data, trainer.progress.batches)))
     )
-    control = next(one for one in trainer.callbacks if isinstance(one, AnswerControl))
+    control = callback_of(trainer.callbacks, AnswerControl)
     answers, answered = list(control.kept.values()), Prompts(trainer.config).tokenizer.encode("v3 v4")
     with_tools = [one for one in answers if not all(one.turns[0].own)]
     assert 1 <= len(with_tools) and sum(sum(one.turns[0].own) for one in answers) < sum(

@@ -19,7 +19,6 @@ from megaforge import fault_points
 from megaforge.checkpoint.checkpoint import read_meta
 from megaforge.checkpoint.directory import list_steps
 from megaforge.config.run_memory_config import RunMemoryConfig
-from megaforge.data.task_tokenizer import make_task_tokenizer
 from megaforge.errors import UserError
 from megaforge.monitor.names import known
 from megaforge.parallel.context import ParallelContext
@@ -35,13 +34,6 @@ from tests.inference.text_model import restored
 from tests.reasoning.test_agent_parity import agent_arguments
 from tests.reasoning.test_asking import printed, tool
 from tests.training.tiny import make_config, make_trainer, record, weights
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("words") / "words.json"
-    make_task_tokenizer(["kv_chunks"], str(path))
-    return path
 
 
 def key(*numbers: float) -> Tensor:

@@ -13,7 +13,6 @@ import torch
 from megaforge.config.combined_config import CombinedLossConfig
 from megaforge.data.loader import Batch
 from megaforge.data.task_source import TaskWindows
-from megaforge.data.task_tokenizer import make_task_tokenizer
 from megaforge.errors import UserError
 from megaforge.reasoning.texts_beside import TextsBeside
 from megaforge.training.batch_sums import BatchSums
@@ -22,13 +21,6 @@ from tests.reasoning.test_agent_parity import agent_arguments
 from tests.training.tiny import make_config, make_trainer, write_dataset
 
 ADAPTED = ("--peft", "lora", "--lora-dropout", "0", "--rl-ce-weight", "0.5")
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("words") / "words.json"
-    make_task_tokenizer(["kv_chunks"], str(path))
-    return path
 
 
 def played(rows: int = 2) -> Batch:

@@ -89,3 +89,22 @@ def record(trainer: Trainer) -> Recorder:
     [writer] = [callback for callback in trainer.callbacks if isinstance(callback, MetricsWriter)]
     writer.sinks.append(recorder)
     return recorder
+
+
+def goes_on_alike(argv: list[str], folder: Path) -> list[dict[str, Any]]:
+    """Trains as ``argv`` says, and again with an end behind step 2 and the rest from its checkpoint in ``folder``: the
+    same records and weights, bit for bit. Returns the records."""
+    whole = make_trainer(argv)
+    told = record(whole)
+    whole.train()
+    saving = [*argv, "--save", str(folder), "--save-interval", "1", "--load", str(folder)]
+    first = make_trainer([*saving, "--exit-interval", "2"])
+    first.train()
+    assert first.iteration == 2
+    second = make_trainer(saving)
+    rest = record(second)
+    second.train()
+    assert rest.records == told.records[2:]
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(second)[name]), name
+    return told.records

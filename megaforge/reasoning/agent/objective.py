@@ -8,7 +8,6 @@ over these very micro-batches, so that the ratio of the first update is 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +34,12 @@ from megaforge.reasoning.agent.scoring import decisions, scored
 from megaforge.reasoning.agent.texts import TaskTexts
 from megaforge.reasoning.memory.agent_memory import AgentMemory, MemoryShape
 from megaforge.reasoning.memory.episodic import EpisodicIndex
+from megaforge.reasoning.packing import of_whole, samples_of
 from megaforge.reasoning.policy_losses import clipped_surrogate, entropy, is_clipped, k3, value_loss
 from megaforge.reasoning.resampling import drawn, example_of
 from megaforge.reasoning.texts_beside import TextsBeside
 from megaforge.registry import RL_ALGORITHMS
+from megaforge.training.callbacks import callback_of
 from megaforge.training.objectives import Objective
 
 if TYPE_CHECKING:
@@ -81,8 +82,8 @@ class AgentObjective(Objective):
         return self._reader
 
     def experience(self, trainer: Trainer, batches: Sequence[Batch]) -> Sequence[Batch]:
-        control = next(one for one in trainer.callbacks if isinstance(one, AgentControl))
-        reader, samples = self.reader(trainer), [_samples(batch) for batch in batches]
+        control = callback_of(trainer.callbacks, AgentControl)
+        reader, samples = self.reader(trainer), [samples_of(batch) for batch in batches]
         first = reduced(trainer.ctx, min(map(min, samples)), dist.ReduceOp.MIN)
         made: list[Batch] | None = None
         if control.due(trainer.iteration):
@@ -102,16 +103,15 @@ class AgentObjective(Objective):
     ) -> list[Batch]:
         """What is learnt from: the contexts of these decisions, and texts beside them."""
         made = as_batches(decisions, read, self._length, trainer.ctx)
-        made = self._beside.beside(made, [_samples(batch) for batch in read])
-        tokens = _total(trainer.ctx, sum(batch.tokens.numel() for batch in made))
-        return [replace(batch, tokens_of=tokens) for batch in made]
+        made = self._beside.beside(made, [samples_of(batch) for batch in read])
+        return of_whole(made, trainer.ctx)
 
     def _played(
         self, trainer: Trainer, reader: Reader, batches: Sequence[Batch]
     ) -> tuple[dict[int, Record], list[Batch]]:
         """The episodes of a new round, of this rank, or of all where several steps learn from them; and the
         micro-batches of this rank's decisions."""
-        samples, flags = [_samples(batch) for batch in batches], self._flags
+        samples, flags = [samples_of(batch) for batch in batches], self._flags
         by_sample, tries = drawn(
             *(trainer.ctx, flags, [k for own in samples for k in own]),
             draw=partial(self._play, trainer, reader),
@@ -217,14 +217,4 @@ class AgentObjective(Objective):
 
 
 def _run_memory(trainer: Trainer) -> RunMemory:
-    return next(one for one in trainer.callbacks if isinstance(one, RunMemory))
-
-
-def _samples(batch: Batch) -> list[int]:
-    assert batch.samples is not None
-    return [int(sample) for sample in batch.samples]
-
-
-def _total(ctx: ParallelContext, value: int) -> int:
-    """Over dp."""
-    return reduced(ctx, value, dist.ReduceOp.SUM) // (ctx.world.size // ctx.dp.size)
+    return callback_of(trainer.callbacks, RunMemory)

@@ -55,7 +55,7 @@ def go_back(path: Path, iteration: int) -> str | None:
     ``PATH.abandoned``, and a last line that a kill cut short goes. Returns what to tell the user, or None.
 
     Raises:
-        UserError: it is no archive, and is left as it is; or it cannot be written.
+        UserError: it is not an archive, and is left as it is; or it cannot be written.
     """
     if not path.exists():
         return None
@@ -82,7 +82,7 @@ def read_archive(path: Path, dim: int, search: str = "torch") -> EpisodicIndex:
         dim: S, of keys.
 
     Raises:
-        UserError: it cannot be read, is no archive, or its keys are of another size.
+        UserError: it cannot be read, is not an archive, or its keys are of another size.
     """
     if not path.exists():
         raise UserError(f"{_FLAG} {path}: there is no such file")

@@ -9,7 +9,6 @@ micro-batches, so that the ratio of the first update is 1.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +27,7 @@ from megaforge.nn.losses import LossTerm
 from megaforge.parallel.agree import exchange, reduced, tell_stages, together
 from megaforge.parallel.context import ParallelContext
 from megaforge.reasoning.advantages import group_advantages, loss_weights, varied
+from megaforge.reasoning.packing import of_whole, samples_of
 from megaforge.reasoning.policy_losses import clipped_surrogate, is_clipped, k3
 from megaforge.reasoning.reference import without_adapters
 from megaforge.reasoning.resampling import drawn, example_of
@@ -38,6 +38,7 @@ from megaforge.reasoning.rlvr.experience import Answer, Turn, as_batches, of_tur
 from megaforge.reasoning.rlvr.prompts import Prompt, Prompts
 from megaforge.reasoning.rlvr.writing import Pen
 from megaforge.registry import TOOLS
+from megaforge.training.callbacks import callback_of
 from megaforge.training.objectives import Objective
 
 if TYPE_CHECKING:
@@ -96,8 +97,8 @@ class Writing(Objective):
         return self._model
 
     def experience(self, trainer: Trainer, batches: Sequence[Batch]) -> Sequence[Batch]:
-        control = next(one for one in trainer.callbacks if isinstance(one, AnswerControl))
-        samples = [_samples(batch) for batch in batches]
+        control = callback_of(trainer.callbacks, AnswerControl)
+        samples = [samples_of(batch) for batch in batches]
         first = reduced(trainer.ctx, min(map(min, samples)), dist.ReduceOp.MIN)
         made: list[Batch] | None = None
         if control.due(trainer.iteration):
@@ -109,15 +110,13 @@ class Writing(Objective):
             turns = [[turn for one in own for turn in one.turns] for own in answers]
             made = as_batches(turns, batches, self._length, trainer.ctx)
         self._told = tuple(answers[0][0].told)
-        tokens = reduced(trainer.ctx, sum(batch.tokens.numel() for batch in made), dist.ReduceOp.SUM)
-        tokens //= trainer.ctx.world.size // trainer.ctx.dp.size
         worth = (with_worth(batch, own) for batch, own in zip(made, answers, strict=True))
-        return [replace(batch, tokens_of=tokens) for batch in worth]
+        return of_whole(worth, trainer.ctx)
 
     def _answered(self, trainer: Trainer, batches: Sequence[Batch]) -> tuple[dict[int, Answer], list[Batch]]:
         """The answers of a new round, of this rank, or of all where several steps learn from them; and the
         micro-batches of this rank's."""
-        samples = [_samples(batch) for batch in batches]
+        samples = [samples_of(batch) for batch in batches]
         whole = [sample for own in samples for sample in own]
         by_sample, tries = drawn(trainer.ctx, self._flags, whole, partial(self._drawn, trainer), attrgetter("reward"))
         said = [by_sample[sample] for sample in whole]
@@ -261,8 +260,3 @@ def _tool(name: str) -> Tool:
 
 def _numbers(said: Sequence[Spoken]) -> dict[int, tuple[float, float]]:
     return {one.sample: (one.reward, float(one.length)) for one in said}
-
-
-def _samples(batch: Batch) -> list[int]:
-    assert batch.samples is not None
-    return [int(sample) for sample in batch.samples]
