@@ -24,14 +24,14 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from megaforge.config.arguments import ArgumentParser, integer, number, part_of
 from megaforge.config.entry import run_entry
-from megaforge.config.launcher import discover_launch, print_rank_0
+from megaforge.config.launcher import print_rank_0
 from megaforge.errors import UserError
-from megaforge.inference.open_model import add_model_flags, open_model
+from megaforge.inference.desk import Desk, ask_at
+from megaforge.inference.open_model import add_model_flags
 from megaforge.inference.text_flags import add_text_flags, check_text_flags, read_input
 from megaforge.registry import MEMORY_SEARCHES
 
 if TYPE_CHECKING:
-    from megaforge.data.tokenizer import Tokenizer
     from megaforge.inference.restore import TrainedModel
     from megaforge.reasoning.agent.asking import Asker, Reading
     from megaforge.reasoning.memory.episodic import EpisodicIndex
@@ -77,15 +77,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return flags
 
 
-class Desk:
-    """Asks on all ranks; rank 0 prints."""
+class AgentDesk(Desk):
+    """Reads as the agent does, and answers."""
 
     def __init__(self, flags: argparse.Namespace, trained: TrainedModel) -> None:
         from megaforge.reasoning.agent.answers import AnswerWorth
         from megaforge.reasoning.agent.asking import Asker, Asking
 
-        self.flags, self.trained = flags, trained
-        self.tokenizer: Tokenizer = trained.load_tokenizer(flags.tokenizer_model)
+        super().__init__(flags, trained)
         self.chunk_tokens = flags.chunk_tokens or trained.config.tasks.task_chunk_tokens
         self.threshold = flags.agent_accept_threshold
         if self.threshold is None:
@@ -126,13 +125,6 @@ class Desk:
         )
         return index
 
-    def ask(self) -> None:
-        """What the flags say."""
-        if self.flags.task:
-            self.ask_task()
-        else:
-            self.ask_input()
-
     def ask_task(self) -> None:
         """Many texts of a task, each by itself."""
         from megaforge.reasoning.agent.asking import Text
@@ -147,7 +139,7 @@ class Desk:
             readings = self.asker.ask_each(texts)
             if flags.json:
                 for number, reading in enumerate(readings):
-                    self._show(json.dumps({"chunks": chunks, "example": number, **self._record(reading)}))
+                    self.show(json.dumps({"chunks": chunks, "example": number, **self._record(reading)}))
             self._summary(chunks, readings)
 
     def _summary(self, chunks: int, readings: list[Reading]) -> None:
@@ -155,9 +147,9 @@ class Desk:
 
         numbers = {"task": self.flags.task, "chunks": chunks, "examples": len(readings), **mean_numbers(readings)}
         if self.flags.json:
-            self._show(json.dumps(numbers))
+            self.show(json.dumps(numbers))
         else:
-            self._show(
+            self.show(
                 f"{self.flags.task}, {chunks} chunks: {numbers['accuracy']:.1%} of {len(readings)} texts answered "
                 f"right, {numbers['actions']:.1f} actions that cost, {numbers['accepted']:.1%} of branches with an "
                 f"advantage of at least {self.threshold:g}, {numbers['memory_bytes']:.0f} bytes of "
@@ -180,13 +172,9 @@ class Desk:
         for place, question in enumerate(flags.question):
             reading = self.asker.ask(Text(place, chunks, tuple(self.tokenizer.encode(question))))
             record = {"question": question, **self._record(reading)}
-            self._show(json.dumps(record) if flags.json else self._shown(record))
+            self.show(json.dumps(record) if flags.json else self._shown(record))
         if flags.memory is not None and self.trained.ctx.is_first_rank:
             save_memory(Path(flags.memory), memory, model)
-
-    def _show(self, text: str) -> None:
-        if self.trained.ctx.is_first_rank:
-            print(text, flush=True)
 
     def _record(self, reading: Reading) -> dict[str, object]:
         branches = [
@@ -219,13 +207,7 @@ class Desk:
 
 
 def main() -> int:
-    flags = parse_arguments()
-    _ = discover_launch()
-    from megaforge.parallel.distributed import shutdown
-
-    Desk(flags, open_model(flags)).ask()
-    shutdown()
-    return 0
+    return ask_at(AgentDesk, parse_arguments())
 
 
 if __name__ == "__main__":

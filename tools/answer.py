@@ -23,8 +23,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from megaforge.config.arguments import ArgumentParser, integer
 from megaforge.config.entry import run_entry
-from megaforge.config.launcher import discover_launch
-from megaforge.inference.open_model import add_model_flags, open_model
+from megaforge.inference.desk import Desk, ask_at
+from megaforge.inference.open_model import add_model_flags
 from megaforge.inference.text_flags import add_text_flags, check_text_flags, read_input
 from megaforge.inference.tool_calls import ToolCalls, ToolSetting, add_tool_flags, check_tool_flags
 
@@ -58,15 +58,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return flags
 
 
-class Desk:
-    """Answers on all ranks; rank 0 prints."""
+class AnswerDesk(Desk):
+    """Answers."""
 
     def __init__(self, flags: argparse.Namespace, trained: TrainedModel) -> None:
         from megaforge.reasoning.rlvr.conversation import Sizes
         from megaforge.reasoning.rlvr.writing import Pen
 
-        self.flags, self.trained = flags, trained
-        self.tokenizer = trained.load_tokenizer(flags.tokenizer_model)
+        super().__init__(flags, trained)
         how = trained.config.rollout
         self.piece = how.rl_chunk_tokens if flags.chunk_tokens is None else flags.chunk_tokens or None
         self.sizes = Sizes.of(how, self.tokenizer)
@@ -79,13 +78,6 @@ class Desk:
         if names := flags.tools or how.rl_tools:
             tools = ToolCalls.of(names, ToolSetting(trained.model, trained.config, self.tokenizer, flags.memory))
         self.pen = Pen(trained.model, self.tokenizer, 0.0, flags.batch_size, tools)
-
-    def ask(self) -> None:
-        """What the flags say."""
-        if self.flags.task:
-            self.ask_task()
-        else:
-            self.ask_input()
 
     def ask_task(self) -> None:
         """New texts of a task: how many answers are right."""
@@ -105,11 +97,11 @@ class Desk:
             if flags.json:
                 for number, (text, memories) in enumerate(found):
                     line = {"chunks": chunks, "example": number, "answer": text, "right": right[number]}
-                    self._show(json.dumps({**line, "memories": memories}))
+                    self.show(json.dumps({**line, "memories": memories}))
             numbers = {"task": flags.task, "chunks": chunks, "examples": len(right)}
             numbers["accuracy"] = sum(right) / len(right)
             said = f"{flags.task}, {chunks} chunks: {numbers['accuracy']:.1%} of {len(right)} texts answered right"
-            self._show(json.dumps(numbers) if flags.json else said)
+            self.show(json.dumps(numbers) if flags.json else said)
 
     def ask_input(self) -> None:
         """A text of the user's."""
@@ -125,7 +117,7 @@ class Desk:
                 asked.append(Asked(tuple(self.tokenizer.encode(question)), in_chunks(tokens, self.piece)))
         for question, (answer, memories) in zip(flags.question, self._answered(asked), strict=True):
             record = {"question": question, "answer": answer, "memories": memories}
-            self._show(json.dumps(record) if flags.json else f"{question}: {answer}")
+            self.show(json.dumps(record) if flags.json else f"{question}: {answer}")
 
     def _answered(self, asked: list[Asked]) -> list[tuple[str, list[str]]]:
         """Of each the answer, and what was in memory behind each chunk."""
@@ -139,19 +131,9 @@ class Desk:
             for one, talk in zip(written, talks, strict=True)
         ]
 
-    def _show(self, text: str) -> None:
-        if self.trained.ctx.is_first_rank:
-            print(text, flush=True)
-
 
 def main() -> int:
-    flags = parse_arguments()
-    _ = discover_launch()
-    from megaforge.parallel.distributed import shutdown
-
-    Desk(flags, open_model(flags)).ask()
-    shutdown()
-    return 0
+    return ask_at(AnswerDesk, parse_arguments())
 
 
 if __name__ == "__main__":

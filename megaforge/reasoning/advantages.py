@@ -30,8 +30,8 @@ def group_advantages(rewards_NG: Tensor, *, scale: bool = True, eps: float = 1e-
 
 
 def over_mean(rewards: Sequence[float]) -> list[float]:
-    """Of each, how far it is above the mean of all; exactly 0 where all are the same, as a threshold of 0 needs."""
-    return [fsum(one - other for other in rewards) / len(rewards) for one in rewards]
+    """Of each, how far it is above the mean of all: 0 where it is the mean exactly, as a threshold of 0 needs."""
+    return [fsum(term for other in rewards for term in (one, -other)) / len(rewards) for one in rewards]
 
 
 def varied(rewards_NG: Tensor) -> Tensor:

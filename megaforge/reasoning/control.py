@@ -3,11 +3,16 @@ and what several steps learn from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch.distributed as dist
+
 from megaforge.config.launcher import print_rank_0
+from megaforge.data.loader import Batch
 from megaforge.errors import UserError
+from megaforge.parallel.agree import reduced
+from megaforge.reasoning.packing import samples_of
 from megaforge.reasoning.policy_losses import adapted
 from megaforge.training.callbacks import Callback, Place
 
@@ -51,6 +56,26 @@ class PolicyControl(Callback):
     def due(self, iteration: int) -> bool:
         """Whether the step behind ``iteration`` begins a round."""
         return not self.kept or iteration >= self.round_ + self.flags.rl_epochs
+
+    def round_for(
+        self, trainer: Trainer, batches: Sequence[Batch], play: Callable[[], tuple[dict[int, Any], list[Batch]]]
+    ) -> tuple[list[list[Any]], list[Batch] | None]:
+        """What each of this step's micro-batches learns from. Collective.
+
+        Args:
+            batches: that were read, whose samples say which.
+            play: begins a round: what is :attr:`kept`, and the micro-batches of this rank's.
+
+        Returns:
+            What was kept of the samples of each micro-batch; and the micro-batches where the round is new.
+        """
+        samples = [samples_of(batch) for batch in batches]
+        first = reduced(trainer.ctx, min(map(min, samples)), dist.ReduceOp.MIN)
+        made: list[Batch] | None = None
+        if self.due(trainer.iteration):
+            self.first, self.round_ = first, trainer.iteration
+            self.kept, made = play()
+        return [[self.kept[sample - first + self.first] for sample in own] for own in samples], made
 
     def on_numbers(self, trainer: Trainer, metrics: StepMetrics) -> None:
         kl, most = metrics.extra.get("kl"), self.flags.rl_kl_collapse

@@ -163,7 +163,7 @@ def tool() -> ModuleType:
 
 def printed(trained: TrainedModel, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
     module = tool()
-    desk = module.Desk(module.parse_arguments(["--load", "run", *arguments]), trained)
+    desk = module.AgentDesk(module.parse_arguments(["--load", "run", *arguments]), trained)
     capsys.readouterr()
     desk.ask()
     return capsys.readouterr().out.splitlines()

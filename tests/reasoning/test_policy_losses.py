@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -37,6 +38,9 @@ def test_rewards_that_are_alike_are_at_their_mean() -> None:
         assert all(over_mean([value] * number) == [0.0] * number for number in range(1, 12)), value
     found = over_mean(numbers := [1.1, 0.93, 1.1, -0.04, 1e-9])
     np.testing.assert_allclose(found, np.array(numbers) - np.mean(numbers), atol=1e-15)
+    for numbers in ([0.1, 0.7, 0.3], [-0.01, 0.99, 0.97, 0.3, 1e-17], [0.5, 0.7, 0.6, 0.6]):  # the sign is the true one
+        mean = sum(map(Fraction, numbers)) / len(numbers)
+        assert [one >= 0 for one in over_mean(numbers)] == [Fraction(one) >= mean for one in numbers]
 
 
 @pytest.mark.parametrize("horizon", [None, 1, 2, 9])

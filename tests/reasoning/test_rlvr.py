@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megaforge.config.rollout_config import RolloutConfig
 from megaforge.errors import UserError
+from megaforge.inference.desk import ask_at
 from megaforge.monitor.names import known
 from megaforge.reasoning.resampling import equal_groups, example_of
 from megaforge.reasoning.rlvr.control import AnswerControl
@@ -246,7 +247,7 @@ def test_a_trained_model_answers(words: Path, tmp_path: Path, capsys: pytest.Cap
     def answered(*flags: str) -> list[dict[str, Any]]:
         parsed = answer.parse_arguments(["--load", str(tmp_path / "r"), "--device", "cpu", "--json", *flags])
         capsys.readouterr()
-        answer.Desk(parsed, answer.open_model(parsed)).ask()
+        assert ask_at(answer.AnswerDesk, parsed) == 0
         return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
 
     one, two = answered("--input", str(text), "--question", "ask k5", "--question", "ask k1")

@@ -270,7 +270,7 @@ def asks_with_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     def looked_up(*more: str) -> tuple[list[int], str]:
         module = tool()
-        desk = module.Desk(module.parse_arguments(["--load", "run", *arguments, *more]), trained)
+        desk = module.AgentDesk(module.parse_arguments(["--load", "run", *arguments, *more]), trained)
         index, sizes = desk.asker.root.memory.index.beneath, []
         while index is not None:
             index = sizes.append(len(index)) or index.beneath

@@ -12,14 +12,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaforge.config.config import Config
 from megaforge.data.loader import Batch
 from megaforge.models.hybrid import ModelOutput
 from megaforge.nn.losses import LossTerm
-from megaforge.parallel.agree import exchange, reduced, together
+from megaforge.parallel.agree import exchange, together
 from megaforge.parallel.context import ParallelContext
 from megaforge.reasoning.agent.algorithms import Algorithm, Played, judge
 from megaforge.reasoning.agent.answers import AnswerWorth
@@ -82,18 +81,9 @@ class AgentObjective(Objective):
         return self._reader
 
     def experience(self, trainer: Trainer, batches: Sequence[Batch]) -> Sequence[Batch]:
-        control = callback_of(trainer.callbacks, AgentControl)
-        reader, samples = self.reader(trainer), [samples_of(batch) for batch in batches]
-        first = reduced(trainer.ctx, min(map(min, samples)), dist.ReduceOp.MIN)
-        made: list[Batch] | None = None
-        if control.due(trainer.iteration):
-            if trainer.iteration == 0 and reader.own is not None:
-                reader.own.keep_reference()
-            reader.share_heads()
-            control.first, control.round_ = first, trainer.iteration
-            control.kept, made = self._played(trainer, reader, batches)
+        control, reader = callback_of(trainer.callbacks, AgentControl), self.reader(trainer)
+        records, made = control.round_for(trainer, batches, partial(self._played, trainer, reader, batches))
         self._coefficient = control.coefficient
-        records = [[control.kept[sample - first + control.first] for sample in own] for own in samples]
         if made is None:
             made = self._batches(trainer, [[one.decisions for one in own] for own in records], batches)
         return [with_worth(batch, own) for batch, own in zip(made, records, strict=True)]
@@ -111,6 +101,9 @@ class AgentObjective(Objective):
     ) -> tuple[dict[int, Record], list[Batch]]:
         """The episodes of a new round, of this rank, or of all where several steps learn from them; and the
         micro-batches of this rank's decisions."""
+        if trainer.iteration == 0 and reader.own is not None:
+            reader.own.keep_reference()
+        reader.share_heads()
         samples, flags = [samples_of(batch) for batch in batches], self._flags
         by_sample, tries = drawn(
             *(trainer.ctx, flags, [k for own in samples for k in own]),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +22,7 @@ from megaforge.errors import UserError
 from megaforge.parallel.agree import exchange, from_first_rank
 from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.flat_shard import Entry as TensorEntry
+from megaforge.reasoning.advantages import over_mean
 from megaforge.reasoning.agent.algorithms import Judged
 from megaforge.reasoning.agent.episode import Episode
 from megaforge.reasoning.memory.archive import append, go_back
@@ -140,13 +140,16 @@ def _empty(config: Config) -> EpisodicIndex:
 
 
 def _accepted(judged: Mapping[int, Judged], size: int, threshold: float) -> set[int]:
-    """Numbers of the episodes that are accepted: by their reward, less the mean of their group of ``size``; exactly, so
-    that alike ones are all 0."""
-    groups: dict[int, list[Fraction]] = {}
-    for sample, one in judged.items():
-        groups.setdefault(sample // size, []).append(Fraction(one.reward))
-    means = {group: sum(rewards) / len(rewards) for group, rewards in groups.items()}
-    return {sample for sample, one in judged.items() if Fraction(one.reward) - means[sample // size] >= threshold}
+    """Numbers of the episodes that are accepted: by their reward, less the mean of their group of ``size``."""
+    groups: dict[int, list[int]] = {}
+    for sample in judged:
+        groups.setdefault(sample // size, []).append(sample)
+    above = {
+        sample: value
+        for group in groups.values()
+        for sample, value in zip(group, over_mean([judged[sample].reward for sample in group]), strict=True)
+    }
+    return {sample for sample, value in above.items() if value >= threshold}
 
 
 def _fill(index: EpisodicIndex, state: Mapping[str, Any]) -> None:

@@ -14,7 +14,6 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaforge.config.config import Config
@@ -24,7 +23,7 @@ from megaforge.inference.live import LiveModel
 from megaforge.inference.tool_calls import Tool, ToolCalls
 from megaforge.models.hybrid import ModelOutput
 from megaforge.nn.losses import LossTerm
-from megaforge.parallel.agree import exchange, reduced, tell_stages, together
+from megaforge.parallel.agree import exchange, tell_stages, together
 from megaforge.parallel.context import ParallelContext
 from megaforge.reasoning.advantages import group_advantages, loss_weights, varied
 from megaforge.reasoning.packing import of_whole, samples_of
@@ -98,14 +97,8 @@ class Writing(Objective):
 
     def experience(self, trainer: Trainer, batches: Sequence[Batch]) -> Sequence[Batch]:
         control = callback_of(trainer.callbacks, AnswerControl)
-        samples = [samples_of(batch) for batch in batches]
-        first = reduced(trainer.ctx, min(map(min, samples)), dist.ReduceOp.MIN)
-        made: list[Batch] | None = None
-        if control.due(trainer.iteration):
-            control.first, control.round_ = first, trainer.iteration
-            control.kept, made = self._answered(trainer, batches)
+        answers, made = control.round_for(trainer, batches, partial(self._answered, trainer, batches))
         self._coefficient = control.coefficient
-        answers = [[control.kept[sample - first + control.first] for sample in own] for own in samples]
         if made is None:
             turns = [[turn for one in own for turn in one.turns] for own in answers]
             made = as_batches(turns, batches, self._length, trainer.ctx)
