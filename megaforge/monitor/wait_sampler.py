@@ -6,6 +6,7 @@ import linecache
 import os
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 import torch.distributed as dist
@@ -15,7 +16,8 @@ _DISTRIBUTED = os.path.dirname(dist.__file__) + os.sep
 
 
 class WaitSampler:
-    """Looks 50 times a second at what the thread that made it does; costs that thread nothing between looks.
+    """Looks at what the thread that made it does, 50 times a second unless told otherwise; costs that thread nothing
+    between looks.
 
     Attributes:
         on: whether looks count at present.
@@ -23,11 +25,12 @@ class WaitSampler:
         waits: of these, those that found it in a collective or waiting for one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rest: Callable[[threading.Event], bool] = lambda closed: closed.wait(1 / _HERTZ)) -> None:
+        """``rest``: waits for the next look, in the thread that looks; true once the event is set and none follows."""
         self.on = False
         self.looks = self.waits = 0
         self._watched = threading.get_ident()
-        self._closed = threading.Event()
+        self._rest, self._closed = rest, threading.Event()
         self._thread = threading.Thread(target=self._sample, name="wait-sampler", daemon=True)
         self._thread.start()
 
@@ -43,7 +46,7 @@ class WaitSampler:
         self._thread.join()
 
     def _sample(self) -> None:
-        while not self._closed.wait(1 / _HERTZ):
+        while not self._rest(self._closed):
             if self.on:
                 frame = sys._current_frames().get(self._watched)
                 self.looks += 1

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import socket
 import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from megaforge.config.config import Config
@@ -49,6 +48,10 @@ class Stragglers(Callback):
     On a CPU a rank waits while it is in a collective or waits for one, by a sample of its time. On a GPU it waits, by
     the device's clock, from the end of its own micro-batches to the end of the gradients' reduction: what it waits for
     within (tp, cp, ep, pp) counts as work, so that a whole replica looks slow where one of its ranks is.
+
+    Attributes:
+        slow: the ranks that are, by how many times the median.
+        new_sampler: makes what looks at the thread that trains.
     """
 
     place = Place.BEFORE
@@ -56,6 +59,7 @@ class Stragglers(Callback):
     def __init__(self, factor: float, interval: int) -> None:
         self.factor, self.interval = factor, interval
         self.slow: dict[int, float] = {}
+        self.new_sampler: Callable[[], WaitSampler] = WaitSampler
         self._sampler: WaitSampler | None = None
         self._clock: Clock | None = None
         self._marks: list[tuple[float | torch.cuda.Event, float | torch.cuda.Event]] = []
@@ -71,13 +75,13 @@ class Stragglers(Callback):
         if trainer.ctx.world.size == 1:
             return
         if trainer.ctx.device.type == "cpu":
-            self._sampler = WaitSampler()
+            self._sampler = self.new_sampler()
         else:
             self._clock = Clock(trainer.ctx.device)
 
     def on_step_start(self, trainer: Trainer) -> None:
         if self._sampler is not None:
-            self._sampler.on, self._since = True, time.perf_counter()
+            self._sampler.on, self._since = True, trainer.now()
 
     def on_backward(self, trainer: Trainer) -> None:
         if self._clock is not None:
@@ -90,7 +94,7 @@ class Stragglers(Callback):
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
         if self._sampler is not None:
             self._sampler.on = False
-            self._within += time.perf_counter() - self._since
+            self._within += trainer.now() - self._since
         if trainer.ctx.world.size == 1:
             return
         self._steps, self._seconds = self._steps + 1, self._seconds + metrics.seconds

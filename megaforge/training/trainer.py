@@ -93,6 +93,7 @@ class Trainer:
         taken: micro-batches of the newest step on this rank.
         audit: where it is put on record (``--audit-trail``), on the first rank, or None.
         tell_phase: is told what the run does from now on; each call is a sign that it goes on.
+        now: the host's clock that steps are timed by, in seconds.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class Trainer:
         self.taken = 0
         self.audit: AuditTrail | None = None
         self.tell_phase: Callable[[str], None] = lambda phase: None
+        self.now: Callable[[], float] = time.perf_counter
         self._by_background: Path | None = None
         self._requests = Requests()
 
@@ -440,9 +442,9 @@ class Trainer:
         On a GPU the host runs ahead by the optimizer's update: a step's time is that from one reading of the batch's
         numbers to the next.
         """
-        started = time.perf_counter()
+        started = self.now()
         metrics = self.train_step(next(batches))
-        return metrics.after(time.perf_counter() - started)
+        return metrics.after(self.now() - started)
 
     def _emit(self, event: str, *args: Any) -> None:
         for callback in self.callbacks:

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megaforge.monitor.events import read_events
+from megaforge.monitor.wait_sampler import WaitSampler
 from megaforge.training.callbacks import Callback
 from megaforge.training.stragglers import Load, Stragglers
 from megaforge.training.trainer import Trainer
+from tests.monitor.looks import Looks
 from tests.parallel.pool import RankPool
 from tests.parallel.test_pipeline_model import trainer_of
 from tests.training.tiny import arguments, write_dataset
@@ -54,23 +55,33 @@ def test_a_rank_is_told_of_once_and_once_again(capsys: pytest.CaptureFixture[str
 
 
 class Slow(Callback):
-    """Has one rank sleep in every step, a while after the batch came."""
+    """Gives time to a step, by the trainer's clock: each takes 80 ms. The second rank works as long, the first for
+    20 ms, and waits for the rest."""
+
+    def __init__(self) -> None:
+        self.seconds, self.looks = 0.0, Looks()
 
     def on_step_start(self, trainer: Trainer) -> None:
-        time.sleep(0.08 if trainer.ctx.world.rank == 1 else 0.0)
+        self.seconds += 0.08
+        works = 4 if trainer.ctx.world.rank == 1 else 1
+        self.looks.at_work(works)
+        self.looks.waiting(4 - works)
 
 
 def run(argv: list[str]) -> dict[int, float]:
-    trainer = trainer_of(argv)
-    trainer.add(Slow())
-    trainer.train()
+    trainer, slow = trainer_of(argv), Slow()
     (callback,) = (one for one in trainer.callbacks if isinstance(one, Stragglers))
+    trainer.add(slow)
+    trainer.now, callback.new_sampler = lambda: slow.seconds, lambda: WaitSampler(slow.looks.rest)
+    trainer.train()
     return callback.slow
 
 
-def test_a_rank_that_sleeps_is_slow(ranks: RankPool, tmp_path: Path) -> None:
-    steps = ("--train-iters", "18", "--log-interval", "18", "--save", str(tmp_path / "run"))
+def test_a_rank_that_works_longer_is_slow(ranks: RankPool, tmp_path: Path) -> None:
+    steps = ("--train-iters", "18", "--log-interval", "6", "--save", str(tmp_path / "run"))
     argv = arguments(write_dataset(tmp_path / "train_text_document"), *steps)
-    assert [list(slow) for slow in ranks.run(2, run, argv)] == [[1], [1]]
+    assert ranks.run(2, run, argv) == [{1: pytest.approx(4.0)}, {1: pytest.approx(4.0)}]
     (event,) = (one for one in read_events(tmp_path / "run" / "events.jsonl").events if one["kind"] == "straggler")
-    assert event["rank"] == 1 and event["work"] > 0.08 > event["median"] and event["iteration"] == 18
+    named = {name: event[name] for name in ("rank", "iteration", "slow", "factor", "work", "median", "wait")}
+    where = {"rank": 1, "iteration": 18, "slow": True}  # six steps have 24 looks, which are too few, as 48 are
+    assert named == where | {"factor": 4.0, "work": 0.08, "median": 0.02, "wait": 0.0}
