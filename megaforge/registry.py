@@ -363,6 +363,13 @@ PLASTIC_RULES = Registry(
     "rule of fast weights",
     {name: f"megaforge.reasoning.rules:{name}" for name in ("hebb", "oja", "delta")},
 )
+PLANNED_ROUNDS = Registry(  # what a plan counts of an objective whose model makes what it learns from
+    "objective that makes rounds",  # (megaforge.planning.rounds.Rounds | None) of a configuration
+    {
+        "agent": "megaforge.planning.playing:playing_of",
+        "rlvr": "megaforge.planning.writing:writing_of",
+    },
+)
 MEMORY_SEARCHES = Registry(  # megaforge.reasoning.memory.searches.Search
     "search of the episodic index",
     {

@@ -18,7 +18,7 @@ from megaforge.parallel.context import ParallelContext
 
 LARGEST_SEED = 2**63 - 1
 PREFILL_CHUNK = 2048
-_ROOM = 1024  # places that caches have for new tokens from the beginning, at most
+ROOM = 1024  # places that caches have for new tokens from the beginning, at most
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Continuations:
             for seen, prompt in zip(self._seen, prompts, strict=True):
                 seen[list(prompt)] = True
         longest = max(map(len, prompts), default=0)
-        self._read_prompts(prompts, max(1, prefill_chunk), longest + min(max_new_tokens, _ROOM))
+        self._read_prompts(prompts, max(1, prefill_chunk), longest + min(max_new_tokens, ROOM))
 
     def _read_prompts(self, prompts: Sequence[Sequence[int]], chunk: int, expected: int) -> None:
         distinct = list(dict.fromkeys(map(tuple, prompts)))  # several samples of one prompt read it once

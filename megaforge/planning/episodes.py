@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megaforge.config.config import Config
 from megaforge.data.task_source import task_of
 from megaforge.reasoning.packing import rounded
+from megaforge.reasoning.texts_beside import most_texts
 from megaforge.tasks.chunked import make_chunked
 
 
@@ -22,8 +23,8 @@ class Episodes:
         strides: summaries of a chunk.
         memory_dim: size of a summary.
         group: episodes of one example.
-        epochs: steps that learn from the same episodes.
-        has_reference: whether there are adapters, without which the reference takes a pass of its own.
+        tries: how often a group is played, at most (``--rl-resample``).
+        group_texts: texts that are learnt beside each group (``--rl-ce-weight``).
     """
 
     chunks: int
@@ -34,12 +35,17 @@ class Episodes:
     strides: int
     memory_dim: int
     group: int
-    epochs: int
-    has_reference: bool
+    tries: int = 1
+    group_texts: int = 0
 
     def rows(self, episodes: int, length: int) -> int:
-        """Of ``length`` tokens, that the contexts of so many episodes fill at most: what a step learns from."""
-        return rounded(self._rows(episodes * self.decisions, self.longest, length))
+        """Of ``length`` tokens, that the contexts of so many episodes fill at most, and those of the texts beside them:
+        what a step learns from."""
+        return rounded(self._rows(episodes * self.decisions, self.longest, length)) + self.texts(episodes)
+
+    def texts(self, episodes: int) -> int:
+        """Beside so many episodes, at most."""
+        return most_texts(episodes, self.group, self.group_texts)
 
     def looked_at(self, episodes: int, length: int, *, most: bool) -> int:
         """Rows that are looked at at once, at least and at most, before anything is decided."""
@@ -83,6 +89,6 @@ def episodes_of(config: Config) -> Episodes | None:
         strides=-(-chunk // config.model.memory_stride),
         memory_dim=config.model.memory_dim,
         group=flags.rl_group_size,
-        epochs=flags.rl_epochs,
-        has_reference=config.model.peft is not None,
+        tries=1 + flags.rl_resample,
+        group_texts=flags.rl_ce_samples if flags.rl_ce_weight else 0,
     )

@@ -18,7 +18,7 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.layer_context import compute_dtype
 from megaforge.parallel.pipeline.actions import Schedule
 from megaforge.parallel.pipeline.schedules import build_schedule
-from megaforge.planning.episodes import Episodes, episodes_of
+from megaforge.planning.rounds import Rounds, rounds_of
 from megaforge.quant.converter import weight_scheme
 
 LIBRARIES = 2e9  # CUDA context, cuBLAS workspaces, NCCL's channels: assumed, it differs by driver and number of groups
@@ -44,7 +44,7 @@ class PlannedLayout:
         teacher: the model of ``--distill-from``, which stands beside the trained one; None without, or where its
             checkpoint is not here.
         libraries: bytes assumed for the device's libraries.
-        episodes: that ``--objective agent`` plays; None without.
+        rounds: what the model makes for itself before it learns from it; None: nothing.
         code_bits: bits of a quantized weight that ZeRO gathers as a code (``--zero-quantized-gather``); 0: as it is.
     """
 
@@ -74,7 +74,7 @@ class PlannedLayout:
     optimizer: OptimizerConfig = OptimizerConfig()
     code_bits: int = 0
     teacher: ModelConfig | None = None
-    episodes: Episodes | None = None
+    rounds: Rounds | None = None
     libraries: float = LIBRARIES
 
     @property
@@ -94,9 +94,9 @@ class PlannedLayout:
 
     @property
     def rows(self) -> int:
-        """Sequences of a micro-batch: its samples, or at most those that the contexts of its episodes fill."""
+        """Sequences of a micro-batch: its samples, or at most those that what was made of them fills."""
         samples = self.micro_batch_size
-        return samples if self.episodes is None else self.episodes.rows(samples, self.sequence_length)
+        return samples if self.rounds is None else self.rounds.rows(samples, self.sequence_length)
 
     @property
     def tokens(self) -> int:
@@ -187,7 +187,7 @@ def layout_of(config: Config, world_size: int) -> PlannedLayout:
         optimizer=config.optimizer,
         code_bits=gathered_bits(config),
         teacher=teacher_model(config)[0],
-        episodes=episodes_of(config),
+        rounds=rounds_of(config),
         libraries=CPU_LIBRARIES if config.training.device == "cpu" else LIBRARIES,
     )
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from megaforge.parallel.pipeline.actions import ActionKind, Schedule
 from megaforge.planning.costs import stage_cost
 from megaforge.planning.layout import PlannedLayout
-from megaforge.planning.playing import heads_bytes, play_bytes
 from megaforge.planning.stages import ModelParts, StagePart
 from megaforge.planning.state_bytes import StateBytes, stage_plan, state_bytes
 from megaforge.planning.teacher import teacher_bytes, teacher_pass
@@ -27,8 +26,8 @@ class RankMemory:
         buffers: temporaries of one backward pass, recomputed activations, communication buckets, libraries; of a
             teacher's forward pass where they are more.
         teacher: weights of the model of ``--distill-from``.
-        playing: of ``--objective agent``, before the step's first micro-batch: instead of activations and buffers.
-        seen: what playing keeps in host memory; not in :attr:`total`.
+        making: of a round, before the step's first micro-batch: instead of activations and buffers.
+        made: what is kept of a round in host memory, by what it is; not in :attr:`total`.
     """
 
     rank: int
@@ -39,12 +38,12 @@ class RankMemory:
     buffers: float
     host: float = 0.0
     teacher: int = 0
-    playing: float = 0.0
-    seen: float = 0.0
+    making: float = 0.0
+    made: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
-        return self.state.total + self.teacher + max(self.activations + self.buffers, self.playing)
+        return self.state.total + self.teacher + max(self.activations + self.buffers, self.making)
 
 
 def peak_activations(
@@ -98,9 +97,12 @@ def rank_memory(
     # Under --zero 2 gradients that have arrived but are not yet sharded: two buckets.
     arrived = 2.0 * stage_plan(parts, own, layout).largest_bucket if layout.zero > 1 else 0.0
     working = max(teacher_pass(layout), *(cost.working for cost in costs if cost is not None))
-    working += heads_bytes(parts, layout) if own[-1].last else 0.0
+    rounds = layout.rounds
+    working += rounds.step_bytes(parts, layout) if rounds is not None and own[-1].last else 0.0
     resident = layout.libraries if libraries is None else libraries
     buffers, state = working + arrived + resident, rank_state(parts, layout, stages, rank)
-    playing, seen = play_bytes(parts, layout)
-    more = (teacher_bytes(layout), playing + resident if playing else 0.0, seen)
-    return RankMemory(rank, own, state, in_flight, activations, buffers, host, *more)
+    memory = RankMemory(rank, own, state, in_flight, activations, buffers, host, teacher_bytes(layout))
+    if rounds is None:
+        return memory
+    making, made = rounds.device_bytes(parts, layout, own) + resident, rounds.host_bytes(parts, layout)
+    return replace(memory, making=making, made=made)

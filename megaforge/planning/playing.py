@@ -7,76 +7,106 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megaforge.config.config import Config
 from megaforge.planning.costs import part_cost
+from megaforge.planning.episodes import Episodes, episodes_of
 from megaforge.planning.gpus import Efficiency, Gpu
 from megaforge.planning.layout import PlannedLayout
+from megaforge.planning.round_time import forward_seconds
+from megaforge.planning.rounds import Rounds
 from megaforge.planning.stages import ModelParts, StagePart
-from megaforge.planning.time import StageTime, stage_times
+from megaforge.planning.time import stage_times
+from megaforge.reasoning.memory.episodic import most_bytes
 
 
 @dataclass(frozen=True)
-class PlayTime:
-    """Seconds of a round.
+class Playing(Rounds):
+    """Rounds of episodes.
 
     Attributes:
-        least, most: of playing: no window ever grows, or each as often as it can.
-        scored: of a pass over the decisions, for their old probabilities.
-        reference: of one more, without adapters; 0 where there are none.
+        kept_chunks: that the run's own memory holds at most (``--agent-memory run``); 0: it has none.
+        chunk: tokens of one.
     """
 
-    least: float
-    most: float
-    scored: float
-    reference: float
+    doing, without = "playing", "the reference in the same pass"
+    episodes: Episodes
+    epochs: int
+    has_reference: bool
+    kept_chunks: int = 0
+    chunk: int = 0
+
+    def rows(self, samples: int, length: int) -> int:
+        return self.episodes.rows(samples, length)
+
+    def step_bytes(self, parts: ModelParts, layout: PlannedLayout) -> float:
+        """Whole hidden vectors, those that the summariser takes means of, and their gradient."""
+        return 3.0 * layout.tokens * parts.cfg.hidden_size * layout.wide_size
+
+    def device_bytes(self, parts: ModelParts, layout: PlannedLayout, own: Sequence[StagePart]) -> float:
+        """As the last stage's rank needs it."""
+        width = parts.cfg.hidden_size
+        plain = dataclasses.replace(layout.unsplit, rounds=None, recompute="none", offload=False, compress=False)
+        costs = [
+            part_cost(parts, plain, index, place)
+            for index in parts.alike(range(len(parts.blocks)))
+            for place in range(len(parts.blocks[index].held))
+        ]
+        # A layer at its neediest, no more than when it is trained; behind the last one whole hidden vectors, and
+        # weighted.
+        hidden = 2 * plain.tokens * width * layout.wide_size
+        return 2 * self._seen(parts, layout) + max(hidden, *(cost.kept + cost.working for cost in costs))
+
+    def _vectors(self, layout: PlannedLayout) -> int:
+        return self.episodes.vectors(layout.global_batch_size // layout.dp, layout.sequence_length)
+
+    def _seen(self, parts: ModelParts, layout: PlannedLayout) -> float:
+        return self._vectors(layout) * (parts.cfg.hidden_size + 1) * layout.wide_size
+
+    def host_bytes(self, parts: ModelParts, layout: PlannedLayout) -> dict[str, float]:
+        dim = self.episodes.memory_dim
+        each = self._seen(parts, layout) + self._vectors(layout) * dim * layout.wide_size
+        found = {"what was seen": (self.episodes.changes + 1) * each}
+        if self.kept_chunks:
+            found["the run's memory"] = float(most_bytes(dim, self.kept_chunks, self.chunk))
+        return found
+
+    def seconds(
+        self, parts: ModelParts, layout: PlannedLayout, stages: Sequence[StagePart], gpu: Gpu, efficiency: Efficiency
+    ) -> tuple[float, float]:
+        """No window ever grows, or each as often as it can, and all is drawn again as often as it may be."""
+        own, length = layout.global_batch_size // layout.dp, layout.sequence_length
+        seen = dataclasses.replace(layout, rounds=None)  # rows of at most a micro-batch
+        times = stage_times(parts, seen, stages, gpu, efficiency)
+        rows = [self.episodes.looked_at(own, length, most=most) for most in (False, True)]
+        least, most = (forward_seconds(layout, times, -(-count // layout.micro_batch_size)) for count in rows)
+        return least, self._looks * most
+
+    @property
+    def _looks(self) -> int:
+        return self.episodes.tries * (self.episodes.changes + 1)
+
+    def described(self, layout: PlannedLayout) -> str:
+        episodes = self.episodes
+        texts = f", {more} of them texts beside them" if (more := episodes.texts(layout.micro_batch_size)) else ""
+        return (
+            f"episodes of {episodes.chunks} chunks: at most {episodes.decisions} decisions, each of a context of "
+            f"{episodes.shortest} to {episodes.longest} tokens (a word of the task is one); a micro-batch of "
+            f"{layout.micro_batch_size} is {layout.rows} rows of {layout.sequence_length} at most{texts}"
+        )
+
+    def between(self) -> str:
+        return f"1 to {self._looks} looks at all that is to be read"
 
 
-def play_time(
-    parts: ModelParts,
-    layout: PlannedLayout,
-    stages: Sequence[StagePart],
-    gpu: Gpu,
-    efficiency: Efficiency | None = None,
-) -> PlayTime | None:
-    """That of a round of episodes; None: none are played."""
-    if (episodes := layout.episodes) is None:
+def playing_of(config: Config) -> Playing | None:
+    """The rounds of ``--objective agent``; None: the run plays none.
+
+    Raises:
+        UserError: the task has no example of this size.
+    """
+    if (episodes := episodes_of(config)) is None:
         return None
-    efficiency = efficiency or Efficiency()
-    own, length = layout.global_batch_size // layout.dp, layout.sequence_length
-    looks = [episodes.looked_at(own, length, most=most) for most in (False, True)]
-    seen = dataclasses.replace(layout, episodes=None)  # rows of at most a micro-batch
-    times = stage_times(parts, seen, stages, gpu, efficiency)
-    least, most = (_forward(layout, times, -(-rows // layout.micro_batch_size)) for rows in looks)
-    scored = _forward(layout, stage_times(parts, layout, stages, gpu, efficiency), layout.micro_batches)
-    return PlayTime(least, (episodes.changes + 1) * most, scored, scored if episodes.has_reference else 0.0)
-
-
-def _forward(layout: PlannedLayout, times: Sequence[StageTime], micro_batches: int) -> float:
-    """Seconds of a pass over so many micro-batches: the slowest rank's, and what it waits for the others."""
-    ranks = [sum(times[stage].forward for stage in layout.schedule.stages_of(rank)) for rank in range(layout.pp)]
-    return micro_batches * max(ranks) + sum(ranks) - max(ranks)
-
-
-def heads_bytes(parts: ModelParts, layout: PlannedLayout) -> float:
-    """Bytes that the losses of an agent's heads need of a micro-batch, where the last stage is: whole hidden vectors,
-    those that the summariser takes means of, and their gradient."""
-    return 0.0 if layout.episodes is None else 3.0 * layout.tokens * parts.cfg.hidden_size * layout.wide_size
-
-
-def play_bytes(parts: ModelParts, layout: PlannedLayout) -> tuple[float, float]:
-    """(bytes that playing needs on the device of a last stage's rank, where no activations are then; bytes of what was
-    seen, in host memory), at most; zero where nothing is played."""
-    if (episodes := layout.episodes) is None:
-        return 0.0, 0.0
-    length, width = layout.sequence_length, parts.cfg.hidden_size
-    vectors = episodes.vectors(layout.global_batch_size // layout.dp, length)
-    seen = vectors * (width + 1) * layout.wide_size
-    plain = dataclasses.replace(layout.unsplit, episodes=None, recompute="none", offload=False, compress=False)
-    costs = [
-        part_cost(parts, plain, index, place)
-        for index in parts.alike(range(len(parts.blocks)))
-        for place in range(len(parts.blocks[index].held))
-    ]
-    # A layer at its neediest, no more than when it is trained; behind the last one whole hidden vectors, and weighted.
-    hidden = 2 * plain.tokens * width * layout.wide_size
-    device = 2 * seen + max(hidden, *(cost.kept + cost.working for cost in costs))
-    return device, (episodes.changes + 1) * (seen + vectors * episodes.memory_dim * layout.wide_size)
+    flags = config.run_memory
+    kept = flags.agent_memory_capacity if flags.kept else 0
+    reference = config.model.peft is not None
+    return Playing(episodes, config.rl.rl_epochs, reference, kept, config.tasks.task_chunk_tokens)

@@ -8,7 +8,7 @@ from megaforge.planning.communication import TRAFFIC_AXES, step_traffic
 from megaforge.planning.gpus import Efficiency, Gpu, verdict
 from megaforge.planning.layout import LIBRARIES, PlannedLayout
 from megaforge.planning.memory import RankMemory, rank_memory
-from megaforge.planning.playing import PlayTime, play_time
+from megaforge.planning.round_time import RoundTime, round_time
 from megaforge.planning.search import Found
 from megaforge.planning.stages import ModelParts, cut_stages
 from megaforge.planning.table import table
@@ -68,34 +68,33 @@ def plan_text(parts: ModelParts, layout: PlannedLayout, gpu: Gpu, name: str) -> 
         table(sent_rows) if axes else "",
         "",
         time_text(time),
-        *_playing(layout, memories, play_time(parts, layout, stages, gpu), time),
+        *_rounds(layout, memories, round_time(parts, layout, stages, gpu), time),
         "",
         assumptions(gpu),
     ]
     return "\n".join(lines)
 
 
-def _playing(
-    layout: PlannedLayout, memories: Sequence[RankMemory], played: PlayTime | None, time: StepTime
+def _rounds(
+    layout: PlannedLayout, memories: Sequence[RankMemory], taken: RoundTime | None, time: StepTime
 ) -> list[str]:
-    episodes = layout.episodes
-    if episodes is None or played is None:
+    rounds = layout.rounds
+    if rounds is None or taken is None:
         return []
-    fullest = max(memories, key=lambda memory: memory.playing)
-    each = f"every {episodes.epochs} steps" if episodes.epochs > 1 else "each step"
-    beside = [(played.scored + played.reference + one) / episodes.epochs for one in (played.least, played.most)]
+    fullest = max(memories, key=lambda memory: memory.making)
+    each = f"every {rounds.epochs} steps" if rounds.epochs > 1 else "each step"
+    beside = [(taken.scored + taken.reference + one) / rounds.epochs for one in (taken.least, taken.most)]
     low, high = (time.total + one for one in beside)
+    kept = ", ".join(f"{gigabytes(size)} GB of {what}" for what, size in fullest.made.items())
     return [
         "",
-        f"episodes of {episodes.chunks} chunks: at most {episodes.decisions} decisions, each of a context of "
-        f"{episodes.shortest} to {episodes.longest} tokens (a word of the task is one); a micro-batch of "
-        f"{layout.micro_batch_size} is {layout.rows} rows of {layout.sequence_length} at most",
-        f"playing: {gigabytes(fullest.playing)} GB a rank at most, libraries included, while there are no activations; "
-        f"{gigabytes(fullest.seen)} GB of what was seen in host memory",
-        f"before {each}: playing {played.least:.2f} to {played.most:.2f} s (1 to {episodes.changes + 1} looks at all "
-        f"that is to be read), old probabilities {played.scored:.2f} s, "
-        + (f"reference {played.reference:.2f} s" if episodes.has_reference else "the reference in the same pass"),
-        f"predicted step with its playing {low:.2f} to {high:.2f} s",
+        rounds.described(layout),
+        f"{rounds.doing}: {gigabytes(fullest.making)} GB a rank at most, libraries included, while there are no "
+        f"activations; {kept} in host memory",
+        f"before {each}: {rounds.doing} {taken.least:.2f} to {taken.most:.2f} s ({rounds.between()}), "
+        f"old probabilities {taken.scored:.2f} s, "
+        + (f"reference {taken.reference:.2f} s" if rounds.has_reference else rounds.without),
+        f"predicted step with its {rounds.doing} {low:.2f} to {high:.2f} s",
     ]
 
 

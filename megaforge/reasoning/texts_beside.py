@@ -48,7 +48,7 @@ class TextsBeside:
         played: all that the batches have in ``extras`` is zero there."""
         if self._source is None:
             return list(batches)
-        rows = self._rows(len(samples[0]))
+        rows = most_texts(len(samples[0]), self._group, self._each)
         return [self._with(batch, own, rows) for batch, own in zip(batches, samples, strict=True)]
 
     def counts(self, batch: Batch) -> dict[str, float]:
@@ -58,12 +58,6 @@ class TextsBeside:
     def terms(self, output: ModelOutput) -> dict[str, LossTerm]:
         """``cross_entropy``, a mean over the labels of texts, where there are any."""
         return {"cross_entropy": LossTerm(output.loss_sum, "labels", self._weight)} if self._weight else {}
-
-    def _rows(self, size: int) -> int:
-        """The most texts that a micro-batch of ``size`` samples has, whichever of a global batch it is."""
-        number = self._config.training.full_batch_size or size
-        firsts = range(0, number, size)
-        return max(sum(k % self._group < self._each for k in range(first, first + size)) for first in firsts)
 
     def _with(self, batch: Batch, samples: Sequence[int], rows: int) -> Batch:
         source, length = self._source, batch.tokens.shape[1]
@@ -84,3 +78,13 @@ class TextsBeside:
         there = torch.ones_like(batch.document_start) if batch.used is None else batch.used
         extras = {name: torch.cat([x, x.new_zeros(rows, *x.shape[1:])]) for name, x in batch.extras.items()}
         return replace(batch, **joined, used=torch.cat([there, torch.from_numpy(used)]), extras=extras)
+
+
+def most_texts(samples: int, group: int, each: int) -> int:
+    """That so many samples behind each other have, wherever they begin: a group's texts are its first samples'.
+
+    Args:
+        group: samples of one.
+        each: texts of one.
+    """
+    return samples // group * each + min(samples % group, each)

@@ -36,7 +36,6 @@ from megaforge.planning.gpus import GPUS, ROOM, verdict
 from megaforge.planning.layout import LIBRARIES, PlannedLayout
 from megaforge.planning.memory import peak_activations
 from megaforge.planning.plan_command import planned_layout
-from megaforge.planning.playing import heads_bytes, play_bytes
 from megaforge.planning.report import gigabytes
 from megaforge.planning.stage_run import run_stage
 from megaforge.planning.stages import ModelParts, StagePart, cut_stages, model_parts, stage_parameters
@@ -62,9 +61,9 @@ class DryRank:
         activations: most bytes alive between forward and backward passes, as measured.
         planned_activations: what the planner says.
         temporaries: most bytes that a backward pass needs besides; of a teacher's forward pass, by the plan, where it
-            needs more; with what an agent's heads need, by the plan.
+            needs more; with what the losses of rounds need, by the plan.
         teacher: bytes of the weights of ``--distill-from``'s model.
-        playing: bytes that playing episodes needs by the plan, instead of activations and temporaries.
+        making: bytes that making a round needs by the plan, instead of activations and temporaries.
     """
 
     rank: int
@@ -76,12 +75,12 @@ class DryRank:
     planned_activations: float
     temporaries: float
     teacher: int = 0
-    playing: float = 0.0
+    making: float = 0.0
 
     @property
     def total(self) -> float:
         """Bytes at the worst moment, those of libraries assumed."""
-        step = max(self.activations + self.temporaries, self.playing)
+        step = max(self.activations + self.temporaries, self.making)
         return self.state.total + step + self.teacher + LIBRARIES
 
 
@@ -289,7 +288,7 @@ def _try_rank(
             reducer.set_last_microbatch(True, number)
             measured.append(run_stage(chunk, layout, payload, known=buffers))
         reducer.finish_grad_sync()
-    own = [stages[stage] for stage in layout.schedule.stages_of(ctx.pp.rank)]
+    own, rounds = [stages[stage] for stage in layout.schedule.stages_of(ctx.pp.rank)], layout.rounds
     return DryRank(
         rank,
         alike,
@@ -299,9 +298,9 @@ def _try_rank(
         _peak(layout, alike, [(one.kept, max(0, one.between - one.kept)) for one in measured]),
         _peak(layout, alike, [(cost.kept, cost.waiting) for cost in (stage_cost(parts, layout, one) for one in own)]),
         max(teacher_pass(layout), *(float(one.peak - max(one.kept, one.between)) for one in measured))
-        + (heads_bytes(parts, layout) if own[-1].last else 0.0),
+        + (rounds.step_bytes(parts, layout) if rounds is not None and own[-1].last else 0.0),
         taught,
-        play_bytes(parts, layout)[0],
+        0.0 if rounds is None else rounds.device_bytes(parts, layout, own),
     )
 
 
@@ -379,7 +378,14 @@ def report(config: Config, layout: PlannedLayout, ranks: Sequence[DryRank]) -> s
             "",
             table(rows),
             *([f"the teacher's weights, in GB: {gigabytes(ranks[0].teacher)} a rank"] * bool(layout.teacher)),
-            *([f"playing episodes, by the plan: {gigabytes(ranks[0].playing)} GB a rank"] * bool(layout.episodes)),
+            *_making(layout, ranks),
             f"GB: at the worst moment, {LIBRARIES / 1e9:g} GB assumed for CUDA, cuBLAS and NCCL",
         ]
     )
+
+
+def _making(layout: PlannedLayout, ranks: Sequence[DryRank]) -> list[str]:
+    if layout.rounds is None:
+        return []
+    most = max(rank.making for rank in ranks)
+    return [f"{layout.rounds.doing} before a step, by the plan: {gigabytes(most)} GB a rank at most"]

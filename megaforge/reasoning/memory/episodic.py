@@ -18,6 +18,7 @@ from megaforge.reasoning.memory.token_lists import joined, split
 from megaforge.registry import MEMORY_SEARCHES
 
 PAGE = 1024  # keys of a page, at most: what a branch copies when it writes to one that others see too
+_NUMBERS = 16  # bytes of what is known of an entry: how often it was found, and when it was written
 _UNIT = 2.0**-24  # how far a number is rounded in fp32, at most, as a share of it
 
 
@@ -51,6 +52,11 @@ class Entry(NamedTuple):
     key: Tensor
     tokens: tuple[int, ...]
     uses: int
+
+
+def most_bytes(dim: int, capacity: int, tokens: int) -> int:
+    """:attr:`EpisodicIndex.nbytes` of a full index of chunks of so many tokens."""
+    return capacity * (4 * dim + _NUMBERS + 8 * tokens)
 
 
 class _Found(NamedTuple):
