@@ -138,7 +138,7 @@ def test_one_at_a_time_and_the_end_waits(tmp_path, monkeypatch, caplog):
     with pytest.raises(ValueError, match="no save was started"):
         background.wait()
     background.finish()
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (may_go_on.wait(60), fsync(descriptor)))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (may_go_on.wait(300), fsync(descriptor)))
     background.start(take_snapshot(1, [TensorEntry("x", None, torch.ones(4))], {}, CTX), tmp_path)
     assert background.writing
     with pytest.raises(ValueError, match="one save at a time"):

@@ -40,7 +40,7 @@ def test_the_second_is_refused_until_the_first_ends_or_is_killed(tmp_path, other
     with pytest.raises(UserError, match=f"another run saves there .process {other.pid} on .*since 20"):
         take_lock(tmp_path, patience=0.2)
     other.send_signal(signal.SIGKILL)
-    lock = take_lock(tmp_path)  # waits for it to be gone
+    lock = take_lock(tmp_path, patience=300)  # waits for it to be gone
     assert (tmp_path / LOCK_FILE).exists()
     lock.release()
     lock.release()
@@ -50,7 +50,7 @@ def test_the_second_is_refused_until_the_first_ends_or_is_killed(tmp_path, other
 def test_one_that_is_given_back_is_taken_by_who_waits(tmp_path, other):
     other.stdin.write("\n")
     other.stdin.flush()
-    take_lock(tmp_path).release()
+    take_lock(tmp_path, patience=300).release()
 
 
 def test_what_a_killed_run_left_is_no_lock(tmp_path):

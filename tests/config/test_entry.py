@@ -12,6 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from megaforge.config.entry import run_entry
 from megaforge.errors import UserError
+from tests.end_to_end.launch import LIMIT
 
 VARIABLES = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_RANK", "PMI_SIZE")
 VARIABLES += ("SLURM_STEP_ID", "TORCHELASTIC_ERROR_FILE")
@@ -44,7 +45,7 @@ def test_status_of_a_lone_process(returned: int | None, status: int) -> None:
 def test_a_rank_of_many_leaves_without_destructors_when_all_is_done(size: int, said: str) -> None:
     """Those of a process group have aborted runs that had finished."""
     process = start("import atexit; atexit.register(print, 'late'); print('done')", 0, size)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=LIMIT)
     assert (process.returncode, out, err) == (0, said, "")
 
 
@@ -60,7 +61,7 @@ def test_mpirun_hears_of_a_rank_that_is_done(size: int, returned: int, said: str
     return {returned}
     """
     process = start(body, 0, size)
-    assert process.communicate(timeout=60) == (said, "") and process.returncode == returned
+    assert process.communicate(timeout=LIMIT) == (said, "") and process.returncode == returned
 
 
 def mistaken() -> None:
@@ -83,7 +84,7 @@ def test_a_crash_shows_its_traceback(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_every_rank_of_many_leaves_with_status_2() -> None:
     ranks = [start('print("said before"); raise UserError("no such file: x")', rank, 2) for rank in range(2)]
-    outputs = [rank.communicate(timeout=60) for rank in ranks]
+    outputs = [rank.communicate(timeout=LIMIT) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert [output for output, _ in outputs] == ["said before\n"] * 2
     assert [errors for _, errors in outputs] == ["error: no such file: x\n", "error (rank 1): no such file: x\n"]
@@ -96,7 +97,7 @@ def test_a_crashed_rank_of_many_does_not_wait_for_its_threads() -> None:
     raise ValueError("broken")
     """
     process = start(body, 1, 2)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == 1
     lines = errors.splitlines()
     assert lines[-1] == "[rank 1] ValueError: broken"
@@ -106,14 +107,19 @@ def test_a_crashed_rank_of_many_does_not_wait_for_its_threads() -> None:
 def test_torchruns_summary_has_a_common_mistake_once(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "from megaforge.config.entry import run_entry\nfrom megaforge.errors import UserError\n"
-        "import os, time\n"
-        'def main():\n    time.sleep(0.2 * (os.environ["RANK"] == "0"))\n    raise UserError("a common mistake")\n'
-        "run_entry(main)\n"
+        "from megaforge.config import entry\nfrom megaforge.errors import UserError\n"
+        "import os, pathlib, sys, time\n"
+        "entry._SECONDS_FOR_RANK_0 = 600\n"  # until the launcher ends it, however busy that is
+        "there = pathlib.Path(sys.argv[1])\n"
+        'def main():\n    if os.environ["RANK"] == "1":\n        there.touch()\n'
+        "    while not there.exists():\n        time.sleep(0.01)\n"
+        '    raise UserError("a common mistake")\n'
+        "entry.run_entry(main)\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(script), str(tmp_path / "there")]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode != 0
     assert done.stderr.count("a common mistake") == 1
     summary = done.stderr[done.stderr.index("Root Cause") :]
@@ -182,7 +188,7 @@ def test_a_reader_that_leaves_is_no_fault(body: str) -> None:
     process = subprocess.Popen([sys.executable, "-c", script], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     os.close(reader)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=LIMIT)
     assert (process.returncode, errors) == (141, "")
 
 

@@ -137,12 +137,12 @@ from megaforge.config.launcher import end_with_torchrun
 signal.signal(signal.SIGTERM, lambda number, frame: (os.write(1, b"asked to end\\n"), os._exit(0)))
 end_with_torchrun()
 print("ready", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 LAUNCHER = """
 import subprocess, sys, time
 subprocess.Popen([sys.executable, "-c", sys.argv[1]], start_new_session=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 

@@ -103,7 +103,7 @@ def browser_page(width: int = 1280, height: int = 900) -> Iterator[Watched]:
         browser = playwright.chromium.launch(executable_path=path, **_options())
         try:
             page = browser.new_context(viewport={"width": width, "height": height}).new_page()
-            page.set_default_timeout(60_000)
+            page.set_default_timeout(300_000)
             yield Watched(page)
         finally:
             browser.close()

@@ -55,7 +55,7 @@ class Served:
 
     def get(self, path: str, headers: dict[str, str] | None = None, method: str = "GET") -> tuple[int, bytes, Any]:
         """(status, body, headers) of an address."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         try:
             connection.request(method, path, headers=HEADER if headers is None else headers)
             answer = connection.getresponse()
@@ -71,7 +71,8 @@ class Served:
 
     def socket(self, query: str = "", headers: dict[str, str] | None = None) -> ClientConnection:
         given = HEADER if headers is None else headers
-        return connect(f"ws://127.0.0.1:{self.port}/ws?{query}", additional_headers=given, proxy=None)
+        address, patience = f"ws://127.0.0.1:{self.port}/ws?{query}", {"open_timeout": 300, "ping_timeout": None}
+        return connect(address, additional_headers=given, proxy=None, **patience)
 
 
 @contextlib.contextmanager
@@ -83,7 +84,7 @@ def served(
     listener = listen("127.0.0.1", 0)
     more: Callable[[Feed], Any] = options.pop("more", lambda _: ())
     app = make_app(feed, TOKEN, more=more(feed), **options)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, ws_ping_timeout=300))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -95,7 +96,7 @@ def served(
         listener.close()
 
 
-def until(condition: Callable[[], Any], seconds: float = 60.0, pause: float = 0.01) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 300.0, pause: float = 0.01) -> Any:
     """What ``condition`` gives once that is true; asked for again after ``pause``."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):

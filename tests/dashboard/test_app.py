@@ -84,7 +84,7 @@ def test_only_pages_of_ours_may_ask(board: Served, origin: str, status: int) -> 
     assert board.get("/api/state", headers)[0] == status
     if status == 200:
         with board.socket(headers=headers) as socket:
-            assert json.loads(socket.recv(timeout=30))["full"]
+            assert json.loads(socket.recv(timeout=300))["full"]
     else:
         with pytest.raises(InvalidStatus) as refused:
             board.socket(headers=headers)
@@ -166,7 +166,7 @@ def test_fifty_pages_miss_nothing(tmp_path: Path) -> None:
             stepped(run, step, step)
         ended.set()
         for one in pages:
-            one.join(timeout=120)
+            one.join(timeout=600)
         assert not any(one.is_alive() for one in pages) and problems == []
         assert all(60 in found for found in seen)
 
@@ -174,14 +174,14 @@ def test_fifty_pages_miss_nothing(tmp_path: Path) -> None:
 def test_a_run_deleted_while_it_is_watched(tmp_path: Path) -> None:
     run = a_run(tmp_path / "r")
     with served(tmp_path) as board, board.socket() as socket:
-        first = json.loads(socket.recv(timeout=30))
+        first = json.loads(socket.recv(timeout=300))
         assert [row["name"] for row in first["runs"]] == ["r"]
         with (run / "events.jsonl").open("a") as file:
             file.write('{"time": 2.0, "kind": "progr')  # a line that is being written
         stepped(run, 5, 5)
-        assert [row["iteration"] for row in json.loads(socket.recv(timeout=30))["runs"]] == [5]
+        assert [row["iteration"] for row in json.loads(socket.recv(timeout=300))["runs"]] == [5]
         shutil.rmtree(run)
-        while not (message := json.loads(socket.recv(timeout=30)))["removed"]:
+        while not (message := json.loads(socket.recv(timeout=300)))["removed"]:
             pass
         assert message["removed"] == ["r"]
         assert "there is none" in board.json("/api/run?run=r", 404)["error"]

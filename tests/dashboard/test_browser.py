@@ -29,7 +29,7 @@ INKED = """canvas => canvas.getContext("2d").getImageData(0, 0, canvas.width, ca
 
 def until(condition: Callable[[], Any]) -> Any:
     """Asks the browser ten times a second: more would keep it from its work."""
-    return until_soon(condition, seconds=120.0, pause=0.1)
+    return until_soon(condition, pause=0.1)
 
 
 def iteration_of(page: Any, name: str) -> int:
@@ -91,7 +91,7 @@ def _end_the_fleet(board: Served, control: Control, told: Path) -> None:
     until_soon(lambda: not told.exists() or "three" in board.feed.fleets())
     if board.feed.fleets().get("three", {}).get("alive"):
         control.stop("three")
-        until_soon(lambda: not board.feed.fleets()["three"]["alive"], seconds=120.0)
+        until_soon(lambda: not board.feed.fleets()["three"]["alive"])
 
 
 def _the_form_starts_a_fleet(page: Any) -> None:

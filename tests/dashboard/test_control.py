@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megaforge.dashboard import control as control_module
 from megaforge.dashboard.app import control_routes
 from megaforge.dashboard.control import Control
 from megaforge.dashboard.feed import Feed
@@ -100,7 +101,8 @@ def test_files_that_are_not_fleets(tmp_path: Path) -> None:
         Control([a_fleet(tmp_path / "g.yaml", FLAGS)], tmp_path, feed)
 
 
-def test_a_fleet_that_cannot_start_says_why(tmp_path: Path) -> None:
+def test_a_fleet_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_module, "_SECONDS_TO_START", 300.0)
     control = control_of(tmp_path, FLAGS + "models: [{name: a, flags: {lr: nan}}]\n")
     with pytest.raises(UserError, match=r"fleet three ended with status 2: error: .*--lr nan"):
         control.start("three", "series", 1)
@@ -136,7 +138,7 @@ def test_only_what_runs_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def post(board: Served, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", board.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", board.port, timeout=300)
     try:
         connection.request("POST", path, body, headers)
         answer = connection.getresponse()

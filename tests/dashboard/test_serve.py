@@ -36,12 +36,12 @@ def test_it_prints_its_address_and_ends_by_a_signal(tmp_path: Path) -> None:
         assert process.stdout is not None
         found = re.search(r"http://127\.0\.0\.1:(\d+)/\?token=([\w-]{32})$", process.stdout.readline().strip())
         assert found is not None
-        connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=300)
         connection.request("GET", "/api/state", headers={"Authorization": f"Bearer {found[2]}"})
         assert b'"name":"r"' in connection.getresponse().read()
         connection.close()
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
         assert (process.returncode, err) == (130, "")
     finally:
         process.kill()

@@ -59,7 +59,7 @@ def run_tool(
         [*prefix, *command(tool, *arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         cwd="/",
         env={**os.environ, **environment},
     )

@@ -34,8 +34,10 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], l
     done = threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.5):
+        while True:
             seen.append(creator.get_training_progress())
+            if done.wait(0.5):
+                return
 
     watcher = threading.Thread(target=watch)
     watcher.start()

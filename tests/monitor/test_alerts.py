@@ -251,7 +251,7 @@ def test_a_webhook_gets_json_and_is_tried_again_while_it_is_busy() -> None:
     hook = Hook(503, 429)
     webhook = Webhook(hook.address)
     webhook.tell(ALERT)
-    webhook.close(10.0)
+    webhook.close(300.0)
     hook.close()
     [body] = hook.bodies
     assert body == json.loads(as_json(ALERT))
@@ -263,11 +263,11 @@ def test_what_a_webhook_refuses_is_said_without_its_address(caplog: pytest.LogCa
     hook = Hook(404)
     webhook = Webhook(hook.address)
     webhook.tell(ALERT)
-    webhook.close(10.0)
+    webhook.close(300.0)
     hook.close()
     nobody = Webhook(hook.address)
     nobody.tell(ALERT)
-    nobody.close(10.0)
+    nobody.close(300.0)
     assert hook.bodies == []
     refused, gone = caplog.messages
     assert "127.0.0.1 answers 404" in refused and "after 4 attempts" in gone and "refused" in gone
@@ -280,7 +280,7 @@ def test_a_receiver_that_is_too_slow_holds_nobody_up(
     monkeypatch.setattr(alert_channels, "WAITING", 2)
     held = threading.Event()
     webhook = Webhook("http://127.0.0.1:1/")
-    monkeypatch.setattr(webhook, "deliver", lambda alert: held.wait(10.0))
+    monkeypatch.setattr(webhook, "deliver", lambda alert: held.wait(300.0))
     for _ in range(5):
         webhook.tell(ALERT)
     webhook.close(0.05)
@@ -297,12 +297,12 @@ def test_a_command_gets_the_alert(
     code += f"; open({str(out)!r}, 'w').write(''.join(said))"
     command = Command([sys.executable, "-c", code])
     command.tell(ALERT)
-    command.close(20.0)
+    command.close(300.0)
     line, rest = out.read_text().split("\n")
     assert json.loads(line)["alert"] == "nan" and rest == "firingFalse"
     failing = Command(["sh", "-c", "echo no such pager >&2; exit 3"])
     failing.tell(ALERT)
-    failing.close(20.0)
+    failing.close(300.0)
     assert "ends with status 3: no such pager" in caplog.text
 
 
@@ -312,7 +312,7 @@ def test_a_command_that_does_not_end_is_ended_with_its_children(
     monkeypatch.setattr(alert_channels, "COMMAND_SECONDS", 0.3)
     command = Command(["sh", "-c", f"sleep 60 & echo $! >{tmp_path}/pid; wait"])
     command.tell(ALERT)
-    command.close(10.0)
+    command.close(300.0)
     assert "sh was ended after 0 seconds" in caplog.text
     state = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z", "its child has ended too"

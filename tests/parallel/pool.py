@@ -37,7 +37,7 @@ def _as_rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, wor
 
     store = dist.FileStore(store_path, world_size)
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=60)
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=240)
     )
     try:
         # A function that ends at once must not close its connections while another rank is still making them.
@@ -72,7 +72,7 @@ class RankPool:
         """``function(*args)`` in each of ``world_size`` ranks; the results by rank.
 
         Raises:
-            AssertionError: a rank raised, ended, or gave no answer for five minutes; all tracebacks are in the message.
+            AssertionError: a rank raised, ended, or gave no answer for ten minutes; all tracebacks are in the message.
                 The pool is started anew afterwards.
         """
         self._grow(world_size)
@@ -81,7 +81,7 @@ class RankPool:
                 inbox.put((function, args, world_size, os.path.join(folder, "store")))
             results: dict[int, Any] = {}
             failures: dict[int, str] = {}
-            deadline = time.monotonic() + 300
+            deadline = time.monotonic() + 600
             while len(results) + len(failures) < world_size:
                 try:
                     index, fine, value = self._outbox.get(timeout=1)

@@ -135,7 +135,7 @@ def test_ranks_meet_under_mpirun() -> None:
     if mpirun is None:
         pytest.skip("needs an mpirun on PATH")
     done = subprocess.run(
-        [mpirun, "-n", "2", sys.executable, "-c", MPI_PROGRAM], capture_output=True, text=True, timeout=120
+        [mpirun, "-n", "2", sys.executable, "-c", MPI_PROGRAM], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("sum 3.0") == 2

@@ -10,7 +10,7 @@ from torch.distributed import HashStore
 
 from megaforge.parallel.rendezvous import agree_on_start
 
-SOON = timedelta(seconds=20)
+SOON = timedelta(minutes=5)
 
 
 def start(store: HashStore, world_size: int) -> set[str]:

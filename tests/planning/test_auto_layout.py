@@ -28,7 +28,7 @@ def test_ranks_agree_on_what_rank_0_decides() -> None:
 
     def start(memories: list[float]) -> list[object]:
         store = HashStore()
-        store.set_timeout(timedelta(seconds=30))
+        store.set_timeout(timedelta(minutes=5))
 
         def rank(number: int) -> object:
             try:

@@ -25,7 +25,7 @@ def bash(tmp_path: Path, line: str, **variables: str) -> subprocess.CompletedPro
     assert program is not None
     env = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7", **variables}
     line = f"set -euo pipefail; source {AGAIN}; {line}"
-    return subprocess.run([program, "-c", line], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=60)
+    return subprocess.run([program, "-c", line], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300)
 
 
 def test_the_directory_of_a_run_is_found(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def bash(program: str, *arguments: str, path: str = "/usr/bin:/bin") -> subprocess.CompletedProcess[str]:
     source = f'source "{ROOT}/run_scripts/environment.sh"\n{program}'
     return subprocess.run(
-        ["bash", "-c", source, "bash", *arguments], capture_output=True, text=True, env={"PATH": path}, timeout=60
+        ["bash", "-c", source, "bash", *arguments], capture_output=True, text=True, env={"PATH": path}, timeout=300
     )
 
 

@@ -108,7 +108,7 @@ def test_without_a_gpu_there_is_one_line_and_a_status(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         env={"PATH": path},
-        timeout=60,
+        timeout=300,
     )
     if torch.cuda.is_available():
         pytest.skip("this machine has one")

@@ -35,7 +35,7 @@ def submit(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     assert bash is not None
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     line = [bash, str(FOLDER / "cdrmix.sh"), *arguments]
-    return subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
+    return subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
 
 
 def test_every_job_of_the_table_is_submitted_as_it_stands(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def run_job(tmp_path: Path, status: int, **variables: str) -> tuple[int, list[st
     }
     env = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path), "STATUS": str(status), "TZ": "UTC"}
     line = [bash, str(SCRIPT), "--save", "run dir", "--tp", "2"]
-    done = subprocess.run(line, capture_output=True, text=True, env=env | job | variables, timeout=60)
+    done = subprocess.run(line, capture_output=True, text=True, env=env | job | variables, timeout=300)
     words = tmp_path / "srun.words"
     return done.returncode, words.read_text().splitlines() if words.exists() else [], done.stdout + done.stderr
 

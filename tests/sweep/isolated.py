@@ -41,7 +41,7 @@ def import_once() -> None:
 
 
 def run_forked(
-    script: str, arguments: tuple[str, ...], folder: Path, *, closed_stdout: bool = False, seconds: float = 60.0
+    script: str, arguments: tuple[str, ...], folder: Path, *, closed_stdout: bool = False, seconds: float = 300.0
 ) -> Ending:
     """Runs ``script`` with ``folder`` as its working directory; nothing it does reaches this process.
 

@@ -38,7 +38,7 @@ def build_world(folder: Path) -> Path:
     world = folder / "world"
     world.mkdir()
     (world / "loop").symlink_to("loop")
-    make_world(world, lambda script, arguments, where: run_forked(script, arguments, where, seconds=300).status)
+    make_world(world, lambda script, arguments, where: run_forked(script, arguments, where).status)
     return world
 
 

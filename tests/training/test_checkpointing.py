@@ -170,7 +170,7 @@ def test_saving_in_the_background_saves_the_same(prefix: str, tmp_path: Path, mo
     plain = run_tiny([*line, "--save", str(tmp_path / "plain")])
     trainer = make_trainer([*line, "--save", str(tmp_path / "background"), "--async-save"])
     trainer.add(watch := _Watch(hold))
-    monkeypatch.setattr(storage, "write_safetensors", lambda *given, **how: (hold.wait(60), write(*given, **how))[1])
+    monkeypatch.setattr(storage, "write_safetensors", lambda *given, **how: (hold.wait(300), write(*given, **how))[1])
     trainer.train()
     names = [f"step_{step:07d}" for step in (2, 4, 6)]
     assert [(saved, name) for _, saved, name in watch.heard] == [*zip((2, 4, 6), names, strict=True)]
