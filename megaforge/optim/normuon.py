@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -42,7 +43,7 @@ class NorMuon(Muon):
 
     def adjusted(self, stack: Stack, update: Tensor) -> Tensor:
         kind, beta = stack.kind, self.config.normuon_beta2
-        square = update.double().square().sum(-1)
+        square = torch.linalg.vector_norm(update, dim=-1, dtype=torch.float64).square()
         self._sum(square, stack, kind.split == 1)
         mean = square / kind.columns
         factor, start = mean.clone(), 0

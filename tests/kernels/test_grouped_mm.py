@@ -64,6 +64,67 @@ def test_the_loop_gives_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(ours, theirs, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
 
 
+MANY = {
+    "like": (170, 169, 171, 170),
+    "the last is short": (300, 250, 97, 33),
+    "the last is empty": (400, 280, 0, 0),
+    "one has all": (0, 0, 0, 680),
+    "the first are empty": (0, 1, 0, 679),
+    "one behind": (340, 0, 339, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("counts", MANY.values(), ids=MANY.keys())
+def test_rows_of_others_that_are_multiplied_too_change_nothing(
+    dtype: torch.dtype, counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where oneDNN compiles shapes; even where those rows are not numbers."""
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(sum(counts), 24, generator=generator).to(dtype)
+    weight = torch.randn(4, 16, 24, generator=generator).to(dtype)
+    assert grouped_mm.compiles_shapes(x) and not takes_grouped_mm(x, weight)
+    got = run(x, weight, counts)
+    for ours, theirs in zip(got, _by_expert(x.double(), weight.double(), counts), strict=True):
+        scale = float(theirs.abs().max())
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=TOLERANCES[dtype] * max(scale, 1.0))
+    broken = max(range(4), key=counts.__getitem__)
+    rows = list(make_runs(counts, x.device).parts())
+    x[rows[broken]] = torch.nan
+    out, rows_gradient, weight_gradient = run(x, weight, counts)
+    for expert in range(4):
+        if expert != broken:
+            assert torch.equal(out[rows[expert]], got[0][rows[expert]])
+            assert torch.equal(weight_gradient[expert], got[2][expert])
+    assert torch.equal(rows_gradient, got[1])
+
+
+def _by_expert(x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> list[Tensor]:
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    out = grouped_linear_reference(x, weight, counts)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return [out.detach(), *torch.autograd.grad(out, (x, weight), grad)]
+
+
+def test_products_of_many_steps_have_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN compiles each of them once, and keeps 1,024."""
+    met, mm = set[tuple[int, ...]](), torch.mm
+
+    def noted(a: Tensor, b: Tensor, **into: Tensor) -> Tensor:
+        met.add((*a.shape, b.shape[1]))
+        return mm(a, b, **into)
+
+    monkeypatch.setattr(torch, "mm", noted)
+    x, weight = torch.zeros(512, 8, dtype=torch.bfloat16), torch.zeros(2, 16, 8, dtype=torch.bfloat16)
+    for first in range(130, 383):
+        run(x, weight, (first, 512 - first))
+    assert len(met) <= 3 * 3 * 16, "three products, whose numbers of rows lie in less than two octaves"
+    for rows in range(1, 5000):
+        assert rows <= grouped_mm._padded(rows) < rows * 17 / 16
+    assert grouped_mm._padded(0) == 0
+
+
 def test_the_rule() -> None:
     weight = torch.empty(8, 16, 32)
     assert takes_grouped_mm(torch.empty(8 * FEW_ROWS, 32), weight)
