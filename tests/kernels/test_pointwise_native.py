@@ -30,6 +30,12 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], int]] =
     "swiglu": (pointwise.swiglu, reference.swiglu_reference, 0),
     "gated_squared_relu": (pointwise.gated_squared_relu, reference.gated_squared_relu_reference, 0),
 }
+# The activation, what --activation's kernel of weighted rows is told, its definition.
+WEIGHTED: dict[str, tuple[bool, bool, Callable[[Tensor], Tensor]]] = {
+    "relu2": (True, False, reference.squared_relu_reference),
+    "swiglu": (False, True, reference.swiglu_reference),
+    "gated_relu2": (True, True, reference.gated_squared_relu_reference),
+}
 
 
 @pytest.fixture(params=["avx512", "avx2", "scalar"])
@@ -105,6 +111,32 @@ def test_a_row_is_its_own_affair(isa: str, name: str) -> None:
     assert none[0].shape[0] == 0 and all(not x.any() for x in none[2:])
 
 
+@pytest.mark.parametrize("dtype", MOST)
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_rows_with_a_weight_each(isa: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    squared, gated, definition = WEIGHTED[name]
+    generator = torch.Generator().manual_seed(5)
+    for rows, width, scale in ((9, 134, 1.0), (1, 2, 1.0), (700, 38, 1.0), (5, 70, 1e3), (5, 70, 1e-3), (0, 6, 1.0)):
+        x = (scale * torch.randn(rows, width, generator=generator)).to(dtype)
+        weights = torch.rand(rows, generator=generator)
+        weights[1:3] = 0  # dropped
+        ours = lambda x, weights: pointwise.weighted_activation(x, weights, squared=squared, gated=gated)  # noqa: E731
+        found = results(ours, [x, weights])
+        wanted = results(lambda x, weights: definition(x) * weights[:, None], [x.double(), weights.double()])
+        for got, want in zip(found, wanted, strict=True):
+            assert float((got.double() - want).norm()) <= MOST[dtype] * float(want.norm())
+        assert [one.dtype for one in found] == [dtype, dtype, torch.float32]
+    narrow = results(ours, [x, weights.to(dtype)])
+    assert narrow[2].dtype == dtype
+    odd = torch.randn(4, 64, generator=generator).to(dtype)
+    odd[2, 7] = float("nan")
+    assert ours(odd, torch.ones(4)).isnan().any(1).tolist() == [False, False, True, False]
+    calls: list[Tensor] = []
+    monkeypatch.setattr(native, "_WEIGHTED", lambda x, *others: calls.append(x) or x[:, : x.shape[1] // (1 + gated)])
+    ours(odd, torch.ones(4))
+    assert len(calls) == 1
+
+
 def test_gates_far_out(isa: str) -> None:
     far = torch.tensor([[-1e4, -100.0, -88.5, -87.0, 0.0, 88.0, 1e4, float("inf"), float("nan")]])
     out = pointwise.swiglu(torch.cat([far, torch.ones_like(far)], dim=1))
@@ -123,6 +155,9 @@ def test_operators_have_shapes_without_values() -> None:
         (ops.squared_relu, (x,)),
         (ops.squared_relu_backward, (x, x)),
         (ops.gated, (x, native.SILU)),
+        (ops.weighted, (x[:, 0], weight[:3], native.SQUARED_RELU, False)),
+        (ops.weighted, (x[:, 0], weight[:3], native.SILU, True)),
+        (ops.weighted_backward, (x[:, 0], x[:, 0], weight[:3], native.SQUARED_RELU, False)),
         (ops.gated_backward, (x[..., :3], x, native.SQUARED_RELU)),
     ):
         torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))

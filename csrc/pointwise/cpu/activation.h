@@ -72,4 +72,57 @@ void gated_backward(const Gated<T>& a, Int begin, Int end) {
   else gated_backward_rows<T, Gate::squared_relu>(a, begin, end);
 }
 
+template <class T, Gate kGate, bool kGated>
+MF_INLINE inline void weighted_rows(const Weighted<T>& a, Int begin, Int end) {
+  for (Int row = begin; row < end; ++row) {
+    const T* x = a.x + row * (kGated ? 2 : 1) * a.width;
+    T* out = a.out + row * a.width;
+    const float weight = a.weights[row];
+    across(a.width, [&](Int i, auto part) MF_INLINE {
+      Vec value, slope;
+      open<T, kGate>(load(x + i, part), value, slope);
+      if constexpr (kGated) value *= load(x + a.width + i, part);
+      store(out + i, value * weight, part);
+    });
+  }
+}
+
+template <class T, Gate kGate, bool kGated>
+MF_INLINE inline void weighted_backward_rows(const Weighted<T>& a, Int begin, Int end) {
+  for (Int row = begin; row < end; ++row) {
+    const T* x = a.x + row * (kGated ? 2 : 1) * a.width;
+    const T* grad = a.grad + row * a.width;
+    T* out = a.out + row * (kGated ? 2 : 1) * a.width;
+    const float weight = a.weights[row];
+    a.dweights[row] = total(a.width, [&](Int i, auto part) MF_INLINE {
+      Vec value, slope;
+      const Vec g = load(grad + i, part), own = g * weight;
+      open<T, kGate>(load(x + i, part), value, slope);
+      if constexpr (!kGated) {
+        store(out + i, own * slope, part);
+        return g * value;
+      } else {
+        const Vec up = load(x + a.width + i, part);
+        store(out + i, own * up * slope, part);
+        store(out + a.width + i, own * value, part);
+        return g * value * up;
+      }
+    });
+  }
+}
+
+template <class T>
+void weighted(const Weighted<T>& a, Int begin, Int end) {
+  if (!a.gated) weighted_rows<T, Gate::squared_relu, false>(a, begin, end);
+  else if (a.gate == Gate::silu) weighted_rows<T, Gate::silu, true>(a, begin, end);
+  else weighted_rows<T, Gate::squared_relu, true>(a, begin, end);
+}
+
+template <class T>
+void weighted_backward(const Weighted<T>& a, Int begin, Int end) {
+  if (!a.gated) weighted_backward_rows<T, Gate::squared_relu, false>(a, begin, end);
+  else if (a.gate == Gate::silu) weighted_backward_rows<T, Gate::silu, true>(a, begin, end);
+  else weighted_backward_rows<T, Gate::squared_relu, true>(a, begin, end);
+}
+
 }  // namespace megaforge::pointwise::MF_ISA

@@ -138,6 +138,48 @@ Tensor gated_forward(const Tensor& x, int64_t gate) { return run_gated("gated", 
 
 Tensor gated_gradient(const Tensor& grad, const Tensor& x, int64_t gate) { return run_gated("gated_backward", x, grad, gate); }
 
+// What a weighted activation of x has: rows, the width of its result, and whether it is one that there is.
+Weighted<char> weighted_shape(const char* name, const Tensor& x, int64_t gate, bool gated) {
+  const int64_t whole = width_of(name, x);
+  TORCH_CHECK(x.dim() == 2 && (gate == 1 || (gate == 0 && gated)) && !(gated && whole % 2), "megaforge::", name,
+              ": x ", x.sizes(), ", gate ", gate, gated ? ", gated" : "");
+  return {x.size(0), gated ? whole / 2 : whole, static_cast<Gate>(gate), gated, nullptr, nullptr, nullptr, nullptr, nullptr};
+}
+
+Tensor weighted_forward(const Tensor& x_any, const Tensor& weights_any, int64_t gate, bool is_gated) {
+  const auto shape = weighted_shape("weighted", x_any, gate, is_gated);
+  const Tensor x = x_any.contiguous(), weights = vector("weighted", weights_any, shape.rows);
+  const Tensor out = at::empty({shape.rows, shape.width}, x.options());
+  for_type("weighted", x, [&](auto type, const auto& kernels) {
+    using T = decltype(type);
+    weighted(kernels,
+             Weighted<T>{shape.rows, shape.width, shape.gate, is_gated, read<T>(x), read<float>(weights), nullptr,
+                         write<T>(out), nullptr},
+             at::get_num_threads());
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> weighted_gradients(const Tensor& grad_any, const Tensor& x_any, const Tensor& weights_any,
+                                              int64_t gate, bool is_gated) {
+  const auto shape = weighted_shape("weighted_backward", x_any, gate, is_gated);
+  TORCH_CHECK(grad_any.dim() == 2 && grad_any.size(0) == shape.rows && grad_any.size(1) == shape.width &&
+                  grad_any.scalar_type() == x_any.scalar_type(),
+              "megaforge::weighted_backward: a gradient ", grad_any.scalar_type(), " ", grad_any.sizes(), " for ",
+              x_any.scalar_type(), " ", x_any.sizes());
+  const Tensor x = x_any.contiguous(), grad = grad_any.contiguous();
+  const Tensor weights = vector("weighted_backward", weights_any, shape.rows);
+  const Tensor dx = at::empty(x.sizes(), x.options()), dweights = at::empty_like(weights);
+  for_type("weighted_backward", x, [&](auto type, const auto& kernels) {
+    using T = decltype(type);
+    weighted(kernels,
+             Weighted<T>{shape.rows, shape.width, shape.gate, is_gated, read<T>(x), read<float>(weights), read<T>(grad),
+                         write<T>(dx), write<float>(dweights)},
+             at::get_num_threads());
+  });
+  return {dx, dweights};
+}
+
 Labels labels_of(const char* name, const Tensor& logits, const Tensor& target, int64_t columns) {
   TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous() && target.is_contiguous() && target.scalar_type() == at::kLong &&
                   target.dim() == 1 && target.size(0) == logits.size(0) && columns >= 0 && columns <= logits.size(1),
@@ -176,6 +218,8 @@ TORCH_LIBRARY_IMPL(megaforge, CPU, library) {
   library.impl("squared_relu_backward", &relu2_backward);
   library.impl("gated", &gated_forward);
   library.impl("gated_backward", &gated_gradient);
+  library.impl("weighted", &weighted_forward);
+  library.impl("weighted_backward", &weighted_gradients);
   library.impl("label_scores", &scores);
   library.impl("label_gradients_", &gradients);
 }

@@ -51,6 +51,19 @@ struct Gated {
   T* out;
 };
 
+// out [rows, width] = gate(x) weight of the row, gated times the other half of x [rows, 2 width]; and its gradients.
+template <class T>
+struct Weighted {
+  std::int64_t rows, width;
+  Gate gate;
+  bool gated;
+  const T* x;
+  const float* weights;  // [rows]
+  const T* grad;         // null in the forward pass
+  T* out;                // like x in the backward pass
+  float* dweights;       // [rows], null in the forward pass
+};
+
 // Rows of logits of which the first `columns` take part; a target that is not among them is held elsewhere.
 struct Labels {
   std::int64_t rows, width, columns;
@@ -66,6 +79,8 @@ struct Kernels {
   void (*squared_relu_backward)(std::int64_t count, const T* grad, const T* x, T* out);
   void (*gated)(const Gated<T>&, std::int64_t begin, std::int64_t end);
   void (*gated_backward)(const Gated<T>&, std::int64_t begin, std::int64_t end);
+  void (*weighted)(const Weighted<T>&, std::int64_t begin, std::int64_t end);
+  void (*weighted_backward)(const Weighted<T>&, std::int64_t begin, std::int64_t end);
   // peak, total [rows]: of each row the largest logit and the sum of exp(logit - peak); picked: the target's logit, or 0.
   void (*label_scores)(const Labels&, const T* logits, std::int64_t begin, std::int64_t end, float* peak, float* total,
                        float* picked);
@@ -97,6 +112,8 @@ template <class T>
 void squared_relu_backward(const Kernels<T>& kernels, std::int64_t count, const T* grad, const T* x, T* out, int threads);
 template <class T>
 void gated(const Kernels<T>& kernels, const Gated<T>& args, int threads);
+template <class T>
+void weighted(const Kernels<T>& kernels, const Weighted<T>& args, int threads);
 template <class T>
 void label_scores(const Kernels<T>& kernels, const Labels& args, const T* logits, float* peak, float* total,
                   float* picked, int threads);

@@ -92,6 +92,13 @@ void gated(const Kernels<T>& kernels, const Gated<T>& args, int threads) {
 }
 
 template <class T>
+void weighted(const Kernels<T>& kernels, const Weighted<T>& args, int threads) {
+  spread(args.rows, 2 * args.width, threads, [&](std::int64_t begin, std::int64_t end) {
+    (args.grad == nullptr ? kernels.weighted : kernels.weighted_backward)(args, begin, end);
+  });
+}
+
+template <class T>
 void label_scores(const Kernels<T>& kernels, const Labels& args, const T* logits, float* peak, float* total, float* picked,
                   int threads) {
   spread(args.rows, args.width, threads, [&](std::int64_t begin, std::int64_t end) {
@@ -113,6 +120,7 @@ void label_gradients(const Kernels<T>& kernels, const Labels& args, T* logits, c
   template void squared_relu(const Kernels<T>&, std::int64_t, const T*, T*, int);                                    \
   template void squared_relu_backward(const Kernels<T>&, std::int64_t, const T*, const T*, T*, int);                 \
   template void gated(const Kernels<T>&, const Gated<T>&, int);                                                      \
+  template void weighted(const Kernels<T>&, const Weighted<T>&, int);                                                \
   template void label_scores(const Kernels<T>&, const Labels&, const T*, float*, float*, float*, int);                \
   template void label_gradients(const Kernels<T>&, const Labels&, T*, const float*, const float*, const float*, int);
 MEGAFORGE_FOR(float)

@@ -6,7 +6,7 @@ namespace megaforge::pointwise::MF_ISA {
 template <class T>
 constexpr Kernels<T> kernels_of() {
   return {norm<T>, norm_backward<T>, squared_relu<T>, squared_relu_backward<T>, gated<T>, gated_backward<T>,
-          label_scores<T>, label_gradients<T>};
+          weighted<T>, weighted_backward<T>, label_scores<T>, label_gradients<T>};
 }
 
 }  // namespace megaforge::pointwise::MF_ISA

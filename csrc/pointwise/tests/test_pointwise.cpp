@@ -102,6 +102,35 @@ void check_norm(const Kernels<T>& kernels, long rows, long width, bool centered,
 }
 
 template <class T>
+void check_weighted(const Kernels<T>& kernels, long rows, long width, const std::vector<T>& x, const std::vector<T>& grad,
+                    Random& random, const std::string& what) {
+  const auto weights = made<float>(random.normal(rows));
+  for (const auto& [gate, gated] : {std::pair{Gate::silu, true}, {Gate::squared_relu, true}, {Gate::squared_relu, false}}) {
+    const long wide = gated ? 2 * width : width;
+    Doubles want(rows * width), want_dx(rows * wide), want_dw(rows);
+    for (long r = 0; r < rows; ++r) {
+      for (long i = 0; i < width; ++i) {
+        const long at = r * wide + i;
+        const bool silu = gate == Gate::silu;
+        const double z = value(x[at]), share = 1 / (1 + std::exp(-z)), g = value(grad[r * width + i]), w = weights[r];
+        const double open = silu ? z * share : std::pow(std::fmax(z, 0), 2), up = gated ? value(x[at + width]) : 1;
+        want[r * width + i] = open * up * w;
+        want_dx[at] = g * up * w * (silu ? share * (1 + z * (1 - share)) : 2 * std::fmax(z, 0));
+        if (gated) want_dx[at + width] = g * open * w;
+        want_dw[r] += g * open * up;
+      }
+    }
+    std::vector<T> out(rows * width), dx(rows * wide);
+    std::vector<float> dw(rows);
+    weighted(kernels, Weighted<T>{rows, width, gate, gated, x.data(), weights.data(), nullptr, out.data(), nullptr}, 3);
+    weighted(kernels, Weighted<T>{rows, width, gate, gated, x.data(), weights.data(), grad.data(), dx.data(), dw.data()}, 3);
+    expect_close(exact(out), want, kMost<T>, what + " weighted");
+    expect_close(exact(dx), want_dx, kMost<T>, what + " weighted gradient");
+    expect_close(dw, want_dw, sizeof(T) == 2 ? 1e-4 : 1e-5, what + " gradient of the weights");
+  }
+}
+
+template <class T>
 void check_activations(const Kernels<T>& kernels, long rows, long width, Random& random, const std::string& isa) {
   const std::string what = isa + " " + std::to_string(rows) + "x" + std::to_string(width);
   const std::size_t size = rows * width;
@@ -125,6 +154,7 @@ void check_activations(const Kernels<T>& kernels, long rows, long width, Random&
     expect_close(exact(out), want, kMost<T>, what + " gated");
     expect_close(exact(dx), want_dx, kMost<T>, what + " gated gradient");
   }
+  check_weighted(kernels, rows, width, x, grad, random, what);
   Doubles want(size), want_dx(size);
   for (std::size_t i = 0; i < size; ++i) {
     want[i] = std::pow(std::fmax(value(x[i]), 0), 2), want_dx[i] = 2 * std::fmax(value(x[i]), 0) * value(grad[i]);

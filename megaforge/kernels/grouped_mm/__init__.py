@@ -10,11 +10,11 @@ torch's ``grouped_mm`` does them in one call. Where it is taken is a rule, :func
   microseconds less for each expert. Measured on two Zen 5 cores with torch 2.13, time over that of the loop, forward:
   64 experts of 64 rows 0.83 (fp32) and 0.68 (bf16); 128 of 4 rows 0.92 and 0.74; 8 of 256 rows, 512 x 1152, 1.05
   and 0.99; 8 of 1,024 rows 1.02 and 0.96. So it is taken up to :data:`FEW_ROWS` rows an expert;
-- on a CPU whose products are oneDNN's (:func:`compiles_shapes`) up to :data:`FEWEST_ROWS` only. oneDNN compiles a kernel
-  for each shape that it has not seen, in 0.3 to 0.9 ms, and experts have other numbers of rows in every step. So beyond
-  that the loop here takes a few rows more than an expert has, a number that comes again: see :func:`_padded`. Measured on
-  one Zen 4 core, bf16, 4 experts of about 256 rows, 192 x 384, time over that of exact rows: forward 0.44, the weights'
-  gradient 0.54; of about 1,024 rows 0.86 and 0.84; 8 of about 512 rows, 768 x 2048, 0.97 and 0.98.
+- on a CPU whose products are oneDNN's (:func:`compiles_shapes`) up to :data:`FEWEST_ROWS` only. oneDNN compiles a
+  kernel for each shape that it has not seen, in 0.3 to 0.9 ms, and experts have other numbers of rows in every step. So
+  beyond that the loop here takes a few rows more than an expert has, a number that comes again: see :func:`_padded`.
+  Measured on one Zen 4 core, bf16, time over that of exact rows, forward and the weights' gradient: 4 experts of about
+  256 rows, 192 x 384, 0.44 and 0.54; of about 1,024 rows 0.86 and 0.84; 8 of about 512, 768 x 2048, 0.97 and 0.98.
 """
 
 from __future__ import annotations

@@ -157,6 +157,8 @@ def weighted_activation(x: Tensor, weights: Tensor, *, squared: bool, gated: boo
     """
     if triton.takes(x):
         return triton.Weighted.apply(x, weights, squared, gated)
+    if not torch.compiler.is_compiling() and native.takes(x):
+        return native.Weighted.apply(x, weights, native.SQUARED_RELU if squared else native.SILU, gated)
     activated = squared_relu(x) if not gated else gated_squared_relu(x) if squared else swiglu(x)
     return activated * weights.to(x.dtype).unsqueeze(1)
 

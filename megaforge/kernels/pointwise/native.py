@@ -104,6 +104,24 @@ class Gated(torch.autograd.Function):
         return _GATED_BACKWARD(grad, *ctx.saved_tensors, ctx.gate), None
 
 
+class Weighted(torch.autograd.Function):
+    """``activated(x) * weight`` of rows [R, f], or gated [R, 2f], with a weight each; keeps both."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, gate: int, gated: bool) -> Tensor:
+        wide = weights.float()
+        ctx.save_for_backward(x, wide)
+        ctx.options, ctx.dtype = (gate, gated), weights.dtype
+        out: Tensor = _WEIGHTED(x, wide, gate, gated)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dweights = _WEIGHTED_BACKWARD(grad, *ctx.saved_tensors, *ctx.options)
+        return dx, dweights.to(ctx.dtype), None, None
+
+
 def _norm_shapes(
     x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, epsilon: float, centered: bool
 ) -> tuple[Tensor, ...]:
@@ -135,6 +153,14 @@ define("squared_relu(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape))
 define("squared_relu_backward(Tensor grad, Tensor x) -> Tensor", lambda grad, x: x.new_empty(x.shape))
 define("gated(Tensor x, int gate) -> Tensor", lambda x, gate: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
 define("gated_backward(Tensor grad, Tensor x, int gate) -> Tensor", lambda grad, x, gate: x.new_empty(x.shape))
+define(
+    "weighted(Tensor x, Tensor weights, int gate, bool gated) -> Tensor",
+    lambda x, weights, gate, gated: x.new_empty(len(x), x.shape[1] // (2 if gated else 1)),
+)
+define(
+    "weighted_backward(Tensor grad, Tensor x, Tensor weights, int gate, bool gated) -> (Tensor dx, Tensor dweights)",
+    lambda grad, x, weights, gate, gated: (x.new_empty(x.shape), weights.new_empty(weights.shape)),
+)
 
 COMPILED = load("pointwise")
 # A packet (torch.ops.megaforge.norm) looks for the overload at each call.
@@ -142,3 +168,4 @@ _NORM, _NORM_BACKWARD = torch.ops.megaforge.norm.default, torch.ops.megaforge.no
 _SQUARED_RELU = torch.ops.megaforge.squared_relu.default
 _SQUARED_RELU_BACKWARD = torch.ops.megaforge.squared_relu_backward.default
 _GATED, _GATED_BACKWARD = torch.ops.megaforge.gated.default, torch.ops.megaforge.gated_backward.default
+_WEIGHTED, _WEIGHTED_BACKWARD = torch.ops.megaforge.weighted.default, torch.ops.megaforge.weighted_backward.default
