@@ -76,7 +76,15 @@ class Budget:
 
 
 WHOLE = Budget(
-    ("--config", "cdrmix-tiny", "--micro-batch-size", "8"), arm=450, continuation=150, option=60, tokens=100, rounds=5
+    (
+        *("--config", "cdrmix-tiny", "--micro-batch-size", "8"),
+        *("--optimizer", "adam", "--lr", "5e-3", "--min-lr", "1e-4"),  # which qat_adam is compared with
+    ),
+    arm=450,
+    continuation=150,
+    option=60,
+    tokens=100,
+    rounds=5,
 )
 SMALL = Budget(
     (

@@ -85,10 +85,11 @@ def timed(
 
 
 def trainer_of(save: Path | None, *more: str) -> Trainer:
-    """The quickstart's size on random tokens."""
+    """The quickstart's size on random tokens, with AdamW: two moments of every weight are to be saved."""
     where = () if save is None else ("--save", str(save), "--save-interval", str(EVERY), "--keep-last", "2", *more)
     line = (
-        *("--config", "cdrmix-tiny", "--device", "cpu", "--mock-data", "--vocab-size", "4096", "--seq-length", "256"),
+        *("--config", "cdrmix-tiny", "--optimizer", "adam", "--device", "cpu"),
+        *("--mock-data", "--vocab-size", "4096", "--seq-length", "256"),
         *("--train-iters", str(10**6), "--global-batch-size", "4", "--log-level", "warning", "--lr-warmup-iters", "10"),
         *("--lr-decay-style", "constant", "--eval-iters", "0"),
     )
