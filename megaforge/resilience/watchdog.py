@@ -26,6 +26,18 @@ _LOOKS = 20  # in the time after which a run counts as hung
 _LEAST_IO = 1 << 20  # bytes read or written that count as progress: a heartbeat's do not
 
 
+class HostClock:
+    """The time that a watchdog counts; another may be given to it."""
+
+    def now(self) -> float:
+        """Seconds from some moment on."""
+        return time.monotonic()
+
+    def wait(self, event: threading.Event, seconds: float) -> bool:
+        """Until ``event`` is set, or so long; whether it is."""
+        return event.wait(seconds)
+
+
 class Watchdog:
     """Watches this rank's part of a run; :meth:`close` ends that.
 
@@ -34,6 +46,7 @@ class Watchdog:
         store: where the ranks leave each other notes, for this object alone; None: there are no others.
         folder: where this rank writes its threads' stacks and torch's flight recorder, or None.
         leave: ends the process with a status.
+        clock: what the time is told by.
 
     Attributes:
         phase: what the rank does, as it was told.
@@ -47,11 +60,13 @@ class Watchdog:
         store: Store | None = None,
         folder: Path | None = None,
         leave: Callable[[int], object] = os._exit,
+        clock: HostClock | None = None,
     ) -> None:
         self.phase = "start"
         self.on_hang: Callable[[dict[int, LastWords], list[str]], None] = lambda words, said: None
         self._ctx, self._timeout, self._store, self._folder, self._leave = ctx, timeout, store, folder, leave
         self._pause = min(max(timeout / _LOOKS, 0.05), 15.0)
+        self._clock = clock or HostClock()
         self._told = self._of_others = 0
         self._closed = threading.Event()
         self._threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
@@ -80,7 +95,7 @@ class Watchdog:
         """Counts on the store how often any rank got on. Alone in its thread, as a store may not answer."""
         assert self._store is not None
         signs, mine = self._signs(), 0
-        while not self._closed.wait(self._pause):
+        while not self._clock.wait(self._closed, self._pause):
             now = self._signs()
             mine, signs = int(now != signs), now
             try:
@@ -89,9 +104,9 @@ class Watchdog:
                 return  # the store's process is gone: what this rank sees itself still counts
 
     def _watch(self) -> None:
-        before, idle, looked = (self._signs(), self._of_others), 0.0, time.monotonic()
-        while not self._closed.wait(self._pause):
-            now = time.monotonic()
+        before, idle, looked = (self._signs(), self._of_others), 0.0, self._clock.now()
+        while not self._clock.wait(self._closed, self._pause):
+            now = self._clock.now()
             # Time in which this process was stopped, or the machine asleep, is not the others' fault.
             idle, looked = idle + min(now - looked, 2 * self._pause), now
             seen = (self._signs(), self._of_others)
@@ -144,16 +159,16 @@ class Watchdog:
 
     def _exchange(self, words: dict[int, LastWords], store: Store) -> None:
         own, size = self._ctx.world.rank, self._ctx.world.size
-        until = time.monotonic() + 4 * self._pause + 0.5
+        until = self._clock.now() + 4 * self._pause + 0.5
         with contextlib.suppress(RuntimeError):  # the store is gone: each rank speaks for itself
             store.set(f"words/{own}", words[own].dumps())
-            while len(words) < size and time.monotonic() < until:
+            while len(words) < size and self._clock.now() < until:
                 for rank in (rank for rank in range(size) if rank not in words):
                     if store.check([f"words/{rank}"]):
                         words[rank] = LastWords.loads(store.get(f"words/{rank}"))
                 time.sleep(min(self._pause, 0.1))
             store.add("left", 1)
-            while own == 0 and store.add("left", 0) < len(words) and time.monotonic() < until + 1.0:
+            while own == 0 and store.add("left", 0) < len(words) and self._clock.now() < until + 1.0:
                 time.sleep(0.05)  # its process may hold the store that the others still read
 
 
