@@ -1,8 +1,10 @@
 """Whether stage B leaves the core's language modelling as it was: perplexity of stage A's validation text.
 
-It is measured before stage B's first step, of the model without adapters, and behind its last one, with adapters as
-they are trained and without them. The text is that which stage A's own evaluations read: the same samples at any
-layout and batch size.
+It is measured before stage B's first step, of the model without adapters, and behind the last one, with adapters as
+they are trained and without them; where the run pauses (``--exit-interval``), behind that step too. A run that was
+asked to end, by a signal or by the clock, does not measure, for whoever asked may not wait; where nothing but this was
+left to do, the next start does. The text is that which stage A's own evaluations read: the same samples at any layout
+and batch size.
 """
 
 from __future__ import annotations
@@ -65,6 +67,7 @@ class CoreText(Callback):
     """
     Attributes:
         before, reset, trained: perplexities before stage B; after it, adapters reset; and with them. None: not known.
+        measured: the iteration after which the latter two were measured; 0: none.
     """
 
     place = Place.BEFORE
@@ -74,18 +77,26 @@ class CoreText(Callback):
         self.before: float | None = None
         self.reset: float | None = None
         self.trained: float | None = None
+        self.measured = 0
         self._text: FirstSamples | None = None
         self._where = ""
 
     def on_train_start(self, trainer: Trainer) -> None:
-        if trainer.finished:
+        if trainer.interrupted or (trainer.finished and self.measured == trainer.iteration):
             return
         try:
             self._text = together(trainer.ctx, lambda: self._open(trainer.config))
         except UserError as error:
             print_rank_0(f"the core's text is not measured: {error}")
-        if self._text is None or trainer.iteration or not _resets(trainer.config):
+        if self._text is None:
             return
+        trainer.add(_AfterJudging(self))
+        if trainer.finished:
+            self._measure_after(trainer)
+        elif not trainer.iteration and _resets(trainer.config):
+            self._measure_before(trainer)
+
+    def _measure_before(self, trainer: Trainer) -> None:
         with without_adapters(trainer.model):
             self.before = self._measure(trainer)
         if math.isnan(self.before):
@@ -122,17 +133,31 @@ class CoreText(Callback):
         return FirstSamples(view, most * (training.eval_global_batch_size or size))
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        if self._text is None or not trainer.complete:
-            return
-        self.trained = self._measure(trainer)
+        if self._text is not None and trainer.finished and trainer.interrupted:
+            print_rank_0(
+                f"{self._where} is not measured, as the run was asked to end ({trainer.stop_reason}); the same line "
+                "goes on, and measures it at its end"
+            )
+        elif self.measure_at_end(trainer):
+            found = {"_before": self.before, "_reset": self.reset, "": self.trained}
+            known = {f"core_perplexity{name}": value for name, value in found.items() if value is not None}
+            metrics.extra.update(known)
+
+    def measure_at_end(self, trainer: Trainer) -> bool:
+        """Measures where the run ends and it is not measured yet; says whether. Collective."""
+        due = trainer.finished and not trainer.interrupted and self.measured != trainer.iteration
+        if due and self._text is not None:
+            self._measure_after(trainer)
+        return due and self._text is not None
+
+    def _measure_after(self, trainer: Trainer) -> None:
+        self.trained, self.reset, self.measured = self._measure(trainer), None, trainer.iteration
         if trainer.config.model.peft is None:
             self.reset = self.trained
         elif _resets(trainer.config):
             with without_adapters(trainer.model):
                 self.reset = self._measure(trainer)
-        found = {"_before": self.before, "_reset": self.reset, "": self.trained}
-        metrics.extra.update({f"core_perplexity{name}": value for name, value in found.items() if value is not None})
-        print_rank_0(self._said())
+        print_rank_0(self._said(trainer))
 
     def _measure(self, trainer: Trainer) -> float:
         """Perplexity; nan where no label counts. Collective."""
@@ -140,8 +165,9 @@ class CoreText(Callback):
         sums = trainer.predictions(self._text).values
         return math.exp(sums["loss"] / sums["labels"]) if sums["labels"] else math.nan
 
-    def _said(self) -> str:
-        text = f"{self._where}: perplexity {self.trained:.5g} after stage B, with adapters"
+    def _said(self, trainer: Trainer) -> str:
+        when = "stage B" if trainer.complete else f"{trainer.iteration} steps of stage B"
+        text = f"{self._where}: perplexity {self.trained:.5g} after {when}, with adapters"
         if self.reset is None:
             return f"{text}; what it is without them is not known, for they do not stand beside the weights"
         text += f"; {self.reset:.5g} with adapters reset"
@@ -152,10 +178,24 @@ class CoreText(Callback):
         return f"{text}, {grown:+.2%} beside the {self.before:.5g} before stage B, {verdict} {LIMIT:.0%}"
 
     def state(self) -> dict[str, Any]:
-        return {"before": self.before, "reset": self.reset, "trained": self.trained}
+        return {"before": self.before, "reset": self.reset, "trained": self.trained, "measured": self.measured}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.before, self.reset, self.trained = state["before"], state["reset"], state["trained"]
+        self.measured = state.get("measured", 0)  # of a run that was begun before it was kept
+
+
+class _AfterJudging(Callback):
+    """Measures where the step's evaluation ended the run (``--early-stopping-patience``): its record is written, and
+    the checkpoint is not."""
+
+    place = Place.JUDGE
+
+    def __init__(self, text: CoreText) -> None:
+        self._text = text
+
+    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        self._text.measure_at_end(trainer)
 
 
 def _core(config: Config) -> tuple[str, Config, int]:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from megaforge.checkpoint.checkpoint import read_meta
+from megaforge.checkpoint.directory import list_steps
 from megaforge.config.core_text_config import CoreTextConfig
 from megaforge.config.stage_config import StageConfig
 from megaforge.data.data_source import SampleView
 from megaforge.errors import UserError
 from megaforge.monitor.names import known
 from megaforge.reasoning.core_text import CoreText, FirstSamples
+from megaforge.resilience.requests import Requests
 from megaforge.training.trainer import Trainer
 from tests.training.tiny import dense_arguments, make_trainer, record, weights, write_dataset
 
@@ -83,13 +88,85 @@ def test_adapters_that_are_reset_leave_the_core_as_it_was(
     assert f"perplexity {found.before:.5g} before stage B" in text
     assert f"{found.reset:.5g} with adapters reset, +0.00% beside the {own:.5g} before stage B, within 1%" in text
     flags = ("--load", str(a), "--save", str(tmp_path / "b"), *LORA)
-    stage_b(argv, *flags, "--exit-interval", "2").train()
-    assert "adapters reset" not in "".join(capsys.readouterr())
-    again = stage_b(argv, "--load", str(tmp_path / "b"), "--save", str(tmp_path / "b"), *LORA)
+    paused = stage_b(argv, *flags, "--exit-interval", "2")
+    told = record(paused)
+    paused.train()
+    half = core_text(paused)
+    assert (half.before, half.measured, told.records[-1]["core_perplexity"]) == (found.before, 2, half.trained)
+    assert half.reset == found.reset and half.trained not in (None, found.trained)
+    assert " after 2 steps of stage B, with adapters" in "".join(capsys.readouterr())
+    flags = ("--load", str(tmp_path / "b"), "--save", str(tmp_path / "b"), *LORA)
+    again = stage_b(argv, *flags)
     again.train()
     assert core_text(again).state() == found.state()
     for name, tensor in weights(trainer).items():
         assert bool((tensor == weights(again)[name]).all()), name
+
+
+class AskedInStep(Requests):
+    """Is asked to end in the second step."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__()
+        self._trainer = trainer
+
+    def votes(self) -> list[float]:
+        if self._trainer.iteration == 1:
+            self.hear(signal.SIGTERM)
+        return super().votes()
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_run_that_is_asked_to_end_leaves_it_to_the_next(
+    core: tuple[list[str], Path, float], tmp_path: Path, capsys: pytest.CaptureFixture[str], last: bool
+) -> None:
+    """Where steps are left, at their end; where none is, at once; and once."""
+    argv, a, _ = core
+    steps = ("--train-iters", "2" if last else "4")
+    whole = stage_b(argv, "--load", str(a), *LORA, *steps)
+    whole.train()
+    flags = (*LORA, *steps, "--save", str(tmp_path / "b"))
+    first = stage_b(argv, "--load", str(a), *flags)
+    first.train(AskedInStep(first))
+    assert first.interrupted and first.iteration == 2 and core_text(first).trained is None
+    assert "is not measured, as the run was asked to end (SIGTERM); the same line goes on" in "".join(
+        capsys.readouterr()
+    )
+    second = stage_b(argv, "--load", str(tmp_path / "b"), *flags)
+    measured = spy_on_predictions(second)
+    second.train()
+    assert core_text(second).state() == core_text(whole).state() and len(measured) == 2, "with adapters and without"
+    assert " after stage B, with adapters" in "".join(capsys.readouterr())
+    third = stage_b(argv, "--load", str(tmp_path / "b"), *flags)
+    measured = spy_on_predictions(third)
+    third.train()
+    assert len(measured) == (2 if last else 0), "a checkpoint that has it need not be measured again"
+
+
+def spy_on_predictions(trainer: Trainer) -> list[int]:
+    """Iterations after which the trainer measured something."""
+    found, own = [], trainer.predictions
+
+    def noted(*args: Any) -> Any:
+        found.append(trainer.iteration)
+        return own(*args)
+
+    trainer.predictions = noted  # type: ignore[method-assign]
+    return found
+
+
+def test_where_an_evaluation_ends_the_run_it_is_measured_before_the_checkpoint(
+    core: tuple[list[str], Path, float], tmp_path: Path
+) -> None:
+    argv, a, _ = core
+    more = ("--eval-iters", "1", "--eval-interval", "1", "--early-stopping-patience", "1", "--lr", "10")
+    flags = ("--load", str(a), "--save", str(tmp_path / "b"), "--train-iters", "9", "--core-eval-iters", "1")
+    trainer = stage_b(argv, *flags, *more)
+    trainer.train()
+    found = core_text(trainer)
+    assert trainer.stop_reason is not None and 0 < found.measured == trainer.iteration < 9
+    meta = read_meta(list_steps(tmp_path / "b")[0][1])
+    assert meta["state"]["callbacks.core_text"] == found.state() and found.trained is not None
 
 
 def test_a_core_that_is_trained_on_is_found_out(
@@ -115,7 +192,7 @@ def test_what_cannot_be_measured_is_said(
         return core_text(trainer), "".join(capsys.readouterr())
 
     found, text = said("--core-data-path", str(tmp_path / "gone"), *LORA)
-    assert found.state() == {"before": None, "reset": None, "trained": None}
+    assert found.state() == {"before": None, "reset": None, "trained": None, "measured": 0}
     assert "the core's text is not measured: " in text and "gone" in text
     found, text = said("--core-eval-iters", "0", *LORA)
     assert found.trained is None and "core's text" not in text

@@ -219,7 +219,7 @@ def dies_at(call: Callable[[], None], point: str, iteration: int) -> int:
 
 def content(run: Path) -> dict[str, Any]:
     """Of a run's newest checkpoint: what it says, and the bytes of its files."""
-    path = list_steps(run)[-1][1]
+    path = list_steps(run)[0][1]
     state = read_meta(path)["state"]
     return {"state": state, **{file.name: file.read_bytes() for file in sorted(path.glob("*.safetensors"))}}
 
