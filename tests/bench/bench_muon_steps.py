@@ -54,8 +54,8 @@ def main() -> None:
 
     def run(rule: str, lr: float, seed: int, steps: int) -> Run:
         batch = () if options.batch == 8 else ("--global-batch-size", str(options.batch))
-        # The rules' own default; the preset has 3.
-        muon = ("--muon-num-ns-steps", "5") if "muon" in rule else ()
+        # The rules' own defaults, not the preset's.
+        muon = ("--muon-num-ns-steps", "5", "--muon-momentum", "0.95") if "muon" in rule else ()
         return Run("ours", lr, seed, steps, True, (*batch, *muon, "--optimizer", rule))
 
     found: dict[str, dict[float, float]] = {rule: {} for rule in rules}

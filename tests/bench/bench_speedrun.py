@@ -1,7 +1,7 @@
 """CPU-seconds to a given number of bits per byte on held-out documents of the quickstart's text: ours and others.
 
 Arms, each with about 3.5M parameters, the tokenizer of 2,048 entries, 8 x 256 tokens a step, one thread:
-    ours      cdrmix-tiny as the preset is (NorMuon); ``--flags "--optimizer adam"`` makes it AdamW's
+    ours      cdrmix-tiny as the preset is (NorMuon), but for the rates; ``--flags "--optimizer adam"`` makes it AdamW's
     dense     our attention model with AdamW: 6 blocks, squared ReLU of 960; in plain torch, from our initial weights
     llama     transformers' Llama with AdamW
     speedrun  a transformer as public speedruns train it: torch.optim.Muon, QK norm, squared ReLU, token smear
@@ -157,8 +157,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "runs/speedrun", help="curves and states of all runs")
     parser.add_argument("--image", type=Path, help="where the curves are drawn (default: OUTPUT/speedrun.png)")
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
-    parser.add_argument("--lrs", nargs="+", type=float, default=[2.5e-3, 5e-3, 1e-2, 2e-2], help="swept for all arms")
-    parser.add_argument("--embedding-mults", nargs="+", type=float, default=[1.0], help="swept with each rate")
+    parser.add_argument("--lrs", nargs="+", type=float, default=[2.5e-3, 4e-3, 8e-3, 1.6e-2], help="swept for all arms")
+    parser.add_argument("--embedding-mults", nargs="+", type=float, default=[1.0, 2.5], help="swept with each rate")
     parser.add_argument("--sweep-seconds", type=float, default=40.0, help="CPU-seconds of each run of the sweep")
     parser.add_argument("--seconds", nargs="+", default=[], metavar="ARM=S[,S..]", help=f"defaults: {SECONDS}")
     parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3], help="none: the sweep only")

@@ -83,9 +83,9 @@ class Text:
     def bits_per_byte(self, nats: float) -> float:
         return nats / math.log(2) / (WINDOWS * LENGTH * self.bytes_per_token)
 
-    def config(self, run: Run, folder: Path) -> PreparedRun:
-        """The run's configuration; of peers the data's, the schedule's and the batch's parts count."""
-        flags = [
+    def flags(self, run: Run, folder: Path) -> list[str]:
+        """The run's command line; of peers the data's, the schedule's and the batch's parts count."""
+        return [
             *("--config", "cdrmix-tiny", "--device", "cpu", "--eval-iters", "0", "--num-workers", "0"),
             *("--tokenizer-model", str(self.folder / "tok.json")),
             *("--data-path", str(self.folder / "train_text_document"), "--seq-length", str(LENGTH)),
@@ -96,10 +96,9 @@ class Text:
             *(["--load", str(folder)] if any(folder.glob("step_*")) else []),
             *(DENSE if run.arm == "dense" else ()),
             *(["--bf16"] if run.bf16 and run.arm == "ours" else []),
-            *(["--lr-mult", f"embedding={run.embedding_mult}"] if run.embedding_mult != 1 else []),
+            *("--lr-mult", f"embedding={run.embedding_mult}"),  # the preset has one of its own
             *run.flags,
         ]
-        return prepare(parse_config(flags).config)
 
 
 class Session(ABC):
@@ -116,7 +115,7 @@ class Session(ABC):
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(run.seed)
         with contextlib.redirect_stdout(io.StringIO()):
-            self.prepared = text.config(run, self.folder)
+            self.prepared = prepare(parse_config(text.flags(run, self.folder)).config)
             self.open()
         self._file = self.folder / "curve.json"
         known = json.loads(self._file.read_text()) if self._file.exists() else []

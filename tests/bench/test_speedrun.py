@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.layer_context import make_layer_context
 from tests.bench.speedrun_peers import DensePreset, SpeedrunGPT
-from tests.bench.speedrun_session import DENSE, Run, crossing
+from tests.bench.speedrun_session import DENSE, Run, Text, crossing
 
 
 def test_a_curve_reaches_its_target_between_two_evaluations():
@@ -30,6 +32,15 @@ def test_runs_that_differ_have_results_of_their_own():
     runs = [Run("ours", lr, seed, 10, bf16) for lr in (1e-3, 2e-3) for seed in (1, 2) for bf16 in (False, True)]
     runs += [Run("ours", 1e-3, 1, 10, False, embedding_mult=2.0)]
     assert len({run.name for run in runs}) == 9
+
+
+@pytest.mark.parametrize("mult", [1.0, 2.5])
+def test_our_embeddings_rate_is_the_runs_and_not_the_presets(tmp_path: Path, mult: float):
+    text = Text(tmp_path, 3.0, [])
+    ours = parse_config(text.flags(Run("ours", 1e-3, 1, 20, False, embedding_mult=mult), tmp_path)).config.optimizer
+    assert ours.lr_mult == (f"embedding={mult}",) and ours.optimizer == "normuon"
+    own = Run("ours", 1e-3, 1, 20, False, ("--optimizer", "adam", "--lr-mult", "embedding=3"), mult)
+    assert parse_config(text.flags(own, tmp_path)).config.optimizer.lr_mult == ("embedding=3",)
 
 
 def test_a_peers_embedding_has_its_own_rate():

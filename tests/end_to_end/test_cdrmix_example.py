@@ -8,6 +8,10 @@ from megaforge.config.cli import parse_config
 from megaforge.config.config import Config
 from tests.end_to_end.launch import REPO
 
+NORMUON = (
+    *("--optimizer", "normuon", "--muon-num-ns-steps", "3", "--muon-momentum", "0.9"),
+    *("--lr", "8e-3", "--min-lr", "1.6e-4", "--lr-mult", "embedding=2.5"),
+)
 ADAMW = ("--optimizer", "adam", "--lr", "4e-3", "--min-lr", "8e-5")
 
 
@@ -21,7 +25,8 @@ def config_of(*flags: str) -> Config:
 def test_the_recipe_is_the_preset() -> None:
     recipe, preset = config_of(str(REPO / "examples/cdrmix/recipe.yaml")), config_of("cdrmix-tiny")
     assert recipe == preset
-    assert (recipe.optimizer.optimizer, recipe.optimizer.muon_num_ns_steps) == ("normuon", 3)
+    assert f"`{' '.join(NORMUON)}`" in (REPO / "docs/optimizers.md").read_text(encoding="utf-8")
+    assert config_of("cdrmix-tiny", *ADAMW, *NORMUON) == preset
 
 
 def test_adamw_is_what_the_documents_say() -> None:
