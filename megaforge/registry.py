@@ -271,6 +271,7 @@ CALLBACKS = Registry(
         "reduce_on_plateau": "megaforge.training.lr_plateau:reduce_on_plateau",
         "policy_control": "megaforge.reasoning.agent.control:AgentControl",
         "answer_control": "megaforge.reasoning.rlvr.control:AnswerControl",
+        "first_weights": "megaforge.reasoning.first_weights:FirstWeights",
         "core_text": "megaforge.reasoning.core_text:CoreText",
         "run_memory": "megaforge.reasoning.agent.run_memory:RunMemory",
     },

@@ -27,6 +27,12 @@ def _writes(config: Config) -> bool:
     return config.training.objective == "rlvr"
 
 
+def keeps_first_weights(config: Config) -> bool:
+    """Whether the run keeps a copy of the weights that it began with: the reference of a policy that writes and all of
+    whose weights are trained."""
+    return _writes(config) and config.model.peft is None and config.rl.rl_kl > 0
+
+
 def _learns(config: Config) -> bool:
     """Whether from rewards."""
     return _plays(config) or _writes(config)
@@ -94,15 +100,9 @@ REINFORCEMENT = (
         "there is no value head beside the model's: use --rl-algorithm grpo, or --objective agent",
     ),
     Partner(
-        _AGENT,
-        lambda c: not _writes(c) or c.model.peft is not None or not c.rl.rl_kl,
-        "there is no reference where all weights are trained: add --rl-kl 0, or --peft lora, whose reference is the "
-        "model without adapters",
-    ),
-    Partner(
         ("rl.rl_kl_target", "rl.rl_kl_limit", "rl.rl_kl_collapse"),
-        lambda c: not _writes(c) or c.model.peft is not None,
-        "there is no reference where all weights are trained: add --peft lora",
+        lambda c: not _writes(c) or c.model.peft is not None or keeps_first_weights(c),
+        "where all weights are trained and --rl-kl is 0 there is no reference: add --rl-kl 0.02, or --peft lora",
     ),
     Partner(
         ("parallel.context_parallel_size",),

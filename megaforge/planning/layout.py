@@ -99,6 +99,11 @@ class PlannedLayout:
         return samples if self.rounds is None else self.rounds.rows(samples, self.sequence_length)
 
     @property
+    def weight_copies(self) -> int:
+        """Copies of the weights that the run keeps as it does masters: their average, and those that it began with."""
+        return bool(self.optimizer.ema_decay) + (self.rounds is not None and self.rounds.keeps_weights)
+
+    @property
     def tokens(self) -> int:
         """Tokens of a micro-batch that a rank sees inside the tensor-parallel region."""
         return self.rows * self.sequence_length // self.cp

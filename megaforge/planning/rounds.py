@@ -22,6 +22,7 @@ class Rounds(ABC):
         doing: in a word.
         epochs: steps that learn from a round.
         has_reference: whether the reference takes a pass of its own.
+        keeps_weights: whether that is of a copy of all weights, which the run keeps as it does masters.
         without: what is said of it where it does not.
     """
 
@@ -29,6 +30,7 @@ class Rounds(ABC):
     without: ClassVar[str]
     epochs: int
     has_reference: bool
+    keeps_weights: bool = False
 
     @abstractmethod
     def rows(self, samples: int, length: int) -> int:

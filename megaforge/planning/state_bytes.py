@@ -26,8 +26,8 @@ class StateBytes:
     Attributes:
         parameters: in their own types; with the codes that quantized ones have between two updates.
         gradients: the fp32 sums (fp64 for fp64 models).
-        optimizer: fp32 masters of 16-bit parameters, and what the update rule, a gradient filter and the average
-            of the weights keep.
+        optimizer: fp32 masters of 16-bit parameters, and what the update rule, a gradient filter, the average
+            of the weights and a policy's first ones keep.
         elements: number of parameters.
         host: what the update rule keeps in host memory; not in :attr:`total`.
     """
@@ -113,6 +113,7 @@ def _key(own: Sequence[StagePart], layout: PlannedLayout) -> tuple[object, ...]:
         layout.zero > 0,
         layout.bucket_size,
         layout.optimizer,
+        layout.weight_copies,
         layout.code_bits,
     )
 
@@ -154,7 +155,7 @@ def _weight(item: DeclaredParameter, layout: PlannedLayout, ctx: ParallelContext
     specs = [rule.state_spec(config, name, item.spec) for name in rule.states(config)]
     state = sum(spec is item.spec for spec in specs) * wide
     other = sum(math.prod(spec.local_shape(ctx)) for spec in specs if spec is not item.spec) * wide
-    rows = wide * ((item.element_size < wide) + filter_rows(config) + bool(config.ema_decay) + item.spec.means)
+    rows = wide * ((item.element_size < wide) + filter_rows(config) + layout.weight_copies + item.spec.means)
     on_host = rule.host_state
     return _Weight(
         math.prod(item.spec.local_shape(ctx)),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from megaforge.config.config import Config
+from megaforge.config.rl_partners import keeps_first_weights
 from megaforge.inference.generation import ROOM
 from megaforge.models.flops import matmul_elements
 from megaforge.planning.answers import Answers, answers_of
@@ -32,6 +33,7 @@ class Writing(Rounds):
     answers: Answers
     epochs: int
     has_reference: bool
+    keeps_weights: bool = False
 
     def rows(self, samples: int, length: int) -> int:
         return self.answers.rows(samples, length)
@@ -154,4 +156,5 @@ def writing_of(config: Config) -> Writing:
     Raises:
         UserError: the task has no example of this size.
     """
-    return Writing(answers_of(config), config.rl.rl_epochs, config.model.peft is not None)
+    kept = keeps_first_weights(config)
+    return Writing(answers_of(config), config.rl.rl_epochs, kept or config.model.peft is not None, kept)

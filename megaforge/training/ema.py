@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +11,9 @@ import torch
 from megaforge.config.launcher import print_rank_0
 from megaforge.config.optimizer_config import OptimizerConfig
 from megaforge.optim.main_parameters import MainParameters
-from megaforge.parallel.flat_shard import Entry, optimizer_shard
+from megaforge.parallel.flat_shard import Entry
 from megaforge.training.callbacks import Callback, Place
+from megaforge.training.other_weights import OtherWeights
 
 if TYPE_CHECKING:
     from megaforge.training.trainer import Trainer
@@ -35,7 +36,8 @@ class WeightAverage(Callback):
     def __init__(self, config: OptimizerConfig, main: MainParameters) -> None:
         self.decay, self.main = config.ema_decay, main
         self._evaluates = config.ema_evaluate
-        self.averages = [torch.zeros_like(one.master).requires_grad_(False) for one in main.trained]
+        self._weights = OtherWeights(main)
+        self.averages = self._weights.tensors
         self.updates = 0
 
     def on_train_start(self, trainer: Trainer) -> None:
@@ -59,29 +61,8 @@ class WeightAverage(Callback):
     def in_place(self) -> Iterator[None]:
         """The model computes with the average; afterwards with its own weights again, bit for bit. Before the first
         update there is no average, and nothing changes. Collective under ZeRO."""
-        if not self.updates:
+        with self._weights.in_place() if self.updates else nullcontext():
             yield
-            return
-        self._exchange()
-        self.main.after_load()
-        try:
-            yield
-        finally:
-            self._exchange()
-            self.main.write_back()
-        # Not after an exception: the other ranks may never come to gather.
-        if self.main.shards is not None:
-            self.main.shards.all_gather_parameters()
-
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        """Masters become averages, and averages masters, one by one."""
-        if self.main.shards is not None:
-            self.main.shards.wait_for_parameters()
-        for one, average in zip(self.main.trained, self.averages, strict=True):
-            kept = one.master.clone()
-            one.master.copy_(average)
-            average.copy_(kept)
 
     def state(self) -> dict[str, Any]:
         return {"updates": self.updates}
@@ -90,10 +71,7 @@ class WeightAverage(Callback):
         self.updates = int(state["updates"])
 
     def tensors(self) -> Iterable[Entry]:
-        return [
-            (one.spec.name, optimizer_shard(one.parameter), average)
-            for one, average in zip(self.main.trained, self.averages, strict=True)
-        ]
+        return self._weights.entries()
 
 
 def average_entries(main: MainParameters) -> list[Entry]:

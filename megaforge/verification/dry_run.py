@@ -43,8 +43,8 @@ from megaforge.planning.state_bytes import StateBytes, fullest_rank, state_bytes
 from megaforge.planning.table import table
 from megaforge.planning.teacher import teacher_bytes, teacher_pass
 from megaforge.training.distillation import build_teacher
-from megaforge.training.ema import WeightAverage
 from megaforge.training.forward_backward import make_reducer
+from megaforge.training.other_weights import OtherWeights
 from megaforge.training.setup import build_model_chunks, make_context
 
 
@@ -276,8 +276,8 @@ def _try_rank(
         reducer = make_reducer(config.parallel, model, ctx, shards)
         optimizer = Optimizer(config.optimizer, model, ctx, shards)
         kept = make_filter(config.optimizer, optimizer.main.trained)
-        average = WeightAverage(config.optimizer, optimizer.main).averages if config.optimizer.ema_decay else []
-        state = held_bytes(model, optimizer, [] if kept is None else [kept.kept], average)
+        beside = [OtherWeights(optimizer.main).tensors for _ in range(layout.weight_copies)]
+        state = held_bytes(model, optimizer, [] if kept is None else [kept.kept], *beside)
         taught = _teacher_bytes(config, layout, ctx)
         payload = make_stage_tensors(model, plan, layout.rows, layout.sequence_length, layout.dtype)
         trained = [parameter for _, parameter in named_specs(model) if parameter.requires_grad]

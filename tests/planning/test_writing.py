@@ -139,6 +139,22 @@ def test_writing_in_plans_and_dry_runs(words: Path, capsys: pytest.CaptureFixtur
     )
 
 
+def test_the_weights_that_a_run_began_with_are_counted(words: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where all are trained, as masters are: else the dry run raises."""
+    flags = ["--config", "cdrmix-test", "--vocab-size", "500", *FLAGS, "--tokenizer-model", str(words), "--bf16"]
+    flags += ["--dry-run-ranks", "0", "--dry-run", "--ep", "2", "--zero", "1"]
+    flags += ["--micro-batch-size", "3"]
+    held = []
+    for more in (("--rl-kl", "0"), ("--rl-kl", "0", "--ema-decay", "0.9"), ("--rl-kl", "0.1")):
+        found, [rank] = try_ranks(parse_config([*flags, *more]).config, 2)
+        assert found.rounds is not None and found.rounds.has_reference == ("0.1" in more)
+        held.append(rank.state)
+    assert held[0].optimizer < held[1].optimizer and held[1] == held[2], "as large as an average of the weights"
+    run([*flags[: flags.index("--dry-run-ranks")], "--rl-kl", "0.1", "--dp", "1"])
+    said = capsys.readouterr().out
+    assert "s, reference 0." in said and "no reference" not in said
+
+
 def test_more_tokens_take_more_time_and_memory(words: Path) -> None:
     flags = [*FLAGS, *DENSE, "--tokenizer-model", str(words), "--seq-length", "4096", "--vocab-size", "100"]
     gpu = GPUS["h100-80g"]

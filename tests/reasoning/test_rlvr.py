@@ -15,10 +15,11 @@ from megaforge.config.rollout_config import RolloutConfig
 from megaforge.errors import UserError
 from megaforge.inference.desk import ask_at
 from megaforge.monitor.names import known
+from megaforge.reasoning.first_weights import FirstWeights
 from megaforge.reasoning.resampling import equal_groups, example_of
 from megaforge.reasoning.rlvr.control import AnswerControl
 from megaforge.reasoning.rlvr.conversation import Asked, ReadingPrompt, Sizes
-from megaforge.reasoning.rlvr.experience import Answer, Turn
+from megaforge.reasoning.rlvr.experience import Answer, Turn, as_batches
 from megaforge.reasoning.rlvr.objective import Writing
 from megaforge.reasoning.rlvr.prompts import Prompts
 from megaforge.reasoning.rlvr.writing import Pen, seed_of
@@ -28,7 +29,7 @@ from tests.nn.support import perturb
 from tests.parallel.pool import RankPool
 from tests.parallel.test_pipeline_model import compare, train
 from tests.reasoning.test_agent_parity import steps
-from tests.training.tiny import goes_on_alike, make_trainer, record
+from tests.training.tiny import goes_on_alike, make_trainer, record, weights
 from tools import answer
 
 LORA = ("--peft", "lora", "--lora-rank", "2", "--lora-dropout", "0")
@@ -147,6 +148,46 @@ def test_a_run_that_is_killed_goes_on_as_if_it_was_not(words: Path, tmp_path: Pa
     argv = rlvr_arguments(words, "--train-iters", "4", *more, *kl)
     told = goes_on_alike(argv, tmp_path)
     assert all(known("step", name) for name in {*told[0]} - {"kind", "iteration"})
+
+
+def test_where_all_weights_are_trained_the_reference_is_what_the_run_began_with(
+    ranks: RankPool, words: Path, tmp_path: Path
+) -> None:
+    """At every layout, ended and gone on; its probabilities are those of a model that was never trained."""
+    argv = rlvr_arguments(words, "--rl-kl", "0.5", "--train-iters", "3")
+    told = [one for one in goes_on_alike(argv, tmp_path / "r") if one["kind"] == "step"]
+    assert [one["policy_ratio"] for one in told] == [1, 1, 1] and told[0]["kl"] == 0
+    assert told[1]["kl"] > 1e-6 and told[2]["kl"] > 1e-6
+    expected = train(argv)
+    compare(ranks.run(4, train, [*argv, *LAYOUTS["tp2, sp, dp2, zero 2"]]), expected, 1e-10)
+    trainer, fresh = make_trainer(argv), make_trainer([*argv, "--rl-kl", "0"])
+    trainer.train()
+    answers = [one for _, one in sorted(callback_of(trainer.callbacks, AnswerControl).kept.items())]
+    turns = [[turn for one in answers[first : first + 8] for turn in one.turns] for first in (0, 8)]
+    read = next(iter(fresh._loader(fresh.data, fresh.progress.batches)))
+    made = as_batches(turns, read, 48, fresh.ctx)
+    assert isinstance(fresh.objective, Writing)
+    first, _ = fresh.objective._scored(fresh, made, turns)
+    assert [[first[turn] for turn in one.turns] for one in answers] == [one.reference for one in answers]
+    assert any(one.reference != one.old for one in answers)
+
+
+def test_a_reference_is_not_made_up_in_the_middle_of_a_run(words: Path, tmp_path: Path) -> None:
+    argv = rlvr_arguments(words, "--save", str(tmp_path / "r"), "--load", str(tmp_path / "r"))
+    make_trainer([*argv, "--rl-kl", "0", "--train-iters", "1"]).train()
+    late = make_trainer([*argv, "--rl-kl", "0.1"])
+    with pytest.raises(UserError, match=r"--rl-kl 0.1: the run has gone 1 steps without a reference"):
+        late.train()
+    begun = rlvr_arguments(
+        words, "--pretrained-checkpoint", str(tmp_path / "r"), "--rl-kl", "0.1", "--train-iters", "1"
+    )
+    trainer = make_trainer(begun)
+    was = weights(trainer)
+    trainer.train()
+    kept = callback_of(trainer.callbacks, FirstWeights).weights
+    assert kept is not None
+    for name, _, tensor in kept.entries():
+        assert torch.equal(tensor, was[name]) and not name.startswith("callbacks"), name
 
 
 RARE = ("--rl-kl", "0", "--rl-format", "^n1", "--rl-reward", "format", "--rl-drop-equal-groups")

@@ -17,6 +17,7 @@ from megaforge.inference.restore import load_trained_model
 from megaforge.parallel.param_spec import named_specs
 from megaforge.training.callbacks import Callback
 from megaforge.training.ema import WeightAverage
+from megaforge.training.other_weights import OtherWeights
 from megaforge.training.trainer import Trainer
 from tests.parallel.pool import RankPool
 from tests.parallel.test_pipeline_model import trainer_of
@@ -67,6 +68,23 @@ def test_it_is_torchs_at_each_step(prefix: str, precision: tuple[str, ...]) -> N
     trainer.train()
     assert oracle.compared == 6 == average_of(trainer).updates
     assert {average.dtype for average in average_of(trainer).averages} == {torch.float32}
+
+
+@pytest.mark.parametrize("precision", [(), ("--bf16",)], ids=str)
+def test_other_weights_are_in_place_for_a_while(prefix: str, precision: tuple[str, ...]) -> None:
+    trainer = make_trainer(arguments(prefix, *precision))
+    main, model = trainer.optimizer.main, trainer.model
+    was, taken, nothing = [one.master.clone() for one in main.trained], OtherWeights(main), OtherWeights(main)
+    own = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    taken.take()
+    for other, kept in ((nothing, False), (taken, True)):
+        with other.in_place():
+            trained = {spec.name for spec, parameter in named_specs(model) if parameter.requires_grad}
+            for spec, parameter in named_specs(model):
+                if spec.name in trained:
+                    assert bool(parameter.detach().any()) == (kept and bool(own[spec.name].any())), spec.name
+        assert all(torch.equal(one.master, before) for one, before in zip(main.trained, was, strict=True))
+        assert all(torch.equal(parameter, own[name]) for name, parameter in model.named_parameters())
 
 
 @pytest.mark.parametrize("precision", [(), ("--bf16",)], ids=str)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megaforge.config.config import Config
+from megaforge.config.rl_partners import keeps_first_weights
 from megaforge.data.loader import Batch
 from megaforge.errors import UserError
 from megaforge.inference.live import LiveModel
@@ -26,6 +27,7 @@ from megaforge.nn.losses import LossTerm
 from megaforge.parallel.agree import exchange, tell_stages, together
 from megaforge.parallel.context import ParallelContext
 from megaforge.reasoning.advantages import group_advantages, loss_weights, varied
+from megaforge.reasoning.first_weights import FirstWeights
 from megaforge.reasoning.packing import of_whole, samples_of
 from megaforge.reasoning.policy_losses import clipped_surrogate, is_clipped, k3
 from megaforge.reasoning.reference import without_adapters
@@ -70,13 +72,14 @@ class Writing(Objective):
     look_ahead = 1
     takes_loss_sum = False
     plays = True
-    callbacks = ("answer_control",)
+    callbacks = ("answer_control", "first_weights")
 
     def __init__(self, config: Config) -> None:
         self._config, self._flags, self._how = config, config.rl, config.rollout
         self._length = config.data.seq_length
         self._rewards = Rewards(config.rewards)
         self._coefficient = config.rl.rl_kl
+        self._has_reference = config.model.peft is not None or keeps_first_weights(config)
         self._prompts: Prompts | None = None
         self._sizes: Sizes | None = None
         self._tools: ToolCalls | None = None
@@ -191,9 +194,11 @@ class Writing(Objective):
             return {turn: values for one, own in pairs for turn, values in zip(own, of_turns(one, own), strict=True)}
 
         old = seen()
-        if self._config.model.peft is None:
+        if not self._has_reference:
             return old, old
-        with without_adapters(engine.model):
+        adapted = self._config.model.peft is not None
+        first = callback_of(trainer.callbacks, FirstWeights)
+        with without_adapters(engine.model) if adapted else first.in_place():
             return old, seen()
 
     def _judged(self, ctx: ParallelContext, said: Sequence[Spoken]) -> dict[int, tuple[float, float, bool]]:
@@ -233,7 +238,7 @@ class Writing(Objective):
         clip = {"low": flags.rl_clip, "high": flags.clip_high}
         loss = clipped_surrogate(new, old, advantage, **clip, dual=flags.rl_dual_clip)
         found = {"loss": LossTerm((loss * weight).sum(), "episodes")}
-        if self._config.model.peft is not None:
+        if self._has_reference:
             found["kl"] = LossTerm((k3(new, reference) * weight).sum(), "episodes", self._coefficient)
         ratio, clipped = (new - old).exp(), is_clipped(new, old, advantage, **clip)
         for name, x in {"policy_ratio": ratio, "clipped_decisions": clipped}.items():
