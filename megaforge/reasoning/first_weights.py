@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 class FirstWeights(Callback):
     """Kept where :func:`megaforge.config.rl_partners.keeps_first_weights` says so, as masters are: under ZeRO each rank
-    has its part, and checkpoints have the whole."""
+    has its part, and checkpoints have the whole. What no rule updates, such as a router's bias, is not part of it."""
 
     place = Place.BEFORE
 
