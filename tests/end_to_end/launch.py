@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from typing import Any
 
 from megaforge.monitor.names import MEASURED
 from megaforge.monitor.sinks import read_metrics
+from tests.held import HeldRun
 
 REPO = Path(__file__).resolve().parents[2]
-LIMIT = 300  # seconds after which a run counts as hung; a busy machine is slow to start Python
+LIMIT = 900  # seconds after which a run counts as hung; a busy machine is slow to start Python
 
 
 @dataclass(frozen=True)
@@ -61,20 +63,27 @@ def run(ranks: int, script: str, *arguments: str, **popen: Any) -> Outcome:
 def run_and_kill_a_rank(
     ranks: int, script: str, *arguments: str, metrics: Path, step: int, number: int = signal.SIGKILL, restarts: int = 0
 ) -> int:
-    """Starts a run and sends signal ``number`` to its last rank once ``metrics`` shows ``step``; waits until all have
-    ended, after ``restarts`` of them by torchrun at most, and returns the status."""
-    line = command(ranks, script, *arguments)
+    """Starts a run and sends signal ``number`` to its last rank once ``metrics`` shows ``step``, where that rank waits
+    for it; waits until all have ended, after ``restarts`` of them by torchrun at most, and returns the status."""
+    with tempfile.TemporaryDirectory() as folder:
+        waiting = HeldRun(Path(folder) / "plan", step + 1, ranks - 1)
+        return _kill_a_rank(command(ranks, script, *arguments), waiting, metrics, step, number, restarts)
+
+
+def _kill_a_rank(line: list[str], waiting: HeldRun, metrics: Path, step: int, number: int, restarts: int) -> int:
     if restarts:
         line.insert(line.index("--standalone"), f"--max-restarts={restarts}")
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+    variables, nowhere = environment() | waiting.variables, subprocess.DEVNULL
+    process = subprocess.Popen(line, stdout=nowhere, stderr=nowhere, env=variables)
     deadline = time.monotonic() + LIMIT
     try:
-        while not (metrics.exists() and f'"iteration": {step},' in metrics.read_text()):
+        while not (waiting.stands and metrics.exists() and f'"iteration": {step},' in metrics.read_text()):
             assert process.poll() is None, f"ended before step {step} with status {process.returncode}"
             assert time.monotonic() < deadline, f"step {step} was not reached"
             time.sleep(0.005)
-        victim = process.pid if ranks == 1 else children(process.pid)[-1]
+        victim = children(process.pid)[-1] if "torch.distributed.run" in line else process.pid
         os.kill(victim, number)
+        waiting.release()
         return process.wait(timeout=LIMIT)
     finally:
         process.kill()

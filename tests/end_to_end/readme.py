@@ -59,14 +59,14 @@ def fresh_copy(folder: Path) -> Path:
     return folder
 
 
-def bash(code: str, folder: Path) -> subprocess.Popen[str]:
+def bash(code: str, folder: Path, **variables: str) -> subprocess.Popen[str]:
     """Starts ``code`` in ``folder`` as a session of its own, without this process's launcher variables and paths."""
     hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH", "VIRTUAL_ENV")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     return subprocess.Popen(
         ["bash", "-euo", "pipefail", "-c", code],
         cwd=folder,
-        env={**environment, "OMP_NUM_THREADS": "1"},
+        env={**environment, "OMP_NUM_THREADS": "1", **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

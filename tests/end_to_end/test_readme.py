@@ -27,14 +27,18 @@ from tests.end_to_end.readme import (
     run_blocks,
     understand,
 )
+from tests.held import HeldRun
 
 
 def kill_after_a_checkpoint(code: str, folder: Path) -> None:
-    """Starts a training block and kills all its processes once it has saved."""
-    process = bash(code, folder)
+    """Starts a training block and kills all its processes once it has saved, where its second rank waits for that."""
+    saves = re.search(r"--save-interval (\d+)", code)
+    assert saves is not None, code
+    waiting = HeldRun(folder / "held", int(saves[1]) + 1, 1)
+    process = bash(code, folder, **waiting.variables)
     deadline = time.monotonic() + LIMIT
     try:
-        while not list(folder.glob("runs/*/step_*")):
+        while not (waiting.stands and list(folder.glob("runs/*/step_*"))):
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline, "nothing was saved"
             time.sleep(0.01)

@@ -40,7 +40,7 @@ def test_a_killed_run_resumes_bit_for_bit(
 ) -> None:
     """SIGUSR1 is heard by one rank of two; both save after the same step and leave with status 0."""
     expected = records(layouts.finished(tp) / "metrics.jsonl")
-    step = random.randint(4, 7)  # later ones are over before a signal comes
+    step = random.randint(4, 7)
     metrics, save = tmp_path / "metrics.jsonl", str(tmp_path / "checkpoints")
     arguments = (*flags, "--tp", str(tp), "--save", save, "--load", save, "--metrics-file", str(metrics))
     status = run_and_kill_a_rank(tp, SCRIPT, *arguments, metrics=metrics, step=step, number=number)
@@ -55,7 +55,7 @@ def test_a_killed_run_resumes_bit_for_bit(
 
 def test_torchrun_restarts_a_run_that_lost_a_rank(layouts: Layouts, flags: tuple[str, ...], tmp_path: Path) -> None:
     """One restart is enough: the ranks that it starts do not read what the killed ones left in torchrun's store."""
-    step = random.randint(4, 7)  # later ones are over before a signal comes
+    step = random.randint(4, 7)
     metrics, save = tmp_path / "metrics.jsonl", str(tmp_path / "checkpoints")
     arguments = (*flags, "--tp", "2", "--save", save, "--load", save, "--metrics-file", str(metrics))
     status = run_and_kill_a_rank(2, SCRIPT, *arguments, metrics=metrics, step=step, restarts=1)

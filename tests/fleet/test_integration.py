@@ -21,6 +21,7 @@ from megaforge.fleet.report import REPORT_FILE
 from megaforge.monitor.events import read_events
 from megaforge.monitor.runs import process_is_there
 from tests.end_to_end.launch import LIMIT, REPO, environment
+from tests.held import held, until
 
 ROOM = {"threads": 1, "memory_per_worker_gb": 0.1, "cpus_per_worker": 0.1, "min_free_memory_gb": 0, "high_load": 1}
 CONFIG = TrainingConfig(model_size=5000, batch_size=1, epochs=4, checkpoint_interval=1, sequence_length=8, fleet=ROOM)
@@ -83,6 +84,12 @@ def weights(model: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted((model / "step_0000040").glob("*.safetensors"))}
 
 
+def starts(model: Path) -> list[dict[str, Any]]:
+    """What a model's processes told as they began."""
+    path = model / "events.jsonl"
+    return [one for one in read_events(path).events if one["kind"] == "start"] if path.exists() else []
+
+
 def test_killed_in_parallel_they_become_the_same_bytes(series: tuple[Path, list[str], Any], tmp_path: Path) -> None:
     """SIGKILL of one model, then of the supervisor; the same command goes on, and nothing is lost."""
     content = yaml.safe_load((series[0] / "fleet.yaml").read_text())
@@ -91,7 +98,9 @@ def test_killed_in_parallel_they_become_the_same_bytes(series: tuple[Path, list[
     path.write_text(yaml.safe_dump(content))
     line = [sys.executable, str(REPO / "tools/train_fleet.py"), "--config", str(path), "--output", str(out)]
     line += ["--mode", "parallel", "--workers", "2"]
-    process = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    go_on, saved = tmp_path / "go_on", str(out / FIRST / "step_00000[12]0")  # in its first attempt, and its second
+    variables = held(tmp_path / "held", saved, 1, go_on, base=environment())
+    process = subprocess.Popen(line, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def told(kind: str, **fields: Any) -> list[dict[str, Any]]:
         events = read_events(out / "fleet.jsonl").events if (out / "fleet.jsonl").exists() else []
@@ -104,6 +113,8 @@ def test_killed_in_parallel_they_become_the_same_bytes(series: tuple[Path, list[
     finally:
         process.kill()
         process.communicate()
+        go_on.touch()
+    until(lambda: not any(process_is_there(start) for name in (FIRST, SECOND) for start in starts(out / name)))
     assert told("model_end", model=FIRST)[0]["reason"].startswith("signal 9")
     shown = subprocess.run([*line[:2], "show", str(out)], env=environment(), capture_output=True, text=True)
     assert FIRST in shown.stdout and SECOND in shown.stdout and shown.returncode == 0
@@ -111,8 +122,7 @@ def test_killed_in_parallel_they_become_the_same_bytes(series: tuple[Path, list[
     assert again.returncode == 0, again.stdout + again.stderr
     for name in (FIRST, SECOND):
         assert weights(out / name) == weights(series[0] / name) != {}
-        starts = [one for one in read_events(out / name / "events.jsonl").events if one["kind"] == "start"]
-        assert not any(process_is_there(start) for start in starts)
+        assert not any(process_is_there(start) for start in starts(out / name))
     assert len({one["pid"] for one in told("model_start", model=FIRST)}) == 3
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,33 +29,35 @@ from tests.bench.bench_gpu_kernels import (
 from tests.bench.gpu_pointwise import all_calls
 from tests.bench.harness import print_table
 from tests.gpu.first_day import __main__ as command
-from tests.gpu.first_day import layer
+from tests.gpu.first_day import layer, runner
 from tests.gpu.first_day.kernel_time import by_kind
 from tests.gpu.first_day.runner import Figure, Step, pattern, report, run_step, run_steps
 from tests.gpu.first_day.steps import ITERATIONS, NEWTON_SCHULZ, PACKED, POINTWISE, WKV, steps
+from tests.held import time_begins_with
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"PATH": "/usr/bin:/bin"}
 SPEED = pattern(r"^speed (\S+)$")
 
 
-def shell(name: str, program: str, limit: float = 20, **more: object) -> Step:
+def shell(name: str, program: str, limit: float = 600, **more: object) -> Step:
     return Step(name, ["bash", "-c", program], limit, [Figure("speed", "2 to 3", SPEED, low=2, high=3)], **more)
 
 
-def test_a_report_is_complete_whatever_the_steps_do() -> None:
+def test_a_report_is_complete_whatever_the_steps_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    time_begins_with(tmp_path / "said", monkeypatch)
     table = [
         shell("good", "echo speed 2.5"),
         shell("failing", "echo speed 1.0; echo '<oh> | no' >&2; exit 3"),
-        shell("hanging", "echo speed 2.0; sleep 300 & wait", limit=0.5),
+        shell("hanging", f"echo speed 2.0; touch {tmp_path}/said; sleep 600 & wait", limit=0.5),
         shell("silent", "echo nothing to read"),
         shell("wordy", "echo speed fast"),
         shell("without its tool", "echo speed 2.5", needs="no-such-program"),
         Step("without its command", ["/no/such/program"], 5),
     ]
-    begun, seen = time.monotonic(), []
-    outcomes = run_steps(table, 60, ENVIRONMENT, after=lambda so_far: seen.append(len(so_far)))
-    assert time.monotonic() - begun < 30 and seen == list(range(1, 8))
+    seen: list[int] = []
+    outcomes = run_steps(table, 3600, ENVIRONMENT, after=lambda so_far: seen.append(len(so_far)))
+    assert seen == list(range(1, 8))
     status = [outcome.status for outcome in outcomes]
     assert status[:2] == ["done", "failed: exit code 3"] and status[2].startswith("stopped after")
     assert status[3:6] == ["done", "done", "left out: no-such-program is not on PATH"]
@@ -73,16 +77,24 @@ def test_a_report_is_complete_whatever_the_steps_do() -> None:
     assert all(f"| {step.name} | status |" in page for step in table)
 
 
-def test_a_stopped_step_takes_its_children_with_it(tmp_path: Path) -> None:
-    sign = tmp_path / "sign"
-    outcome = run_step(shell("", f"(sleep 1; touch {sign}) & wait"), 0.3, ENVIRONMENT)
+def test_a_stopped_step_takes_its_children_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe whose other end a child holds: it has an end once the child is gone."""
+    pipe, begun = tmp_path / "pipe", tmp_path / "begun"
+    time_begins_with(begun, monkeypatch)
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    outcome = run_step(shell("", f"(exec 3>{pipe}; touch {begun}; sleep 120; echo late >&3) & wait"), 0.3, ENVIRONMENT)
     assert outcome.status.startswith("stopped")
-    time.sleep(1)
-    assert not sign.exists()
+    os.set_blocking(reader, True)
+    assert os.read(reader, 9) == b""
+    os.close(reader)
 
 
-def test_steps_without_time_are_left_out() -> None:
-    table = [shell("long", "sleep 60"), shell("after it", "echo speed 2")]
+def test_steps_without_time_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by 0.3 s whenever it is looked at."""
+    looks = itertools.count()
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: 0.3 * next(looks)))
+    table = [shell("long", "sleep 600", limit=0.1), shell("after it", "echo speed 2")]
     outcomes = run_steps(table, 1.5, ENVIRONMENT)
     assert outcomes[0].status.startswith("stopped") and outcomes[1].status == "left out: no time left"
 

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from megaforge.data.preprocess.ranks import FileRanks, SingleRank, discover_rank
 from megaforge.errors import UserError
 from tests.data.corpus_files import REPOSITORY, bpe_tokenizer, command, documents, run_tool, write_jsonl
 from tests.disk_log import disk_log
+from tests.held import held, is_alive, until
 
 for package in ("tokenizers", "orjson", "zstandard"):
     pytest.importorskip(package, reason="needs the data extra")
@@ -72,19 +72,17 @@ def test_a_killed_run_leaves_no_worker_and_is_continued(bpe: str, tmp_path: Path
     assert run_tool("preprocess_data", *arguments, "--output-prefix", tmp_path / "q").returncode == 0
 
     mine = [*arguments, "--output-prefix", tmp_path / "p", "--workers", 2, "--no-fast"]
-    process = subprocess.Popen(command("preprocess_data", *mine), stderr=subprocess.DEVNULL)
-    partial = tmp_path / "p_text_document.partial"
-    while not list(partial.glob("*.manifest.json")):
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.01)
+    partial, go_on = tmp_path / "p_text_document.partial", tmp_path / "go_on"
+    environment = held(tmp_path / "held", str(partial / "*.manifest.json"), 1, go_on)
+    process = subprocess.Popen(command("preprocess_data", *mine), stderr=subprocess.DEVNULL, env=environment)
+    until(lambda: list(partial.glob("*.manifest.json")) or process.poll() is not None)
+    assert process.poll() is None, process.returncode
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not list(tmp_path.glob("p_text_document.*n")) and len(children) == 2
-    limit = time.monotonic() + 300
-    while any(_alive(int(child)) for child in children):
-        assert time.monotonic() < limit, "a worker outlived its parent"
-        time.sleep(0.05)
+    go_on.touch()
+    until(lambda: not any(is_alive(int(child)) for child in children))
 
     kept = len(list(partial.glob("*.manifest.json")))
     result = run_tool("preprocess_data", *mine)
@@ -92,13 +90,6 @@ def test_a_killed_run_leaves_no_worker_and_is_continued(bpe: str, tmp_path: Path
     assert f"continuing a run that finished {kept} shards" in result.stderr
     assert dataset(tmp_path, "p") == dataset(tmp_path, "q")
     assert not partial.exists()
-
-
-def _alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_two_runs_cannot_write_one_dataset(bpe: str, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from megaforge.data.corpus import report
 from megaforge.data.corpus.pipeline import CorpusSettings, prepare_corpus
 from tests.data.corpus.test_pipeline import contents
 from tests.data.corpus_files import bpe_tokenizer, command
+from tests.held import HANGS, held
 
 WORDS = "the cat sat on a mat and saw some birds fly over rivers under grey skies near old stone walls".split()
 PASSAGE = "This passage is long enough to be compared with others, and it stands in many of the documents of the test."
@@ -92,16 +92,13 @@ def test_killed_at_random_moments(world: Path, expected: dict[str, str], tmp_pat
     arguments = command("prepare_corpus", "--config", world / "corpus.yaml", "--output", output, "--workers")
     finished = 0
     for kill in range(KILLS):
-        process = subprocess.Popen([*arguments, str(1 + kill % 2)], stderr=subprocess.DEVNULL, start_new_session=True)
-        target = finished + source.randint(1, 12)
-        while process.poll() is None and len(list(output.glob("work/*/*.json"))) < target:
-            time.sleep(0.005)
-        ended = process.poll() is not None
-        os.killpg(process.pid, signal.SIGKILL) if not ended else None
-        process.wait()
+        files, further = str(output / "work/*/*.json"), finished + source.randint(1, 12)
+        environment = held(tmp_path / f"held{kill}", files, further, opens=source.randint(0, 6))
+        line = [*arguments, str(1 + kill % 2)]
+        done = subprocess.run(line, env=environment, stderr=subprocess.DEVNULL, start_new_session=True, timeout=HANGS)
         finished = len(list(output.glob("work/*/*.json")))
-        if ended:
-            assert kill > 1, "it ended before it could be killed"
+        if done.returncode != -signal.SIGKILL:
+            assert done.returncode == 0 and kill > 1, "it ended before it could be killed"
             break
     done = subprocess.run([*arguments, "4"], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
