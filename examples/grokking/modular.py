@@ -21,7 +21,7 @@ from megaforge.config.config import Config
 from megaforge.data.data_source import DataSource, DataSourceKind, SampleView
 from megaforge.errors import UserError
 from megaforge.parallel.context import ParallelContext
-from megaforge.parallel.init_rules import Normal
+from megaforge.parallel.init_rules import Constant, InitRule, Normal, Uniform
 from megaforge.parallel.param_spec import ParamSpec, declare, make_parameter, spec_of
 from megaforge.registry import CONVERTERS, DATA_SOURCES
 
@@ -66,14 +66,15 @@ class HeldOut(Equations):
 
 
 class ModularMultiplication(Equations, DataSource):
-    """A random half of the equations, in another order in each epoch."""
+    """A random half of the equations, in another order in each epoch. As published, an epoch's last batch holds what is
+    left of it, and the next one starts with the next batch: its other samples are empty."""
 
-    def __init__(self, p: int, seed: int) -> None:
+    def __init__(self, p: int, seed: int, batch: int) -> None:
         pairs = np.stack([axis.ravel() for axis in np.meshgrid(np.arange(p), np.arange(1, p), indexing="ij")], 1)
         pairs = pairs[np.random.default_rng(seed).permutation(len(pairs))]
         half = len(pairs) // 2
         super().__init__(p, pairs[:half])
-        self._seed, self._held_out = seed, pairs[half:]
+        self._seed, self._held_out, self._epoch = seed, pairs[half:], -(-half // batch) * batch
         self.notices = [f"modular://{p}: {half:,} equations to train on, {len(self._held_out):,} held out"]
         self._order = lru_cache(maxsize=4)(self._shuffled)
 
@@ -81,8 +82,14 @@ class ModularMultiplication(Equations, DataSource):
         return np.random.default_rng([self._seed, epoch]).permutation(len(self.pairs))
 
     def pair(self, k: int) -> npt.NDArray[np.int64]:
-        epoch, place = divmod(k, len(self.pairs))
+        epoch, place = divmod(k, self._epoch)
         return self.pairs[self._order(epoch)[place]]
+
+    def fill(self, k: int, tokens: npt.NDArray[np.int64], marks: npt.NDArray[np.bool_]) -> int:
+        if k % self._epoch < len(self.pairs):
+            return super().fill(k, tokens, marks)
+        tokens[:] = 0
+        return 0
 
     def tokens_before(self, samples: int) -> int:
         return samples * LENGTH
@@ -131,21 +138,6 @@ class Positions(nn.Module):
         return embedded + self.weight[: len(embedded), None]
 
 
-def as_published(model: nn.Module, ctx: ParallelContext) -> None:
-    """What the published model has and ours has not: learned positions, embeddings of standard deviation 1, and weight
-    decay of every parameter, norms and biases too."""
-    embedding = getattr(model, "embedding", None)
-    if embedding is not None:  # on the first pipeline stage
-        positions = Positions(embedding.weight.shape[1], ctx, embedding.weight.dtype)
-        embedding.positions = positions
-        embedding.register_forward_hook(lambda module, given, embedded: positions(embedded))
-    for parameter in model.parameters():
-        spec = replace(spec_of(parameter), weight_decay=True)
-        if spec.kind == "embedding":
-            spec = replace(spec, init=Normal(1.0))
-        declare(parameter, spec)
-
-
 class Unchanged(nn.Module):
     """Stands where a norm was that is applied elsewhere."""
 
@@ -154,7 +146,7 @@ class Unchanged(nn.Module):
         return x
 
 
-def normed_stream(model: nn.Module, ctx: ParallelContext) -> None:
+def norm_stream(model: nn.Module) -> None:
     """The published blocks norm the residual stream itself before attention, not only what attention sees of it."""
     for block in getattr(model, "blocks", ()):
         norm = block.mixer_norm
@@ -162,9 +154,47 @@ def normed_stream(model: nn.Module, ctx: ParallelContext) -> None:
         block.register_forward_pre_hook(lambda module, given: (module.stream_norm(given[0]), *given[1:]))
 
 
+def initialize_as_torch(model: nn.Module) -> None:
+    """Initial weights as torch's own modules have them, which the published model is made of: ``Embedding`` normal,
+    ``Linear`` uniform within 1/sqrt(inputs), the projection of ``MultiheadAttention`` to q, k and v Xavier's uniform,
+    attention's biases zero."""
+    for name, module in model.named_modules():
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if weight is None or len(spec_of(weight).shape) < 2:  # of a norm
+            continue
+        spec = spec_of(weight)
+        outputs, inputs = spec.shape
+        init: InitRule = Uniform(inputs**-0.5)
+        if spec.kind == "embedding":
+            init = Normal(1.0)
+        elif name.endswith(".qkv"):
+            init = Uniform((6 / (inputs + outputs)) ** 0.5)
+        declare(weight, replace(spec, init=init))
+        if bias is not None:
+            declare(bias, replace(spec_of(bias), init=Constant(0.0) if spec.kind == "attention" else init))
+
+
+def as_published(model: nn.Module, ctx: ParallelContext) -> None:
+    """What the published model has and ours has not: learned positions, blocks that norm the stream, torch's initial
+    weights, and weight decay of every parameter, norms and biases too."""
+    embedding = getattr(model, "embedding", None)
+    if embedding is not None:  # on the first pipeline stage
+        positions = Positions(embedding.weight.shape[1], ctx, embedding.weight.dtype)
+        embedding.positions = positions
+        embedding.register_forward_hook(lambda module, given, embedded: positions(embedded))
+    norm_stream(model)
+    initialize_as_torch(model)
+    for parameter in model.parameters():
+        declare(parameter, replace(spec_of(parameter), weight_decay=True))
+
+
 CONVERTERS.register("as_published", as_published)
-CONVERTERS.register("normed_stream", normed_stream)
 DATA_SOURCES.register(
     "modular",
-    DataSourceKind(lambda config, tokenizer: ModularMultiplication(prime_of(config), config.training.seed), check),
+    DataSourceKind(
+        lambda config, tokenizer: ModularMultiplication(
+            prime_of(config), config.training.seed, config.training.global_batch_size or 1
+        ),
+        check,
+    ),
 )

@@ -17,7 +17,7 @@ from megaforge.parallel.context import ParallelContext
 from megaforge.parallel.init import initialize_parameters
 from megaforge.parallel.layer_context import make_layer_context
 from megaforge.parallel.packed_sequence import PackedSequence
-from megaforge.parallel.param_spec import named_specs
+from megaforge.parallel.param_spec import name_parameters, named_specs, spec_of
 from tests.end_to_end.launch import REPO, run
 from tests.training.tiny import make_config
 
@@ -46,7 +46,7 @@ def equations(view: object, numbers: range) -> list[tuple[int, ...]]:
 
 
 def test_each_equation_is_right_and_in_one_half(modular: ModuleType) -> None:
-    data = modular.ModularMultiplication(11, seed=3)
+    data = modular.ModularMultiplication(11, seed=3, batch=11)
     held_out = data.validation()
     assert len(held_out) == 55
     first, second = equations(data, range(55)), equations(data, range(55, 110))
@@ -55,9 +55,52 @@ def test_each_equation_is_right_and_in_one_half(modular: ModuleType) -> None:
     assert len({*first, *others}) == 110
     for x, times, y, equals, z in first + others:
         assert (times, equals, z) == (12, 11, x * y % 11) and 0 <= x < 11 and 1 <= y < 11
-    assert equations(modular.ModularMultiplication(11, seed=3), range(55, 110)) == second
-    assert equations(modular.ModularMultiplication(11, seed=4), range(55)) != first
+    assert equations(modular.ModularMultiplication(11, seed=3, batch=11), range(55, 110)) == second
+    assert equations(modular.ModularMultiplication(11, seed=4, batch=11), range(55)) != first
     assert held_out.fill(55, np.zeros(5, np.int64), np.zeros(5, np.bool_)) == 0
+
+
+def test_an_epoch_ends_with_what_is_left(modular: ModuleType) -> None:
+    """55 equations in batches of 16 are 16, 16, 16 and 7, as published."""
+    data = modular.ModularMultiplication(11, seed=3, batch=16)
+    for epoch in range(2):
+        assert len(set(equations(data, range(64 * epoch, 64 * epoch + 55)))) == 55
+        for k in range(64 * epoch + 55, 64 * epoch + 64):
+            tokens, marks = np.full(5, -1), np.zeros(5, np.bool_)
+            assert data.fill(k, tokens, marks) == 0 and not tokens.any(), "an empty sample"
+
+
+def test_initial_weights_are_those_of_torchs_modules(modular: ModuleType) -> None:
+    flags = ("--hidden-size", "32", "--num-attention-heads", "2", "--layer-schedule", "attention", "--ffn", "dense")
+    flags += ("--activation", "gelu_exact", "--normalization", "layernorm", "--add-bias-linear", "--vocab-size", "11")
+    flags += ("--make-vocab-size-divisible-by", "1")
+    config = make_config([*flags, "--num-layers", "1", "--untie-embeddings-and-output-weights"])
+    ctx = ParallelContext.single()
+    model = HybridModel(make_layer_context(config.model, ctx))
+    modular.as_published(model, ctx)
+    name_parameters(model)
+    initialize_parameters(model, ctx, 0)
+    attention, ffn = torch.nn.MultiheadAttention(32, 2), torch.nn.Linear(32, 128)
+    block = model.blocks[0]
+    published = [
+        (model.embedding.weight, torch.nn.Embedding(11, 32).weight),
+        (model.embedding.positions.weight, torch.nn.Embedding(4, 32).weight),
+        (block.mixer.qkv.weight, attention.in_proj_weight),
+        (block.mixer.qkv.bias, attention.in_proj_bias),
+        (block.mixer.output.weight, attention.out_proj.weight),
+        (block.mixer.output.bias, attention.out_proj.bias),
+        (block.ffn.up.weight, ffn.weight),
+        (block.ffn.up.bias, ffn.bias),
+        (block.ffn.down.weight, torch.nn.Linear(128, 32).weight),
+        (block.ffn.down.bias, torch.nn.Linear(128, 32).bias),
+        (model.head.weight, torch.nn.Linear(32, 11).weight),
+    ]
+    for ours, theirs in published:
+        assert spec_of(ours).weight_decay and ours.shape == theirs.shape
+        if len(theirs.shape) == 2 and theirs is not published[0][1] and theirs is not published[1][1]:
+            torch.testing.assert_close(ours.abs().max(), theirs.abs().max(), rtol=0.05, atol=0)
+        torch.testing.assert_close(ours.std(), theirs.std(), rtol=0.3, atol=0)
+    assert all(spec_of(parameter).weight_decay for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -80,7 +123,7 @@ def test_the_published_stream_is_normed_itself(modular: ModuleType) -> None:
     config = make_config([*flags, "--num-layers", "2", "--normalization", "layernorm", "--vocab-size", "11", "--fp64"])
     ctx = ParallelContext.single()
     model = HybridModel(make_layer_context(config.model, ctx, dtype=torch.float64))
-    modular.normed_stream(model, ctx)
+    modular.norm_stream(model)
     initialize_parameters(model, ctx, 0)
     block, x = model.blocks[0], torch.randn(4, 3, 32, dtype=torch.float64) * 5
     block.stream_norm.weight.data.uniform_(0.5, 2)
