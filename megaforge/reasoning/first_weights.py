@@ -24,7 +24,7 @@ class FirstWeights(Callback):
 
     def __init__(self, trainer: Trainer) -> None:
         kept = keeps_first_weights(trainer.config)
-        self.weights = OtherWeights(trainer.optimizer.main) if kept else None
+        self.weights = OtherWeights.of(trainer) if kept else None
         self.state_name = "first_weights" if kept else None
         self._taken = False
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
 from megaforge.optim.main_parameters import MainParameters
 from megaforge.parallel.flat_shard import Entry, optimizer_shard
+
+if TYPE_CHECKING:
+    from megaforge.training.trainer import Trainer
 
 
 class OtherWeights:
@@ -21,6 +25,11 @@ class OtherWeights:
         """Zeros, until something is put there."""
         self.main = main
         self.tensors = [torch.zeros_like(one.master).requires_grad_(False) for one in main.trained]
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> OtherWeights:
+        """Beside those that ``trainer`` trains."""
+        return cls(trainer.optimizer.main)
 
     @torch.no_grad()
     def take(self) -> None:

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megaforge.config.model_config import ModelConfig
 from megaforge.kernels import grouped_mm, native
-from megaforge.kernels.grouped_mm import FEW_ROWS, make_runs, takes_grouped_mm
+from megaforge.kernels.grouped_mm import FEW_ROWS, FEWEST_ROWS, make_runs, takes_grouped_mm
 from megaforge.kernels.grouped_mm.reference import grouped_linear_reference
 from megaforge.nn.moe import MoEFFN
 from megaforge.parallel.linear_op import PLAIN
@@ -125,10 +125,14 @@ def test_products_of_many_steps_have_few_shapes(monkeypatch: pytest.MonkeyPatch)
     assert grouped_mm._padded(0) == 0
 
 
-def test_the_rule() -> None:
+def test_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
     weight = torch.empty(8, 16, 32)
     assert takes_grouped_mm(torch.empty(8 * FEW_ROWS, 32), weight)
     assert not takes_grouped_mm(torch.empty(8 * FEW_ROWS + 1, 32), weight)
+    narrow = weight.bfloat16()
+    assert takes_grouped_mm(torch.empty(8 * FEWEST_ROWS, 32).bfloat16(), narrow)
+    assert not takes_grouped_mm(torch.empty(8 * FEWEST_ROWS + 1, 32).bfloat16(), narrow), "oneDNN's"
     assert not takes_grouped_mm(torch.empty(8, 32).double(), weight.double())
     assert not takes_grouped_mm(torch.empty(8, 30), torch.empty(8, 16, 30))  # 120 bytes a row
     behind_one = torch.empty(1 + weight.numel())[1:].view_as(weight)
