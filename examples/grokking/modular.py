@@ -40,29 +40,27 @@ class Equations(SampleView):
     def sequence_length(self, k: int) -> int:
         return LENGTH
 
-    def pair(self, k: int) -> npt.NDArray[np.int64]:
-        """x and y of sample ``k``."""
-        return self.pairs[k]
+    def pair(self, k: int) -> npt.NDArray[np.int64] | None:
+        """x and y of sample ``k``; None: it is empty, and counts for nothing."""
+        return self.pairs[k] if k < len(self.pairs) else None
 
     def fill(self, k: int, tokens: npt.NDArray[np.int64], marks: npt.NDArray[np.bool_]) -> int:
         """Writes x * y = z; the label of ``=`` is the only one that counts."""
-        x, y = self.pair(k)
+        pair = self.pair(k)
+        if pair is None:
+            tokens[:] = 0
+            return 0
+        x, y = pair
         tokens[: LENGTH + 1] = x, self.p + 1, y, self.p, x * y % self.p
         marks[:LENGTH] = True
         return LENGTH
 
 
 class HeldOut(Equations):
-    """Each equation once; what fills up the last batch counts for nothing."""
+    """Each equation once; what fills up the last batch is empty."""
 
     def __len__(self) -> int:
         return len(self.pairs)
-
-    def fill(self, k: int, tokens: npt.NDArray[np.int64], marks: npt.NDArray[np.bool_]) -> int:
-        if k < len(self):
-            return super().fill(k, tokens, marks)
-        tokens[:] = 0
-        return 0
 
 
 class ModularMultiplication(Equations, DataSource):
@@ -81,15 +79,9 @@ class ModularMultiplication(Equations, DataSource):
     def _shuffled(self, epoch: int) -> npt.NDArray[np.int64]:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self.pairs))
 
-    def pair(self, k: int) -> npt.NDArray[np.int64]:
+    def pair(self, k: int) -> npt.NDArray[np.int64] | None:
         epoch, place = divmod(k, self._epoch)
-        return self.pairs[self._order(epoch)[place]]
-
-    def fill(self, k: int, tokens: npt.NDArray[np.int64], marks: npt.NDArray[np.bool_]) -> int:
-        if k % self._epoch < len(self.pairs):
-            return super().fill(k, tokens, marks)
-        tokens[:] = 0
-        return 0
+        return self.pairs[self._order(epoch)[place]] if place < len(self.pairs) else None
 
     def tokens_before(self, samples: int) -> int:
         return samples * LENGTH

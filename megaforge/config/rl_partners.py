@@ -33,6 +33,12 @@ def keeps_first_weights(config: Config) -> bool:
     return _writes(config) and config.model.peft is None and config.rl.rl_kl > 0
 
 
+def has_reference(config: Config) -> bool:
+    """Whether a policy that writes is compared with another: with itself without adapters, or with the weights that
+    the run began with."""
+    return config.model.peft is not None or keeps_first_weights(config)
+
+
 def _learns(config: Config) -> bool:
     """Whether from rewards."""
     return _plays(config) or _writes(config)
@@ -101,7 +107,7 @@ REINFORCEMENT = (
     ),
     Partner(
         ("rl.rl_kl_target", "rl.rl_kl_limit", "rl.rl_kl_collapse"),
-        lambda c: not _writes(c) or c.model.peft is not None or keeps_first_weights(c),
+        lambda c: not _writes(c) or has_reference(c),
         "where all weights are trained and --rl-kl is 0 there is no reference: add --rl-kl 0.02, or --peft lora",
     ),
     Partner(

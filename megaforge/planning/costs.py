@@ -32,6 +32,17 @@ def part_cost(parts: ModelParts, layout: PlannedLayout, index: int, place: int, 
     return parts.measured[key]
 
 
+def neediest_layer(parts: ModelParts, layout: PlannedLayout) -> float:
+    """Bytes that the neediest layer of a model keeps and works with when it is trained: no forward pass alone needs
+    more."""
+    costs = [
+        part_cost(parts, layout, index, place)
+        for index in parts.alike(range(len(parts.blocks)))
+        for place in range(len(parts.blocks[index].held))
+    ]
+    return max(cost.kept + cost.working for cost in costs)
+
+
 def whole_cost(parts: ModelParts, layout: PlannedLayout, index: int) -> Cost:
     """The cost of block ``index`` as a whole, as ``--recompute`` has it, measured once for layouts and blocks alike."""
     block = parts.blocks[index]

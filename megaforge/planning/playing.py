@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megaforge.config.config import Config
-from megaforge.planning.costs import part_cost
+from megaforge.planning.costs import neediest_layer
 from megaforge.planning.episodes import Episodes, episodes_of
 from megaforge.planning.gpus import Efficiency, Gpu
 from megaforge.planning.layout import PlannedLayout
@@ -44,17 +44,9 @@ class Playing(Rounds):
 
     def device_bytes(self, parts: ModelParts, layout: PlannedLayout, own: Sequence[StagePart]) -> float:
         """As the last stage's rank needs it."""
-        width = parts.cfg.hidden_size
         plain = dataclasses.replace(layout.unsplit, rounds=None, recompute="none", offload=False, compress=False)
-        costs = [
-            part_cost(parts, plain, index, place)
-            for index in parts.alike(range(len(parts.blocks)))
-            for place in range(len(parts.blocks[index].held))
-        ]
-        # A layer at its neediest, no more than when it is trained; behind the last one whole hidden vectors, and
-        # weighted.
-        hidden = 2 * plain.tokens * width * layout.wide_size
-        return 2 * self._seen(parts, layout) + max(hidden, *(cost.kept + cost.working for cost in costs))
+        hidden = 2 * plain.tokens * parts.cfg.hidden_size * layout.wide_size  # whole vectors, and weighted
+        return 2 * self._seen(parts, layout) + max(hidden, neediest_layer(parts, plain))
 
     def _vectors(self, layout: PlannedLayout) -> int:
         return self.episodes.vectors(layout.global_batch_size // layout.dp, layout.sequence_length)

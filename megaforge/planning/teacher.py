@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from megaforge.planning.costs import part_cost
+from megaforge.planning.costs import neediest_layer
 from megaforge.planning.layout import PlannedLayout
 from megaforge.planning.stages import StagePart, model_parts, stage_parameters
 
@@ -28,10 +28,4 @@ def teacher_pass(layout: PlannedLayout) -> float:
     if layout.teacher is None:
         return 0.0
     parts = model_parts(layout.teacher, layout.dtype)
-    plain = dataclasses.replace(layout.unsplit, recompute="none", offload=False)
-    costs = [
-        part_cost(parts, plain, index, place)
-        for index in parts.alike(range(len(parts.blocks)))
-        for place in range(len(parts.blocks[index].held))
-    ]
-    return max(cost.kept + cost.working for cost in costs)
+    return neediest_layer(parts, dataclasses.replace(layout.unsplit, recompute="none", offload=False))

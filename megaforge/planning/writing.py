@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from megaforge.config.config import Config
-from megaforge.config.rl_partners import keeps_first_weights
+from megaforge.config.rl_partners import has_reference, keeps_first_weights
 from megaforge.inference.generation import ROOM
 from megaforge.models.flops import matmul_elements
 from megaforge.planning.answers import Answers, answers_of
@@ -156,5 +156,4 @@ def writing_of(config: Config) -> Writing:
     Raises:
         UserError: the task has no example of this size.
     """
-    kept = keeps_first_weights(config)
-    return Writing(answers_of(config), config.rl.rl_epochs, kept or config.model.peft is not None, kept)
+    return Writing(answers_of(config), config.rl.rl_epochs, has_reference(config), keeps_first_weights(config))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from megaforge.config.rl_partners import keeps_first_weights
@@ -40,12 +40,10 @@ class FirstWeights(Callback):
         self.weights.take()
         self._taken = True
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self) -> AbstractContextManager[None]:
         """The model computes with the first weights. Collective under ZeRO."""
         assert self.weights is not None and self._taken
-        with self.weights.in_place():
-            yield
+        return self.weights.in_place()
 
     def state(self) -> dict[str, Any]:
         return {"taken": self._taken}

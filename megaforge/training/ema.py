@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,12 +57,10 @@ class WeightAverage(Callback):
             torch._foreach_copy_(averages, masters)
         self.updates += 1
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self) -> AbstractContextManager[None]:
         """The model computes with the average; afterwards with its own weights again, bit for bit. Before the first
         update there is no average, and nothing changes. Collective under ZeRO."""
-        with self._weights.in_place() if self.updates else nullcontext():
-            yield
+        return self._weights.in_place() if self.updates else nullcontext()
 
     def state(self) -> dict[str, Any]:
         return {"updates": self.updates}

@@ -28,8 +28,19 @@ TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float64: 1e-13}
 def run(x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> list[Tensor]:
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
     out = PLAIN.apply(x, weight, runs=make_runs(counts, x.device))
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(out.dtype)
-    return [out, *torch.autograd.grad(out, (x, weight), grad)]
+    return [out, *torch.autograd.grad(out, (x, weight), direction(out, x.dtype))]
+
+
+def expected(x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> list[Tensor]:
+    """The same in fp64, by the definition."""
+    wide = x.double().requires_grad_(), weight.double().requires_grad_()
+    out = grouped_linear_reference(*wide, counts)
+    grad = direction(out, x.dtype).double()
+    return [out.detach(), *torch.autograd.grad(out, wide, grad, allow_unused=True)]
+
+
+def direction(out: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -40,14 +51,9 @@ def test_against_one_product_an_expert(dtype: torch.dtype, counts: tuple[int, ..
     x = torch.randn(sum(counts), width, generator=generator, dtype=torch.float64).to(dtype)
     weight = torch.randn(3, inner, width, generator=generator, dtype=torch.float64).to(dtype)
     assert takes_grouped_mm(x, weight) == (dtype != torch.float64 and width == 16 and bool(sum(counts)))
-    got = run(x, weight, counts)
-    wide = x.double().requires_grad_(), weight.double().requires_grad_()
-    out = grouped_linear_reference(*wide, counts)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
-    expected = [out, *torch.autograd.grad(out, wide, grad.double(), allow_unused=True)]
-    for ours, theirs in zip(got, expected, strict=True):
+    for ours, theirs in zip(run(x, weight, counts), expected(x, weight, counts), strict=True):
         assert theirs is not None and ours.dtype == dtype
-        scale = float(theirs.detach().abs().max()) if theirs.numel() else 1.0
+        scale = float(theirs.abs().max()) if theirs.numel() else 1.0
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=TOLERANCES[dtype] * max(scale, 1.0))
 
 
@@ -86,7 +92,7 @@ def test_rows_of_others_that_are_multiplied_too_change_nothing(
     weight = torch.randn(4, 16, 24, generator=generator).to(dtype)
     assert grouped_mm.compiles_shapes(x) and not takes_grouped_mm(x, weight)
     got = run(x, weight, counts)
-    for ours, theirs in zip(got, _by_expert(x.double(), weight.double(), counts), strict=True):
+    for ours, theirs in zip(got, expected(x, weight, counts), strict=True):
         scale = float(theirs.abs().max())
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=TOLERANCES[dtype] * max(scale, 1.0))
     broken = max(range(4), key=counts.__getitem__)
@@ -98,13 +104,6 @@ def test_rows_of_others_that_are_multiplied_too_change_nothing(
             assert torch.equal(out[rows[expert]], got[0][rows[expert]])
             assert torch.equal(weight_gradient[expert], got[2][expert])
     assert torch.equal(rows_gradient, got[1])
-
-
-def _by_expert(x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> list[Tensor]:
-    x, weight = x.requires_grad_(), weight.requires_grad_()
-    out = grouped_linear_reference(x, weight, counts)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    return [out.detach(), *torch.autograd.grad(out, (x, weight), grad)]
 
 
 def test_products_of_many_steps_have_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:

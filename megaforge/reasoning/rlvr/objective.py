@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megaforge.config.config import Config
-from megaforge.config.rl_partners import keeps_first_weights
+from megaforge.config.rl_partners import has_reference
 from megaforge.data.loader import Batch
 from megaforge.errors import UserError
 from megaforge.inference.live import LiveModel
@@ -79,7 +79,7 @@ class Writing(Objective):
         self._length = config.data.seq_length
         self._rewards = Rewards(config.rewards)
         self._coefficient = config.rl.rl_kl
-        self._has_reference = config.model.peft is not None or keeps_first_weights(config)
+        self._has_reference = has_reference(config)
         self._prompts: Prompts | None = None
         self._sizes: Sizes | None = None
         self._tools: ToolCalls | None = None
