@@ -31,53 +31,12 @@ MF_INLINE inline void open(Vec x, Vec& value, Vec& slope) {
   }
 }
 
-template <class T, Gate kGate>
-MF_INLINE inline void gated_rows(const Gated<T>& a, Int begin, Int end) {
-  for (Int row = begin; row < end; ++row) {
-    const T* x = a.x + row * 2 * a.width;
-    T* out = a.out + row * a.width;
-    across(a.width, [&](Int i, auto part) MF_INLINE {
-      Vec value, slope;
-      open<T, kGate>(load(x + i, part), value, slope);
-      store(out + i, value * load(x + a.width + i, part), part);
-    });
-  }
-}
-
-template <class T>
-void gated(const Gated<T>& a, Int begin, Int end) {
-  if (a.gate == Gate::silu) gated_rows<T, Gate::silu>(a, begin, end);
-  else gated_rows<T, Gate::squared_relu>(a, begin, end);
-}
-
-template <class T, Gate kGate>
-MF_INLINE inline void gated_backward_rows(const Gated<T>& a, Int begin, Int end) {
-  for (Int row = begin; row < end; ++row) {
-    const T* x = a.x + row * 2 * a.width;
-    const T* grad = a.grad + row * a.width;
-    T* out = a.out + row * 2 * a.width;
-    across(a.width, [&](Int i, auto part) MF_INLINE {
-      Vec value, slope;
-      const Vec g = load(grad + i, part), up = load(x + a.width + i, part);
-      open<T, kGate>(load(x + i, part), value, slope);
-      store(out + i, g * up * slope, part);
-      store(out + a.width + i, g * value, part);
-    });
-  }
-}
-
-template <class T>
-void gated_backward(const Gated<T>& a, Int begin, Int end) {
-  if (a.gate == Gate::silu) gated_backward_rows<T, Gate::silu>(a, begin, end);
-  else gated_backward_rows<T, Gate::squared_relu>(a, begin, end);
-}
-
 template <class T, Gate kGate, bool kGated>
-MF_INLINE inline void weighted_rows(const Weighted<T>& a, Int begin, Int end) {
+MF_INLINE inline void activation_rows(const Activation<T>& a, Int begin, Int end) {
   for (Int row = begin; row < end; ++row) {
     const T* x = a.x + row * (kGated ? 2 : 1) * a.width;
     T* out = a.out + row * a.width;
-    const float weight = a.weights[row];
+    const float weight = a.weights == nullptr ? 1.0f : a.weights[row];
     across(a.width, [&](Int i, auto part) MF_INLINE {
       Vec value, slope;
       open<T, kGate>(load(x + i, part), value, slope);
@@ -88,13 +47,14 @@ MF_INLINE inline void weighted_rows(const Weighted<T>& a, Int begin, Int end) {
 }
 
 template <class T, Gate kGate, bool kGated>
-MF_INLINE inline void weighted_backward_rows(const Weighted<T>& a, Int begin, Int end) {
+MF_INLINE inline void activation_backward_rows(const Activation<T>& a, Int begin, Int end) {
   for (Int row = begin; row < end; ++row) {
     const T* x = a.x + row * (kGated ? 2 : 1) * a.width;
     const T* grad = a.grad + row * a.width;
     T* out = a.out + row * (kGated ? 2 : 1) * a.width;
-    const float weight = a.weights[row];
-    a.dweights[row] = total(a.width, [&](Int i, auto part) MF_INLINE {
+    const float weight = a.weights == nullptr ? 1.0f : a.weights[row];
+    // What the weight's gradient sums up.
+    const auto term = [&](Int i, auto part) MF_INLINE {
       Vec value, slope;
       const Vec g = load(grad + i, part), own = g * weight;
       open<T, kGate>(load(x + i, part), value, slope);
@@ -107,22 +67,24 @@ MF_INLINE inline void weighted_backward_rows(const Weighted<T>& a, Int begin, In
         store(out + a.width + i, own * value, part);
         return g * value * up;
       }
-    });
+    };
+    if (a.weights != nullptr) a.dweights[row] = total(a.width, term);
+    else across(a.width, term);
   }
 }
 
 template <class T>
-void weighted(const Weighted<T>& a, Int begin, Int end) {
-  if (!a.gated) weighted_rows<T, Gate::squared_relu, false>(a, begin, end);
-  else if (a.gate == Gate::silu) weighted_rows<T, Gate::silu, true>(a, begin, end);
-  else weighted_rows<T, Gate::squared_relu, true>(a, begin, end);
+void activation(const Activation<T>& a, Int begin, Int end) {
+  if (!a.gated) activation_rows<T, Gate::squared_relu, false>(a, begin, end);
+  else if (a.gate == Gate::silu) activation_rows<T, Gate::silu, true>(a, begin, end);
+  else activation_rows<T, Gate::squared_relu, true>(a, begin, end);
 }
 
 template <class T>
-void weighted_backward(const Weighted<T>& a, Int begin, Int end) {
-  if (!a.gated) weighted_backward_rows<T, Gate::squared_relu, false>(a, begin, end);
-  else if (a.gate == Gate::silu) weighted_backward_rows<T, Gate::silu, true>(a, begin, end);
-  else weighted_backward_rows<T, Gate::squared_relu, true>(a, begin, end);
+void activation_backward(const Activation<T>& a, Int begin, Int end) {
+  if (!a.gated) activation_backward_rows<T, Gate::squared_relu, false>(a, begin, end);
+  else if (a.gate == Gate::silu) activation_backward_rows<T, Gate::silu, true>(a, begin, end);
+  else activation_backward_rows<T, Gate::squared_relu, true>(a, begin, end);
 }
 
 }  // namespace megaforge::pointwise::MF_ISA

@@ -128,8 +128,10 @@ Tensor run_gated(const char* name, const Tensor& x_any, const Maybe& grad_any, i
   }
   for_type(name, x, [&](auto type, const auto& kernels) {
     using T = decltype(type);
-    gated(kernels, Gated<T>{rows, width, static_cast<Gate>(gate), read<T>(x), read<T>(grad), write<T>(out)},
-          at::get_num_threads());
+    activation(kernels,
+               Activation<T>{rows, width, static_cast<Gate>(gate), true, read<T>(x), nullptr, read<T>(grad), write<T>(out),
+                             nullptr},
+               at::get_num_threads());
   });
   return out;
 }
@@ -139,7 +141,7 @@ Tensor gated_forward(const Tensor& x, int64_t gate) { return run_gated("gated", 
 Tensor gated_gradient(const Tensor& grad, const Tensor& x, int64_t gate) { return run_gated("gated_backward", x, grad, gate); }
 
 // What a weighted activation of x has: rows, the width of its result, and whether it is one that there is.
-Weighted<char> weighted_shape(const char* name, const Tensor& x, int64_t gate, bool gated) {
+Activation<char> weighted_shape(const char* name, const Tensor& x, int64_t gate, bool gated) {
   const int64_t whole = width_of(name, x);
   TORCH_CHECK(x.dim() == 2 && (gate == 1 || (gate == 0 && gated)) && !(gated && whole % 2), "megaforge::", name,
               ": x ", x.sizes(), ", gate ", gate, gated ? ", gated" : "");
@@ -152,10 +154,10 @@ Tensor weighted_forward(const Tensor& x_any, const Tensor& weights_any, int64_t 
   const Tensor out = at::empty({shape.rows, shape.width}, x.options());
   for_type("weighted", x, [&](auto type, const auto& kernels) {
     using T = decltype(type);
-    weighted(kernels,
-             Weighted<T>{shape.rows, shape.width, shape.gate, is_gated, read<T>(x), read<float>(weights), nullptr,
-                         write<T>(out), nullptr},
-             at::get_num_threads());
+    activation(kernels,
+               Activation<T>{shape.rows, shape.width, shape.gate, is_gated, read<T>(x), read<float>(weights), nullptr,
+                             write<T>(out), nullptr},
+               at::get_num_threads());
   });
   return out;
 }
@@ -172,10 +174,10 @@ std::tuple<Tensor, Tensor> weighted_gradients(const Tensor& grad_any, const Tens
   const Tensor dx = at::empty(x.sizes(), x.options()), dweights = at::empty_like(weights);
   for_type("weighted_backward", x, [&](auto type, const auto& kernels) {
     using T = decltype(type);
-    weighted(kernels,
-             Weighted<T>{shape.rows, shape.width, shape.gate, is_gated, read<T>(x), read<float>(weights), read<T>(grad),
-                         write<T>(dx), write<float>(dweights)},
-             at::get_num_threads());
+    activation(kernels,
+               Activation<T>{shape.rows, shape.width, shape.gate, is_gated, read<T>(x), read<float>(weights), read<T>(grad),
+                             write<T>(dx), write<float>(dweights)},
+               at::get_num_threads());
   });
   return {dx, dweights};
 }

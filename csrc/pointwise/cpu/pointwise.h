@@ -41,27 +41,18 @@ struct NormBackward {
 
 enum class Gate : std::int64_t { silu, squared_relu };
 
-// out [rows, width] = gate(x[:, :width]) x[:, width:], and its gradient like x.
+// out [rows, width] = gate(x), gated times the other half of x [rows, 2 width], times the row's weight where rows have
+// one; and its gradients.
 template <class T>
-struct Gated {
-  std::int64_t rows, width;
-  Gate gate;
-  const T* x;
-  const T* grad;  // null in the forward pass
-  T* out;
-};
-
-// out [rows, width] = gate(x) weight of the row, gated times the other half of x [rows, 2 width]; and its gradients.
-template <class T>
-struct Weighted {
+struct Activation {
   std::int64_t rows, width;
   Gate gate;
   bool gated;
   const T* x;
-  const float* weights;  // [rows]
+  const float* weights;  // [rows] or null
   const T* grad;         // null in the forward pass
   T* out;                // like x in the backward pass
-  float* dweights;       // [rows], null in the forward pass
+  float* dweights;       // [rows], null in the forward pass and without weights
 };
 
 // Rows of logits of which the first `columns` take part; a target that is not among them is held elsewhere.
@@ -77,10 +68,9 @@ struct Kernels {
   void (*norm_backward)(const NormBackward<T>&, std::int64_t begin, std::int64_t end, float* dweight, float* dbias);
   void (*squared_relu)(std::int64_t count, const T* x, T* out);
   void (*squared_relu_backward)(std::int64_t count, const T* grad, const T* x, T* out);
-  void (*gated)(const Gated<T>&, std::int64_t begin, std::int64_t end);
-  void (*gated_backward)(const Gated<T>&, std::int64_t begin, std::int64_t end);
-  void (*weighted)(const Weighted<T>&, std::int64_t begin, std::int64_t end);
-  void (*weighted_backward)(const Weighted<T>&, std::int64_t begin, std::int64_t end);
+  // Of squared ReLU, or gated.
+  void (*activation)(const Activation<T>&, std::int64_t begin, std::int64_t end);
+  void (*activation_backward)(const Activation<T>&, std::int64_t begin, std::int64_t end);
   // peak, total [rows]: of each row the largest logit and the sum of exp(logit - peak); picked: the target's logit, or 0.
   void (*label_scores)(const Labels&, const T* logits, std::int64_t begin, std::int64_t end, float* peak, float* total,
                        float* picked);
@@ -111,9 +101,7 @@ void squared_relu(const Kernels<T>& kernels, std::int64_t count, const T* x, T* 
 template <class T>
 void squared_relu_backward(const Kernels<T>& kernels, std::int64_t count, const T* grad, const T* x, T* out, int threads);
 template <class T>
-void gated(const Kernels<T>& kernels, const Gated<T>& args, int threads);
-template <class T>
-void weighted(const Kernels<T>& kernels, const Weighted<T>& args, int threads);
+void activation(const Kernels<T>& kernels, const Activation<T>& args, int threads);
 template <class T>
 void label_scores(const Kernels<T>& kernels, const Labels& args, const T* logits, float* peak, float* total,
                   float* picked, int threads);

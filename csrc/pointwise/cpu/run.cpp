@@ -85,16 +85,9 @@ void squared_relu_backward(const Kernels<T>& kernels, std::int64_t count, const 
 }
 
 template <class T>
-void gated(const Kernels<T>& kernels, const Gated<T>& args, int threads) {
+void activation(const Kernels<T>& kernels, const Activation<T>& args, int threads) {
   spread(args.rows, 2 * args.width, threads, [&](std::int64_t begin, std::int64_t end) {
-    (args.grad == nullptr ? kernels.gated : kernels.gated_backward)(args, begin, end);
-  });
-}
-
-template <class T>
-void weighted(const Kernels<T>& kernels, const Weighted<T>& args, int threads) {
-  spread(args.rows, 2 * args.width, threads, [&](std::int64_t begin, std::int64_t end) {
-    (args.grad == nullptr ? kernels.weighted : kernels.weighted_backward)(args, begin, end);
+    (args.grad == nullptr ? kernels.activation : kernels.activation_backward)(args, begin, end);
   });
 }
 
@@ -119,8 +112,7 @@ void label_gradients(const Kernels<T>& kernels, const Labels& args, T* logits, c
   template void norm_backward(const Kernels<T>&, const NormBackward<T>&, float*, float*, int);                       \
   template void squared_relu(const Kernels<T>&, std::int64_t, const T*, T*, int);                                    \
   template void squared_relu_backward(const Kernels<T>&, std::int64_t, const T*, const T*, T*, int);                 \
-  template void gated(const Kernels<T>&, const Gated<T>&, int);                                                      \
-  template void weighted(const Kernels<T>&, const Weighted<T>&, int);                                                \
+  template void activation(const Kernels<T>&, const Activation<T>&, int);                                            \
   template void label_scores(const Kernels<T>&, const Labels&, const T*, float*, float*, float*, int);                \
   template void label_gradients(const Kernels<T>&, const Labels&, T*, const float*, const float*, const float*, int);
 MEGAFORGE_FOR(float)

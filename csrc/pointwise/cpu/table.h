@@ -5,8 +5,8 @@ namespace megaforge::pointwise::MF_ISA {
 // All of an instruction set's code for one type.
 template <class T>
 constexpr Kernels<T> kernels_of() {
-  return {norm<T>, norm_backward<T>, squared_relu<T>, squared_relu_backward<T>, gated<T>, gated_backward<T>,
-          weighted<T>, weighted_backward<T>, label_scores<T>, label_gradients<T>};
+  return {norm<T>, norm_backward<T>, squared_relu<T>, squared_relu_backward<T>, activation<T>,
+          activation_backward<T>, label_scores<T>, label_gradients<T>};
 }
 
 }  // namespace megaforge::pointwise::MF_ISA

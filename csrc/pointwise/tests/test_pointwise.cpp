@@ -122,8 +122,9 @@ void check_weighted(const Kernels<T>& kernels, long rows, long width, const std:
     }
     std::vector<T> out(rows * width), dx(rows * wide);
     std::vector<float> dw(rows);
-    weighted(kernels, Weighted<T>{rows, width, gate, gated, x.data(), weights.data(), nullptr, out.data(), nullptr}, 3);
-    weighted(kernels, Weighted<T>{rows, width, gate, gated, x.data(), weights.data(), grad.data(), dx.data(), dw.data()}, 3);
+    const float* w = weights.data();
+    activation(kernels, Activation<T>{rows, width, gate, gated, x.data(), w, nullptr, out.data(), nullptr}, 3);
+    activation(kernels, Activation<T>{rows, width, gate, gated, x.data(), w, grad.data(), dx.data(), dw.data()}, 3);
     expect_close(exact(out), want, kMost<T>, what + " weighted");
     expect_close(exact(dx), want_dx, kMost<T>, what + " weighted gradient");
     expect_close(dw, want_dw, sizeof(T) == 2 ? 1e-4 : 1e-5, what + " gradient of the weights");
@@ -149,8 +150,8 @@ void check_activations(const Kernels<T>& kernels, long rows, long width, Random&
       }
     }
     std::vector<T> out(size), dx(2 * size);
-    gated(kernels, Gated<T>{rows, width, gate, x.data(), nullptr, out.data()}, 3);
-    gated(kernels, Gated<T>{rows, width, gate, x.data(), grad.data(), dx.data()}, 3);
+    activation(kernels, Activation<T>{rows, width, gate, true, x.data(), nullptr, nullptr, out.data(), nullptr}, 3);
+    activation(kernels, Activation<T>{rows, width, gate, true, x.data(), nullptr, grad.data(), dx.data(), nullptr}, 3);
     expect_close(exact(out), want, kMost<T>, what + " gated");
     expect_close(exact(dx), want_dx, kMost<T>, what + " gated gradient");
   }
